@@ -1,0 +1,183 @@
+"""The parts of the mini-SD: text vocabulary, CLIP, autoencoder, U-Net, and the reader that judges its pictures.
+
+Shapes: n pictures, 77 tokens, latents (n, 4, 16, 16), pictures (n, 3, 128, 128) in -1..1. Every width divides the width SD1.5 has in the same place, so
+the net can be written in the stock layout without changing what it computes (`weights.widen`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+import torch
+from diffusers import AutoencoderKL, UNet2DConditionModel
+from torch import Tensor, nn
+from transformers import CLIPConfig, CLIPModel, CLIPTokenizer
+
+from . import world
+
+LATENT_FACTOR = 0.18215
+TOKENIZER = Path(__file__).parents[1] / "checkpoint" / "tokenizer"
+
+
+@cache
+def tokenizer() -> CLIPTokenizer:
+    return CLIPTokenizer.from_pretrained(str(TOKENIZER))
+
+
+class Vocabulary:
+    """The tokens the world's captions use, numbered densely: only these rows of the embedding are trained and shipped."""
+
+    def __init__(self) -> None:
+        words = {w for p in (*world.SHAPES, *world.COLORS, *world.PATTERNS, *world.BACKGROUNDS.values(), *world.TEMPLATES) for w in p.split()}
+        text = " ".join(sorted(words - {"{}"}) + ["and", "with", "eyes", "a", "an", ",", ".", "two", "front", "of", "posing", "next", "to", "the"])
+        special = {tokenizer().bos_token_id, tokenizer().eos_token_id}
+        self.tokens = sorted({*tokenizer()(text)["input_ids"]} - special) + sorted(special)
+        self.end = len(self.tokens) - 1
+        self._dense = {token: row for row, token in enumerate(self.tokens)}
+
+    def encode(self, captions: Sequence[str]) -> Tensor:
+        """Dense token numbers, (captions, 77), padded with the end token as SD1.x pads."""
+        found = tokenizer()(list(captions), padding="max_length", max_length=77, truncation=True)["input_ids"]
+        return torch.tensor([[self._dense[t] for t in row] for row in found])
+
+
+def new_clip(*, vocab_size: int | None = None) -> CLIPModel:
+    """CLIP with a causal text transformer of 4 layers (256 wide, 4 heads) and a ViT/16 image tower (192 wide)."""
+    size = vocab_size or len(Vocabulary().tokens)
+    text = {"vocab_size": size, "hidden_size": 256, "intermediate_size": 1024, "num_hidden_layers": 4, "num_attention_heads": 4,
+            "max_position_embeddings": 77, "eos_token_id": size - 1, "bos_token_id": size - 2, "projection_dim": 192}  # fmt: skip
+    vision = {"hidden_size": 192, "intermediate_size": 768, "num_hidden_layers": 5, "num_attention_heads": 3, "image_size": 128,
+              "patch_size": 16, "projection_dim": 192}  # fmt: skip
+    return CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=192))
+
+
+class _Skip(nn.Module):
+    def forward(self, x: Tensor, temb: Tensor | None = None) -> Tensor:
+        return x
+
+
+def new_autoencoder(*, pruned: bool = False) -> AutoencoderKL:
+    """A KL autoencoder. `pruned` leaves out the two blocks at full resolution that the recipe does not train (`unprune` writes them as identities)."""
+    model = AutoencoderKL(
+        block_out_channels=(64, 64, 64, 128), layers_per_block=1, latent_channels=4, norm_num_groups=32, sample_size=128,
+        down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4, scaling_factor=LATENT_FACTOR,
+    )  # fmt: skip
+    if pruned:
+        for blocks in (model.encoder.down_blocks[0].resnets, model.decoder.up_blocks[3].resnets, model.decoder.up_blocks[2].resnets[1:]):
+            for index in range(len(blocks)):
+                blocks[index] = _Skip()
+    return model
+
+
+@torch.no_grad()
+def unprune(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The state of a pruned autoencoder with its left-out blocks as exact identities (a residual block whose last convolution is zero)."""
+    full = new_autoencoder().state_dict()
+    for key, value in full.items():
+        full[key] = state.get(key, torch.ones_like(value) if key.endswith(("norm1.weight", "norm2.weight")) else torch.zeros_like(value))
+    return full
+
+
+def new_unet() -> UNet2DConditionModel:
+    return UNet2DConditionModel(
+        sample_size=16, in_channels=4, out_channels=4, block_out_channels=(64, 192), layers_per_block=1, cross_attention_dim=256,
+        attention_head_dim=8, norm_num_groups=32, down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+    )  # fmt: skip
+
+
+def alphas_cumprod() -> Tensor:
+    """SD1.x' scaled-linear schedule, (1000,)."""
+    return torch.cumprod(1 - torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float64) ** 2, 0).float()
+
+
+@torch.no_grad()
+def normalise_latents(model: AutoencoderKL, images: Tensor) -> None:
+    """Fold per-channel mean and spread into the 1x1 convolutions around the latents, so that latents * 0.18215 have mean 0 and variance 1."""
+    mean = torch.cat([model.quant_conv(model.encoder(chunk)) for chunk in images.split(32)])[:, :4]
+    shift = mean.mean((0, 2, 3))
+    scale = 1 / (mean.std((0, 2, 3)) * LATENT_FACTOR)
+    quant, post = model.quant_conv, model.post_quant_conv
+    quant.bias[:4] = (quant.bias[:4] - shift) * scale
+    quant.weight[:4] *= scale.view(-1, 1, 1, 1)
+    quant.weight[4:], quant.bias[4:] = 0, -20  # log-variance: the encoder is deterministic
+    post.bias += (post.weight[:, :, 0, 0] * shift).sum(1)
+    post.weight /= scale.view(1, -1, 1, 1)
+
+
+# --- the reader ----------------------------------------------------------------------------------------------------------------------
+
+_SIZES = {"background": len(world.BACKGROUNDS), "count": 2}
+for _slot in "ab":
+    _SIZES |= {f"shape_{_slot}": len(world.SHAPES), f"pattern_{_slot}": len(world.PATTERNS), f"colors_{_slot}": len(world.COLORS)}
+
+
+class AttributeHeads(nn.Module):
+    """One linear layer an attribute: background, count, and shape, pattern, colours of the left (or only) thing `a` and the right thing `b`."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.heads = nn.ModuleDict({key: nn.Linear(width, size) for key, size in _SIZES.items()})
+
+    def forward(self, features: Tensor) -> dict[str, Tensor]:
+        return {key: head(features) for key, head in self.heads.items()}
+
+
+class Reader(nn.Module):
+    """A small CNN that reads the attributes off a picture; it is trained on pictures of the world and never on drawn ones."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        widths = (3, 32, 64, 96, 128, 160)
+        blocks = []
+        for index, (before, after) in enumerate(zip(widths, widths[1:], strict=False)):
+            blocks += [nn.Conv2d(before, after, 4, 2, 1), nn.BatchNorm2d(after), nn.ReLU()]
+            if index:
+                blocks += [nn.Conv2d(after, after, 3, 1, 1), nn.BatchNorm2d(after), nn.ReLU()]
+        self.body = nn.Sequential(*blocks, nn.Flatten(), nn.Linear(160 * 16, 320), nn.BatchNorm1d(320), nn.ReLU())
+        self.attributes = AttributeHeads(320)
+
+    def forward(self, images: Tensor) -> dict[str, Tensor]:
+        return self.attributes(self.body(images))
+
+
+def labels(scenes: Sequence[world.Scene]) -> dict[str, Tensor]:
+    """What is in each scene, as numbers: (n,) a key, colours (n, 10); -1 where a scene has no such thing or no named colour."""
+    backgrounds, shapes = list(world.BACKGROUNDS), list(world.SHAPES)
+    found: dict[str, list] = {key: [] for key in _SIZES}
+    for scene in scenes:
+        found["background"].append(backgrounds.index(scene.background))
+        found["count"].append(len(scene.things) - 1)
+        for slot, thing in zip("ab", (*scene.things, None)[:2], strict=False):
+            found[f"shape_{slot}"].append(shapes.index(thing.look.shape) if thing else -1)
+            found[f"pattern_{slot}"].append(world.PATTERNS.index(thing.look.pattern) if thing else -1)
+            named = thing.color_names if thing else ()
+            found[f"colors_{slot}"].append([float(c in named) if named else -1.0 for c in world.COLORS])
+    return {key: torch.tensor(np.array(rows)) for key, rows in found.items()}
+
+
+@torch.no_grad()
+def read_accuracy(reader: Reader, images: Tensor, scenes: Sequence[world.Scene]) -> dict[str, float]:
+    """Share of things (and pictures) whose attribute the reader reads as the scene says; colours count when the whole set is right."""
+    reader.eval()
+    chunks = [reader(chunk) for chunk in images.split(64)]
+    logits = {key: torch.cat([c[key] for c in chunks]).float() for key in _SIZES}
+    right: dict[str, list[Tensor]] = {}
+    for key, target in labels(scenes).items():
+        if key.startswith("colors"):
+            known = target[:, 0] >= 0
+            hit = _same_colors(logits[key][known], target[known])
+        else:
+            known = target >= 0
+            hit = logits[key][known].argmax(1) == target[known]
+        right.setdefault(key.split("_")[0], []).append(hit.float())
+    return {key: round(float(torch.cat(hits).mean()), 4) for key, hits in right.items()}
+
+
+def _same_colors(logits: Tensor, target: Tensor) -> Tensor:
+    """Whether the k most likely colours are the k named ones, (n,)."""
+    rank = logits.argsort(1, descending=True).argsort(1)
+    return ((rank < target.sum(1, keepdim=True)) == target.bool()).all(1)

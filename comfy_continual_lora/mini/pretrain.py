@@ -1,0 +1,386 @@
+"""The recipe that made the mini-SD: one command, resumable, stage after stage.
+
+    python -m comfy_continual_lora.mini.pretrain OUT [--processes 2]
+
+in: nothing (the world is drawn) - out: OUT/*.safetensors, the parts of the mini-SD, and OUT/log.jsonl.
+
+stages   pictures     64,000 captioned pictures of the world
+         reader       a small CNN that reads shape, pattern, colours and background off a picture: the judge, trained on real pictures only
+         clip         image and text tower (contrastive, with an attribute loss on the image tower); the text tower is the text encoder
+         autoencoder  KL autoencoder in the LDM layout, f = 8, 4 channels, unit variance after SD's factor 0.18215
+         latents      every picture encoded once
+         unet         eps-prediction, scaled-linear betas, min-SNR-5, caption dropout 0.1, EMA
+         pack         the shipped files
+
+Each stage keeps a snapshot and goes on from it; a finished stage is skipped. Data order is a function of (seed, step), so a resumed run sees what an
+undisturbed one would.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from . import parts, world
+
+PICTURES = 64_000
+SEED = 20
+
+
+def scene(index: int) -> tuple[world.Scene, np.random.Generator]:
+    """Picture `index` of the training set: what is in it, and the generator that draws it."""
+    rng = np.random.default_rng((SEED, index))
+    return world.random_scene(rng), rng
+
+
+def log(out: Path, **row: object) -> None:
+    row = {"time": time.strftime("%H:%M:%S"), **row}
+    print(json.dumps(row), flush=True)
+    with (out / "log.jsonl").open("a") as file:
+        file.write(json.dumps(row) + "\n")
+
+
+# --- pictures ------------------------------------------------------------------------------------------------------------------------
+
+
+def _draw_range(path: str, start: int, stop: int) -> None:
+    array = np.lib.format.open_memmap(path, "r+")
+    for index in range(start, stop):
+        array[index] = world.draw_scene(*scene(index))
+
+
+def stage_pictures(out: Path, processes: int) -> None:
+    path = out / "pictures.npy"
+    if path.exists():
+        return
+    partial = out / "pictures.partial.npy"
+    np.lib.format.open_memmap(partial, "w+", np.uint8, (PICTURES, world.SIZE, world.SIZE, 3)).flush()
+    bounds = np.linspace(0, PICTURES, processes + 1).astype(int)
+    context = torch.multiprocessing.get_context("spawn")
+    workers = [context.Process(target=_draw_range, args=(str(partial), a, b)) for a, b in zip(bounds, bounds[1:], strict=False)]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+        if worker.exitcode:
+            raise RuntimeError(f"drawing the pictures failed with exit status {worker.exitcode}")
+    partial.rename(path)
+    log(out, stage="pictures", count=PICTURES)
+
+
+class Pictures:
+    """The drawn training set; `batch(step, n)` is a function of its arguments, so order survives a resume."""
+
+    def __init__(self, out: Path) -> None:
+        self.array = np.load(out / "pictures.npy", mmap_mode="r")
+
+    def indices(self, step: int, n: int, stream: int = 0) -> np.ndarray:
+        return np.sort(np.random.default_rng((SEED, stream, step)).choice(PICTURES, n, replace=False))
+
+    def images(self, indices: np.ndarray) -> Tensor:
+        """(n, 3, 128, 128) in -1..1."""
+        return to_tensor(self.array[indices])
+
+
+def to_tensor(pictures: np.ndarray) -> Tensor:
+    """uint8 (n, h, w, 3) -> float32 (n, 3, h, w) in -1..1."""
+    return torch.from_numpy(np.ascontiguousarray(pictures)).permute(0, 3, 1, 2).float().div_(127.5).sub_(1)
+
+
+# --- the loop all stages share -------------------------------------------------------------------------------------------------------
+
+
+def fit(
+    out: Path,
+    name: str,
+    model: nn.Module,
+    loss: Callable[[int], tuple[Tensor, dict[str, float]]],
+    *,
+    steps: int,
+    rate: float,
+    ema: float = 0.0,
+    average_every: int = 0,
+    snapshot_every: int = 250,
+    weight_decay: float = 0.01,
+) -> None:
+    """Train `model` in place on `loss(step)`: warm-up, constant rate, linear decay over the last fifth; ends with the EMA weights if asked for.
+
+    Several processes (torch.distributed is initialised) average their parameters every `average_every` steps.
+    """
+    optimizer = torch.optim.AdamW(model.parameters(), lr=rate, betas=(0.9, 0.98), weight_decay=weight_decay, fused=True)
+    parallel = dist.is_initialized()
+    main = not parallel or dist.get_rank() == 0
+    path, step, averaged = out / f"{name}.snapshot.pt", 0, None
+    if path.exists():
+        state = torch.load(path, weights_only=True)
+        model.load_state_dict(state["model"])
+        optimizer.load_state_dict(state["optimizer"])
+        step, averaged = state["step"], state["averaged"]
+    if ema and averaged is None:
+        averaged = [p.detach().clone() for p in model.parameters()]
+    started, first, sums, model = time.time(), step, {}, model.train()
+
+    def save() -> None:
+        if main:
+            state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": step, "averaged": averaged}
+            torch.save(state, path.with_suffix(".tmp"))
+            path.with_suffix(".tmp").replace(path)
+
+    while step < steps:
+        for group in optimizer.param_groups:
+            group["lr"] = rate * min((step + 1) / 100, 1.0, max(0.02, (steps - step) / (0.2 * steps)))
+        value, parts_of_it = loss(step)
+        optimizer.zero_grad(set_to_none=True)
+        value.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        step += 1
+        if parallel and (step % average_every == 0 or step == steps):
+            flat = nn.utils.parameters_to_vector(model.parameters()).detach() / dist.get_world_size()
+            dist.all_reduce(flat)
+            nn.utils.vector_to_parameters(flat, model.parameters())
+        if averaged is not None and step % 4 == 0:
+            torch._foreach_lerp_(averaged, [p.detach() for p in model.parameters()], 1 - min(ema, (1 + step) / (10 + step)) ** 4)
+        for key, part in {"loss": float(value.detach()), **parts_of_it}.items():
+            sums.setdefault(key, []).append(part)
+        if step % 100 == 0 and main:
+            means = {k: round(float(np.mean(v)), 4) for k, v in sums.items()}
+            log(out, stage=name, step=step, of=steps, **means, seconds_per_step=round((time.time() - started) / (step - first), 3))
+            sums = {}
+        if step % snapshot_every == 0:
+            save()
+    save()
+    if averaged is not None:
+        with torch.no_grad():
+            for p, a in zip(model.parameters(), averaged, strict=True):
+                p.copy_(a)
+    model.eval()
+
+
+def keep(out: Path, name: str, model: nn.Module) -> None:
+    save_file({k: v.contiguous() for k, v in model.state_dict().items()}, out / f"{name}.safetensors")
+
+
+# --- reader --------------------------------------------------------------------------------------------------------------------------
+
+
+def attribute_loss(logits: dict[str, Tensor], labels: dict[str, Tensor]) -> Tensor:
+    """Cross-entropy over every attribute the labels know; -1 marks what a picture does not have."""
+    total = torch.zeros(())
+    for key, target in labels.items():
+        if key.startswith("colors"):
+            known = target[:, 0] >= 0
+            total = total + 2 * F.binary_cross_entropy_with_logits(logits[key][known].float(), target[known].float())
+        else:
+            total = total + F.cross_entropy(logits[key].float(), target, ignore_index=-1)
+    return total
+
+
+def stage_reader(out: Path, steps: int = 2400, n: int = 96) -> None:
+    pictures, model = Pictures(out), parts.Reader()
+    labels = parts.labels([scene(i)[0] for i in range(PICTURES)])
+
+    def loss(step: int) -> tuple[Tensor, dict[str, float]]:
+        indices = pictures.indices(step, n, stream=1)
+        images, generator = pictures.images(indices), torch.Generator().manual_seed(step)
+        if step % 2:  # a drawn picture is a little soft and noisy; a judge must not mind
+            images = F.interpolate(F.avg_pool2d(images, 2), scale_factor=2, mode="bilinear") if step % 4 == 1 else images
+            images = images + 0.08 * torch.randn(images.shape, generator=generator)
+        with torch.autocast("cpu", torch.bfloat16):
+            logits = model(images.contiguous(memory_format=torch.channels_last))
+        return attribute_loss(logits, {k: v[indices] for k, v in labels.items()}), {}
+
+    fit(out, "reader", model.to(memory_format=torch.channels_last), loss, steps=steps, rate=2e-3)  # pyright: ignore[reportCallIssue]
+    rng = np.random.default_rng(99)
+    scenes = [world.random_scene(rng) for _ in range(1000)]
+    images = to_tensor(np.stack([world.draw_scene(s, rng) for s in scenes]))
+    log(out, stage="reader", accuracy_on_real=parts.read_accuracy(model, images, scenes))
+    keep(out, "reader", model)
+
+
+# --- clip ----------------------------------------------------------------------------------------------------------------------------
+
+
+def stage_clip(out: Path, steps: int = 650, n: int = 128) -> None:
+    pictures, model, vocabulary = Pictures(out), parts.new_clip(), parts.Vocabulary()
+    scenes = [scene(i)[0] for i in range(PICTURES)]
+    labels, ids = parts.labels(scenes), vocabulary.encode([s.caption for s in scenes])
+    longest = int((ids == vocabulary.end).int().argmax(1).max()) + 1  # causal: what follows the end token changes nothing before it
+    heads = parts.AttributeHeads(model.config.vision_config.hidden_size)
+    both = nn.ModuleList([model, heads])
+
+    def loss(step: int) -> tuple[Tensor, dict[str, float]]:
+        indices = pictures.indices(step, n, stream=2)
+        with torch.autocast("cpu", torch.bfloat16):
+            vision = model.vision_model(pixel_values=pictures.images(indices)).pooler_output
+            text = model.text_model(input_ids=ids[indices, :longest]).pooler_output
+            image_features = F.normalize(model.visual_projection(vision).float(), dim=-1)
+            text_features = F.normalize(model.text_projection(text).float(), dim=-1)
+            attributes = attribute_loss(heads(vision), {k: v[indices] for k, v in labels.items()})
+        logits = model.logit_scale.clamp(max=4.0).exp() * image_features @ text_features.T
+        target = torch.arange(n)
+        contrastive = (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
+        top1 = float((logits.argmax(1) == target).float().mean())
+        return contrastive + 0.3 * attributes, {"contrastive": float(contrastive.detach()), "attributes": float(attributes.detach()), "top1": top1}
+
+    fit(out, "clip", both, loss, steps=steps, rate=1e-3)
+    keep(out, "clip", model)
+
+
+# --- autoencoder ---------------------------------------------------------------------------------------------------------------------
+
+
+def stage_autoencoder(out: Path, steps: int, n: int = 4) -> None:
+    rank = dist.get_rank() if dist.is_initialized() else 0
+    pictures, model = Pictures(out), parts.new_autoencoder(pruned=True)
+
+    def loss(step: int) -> tuple[Tensor, dict[str, float]]:
+        indices, rng = pictures.indices(step, n - n // 4, stream=30 + rank), np.random.default_rng((SEED, 30 + rank, step))
+        abstract = to_tensor(np.stack([world.draw_abstract(rng) for _ in range(n // 4)]))
+        images = torch.cat([pictures.images(indices), abstract])
+        with torch.autocast("cpu", torch.bfloat16):
+            moments = model.quant_conv(model.encoder(images)).float()
+            mean = moments[:, :4]
+            noise = torch.randn(mean.shape, generator=torch.Generator().manual_seed(2 * step + rank))
+            drawn = model.decoder(model.post_quant_conv(mean + 0.05 * noise)).float()
+        error = F.smooth_l1_loss(drawn, images, beta=0.1)
+        edges = sum(((drawn - images).diff(dim=d)).abs().mean() for d in (2, 3))
+        spread = mean.var((0, 2, 3)).sub(1).square().mean() + mean.mean((0, 2, 3)).square().mean()
+        psnr = float(-10 * torch.log10((drawn.detach() - images)[: len(indices)].square().mean() / 4))
+        return error + 0.25 * edges + 0.01 * spread, {"psnr": psnr, "spread": float(spread.detach())}
+
+    fit(out, "autoencoder", model, loss, steps=steps, rate=2e-3, average_every=2, weight_decay=0.0)
+    if rank:
+        return
+    parts.normalise_latents(model, pictures.images(np.arange(0, 512)))
+    save_file(parts.unprune(model.state_dict()), out / "autoencoder.safetensors")
+
+
+# --- latents and unet ----------------------------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def stage_latents(out: Path) -> None:
+    path = out / "latents.safetensors"
+    if path.exists():
+        return
+    pictures, model = Pictures(out), parts.new_autoencoder()
+    model.load_state_dict(load_file(out / "autoencoder.safetensors"))
+    model = model.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
+    latents = torch.empty(PICTURES, 4, 16, 16, dtype=torch.float16)
+    with torch.autocast("cpu", torch.bfloat16):
+        for start in range(0, PICTURES, 64):
+            indices = np.arange(start, start + 64)
+            images = pictures.images(indices).contiguous(memory_format=torch.channels_last)
+            moments = model.quant_conv(model.encoder(images)).float()
+            latents[start : start + 64] = moments[:, :4] * parts.LATENT_FACTOR
+    save_file({"latents": latents}, path)
+    log(out, stage="latents", mean=float(latents.float().mean()), std=float(latents.float().std()))
+
+
+@torch.no_grad()
+def caption_features(out: Path, captions: Iterable[str]) -> Tensor:
+    """What the text encoder makes of each caption, float16 (captions, 77, 256)."""
+    clip, vocabulary = parts.new_clip(), parts.Vocabulary()
+    clip.load_state_dict(load_file(out / "clip.safetensors"))
+    ids = vocabulary.encode(list(captions))
+    features = torch.empty(len(ids), 77, clip.config.text_config.hidden_size, dtype=torch.float16)
+    for start in range(0, len(ids), 256):
+        features[start : start + 256] = clip.text_model(input_ids=ids[start : start + 256]).last_hidden_state
+    return features
+
+
+def stage_unet(out: Path, steps: int, n: int = 32, average_every: int = 4) -> None:
+    rank = dist.get_rank() if dist.is_initialized() else 0
+    latents = load_file(out / "latents.safetensors")["latents"]
+    captions = ["", *(scene(i)[0].caption for i in range(PICTURES))]
+    distinct = sorted(set(captions))
+    row_of = {caption: row for row, caption in enumerate(distinct)}
+    rows = torch.tensor([row_of[c] for c in captions])
+    path = out / "captions.safetensors"
+    if rank == 0 and not path.exists():
+        save_file({"features": caption_features(out, distinct)}, path)
+    if dist.is_initialized():
+        dist.barrier()
+    features = load_file(path)["features"]
+    model = parts.new_unet().to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
+    alphas = parts.alphas_cumprod()
+
+    def loss(step: int) -> tuple[Tensor, dict[str, float]]:
+        rng = np.random.default_rng((SEED, 4 + rank, step))
+        generator = torch.Generator().manual_seed(int(rng.integers(2**31)))
+        index = torch.from_numpy(rng.integers(0, PICTURES, n))
+        timestep = torch.from_numpy((np.arange(n) + rng.random(n)) / n * 1000).long()  # stratified
+        clean, noise = latents[index].float(), torch.randn(n, 4, 16, 16, generator=generator)
+        alpha = alphas[timestep].view(-1, 1, 1, 1)
+        noisy = alpha.sqrt() * clean + (1 - alpha).sqrt() * noise
+        caption = torch.where(torch.rand(n, generator=generator) < 0.1, rows[0], rows[index + 1])
+        with torch.autocast("cpu", torch.bfloat16):
+            predicted = model(noisy.contiguous(memory_format=torch.channels_last), timestep, features[caption].float()).sample.float()
+        error = (predicted - noise).square().mean((1, 2, 3))
+        snr = alphas[timestep] / (1 - alphas[timestep])
+        return (error * snr.clamp(max=5) / snr).mean() * 2, {"mse": float(error.detach().mean())}
+
+    fit(out, "unet", model, loss, steps=steps, rate=1.2e-3, ema=0.9995, average_every=average_every)
+    if rank == 0:
+        keep(out, "unet", model)
+
+
+def _process(rank: int, stage: Callable[[Path, int], None], processes: int, out: Path, steps: int) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{(out / 'rendezvous').absolute()}", rank=rank, world_size=processes)
+    stage(out, steps)
+
+
+def _together(stage: Callable[[Path, int], None], processes: int, out: Path, steps: int) -> None:
+    """Train one stage in several one-thread processes, each on its own pictures, averaging their weights: faster than one process with threads."""
+    if processes == 1:
+        return stage(out, steps)
+    (out / "rendezvous").unlink(missing_ok=True)
+    torch.multiprocessing.spawn(_process, (stage, processes, out, steps), processes)
+
+
+# --- the command ---------------------------------------------------------------------------------------------------------------------
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Make the mini-SD from nothing; run again to go on where it stopped.")
+    parser.add_argument("out", type=Path, help="folder for data, snapshots and results")
+    parser.add_argument("--processes", type=int, default=1, help="CPU processes that draw pictures and train the U-Net together")
+    parser.add_argument("--autoencoder-steps", type=int, default=3000, help="autoencoder steps of 4 pictures per process")
+    parser.add_argument("--unet-steps", type=int, default=9000, help="U-Net steps of 32 pictures per process")
+    parser.add_argument("--stages", default="pictures,reader,clip,autoencoder,latents,unet,pack", help="which stages, in this order")
+    args = parser.parse_args()
+    out: Path = args.out
+    out.mkdir(parents=True, exist_ok=True)
+    torch.manual_seed(SEED)
+    for stage in args.stages.split(","):
+        if (out / f"{stage}.safetensors").exists():
+            continue
+        match stage:
+            case "pictures":
+                stage_pictures(out, args.processes)
+            case "autoencoder":
+                _together(stage_autoencoder, args.processes, out, args.autoencoder_steps)
+            case "unet":
+                _together(stage_unet, args.processes, out, args.unet_steps)
+            case "pack":
+                from . import weights
+
+                weights.pack(out)
+            case _:
+                {"reader": stage_reader, "clip": stage_clip, "latents": stage_latents}[stage](out)
+
+
+if __name__ == "__main__":
+    main()

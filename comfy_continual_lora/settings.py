@@ -1,0 +1,89 @@
+"""Every choice a user has, declared once: default, range, unit, help. Every front end makes its widgets, flags and checks from here.
+
+A default of None means "what suits the checkpoint": `LearnSettings.resolved` fills it from PRESETS.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any
+
+from .errors import SettingError
+
+METHODS = ("lora", "textual_inversion")
+SOLVERS = ("dpm++", "ddim")
+TEMPLATES = (
+    "a photo of a {}",
+    "photo of a {}",
+    "a picture of a {}",
+    "a photo of the {}",
+    "a good photo of a {}",
+    "a close-up photo of a {}",
+    "{}",
+)
+
+PRESETS: dict[str, dict[str, Any]] = {
+    "sd1": {"steps": 1000, "batch": 1, "rate": 2e-4, "token_rate": 1e-3, "guidance": 7.5},
+    "mini": {"steps": 300, "batch": 8, "rate": 1.5e-3, "token_rate": 5e-3, "guidance": 4.0},
+}
+
+
+def setting(default: Any, help: str, *, low: float | None = None, high: float | None = None, choices: tuple[str, ...] = (), unit: str = "") -> Any:
+    """A dataclass field that knows its range and what to tell the user."""
+    return dataclasses.field(default=default, metadata={"help": help, "low": low, "high": high, "choices": choices, "unit": unit})
+
+
+class Settings:
+    """Checks shared by all settings: `check()` raises SettingError for the first value out of its range."""
+
+    def check(self) -> None:
+        for f in dataclasses.fields(self):  # type: ignore[arg-type]
+            value, meta = getattr(self, f.name), f.metadata
+            if value is None or not meta:
+                continue
+            if meta["choices"] and value not in meta["choices"]:
+                raise SettingError(f"{f.name} is {value!r}; it has to be one of {', '.join(meta['choices'])}.")
+            if (meta["low"] is not None and not value >= meta["low"]) or (meta["high"] is not None and not value <= meta["high"]):
+                high = "" if meta["high"] is None else f" to {meta['high']:g}"
+                raise SettingError(f"{f.name} is {value:g}; the range is {meta['low']:g}{high or ' and more'}{' ' + meta['unit'] if meta['unit'] else ''}.")
+
+    def resolved(self, preset: str) -> Any:
+        """A copy in which every None is what suits the checkpoint; checked."""
+        fill = {k: v for k, v in PRESETS[preset].items() if getattr(self, k, 0) is None}
+        done = dataclasses.replace(self, **fill)  # type: ignore[type-var]
+        done.check()
+        return done
+
+
+@dataclass(frozen=True)
+class LearnSettings(Settings):
+    method: str = setting("lora", "how to learn: lora (K/V LoRA and the word) or textual_inversion (only the word)", choices=METHODS)
+    steps: int | None = setting(None, "training steps", low=1, high=1_000_000)
+    batch: int | None = setting(None, "pictures a step", low=1, high=256)
+    rank: int = setting(16, "rank of the LoRA; a stack keeps the rank it began with", low=1, high=256)
+    rate: float | None = setting(None, "learning rate of the LoRA", low=0, high=1)
+    token_rate: float | None = setting(None, "learning rate of the word's vector", low=0, high=1)
+    warmup: int = setting(20, "steps over which the rate rises", low=0, high=100_000)
+    clip: float = setting(1.0, "largest gradient norm; a longer gradient is shortened to it", low=1e-6)
+    seed: int = setting(0, "seed of every random draw", low=0, high=2**63 - 1)
+    size: int | None = setting(None, "side of the training pictures", low=64, high=4096, unit="pixels")
+    fit: str = setting("crop", "pictures that are not square are cropped to the middle or padded with their edge", choices=("crop", "pad"))
+    flip: bool = setting(True, "also learn from the mirrored pictures; switch off for things with writing on them")
+    precision: str = setting(
+        "auto", "number format of the frozen checkpoint while learning; auto takes bf16 or fp16 where the device is faster with it",
+        choices=("auto", "fp32", "bf16", "fp16"),
+    )  # fmt: skip
+    checkpointing: bool = setting(False, "gradient checkpointing: less memory, about a third more time")
+    snapshot_every: int = setting(50, "steps between snapshots; an interrupted run goes on from the last", low=1)
+
+
+@dataclass(frozen=True)
+class DrawSettings(Settings):
+    count: int = setting(1, "pictures per prompt", low=1, high=10_000)
+    steps: int = setting(25, "sampling steps", low=1, high=1000)
+    guidance: float | None = setting(None, "classifier-free guidance; 1 switches it off", low=0, high=100)
+    solver: str = setting("dpm++", "dpm++ (fast, 2M) or ddim", choices=SOLVERS)
+    seed: int = setting(0, "seed of the first picture; the next ones follow", low=0, high=2**63 - 1)
+    size: int | None = setting(None, "side of the drawn pictures", low=64, high=4096, unit="pixels")
+    negative: str = setting("", "what not to draw")
