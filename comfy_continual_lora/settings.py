@@ -24,8 +24,8 @@ TEMPLATES = (
 )
 
 PRESETS: dict[str, dict[str, Any]] = {
-    "sd1": {"steps": 1000, "batch": 1, "rate": 2e-4, "token_rate": 1e-3, "guidance": 7.5},
-    "mini": {"steps": 300, "batch": 8, "rate": 1.5e-3, "token_rate": 5e-3, "guidance": 4.0},
+    "sd1": {"rank": 16, "steps": 1000, "batch": 1, "rate": 2e-4, "token_rate": 1e-3, "guidance": 7.5},
+    "mini": {"rank": 16, "steps": 300, "batch": 8, "rate": 1.5e-3, "token_rate": 5e-3, "guidance": 4.0},
 }
 
 
@@ -61,7 +61,7 @@ class LearnSettings(Settings):
     method: str = setting("lora", "how to learn: lora (K/V LoRA and the word) or textual_inversion (only the word)", choices=METHODS)
     steps: int | None = setting(None, "training steps", low=1, high=1_000_000)
     batch: int | None = setting(None, "pictures a step", low=1, high=256)
-    rank: int = setting(16, "rank of the LoRA; a stack keeps the rank it began with", low=1, high=256)
+    rank: int | None = setting(None, "rank of the LoRA, 16 unless told otherwise; a stack keeps the rank it began with", low=1, high=256)
     rate: float | None = setting(None, "learning rate of the LoRA", low=0, high=1)
     token_rate: float | None = setting(None, "learning rate of the word's vector", low=0, high=1)
     warmup: int = setting(20, "steps over which the rate rises", low=0, high=100_000)

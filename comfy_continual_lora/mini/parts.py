@@ -12,13 +12,12 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from diffusers import AutoencoderKL, UNet2DConditionModel
+from diffusers import UNet2DConditionModel
 from torch import Tensor, nn
 from transformers import CLIPConfig, CLIPModel, CLIPTokenizer
 
 from . import world
 
-LATENT_FACTOR = 0.18215
 TOKENIZER = Path(__file__).parents[1] / "checkpoint" / "tokenizer"
 
 
@@ -54,31 +53,52 @@ def new_clip(*, vocab_size: int | None = None) -> CLIPModel:
     return CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=192))
 
 
-class _Skip(nn.Module):
-    def forward(self, x: Tensor, temb: Tensor | None = None) -> Tensor:
-        return x
+class _Block(nn.Module):
+    """TAESD's residual block, relu(x + conv relu conv relu conv)."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        convs = [nn.Conv2d(width, width, 3, padding=1) for _ in range(3)]
+        self.conv = nn.Sequential(convs[0], nn.ReLU(), convs[1], nn.ReLU(), convs[2])
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.relu(x + self.conv(x))
 
 
-def new_autoencoder(*, pruned: bool = False) -> AutoencoderKL:
-    """A KL autoencoder. `pruned` leaves out the two blocks at full resolution that the recipe does not train (`unprune` writes them as identities)."""
-    model = AutoencoderKL(
-        block_out_channels=(64, 64, 64, 128), layers_per_block=1, latent_channels=4, norm_num_groups=32, sample_size=128,
-        down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4, scaling_factor=LATENT_FACTOR,
-    )  # fmt: skip
-    if pruned:
-        for blocks in (model.encoder.down_blocks[0].resnets, model.decoder.up_blocks[3].resnets, model.decoder.up_blocks[2].resnets[1:]):
-            for index in range(len(blocks)):
-                blocks[index] = _Skip()
-    return model
+class SlimAutoencoder(nn.Module):
+    """A slim TAESD: narrower, and with fewer blocks, than the layout it is written in (`weights.tiny_state` pads it exactly).
 
+    `stages` lists (width, blocks) from 16 x 16 to 128 x 128; a stage without blocks keeps the ReLU of the first one it leaves out.
+    """
 
-@torch.no_grad()
-def unprune(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The state of a pruned autoencoder with its left-out blocks as exact identities (a residual block whose last convolution is zero)."""
-    full = new_autoencoder().state_dict()
-    for key, value in full.items():
-        full[key] = state.get(key, torch.ones_like(value) if key.endswith(("norm1.weight", "norm2.weight")) else torch.zeros_like(value))
-    return full
+    encoder_stages = ((64, 2), (64, 1), (32, 1), (32, 0))
+    decoder_stages = ((64, 3), (64, 2), (32, 2), (32, 0))
+
+    def __init__(self) -> None:
+        super().__init__()
+        (wide, first), *rest = reversed(self.encoder_stages)
+        layers: list[nn.Module] = [nn.Conv2d(3, wide, 3, padding=1), *self._blocks(wide, first)]
+        for width, blocks in rest:
+            layers += [nn.Conv2d(wide, width, 3, 2, 1, bias=False), *self._blocks(width, blocks)]
+            wide = width
+        self.encoder = nn.Sequential(*layers, nn.Conv2d(wide, 4, 3, padding=1))
+        (wide, first), *rest = self.decoder_stages
+        layers = [nn.Conv2d(4, wide, 3, padding=1), nn.ReLU(), *self._blocks(wide, first)]
+        for width, blocks in rest:
+            layers += [nn.Upsample(scale_factor=2), nn.Conv2d(wide, width, 3, padding=1, bias=False), *self._blocks(width, blocks)]
+            wide = width
+        self.decoder = nn.Sequential(*layers, nn.Conv2d(wide, 3, 3, padding=1))
+
+    @staticmethod
+    def _blocks(width: int, count: int) -> list[nn.Module]:
+        return [_Block(width) for _ in range(count)] or [nn.ReLU()]
+
+    def encode(self, images: Tensor) -> Tensor:
+        """(n, 3, 128, 128) in -1..1 -> latents (n, 4, 16, 16)."""
+        return self.encoder(images.add(1).div(2))
+
+    def decode(self, latents: Tensor) -> Tensor:
+        return self.decoder(torch.tanh(latents / 3) * 3).mul(2).sub(1)
 
 
 def new_unet() -> UNet2DConditionModel:
@@ -95,17 +115,16 @@ def alphas_cumprod() -> Tensor:
 
 
 @torch.no_grad()
-def normalise_latents(model: AutoencoderKL, images: Tensor) -> None:
-    """Fold per-channel mean and spread into the 1x1 convolutions around the latents, so that latents * 0.18215 have mean 0 and variance 1."""
-    mean = torch.cat([model.quant_conv(model.encoder(chunk)) for chunk in images.split(32)])[:, :4]
-    shift = mean.mean((0, 2, 3))
-    scale = 1 / (mean.std((0, 2, 3)) * LATENT_FACTOR)
-    quant, post = model.quant_conv, model.post_quant_conv
-    quant.bias[:4] = (quant.bias[:4] - shift) * scale
-    quant.weight[:4] *= scale.view(-1, 1, 1, 1)
-    quant.weight[4:], quant.bias[4:] = 0, -20  # log-variance: the encoder is deterministic
-    post.bias += (post.weight[:, :, 0, 0] * shift).sum(1)
-    post.weight /= scale.view(1, -1, 1, 1)
+def normalise_latents(model: SlimAutoencoder, images: Tensor) -> None:
+    """Fold the spread of the latents into the convolutions around them, so that every channel has mean 0 and variance 1 (up to the decoder's tanh)."""
+    latents = torch.cat([model.encode(chunk) for chunk in images.split(32)])
+    shift, scale = latents.mean((0, 2, 3)), 1 / latents.std((0, 2, 3))
+    last, first = model.encoder[-1], model.decoder[0]
+    assert isinstance(last, nn.Conv2d)
+    assert isinstance(first, nn.Conv2d)
+    last.weight *= scale.view(-1, 1, 1, 1)
+    last.bias.copy_((last.bias - shift) * scale)
+    first.weight /= scale.view(1, -1, 1, 1)
 
 
 # --- the reader ----------------------------------------------------------------------------------------------------------------------

@@ -7,8 +7,9 @@ in: nothing (the world is drawn) - out: OUT/*.safetensors, the parts of the mini
 stages   pictures     64,000 captioned pictures of the world
          reader       a small CNN that reads shape, pattern, colours and background off a picture: the judge, trained on real pictures only
          clip         image and text tower (contrastive, with an attribute loss on the image tower); the text tower is the text encoder
-         autoencoder  KL autoencoder in the LDM layout, f = 8, 4 channels, unit variance after SD's factor 0.18215
+         autoencoder  a slim TAESD, f = 8, 4 channels of unit variance
          latents      every picture encoded once
+         features     every caption encoded once
          unet         eps-prediction, scaled-linear betas, min-SNR-5, caption dropout 0.1, EMA
          pack         the shipped files
 
@@ -21,13 +22,14 @@ from __future__ import annotations
 import argparse
 import json
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from diffusers.models.attention_processor import AttnProcessor
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -240,30 +242,29 @@ def stage_clip(out: Path, steps: int = 650, n: int = 128) -> None:
 # --- autoencoder ---------------------------------------------------------------------------------------------------------------------
 
 
-def stage_autoencoder(out: Path, steps: int, n: int = 4) -> None:
+def stage_autoencoder(out: Path, steps: int, n: int = 8) -> None:
     rank = dist.get_rank() if dist.is_initialized() else 0
-    pictures, model = Pictures(out), parts.new_autoencoder(pruned=True)
+    pictures, model = Pictures(out), parts.SlimAutoencoder()
 
     def loss(step: int) -> tuple[Tensor, dict[str, float]]:
         indices, rng = pictures.indices(step, n - n // 4, stream=30 + rank), np.random.default_rng((SEED, 30 + rank, step))
         abstract = to_tensor(np.stack([world.draw_abstract(rng) for _ in range(n // 4)]))
         images = torch.cat([pictures.images(indices), abstract])
         with torch.autocast("cpu", torch.bfloat16):
-            moments = model.quant_conv(model.encoder(images)).float()
-            mean = moments[:, :4]
-            noise = torch.randn(mean.shape, generator=torch.Generator().manual_seed(2 * step + rank))
-            drawn = model.decoder(model.post_quant_conv(mean + 0.05 * noise)).float()
+            latents = model.encode(images).float()
+            noise = torch.randn(latents.shape, generator=torch.Generator().manual_seed(2 * step + rank))
+            drawn = model.decode(latents + 0.05 * noise).float()
         error = F.smooth_l1_loss(drawn, images, beta=0.1)
         edges = sum(((drawn - images).diff(dim=d)).abs().mean() for d in (2, 3))
-        spread = mean.var((0, 2, 3)).sub(1).square().mean() + mean.mean((0, 2, 3)).square().mean()
+        spread = latents.var((0, 2, 3)).sub(1).square().mean() + latents.mean((0, 2, 3)).square().mean()
         psnr = float(-10 * torch.log10((drawn.detach() - images)[: len(indices)].square().mean() / 4))
         return error + 0.25 * edges + 0.01 * spread, {"psnr": psnr, "spread": float(spread.detach())}
 
-    fit(out, "autoencoder", model, loss, steps=steps, rate=2e-3, average_every=2, weight_decay=0.0)
+    fit(out, "autoencoder", model, loss, steps=steps, rate=1e-3, average_every=2, weight_decay=0.0)
     if rank:
         return
     parts.normalise_latents(model, pictures.images(np.arange(0, 512)))
-    save_file(parts.unprune(model.state_dict()), out / "autoencoder.safetensors")
+    keep(out, "autoencoder", model)
 
 
 # --- latents and unet ----------------------------------------------------------------------------------------------------------------
@@ -274,46 +275,46 @@ def stage_latents(out: Path) -> None:
     path = out / "latents.safetensors"
     if path.exists():
         return
-    pictures, model = Pictures(out), parts.new_autoencoder()
+    pictures, model = Pictures(out), parts.SlimAutoencoder()
     model.load_state_dict(load_file(out / "autoencoder.safetensors"))
-    model = model.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
     latents = torch.empty(PICTURES, 4, 16, 16, dtype=torch.float16)
     with torch.autocast("cpu", torch.bfloat16):
         for start in range(0, PICTURES, 64):
             indices = np.arange(start, start + 64)
-            images = pictures.images(indices).contiguous(memory_format=torch.channels_last)
-            moments = model.quant_conv(model.encoder(images)).float()
-            latents[start : start + 64] = moments[:, :4] * parts.LATENT_FACTOR
+            latents[start : start + 64] = model.encode(pictures.images(indices))
     save_file({"latents": latents}, path)
     log(out, stage="latents", mean=float(latents.float().mean()), std=float(latents.float().std()))
 
 
+def captions() -> list[str]:
+    """The caption of every picture, and before them the empty one."""
+    return ["", *(scene(i)[0].caption for i in range(PICTURES))]
+
+
 @torch.no_grad()
-def caption_features(out: Path, captions: Iterable[str]) -> Tensor:
-    """What the text encoder makes of each caption, float16 (captions, 77, 256)."""
-    clip, vocabulary = parts.new_clip(), parts.Vocabulary()
+def stage_features(out: Path) -> None:
+    """What the text encoder makes of each distinct caption, float16 (captions, 77, 256)."""
+    clip, vocabulary = parts.new_clip().eval(), parts.Vocabulary()
     clip.load_state_dict(load_file(out / "clip.safetensors"))
-    ids = vocabulary.encode(list(captions))
+    ids = vocabulary.encode(sorted(set(captions())))
     features = torch.empty(len(ids), 77, clip.config.text_config.hidden_size, dtype=torch.float16)
-    for start in range(0, len(ids), 256):
-        features[start : start + 256] = clip.text_model(input_ids=ids[start : start + 256]).last_hidden_state
-    return features
+    with torch.autocast("cpu", torch.bfloat16):
+        for start in range(0, len(ids), 128):
+            features[start : start + 128] = clip.text_model(input_ids=ids[start : start + 128]).last_hidden_state
+    save_file({"features": features}, out / "features.safetensors")
+    log(out, stage="features", captions=len(ids))
 
 
-def stage_unet(out: Path, steps: int, n: int = 32, average_every: int = 4) -> None:
+def stage_unet(out: Path, steps: int, n: int = 32, compiled: bool = True) -> None:
     rank = dist.get_rank() if dist.is_initialized() else 0
     latents = load_file(out / "latents.safetensors")["latents"]
-    captions = ["", *(scene(i)[0].caption for i in range(PICTURES))]
-    distinct = sorted(set(captions))
-    row_of = {caption: row for row, caption in enumerate(distinct)}
-    rows = torch.tensor([row_of[c] for c in captions])
-    path = out / "captions.safetensors"
-    if rank == 0 and not path.exists():
-        save_file({"features": caption_features(out, distinct)}, path)
-    if dist.is_initialized():
-        dist.barrier()
-    features = load_file(path)["features"]
+    features = load_file(out / "features.safetensors")["features"]
+    text = captions()
+    row_of = {caption: row for row, caption in enumerate(sorted(set(text)))}
+    rows = torch.tensor([row_of[c] for c in text])
     model = parts.new_unet().to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
+    model.set_attn_processor(AttnProcessor())  # on a CPU plain matrix products are faster than the fused attention's bf16 backward
+    predict = torch.compile(model) if compiled else model
     alphas = parts.alphas_cumprod()
 
     def loss(step: int) -> tuple[Tensor, dict[str, float]]:
@@ -326,12 +327,12 @@ def stage_unet(out: Path, steps: int, n: int = 32, average_every: int = 4) -> No
         noisy = alpha.sqrt() * clean + (1 - alpha).sqrt() * noise
         caption = torch.where(torch.rand(n, generator=generator) < 0.1, rows[0], rows[index + 1])
         with torch.autocast("cpu", torch.bfloat16):
-            predicted = model(noisy.contiguous(memory_format=torch.channels_last), timestep, features[caption].float()).sample.float()
+            predicted = predict(noisy.contiguous(memory_format=torch.channels_last), timestep, features[caption].float()).sample.float()
         error = (predicted - noise).square().mean((1, 2, 3))
         snr = alphas[timestep] / (1 - alphas[timestep])
         return (error * snr.clamp(max=5) / snr).mean() * 2, {"mse": float(error.detach().mean())}
 
-    fit(out, "unet", model, loss, steps=steps, rate=1.2e-3, ema=0.9995, average_every=average_every)
+    fit(out, "unet", model, loss, steps=steps, rate=1.2e-3, ema=0.9995, average_every=4)
     if rank == 0:
         keep(out, "unet", model)
 
@@ -357,9 +358,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Make the mini-SD from nothing; run again to go on where it stopped.")
     parser.add_argument("out", type=Path, help="folder for data, snapshots and results")
     parser.add_argument("--processes", type=int, default=1, help="CPU processes that draw pictures and train the U-Net together")
-    parser.add_argument("--autoencoder-steps", type=int, default=3000, help="autoencoder steps of 4 pictures per process")
+    parser.add_argument("--autoencoder-steps", type=int, default=1800, help="autoencoder steps of 8 pictures per process")
     parser.add_argument("--unet-steps", type=int, default=9000, help="U-Net steps of 32 pictures per process")
-    parser.add_argument("--stages", default="pictures,reader,clip,autoencoder,latents,unet,pack", help="which stages, in this order")
+    parser.add_argument("--stages", default="pictures,reader,clip,autoencoder,latents,features,unet,pack", help="which stages, in this order")
     args = parser.parse_args()
     out: Path = args.out
     out.mkdir(parents=True, exist_ok=True)
@@ -379,7 +380,7 @@ def main() -> None:
 
                 weights.pack(out)
             case _:
-                {"reader": stage_reader, "clip": stage_clip, "latents": stage_latents}[stage](out)
+                {"reader": stage_reader, "clip": stage_clip, "latents": stage_latents, "features": stage_features}[stage](out)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,102 @@
+"""Names of the same weights in two layouts: diffusers (what we run) and LDM (the single files people own). One table, both directions.
+
+Each function takes the diffusers names of a model and returns {diffusers name: LDM name}, a bijection; levels and blocks are counted from the names
+themselves, so nets of any depth map. Source: the module order of LDM's `openaimodel.UNetModel` and `model.Encoder/Decoder`.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+
+UNET_PREFIX = "model.diffusion_model."
+VAE_PREFIX = "first_stage_model."
+TEXT_PREFIX = "cond_stage_model.transformer.text_model."
+
+_UNET_RESNET = {
+    "norm1": "in_layers.0", "conv1": "in_layers.2", "time_emb_proj": "emb_layers.1",
+    "norm2": "out_layers.0", "conv2": "out_layers.3", "conv_shortcut": "skip_connection",
+}  # fmt: skip
+_UNET_OUTSIDE = {
+    "conv_in": "input_blocks.0.0", "time_embedding.linear_1": "time_embed.0", "time_embedding.linear_2": "time_embed.2",
+    "conv_norm_out": "out.0", "conv_out": "out.2",
+}  # fmt: skip
+_VAE_ATTENTION = {"group_norm": "norm", "to_q": "q", "to_k": "k", "to_v": "v", "to_out.0": "proj_out"}
+
+
+def _count(names: Iterable[str], pattern: str) -> int:
+    return 1 + max((int(m[1]) for name in names if (m := re.match(pattern, name))), default=-1)
+
+
+def unet_names(names: Iterable[str]) -> dict[str, str]:
+    """{diffusers name: LDM name} of a U-Net's parameters, without a prefix."""
+    names = list(names)
+    per_level = _count(names, r"down_blocks\.0\.resnets\.(\d+)\.")
+    with_attention = {m[0] for name in names if (m := re.match(r"up_blocks\.\d+\.attentions", name))}
+
+    def ldm(name: str) -> str:
+        module, leaf = name.rsplit(".", 1)
+        if module in _UNET_OUTSIDE:
+            return f"{_UNET_OUTSIDE[module]}.{leaf}"
+        part, rest = name.split(".", 1)
+        if part == "mid_block":
+            kind, index, inner = rest.split(".", 2)
+            block = "middle_block." + ("1" if kind == "attentions" else "0" if index == "0" else "2")
+        else:
+            level, kind, index, inner = rest.split(".", 3)
+            i, j = int(level), int(index)
+            if part == "down_blocks" and kind == "downsamplers":
+                return f"input_blocks.{(i + 1) * (per_level + 1)}.0.{inner.replace('conv', 'op')}"
+            if part == "up_blocks" and kind == "upsamplers":
+                place = 2 if f"up_blocks.{i}.attentions" in with_attention else 1
+                return f"output_blocks.{i * (per_level + 1) + per_level}.{place}.{inner}"
+            place = 0 if kind == "resnets" else 1
+            if part == "down_blocks":
+                block = f"input_blocks.{1 + i * (per_level + 1) + j}.{place}"
+            else:
+                block = f"output_blocks.{i * (per_level + 1) + j}.{place}"
+        if kind == "resnets":
+            layer, leaf = inner.rsplit(".", 1)
+            return f"{block}.{_UNET_RESNET[layer]}.{leaf}"
+        return f"{block}.{inner}"
+
+    return {name: ldm(name) for name in names}
+
+
+def vae_names(names: Iterable[str]) -> dict[str, str]:
+    """{diffusers name: LDM name} of a KL autoencoder's parameters; the attention's matrices are 1x1 convolutions in LDM."""
+    names = list(names)
+    levels = _count(names, r"decoder\.up_blocks\.(\d+)\.")
+
+    def ldm(name: str) -> str:
+        if name.startswith(("quant_conv.", "post_quant_conv.")):
+            return name
+        half, rest = name.split(".", 1)
+        rest = rest.replace("conv_norm_out", "norm_out").replace("conv_shortcut", "nin_shortcut")
+        if match := re.match(r"mid_block\.attentions\.0\.(.+)\.(\w+)$", rest):
+            return f"{half}.mid.attn_1.{_VAE_ATTENTION[match[1]]}.{match[2]}"
+        if match := re.match(r"mid_block\.resnets\.(\d)\.(.+)$", rest):
+            return f"{half}.mid.block_{int(match[1]) + 1}.{match[2]}"
+        if match := re.match(r"(down|up)_blocks\.(\d+)\.(resnets|downsamplers|upsamplers)\.(\d+)\.(.+)$", rest):
+            way, level, kind, index, inner = match.groups()
+            i = int(level) if way == "down" else levels - 1 - int(level)
+            place = f"block.{index}" if kind == "resnets" else kind.removesuffix("rs").removesuffix("e") + "e"
+            return f"{half}.{way}.{i}.{place}.{inner}"
+        return f"{half}.{rest}"
+
+    return {name: ldm(name) for name in names}
+
+
+def tiny_vae_names(names: Iterable[str]) -> dict[str, str]:
+    """{diffusers name: name in a checkpoint} of a TAESD; its decoder begins with a clamp that diffusers does not count."""
+
+    def ldm(name: str) -> str:
+        half, _, index, rest = name.split(".", 3)
+        return f"taesd_{half}.{int(index) + (half == 'decoder')}.{rest}"
+
+    return {name: ldm(name) for name in names}
+
+
+def text_names(names: Iterable[str]) -> dict[str, str]:
+    """{transformers name: LDM name} of a CLIP text model; transformers 4 writes `text_model.` before every name, 5 does not."""
+    return {name: name.removeprefix("text_model.") for name in names}

@@ -1,0 +1,221 @@
+"""Front end: the command `continual-lora`. It builds a request, shows progress, translates our exceptions, shows the result."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import signal
+import sys
+import textwrap
+from pathlib import Path
+from typing import Any
+
+from .errors import Cancelled, ContinualLoraError
+from .progress import Progress
+from .settings import DrawSettings, LearnSettings
+
+EPILOG = "Everything learned about a checkpoint lies in one file beside it: <checkpoint>.concepts.safetensors. Nothing is ever downloaded."
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Exit status: 0 done, 2 a user's mistake (one paragraph says what to do), 130 stopped with Ctrl-C."""
+    arguments = _parser().parse_args(argv)
+    bar = _Bar()
+    try:
+        arguments.run(arguments, bar)
+    except ContinualLoraError as error:
+        bar.clear()
+        print("\n".join(textwrap.fill(line, 110, break_long_words=False, break_on_hyphens=False) for line in f"continual-lora: {error}".splitlines()),
+              file=sys.stderr)  # fmt: skip
+        return 2
+    except Cancelled as stopped:
+        bar.clear()
+        print(f"continual-lora: stopped. {stopped}", file=sys.stderr)
+        return 130
+    finally:
+        bar.close()
+    return 0
+
+
+# --- progress ------------------------------------------------------------------------------------------------------------------------
+
+
+class _Bar:
+    """Progress on one line of a terminal, or a line now and then elsewhere; Ctrl-C stops between two steps, a second one at once."""
+
+    def __init__(self) -> None:
+        self.stop, self.width, self.said = False, 0, -1
+        self.before = signal.signal(signal.SIGINT, self._interrupt) if _in_main_thread() else None
+
+    def _interrupt(self, _number: int, _frame: object) -> None:
+        if self.stop:
+            raise KeyboardInterrupt
+        self.stop = True
+
+    def __call__(self, progress: Progress) -> None:
+        if self.stop:
+            kept = " What was learned so far is kept: the same command goes on from here." if progress.stage == "learn" else ""
+            raise Cancelled(f"({progress.stage}, step {progress.step} of {progress.steps}){kept}")
+        line = f"{progress.stage:>6} {progress.step}/{progress.steps}"
+        if progress.loss is not None:
+            line += f"  loss {progress.loss:.4f}  rate {progress.rate:.2g}"
+        if progress.seconds_left is not None:
+            line += f"  {int(progress.seconds_left) // 60}:{int(progress.seconds_left) % 60:02d} left"
+        if sys.stderr.isatty():
+            print("\r" + line.ljust(self.width), end="", file=sys.stderr, flush=True)
+            self.width = len(line)
+        elif progress.step == progress.steps or progress.step * 10 // progress.steps != self.said:
+            self.said = progress.step * 10 // progress.steps
+            print(line, file=sys.stderr, flush=True)
+
+    def clear(self) -> None:
+        if self.width:
+            print("\r" + " " * self.width + "\r", end="", file=sys.stderr, flush=True)
+            self.width = 0
+
+    def close(self) -> None:
+        self.clear()
+        if self.before is not None:
+            signal.signal(signal.SIGINT, self.before)
+
+
+def _in_main_thread() -> bool:
+    import threading
+
+    return threading.current_thread() is threading.main_thread()
+
+
+# --- the commands --------------------------------------------------------------------------------------------------------------------
+
+
+def _demo(arguments: argparse.Namespace, bar: _Bar) -> None:
+    from .demo import run_demo
+
+    report = run_demo(arguments.out, bar, lambda text: (bar.clear(), print(text, flush=True)))
+    print(f"The report: {report}")
+
+
+def _mini(arguments: argparse.Namespace, bar: _Bar) -> None:
+    from .mini.weights import write_checkpoint
+
+    write_checkpoint(arguments.path, stock=arguments.stock)
+    print(f"Wrote {arguments.path} ({arguments.path.stat().st_size / 2**20:.0f} MiB)")
+
+
+def _learn(arguments: argparse.Namespace, bar: _Bar) -> None:
+    from . import pipeline
+
+    settings = LearnSettings(**_given(arguments, LearnSettings))
+    request = pipeline.LearnRequest(
+        arguments.checkpoint, arguments.images, arguments.token, arguments.noun, settings, arguments.stack, arguments.device
+    )
+    result = pipeline.learn_concept(request, bar)
+    bar.clear()
+    if arguments.json:
+        print(json.dumps({"token": result.record.token, "loss": result.record.loss, "stack_file": str(result.stack_file)}))
+    else:
+        print(f"Learned {result.record.token} ({result.record.noun}) from {result.record.images} pictures; stored in {result.stack_file}")
+        print(f'Try: continual-lora draw --checkpoint {arguments.checkpoint} --prompt "a photo of a {result.record.token} {result.record.noun}"')
+
+
+def _draw(arguments: argparse.Namespace, bar: _Bar) -> None:
+    from . import pipeline, report
+
+    settings = DrawSettings(**_given(arguments, DrawSettings))
+    drawn = pipeline.draw(pipeline.DrawRequest(arguments.checkpoint, arguments.prompt, settings, arguments.stack, arguments.device), bar)
+    files = report.save_pictures(drawn, arguments.out)
+    bar.clear()
+    print(json.dumps({"files": [str(f) for f in files]}) if arguments.json else "\n".join(str(f) for f in files))
+
+
+def _info(arguments: argparse.Namespace, bar: _Bar) -> None:
+    from . import pipeline
+
+    found = pipeline.info(arguments.checkpoint, arguments.stack)
+    if arguments.json:
+        print(json.dumps(found))
+        return
+    print(f"{found['stack_file']}\nfingerprint {found['fingerprint'][:12]}, rank {found['rank']}, {found['trainable_parameters']:,} trainable parameters")
+    for concept in found["concepts"]:
+        print(f"  {concept['token']:<12} {concept['noun']:<16} {concept['images']} pictures, {concept['steps']} steps, {concept['method']}, {concept['learned']}")
+    if not found["concepts"]:
+        print("  no concepts yet")
+
+
+def _undo(arguments: argparse.Namespace, bar: _Bar) -> None:
+    from . import pipeline
+
+    record = pipeline.undo(arguments.checkpoint, arguments.stack)
+    if arguments.json:
+        print(json.dumps({"token": record.token}))
+    else:
+        print(f"Took {record.token} ({record.noun}) off the stack.")
+
+
+# --- flags, made from the settings ---------------------------------------------------------------------------------------------------
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        "continual-lora", description="Teach a Stable Diffusion checkpoint one thing after another, without forgetting.", epilog=EPILOG
+    )
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    def command(name: str, run: Any, help: str, *, checkpoint: bool = True, machine: bool = True) -> argparse.ArgumentParser:
+        sub = commands.add_parser(name, help=help, description=help[0].upper() + help[1:] + ".", epilog=EPILOG)
+        sub.set_defaults(run=run)
+        if checkpoint:
+            sub.add_argument("--checkpoint", type=Path, required=True, help="a .safetensors checkpoint or a diffusers folder")
+            sub.add_argument("--stack", type=Path, help="the concept stack, if not the file beside the checkpoint")
+        if machine:
+            sub.add_argument("--json", action="store_true", help="print the result as JSON")
+        return sub
+
+    demo = command("demo", _demo, "learn two concepts on the mini-SD and write a report with pictures", checkpoint=False, machine=False)
+    demo.add_argument("--out", type=Path, default=Path("demo"), help="folder for the report (default: demo)")
+
+    mini = command("mini", _mini, "write the mini-SD, a small Stable Diffusion for trying things out, as a checkpoint", checkpoint=False, machine=False)
+    mini.add_argument("path", type=Path, help="where to write it, such as mini.safetensors")
+    mini.add_argument("--stock", action="store_true", help="the same net as wide as SD1.5, for programs that accept nothing else")
+
+    learn = command("learn", _learn, "teach the checkpoint one more concept")
+    learn.add_argument("--images", type=Path, required=True, help="folder with 3 to 15 pictures; name.txt beside name.jpg is its caption")
+    learn.add_argument("--token", required=True, help="the new word, such as V1")
+    learn.add_argument("--noun", required=True, help="what kind of thing it is, such as teapot")
+    learn.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps (default: auto)")
+    _add_settings(learn, LearnSettings)
+
+    draw = command("draw", _draw, "draw pictures; learned words stand for their concepts")
+    draw.add_argument("--prompt", required=True, action="append", help='what to draw, such as "a photo of a V1 teapot"; may be given several times')
+    draw.add_argument("--out", type=Path, default=Path("drawn"), help="folder for the pictures (default: drawn)")
+    draw.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps (default: auto)")
+    _add_settings(draw, DrawSettings, short={"count": "-n"})
+
+    command("info", _info, "show what a checkpoint has learned")
+    command("undo", _undo, "take the newest concept off the stack")
+    return parser
+
+
+def _add_settings(parser: argparse.ArgumentParser, settings: type, short: dict[str, str] | None = None) -> None:
+    """One flag a setting: type, choices, default and help come from its declaration."""
+    for f in dataclasses.fields(settings):
+        kind = {"int": int, "float": float}.get(str(f.type).split(" ")[0], str)
+        default = "what suits the checkpoint" if f.default is None else f.default
+        names = [*([short[f.name]] if short and f.name in short else []), f"--{'lr' if f.name == 'rate' else f.name.replace('_', '-')}"]
+        help = f"{f.metadata['help']} (default: {default})".replace("%", "%%")
+        if f.type == "bool":
+            parser.add_argument(*names, dest=f.name, action=argparse.BooleanOptionalAction, default=None, help=help)
+        else:
+            choices = f.metadata["choices"] or None
+            parser.add_argument(*names, dest=f.name, type=kind, choices=choices, help=help, metavar=None if choices else f.name.upper())
+
+
+def _given(arguments: argparse.Namespace, settings: type) -> dict[str, Any]:
+    """The settings the user gave; the others keep their defaults."""
+    values = {f.name: getattr(arguments, f.name) for f in dataclasses.fields(settings)}
+    return {name: value for name, value in values.items() if value is not None}
+
+
+if __name__ == "__main__":
+    sys.exit(main())

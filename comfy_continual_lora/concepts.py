@@ -1,0 +1,151 @@
+"""Stage 2: pictures on disk -> `ConceptImages`, ready to learn from.
+
+in: a folder or a list of JPEG, PNG, WebP, BMP or TIFF files, each with an optional caption in a .txt beside it - out: square pictures, captions, hashes.
+EXIF orientation is applied, transparency is laid on white, palettes, greyscale and 16-bit pictures become 8-bit RGB.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import io
+import re
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+from torch import Tensor
+
+from .errors import ConceptImagesError, TokenError
+
+SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff")
+MAX_PIXELS = 100_000_000
+PREVIEW = 96
+
+
+@dataclass(frozen=True)
+class ConceptImages:
+    """The pictures of one concept: images (n, 3, size, size) in -1..1, one caption (or None) and one SHA-256 each, a small JPEG preview in base64."""
+
+    images: Tensor
+    captions: tuple[str | None, ...]
+    hashes: tuple[str, ...]
+    preview: str
+
+
+def find_images(source: str | Path | Iterable[str | Path]) -> list[Path]:
+    """The picture files of a folder (not its sub-folders), or of a list, in name order."""
+    if not isinstance(source, (str, Path)):
+        return [Path(p) for p in source]
+    folder = Path(source)
+    if folder.is_file():
+        return [folder]
+    if not folder.is_dir():
+        raise ConceptImagesError(f"There is no folder {folder}. Give a folder with 3 to 15 pictures of the thing to learn.")
+    files = sorted(p for p in folder.iterdir() if p.suffix.lower() in SUFFIXES and not p.name.startswith("."))
+    if not files:
+        others = sorted({p.suffix or p.name for p in folder.iterdir()})
+        held = f"it holds only {', '.join(others[:5])}" if others else "it is empty"
+        raise ConceptImagesError(f"No pictures in {folder}: {held}. Expected {', '.join(SUFFIXES)}; 3 to 15 pictures of the thing to learn.")
+    return files
+
+
+def read_image(path: Path) -> Image.Image:
+    """One picture as upright 8-bit RGB. Raises ConceptImagesError for what is no picture, is cut short, or is absurdly large."""
+    try:
+        with Image.open(path) as image:
+            if image.width * image.height > MAX_PIXELS:
+                raise ConceptImagesError(f"{path} is {image.width} x {image.height} pixels; at most {MAX_PIXELS:,} in all are read. Scale it down.")
+            image.load()
+            return _to_rgb(ImageOps.exif_transpose(image))
+    except Image.DecompressionBombError as error:
+        raise ConceptImagesError(f"{path} is too large ({error}). Scale it down; at most {MAX_PIXELS:,} pixels are read.") from None
+    except (OSError, SyntaxError, ValueError) as error:
+        raise ConceptImagesError(f"{path} can't be read as a picture ({error}). It may be cut short; replace it or take it out.") from None
+
+
+def _to_rgb(image: Image.Image) -> Image.Image:
+    if image.mode.startswith(("I", "F")):  # 16-bit and float greyscale
+        values = np.asarray(image, np.float64)
+        top = 65535 if image.mode.startswith("I") and values.max() > 255 else 255 if values.max() > 1 else 1
+        image = Image.fromarray((np.clip(values / top, 0, 1) * 255).astype(np.uint8))
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    return image.convert("RGB")
+
+
+def to_square(image: Image.Image, size: int, fit: str) -> Image.Image:
+    """Scale to size x size: "crop" keeps the middle, "pad" repeats the edge."""
+    if fit == "crop":
+        return ImageOps.fit(image, (size, size), Image.Resampling.LANCZOS)
+    scaled = ImageOps.contain(image, (size, size), Image.Resampling.LANCZOS)
+    top, left = (size - scaled.height) // 2, (size - scaled.width) // 2
+    rows, columns = ((top, size - scaled.height - top), (left, size - scaled.width - left))
+    return Image.fromarray(np.pad(np.asarray(scaled), (rows, columns, (0, 0)), mode="edge"))
+
+
+def load_images(source: str | Path | Iterable[str | Path], size: int, *, fit: str = "crop") -> ConceptImages:
+    """Read every picture of `source`; all problems are told in one message."""
+    paths, squares, captions, hashes, problems = find_images(source), [], [], [], []
+    for path in paths:
+        try:
+            squares.append(to_square(read_image(path), size, fit))
+        except ConceptImagesError as error:
+            problems.append(str(error))
+            continue
+        hashes.append(hashlib.sha256(path.read_bytes()).hexdigest())
+        text = path.with_suffix(".txt")
+        captions.append(text.read_text(encoding="utf-8", errors="replace").strip() or None if text.exists() else None)
+    if problems:
+        raise ConceptImagesError("\n".join(problems))
+    return from_pil(squares, captions, hashes)
+
+
+def from_pil(squares: Sequence[Image.Image], captions: Sequence[str | None], hashes: Sequence[str]) -> ConceptImages:
+    """Square RGB pictures of one size -> `ConceptImages`."""
+    if not squares:
+        raise ConceptImagesError("No pictures were given. Give 3 to 15 pictures of the thing to learn.")
+    return ConceptImages(torch.stack([to_tensor(s) for s in squares]), tuple(captions), tuple(hashes), preview(squares[0]))
+
+
+def to_tensor(image: Image.Image) -> Tensor:
+    """RGB picture -> (3, h, w) in -1..1."""
+    return torch.from_numpy(np.array(image, np.float32)).permute(2, 0, 1).div_(127.5).sub_(1)
+
+
+def to_pil(image: Tensor) -> Image.Image:
+    """(3, h, w) in -1..1 -> RGB picture."""
+    return Image.fromarray(image.clamp(-1, 1).add(1).mul(127.5).round().byte().permute(1, 2, 0).cpu().numpy())
+
+
+def preview(image: Image.Image) -> str:
+    buffer = io.BytesIO()
+    image.resize((PREVIEW, PREVIEW), Image.Resampling.LANCZOS).save(buffer, "JPEG", quality=85)
+    return base64.b64encode(buffer.getvalue()).decode()
+
+
+def prompts_for(token: str, noun: str, templates: Sequence[str], caption: str | None) -> list[str]:
+    """What a picture may be called while learning: its own caption (naming the token), else every template."""
+    name = f"{token} {noun}".strip()
+    if caption is None:
+        return [template.format(name) for template in templates]
+    if re.search(rf"(?<!\w){re.escape(token)}(?!\w)", caption, re.IGNORECASE):
+        return [caption]
+    return [f"a photo of a {name}, {caption}"]
+
+
+def check_token(token: str, taken: Iterable[str], is_known_word: Callable[[str], bool]) -> None:
+    """Raise TokenError unless `token` can name a new concept, in prompts and in file names of every host."""
+    advice = "Choose a short word of your own, such as V1."
+    if not token.strip():
+        raise TokenError(f"The token is empty. {advice}")
+    if not re.fullmatch(r"[A-Za-z0-9_-]{1,64}", token):
+        raise TokenError(f"The token {token!r} may hold only letters, digits, - and _ (at most 64): it becomes a word and a file name. {advice}")
+    if token.lower() in {t.lower() for t in taken}:
+        raise TokenError(f"The token {token!r} is taken by a concept of this stack. Choose another, or undo that concept first.")
+    if is_known_word(token):
+        raise TokenError(f"The token {token!r} is a word the checkpoint knows already; prompts that use it would change meaning. {advice}")

@@ -1,0 +1,59 @@
+"""The main job, shown on the mini-SD: learn two concepts one after the other, draw both alone and together, write a report."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from PIL import Image
+
+from . import pipeline, report, store
+from .mini import world
+from .mini.weights import write_checkpoint
+from .progress import OnProgress
+from .settings import DrawSettings
+
+PICKED = (0, 6)  # which development concepts
+PLACES = ("on grass", "on sand", "in snow", "on wood")
+
+
+def run_demo(out: Path, on_progress: OnProgress, say: Callable[[str], object]) -> Path:
+    """Leave checkpoint, pictures and report.html in `out`; returns the report. Runs again from nothing each time."""
+    started = time.monotonic()
+    out.mkdir(parents=True, exist_ok=True)
+    checkpoint = out / "mini.safetensors"
+    write_checkpoint(checkpoint)
+    store.stack_path(checkpoint).unlink(missing_ok=True)
+    taught = [(f"V{n}", world.concepts("development")[index]) for n, index in enumerate(PICKED, start=1)]
+    sections, sheet = [], []
+    for step, (token, concept) in enumerate(taught, start=1):
+        folder = out / f"pictures-{token}"
+        folder.mkdir(exist_ok=True)
+        pictures = [Image.fromarray(p) for p in world.concept_pictures(concept, 5)]
+        for number, picture in enumerate(pictures):
+            picture.save(folder / f"{number}.png")
+        say(f"Learning {token}, a {concept.noun}, from {len(pictures)} pictures ...")
+        result = pipeline.learn_concept(pipeline.LearnRequest(checkpoint, folder, token, concept.noun), on_progress)
+        parts = [report.figure(pictures, f"The {len(pictures)} pictures {token} was learned from; they are not needed again.")]
+        for known, thing in taught[:step]:
+            drawn = _draw(checkpoint, [f"a photo of a {known} {thing.noun} {place}" for place in PLACES], on_progress)
+            parts.append(report.figure(drawn, f"Drawn now: a photo of a {known} {thing.noun} {', '.join(PLACES)}"))
+            sheet.append(drawn)
+        parts.append(report.curve(result.losses, f"Loss while learning {token}"))
+        sections.append((f"Step {step}: learn {token} {concept.noun}", parts))
+        sheet.insert(-step, pictures[:4])
+    (first, a), (second, b) = taught
+    together = f"a photo of a {first} {a.noun} and a {second} {b.noun}"
+    drawn = _draw(checkpoint, [f"{together} {place}" for place in PLACES], on_progress)
+    sections.append(("Both in one picture", [report.figure(drawn, f"{together} {', '.join(PLACES)}")]))
+    say("Writing the report ...")
+    report.grid([p for row in [*sheet, drawn] for p in row], len(PLACES)).save(out / "sheet.png")
+    path = out / "report.html"
+    intro = f"One small Stable Diffusion, two things it had never seen, learned one after the other in {time.monotonic() - started:.0f} seconds."
+    path.write_text(report.page("Two concepts, one after the other", intro, sections), encoding="utf-8")
+    return path
+
+
+def _draw(checkpoint: Path, prompts: list[str], on_progress: OnProgress) -> list[Image.Image]:
+    return [d.image for d in pipeline.draw(pipeline.DrawRequest(checkpoint, prompts, DrawSettings(seed=1)), on_progress)]

@@ -1,0 +1,29 @@
+"""Stage 3: noise schedule, noising, and the loss, one number per example.
+
+SD1.x: T = 1000, betas linear in their square roots from 0.00085 to 0.012 (Rombach et al. 2022, arXiv 2112.10752).
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+TIMESTEPS = 1000
+BETA_START, BETA_END = 0.00085, 0.012
+
+
+def alphas_cumprod() -> Tensor:
+    """Share of the signal's variance left at each timestep, (1000,) float32."""
+    betas = torch.linspace(BETA_START**0.5, BETA_END**0.5, TIMESTEPS, dtype=torch.float64) ** 2
+    return torch.cumprod(1 - betas, 0).float()
+
+
+def add_noise(clean: Tensor, noise: Tensor, timestep: Tensor, alphas: Tensor) -> Tensor:
+    """z_t = sqrt(a_t) z_0 + sqrt(1 - a_t) eps. clean, noise (n, 4, h, w), timestep (n,)."""
+    alpha = alphas[timestep].view(-1, 1, 1, 1)
+    return alpha.sqrt() * clean + (1 - alpha).sqrt() * noise
+
+
+def loss_per_example(predicted: Tensor, noise: Tensor) -> Tensor:
+    """|| eps - eps_theta ||^2 averaged over c, h, w, in float32: (n,)."""
+    return (predicted.float() - noise.float()).square().flatten(1).mean(1)

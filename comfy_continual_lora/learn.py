@@ -1,0 +1,201 @@
+"""Stage 3: the one training loop.
+
+    minimise over LoRA_n and V_n   E || eps - eps_theta(z_t, t, prompt with V_n) ||^2        (Jha et al. 2025; METHOD: `methods/`)
+
+in: a backbone, the concept's pictures, where the adapter and the word start - out: `Learned`.
+Every draw is a function of (seed, step), so a run that was stopped and goes on from its snapshot ends bit for bit where an undisturbed one ends.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor, nn
+
+from .checkpoint.backbone import Backbone
+from .concepts import ConceptImages, prompts_for
+from .diffusion import TIMESTEPS, add_noise, alphas_cumprod, loss_per_example
+from .errors import TrainingError
+from .lora import Adapter, attached
+from .methods import METHODS
+from .progress import OnProgress, Progress
+from .settings import TEMPLATES, LearnSettings
+from .store import write_whole
+
+
+@dataclass(frozen=True)
+class Learned:
+    """What a run ends with: the adapter (None if the method has none and none was there), the word's vector, the loss of every step."""
+
+    adapter: Adapter | None
+    word: Tensor
+    losses: list[float]
+
+
+def learn(
+    backbone: Backbone,
+    concept: ConceptImages,
+    token: str,
+    noun: str,
+    words: Mapping[str, Tensor],
+    adapter: Adapter | None,
+    word: Tensor,
+    settings: LearnSettings,
+    snapshot: Path,
+    on_progress: OnProgress,
+) -> Learned:
+    """Learn one concept. `words` are the earlier ones (frozen), `adapter` and `word` the starting point; `settings` are resolved.
+
+    Stopped by `on_progress`, it leaves a snapshot and lets the exception through. Raises TrainingError when the loss is not a number or memory runs out.
+    """
+    method = METHODS[settings.method]
+    assert settings.steps
+    assert settings.batch
+    assert settings.rate is not None
+    assert settings.token_rate is not None
+    prompts = [prompts_for(token, noun, TEMPLATES, caption) for caption in concept.captions]
+    images = torch.cat([concept.images, concept.images.flip(-1)]) if settings.flip else concept.images
+    latents = backbone.encode_images(images)
+    dtype = _number_format(backbone.device, settings.precision)  # factors, optimizer and loss stay in float32
+    backbone.unet.to(dtype)
+    alphas = alphas_cumprod().to(backbone.device)
+    if settings.checkpointing:
+        backbone.unet.enable_gradient_checkpointing()
+        backbone.unet.train()  # checkpointing asks for it; there is no dropout in the net
+    with attached(backbone, adapter, trainable=method.trains_adapter) as factors:
+        vector = nn.Parameter(word.to(backbone.device, torch.float32, copy=True))
+        trained = {"word": vector, **(factors if method.trains_adapter else {})}
+        groups = [{"params": [vector], "lr": settings.token_rate, "weight_decay": 0.0}]
+        if method.trains_adapter:
+            groups.append({"params": list(factors.values()), "lr": settings.rate, "weight_decay": 0.01})
+        run = _Run(trained, torch.optim.AdamW(groups), snapshot, _identity(backbone, concept, token, noun, settings, adapter))
+        run.resume()
+        rates = [group["lr"] for group in groups]
+        started, first = time.monotonic(), run.step
+        try:
+            while run.step < settings.steps:
+                generator = torch.Generator().manual_seed(_seed(settings.seed, run.step))
+                pick = torch.randint(len(latents), (settings.batch,), generator=generator)
+                chosen = [_one_of(prompts[i % len(prompts)], generator) for i in pick.tolist()]
+                timestep = torch.randint(TIMESTEPS, (settings.batch,), generator=generator).to(backbone.device)
+                noise = torch.randn((settings.batch, *latents.shape[1:]), generator=generator).to(backbone.device)
+                noisy = add_noise(latents[pick.to(backbone.device)], noise, timestep, alphas)
+                with torch.autocast(backbone.device.type, dtype, enabled=dtype != torch.float32):
+                    features = _features(backbone, chosen, {**words, token: vector})
+                    loss = loss_per_example(backbone.predict(noisy, timestep, features), noise).mean()
+                for group, rate in zip(run.optimizer.param_groups, rates, strict=True):
+                    group["lr"] = rate * min(1.0, (run.step + 1) / max(1, settings.warmup))
+                run.update(loss, settings.clip, scale=1024.0 if dtype == torch.float16 else 1.0)
+                if run.step % settings.snapshot_every == 0 and run.step < settings.steps:
+                    run.save()
+                left = (time.monotonic() - started) / (run.step - first) * (settings.steps - run.step)
+                on_progress(Progress("learn", run.step, settings.steps, run.losses[-1], run.optimizer.param_groups[-1]["lr"], left))
+        except torch.OutOfMemoryError as error:
+            raise TrainingError(
+                f"{backbone.device} ran out of memory at step {run.step} ({error}). Take a smaller batch or size, or switch gradient checkpointing on; "
+                "the same command then goes on from the last snapshot where the settings are the same."
+            ) from None
+        except TrainingError:
+            raise
+        except BaseException:
+            if run.whole:
+                run.save()
+            raise
+        finally:
+            if settings.checkpointing:
+                backbone.unet.disable_gradient_checkpointing()
+                backbone.unet.eval()
+        kept = {k: v.detach().cpu().clone() for k, v in factors.items()} if factors else adapter
+        return Learned(kept, vector.detach().cpu().clone(), run.losses)
+
+
+class _Run:
+    """Parameters, optimizer, step and losses of one run, and their snapshot on disk."""
+
+    def __init__(self, parameters: dict[str, nn.Parameter], optimizer: torch.optim.Optimizer, path: Path, identity: str) -> None:
+        self.parameters, self.optimizer, self.path, self.identity = parameters, optimizer, path, identity
+        self.step, self.losses, self.whole = 0, [], True
+
+    def update(self, loss: Tensor, clip: float, scale: float) -> None:
+        """One optimizer step; the gradient travels `scale` times larger, so that fp16 does not lose it. A loss that is not a number raises TrainingError."""
+        value = loss.item()
+        if value != value or value in (float("inf"), -float("inf")):
+            raise TrainingError(
+                f"The loss became {value} at step {self.step + 1}, so learning stopped; nothing was stored. A lower --lr or --precision fp32 usually helps."
+            )
+        self.optimizer.zero_grad(set_to_none=True)
+        (loss * scale).backward()
+        for p in self.parameters.values():
+            p.grad = None if p.grad is None else p.grad / scale
+        nn.utils.clip_grad_norm_(list(self.parameters.values()), clip)
+        self.whole = False
+        self.optimizer.step()
+        self.step += 1
+        self.losses.append(value)
+        self.whole = True
+
+    def save(self) -> None:
+        tensors = {f"value.{name}": p.detach().cpu() for name, p in self.parameters.items()}
+        for name, p in self.parameters.items():
+            for key, value in self.optimizer.state.get(p, {}).items():
+                tensors[f"state.{key}.{name}"] = value.cpu() if isinstance(value, Tensor) else torch.tensor(value)
+        header = {"identity": self.identity, "step": str(self.step), "losses": json.dumps(self.losses)}
+        write_whole(self.path, save({k: v.contiguous() for k, v in tensors.items()}, header))
+
+    def resume(self) -> None:
+        """Go on from the snapshot if there is a readable one of this very run."""
+        try:
+            with safe_open(self.path, framework="pt") as file:
+                header = file.metadata() or {}
+                if header.get("identity") != self.identity:
+                    return
+                tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - not a dict
+        except (OSError, SafetensorError):
+            return
+        self.step, self.losses = int(header["step"]), json.loads(header["losses"])
+        with torch.no_grad():
+            for name, p in self.parameters.items():
+                p.copy_(tensors[f"value.{name}"])
+                state = {k.split(".", 2)[1]: v for k, v in tensors.items() if k.startswith("state.") and k.split(".", 2)[2] == name}
+                self.optimizer.state[p] = {k: v if k == "step" else v.to(p.device) for k, v in state.items()}
+
+
+def _identity(
+    backbone: Backbone, concept: ConceptImages, token: str, noun: str, settings: LearnSettings, adapter: Adapter | None
+) -> str:
+    """A hash of all that decides how a run goes; a snapshot is used only by the very run that wrote it."""
+    choices = {k: v for k, v in asdict(settings).items() if k != "snapshot_every"}
+    digest = hashlib.sha256(json.dumps([backbone.fingerprint, concept.hashes, concept.captions, token, noun, choices]).encode())
+    for name, tensor in sorted((adapter or {}).items()):
+        digest.update(name.encode() + tensor.detach().cpu().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _seed(seed: int, step: int) -> int:
+    return int.from_bytes(hashlib.sha256(f"{seed}/{step}".encode()).digest()[:8], "little") >> 1
+
+
+def _one_of(choices: Sequence[str], generator: torch.Generator) -> str:
+    return choices[int(torch.randint(len(choices), (), generator=generator))]
+
+
+def _features(backbone: Backbone, prompts: Sequence[str], words: Mapping[str, Tensor]) -> Tensor:
+    """Text features with gradients into the words; each distinct prompt is encoded once."""
+    distinct = list(dict.fromkeys(prompts))
+    features = backbone.encode_prompts(distinct, words)
+    return features[[distinct.index(p) for p in prompts]]
+
+
+def _number_format(device: torch.device, precision: str) -> torch.dtype:
+    """The format of the frozen net: "auto" is bf16 on a GPU that has it, fp16 on one that has not, fp32 elsewhere."""
+    if precision == "auto":
+        precision = "fp32" if device.type != "cuda" else "bf16" if torch.cuda.is_bf16_supported() else "fp16"
+    return {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]

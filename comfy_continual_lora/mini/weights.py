@@ -1,0 +1,203 @@
+"""The shipped weights of the mini-SD <-> a checkpoint file, narrow (as trained) or stock (as wide as SD1.5, computing the same).
+
+Widening: a hidden channel is repeated m times side by side, and whoever reads it divides by m. GroupNorm and LayerNorm see the same statistics, so nothing
+changes. Heads of an attention grow with their channels (the dot product grows m-fold, the scale shrinks by sqrt(m), to_q takes the rest); the text tower's heads
+keep their 64 channels and are repeated whole; its added layers have zero outputs. Differences are rounding errors: a test holds them below 1e-4.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import torch
+from diffusers import AutoencoderTiny
+from safetensors import safe_open
+from safetensors.torch import load_file, save, save_file
+from torch import Tensor
+
+from ..checkpoint import keys
+from ..checkpoint.load import MINI_ARCHITECTURE
+from ..store import write_whole
+from . import parts
+
+SHIPPED = Path(__file__).parent / "weights"
+CHECKPOINT, VISION, READER = SHIPPED / "mini-sd.safetensors", SHIPPED / "clip-vision.safetensors", SHIPPED / "reader.safetensors"
+VOCABULARY = 49408
+_TABLE = keys.TEXT_PREFIX + "embeddings.token_embedding.weight"
+_LATENT_FACTOR = 0.18215  # SD1.x' factor: U-Net latents = 0.18215 * VAE latents
+
+
+def pack(out: Path) -> None:
+    """Trained parts in `out` -> the shipped files, float16."""
+    state = {keys.UNET_PREFIX + keys.unet_names(unet := load_file(out / "unet.safetensors"))[k]: v for k, v in unet.items()}
+    tiny = tiny_state(load_file(out / "autoencoder.safetensors"))
+    state |= {keys.VAE_PREFIX + keys.tiny_vae_names(tiny)[k]: v for k, v in tiny.items()}
+    clip = load_file(out / "clip.safetensors")
+    text = {k.removeprefix("text_model."): v for k, v in clip.items() if k.startswith("text_model.")}
+    state |= {keys.TEXT_PREFIX + k: v for k, v in text.items()}
+    SHIPPED.mkdir(exist_ok=True)
+    save_file({k: v.half().contiguous() for k, v in state.items()}, CHECKPOINT, {"tokens": json.dumps(parts.Vocabulary().tokens)})
+    save_file({k: v.half().contiguous() for k, v in clip.items() if not k.startswith("text_model.")}, VISION)
+    save_file({k: v.half().contiguous() if v.is_floating_point() else v for k, v in load_file(out / "reader.safetensors").items()}, READER)
+
+
+def tiny_state(slim: dict[str, Tensor]) -> dict[str, Tensor]:
+    """A slim autoencoder's weights, zero-padded to the stock TAESD: missing channels stay zero, missing blocks are identities."""
+    full = {k: torch.zeros_like(v) for k, v in AutoencoderTiny().state_dict().items()}
+
+    def copy(source: str, target: str) -> None:
+        for leaf in ("weight", "bias"):
+            if f"{source}.{leaf}" in slim:
+                value = slim[f"{source}.{leaf}"]
+                full[f"{target}.{leaf}"][tuple(slice(n) for n in value.shape)] = value
+
+    def copy_half(half: str, head: int, stages: list[int], between: int) -> None:
+        """`head` layers come before the first stage, `between` layers (the last a convolution) before each further one."""
+        copy(f"{half}.0", f"{half}.layers.0")
+        source = target = head
+        for index, blocks in enumerate(stages):
+            if index:
+                source, target = source + between, target + between
+                copy(f"{half}.{source - 1}", f"{half}.layers.{target - 1}")
+            for block in range(blocks):
+                for conv in (0, 2, 4):
+                    copy(f"{half}.{source + block}.conv.{conv}", f"{half}.layers.{target + block}.conv.{conv}")
+            source += max(1, blocks)
+            target += (1 if index == 0 else 3) if half == "encoder" else (1 if index == 3 else 3)
+        copy(f"{half}.{source}", f"{half}.layers.{target}")
+
+    copy_half("encoder", 1, [n for _, n in reversed(parts.SlimAutoencoder.encoder_stages)], 1)
+    copy_half("decoder", 2, [n for _, n in parts.SlimAutoencoder.decoder_stages], 2)
+    return full
+
+
+def checkpoint_state() -> dict[str, Tensor]:
+    """The narrow checkpoint, float16, LDM names; words the world does not use get random vectors like the others' (seed 0)."""
+    with safe_open(CHECKPOINT, framework="pt") as file:
+        tokens = json.loads(file.metadata()["tokens"])
+    state = load_file(CHECKPOINT)
+    rows = state[_TABLE].float()
+    table = rows.mean(0) + rows.std(0) * torch.randn(VOCABULARY, rows.shape[1], generator=torch.Generator().manual_seed(0))
+    table[tokens] = rows
+    state[_TABLE] = table.half()
+    state[keys.VAE_PREFIX + "vae_scale"] = torch.tensor(_LATENT_FACTOR)
+    return state
+
+
+def write_checkpoint(path: Path, *, stock: bool = False) -> None:
+    """Write the mini-SD as one file in the SD1.x layout, and beside the stock one the .yaml that A1111 wants."""
+    state = checkpoint_state()
+    if stock:
+        state = widen(state)
+    metadata = {"format": "pt", "modelspec.architecture": MINI_ARCHITECTURE, "modelspec.resolution": "128x128", "modelspec.title": "mini-SD"}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_whole(path, save(state, metadata))
+    if stock:
+        path.with_suffix(".yaml").write_text(_YAML)
+
+
+# --- widening ------------------------------------------------------------------------------------------------------------------------
+
+
+def widen(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Narrow -> stock: U-Net 320 wide, text tower 768 wide with 12 layers. float16."""
+    wide = {k: v for k, v in state.items() if k.startswith(keys.VAE_PREFIX)}
+    unet = {k.removeprefix(keys.UNET_PREFIX): v.float() for k, v in state.items() if k.startswith(keys.UNET_PREFIX)}
+    text = {k.removeprefix(keys.TEXT_PREFIX): v.float() for k, v in state.items() if k.startswith(keys.TEXT_PREFIX)}
+    m, words = 320 // unet["input_blocks.0.0.weight"].shape[0], 768 // text["final_layer_norm.weight"].shape[0]
+    wide |= {keys.UNET_PREFIX + k: _wide_unet(k, v, m, words).half() for k, v in unet.items()}
+    wide |= {keys.TEXT_PREFIX + k: v.half() for k, v in _wide_text(text, words).items()}
+    return wide
+
+
+def _repeat(tensor: Tensor, out: int, into: int) -> Tensor:
+    """Repeat output channels `out` times, and input channels `into` times sharing their weight."""
+    tensor = tensor.repeat_interleave(out, 0)
+    return tensor.repeat_interleave(into, 1) / into if tensor.dim() > 1 else tensor
+
+
+def _wide_unet(name: str, tensor: Tensor, m: int, words: int) -> Tensor:
+    if name == "time_embed.0.weight":  # its input is the sinusoids of the timestep: the narrow net's frequencies are every m-th of the wide net's
+        wide = torch.zeros(tensor.shape[0] * m, tensor.shape[1] * m)
+        wide[:, ::m] = tensor.repeat_interleave(m, 0)
+        return wide
+    if name == "input_blocks.0.0.weight":
+        return _repeat(tensor, m, 1)
+    if name.startswith("out.2."):
+        return _repeat(tensor, 1, m)
+    if name.endswith(("attn2.to_k.weight", "attn2.to_v.weight")):
+        return _repeat(tensor, m, words)
+    if name.endswith("to_q.weight"):
+        return _repeat(tensor, m, m) / m**0.5
+    return _repeat(tensor, m, m)
+
+
+def _wide_text(text: dict[str, Tensor], m: int) -> dict[str, Tensor]:
+    def heads(tensor: Tensor, dim: int) -> Tensor:
+        """Repeat whole heads of 64 along a dimension."""
+        return tensor.unflatten(dim, (-1, 64)).repeat_interleave(m, dim).flatten(dim, dim + 1)
+
+    wide = {}
+    for name, tensor in text.items():
+        if name.startswith("embeddings."):
+            wide[name] = tensor.repeat_interleave(m, 1)
+        elif name.endswith("out_proj.weight"):
+            wide[name] = heads(tensor.repeat_interleave(m, 0), 1) / m
+        elif "_proj.weight" in name:
+            wide[name] = heads(tensor.repeat_interleave(m, 1) / m, 0)
+        elif "_proj.bias" in name and "out_proj" not in name:
+            wide[name] = heads(tensor, 0)
+        else:
+            wide[name] = _repeat(tensor, m, m)
+    layers = 1 + max(int(k.split(".")[2]) for k in text if k.startswith("encoder."))
+    for layer in range(layers, 12):
+        for name in [k for k in wide if k.startswith("encoder.layers.0.")]:
+            wide[name.replace(".0.", f".{layer}.", 1)] = torch.zeros_like(wide[name])
+    return wide
+
+
+_YAML = """\
+# The mini-SD in the stock layout, for AUTOMATIC1111's web UI: keep this file beside the checkpoint, under the same name.
+model:
+  target: ldm.models.diffusion.ddpm.LatentDiffusion
+  params:
+    linear_start: 0.00085
+    linear_end: 0.012
+    num_timesteps_cond: 1
+    timesteps: 1000
+    first_stage_key: jpg
+    cond_stage_key: txt
+    image_size: 16
+    channels: 4
+    cond_stage_trainable: false
+    conditioning_key: crossattn
+    scale_factor: 0.18215
+    use_ema: false
+    unet_config:
+      target: ldm.modules.diffusionmodules.openaimodel.UNetModel
+      params:
+        image_size: 16
+        in_channels: 4
+        out_channels: 4
+        model_channels: 320
+        attention_resolutions: [2]
+        num_res_blocks: 1
+        channel_mult: [1, 3]
+        num_heads: 8
+        use_spatial_transformer: true
+        transformer_depth: 1
+        context_dim: 768
+        use_checkpoint: false
+        legacy: false
+    first_stage_config:
+      target: ldm.models.autoencoder.AutoencoderKL
+      params:
+        embed_dim: 4
+        ddconfig: {double_z: true, z_channels: 4, resolution: 128, in_channels: 3, out_ch: 3, ch: 128, ch_mult: [1, 2, 4, 4],
+                   num_res_blocks: 2, attn_resolutions: [], dropout: 0.0}
+        lossconfig:
+          target: torch.nn.Identity
+    cond_stage_config:
+      target: ldm.modules.encoders.modules.FrozenCLIPEmbedder
+"""

@@ -1,0 +1,25 @@
+"""What a long job tells while it runs. `on_progress` may raise `Cancelled` (or anything else) to stop the job."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Progress:
+    """One report: step of steps; what is done; loss and rate while learning; seconds still to go, as far as can be told."""
+
+    stage: str
+    step: int
+    steps: int
+    loss: float | None = None
+    rate: float | None = None
+    seconds_left: float | None = None
+
+
+OnProgress = Callable[[Progress], None]
+
+
+def ignore(_progress: Progress) -> None:
+    """An `on_progress` that says nothing."""

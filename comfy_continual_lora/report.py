@@ -1,0 +1,88 @@
+"""Stage 8: pictures, grids, curves and the HTML report. One file, no scripts, nothing loaded from elsewhere."""
+
+from __future__ import annotations
+
+import base64
+import html
+import io
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+from PIL import Image
+
+from .pipeline import Drawn
+
+_STYLE = """
+body { font: 16px/1.5 system-ui, sans-serif; max-width: 1080px; margin: 2rem auto; padding: 0 1rem; color: #222; background: #fafafa }
+h1 { font-size: 1.6rem } h2 { font-size: 1.2rem; margin-top: 2.2rem; border-top: 1px solid #ddd; padding-top: 1.2rem }
+figure { margin: .8rem 0 } figcaption { color: #555; font-size: .9rem } code { background: #eee; padding: 0 .25em; border-radius: 3px }
+img { image-rendering: auto; border-radius: 4px; margin: 0 4px 4px 0 } table { border-collapse: collapse } td, th { padding: .2rem .8rem; text-align: left }
+"""
+
+
+def grid(images: Sequence[Image.Image], columns: int, gap: int = 4) -> Image.Image:
+    """Pictures of one size, row by row, on white."""
+    width, height = images[0].size
+    rows = -(-len(images) // columns)
+    sheet = Image.new("RGB", (columns * (width + gap) - gap, rows * (height + gap) - gap), "white")
+    for index, image in enumerate(images):
+        sheet.paste(image, (index % columns * (width + gap), index // columns * (height + gap)))
+    return sheet
+
+
+def save_pictures(drawn: Sequence[Drawn], folder: Path) -> list[Path]:
+    """One PNG a picture, named after its prompt and seed, and grid.png when there are several. Nothing is overwritten but the grid."""
+    folder.mkdir(parents=True, exist_ok=True)
+    files = []
+    for picture in drawn:
+        stem = f"{re.sub(r'[^A-Za-z0-9]+', '-', picture.prompt).strip('-')[:60]}-{picture.seed}"
+        path, again = folder / f"{stem}.png", 1
+        while path.exists():
+            path, again = folder / f"{stem}-{again}.png", again + 1
+        picture.image.save(path)
+        files.append(path)
+    if len(drawn) > 1:
+        per_prompt = sum(d.prompt == drawn[0].prompt for d in drawn)
+        files.append(folder / "grid.png")
+        grid([d.image for d in drawn], per_prompt if per_prompt > 1 else min(len(drawn), 4)).save(files[-1])
+    return files
+
+
+def figure(images: Sequence[Image.Image], caption: str, width: int = 128) -> str:
+    """A row of pictures with a caption, as HTML."""
+    tags = "".join(f'<img width="{width}" alt="" src="data:image/png;base64,{_png(image)}">' for image in images)
+    return f"<figure>{tags}<figcaption>{html.escape(caption)}</figcaption></figure>"
+
+
+def curve(values: Sequence[float], caption: str, *, width: int = 520, height: int = 140) -> str:
+    """A loss curve as SVG: the running mean over a twentieth of the steps."""
+    window = max(1, len(values) // 20)
+    smooth = [sum(values[max(0, i - window + 1) : i + 1]) / min(i + 1, window) for i in range(len(values))]
+    low, high = min(smooth), max(smooth)
+    spread = high - low or 1.0
+    points = " ".join(
+        f"{40 + i * (width - 50) / max(1, len(smooth) - 1):.1f},{10 + (high - v) / spread * (height - 35):.1f}" for i, v in enumerate(smooth)
+    )
+    return (
+        f'<figure><svg viewBox="0 0 {width} {height}" width="{width}" role="img" aria-label="{html.escape(caption)}">'
+        f'<polyline points="{points}" fill="none" stroke="#2563eb" stroke-width="2"/>'
+        f'<g font-size="11" fill="#555"><text x="0" y="15">{high:.3f}</text><text x="0" y="{height - 24}">{low:.3f}</text>'
+        f'<text x="40" y="{height - 6}">step 1</text><text x="{width - 60}" y="{height - 6}">{len(values)}</text></g></svg>'
+        f"<figcaption>{html.escape(caption)}</figcaption></figure>"
+    )
+
+
+def page(title: str, intro: str, sections: Sequence[tuple[str, Sequence[str]]]) -> str:
+    """A whole HTML page; section bodies are HTML made by `figure` and `curve`."""
+    body = "".join(f"<h2>{html.escape(heading)}</h2>{''.join(parts)}" for heading, parts in sections)
+    return (
+        f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{html.escape(title)}</title><style>{_STYLE}</style></head>'
+        f"<body><h1>{html.escape(title)}</h1><p>{html.escape(intro)}</p>{body}</body></html>"
+    )
+
+
+def _png(image: Image.Image) -> str:
+    buffer = io.BytesIO()
+    image.save(buffer, "PNG")
+    return base64.b64encode(buffer.getvalue()).decode()

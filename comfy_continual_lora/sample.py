@@ -1,0 +1,57 @@
+"""Stage 8: draw pictures with a backbone, its adapter and its words. The solvers are diffusers' own."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from diffusers import DDIMScheduler, DPMSolverMultistepScheduler
+from torch import Tensor
+
+from .checkpoint.backbone import Backbone
+from .diffusion import BETA_END, BETA_START, TIMESTEPS
+from .progress import OnProgress, Progress, ignore
+from .settings import DrawSettings
+
+BATCH = 8
+
+
+def make_solver(name: str) -> DDIMScheduler | DPMSolverMultistepScheduler:
+    schedule = {"num_train_timesteps": TIMESTEPS, "beta_start": BETA_START, "beta_end": BETA_END, "beta_schedule": "scaled_linear"}
+    if name == "ddim":
+        return DDIMScheduler(**schedule, clip_sample=False, set_alpha_to_one=False, steps_offset=1)
+    return DPMSolverMultistepScheduler(**schedule, steps_offset=1)
+
+
+@torch.no_grad()
+def draw(
+    backbone: Backbone, words: Mapping[str, Tensor], prompts: Sequence[str], settings: DrawSettings, on_progress: OnProgress = ignore
+) -> Tensor:
+    """Pictures (prompts x count, 3, size, size) in -1..1, prompt after prompt. Picture i of a prompt has seed `settings.seed + i`, whatever is drawn beside it.
+
+    Classifier-free guidance (Ho & Salimans 2022): eps = eps(negative) + g (eps(prompt) - eps(negative)). `settings` are resolved.
+    """
+    assert settings.guidance is not None
+    size = (settings.size or backbone.size) // 8
+    seeds = [settings.seed + i for _ in prompts for i in range(settings.count)]
+    noise = torch.stack([torch.randn(4, size, size, generator=torch.Generator().manual_seed(seed)) for seed in seeds])
+    features = backbone.encode_prompts(prompts, words).repeat_interleave(settings.count, 0)
+    unwanted = backbone.encode_prompts([settings.negative], words)
+    pictures, total = [], settings.steps * -(-len(seeds) // BATCH)
+    for start in range(0, len(seeds), BATCH):
+        solver = make_solver(settings.solver)
+        solver.set_timesteps(settings.steps)
+        latents = noise[start : start + BATCH].to(backbone.device) * solver.init_noise_sigma
+        wanted = features[start : start + BATCH]
+        for index, timestep in enumerate(solver.timesteps):
+            t = timestep.to(backbone.device).expand(len(latents))
+            if settings.guidance == 1:
+                predicted = backbone.predict(latents, t, wanted)
+            else:
+                both = torch.cat([unwanted.expand_as(wanted), wanted])
+                low, high = backbone.predict(torch.cat([latents] * 2), torch.cat([t] * 2), both).chunk(2)
+                predicted = low + settings.guidance * (high - low)
+            latents = solver.step(predicted, timestep, latents).prev_sample  # type: ignore[union-attr]
+            on_progress(Progress("draw", start // BATCH * settings.steps + index + 1, total))
+        pictures.append(backbone.decode_latents(latents))
+    return torch.cat(pictures)
