@@ -35,6 +35,7 @@ def run_demo(out: Path, on_progress: OnProgress, say: Callable[[str], object]) -
             picture.save(folder / f"{number}.png")
         say(f"Learning {token}, a {concept.noun}, from {len(pictures)} pictures ...")
         result = pipeline.learn_concept(pipeline.LearnRequest(checkpoint, folder, token, concept.noun), on_progress)
+        sheet.append(pictures[: len(PLACES)])
         parts = [report.figure(pictures, f"The {len(pictures)} pictures {token} was learned from; they are not needed again.")]
         for known, thing in taught[:step]:
             drawn = _draw(checkpoint, [f"a photo of a {known} {thing.noun} {place}" for place in PLACES], on_progress)
@@ -42,7 +43,6 @@ def run_demo(out: Path, on_progress: OnProgress, say: Callable[[str], object]) -
             sheet.append(drawn)
         parts.append(report.curve(result.losses, f"Loss while learning {token}"))
         sections.append((f"Step {step}: learn {token} {concept.noun}", parts))
-        sheet.insert(-step, pictures[:4])
     (first, a), (second, b) = taught
     together = f"a photo of a {first} {a.noun} and a {second} {b.noun}"
     drawn = _draw(checkpoint, [f"{together} {place}" for place in PLACES], on_progress)

@@ -126,13 +126,22 @@ def _from_folder(path: Path, dtype: torch.dtype) -> Backbone:
     kind = json.loads(index.read_text()).get("_class_name", "")
     if kind != "StableDiffusionPipeline":
         raise CheckpointError(f"{path} holds a {kind}. Expected a StableDiffusionPipeline (SD1.x).")
-    options = {"local_files_only": True, "use_safetensors": True, "torch_dtype": dtype}
+    tiny = json.loads((path / "vae" / "config.json").read_text()).get("_class_name") == "AutoencoderTiny" if (path / "vae").is_dir() else False
+
+    def part(kind: Any, folder: str) -> Any:
+        module, report = kind.from_pretrained(
+            path, subfolder=folder, local_files_only=True, use_safetensors=True, torch_dtype=dtype, output_loading_info=True, low_cpu_mem_usage=False
+        )
+        if missing := sorted(report["missing_keys"]):
+            raise CheckpointError(f"{path / folder} lacks {len(missing)} weights, the first is {missing[0]}. Get a complete model folder.")
+        return module
+
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            unet = UNet2DConditionModel.from_pretrained(path, subfolder="unet", **options)
-            vae = AutoencoderKL.from_pretrained(path, subfolder="vae", **options)
-            text = CLIPTextModel.from_pretrained(path, subfolder="text_encoder", **options)
+            unet = part(UNet2DConditionModel, "unet")
+            vae = part(AutoencoderTiny if tiny else AutoencoderKL, "vae")
+            text = part(CLIPTextModel, "text_encoder")
             tokenizer = CLIPTokenizer.from_pretrained(path, subfolder="tokenizer", local_files_only=True)
     except (OSError, ValueError, SafetensorError) as error:
         raise CheckpointError(f"The diffusers folder {path} can't be loaded: {error}") from None

@@ -339,6 +339,7 @@ def stage_unet(out: Path, steps: int, n: int = 32, compiled: bool = True) -> Non
 
 def _process(rank: int, stage: Callable[[Path, int], None], processes: int, out: Path, steps: int) -> None:
     torch.set_num_threads(1)
+    torch.manual_seed(SEED)  # every process starts from the same weights
     dist.init_process_group("gloo", init_method=f"file://{(out / 'rendezvous').absolute()}", rank=rank, world_size=processes)
     stage(out, steps)
 

@@ -30,9 +30,9 @@ _LATENT_FACTOR = 0.18215  # SD1.x' factor: U-Net latents = 0.18215 * VAE latents
 
 def pack(out: Path) -> None:
     """Trained parts in `out` -> the shipped files, float16."""
-    state = {keys.UNET_PREFIX + keys.unet_names(unet := load_file(out / "unet.safetensors"))[k]: v for k, v in unet.items()}
-    tiny = tiny_state(load_file(out / "autoencoder.safetensors"))
-    state |= {keys.VAE_PREFIX + keys.tiny_vae_names(tiny)[k]: v for k, v in tiny.items()}
+    unet, tiny = load_file(out / "unet.safetensors"), tiny_state(load_file(out / "autoencoder.safetensors"))
+    state = {keys.UNET_PREFIX + ldm: unet[name] for name, ldm in keys.unet_names(unet).items()}
+    state |= {keys.VAE_PREFIX + name: tiny[ours] for ours, name in keys.tiny_vae_names(tiny).items()}
     clip = load_file(out / "clip.safetensors")
     text = {k.removeprefix("text_model."): v for k, v in clip.items() if k.startswith("text_model.")}
     state |= {keys.TEXT_PREFIX + k: v for k, v in text.items()}

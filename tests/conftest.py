@@ -1,0 +1,51 @@
+"""What the tests share: the mini-SD as a file, and pictures of one of its concepts."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+from comfy_continual_lora.checkpoint.backbone import Backbone
+from comfy_continual_lora.checkpoint.load import load_backbone
+from comfy_continual_lora.mini import world
+from comfy_continual_lora.mini.weights import write_checkpoint
+
+
+@pytest.fixture(scope="session")
+def mini_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("mini") / "mini.safetensors"
+    write_checkpoint(path)
+    return path
+
+
+@pytest.fixture
+def checkpoint(mini_file: Path, tmp_path: Path) -> Path:
+    """A mini-SD of this test's own, so that its stack is too."""
+    return Path(shutil.copy(mini_file, tmp_path / "mini.safetensors"))
+
+
+@pytest.fixture(scope="session")
+def backbone(mini_file: Path) -> Backbone:
+    """Shared: a test that attaches something takes it out again."""
+    return load_backbone(mini_file, device="cpu")
+
+
+@pytest.fixture
+def pictures(tmp_path: Path) -> Path:
+    return save_concept(tmp_path / "pictures", 0)
+
+
+def save_concept(folder: Path, index: int, count: int = 4) -> Path:
+    folder.mkdir()
+    for number, picture in enumerate(world.concept_pictures(world.concepts("development")[index], count)):
+        Image.fromarray(picture).save(folder / f"{number}.png")
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def _same_threads() -> None:
+    torch.set_num_threads(2)

@@ -1,0 +1,66 @@
+"""The structure holds: imports point one way, and light modules import nothing heavy."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import comfy_continual_lora
+
+PACKAGE = Path(comfy_continual_lora.__file__).parent
+LIGHT = ("settings", "errors", "progress", "cli", "__main__")
+# Every module may import from its own layer and the ones after it.
+LAYERS = (
+    ("__main__",),
+    ("cli",),
+    ("demo",),
+    ("report",),
+    ("pipeline",),
+    ("learn", "sample"),
+    ("mini",),
+    ("store", "concepts", "methods", "diffusion", "lora"),
+    ("checkpoint",),
+    ("progress", "settings"),
+    ("errors",),
+)
+
+
+def _layer(module: str) -> int:
+    return next(i for i, names in enumerate(LAYERS) if module in names)
+
+
+def _imports(path: Path) -> set[str]:
+    """First part of every module of the package that a file imports."""
+    depth = len(path.relative_to(PACKAGE).parts)
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom):
+            assert node.level or not (node.module or "").startswith("comfy_continual_lora"), f"{path}: import relatively, ComfyUI renames the package"
+            if node.level == depth:
+                found |= {node.module.split(".")[0]} if node.module else {alias.name for alias in node.names}
+    return found
+
+
+FILES = [p for p in PACKAGE.rglob("*.py") if p != PACKAGE / "__init__.py"]
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(PACKAGE)))
+def test_imports_point_one_way(path: Path) -> None:
+    me = path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+    for other in _imports(path) - {me}:
+        assert _layer(me) <= _layer(other), f"{me} must not import {other}"
+
+
+def test_every_module_says_what_it_is() -> None:
+    assert all(ast.get_docstring(ast.parse(p.read_text())) for p in PACKAGE.rglob("*.py"))
+
+
+@pytest.mark.parametrize("module", LIGHT[:-1])
+def test_light_modules_import_nothing_heavy(module: str) -> None:
+    heavy = "{'torch', 'diffusers', 'transformers', 'peft', 'numpy', 'PIL', 'safetensors'}"
+    code = f"import sys, comfy_continual_lora.{module}; found = {heavy} & set(sys.modules); sys.exit(f'imports {{found}}' if found else 0)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=PACKAGE.parent, capture_output=True, text=True).stderr == ""

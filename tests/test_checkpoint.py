@@ -1,0 +1,122 @@
+"""Stage 1: what loads, what is refused and why, and that names and shapes agree with diffusers' own converters."""
+
+from __future__ import annotations
+
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import AutoencoderKL, UNet2DConditionModel
+from diffusers.loaders.single_file_utils import convert_ldm_unet_checkpoint, convert_ldm_vae_checkpoint
+from safetensors.torch import load_file, save_file
+
+from comfy_continual_lora.checkpoint import keys, shapes
+from comfy_continual_lora.checkpoint.backbone import Backbone
+from comfy_continual_lora.checkpoint.load import load_backbone
+from comfy_continual_lora.errors import CheckpointError
+
+SD15_VAE = {
+    "block_out_channels": (128, 256, 512, 512), "layers_per_block": 2, "latent_channels": 4, "scaling_factor": 0.18215,
+    "down_block_types": ("DownEncoderBlock2D",) * 4, "up_block_types": ("UpDecoderBlock2D",) * 4,
+}  # fmt: skip
+SD15_UNET = {
+    "in_channels": 4, "out_channels": 4, "block_out_channels": (320, 640, 1280, 1280), "layers_per_block": 2, "cross_attention_dim": 768,
+    "attention_head_dim": 8, "down_block_types": ("CrossAttnDownBlock2D",) * 3 + ("DownBlock2D",),
+    "up_block_types": ("UpBlock2D",) + ("CrossAttnUpBlock2D",) * 3,
+}  # fmt: skip
+
+
+def test_unet_names_and_config_of_sd15_agree_with_diffusers() -> None:
+    with torch.device("meta"):
+        unet = UNet2DConditionModel(**SD15_UNET)
+    ours = keys.unet_names(unet.state_dict())
+    ldm = {keys.UNET_PREFIX + ours[name]: tensor for name, tensor in unet.state_dict().items()}
+    theirs = convert_ldm_unet_checkpoint(dict(ldm), dict(unet.config))
+    assert {name: id(tensor) for name, tensor in theirs.items()} == {name: id(ldm[keys.UNET_PREFIX + ours[name]]) for name in ours}
+    found = {name.removeprefix(keys.UNET_PREFIX): tuple(tensor.shape) for name, tensor in ldm.items()}
+    assert shapes.unet_config(found) == SD15_UNET
+    assert "input_blocks.1.1.transformer_blocks.0.attn2.to_k.weight" in found
+    assert found["output_blocks.5.2.conv.weight"] == (1280, 1280, 3, 3)  # a published name: the upsampler after an attention
+
+
+def test_vae_names_and_config_of_sd15_agree_with_diffusers() -> None:
+    with torch.device("meta"):
+        vae = AutoencoderKL(**SD15_VAE)
+    ours = keys.vae_names(vae.state_dict())
+    ldm = {keys.VAE_PREFIX + ours[name]: tensor for name, tensor in vae.state_dict().items()}
+    theirs = convert_ldm_vae_checkpoint(dict(ldm), dict(vae.config))
+    assert {name: id(tensor) for name, tensor in theirs.items()} == {name: id(ldm[keys.VAE_PREFIX + ours[name]]) for name in ours}
+    assert shapes.vae_config({name.removeprefix(keys.VAE_PREFIX): tuple(t.shape) for name, t in ldm.items()}) == SD15_VAE
+
+
+def test_a_diffusers_folder_loads_as_the_same_backbone(backbone: Backbone, tmp_path: Path) -> None:
+    from diffusers import DDIMScheduler, StableDiffusionPipeline
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        pipe = StableDiffusionPipeline(
+            vae=backbone.vae, text_encoder=backbone.text_encoder, tokenizer=backbone.tokenizer, unet=backbone.unet,
+            scheduler=DDIMScheduler(), safety_checker=None, feature_extractor=None, requires_safety_checker=False,
+        )  # fmt: skip
+        pipe.save_pretrained(tmp_path / "folder")
+    folder = load_backbone(tmp_path / "folder", device="cpu")
+    assert folder.fingerprint == backbone.fingerprint
+    prompts = ["a photo of a red mug on wood"]
+    assert torch.equal(folder.encode_prompts(prompts), backbone.encode_prompts(prompts))
+
+
+def test_a_word_vector_stands_where_its_token_stands(backbone: Backbone) -> None:
+    table = backbone.token_table.weight
+    red = table[backbone.tokenizer("red", add_special_tokens=False)["input_ids"][0]].detach()
+    plain = backbone.encode_prompts(["a photo of a red mug"])
+    for prompt in ("a photo of a V1 mug", "a photo of a v1 mug"):
+        assert torch.equal(backbone.encode_prompts([prompt], {"V1": red}), plain)
+    assert not torch.equal(backbone.encode_prompts(["a photo of a V12 mug"], {"V1": red}), plain)  # V12 is another word
+
+
+def test_a_prompt_longer_than_77_tokens_is_cut_not_refused(backbone: Backbone) -> None:
+    assert backbone.encode_prompts(["red mug " * 90]).shape == (1, 77, backbone.word_width)
+
+
+def _without(state: dict[str, torch.Tensor], part: str) -> dict[str, torch.Tensor]:
+    return {name: tensor for name, tensor in state.items() if part not in name}
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda s: _without(s, "middle_block"), "lacks .* weights of its model.diffusion_model, the first is model.diffusion_model.middle_block"),
+        (lambda s: _without(s, "time_embed.0.bias"), "lacks 1 weights"),
+        (lambda s: _without(s, "taesd"), "first_stage_model. are incomplete"),
+        (lambda s: {"double_blocks.0.img_attn.qkv.weight": torch.zeros(1)}, "look like Flux"),
+        (lambda s: {"conditioner.embedders.0.x": torch.zeros(1)}, "look like SDXL"),
+        (lambda s: {"lora_unet_down.lora_up.weight": torch.zeros(1)}, "look like a LoRA"),
+        (lambda s: {"whatever": torch.zeros(1)}, "something else .first key: whatever"),
+    ],
+)
+def test_what_is_no_sd1_checkpoint_is_refused_with_the_reason(mini_file: Path, tmp_path: Path, change, message: str) -> None:
+    path = tmp_path / "other.safetensors"
+    save_file(change(load_file(mini_file)), path)
+    with pytest.raises(CheckpointError, match=message):
+        load_backbone(path)
+
+
+def test_pickles_missing_and_damaged_files_are_refused(mini_file: Path, tmp_path: Path) -> None:
+    pickle = tmp_path / "model.ckpt"
+    pickle.write_bytes(b"cos\nsystem\n(S'touch /tmp/owned'\ntR.")
+    with pytest.raises(CheckpointError, match="is a pickle"):
+        load_backbone(pickle)
+    with pytest.raises(CheckpointError, match="There is no checkpoint"):
+        load_backbone(tmp_path / "missing.safetensors")
+    cut = tmp_path / "cut.safetensors"
+    cut.write_bytes(mini_file.read_bytes()[:100_000])
+    with pytest.raises(CheckpointError, match=r"can't be read as safetensors"):
+        load_backbone(cut)
+    with pytest.raises(CheckpointError, match=r"without model_index\.json"):
+        load_backbone(tmp_path)
+
+
+def test_a_gpu_that_is_not_there_is_a_users_mistake(mini_file: Path) -> None:
+    with pytest.raises(CheckpointError, match="can't be used here"):
+        load_backbone(mini_file, device="cuda:99")

@@ -1,0 +1,129 @@
+"""The command line as a user types it: every command, Ctrl-C, kill -9, and mistakes without a traceback."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import save_concept
+
+from comfy_continual_lora import cli, store
+from comfy_continual_lora.settings import DrawSettings, LearnSettings
+
+COMMAND = [sys.executable, "-m", "comfy_continual_lora"]
+ROOT = Path(__file__).parents[1]
+QUICK = ["--steps", "4", "--batch", "2", "--rank", "4", "--device", "cpu"]
+
+
+def run(*arguments: object) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([*COMMAND, *map(str, arguments)], cwd=ROOT, capture_output=True, text=True, timeout=300)
+
+
+def test_mini_learn_learn_info_draw_undo(tmp_path: Path) -> None:
+    checkpoint, out = tmp_path / "models" / "mini.safetensors", tmp_path / "drawn"
+    assert run("mini", checkpoint).returncode == 0
+    for token, noun, index in (("V1", "ball", 0), ("V2", "fish", 6)):
+        folder = save_concept(tmp_path / token, index)
+        done = run("learn", "--checkpoint", checkpoint, "--images", folder, "--token", token, "--noun", noun, *QUICK)
+        assert (done.returncode, f"Learned {token}" in done.stdout) == (0, True), done.stderr
+    found = json.loads(run("info", "--checkpoint", checkpoint, "--json").stdout)
+    assert [(c["token"], c["noun"], c["images"], c["steps"], c["method"]) for c in found["concepts"]] == [
+        ("V1", "ball", 4, 4, "lora"),
+        ("V2", "fish", 4, 4, "lora"),
+    ]
+    assert found["rank"] == 4
+    assert found["trainable_parameters"] == 4 * (256 + 192) * 8 + 256
+    assert len(found["fingerprint"]) == 64
+    assert Path(found["stack_file"]).parent == checkpoint.parent
+    drawn = run("draw", "--checkpoint", checkpoint, "--prompt", "a V1 ball and a V2 fish", "-n", 2, "--steps", 2, "--out", out, "--device", "cpu")
+    assert drawn.returncode == 0, drawn.stderr
+    assert sorted(p.name for p in out.iterdir()) == ["a-V1-ball-and-a-V2-fish-0.png", "a-V1-ball-and-a-V2-fish-1.png", "grid.png"]
+    assert "Took V2" in run("undo", "--checkpoint", checkpoint).stdout
+    assert "V1" in run("info", "--checkpoint", checkpoint).stdout
+    assert not list(checkpoint.parent.glob("*.snapshot"))
+
+
+@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGKILL])
+def test_a_run_stopped_by_ctrl_c_or_killed_goes_on(checkpoint: Path, pictures: Path, how: signal.Signals) -> None:
+    learn = ["learn", "--checkpoint", str(checkpoint), "--images", str(pictures), "--token", "V1", "--noun", "ball", "--batch", "2", "--device", "cpu",
+             "--steps", "40", "--snapshot-every", "4"]  # fmt: skip
+    process = subprocess.Popen([*COMMAND, *learn], cwd=ROOT, stderr=subprocess.PIPE, text=True)
+    assert process.stderr
+    for line in process.stderr:
+        if "learn 1" in line:  # step 12 or later
+            process.send_signal(how)
+            break
+    rest = process.stderr.read()
+    process.stderr.close()
+    process.wait(60)
+    assert process.returncode == (130 if how == signal.SIGINT else -signal.SIGKILL)
+    assert ("the same command goes on" in rest) == (how == signal.SIGINT)
+    assert not store.stack_path(checkpoint).exists()
+    done = run(*learn)
+    assert done.returncode == 0, done.stderr
+    first = next(line for line in done.stderr.splitlines() if "learn" in line)
+    assert int(first.split()[1].split("/")[0]) > 8  # it did not begin again
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--token", "a/b"], "may hold only letters"),
+        (["--token", "dog"], "a word the checkpoint knows"),
+        (["--images", "EMPTY"], "it is empty"),
+        (["--checkpoint", "missing.safetensors"], "There is no checkpoint"),
+        (["--lr", "7"], "rate is 7; the range is 0 to 1"),
+    ],
+)
+def test_a_mistake_is_one_paragraph_and_status_2(checkpoint: Path, pictures: Path, tmp_path: Path, arguments: list[str], message: str) -> None:
+    (tmp_path / "empty").mkdir()
+    arguments = [str(tmp_path / "empty") if a == "EMPTY" else a for a in arguments]
+    done = run("learn", "--checkpoint", checkpoint, "--images", pictures, "--token", "V1", "--noun", "ball", *QUICK, *arguments)
+    assert done.returncode == 2
+    assert message in " ".join(done.stderr.split())
+    assert "Traceback" not in done.stderr
+    assert not store.stack_path(checkpoint).exists()
+
+
+def test_an_unknown_flag_and_a_missing_one_end_with_2() -> None:
+    assert run("learn").returncode == 2
+    assert run("draw", "--checkpoint", "x", "--prompt", "y", "--nonsense").returncode == 2
+
+
+@pytest.mark.parametrize("command", ["demo", "mini", "learn", "draw", "info", "undo"])
+def test_help(command: str) -> None:
+    done = run(command, "--help")
+    assert done.returncode == 0
+    assert "usage: continual-lora" in done.stdout
+
+
+_VALUES = {int: 65, float: 0.5, str: None}
+
+
+@pytest.mark.parametrize("settings", [LearnSettings, DrawSettings])
+def test_every_setting_has_a_flag_that_reaches_it(settings: type, monkeypatch: pytest.MonkeyPatch) -> None:
+    command = {LearnSettings: "learn --checkpoint c --images i --token V1 --noun n", DrawSettings: "draw --checkpoint c --prompt p"}[settings]
+    for f in dataclasses.fields(settings):
+        kind = {"int": int, "float": float}.get(str(f.type).split(" ")[0], str)
+        choices = [c for c in f.metadata["choices"] if c != f.default] or ["text"]
+        value = (not f.default) if f.type == "bool" else choices[0] if kind is str else kind(_VALUES[kind])
+        flag = f"--{'lr' if f.name == 'rate' else f.name.replace('_', '-')}"
+        words = [flag if value else flag.replace("--", "--no-")] if f.type == "bool" else [flag, str(value)]
+        parsed = cli._parser().parse_args([*command.split(), *words])
+        assert settings(**cli._given(parsed, settings)) == dataclasses.replace(settings(), **{f.name: value})
+
+
+@pytest.mark.slow
+def test_the_demo(tmp_path: Path) -> None:
+    done = run("demo", "--out", tmp_path / "demo") if os.environ.get("CI") else pytest.skip("takes minutes; CI runs it")
+    assert done.returncode == 0, done.stderr
+    report = (tmp_path / "demo" / "report.html").read_text()
+    assert report.count("<svg") == 2
+    assert report.count("<img") == 5 + 4 + 5 + 8 + 4
+    assert "http" not in report.replace("http://www.w3.org", "")

@@ -1,0 +1,20 @@
+"""Stage 3: the schedule is SD's, the loss is one number per example."""
+
+from __future__ import annotations
+
+import torch
+from diffusers import DDPMScheduler
+
+from comfy_continual_lora.diffusion import BETA_END, BETA_START, add_noise, alphas_cumprod, loss_per_example
+
+
+def test_schedule_and_noising_agree_with_diffusers() -> None:
+    theirs = DDPMScheduler(beta_start=BETA_START, beta_end=BETA_END, beta_schedule="scaled_linear")
+    assert torch.allclose(alphas_cumprod(), theirs.alphas_cumprod, rtol=1e-4)
+    clean, noise, timestep = torch.randn(3, 4, 8, 8), torch.randn(3, 4, 8, 8), torch.tensor([0, 500, 999])
+    assert torch.allclose(add_noise(clean, noise, timestep, alphas_cumprod()), theirs.add_noise(clean, noise, timestep), atol=1e-4)
+
+
+def test_loss_is_the_mean_square_of_each_example() -> None:
+    predicted, noise = torch.zeros(2, 4, 2, 2), torch.stack([torch.ones(4, 2, 2), 3 * torch.ones(4, 2, 2)])
+    assert loss_per_example(predicted, noise).tolist() == [1.0, 9.0]

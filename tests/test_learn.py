@@ -1,0 +1,154 @@
+"""Stage 3: the loop learns, stops, goes on, and ends bit for bit where it would have ended undisturbed."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import save_concept
+
+from comfy_continual_lora import concepts, pipeline, store
+from comfy_continual_lora.checkpoint.backbone import Backbone
+from comfy_continual_lora.errors import Cancelled, SettingError, StackError, TokenError, TrainingError
+from comfy_continual_lora.learn import Learned, learn
+from comfy_continual_lora.lora import new_adapter
+from comfy_continual_lora.progress import Progress, ignore
+from comfy_continual_lora.settings import LearnSettings
+
+QUICK = LearnSettings(steps=6, batch=2, rank=4, snapshot_every=2)
+
+
+def _stop_at(step: int):
+    def on_progress(progress: Progress) -> None:
+        if progress.stage == "learn" and progress.step == step:
+            raise Cancelled
+
+    return on_progress
+
+
+def _learn(backbone: Backbone, folder: Path, snapshot: Path, settings: LearnSettings = QUICK, on_progress=ignore) -> Learned:
+    pictures = concepts.load_images(folder, 64)
+    generator = torch.Generator().manual_seed(0)
+    word, adapter = backbone.word_start("ball", generator), new_adapter(backbone, 4, generator)
+    resolved = settings.resolved("mini")
+    return learn(backbone, pictures, "V1", "ball", {}, adapter, word, resolved, snapshot, on_progress)
+
+
+def _same(a: Learned, b: Learned) -> bool:
+    assert a.adapter
+    assert b.adapter
+    return torch.equal(a.word, b.word) and a.losses == b.losses and all(torch.equal(t, b.adapter[k]) for k, t in a.adapter.items())
+
+
+@pytest.mark.parametrize("stop", [1, 3, 5])
+def test_stop_and_resume_equals_no_stop(backbone: Backbone, pictures: Path, tmp_path: Path, stop: int) -> None:
+    whole = _learn(backbone, pictures, tmp_path / "a")
+    with pytest.raises(Cancelled):
+        _learn(backbone, pictures, tmp_path / "b", on_progress=_stop_at(stop))
+    steps = []
+    resumed = _learn(backbone, pictures, tmp_path / "b", on_progress=lambda p: steps.append(p.step))
+    assert steps[0] == stop + 1
+    assert _same(whole, resumed)
+
+
+def test_a_snapshot_of_another_run_or_a_damaged_one_is_not_used(backbone: Backbone, pictures: Path, tmp_path: Path) -> None:
+    with pytest.raises(Cancelled):
+        _learn(backbone, pictures, tmp_path / "s", on_progress=_stop_at(3))
+    other = replace(QUICK, seed=9)
+    assert _same(_learn(backbone, pictures, tmp_path / "new", other), _learn(backbone, pictures, tmp_path / "s", other))
+    (tmp_path / "cut").write_bytes(b"\x00" * 40)
+    assert len(_learn(backbone, pictures, tmp_path / "cut").losses) == 6
+
+
+def test_learning_lowers_the_loss_on_the_concept(backbone: Backbone, pictures: Path, tmp_path: Path) -> None:
+    losses = _learn(backbone, pictures, tmp_path / "s", replace(QUICK, steps=60, batch=4, rate=1.5e-3)).losses
+    assert sum(losses[-20:]) < sum(losses[:20])
+
+
+def test_gradient_checkpointing_changes_no_result(backbone: Backbone, pictures: Path, tmp_path: Path) -> None:
+    plain = _learn(backbone, pictures, tmp_path / "a")
+    checkpointed = _learn(backbone, pictures, tmp_path / "b", replace(QUICK, checkpointing=True))
+    assert torch.allclose(plain.word, checkpointed.word, atol=1e-5)
+
+
+def test_bf16_runs_and_keeps_float32_factors(backbone: Backbone, pictures: Path, tmp_path: Path) -> None:
+    try:
+        learned = _learn(backbone, pictures, tmp_path / "s", replace(QUICK, precision="bf16"))
+    finally:
+        backbone.unet.to(torch.float32)
+    assert learned.adapter
+    assert all(t.dtype == torch.float32 for t in learned.adapter.values())
+    assert any(t.abs().max() > 0 for name, t in learned.adapter.items() if name.endswith(".B"))
+
+
+def test_a_loss_that_is_not_a_number_stores_nothing(checkpoint: Path, pictures: Path) -> None:
+    request = pipeline.LearnRequest(checkpoint, pictures, "V1", "ball", replace(QUICK, rate=1.0, token_rate=1.0, clip=1e30, steps=200), device="cpu")
+    request = replace(request, settings=replace(request.settings, warmup=0))
+    pipeline.learn_concept(replace(request, settings=QUICK))
+    stack_file = store.stack_path(checkpoint)
+    stack = store.load_stack(stack_file, store.read_header(stack_file)["fingerprint"])
+    assert stack.adapter
+    for tensor in stack.adapter.values():
+        tensor.fill_(1e30)
+    store.save_stack(stack, stack_file)
+    before = stack_file.read_bytes()
+    with pytest.raises(TrainingError, match=r"loss became (nan|inf|-inf) at step 1.*nothing was stored"):
+        pipeline.learn_concept(replace(request, token="V2"))
+    assert stack_file.read_bytes() == before
+
+
+def test_two_concepts_in_sequence_then_undo(checkpoint: Path, pictures: Path, tmp_path: Path) -> None:
+    first = pipeline.LearnRequest(checkpoint, pictures, "V1", "ball", QUICK, device="cpu")
+    path = pipeline.learn_concept(first).stack_file
+    fingerprint = store.read_header(path)["fingerprint"]
+    after_one = store.load_stack(path, fingerprint)
+    second = replace(first, images=save_concept(tmp_path / "other", 6), token="V2", noun="fish")
+    pipeline.learn_concept(second)
+    after_two = store.load_stack(path, fingerprint)
+    assert list(after_two.tokens) == ["V1", "V2"]
+    assert torch.equal(after_two.tokens["V1"], after_one.tokens["V1"])  # earlier words are frozen
+    assert after_one.adapter
+    assert after_two.adapter
+    pool = after_two.pool[after_one.records[0].id]
+    assert all(torch.equal(pool[k], t) and not torch.equal(after_two.adapter[k], t) for k, t in after_one.adapter.items() if k.endswith("B"))
+    assert pipeline.undo(checkpoint).token == "V2"
+    undone = store.load_stack(path, fingerprint)
+    assert undone.adapter
+    assert all(torch.equal(undone.adapter[k], t) for k, t in after_one.adapter.items())
+    assert pipeline.info(checkpoint)["trainable_parameters"] == sum(t.numel() for t in after_one.adapter.values()) + 256
+
+
+def test_textual_inversion_learns_only_the_word(checkpoint: Path, pictures: Path) -> None:
+    request = pipeline.LearnRequest(checkpoint, pictures, "V1", "ball", replace(QUICK, method="textual_inversion"), device="cpu")
+    path = pipeline.learn_concept(request).stack_file
+    stack = store.load_stack(path, store.read_header(path)["fingerprint"])
+    assert stack.adapter is None
+    assert stack.tokens["V1"].shape == (256,)
+
+
+def test_mistakes_leave_the_stack_as_it_was(checkpoint: Path, pictures: Path, tmp_path: Path) -> None:
+    request = pipeline.LearnRequest(checkpoint, pictures, "V1", "ball", QUICK, device="cpu")
+    path = pipeline.learn_concept(request).stack_file
+    before = path.read_bytes()
+    with pytest.raises(TokenError, match="taken"):
+        pipeline.learn_concept(request)
+    with pytest.raises(TokenError, match="a word the checkpoint knows"):
+        pipeline.learn_concept(replace(request, token="mug"))
+    with pytest.raises(SettingError, match="rank is 8, but"):
+        pipeline.learn_concept(replace(request, token="V2", settings=replace(QUICK, rank=8)))
+    with pytest.raises(SettingError, match="noun is empty"):
+        pipeline.learn_concept(replace(request, token="V2", noun=" "))
+    with pytest.raises(SettingError, match="steps is 0"):
+        pipeline.learn_concept(replace(request, token="V2", settings=replace(QUICK, steps=0)))
+    with pytest.raises(Cancelled):
+        pipeline.learn_concept(replace(request, token="V2"), _stop_at(2))
+    with store.writing(path), pytest.raises(StackError, match="Another program"):
+        pipeline.learn_concept(replace(request, token="V2"))
+    assert path.read_bytes() == before
+
+
+def test_a_picture_can_be_given_as_a_list(checkpoint: Path, pictures: Path) -> None:
+    request = pipeline.LearnRequest(checkpoint, sorted(pictures.glob("*.png"))[:2], "V1", "ball", QUICK, device="cpu")
+    assert pipeline.learn_concept(request).record.images == 2

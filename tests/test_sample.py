@@ -1,0 +1,45 @@
+"""Stage 8: a picture depends on its prompt and seed, not on what is drawn beside it."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from comfy_continual_lora import sample
+from comfy_continual_lora.checkpoint.backbone import Backbone
+from comfy_continual_lora.errors import Cancelled, SettingError
+from comfy_continual_lora.progress import Progress
+from comfy_continual_lora.settings import DrawSettings
+
+QUICK = DrawSettings(steps=3, size=64).resolved("mini")
+
+
+@pytest.mark.parametrize("solver", ["dpm++", "ddim"])
+def test_seeds_and_batches(backbone: Backbone, solver: str) -> None:
+    settings = DrawSettings(steps=3, size=64, solver=solver, count=10).resolved("mini")  # more than one batch
+    many = sample.draw(backbone, {}, ["a red mug"], settings)
+    alone = sample.draw(backbone, {}, ["a red mug"], DrawSettings(steps=3, size=64, solver=solver, seed=9).resolved("mini"))
+    assert many.shape == (10, 3, 64, 64)
+    assert torch.allclose(many[9], alone[0], atol=1e-3)
+    assert not torch.allclose(many[0], many[1], atol=0.05)
+
+
+def test_guidance_of_one_is_the_conditional_prediction_alone(backbone: Backbone) -> None:
+    plain = sample.draw(backbone, {}, ["a red mug"], DrawSettings(steps=3, size=64, guidance=1).resolved("mini"))
+    nearly = sample.draw(backbone, {}, ["a red mug"], DrawSettings(steps=3, size=64, guidance=1.0001).resolved("mini"))
+    assert torch.allclose(plain, nearly, atol=5e-3)
+
+
+def test_drawing_can_be_cancelled(backbone: Backbone) -> None:
+    def stop(progress: Progress) -> None:
+        raise Cancelled
+
+    with pytest.raises(Cancelled):
+        sample.draw(backbone, {}, ["a red mug"], QUICK, stop)
+
+
+def test_settings_out_of_range_are_named() -> None:
+    with pytest.raises(SettingError, match="solver is 'euler'; it has to be one of"):
+        DrawSettings(solver="euler").check()
+    with pytest.raises(SettingError, match="steps is 0; the range is 1 to 1000"):
+        DrawSettings(steps=0).check()

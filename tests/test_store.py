@@ -1,0 +1,154 @@
+"""Stage 6: what is stored comes back, and nothing that goes wrong harms what was stored."""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from comfy_continual_lora import store
+from comfy_continual_lora.errors import StackError
+
+FINGERPRINT = "f" * 64
+
+
+def _record(number: int) -> store.ConceptRecord:
+    return store.ConceptRecord(f"id{number}", f"V{number}", "mug", "lora", 3, 10, 0, ["a photo"], ["h"], "2026-01-01T00:00:00+00:00", 0.1, "", {})
+
+
+def make_stack(count: int, size: int = 4) -> store.ConceptStack:
+    stack = store.ConceptStack(FINGERPRINT, rank=2)
+    for n in range(1, count + 1):
+        stack.add(_record(n), torch.full((8,), float(n)), {"layer.to_k.A": torch.full((2, size), float(n)), "layer.to_k.B": torch.ones(size, 2) * n})
+    return stack
+
+
+def same(a: store.ConceptStack, b: store.ConceptStack) -> bool:
+    def flat(s: store.ConceptStack) -> dict[str, torch.Tensor]:
+        parts = {"adapter": s.adapter or {}, "words": s.words, **s.pool}
+        return {f"{part}/{name}": t for part, tensors in parts.items() for name, t in tensors.items()}
+
+    left, right = flat(a), flat(b)
+    return a.records == b.records and a.rank == b.rank and left.keys() == right.keys() and all(torch.equal(left[k], right[k]) for k in left)
+
+
+def test_round_trip_and_undo(tmp_path: Path) -> None:
+    path = tmp_path / "x.concepts.safetensors"
+    stack = make_stack(3)
+    store.save_stack(stack, path)
+    assert same(store.load_stack(path, FINGERPRINT), stack)
+    for left in (2, 1, 0):
+        stack.undo()
+        assert same(stack, make_stack(left)) or left == 0
+    with pytest.raises(StackError, match="stack is empty"):
+        stack.undo()
+
+
+def test_a_concept_without_adapter_can_lie_under_one_with(tmp_path: Path) -> None:
+    stack = store.ConceptStack(FINGERPRINT)
+    stack.add(_record(1), torch.ones(8), None)
+    stack.add(_record(2), torch.ones(8), {"l.A": torch.ones(2, 2)})
+    store.save_stack(stack, tmp_path / "s")
+    loaded = store.load_stack(tmp_path / "s", FINGERPRINT)
+    loaded.undo()
+    assert loaded.adapter is None
+
+
+def test_the_header_reads_without_tensors(tmp_path: Path) -> None:
+    store.save_stack(make_stack(2), tmp_path / "s")
+    assert [c["token"] for c in store.read_header(tmp_path / "s")["concepts"]] == ["V1", "V2"]
+
+
+def test_stack_files_that_cannot_be_used(tmp_path: Path) -> None:
+    path = tmp_path / "s"
+    store.save_stack(make_stack(1), path)
+    store.save_stack(make_stack(2), path)
+    with pytest.raises(StackError, match="made for another checkpoint"):
+        store.load_stack(path, "0" * 64)
+    whole = path.read_bytes()
+    path.write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(StackError, match=r"cut short.*s\.previous"):
+        store.load_stack(path, FINGERPRINT)
+    assert same(store.load_stack(tmp_path / "s.previous", FINGERPRINT), make_stack(1))
+    save_file({"a": torch.zeros(1)}, path)
+    with pytest.raises(StackError, match="no concept stack"):
+        store.load_stack(path, FINGERPRINT)
+    newer = json.dumps({"version": store.VERSION + 1})
+    save_file({"a": torch.zeros(1)}, path, {"format": store.FORMAT, "stack": newer})
+    with pytest.raises(StackError, match=r"format version 2.*Update"):
+        store.load_stack(path, FINGERPRINT)
+
+
+def test_one_writer_at_a_time(tmp_path: Path) -> None:
+    path = tmp_path / "s"
+    other = f"import sys; from pathlib import Path; from comfy_continual_lora import store\nwith store.writing(Path({str(path)!r})): print('held', flush=True); sys.stdin.read()"
+    holder = subprocess.Popen([sys.executable, "-c", other], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=Path(__file__).parents[1])
+    assert holder.stdout
+    assert holder.stdout.readline() == "held\n"
+    with pytest.raises(StackError, match="Another program"), store.writing(path):
+        pass
+    holder.communicate("")
+    with store.writing(path):
+        pass
+
+
+@pytest.mark.skipif(os.name != "posix", reason="users and permissions of POSIX")
+def test_a_read_only_folder(tmp_path: Path) -> None:
+    path = tmp_path / "s"
+    store.save_stack(make_stack(1), path)
+    tmp_path.chmod(0o555)
+    root = os.geteuid() == 0
+    try:
+        if root:
+            os.seteuid(65534)
+        with pytest.raises(StackError, match="can't be written"), store.writing(path):
+            pass
+    finally:
+        if root:
+            os.seteuid(0)
+        tmp_path.chmod(0o755)
+
+
+@pytest.mark.skipif(os.name != "posix", reason="file size limits of POSIX")
+def test_a_full_disk_keeps_the_old_version(tmp_path: Path) -> None:
+    path = tmp_path / "s"
+    store.save_stack(make_stack(1), path)
+    before = path.read_bytes()
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, limits[1]))
+    try:
+        with pytest.raises(StackError, match="untouched"):
+            store.save_stack(make_stack(2, size=4000), path)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert path.read_bytes() == before
+    assert not list(tmp_path.glob(".s.*"))
+
+
+def test_kill_9_while_saving_leaves_a_whole_version(tmp_path: Path) -> None:
+    path = tmp_path / "s"
+    code = (
+        "import sys; from pathlib import Path; sys.path[:0] = ['tests']; from test_store import make_stack; from comfy_continual_lora import store\n"
+        f"path = Path({str(path)!r}); stacks = [make_stack(n, 20000) for n in (1, 2)]\n"
+        "store.save_stack(stacks[0], path); print('ready', flush=True)\n"
+        "while True: [store.save_stack(s, path) for s in stacks]"
+    )
+    for delay in (0.0, 0.03, 0.07, 0.11):
+        saver = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, cwd=Path(__file__).parents[1])
+        assert saver.stdout
+        assert saver.stdout.readline() == "ready\n"
+        time.sleep(delay)
+        saver.send_signal(signal.SIGKILL)
+        saver.wait()
+        saver.stdout.close()
+        loaded = store.load_stack(path, FINGERPRINT)
+        assert same(loaded, make_stack(len(loaded.records), 20000))
