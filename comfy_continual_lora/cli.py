@@ -136,9 +136,12 @@ def _info(arguments: argparse.Namespace, bar: _Bar) -> None:
     if arguments.json:
         print(json.dumps(found))
         return
-    print(f"{found['stack_file']}\nfingerprint {found['fingerprint'][:12]}, rank {found['rank']}, {found['trainable_parameters']:,} trainable parameters")
+    print(found["stack_file"])
+    print(f"fingerprint {found['fingerprint'][:12]}, rank {found['rank']}, {found['trainable_parameters']:,} trainable parameters")
     for concept in found["concepts"]:
-        print(f"  {concept['token']:<12} {concept['noun']:<16} {concept['images']} pictures, {concept['steps']} steps, {concept['method']}, {concept['learned']}")
+        print(
+            f"  {concept['token']:<12} {concept['noun']:<16} {concept['images']} pictures, {concept['steps']} steps, {concept['method']}, {concept['learned']}"
+        )
     if not found["concepts"]:
         print("  no concepts yet")
 
@@ -175,7 +178,9 @@ def _parser() -> argparse.ArgumentParser:
     demo = command("demo", _demo, "learn two concepts on the mini-SD and write a report with pictures", checkpoint=False, machine=False)
     demo.add_argument("--out", type=Path, default=Path("demo"), help="folder for the report (default: demo)")
 
-    mini = command("mini", _mini, "write the mini-SD, a small Stable Diffusion for trying things out, as a checkpoint", checkpoint=False, machine=False)
+    mini = command(
+        "mini", _mini, "write the mini-SD, a small Stable Diffusion for trying things out, as a checkpoint", checkpoint=False, machine=False
+    )
     mini.add_argument("path", type=Path, help="where to write it, such as mini.safetensors")
     mini.add_argument("--stock", action="store_true", help="the same net as wide as SD1.5, for programs that accept nothing else")
 

@@ -1,6 +1,7 @@
 """Stage 2: pictures on disk -> `ConceptImages`, ready to learn from.
 
-in: a folder or a list of JPEG, PNG, WebP, BMP or TIFF files, each with an optional caption in a .txt beside it - out: square pictures, captions, hashes.
+in: a folder or a list of JPEG, PNG, WebP, BMP or TIFF files, each with an optional caption in a .txt beside it - out: square pictures,
+captions, hashes.
 EXIF orientation is applied, transparency is laid on white, palettes, greyscale and 16-bit pictures become 8-bit RGB.
 """
 

@@ -54,7 +54,8 @@ def learn(
 ) -> Learned:
     """Learn one concept. `words` are the earlier ones (frozen), `adapter` and `word` the starting point; `settings` are resolved.
 
-    Stopped by `on_progress`, it leaves a snapshot and lets the exception through. Raises TrainingError when the loss is not a number or memory runs out.
+    Stopped by `on_progress`, it leaves a snapshot and lets the exception through.
+    Errors: TrainingError when the loss is not a number or memory runs out.
     """
     method = METHODS[settings.method]
     assert settings.steps
@@ -65,7 +66,7 @@ def learn(
     images = torch.cat([concept.images, concept.images.flip(-1)]) if settings.flip else concept.images
     latents = backbone.encode_images(images)
     dtype = _number_format(backbone.device, settings.precision)  # factors, optimizer and loss stay in float32
-    backbone.unet.to(dtype)
+    nn.Module.to(backbone.unet, dtype)
     alphas = alphas_cumprod().to(backbone.device)
     if settings.checkpointing:
         backbone.unet.enable_gradient_checkpointing()
@@ -100,7 +101,7 @@ def learn(
                 on_progress(Progress("learn", run.step, settings.steps, run.losses[-1], run.optimizer.param_groups[-1]["lr"], left))
         except torch.OutOfMemoryError as error:
             raise TrainingError(
-                f"{backbone.device} ran out of memory at step {run.step} ({error}). Take a smaller batch or size, or switch gradient checkpointing on; "
+                f"{backbone.device} ran out of memory at step {run.step} ({error}). Take a smaller batch or size, or gradient checkpointing; "
                 "the same command then goes on from the last snapshot where the settings are the same."
             ) from None
         except TrainingError:
@@ -125,11 +126,15 @@ class _Run:
         self.step, self.losses, self.whole = 0, [], True
 
     def update(self, loss: Tensor, clip: float, scale: float) -> None:
-        """One optimizer step; the gradient travels `scale` times larger, so that fp16 does not lose it. A loss that is not a number raises TrainingError."""
+        """One optimizer step; the gradient travels `scale` times larger, so that fp16 does not lose it.
+
+        Errors: TrainingError for a loss that is not a number.
+        """
         value = loss.item()
         if value != value or value in (float("inf"), -float("inf")):
             raise TrainingError(
-                f"The loss became {value} at step {self.step + 1}, so learning stopped; nothing was stored. A lower --lr or --precision fp32 usually helps."
+                f"The loss became {value} at step {self.step + 1}, so learning stopped; nothing was stored. "
+                "A lower --lr or --precision fp32 usually helps."
             )
         self.optimizer.zero_grad(set_to_none=True)
         (loss * scale).backward()
@@ -168,9 +173,7 @@ class _Run:
                 self.optimizer.state[p] = {k: v if k == "step" else v.to(p.device) for k, v in state.items()}
 
 
-def _identity(
-    backbone: Backbone, concept: ConceptImages, token: str, noun: str, settings: LearnSettings, adapter: Adapter | None
-) -> str:
+def _identity(backbone: Backbone, concept: ConceptImages, token: str, noun: str, settings: LearnSettings, adapter: Adapter | None) -> str:
     """A hash of all that decides how a run goes; a snapshot is used only by the very run that wrote it."""
     choices = {k: v for k, v in asdict(settings).items() if k != "snapshot_every"}
     digest = hashlib.sha256(json.dumps([backbone.fingerprint, concept.hashes, concept.captions, token, noun, choices]).encode())

@@ -22,8 +22,8 @@ Adapter = dict[str, Tensor]
 def new_adapter(backbone: Backbone, rank: int, generator: torch.Generator) -> Adapter:
     """A fresh adapter that changes nothing: A ~ N(0, 1/r), B = 0."""
     adapter = {}
-    for name in backbone.kv_names:
-        out, width = backbone.unet.get_submodule(name).weight.shape
+    for name, layer in backbone.kv_layers.items():
+        out, width = layer.weight.shape
         adapter[f"{name}.A"] = torch.randn(rank, width, generator=generator) * rank**-0.5
         adapter[f"{name}.B"] = torch.zeros(out, rank)
     return adapter

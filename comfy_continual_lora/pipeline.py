@@ -3,8 +3,8 @@
     checkpoint ->  concept images  ->  learn  ->  store  ->  draw
     checkpoint/    concepts.py         learn.py   store.py   sample.py
 
-Every function takes one request, reports through `on_progress`, and raises a `ContinualLoraError` a user can act on; a failed or cancelled call leaves
-the concept stack as it was.
+Every function takes one request, reports through `on_progress`, and raises a `ContinualLoraError` a user can act on; a failed or cancelled call
+leaves the concept stack as it was.
 """
 
 from __future__ import annotations
@@ -96,17 +96,24 @@ def draw(request: DrawRequest, on_progress: OnProgress = ignore) -> list[Drawn]:
     backbone = _load(request.checkpoint, request.device, on_progress)
     stack = store.load_stack(request.stack or store.stack_path(request.checkpoint), backbone.fingerprint)
     settings = request.settings.resolved(backbone.preset)
+    prompts = [prompt for prompt in request.prompts for _ in range(settings.count)]
+    seeds = [settings.seed + i for _ in request.prompts for i in range(settings.count)]
     with attached(backbone, stack.adapter):
-        pictures = sample.draw(backbone, stack.tokens, request.prompts, settings, on_progress)
-    names = [(prompt, settings.seed + i) for prompt in request.prompts for i in range(settings.count)]
-    return [Drawn(prompt, seed, concepts.to_pil(picture)) for (prompt, seed), picture in zip(names, pictures, strict=True)]
+        pictures = sample.draw(backbone, stack.tokens, prompts, seeds, settings, on_progress)
+    return [Drawn(prompt, seed, concepts.to_pil(picture)) for prompt, seed, picture in zip(prompts, seeds, pictures, strict=True)]
 
 
 def info(checkpoint: Path, stack: Path | None = None) -> dict[str, Any]:
     """What a checkpoint has learned, read from the stack's header alone; the checkpoint is loaded only where there is no stack yet."""
     path = stack or store.stack_path(checkpoint)
     if not path.exists():
-        return {"concepts": [], "stack_file": str(path), "fingerprint": load_backbone(checkpoint).fingerprint, "rank": None, "trainable_parameters": 0}
+        return {
+            "concepts": [],
+            "stack_file": str(path),
+            "fingerprint": load_backbone(checkpoint).fingerprint,
+            "rank": None,
+            "trainable_parameters": 0,
+        }
     header = store.read_header(path)
     with safe_open(path, framework="pt") as file:
         sizes = {key: file.get_slice(key).get_shape() for key in file.keys()}  # noqa: SIM118 - not a dict
@@ -139,7 +146,9 @@ def _with_rank_of(stack: store.ConceptStack, settings: LearnSettings) -> LearnSe
     if stack.rank is None or settings.rank == stack.rank:
         return settings
     if settings.rank is not None:
-        raise SettingError(f"rank is {settings.rank}, but the concepts of this stack were learned with rank {stack.rank}. Leave rank out, or start another stack.")
+        raise SettingError(
+            f"rank is {settings.rank}, but the concepts of this stack were learned with rank {stack.rank}. Leave rank out, or start another stack."
+        )
     return LearnSettings(**{**asdict(settings), "rank": stack.rank})
 
 

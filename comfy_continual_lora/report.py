@@ -16,8 +16,9 @@ from .pipeline import Drawn
 _STYLE = """
 body { font: 16px/1.5 system-ui, sans-serif; max-width: 1080px; margin: 2rem auto; padding: 0 1rem; color: #222; background: #fafafa }
 h1 { font-size: 1.6rem } h2 { font-size: 1.2rem; margin-top: 2.2rem; border-top: 1px solid #ddd; padding-top: 1.2rem }
-figure { margin: .8rem 0 } figcaption { color: #555; font-size: .9rem } code { background: #eee; padding: 0 .25em; border-radius: 3px }
-img { image-rendering: auto; border-radius: 4px; margin: 0 4px 4px 0 } table { border-collapse: collapse } td, th { padding: .2rem .8rem; text-align: left }
+figure { margin: .8rem 0 } figcaption { color: #555; font-size: .9rem }
+img { image-rendering: auto; border-radius: 4px; margin: 0 4px 4px 0 }
+table { border-collapse: collapse } td, th { padding: .2rem .8rem; text-align: left }
 """
 
 

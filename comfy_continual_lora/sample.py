@@ -25,17 +25,23 @@ def make_solver(name: str) -> DDIMScheduler | DPMSolverMultistepScheduler:
 
 @torch.no_grad()
 def draw(
-    backbone: Backbone, words: Mapping[str, Tensor], prompts: Sequence[str], settings: DrawSettings, on_progress: OnProgress = ignore
+    backbone: Backbone,
+    words: Mapping[str, Tensor],
+    prompts: Sequence[str],
+    seeds: Sequence[int],
+    settings: DrawSettings,
+    on_progress: OnProgress = ignore,
 ) -> Tensor:
-    """Pictures (prompts x count, 3, size, size) in -1..1, prompt after prompt. Picture i of a prompt has seed `settings.seed + i`, whatever is drawn beside it.
+    """One picture for each prompt and its seed, (n, 3, size, size) in -1..1; it does not depend on what is drawn beside it. `settings` are resolved.
 
-    Classifier-free guidance (Ho & Salimans 2022): eps = eps(negative) + g (eps(prompt) - eps(negative)). `settings` are resolved.
+    Classifier-free guidance (Ho & Salimans 2022): eps = eps(negative) + g (eps(prompt) - eps(negative)).
     """
     assert settings.guidance is not None
     size = (settings.size or backbone.size) // 8
-    seeds = [settings.seed + i for _ in prompts for i in range(settings.count)]
     noise = torch.stack([torch.randn(4, size, size, generator=torch.Generator().manual_seed(seed)) for seed in seeds])
-    features = backbone.encode_prompts(prompts, words).repeat_interleave(settings.count, 0)
+    distinct = list(dict.fromkeys(prompts))
+    encoded = torch.cat([backbone.encode_prompts([prompt], words) for prompt in distinct])
+    features = encoded[[distinct.index(prompt) for prompt in prompts]]
     unwanted = backbone.encode_prompts([settings.negative], words)
     pictures, total = [], settings.steps * -(-len(seeds) // BATCH)
     for start in range(0, len(seeds), BATCH):

@@ -46,7 +46,9 @@ class Settings:
                 raise SettingError(f"{f.name} is {value!r}; it has to be one of {', '.join(meta['choices'])}.")
             if (meta["low"] is not None and not value >= meta["low"]) or (meta["high"] is not None and not value <= meta["high"]):
                 high = "" if meta["high"] is None else f" to {meta['high']:g}"
-                raise SettingError(f"{f.name} is {value:g}; the range is {meta['low']:g}{high or ' and more'}{' ' + meta['unit'] if meta['unit'] else ''}.")
+                raise SettingError(
+                    f"{f.name} is {value:g}; the range is {meta['low']:g}{high or ' and more'}{' ' + meta['unit'] if meta['unit'] else ''}."
+                )
 
     def resolved(self, preset: str) -> Any:
         """A copy in which every None is what suits the checkpoint; checked."""

@@ -1,8 +1,8 @@
 """Stage 6: `ConceptStack` <-> one safetensors file beside the checkpoint.
 
-File: tensors "adapter.<layer>.A|B" (the current adapter), "pool.<concept id>.<layer>.A|B" (past ones), "word.<concept id>" (the vector, float32 (d,)); the header
-holds the rest as JSON and reads without loading a tensor. It is written to a temporary name, synced and renamed; the version before stays beside it as
-"<name>.previous"; one program writes at a time.
+File: tensors "adapter.<layer>.A|B" (the current adapter), "pool.<concept id>.<layer>.A|B" (past ones), "word.<concept id>" (the vector,
+float32 (d,)); the header holds the rest as JSON and reads without loading a tensor. It is written to a temporary name, synced and renamed;
+the version before stays beside it as "<name>.previous"; one program writes at a time.
 """
 
 from __future__ import annotations
@@ -170,7 +170,10 @@ def write_whole(path: Path, data: bytes) -> None:
 
 @contextmanager
 def writing(path: Path) -> Iterator[None]:
-    """Hold the stack for one writer, from reading it to replacing it. Raises StackError at once when another program holds it, or the folder is not writable."""
+    """Hold the stack for one writer, from reading it to replacing it.
+
+    Errors: StackError, at once, when another program holds it or the folder is not writable.
+    """
     lock = FileLock(path.with_name(f".{path.name}.lock"))
     try:
         lock.acquire(timeout=0)

@@ -51,8 +51,8 @@ def test_mini_learn_learn_info_draw_undo(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGKILL])
 def test_a_run_stopped_by_ctrl_c_or_killed_goes_on(checkpoint: Path, pictures: Path, how: signal.Signals) -> None:
-    learn = ["learn", "--checkpoint", str(checkpoint), "--images", str(pictures), "--token", "V1", "--noun", "ball", "--batch", "2", "--device", "cpu",
-             "--steps", "40", "--snapshot-every", "4"]  # fmt: skip
+    learn = [*["learn", "--checkpoint", checkpoint, "--images", pictures, "--token", "V1", "--noun", "ball"], *["--steps", "40", "--batch", "2"]]
+    learn = [*map(str, learn), "--snapshot-every", "4", "--device", "cpu"]
     process = subprocess.Popen([*COMMAND, *learn], cwd=ROOT, stderr=subprocess.PIPE, text=True)
     assert process.stderr
     for line in process.stderr:

@@ -21,8 +21,8 @@ def _predict(backbone: Backbone) -> torch.Tensor:
 
 
 def test_only_k_and_v_of_cross_attention(backbone: Backbone) -> None:
-    assert len(backbone.kv_names) == 8
-    assert all(".attn2.to_k" in name or ".attn2.to_v" in name for name in backbone.kv_names)
+    assert len(backbone.kv_layers) == 8
+    assert all(".attn2.to_k" in name or ".attn2.to_v" in name for name in backbone.kv_layers)
 
 
 def test_a_new_adapter_changes_nothing(backbone: Backbone) -> None:
@@ -44,7 +44,7 @@ def test_attached_is_w0_plus_b_a(backbone: Backbone) -> None:
     adapter = _random_adapter(backbone)
     with attached(backbone, adapter):
         carried = _predict(backbone)
-    weights = {name: backbone.unet.get_submodule(name).weight for name in backbone.kv_names}
+    weights = {name: layer.weight for name, layer in backbone.kv_layers.items()}
     kept = {name: weight.detach().clone() for name, weight in weights.items()}
     for name, delta in delta_weights(adapter).items():
         weights[name].data += delta

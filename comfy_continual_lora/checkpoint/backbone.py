@@ -46,18 +46,17 @@ class Backbone:
         return self
 
     @cached_property
-    def kv_names(self) -> list[str]:
-        """The layers an adapter changes: K and V of every cross-attention, by their diffusers names."""
-        return [name for name, module in self.unet.named_modules() if isinstance(module, nn.Linear) and re.fullmatch(KV_MODULES, name)]
+    def kv_layers(self) -> dict[str, nn.Linear]:
+        """The layers an adapter changes, by their diffusers names: K and V of every cross-attention. Taken before any adapter is attached."""
+        return {name: module for name, module in self.unet.named_modules() if isinstance(module, nn.Linear) and re.fullmatch(KV_MODULES, name)}
 
     @cached_property
     def fingerprint(self) -> str:
-        """SHA-256 of the K/V weights: says whether a stack was made for this checkpoint. Taken before any adapter is attached."""
+        """SHA-256 of the K/V weights: says whether a stack was made for this checkpoint."""
         digest = hashlib.sha256()
-        for name in sorted(self.kv_names):
-            weight = self.unet.get_submodule(name).weight
-            digest.update(f"{name}{tuple(weight.shape)}".encode())
-            digest.update(weight.detach().float().cpu().numpy().tobytes())
+        for name, layer in sorted(self.kv_layers.items()):
+            digest.update(f"{name}{tuple(layer.weight.shape)}".encode())
+            digest.update(layer.weight.detach().float().cpu().numpy().tobytes())
         return digest.hexdigest()
 
     @property
@@ -100,18 +99,18 @@ class Backbone:
 
     def _tokenize(self, prompt: str, tokens: list[str]) -> tuple[list[int], list[int]]:
         """77 token numbers, and for each position which word's vector replaces it (-1: none)."""
-        longest = self.tokenizer.model_max_length
-        ids, slot = [self.tokenizer.bos_token_id], [-1]
+        longest, end = self.tokenizer.model_max_length, int(self.tokenizer.eos_token_id)  # type: ignore[arg-type]
+        ids, slot = [int(self.tokenizer.bos_token_id)], [-1]  # type: ignore[arg-type]
         for piece in re.split(rf"(?<!\w)({'|'.join(map(re.escape, tokens))})(?!\w)", prompt, flags=re.IGNORECASE) if tokens else [prompt]:
             found = next((i for i, token in enumerate(tokens) if token.lower() == piece.lower()), None)
             if found is not None:
-                ids, slot = [*ids, self.tokenizer.eos_token_id], [*slot, found]
+                ids, slot = [*ids, end], [*slot, found]
             elif piece.strip():
-                new = self.tokenizer(piece, add_special_tokens=False)["input_ids"]
+                new = list(self.tokenizer(piece, add_special_tokens=False)["input_ids"])
                 ids, slot = [*ids, *new], [*slot, *[-1] * len(new)]
         ids, slot = ids[: longest - 1], slot[: longest - 1]
         rest = longest - len(ids)
-        return [*ids, *[self.tokenizer.eos_token_id] * rest], [*slot, *[-1] * rest]
+        return [*ids, *[end] * rest], [*slot, *[-1] * rest]
 
     def word_start(self, noun: str, generator: torch.Generator) -> Tensor:
         """Where a new word begins: the mean vector of the class noun's tokens plus a little noise, (d,) float32."""

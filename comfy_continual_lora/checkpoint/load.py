@@ -93,7 +93,9 @@ def _from_open_file(path: Path, file: Any, dtype: torch.dtype) -> Backbone:
         ldm = table(expected)
         missing = [prefix + ldm[name] for name in expected if ldm[name] not in mine]
         if missing:
-            raise CheckpointError(f"{path} lacks {len(missing)} weights of its {prefix.rstrip('.')}, the first is {missing[0]}. Get a complete checkpoint.")
+            raise CheckpointError(
+                f"{path} lacks {len(missing)} weights of its {prefix.rstrip('.')}, the first is {missing[0]}. Get a complete checkpoint."
+            )
 
         def read(name: str) -> Tensor:
             tensor = file.get_tensor(prefix + ldm[name])

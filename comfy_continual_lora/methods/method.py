@@ -6,5 +6,10 @@ from typing import Protocol
 
 
 class Method(Protocol):
-    id: str
-    trains_adapter: bool  # besides the new word's vector, which every method trains
+    @property
+    def id(self) -> str: ...
+
+    @property
+    def trains_adapter(self) -> bool:
+        """Whether it trains the LoRA, besides the new word's vector, which every method trains."""
+        ...

@@ -1,13 +1,14 @@
 """The parts of the mini-SD: text vocabulary, CLIP, autoencoder, U-Net, and the reader that judges its pictures.
 
-Shapes: n pictures, 77 tokens, latents (n, 4, 16, 16), pictures (n, 3, 128, 128) in -1..1. Every width divides the width SD1.5 has in the same place, so
-the net can be written in the stock layout without changing what it computes (`weights.widen`).
+Shapes: n pictures, 77 tokens, latents (n, 4, 16, 16), pictures (n, 3, 128, 128) in -1..1. Every width divides the width SD1.5 has in the same
+place, so the net can be written in the stock layout without changing what it computes (`weights.widen`).
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import cache
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -31,9 +32,9 @@ class Vocabulary:
 
     def __init__(self) -> None:
         words = {w for p in (*world.SHAPES, *world.COLORS, *world.PATTERNS, *world.BACKGROUNDS.values(), *world.TEMPLATES) for w in p.split()}
-        text = " ".join(sorted(words - {"{}"}) + ["and", "with", "eyes", "a", "an", ",", ".", "two", "front", "of", "posing", "next", "to", "the"])
-        special = {tokenizer().bos_token_id, tokenizer().eos_token_id}
-        self.tokens = sorted({*tokenizer()(text)["input_ids"]} - special) + sorted(special)
+        text = " ".join([*sorted(words - {"{}"}), "and", "with", "eyes", "a", "an", ",", ".", "two", "front", "of", "posing", "next", "to", "the"])
+        begin, *ids, end = tokenizer()(text)["input_ids"]
+        self.tokens: list[int] = [*sorted(set(ids)), begin, end]
         self.end = len(self.tokens) - 1
         self._dense = {token: row for row, token in enumerate(self.tokens)}
 
@@ -43,12 +44,15 @@ class Vocabulary:
         return torch.tensor([[self._dense[t] for t in row] for row in found])
 
 
+TEXT_WIDTH, VISION_WIDTH = 256, 192
+
+
 def new_clip(*, vocab_size: int | None = None) -> CLIPModel:
     """CLIP with a causal text transformer of 4 layers (256 wide, 4 heads) and a ViT/16 image tower (192 wide)."""
     size = vocab_size or len(Vocabulary().tokens)
-    text = {"vocab_size": size, "hidden_size": 256, "intermediate_size": 1024, "num_hidden_layers": 4, "num_attention_heads": 4,
+    text = {"vocab_size": size, "hidden_size": TEXT_WIDTH, "intermediate_size": 1024, "num_hidden_layers": 4, "num_attention_heads": 4,
             "max_position_embeddings": 77, "eos_token_id": size - 1, "bos_token_id": size - 2, "projection_dim": 192}  # fmt: skip
-    vision = {"hidden_size": 192, "intermediate_size": 768, "num_hidden_layers": 5, "num_attention_heads": 3, "image_size": 128,
+    vision = {"hidden_size": VISION_WIDTH, "intermediate_size": 768, "num_hidden_layers": 5, "num_attention_heads": 3, "image_size": 128,
               "patch_size": 16, "projection_dim": 192}  # fmt: skip
     return CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=192))
 
@@ -71,8 +75,8 @@ class SlimAutoencoder(nn.Module):
     `stages` lists (width, blocks) from 16 x 16 to 128 x 128; a stage without blocks keeps the ReLU of the first one it leaves out.
     """
 
-    encoder_stages = ((64, 2), (64, 1), (32, 1), (32, 0))
-    decoder_stages = ((64, 3), (64, 2), (32, 2), (32, 0))
+    encoder_stages = ((64, 3), (64, 2), (32, 2), (32, 0))
+    decoder_stages = ((64, 3), (64, 3), (32, 3), (32, 0))
 
     def __init__(self) -> None:
         super().__init__()
@@ -116,12 +120,13 @@ def alphas_cumprod() -> Tensor:
 
 @torch.no_grad()
 def normalise_latents(model: SlimAutoencoder, images: Tensor) -> None:
-    """Fold the spread of the latents into the convolutions around them, so that every channel has mean 0 and variance 1 (up to the decoder's tanh)."""
+    """Fold the spread of the latents into the convolutions around them, so that every channel has mean 0 and variance 1."""
     latents = torch.cat([model.encode(chunk) for chunk in images.split(32)])
     shift, scale = latents.mean((0, 2, 3)), 1 / latents.std((0, 2, 3))
     last, first = model.encoder[-1], model.decoder[0]
     assert isinstance(last, nn.Conv2d)
     assert isinstance(first, nn.Conv2d)
+    assert last.bias is not None
     last.weight *= scale.view(-1, 1, 1, 1)
     last.bias.copy_((last.bias - shift) * scale)
     first.weight /= scale.view(1, -1, 1, 1)
@@ -152,7 +157,7 @@ class Reader(nn.Module):
         super().__init__()
         widths = (3, 32, 64, 96, 128, 160)
         blocks = []
-        for index, (before, after) in enumerate(zip(widths, widths[1:], strict=False)):
+        for index, (before, after) in enumerate(pairwise(widths)):
             blocks += [nn.Conv2d(before, after, 4, 2, 1), nn.BatchNorm2d(after), nn.ReLU()]
             if index:
                 blocks += [nn.Conv2d(after, after, 3, 1, 1), nn.BatchNorm2d(after), nn.ReLU()]

@@ -23,6 +23,7 @@ import argparse
 import json
 import time
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -69,7 +70,7 @@ def stage_pictures(out: Path, processes: int) -> None:
     np.lib.format.open_memmap(partial, "w+", np.uint8, (PICTURES, world.SIZE, world.SIZE, 3)).flush()
     bounds = np.linspace(0, PICTURES, processes + 1).astype(int)
     context = torch.multiprocessing.get_context("spawn")
-    workers = [context.Process(target=_draw_range, args=(str(partial), a, b)) for a, b in zip(bounds, bounds[1:], strict=False)]
+    workers = [context.Process(target=_draw_range, args=(str(partial), a, b)) for a, b in pairwise(bounds)]
     for worker in workers:
         worker.start()
     for worker in workers:
@@ -148,9 +149,7 @@ def fit(
         optimizer.step()
         step += 1
         if parallel and (step % average_every == 0 or step == steps):
-            flat = nn.utils.parameters_to_vector(model.parameters()).detach() / dist.get_world_size()
-            dist.all_reduce(flat)
-            nn.utils.vector_to_parameters(flat, model.parameters())
+            _average(list(model.parameters()))
         if averaged is not None and step % 4 == 0:
             torch._foreach_lerp_(averaged, [p.detach() for p in model.parameters()], 1 - min(ema, (1 + step) / (10 + step)) ** 4)
         for key, part in {"loss": float(value.detach()), **parts_of_it}.items():
@@ -167,6 +166,15 @@ def fit(
             for p, a in zip(model.parameters(), averaged, strict=True):
                 p.copy_(a)
     model.eval()
+
+
+@torch.no_grad()
+def _average(parameters: list[nn.Parameter]) -> None:
+    """Every process gets the mean of all processes' parameters."""
+    flat = torch.cat([p.reshape(-1) for p in parameters])
+    dist.all_reduce(flat)
+    for p, mean in zip(parameters, (flat / dist.get_world_size()).split([p.numel() for p in parameters]), strict=True):
+        p.copy_(mean.view(p.shape))
 
 
 def keep(out: Path, name: str, model: nn.Module) -> None:
@@ -218,7 +226,7 @@ def stage_clip(out: Path, steps: int = 650, n: int = 128) -> None:
     scenes = [scene(i)[0] for i in range(PICTURES)]
     labels, ids = parts.labels(scenes), vocabulary.encode([s.caption for s in scenes])
     longest = int((ids == vocabulary.end).int().argmax(1).max()) + 1  # causal: what follows the end token changes nothing before it
-    heads = parts.AttributeHeads(model.config.vision_config.hidden_size)
+    heads = parts.AttributeHeads(parts.VISION_WIDTH)
     both = nn.ModuleList([model, heads])
 
     def loss(step: int) -> tuple[Tensor, dict[str, float]]:
@@ -245,11 +253,12 @@ def stage_clip(out: Path, steps: int = 650, n: int = 128) -> None:
 def stage_autoencoder(out: Path, steps: int, n: int = 8) -> None:
     rank = dist.get_rank() if dist.is_initialized() else 0
     pictures, model = Pictures(out), parts.SlimAutoencoder()
+    model = model.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
 
     def loss(step: int) -> tuple[Tensor, dict[str, float]]:
         indices, rng = pictures.indices(step, n - n // 4, stream=30 + rank), np.random.default_rng((SEED, 30 + rank, step))
         abstract = to_tensor(np.stack([world.draw_abstract(rng) for _ in range(n // 4)]))
-        images = torch.cat([pictures.images(indices), abstract])
+        images = torch.cat([pictures.images(indices), abstract]).contiguous(memory_format=torch.channels_last)
         with torch.autocast("cpu", torch.bfloat16):
             latents = model.encode(images).float()
             noise = torch.randn(latents.shape, generator=torch.Generator().manual_seed(2 * step + rank))
@@ -260,7 +269,7 @@ def stage_autoencoder(out: Path, steps: int, n: int = 8) -> None:
         psnr = float(-10 * torch.log10((drawn.detach() - images)[: len(indices)].square().mean() / 4))
         return error + 0.25 * edges + 0.01 * spread, {"psnr": psnr, "spread": float(spread.detach())}
 
-    fit(out, "autoencoder", model, loss, steps=steps, rate=1e-3, average_every=2, weight_decay=0.0)
+    fit(out, "autoencoder", model, loss, steps=steps, rate=1e-3, average_every=4, weight_decay=0.0)
     if rank:
         return
     parts.normalise_latents(model, pictures.images(np.arange(0, 512)))
@@ -297,7 +306,7 @@ def stage_features(out: Path) -> None:
     clip, vocabulary = parts.new_clip().eval(), parts.Vocabulary()
     clip.load_state_dict(load_file(out / "clip.safetensors"))
     ids = vocabulary.encode(sorted(set(captions())))
-    features = torch.empty(len(ids), 77, clip.config.text_config.hidden_size, dtype=torch.float16)
+    features = torch.empty(len(ids), 77, parts.TEXT_WIDTH, dtype=torch.float16)
     with torch.autocast("cpu", torch.bfloat16):
         for start in range(0, len(ids), 128):
             features[start : start + 128] = clip.text_model(input_ids=ids[start : start + 128]).last_hidden_state
@@ -359,7 +368,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Make the mini-SD from nothing; run again to go on where it stopped.")
     parser.add_argument("out", type=Path, help="folder for data, snapshots and results")
     parser.add_argument("--processes", type=int, default=1, help="CPU processes that draw pictures and train the U-Net together")
-    parser.add_argument("--autoencoder-steps", type=int, default=1800, help="autoencoder steps of 8 pictures per process")
+    parser.add_argument("--autoencoder-steps", type=int, default=5000, help="autoencoder steps of 8 pictures per process")
     parser.add_argument("--unet-steps", type=int, default=9000, help="U-Net steps of 32 pictures per process")
     parser.add_argument("--stages", default="pictures,reader,clip,autoencoder,latents,features,unet,pack", help="which stages, in this order")
     args = parser.parse_args()

@@ -1,8 +1,9 @@
 """The shipped weights of the mini-SD <-> a checkpoint file, narrow (as trained) or stock (as wide as SD1.5, computing the same).
 
-Widening: a hidden channel is repeated m times side by side, and whoever reads it divides by m. GroupNorm and LayerNorm see the same statistics, so nothing
-changes. Heads of an attention grow with their channels (the dot product grows m-fold, the scale shrinks by sqrt(m), to_q takes the rest); the text tower's heads
-keep their 64 channels and are repeated whole; its added layers have zero outputs. Differences are rounding errors: a test holds them below 1e-4.
+Widening: a hidden channel is repeated m times side by side, and whoever reads it divides by m. GroupNorm and LayerNorm see the same
+statistics, so nothing changes. Heads of an attention grow with their channels (the dot product grows m-fold, the scale shrinks by sqrt(m),
+to_q takes the rest); the text tower's heads keep their 64 channels and are repeated whole; its added layers have zero outputs.
+Differences are rounding errors: a test holds them below 1e-4.
 """
 
 from __future__ import annotations

@@ -54,9 +54,7 @@ def _star() -> Points:
 
 def _heart() -> Points:
     ts = [2 * math.pi * i / 40 for i in range(40)]
-    return [
-        (math.sin(t) ** 3, -(13 * math.cos(t) - 5 * math.cos(2 * t) - 2 * math.cos(3 * t) - math.cos(4 * t)) / 16 - 0.1) for t in ts
-    ]
+    return [(math.sin(t) ** 3, -(13 * math.cos(t) - 5 * math.cos(2 * t) - 2 * math.cos(3 * t) - math.cos(4 * t)) / 16 - 0.1) for t in ts]
 
 
 SHAPES: dict[str, list[tuple[Points, bool]]] = {
@@ -232,35 +230,33 @@ def draw_background(name: str, rng: np.random.Generator) -> np.ndarray:
             picture = _mix((150, 100, 58), (112, 70, 38), 0.5 + 0.5 * np.sin(y / 3.2 + 3 * _noise(rng, 3, 2) + phase))
             picture *= np.where((y + rng.integers(0, 42)) % 42 < 2, 0.55, 1.0)[..., None]
         case "grass":
-            picture = _mix((62, 128, 44), (108, 172, 62), 0.5 + 0.6 * _noise(rng, 12, 30))
+            picture = _mix((62, 128, 44), (108, 172, 62), 0.5 + 0.5 * _noise(rng, 8, 14))
         case "sand":
             picture = _mix((226, 200, 150), (206, 176, 122), 0.5 + 0.4 * np.sin(y / 4.5 + 2.5 * _noise(rng, 3, 3) + phase))
         case "water":
-            picture = _mix((28, 104, 158), (96, 176, 208), 0.45 + 0.5 * np.sin(y / 3.5 + 2 * _noise(rng, 8, 5) + phase))
+            picture = _mix((28, 104, 158), (96, 176, 208), 0.45 + 0.45 * np.sin(y / 4.5 + 2 * _noise(rng, 4, 3) + phase))
         case "sky":
             picture = _mix((98, 164, 232), (176, 214, 246), y / SIZE)
-            clouds = np.clip(2 * _noise(rng, 4, 4) + 0.8 * _noise(rng, 9, 8) - 0.5, 0, 1)[..., None]
+            clouds = np.clip(2 * _noise(rng, 4, 4) + 0.5 * _noise(rng, 7, 6) - 0.5, 0, 1)[..., None]
             picture = picture * (1 - clouds) + 252 * clouds
         case "brick":
-            row = np.floor((y + rng.integers(0, 14)) / 14)
-            column = np.floor((x + 14 * (row % 2) + rng.integers(0, 28)) / 28)
-            tone = np.sin(row * 12.9 + column * 78.2) * 0.5 + 0.5
-            picture = _mix((158, 70, 54), (186, 94, 70), tone)
-            offset_y, offset_x = rng.integers(0, 14), rng.integers(0, 28)
-            row = np.floor((y + offset_y) / 14)
-            mortar = ((y + offset_y) % 14 < 2.2) | ((x + 14 * (row % 2) + offset_x) % 28 < 2.2)
-            picture = np.where(mortar[..., None], np.float32((196, 186, 174)), picture)
+            down = y + rng.integers(0, 20)
+            row = np.floor(down / 20)
+            along = x + 20 * (row % 2) + rng.integers(0, 40)
+            picture = _mix((158, 70, 54), (186, 94, 70), np.sin(row * 12.9 + np.floor(along / 40) * 78.2) * 0.5 + 0.5)
+            mortar = (down % 20 < 3) | (along % 40 < 3)
+            picture = np.where(mortar[..., None], np.array((196, 186, 174), np.float32), picture)
         case "snow":
             picture = _mix((250, 251, 255), (206, 218, 236), 0.35 + 0.6 * _noise(rng, 4, 3))
         case "gravel":
-            picture = _mix((86, 86, 88), (176, 174, 170), 0.5 + 0.7 * _noise(rng, 18, 18))
+            picture = _mix((86, 86, 88), (176, 174, 170), 0.5 + 0.6 * _noise(rng, 10, 10))
         case "night":
             picture = _mix((10, 12, 36), (30, 26, 74), y / SIZE)
             for cx, cy, radius in rng.uniform((0, 0, 0.9), (SIZE, SIZE, 2.0), (22, 3)):
                 picture += 210 * np.exp(-((x - cx) ** 2 + (y - cy) ** 2) / radius**2)[..., None]
         case "carpet":
-            u, v = (x + y + 40 * phase) % 24, (x - y) % 24
-            picture = np.where(((u < 4) | (v < 4))[..., None], np.float32((206, 160, 92)), np.float32((122, 34, 62)))
+            u, v = (x + y + 40 * phase) % 34, (x - y) % 34
+            picture = np.where(((u < 6) | (v < 6))[..., None], np.array((206, 160, 92), np.float32), np.array((122, 34, 62), np.float32))
         case _:
             raise ValueError(f"no background {name!r}; known: {', '.join(BACKGROUNDS)}")
     return picture * rng.uniform(0.9, 1.08)
@@ -270,9 +266,7 @@ def _place(points: Points, matrix: np.ndarray, center: np.ndarray, scale: int) -
     return [(float(x) * scale, float(y) * scale) for x, y in np.asarray(points) @ matrix.T + center]
 
 
-def draw_look(
-    picture: np.ndarray, look: Look, center: tuple[float, float], radius: float, rng: np.random.Generator, *, flip: bool = False
-) -> None:
+def draw_look(picture: np.ndarray, look: Look, center: tuple[float, float], radius: float, rng: np.random.Generator, *, flip: bool = False) -> None:
     """Draw one thing into `picture` (float32 (128, 128, 3), changed in place), `radius` pixels from its middle to its edge."""
     angle = rng.normal(0, 0.1)
     matrix = radius * np.array([[math.cos(angle), -math.sin(angle)], [math.sin(angle), math.cos(angle)]]) @ np.diag((-1.0 if flip else 1.0, 1.0))
@@ -282,7 +276,7 @@ def draw_look(
     for points, filled in SHAPES[look.shape]:
         placed = _place(points, matrix, middle, 2)
         draw_solid.polygon(placed, fill=255 if filled else 0)
-        draw_lines.polygon(placed, fill=0, outline=255, width=3)
+        draw_lines.polygon(placed, fill=0, outline=255, width=4)
     mask, edge = (np.asarray(m.resize((SIZE, SIZE), Image.Resampling.BOX), np.float32)[..., None] / 255 for m in (solid, lines))
 
     shadow = ((_GRID - middle - (0, 0.88 * radius)) / (0.95 * radius, 0.26 * radius)) ** 2

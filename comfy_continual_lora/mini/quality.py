@@ -1,0 +1,88 @@
+"""How well the mini-SD draws what a caption asks for, judged by the attribute reader, which was trained on real pictures of the world only.
+
+    python -m comfy_continual_lora.mini.quality OUT [--captions 512]
+
+in: the shipped weights - out: OUT/quality.json, OUT/samples.png (the first 48 captions drawn) and OUT/captions.txt.
+Captions come from scenes the training never saw; only those are used that name shape, colours and background, so that there is something to judge.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import tempfile
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from .. import sample
+from ..checkpoint.load import load_backbone
+from ..concepts import to_pil
+from ..progress import Progress
+from ..report import grid
+from ..settings import DrawSettings
+from . import parts, weights, world
+
+SEED = 77
+
+
+def unseen_scenes(count: int) -> list[world.Scene]:
+    """Scenes whose captions name the background and the colours of every thing; one in three has two things."""
+    rng, found = np.random.default_rng(SEED), []
+    while len(found) < count:
+        scene = world.random_scene(rng)
+        if world.BACKGROUNDS[scene.background] in scene.caption and all(t.color_names for t in scene.things):
+            found.append(scene)
+    return found
+
+
+def load_reader() -> parts.Reader:
+    reader = parts.Reader()
+    reader.load_state_dict({k: v.float() if v.is_floating_point() else v for k, v in load_file(weights.READER).items()})
+    return reader.eval()
+
+
+def real_pictures(scenes: list[world.Scene]) -> Tensor:
+    """The same scenes as the world draws them: what a perfect net would do, and the reader's own ceiling."""
+    rng = np.random.default_rng(SEED + 1)
+    pictures = np.stack([world.draw_scene(s, rng) for s in scenes])
+    return torch.from_numpy(pictures).permute(0, 3, 1, 2).float().div(127.5).sub(1)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Measure how well the mini-SD draws what captions ask for.")
+    parser.add_argument("out", type=Path)
+    parser.add_argument("--captions", type=int, default=512)
+    parser.add_argument("--guidance", type=float, default=None)
+    arguments = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "mini.safetensors"
+        weights.write_checkpoint(path)
+        backbone = load_backbone(path)
+    scenes, reader = unseen_scenes(arguments.captions), load_reader()
+    settings = DrawSettings(guidance=arguments.guidance).resolved("mini")
+
+    def say(progress: Progress) -> None:
+        print(f"\r{progress.step}/{progress.steps}", end="", file=sys.stderr, flush=True)
+
+    drawn = sample.draw(backbone, {}, [s.caption for s in scenes], range(SEED, SEED + len(scenes)), settings, say)
+    real = real_pictures(scenes)
+    through_vae = backbone.decode_latents(backbone.encode_images(real))
+    two = torch.tensor([len(s.things) == 2 for s in scenes])
+    row = {"captions": len(scenes), "with_two_things": int(two.sum()), "guidance": settings.guidance, "steps": settings.steps}
+    for name, pictures in (("real", real), ("autoencoder", through_vae), ("drawn", drawn)):
+        row[name] = parts.read_accuracy(reader, pictures, scenes)
+        row[f"{name}_two_things"] = parts.read_accuracy(reader, pictures[two], [s for s in scenes if len(s.things) == 2])
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    (arguments.out / "quality.json").write_text(json.dumps(row, indent=1) + "\n")
+    (arguments.out / "captions.txt").write_text("\n".join(s.caption for s in scenes[:48]) + "\n")
+    grid([to_pil(p) for p in drawn[:48]], 8).save(arguments.out / "samples.png")
+    print(json.dumps(row, indent=1))
+
+
+if __name__ == "__main__":
+    main()
