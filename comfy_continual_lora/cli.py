@@ -139,9 +139,8 @@ def _info(arguments: argparse.Namespace, bar: _Bar) -> None:
     print(found["stack_file"])
     print(f"fingerprint {found['fingerprint'][:12]}, rank {found['rank']}, {found['trainable_parameters']:,} trainable parameters")
     for concept in found["concepts"]:
-        print(
-            f"  {concept['token']:<12} {concept['noun']:<16} {concept['images']} pictures, {concept['steps']} steps, {concept['method']}, {concept['learned']}"
-        )
+        how = f"{concept['images']} pictures, {concept['steps']} steps, {concept['method']}, {concept['learned']}"
+        print(f"  {concept['token']:<12} {concept['noun']:<16} {how}")
     if not found["concepts"]:
         print("  no concepts yet")
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
 from diffusers import AutoencoderTiny
+from safetensors.torch import load_file
 
 from comfy_continual_lora.checkpoint import keys
 from comfy_continual_lora.checkpoint.backbone import Backbone
@@ -26,6 +28,22 @@ def test_padding_the_slim_autoencoder_changes_nothing() -> None:
     with torch.no_grad():
         assert torch.allclose(slim.encode(images), full.encode(images).latents, atol=1e-6)
         assert torch.allclose(slim.decode(latents), full.decode(latents).sample, atol=1e-6)
+    back = weights.slim_state(full.state_dict())
+    assert all(torch.equal(back[name], tensor) for name, tensor in slim.state_dict().items())
+
+
+def test_shipped_weights_unpack_and_pack_to_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    weights.unpack(tmp_path)
+    shutil.copy(weights.READER, tmp_path / "reader.safetensors")
+    before = {path: load_file(path) for path in (weights.CHECKPOINT, weights.VISION)}
+    for name in ("SHIPPED", "CHECKPOINT", "VISION", "READER"):
+        monkeypatch.setattr(weights, name, tmp_path / "again" / getattr(weights, name).name)
+    monkeypatch.setattr(weights, "SHIPPED", tmp_path / "again")
+    weights.pack(tmp_path)
+    for path, state in before.items():
+        again = load_file(tmp_path / "again" / path.name)
+        assert again.keys() == state.keys()
+        assert all(torch.equal(again[name], tensor) for name, tensor in state.items())
 
 
 @pytest.mark.usefixtures("_float32_widening")

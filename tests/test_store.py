@@ -91,8 +91,7 @@ def test_stack_files_that_cannot_be_used(tmp_path: Path) -> None:
 def test_one_writer_at_a_time(tmp_path: Path) -> None:
     path = tmp_path / "s"
     other = (
-        "import sys; from pathlib import Path; from comfy_continual_lora import store
-"
+        "import sys; from pathlib import Path; from comfy_continual_lora import store\n"
         f"with store.writing(Path({str(path)!r})): print('held', flush=True); sys.stdin.read()"
     )
     holder = subprocess.Popen([sys.executable, "-c", other], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=Path(__file__).parents[1])

@@ -34,7 +34,7 @@ from diffusers.models.attention_processor import AttnProcessor
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from . import parts, world
+from . import parts, weights, world
 
 PICTURES = 64_000
 SEED = 20
@@ -341,6 +341,8 @@ def stage_unet(out: Path, steps: int, n: int = 32, compiled: bool = True) -> Non
         snr = alphas[timestep] / (1 - alphas[timestep])
         return (error * snr.clamp(max=5) / snr).mean() * 2, {"mse": float(error.detach().mean())}
 
+    if (out / "unet.start.safetensors").exists():
+        model.load_state_dict(load_file(out / "unet.start.safetensors"))
     fit(out, "unet", model, loss, steps=steps, rate=1.2e-3, ema=0.9995, average_every=4)
     if rank == 0:
         keep(out, "unet", model)
@@ -370,11 +372,15 @@ def main() -> None:
     parser.add_argument("--processes", type=int, default=1, help="CPU processes that draw pictures and train the U-Net together")
     parser.add_argument("--autoencoder-steps", type=int, default=5000, help="autoencoder steps of 8 pictures per process")
     parser.add_argument("--unet-steps", type=int, default=9000, help="U-Net steps of 32 pictures per process")
+    parser.add_argument("--continue-shipped", action="store_true", help="in an empty folder: train the shipped U-Net further, in the shipped latents")
     parser.add_argument("--stages", default="pictures,reader,clip,autoencoder,latents,features,unet,pack", help="which stages, in this order")
     args = parser.parse_args()
     out: Path = args.out
     out.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(SEED)
+    if args.continue_shipped and not (out / "clip.safetensors").exists():
+        weights.unpack(out)
+        (out / "unet.safetensors").rename(out / "unet.start.safetensors")
     for stage in args.stages.split(","):
         if (out / f"{stage}.safetensors").exists():
             continue
@@ -386,8 +392,6 @@ def main() -> None:
             case "unet":
                 _together(stage_unet, args.processes, out, args.unet_steps)
             case "pack":
-                from . import weights
-
                 weights.pack(out)
             case _:
                 {"reader": stage_reader, "clip": stage_clip, "latents": stage_latents, "features": stage_features}[stage](out)

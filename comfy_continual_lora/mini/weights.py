@@ -9,6 +9,7 @@ Differences are rounding errors: a test holds them below 1e-4.
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -40,37 +41,56 @@ def pack(out: Path) -> None:
     SHIPPED.mkdir(exist_ok=True)
     save_file({k: v.half().contiguous() for k, v in state.items()}, CHECKPOINT, {"tokens": json.dumps(parts.Vocabulary().tokens)})
     save_file({k: v.half().contiguous() for k, v in clip.items() if not k.startswith("text_model.")}, VISION)
-    save_file({k: v.half().contiguous() if v.is_floating_point() else v for k, v in load_file(out / "reader.safetensors").items()}, READER)
+    reader = load_file(out / "reader.safetensors")
+    save_file({k: v.half().contiguous() if v.is_floating_point() else v for k, v in reader.items()}, READER)
+
+
+def unpack(out: Path) -> None:
+    """The shipped files -> the parts in `out`, so that training can go on from them (without the optimizer's state)."""
+    state, clip = load_file(CHECKPOINT), load_file(VISION)
+    unet = {ours: state[keys.UNET_PREFIX + name] for ours, name in keys.unet_names(parts.new_unet().state_dict()).items()}
+    tiny = {ours: state[keys.VAE_PREFIX + name] for ours, name in keys.tiny_vae_names(AutoencoderTiny().state_dict()).items()}
+    clip |= {"text_model." + k.removeprefix(keys.TEXT_PREFIX): v for k, v in state.items() if k.startswith(keys.TEXT_PREFIX)}
+    for name, part in (("unet", unet), ("autoencoder", slim_state(tiny)), ("clip", clip)):
+        save_file({k: v.float().contiguous() for k, v in part.items()}, out / f"{name}.safetensors")
+
+
+def _slim_layers() -> Iterator[tuple[str, str]]:
+    """(layer of the slim autoencoder, the same layer of the stock TAESD), every convolution."""
+    for half, stages, head, between, counts in (
+        ("encoder", parts.SlimAutoencoder.encoder_stages[::-1], 1, 1, (1, 3, 3, 3)),
+        ("decoder", parts.SlimAutoencoder.decoder_stages, 2, 2, (3, 3, 3, 1)),
+    ):  # `head` layers come before the first stage, `between` (the last a convolution) before each further one
+        yield f"{half}.0", f"{half}.layers.0"
+        slim = stock = head
+        for index, ((_, blocks), count) in enumerate(zip(stages, counts, strict=True)):
+            if index:
+                slim, stock = slim + between, stock + between
+                yield f"{half}.{slim - 1}", f"{half}.layers.{stock - 1}"
+            for block in range(blocks):
+                yield from ((f"{half}.{slim + block}.conv.{c}", f"{half}.layers.{stock + block}.conv.{c}") for c in (0, 2, 4))
+            slim, stock = slim + max(1, blocks), stock + count
+        yield f"{half}.{slim}", f"{half}.layers.{stock}"
 
 
 def tiny_state(slim: dict[str, Tensor]) -> dict[str, Tensor]:
     """A slim autoencoder's weights, zero-padded to the stock TAESD: missing channels stay zero, missing blocks are identities."""
     full = {k: torch.zeros_like(v) for k, v in AutoencoderTiny().state_dict().items()}
-
-    def copy(source: str, target: str) -> None:
+    for source, target in _slim_layers():
         for leaf in ("weight", "bias"):
-            if f"{source}.{leaf}" in slim:
-                value = slim[f"{source}.{leaf}"]
+            if (value := slim.get(f"{source}.{leaf}")) is not None:
                 full[f"{target}.{leaf}"][tuple(slice(n) for n in value.shape)] = value
-
-    def copy_half(half: str, head: int, stages: list[int], between: int) -> None:
-        """`head` layers come before the first stage, `between` layers (the last a convolution) before each further one."""
-        copy(f"{half}.0", f"{half}.layers.0")
-        source = target = head
-        for index, blocks in enumerate(stages):
-            if index:
-                source, target = source + between, target + between
-                copy(f"{half}.{source - 1}", f"{half}.layers.{target - 1}")
-            for block in range(blocks):
-                for conv in (0, 2, 4):
-                    copy(f"{half}.{source + block}.conv.{conv}", f"{half}.layers.{target + block}.conv.{conv}")
-            source += max(1, blocks)
-            target += (1 if index == 0 else 3) if half == "encoder" else (1 if index == 3 else 3)
-        copy(f"{half}.{source}", f"{half}.layers.{target}")
-
-    copy_half("encoder", 1, [n for _, n in reversed(parts.SlimAutoencoder.encoder_stages)], 1)
-    copy_half("decoder", 2, [n for _, n in parts.SlimAutoencoder.decoder_stages], 2)
     return full
+
+
+def slim_state(full: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The inverse of `tiny_state`."""
+    slim = parts.SlimAutoencoder().state_dict()
+    names = dict(_slim_layers())
+    for key, value in slim.items():
+        layer, leaf = key.rsplit(".", 1)
+        slim[key] = full[f"{names[layer]}.{leaf}"][tuple(slice(n) for n in value.shape)]
+    return slim
 
 
 def checkpoint_state() -> dict[str, Tensor]:

@@ -1,6 +1,6 @@
 """How well the mini-SD draws what a caption asks for, judged by the attribute reader, which was trained on real pictures of the world only.
 
-    python -m comfy_continual_lora.mini.quality OUT [--captions 512]
+    python benchmarks/mini/quality.py benchmarks/mini [--captions 512]
 
 in: the shipped weights - out: OUT/quality.json, OUT/samples.png (the first 48 captions drawn) and OUT/captions.txt.
 Captions come from scenes the training never saw; only those are used that name shape, colours and background, so that there is something to judge.
@@ -19,13 +19,13 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from .. import sample
-from ..checkpoint.load import load_backbone
-from ..concepts import to_pil
-from ..progress import Progress
-from ..report import grid
-from ..settings import DrawSettings
-from . import parts, weights, world
+from comfy_continual_lora import sample
+from comfy_continual_lora.checkpoint.load import load_backbone
+from comfy_continual_lora.concepts import to_pil
+from comfy_continual_lora.mini import parts, weights, world
+from comfy_continual_lora.progress import Progress
+from comfy_continual_lora.report import grid
+from comfy_continual_lora.settings import DrawSettings
 
 SEED = 77
 
