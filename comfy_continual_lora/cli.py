@@ -13,7 +13,7 @@ from typing import Any
 
 from .errors import Cancelled, ContinualLoraError
 from .progress import Progress
-from .settings import DrawSettings, LearnSettings
+from .settings import PRESETS, DrawSettings, LearnSettings
 
 EPILOG = "Everything learned about a checkpoint lies in one file beside it: <checkpoint>.concepts.safetensors. Nothing is ever downloaded."
 
@@ -159,9 +159,7 @@ def _undo(arguments: argparse.Namespace, bar: _Bar) -> None:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        "continual-lora", description="Teach a Stable Diffusion checkpoint one thing after another, without forgetting.", epilog=EPILOG
-    )
+    parser = argparse.ArgumentParser("continual-lora", description="Teach a Stable Diffusion checkpoint one thing after another.", epilog=EPILOG)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
     def command(name: str, run: Any, help: str, *, checkpoint: bool = True, machine: bool = True) -> argparse.ArgumentParser:
@@ -205,14 +203,25 @@ def _add_settings(parser: argparse.ArgumentParser, settings: type, short: dict[s
     """One flag a setting: type, choices, default and help come from its declaration."""
     for f in dataclasses.fields(settings):
         kind = {"int": int, "float": float}.get(str(f.type).split(" ")[0], str)
-        default = "what suits the checkpoint" if f.default is None else f.default
         names = [*([short[f.name]] if short and f.name in short else []), f"--{'lr' if f.name == 'rate' else f.name.replace('_', '-')}"]
-        help = f"{f.metadata['help']} (default: {default})".replace("%", "%%")
+        help = f"{f.metadata['help']} (default: {_default(f)})".replace("%", "%%")
         if f.type == "bool":
             parser.add_argument(*names, dest=f.name, action=argparse.BooleanOptionalAction, default=None, help=help)
         else:
             choices = f.metadata["choices"] or None
             parser.add_argument(*names, dest=f.name, type=kind, choices=choices, help=help, metavar=None if choices else f.name.upper())
+
+
+def _default(f: dataclasses.Field) -> str:
+    """What happens without the flag, in words."""
+    if isinstance(f.default, bool):
+        return "yes" if f.default else "no"
+    if f.default is not None:
+        return str(f.default) or "nothing"
+    values = {preset[f.name] for preset in PRESETS.values() if f.name in preset}
+    if not values:
+        return "the checkpoint's own"
+    return f"{values.pop()}" if len(values) == 1 else f"{PRESETS['sd1'][f.name]}, for the mini-SD {PRESETS['mini'][f.name]}"
 
 
 def _given(arguments: argparse.Namespace, settings: type) -> dict[str, Any]:

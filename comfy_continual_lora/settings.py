@@ -29,9 +29,20 @@ PRESETS: dict[str, dict[str, Any]] = {
 }
 
 
-def setting(default: Any, help: str, *, low: float | None = None, high: float | None = None, choices: tuple[str, ...] = (), unit: str = "") -> Any:
+def setting(
+    default: Any,
+    help: str,
+    *,
+    low: float | None = None,
+    high: float | None = None,
+    choices: tuple[str, ...] = (),
+    multiple: int = 1,
+    unit: str = "",
+) -> Any:
     """A dataclass field that knows its range and what to tell the user."""
-    return dataclasses.field(default=default, metadata={"help": help, "low": low, "high": high, "choices": choices, "unit": unit})
+    return dataclasses.field(
+        default=default, metadata={"help": help, "low": low, "high": high, "choices": choices, "multiple": multiple, "unit": unit}
+    )
 
 
 class Settings:
@@ -42,13 +53,15 @@ class Settings:
             value, meta = getattr(self, f.name), f.metadata
             if value is None or not meta:
                 continue
-            if meta["choices"] and value not in meta["choices"]:
-                raise SettingError(f"{f.name} is {value!r}; it has to be one of {', '.join(meta['choices'])}.")
-            if (meta["low"] is not None and not value >= meta["low"]) or (meta["high"] is not None and not value <= meta["high"]):
-                high = "" if meta["high"] is None else f" to {meta['high']:g}"
-                raise SettingError(
-                    f"{f.name} is {value:g}; the range is {meta['low']:g}{high or ' and more'}{' ' + meta['unit'] if meta['unit'] else ''}."
-                )
+            if meta["choices"]:
+                if value not in meta["choices"]:
+                    raise SettingError(f"{f.name} is {value!r}; it has to be one of {', '.join(meta['choices'])}.")
+                continue
+            low, high, unit = meta["low"], meta["high"], f" {meta['unit']}" if meta["unit"] else ""
+            if (low is not None and not value >= low) or (high is not None and not value <= high):
+                raise SettingError(f"{f.name} is {value:g}; the range is {low:g}{' and more' if high is None else f' to {high:g}'}{unit}.")
+            if meta["multiple"] > 1 and value % meta["multiple"]:
+                raise SettingError(f"{f.name} is {value:g}; it has to be a multiple of {meta['multiple']}{unit}.")
 
     def resolved(self, preset: str) -> Any:
         """A copy in which every None is what suits the checkpoint; checked."""
@@ -63,13 +76,13 @@ class LearnSettings(Settings):
     method: str = setting("lora", "how to learn: lora (K/V LoRA and the word) or textual_inversion (only the word)", choices=METHODS)
     steps: int | None = setting(None, "training steps", low=1, high=1_000_000)
     batch: int | None = setting(None, "pictures a step", low=1, high=256)
-    rank: int | None = setting(None, "rank of the LoRA, 16 unless told otherwise; a stack keeps the rank it began with", low=1, high=256)
+    rank: int | None = setting(None, "rank of the LoRA; a stack keeps the rank it began with", low=1, high=256)
     rate: float | None = setting(None, "learning rate of the LoRA", low=0, high=1)
     token_rate: float | None = setting(None, "learning rate of the word's vector", low=0, high=1)
     warmup: int = setting(20, "steps over which the rate rises", low=0, high=100_000)
     clip: float = setting(1.0, "largest gradient norm; a longer gradient is shortened to it", low=1e-6)
     seed: int = setting(0, "seed of every random draw", low=0, high=2**63 - 1)
-    size: int | None = setting(None, "side of the training pictures", low=64, high=4096, unit="pixels")
+    size: int | None = setting(None, "side of the training pictures", low=64, high=4096, unit="pixels", multiple=8)
     fit: str = setting("crop", "pictures that are not square are cropped to the middle or padded with their edge", choices=("crop", "pad"))
     flip: bool = setting(True, "also learn from the mirrored pictures; switch off for things with writing on them")
     precision: str = setting(
@@ -87,5 +100,5 @@ class DrawSettings(Settings):
     guidance: float | None = setting(None, "classifier-free guidance; 1 switches it off", low=0, high=100)
     solver: str = setting("dpm++", "dpm++ (fast, 2M) or ddim", choices=SOLVERS)
     seed: int = setting(0, "seed of the first picture; the next ones follow", low=0, high=2**63 - 1)
-    size: int | None = setting(None, "side of the drawn pictures", low=64, high=4096, unit="pixels")
+    size: int | None = setting(None, "side of the drawn pictures", low=64, high=4096, unit="pixels", multiple=8)
     negative: str = setting("", "what not to draw")

@@ -44,3 +44,5 @@ def test_settings_out_of_range_are_named() -> None:
         DrawSettings(solver="euler").check()
     with pytest.raises(SettingError, match="steps is 0; the range is 1 to 1000"):
         DrawSettings(steps=0).check()
+    with pytest.raises(SettingError, match="size is 100; it has to be a multiple of 8 pixels"):
+        DrawSettings(size=100).check()

@@ -102,7 +102,7 @@ def checkpoint_state() -> dict[str, Tensor]:
     table = rows.mean(0) + rows.std(0) * torch.randn(VOCABULARY, rows.shape[1], generator=torch.Generator().manual_seed(0))
     table[tokens] = rows
     state[_TABLE] = table.half()
-    state[keys.VAE_PREFIX + "vae_scale"] = torch.tensor(_LATENT_FACTOR)
+    state |= {keys.VAE_PREFIX + "vae_scale": torch.tensor(_LATENT_FACTOR), keys.VAE_PREFIX + "vae_shift": torch.tensor(0.0)}
     return state
 
 
