@@ -153,7 +153,13 @@ class _Run:
             for key, value in self.optimizer.state.get(p, {}).items():
                 tensors[f"state.{key}.{name}"] = value.cpu() if isinstance(value, Tensor) else torch.tensor(value)
         header = {"identity": self.identity, "step": str(self.step), "losses": json.dumps(self.losses)}
-        write_whole(self.path, save({k: v.contiguous() for k, v in tensors.items()}, header))
+        try:
+            write_whole(self.path, save({k: v.contiguous() for k, v in tensors.items()}, header))
+        except OSError as error:
+            raise TrainingError(
+                f"The snapshot {self.path} can't be written ({error.strerror or error}): no room or no permission there. "
+                f"Learning stopped at step {self.step}; the concepts stored before are untouched. Make room and give the same command again."
+            ) from None
 
     def resume(self) -> None:
         """Go on from the snapshot if there is a readable one of this very run."""

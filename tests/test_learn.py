@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import resource
 from dataclasses import replace
 from pathlib import Path
 
@@ -97,6 +99,20 @@ def test_a_loss_that_is_not_a_number_stores_nothing(checkpoint: Path, pictures: 
     with pytest.raises(TrainingError, match=r"loss became (nan|inf|-inf) at step 1.*nothing was stored"):
         pipeline.learn_concept(replace(request, token="V2"))
     assert stack_file.read_bytes() == before
+
+
+@pytest.mark.skipif(os.name != "posix", reason="file size limits of POSIX")
+def test_a_full_disk_while_learning_is_told_and_harms_nothing(backbone: Backbone, pictures: Path, tmp_path: Path) -> None:
+    with pytest.raises(Cancelled):
+        _learn(backbone, pictures, tmp_path / "s", on_progress=_stop_at(1))
+    before, limits = (tmp_path / "s").read_bytes(), resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, limits[1]))
+    try:
+        with pytest.raises(TrainingError, match=r"can't be written.*stopped at step 2"):
+            _learn(backbone, pictures, tmp_path / "s")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert (tmp_path / "s").read_bytes() == before
 
 
 def test_two_concepts_in_sequence_then_undo(checkpoint: Path, pictures: Path, tmp_path: Path) -> None:

@@ -287,10 +287,11 @@ def stage_latents(out: Path) -> None:
     pictures, model = Pictures(out), parts.SlimAutoencoder()
     model.load_state_dict(load_file(out / "autoencoder.safetensors"))
     latents = torch.empty(PICTURES, 4, 16, 16, dtype=torch.float16)
+    model = model.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
     with torch.autocast("cpu", torch.bfloat16):
         for start in range(0, PICTURES, 64):
-            indices = np.arange(start, start + 64)
-            latents[start : start + 64] = model.encode(pictures.images(indices))
+            images = pictures.images(np.arange(start, start + 64)).contiguous(memory_format=torch.channels_last)
+            latents[start : start + 64] = model.encode(images)
     save_file({"latents": latents}, path)
     log(out, stage="latents", mean=float(latents.float().mean()), std=float(latents.float().std()))
 

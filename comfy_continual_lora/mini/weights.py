@@ -41,8 +41,9 @@ def pack(out: Path) -> None:
     SHIPPED.mkdir(exist_ok=True)
     save_file({k: v.half().contiguous() for k, v in state.items()}, CHECKPOINT, {"tokens": json.dumps(parts.Vocabulary().tokens)})
     save_file({k: v.half().contiguous() for k, v in clip.items() if not k.startswith("text_model.")}, VISION)
-    reader = load_file(out / "reader.safetensors")
-    save_file({k: v.half().contiguous() if v.is_floating_point() else v for k, v in reader.items()}, READER)
+    if (out / "reader.safetensors").exists():
+        reader = load_file(out / "reader.safetensors")
+        save_file({k: v.half().contiguous() if v.is_floating_point() else v for k, v in reader.items()}, READER)
 
 
 def unpack(out: Path) -> None:
