@@ -22,7 +22,7 @@ from torch import Tensor
 from comfy_continual_lora import sample
 from comfy_continual_lora.checkpoint.load import load_backbone
 from comfy_continual_lora.concepts import to_pil
-from comfy_continual_lora.mini import parts, weights, world
+from comfy_continual_lora.mini import parts, pretrain, weights, world
 from comfy_continual_lora.progress import Progress
 from comfy_continual_lora.report import grid
 from comfy_continual_lora.settings import DrawSettings
@@ -49,8 +49,7 @@ def load_reader() -> parts.Reader:
 def real_pictures(scenes: list[world.Scene]) -> Tensor:
     """The same scenes as the world draws them: what a perfect net would do, and the reader's own ceiling."""
     rng = np.random.default_rng(SEED + 1)
-    pictures = np.stack([world.draw_scene(s, rng) for s in scenes])
-    return torch.from_numpy(pictures).permute(0, 3, 1, 2).float().div(127.5).sub(1)
+    return pretrain.to_tensor(np.stack([world.draw_scene(s, rng) for s in scenes]))
 
 
 def main() -> None:

@@ -113,11 +113,6 @@ def new_unet() -> UNet2DConditionModel:
     )  # fmt: skip
 
 
-def alphas_cumprod() -> Tensor:
-    """SD1.x' scaled-linear schedule, (1000,)."""
-    return torch.cumprod(1 - torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float64) ** 2, 0).float()
-
-
 @torch.no_grad()
 def normalise_latents(model: SlimAutoencoder, images: Tensor) -> None:
     """Fold the spread of the latents into the convolutions around them, so that every channel has mean 0 and variance 1."""

@@ -13,8 +13,8 @@ stages   pictures     64,000 captioned pictures of the world
          unet         eps-prediction, scaled-linear betas, min-SNR-5, caption dropout 0.1, EMA
          pack         the shipped files
 
-Each stage keeps a snapshot and goes on from it; a finished stage is skipped. Data order is a function of (seed, step), so a resumed run sees what an
-undisturbed one would.
+Each stage keeps a snapshot and goes on from it; a finished stage (OUT/<stage>.safetensors is there) is skipped. Data order is a function of (seed, step),
+so a resumed run sees what an undisturbed one would. To train a finished U-Net longer, remove OUT/unet.safetensors and raise --unet-steps.
 """
 
 from __future__ import annotations
@@ -34,6 +34,7 @@ from diffusers.models.attention_processor import AttnProcessor
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from ..diffusion import add_noise, alphas_cumprod, loss_per_example
 from . import parts, weights, world
 
 PICTURES = 64_000
@@ -325,7 +326,7 @@ def stage_unet(out: Path, steps: int, n: int = 32, compiled: bool = True) -> Non
     model = parts.new_unet().to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
     model.set_attn_processor(AttnProcessor())  # on a CPU plain matrix products are faster than the fused attention's bf16 backward
     predict = torch.compile(model) if compiled else model
-    alphas = parts.alphas_cumprod()
+    alphas = alphas_cumprod()
 
     def loss(step: int) -> tuple[Tensor, dict[str, float]]:
         rng = np.random.default_rng((SEED, 4 + rank, step))
@@ -333,12 +334,11 @@ def stage_unet(out: Path, steps: int, n: int = 32, compiled: bool = True) -> Non
         index = torch.from_numpy(rng.integers(0, PICTURES, n))
         timestep = torch.from_numpy((np.arange(n) + rng.random(n)) / n * 1000).long()  # stratified
         clean, noise = latents[index].float(), torch.randn(n, 4, 16, 16, generator=generator)
-        alpha = alphas[timestep].view(-1, 1, 1, 1)
-        noisy = alpha.sqrt() * clean + (1 - alpha).sqrt() * noise
+        noisy = add_noise(clean, noise, timestep, alphas)
         caption = torch.where(torch.rand(n, generator=generator) < 0.1, rows[0], rows[index + 1])
         with torch.autocast("cpu", torch.bfloat16):
-            predicted = predict(noisy.contiguous(memory_format=torch.channels_last), timestep, features[caption].float()).sample.float()
-        error = (predicted - noise).square().mean((1, 2, 3))
+            predicted = predict(noisy.contiguous(memory_format=torch.channels_last), timestep, features[caption].float()).sample
+        error = loss_per_example(predicted, noise)
         snr = alphas[timestep] / (1 - alphas[timestep])
         return (error * snr.clamp(max=5) / snr).mean() * 2, {"mse": float(error.detach().mean())}
 
