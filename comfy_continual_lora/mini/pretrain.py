@@ -13,8 +13,9 @@ stages   pictures     64,000 captioned pictures of the world
          unet         eps-prediction, scaled-linear betas, min-SNR-5, caption dropout 0.1, EMA
          pack         the shipped files
 
-Each stage keeps a snapshot and goes on from it; a finished stage (OUT/<stage>.safetensors is there) is skipped. Data order follows from seed and step,
-so a resumed run sees what an undisturbed one would. To train a finished U-Net longer, remove OUT/unet.safetensors and raise --unet-steps.
+Each stage keeps a snapshot and goes on from it; a finished stage (OUT/<stage>.safetensors is there) is skipped. The order of the data is a function
+of seed and step, so a resumed run sees what an undisturbed one would. To train a finished U-Net longer, remove OUT/unet.safetensors and raise
+--unet-steps.
 """
 
 from __future__ import annotations
