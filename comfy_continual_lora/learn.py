@@ -10,8 +10,10 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -58,80 +60,100 @@ def learn(
     Errors: TrainingError when the loss is not a number or memory runs out.
     """
     method = METHODS[settings.method]
-    assert settings.steps
-    assert settings.batch
-    assert settings.rate is not None
-    assert settings.token_rate is not None
     prompts = [prompts_for(token, noun, TEMPLATES, caption) for caption in concept.captions]
     images = torch.cat([concept.images, concept.images.flip(-1)]) if settings.flip else concept.images
-    latents = backbone.encode_images(images)
+    latents, alphas = backbone.encode_images(images), alphas_cumprod().to(backbone.device)
     dtype = _number_format(backbone.device, settings.precision)  # factors, optimizer and loss stay in float32
     nn.Module.to(backbone.unet, dtype)
-    alphas = alphas_cumprod().to(backbone.device)
-    if settings.checkpointing:
-        backbone.unet.enable_gradient_checkpointing()
-        backbone.unet.train()  # checkpointing asks for it; there is no dropout in the net
-    with attached(backbone, adapter, trainable=method.trains_adapter) as factors:
+    with _checkpointing(backbone, settings.checkpointing), attached(backbone, adapter, trainable=method.trains_adapter) as factors:
         vector = nn.Parameter(word.to(backbone.device, torch.float32, copy=True))
-        trained = {"word": vector, **(factors if method.trains_adapter else {})}
         groups = [{"params": [vector], "lr": settings.token_rate, "weight_decay": 0.0}]
         if method.trains_adapter:
             groups.append({"params": list(factors.values()), "lr": settings.rate, "weight_decay": 0.01})
-        run = _Run(trained, torch.optim.AdamW(groups), snapshot, _identity(backbone, concept, token, noun, settings, adapter))
-        run.resume()
-        rates = [group["lr"] for group in groups]
-        started, first = time.monotonic(), run.step
+        trained = {"word": vector, **(factors if method.trains_adapter else {})}
+        run = _Run(trained, torch.optim.AdamW(groups), settings, snapshot, _identity(backbone, concept, token, noun, settings, adapter))
+
+        def loss(step: int) -> Tensor:
+            pick, timestep, noise, chosen = _batch(latents, prompts, settings, step)
+            pick, timestep, noise = (x.to(backbone.device) for x in (pick, timestep, noise))
+            noisy = add_noise(latents[pick], noise, timestep, alphas)
+            with torch.autocast(backbone.device.type, dtype, enabled=dtype != torch.float32):
+                features = _features(backbone, chosen, {**words, token: vector})
+                return loss_per_example(backbone.predict(noisy, timestep, features), noise).mean()
+
         try:
-            while run.step < settings.steps:
-                generator = torch.Generator().manual_seed(_seed(settings.seed, run.step))
-                pick = torch.randint(len(latents), (settings.batch,), generator=generator)
-                chosen = [_one_of(prompts[i % len(prompts)], generator) for i in pick.tolist()]
-                timestep = torch.randint(TIMESTEPS, (settings.batch,), generator=generator).to(backbone.device)
-                noise = torch.randn((settings.batch, *latents.shape[1:]), generator=generator).to(backbone.device)
-                noisy = add_noise(latents[pick.to(backbone.device)], noise, timestep, alphas)
-                with torch.autocast(backbone.device.type, dtype, enabled=dtype != torch.float32):
-                    features = _features(backbone, chosen, {**words, token: vector})
-                    loss = loss_per_example(backbone.predict(noisy, timestep, features), noise).mean()
-                for group, rate in zip(run.optimizer.param_groups, rates, strict=True):
-                    group["lr"] = rate * min(1.0, (run.step + 1) / max(1, settings.warmup))
-                run.update(loss, settings.clip, scale=1024.0 if dtype == torch.float16 else 1.0)
-                if run.step % settings.snapshot_every == 0 and run.step < settings.steps:
-                    run.save()
-                left = (time.monotonic() - started) / (run.step - first) * (settings.steps - run.step)
-                on_progress(Progress("learn", run.step, settings.steps, run.losses[-1], run.optimizer.param_groups[-1]["lr"], left))
+            run.train(loss, on_progress, scale=1024.0 if dtype == torch.float16 else 1.0)
         except torch.OutOfMemoryError as error:
             raise TrainingError(
                 f"{backbone.device} ran out of memory at step {run.step} ({error}). Take a smaller batch or size, or gradient checkpointing; "
                 "the same command then goes on from the last snapshot where the settings are the same."
             ) from None
-        except TrainingError:
-            raise
-        except BaseException:
-            if run.whole:
-                run.save()
-            raise
-        finally:
-            if settings.checkpointing:
-                backbone.unet.disable_gradient_checkpointing()
-                backbone.unet.eval()
         kept = {k: v.detach().cpu().clone() for k, v in factors.items()} if factors else adapter
         return Learned(kept, vector.detach().cpu().clone(), run.losses)
+
+
+def _batch(latents: Tensor, prompts: Sequence[Sequence[str]], settings: LearnSettings, step: int) -> tuple[Tensor, Tensor, Tensor, list[str]]:
+    """What a step learns from, a function of seed and step: which latents (n,), timesteps (n,), noise (n, 4, h, w), prompts."""
+    generator = torch.Generator().manual_seed(_seed(settings.seed, step))
+    n = settings.batch or 1
+    pick = torch.randint(len(latents), (n,), generator=generator)
+    chosen = [_one_of(prompts[i % len(prompts)], generator) for i in pick.tolist()]
+    timestep = torch.randint(TIMESTEPS, (n,), generator=generator)
+    return pick, timestep, torch.randn((n, *latents.shape[1:]), generator=generator), chosen
+
+
+@contextmanager
+def _checkpointing(backbone: Backbone, wanted: bool) -> Iterator[None]:
+    """Gradient checkpointing inside the block. It asks for training mode; there is no dropout in the net."""
+    if not wanted:
+        yield
+        return
+    backbone.unet.enable_gradient_checkpointing()
+    backbone.unet.train()
+    try:
+        yield
+    finally:
+        backbone.unet.disable_gradient_checkpointing()
+        backbone.unet.eval()
 
 
 class _Run:
     """Parameters, optimizer, step and losses of one run, and their snapshot on disk."""
 
-    def __init__(self, parameters: dict[str, nn.Parameter], optimizer: torch.optim.Optimizer, path: Path, identity: str) -> None:
-        self.parameters, self.optimizer, self.path, self.identity = parameters, optimizer, path, identity
+    def __init__(
+        self, parameters: dict[str, nn.Parameter], optimizer: torch.optim.Optimizer, settings: LearnSettings, path: Path, identity: str
+    ) -> None:
+        self.parameters, self.optimizer, self.settings, self.path, self.identity = parameters, optimizer, settings, path, identity
         self.step, self.losses, self.whole = 0, [], True
 
-    def update(self, loss: Tensor, clip: float, scale: float) -> None:
+    def train(self, loss: Callable[[int], Tensor], on_progress: OnProgress, *, scale: float) -> None:
+        """Go on from the snapshot to the last step; whatever stops it between two steps leaves a snapshot behind."""
+        self.resume()
+        steps, rates = self.settings.steps or 1, [group["lr"] for group in self.optimizer.param_groups]
+        started, first = time.monotonic(), self.step
+        try:
+            while self.step < steps:
+                for group, rate in zip(self.optimizer.param_groups, rates, strict=True):
+                    group["lr"] = rate * min(1.0, (self.step + 1) / max(1, self.settings.warmup))
+                self.update(loss(self.step), scale)
+                if self.step % self.settings.snapshot_every == 0 and self.step < steps:
+                    self.save()
+                left = (time.monotonic() - started) / (self.step - first) * (steps - self.step)
+                on_progress(Progress("learn", self.step, steps, self.losses[-1], self.optimizer.param_groups[-1]["lr"], left))
+        except (TrainingError, torch.OutOfMemoryError):
+            raise
+        except BaseException:
+            if self.whole:
+                self.save()
+            raise
+
+    def update(self, loss: Tensor, scale: float) -> None:
         """One optimizer step; the gradient travels `scale` times larger, so that fp16 does not lose it.
 
         Errors: TrainingError for a loss that is not a number.
         """
         value = loss.item()
-        if value != value or value in (float("inf"), -float("inf")):
+        if not math.isfinite(value):
             raise TrainingError(
                 f"The loss became {value} at step {self.step + 1}, so learning stopped; nothing was stored. "
                 "A lower --lr or --precision fp32 usually helps."
@@ -140,7 +162,7 @@ class _Run:
         (loss * scale).backward()
         for p in self.parameters.values():
             p.grad = None if p.grad is None else p.grad / scale
-        nn.utils.clip_grad_norm_(list(self.parameters.values()), clip)
+        nn.utils.clip_grad_norm_(list(self.parameters.values()), self.settings.clip)
         self.whole = False
         self.optimizer.step()
         self.step += 1

@@ -6,7 +6,6 @@ import shutil
 from pathlib import Path
 
 import pytest
-import torch
 from PIL import Image
 
 from comfy_continual_lora.checkpoint.backbone import Backbone
@@ -44,8 +43,3 @@ def save_concept(folder: Path, index: int, count: int = 4) -> Path:
     for number, picture in enumerate(world.concept_pictures(world.concepts("development")[index], count)):
         Image.fromarray(picture).save(folder / f"{number}.png")
     return folder
-
-
-@pytest.fixture(autouse=True)
-def _same_threads() -> None:
-    torch.set_num_threads(2)

@@ -13,9 +13,10 @@ from conftest import save_concept
 
 from comfy_continual_lora import concepts, pipeline, store
 from comfy_continual_lora.checkpoint.backbone import Backbone
+from comfy_continual_lora.diffusion import add_noise, alphas_cumprod, loss_per_example
 from comfy_continual_lora.errors import Cancelled, SettingError, StackError, TokenError, TrainingError
 from comfy_continual_lora.learn import Learned, learn
-from comfy_continual_lora.lora import new_adapter
+from comfy_continual_lora.lora import attached, new_adapter
 from comfy_continual_lora.progress import Progress, ignore
 from comfy_continual_lora.settings import LearnSettings
 
@@ -64,9 +65,22 @@ def test_a_snapshot_of_another_run_or_a_damaged_one_is_not_used(backbone: Backbo
     assert len(_learn(backbone, pictures, tmp_path / "cut").losses) == 6
 
 
-def test_learning_lowers_the_loss_on_the_concept(backbone: Backbone, pictures: Path, tmp_path: Path) -> None:
-    losses = _learn(backbone, pictures, tmp_path / "s", replace(QUICK, steps=60, batch=4, rate=1.5e-3)).losses
-    assert sum(losses[-20:]) < sum(losses[:20])
+def _loss(backbone: Backbone, folder: Path, learned: Learned) -> float:
+    """Mean loss on the concept over fixed timesteps and noises."""
+    pictures, generator = concepts.load_images(folder, 64), torch.Generator().manual_seed(1)
+    latents = backbone.encode_images(pictures.images).repeat(8, 1, 1, 1)
+    timestep = torch.linspace(20, 900, len(latents)).long()
+    noise = torch.randn(latents.shape, generator=generator)
+    with torch.no_grad(), attached(backbone, learned.adapter):
+        features = backbone.encode_prompts(["a photo of a V1 ball"], {"V1": learned.word}).expand(len(latents), -1, -1)
+        return float(loss_per_example(backbone.predict(add_noise(latents, noise, timestep, alphas_cumprod()), timestep, features), noise).mean())
+
+
+@pytest.mark.parametrize(("method", "share"), [("lora", 0.98), ("textual_inversion", 0.995)])
+def test_learning_lowers_the_loss_on_the_concept(backbone: Backbone, pictures: Path, tmp_path: Path, method: str, share: float) -> None:
+    settings = replace(QUICK, method=method, rate=1.5e-3)
+    early, late = (_learn(backbone, pictures, tmp_path / "s", replace(settings, steps=n, batch=4)) for n in (1, 60))
+    assert _loss(backbone, pictures, late) < share * _loss(backbone, pictures, early)
 
 
 def test_gradient_checkpointing_changes_no_result(backbone: Backbone, pictures: Path, tmp_path: Path) -> None:
