@@ -22,7 +22,7 @@ QUICK = ["--steps", "4", "--batch", "2", "--rank", "4", "--device", "cpu"]
 
 
 def run(*arguments: object) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([*COMMAND, *map(str, arguments)], cwd=ROOT, capture_output=True, text=True, timeout=300)
+    return subprocess.run([*COMMAND, *map(str, arguments)], cwd=ROOT, capture_output=True, text=True, timeout=1200)
 
 
 def test_mini_learn_learn_info_draw_undo(tmp_path: Path) -> None:
