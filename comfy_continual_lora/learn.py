@@ -56,7 +56,7 @@ def learn(
 ) -> Learned:
     """Learn one concept. `words` are the earlier ones (frozen), `adapter` and `word` the starting point; `settings` are resolved.
 
-    Stopped by `on_progress`, it leaves a snapshot and lets the exception through.
+    Stopped by `on_progress`, it leaves a snapshot and lets the exception through. The net stays in the number format it learned with.
     Errors: TrainingError when the loss is not a number or memory runs out.
     """
     method = METHODS[settings.method]
@@ -97,7 +97,7 @@ def _batch(latents: Tensor, prompts: Sequence[Sequence[str]], settings: LearnSet
     generator = torch.Generator().manual_seed(_seed(settings.seed, step))
     n = settings.batch or 1
     pick = torch.randint(len(latents), (n,), generator=generator)
-    chosen = [_one_of(prompts[i % len(prompts)], generator) for i in pick.tolist()]
+    chosen = [_one_of(prompts[int(i) % len(prompts)], generator) for i in pick]
     timestep = torch.randint(TIMESTEPS, (n,), generator=generator)
     return pick, timestep, torch.randn((n, *latents.shape[1:]), generator=generator), chosen
 
