@@ -129,9 +129,14 @@ def preview(image: Image.Image) -> str:
     return base64.b64encode(buffer.getvalue()).decode()
 
 
+def name_of(token: str, noun: str) -> str:
+    """How prompts name a concept: "V1 mug"."""
+    return f"{token} {noun}".strip()
+
+
 def prompts_for(token: str, noun: str, templates: Sequence[str], caption: str | None) -> list[str]:
     """What a picture may be called while learning: its own caption (naming the token), else every template."""
-    name = f"{token} {noun}".strip()
+    name = name_of(token, noun)
     if caption is None:
         return [template.format(name) for template in templates]
     if re.search(rf"(?<!\w){re.escape(token)}(?!\w)", caption, re.IGNORECASE):

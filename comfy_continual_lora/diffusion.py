@@ -1,9 +1,11 @@
-"""Stage 3: noise schedule, noising, and the loss, one number per example.
+"""Stage 3: noise schedule, noising, the random draws of a batch, and the loss, one number per example.
 
 SD1.x: T = 1000, betas linear in their square roots from 0.00085 to 0.012 (Rombach et al. 2022, arXiv 2112.10752).
 """
 
 from __future__ import annotations
+
+import hashlib
 
 import torch
 from torch import Tensor
@@ -27,3 +29,17 @@ def add_noise(clean: Tensor, noise: Tensor, timestep: Tensor, alphas: Tensor) ->
 def loss_per_example(predicted: Tensor, noise: Tensor) -> Tensor:
     """|| eps - eps_theta ||^2 averaged over c, h, w, in float32: (n,)."""
     return (predicted.float() - noise.float()).square().flatten(1).mean(1)
+
+
+def generator_for(*keys: object) -> torch.Generator:
+    """A generator that is a function of its keys, such as (seed, step): a run that goes on draws what an undisturbed one would."""
+    digest = hashlib.sha256("/".join(map(str, keys)).encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
+
+
+def random_batch(latents: Tensor, n: int, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
+    """Which latents (n,), at which timesteps (n,), with which noise (n, 4, h, w); all on the latents' device."""
+    pick = torch.randint(len(latents), (n,), generator=generator)
+    timestep = torch.randint(TIMESTEPS, (n,), generator=generator)
+    noise = torch.randn((n, *latents.shape[1:]), generator=generator)
+    return pick.to(latents.device), timestep.to(latents.device), noise.to(latents.device)

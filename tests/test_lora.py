@@ -6,12 +6,12 @@ import pytest
 import torch
 
 from comfy_continual_lora.checkpoint.backbone import Backbone
-from comfy_continual_lora.lora import Adapter, attached, delta_weights, new_adapter
+from comfy_continual_lora.lora import KINDS, Adapter, attached, delta_weights, holding, joined, kind_of, new_adapter
 
 
-def _random_adapter(backbone: Backbone) -> Adapter:
+def _random_adapter(backbone: Backbone, kind: str = "lora") -> Adapter:
     generator = torch.Generator().manual_seed(3)
-    return {name: torch.randn(t.shape, generator=generator) * 0.05 for name, t in new_adapter(backbone, 4, generator).items()}
+    return {name: t + torch.randn(t.shape, generator=generator) * 0.05 for name, t in new_adapter(backbone, 4, generator, kind).items()}
 
 
 def _predict(backbone: Backbone) -> torch.Tensor:
@@ -25,30 +25,69 @@ def test_only_k_and_v_of_cross_attention(backbone: Backbone) -> None:
     assert all(".attn2.to_k" in name or ".attn2.to_v" in name for name in backbone.kv_layers)
 
 
-def test_a_new_adapter_changes_nothing(backbone: Backbone) -> None:
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_new_adapter_changes_nothing(backbone: Backbone, kind: str) -> None:
     before = _predict(backbone)
-    with attached(backbone, new_adapter(backbone, 4, torch.Generator().manual_seed(0))):
+    with attached(backbone, new_adapter(backbone, 4, torch.Generator().manual_seed(0), kind)):
         assert torch.equal(_predict(backbone), before)
 
 
-def test_detach_restores_every_bit_also_after_an_exception(backbone: Backbone) -> None:
+@pytest.mark.parametrize("kind", KINDS)
+def test_detach_restores_every_bit_also_after_an_exception(backbone: Backbone, kind: str) -> None:
     before, keys = _predict(backbone), list(backbone.unet.state_dict())
-    with pytest.raises(KeyboardInterrupt), attached(backbone, _random_adapter(backbone), trainable=True):
+    with pytest.raises(KeyboardInterrupt), attached(backbone, _random_adapter(backbone, kind), trainable=True):
         assert not torch.equal(_predict(backbone), before)
         raise KeyboardInterrupt
     assert list(backbone.unet.state_dict()) == keys
     assert torch.equal(_predict(backbone), before)
 
 
-def test_attached_is_w0_plus_b_a(backbone: Backbone) -> None:
-    adapter = _random_adapter(backbone)
-    with attached(backbone, adapter):
-        carried = _predict(backbone)
+def _folded(backbone: Backbone, adapter: Adapter) -> torch.Tensor:
+    """The prediction with the change added to the weights themselves."""
     weights = {name: layer.weight for name, layer in backbone.kv_layers.items()}
     kept = {name: weight.detach().clone() for name, weight in weights.items()}
-    for name, delta in delta_weights(adapter).items():
+    for name, delta in delta_weights(backbone, adapter).items():
         weights[name].data += delta
-    folded = _predict(backbone)
+    prediction = _predict(backbone)
     for name, weight in kept.items():
         weights[name].data.copy_(weight)
-    assert torch.allclose(carried, folded, atol=1e-5)
+    return prediction
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_attached_is_w0_plus_delta(backbone: Backbone, kind: str) -> None:
+    adapter = _random_adapter(backbone, kind)
+    assert kind_of(adapter) == kind
+    with attached(backbone, adapter) as parameters:
+        assert all(torch.equal(parameters[name], tensor) for name, tensor in adapter.items())
+        carried = _predict(backbone)
+    assert torch.allclose(carried, _folded(backbone, adapter), atol=1e-5)
+
+
+def test_every_attached_tensor_gets_a_gradient_and_a_frozen_lora_beneath_gets_none(backbone: Backbone) -> None:
+    latents = torch.randn(1, 4, 16, 16, generator=torch.Generator().manual_seed(0))
+    for kind in KINDS:
+        beneath = _random_adapter(backbone) if kind == "lora" else None
+        with attached(backbone, _random_adapter(backbone, kind), trainable=True, beneath=beneath) as parameters:
+            backbone.predict(latents, torch.tensor([300]), backbone.encode_prompts(["a red mug"])).sum().backward()
+            assert all(p.grad is not None and p.grad.abs().max() > 0 for p in parameters.values())
+            assert sum(p.requires_grad for p in backbone.unet.parameters()) == len(parameters)
+
+
+def test_loras_add_up(backbone: Backbone) -> None:
+    first, second = _random_adapter(backbone), {k: -2 * v for k, v in _random_adapter(backbone).items()}
+    with attached(backbone, second, beneath=first):
+        both = _predict(backbone)
+    with attached(backbone, joined(first, second)):
+        assert torch.allclose(_predict(backbone), both, atol=1e-5)
+
+
+def test_a_teacher_speaks_through_the_same_net(backbone: Backbone) -> None:
+    student, teacher = _random_adapter(backbone), {k: -v for k, v in _random_adapter(backbone).items() if k.endswith("A")}
+    teacher = {**student, **teacher}
+    with attached(backbone, teacher):
+        said = _predict(backbone)
+    with attached(backbone, student, trainable=True) as parameters:
+        with holding(parameters, teacher):
+            assert torch.equal(_predict(backbone), said)
+        assert all(torch.equal(parameters[name], tensor) for name, tensor in student.items())

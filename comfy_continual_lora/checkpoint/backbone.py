@@ -60,6 +60,11 @@ class Backbone:
         return digest.hexdigest()
 
     @property
+    def gradient_scale(self) -> float:
+        """How many times larger gradients travel through the net, so that fp16 does not lose small ones."""
+        return 1024.0 if self.unet.dtype == torch.float16 else 1.0
+
+    @property
     def word_width(self) -> int:
         return self.token_table.weight.shape[1]
 
@@ -113,7 +118,10 @@ class Backbone:
         return [*ids, *[end] * rest], [*slot, *[-1] * rest]
 
     def word_start(self, noun: str, generator: torch.Generator) -> Tensor:
-        """Where a new word begins: the mean vector of the class noun's tokens plus a little noise, (d,) float32."""
+        """Where a new word begins: the mean vector of the class noun's tokens plus a little noise, (d,) float32; without a noun a random vector."""
+        if not noun:
+            rows = self.token_table.weight.detach().float().cpu()
+            return rows.mean(0) + rows.std(0) * torch.randn(rows.shape[1], generator=generator)
         ids = self.tokenizer(noun, add_special_tokens=False)["input_ids"]
         rows = self.token_table.weight[ids].detach().float().cpu()
         noise = torch.randn(rows.shape[1], generator=generator) * rows.std() * 0.1
@@ -126,7 +134,22 @@ class Backbone:
     def predict(self, noisy: Tensor, timestep: Tensor, features: Tensor) -> Tensor:
         """The net's prediction, float32, shaped as `noisy`. timestep (n,), features (n, 77, d)."""
         dtype = self.unet.dtype
-        return self.unet(noisy.to(dtype), timestep, features.to(dtype)).sample.float()
+        with torch.autocast(self.device.type, dtype, enabled=dtype != torch.float32):  # adapters stay in float32
+            return self.unet(noisy.to(dtype), timestep, features.to(dtype)).sample.float()
+
+
+class FrozenText:
+    """Text features of prompts whose words do not change any more, each encoded once: prompts (k,) -> (k, 77, d)."""
+
+    def __init__(self, backbone: Backbone, words: Mapping[str, Tensor]) -> None:
+        self.backbone, self.words, self.known = backbone, words, {}
+
+    @torch.no_grad()
+    def __call__(self, prompts: Sequence[str]) -> Tensor:
+        for prompt in prompts:
+            if prompt not in self.known:
+                self.known[prompt] = self.backbone.encode_prompts([prompt], self.words)[0]
+        return torch.stack([self.known[prompt] for prompt in prompts])
 
 
 @contextmanager
