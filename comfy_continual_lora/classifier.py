@@ -1,0 +1,186 @@
+"""Stage 4: Diffusion Classifier (DC) scores - which concept a picture shows, read off the net's own noise predictions.
+
+    e_i(x; t, eps) = || eps - eps_theta(z_t, t, prompt_i) ||^2             one z_t for all prompts of a picture: the comparison is paired
+    p(c_i | x)     = softmax_i( - E_{t,eps}[e_i] / tau )
+
+Shapes: n pictures (latents (n, 4, h, w)), k prompts, s draws of (t, eps). Errors are means over c, h, w.
+Source: Li et al. 2023 (Diffusion Classifier, arXiv 2303.16203) for scores, pairing and staged elimination; Jha et al. 2025 for their use in
+learning (`log_posterior`, `subset`, `soft_cross_entropy`). tau is ours: METHOD and benchmarks/LOG.md say why it has to be calibrated.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .checkpoint.backbone import Backbone
+from .diffusion import TIMESTEPS, add_noise, alphas_cumprod, generator_for, loss_per_example, random_batch
+from .progress import OnProgress, Progress, ignore
+from .settings import ScoreSettings
+
+CONFIDENCE = 0.7  # what tau is calibrated to: the mean probability of the likeliest concept, one trial
+
+
+# --- scores as pure functions --------------------------------------------------------------------------------------------------------
+
+
+def predictions(backbone: Backbone, noisy: Tensor, timestep: Tensor, features: Tensor) -> Tensor:
+    """eps_theta for every picture and prompt, all as one batch: noisy (n, 4, h, w), timestep (n,), features (k, 77, d) -> (n, k, 4, h, w)."""
+    n, k = len(noisy), len(features)
+    rows = backbone.predict(noisy.repeat_interleave(k, 0), timestep.repeat_interleave(k), features.repeat(n, 1, 1))
+    return rows.unflatten(0, (n, k))
+
+
+def errors(predicted: Tensor, noise: Tensor) -> Tensor:
+    """e_i: predicted (n, k, 4, h, w), noise (n, 4, h, w) -> (n, k)."""
+    return loss_per_example(predicted.flatten(0, 1), noise.repeat_interleave(predicted.shape[1], 0)).unflatten(0, predicted.shape[:2])
+
+
+def log_posterior(error: Tensor, tau: float) -> Tensor:
+    """log p(c_i | x): error (n, k) -> (n, k)."""
+    return torch.log_softmax(-error / tau, -1)
+
+
+def soft_cross_entropy(teacher: Tensor, student: Tensor, tau: float) -> Tensor:
+    """H(p_T, p_S) - H(p_T), which has H's gradient and is zero where both agree: errors (n, k) of both -> (n,)."""
+    wanted = log_posterior(teacher.detach(), tau)
+    return (wanted.exp() * (wanted - log_posterior(student, tau))).sum(-1)
+
+
+def subset(previous: Sequence[str], k: int, generator: torch.Generator) -> list[str]:
+    """c_k without its fixed members: at most k - 2 of the previous concepts, in random order (c_0 and c_n are always in)."""
+    order = torch.randperm(len(previous), generator=generator)[: max(0, k - 2)]
+    return [previous[int(i)] for i in order]
+
+
+def calibrate(error: Tensor) -> float:
+    """The tau at which the likeliest concept has probability 0.7 on average over one-trial errors (n, k).
+
+    The mean falls from 1 to 1/k as tau grows, so halving finds it (k = 2 gives 0.5 at most, hence 0.7 exists for every k).
+    """
+    low, high = 1e-8, 1e4
+    for _ in range(100):
+        tau = (low * high) ** 0.5
+        if float(log_posterior(error, tau).exp().amax(-1).mean()) > CONFIDENCE:
+            low = tau
+        else:
+            high = tau
+    return (low * high) ** 0.5
+
+
+@torch.no_grad()
+def calibration_errors(backbone: Backbone, latents: Tensor, features: Tensor, draws: int, rows: int) -> Tensor:
+    """One-trial errors (draws, k) of the concept's own pictures against prompts (k, 77, d); what `calibrate` wants."""
+    alphas, found = alphas_cumprod().to(backbone.device), []
+    for number, n in enumerate(_split(draws, max(1, rows // len(features)))):
+        pick, timestep, noise = random_batch(latents, n, generator_for("calibrate", number))
+        found.append(errors(predictions(backbone, add_noise(latents[pick], noise, timestep, alphas), timestep, features), noise))
+    return torch.cat(found)
+
+
+def _split(total: int, largest: int) -> list[int]:
+    return [min(largest, total - start) for start in range(0, total, largest)]
+
+
+def stratified(draws: int, generator: torch.Generator) -> Tensor:
+    """One timestep from each of `draws` equal parts of 0..T-1, in random order, (s,)."""
+    parts = (torch.arange(draws) + torch.rand(draws, generator=generator)) / draws
+    return (parts * TIMESTEPS).long()[torch.randperm(draws, generator=generator)]
+
+
+# --- which of my concepts is in this picture? ----------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Scores:
+    """What one picture scores. `names` are in order of likelihood; every list follows it."""
+
+    names: list[str]
+    probabilities: list[float]
+    trials: list[int]
+    margin: float  # mean paired difference of the error, second likeliest minus likeliest
+    margin_low: float  # its 95 % interval
+    margin_high: float
+
+    @property
+    def best(self) -> str:
+        return self.names[0]
+
+    @property
+    def sure(self) -> bool:
+        """Whether the interval of the margin leaves out zero."""
+        return self.margin_low > 0
+
+
+@torch.no_grad()
+def classify(
+    backbone: Backbone,
+    latent: Tensor,
+    features: Mapping[str, Tensor],
+    tau: float,
+    settings: ScoreSettings,
+    on_progress: OnProgress = ignore,
+) -> Scores:
+    """Score one picture (4, h, w) against named prompts (77, d): all share timesteps and noise; after each stage the worse half drops out.
+
+    The adapter is attached already. A candidate that dropped out keeps the mean of the trials it had, measured against the best on the same trials.
+    """
+    generator = torch.Generator().manual_seed(settings.seed)
+    names, trials = list(features), settings.trials
+    timestep = stratified(trials, generator)
+    noise = torch.randn((trials, *latent.shape), generator=generator)
+    weight = (1 - timestep / TIMESTEPS) if settings.weighting == "linear" else torch.ones(trials)
+    alphas = alphas_cumprod().to(backbone.device)
+    found = torch.full((trials, len(names)), torch.nan)
+    alive, done = list(range(len(names))), 0
+    for stop in _stages(trials, len(names), settings.stages):
+        wanted = torch.stack([features[names[i]] for i in alive])
+        per_call = max(1, settings.rows // len(alive))
+        for start in range(done, stop, per_call):
+            part = slice(start, min(stop, start + per_call))
+            t, eps = timestep[part].to(backbone.device), noise[part].to(backbone.device)
+            noisy = add_noise(latent.to(backbone.device).expand_as(eps), eps, t, alphas)
+            found[part, alive] = errors(predictions(backbone, noisy, t, wanted), eps).cpu()
+            on_progress(Progress("score", part.stop, trials))
+        done = stop
+        means = _weighted(found[:done, alive], weight[:done])
+        keep = means.argsort()[: max(2, (len(alive) + 1) // 2)]
+        alive = sorted(alive[int(i)] for i in keep) if done < trials else alive
+    return _scores(names, found, weight, tau)
+
+
+def _stages(trials: int, candidates: int, stages: int) -> list[int]:
+    """After how many trials candidates are dropped: trials/2^j, at least 4, as long as more than two are left to compare."""
+    stops = [trials]
+    while len(stops) < stages and candidates > 2 and stops[0] // 2 >= 4:
+        stops.insert(0, stops[0] // 2)
+    return stops
+
+
+def _weighted(error: Tensor, weight: Tensor) -> Tensor:
+    """Weighted mean over the draws: (s, k) and (s,) -> (k,)."""
+    return (weight[:, None] * error).sum(0) / weight.sum()
+
+
+def _scores(names: list[str], found: Tensor, weight: Tensor, tau: float) -> Scores:
+    had = found.isfinite()
+    trials = had.sum(0)
+    full = had.all(0)
+    best = int(torch.where(full, _weighted(found, weight), torch.inf).argmin())
+    gap = torch.stack([_weighted((found[:n, [i]] - found[:n, [best]]), weight[:n])[0] for i, n in enumerate(trials.tolist())])
+    probability = torch.softmax(-gap / tau, 0)
+    order = [int(i) for i in sorted(range(len(names)), key=lambda i: float(gap[i]) if i != best else -torch.inf)]
+    margin = _margin(found[:, order[1]] - found[:, best], weight) if len(names) > 1 else (0.0, 0.0, 0.0)
+    return Scores([names[i] for i in order], [float(probability[i]) for i in order], [int(trials[i]) for i in order], *margin)
+
+
+def _margin(difference: Tensor, weight: Tensor) -> tuple[float, float, float]:
+    """Weighted mean of the paired differences (s,), NaN where not tried, and its 95 % bootstrap interval: they are skewed, so no normal one."""
+    n = int(difference.isfinite().sum())
+    pick = torch.randint(n, (2000, n), generator=torch.Generator().manual_seed(0))
+    means = (weight[:n] * difference[:n])[pick].sum(1) / weight[:n][pick].sum(1)
+    low, high = torch.quantile(means, torch.tensor([0.025, 0.975])).tolist()
+    return float((weight[:n] * difference[:n]).sum() / weight[:n].sum()), low, high

@@ -1,0 +1,126 @@
+"""Stage 4: DC scores on a net whose posterior is known, and on the mini-SD."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from comfy_continual_lora import classifier
+from comfy_continual_lora.checkpoint.backbone import Backbone, FrozenText
+from comfy_continual_lora.diffusion import add_noise, alphas_cumprod, generator_for
+from comfy_continual_lora.settings import ScoreSettings
+
+ALPHAS = alphas_cumprod()
+
+
+class Toy:
+    """A perfect denoiser of a world in which every concept has one picture, its mean: eps = (z_t - sqrt(a) mean) / sqrt(1 - a).
+
+    The "text features" of a concept are its mean; the error of concept i on the picture of concept j is a / (1 - a) mean((mu_j - mu_i)^2), whatever
+    the noise.
+    """
+
+    device = torch.device("cpu")
+
+    def predict(self, noisy: Tensor, timestep: Tensor, features: Tensor) -> Tensor:
+        alpha = ALPHAS[timestep].view(-1, 1, 1, 1)
+        return (noisy - alpha.sqrt() * features.view_as(noisy)) / (1 - alpha).sqrt()
+
+
+def _means(k: int) -> Tensor:
+    return torch.randn(k, 4, 2, 2, generator=torch.Generator().manual_seed(5))
+
+
+def _prompts(means: Tensor) -> Tensor:
+    """(k, 4, 2, 2) -> (k, tokens, d) as text features are."""
+    return means.flatten(1)[:, None]
+
+
+def test_errors_and_posterior_of_a_known_net() -> None:
+    means, generator = _means(3), torch.Generator().manual_seed(0)
+    picture, timestep = means[[1, 2]], torch.tensor([200, 700])
+    noise = torch.randn(picture.shape, generator=generator)
+    noisy = add_noise(picture, noise, timestep, ALPHAS)
+    error = classifier.errors(classifier.predictions(Toy(), noisy, timestep, _prompts(means)), noise)  # type: ignore[arg-type]
+    ratio = ALPHAS[timestep] / (1 - ALPHAS[timestep])
+    exact = ratio[:, None] * (picture[:, None] - means).square().flatten(2).mean(2)
+    assert torch.allclose(error, exact, atol=1e-4)
+    for tau in (0.02, 1.0):
+        assert torch.allclose(classifier.log_posterior(error, tau).exp(), torch.softmax(-exact / tau, 1), atol=2e-3)
+
+
+def test_summed_errors_at_1_are_mean_errors_at_one_over_their_number() -> None:
+    mean = torch.rand(4, 3, generator=torch.Generator().manual_seed(0))
+    assert torch.allclose(classifier.log_posterior(64 * mean, 1.0), classifier.log_posterior(mean, 1 / 64), atol=1e-5)
+
+
+def test_the_order_of_concepts_does_not_matter(backbone: Backbone) -> None:
+    text, order = FrozenText(backbone, {}), [2, 0, 1]
+    features = text(["a red mug", "a blue cat on grass", "a star"])
+    latents, timestep = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(0)), torch.tensor([100, 600])
+    with torch.no_grad():
+        one = classifier.predictions(backbone, latents, timestep, features)
+        other = classifier.predictions(backbone, latents, timestep, features[order])
+        alone = backbone.predict(latents, timestep, features[[1, 1]])
+    assert torch.allclose(one[:, order], other, atol=1e-5)
+    assert torch.allclose(one[:, 1], alone, atol=1e-5)
+
+
+def test_soft_cross_entropy() -> None:
+    generator = torch.Generator().manual_seed(0)
+    teacher = torch.rand(5, 3, generator=generator)
+    student = teacher.clone().requires_grad_()
+    agreeing = classifier.soft_cross_entropy(teacher, student, 0.1)
+    agreeing.sum().backward()
+    assert torch.allclose(agreeing, torch.zeros(5), atol=1e-6)
+    assert student.grad is not None
+    assert student.grad.abs().max() < 1e-6
+    p, q = torch.softmax(-teacher / 0.1, 1), torch.softmax(-(teacher.flip(1)) / 0.1, 1)
+    by_hand = (p * (p / q).log()).sum(1)
+    assert torch.allclose(classifier.soft_cross_entropy(teacher, teacher.flip(1), 0.1), by_hand, atol=1e-5)
+
+
+@pytest.mark.parametrize("k", [2, 5])
+def test_calibration_reaches_its_confidence(k: int) -> None:
+    error = torch.rand(200, k, generator=torch.Generator().manual_seed(k)) * 0.02
+    tau = classifier.calibrate(error)
+    assert float(torch.softmax(-error / tau, 1).amax(1).mean()) == pytest.approx(0.7, abs=1e-3)
+
+
+def test_the_subset_holds_a_random_few_of_the_previous() -> None:
+    previous = [f"V{i}" for i in range(6)]
+    drawn = [classifier.subset(previous, 5, generator_for(seed)) for seed in range(50)]
+    assert all(len(set(d)) == 3 for d in drawn)
+    assert set().union(*drawn) == set(previous)
+    assert classifier.subset(previous[:1], 5, generator_for(0)) == ["V0"]
+    assert classifier.subset(previous, 2, generator_for(0)) == []
+
+
+def test_stratified_timesteps_cover_the_range() -> None:
+    found = classifier.stratified(50, generator_for(1)).sort().values
+    assert torch.equal(found // 20, torch.arange(50))
+
+
+@pytest.mark.parametrize("weighting", ["uniform", "linear"])
+def test_classify_finds_the_concept_and_says_how_sure(weighting: str) -> None:
+    means = _means(6)
+    features = {f"V{i}": prompt for i, prompt in enumerate(_prompts(means))}
+    settings = ScoreSettings(trials=32, stages=3, rows=7, weighting=weighting)
+    found = classifier.classify(Toy(), means[4], features, 0.5, settings)  # type: ignore[arg-type]
+    assert found.best == "V4"
+    assert found.sure
+    assert found.margin_low < found.margin < found.margin_high
+    assert sum(found.probabilities) == pytest.approx(1)
+    assert found.probabilities == sorted(found.probabilities, reverse=True)
+    assert sorted(found.trials) == [8, 8, 8, 16, 32, 32]
+    whole = classifier.classify(Toy(), means[4], features, 0.5, ScoreSettings(trials=32, stages=1))  # type: ignore[arg-type]
+    assert whole.best == "V4"
+    assert whole.trials == [32] * 6
+
+
+def test_two_prompts_that_say_the_same_are_not_told_apart() -> None:
+    means = _means(1)
+    found = classifier.classify(Toy(), means[0], {"a": _prompts(means)[0], "b": _prompts(means)[0]}, 0.5, ScoreSettings())  # type: ignore[arg-type]
+    assert not found.sure
+    assert found.probabilities == pytest.approx([0.5, 0.5])
