@@ -13,7 +13,7 @@ from typing import Any
 
 from .errors import Cancelled, ContinualLoraError
 from .progress import Progress
-from .settings import PRESETS, DrawSettings, LearnSettings
+from .settings import PRESETS, ConsolidateSettings, DrawSettings, LearnSettings, ScoreSettings
 
 EPILOG = "Everything learned about a checkpoint lies in one file beside it: <checkpoint>.concepts.safetensors. Nothing is ever downloaded."
 
@@ -55,9 +55,13 @@ class _Bar:
 
     def __call__(self, progress: Progress) -> None:
         if self.stop:
-            kept = " What was learned so far is kept: the same command goes on from here." if progress.stage == "learn" else ""
+            kept = (
+                " What was learned so far is kept: the same command goes on from here."
+                if progress.stage in ("learn", "consolidate", "fisher")
+                else ""
+            )
             raise Cancelled(f"({progress.stage}, step {progress.step} of {progress.steps}){kept}")
-        line = f"{progress.stage:>6} {progress.step}/{progress.steps}"
+        line = f"{progress.stage:>11} {progress.step}/{progress.steps}"
         if progress.loss is not None:
             line += f"  loss {progress.loss:.4f}  rate {progress.rate:.2g}"
         if progress.seconds_left is not None:
@@ -129,6 +133,44 @@ def _draw(arguments: argparse.Namespace, bar: _Bar) -> None:
     print(json.dumps({"files": [str(f) for f in files]}) if arguments.json else "\n".join(str(f) for f in files))
 
 
+def _consolidate(arguments: argparse.Namespace, bar: _Bar) -> None:
+    from . import pipeline
+
+    settings = ConsolidateSettings(**_given(arguments, ConsolidateSettings))
+    result = pipeline.consolidate(
+        pipeline.ConsolidateRequest(arguments.checkpoint, arguments.images, settings, arguments.stack, arguments.device), bar
+    )
+    bar.clear()
+    if arguments.json:
+        print(json.dumps({"token": result.record.token, "losses": result.losses, "stack_file": str(result.stack_file)}))
+    else:
+        print(f"Consolidated {result.record.token} with the concepts before it in {len(result.losses)} steps; stored in {result.stack_file}")
+
+
+def _scores(arguments: argparse.Namespace, bar: _Bar) -> None:
+    from . import pipeline, report
+
+    settings = ScoreSettings(**_given(arguments, ScoreSettings))
+    scored = pipeline.dc_scores(pipeline.ScoreRequest(arguments.checkpoint, arguments.images, settings, arguments.stack, arguments.device), bar)
+    bar.clear()
+    if arguments.plot:
+        arguments.plot.parent.mkdir(parents=True, exist_ok=True)
+        report.score_sheet(scored).save(arguments.plot)
+    told = [one.right for one in scored if one.right is not None]
+    accuracy = sum(told) / len(told) if told else None
+    if arguments.json:
+        rows = [{"file": str(one.file), "label": one.label, "best": one.scores.best, "right": one.right, "sure": one.scores.sure,
+                 "probabilities": dict(zip(one.scores.names, one.scores.probabilities, strict=True)),
+                 "margin": [one.scores.margin, one.scores.margin_low, one.scores.margin_high]} for one in scored]  # fmt: skip
+        print(json.dumps({"images": rows, "accuracy": accuracy}))
+        return
+    for one in scored:
+        shares = "  ".join(f"{name} {p:.2f}" for name, p in zip(one.scores.names, one.scores.probabilities, strict=True))
+        print(f"{one.file.name:<24} {shares}  {'' if one.scores.sure else '(not sure)'}".rstrip())
+    if accuracy is not None:
+        print(f"right: {sum(told)} of {len(told)} ({accuracy:.0%})")
+
+
 def _info(arguments: argparse.Namespace, bar: _Bar) -> None:
     from . import pipeline
 
@@ -188,6 +230,17 @@ def _parser() -> argparse.ArgumentParser:
     learn.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps (default: auto)")
     _add_settings(learn, LearnSettings)
 
+    consolidate = command("consolidate", _consolidate, "strengthen earlier concepts once more against the newest one (DSC)")
+    consolidate.add_argument("--images", type=Path, required=True, help="the pictures the newest concept was learned from")
+    consolidate.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps (default: auto)")
+    _add_settings(consolidate, ConsolidateSettings)
+
+    scores = command("scores", _scores, "tell which learned concept each picture shows, and how sure that is")
+    scores.add_argument("--images", type=Path, required=True, help="folder with pictures, or with folders named after tokens to count what is right")
+    scores.add_argument("--plot", type=Path, help="also draw the probabilities to this file, such as scores.png")
+    scores.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps (default: auto)")
+    _add_settings(scores, ScoreSettings)
+
     draw = command("draw", _draw, "draw pictures; learned words stand for their concepts")
     draw.add_argument("--prompt", required=True, action="append", help='what to draw, such as "a photo of a V1 teapot"; may be given several times')
     draw.add_argument("--out", type=Path, default=Path("drawn"), help="folder for the pictures (default: drawn)")
@@ -200,16 +253,20 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _add_settings(parser: argparse.ArgumentParser, settings: type, short: dict[str, str] | None = None) -> None:
-    """One flag a setting: type, choices, default and help come from its declaration."""
+    """One flag a setting: type, choices, default, help and heading come from its declaration."""
+    groups: dict[str, Any] = {"": parser}
     for f in dataclasses.fields(settings):
+        heading = f.metadata["group"]
+        if heading not in groups:
+            groups[heading] = parser.add_argument_group(heading)
         kind = {"int": int, "float": float}.get(str(f.type).split(" ")[0], str)
         names = [*([short[f.name]] if short and f.name in short else []), f"--{'lr' if f.name == 'rate' else f.name.replace('_', '-')}"]
         help = f"{f.metadata['help']} (default: {_default(f)})".replace("%", "%%")
         if f.type == "bool":
-            parser.add_argument(*names, dest=f.name, action=argparse.BooleanOptionalAction, default=None, help=help)
+            groups[heading].add_argument(*names, dest=f.name, action=argparse.BooleanOptionalAction, default=None, help=help)
         else:
             choices = f.metadata["choices"] or None
-            parser.add_argument(*names, dest=f.name, type=kind, choices=choices, help=help, metavar=None if choices else f.name.upper())
+            groups[heading].add_argument(*names, dest=f.name, type=kind, choices=choices, help=help, metavar=None if choices else f.name.upper())
 
 
 def _default(f: dataclasses.Field) -> str:

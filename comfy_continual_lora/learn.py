@@ -1,8 +1,8 @@
 """Stage 3: the one training loop.
 
-    minimise over LoRA_n and V_n   E || eps - eps_theta(z_t, t, prompt with V_n) ||^2        (Jha et al. 2025; METHOD: `methods/`)
+    minimise over LoRA_n and V_n   E || eps - eps_theta(z_t, t, prompt with V_n) ||^2  +  the method's penalty        (Jha et al. 2025)
 
-in: a backbone, the concept's pictures, where the adapter and the word start - out: `Learned`.
+in: a backbone and a `Lesson` (latents and prompts of the pictures, where the adapter and the word start) - out: `Learned`.
 Every draw is a function of (seed, step), so a run that was stopped and goes on from its snapshot ends bit for bit where an undisturbed one ends.
 """
 
@@ -23,14 +23,31 @@ from safetensors.torch import save
 from torch import Tensor, nn
 
 from .checkpoint.backbone import Backbone
-from .concepts import ConceptImages, prompts_for
-from .diffusion import TIMESTEPS, add_noise, alphas_cumprod, loss_per_example
+from .diffusion import add_noise, alphas_cumprod, generator_for, loss_per_example, random_batch
 from .errors import TrainingError
-from .lora import Adapter, attached
+from .lora import Adapter, attached, joined
 from .methods import METHODS
+from .methods.method import Penalty
 from .progress import OnProgress, Progress
-from .settings import TEMPLATES, LearnSettings
+from .settings import ConsolidateSettings, LearnSettings
 from .store import write_whole
+
+
+@dataclass(frozen=True)
+class Lesson:
+    """What is learned, and from where: latents (n, 4, h, w), their pictures' prompts (picture i has prompts[i % len(prompts)]), the new token.
+
+    `words` are the earlier ones (frozen); `adapter` and `word` the starting point; `beneath` a frozen LoRA that stays below a new one.
+    """
+
+    latents: Tensor
+    prompts: Sequence[Sequence[str]]
+    token: str
+    words: Mapping[str, Tensor]
+    adapter: Adapter | None
+    word: Tensor
+    penalty: Penalty | None = None
+    beneath: Adapter | None = None
 
 
 @dataclass(frozen=True)
@@ -42,113 +59,109 @@ class Learned:
     losses: list[float]
 
 
-def learn(
-    backbone: Backbone,
-    concept: ConceptImages,
-    token: str,
-    noun: str,
-    words: Mapping[str, Tensor],
-    adapter: Adapter | None,
-    word: Tensor,
-    settings: LearnSettings,
-    snapshot: Path,
-    on_progress: OnProgress,
-) -> Learned:
-    """Learn one concept. `words` are the earlier ones (frozen), `adapter` and `word` the starting point; `settings` are resolved.
+def learn(backbone: Backbone, lesson: Lesson, settings: LearnSettings, snapshot: Path, on_progress: OnProgress) -> Learned:
+    """Learn one concept; `settings` are resolved.
 
     Stopped by `on_progress`, it leaves a snapshot and lets the exception through. The net stays in the number format it learned with.
     Errors: TrainingError when the loss is not a number or memory runs out.
     """
-    method = METHODS[settings.method]
-    prompts = [prompts_for(token, noun, TEMPLATES, caption) for caption in concept.captions]
-    images = torch.cat([concept.images, concept.images.flip(-1)]) if settings.flip else concept.images
-    latents, alphas = backbone.encode_images(images), alphas_cumprod().to(backbone.device)
-    dtype = _number_format(backbone.device, settings.precision)  # factors, optimizer and loss stay in float32
-    nn.Module.to(backbone.unet, dtype)
-    with _checkpointing(backbone, settings.checkpointing), attached(backbone, adapter, trainable=method.trains_adapter) as factors:
-        vector = nn.Parameter(word.to(backbone.device, torch.float32, copy=True))
+    trains_adapter = bool(METHODS[settings.method].adapter)
+    latents, alphas = lesson.latents, alphas_cumprod().to(backbone.device)
+    with (
+        number_format(backbone, settings),
+        attached(backbone, lesson.adapter, trainable=trains_adapter, beneath=lesson.beneath) as factors,
+    ):
+        vector = nn.Parameter(lesson.word.to(backbone.device, torch.float32, copy=True))
         groups = [{"params": [vector], "lr": settings.token_rate, "weight_decay": 0.0}]
-        if method.trains_adapter:
+        if trains_adapter:
             groups.append({"params": list(factors.values()), "lr": settings.rate, "weight_decay": 0.01})
-        trained = {"word": vector, **(factors if method.trains_adapter else {})}
-        run = _Run(trained, torch.optim.AdamW(groups), settings, snapshot, _identity(backbone, concept, token, noun, settings, adapter))
+        trained = {"word": vector, **(factors if trains_adapter else {})}
+        who = identity(backbone, settings, latents, {"word": {"": lesson.word}, "adapter": lesson.adapter, "beneath": lesson.beneath}, lesson.prompts)
+        assert settings.steps
+        run = Run("learn", trained, torch.optim.AdamW(groups), settings, settings.steps, backbone.gradient_scale, snapshot, who)
 
-        def loss(step: int) -> Tensor:
-            pick, timestep, noise, chosen = _batch(latents, prompts, settings, step)
-            pick, timestep, noise = (x.to(backbone.device) for x in (pick, timestep, noise))
+        def terms(step: int) -> dict[str, Tensor]:
+            generator = generator_for(settings.seed, step)
+            pick, timestep, noise = random_batch(latents, settings.batch or 1, generator)
+            chosen = [_one_of(lesson.prompts[int(i) % len(lesson.prompts)], generator) for i in pick]
             noisy = add_noise(latents[pick], noise, timestep, alphas)
-            with torch.autocast(backbone.device.type, dtype, enabled=dtype != torch.float32):
-                features = _features(backbone, chosen, {**words, token: vector})
-                return loss_per_example(backbone.predict(noisy, timestep, features), noise).mean()
+            features = _features(backbone, chosen, {**lesson.words, lesson.token: vector})
+            found = {"denoising": loss_per_example(backbone.predict(noisy, timestep, features), noise).mean()}
+            return {**found, "penalty": lesson.penalty(factors)} if lesson.penalty else found
 
-        try:
-            run.train(loss, on_progress, scale=1024.0 if dtype == torch.float16 else 1.0)
-        except torch.OutOfMemoryError as error:
-            raise TrainingError(
-                f"{backbone.device} ran out of memory at step {run.step} ({error}). Take a smaller batch or size, or gradient checkpointing; "
-                "the same command then goes on from the last snapshot where the settings are the same."
-            ) from None
-        kept = {k: v.detach().cpu().clone() for k, v in factors.items()} if factors else adapter
+        run.train(terms, on_progress)
+        kept = {k: v.detach().cpu().clone() for k, v in factors.items()} if factors else lesson.adapter
+        if lesson.beneath and kept:
+            kept = joined(lesson.beneath, kept)
         return Learned(kept, vector.detach().cpu().clone(), run.losses)
 
 
-def _batch(latents: Tensor, prompts: Sequence[Sequence[str]], settings: LearnSettings, step: int) -> tuple[Tensor, Tensor, Tensor, list[str]]:
-    """What a step learns from, a function of seed and step: which latents (n,), timesteps (n,), noise (n, 4, h, w), prompts."""
-    generator = torch.Generator().manual_seed(_seed(settings.seed, step))
-    n = settings.batch or 1
-    pick = torch.randint(len(latents), (n,), generator=generator)
-    chosen = [_one_of(prompts[int(i) % len(prompts)], generator) for i in pick]
-    timestep = torch.randint(TIMESTEPS, (n,), generator=generator)
-    return pick, timestep, torch.randn((n, *latents.shape[1:]), generator=generator), chosen
-
-
 @contextmanager
-def _checkpointing(backbone: Backbone, wanted: bool) -> Iterator[None]:
-    """Gradient checkpointing inside the block. It asks for training mode; there is no dropout in the net."""
-    if not wanted:
-        yield
-        return
-    backbone.unet.enable_gradient_checkpointing()
-    backbone.unet.train()
+def number_format(backbone: Backbone, settings: ConsolidateSettings) -> Iterator[None]:
+    """Put the frozen net into the number format of `settings`, where it stays, and inside the block checkpoint gradients if wanted.
+
+    "auto" is bf16 on a GPU that has it, fp16 on one that has not, fp32 elsewhere. Factors, optimizer and loss stay in float32. Checkpointing asks for
+    training mode; there is no dropout in the net.
+    """
+    precision, device = settings.precision, backbone.device
+    if precision == "auto":
+        precision = "fp32" if device.type != "cuda" else "bf16" if torch.cuda.is_bf16_supported() else "fp16"
+    nn.Module.to(backbone.unet, {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision])
+    if settings.checkpointing:
+        backbone.unet.enable_gradient_checkpointing()
+        backbone.unet.train()
     try:
         yield
     finally:
-        backbone.unet.disable_gradient_checkpointing()
-        backbone.unet.eval()
+        if settings.checkpointing:
+            backbone.unet.disable_gradient_checkpointing()
+            backbone.unet.eval()
 
 
-class _Run:
+class Run:
     """Parameters, optimizer, step and losses of one run, and their snapshot on disk."""
 
     def __init__(
-        self, parameters: dict[str, nn.Parameter], optimizer: torch.optim.Optimizer, settings: LearnSettings, path: Path, identity: str
-    ) -> None:
-        self.parameters, self.optimizer, self.settings, self.path, self.identity = parameters, optimizer, settings, path, identity
+        self, stage: str, parameters: Mapping[str, nn.Parameter], optimizer: torch.optim.Optimizer, settings: ConsolidateSettings,
+        steps: int, scale: float, path: Path, identity: str,
+    ) -> None:  # fmt: skip
+        self.stage, self.parameters, self.optimizer, self.settings = stage, parameters, optimizer, settings
+        self.steps, self.scale, self.path, self.identity = steps, scale, path, identity
         self.step, self.losses, self.whole = 0, [], True
 
-    def train(self, loss: Callable[[int], Tensor], on_progress: OnProgress, *, scale: float) -> None:
-        """Go on from the snapshot to the last step; whatever stops it between two steps leaves a snapshot behind."""
+    def train(self, terms: Callable[[int], dict[str, Tensor]], on_progress: OnProgress) -> None:
+        """Go on from the snapshot to the last step, minimising the sum of `terms(step)`; whatever stops it between two steps leaves a snapshot.
+
+        Errors: TrainingError when the loss is not a number or memory runs out.
+        """
         self.resume()
-        steps, rates = self.settings.steps or 1, [group["lr"] for group in self.optimizer.param_groups]
+        rates = [group["lr"] for group in self.optimizer.param_groups]
         started, first = time.monotonic(), self.step
         try:
-            while self.step < steps:
+            while self.step < self.steps:
                 for group, rate in zip(self.optimizer.param_groups, rates, strict=True):
                     group["lr"] = rate * min(1.0, (self.step + 1) / max(1, self.settings.warmup))
-                self.update(loss(self.step), scale)
-                if self.step % self.settings.snapshot_every == 0 and self.step < steps:
+                found = terms(self.step)
+                self.update(torch.stack(list(found.values())).sum())
+                if self.step % self.settings.snapshot_every == 0 or self.step == self.steps:
                     self.save()
-                left = (time.monotonic() - started) / (self.step - first) * (steps - self.step)
-                on_progress(Progress("learn", self.step, steps, self.losses[-1], self.optimizer.param_groups[-1]["lr"], left))
-        except (TrainingError, torch.OutOfMemoryError):
+                left = (time.monotonic() - started) / (self.step - first) * (self.steps - self.step)
+                parts = {name: float(value.detach()) for name, value in found.items()} if len(found) > 1 else {}
+                on_progress(Progress(self.stage, self.step, self.steps, self.losses[-1], self.optimizer.param_groups[-1]["lr"], left, parts))
+        except torch.OutOfMemoryError as error:
+            raise TrainingError(
+                f"Memory ran out at step {self.step} of {self.stage} ({error}). Take a smaller batch or size, or gradient checkpointing; "
+                "the same command then goes on from the last snapshot where the settings are the same."
+            ) from None
+        except TrainingError:
             raise
         except BaseException:
             if self.whole:
                 self.save()
             raise
 
-    def update(self, loss: Tensor, scale: float) -> None:
-        """One optimizer step; the gradient travels `scale` times larger, so that fp16 does not lose it.
+    def update(self, loss: Tensor) -> None:
+        """One optimizer step; the gradient travels `scale` times larger (`Backbone.gradient_scale`).
 
         Errors: TrainingError for a loss that is not a number.
         """
@@ -159,9 +172,9 @@ class _Run:
                 "A lower --lr or --precision fp32 usually helps."
             )
         self.optimizer.zero_grad(set_to_none=True)
-        (loss * scale).backward()
+        (loss * self.scale).backward()
         for p in self.parameters.values():
-            p.grad = None if p.grad is None else p.grad / scale
+            p.grad = None if p.grad is None else p.grad / self.scale
         nn.utils.clip_grad_norm_(list(self.parameters.values()), self.settings.clip)
         self.whole = False
         self.optimizer.step()
@@ -201,17 +214,16 @@ class _Run:
                 self.optimizer.state[p] = {k: v if k == "step" else v.to(p.device) for k, v in state.items()}
 
 
-def _identity(backbone: Backbone, concept: ConceptImages, token: str, noun: str, settings: LearnSettings, adapter: Adapter | None) -> str:
+def identity(
+    backbone: Backbone, settings: ConsolidateSettings, latents: Tensor, start: Mapping[str, Adapter | None], prompts: Sequence[Sequence[str]] = ()
+) -> str:
     """A hash of all that decides how a run goes; a snapshot is used only by the very run that wrote it."""
     choices = {k: v for k, v in asdict(settings).items() if k != "snapshot_every"}
-    digest = hashlib.sha256(json.dumps([backbone.fingerprint, concept.hashes, concept.captions, token, noun, choices]).encode())
-    for name, tensor in sorted((adapter or {}).items()):
-        digest.update(name.encode() + tensor.detach().cpu().numpy().tobytes())
+    digest = hashlib.sha256(json.dumps([backbone.fingerprint, prompts, choices]).encode())
+    tensors = {f"{part}/{name}": tensor for part, adapter in start.items() for name, tensor in (adapter or {}).items()}
+    for name, tensor in sorted({"latents": latents, **tensors}.items()):
+        digest.update(name.encode() + tensor.detach().float().cpu().numpy().tobytes())
     return digest.hexdigest()
-
-
-def _seed(seed: int, step: int) -> int:
-    return int.from_bytes(hashlib.sha256(f"{seed}/{step}".encode()).digest()[:8], "little") >> 1
 
 
 def _one_of(choices: Sequence[str], generator: torch.Generator) -> str:
@@ -223,10 +235,3 @@ def _features(backbone: Backbone, prompts: Sequence[str], words: Mapping[str, Te
     distinct = list(dict.fromkeys(prompts))
     features = backbone.encode_prompts(distinct, words)
     return features[[distinct.index(p) for p in prompts]]
-
-
-def _number_format(device: torch.device, precision: str) -> torch.dtype:
-    """The format of the frozen net: "auto" is bf16 on a GPU that has it, fp16 on one that has not, fp32 elsewhere."""
-    if precision == "auto":
-        precision = "fp32" if device.type != "cuda" else "bf16" if torch.cuda.is_bf16_supported() else "fp16"
-    return {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]

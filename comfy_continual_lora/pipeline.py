@@ -1,7 +1,7 @@
 """What this project does, from end to end: READ THIS FIRST. Front ends call these functions and nothing else.
 
-    checkpoint ->  concept images  ->  learn  ->  store  ->  draw
-    checkpoint/    concepts.py         learn.py   store.py   sample.py
+    checkpoint ->  concept images  ->  learn (consolidate)  ->  Fisher     ->  store  ->  draw, score
+    checkpoint/    concepts.py         learn.py  dsc.py         fisher.py      store.py   sample.py, classifier.py
 
 Every function takes one request, reports through `on_progress`, and raises a `ContinualLoraError` a user can act on; a failed or cancelled call
 leaves the concept stack as it was.
@@ -19,15 +19,16 @@ import torch
 from PIL import Image
 from safetensors import safe_open
 
-from . import concepts, sample, store
-from .checkpoint.backbone import Backbone
+from . import classifier, concepts, dsc, sample, store
+from .checkpoint.backbone import Backbone, FrozenText
 from .checkpoint.load import load_backbone
-from .errors import SettingError
-from .learn import Learned, learn
-from .lora import attached, new_adapter
+from .errors import SettingError, StackError
+from .fisher import Target, fisher
+from .learn import Learned, Lesson, learn, number_format
+from .lora import Adapter, attached, kind_of, new_adapter
 from .methods import METHODS
 from .progress import OnProgress, Progress, ignore
-from .settings import TEMPLATES, DrawSettings, LearnSettings
+from .settings import TEMPLATES, ConsolidateSettings, DrawSettings, LearnSettings, ScoreSettings
 
 
 @dataclass(frozen=True)
@@ -62,6 +63,48 @@ class LearnResult:
 
 
 @dataclass(frozen=True)
+class ConsolidateRequest:
+    """Consolidate the newest concept once more; `images` are the pictures it was learned from."""
+
+    checkpoint: Path
+    images: Path | list[Path]
+    settings: ConsolidateSettings = field(default_factory=ConsolidateSettings)
+    stack: Path | None = None
+    device: str = "auto"
+
+
+@dataclass(frozen=True)
+class ConsolidateResult:
+    record: store.ConceptRecord
+    losses: list[float]
+    stack_file: Path
+
+
+@dataclass(frozen=True)
+class ScoreRequest:
+    """Which concepts do these pictures show? `images` is a folder of pictures or of folders named after tokens, or a list of files."""
+
+    checkpoint: Path
+    images: Path | list[Path]
+    settings: ScoreSettings = field(default_factory=ScoreSettings)
+    stack: Path | None = None
+    device: str = "auto"
+
+
+@dataclass(frozen=True)
+class Scored:
+    """One picture's scores; `label` is the token its folder is named after, if it is one."""
+
+    file: Path
+    label: str | None
+    scores: classifier.Scores
+
+    @property
+    def right(self) -> bool | None:
+        return None if self.label is None else self.scores.best == self.label
+
+
+@dataclass(frozen=True)
 class Drawn:
     prompt: str
     seed: int
@@ -80,14 +123,86 @@ def learn_concept(request: LearnRequest, on_progress: OnProgress = ignore) -> Le
         if not request.noun.strip():
             raise SettingError("The class noun is empty. Say in one or two words what the thing is, such as teapot or cat.")
         settings = _with_rank_of(stack, request.settings).resolved(backbone.preset)
+        method = METHODS[settings.method]
+        newest = concepts.name_of(request.token, "" if method.starts_anew(settings) else request.noun)
         pictures = concepts.load_images(request.images, settings.size or backbone.size, fit=settings.fit)
-        learned = _run(backbone, pictures, request, settings, stack, path, on_progress)
+        latents = _latents(backbone, pictures, settings)
+        learned = learn(
+            backbone, _lesson(backbone, request, stack, settings, pictures, latents), settings, _snapshot(path, request.token), on_progress
+        )
+        adapter, text = learned.adapter, FrozenText(backbone, {**stack.tokens, request.token: learned.word})
+        if stack.tau is None:
+            stack.tau = _calibrated(backbone, adapter, latents, text, newest, request.noun)
+        if method.consolidation and adapter and (past := _past(stack)):
+            adapter, _ = dsc.consolidate(
+                backbone, latents, dsc.Teachers((newest, adapter), past, request.noun), text,
+                _tau(stack, settings, latents) if method.consolidation == "scores" else None,
+                method.penalty(stack, settings, backbone.device), settings, _snapshot(path, request.token, "dsc"), on_progress,
+            )  # fmt: skip
         record = _record(request, settings, pictures, learned, stack)
-        stack.add(record, learned.word, learned.adapter)
-        stack.rank = settings.rank if learned.adapter is not None else stack.rank
+        if method.importance and adapter:
+            stack.fishers[record.id] = _fisher(backbone, adapter, latents, text, newest, request.noun, stack, settings, on_progress)
+        stack.add(record, learned.word, adapter)
+        stack.rank = settings.rank if adapter is not None else stack.rank
         store.save_stack(stack, path)
-        _snapshot(path, request.token).unlink(missing_ok=True)
+        for part in ("", "dsc"):
+            _snapshot(path, request.token, part).unlink(missing_ok=True)
     return LearnResult(record, learned.losses, path)
+
+
+def consolidate(request: ConsolidateRequest, on_progress: OnProgress = ignore) -> ConsolidateResult:
+    """Diffusion Scores Consolidation of the newest concept with all its terms, by itself; the stack's newest adapter and Fisher are replaced."""
+    request.settings.check()
+    concepts.find_images(request.images)
+    path = request.stack or store.stack_path(request.checkpoint)
+    backbone = _load(request.checkpoint, request.device, on_progress)
+    with store.writing(path):
+        stack = store.load_stack(path, backbone.fingerprint)
+        if len(stack.records) < 2 or stack.adapter is None:
+            raise StackError(f"There is nothing to consolidate: {path} needs a newest concept and an earlier one, both learned with a LoRA.")
+        record = stack.records[-1]
+        settings = LearnSettings(**{**asdict(request.settings), "method": record.method, "rank": stack.rank}).resolved(backbone.preset)
+        pictures = concepts.load_images(request.images, settings.size or backbone.size, fit=settings.fit)
+        latents, text = _latents(backbone, pictures, settings), FrozenText(backbone, stack.tokens)
+        newest, adapter, word = _name(record), stack.adapter, stack.words[record.id]
+        had_fisher = record.id in stack.fishers
+        stack.undo()  # what follows is about the stack as it was before the newest concept
+        past = _past(stack)
+        if not past:
+            raise StackError(f"There is nothing to consolidate: no concept before {record.token} in {path} has a LoRA.")
+        adapter, losses = dsc.consolidate(
+            backbone, latents, dsc.Teachers((newest, adapter), past, record.noun), text, _tau(stack, settings, latents),
+            METHODS[record.method].penalty(stack, settings, backbone.device), settings, _snapshot(path, record.token, "dsc"), on_progress,
+        )  # fmt: skip
+        if had_fisher:
+            stack.fishers[record.id] = _fisher(backbone, adapter, latents, text, newest, record.noun, stack, settings, on_progress)
+        stack.add(record, word, adapter)
+        store.save_stack(stack, path)
+        _snapshot(path, record.token, "dsc").unlink(missing_ok=True)
+    return ConsolidateResult(record, losses, path)
+
+
+def dc_scores(request: ScoreRequest, on_progress: OnProgress = ignore) -> list[Scored]:
+    """Which concept, or which class noun without one (c_0), each picture shows. A folder may hold folders: each one's name is the right answer."""
+    request.settings.check()
+    groups = _groups(request.images)
+    backbone = _load(request.checkpoint, request.device, on_progress)
+    stack = store.load_stack(request.stack or store.stack_path(request.checkpoint), backbone.fingerprint)
+    if not stack.records or stack.tau is None:
+        raise StackError(f"{request.checkpoint} has learned no concept yet, so there is nothing to tell apart. Learn one first.")
+    settings, text = request.settings, FrozenText(backbone, stack.tokens)
+    prompts = {record.token: f"a photo of a {_name(record)}" for record in stack.records}
+    prompts |= {f"c_0 {noun}": f"a photo of a {noun}" for noun in dict.fromkeys(record.noun for record in stack.records)}
+    features = dict(zip(prompts, text(list(prompts.values())), strict=True))
+    found = []
+    with attached(backbone, stack.adapter):
+        for label, files in groups:
+            known = next((record.token for record in stack.records if record.token.lower() == label.lower()), None)
+            for file in files:
+                picture = concepts.load_images([file], settings.size or backbone.size, fit=settings.fit)
+                scores = classifier.classify(backbone, backbone.encode_images(picture.images)[0], features, stack.tau, settings, on_progress)
+                found.append(Scored(file, known, scores))
+    return found
 
 
 def draw(request: DrawRequest, on_progress: OnProgress = ignore) -> list[Drawn]:
@@ -152,23 +267,79 @@ def _with_rank_of(stack: store.ConceptStack, settings: LearnSettings) -> LearnSe
     return LearnSettings(**{**asdict(settings), "rank": stack.rank})
 
 
-def _snapshot(path: Path, token: str) -> Path:
+def _snapshot(path: Path, token: str, part: str = "") -> Path:
     """Where an unfinished run of this token waits; the ending keeps it out of the hosts' checkpoint lists."""
-    return path.with_name(f"{path.name.removesuffix('.safetensors')}.{token}.snapshot")
+    return path.with_name(f"{path.name.removesuffix('.safetensors')}.{token}.{part + '.' if part else ''}snapshot")
 
 
-def _run(
-    backbone: Backbone, pictures: concepts.ConceptImages, request: LearnRequest, settings: LearnSettings,
-    stack: store.ConceptStack, path: Path, on_progress: OnProgress,
-) -> Learned:  # fmt: skip
-    """Sequential initialisation: the adapter starts from the stack's, the word from its class noun."""
-    generator = torch.Generator().manual_seed(settings.seed)
-    word = backbone.word_start(request.noun, generator)
+def _name(record: store.ConceptRecord) -> str:
+    """How prompts name a concept."""
+    return concepts.name_of(record.token, record.noun if record.with_noun else "")
+
+
+def _latents(backbone: Backbone, pictures: concepts.ConceptImages, settings: ConsolidateSettings) -> torch.Tensor:
+    """Latents of the pictures, and of their mirror images behind them if wanted."""
+    return backbone.encode_images(torch.cat([pictures.images, pictures.images.flip(-1)]) if settings.flip else pictures.images)
+
+
+def _lesson(
+    backbone: Backbone, request: LearnRequest, stack: store.ConceptStack, settings: LearnSettings, pictures: concepts.ConceptImages,
+    latents: torch.Tensor,
+) -> Lesson:  # fmt: skip
+    """Sequential initialisation: the adapter starts from the stack's, the word from its class noun - unless the method starts anew."""
+    method, generator = METHODS[settings.method], torch.Generator().manual_seed(settings.seed)
+    anew = method.starts_anew(settings)
+    word = backbone.word_start("" if anew else request.noun, generator)
+    kind = settings.adapter if method.adapter == "lora" else method.adapter
+    if kind and stack.adapter is not None and kind_of(stack.adapter) != kind:
+        raise SettingError(
+            f"The method {settings.method} trains an adapter of the kind {kind}, but this stack's is {kind_of(stack.adapter)}. "
+            "Go on with a method of that kind, or start another stack with --stack."
+        )
     adapter = stack.adapter
-    if adapter is None and METHODS[settings.method].trains_adapter:
+    if kind and (adapter is None or anew):
         assert settings.rank
-        adapter = new_adapter(backbone, settings.rank, generator)
-    return learn(backbone, pictures, request.token, request.noun, stack.tokens, adapter, word, settings, _snapshot(path, request.token), on_progress)
+        adapter = new_adapter(backbone, settings.rank, generator, kind)
+    prompts = [concepts.prompts_for(request.token, "" if anew else request.noun, TEMPLATES, caption) for caption in pictures.captions]
+    penalty = method.penalty(stack, settings, backbone.device)
+    return Lesson(latents, prompts, request.token, stack.tokens, adapter, word, penalty, stack.adapter if anew else None)
+
+
+def _past(stack: store.ConceptStack) -> list[tuple[str, Adapter]]:
+    """The teachers of DSC: how prompts name each concept so far, and the adapter as it was then."""
+    known = [(_name(record), stack.adapter_after(record.id)) for record in stack.records]
+    return [(name, adapter) for name, adapter in known if adapter is not None]
+
+
+def _tau(stack: store.ConceptStack, settings: ConsolidateSettings, latents: torch.Tensor) -> float:
+    """The temperature for mean errors; summed errors at 1 are mean errors at 1 / (4 h w)."""
+    assert stack.tau is not None
+    return {"calibrated": stack.tau, "mean": 1.0, "sum": 1 / latents[0].numel()}[settings.dc_scale]
+
+
+def _calibrated(backbone: Backbone, adapter: Adapter | None, latents: torch.Tensor, text: FrozenText, newest: str, noun: str) -> float:
+    with attached(backbone, adapter):
+        features = text([f"a photo of a {name}" for name in (newest, noun)])
+        return classifier.calibrate(classifier.calibration_errors(backbone, latents, features, draws=128, rows=16))
+
+
+def _fisher(
+    backbone: Backbone, adapter: Adapter, latents: torch.Tensor, text: FrozenText, newest: str, noun: str, stack: store.ConceptStack,
+    settings: LearnSettings, on_progress: OnProgress,
+) -> Adapter:  # fmt: skip
+    """What the newest concept, not yet on the stack, finds important in the adapter."""
+    tau = _tau(stack, settings, latents) if METHODS[settings.method].importance == "scores" else None
+    target = Target(latents, newest, noun, [_name(record) for record in stack.records], tau)
+    with number_format(backbone, settings), attached(backbone, adapter, trainable=True) as factors:
+        return fisher(backbone, factors, target, text, settings, on_progress)
+
+
+def _groups(images: Path | list[Path]) -> list[tuple[str, list[Path]]]:
+    """(name of the folder, its pictures): the folder itself, or the folders in it."""
+    if isinstance(images, Path) and images.is_dir():
+        folders = sorted(p for p in images.iterdir() if p.is_dir() and not p.name.startswith("."))
+        return [(folder.name, concepts.find_images(folder)) for folder in folders or [images]]
+    return [("", concepts.find_images(images))]
 
 
 def _record(
@@ -177,10 +348,12 @@ def _record(
     now = datetime.now(timezone.utc).isoformat(timespec="seconds")
     identity = hashlib.sha256(f"{stack.fingerprint}/{request.token}/{now}/{len(stack.records)}".encode()).hexdigest()[:12]
     tail = learned.losses[-max(1, len(learned.losses) // 10) :]
-    prompts = [p for caption in dict.fromkeys(pictures.captions) for p in concepts.prompts_for(request.token, request.noun, TEMPLATES, caption)]
+    with_noun = not METHODS[settings.method].starts_anew(settings)
+    noun = request.noun if with_noun else ""
+    prompts = [p for caption in dict.fromkeys(pictures.captions) for p in concepts.prompts_for(request.token, noun, TEMPLATES, caption)]
     assert settings.steps
     return store.ConceptRecord(
         id=identity, token=request.token, noun=request.noun, method=settings.method, images=len(pictures.images), steps=settings.steps,
         seed=settings.seed, prompts=prompts, hashes=list(pictures.hashes), learned=now, loss=sum(tail) / len(tail), preview=pictures.preview,
-        settings=asdict(settings),
+        settings=asdict(settings), with_noun=with_noun,
     )  # fmt: skip

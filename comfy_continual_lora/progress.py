@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 
 @dataclass(frozen=True)
 class Progress:
-    """One report: step of steps; what is done; loss and rate while learning; seconds still to go, as far as can be told."""
+    """One report: step of steps; what is done; loss, its parts and rate while learning; seconds still to go, as far as can be told."""
 
     stage: str
     step: int
@@ -16,6 +16,7 @@ class Progress:
     loss: float | None = None
     rate: float | None = None
     seconds_left: float | None = None
+    parts: dict[str, float] = field(default_factory=dict)
 
 
 OnProgress = Callable[[Progress], None]

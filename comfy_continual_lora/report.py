@@ -9,9 +9,10 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
-from PIL import Image
+from PIL import Image, ImageDraw
 
-from .pipeline import Drawn
+from .concepts import read_image, to_square
+from .pipeline import Drawn, Scored
 
 _STYLE = """
 body { font: 16px/1.5 system-ui, sans-serif; max-width: 1080px; margin: 2rem auto; padding: 0 1rem; color: #222; background: #fafafa }
@@ -48,6 +49,21 @@ def save_pictures(drawn: Sequence[Drawn], folder: Path) -> list[Path]:
         files.append(folder / "grid.png")
         grid([d.image for d in drawn], per_prompt if per_prompt > 1 else min(len(drawn), 4)).save(files[-1])
     return files
+
+
+def score_sheet(scored: Sequence[Scored], *, side: int = 96, bars: int = 5) -> Image.Image:
+    """A row a picture: the picture, and a bar for each of its likeliest concepts; green is the folder's own name."""
+    sheet = Image.new("RGB", (side + 420, (side + 8) * len(scored)), "white")
+    draw = ImageDraw.Draw(sheet)
+    for row, one in enumerate(scored):
+        top = row * (side + 8)
+        sheet.paste(to_square(read_image(one.file), side, "crop"), (0, top))
+        for place, (name, p) in enumerate(list(zip(one.scores.names, one.scores.probabilities, strict=True))[:bars]):
+            y = top + place * side // bars
+            draw.rectangle((side + 110, y + 2, side + 110 + int(220 * p), y + side // bars - 3), fill="#2f855a" if name == one.label else "#a0aec0")
+            draw.text((side + 12, y + 2), name, fill="black")
+            draw.text((side + 120 + int(220 * p), y + 2), f"{p:.2f}" + ("" if place or one.scores.sure else " (not sure)"), fill="black")
+    return sheet
 
 
 def figure(images: Sequence[Image.Image], caption: str, width: int = 128) -> str:

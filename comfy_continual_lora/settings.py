@@ -11,7 +11,10 @@ from typing import Any
 
 from .errors import SettingError
 
-METHODS = ("lora", "textual_inversion")
+METHODS = (
+    "textual_inversion", "custom_diffusion", "custom_diffusion_ewc", "lora", "c_lora", "lora_ewc", "lora_ewc_dc", "lora_dsc", "lora_dsc_ewc",
+    "lora_dsc_ewc_dc",
+)  # fmt: skip
 SOLVERS = ("dpm++", "ddim")
 TEMPLATES = (
     "a photo of a {}",
@@ -24,8 +27,8 @@ TEMPLATES = (
 )
 
 PRESETS: dict[str, dict[str, Any]] = {
-    "sd1": {"rank": 16, "steps": 1000, "batch": 1, "rate": 2e-4, "token_rate": 1e-3, "guidance": 7.5},
-    "mini": {"rank": 16, "steps": 300, "batch": 8, "rate": 1.5e-3, "token_rate": 5e-3, "guidance": 4.0},
+    "sd1": {"rank": 16, "steps": 1000, "batch": 1, "rate": 2e-4, "token_rate": 1e-3, "ewc_strength": 1e-3, "dsc_steps": 200, "guidance": 7.5},
+    "mini": {"rank": 16, "steps": 300, "batch": 8, "rate": 1.5e-3, "token_rate": 5e-3, "ewc_strength": 1e-3, "dsc_steps": 60, "guidance": 4.0},
 }
 
 
@@ -38,11 +41,11 @@ def setting(
     choices: tuple[str, ...] = (),
     multiple: int = 1,
     unit: str = "",
+    group: str = "",
 ) -> Any:
-    """A dataclass field that knows its range and what to tell the user."""
-    return dataclasses.field(
-        default=default, metadata={"help": help, "low": low, "high": high, "choices": choices, "multiple": multiple, "unit": unit}
-    )
+    """A dataclass field that knows its range, what to tell the user, and under which heading."""
+    meta = {"help": help, "low": low, "high": high, "choices": choices, "multiple": multiple, "unit": unit, "group": group}
+    return dataclasses.field(default=default, metadata=meta)
 
 
 class Settings:
@@ -72,13 +75,11 @@ class Settings:
 
 
 @dataclass(frozen=True)
-class LearnSettings(Settings):
-    method: str = setting("lora", "how to learn: lora (K/V LoRA and the word) or textual_inversion (only the word)", choices=METHODS)
-    steps: int | None = setting(None, "training steps", low=1, high=1_000_000)
+class ConsolidateSettings(Settings):
+    """What learning and consolidating have in common."""
+
     batch: int | None = setting(None, "pictures a step", low=1, high=256)
-    rank: int | None = setting(None, "rank of the LoRA; a stack keeps the rank it began with", low=1, high=256)
     rate: float | None = setting(None, "learning rate of the LoRA", low=0, high=1)
-    token_rate: float | None = setting(None, "learning rate of the word's vector", low=0, high=1)
     warmup: int = setting(20, "steps over which the rate rises", low=0, high=100_000)
     clip: float = setting(1.0, "largest gradient norm; a longer gradient is shortened to it", low=1e-6)
     seed: int = setting(0, "seed of every random draw", low=0, high=2**63 - 1)
@@ -91,6 +92,54 @@ class LearnSettings(Settings):
     )  # fmt: skip
     checkpointing: bool = setting(False, "gradient checkpointing: less memory, about a third more time")
     snapshot_every: int = setting(50, "steps between snapshots; an interrupted run goes on from the last", low=1)
+    dc_scale: str = setting(
+        "calibrated", "temperature of the DC scores: calibrated on the first concept, or 1 on mean or on summed errors (for comparison)",
+        choices=("calibrated", "mean", "sum"), group="DC scores, EWC",
+    )  # fmt: skip
+    subset: int = setting(5, "concepts compared at a time: the newest, its class noun, and earlier ones", low=2, high=64, group="DC scores, EWC")
+    ewc_strength: float | None = setting(None, "weight of the EWC penalty (lambda)", low=0, group="DC scores, EWC")
+    ewc_mode: str = setting(
+        "online", "one running Fisher around the newest adapter, or one for each concept around its own", choices=("online", "separate"),
+        group="DC scores, EWC",
+    )  # fmt: skip
+    ewc_decay: float = setting(
+        1.0, "what is left of the Fishers so far when one is added (gamma, online only)", low=0, high=1, group="DC scores, EWC"
+    )
+    fisher_samples: int = setting(256, "single gradients the Fisher is averaged over", low=1, high=1_000_000, group="DC scores, EWC")
+    fisher_space: str = setting(
+        "factors", "take the Fisher of A and B, or of their product (much larger to store)", choices=("factors", "delta"), group="DC scores, EWC"
+    )
+    dsc_steps: int | None = setting(None, "steps of Diffusion Scores Consolidation", low=1, high=1_000_000, group="DSC")
+    dsc_rate: float = setting(0.5, "its learning rate, as a share of the rate", low=0, high=100, group="DSC")
+    dsc_a1: float = setting(1.0, "weight of agreeing with the newest adapter's scores", low=0, group="DSC")
+    dsc_a2: float = setting(0.5, "weight of agreeing with a past adapter's scores", low=0, group="DSC")
+    dsc_b1: float = setting(1.0, "weight of keeping the newest concept", low=0, group="DSC")
+    dsc_b2: float = setting(1.0, "weight of keeping the past ones", low=0, group="DSC")
+    dsc_redraw: str = setting("step", "draw another past adapter at every step, or one for the whole run", choices=("step", "once"), group="DSC")
+
+
+@dataclass(frozen=True)
+class LearnSettings(ConsolidateSettings):
+    method: str = setting("lora_dsc_ewc_dc", "how to learn; README has the table", choices=METHODS)
+    steps: int | None = setting(None, "training steps", low=1, high=1_000_000)
+    adapter: str = setting("lora", "kind of adapter for the lora methods: lora, or the smaller vera", choices=("lora", "vera"))
+    rank: int | None = setting(None, "rank of the LoRA; a stack keeps the rank it began with", low=1, high=256)
+    token_rate: float | None = setting(None, "learning rate of the word's vector", low=0, high=1)
+    c_lora_weight: float = setting(1e8, "weight of C-LoRA's penalty", low=0, group="C-LoRA")
+    c_lora_variant: str = setting(
+        "sequential", "one adapter that goes on, or as published one for each concept, summed", choices=("sequential", "published"), group="C-LoRA"
+    )
+
+
+@dataclass(frozen=True)
+class ScoreSettings(Settings):
+    trials: int = setting(32, "noisy versions of a picture that the likeliest concepts are compared on", low=1, high=10_000)
+    stages: int = setting(3, "elimination stages; after each the less likely half drops out. 1 compares all concepts on all trials", low=1, high=16)
+    weighting: str = setting("uniform", "weight of a timestep: all alike, or falling with the noise", choices=("uniform", "linear"))
+    rows: int = setting(32, "net calls at a time", low=1, high=4096)
+    seed: int = setting(0, "seed of timesteps and noise", low=0, high=2**63 - 1)
+    size: int | None = setting(None, "side the pictures are scaled to", low=64, high=4096, unit="pixels", multiple=8)
+    fit: str = setting("crop", "pictures that are not square are cropped to the middle or padded with their edge", choices=("crop", "pad"))
 
 
 @dataclass(frozen=True)

@@ -1,8 +1,8 @@
 """Stage 6: `ConceptStack` <-> one safetensors file beside the checkpoint.
 
-File: tensors "adapter.<layer>.A|B" (the current adapter), "pool.<concept id>.<layer>.A|B" (past ones), "word.<concept id>" (the vector,
-float32 (d,)); the header holds the rest as JSON and reads without loading a tensor. It is written to a temporary name, synced and renamed;
-the version before stays beside it as "<name>.previous"; one program writes at a time.
+File: tensors "adapter.<layer>.A|B" (the current adapter), "pool.<concept id>.<layer>.A|B" (past ones), "fisher.<concept id>.<layer>.A|B" (what each
+concept found important), "word.<concept id>" (the vector, float32 (d,)); the header holds the rest as JSON and reads without loading a tensor. It is
+written to a temporary name, synced and renamed; the version before stays beside it as "<name>.previous"; one program writes at a time.
 """
 
 from __future__ import annotations
@@ -47,6 +47,7 @@ class ConceptRecord:
     loss: float  # mean over the last tenth of the steps
     preview: str  # JPEG, base64
     settings: dict[str, Any]
+    with_noun: bool = True  # whether prompts name it "V1 mug" or "V1"
 
 
 @dataclass
@@ -59,11 +60,17 @@ class ConceptStack:
     adapter: Adapter | None = None
     pool: dict[str, Adapter] = field(default_factory=dict)  # by concept id; no entry where no adapter was there yet
     rank: int | None = None
+    fishers: dict[str, Adapter] = field(default_factory=dict)  # by concept id; none for methods without EWC
+    tau: float | None = None  # temperature of the DC scores, calibrated on the first concept
 
     @property
     def tokens(self) -> dict[str, Tensor]:
         """Word vectors by token, for `Backbone.encode_prompts`."""
         return {record.token: self.words[record.id] for record in self.records}
+
+    def adapter_after(self, concept: str) -> Adapter | None:
+        """The adapter as it was when this concept had been learned."""
+        return self.adapter if self.records and concept == self.records[-1].id else self.pool.get(concept)
 
     def add(self, record: ConceptRecord, word: Tensor, adapter: Adapter | None) -> None:
         """Put a new concept on top; the adapter so far goes into the pool."""
@@ -74,11 +81,14 @@ class ConceptStack:
         self.adapter = adapter
 
     def undo(self) -> ConceptRecord:
-        """Take the newest concept off: word, record, and the adapter as it was before."""
+        """Take the newest concept off: word, record and Fisher; the adapter is as it was before."""
         if not self.records:
             raise StackError("There is no concept to undo: the stack is empty.")
         record = self.records.pop()
         del self.words[record.id]
+        self.fishers.pop(record.id, None)
+        if not self.records:
+            self.tau = self.rank = None
         self.adapter = self.pool.pop(self.records[-1].id, None) if self.records else None
         return record
 
@@ -116,7 +126,7 @@ def load_stack(path: Path, fingerprint: str) -> ConceptStack:
             f"The concept stack {path} was made for another checkpoint (its K/V weights {header['fingerprint'][:12]}, here {fingerprint[:12]}). "
             "Use it with its own checkpoint, or name another stack file with --stack."
         )
-    stack = ConceptStack(fingerprint, [ConceptRecord(**r) for r in header["concepts"]], rank=header["rank"])
+    stack = ConceptStack(fingerprint, [ConceptRecord(**r) for r in header["concepts"]], rank=header["rank"], tau=header.get("tau"))
     try:
         with safe_open(path, framework="pt") as file:
             for key in file.keys():  # noqa: SIM118 - not a dict
@@ -128,7 +138,7 @@ def load_stack(path: Path, fingerprint: str) -> ConceptStack:
                     stack.adapter = {**(stack.adapter or {}), rest: tensor}
                 else:
                     concept, _, name = rest.partition(".")
-                    stack.pool.setdefault(concept, {})[name] = tensor
+                    (stack.pool if part == "pool" else stack.fishers).setdefault(concept, {})[name] = tensor
     except SafetensorError as error:
         raise StackError(f"The concept stack {path} can't be read ({error}).") from None
     return stack
@@ -138,9 +148,10 @@ def save_stack(stack: ConceptStack, path: Path) -> None:
     """Write the stack so that at every moment either the old or the new version is whole on disk."""
     tensors = {f"word.{concept}": word for concept, word in stack.words.items()}
     tensors |= {f"adapter.{name}": tensor for name, tensor in (stack.adapter or {}).items()}
-    tensors |= {f"pool.{concept}.{name}": tensor for concept, adapter in stack.pool.items() for name, tensor in adapter.items()}
+    for part, held in (("pool", stack.pool), ("fisher", stack.fishers)):
+        tensors |= {f"{part}.{concept}.{name}": tensor for concept, adapter in held.items() for name, tensor in adapter.items()}
     header = {
-        "version": VERSION, "fingerprint": stack.fingerprint, "rank": stack.rank,
+        "version": VERSION, "fingerprint": stack.fingerprint, "rank": stack.rank, "tau": stack.tau,
         "concepts": [dataclasses.asdict(r) for r in stack.records],
     }  # fmt: skip
     data = save({k: v.contiguous().cpu() for k, v in tensors.items()}, {"format": FORMAT, "stack": json.dumps(header)})

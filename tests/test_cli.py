@@ -14,11 +14,11 @@ import pytest
 from conftest import save_concept
 
 from comfy_continual_lora import cli, store
-from comfy_continual_lora.settings import DrawSettings, LearnSettings
+from comfy_continual_lora.settings import ConsolidateSettings, DrawSettings, LearnSettings, ScoreSettings
 
 COMMAND = [sys.executable, "-m", "comfy_continual_lora"]
 ROOT = Path(__file__).parents[1]
-QUICK = ["--steps", "4", "--batch", "2", "--rank", "4", "--device", "cpu"]
+QUICK = ["--steps", "4", "--batch", "2", "--rank", "4", "--device", "cpu", "--fisher-samples", "4", "--dsc-steps", "2"]
 
 
 def run(*arguments: object) -> subprocess.CompletedProcess[str]:
@@ -34,8 +34,8 @@ def test_mini_learn_learn_info_draw_undo(tmp_path: Path) -> None:
         assert (done.returncode, f"Learned {token}" in done.stdout) == (0, True), done.stderr
     found = json.loads(run("info", "--checkpoint", checkpoint, "--json").stdout)
     assert [(c["token"], c["noun"], c["images"], c["steps"], c["method"]) for c in found["concepts"]] == [
-        ("V1", "ball", 4, 4, "lora"),
-        ("V2", "fish", 4, 4, "lora"),
+        ("V1", "ball", 4, 4, "lora_dsc_ewc_dc"),
+        ("V2", "fish", 4, 4, "lora_dsc_ewc_dc"),
     ]
     assert found["rank"] == 4
     assert found["trainable_parameters"] == 4 * (256 + 192) * 8 + 256
@@ -44,6 +44,15 @@ def test_mini_learn_learn_info_draw_undo(tmp_path: Path) -> None:
     drawn = run("draw", "--checkpoint", checkpoint, "--prompt", "a V1 ball and a V2 fish", "-n", 2, "--steps", 2, "--out", out, "--device", "cpu")
     assert drawn.returncode == 0, drawn.stderr
     assert sorted(p.name for p in out.iterdir()) == ["a-V1-ball-and-a-V2-fish-0.png", "a-V1-ball-and-a-V2-fish-1.png", "grid.png"]
+    plot = ["--plot", out / "scores.png"]
+    scored = run("scores", "--checkpoint", checkpoint, "--images", tmp_path / "V1", "--trials", 4, "--json", *plot, "--device", "cpu")
+    assert scored.returncode == 0, scored.stderr
+    rows = json.loads(scored.stdout)
+    assert [row["label"] for row in rows["images"]] == ["V1"] * 4
+    assert rows["accuracy"] == sum(row["right"] for row in rows["images"]) / 4
+    assert (out / "scores.png").stat().st_size > 1000
+    done = run("consolidate", "--checkpoint", checkpoint, "--images", tmp_path / "V2", "--batch", 3, "--dsc-steps", 2, "--fisher-samples", 4)
+    assert "Consolidated V2" in done.stdout, done.stderr
     assert "Took V2" in run("undo", "--checkpoint", checkpoint).stdout
     assert "V1" in run("info", "--checkpoint", checkpoint).stdout
     assert not list(checkpoint.parent.glob("*.snapshot"))
@@ -96,7 +105,7 @@ def test_an_unknown_flag_and_a_missing_one_end_with_2() -> None:
     assert run("draw", "--checkpoint", "x", "--prompt", "y", "--nonsense").returncode == 2
 
 
-@pytest.mark.parametrize("command", ["demo", "mini", "learn", "draw", "info", "undo"])
+@pytest.mark.parametrize("command", ["demo", "mini", "learn", "consolidate", "scores", "draw", "info", "undo"])
 def test_help(command: str) -> None:
     done = run(command, "--help")
     assert done.returncode == 0
@@ -106,9 +115,14 @@ def test_help(command: str) -> None:
 _VALUES = {int: 65, float: 0.5, str: None}
 
 
-@pytest.mark.parametrize("settings", [LearnSettings, DrawSettings])
+@pytest.mark.parametrize("settings", [LearnSettings, ConsolidateSettings, ScoreSettings, DrawSettings])
 def test_every_setting_has_a_flag_that_reaches_it(settings: type, monkeypatch: pytest.MonkeyPatch) -> None:
-    command = {LearnSettings: "learn --checkpoint c --images i --token V1 --noun n", DrawSettings: "draw --checkpoint c --prompt p"}[settings]
+    command = {
+        LearnSettings: "learn --checkpoint c --images i --token V1 --noun n",
+        ConsolidateSettings: "consolidate --checkpoint c --images i",
+        ScoreSettings: "scores --checkpoint c --images i",
+        DrawSettings: "draw --checkpoint c --prompt p",
+    }[settings]
     for f in dataclasses.fields(settings):
         kind = {"int": int, "float": float}.get(str(f.type).split(" ")[0], str)
         choices = [c for c in f.metadata["choices"] if c != f.default] or ["text"]

@@ -16,12 +16,12 @@ from comfy_continual_lora.checkpoint.backbone import Backbone
 from comfy_continual_lora.checkpoint.load import load_backbone
 from comfy_continual_lora.diffusion import add_noise, alphas_cumprod, loss_per_example
 from comfy_continual_lora.errors import Cancelled, SettingError, StackError, TokenError, TrainingError
-from comfy_continual_lora.learn import Learned, learn
+from comfy_continual_lora.learn import Learned, Lesson, learn
 from comfy_continual_lora.lora import attached, new_adapter
 from comfy_continual_lora.progress import Progress, ignore
-from comfy_continual_lora.settings import LearnSettings
+from comfy_continual_lora.settings import TEMPLATES, LearnSettings
 
-QUICK = LearnSettings(steps=6, batch=2, rank=4, snapshot_every=2)
+QUICK = LearnSettings(method="lora", steps=6, batch=2, rank=4, snapshot_every=2)
 
 
 def _stop_at(step: int):
@@ -36,8 +36,9 @@ def _learn(backbone: Backbone, folder: Path, snapshot: Path, settings: LearnSett
     pictures = concepts.load_images(folder, 64)
     generator = torch.Generator().manual_seed(0)
     word, adapter = backbone.word_start("ball", generator), new_adapter(backbone, 4, generator)
-    resolved = settings.resolved("mini")
-    return learn(backbone, pictures, "V1", "ball", {}, adapter, word, resolved, snapshot, on_progress)
+    latents = backbone.encode_images(torch.cat([pictures.images, pictures.images.flip(-1)]))
+    prompts = [concepts.prompts_for("V1", "ball", TEMPLATES, None)]
+    return learn(backbone, Lesson(latents, prompts, "V1", {}, adapter, word), settings.resolved("mini"), snapshot, on_progress)
 
 
 def _same(a: Learned, b: Learned) -> bool:

@@ -2,8 +2,17 @@
 
 from __future__ import annotations
 
+from .c_lora import CLora
+from .custom_diffusion import CustomDiffusion
+from .custom_diffusion_ewc import CustomDiffusionEwc
 from .lora import Lora
+from .lora_dsc import LoraDsc
+from .lora_dsc_ewc import LoraDscEwc
+from .lora_dsc_ewc_dc import LoraDscEwcDc
+from .lora_ewc import LoraEwc
+from .lora_ewc_dc import LoraEwcDc
 from .method import Method
 from .textual_inversion import TextualInversion
 
-METHODS: dict[str, Method] = {method.id: method for method in (Lora(), TextualInversion())}
+_ALL = (TextualInversion, CustomDiffusion, CustomDiffusionEwc, Lora, CLora, LoraEwc, LoraEwcDc, LoraDsc, LoraDscEwc, LoraDscEwcDc)
+METHODS: dict[str, Method] = {method.id: method() for method in _ALL}

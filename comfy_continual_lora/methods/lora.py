@@ -9,10 +9,8 @@ deviations  none known; the published numbers are not reproduced yet
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from .method import Method
 
 
-@dataclass(frozen=True)
-class Lora:
-    id: str = "lora"
-    trains_adapter: bool = True
+class Lora(Method):
+    id = "lora"

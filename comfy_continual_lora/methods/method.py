@@ -1,15 +1,28 @@
-"""What the training loop asks of a method."""
+"""What the pipeline asks of a method. What a method does not say is what plain sequential learning (`lora`) does."""
 
 from __future__ import annotations
 
-from typing import Protocol
+from collections.abc import Callable, Mapping
+
+import torch
+from torch import Tensor
+
+from ..settings import LearnSettings
+from ..store import ConceptStack
+
+Penalty = Callable[[Mapping[str, Tensor]], Tensor]  # factors -> a number, added to the loss
 
 
-class Method(Protocol):
-    @property
-    def id(self) -> str: ...
+class Method:
+    id: str
+    adapter = "lora"  # the kind of adapter it trains besides the word: "lora" (or "vera", a setting), "full", or "" for the word alone
+    importance = ""  # the loss its Fisher is taken of: "" no Fisher, "denoising", or "scores" for denoising and DC scores
+    consolidation = ""  # DSC afterwards: "" none, "distillation" (b1, b2), or "scores" (a1, a2, b1, b2)
 
-    @property
-    def trains_adapter(self) -> bool:
-        """Whether it trains the LoRA, besides the new word's vector, which every method trains."""
-        ...
+    def penalty(self, stack: ConceptStack, settings: LearnSettings, device: torch.device) -> Penalty | None:
+        """What is added to the loss for the sake of the stack's concepts; None for nothing."""
+        return None
+
+    def starts_anew(self, settings: LearnSettings) -> bool:
+        """Whether every concept gets a LoRA of its own on top of the frozen earlier ones, and a random word without class noun."""
+        return False

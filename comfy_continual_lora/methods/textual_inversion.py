@@ -9,10 +9,9 @@ deviations  none known; the published numbers are not reproduced yet
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from .method import Method
 
 
-@dataclass(frozen=True)
-class TextualInversion:
-    id: str = "textual_inversion"
-    trains_adapter: bool = False
+class TextualInversion(Method):
+    id = "textual_inversion"
+    adapter = ""

@@ -1,0 +1,62 @@
+"""`c_lora`: what earlier LoRAs changed much, a new one may not touch.
+
+source      Smith et al. 2023 (C-LoRA, arXiv 2304.06027)
+equation    the loss of `lora` + weight * || |sum_{i<n} B_i A_i| (Hadamard) B_n A_n ||^2
+remembers   the past LoRAs
+cost        two dense products a layer and step
+variants    "sequential" (as Jha et al. 2025 ran it): one adapter, LoRA_n starts from LoRA_{n-1}. "published": every concept has a LoRA of its own,
+            B = 0 at first, past ones frozen and summed; a random word, prompts without class noun; the stack's adapter grows by the rank
+deviations  the penalty has a degenerate minimum, B_n A_n = 0 (Jha et al. 2025): benchmarks/LOG.md has the curve; the published numbers are not
+            reproduced yet
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..lora import Adapter, layers_of
+from ..settings import LearnSettings
+from ..store import ConceptStack
+from .method import Method
+
+
+def hadamard_penalty(factors: Mapping[str, Tensor], past: Mapping[str, Tensor]) -> Tensor:
+    """|| past (Hadamard) B A ||^2 over all layers, a number: `past` is the summed change of each layer, (d_out, d_text)."""
+    return torch.stack([(past[layer] * (parts["B"] @ parts["A"])).square().sum() for layer, parts in layers_of(factors).items()]).sum()
+
+
+@dataclass(frozen=True)
+class Hadamard:
+    """The penalty in the training loop."""
+
+    weight: float
+    past: Mapping[str, Tensor]
+
+    def __call__(self, factors: Mapping[str, Tensor]) -> Tensor:
+        return self.weight * hadamard_penalty(factors, self.past)
+
+
+class CLora(Method):
+    id = "c_lora"
+
+    def penalty(self, stack: ConceptStack, settings: LearnSettings, device: torch.device) -> Hadamard | None:
+        # A "published" stack's one adapter is the sum already.
+        past = [stack.adapter] if self.starts_anew(settings) else [stack.adapter_after(record.id) for record in stack.records]
+        past = [adapter for adapter in past if adapter is not None]
+        return Hadamard(settings.c_lora_weight, _summed(past, device)) if past else None
+
+    def starts_anew(self, settings: LearnSettings) -> bool:
+        return settings.c_lora_variant == "published"
+
+
+def _summed(adapters: Sequence[Adapter], device: torch.device) -> dict[str, Tensor]:
+    total: dict[str, Tensor] = {}
+    for adapter in adapters:
+        for layer, parts in layers_of(adapter).items():
+            change = (parts["B"] @ parts["A"]).to(device)
+            total[layer] = total[layer] + change if layer in total else change
+    return total

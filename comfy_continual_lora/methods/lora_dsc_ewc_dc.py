@@ -1,0 +1,17 @@
+"""`lora_dsc_ewc_dc`, the default: LoRA held by EWC with DC scores, then the whole of Diffusion Scores Consolidation.
+
+source      row "LoRA + DMC + EWC + DC" of Jha et al. 2025, the paper's proposal
+equation    `lora_ewc_dc`; then L_DSC with all its terms (`dsc`)
+remembers   the pool of past LoRAs, one Fisher a concept, tau
+cost        the sum of both, with three rows for student and teachers
+deviations  those of `lora_ewc_dc`
+"""
+
+from __future__ import annotations
+
+from .lora_ewc_dc import LoraEwcDc
+
+
+class LoraDscEwcDc(LoraEwcDc):
+    id = "lora_dsc_ewc_dc"
+    consolidation = "scores"

@@ -1,0 +1,200 @@
+"""Stage 5: one contract for all methods, run on the mini-SD through the pipeline with a few steps each."""
+
+from __future__ import annotations
+
+import shutil
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import save_concept
+
+from comfy_continual_lora import pipeline, settings, store
+from comfy_continual_lora.errors import Cancelled, SettingError
+from comfy_continual_lora.methods import METHODS
+from comfy_continual_lora.methods.c_lora import hadamard_penalty
+from comfy_continual_lora.progress import Progress
+from comfy_continual_lora.settings import ConsolidateSettings, LearnSettings
+
+QUICK = LearnSettings(steps=2, batch=3, rank=4, size=64, fisher_samples=3, dsc_steps=2, c_lora_weight=1.0, ewc_strength=0.1)
+VARIANTS = {
+    **{name: replace(QUICK, method=name) for name in METHODS},
+    "c_lora published": replace(QUICK, method="c_lora", c_lora_variant="published"),
+    **{f"{name} vera": replace(QUICK, method=name, adapter="vera") for name in ("lora", "lora_ewc", "lora_ewc_dc")},
+    "lora_ewc separate, delta": replace(QUICK, method="lora_ewc", ewc_mode="separate", fisher_space="delta"),
+    "lora_dsc_ewc_dc once": replace(QUICK, dsc_redraw="once", dc_scale="sum"),
+}
+NOUNS = {"V1": "ball", "V2": "fish", "V3": "mug"}
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    root = tmp_path_factory.mktemp("concepts")
+    return {token: save_concept(root / token, index, count=2) for index, token in enumerate(NOUNS)}
+
+
+def _request(checkpoint: Path, folders: dict[str, Path], token: str, settings: LearnSettings) -> pipeline.LearnRequest:
+    return pipeline.LearnRequest(checkpoint, folders[token], token, NOUNS[token], settings, device="cpu")
+
+
+def _stack(checkpoint: Path) -> store.ConceptStack:
+    path = store.stack_path(checkpoint)
+    return store.load_stack(path, store.read_header(path)["fingerprint"])
+
+
+def _tensors(stack: store.ConceptStack) -> dict[str, torch.Tensor]:
+    parts = {"adapter": stack.adapter or {}, "words": stack.words}
+    parts |= {f"pool {k}": v for k, v in stack.pool.items()} | {f"fisher {k}": v for k, v in stack.fishers.items()}
+    return {f"{part}/{name}": t for part, tensors in parts.items() for name, t in tensors.items()}
+
+
+def _same(a: store.ConceptStack, b: store.ConceptStack) -> bool:
+    left, right = _tensors(a), _tensors(b)
+    return left.keys() == right.keys() and all(torch.equal(left[k], right[k]) for k in left)
+
+
+def test_the_table_is_the_one_users_see() -> None:
+    assert tuple(METHODS) == settings.METHODS
+    assert settings.LearnSettings().method == "lora_dsc_ewc_dc"
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_every_method_has_its_card(name: str) -> None:
+    card = sys.modules[type(METHODS[name]).__module__].__doc__ or ""
+    assert card.startswith(f"`{name}`")
+    for line in ("source", "equation", "remembers", "cost", "deviations"):
+        assert f"\n{line}" in card, line
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_three_concepts_without_any_earlier_picture_then_undo(checkpoint: Path, folders: dict[str, Path], tmp_path: Path, name: str) -> None:
+    chosen, states = VARIANTS[name], []
+    for token in NOUNS:
+        own = Path(shutil.copytree(folders[token], tmp_path / token))
+        pipeline.learn_concept(replace(_request(checkpoint, folders, token, chosen), images=own))
+        shutil.rmtree(own)  # the next concept is learned without it
+        states.append(_stack(checkpoint))
+    first, second, third = states
+    assert list(third.tokens) == list(NOUNS)
+    assert all(torch.equal(third.tokens[t], second.tokens[t]) for t in ("V1", "V2"))
+    assert all(tensor.isfinite().all() for tensor in _tensors(third).values())
+    method = METHODS[chosen.method]
+    assert (third.adapter is None) == (not method.adapter)
+    assert len(third.fishers) == (3 if method.importance else 0)
+    assert third.tau is not None
+    if third.adapter:
+        grown = 3 if chosen.c_lora_variant == "published" else 1
+        assert first.adapter
+        assert sum(t.numel() for t in third.adapter.values()) == grown * sum(t.numel() for t in first.adapter.values())
+        assert any(not torch.equal(t, first.adapter[k]) for k, t in third.adapter.items())
+    assert not list(checkpoint.parent.glob("*.snapshot"))
+    for before in (second, first):
+        pipeline.undo(checkpoint)
+        assert _same(_stack(checkpoint), before)
+
+
+LORA_KIND = [name for name, chosen in VARIANTS.items() if METHODS[chosen.method].adapter == "lora" and "vera" not in name and "published" not in name]
+
+
+@pytest.mark.parametrize("name", LORA_KIND)
+def test_without_memory_every_lora_method_is_plain_lora(checkpoint: Path, folders: dict[str, Path], tmp_path: Path, name: str) -> None:
+    plain = Path(shutil.copy(checkpoint, tmp_path / "plain.safetensors"))
+    pipeline.learn_concept(_request(checkpoint, folders, "V1", VARIANTS[name]))
+    pipeline.learn_concept(_request(plain, folders, "V1", VARIANTS["lora"]))
+    ours, theirs = _stack(checkpoint), _stack(plain)
+    assert ours.adapter
+    assert theirs.adapter
+    assert all(torch.equal(t, theirs.adapter[k]) for k, t in ours.adapter.items())
+    assert torch.equal(ours.tokens["V1"], theirs.tokens["V1"])
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_no_penalty_on_an_empty_stack(name: str) -> None:
+    assert METHODS[name].penalty(store.ConceptStack("f"), VARIANTS[name].resolved("mini"), torch.device("cpu")) is None
+
+
+@pytest.mark.parametrize("name", [name for name in METHODS if METHODS[name].importance])
+def test_the_penalty_is_zero_where_the_next_concept_starts(checkpoint: Path, folders: dict[str, Path], name: str) -> None:
+    pipeline.learn_concept(_request(checkpoint, folders, "V1", VARIANTS[name]))
+    stack = _stack(checkpoint)
+    penalty = METHODS[name].penalty(stack, VARIANTS[name].resolved("mini"), torch.device("cpu"))
+    assert penalty
+    assert stack.adapter
+    assert penalty(stack.adapter) == 0
+    assert penalty({k: v + 0.1 for k, v in stack.adapter.items()}) > 0
+
+
+@pytest.mark.parametrize("stage", ["learn", "consolidate", "fisher"])
+def test_a_run_stopped_in_any_stage_ends_as_an_undisturbed_one(checkpoint: Path, folders: dict[str, Path], tmp_path: Path, stage: str) -> None:
+    pipeline.learn_concept(_request(checkpoint, folders, "V1", QUICK))
+    other = Path(shutil.copy(checkpoint, tmp_path / "other.safetensors"))
+    shutil.copy(store.stack_path(checkpoint), store.stack_path(other))
+    pipeline.learn_concept(_request(checkpoint, folders, "V2", QUICK))
+
+    def stop(progress: Progress) -> None:
+        if progress.stage == stage and progress.step == 1:
+            raise Cancelled
+
+    before = store.stack_path(other).read_bytes()
+    with pytest.raises(Cancelled):
+        pipeline.learn_concept(_request(other, folders, "V2", QUICK), stop)
+    assert store.stack_path(other).read_bytes() == before
+    seen: list[tuple[str, int]] = []
+    pipeline.learn_concept(_request(other, folders, "V2", QUICK), lambda p: seen.append((p.stage, p.step)))
+    assert ("learn", 1) not in seen
+    assert (("consolidate", 1) in seen) == (stage == "learn")
+    one, two = _stack(checkpoint), _stack(other)
+    assert one.adapter
+    assert two.adapter
+    assert all(torch.equal(t, two.adapter[k]) for k, t in one.adapter.items())
+    fishers = [s.fishers[s.records[-1].id] for s in (one, two)]
+    assert all(torch.equal(t, fishers[1][k]) for k, t in fishers[0].items())
+
+
+def test_consolidate_by_itself(checkpoint: Path, folders: dict[str, Path]) -> None:
+    for token in ("V1", "V2"):
+        pipeline.learn_concept(_request(checkpoint, folders, token, VARIANTS["lora_ewc"]))
+    before = _stack(checkpoint)
+    wanted = ConsolidateSettings(batch=3, size=64, fisher_samples=3, dsc_steps=3)
+    done = pipeline.consolidate(pipeline.ConsolidateRequest(checkpoint, folders["V2"], wanted, device="cpu"))
+    after, (one, two) = _stack(checkpoint), before.records
+    assert len(done.losses) == 3
+    assert done.record == two
+    assert after.records == before.records
+    assert after.adapter
+    assert before.adapter
+    assert any(not torch.equal(t, before.adapter[k]) for k, t in after.adapter.items())
+    assert all(torch.equal(t, before.pool[one.id][k]) for k, t in after.pool[one.id].items())
+    assert any(not torch.equal(t, before.fishers[two.id][k]) for k, t in after.fishers[two.id].items())
+    pipeline.undo(checkpoint)
+    with pytest.raises(store.StackError, match="nothing to consolidate"):
+        pipeline.consolidate(pipeline.ConsolidateRequest(checkpoint, folders["V1"], wanted, device="cpu"))
+
+
+def test_kinds_of_adapters_do_not_mix(checkpoint: Path, folders: dict[str, Path]) -> None:
+    pipeline.learn_concept(_request(checkpoint, folders, "V1", VARIANTS["custom_diffusion"]))
+    with pytest.raises(SettingError, match="trains an adapter of the kind lora, but this stack's is full"):
+        pipeline.learn_concept(_request(checkpoint, folders, "V2", VARIANTS["lora"]))
+    pipeline.learn_concept(_request(checkpoint, folders, "V2", VARIANTS["textual_inversion"]))  # changes no adapter
+
+
+def test_c_loras_penalty_by_hand() -> None:
+    factors = {"l.A": torch.tensor([[1.0, 2.0]]), "l.B": torch.tensor([[3.0], [0.5]])}  # B A = [[3, 6], [0.5, 1]]
+    past = {"l": torch.tensor([[1.0, 0.0], [-2.0, 4.0]])}
+    assert float(hadamard_penalty(factors, past)) == pytest.approx(3**2 + 0 + 1**2 + 4**2)
+    nothing = {**factors, "l.B": torch.zeros(2, 1)}
+    assert hadamard_penalty(nothing, past) == 0  # the degenerate minimum
+
+
+def test_scores_name_pictures_and_count_what_is_right(checkpoint: Path, folders: dict[str, Path]) -> None:
+    with pytest.raises(store.StackError, match="learned no concept"):
+        pipeline.dc_scores(pipeline.ScoreRequest(checkpoint, folders["V1"], device="cpu"))
+    for token in ("V1", "V2"):
+        pipeline.learn_concept(_request(checkpoint, folders, token, VARIANTS["lora"]))
+    wanted = settings.ScoreSettings(trials=8, size=64)
+    found = pipeline.dc_scores(pipeline.ScoreRequest(checkpoint, folders["V1"].parent, wanted, device="cpu"))
+    assert [one.label for one in found] == ["V1", "V1", "V2", "V2", None, None]
+    assert all(set(one.scores.names) == {"V1", "V2", "c_0 ball", "c_0 fish"} for one in found)
+    assert [one.right is None for one in found] == [False] * 4 + [True] * 2
