@@ -74,13 +74,6 @@ class ConsolidateRequest:
 
 
 @dataclass(frozen=True)
-class ConsolidateResult:
-    record: store.ConceptRecord
-    losses: list[float]
-    stack_file: Path
-
-
-@dataclass(frozen=True)
 class ScoreRequest:
     """Which concepts do these pictures show? `images` is a folder of pictures or of folders named after tokens, or a list of files."""
 
@@ -123,25 +116,20 @@ def learn_concept(request: LearnRequest, on_progress: OnProgress = ignore) -> Le
         if not request.noun.strip():
             raise SettingError("The class noun is empty. Say in one or two words what the thing is, such as teapot or cat.")
         settings = _with_rank_of(stack, request.settings).resolved(backbone.preset)
-        method = METHODS[settings.method]
-        newest = concepts.name_of(request.token, "" if method.starts_anew(settings) else request.noun)
         pictures = concepts.load_images(request.images, settings.size or backbone.size, fit=settings.fit)
-        latents = _latents(backbone, pictures, settings)
-        learned = learn(
-            backbone, _lesson(backbone, request, stack, settings, pictures, latents), settings, _snapshot(path, request.token), on_progress
-        )
-        adapter, text = learned.adapter, FrozenText(backbone, {**stack.tokens, request.token: learned.word})
-        if stack.tau is None:
-            stack.tau = _calibrated(backbone, adapter, latents, text, newest, request.noun)
-        if method.consolidation and adapter and (past := _past(stack)):
-            adapter, _ = dsc.consolidate(
-                backbone, latents, dsc.Teachers((newest, adapter), past, request.noun), text,
-                _tau(stack, settings, latents) if method.consolidation == "scores" else None,
-                method.penalty(stack, settings, backbone.device), settings, _snapshot(path, request.token, "dsc"), on_progress,
-            )  # fmt: skip
+        latents, method = _latents(backbone, pictures, settings), METHODS[settings.method]
+        lesson = _lesson(backbone, request, stack, settings, pictures, latents)
+        learned = learn(backbone, lesson, settings, _snapshot(path, request.token), on_progress)
         record = _record(request, settings, pictures, learned, stack)
+        text = FrozenText(backbone, {**stack.tokens, request.token: learned.word})
+        newest = _Newest(backbone, stack, record, latents, text, settings, on_progress)
+        adapter = learned.adapter
+        if stack.tau is None:
+            stack.tau = newest.calibrated(adapter)
+        if method.consolidation and adapter and newest.past:
+            adapter, _ = newest.consolidated(adapter, method.consolidation == "scores", path)
         if method.importance and adapter:
-            stack.fishers[record.id] = _fisher(backbone, adapter, latents, text, newest, request.noun, stack, settings, on_progress)
+            stack.fishers[record.id] = newest.fisher(adapter)
         stack.add(record, learned.word, adapter)
         stack.rank = settings.rank if adapter is not None else stack.rank
         store.save_stack(stack, path)
@@ -150,7 +138,7 @@ def learn_concept(request: LearnRequest, on_progress: OnProgress = ignore) -> Le
     return LearnResult(record, learned.losses, path)
 
 
-def consolidate(request: ConsolidateRequest, on_progress: OnProgress = ignore) -> ConsolidateResult:
+def consolidate(request: ConsolidateRequest, on_progress: OnProgress = ignore) -> LearnResult:
     """Diffusion Scores Consolidation of the newest concept with all its terms, by itself; the stack's newest adapter and Fisher are replaced."""
     request.settings.check()
     concepts.find_images(request.images)
@@ -160,26 +148,21 @@ def consolidate(request: ConsolidateRequest, on_progress: OnProgress = ignore) -
         stack = store.load_stack(path, backbone.fingerprint)
         if len(stack.records) < 2 or stack.adapter is None:
             raise StackError(f"There is nothing to consolidate: {path} needs a newest concept and an earlier one, both learned with a LoRA.")
-        record = stack.records[-1]
+        record, adapter, text = stack.records[-1], stack.adapter, FrozenText(backbone, stack.tokens)
+        word, had_fisher = stack.words[record.id], record.id in stack.fishers
+        stack.undo()  # what follows is about the stack as it was before the newest concept
         settings = LearnSettings(**{**asdict(request.settings), "method": record.method, "rank": stack.rank}).resolved(backbone.preset)
         pictures = concepts.load_images(request.images, settings.size or backbone.size, fit=settings.fit)
-        latents, text = _latents(backbone, pictures, settings), FrozenText(backbone, stack.tokens)
-        newest, adapter, word = _name(record), stack.adapter, stack.words[record.id]
-        had_fisher = record.id in stack.fishers
-        stack.undo()  # what follows is about the stack as it was before the newest concept
-        past = _past(stack)
-        if not past:
+        newest = _Newest(backbone, stack, record, _latents(backbone, pictures, settings), text, settings, on_progress)
+        if not newest.past:
             raise StackError(f"There is nothing to consolidate: no concept before {record.token} in {path} has a LoRA.")
-        adapter, losses = dsc.consolidate(
-            backbone, latents, dsc.Teachers((newest, adapter), past, record.noun), text, _tau(stack, settings, latents),
-            METHODS[record.method].penalty(stack, settings, backbone.device), settings, _snapshot(path, record.token, "dsc"), on_progress,
-        )  # fmt: skip
+        adapter, losses = newest.consolidated(adapter, True, path)
         if had_fisher:
-            stack.fishers[record.id] = _fisher(backbone, adapter, latents, text, newest, record.noun, stack, settings, on_progress)
+            stack.fishers[record.id] = newest.fisher(adapter)
         stack.add(record, word, adapter)
         store.save_stack(stack, path)
         _snapshot(path, record.token, "dsc").unlink(missing_ok=True)
-    return ConsolidateResult(record, losses, path)
+    return LearnResult(record, losses, path)
 
 
 def dc_scores(request: ScoreRequest, on_progress: OnProgress = ignore) -> list[Scored]:
@@ -305,33 +288,47 @@ def _lesson(
     return Lesson(latents, prompts, request.token, stack.tokens, adapter, word, penalty, stack.adapter if anew else None)
 
 
-def _past(stack: store.ConceptStack) -> list[tuple[str, Adapter]]:
-    """The teachers of DSC: how prompts name each concept so far, and the adapter as it was then."""
-    known = [(_name(record), stack.adapter_after(record.id)) for record in stack.records]
-    return [(name, adapter) for name, adapter in known if adapter is not None]
+@dataclass(frozen=True)
+class _Newest:
+    """What the stages after learning do with the newest concept, which is not on the stack yet."""
 
+    backbone: Backbone
+    stack: store.ConceptStack
+    record: store.ConceptRecord
+    latents: torch.Tensor
+    text: FrozenText
+    settings: LearnSettings
+    on_progress: OnProgress
 
-def _tau(stack: store.ConceptStack, settings: ConsolidateSettings, latents: torch.Tensor) -> float:
-    """The temperature for mean errors; summed errors at 1 are mean errors at 1 / (4 h w)."""
-    assert stack.tau is not None
-    return {"calibrated": stack.tau, "mean": 1.0, "sum": 1 / latents[0].numel()}[settings.dc_scale]
+    @property
+    def past(self) -> list[tuple[str, Adapter]]:
+        """The teachers of DSC: how prompts name each concept so far, and the adapter as it was then."""
+        known = [(_name(record), self.stack.adapter_after(record.id)) for record in self.stack.records]
+        return [(name, adapter) for name, adapter in known if adapter is not None]
 
+    @property
+    def tau(self) -> float:
+        """The temperature for mean errors; summed errors at 1 are mean errors at 1 / (4 h w)."""
+        assert self.stack.tau is not None
+        return {"calibrated": self.stack.tau, "mean": 1.0, "sum": 1 / self.latents[0].numel()}[self.settings.dc_scale]
 
-def _calibrated(backbone: Backbone, adapter: Adapter | None, latents: torch.Tensor, text: FrozenText, newest: str, noun: str) -> float:
-    with attached(backbone, adapter):
-        features = text([f"a photo of a {name}" for name in (newest, noun)])
-        return classifier.calibrate(classifier.calibration_errors(backbone, latents, features, draws=128, rows=16))
+    def calibrated(self, adapter: Adapter | None) -> float:
+        features = self.text([f"a photo of a {name}" for name in (_name(self.record), self.record.noun)])
+        with attached(self.backbone, adapter):
+            return classifier.calibrate(classifier.calibration_errors(self.backbone, self.latents, features, draws=128, rows=16))
 
+    def consolidated(self, adapter: Adapter, scores: bool, path: Path) -> tuple[Adapter, list[float]]:
+        teachers = dsc.Teachers((_name(self.record), adapter), self.past, self.record.noun)
+        penalty = METHODS[self.settings.method].penalty(self.stack, self.settings, self.backbone.device)
+        snapshot = _snapshot(path, self.record.token, "dsc")
+        tau = self.tau if scores else None
+        return dsc.consolidate(self.backbone, self.latents, teachers, self.text, tau, penalty, self.settings, snapshot, self.on_progress)
 
-def _fisher(
-    backbone: Backbone, adapter: Adapter, latents: torch.Tensor, text: FrozenText, newest: str, noun: str, stack: store.ConceptStack,
-    settings: LearnSettings, on_progress: OnProgress,
-) -> Adapter:  # fmt: skip
-    """What the newest concept, not yet on the stack, finds important in the adapter."""
-    tau = _tau(stack, settings, latents) if METHODS[settings.method].importance == "scores" else None
-    target = Target(latents, newest, noun, [_name(record) for record in stack.records], tau)
-    with number_format(backbone, settings), attached(backbone, adapter, trainable=True) as factors:
-        return fisher(backbone, factors, target, text, settings, on_progress)
+    def fisher(self, adapter: Adapter) -> Adapter:
+        tau = self.tau if METHODS[self.settings.method].importance == "scores" else None
+        target = Target(self.latents, _name(self.record), self.record.noun, [_name(record) for record in self.stack.records], tau)
+        with number_format(self.backbone, self.settings), attached(self.backbone, adapter, trainable=True) as factors:
+            return fisher(self.backbone, factors, target, self.text, self.settings, self.on_progress)
 
 
 def _groups(images: Path | list[Path]) -> list[tuple[str, list[Path]]]:

@@ -131,11 +131,11 @@ def normalise_latents(model: SlimAutoencoder, images: Tensor) -> None:
 
 _SIZES = {"background": len(world.BACKGROUNDS), "count": 2}
 for _slot in "ab":
-    _SIZES |= {f"shape_{_slot}": len(world.SHAPES), f"pattern_{_slot}": len(world.PATTERNS), f"colors_{_slot}": len(world.COLORS)}
+    _SIZES |= {f"shape_{_slot}": len(world.SHAPES), f"pattern_{_slot}": len(world.PATTERNS), f"colors_{_slot}": len(world.COLORS), f"eyes_{_slot}": 2}
 
 
 class AttributeHeads(nn.Module):
-    """One linear layer an attribute: background, count, and shape, pattern, colours of the left (or only) thing `a` and the right thing `b`."""
+    """One linear layer an attribute: background, count, and shape, pattern, colours, eyes of the left (or only) thing `a` and the right thing `b`."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -173,6 +173,7 @@ def labels(scenes: Sequence[world.Scene]) -> dict[str, Tensor]:
         for slot, thing in zip("ab", (*scene.things, None)[:2], strict=False):
             found[f"shape_{slot}"].append(shapes.index(thing.look.shape) if thing else -1)
             found[f"pattern_{slot}"].append(world.PATTERNS.index(thing.look.pattern) if thing else -1)
+            found[f"eyes_{slot}"].append(int(thing.look.eyes) if thing else -1)
             named = thing.color_names if thing else ()
             found[f"colors_{slot}"].append([float(c in named) if named else -1.0 for c in world.COLORS])
     return {key: torch.tensor(np.array(rows)) for key, rows in found.items()}

@@ -6,7 +6,7 @@ in: nothing (the world is drawn) - out: OUT/*.safetensors, the parts of the mini
 
 stages   pictures     64,000 captioned pictures of the world
          reader       a small CNN that reads shape, pattern, colours and background off a picture: the judge, trained on real pictures only
-         clip         image and text tower (contrastive, with an attribute loss on the image tower); the text tower is the text encoder
+         clip         image and text tower (contrastive, with an attribute loss on both); the text tower is the text encoder
          autoencoder  a slim TAESD, f = 8, 4 channels of unit variance
          latents      every picture encoded once
          features     every caption encoded once
@@ -223,30 +223,46 @@ def stage_reader(out: Path, steps: int = 2400, n: int = 96) -> None:
 # --- clip ----------------------------------------------------------------------------------------------------------------------------
 
 
-def stage_clip(out: Path, steps: int = 650, n: int = 128) -> None:
+def stage_clip(out: Path, steps: int = 700, n: int = 128) -> None:
+    """Contrastive, and both towers name the attributes too: with contrast alone background and colours win, and the shapes stay unlearned."""
     pictures, model, vocabulary = Pictures(out), parts.new_clip(), parts.Vocabulary()
+    if (out / "clip.start.safetensors").exists():
+        model.load_state_dict(load_file(out / "clip.start.safetensors"))
     scenes = [scene(i)[0] for i in range(PICTURES)]
     labels, ids = parts.labels(scenes), vocabulary.encode([s.caption for s in scenes])
-    longest = int((ids == vocabulary.end).int().argmax(1).max()) + 1  # causal: what follows the end token changes nothing before it
-    heads = parts.AttributeHeads(parts.VISION_WIDTH)
-    both = nn.ModuleList([model, heads])
+    end = (ids == vocabulary.end).int().argmax(1)
+    longest = int(end.max()) + 2  # causal: what follows changes nothing before it; the features of all padding are much alike
+    seen, said = parts.AttributeHeads(parts.VISION_WIDTH), parts.AttributeHeads(parts.TEXT_WIDTH)
+    both = nn.ModuleList([model, seen, said])
 
     def loss(step: int) -> tuple[Tensor, dict[str, float]]:
         indices = pictures.indices(step, n, stream=2)
+        truth, rows = {k: v[indices] for k, v in labels.items()}, torch.arange(n)
+        with torch.autocast("cpu", torch.bfloat16):
+            text = model.text_model(input_ids=ids[indices, :longest], position_ids=_positions(longest))
+            padding = end[indices] + (torch.rand(n) * (longest - end[indices])).long()  # the end or some padding: the U-Net sees all of it
+            spoken = attribute_loss(said(text.last_hidden_state[rows, padding]), truth)
+        told = {"said": float(spoken.detach())}
+        if step % 4:  # the text tower is cheap: three steps of its own between two of both
+            return 0.3 * spoken, told
         with torch.autocast("cpu", torch.bfloat16):
             vision = model.vision_model(pixel_values=pictures.images(indices)).pooler_output
-            text = model.text_model(input_ids=ids[indices, :longest]).pooler_output
             image_features = F.normalize(model.visual_projection(vision).float(), dim=-1)
-            text_features = F.normalize(model.text_projection(text).float(), dim=-1)
-            attributes = attribute_loss(heads(vision), {k: v[indices] for k, v in labels.items()})
+            text_features = F.normalize(model.text_projection(text.pooler_output).float(), dim=-1)
+            named = attribute_loss(seen(vision), truth)
         logits = model.logit_scale.clamp(max=4.0).exp() * image_features @ text_features.T
-        target = torch.arange(n)
-        contrastive = (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
-        top1 = float((logits.argmax(1) == target).float().mean())
-        return contrastive + 0.3 * attributes, {"contrastive": float(contrastive.detach()), "attributes": float(attributes.detach()), "top1": top1}
+        contrastive = (F.cross_entropy(logits, rows) + F.cross_entropy(logits.T, rows)) / 2
+        told |= {"contrastive": float(contrastive.detach()), "seen": float(named.detach())}
+        told["top1"] = float((logits.argmax(1) == rows).float().mean())
+        return contrastive + 0.3 * named + 0.3 * spoken, told
 
     fit(out, "clip", both, loss, steps=steps, rate=1e-3)
     keep(out, "clip", model)
+
+
+def _positions(longest: int) -> Tensor:
+    """0, 1, 2, ..., but the last one is any later place of the 77, so that padding is learned in all of them."""
+    return torch.cat([torch.arange(longest - 1), torch.randint(longest - 1, 77, (1,))])[None]
 
 
 # --- autoencoder ---------------------------------------------------------------------------------------------------------------------
