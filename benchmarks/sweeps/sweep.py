@@ -1,0 +1,162 @@
+"""Which settings remember most and still learn: a sequence of development concepts, once for every combination of settings and seed.
+
+    python benchmarks/sweeps/sweep.py benchmarks/sweeps/lambda.jsonl --seeds 0,1 --set method=lora_ewc,lora_ewc_dc --set ewc_strength=1e-4,1e-3
+
+in: nothing - out: a line of JSON for each run, appended; runs that are there already are skipped, so it goes on where it stopped. `--table` prints
+what the file holds. All figures are on pictures of the concepts that were not learned from, with one fixed set of noises: the error of the noise
+prediction (mean over c, h, w, 24 stratified timesteps), so that no drawing and no judge is between the method and its figure.
+
+    learned    error with the checkpoint alone minus error right after learning, mean over concepts       larger is better
+    kept       the same with the last adapter instead                                                   larger is better
+    newest     learned, of the last concept alone: does protection stop learning?
+    accuracy   share of the held-out pictures whose likeliest concept by DC scores is the right one, after the last concept
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import os
+import tempfile
+import time
+from dataclasses import fields
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from comfy_continual_lora import classifier, pipeline, store
+from comfy_continual_lora.checkpoint.backbone import Backbone, FrozenText
+from comfy_continual_lora.checkpoint.load import load_backbone
+from comfy_continual_lora.diffusion import add_noise, alphas_cumprod, generator_for
+from comfy_continual_lora.lora import Adapter, attached
+from comfy_continual_lora.mini import pretrain, world
+from comfy_continual_lora.mini.weights import write_checkpoint
+from comfy_continual_lora.settings import LearnSettings, ScoreSettings
+
+DRAWS = 24
+
+
+def sequence(count: int, seed: int) -> list[world.Concept]:
+    """`count` development concepts in the order of this seed."""
+    concepts = world.concepts("development")
+    return [concepts[int(i)] for i in np.random.default_rng(seed).permutation(len(concepts))[:count]]
+
+
+@torch.no_grad()
+def held_out_error(backbone: Backbone, adapter: Adapter | None, latents: Tensor, features: Tensor) -> float:
+    """Error on every latent (n, 4, h, w) with the same timesteps and noises, for one prompt (77, d)."""
+    timestep = classifier.stratified(DRAWS, generator_for("held out"))
+    noise = torch.randn((DRAWS, *latents.shape[1:]), generator=generator_for("held out noise"))
+    with attached(backbone, adapter):
+        found = [
+            classifier.errors(
+                classifier.predictions(backbone, add_noise(z.expand_as(noise), noise, timestep, alphas_cumprod()), timestep, features[None]), noise
+            )
+            for z in latents
+        ]
+    return float(torch.cat(found).mean())
+
+
+def run(settings: dict[str, Any], count: int, seed: int) -> dict[str, Any]:
+    """Learn the sequence and measure it."""
+    torch.set_num_threads(1)
+    started, concepts = time.time(), sequence(count, seed)
+    with tempfile.TemporaryDirectory() as folder:
+        checkpoint = Path(folder) / "mini.safetensors"
+        write_checkpoint(checkpoint)
+        backbone = load_backbone(checkpoint, device="cpu")
+        held = [backbone.encode_images(pretrain.to_tensor(np.stack(list(world.concept_pictures(c, 5, seed=1))))) for c in concepts]
+        after = []
+        for number, concept in enumerate(concepts, start=1):
+            pictures = []
+            for i, picture in enumerate(world.concept_pictures(concept, 5)):
+                pictures.append(Path(folder) / f"{number}-{i}.png")
+                Image.fromarray(picture).save(pictures[-1])
+            request = pipeline.LearnRequest(checkpoint, pictures, f"V{number}", concept.noun, LearnSettings(seed=seed, **settings), device="cpu")
+            pipeline.learn_concept(request)
+            stack = store.load_stack(store.stack_path(checkpoint), backbone.fingerprint)
+            text = FrozenText(backbone, stack.tokens)
+            prompt = text([f"a photo of a V{number} {concept.noun}", f"a photo of a {concept.noun}"])
+            after.append(
+                (held_out_error(backbone, None, held[number - 1], prompt[1]), held_out_error(backbone, stack.adapter, held[number - 1], prompt[0]))
+            )
+        prompts = {f"V{n}": f"a photo of a V{n} {c.noun}" for n, c in enumerate(concepts, start=1)}
+        features = dict(zip(prompts, text(list(prompts.values())), strict=True))
+        end = [held_out_error(backbone, stack.adapter, z, features[name]) for z, name in zip(held, prompts, strict=True)]
+        with attached(backbone, stack.adapter):
+            right = [
+                classifier.classify(backbone, z, features, stack.tau or 1.0, ScoreSettings()).best == name
+                for latents, name in zip(held, prompts, strict=True)
+                for z in latents
+            ]
+    learned, kept = [base - own for base, own in after], [base - last for (base, _), last in zip(after, end, strict=True)]
+    return {
+        "settings": settings, "concepts": count, "seed": seed, "learned": _mean(learned), "kept": _mean(kept), "kept_of_earlier": _mean(kept[:-1]),
+        "learned_of_earlier": _mean(learned[:-1]), "newest": round(learned[-1], 5), "accuracy": _mean([float(r) for r in right]), "tau": stack.tau,
+        "seconds": round(time.time() - started, 1),
+    }  # fmt: skip
+
+
+def _mean(values: list[float]) -> float:
+    return round(sum(values) / max(1, len(values)), 5)
+
+
+def _job(job: tuple[dict[str, Any], int, int]) -> dict[str, Any]:
+    return run(*job)
+
+
+def combinations(given: list[str]) -> list[dict[str, Any]]:
+    """ "name=a,b" of every --set, multiplied out; values take the setting's type."""
+    kinds = {f.name: {"int": int, "float": float}.get(str(f.type).split(" ")[0], str) for f in fields(LearnSettings)}
+    axes = [[(name, kinds[name](value)) for value in values.split(",")] for name, _, values in (g.partition("=") for g in given)]
+    return [dict(choice) for choice in itertools.product(*axes)]
+
+
+def table(path: Path) -> str:
+    """The runs of a file, averaged over seeds."""
+    groups: dict[str, list[dict]] = {}
+    for line in path.read_text().splitlines():
+        row = json.loads(line)
+        groups.setdefault(json.dumps([row["settings"], row["concepts"]]), []).append(row)
+    columns = ("learned", "kept", "learned_of_earlier", "kept_of_earlier", "newest", "accuracy", "seconds")
+    lines = ["| settings | concepts | seeds | " + " | ".join(columns) + " |", "|---" * (len(columns) + 3) + "|"]
+    for key, rows in groups.items():
+        settings, count = json.loads(key)
+        said = ", ".join(f"{k}={v:g}" if isinstance(v, float) else f"{k}={v}" for k, v in settings.items())
+        cells = []
+        for column in columns:
+            values = np.array([r[column] for r in rows])
+            cells.append(f"{values.mean():.4f} ± {values.std(ddof=1):.4f}" if len(values) > 1 else f"{values[0]:.4f}")
+        lines.append(f"| {said} | {count} | {len(rows)} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Try settings on sequences of development concepts.")
+    parser.add_argument("out", type=Path, help="file of JSON lines; runs it holds are not run again")
+    parser.add_argument("--set", action="append", default=[], metavar="NAME=A,B", help="values of one setting; several are multiplied out")
+    parser.add_argument("--concepts", type=int, default=4)
+    parser.add_argument("--seeds", default="0,1")
+    parser.add_argument("--processes", type=int, default=os.cpu_count() or 1)
+    parser.add_argument("--table", action="store_true", help="only print what the file holds")
+    arguments = parser.parse_args()
+    if not arguments.table:
+        done = [json.loads(line) for line in arguments.out.read_text().splitlines()] if arguments.out.exists() else []
+        known = {json.dumps([r["settings"], r["concepts"], r["seed"]]) for r in done}
+        jobs = [(settings, arguments.concepts, int(seed)) for seed in arguments.seeds.split(",") for settings in combinations(arguments.set)]
+        jobs = [job for job in jobs if json.dumps(list(job)) not in known]
+        with get_context("spawn").Pool(arguments.processes) as pool, arguments.out.open("a") as file:
+            for row in pool.imap_unordered(_job, jobs):
+                file.write(json.dumps(row) + "\n")
+                file.flush()
+    print(table(arguments.out))
+
+
+if __name__ == "__main__":
+    main()
