@@ -1,6 +1,7 @@
 """The recipe that made the mini-SD: one command, resumable, stage after stage.
 
-    python -m comfy_continual_lora.mini.pretrain OUT [--processes 2]
+    python -m comfy_continual_lora.mini.pretrain OUT --processes 2       on CPUs: several one-thread processes train the large parts together
+    python -m comfy_continual_lora.mini.pretrain OUT --device cuda
 
 in: nothing (the world is drawn) - out: OUT/*.safetensors, the parts of the mini-SD, and OUT/log.jsonl.
 
@@ -40,6 +41,7 @@ from . import parts, weights, world
 
 PICTURES = 64_000
 SEED = 20
+DEVICE = torch.device("cpu")  # main() changes it
 
 
 def scene(index: int) -> tuple[world.Scene, np.random.Generator]:
@@ -99,7 +101,11 @@ class Pictures:
 
 def to_tensor(pictures: np.ndarray) -> Tensor:
     """uint8 (n, h, w, 3) -> float32 (n, 3, h, w) in -1..1."""
-    return torch.from_numpy(np.ascontiguousarray(pictures)).permute(0, 3, 1, 2).float().div_(127.5).sub_(1)
+    return torch.from_numpy(np.ascontiguousarray(pictures)).to(DEVICE).permute(0, 3, 1, 2).float().div_(127.5).sub_(1)
+
+
+def fast() -> torch.autocast:
+    return torch.autocast(DEVICE.type, torch.bfloat16)
 
 
 # --- the loop all stages share -------------------------------------------------------------------------------------------------------
@@ -122,12 +128,13 @@ def fit(
 
     Several processes (torch.distributed is initialised) average their parameters every `average_every` steps.
     """
+    model = model.to(DEVICE)
     optimizer = torch.optim.AdamW(model.parameters(), lr=rate, betas=(0.9, 0.98), weight_decay=weight_decay, fused=True)
     parallel = dist.is_initialized()
     main = not parallel or dist.get_rank() == 0
     path, step, averaged = out / f"{name}.snapshot.pt", 0, None
     if path.exists():
-        state = torch.load(path, weights_only=True)
+        state = torch.load(path, map_location=DEVICE, weights_only=True)
         model.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
         step, averaged = state["step"], state["averaged"]
@@ -167,7 +174,7 @@ def fit(
         with torch.no_grad():
             for p, a in zip(model.parameters(), averaged, strict=True):
                 p.copy_(a)
-    model.eval()
+    model.to("cpu").eval()
 
 
 @torch.no_grad()
@@ -188,7 +195,7 @@ def keep(out: Path, name: str, model: nn.Module) -> None:
 
 def attribute_loss(logits: dict[str, Tensor], labels: dict[str, Tensor]) -> Tensor:
     """Cross-entropy over every attribute the labels know; -1 marks what a picture does not have."""
-    total = torch.zeros(())
+    total = torch.zeros((), device=DEVICE)
     for key, target in labels.items():
         if key.startswith("colors"):
             known = target[:, 0] >= 0
@@ -207,16 +214,16 @@ def stage_reader(out: Path, steps: int = 2400, n: int = 96) -> None:
         images, generator = pictures.images(indices), torch.Generator().manual_seed(step)
         if step % 2:  # a drawn picture is a little soft and noisy; a judge must not mind
             images = F.interpolate(F.avg_pool2d(images, 2), scale_factor=2, mode="bilinear") if step % 4 == 1 else images
-            images = images + 0.08 * torch.randn(images.shape, generator=generator)
-        with torch.autocast("cpu", torch.bfloat16):
+            images = images + 0.08 * torch.randn(images.shape, generator=generator).to(DEVICE)
+        with fast():
             logits = model(images.contiguous(memory_format=torch.channels_last))
-        return attribute_loss(logits, {k: v[indices] for k, v in labels.items()}), {}
+        return attribute_loss(logits, {k: v[indices].to(DEVICE) for k, v in labels.items()}), {}
 
     fit(out, "reader", model.to(memory_format=torch.channels_last), loss, steps=steps, rate=2e-3)  # pyright: ignore[reportCallIssue]
     rng = np.random.default_rng(99)
     scenes = [world.random_scene(rng) for _ in range(1000)]
     images = to_tensor(np.stack([world.draw_scene(s, rng) for s in scenes]))
-    log(out, stage="reader", accuracy_on_real=parts.read_accuracy(model, images, scenes))
+    log(out, stage="reader", accuracy_on_real=parts.read_accuracy(model, images.cpu(), scenes))
     keep(out, "reader", model)
 
 
@@ -237,15 +244,17 @@ def stage_clip(out: Path, steps: int = 700, n: int = 128) -> None:
 
     def loss(step: int) -> tuple[Tensor, dict[str, float]]:
         indices = pictures.indices(step, n, stream=2)
-        truth, rows = {k: v[indices] for k, v in labels.items()}, torch.arange(n)
-        with torch.autocast("cpu", torch.bfloat16):
-            text = model.text_model(input_ids=ids[indices, :longest], position_ids=_positions(longest))
-            padding = end[indices] + (torch.rand(n) * (longest - end[indices])).long()  # the end or some padding: the U-Net sees all of it
+        truth, rows = {k: v[indices].to(DEVICE) for k, v in labels.items()}, torch.arange(n, device=DEVICE)
+        with fast():
+            text = model.text_model(input_ids=ids[indices, :longest].to(DEVICE), position_ids=_positions(longest).to(DEVICE))
+            padding = (end[indices] + (torch.rand(n) * (longest - end[indices])).long()).to(
+                DEVICE
+            )  # the end or some padding: the U-Net sees all of it
             spoken = attribute_loss(said(text.last_hidden_state[rows, padding]), truth)
         told = {"said": float(spoken.detach())}
         if step % 4:  # the text tower is cheap: three steps of its own between two of both
             return 0.3 * spoken, told
-        with torch.autocast("cpu", torch.bfloat16):
+        with fast():
             vision = model.vision_model(pixel_values=pictures.images(indices)).pooler_output
             image_features = F.normalize(model.visual_projection(vision).float(), dim=-1)
             text_features = F.normalize(model.text_projection(text.pooler_output).float(), dim=-1)
@@ -277,10 +286,10 @@ def stage_autoencoder(out: Path, steps: int, n: int = 8) -> None:
         indices, rng = pictures.indices(step, n - n // 4, stream=30 + rank), np.random.default_rng((SEED, 30 + rank, step))
         abstract = to_tensor(np.stack([world.draw_abstract(rng) for _ in range(n // 4)]))
         images = torch.cat([pictures.images(indices), abstract]).contiguous(memory_format=torch.channels_last)
-        with torch.autocast("cpu", torch.bfloat16):
+        with fast():
             latents = model.encode(images).float()
             noise = torch.randn(latents.shape, generator=torch.Generator().manual_seed(2 * step + rank))
-            drawn = model.decode(latents + 0.05 * noise).float()
+            drawn = model.decode(latents + 0.05 * noise.to(DEVICE)).float()
         error = F.smooth_l1_loss(drawn, images, beta=0.1)
         edges = sum(((drawn - images).diff(dim=d)).abs().mean() for d in (2, 3))
         spread = latents.var((0, 2, 3)).sub(1).square().mean() + latents.mean((0, 2, 3)).square().mean()
@@ -290,7 +299,7 @@ def stage_autoencoder(out: Path, steps: int, n: int = 8) -> None:
     fit(out, "autoencoder", model, loss, steps=steps, rate=1e-3, average_every=4, weight_decay=0.0)
     if rank:
         return
-    parts.normalise_latents(model, pictures.images(np.arange(0, 512)))
+    parts.normalise_latents(model, pictures.images(np.arange(0, 512)).cpu())
     keep(out, "autoencoder", model)
 
 
@@ -305,8 +314,8 @@ def stage_latents(out: Path) -> None:
     pictures, model = Pictures(out), parts.SlimAutoencoder()
     model.load_state_dict(load_file(out / "autoencoder.safetensors"))
     latents = torch.empty(PICTURES, 4, 16, 16, dtype=torch.float16)
-    model = model.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
-    with torch.autocast("cpu", torch.bfloat16):
+    model = model.to(DEVICE, memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
+    with fast():
         for start in range(0, PICTURES, 64):
             images = pictures.images(np.arange(start, start + 64)).contiguous(memory_format=torch.channels_last)
             latents[start : start + 64] = model.encode(images)
@@ -324,16 +333,17 @@ def stage_features(out: Path) -> None:
     """What the text encoder makes of each distinct caption, float16 (captions, 77, 256)."""
     clip, vocabulary = parts.new_clip().eval(), parts.Vocabulary()
     clip.load_state_dict(load_file(out / "clip.safetensors"))
+    nn.Module.to(clip, DEVICE)
     ids = vocabulary.encode(sorted(set(captions())))
     features = torch.empty(len(ids), 77, parts.TEXT_WIDTH, dtype=torch.float16)
-    with torch.autocast("cpu", torch.bfloat16):
+    with fast():
         for start in range(0, len(ids), 128):
-            features[start : start + 128] = clip.text_model(input_ids=ids[start : start + 128]).last_hidden_state
+            features[start : start + 128] = clip.text_model(input_ids=ids[start : start + 128].to(DEVICE)).last_hidden_state
     save_file({"features": features}, out / "features.safetensors")
     log(out, stage="features", captions=len(ids))
 
 
-def stage_unet(out: Path, steps: int, n: int = 32, compiled: bool = True) -> None:
+def stage_unet(out: Path, steps: int, n: int = 32) -> None:
     rank = dist.get_rank() if dist.is_initialized() else 0
     latents = load_file(out / "latents.safetensors")["latents"]
     features = load_file(out / "features.safetensors")["features"]
@@ -341,20 +351,22 @@ def stage_unet(out: Path, steps: int, n: int = 32, compiled: bool = True) -> Non
     row_of = {caption: row for row, caption in enumerate(sorted(set(text)))}
     rows = torch.tensor([row_of[c] for c in text])
     model = parts.new_unet().to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
-    model.set_attn_processor(AttnProcessor())  # on a CPU plain matrix products are faster than the fused attention's bf16 backward
-    predict = torch.compile(model) if compiled else model
-    alphas = alphas_cumprod()
+    nn.Module.to(model, DEVICE)
+    if DEVICE.type == "cpu":  # plain matrix products are faster there than the fused attention's bf16 backward
+        model.set_attn_processor(AttnProcessor())
+    predict = torch.compile(model)
+    alphas = alphas_cumprod().to(DEVICE)
 
     def loss(step: int) -> tuple[Tensor, dict[str, float]]:
         rng = np.random.default_rng((SEED, 4 + rank, step))
         generator = torch.Generator().manual_seed(int(rng.integers(2**31)))
         index = torch.from_numpy(rng.integers(0, PICTURES, n))
-        timestep = torch.from_numpy((np.arange(n) + rng.random(n)) / n * 1000).long()  # stratified
-        clean, noise = latents[index].float(), torch.randn(n, 4, 16, 16, generator=generator)
+        timestep = torch.from_numpy((np.arange(n) + rng.random(n)) / n * 1000).long().to(DEVICE)  # stratified
+        clean, noise = latents[index].to(DEVICE).float(), torch.randn(n, 4, 16, 16, generator=generator).to(DEVICE)
         noisy = add_noise(clean, noise, timestep, alphas)
         caption = torch.where(torch.rand(n, generator=generator) < 0.1, rows[0], rows[index + 1])
-        with torch.autocast("cpu", torch.bfloat16):
-            predicted = predict(noisy.contiguous(memory_format=torch.channels_last), timestep, features[caption].float()).sample
+        with fast():
+            predicted = predict(noisy.contiguous(memory_format=torch.channels_last), timestep, features[caption].to(DEVICE).float()).sample
         error = loss_per_example(predicted, noise)
         snr = alphas[timestep] / (1 - alphas[timestep])
         return (error * snr.clamp(max=5) / snr).mean() * 2, {"mse": float(error.detach().mean())}
@@ -390,9 +402,14 @@ def main() -> None:
     parser.add_argument("--processes", type=int, default=1, help="CPU processes that draw pictures and train the U-Net together")
     parser.add_argument("--autoencoder-steps", type=int, default=5000, help="autoencoder steps of 8 pictures per process")
     parser.add_argument("--unet-steps", type=int, default=9000, help="U-Net steps of 32 pictures per process")
+    parser.add_argument("--device", default="cpu", help="cpu, or cuda with one process")
     parser.add_argument("--continue-shipped", action="store_true", help="in an empty folder: train the shipped U-Net further, in the shipped latents")
     parser.add_argument("--stages", default="pictures,reader,clip,autoencoder,latents,features,unet,pack", help="which stages, in this order")
     args = parser.parse_args()
+    global DEVICE
+    DEVICE = torch.device(args.device)
+    if DEVICE.type != "cpu" and args.processes != 1:
+        parser.error("--device other than cpu goes with --processes 1")
     out: Path = args.out
     out.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(SEED)
