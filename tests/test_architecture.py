@@ -26,7 +26,7 @@ LAYERS = (
     ("mini",),
     ("methods",),
     ("ewc",),
-    ("store", "concepts", "diffusion", "lora"),
+    ("store", "concepts", "diffusion", "lora", "metrics"),
     ("checkpoint",),
     ("progress", "settings"),
     ("errors",),
