@@ -1,0 +1,98 @@
+"""C-LoRA's degenerate minimum: how large each concept's change B A is while it is learned.
+
+    python benchmarks/c_lora/curve.py benchmarks/c_lora [--concepts 3] [--variants sequential,published] [--weight 1e8]
+
+in: nothing - out: OUT/curve.json and OUT/curve.png: the natural logarithm of the L1 norm of B A over all layers, at every step (Jha et al. 2025
+report 7.7 -> 0.3 within the second task of SD1.4). Concepts of the reporting split, seed 0.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+
+import matplotlib
+import torch
+from PIL import Image
+from torch import Tensor
+
+from comfy_continual_lora import pipeline
+from comfy_continual_lora.lora import layers_of
+from comfy_continual_lora.methods import METHODS
+from comfy_continual_lora.methods.method import Penalty
+from comfy_continual_lora.mini import world
+from comfy_continual_lora.mini.weights import write_checkpoint
+from comfy_continual_lora.settings import LearnSettings
+
+matplotlib.use("Agg")
+from matplotlib import pyplot as plt
+
+
+def log_norm(factors: Mapping[str, Tensor]) -> float:
+    """ln of sum |B A| over all layers."""
+    with torch.no_grad():
+        return float(torch.stack([(p["B"] @ p["A"]).abs().sum() for p in layers_of(factors).values()]).sum().clamp(min=1e-12).log())
+
+
+def curves(variant: str, count: int, weight: float) -> list[list[float]]:
+    """The norm at every step of every concept."""
+    found: list[list[float]] = []
+    method, settings = METHODS["c_lora"], LearnSettings(method="c_lora", c_lora_variant=variant, c_lora_weight=weight)
+    penalty_of = type(method).penalty
+
+    def watched(self: object, stack: object, *rest: object) -> Penalty:
+        own = penalty_of(self, stack, *rest)  # type: ignore[arg-type]
+        found.append([])
+
+        def penalty(factors: Mapping[str, Tensor]) -> Tensor:
+            found[-1].append(log_norm(factors))
+            return own(factors) if own else torch.zeros(())
+
+        return penalty
+
+    type(method).penalty = watched  # type: ignore[method-assign]
+    try:
+        with tempfile.TemporaryDirectory() as folder:
+            checkpoint = Path(folder) / "mini.safetensors"
+            write_checkpoint(checkpoint)
+            for number, concept in enumerate(world.concepts("reporting")[:count], start=1):
+                files = [Path(folder) / f"{number}-{i}.png" for i in range(5)]
+                for file, picture in zip(files, world.concept_pictures(concept, 5), strict=True):
+                    Image.fromarray(picture).save(file)
+                pipeline.learn_concept(pipeline.LearnRequest(checkpoint, files, f"V{number}", concept.noun, settings, device="cpu"))
+    finally:
+        type(method).penalty = penalty_of  # type: ignore[method-assign]
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Draw C-LoRA's norm curve.")
+    parser.add_argument("out", type=Path)
+    parser.add_argument("--concepts", type=int, default=3)
+    parser.add_argument("--variants", default="sequential,published")
+    parser.add_argument("--weight", type=float, default=1e8)
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)
+    found = {variant: curves(variant, arguments.concepts, arguments.weight) for variant in arguments.variants.split(",")}
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    rounded = {variant: [[round(v, 3) for v in line[::5]] for line in lines] for variant, lines in found.items()}
+    (arguments.out / "curve.json").write_text(json.dumps({"weight": arguments.weight, "every": 5, "log_l1_norm": rounded}) + "\n")
+    figure, axes = plt.subplots(1, len(found), figsize=(5.5 * len(found), 3.6), sharey=True, squeeze=False)
+    for axis, (variant, lines) in zip(axes[0], found.items(), strict=True):
+        start = 0
+        for number, line in enumerate(lines, start=1):
+            axis.plot(range(start, start + len(line)), line, label=f"concept {number}")
+            start += len(line)
+        axis.set(title=f"C-LoRA, {variant}", xlabel="step")
+        axis.legend()
+    axes[0][0].set_ylabel("ln || B A ||$_1$")
+    figure.tight_layout()
+    figure.savefig(arguments.out / "curve.png", dpi=110)
+    print({variant: [(round(line[0], 2), round(line[-1], 2)) for line in lines] for variant, lines in found.items()})
+
+
+if __name__ == "__main__":
+    main()
