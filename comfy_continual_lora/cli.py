@@ -187,6 +187,18 @@ def _info(arguments: argparse.Namespace, bar: _Bar) -> None:
         print("  no concepts yet")
 
 
+def _export(arguments: argparse.Namespace, bar: _Bar) -> None:
+    from . import pipeline
+
+    done = pipeline.export(arguments.checkpoint, arguments.out, embeddings=arguments.embeddings, stack=arguments.stack)
+    if arguments.json:
+        files = {"lora": str(done.lora) if done.lora else None, "embeddings": [str(p) for p in done.embeddings], "triggers": done.triggers}
+        print(json.dumps(files))
+        return
+    print("\n".join(str(p) for p in (done.lora, *done.embeddings) if p))
+    print(f"In prompts: {', '.join(done.triggers)} (ComfyUI: embedding:{done.triggers[0]})")
+
+
 def _undo(arguments: argparse.Namespace, bar: _Bar) -> None:
     from . import pipeline
 
@@ -246,6 +258,10 @@ def _parser() -> argparse.ArgumentParser:
     draw.add_argument("--out", type=Path, default=Path("drawn"), help="folder for the pictures (default: drawn)")
     draw.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps (default: auto)")
     _add_settings(draw, DrawSettings, short={"count": "-n"})
+
+    export = command("export", _export, "write one LoRA and one embedding a word, for ComfyUI, A1111, Forge and diffusers")
+    export.add_argument("--out", type=Path, required=True, help="folder for the LoRA, such as the program's Lora folder")
+    export.add_argument("--embeddings", type=Path, help="folder for the embeddings (default: the same)")
 
     command("info", _info, "show what a checkpoint has learned")
     command("undo", _undo, "take the newest concept off the stack")

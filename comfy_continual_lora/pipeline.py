@@ -1,6 +1,6 @@
 """What this project does, from end to end: READ THIS FIRST. Front ends call these functions and nothing else.
 
-    checkpoint ->  concept images  ->  learn (consolidate)  ->  Fisher     ->  store  ->  draw, score
+    checkpoint ->  concept images  ->  learn (consolidate)  ->  Fisher     ->  store  ->  draw, score, export
     checkpoint/    concepts.py         learn.py  dsc.py         fisher.py      store.py   sample.py, classifier.py
 
 Every function takes one request, reports through `on_progress`, and raises a `ContinualLoraError` a user can act on; a failed or cancelled call
@@ -23,6 +23,7 @@ from . import classifier, concepts, dsc, sample, store
 from .checkpoint.backbone import Backbone, FrozenText
 from .checkpoint.load import load_backbone
 from .errors import SettingError, StackError
+from .export import Exported, export_files
 from .fisher import Target, fisher
 from .learn import Learned, Lesson, learn, number_format
 from .lora import Adapter, attached, kind_of, new_adapter
@@ -221,6 +222,15 @@ def info(checkpoint: Path, stack: Path | None = None) -> dict[str, Any]:
         "concepts": header["concepts"], "stack_file": str(path), "fingerprint": header["fingerprint"], "rank": header["rank"],
         "trainable_parameters": trainable,
     }  # fmt: skip
+
+
+def export(checkpoint: Path, out: Path, *, embeddings: Path | None = None, stack: Path | None = None) -> Exported:
+    """Write the stack as one kohya LoRA and one embedding a word; `embeddings` is the words' folder if it is another."""
+    path = stack or store.stack_path(checkpoint)
+    backbone = load_backbone(checkpoint, device="cpu")
+    held = store.load_stack(path, backbone.fingerprint)
+    shapes = {name: layer.weight.shape for name, layer in backbone.kv_layers.items()}
+    return export_files(held, shapes, out, embeddings or out, checkpoint.stem)
 
 
 def undo(checkpoint: Path, stack: Path | None = None) -> store.ConceptRecord:

@@ -20,7 +20,7 @@ LAYERS = (
     ("demo",),
     ("report",),
     ("pipeline",),
-    ("dsc",),
+    ("dsc", "export"),
     ("learn", "sample", "fisher"),
     ("classifier",),
     ("mini",),

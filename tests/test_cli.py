@@ -105,7 +105,7 @@ def test_an_unknown_flag_and_a_missing_one_end_with_2() -> None:
     assert run("draw", "--checkpoint", "x", "--prompt", "y", "--nonsense").returncode == 2
 
 
-@pytest.mark.parametrize("command", ["demo", "mini", "learn", "consolidate", "scores", "draw", "info", "undo"])
+@pytest.mark.parametrize("command", ["demo", "mini", "learn", "consolidate", "scores", "draw", "export", "info", "undo"])
 def test_help(command: str) -> None:
     done = run(command, "--help")
     assert done.returncode == 0

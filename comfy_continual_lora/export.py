@@ -1,0 +1,86 @@
+"""Stage 7: the stack -> files everyone can load: one LoRA in the kohya layout, and one textual-inversion embedding for each word.
+
+in: a stack - out: in a folder <name>.safetensors (the LoRA, with its trigger words in the metadata), <name>.json and <name>.preview.jpg (A1111's
+card), and <token>.safetensors for each word. ComfyUI, the A1111 family and diffusers read kohya's names; PEFT's own are ignored by ComfyUI with no
+more than a line in its log. A LoRA file is never overwritten: web UIs keep old weights and hashes of a name they know.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors.torch import save
+from torch import Tensor
+
+from .errors import StackError
+from .lora import Adapter, layers_of, projections, rank_of
+from .store import ConceptStack, write_whole
+
+
+@dataclass(frozen=True)
+class Exported:
+    lora: Path | None  # None where the words alone are all there is
+    embeddings: list[Path]
+    triggers: list[str]  # how prompts name each concept
+
+
+def kohya_lora(adapter: Adapter, shapes: Mapping[str, torch.Size]) -> dict[str, Tensor]:
+    """The adapter under kohya's names, float16; `shapes` are those of the layers' weights. A full-size change becomes ".diff"."""
+    found: dict[str, Tensor] = {}
+    for layer, parts in layers_of(adapter).items():
+        name = f"lora_unet_{layer.replace('.', '_')}"
+        if "D" in parts:
+            found[f"{name}.diff"] = parts["D"]
+            continue
+        if "d" in parts:
+            down, up = projections(rank_of(adapter), *shapes[layer])
+            down, up = parts["d"][:, None] * down, parts["b"][:, None] * up
+        else:
+            down, up = parts["A"], parts["B"]
+        found |= {f"{name}.lora_down.weight": down, f"{name}.lora_up.weight": up, f"{name}.alpha": torch.tensor(float(len(down)))}
+    return {key: tensor.half().contiguous() for key, tensor in found.items()}
+
+
+def export_files(stack: ConceptStack, shapes: Mapping[str, torch.Size], out: Path, embeddings: Path, stem: str) -> Exported:
+    """Write the files; the LoRA's name ends in a hash of its weights. Errors: StackError for an empty stack or a folder that can't be written."""
+    if not stack.records:
+        raise StackError("The stack holds no concept, so there is nothing to export. Learn one first.")
+    triggers = [f"{r.token} {r.noun}" if r.with_noun else r.token for r in stack.records]
+    try:
+        for folder in (out, embeddings):
+            folder.mkdir(parents=True, exist_ok=True)
+        words = []
+        for record in stack.records:
+            words.append(embeddings / f"{record.token}.safetensors")
+            write_whole(words[-1], save({"emb_params": stack.words[record.id][None].half()}))
+        lora = _write_lora(stack, kohya_lora(stack.adapter, shapes), out, stem, triggers) if stack.adapter else None
+    except OSError as error:
+        raise StackError(f"The export to {out} failed ({error.strerror or error}): no room or no permission there. The stack is unchanged.") from None
+    return Exported(lora, words, triggers)
+
+
+def _write_lora(stack: ConceptStack, tensors: dict[str, Tensor], out: Path, stem: str, triggers: list[str]) -> Path:
+    digest = hashlib.sha256()
+    for name in sorted(tensors):
+        digest.update(name.encode() + tensors[name].numpy().tobytes())
+    name = f"{stem}-{len(stack.records)}-concepts-{digest.hexdigest()[:8]}"
+    rank = str(stack.rank)
+    metadata = {
+        "modelspec.sai_model_spec": "1.0.0", "modelspec.architecture": "stable-diffusion-v1/lora", "modelspec.implementation": "comfy-continual-lora",
+        "modelspec.title": name, "modelspec.trigger_phrase": ", ".join(triggers), "ss_output_name": name, "ss_base_model_version": "sd_v1",
+        "ss_network_module": "networks.lora", "ss_network_dim": rank, "ss_network_alpha": rank,
+        "ss_tag_frequency": json.dumps({"concepts": dict.fromkeys(triggers, 1)}),
+    }  # fmt: skip
+    path = out / f"{name}.safetensors"
+    write_whole(path, save(tensors, metadata))
+    card = {"description": "", "sd version": "SD1", "activation text": ", ".join(triggers), "preferred weight": 1.0, "notes": ""}
+    write_whole(out / f"{name}.json", json.dumps(card, indent=1).encode())
+    if preview := stack.records[-1].preview:
+        write_whole(out / f"{name}.preview.jpg", base64.b64decode(preview))
+    return path
