@@ -26,7 +26,7 @@ from .errors import SettingError, StackError
 from .export import Exported, export_files
 from .fisher import Target, fisher
 from .learn import Learned, Lesson, learn, number_format
-from .lora import Adapter, attached, kind_of, new_adapter
+from .lora import Adapter, attached, kind_of, new_adapter, rank_of
 from .methods import METHODS
 from .progress import OnProgress, Progress, ignore
 from .settings import TEMPLATES, ConsolidateSettings, DrawSettings, LearnSettings, ScoreSettings
@@ -288,6 +288,12 @@ def _lesson(
         raise SettingError(
             f"The method {settings.method} trains an adapter of the kind {kind}, but this stack's is {kind_of(stack.adapter)}. "
             "Go on with a method of that kind, or start another stack with --stack."
+        )
+    compares = bool(method.importance or method.consolidation)
+    if compares and kind != "full" and len({rank_of(a) for a in (stack.adapter, *stack.pool.values()) if a}) > 1:
+        raise SettingError(
+            f"{settings.method} compares adapters of one size, but this stack's LoRA has grown (c_lora, published). Go on with that, or start "
+            "another stack with --stack."
         )
     adapter = stack.adapter
     if kind and (adapter is None or anew):

@@ -130,6 +130,11 @@ class LearnSettings(ConsolidateSettings):
         "sequential", "one adapter that goes on, or as published one for each concept, summed", choices=("sequential", "published"), group="C-LoRA"
     )
 
+    def check(self) -> None:
+        super().check()
+        if self.method == "c_lora" and self.adapter == "vera":
+            raise SettingError("c_lora works on LoRA factors, so adapter can't be vera. Leave adapter out, or take another method.")
+
 
 @dataclass(frozen=True)
 class ScoreSettings(Settings):

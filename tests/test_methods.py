@@ -178,6 +178,15 @@ def test_kinds_of_adapters_do_not_mix(checkpoint: Path, folders: dict[str, Path]
     with pytest.raises(SettingError, match="trains an adapter of the kind lora, but this stack's is full"):
         pipeline.learn_concept(_request(checkpoint, folders, "V2", VARIANTS["lora"]))
     pipeline.learn_concept(_request(checkpoint, folders, "V2", VARIANTS["textual_inversion"]))  # changes no adapter
+    with pytest.raises(SettingError, match="adapter can't be vera"):
+        pipeline.learn_concept(_request(checkpoint, folders, "V3", replace(QUICK, method="c_lora", adapter="vera")))
+
+
+def test_a_lora_that_has_grown_does_not_go_with_ewc(checkpoint: Path, folders: dict[str, Path]) -> None:
+    for token in ("V1", "V2"):
+        pipeline.learn_concept(_request(checkpoint, folders, token, VARIANTS["c_lora published"]))
+    with pytest.raises(SettingError, match="this stack's LoRA has grown"):
+        pipeline.learn_concept(_request(checkpoint, folders, "V3", VARIANTS["lora_ewc"]))
 
 
 def test_c_loras_penalty_by_hand() -> None:
