@@ -205,7 +205,7 @@ def attribute_loss(logits: dict[str, Tensor], labels: dict[str, Tensor]) -> Tens
     return total
 
 
-def stage_reader(out: Path, steps: int = 2900, n: int = 96) -> None:
+def stage_reader(out: Path, steps: int = 3400, n: int = 96) -> None:
     pictures, model = Pictures(out), parts.Reader()
     labels = parts.labels([scene(i)[0] for i in range(PICTURES)])
 
@@ -356,12 +356,17 @@ def stage_unet(out: Path, steps: int, n: int = 32) -> None:
         model.set_attn_processor(AttnProcessor())
     predict = torch.compile(model)
     alphas = alphas_cumprod().to(DEVICE)
+    alone = np.array([i for i in range(PICTURES) if len(scene(i)[0].things) == 1])
 
     def loss(step: int) -> tuple[Tensor, dict[str, float]]:
         rng = np.random.default_rng((SEED, 4 + rank, step))
         generator = torch.Generator().manual_seed(int(rng.integers(2**31)))
-        index = torch.from_numpy(rng.integers(0, PICTURES, n))
-        timestep = torch.from_numpy((np.arange(n) + rng.random(n)) / n * 1000).long().to(DEVICE)  # stratified
+        index = rng.integers(0, PICTURES, n)
+        if step < steps // 2:  # one thing a picture first: most of them
+            index = np.where(rng.random(n) < 0.6, rng.choice(alone, n), index)
+        index = torch.from_numpy(index)
+        part = (np.arange(n) + rng.random(n)) / n  # stratified, and more often where the noise still hides what the picture shows
+        timestep = torch.from_numpy(part**0.7 * 1000).long().to(DEVICE)
         clean, noise = latents[index].to(DEVICE).float(), torch.randn(n, 4, 16, 16, generator=generator).to(DEVICE)
         noisy = add_noise(clean, noise, timestep, alphas)
         caption = torch.where(torch.rand(n, generator=generator) < 0.1, rows[0], rows[index + 1])

@@ -102,17 +102,17 @@ def _patches(u: np.ndarray, v: np.ndarray) -> np.ndarray:
 
 _PAINT: dict[str, Callable[[np.ndarray, np.ndarray], np.ndarray]] = {
     "plain": lambda u, v: np.zeros(u.shape, int),
-    "striped": lambda u, v: np.floor(u / 0.27).astype(int) % 2,
-    "dotted": lambda u, v: ((u % 0.52 - 0.26) ** 2 + (v % 0.52 - 0.26) ** 2 < 0.024).astype(int),
-    "checkered": lambda u, v: (np.floor(u / 0.36 + 0.5) + np.floor(v / 0.36 + 0.5)).astype(int) % 2,
-    "ringed": lambda u, v: np.floor(np.hypot(u, v) / 0.24 + 0.5).astype(int) % 2,
+    "striped": lambda u, v: np.floor(u / 0.36 + 0.5).astype(int) % 2,
+    "dotted": lambda u, v: ((u % 0.64 - 0.32) ** 2 + (v % 0.64 - 0.32) ** 2 < 0.045).astype(int),
+    "checkered": lambda u, v: (np.floor(u / 0.46 + 0.5) + np.floor(v / 0.46 + 0.5)).astype(int) % 2,
+    "ringed": lambda u, v: np.floor(np.hypot(u, v) / 0.32 + 0.5).astype(int) % 2,
     "split": lambda u, v: (u > 0).astype(int),
-    "zigzag": lambda u, v: np.floor((v + np.abs(u % 0.6 - 0.3)) / 0.3).astype(int) % 2,
-    "plaid": lambda u, v: np.where(u % 0.6 < 0.2, 1, np.where(v % 0.6 < 0.2, 2, 0)),
+    "zigzag": lambda u, v: np.floor((v + np.abs(u % 0.72 - 0.36)) / 0.36).astype(int) % 2,
+    "plaid": lambda u, v: np.where(u % 0.7 < 0.26, 1, np.where(v % 0.7 < 0.26, 2, 0)),
     "tricolour": lambda u, v: np.clip(np.floor((v + 0.99) / 0.66), 0, 2).astype(int),
     "patches": _patches,
     "quartered": lambda u, v: np.where(u > 0, np.where(v > 0, 0, 1), np.where(v > 0, 2, 0)),
-    "diagonal": lambda u, v: np.floor((u + v) / 0.42).astype(int) % 3,
+    "diagonal": lambda u, v: np.floor((u + v) / 0.5).astype(int) % 3,
     "target": lambda u, v: np.digitize(np.hypot(u, v), (0.3, 0.6)),
 }
 
@@ -313,9 +313,9 @@ def draw_scene(scene: Scene, rng: np.random.Generator) -> np.ndarray:
     picture = draw_background(scene.background, rng)
     two = len(scene.things) == 2
     for index, thing in enumerate(scene.things):
-        radius = rng.uniform(25, 30) if two else rng.uniform(36, 48)
-        x = (34, 94)[index] + rng.uniform(-3, 3) if two else 64 + rng.uniform(-12, 12)
-        draw_look(picture, thing.look, (x, 66 + rng.uniform(-12, 12)), radius, rng, flip=rng.random() < 0.5)
+        radius = rng.uniform(29, 32) if two else rng.uniform(40, 48)
+        x = (33, 95)[index] + rng.uniform(-2, 2) if two else 64 + rng.uniform(-7, 7)
+        draw_look(picture, thing.look, (x, 66 + rng.uniform(-7, 7)), radius, rng, flip=rng.random() < 0.5)
     return np.clip(picture, 0, 255).astype(np.uint8)
 
 
