@@ -230,7 +230,7 @@ def stage_reader(out: Path, steps: int = 3400, n: int = 96) -> None:
 # --- clip ----------------------------------------------------------------------------------------------------------------------------
 
 
-def stage_clip(out: Path, steps: int = 700, n: int = 128) -> None:
+def stage_clip(out: Path, steps: int = 1500, n: int = 128) -> None:
     """Contrastive, and both towers name the attributes too: with contrast alone background and colours win, and the shapes stay unlearned."""
     pictures, model, vocabulary = Pictures(out), parts.new_clip(), parts.Vocabulary()
     if (out / "clip.start.safetensors").exists():
