@@ -64,7 +64,7 @@ def test_several_samples_with_several_prompts_each(backbone: Backbone) -> None:
         for sample in range(3):
             expected = torch.autograd.grad(loss()[sample], list(factors.values()))
             for name, value in zip(factors, expected, strict=True):
-                assert torch.allclose(found[name][sample], value, rtol=1e-3, atol=1e-6), (name, sample)
+                assert torch.allclose(found[name][sample], value, rtol=1e-3, atol=1e-4 * float(value.abs().max())), (name, sample)
 
 
 def test_the_fisher_of_two_is_the_mean_of_the_two(backbone: Backbone) -> None:
