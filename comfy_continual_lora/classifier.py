@@ -5,7 +5,8 @@
 
 Shapes: n pictures (latents (n, 4, h, w)), k prompts, s draws of (t, eps). Errors are means over c, h, w.
 Source: Li et al. 2023 (Diffusion Classifier, arXiv 2303.16203) for scores, pairing and staged elimination; Jha et al. 2025 for their use in
-learning (`log_posterior`, `subset`, `soft_cross_entropy`). tau is ours: METHOD and benchmarks/LOG.md say why it has to be calibrated.
+learning (`log_posterior`, `subset`, `soft_cross_entropy`). tau is calibrated: the gaps between mean errors are 1e-3 to 1e-2, so
+that tau = 1 would make p uniform, and summed errors saturate it.
 """
 
 from __future__ import annotations
@@ -59,7 +60,7 @@ def subset(previous: Sequence[str], k: int, generator: torch.Generator) -> list[
 def calibrate(error: Tensor) -> float:
     """The tau at which the likeliest concept has probability 0.7 on average over one-trial errors (n, k).
 
-    The mean falls from 1 to 1/k as tau grows, so halving finds it (k = 2 gives 0.5 at most, hence 0.7 exists for every k).
+    The mean falls from 1 to 1/k, at most a half, as tau grows, so halving finds it.
     """
     low, high = 1e-8, 1e4
     for _ in range(100):
@@ -166,13 +167,11 @@ def _weighted(error: Tensor, weight: Tensor) -> Tensor:
 
 
 def _scores(names: list[str], found: Tensor, weight: Tensor, tau: float) -> Scores:
-    had = found.isfinite()
-    trials = had.sum(0)
-    full = had.all(0)
-    best = int(torch.where(full, _weighted(found, weight), torch.inf).argmin())
+    trials = found.isfinite().sum(0)
+    best = int(torch.where(trials == len(found), _weighted(found, weight), torch.inf).argmin())
     gap = torch.stack([_weighted((found[:n, [i]] - found[:n, [best]]), weight[:n])[0] for i, n in enumerate(trials.tolist())])
     probability = torch.softmax(-gap / tau, 0)
-    order = [int(i) for i in sorted(range(len(names)), key=lambda i: float(gap[i]) if i != best else -torch.inf)]
+    order = sorted(range(len(names)), key=lambda i: float(gap[i]) if i != best else -torch.inf)
     margin = _margin(found[:, order[1]] - found[:, best], weight) if len(names) > 1 else (0.0, 0.0, 0.0)
     return Scores([names[i] for i in order], [float(probability[i]) for i in order], [int(trials[i]) for i in order], *margin)
 

@@ -111,9 +111,7 @@ def _learn(arguments: argparse.Namespace, bar: _Bar) -> None:
     from . import pipeline
 
     settings = LearnSettings(**_given(arguments, LearnSettings))
-    request = pipeline.LearnRequest(
-        arguments.checkpoint, arguments.images, arguments.token, arguments.noun, settings, arguments.stack, arguments.device
-    )
+    request = pipeline.LearnRequest(arguments.checkpoint, arguments.images, arguments.token, arguments.noun, settings, **_where(arguments))
     result = pipeline.learn_concept(request, bar)
     bar.clear()
     if arguments.json:
@@ -127,7 +125,7 @@ def _draw(arguments: argparse.Namespace, bar: _Bar) -> None:
     from . import pipeline, report
 
     settings = DrawSettings(**_given(arguments, DrawSettings))
-    drawn = pipeline.draw(pipeline.DrawRequest(arguments.checkpoint, arguments.prompt, settings, arguments.stack, arguments.device), bar)
+    drawn = pipeline.draw(pipeline.DrawRequest(arguments.checkpoint, arguments.prompt, settings, **_where(arguments)), bar)
     files = report.save_pictures(drawn, arguments.out)
     bar.clear()
     print(json.dumps({"files": [str(f) for f in files]}) if arguments.json else "\n".join(str(f) for f in files))
@@ -137,9 +135,7 @@ def _consolidate(arguments: argparse.Namespace, bar: _Bar) -> None:
     from . import pipeline
 
     settings = ConsolidateSettings(**_given(arguments, ConsolidateSettings))
-    result = pipeline.consolidate(
-        pipeline.ConsolidateRequest(arguments.checkpoint, arguments.images, settings, arguments.stack, arguments.device), bar
-    )
+    result = pipeline.consolidate(pipeline.ConsolidateRequest(arguments.checkpoint, arguments.images, settings, **_where(arguments)), bar)
     bar.clear()
     if arguments.json:
         print(json.dumps({"token": result.record.token, "losses": result.losses, "stack_file": str(result.stack_file)}))
@@ -151,7 +147,7 @@ def _scores(arguments: argparse.Namespace, bar: _Bar) -> None:
     from . import pipeline, report
 
     settings = ScoreSettings(**_given(arguments, ScoreSettings))
-    scored = pipeline.dc_scores(pipeline.ScoreRequest(arguments.checkpoint, arguments.images, settings, arguments.stack, arguments.device), bar)
+    scored = pipeline.dc_scores(pipeline.ScoreRequest(arguments.checkpoint, arguments.images, settings, **_where(arguments)), bar)
     bar.clear()
     if arguments.plot:
         arguments.plot.parent.mkdir(parents=True, exist_ok=True)
@@ -216,12 +212,14 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser("continual-lora", description="Teach a Stable Diffusion checkpoint one thing after another.", epilog=EPILOG)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
-    def command(name: str, run: Any, help: str, *, checkpoint: bool = True, machine: bool = True) -> argparse.ArgumentParser:
+    def command(name: str, run: Any, help: str, *, checkpoint: bool = True, machine: bool = True, device: bool = False) -> argparse.ArgumentParser:
         sub = commands.add_parser(name, help=help, description=help[0].upper() + help[1:] + ".", epilog=EPILOG)
         sub.set_defaults(run=run)
         if checkpoint:
             sub.add_argument("--checkpoint", type=Path, required=True, help="a .safetensors checkpoint or a diffusers folder")
             sub.add_argument("--stack", type=Path, help="the concept stack, if not the file beside the checkpoint")
+        if device:
+            sub.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps (default: auto)")
         if machine:
             sub.add_argument("--json", action="store_true", help="print the result as JSON")
         return sub
@@ -235,28 +233,24 @@ def _parser() -> argparse.ArgumentParser:
     mini.add_argument("path", type=Path, help="where to write it, such as mini.safetensors")
     mini.add_argument("--stock", action="store_true", help="the same net as wide as SD1.5, for programs that accept nothing else")
 
-    learn = command("learn", _learn, "teach the checkpoint one more concept")
+    learn = command("learn", _learn, "teach the checkpoint one more concept", device=True)
     learn.add_argument("--images", type=Path, required=True, help="folder with 3 to 15 pictures; name.txt beside name.jpg is its caption")
     learn.add_argument("--token", required=True, help="the new word, such as V1")
     learn.add_argument("--noun", required=True, help="what kind of thing it is, such as teapot")
-    learn.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps (default: auto)")
     _add_settings(learn, LearnSettings)
 
-    consolidate = command("consolidate", _consolidate, "strengthen earlier concepts once more against the newest one (DSC)")
+    consolidate = command("consolidate", _consolidate, "strengthen earlier concepts once more against the newest one (DSC)", device=True)
     consolidate.add_argument("--images", type=Path, required=True, help="the pictures the newest concept was learned from")
-    consolidate.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps (default: auto)")
     _add_settings(consolidate, ConsolidateSettings)
 
-    scores = command("scores", _scores, "tell which learned concept each picture shows, and how sure that is")
+    scores = command("scores", _scores, "tell which learned concept each picture shows, and how sure that is", device=True)
     scores.add_argument("--images", type=Path, required=True, help="folder with pictures, or with folders named after tokens to count what is right")
     scores.add_argument("--plot", type=Path, help="also draw the probabilities to this file, such as scores.png")
-    scores.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps (default: auto)")
     _add_settings(scores, ScoreSettings)
 
-    draw = command("draw", _draw, "draw pictures; learned words stand for their concepts")
+    draw = command("draw", _draw, "draw pictures; learned words stand for their concepts", device=True)
     draw.add_argument("--prompt", required=True, action="append", help='what to draw, such as "a photo of a V1 teapot"; may be given several times')
     draw.add_argument("--out", type=Path, default=Path("drawn"), help="folder for the pictures (default: drawn)")
-    draw.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps (default: auto)")
     _add_settings(draw, DrawSettings, short={"count": "-n"})
 
     export = command("export", _export, "write one LoRA and one embedding a word, for ComfyUI, A1111, Forge and diffusers")
@@ -295,6 +289,10 @@ def _default(f: dataclasses.Field) -> str:
     if not values:
         return "the checkpoint's own"
     return f"{values.pop()}" if len(values) == 1 else f"{PRESETS['sd1'][f.name]}, for the mini-SD {PRESETS['mini'][f.name]}"
+
+
+def _where(arguments: argparse.Namespace) -> dict[str, Any]:
+    return {"stack": arguments.stack, "device": arguments.device}
 
 
 def _given(arguments: argparse.Namespace, settings: type) -> dict[str, Any]:

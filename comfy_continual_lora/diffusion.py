@@ -6,9 +6,13 @@ SD1.x: T = 1000, betas linear in their square roots from 0.00085 to 0.012 (Romba
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
+from typing import TypeVar
 
 import torch
 from torch import Tensor
+
+T = TypeVar("T")
 
 TIMESTEPS = 1000
 BETA_START, BETA_END = 0.00085, 0.012
@@ -35,6 +39,10 @@ def generator_for(*keys: object) -> torch.Generator:
     """A generator that is a function of its keys, such as (seed, step): a run that goes on draws what an undisturbed one would."""
     digest = hashlib.sha256("/".join(map(str, keys)).encode()).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
+
+
+def one_of(choices: Sequence[T], generator: torch.Generator) -> T:
+    return choices[int(torch.randint(len(choices), (), generator=generator))]
 
 
 def random_batch(latents: Tensor, n: int, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:

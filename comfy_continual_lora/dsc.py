@@ -21,7 +21,7 @@ from torch import Tensor
 
 from .checkpoint.backbone import Backbone, FrozenText
 from .classifier import errors, predictions, soft_cross_entropy
-from .diffusion import add_noise, alphas_cumprod, generator_for, loss_per_example, random_batch
+from .diffusion import add_noise, alphas_cumprod, generator_for, loss_per_example, one_of, random_batch
 from .learn import Run, identity, number_format
 from .lora import Adapter, attached, holding
 from .methods.method import Penalty
@@ -74,9 +74,9 @@ def consolidate(
         def terms(step: int) -> dict[str, Tensor]:
             generator = generator_for(settings.seed, "dsc", step)
             chosen = generator if settings.dsc_redraw == "step" else generator_for(settings.seed, "dsc")
-            old, past = teachers.past[int(torch.randint(len(teachers.past), (), generator=chosen))]
+            old, past = one_of(teachers.past, chosen)
             pick, timestep, noise = random_batch(latents, n, generator)
-            template = TEMPLATES[int(torch.randint(len(TEMPLATES), (), generator=generator))]
+            template = one_of(TEMPLATES, generator)
             features = text([template.format(name) for name in (newest, old, *([teachers.noun] if tau else []))])
             noisy = add_noise(latents[pick], noise, timestep, alphas)
 

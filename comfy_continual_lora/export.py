@@ -51,7 +51,7 @@ def export_files(stack: ConceptStack, shapes: Mapping[str, torch.Size], out: Pat
     """Write the files; the LoRA's name ends in a hash of its weights. Errors: StackError for an empty stack or a folder that can't be written."""
     if not stack.records:
         raise StackError("The stack holds no concept, so there is nothing to export. Learn one first.")
-    triggers = [f"{r.token} {r.noun}" if r.with_noun else r.token for r in stack.records]
+    triggers = [record.name for record in stack.records]
     try:
         for folder in (out, embeddings):
             folder.mkdir(parents=True, exist_ok=True)

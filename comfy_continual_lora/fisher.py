@@ -20,7 +20,7 @@ from torch import Tensor
 
 from .checkpoint.backbone import Backbone, FrozenText
 from .classifier import errors, log_posterior, predictions, subset
-from .diffusion import add_noise, alphas_cumprod, generator_for, random_batch
+from .diffusion import add_noise, alphas_cumprod, generator_for, one_of, random_batch
 from .lora import Adapter, adapted_layers, delta, layers_of
 from .progress import OnProgress, Progress
 from .settings import TEMPLATES, LearnSettings
@@ -89,7 +89,7 @@ def _sampled(
 def _loss_of_batch(backbone: Backbone, target: Target, text: FrozenText, k: int, n: int, generator: torch.Generator) -> Callable[[], Tensor]:
     """L_F of n samples drawn with `generator`, (n,): the first prompt names c_n, the others are c_0 and a random few of the previous."""
     pick, timestep, noise = random_batch(target.latents, n, generator)
-    template = TEMPLATES[int(torch.randint(len(TEMPLATES), (), generator=generator))]
+    template = one_of(TEMPLATES, generator)
     names = [target.name] if target.tau is None else [target.name, target.noun, *subset(target.previous, k, generator)]
     features = text([template.format(name) for name in names])
     noisy = add_noise(target.latents[pick], noise, timestep, alphas_cumprod().to(noise.device))

@@ -23,7 +23,7 @@ from safetensors.torch import save
 from torch import Tensor, nn
 
 from .checkpoint.backbone import Backbone
-from .diffusion import add_noise, alphas_cumprod, generator_for, loss_per_example, random_batch
+from .diffusion import add_noise, alphas_cumprod, generator_for, loss_per_example, one_of, random_batch
 from .errors import TrainingError
 from .lora import Adapter, attached, joined
 from .methods import METHODS
@@ -83,7 +83,7 @@ def learn(backbone: Backbone, lesson: Lesson, settings: LearnSettings, snapshot:
         def terms(step: int) -> dict[str, Tensor]:
             generator = generator_for(settings.seed, step)
             pick, timestep, noise = random_batch(latents, settings.batch or 1, generator)
-            chosen = [_one_of(lesson.prompts[int(i) % len(lesson.prompts)], generator) for i in pick]
+            chosen = [one_of(lesson.prompts[int(i) % len(lesson.prompts)], generator) for i in pick]
             noisy = add_noise(latents[pick], noise, timestep, alphas)
             features = _features(backbone, chosen, {**lesson.words, lesson.token: vector})
             found = {"denoising": loss_per_example(backbone.predict(noisy, timestep, features), noise).mean()}
@@ -224,10 +224,6 @@ def identity(
     for name, tensor in sorted({"latents": latents, **tensors}.items()):
         digest.update(name.encode() + tensor.detach().float().cpu().numpy().tobytes())
     return digest.hexdigest()
-
-
-def _one_of(choices: Sequence[str], generator: torch.Generator) -> str:
-    return choices[int(torch.randint(len(choices), (), generator=generator))]
 
 
 def _features(backbone: Backbone, prompts: Sequence[str], words: Mapping[str, Tensor]) -> Tensor:

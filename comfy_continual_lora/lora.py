@@ -12,6 +12,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from functools import cache
 
 import torch
 import torch.nn.functional as F
@@ -73,8 +74,9 @@ def delta_weights(backbone: Backbone, adapter: Mapping[str, Tensor]) -> dict[str
     return {layer: delta(parts, backbone.kv_layers[layer].weight.shape) for layer, parts in layers_of(adapter).items()}
 
 
+@cache
 def projections(rank: int, out: int, width: int) -> tuple[Tensor, Tensor]:
-    """VeRA's frozen random A0 (r, d_text) and B0 (d_out, r), the same at every call and for all layers of a shape; Kaiming uniform."""
+    """VeRA's frozen random A0 (r, d_text) and B0 (d_out, r), the same for all layers of a shape; Kaiming uniform. Not to be changed in place."""
     generator = torch.Generator().manual_seed(0)
     down, up = (torch.rand(size, generator=generator) * 2 - 1 for size in ((rank, width), (out, rank)))
     return down * (3 / width) ** 0.5, up * (3 / rank) ** 0.5

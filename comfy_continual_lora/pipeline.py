@@ -10,7 +10,7 @@ leaves the concept stack as it was.
 from __future__ import annotations
 
 import hashlib
-from dataclasses import asdict, dataclass, field
+from dataclasses import KW_ONLY, asdict, dataclass, field
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -28,32 +28,41 @@ from .fisher import Target, fisher
 from .learn import Learned, Lesson, learn, number_format
 from .lora import Adapter, attached, kind_of, new_adapter, rank_of
 from .methods import METHODS
+from .methods.method import Penalty
 from .progress import OnProgress, Progress, ignore
 from .settings import TEMPLATES, ConsolidateSettings, DrawSettings, LearnSettings, ScoreSettings
 
 
 @dataclass(frozen=True)
-class LearnRequest:
-    """Teach one concept: `images` is a folder or a list of files, `stack` a file other than the one beside the checkpoint."""
+class Request:
+    """What every job is about: `stack` is a file other than the one beside the checkpoint."""
 
     checkpoint: Path
+    _: KW_ONLY
+    stack: Path | None = None
+    device: str = "auto"
+
+    @property
+    def stack_file(self) -> Path:
+        return self.stack or store.stack_path(self.checkpoint)
+
+
+@dataclass(frozen=True)
+class LearnRequest(Request):
+    """Teach one concept: `images` is a folder or a list of files."""
+
     images: Path | list[Path]
     token: str
     noun: str
     settings: LearnSettings = field(default_factory=LearnSettings)
-    stack: Path | None = None
-    device: str = "auto"
 
 
 @dataclass(frozen=True)
-class DrawRequest:
-    """Draw prompts; learned tokens stand for their concepts.."""
+class DrawRequest(Request):
+    """Draw prompts; learned tokens stand for their concepts."""
 
-    checkpoint: Path
     prompts: list[str]
     settings: DrawSettings = field(default_factory=DrawSettings)
-    stack: Path | None = None
-    device: str = "auto"
 
 
 @dataclass(frozen=True)
@@ -64,25 +73,19 @@ class LearnResult:
 
 
 @dataclass(frozen=True)
-class ConsolidateRequest:
+class ConsolidateRequest(Request):
     """Consolidate the newest concept once more; `images` are the pictures it was learned from."""
 
-    checkpoint: Path
     images: Path | list[Path]
     settings: ConsolidateSettings = field(default_factory=ConsolidateSettings)
-    stack: Path | None = None
-    device: str = "auto"
 
 
 @dataclass(frozen=True)
-class ScoreRequest:
+class ScoreRequest(Request):
     """Which concepts do these pictures show? `images` is a folder of pictures or of folders named after tokens, or a list of files."""
 
-    checkpoint: Path
     images: Path | list[Path]
     settings: ScoreSettings = field(default_factory=ScoreSettings)
-    stack: Path | None = None
-    device: str = "auto"
 
 
 @dataclass(frozen=True)
@@ -109,8 +112,8 @@ def learn_concept(request: LearnRequest, on_progress: OnProgress = ignore) -> Le
     """Teach the checkpoint one more concept and put it on its stack. A stopped run goes on when the same request comes again."""
     request.settings.check()
     concepts.find_images(request.images)  # the cheapest mistakes first, before a checkpoint is loaded
-    path = request.stack or store.stack_path(request.checkpoint)
-    backbone = _load(request.checkpoint, request.device, on_progress)
+    path = request.stack_file
+    backbone = _load(request, on_progress)
     with store.writing(path):
         stack = store.load_stack(path, backbone.fingerprint)
         concepts.check_token(request.token, stack.tokens, backbone.is_known_word)
@@ -123,7 +126,7 @@ def learn_concept(request: LearnRequest, on_progress: OnProgress = ignore) -> Le
         learned = learn(backbone, lesson, settings, _snapshot(path, request.token), on_progress)
         record = _record(request, settings, pictures, learned, stack)
         text = FrozenText(backbone, {**stack.tokens, request.token: learned.word})
-        newest = _Newest(backbone, stack, record, latents, text, settings, on_progress)
+        newest = _Newest(backbone, stack, record, latents, text, lesson.penalty, settings, on_progress)
         adapter = learned.adapter
         if stack.tau is None:
             stack.tau = newest.calibrated(adapter)
@@ -143,8 +146,8 @@ def consolidate(request: ConsolidateRequest, on_progress: OnProgress = ignore) -
     """Diffusion Scores Consolidation of the newest concept with all its terms, by itself; the stack's newest adapter and Fisher are replaced."""
     request.settings.check()
     concepts.find_images(request.images)
-    path = request.stack or store.stack_path(request.checkpoint)
-    backbone = _load(request.checkpoint, request.device, on_progress)
+    path = request.stack_file
+    backbone = _load(request, on_progress)
     with store.writing(path):
         stack = store.load_stack(path, backbone.fingerprint)
         if len(stack.records) < 2 or stack.adapter is None:
@@ -154,7 +157,8 @@ def consolidate(request: ConsolidateRequest, on_progress: OnProgress = ignore) -
         stack.undo()  # what follows is about the stack as it was before the newest concept
         settings = LearnSettings(**{**asdict(request.settings), "method": record.method, "rank": stack.rank}).resolved(backbone.preset)
         pictures = concepts.load_images(request.images, settings.size or backbone.size, fit=settings.fit)
-        newest = _Newest(backbone, stack, record, _latents(backbone, pictures, settings), text, settings, on_progress)
+        penalty = METHODS[record.method].penalty(stack, settings, backbone.device)
+        newest = _Newest(backbone, stack, record, _latents(backbone, pictures, settings), text, penalty, settings, on_progress)
         if not newest.past:
             raise StackError(f"There is nothing to consolidate: no concept before {record.token} in {path} has a LoRA.")
         adapter, losses = newest.consolidated(adapter, True, path)
@@ -170,12 +174,12 @@ def dc_scores(request: ScoreRequest, on_progress: OnProgress = ignore) -> list[S
     """Which concept, or which class noun without one (c_0), each picture shows. A folder may hold folders: each one's name is the right answer."""
     request.settings.check()
     groups = _groups(request.images)
-    backbone = _load(request.checkpoint, request.device, on_progress)
-    stack = store.load_stack(request.stack or store.stack_path(request.checkpoint), backbone.fingerprint)
+    backbone = _load(request, on_progress)
+    stack = store.load_stack(request.stack_file, backbone.fingerprint)
     if not stack.records or stack.tau is None:
         raise StackError(f"{request.checkpoint} has learned no concept yet, so there is nothing to tell apart. Learn one first.")
     settings, text = request.settings, FrozenText(backbone, stack.tokens)
-    prompts = {record.token: f"a photo of a {_name(record)}" for record in stack.records}
+    prompts = {record.token: f"a photo of a {record.name}" for record in stack.records}
     prompts |= {f"c_0 {noun}": f"a photo of a {noun}" for noun in dict.fromkeys(record.noun for record in stack.records)}
     features = dict(zip(prompts, text(list(prompts.values())), strict=True))
     found = []
@@ -192,8 +196,8 @@ def dc_scores(request: ScoreRequest, on_progress: OnProgress = ignore) -> list[S
 def draw(request: DrawRequest, on_progress: OnProgress = ignore) -> list[Drawn]:
     """Draw every prompt `settings.count` times."""
     request.settings.check()
-    backbone = _load(request.checkpoint, request.device, on_progress)
-    stack = store.load_stack(request.stack or store.stack_path(request.checkpoint), backbone.fingerprint)
+    backbone = _load(request, on_progress)
+    stack = store.load_stack(request.stack_file, backbone.fingerprint)
     settings = request.settings.resolved(backbone.preset)
     prompts = [prompt for prompt in request.prompts for _ in range(settings.count)]
     seeds = [settings.seed + i for _ in request.prompts for i in range(settings.count)]
@@ -245,9 +249,9 @@ def undo(checkpoint: Path, stack: Path | None = None) -> store.ConceptRecord:
     return record
 
 
-def _load(checkpoint: Path, device: str, on_progress: OnProgress) -> Backbone:
+def _load(request: Request, on_progress: OnProgress) -> Backbone:
     on_progress(Progress("load", 0, 1))
-    return load_backbone(checkpoint, device=device)
+    return load_backbone(request.checkpoint, device=request.device)
 
 
 def _with_rank_of(stack: store.ConceptStack, settings: LearnSettings) -> LearnSettings:
@@ -263,11 +267,6 @@ def _with_rank_of(stack: store.ConceptStack, settings: LearnSettings) -> LearnSe
 def _snapshot(path: Path, token: str, part: str = "") -> Path:
     """Where an unfinished run of this token waits; the ending keeps it out of the hosts' checkpoint lists."""
     return path.with_name(f"{path.name.removesuffix('.safetensors')}.{token}.{part + '.' if part else ''}snapshot")
-
-
-def _name(record: store.ConceptRecord) -> str:
-    """How prompts name a concept."""
-    return concepts.name_of(record.token, record.noun if record.with_noun else "")
 
 
 def _latents(backbone: Backbone, pictures: concepts.ConceptImages, settings: ConsolidateSettings) -> torch.Tensor:
@@ -313,13 +312,14 @@ class _Newest:
     record: store.ConceptRecord
     latents: torch.Tensor
     text: FrozenText
+    penalty: Penalty | None
     settings: LearnSettings
     on_progress: OnProgress
 
     @property
     def past(self) -> list[tuple[str, Adapter]]:
         """The teachers of DSC: how prompts name each concept so far, and the adapter as it was then."""
-        known = [(_name(record), self.stack.adapter_after(record.id)) for record in self.stack.records]
+        known = [(record.name, self.stack.adapter_after(record.id)) for record in self.stack.records]
         return [(name, adapter) for name, adapter in known if adapter is not None]
 
     @property
@@ -329,20 +329,19 @@ class _Newest:
         return {"calibrated": self.stack.tau, "mean": 1.0, "sum": 1 / self.latents[0].numel()}[self.settings.dc_scale]
 
     def calibrated(self, adapter: Adapter | None) -> float:
-        features = self.text([f"a photo of a {name}" for name in (_name(self.record), self.record.noun)])
+        features = self.text([f"a photo of a {name}" for name in (self.record.name, self.record.noun)])
         with attached(self.backbone, adapter):
             return classifier.calibrate(classifier.calibration_errors(self.backbone, self.latents, features, draws=128, rows=16))
 
     def consolidated(self, adapter: Adapter, scores: bool, path: Path) -> tuple[Adapter, list[float]]:
-        teachers = dsc.Teachers((_name(self.record), adapter), self.past, self.record.noun)
-        penalty = METHODS[self.settings.method].penalty(self.stack, self.settings, self.backbone.device)
+        teachers = dsc.Teachers((self.record.name, adapter), self.past, self.record.noun)
         snapshot = _snapshot(path, self.record.token, "dsc")
         tau = self.tau if scores else None
-        return dsc.consolidate(self.backbone, self.latents, teachers, self.text, tau, penalty, self.settings, snapshot, self.on_progress)
+        return dsc.consolidate(self.backbone, self.latents, teachers, self.text, tau, self.penalty, self.settings, snapshot, self.on_progress)
 
     def fisher(self, adapter: Adapter) -> Adapter:
         tau = self.tau if METHODS[self.settings.method].importance == "scores" else None
-        target = Target(self.latents, _name(self.record), self.record.noun, [_name(record) for record in self.stack.records], tau)
+        target = Target(self.latents, self.record.name, self.record.noun, [record.name for record in self.stack.records], tau)
         with number_format(self.backbone, self.settings), attached(self.backbone, adapter, trainable=True) as factors:
             return fisher(self.backbone, factors, target, self.text, self.settings, self.on_progress)
 

@@ -8,7 +8,7 @@ import torch
 from diffusers import DDIMScheduler, DPMSolverMultistepScheduler
 from torch import Tensor
 
-from .checkpoint.backbone import Backbone
+from .checkpoint.backbone import Backbone, FrozenText
 from .diffusion import BETA_END, BETA_START, TIMESTEPS
 from .progress import OnProgress, Progress, ignore
 from .settings import DrawSettings
@@ -39,10 +39,8 @@ def draw(
     assert settings.guidance is not None
     size = (settings.size or backbone.size) // 8
     noise = torch.stack([torch.randn(4, size, size, generator=torch.Generator().manual_seed(seed)) for seed in seeds])
-    distinct = list(dict.fromkeys(prompts))
-    encoded = torch.cat([backbone.encode_prompts([prompt], words) for prompt in distinct])
-    features = encoded[[distinct.index(prompt) for prompt in prompts]]
-    unwanted = backbone.encode_prompts([settings.negative], words)
+    text = FrozenText(backbone, words)
+    features, unwanted = text(prompts), text([settings.negative])
     pictures, total = [], settings.steps * -(-len(seeds) // BATCH)
     for start in range(0, len(seeds), BATCH):
         solver = make_solver(settings.solver)

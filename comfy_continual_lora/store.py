@@ -22,6 +22,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
+from .concepts import name_of
 from .errors import StackError
 from .lora import Adapter
 
@@ -48,6 +49,11 @@ class ConceptRecord:
     preview: str  # JPEG, base64
     settings: dict[str, Any]
     with_noun: bool = True  # whether prompts name it "V1 mug" or "V1"
+
+    @property
+    def name(self) -> str:
+        """How prompts name it."""
+        return name_of(self.token, self.noun if self.with_noun else "")
 
 
 @dataclass

@@ -24,7 +24,7 @@ from __future__ import annotations
 import argparse
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from itertools import pairwise
 from pathlib import Path
 
@@ -48,6 +48,11 @@ def scene(index: int) -> tuple[world.Scene, np.random.Generator]:
     """Picture `index` of the training set: what is in it, and the generator that draws it."""
     rng = np.random.default_rng((SEED, index))
     return world.random_scene(rng), rng
+
+
+def scenes() -> list[world.Scene]:
+    """What is in every picture of the training set."""
+    return [scene(index)[0] for index in range(PICTURES)]
 
 
 def log(out: Path, **row: object) -> None:
@@ -207,7 +212,7 @@ def attribute_loss(logits: dict[str, Tensor], labels: dict[str, Tensor]) -> Tens
 
 def stage_reader(out: Path, steps: int = 3400, n: int = 96) -> None:
     pictures, model = Pictures(out), parts.Reader()
-    labels = parts.labels([scene(i)[0] for i in range(PICTURES)])
+    labels = parts.labels(scenes())
 
     def loss(step: int) -> tuple[Tensor, dict[str, float]]:
         indices = pictures.indices(step, n, stream=1)
@@ -221,9 +226,9 @@ def stage_reader(out: Path, steps: int = 3400, n: int = 96) -> None:
 
     fit(out, "reader", model.to(memory_format=torch.channels_last), loss, steps=steps, rate=2e-3)  # pyright: ignore[reportCallIssue]
     rng = np.random.default_rng(99)
-    scenes = [world.random_scene(rng) for _ in range(1000)]
-    images = to_tensor(np.stack([world.draw_scene(s, rng) for s in scenes]))
-    log(out, stage="reader", accuracy_on_real=parts.read_accuracy(model, images.cpu(), scenes))
+    unseen = [world.random_scene(rng) for _ in range(1000)]
+    images = to_tensor(np.stack([world.draw_scene(s, rng) for s in unseen]))
+    log(out, stage="reader", accuracy_on_real=parts.read_accuracy(model, images.cpu(), unseen))
     keep(out, "reader", model)
 
 
@@ -235,8 +240,8 @@ def stage_clip(out: Path, steps: int = 1500, n: int = 128) -> None:
     pictures, model, vocabulary = Pictures(out), parts.new_clip(), parts.Vocabulary()
     if (out / "clip.start.safetensors").exists():
         model.load_state_dict(load_file(out / "clip.start.safetensors"))
-    scenes = [scene(i)[0] for i in range(PICTURES)]
-    labels, ids = parts.labels(scenes), vocabulary.encode([s.caption for s in scenes])
+    shown = scenes()
+    labels, ids = parts.labels(shown), vocabulary.encode([s.caption for s in shown])
     end = (ids == vocabulary.end).int().argmax(1)
     longest = int(end.max()) + 2  # causal: what follows changes nothing before it; the features of all padding are much alike
     seen, said = parts.AttributeHeads(parts.VISION_WIDTH), parts.AttributeHeads(parts.TEXT_WIDTH)
@@ -323,9 +328,9 @@ def stage_latents(out: Path) -> None:
     log(out, stage="latents", mean=float(latents.float().mean()), std=float(latents.float().std()))
 
 
-def captions() -> list[str]:
+def captions(shown: Sequence[world.Scene]) -> list[str]:
     """The caption of every picture, and before them the empty one."""
-    return ["", *(scene(i)[0].caption for i in range(PICTURES))]
+    return ["", *(s.caption for s in shown)]
 
 
 @torch.no_grad()
@@ -334,7 +339,7 @@ def stage_features(out: Path) -> None:
     clip, vocabulary = parts.new_clip().eval(), parts.Vocabulary()
     clip.load_state_dict(load_file(out / "clip.safetensors"))
     nn.Module.to(clip, DEVICE)
-    ids = vocabulary.encode(sorted(set(captions())))
+    ids = vocabulary.encode(sorted(set(captions(scenes()))))
     features = torch.empty(len(ids), 77, parts.TEXT_WIDTH, dtype=torch.float16)
     with fast():
         for start in range(0, len(ids), 128):
@@ -347,7 +352,8 @@ def stage_unet(out: Path, steps: int, n: int = 32) -> None:
     rank = dist.get_rank() if dist.is_initialized() else 0
     latents = load_file(out / "latents.safetensors")["latents"]
     features = load_file(out / "features.safetensors")["features"]
-    text = captions()
+    shown = scenes()
+    text = captions(shown)
     row_of = {caption: row for row, caption in enumerate(sorted(set(text)))}
     rows = torch.tensor([row_of[c] for c in text])
     model = parts.new_unet().to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
@@ -356,7 +362,7 @@ def stage_unet(out: Path, steps: int, n: int = 32) -> None:
         model.set_attn_processor(AttnProcessor())
     predict = torch.compile(model)
     alphas = alphas_cumprod().to(DEVICE)
-    alone = np.array([i for i in range(PICTURES) if len(scene(i)[0].things) == 1])
+    alone = np.array([i for i, s in enumerate(shown) if len(s.things) == 1])
 
     def loss(step: int) -> tuple[Tensor, dict[str, float]]:
         rng = np.random.default_rng((SEED, 4 + rank, step))
