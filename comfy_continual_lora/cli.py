@@ -13,7 +13,7 @@ from typing import Any
 
 from .errors import Cancelled, ContinualLoraError
 from .progress import Progress
-from .settings import PRESETS, ConsolidateSettings, DrawSettings, LearnSettings, ScoreSettings
+from .settings import PRESETS, ConsolidateSettings, DrawSettings, EvaluateSettings, LearnSettings, ScoreSettings
 
 EPILOG = "Everything learned about a checkpoint lies in one file beside it: <checkpoint>.concepts.safetensors. Nothing is ever downloaded."
 
@@ -112,7 +112,14 @@ def _learn(arguments: argparse.Namespace, bar: _Bar) -> None:
 
     settings = LearnSettings(**_given(arguments, LearnSettings))
     request = pipeline.LearnRequest(arguments.checkpoint, arguments.images, arguments.token, arguments.noun, settings, **_where(arguments))
-    result = pipeline.learn_concept(request, bar)
+    preview = request.stack_file.with_name(f"{arguments.checkpoint.stem}.{arguments.token}.preview.png")
+
+    def show(progress: Progress) -> None:
+        if progress.preview is not None:
+            progress.preview.save(preview)
+        bar(progress)
+
+    result = pipeline.learn_concept(request, show)
     bar.clear()
     if arguments.json:
         print(json.dumps({"token": result.record.token, "loss": result.record.loss, "stack_file": str(result.stack_file)}))
@@ -195,6 +202,24 @@ def _export(arguments: argparse.Namespace, bar: _Bar) -> None:
     print(f"In prompts: {', '.join(done.triggers)} (ComfyUI: embedding:{done.triggers[0]})")
 
 
+def _evaluate(arguments: argparse.Namespace, bar: _Bar) -> None:
+    from . import pipeline, report
+
+    settings = EvaluateSettings(**_given(arguments, EvaluateSettings))
+    request = pipeline.EvaluateRequest(arguments.checkpoint, arguments.concepts, arguments.clip, settings, **_where(arguments))
+    found = pipeline.evaluate(request, bar)
+    bar.clear()
+    if arguments.plot:
+        arguments.plot.parent.mkdir(parents=True, exist_ok=True)
+        report.retention_sheet(found).save(arguments.plot)
+    if not arguments.json:
+        print(report.retention_table(found))
+        return
+    values = {"likeness": found.likeness, "floor": found.floor, "kept": found.kept, "recognised": found.recognised}
+    plain = {name: json.loads(json.dumps(tensor.tolist()).replace("NaN", "null")) for name, tensor in values.items()}
+    print(json.dumps({"concepts": found.names, **plain}))
+
+
 def _undo(arguments: argparse.Namespace, bar: _Bar) -> None:
     from . import pipeline
 
@@ -248,6 +273,12 @@ def _parser() -> argparse.ArgumentParser:
     scores.add_argument("--plot", type=Path, help="also draw the probabilities to this file, such as scores.png")
     _add_settings(scores, ScoreSettings)
 
+    evaluate = command("evaluate", _evaluate, "tell how much of each concept is kept since it was learned", device=True)
+    evaluate.add_argument("--concepts", type=Path, help="folder with folders named after tokens, with their pictures, if you still have them")
+    evaluate.add_argument("--clip", type=Path, help="folder with a CLIP vision model (as transformers saves it) to compare pictures with")
+    evaluate.add_argument("--plot", type=Path, help="also draw the heat map with pictures to this file, such as retention.png")
+    _add_settings(evaluate, EvaluateSettings)
+
     draw = command("draw", _draw, "draw pictures; learned words stand for their concepts", device=True)
     draw.add_argument("--prompt", required=True, action="append", help='what to draw, such as "a photo of a V1 teapot"; may be given several times')
     draw.add_argument("--out", type=Path, default=Path("drawn"), help="folder for the pictures (default: drawn)")
@@ -272,7 +303,7 @@ def _add_settings(parser: argparse.ArgumentParser, settings: type, short: dict[s
         kind = {"int": int, "float": float}.get(str(f.type).split(" ")[0], str)
         names = [*([short[f.name]] if short and f.name in short else []), f"--{'lr' if f.name == 'rate' else f.name.replace('_', '-')}"]
         help = f"{f.metadata['help']} (default: {_default(f)})".replace("%", "%%")
-        if f.type == "bool":
+        if str(f.type).startswith("bool"):
             groups[heading].add_argument(*names, dest=f.name, action=argparse.BooleanOptionalAction, default=None, help=help)
         else:
             choices = f.metadata["choices"] or None
@@ -281,14 +312,16 @@ def _add_settings(parser: argparse.ArgumentParser, settings: type, short: dict[s
 
 def _default(f: dataclasses.Field) -> str:
     """What happens without the flag, in words."""
-    if isinstance(f.default, bool):
-        return "yes" if f.default else "no"
     if f.default is not None:
-        return str(f.default) or "nothing"
-    values = {preset[f.name] for preset in PRESETS.values() if f.name in preset}
+        return _said(f.default)
+    values = {preset: _said(chosen[f.name]) for preset, chosen in PRESETS.items() if f.name in chosen}
     if not values:
         return "the checkpoint's own"
-    return f"{values.pop()}" if len(values) == 1 else f"{PRESETS['sd1'][f.name]}, for the mini-SD {PRESETS['mini'][f.name]}"
+    return values["sd1"] if len(set(values.values())) == 1 else f"{values['sd1']}, for the mini-SD {values['mini']}"
+
+
+def _said(value: Any) -> str:
+    return {True: "yes", False: "no", "": "nothing"}.get(value, str(value)) if isinstance(value, (bool, str)) else str(value)
 
 
 def _where(arguments: argparse.Namespace) -> dict[str, Any]:

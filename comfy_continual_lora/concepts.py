@@ -99,11 +99,16 @@ def load_images(source: str | Path | Iterable[str | Path], size: int, *, fit: st
             problems.append(str(error))
             continue
         hashes.append(hashlib.sha256(path.read_bytes()).hexdigest())
-        text = path.with_suffix(".txt")
-        captions.append(text.read_text(encoding="utf-8", errors="replace").strip() or None if text.exists() else None)
+        captions.append(caption_of(path))
     if problems:
         raise ConceptImagesError("\n".join(problems))
     return from_pil(squares, captions, hashes)
+
+
+def caption_of(path: Path) -> str | None:
+    """What the .txt beside a picture says."""
+    text = path.with_suffix(".txt")
+    return text.read_text(encoding="utf-8", errors="replace").strip() or None if text.exists() else None
 
 
 def from_pil(squares: Sequence[Image.Image], captions: Sequence[str | None], hashes: Sequence[str]) -> ConceptImages:

@@ -10,7 +10,6 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -30,8 +29,8 @@ class Exported:
     triggers: list[str]  # how prompts name each concept
 
 
-def kohya_lora(adapter: Adapter, shapes: Mapping[str, torch.Size]) -> dict[str, Tensor]:
-    """The adapter under kohya's names, float16; `shapes` are those of the layers' weights. A full-size change becomes ".diff"."""
+def kohya_lora(adapter: Adapter, width: int) -> dict[str, Tensor]:
+    """The adapter under kohya's names, float16; `width` is that of the text features. A full-size change becomes ".diff"."""
     found: dict[str, Tensor] = {}
     for layer, parts in layers_of(adapter).items():
         name = f"lora_unet_{layer.replace('.', '_')}"
@@ -39,7 +38,7 @@ def kohya_lora(adapter: Adapter, shapes: Mapping[str, torch.Size]) -> dict[str, 
             found[f"{name}.diff"] = parts["D"]
             continue
         if "d" in parts:
-            down, up = projections(rank_of(adapter), *shapes[layer])
+            down, up = projections(rank_of(adapter), len(parts["b"]), width)
             down, up = parts["d"][:, None] * down, parts["b"][:, None] * up
         else:
             down, up = parts["A"], parts["B"]
@@ -47,7 +46,12 @@ def kohya_lora(adapter: Adapter, shapes: Mapping[str, torch.Size]) -> dict[str, 
     return {key: tensor.half().contiguous() for key, tensor in found.items()}
 
 
-def export_files(stack: ConceptStack, shapes: Mapping[str, torch.Size], out: Path, embeddings: Path, stem: str) -> Exported:
+def stock_lora(stack: ConceptStack) -> dict[str, Tensor]:
+    """`kohya_lora` of the stack's adapter; empty where the words alone are all there is. SD1.x: text features are as wide as a word's vector."""
+    return kohya_lora(stack.adapter, next(iter(stack.words.values())).numel()) if stack.adapter else {}
+
+
+def export_files(stack: ConceptStack, out: Path, embeddings: Path, stem: str) -> Exported:
     """Write the files; the LoRA's name ends in a hash of its weights. Errors: StackError for an empty stack or a folder that can't be written."""
     if not stack.records:
         raise StackError("The stack holds no concept, so there is nothing to export. Learn one first.")
@@ -59,7 +63,7 @@ def export_files(stack: ConceptStack, shapes: Mapping[str, torch.Size], out: Pat
         for record in stack.records:
             words.append(embeddings / f"{record.token}.safetensors")
             write_whole(words[-1], save({"emb_params": stack.words[record.id][None].half()}))
-        lora = _write_lora(stack, kohya_lora(stack.adapter, shapes), out, stem, triggers) if stack.adapter else None
+        lora = _write_lora(stack, stock_lora(stack), out, stem, triggers) if stack.adapter else None
     except OSError as error:
         raise StackError(f"The export to {out} failed ({error.strerror or error}): no room or no permission there. The stack is unchanged.") from None
     return Exported(lora, words, triggers)

@@ -14,22 +14,25 @@ import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
+from PIL.Image import Image
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
 
 from .checkpoint.backbone import Backbone
+from .concepts import to_pil
 from .diffusion import add_noise, alphas_cumprod, generator_for, loss_per_example, one_of, random_batch
 from .errors import TrainingError
 from .lora import Adapter, attached, joined
 from .methods import METHODS
 from .methods.method import Penalty
 from .progress import OnProgress, Progress
-from .settings import ConsolidateSettings, LearnSettings
+from .sample import draw
+from .settings import ConsolidateSettings, DrawSettings, LearnSettings
 from .store import write_whole
 
 
@@ -48,6 +51,7 @@ class Lesson:
     word: Tensor
     penalty: Penalty | None = None
     beneath: Adapter | None = None
+    shown: Sequence[str] = ()  # prompts of the preview pictures
 
 
 @dataclass(frozen=True)
@@ -89,7 +93,12 @@ def learn(backbone: Backbone, lesson: Lesson, settings: LearnSettings, snapshot:
             found = {"denoising": loss_per_example(backbone.predict(noisy, timestep, features), noise).mean()}
             return {**found, "penalty": lesson.penalty(factors)} if lesson.penalty else found
 
-        run.train(terms, on_progress)
+        def tell(progress: Progress) -> None:
+            if settings.preview_every and progress.step % settings.preview_every == 0:
+                progress = replace(progress, preview=_preview(backbone, lesson, vector))
+            on_progress(progress)
+
+        run.train(terms, tell)
         kept = {k: v.detach().cpu().clone() for k, v in factors.items()} if factors else lesson.adapter
         if lesson.beneath and kept:
             kept = joined(lesson.beneath, kept)
@@ -218,12 +227,19 @@ def identity(
     backbone: Backbone, settings: ConsolidateSettings, latents: Tensor, start: Mapping[str, Adapter | None], prompts: Sequence[Sequence[str]] = ()
 ) -> str:
     """A hash of all that decides how a run goes; a snapshot is used only by the very run that wrote it."""
-    choices = {k: v for k, v in asdict(settings).items() if k != "snapshot_every"}
+    choices = {k: v for k, v in asdict(settings).items() if k not in ("snapshot_every", "preview_every")}
     digest = hashlib.sha256(json.dumps([backbone.fingerprint, prompts, choices]).encode())
     tensors = {f"{part}/{name}": tensor for part, adapter in start.items() for name, tensor in (adapter or {}).items()}
     for name, tensor in sorted({"latents": latents, **tensors}.items()):
         digest.update(name.encode() + tensor.detach().float().cpu().numpy().tobytes())
     return digest.hexdigest()
+
+
+def _preview(backbone: Backbone, lesson: Lesson, vector: Tensor) -> Image:
+    """What `lesson.shown` draws now, side by side. Its draws are its own: a run with previews ends as one without."""
+    settings = DrawSettings(steps=15).resolved(backbone.preset)
+    pictures = draw(backbone, {**lesson.words, lesson.token: vector}, lesson.shown, [0] * len(lesson.shown), settings)
+    return to_pil(torch.cat(list(pictures), dim=2))
 
 
 def _features(backbone: Backbone, prompts: Sequence[str], words: Mapping[str, Tensor]) -> Tensor:

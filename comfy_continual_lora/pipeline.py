@@ -10,7 +10,8 @@ leaves the concept stack as it was.
 from __future__ import annotations
 
 import hashlib
-from dataclasses import KW_ONLY, asdict, dataclass, field
+import json
+from dataclasses import KW_ONLY, asdict, dataclass, field, replace
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -20,9 +21,10 @@ from PIL import Image
 from safetensors import safe_open
 
 from . import classifier, concepts, dsc, sample, store
+from . import evaluate as retention
 from .checkpoint.backbone import Backbone, FrozenText
 from .checkpoint.load import load_backbone
-from .errors import SettingError, StackError
+from .errors import ConceptImagesError, SettingError, StackError
 from .export import Exported, export_files
 from .fisher import Target, fisher
 from .learn import Learned, Lesson, learn, number_format
@@ -30,7 +32,7 @@ from .lora import Adapter, attached, kind_of, new_adapter, rank_of
 from .methods import METHODS
 from .methods.method import Penalty
 from .progress import OnProgress, Progress, ignore
-from .settings import TEMPLATES, ConsolidateSettings, DrawSettings, LearnSettings, ScoreSettings
+from .settings import TEMPLATES, ConsolidateSettings, DrawSettings, EvaluateSettings, LearnSettings, ScoreSettings
 
 
 @dataclass(frozen=True)
@@ -56,6 +58,11 @@ class LearnRequest(Request):
     noun: str
     settings: LearnSettings = field(default_factory=LearnSettings)
 
+    @property
+    def digest(self) -> str:
+        """A hash of what is asked for, wherever the pictures lie; a stack remembers it."""
+        return _digest(self.images, self.settings, self.token, self.noun)
+
 
 @dataclass(frozen=True)
 class DrawRequest(Request):
@@ -79,6 +86,10 @@ class ConsolidateRequest(Request):
     images: Path | list[Path]
     settings: ConsolidateSettings = field(default_factory=ConsolidateSettings)
 
+    @property
+    def digest(self) -> str:
+        return _digest(self.images, self.settings)
+
 
 @dataclass(frozen=True)
 class ScoreRequest(Request):
@@ -86,6 +97,15 @@ class ScoreRequest(Request):
 
     images: Path | list[Path]
     settings: ScoreSettings = field(default_factory=ScoreSettings)
+
+
+@dataclass(frozen=True)
+class EvaluateRequest(Request):
+    """How much is remembered? `images` may hold folders named after tokens with their pictures; `clip` a CLIP vision model to compare with."""
+
+    images: Path | None = None
+    clip: Path | None = None
+    settings: EvaluateSettings = field(default_factory=EvaluateSettings)
 
 
 @dataclass(frozen=True)
@@ -161,13 +181,23 @@ def consolidate(request: ConsolidateRequest, on_progress: OnProgress = ignore) -
         newest = _Newest(backbone, stack, record, _latents(backbone, pictures, settings), text, penalty, settings, on_progress)
         if not newest.past:
             raise StackError(f"There is nothing to consolidate: no concept before {record.token} in {path} has a LoRA.")
-        adapter, losses = newest.consolidated(adapter, True, path)
+        consolidated, losses = newest.consolidated(adapter, True, path)
         if had_fisher:
-            stack.fishers[record.id] = newest.fisher(adapter)
-        stack.add(record, word, adapter)
+            stack.fishers[record.id] = newest.fisher(consolidated)
+        record = replace(record, consolidated=request.digest)
+        stack.add(record, word, consolidated)
+        stack.before = adapter
         store.save_stack(stack, path)
         _snapshot(path, record.token, "dsc").unlink(missing_ok=True)
     return LearnResult(record, losses, path)
+
+
+def learned_before(request: LearnRequest) -> store.ConceptRecord | None:
+    """The stack's concept that this very request has taught it already: the same pictures, captions, words and settings."""
+    if not request.stack_file.exists():
+        return None
+    held = store.open_stack(request.stack_file)
+    return next((record for record in held.records if record.request == request.digest), None)
 
 
 def dc_scores(request: ScoreRequest, on_progress: OnProgress = ignore) -> list[Scored]:
@@ -206,6 +236,28 @@ def draw(request: DrawRequest, on_progress: OnProgress = ignore) -> list[Drawn]:
     return [Drawn(prompt, seed, concepts.to_pil(picture)) for prompt, seed, picture in zip(prompts, seeds, pictures, strict=True)]
 
 
+def evaluate(request: EvaluateRequest, on_progress: OnProgress = ignore) -> retention.Retention:
+    """Draw every concept with every version of the stack since it was learned, and tell how much is kept."""
+    request.settings.check()
+    groups = dict(_groups(request.images)) if request.images else {}
+    backbone = _load(request, on_progress)
+    stack = store.load_stack(request.stack_file, backbone.fingerprint)
+    if not stack.records:
+        raise StackError(f"{request.checkpoint} has learned no concept yet, so there is nothing to evaluate. Learn one first.")
+    settings = request.settings.resolved(backbone.preset)
+    tokens = {token.lower(): token for token in stack.tokens}
+    if groups and not tokens.keys() & {name.lower() for name in groups}:
+        raise ConceptImagesError(
+            f"No folder in {request.images} is named after a concept. Expected {', '.join(stack.tokens)}; found {', '.join(groups)}."
+        )
+    given = {
+        tokens[name.lower()]: concepts.load_images(files, settings.size or backbone.size).images
+        for name, files in groups.items()
+        if name.lower() in tokens
+    }
+    return retention.evaluate(backbone, stack, given, retention.features(backbone, request.clip), settings, on_progress)
+
+
 def info(checkpoint: Path, stack: Path | None = None) -> dict[str, Any]:
     """What a checkpoint has learned, read from the stack's header alone; the checkpoint is loaded only where there is no stack yet."""
     path = stack or store.stack_path(checkpoint)
@@ -230,20 +282,14 @@ def info(checkpoint: Path, stack: Path | None = None) -> dict[str, Any]:
 
 def export(checkpoint: Path, out: Path, *, embeddings: Path | None = None, stack: Path | None = None) -> Exported:
     """Write the stack as one kohya LoRA and one embedding a word; `embeddings` is the words' folder if it is another."""
-    path = stack or store.stack_path(checkpoint)
-    backbone = load_backbone(checkpoint, device="cpu")
-    held = store.load_stack(path, backbone.fingerprint)
-    shapes = {name: layer.weight.shape for name, layer in backbone.kv_layers.items()}
-    return export_files(held, shapes, out, embeddings or out, checkpoint.stem)
+    return export_files(store.open_stack(stack or store.stack_path(checkpoint)), out, embeddings or out, checkpoint.stem)
 
 
 def undo(checkpoint: Path, stack: Path | None = None) -> store.ConceptRecord:
     """Take the newest concept off the stack; the earlier ones are again exactly what they were before it was learned."""
     path = stack or store.stack_path(checkpoint)
     with store.writing(path):
-        if not path.exists():
-            raise store.StackError(f"There is nothing to undo: no concept stack at {path}.")
-        held = store.load_stack(path, store.read_header(path)["fingerprint"])
+        held = store.open_stack(path)
         record = held.undo()
         store.save_stack(held, path)
     return record
@@ -300,7 +346,9 @@ def _lesson(
         adapter = new_adapter(backbone, settings.rank, generator, kind)
     prompts = [concepts.prompts_for(request.token, "" if anew else request.noun, TEMPLATES, caption) for caption in pictures.captions]
     penalty = method.penalty(stack, settings, backbone.device)
-    return Lesson(latents, prompts, request.token, stack.tokens, adapter, word, penalty, stack.adapter if anew else None)
+    names = [concepts.name_of(request.token, "" if anew else request.noun), *(record.name for record in stack.records[:1])]
+    shown = [f"a photo of a {name}" for name in names]
+    return Lesson(latents, prompts, request.token, stack.tokens, adapter, word, penalty, stack.adapter if anew else None, shown)
 
 
 @dataclass(frozen=True)
@@ -346,6 +394,14 @@ class _Newest:
             return fisher(self.backbone, factors, target, self.text, self.settings, self.on_progress)
 
 
+def _digest(images: Path | list[Path], settings: ConsolidateSettings, *words: str) -> str:
+    choices = {k: v for k, v in asdict(settings).items() if k not in ("snapshot_every", "preview_every")}
+    digest = hashlib.sha256(json.dumps([*words, choices], sort_keys=True).encode())
+    for path in concepts.find_images(images):
+        digest.update(path.read_bytes() + (concepts.caption_of(path) or "").encode())
+    return digest.hexdigest()
+
+
 def _groups(images: Path | list[Path]) -> list[tuple[str, list[Path]]]:
     """(name of the folder, its pictures): the folder itself, or the folders in it."""
     if isinstance(images, Path) and images.is_dir():
@@ -367,5 +423,5 @@ def _record(
     return store.ConceptRecord(
         id=identity, token=request.token, noun=request.noun, method=settings.method, images=len(pictures.images), steps=settings.steps,
         seed=settings.seed, prompts=prompts, hashes=list(pictures.hashes), learned=now, loss=sum(tail) / len(tail), preview=pictures.preview,
-        settings=asdict(settings), with_noun=with_noun,
+        settings=asdict(settings), with_noun=with_noun, request=request.digest,
     )  # fmt: skip

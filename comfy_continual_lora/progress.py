@@ -4,11 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
 
 
 @dataclass(frozen=True)
 class Progress:
-    """One report: step of steps; what is done; loss, its parts and rate while learning; seconds still to go, as far as can be told."""
+    """One report: step of steps; what is done; loss, its parts and rate while learning; seconds still to go, as far as can be told; a preview."""
 
     stage: str
     step: int
@@ -17,6 +21,7 @@ class Progress:
     rate: float | None = None
     seconds_left: float | None = None
     parts: dict[str, float] = field(default_factory=dict)
+    preview: Image | None = None
 
 
 OnProgress = Callable[[Progress], None]

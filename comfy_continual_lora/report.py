@@ -12,6 +12,7 @@ from pathlib import Path
 from PIL import Image, ImageDraw
 
 from .concepts import read_image, to_square
+from .evaluate import Retention
 from .pipeline import Drawn, Scored
 
 _STYLE = """
@@ -66,6 +67,38 @@ def score_sheet(scored: Sequence[Scored], *, side: int = 96, bars: int = 5) -> I
     return sheet
 
 
+def retention_table(found: Retention) -> str:
+    """A line a concept: how alike when just learned and now, the class noun's likeness, how much is kept, the DC score now."""
+    lines = ["concept                  learned   now   noun   kept   DC score"]
+    for j, name in enumerate(found.names):
+        kept = "     -" if found.kept[j].isnan() else f"{100 * float(found.kept[j]):5.0f} %"
+        score = "      -" if found.recognised[j].isnan() else f"{float(found.recognised[j]):7.2f}"
+        learned, now, noun = (float(x) for x in (found.likeness[j, j], found.likeness[-1, j], found.floor[j]))
+        lines.append(f"{name[:24]:<24} {learned:7.2f} {now:6.2f} {noun:6.2f} {kept}  {score}")
+    return "\n".join(lines)
+
+
+def retention_sheet(found: Retention, *, side: int = 96, shown: int = 2) -> Image.Image:
+    """The heat map of R with pictures: a row for each concept, a column for each concept learned since; green is alike, red is not."""
+    count, margin = len(found.names), 130
+    width = shown * side + 8
+    sheet = Image.new("RGB", (margin + count * width, 24 + count * (side + 26)), "white")
+    draw = ImageDraw.Draw(sheet)
+    for i, name in enumerate(found.names):
+        draw.text((margin + i * width + 4, 6), f"after {name}", fill="black")
+    for (i, j), pictures in found.pictures.items():
+        left, top = margin + i * width, 24 + j * (side + 26)
+        low = min(float(found.floor[j]), float(found.likeness[j, j]) - 0.05)
+        share = min(1.0, max(0.0, (float(found.likeness[i, j]) - low) / (float(found.likeness[j, j]) - low)))
+        color = (int(220 - 120 * share), int(110 + 90 * share), 110)
+        draw.rectangle((left, top, left + width - 3, top + side + 23), fill=color)
+        for place, picture in enumerate(pictures[:shown]):
+            sheet.paste(picture.resize((side, side)), (left + 3 + place * side, top + 3))
+        draw.text((left + 6, top + side + 7), f"{float(found.likeness[i, j]):.2f}", fill="black")
+        draw.text((4, top + side // 2), found.names[j], fill="black")
+    return sheet
+
+
 def figure(images: Sequence[Image.Image], caption: str, width: int = 128) -> str:
     """A row of pictures with a caption, as HTML."""
     tags = "".join(f'<img width="{width}" alt="" src="data:image/png;base64,{_png(image)}">' for image in images)
@@ -74,8 +107,7 @@ def figure(images: Sequence[Image.Image], caption: str, width: int = 128) -> str
 
 def curve(values: Sequence[float], caption: str, *, width: int = 520, height: int = 140) -> str:
     """A loss curve as SVG: the running mean over a twentieth of the steps."""
-    window = max(1, len(values) // 20)
-    smooth = [sum(values[max(0, i - window + 1) : i + 1]) / min(i + 1, window) for i in range(len(values))]
+    smooth = _smooth(values)
     low, high = min(smooth), max(smooth)
     spread = high - low or 1.0
     points = " ".join(
@@ -88,6 +120,28 @@ def curve(values: Sequence[float], caption: str, *, width: int = 520, height: in
         f'<text x="40" y="{height - 6}">step 1</text><text x="{width - 60}" y="{height - 6}">{len(values)}</text></g></svg>'
         f"<figcaption>{html.escape(caption)}</figcaption></figure>"
     )
+
+
+def curve_picture(values: Sequence[float], caption: str, *, width: int = 520, height: int = 200) -> Image.Image:
+    """The same as a picture; without values it says so."""
+    sheet = Image.new("RGB", (width, height), "white")
+    draw = ImageDraw.Draw(sheet)
+    draw.text((50, height - 16), caption if values else f"{caption}: nothing to draw, it was done before", fill="#555555")
+    if values:
+        smooth = _smooth(values)
+        low, high = min(smooth), max(smooth)
+        spread = high - low or 1.0
+        points = [(50 + i * (width - 60) / max(1, len(smooth) - 1), 10 + (high - v) / spread * (height - 40)) for i, v in enumerate(smooth)]
+        draw.line(points if len(points) > 1 else points * 2, fill="#2563eb", width=2)
+        draw.text((2, 6), f"{high:.3f}", fill="#555555")
+        draw.text((2, height - 36), f"{low:.3f}", fill="#555555")
+    return sheet
+
+
+def _smooth(values: Sequence[float]) -> list[float]:
+    """The running mean over a twentieth of the steps."""
+    window = max(1, len(values) // 20)
+    return [sum(values[max(0, i - window + 1) : i + 1]) / min(i + 1, window) for i in range(len(values))]
 
 
 def page(title: str, intro: str, sections: Sequence[tuple[str, Sequence[str]]]) -> str:

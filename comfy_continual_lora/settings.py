@@ -27,9 +27,15 @@ TEMPLATES = (
 )
 
 PRESETS: dict[str, dict[str, Any]] = {
-    "sd1": {"rank": 16, "steps": 1000, "batch": 1, "rate": 2e-4, "token_rate": 1e-3, "ewc_strength": 1e-3, "dsc_steps": 200, "guidance": 7.5},
-    "mini": {"rank": 16, "steps": 300, "batch": 8, "rate": 1.5e-3, "token_rate": 5e-3, "ewc_strength": 1e-3, "dsc_steps": 60, "guidance": 4.0},
-}
+    "sd1": {
+        "rank": 16, "steps": 1000, "batch": 1, "rate": 2e-4, "token_rate": 1e-3, "flip": True, "ewc_strength": 1e-3, "dsc_steps": 200,
+        "guidance": 7.5,
+    },
+    "mini": {
+        "rank": 16, "steps": 300, "batch": 8, "rate": 1.5e-3, "token_rate": 5e-3, "flip": False, "ewc_strength": 1e-3, "dsc_steps": 60,
+        "guidance": 4.0,
+    },
+}  # fmt: skip
 
 
 def setting(
@@ -85,7 +91,7 @@ class ConsolidateSettings(Settings):
     seed: int = setting(0, "seed of every random draw", low=0, high=2**63 - 1)
     size: int | None = setting(None, "side of the training pictures", low=64, high=4096, unit="pixels", multiple=8)
     fit: str = setting("crop", "pictures that are not square are cropped to the middle or padded with their edge", choices=("crop", "pad"))
-    flip: bool = setting(True, "also learn from the mirrored pictures; switch off for things with writing on them")
+    flip: bool | None = setting(None, "also learn from the mirrored pictures; switch off for things with writing on them")
     precision: str = setting(
         "auto", "number format of the frozen checkpoint while learning; auto takes bf16 or fp16 where the device is faster with it",
         choices=("auto", "fp32", "bf16", "fp16"),
@@ -122,6 +128,7 @@ class ConsolidateSettings(Settings):
 class LearnSettings(ConsolidateSettings):
     method: str = setting("lora_dsc_ewc_dc", "how to learn; README has the table", choices=METHODS)
     steps: int | None = setting(None, "training steps", low=1, high=1_000_000)
+    preview_every: int = setting(0, "steps between pictures of the new concept and of the first one, drawn while learning; 0 draws none", low=0)
     adapter: str = setting("lora", "kind of adapter for the lora methods: lora, or the smaller vera", choices=("lora", "vera"))
     rank: int | None = setting(None, "rank of the LoRA; a stack keeps the rank it began with", low=1, high=256)
     token_rate: float | None = setting(None, "learning rate of the word's vector", low=0, high=1)
@@ -145,6 +152,16 @@ class ScoreSettings(Settings):
     seed: int = setting(0, "seed of timesteps and noise", low=0, high=2**63 - 1)
     size: int | None = setting(None, "side the pictures are scaled to", low=64, high=4096, unit="pixels", multiple=8)
     fit: str = setting("crop", "pictures that are not square are cropped to the middle or padded with their edge", choices=("crop", "pad"))
+
+
+@dataclass(frozen=True)
+class EvaluateSettings(Settings):
+    pictures: int = setting(4, "pictures of each concept and version", low=1, high=1000)
+    steps: int = setting(20, "sampling steps", low=1, high=1000)
+    guidance: float | None = setting(None, "classifier-free guidance; 1 switches it off", low=0, high=100)
+    trials: int = setting(8, "noisy versions of a picture that the DC scores compare", low=1, high=10_000)
+    seed: int = setting(0, "seed of the first picture; the next ones follow", low=0, high=2**63 - 1)
+    size: int | None = setting(None, "side of the drawn pictures", low=64, high=4096, unit="pixels", multiple=8)
 
 
 @dataclass(frozen=True)

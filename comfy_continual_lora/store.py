@@ -49,6 +49,8 @@ class ConceptRecord:
     preview: str  # JPEG, base64
     settings: dict[str, Any]
     with_noun: bool = True  # whether prompts name it "V1 mug" or "V1"
+    request: str = ""  # hash of what was asked for: pictures, captions, words, settings
+    consolidated: str = ""  # the same of the last consolidation by itself
 
     @property
     def name(self) -> str:
@@ -68,6 +70,7 @@ class ConceptStack:
     rank: int | None = None
     fishers: dict[str, Adapter] = field(default_factory=dict)  # by concept id; none for methods without EWC
     tau: float | None = None  # temperature of the DC scores, calibrated on the first concept
+    before: Adapter | None = None  # the newest adapter before it was consolidated by itself
 
     @property
     def tokens(self) -> dict[str, Tensor]:
@@ -84,7 +87,7 @@ class ConceptStack:
             self.pool[self.records[-1].id] = self.adapter
         self.records.append(record)
         self.words[record.id] = word
-        self.adapter = adapter
+        self.adapter, self.before = adapter, None
 
     def undo(self) -> ConceptRecord:
         """Take the newest concept off: word, record and Fisher; the adapter is as it was before."""
@@ -95,8 +98,17 @@ class ConceptStack:
         self.fishers.pop(record.id, None)
         if not self.records:
             self.tau = self.rank = None
-        self.adapter = self.pool.pop(self.records[-1].id, None) if self.records else None
+        self.adapter, self.before = self.pool.pop(self.records[-1].id, None) if self.records else None, None
         return record
+
+    def as_of(self, count: int, *, consolidated: bool = True) -> ConceptStack:
+        """A stack as this one was with its first `count` concepts; `consolidated` false: before the newest one was consolidated by itself."""
+        past = dataclasses.replace(self, records=list(self.records), words=dict(self.words), pool=dict(self.pool), fishers=dict(self.fishers))
+        while len(past.records) > max(count, 0):
+            past.undo()
+        if not consolidated and past.before is not None:
+            past.adapter = past.before
+        return past
 
 
 def stack_path(checkpoint: str | Path) -> Path:
@@ -142,6 +154,8 @@ def load_stack(path: Path, fingerprint: str) -> ConceptStack:
                     stack.words[rest] = tensor
                 elif part == "adapter":
                     stack.adapter = {**(stack.adapter or {}), rest: tensor}
+                elif part == "before":
+                    stack.before = {**(stack.before or {}), rest: tensor}
                 else:
                     concept, _, name = rest.partition(".")
                     (stack.pool if part == "pool" else stack.fishers).setdefault(concept, {})[name] = tensor
@@ -150,10 +164,18 @@ def load_stack(path: Path, fingerprint: str) -> ConceptStack:
     return stack
 
 
+def open_stack(path: Path) -> ConceptStack:
+    """Read a stack whatever its checkpoint. Raises StackError where there is none."""
+    if not path.exists():
+        raise StackError(f"There is no concept stack at {path}. Learn a concept first.")
+    return load_stack(path, read_header(path)["fingerprint"])
+
+
 def save_stack(stack: ConceptStack, path: Path) -> None:
     """Write the stack so that at every moment either the old or the new version is whole on disk."""
     tensors = {f"word.{concept}": word for concept, word in stack.words.items()}
-    tensors |= {f"adapter.{name}": tensor for name, tensor in (stack.adapter or {}).items()}
+    for part, adapter in (("adapter", stack.adapter), ("before", stack.before)):
+        tensors |= {f"{part}.{name}": tensor for name, tensor in (adapter or {}).items()}
     for part, held in (("pool", stack.pool), ("fisher", stack.fishers)):
         tensors |= {f"{part}.{concept}.{name}": tensor for concept, adapter in held.items() for name, tensor in adapter.items()}
     header = {

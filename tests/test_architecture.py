@@ -16,11 +16,11 @@ LIGHT = ("settings", "errors", "progress", "cli", "__main__")
 # Every module may import from its own layer and the ones after it.
 LAYERS = (
     ("__main__",),
-    ("cli",),
+    ("cli", "comfy_nodes"),
     ("demo",),
     ("report",),
     ("pipeline",),
-    ("dsc", "export"),
+    ("dsc", "export", "evaluate"),
     ("learn", "sample", "fisher"),
     ("classifier",),
     ("mini",),

@@ -14,7 +14,7 @@ import pytest
 from conftest import save_concept
 
 from comfy_continual_lora import cli, store
-from comfy_continual_lora.settings import ConsolidateSettings, DrawSettings, LearnSettings, ScoreSettings
+from comfy_continual_lora.settings import ConsolidateSettings, DrawSettings, EvaluateSettings, LearnSettings, ScoreSettings
 
 COMMAND = [sys.executable, "-m", "comfy_continual_lora"]
 ROOT = Path(__file__).parents[1]
@@ -51,6 +51,11 @@ def test_mini_learn_learn_info_draw_undo(tmp_path: Path) -> None:
     assert [row["label"] for row in rows["images"]] == ["V1"] * 4
     assert rows["accuracy"] == sum(row["right"] for row in rows["images"]) / 4
     assert (out / "scores.png").stat().st_size > 1000
+    plot = ["--plot", out / "retention.png"]
+    kept = run("evaluate", "--checkpoint", checkpoint, "--pictures", 1, "--steps", 2, "--trials", 2, "--json", *plot, "--device", "cpu")
+    assert kept.returncode == 0, kept.stderr
+    assert json.loads(kept.stdout)["concepts"] == ["V1 ball", "V2 fish"]
+    assert (out / "retention.png").stat().st_size > 1000
     done = run("consolidate", "--checkpoint", checkpoint, "--images", tmp_path / "V2", "--batch", 3, "--dsc-steps", 2, "--fisher-samples", 4)
     assert "Consolidated V2" in done.stdout, done.stderr
     assert "Took V2" in run("undo", "--checkpoint", checkpoint).stdout
@@ -105,7 +110,7 @@ def test_an_unknown_flag_and_a_missing_one_end_with_2() -> None:
     assert run("draw", "--checkpoint", "x", "--prompt", "y", "--nonsense").returncode == 2
 
 
-@pytest.mark.parametrize("command", ["demo", "mini", "learn", "consolidate", "scores", "draw", "export", "info", "undo"])
+@pytest.mark.parametrize("command", ["demo", "mini", "learn", "consolidate", "scores", "evaluate", "draw", "export", "info", "undo"])
 def test_help(command: str) -> None:
     done = run(command, "--help")
     assert done.returncode == 0
@@ -115,20 +120,22 @@ def test_help(command: str) -> None:
 _VALUES = {int: 65, float: 0.5, str: None}
 
 
-@pytest.mark.parametrize("settings", [LearnSettings, ConsolidateSettings, ScoreSettings, DrawSettings])
+@pytest.mark.parametrize("settings", [LearnSettings, ConsolidateSettings, ScoreSettings, EvaluateSettings, DrawSettings])
 def test_every_setting_has_a_flag_that_reaches_it(settings: type, monkeypatch: pytest.MonkeyPatch) -> None:
     command = {
         LearnSettings: "learn --checkpoint c --images i --token V1 --noun n",
         ConsolidateSettings: "consolidate --checkpoint c --images i",
         ScoreSettings: "scores --checkpoint c --images i",
+        EvaluateSettings: "evaluate --checkpoint c",
         DrawSettings: "draw --checkpoint c --prompt p",
     }[settings]
     for f in dataclasses.fields(settings):
         kind = {"int": int, "float": float}.get(str(f.type).split(" ")[0], str)
         choices = [c for c in f.metadata["choices"] if c != f.default] or ["text"]
-        value = (not f.default) if f.type == "bool" else choices[0] if kind is str else kind(_VALUES[kind])
+        flips = str(f.type).startswith("bool")
+        value = (not f.default) if flips else choices[0] if kind is str else kind(_VALUES[kind])
         flag = f"--{'lr' if f.name == 'rate' else f.name.replace('_', '-')}"
-        words = [flag if value else flag.replace("--", "--no-")] if f.type == "bool" else [flag, str(value)]
+        words = [flag if value else flag.replace("--", "--no-")] if flips else [flag, str(value)]
         parsed = cli._parser().parse_args([*command.split(), *words])
         assert settings(**cli._given(parsed, settings)) == dataclasses.replace(settings(), **{f.name: value})
 

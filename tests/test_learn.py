@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import resource
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -128,6 +129,31 @@ def test_a_full_disk_while_learning_is_told_and_harms_nothing(backbone: Backbone
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert (tmp_path / "s").read_bytes() == before
+
+
+def test_previews_show_both_and_change_nothing(checkpoint: Path, pictures: Path, tmp_path: Path) -> None:
+    seen = []
+    first = pipeline.LearnRequest(checkpoint, pictures, "V1", "ball", QUICK, device="cpu")
+    pipeline.learn_concept(first)
+    second = replace(first, token="V2", stack=Path(shutil.copy(first.stack_file, tmp_path / "other")))
+    pipeline.learn_concept(replace(second, settings=replace(QUICK, preview_every=2)), lambda p: seen.append(p.preview))
+    pipeline.learn_concept(replace(second, stack=None))
+    assert [p.size for p in seen if p] == [(256, 128)] * (QUICK.steps // 2)
+    with_previews, without = (store.open_stack(path) for path in (second.stack_file, first.stack_file))
+    assert with_previews.adapter
+    assert without.adapter
+    assert all(torch.equal(with_previews.adapter[k], t) for k, t in without.adapter.items())
+
+
+def test_the_same_request_is_known(checkpoint: Path, pictures: Path) -> None:
+    request = pipeline.LearnRequest(checkpoint, pictures, "V1", "ball", QUICK, device="cpu")
+    assert pipeline.learned_before(request) is None
+    record = pipeline.learn_concept(request).record
+    assert pipeline.learned_before(request) == record
+    assert pipeline.learned_before(replace(request, settings=replace(QUICK, snapshot_every=3, preview_every=1))) == record
+    assert pipeline.learned_before(replace(request, settings=replace(QUICK, seed=3))) is None
+    (pictures / "0.txt").write_text("a ball")
+    assert pipeline.learned_before(request) is None
 
 
 def test_two_concepts_in_sequence_then_undo(checkpoint: Path, pictures: Path, tmp_path: Path) -> None:

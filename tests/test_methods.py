@@ -161,12 +161,16 @@ def test_consolidate_by_itself(checkpoint: Path, folders: dict[str, Path]) -> No
     done = pipeline.consolidate(pipeline.ConsolidateRequest(checkpoint, folders["V2"], wanted, device="cpu"))
     after, (one, two) = _stack(checkpoint), before.records
     assert len(done.losses) == 3
-    assert done.record == two
-    assert after.records == before.records
+    wanted_digest = pipeline.ConsolidateRequest(checkpoint, folders["V2"], wanted, device="cpu").digest
+    assert done.record == replace(two, consolidated=wanted_digest)
+    assert after.records == [one, done.record]
     assert after.adapter
     assert before.adapter
     assert any(not torch.equal(t, before.adapter[k]) for k, t in after.adapter.items())
     assert all(torch.equal(t, before.pool[one.id][k]) for k, t in after.pool[one.id].items())
+    unconsolidated = after.as_of(2, consolidated=False).adapter
+    assert unconsolidated
+    assert all(torch.equal(t, before.adapter[k]) for k, t in unconsolidated.items())
     assert any(not torch.equal(t, before.fishers[two.id][k]) for k, t in after.fishers[two.id].items())
     pipeline.undo(checkpoint)
     with pytest.raises(store.StackError, match="nothing to consolidate"):

@@ -10,13 +10,16 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from diffusers import AutoencoderTiny
 from safetensors import safe_open
 from safetensors.torch import load_file, save, save_file
 from torch import Tensor
+from transformers import CLIPModel
 
 from ..checkpoint import keys
 from ..checkpoint.load import MINI_ARCHITECTURE
@@ -117,6 +120,21 @@ def write_checkpoint(path: Path, *, stock: bool = False) -> None:
     write_whole(path, save(state, metadata))
     if stock:
         path.with_suffix(".yaml").write_text(_YAML)
+
+
+@torch.no_grad()
+def vision_features(pictures: Tensor) -> Tensor:
+    """The image tower of the mini-SD's CLIP: pictures (n, 3, 128, 128) in -1..1 -> (n, 192). Other sizes are scaled."""
+    scaled = F.interpolate(pictures, size=(128, 128), mode="bilinear", antialias=True) if pictures.shape[-1] != 128 else pictures
+    clip = _vision_tower()
+    return clip.visual_projection(clip.vision_model(pixel_values=scaled).pooler_output)
+
+
+@cache
+def _vision_tower() -> CLIPModel:
+    clip = parts.new_clip().eval()
+    clip.load_state_dict({k: v.float() for k, v in load_file(VISION).items()}, strict=False)  # the text tower is in the checkpoint
+    return clip
 
 
 # --- widening ------------------------------------------------------------------------------------------------------------------------
