@@ -1,0 +1,236 @@
+"""What the nodes need of ComfyUI: checkpoints, pictures, progress, memory, words in prompts, and the mini-SD in the stock loader.
+
+Only ComfyUI imports this module; heavy imports of ours are inside the functions.
+"""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import logging
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import comfy.model_management as memory  # pyright: ignore[reportMissingImports]
+import folder_paths  # pyright: ignore[reportMissingImports]
+from comfy.utils import ProgressBar  # pyright: ignore[reportMissingImports]
+
+from ..errors import ConceptImagesError, StackError
+from ..progress import OnProgress, Progress
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+    from torch import Tensor
+
+MINI = "mini-sd.safetensors"
+_STACKS = ".concepts.safetensors"
+
+
+@dataclass(frozen=True)
+class StackHandle:
+    """What travels along a CONCEPT_STACK wire: where the stack lies, and which of its versions is meant (its first `count` concepts).
+
+    Learning always goes on from the newest concept on disk; drawing and exporting take the version meant. `consolidated` false: as it was before
+    the newest concept was consolidated by itself.
+    """
+
+    checkpoint: Path
+    file: Path
+    count: int
+    consolidated: bool = True
+
+    def read(self) -> Any:
+        """The ConceptStack meant, or None while there is no stack yet."""
+        from ..store import open_stack
+
+        return open_stack(self.file).as_of(self.count, consolidated=self.consolidated) if self.file.exists() else None
+
+
+def checkpoints() -> list[str]:
+    """The checkpoints ComfyUI knows, without our own stacks, which lie beside them."""
+    return [name for name in folder_paths.get_filename_list("checkpoints") if not name.endswith(_STACKS)]
+
+
+def checkpoint_path(name: str) -> Path:
+    found = folder_paths.get_full_path("checkpoints", name)
+    if found is None:
+        raise StackError(f"There is no checkpoint {name} in ComfyUI's checkpoint folders any more. Choose another, or put it back.")
+    return Path(found)
+
+
+def stack_file(checkpoint: Path, name: str) -> Path:
+    """Where a stack lies: beside the checkpoint; a checkpoint may have several, told apart by name."""
+    from ..store import stack_path
+
+    plain = stack_path(checkpoint)
+    if not name.strip():
+        return plain
+    if not re.fullmatch(r"[\w-]{1,64}", name.strip()):
+        raise StackError(f"The stack's name {name!r} may hold only letters, digits, - and _ (at most 64): it becomes part of a file name.")
+    return plain.with_name(plain.name.removesuffix(_STACKS) + f".{name.strip()}{_STACKS}")
+
+
+# --- pictures ------------------------------------------------------------------------------------------------------------------------
+
+
+def save_pictures(images: Sequence[Tensor], captions: Sequence[str] = ()) -> list[Path]:
+    """IMAGE batches (n, h, w, 3 or 4) in 0..1, of any sizes -> PNG files in ComfyUI's temporary folder, the same for the same pictures.
+
+    `captions`: none, one for all, or one a picture; an empty one counts as none.
+    """
+    import numpy as np
+    from PIL import Image
+
+    pictures = [one for batch in images for one in batch]
+    if not pictures:
+        raise ConceptImagesError("No pictures came in. Connect an IMAGE batch or list of 3 to 15 pictures of the thing to learn.")
+    if len(captions) not in (0, 1, len(pictures)):
+        raise ConceptImagesError(f"There are {len(captions)} captions for {len(pictures)} pictures. Give one for each, one for all, or none.")
+    said = list(captions) * len(pictures) if len(captions) == 1 else list(captions) or [""] * len(pictures)
+    arrays = [np.clip(picture.cpu().float().numpy() * 255 + 0.5, 0, 255).astype(np.uint8) for picture in pictures]
+    digest = hashlib.sha256(repr(said).encode())
+    for array in arrays:
+        digest.update(repr(array.shape).encode() + array.tobytes())
+    folder = Path(folder_paths.get_temp_directory()) / "continual_lora" / digest.hexdigest()[:24]
+    folder.mkdir(parents=True, exist_ok=True)
+    files = []
+    for number, (array, caption) in enumerate(zip(arrays, said, strict=True)):
+        files.append(folder / f"{number:03d}.png")
+        Image.fromarray(array).save(files[-1])
+        if caption.strip():
+            files[-1].with_suffix(".txt").write_text(caption.strip(), encoding="utf-8")
+    return files
+
+
+def to_image(pictures: Sequence[Image]) -> Tensor:
+    """Pictures of one size -> IMAGE (n, h, w, 3) in 0..1."""
+    import numpy as np
+    import torch
+
+    return torch.from_numpy(np.stack([np.asarray(picture.convert("RGB"), np.float32) for picture in pictures]) / 255)
+
+
+# --- progress and memory -------------------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def at_work() -> Iterator[OnProgress]:
+    """The GPU is emptied, gradients are allowed (nodes run in inference mode), and what is yielded shows progress and lets the user cancel."""
+    import torch
+
+    memory.unload_all_models()
+    memory.soft_empty_cache()
+    bars: dict[str, Any] = {}
+
+    def on_progress(progress: Progress) -> None:
+        memory.throw_exception_if_processing_interrupted()
+        bar = bars.setdefault(progress.stage, ProgressBar(progress.steps))
+        preview = ("JPEG", progress.preview, 512) if progress.preview is not None else None
+        bar.update_absolute(progress.step, progress.steps, preview)
+
+    try:
+        with torch.inference_mode(False), torch.enable_grad():
+            yield on_progress
+    finally:
+        memory.soft_empty_cache()
+
+
+def device() -> str:
+    return str(memory.get_torch_device())
+
+
+# --- words in prompts ----------------------------------------------------------------------------------------------------------------
+
+
+def with_words(clip: Any, words: Mapping[str, Tensor]) -> Any:
+    """A copy of a CLIP that understands the learned words wherever they stand in a prompt, weights and all.
+
+    ComfyUI knows such words as "embedding:NAME" with a file for each; here the prompt is rewritten so, and the vectors come from the stack.
+    """
+    if not words:
+        return clip
+    if not hasattr(clip.tokenizer, "clip_l"):
+        raise StackError("This CLIP has no CLIP-L text encoder, so it can't take the stack's words. Use the CLIP of the stack's own checkpoint.")
+    width = clip.tokenizer.clip_l.embedding_size
+    vector = next(iter(words.values()))
+    if vector.numel() != width:
+        raise StackError(f"The stack's words have {vector.numel()} numbers, this CLIP's {width}: they belong to another kind of checkpoint.")
+    known = {token.lower(): value[None] for token, value in words.items()}
+    pattern = re.compile(rf"(?<!\w)(?<!embedding:)({'|'.join(map(re.escape, words))})(?!\w)", re.IGNORECASE)
+
+    class Words(type(clip.tokenizer.clip_l)):
+        def tokenize_with_weights(self, text: str, *args: Any, **kwargs: Any) -> Any:
+            return super().tokenize_with_weights(pattern.sub(r" embedding:\1 ", text), *args, **kwargs)
+
+        def _try_get_embedding(self, embedding_name: str) -> Any:
+            name, _, leftover = embedding_name.partition(" ")
+            if name.lower() in known:
+                return known[name.lower()], name, leftover
+            return super()._try_get_embedding(embedding_name)
+
+    done = clip.clone()
+    done.tokenizer = copy.copy(clip.tokenizer)
+    inner = copy.copy(clip.tokenizer.clip_l)
+    inner.__class__ = Words
+    inner.embedding_directory = inner.embedding_directory or []
+    done.tokenizer.clip_l = inner
+    return done
+
+
+# --- the mini-SD ---------------------------------------------------------------------------------------------------------------------
+
+
+def offer_mini() -> None:
+    """Put the mini-SD into the checkpoint list, and teach the stock loader its sizes. The match is exact, so no other checkpoint is touched."""
+    folder = Path(__file__).parents[2] / "models"
+    path, shipped = folder / MINI, Path(__file__).parents[1] / "mini" / "weights" / MINI
+    try:
+        if not path.exists() or path.stat().st_mtime < shipped.stat().st_mtime:
+            from ..mini.weights import write_checkpoint
+
+            write_checkpoint(path)
+    except OSError as error:
+        logging.warning("comfy-continual-lora: the mini-SD can't be written to %s (%s); the workflows need another checkpoint", path, error)
+        return
+    folder_paths.add_model_folder_path("checkpoints", str(folder))
+    _teach_loader(path)
+
+
+def _teach_loader(path: Path) -> None:
+    import comfy.supported_models as supported  # pyright: ignore[reportMissingImports]
+    from comfy import sd1_clip, supported_models_base  # pyright: ignore[reportMissingImports]
+    from safetensors import safe_open
+
+    from ..checkpoint import keys, shapes
+
+    with safe_open(path, framework="pt") as file:
+        names = list(file.keys())
+        text = {n.removeprefix(keys.TEXT_PREFIX): tuple(file.get_slice(n).get_shape()) for n in names if n.startswith(keys.TEXT_PREFIX)}
+        channels = file.get_slice(keys.UNET_PREFIX + "input_blocks.0.0.weight").get_shape()[0]
+    sizes = shapes.text_config(text)
+    width = sizes["hidden_size"]
+
+    class Tokenizer(sd1_clip.SDTokenizer):
+        def __init__(self, *args: Any, **kwargs: Any) -> None:
+            super().__init__(*args, **{**kwargs, "embedding_size": width})
+
+    class Tokenizers(sd1_clip.SD1Tokenizer):
+        def __init__(self, embedding_directory: Any = None, tokenizer_data: Any = None) -> None:
+            super().__init__(embedding_directory, tokenizer_data or {}, tokenizer=Tokenizer)
+
+    class Clip(sd1_clip.SD1ClipModel):
+        def __init__(self, device: Any = "cpu", dtype: Any = None, model_options: Any = None) -> None:
+            super().__init__(device, dtype, {**(model_options or {}), "clip_l_model_config": sizes})
+
+    class MiniSD(supported.SD15):
+        unet_config = {**supported.SD15.unet_config, "context_dim": width, "model_channels": channels}  # noqa: RUF012
+
+        def clip_target(self, state_dict: Any = None) -> Any:
+            return supported_models_base.ClipTarget(Tokenizers, Clip)
+
+    if not any(known.__name__ == "MiniSD" for known in supported.models):
+        supported.models.append(MiniSD)

@@ -1,0 +1,434 @@
+"""The nodes. Each builds a request from its widgets, shows progress and the result; defaults, ranges and help come from settings.py."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from comfy_api.latest import io  # pyright: ignore[reportMissingImports] - only inside ComfyUI
+
+from ..errors import StackError, TokenError
+from ..settings import PRESETS, ConsolidateSettings, EvaluateSettings, LearnSettings, ScoreSettings
+from . import host
+from .host import StackHandle
+
+if TYPE_CHECKING:
+    from .. import pipeline
+    from ..store import ConceptRecord
+
+CATEGORY = "Continual LoRA"
+Stack = io.Custom("CONCEPT_STACK")
+_ADVANCED = {"advanced": True}  # collapsed where the host knows how
+
+
+def _schema(name: str, title: str, description: str, aliases: Sequence[str], **rest: Any) -> Any:
+    """io.Schema of this host's version: what an older one does not know is left out."""
+    known = {f.name for f in dataclasses.fields(io.Schema)}
+    values = {
+        "node_id": f"ContinualLora_{name}", "display_name": title, "category": CATEGORY, "description": description,
+        "search_aliases": ["continual lora", *aliases], **rest,
+    }  # fmt: skip
+    return io.Schema(**{key: value for key, value in values.items() if key in known})
+
+
+def _widgets(settings: type, main: Sequence[str], advanced: Sequence[str] = ()) -> list[Any]:
+    return [_widget(settings, name, name in advanced) for name in (*main, *advanced)]
+
+
+def _widget(settings: type, name: str, advanced: bool) -> Any:
+    """A setting's widget. Where the setting's default is "what suits the checkpoint", 0 (or auto) stands for it."""
+    f = next(f for f in dataclasses.fields(settings) if f.name == name)
+    meta, kind = f.metadata, str(f.type).split(" ")[0]
+    help = meta["help"][0].upper() + meta["help"][1:]
+    if f.default is None:
+        suits = [f"{chosen[name]} for {preset}" for preset, chosen in PRESETS.items() if name in chosen]
+        help += f". {'Auto' if kind in ('bool', 'str') else '0'}: what suits the checkpoint" + (f" ({', '.join(suits)})" if suits else "")
+    rest: dict[str, Any] = {"optional": True, "tooltip": help + ".", "extra_dict": _ADVANCED if advanced else None}
+    if meta["choices"]:
+        return io.Combo.Input(name, options=list(meta["choices"]), default=f.default, **rest)
+    if kind == "bool" and f.default is None:
+        return io.Combo.Input(name, options=["auto", "yes", "no"], default="auto", **rest)
+    if kind == "bool":
+        return io.Boolean.Input(name, default=f.default, **rest)
+    low = 0 if f.default is None else meta["low"]
+    high = min(meta["high"] or 1_000_000, 2**63 - 1)
+    if kind == "int":
+        return io.Int.Input(name, default=f.default or 0, min=int(low), max=int(high), step=meta["multiple"], **rest)
+    return io.Float.Input(name, default=f.default or 0.0, min=low, max=high, step=1e-6, round=1e-7, **rest)
+
+
+def _settings(settings: type, given: dict[str, Any]) -> Any:
+    """Widgets' values -> settings; 0 and auto become None again where None is the default."""
+    values = {}
+    for f in dataclasses.fields(settings):
+        value = given.get(f.name, f.default)
+        if str(f.type) == "bool | None":
+            value = {"auto": None, "yes": True, "no": False}.get(value, value)
+        elif f.default is None and not value:
+            value = None
+        values[f.name] = value
+    return settings(**values)
+
+
+def _where(stack: StackHandle) -> dict[str, Any]:
+    return {"stack": stack.file, "device": host.device()}
+
+
+def _now(stack: StackHandle, **change: Any) -> StackHandle:
+    """The stack as it is on disk now."""
+    held = dataclasses.replace(stack, count=1_000_000, consolidated=True).read()
+    return dataclasses.replace(stack, **{"count": len(held.records) if held else 0, "consolidated": True, **change})
+
+
+def _say(records: Sequence[ConceptRecord], file: Path) -> str:
+    if not records:
+        return f"No concept learned yet. The stack will be {file}."
+    lines = [f"{n}. {r.name}   {r.method}, {r.steps} steps, {r.images} pictures, {r.learned[:10]}" for n, r in enumerate(records, start=1)]
+    return "\n".join([*lines, f"in {file}"])
+
+
+def _table(scored: Sequence[pipeline.Scored]) -> str:
+    rows = []
+    for number, one in enumerate(scored, start=1):
+        likely = ", ".join(f"{name} {p:.2f}" for name, p in zip(one.scores.names[:4], one.scores.probabilities, strict=False))
+        rows.append(f"picture {number}: {one.scores.best}{'' if one.scores.sure else ' (not sure)'}   {likely}")
+    return "\n".join(rows)
+
+
+class LoadConceptStack(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> Any:
+        return _schema(
+            "LoadStack", "Load Concept Stack", "What a checkpoint has learned so far: one file beside it.", ["concepts", "checkpoint", "open stack"],
+            inputs=[
+                io.Combo.Input("checkpoint", options=host.checkpoints(), tooltip="The checkpoint that learns. It never changes itself."),
+                io.String.Input(
+                    "stack_name", default="", optional=True, extra_dict=_ADVANCED,
+                    tooltip="Empty for the checkpoint's own stack; a name for another one, kept apart from it.",
+                ),
+            ],
+            outputs=[Stack.Output(display_name="stack"), io.String.Output(display_name="concepts")],
+        )  # fmt: skip
+
+    @classmethod
+    def fingerprint_inputs(cls, checkpoint: str, stack_name: str = "") -> str:
+        file = host.stack_file(host.checkpoint_path(checkpoint), stack_name)
+        state = file.stat() if file.exists() else None
+        return f"{file} {state.st_mtime_ns} {state.st_size}" if state else str(file)
+
+    @classmethod
+    def execute(cls, checkpoint: str, stack_name: str = "") -> Any:
+        path = host.checkpoint_path(checkpoint)
+        stack = _now(StackHandle(path, host.stack_file(path, stack_name), 0))
+        held = stack.read()
+        return io.NodeOutput(stack, _say(held.records if held else [], stack.file))
+
+
+class LearnConcept(io.ComfyNode):
+    MAIN = ("method", "steps", "rank", "rate", "seed", "preview_every")
+    ADVANCED = (
+        "token_rate", "batch", "size", "fit", "flip", "adapter", "ewc_strength", "dsc_steps", "fisher_samples", "precision", "checkpointing",
+    )  # fmt: skip
+
+    @classmethod
+    def define_schema(cls) -> Any:
+        return _schema(
+            "Learn", "Learn Concept (continual LoRA)",
+            "Teach the checkpoint one more thing from 3 to 15 pictures, without forgetting what it learned before. Cancel keeps what was learned "
+            "so far; queue again to go on. The same request is never learned twice.",
+            ["train lora", "dreambooth", "textual inversion", "personalize", "learn"],
+            is_input_list=True, is_output_node=True,
+            inputs=[
+                Stack.Input("stack"),
+                io.Image.Input("images", tooltip="3 to 15 pictures of the thing, as a batch or a list (sizes may differ)."),
+                io.String.Input("token", default="V1", tooltip="The new word, such as V1. Prompts use it from now on."),
+                io.String.Input("noun", default="", tooltip="What kind of thing it is, such as teapot or dog."),
+                io.String.Input(
+                    "captions", optional=True, force_input=True,
+                    tooltip="A caption for each picture (a list), or one for all; prompts are made up where there is none.",
+                ),
+                *_widgets(LearnSettings, cls.MAIN, cls.ADVANCED),
+                io.Combo.Input(
+                    "if_word_exists", options=["refuse", "replace the newest"], default="refuse", optional=True, extra_dict=_ADVANCED,
+                    tooltip="What to do when the word is on the stack already, learned from other pictures or with other settings: refuse, or undo "
+                    "it (if it is the newest) and learn it again.",
+                ),
+            ],
+            outputs=[
+                Stack.Output(display_name="stack"), io.LoraModel.Output(display_name="lora"), io.Image.Output(display_name="loss curve"),
+                io.String.Output(display_name="report"),
+            ],
+        )  # fmt: skip
+
+    @classmethod
+    def execute(cls, images: list, captions: list | None = None, **given: list) -> Any:
+        from .. import pipeline, report
+        from ..export import stock_lora
+
+        values = {name: value[0] for name, value in given.items()}
+        stack, token, noun = values["stack"], values["token"].strip(), values["noun"].strip()
+        settings = _settings(LearnSettings, values)
+        files = host.save_pictures(images, captions or ())
+        request = pipeline.LearnRequest(stack.checkpoint, files, token, noun, settings, **_where(stack))
+        known, losses = pipeline.learned_before(request), []
+        if known is None:
+            cls._make_room(stack, token, values.get("if_word_exists", "refuse"))
+            with host.at_work() as on_progress:
+                done = pipeline.learn_concept(request, on_progress)
+                known, losses = done.record, done.losses
+                scored = pipeline.dc_scores(pipeline.ScoreRequest(stack.checkpoint, files, ScoreSettings(trials=8), **_where(stack)), on_progress)
+            text = f"Learned {known.name} in {known.steps} steps; loss {known.loss:.4f} at the end.\nDC scores of its pictures:\n{_table(scored)}"
+        else:
+            text = f"{known.name} is on the stack already, learned from these very pictures and settings on {known.learned[:10]}; nothing was done."
+        held = _now(stack).read()
+        after = _now(stack, count=[r.id for r in held.records].index(known.id) + 1, consolidated=False)
+        curve = report.curve_picture(losses, f"Loss while learning {known.token}")
+        return io.NodeOutput(after, stock_lora(after.read()), host.to_image([curve]), f"{text}\n\n{_say(after.read().records, after.file)}")
+
+    @staticmethod
+    def _make_room(stack: StackHandle, token: str, choice: str) -> None:
+        """Refuse a word that is taken, or undo it."""
+        from .. import pipeline
+
+        held = _now(stack).read()
+        taken = next((r for r in held.records if r.token.lower() == token.lower()), None) if held else None
+        if taken is None:
+            return
+        if choice != "refuse" and taken is held.records[-1]:
+            pipeline.undo(stack.checkpoint, stack.file)
+            return
+        later = "" if taken is held.records[-1] else " Concepts learned after it build on it, so it can't be replaced either."
+        raise TokenError(
+            f"The word {token} is taken: it is the {taken.noun} learned on {taken.learned[:10]}, from other pictures or with other settings. "
+            f"Choose another word, or undo it first (Undo Concept, or if_word_exists here).{later}"
+        )
+
+
+class Consolidate(io.ComfyNode):
+    MAIN = ("dsc_steps", "dsc_rate", "seed")
+    ADVANCED = ("rate", "batch", "size", "fit", "flip", "dsc_a1", "dsc_a2", "dsc_b1", "dsc_b2", "dsc_redraw", "ewc_strength", "precision")
+
+    @classmethod
+    def define_schema(cls) -> Any:
+        return _schema(
+            "Consolidate", "Consolidate (DSC)",
+            "Strengthen the earlier concepts once more against the newest one (Diffusion Scores Consolidation). Needs the newest concept's pictures. "
+            "The same request is never done twice.",
+            ["DSC", "distill", "consolidate", "forgetting"],
+            is_input_list=True, is_output_node=True,
+            inputs=[
+                Stack.Input("stack"),
+                io.Image.Input("images", tooltip="The pictures the newest concept was learned from."),
+                *_widgets(ConsolidateSettings, cls.MAIN, cls.ADVANCED),
+            ],
+            outputs=[Stack.Output(display_name="stack"), io.Image.Output(display_name="loss curve"), io.String.Output(display_name="report")],
+        )  # fmt: skip
+
+    @classmethod
+    def execute(cls, images: list, **given: list) -> Any:
+        from .. import pipeline, report
+
+        values = {name: value[0] for name, value in given.items()}
+        stack = values["stack"]
+        files = host.save_pictures(images)
+        request = pipeline.ConsolidateRequest(stack.checkpoint, files, _settings(ConsolidateSettings, values), **_where(stack))
+        held, losses = _now(stack).read(), []
+        newest = held.records[-1] if held and held.records else None
+        if newest and newest.consolidated == request.digest:
+            text = f"{newest.name} was consolidated with these very pictures and settings already; nothing was done."
+        else:
+            with host.at_work() as on_progress:
+                done = pipeline.consolidate(request, on_progress)
+            losses = done.losses
+            text = f"Consolidated {done.record.name} against {len(held.records) - 1} earlier concepts in {len(losses)} steps."
+        return io.NodeOutput(_now(stack), host.to_image([report.curve_picture(losses, "Loss while consolidating")]), text)
+
+
+class ComputeScores(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> Any:
+        return _schema(
+            "Scores", "Compute DC Scores",
+            "Which of the learned concepts, or which class noun without one (c_0), does each picture show, and how sure is that?",
+            ["classify", "diffusion classifier", "which concept"],
+            is_input_list=True,
+            inputs=[
+                Stack.Input("stack"),
+                io.Image.Input("images", tooltip="Pictures to judge, as a batch or a list."),
+                *_widgets(ScoreSettings, ("trials", "seed"), ("stages", "weighting", "rows", "size", "fit")),
+            ],
+            outputs=[
+                io.String.Output(display_name="scores"), io.Image.Output(display_name="chart"), io.String.Output(display_name="best concept"),
+                io.String.Output(display_name="probabilities", tooltip="JSON: for each picture the probability of every concept."),
+            ],
+        )  # fmt: skip
+
+    @classmethod
+    def execute(cls, images: list, **given: list) -> Any:
+        from .. import pipeline, report
+
+        values = {name: value[0] for name, value in given.items()}
+        stack = values["stack"]
+        request = pipeline.ScoreRequest(stack.checkpoint, host.save_pictures(images), _settings(ScoreSettings, values), **_where(stack))
+        with host.at_work() as on_progress:
+            scored = pipeline.dc_scores(request, on_progress)
+        best = [one.scores.best for one in scored]
+        chances = [dict(zip(one.scores.names, one.scores.probabilities, strict=True)) for one in scored]
+        return io.NodeOutput(_table(scored), host.to_image([report.score_sheet(scored)]), max(best, key=best.count), json.dumps(chances))
+
+
+class ApplyConcepts(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> Any:
+        return _schema(
+            "Apply", "Apply Concepts",
+            "MODEL and CLIP that know the learned concepts: write V1, V2, ... into ordinary prompts. Sample with KSampler as ever.",
+            ["load lora", "use concepts", "apply stack"],
+            inputs=[
+                io.Model.Input("model"), io.Clip.Input("clip"), Stack.Input("stack"),
+                io.Float.Input("strength", default=1.0, min=-10.0, max=10.0, step=0.01, tooltip="Strength of the LoRA; 1 is as learned."),
+                io.Int.Input(
+                    "version", default=0, min=0, max=10_000, optional=True, extra_dict=_ADVANCED,
+                    tooltip="The stack as it was after its first so many concepts; 0: the version that comes in.",
+                ),
+            ],
+            outputs=[io.Model.Output(display_name="model"), io.Clip.Output(display_name="clip")],
+        )  # fmt: skip
+
+    @classmethod
+    def execute(cls, model: Any, clip: Any, stack: StackHandle, strength: float, version: int = 0) -> Any:
+        import comfy.sd  # pyright: ignore[reportMissingImports]
+
+        from ..export import stock_lora
+
+        held = dataclasses.replace(stack, count=version, consolidated=True).read() if version else stack.read()
+        if held is None or not held.records:
+            return io.NodeOutput(model, clip)
+        lora = stock_lora(held)
+        if lora and strength:
+            patched, _ = comfy.sd.load_lora_for_models(model, None, lora, strength, 0.0)
+            modules = {key.rsplit(".", 2)[0] if key.endswith("weight") else key.rsplit(".", 1)[0] for key in lora}
+            if (found := len(patched.patches) - len(model.patches)) < len(modules) and not model.patches:
+                raise StackError(
+                    f"The stack {stack.file.name} changes {len(modules)} layers, but {found} of them are in this MODEL: it belongs to another kind "
+                    f"of checkpoint. Load {stack.checkpoint.name}."
+                )
+            model = patched
+        return io.NodeOutput(model, host.with_words(clip, held.tokens))
+
+
+class ExportConcepts(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> Any:
+        return _schema(
+            "Export", "Export Concepts",
+            "Write the stack as one stock LoRA (kohya layout) into ComfyUI's loras folder and one embedding a word into its embeddings folder: they "
+            "load in any program.",
+            ["save lora", "export lora"],
+            is_output_node=True,
+            inputs=[Stack.Input("stack")],
+            outputs=[io.String.Output(display_name="lora name"), io.String.Output(display_name="report")],
+        )  # fmt: skip
+
+    @classmethod
+    def execute(cls, stack: StackHandle) -> Any:
+        import folder_paths  # pyright: ignore[reportMissingImports]
+
+        from ..export import export_files
+
+        held = stack.read()
+        if held is None:
+            raise StackError(f"There is nothing to export: no concept stack at {stack.file}. Learn a concept first.")
+        out, words = (Path(folder_paths.get_folder_paths(kind)[0]) for kind in ("loras", "embeddings"))
+        done = export_files(held, out, words, stack.checkpoint.stem)
+        files = [str(path) for path in (done.lora, *done.embeddings) if path]
+        prompts = ", ".join(f"embedding:{path.stem}" for path in done.embeddings)
+        return io.NodeOutput(done.lora.name if done.lora else "", "\n".join([*files, f"In prompts of stock nodes the words are {prompts}."]))
+
+
+class EvaluateRetention(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> Any:
+        return _schema(
+            "Evaluate", "Evaluate Retention",
+            "Is a concept fading? Draws every concept with every version of the stack since it was learned, and compares: a heat map, and how much "
+            "is kept.",
+            ["forgetting", "heat map", "retention"],
+            inputs=[
+                Stack.Input("stack"),
+                *_widgets(EvaluateSettings, ("pictures", "steps", "seed"), ("guidance", "trials", "size")),
+                io.String.Input(
+                    "clip_folder", default="", optional=True, extra_dict=_ADVANCED,
+                    tooltip="A folder with a CLIP vision model, as transformers saves it, to compare with; empty: the mini-SD's own, or latents.",
+                ),
+            ],
+            outputs=[io.Image.Output(display_name="heat map"), io.String.Output(display_name="report")],
+        )  # fmt: skip
+
+    @classmethod
+    def execute(cls, stack: StackHandle, clip_folder: str = "", **given: Any) -> Any:
+        from .. import pipeline, report
+
+        clip = Path(clip_folder) if clip_folder.strip() else None
+        request = pipeline.EvaluateRequest(stack.checkpoint, None, clip, _settings(EvaluateSettings, given), **_where(stack))
+        with host.at_work() as on_progress:
+            found = pipeline.evaluate(request, on_progress)
+        return io.NodeOutput(host.to_image([report.retention_sheet(found)]), report.retention_table(found))
+
+
+class UndoConcept(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> Any:
+        return _schema(
+            "Undo", "Undo Concept",
+            "Take the newest concept off the stack, if it is the one named; the earlier ones are again exactly what they were before it was learned.",
+            ["remove concept", "forget", "undo"],
+            is_output_node=True,
+            inputs=[
+                Stack.Input("stack"),
+                io.String.Input("token", default="", tooltip="The word of the newest concept. If it is gone already, nothing is done."),
+            ],
+            outputs=[Stack.Output(display_name="stack"), io.String.Output(display_name="report")],
+        )  # fmt: skip
+
+    @classmethod
+    def execute(cls, stack: StackHandle, token: str) -> Any:
+        from .. import pipeline
+
+        held, wanted = _now(stack).read(), token.strip().lower()
+        known = [r.token.lower() for r in held.records] if held else []
+        if wanted not in known:
+            return io.NodeOutput(_now(stack), f"No concept named {token!r} is on the stack; nothing was done.")
+        if known[-1] != wanted:
+            raise StackError(f"{token} is not the newest concept; {held.records[-1].token} is, and builds on it. Undo that one first.")
+        record = pipeline.undo(stack.checkpoint, stack.file)
+        after = _now(stack)
+        return io.NodeOutput(after, f"Took {record.name} off the stack.\n\n{_say(after.read().records, after.file)}")
+
+
+class ExamplePictures(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> Any:
+        return _schema(
+            "Examples", "Mini-SD Example Pictures", "Pictures of a thing the mini-SD has never seen, to try learning with.", ["test images", "demo"],
+            inputs=[
+                io.Int.Input("which", default=1, min=1, max=30, tooltip="Which of the 30 example things."),
+                io.Int.Input("count", default=5, min=1, max=10, tooltip="How many pictures of it, each in another place."),
+            ],
+            outputs=[io.Image.Output(display_name="images"), io.String.Output(display_name="noun")],
+        )  # fmt: skip
+
+    @classmethod
+    def execute(cls, which: int, count: int) -> Any:
+        from PIL import Image
+
+        from ..mini import world
+
+        concept = world.concepts("development")[which - 1]
+        return io.NodeOutput(host.to_image([Image.fromarray(p) for p in world.concept_pictures(concept, count)]), concept.noun)
+
+
+NODES = [LoadConceptStack, LearnConcept, Consolidate, ComputeScores, ApplyConcepts, ExportConcepts, EvaluateRetention, UndoConcept, ExamplePictures]

@@ -1,0 +1,218 @@
+"""The pack in a real ComfyUI, driven through its API. Found through COMFYUI_PATH, else comfy-cli's default workspace."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from comfyui import ComfyUI, error_of, executed, find_comfyui, to_prompt
+from PIL import Image
+from safetensors.torch import load_file
+
+FOUND = find_comfyui()
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(FOUND is None, reason="no ComfyUI at COMFYUI_PATH or ~/comfy/ComfyUI"),
+]
+WORKFLOWS = sorted((Path(__file__).parents[1] / "workflows").glob("*.json"))
+QUICK = {"steps": 6, "batch": 2, "rank": 4, "dsc_steps": 3, "fisher_samples": 4, "preview_every": 3}
+
+
+@pytest.fixture(scope="module")
+def host(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ComfyUI]:
+    assert FOUND
+    server = ComfyUI(FOUND, tmp_path_factory.mktemp("comfyui"))
+    yield server
+    server.stop()
+
+
+@pytest.fixture
+def known(host: ComfyUI) -> dict[str, Any]:
+    return host.get("/object_info")
+
+
+def quick(prompt: dict[str, Any], stack: str) -> dict[str, Any]:
+    """The same graph with few steps, in a stack of its own."""
+    for node in prompt.values():
+        inputs = node["inputs"]
+        if node["class_type"] in ("ContinualLora_Learn", "ContinualLora_Consolidate"):
+            inputs.update({name: value for name, value in QUICK.items() if name in inputs})
+        if node["class_type"] == "ContinualLora_LoadStack":
+            inputs["stack_name"] = stack
+        if node["class_type"] in ("KSampler", "ContinualLora_Evaluate"):
+            inputs["steps"] = 4
+    return prompt
+
+
+def learn(stack: str, token: str = "V1", which: int = 1, **change: Any) -> dict[str, Any]:
+    """A graph that learns one concept and says what is on the stack."""
+    return {
+        "1": {"class_type": "ContinualLora_LoadStack", "inputs": {"checkpoint": "mini-sd.safetensors", "stack_name": stack}},
+        "2": {"class_type": "ContinualLora_Examples", "inputs": {"which": which, "count": 3}},
+        "3": {
+            "class_type": "ContinualLora_Learn",
+            "inputs": {"stack": ["1", 0], "images": ["2", 0], "token": token, "noun": ["2", 1], "method": "lora", **QUICK, **change},
+        },
+        "4": {"class_type": "PreviewAny", "inputs": {"source": ["3", 3]}},
+    }
+
+
+def draw(prompt: str, source: str) -> dict[str, Any]:
+    """Nodes 21 to 26: sample with the MODEL and CLIP of node `source`; node 20 loads the checkpoint."""
+    return {
+        "21": {"class_type": "CLIPTextEncode", "inputs": {"clip": [source, 1], "text": prompt}},
+        "22": {"class_type": "CLIPTextEncode", "inputs": {"clip": [source, 1], "text": ""}},
+        "23": {"class_type": "EmptyLatentImage", "inputs": {"width": 128, "height": 128, "batch_size": 1}},
+        "24": {
+            "class_type": "KSampler",
+            "inputs": {"model": [source, 0], "positive": ["21", 0], "negative": ["22", 0], "latent_image": ["23", 0], "seed": 1, "steps": 4,
+                       "cfg": 4.0, "sampler_name": "dpmpp_2m", "scheduler": "normal", "denoise": 1.0},
+        },
+        "25": {"class_type": "VAEDecode", "inputs": {"samples": ["24", 0], "vae": ["20", 2]}},
+        "26": {"class_type": "PreviewImage", "inputs": {"images": ["25", 0]}},
+    }  # fmt: skip
+
+
+def text_of(done: dict[str, Any], node: str) -> str:
+    return done["outputs"][node]["text"][0]
+
+
+def stack_of(host: ComfyUI, name: str) -> Path:
+    return host.pack / "models" / f"mini-sd.{name}.concepts.safetensors"
+
+
+@pytest.mark.parametrize("path", WORKFLOWS, ids=lambda p: p.stem)
+def test_workflows_run_to_their_pictures(host: ComfyUI, known: dict[str, Any], path: Path) -> None:
+    prompt = quick(to_prompt(json.loads(path.read_text()), known), path.stem)
+    done = host.run(prompt)
+    shown = [node for node, one in prompt.items() if one["class_type"] == "PreviewImage"]
+    assert shown
+    for node in shown:
+        for picture in host.pictures(done, node):
+            assert np.asarray(Image.open(picture).convert("RGB"), float).std() > 1
+
+
+def test_the_templates_are_offered(host: ComfyUI) -> None:
+    assert sorted(host.get("/workflow_templates")["comfy-continual-lora"]) == [p.stem for p in WORKFLOWS]
+
+
+def test_our_files_stay_out_of_our_list_and_the_mini_is_in_the_stock_one(host: ComfyUI) -> None:
+    host.run(learn("listed"))
+    known = host.get("/object_info")
+    assert "mini-sd.safetensors" in known["CheckpointLoaderSimple"]["input"]["required"]["ckpt_name"][0]
+    ours = known["ContinualLora_LoadStack"]["input"]["required"]["checkpoint"]
+    assert not [name for name in ours[1]["options"] if "concepts" in name]
+
+
+def test_queued_twice_it_learns_once_and_other_pictures_are_refused(host: ComfyUI) -> None:
+    first = host.run(learn("twice"))
+    assert "Learned V1 ball in 6 steps" in text_of(first, "4")
+    data = stack_of(host, "twice").read_bytes()
+    again = host.run(learn("twice"))
+    assert "nothing was done" in text_of(again, "4")
+    assert not executed(host.run(learn("twice")))  # and now even the cache knows
+    with pytest.raises(RuntimeError, match="The word V1 is taken"):
+        host.run(learn("twice", which=2))
+    assert stack_of(host, "twice").read_bytes() == data
+    assert "Learned V1 fish" in text_of(host.run(learn("twice", which=7, if_word_exists="replace the newest")), "4")
+
+
+def test_cancel_keeps_and_queueing_again_goes_on(host: ComfyUI) -> None:
+    long = learn("cancel", steps=4000)
+    job = host.queue(long)
+    snapshot = stack_of(host, "cancel").with_name("mini-sd.cancel.concepts.V1.snapshot")
+    while not snapshot.exists():
+        assert job not in host.get(f"/history/{job}")
+        time.sleep(0.1)
+    host.post("/interrupt", {})
+    assert host.finished(job)["status"]["status_str"] == "error"
+    assert snapshot.exists()
+    assert not stack_of(host, "cancel").exists()
+    from safetensors import safe_open
+
+    with safe_open(snapshot, framework="pt") as file:
+        reached = int(file.metadata()["step"])
+    assert reached >= 50
+    job = host.queue(long)
+    time.sleep(3)
+    host.post("/interrupt", {})
+    host.finished(job)
+    with safe_open(snapshot, framework="pt") as file:
+        assert int(file.metadata()["step"]) > reached
+
+
+def test_exported_files_draw_what_apply_draws(host: ComfyUI) -> None:
+    """The stock LoRA loader takes every K/V module, and "embedding:V1" with it draws the picture that Apply Concepts draws with V1."""
+    host.run(learn("export", rate=0.01, steps=20))
+    load = {
+        "1": {"class_type": "ContinualLora_LoadStack", "inputs": {"checkpoint": "mini-sd.safetensors", "stack_name": "export"}},
+        "20": {"class_type": "CheckpointLoaderSimple", "inputs": {"ckpt_name": "mini-sd.safetensors"}},
+    }
+    export = {
+        "2": {"class_type": "ContinualLora_Export", "inputs": {"stack": ["1", 0]}},
+        "3": {"class_type": "PreviewAny", "inputs": {"source": ["2", 0]}},
+    }
+    name = text_of(host.run({**load, **export}), "3")
+    assert len({key.split(".")[0] for key in load_file(host.base / "models" / "loras" / name)}) == 8
+    both = {"model": ["20", 0], "clip": ["20", 1]}
+    apply = {"class_type": "ContinualLora_Apply", "inputs": {**both, "stack": ["1", 0], "strength": 1.0}}
+    stock = {"class_type": "LoraLoader", "inputs": {**both, "lora_name": name, "strength_model": 1.0, "strength_clip": 1.0}}
+    found = {}
+    for kind, node, word in (("ours", apply, "V1"), ("stock", stock, "embedding:V1"), ("plain", None, "V1")):
+        prompt = f"a photo of a ({word} ball:1.2), on grass"
+        done = host.run({**load, **({"4": node} if node else {}), **draw(prompt, "4" if node else "20")})
+        found[kind] = np.asarray(Image.open(host.pictures(done, "26")[0]).convert("RGB"), int)
+    assert np.abs(found["ours"] - found["stock"]).max() <= 2
+    assert np.abs(found["ours"] - found["plain"]).mean() > 2
+
+
+def test_mistakes_are_told_in_words_and_lose_nothing(host: ComfyUI) -> None:
+    host.run(learn("mistakes"))
+    data = stack_of(host, "mistakes").read_bytes()
+    for change, message in (
+        ({"token": "dog"}, "knows already"), ({"token": ""}, "empty"), ({"token": "V2", "noun": ""}, "class noun is empty"),
+        ({"token": "v1"}, "taken"), ({"token": "V2", "rank": 8}, "rank is 8"), ({"token": "V2", "method": "custom_diffusion"}, "kind"),
+    ):  # fmt: skip
+        done = host.finished(host.queue(learn("mistakes", **change)))
+        assert message in error_of(done)
+    stack_of(host, "broken").write_bytes(data[: len(data) // 2])
+    assert "can't be read" in error_of(host.finished(host.queue(learn("broken"))))
+    assert stack_of(host, "mistakes").read_bytes() == data
+
+
+def test_undo_is_safe_to_queue_twice(host: ComfyUI) -> None:
+    host.run(learn("undo"))
+    before = stack_of(host, "undo").read_bytes()
+    host.run(learn("undo", token="V2", which=2))
+    undo = {
+        "1": {"class_type": "ContinualLora_LoadStack", "inputs": {"checkpoint": "mini-sd.safetensors", "stack_name": "undo"}},
+        "2": {"class_type": "ContinualLora_Undo", "inputs": {"stack": ["1", 0], "token": "V2"}},
+        "3": {"class_type": "PreviewAny", "inputs": {"source": ["2", 1]}},
+    }
+    assert "Took V2" in text_of(host.run(undo), "3")
+    assert load_file(stack_of(host, "undo")).keys() == _tensors(before).keys()
+    assert "nothing was done" in text_of(host.run(undo), "3")
+    assert all((load_file(stack_of(host, "undo"))[k] == t).all() for k, t in _tensors(before).items())
+
+
+def _tensors(data: bytes) -> dict[str, Any]:
+    from safetensors.torch import load
+
+    return load(data)
+
+
+def test_a_server_killed_in_the_middle_goes_on_after_a_restart(host: ComfyUI) -> None:
+    long = learn("killed", steps=120)
+    host.queue(long)
+    snapshot = stack_of(host, "killed").with_name("mini-sd.killed.concepts.V1.snapshot")
+    while not snapshot.exists():
+        time.sleep(0.1)
+    host.stop(kill=True)
+    host.start()
+    assert "Learned V1 ball in 120 steps" in text_of(host.run(long), "4")
+    assert not snapshot.exists()
