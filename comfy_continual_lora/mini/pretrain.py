@@ -129,7 +129,7 @@ def fit(
     snapshot_every: int = 250,
     weight_decay: float = 0.01,
 ) -> None:
-    """Train `model` in place on `loss(step)`: warm-up, constant rate, linear decay over the last fifth; ends with the EMA weights if asked for.
+    """Train `model` in place on `loss(step)`: warm-up, constant rate, linear decay over the last two fifths; ends with the EMA weights if asked for.
 
     Several processes (torch.distributed is initialised) average their parameters every `average_every` steps.
     """
@@ -155,7 +155,7 @@ def fit(
 
     while step < steps:
         for group in optimizer.param_groups:
-            group["lr"] = rate * min((step + 1) / 100, 1.0, max(0.02, (steps - step) / (0.2 * steps)))
+            group["lr"] = rate * min((step + 1) / 100, 1.0, max(0.02, (steps - step) / (0.4 * steps)))
         value, parts_of_it = loss(step)
         optimizer.zero_grad(set_to_none=True)
         value.backward()

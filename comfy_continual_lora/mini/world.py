@@ -266,10 +266,10 @@ def _place(points: Points, matrix: np.ndarray, center: np.ndarray, scale: int) -
     return [(float(x) * scale, float(y) * scale) for x, y in np.asarray(points) @ matrix.T + center]
 
 
-def draw_look(picture: np.ndarray, look: Look, center: tuple[float, float], radius: float, rng: np.random.Generator, *, flip: bool = False) -> None:
+def draw_look(picture: np.ndarray, look: Look, center: tuple[float, float], radius: float, rng: np.random.Generator) -> None:
     """Draw one thing into `picture` (float32 (128, 128, 3), changed in place), `radius` pixels from its middle to its edge."""
-    angle = rng.normal(0, 0.1)
-    matrix = radius * np.array([[math.cos(angle), -math.sin(angle)], [math.sin(angle), math.cos(angle)]]) @ np.diag((-1.0 if flip else 1.0, 1.0))
+    angle = rng.normal(0, 0.04)
+    matrix = radius * np.array([[math.cos(angle), -math.sin(angle)], [math.sin(angle), math.cos(angle)]])
     middle = np.asarray(center)
     solid, lines = (Image.new("L", (2 * SIZE, 2 * SIZE)) for _ in range(2))
     draw_solid, draw_lines = ImageDraw.Draw(solid), ImageDraw.Draw(lines)
@@ -313,9 +313,9 @@ def draw_scene(scene: Scene, rng: np.random.Generator) -> np.ndarray:
     picture = draw_background(scene.background, rng)
     two = len(scene.things) == 2
     for index, thing in enumerate(scene.things):
-        radius = rng.uniform(29, 32) if two else rng.uniform(40, 48)
-        x = (33, 95)[index] + rng.uniform(-2, 2) if two else 64 + rng.uniform(-7, 7)
-        draw_look(picture, thing.look, (x, 66 + rng.uniform(-7, 7)), radius, rng, flip=rng.random() < 0.5)
+        radius = rng.uniform(30, 32) if two else rng.uniform(43, 46)
+        x, y = rng.uniform(-2, 2, 2) + ((33, 95)[index] if two else 64, 66)
+        draw_look(picture, thing.look, (x, y), radius, rng)
     return np.clip(picture, 0, 255).astype(np.uint8)
 
 
@@ -365,6 +365,6 @@ def concept_pictures(concept: Concept, count: int = 5, *, seed: int = 0) -> Iter
     rng = np.random.default_rng([seed, *concept.name.encode()])
     for background in rng.permutation(list(BACKGROUNDS))[:count]:
         picture = draw_background(str(background), rng)
-        center = (64 + rng.uniform(-8, 8), 68 + rng.uniform(-6, 6))
-        draw_look(picture, concept.look, center, rng.uniform(38, 46), rng, flip=rng.random() < 0.5)
+        x, y = rng.uniform(-4, 4, 2) + (64, 66)
+        draw_look(picture, concept.look, (x, y), rng.uniform(41, 46), rng)
         yield np.clip(picture, 0, 255).astype(np.uint8)
