@@ -259,7 +259,9 @@ def _parser() -> argparse.ArgumentParser:
     mini.add_argument("--stock", action="store_true", help="the same net as wide as SD1.5, for programs that accept nothing else")
 
     learn = command("learn", _learn, "teach the checkpoint one more concept", device=True)
-    learn.add_argument("--images", type=Path, required=True, help="folder with 3 to 15 pictures; name.txt beside name.jpg is its caption")
+    learn.add_argument(
+        "--images", type=Path, required=True, help="folder with 3 to 15 pictures; name.txt beside name.jpg is its caption, name.mask.png its mask"
+    )
     learn.add_argument("--token", required=True, help="the new word, such as V1")
     learn.add_argument("--noun", required=True, help="what kind of thing it is, such as teapot")
     _add_settings(learn, LearnSettings)

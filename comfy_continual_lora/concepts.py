@@ -1,7 +1,7 @@
 """Stage 2: pictures on disk -> `ConceptImages`, ready to learn from.
 
-in: a folder or a list of JPEG, PNG, WebP, BMP or TIFF files, each with an optional caption in a .txt beside it - out: square pictures,
-captions, hashes.
+in: a folder or a list of JPEG, PNG, WebP, BMP or TIFF files, each with an optional caption (name.txt) and mask (name.mask.png: white is learned
+from, black is not) beside it - out: square pictures, captions, masks, hashes.
 EXIF orientation is applied, transparency is laid on white, palettes, greyscale and 16-bit pictures become 8-bit RGB.
 """
 
@@ -12,7 +12,7 @@ import hashlib
 import io
 import re
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -29,12 +29,16 @@ PREVIEW = 96
 
 @dataclass(frozen=True)
 class ConceptImages:
-    """The pictures of one concept: images (n, 3, size, size) in -1..1, one caption (or None) and one SHA-256 each, a small JPEG preview in base64."""
+    """The pictures of one concept: images (n, 3, size, size) in -1..1, one caption (or None) and one SHA-256 each, a small JPEG preview in base64.
+
+    masks (n, 1, size, size) in 0..1, ones where a picture has none; None where no picture has one.
+    """
 
     images: Tensor
     captions: tuple[str | None, ...]
     hashes: tuple[str, ...]
     preview: str
+    masks: Tensor | None = None
 
 
 def find_images(source: str | Path | Iterable[str | Path]) -> list[Path]:
@@ -46,7 +50,7 @@ def find_images(source: str | Path | Iterable[str | Path]) -> list[Path]:
         return [folder]
     if not folder.is_dir():
         raise ConceptImagesError(f"There is no folder {folder}. Give a folder with 3 to 15 pictures of the thing to learn.")
-    files = sorted(p for p in folder.iterdir() if p.suffix.lower() in SUFFIXES and not p.name.startswith("."))
+    files = sorted(p for p in folder.iterdir() if p.suffix.lower() in SUFFIXES and not p.name.startswith(".") and not p.stem.endswith(".mask"))
     if not files:
         others = sorted({p.suffix or p.name for p in folder.iterdir()})
         held = f"it holds only {', '.join(others[:5])}" if others else "it is empty"
@@ -91,10 +95,12 @@ def to_square(image: Image.Image, size: int, fit: str) -> Image.Image:
 
 def load_images(source: str | Path | Iterable[str | Path], size: int, *, fit: str = "crop") -> ConceptImages:
     """Read every picture of `source`; all problems are told in one message."""
-    paths, squares, captions, hashes, problems = find_images(source), [], [], [], []
+    paths, squares, captions, hashes, masks, problems = find_images(source), [], [], [], [], []
     for path in paths:
         try:
-            squares.append(to_square(read_image(path), size, fit))
+            picture = read_image(path)
+            masks.append(_read_mask(path, picture.size, size, fit))
+            squares.append(to_square(picture, size, fit))
         except ConceptImagesError as error:
             problems.append(str(error))
             continue
@@ -102,7 +108,27 @@ def load_images(source: str | Path | Iterable[str | Path], size: int, *, fit: st
         captions.append(caption_of(path))
     if problems:
         raise ConceptImagesError("\n".join(problems))
-    return from_pil(squares, captions, hashes)
+    masked = [torch.ones(1, size, size) if m is None else m for m in masks] if any(m is not None for m in masks) else []
+    return replace(from_pil(squares, captions, hashes), masks=torch.stack(masked) if masked else None)
+
+
+def mask_file(path: Path) -> Path | None:
+    """The mask beside a picture, if there is one."""
+    mask = path.with_name(f"{path.stem}.mask.png")
+    return mask if mask.exists() else None
+
+
+def _read_mask(path: Path, shape: tuple[int, int], size: int, fit: str) -> Tensor | None:
+    file = mask_file(path)
+    if file is None:
+        return None
+    mask = read_image(file)
+    if mask.size != shape:
+        raise ConceptImagesError(f"The mask {file} is {mask.width} x {mask.height} pixels, its picture {shape[0]} x {shape[1]}. They have to agree.")
+    values = (to_tensor(to_square(mask, size, fit))[:1] + 1) / 2
+    if values.max() < 0.05:
+        raise ConceptImagesError(f"The mask {file} is black, so nothing of its picture would be learned. Paint the thing white, or remove the mask.")
+    return values
 
 
 def caption_of(path: Path) -> str | None:

@@ -30,9 +30,12 @@ def add_noise(clean: Tensor, noise: Tensor, timestep: Tensor, alphas: Tensor) ->
     return alpha.sqrt() * clean + (1 - alpha).sqrt() * noise
 
 
-def loss_per_example(predicted: Tensor, noise: Tensor) -> Tensor:
-    """|| eps - eps_theta ||^2 averaged over c, h, w, in float32: (n,)."""
-    return (predicted.float() - noise.float()).square().flatten(1).mean(1)
+def loss_per_example(predicted: Tensor, noise: Tensor, weight: Tensor | None = None) -> Tensor:
+    """|| eps - eps_theta ||^2 averaged over c, h, w, in float32: (n,). With `weight` (n, 1, h, w) it is the weighted average."""
+    error = (predicted.float() - noise.float()).square()
+    if weight is None:
+        return error.flatten(1).mean(1)
+    return (error * weight).flatten(1).mean(1) / weight.flatten(1).mean(1)
 
 
 def generator_for(*keys: object) -> torch.Generator:

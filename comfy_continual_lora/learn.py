@@ -52,6 +52,7 @@ class Lesson:
     penalty: Penalty | None = None
     beneath: Adapter | None = None
     shown: Sequence[str] = ()  # prompts of the preview pictures
+    weights: Tensor | None = None  # (n, 1, h, w): what of each latent is learned from; None: all of it alike
 
 
 @dataclass(frozen=True)
@@ -80,7 +81,9 @@ def learn(backbone: Backbone, lesson: Lesson, settings: LearnSettings, snapshot:
         if trains_adapter:
             groups.append({"params": list(factors.values()), "lr": settings.rate, "weight_decay": 0.01})
         trained = {"word": vector, **(factors if trains_adapter else {})}
-        who = identity(backbone, settings, latents, {"word": {"": lesson.word}, "adapter": lesson.adapter, "beneath": lesson.beneath}, lesson.prompts)
+        start = {"word": {"": lesson.word}, "adapter": lesson.adapter, "beneath": lesson.beneath}
+        start |= {"weights": {"": lesson.weights}} if lesson.weights is not None else {}
+        who = identity(backbone, settings, latents, start, lesson.prompts)
         assert settings.steps
         run = Run("learn", trained, torch.optim.AdamW(groups), settings, settings.steps, backbone.gradient_scale, snapshot, who)
 
@@ -90,7 +93,8 @@ def learn(backbone: Backbone, lesson: Lesson, settings: LearnSettings, snapshot:
             chosen = [one_of(lesson.prompts[int(i) % len(lesson.prompts)], generator) for i in pick]
             noisy = add_noise(latents[pick], noise, timestep, alphas)
             features = _features(backbone, chosen, {**lesson.words, lesson.token: vector})
-            found = {"denoising": loss_per_example(backbone.predict(noisy, timestep, features), noise).mean()}
+            weight = None if lesson.weights is None else lesson.weights[pick]
+            found = {"denoising": loss_per_example(backbone.predict(noisy, timestep, features), noise, weight).mean()}
             return {**found, "penalty": lesson.penalty(factors)} if lesson.penalty else found
 
         def tell(progress: Progress) -> None:

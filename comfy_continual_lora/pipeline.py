@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from PIL import Image
 from safetensors import safe_open
 
@@ -348,7 +349,11 @@ def _lesson(
     penalty = method.penalty(stack, settings, backbone.device)
     names = [concepts.name_of(request.token, "" if anew else request.noun), *(record.name for record in stack.records[:1])]
     shown = [f"a photo of a {name}" for name in names]
-    return Lesson(latents, prompts, request.token, stack.tokens, adapter, word, penalty, stack.adapter if anew else None, shown)
+    weights = None
+    if pictures.masks is not None:
+        masks = torch.cat([pictures.masks, pictures.masks.flip(-1)]) if settings.flip else pictures.masks
+        weights = F.interpolate(masks, latents.shape[-2:], mode="area").to(latents.device)
+    return Lesson(latents, prompts, request.token, stack.tokens, adapter, word, penalty, stack.adapter if anew else None, shown, weights)
 
 
 @dataclass(frozen=True)
@@ -398,7 +403,8 @@ def _digest(images: Path | list[Path], settings: ConsolidateSettings, *words: st
     choices = {k: v for k, v in asdict(settings).items() if k not in ("snapshot_every", "preview_every")}
     digest = hashlib.sha256(json.dumps([*words, choices], sort_keys=True).encode())
     for path in concepts.find_images(images):
-        digest.update(path.read_bytes() + (concepts.caption_of(path) or "").encode())
+        mask = concepts.mask_file(path)
+        digest.update(path.read_bytes() + (concepts.caption_of(path) or "").encode() + (mask.read_bytes() if mask else b""))
     return digest.hexdigest()
 
 

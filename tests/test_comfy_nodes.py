@@ -38,7 +38,7 @@ def _stand_in(schema_fields: list[str]) -> dict[str, types.ModuleType]:
     io: Any = types.ModuleType("io")
     io.Schema = dataclasses.make_dataclass("Schema", [(name, Any, dataclasses.field(default=None)) for name in schema_fields])
     io.ComfyNode, io.NodeOutput, io.Custom = object, tuple, _type
-    for name in ("Model", "Clip", "Image", "String", "Int", "Float", "Boolean", "Combo", "LoraModel"):
+    for name in ("Model", "Clip", "Image", "Mask", "String", "Int", "Float", "Boolean", "Combo", "LoraModel"):
         setattr(io, name, _type(name.upper()))
     latest: Any = types.ModuleType("comfy_api.latest")
     latest.io, latest.ComfyExtension = io, object
@@ -73,7 +73,9 @@ def test_ids_names_and_help(nodes: Any) -> None:
         assert s.description
         assert (REPOSITORY / "web" / "docs" / f"{s.node_id}.md").exists()
         for port in s.inputs:
-            assert port.io_type in ("CONCEPT_STACK", "MODEL", "CLIP", "IMAGE") or port.rest["tooltip"], f"{s.node_id}.{port.id} has no tooltip"
+            assert port.io_type in ("CONCEPT_STACK", "MODEL", "CLIP", "IMAGE", "MASK") or port.rest["tooltip"], (
+                f"{s.node_id}.{port.id} has no tooltip"
+            )
 
 
 def test_with_defaults_a_user_sets_four_things(nodes: Any) -> None:

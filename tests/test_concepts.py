@@ -126,3 +126,24 @@ def test_a_token_is_refused_or_safe_in_a_file_name(token: str) -> None:
         return
     assert Path(token).name == token
     assert token.strip(".") == token
+
+
+def test_masks(tmp_path: Path) -> None:
+    _gradient().save(tmp_path / "a.png")
+    _gradient().save(tmp_path / "b.png")
+    assert concepts.load_images(tmp_path, 32).masks is None
+    half = np.zeros((48, 64), np.uint8)
+    half[:, 32:] = 255
+    Image.fromarray(half).save(tmp_path / "a.mask.png")
+    found = concepts.load_images(tmp_path, 32)
+    assert found.images.shape[0] == 2
+    assert found.masks is not None
+    assert found.masks[0, 0, :, :12].max() < 0.05
+    assert found.masks[0, 0, :, 20:].min() > 0.95
+    assert (found.masks[1] == 1).all()
+    Image.fromarray(half[:20]).save(tmp_path / "b.mask.png")
+    with pytest.raises(ConceptImagesError, match=r"64 x 20 pixels, its picture 64 x 48"):
+        concepts.load_images(tmp_path, 32)
+    Image.fromarray(half * 0).save(tmp_path / "b.mask.png")
+    with pytest.raises(ConceptImagesError, match="is black"):
+        concepts.load_images(tmp_path, 32)

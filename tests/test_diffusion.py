@@ -18,3 +18,11 @@ def test_schedule_and_noising_agree_with_diffusers() -> None:
 def test_loss_is_the_mean_square_of_each_example() -> None:
     predicted, noise = torch.zeros(2, 4, 2, 2), torch.stack([torch.ones(4, 2, 2), 3 * torch.ones(4, 2, 2)])
     assert loss_per_example(predicted, noise).tolist() == [1.0, 9.0]
+
+
+def test_a_weight_leaves_out_what_it_is_zero_for() -> None:
+    predicted, noise, weight = torch.zeros(1, 4, 2, 2), torch.ones(1, 4, 2, 2), torch.zeros(1, 1, 2, 2)
+    noise[..., 0] = 5
+    weight[..., 0] = 0.5
+    assert loss_per_example(predicted, noise, weight).item() == 25
+    assert loss_per_example(predicted, noise, torch.ones(1, 1, 2, 2)).item() == loss_per_example(predicted, noise).item()

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import save_concept
+from PIL import Image
 
 from comfy_continual_lora import concepts, pipeline, store
 from comfy_continual_lora.checkpoint.backbone import Backbone
@@ -143,6 +144,33 @@ def test_previews_show_both_and_change_nothing(checkpoint: Path, pictures: Path,
     assert with_previews.adapter
     assert without.adapter
     assert all(torch.equal(with_previews.adapter[k], t) for k, t in without.adapter.items())
+
+
+def test_masks_weigh_the_loss(checkpoint: Path, pictures: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A white mask changes nothing; with the right half masked out, the loss is the left half's, in the pictures and in their mirror images."""
+    seen = []
+
+    def spy(predicted: torch.Tensor, noise: torch.Tensor, weight: torch.Tensor | None = None) -> torch.Tensor:
+        seen.append((loss_per_example(predicted, noise), loss_per_example(predicted[..., :8], noise[..., :8]),
+                     loss_per_example(predicted[..., 8:], noise[..., 8:]), loss_per_example(predicted, noise, weight)))  # fmt: skip
+        return seen[-1][3]
+
+    monkeypatch.setattr("comfy_continual_lora.learn.loss_per_example", spy)
+    request = pipeline.LearnRequest(checkpoint, pictures, "V1", "ball", replace(QUICK, batch=8, steps=2, flip=True), device="cpu")
+    for path in list(pictures.iterdir()):
+        Image.new("L", (128, 128), "white").save(path.with_suffix(".mask.png"))
+    pipeline.learn_concept(request)
+    assert all(torch.allclose(whole, weighed) for whole, _, _, weighed in seen)
+    pipeline.undo(checkpoint)
+    seen.clear()
+    for path in pictures.glob("*.mask.png"):
+        mask = Image.new("L", (128, 128))
+        mask.paste(255, (0, 0, 64, 128))
+        mask.save(path)
+    pipeline.learn_concept(request)
+    for _, left, right, weighed in seen:
+        assert ((weighed - left).abs() < 0.02 * left).logical_or((weighed - right).abs() < 0.02 * right).all()
+        assert not torch.allclose(weighed, left)  # a mirrored picture's mask is mirrored too
 
 
 def test_the_same_request_is_known(checkpoint: Path, pictures: Path) -> None:

@@ -77,10 +77,10 @@ def stack_file(checkpoint: Path, name: str) -> Path:
 # --- pictures ------------------------------------------------------------------------------------------------------------------------
 
 
-def save_pictures(images: Sequence[Tensor], captions: Sequence[str] = ()) -> list[Path]:
+def save_pictures(images: Sequence[Tensor], captions: Sequence[str] = (), masks: Sequence[Tensor] = ()) -> list[Path]:
     """IMAGE batches (n, h, w, 3 or 4) in 0..1, of any sizes -> PNG files in ComfyUI's temporary folder, the same for the same pictures.
 
-    `captions`: none, one for all, or one a picture; an empty one counts as none.
+    `captions`: none, one for all, or one a picture; an empty one counts as none. `masks`: MASK batches (n, h, w), none or one a picture.
     """
     import numpy as np
     from PIL import Image
@@ -91,9 +91,12 @@ def save_pictures(images: Sequence[Tensor], captions: Sequence[str] = ()) -> lis
     if len(captions) not in (0, 1, len(pictures)):
         raise ConceptImagesError(f"There are {len(captions)} captions for {len(pictures)} pictures. Give one for each, one for all, or none.")
     said = list(captions) * len(pictures) if len(captions) == 1 else list(captions) or [""] * len(pictures)
-    arrays = [np.clip(picture.cpu().float().numpy() * 255 + 0.5, 0, 255).astype(np.uint8) for picture in pictures]
+    painted = [one for batch in masks for one in (batch if batch.dim() == 3 else batch[None])]
+    if len(painted) not in (0, len(pictures)):
+        raise ConceptImagesError(f"There are {len(painted)} masks for {len(pictures)} pictures. Give one for each, or none.")
+    arrays, painted = ([np.clip(one.cpu().float().numpy() * 255 + 0.5, 0, 255).astype(np.uint8) for one in group] for group in (pictures, painted))
     digest = hashlib.sha256(repr(said).encode())
-    for array in arrays:
+    for array in (*arrays, *painted):
         digest.update(repr(array.shape).encode() + array.tobytes())
     folder = Path(folder_paths.get_temp_directory()) / "continual_lora" / digest.hexdigest()[:24]
     folder.mkdir(parents=True, exist_ok=True)
@@ -101,6 +104,8 @@ def save_pictures(images: Sequence[Tensor], captions: Sequence[str] = ()) -> lis
     for number, (array, caption) in enumerate(zip(arrays, said, strict=True)):
         files.append(folder / f"{number:03d}.png")
         Image.fromarray(array).save(files[-1])
+        if painted:
+            Image.fromarray(painted[number]).save(files[-1].with_suffix(".mask.png"))
         if caption.strip():
             files[-1].with_suffix(".txt").write_text(caption.strip(), encoding="utf-8")
     return files

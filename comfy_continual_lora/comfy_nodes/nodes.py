@@ -150,6 +150,7 @@ class LearnConcept(io.ComfyNode):
                     "captions", optional=True, force_input=True,
                     tooltip="A caption for each picture (a list), or one for all; prompts are made up where there is none.",
                 ),
+                io.Mask.Input("masks", optional=True, tooltip="A mask for each picture: white is learned from, black is not."),
                 *_widgets(LearnSettings, cls.MAIN, cls.ADVANCED),
                 io.Combo.Input(
                     "if_word_exists", options=["refuse", "replace the newest"], default="refuse", optional=True, extra_dict=_ADVANCED,
@@ -164,14 +165,14 @@ class LearnConcept(io.ComfyNode):
         )  # fmt: skip
 
     @classmethod
-    def execute(cls, images: list, captions: list | None = None, **given: list) -> Any:
+    def execute(cls, images: list, captions: list | None = None, masks: list | None = None, **given: list) -> Any:
         from .. import pipeline, report
         from ..export import stock_lora
 
         values = {name: value[0] for name, value in given.items()}
         stack, token, noun = values["stack"], values["token"].strip(), values["noun"].strip()
         settings = _settings(LearnSettings, values)
-        files = host.save_pictures(images, captions or ())
+        files = host.save_pictures(images, captions or (), masks or ())
         request = pipeline.LearnRequest(stack.checkpoint, files, token, noun, settings, **_where(stack))
         known, losses = pipeline.learned_before(request), []
         if known is None:
