@@ -29,10 +29,7 @@ def run_demo(out: Path, on_progress: OnProgress, say: Callable[[str], object]) -
     sections, sheet = [], []
     for step, (token, concept) in enumerate(taught, start=1):
         folder = out / f"pictures-{token}"
-        folder.mkdir(exist_ok=True)
-        pictures = [Image.fromarray(p) for p in world.concept_pictures(concept, 5)]
-        for number, picture in enumerate(pictures):
-            picture.save(folder / f"{number}.png")
+        pictures = [Image.open(file) for file in world.save_pictures(concept, folder)]
         say(f"Learning {token}, a {concept.noun}, from {len(pictures)} pictures ...")
         result = pipeline.learn_concept(pipeline.LearnRequest(checkpoint, folder, token, concept.noun), on_progress)
         sheet.append(pictures[: len(PLACES)])

@@ -6,7 +6,6 @@ import shutil
 from pathlib import Path
 
 import pytest
-from PIL import Image
 
 from comfy_continual_lora.checkpoint.backbone import Backbone
 from comfy_continual_lora.checkpoint.load import load_backbone
@@ -39,7 +38,5 @@ def pictures(tmp_path: Path) -> Path:
 
 
 def save_concept(folder: Path, index: int, count: int = 4) -> Path:
-    folder.mkdir()
-    for number, picture in enumerate(world.concept_pictures(world.concepts("development")[index], count)):
-        Image.fromarray(picture).save(folder / f"{number}.png")
+    world.save_pictures(world.concepts("development")[index], folder, count)
     return folder

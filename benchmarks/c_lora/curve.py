@@ -16,7 +16,6 @@ from pathlib import Path
 
 import matplotlib
 import torch
-from PIL import Image
 from torch import Tensor
 
 from comfy_continual_lora import pipeline
@@ -59,9 +58,7 @@ def curves(variant: str, count: int, weight: float) -> list[list[float]]:
             checkpoint = Path(folder) / "mini.safetensors"
             write_checkpoint(checkpoint)
             for number, concept in enumerate(world.concepts("reporting")[:count], start=1):
-                files = [Path(folder) / f"{number}-{i}.png" for i in range(5)]
-                for file, picture in zip(files, world.concept_pictures(concept, 5), strict=True):
-                    Image.fromarray(picture).save(file)
+                files = world.save_pictures(concept, Path(folder) / str(number))
                 pipeline.learn_concept(pipeline.LearnRequest(checkpoint, files, f"V{number}", concept.noun, settings, device="cpu"))
     finally:
         type(method).penalty = penalty_of  # type: ignore[method-assign]

@@ -19,7 +19,6 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from PIL import Image
 
 from comfy_continual_lora import fisher as fishers
 from comfy_continual_lora import pipeline
@@ -41,10 +40,7 @@ def _learn_second(folder: str, method: str, steps: int, answer: multiprocessing.
     settings = LearnSettings(method=method, steps=steps)
     concepts = world.concepts("development")
     for token, concept in zip(("V1", "V2"), concepts[:2], strict=True):
-        pictures = []
-        for number, picture in enumerate(world.concept_pictures(concept, 5)):
-            pictures.append(Path(folder) / f"{method}-{token}-{number}.png")
-            Image.fromarray(picture).save(pictures[-1])
+        pictures = world.save_pictures(concept, Path(folder) / f"{method}-{token}")
         first = settings if token == "V2" else LearnSettings(method=method, steps=2, fisher_samples=8)
         seen: dict[str, list[float]] = {}
         started = time.perf_counter()

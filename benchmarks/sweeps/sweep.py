@@ -27,7 +27,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 
 from comfy_continual_lora import classifier, pipeline, store
@@ -74,10 +73,7 @@ def run(settings: dict[str, Any], count: int, seed: int) -> dict[str, Any]:
         held = [backbone.encode_images(pretrain.to_tensor(np.stack(list(world.concept_pictures(c, 5, seed=1))))) for c in concepts]
         after = []
         for number, concept in enumerate(concepts, start=1):
-            pictures = []
-            for i, picture in enumerate(world.concept_pictures(concept, 5)):
-                pictures.append(Path(folder) / f"{number}-{i}.png")
-                Image.fromarray(picture).save(pictures[-1])
+            pictures = world.save_pictures(concept, Path(folder) / str(number))
             request = pipeline.LearnRequest(checkpoint, pictures, f"V{number}", concept.noun, LearnSettings(seed=seed, **settings), device="cpu")
             pipeline.learn_concept(request)
             stack = store.load_stack(store.stack_path(checkpoint), backbone.fingerprint)

@@ -9,7 +9,7 @@ Differences are rounding errors: a test holds them below 1e-4.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import cache
 from pathlib import Path
 
@@ -126,14 +126,22 @@ def write_checkpoint(path: Path, *, stock: bool = False) -> None:
 def vision_features(pictures: Tensor) -> Tensor:
     """The image tower of the mini-SD's CLIP: pictures (n, 3, 128, 128) in -1..1 -> (n, 192). Other sizes are scaled."""
     scaled = F.interpolate(pictures, size=(128, 128), mode="bilinear", antialias=True) if pictures.shape[-1] != 128 else pictures
-    clip = _vision_tower()
+    clip = _clip()
     return clip.visual_projection(clip.vision_model(pixel_values=scaled).pooler_output)
 
 
+@torch.no_grad()
+def text_features(prompts: Sequence[str]) -> Tensor:
+    """The text tower's side of the same space: prompts in the world's words -> (n, 192)."""
+    clip, ids = _clip(), parts.Vocabulary().encode(prompts)
+    return clip.text_projection(clip.text_model(input_ids=ids).pooler_output)
+
+
 @cache
-def _vision_tower() -> CLIPModel:
+def _clip() -> CLIPModel:
+    text = {"text_model." + k.removeprefix(keys.TEXT_PREFIX): v for k, v in load_file(CHECKPOINT).items() if k.startswith(keys.TEXT_PREFIX)}
     clip = parts.new_clip().eval()
-    clip.load_state_dict({k: v.float() for k, v in load_file(VISION).items()}, strict=False)  # the text tower is in the checkpoint
+    clip.load_state_dict({k: v.float() for k, v in (load_file(VISION) | text).items()})
     return clip
 
 

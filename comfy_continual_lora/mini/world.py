@@ -13,6 +13,7 @@ import colorsys
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageDraw
@@ -368,3 +369,12 @@ def concept_pictures(concept: Concept, count: int = 5, *, seed: int = 0) -> Iter
         x, y = rng.uniform(-4, 4, 2) + (64, 66)
         draw_look(picture, concept.look, (x, y), rng.uniform(41, 46), rng)
         yield np.clip(picture, 0, 255).astype(np.uint8)
+
+
+def save_pictures(concept: Concept, folder: Path, count: int = 5, *, seed: int = 0) -> list[Path]:
+    """The same as PNG files 0.png, 1.png, ... in `folder`, which is made if it is not there."""
+    folder.mkdir(parents=True, exist_ok=True)
+    files = [folder / f"{number}.png" for number in range(count)]
+    for file, picture in zip(files, concept_pictures(concept, count, seed=seed), strict=True):
+        Image.fromarray(picture).save(file)
+    return files

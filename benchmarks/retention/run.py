@@ -1,0 +1,366 @@
+"""How much is remembered: every method learns the same sequences of concepts; what each concept looks like after every later one is measured.
+
+    python benchmarks/retention/run.py benchmarks/retention/results                        the six-concept table (hours on two cores)
+    python benchmarks/retention/run.py OUT --quick                                         two methods, three concepts: minutes
+    python benchmarks/retention/run.py OUT --concepts 20 --methods lora,lora_dsc_ewc_dc     a long sequence
+    python benchmarks/retention/run.py OUT --ray                                           the same jobs on a Ray cluster
+
+in: nothing (concepts of the reporting split, in an order drawn from the seed) - out: OUT/table.json (a row for each method and seed), table.csv,
+table.md, matrices.json (R[i, j]), a heat map and a strip of pictures for each method. A job that is done is not done again, and one that was stopped
+goes on: the stack on disk knows what it has learned. Prompts, seeds, solver and guidance are the same for all methods.
+
+    A_MMD, F_MMD, BwT_MMD, KID    metrics.py, on the mini-CLIP's image features; lower is better, BwT_MMD higher
+    I2I, T2I                      mean cosine of drawn and real pictures; of drawn pictures and their prompts without the word
+    newest_mmd                    R[N, N]: has the newest concept been learned?
+    dc_accuracy                   share of the training pictures that DC scores give to their own concept, after the last one
+    both                          share of things of the right shape in pictures of two concepts at once, by the attribute reader
+Two bounds: `joint` learns all concepts at once with all pictures, `separate` has a LoRA of its own for each concept.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import json
+import shutil
+import statistics
+import time
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+from torch import Tensor
+
+from comfy_continual_lora import classifier, concepts, diffusion, learn, lora, metrics, pipeline, report, sample, store
+from comfy_continual_lora.checkpoint.backbone import Backbone, FrozenText
+from comfy_continual_lora.checkpoint.load import load_backbone
+from comfy_continual_lora.mini import parts, weights, world
+from comfy_continual_lora.settings import METHODS, TEMPLATES, DrawSettings, LearnSettings, ScoreSettings
+
+ROWS: dict[str, dict[str, Any]] = {name: {"method": name} for name in METHODS}
+ROWS |= {f"{name} vera": {"method": name, "adapter": "vera"} for name in ("lora", "lora_ewc", "lora_ewc_dc")}
+BOUNDS = ("joint", "separate")
+DRAWING = DrawSettings(steps=15, guidance=4.0)
+COLUMNS = ("a_mmd", "f_mmd", "bwt_mmd", "kid", "i2i", "t2i", "newest_mmd", "dc_accuracy", "both", "seconds_per_concept", "bytes_per_concept")
+
+
+@dataclass(frozen=True)
+class Job:
+    row: str  # a key of ROWS, or a bound
+    seed: int
+    concepts: int
+    pictures: int
+    out: Path
+
+    @property
+    def folder(self) -> Path:
+        return self.out / "runs" / f"{self.row.replace(' ', '-')}-{self.concepts}-{self.seed}"
+
+    @property
+    def sequence(self) -> list[world.Concept]:
+        every = world.concepts("reporting")
+        order = np.random.default_rng(self.seed).permutation(len(every))
+        return [every[int(order[i % len(every)])] for i in range(self.concepts)]
+
+    @property
+    def prompts(self) -> list[str]:
+        """One a picture, {} stands for the concept; the places of the real pictures that were not learned from."""
+        places = list(world.BACKGROUNDS.values())
+        return [f"a photo of a {{}} {places[n % len(places)]}" for n in range(self.pictures)]
+
+
+# --- one job: learn the sequence, draw it, measure it ---------------------------------------------------------------------------------
+
+
+def run(job: Job) -> dict[str, Any]:
+    """The row of one method and seed."""
+    done = job.folder / "row.json"
+    if done.exists():
+        return json.loads(done.read_text())
+    torch.set_num_threads(1)
+    job.folder.mkdir(parents=True, exist_ok=True)
+    versions, seconds, size = {"joint": _joint, "separate": _separate}.get(job.row, _in_sequence)(job)
+    backbone, names = load_backbone(job.folder / "mini.safetensors", device="cpu"), [f"V{n} {c.noun}" for n, c in enumerate(job.sequence, start=1)]
+    real = [_features(_real(concept, job.pictures)) for concept in job.sequence]
+    drawn = {}
+    for (i, j), stack in versions.items():
+        drawn[i, j] = _features(_drawn(job, backbone, stack, names[j], f"{i}-{j}"))
+    matrix = metrics.retention_matrix(real, drawn)
+    last, count = job.concepts - 1, job.concepts
+    end = [drawn[last, j] for j in range(count)]
+    plain = [weights.text_features([p.format(c.noun) for p in job.prompts]) for c in job.sequence]
+    stack = versions[last, last]
+    row = {
+        "method": job.row, "seed": job.seed, "concepts": count, "a_mmd": metrics.a_mmd(matrix), "f_mmd": metrics.f_mmd(drawn, count),
+        "bwt_mmd": metrics.bwt_mmd(matrix), "kid": _mean(metrics.kid(_unit(r), _unit(d)) for r, d in zip(real, end, strict=True)),
+        "i2i": _mean(metrics.similarity(r, d) for r, d in zip(real, end, strict=True)),
+        "t2i": _mean(metrics.paired_similarity(d, t) for d, t in zip(end, plain, strict=True)), "newest_mmd": float(matrix[-1, -1]),
+        "dc_accuracy": _accuracy(job, backbone, stack) if job.row != "separate" else None,
+        "both": _both(job, backbone, stack) if job.row != "separate" else None,
+        "seconds_per_concept": seconds / count, "bytes_per_concept": size / count, "matrix": [[_number(v) for v in row] for row in matrix.tolist()],
+    }  # fmt: skip
+    done.write_text(json.dumps(row))
+    return row
+
+
+def _in_sequence(job: Job) -> tuple[dict[tuple[int, int], store.ConceptStack], float, int]:
+    """The stack after every concept, the seconds it took, the bytes it has on disk."""
+    checkpoint, spent = _checkpoint(job), job.folder / "seconds.json"
+    seconds = json.loads(spent.read_text()) if spent.exists() else {}
+    settings = LearnSettings(**ROWS[job.row], seed=job.seed)
+    for number, concept in enumerate(job.sequence, start=1):
+        files = world.save_pictures(concept, job.folder / "pictures" / f"V{number}")
+        request = pipeline.LearnRequest(checkpoint, files, f"V{number}", concept.noun, settings, device="cpu")
+        if pipeline.learned_before(request) is None:
+            started = time.perf_counter()
+            pipeline.learn_concept(request)
+            seconds[request.token] = time.perf_counter() - started
+            spent.write_text(json.dumps(seconds))
+        shutil.rmtree(job.folder / "pictures" / f"V{number}")  # no later concept can look at them
+    path = store.stack_path(checkpoint)
+    stack = store.open_stack(path)
+    versions = {(i, j): stack.as_of(i + 1) for i in range(job.concepts) for j in range(i + 1)}
+    return versions, sum(seconds.values()), path.stat().st_size
+
+
+def _separate(job: Job) -> tuple[dict[tuple[int, int], store.ConceptStack], float, int]:
+    """One stack for each concept: nothing can be forgotten, and nothing is shared."""
+    checkpoint, versions, size, seconds = _checkpoint(job), {}, 0, 0.0
+    for j, concept in enumerate(job.sequence):
+        stack_file = job.folder / f"{j}.concepts.safetensors"
+        if not stack_file.exists():
+            files = world.save_pictures(concept, job.folder / "pictures" / f"V{j + 1}")
+            settings = LearnSettings(method="lora", seed=job.seed)
+            started = time.perf_counter()
+            pipeline.learn_concept(pipeline.LearnRequest(checkpoint, files, f"V{j + 1}", concept.noun, settings, stack=stack_file, device="cpu"))
+            seconds += time.perf_counter() - started
+        size += stack_file.stat().st_size
+        versions |= {(i, j): store.open_stack(stack_file) for i in range(j, job.concepts)}
+    return versions, seconds, size
+
+
+def _joint(job: Job) -> tuple[dict[tuple[int, int], store.ConceptStack], float, int]:
+    """All concepts at once, each with as many steps as it would have in sequence: what a method that keeps every picture reaches."""
+    checkpoint = _checkpoint(job)
+    backbone, settings = load_backbone(checkpoint, device="cpu"), LearnSettings(method="lora", seed=job.seed).resolved("mini")
+    generator, started = torch.Generator().manual_seed(job.seed), time.perf_counter()
+    assert settings.rank
+    assert settings.steps
+    adapter = lora.new_adapter(backbone, settings.rank, generator)
+    latents, prompts = [], []
+    words = {f"V{n}": torch.nn.Parameter(backbone.word_start(c.noun, generator)) for n, c in enumerate(job.sequence, start=1)}
+    for token, concept in zip(words, job.sequence, strict=True):
+        pictures = torch.stack([concepts.to_tensor(Image.fromarray(p)) for p in world.concept_pictures(concept, 5)])
+        latents.append(backbone.encode_images(pictures))
+        prompts += [concepts.prompts_for(token, concept.noun, TEMPLATES, None)] * len(pictures)
+    every = torch.cat(latents)
+    with lora.attached(backbone, adapter, trainable=True) as factors:
+        groups = [{"params": list(words.values()), "lr": settings.token_rate, "weight_decay": 0.0}]
+        optimizer = torch.optim.AdamW([*groups, {"params": list(factors.values()), "lr": settings.rate, "weight_decay": 0.01}])
+        trained = {**{f"word {token}": word for token, word in words.items()}, **factors}
+        run = learn.Run("joint", trained, optimizer, settings, settings.steps * job.concepts, 1.0, job.folder / "joint.snapshot", f"joint {job.seed}")
+        alphas = diffusion.alphas_cumprod()
+
+        def terms(step: int) -> dict[str, Tensor]:
+            draw = diffusion.generator_for(job.seed, step)
+            pick, timestep, noise = diffusion.random_batch(every, settings.batch or 1, draw)
+            chosen = [diffusion.one_of(prompts[int(i)], draw) for i in pick]
+            noisy = diffusion.add_noise(every[pick], noise, timestep, alphas)
+            predicted = backbone.predict(noisy, timestep, backbone.encode_prompts(chosen, words))
+            return {"denoising": diffusion.loss_per_example(predicted, noise).mean()}
+
+        run.train(terms, lambda _progress: None)
+        stack = store.ConceptStack(backbone.fingerprint, rank=settings.rank, tau=0.01)
+        for n, (token, concept) in enumerate(zip(words, job.sequence, strict=True)):
+            record = store.ConceptRecord(str(n), token, concept.noun, "joint", 5, settings.steps, job.seed, [], [], "", 0.0, "", {})
+            stack.records.append(record)
+            stack.words[record.id] = words[token].detach()
+        stack.adapter = {k: v.detach().clone() for k, v in factors.items()}
+    size = sum(t.nbytes for t in (*stack.adapter.values(), *stack.words.values()))
+    return {(i, j): stack for i in range(job.concepts) for j in range(i + 1)}, time.perf_counter() - started, size
+
+
+def _checkpoint(job: Job) -> Path:
+    path = job.folder / "mini.safetensors"
+    if not path.exists():
+        weights.write_checkpoint(path)
+    return path
+
+
+def _real(concept: world.Concept, count: int) -> Tensor:
+    """Pictures of the concept that were not learned from."""
+    pictures = [p for seed in range(1, 2 + count // 10) for p in world.concept_pictures(concept, 10, seed=seed)][:count]
+    return torch.stack([concepts.to_tensor(Image.fromarray(p)) for p in pictures])
+
+
+def _drawn(job: Job, backbone: Backbone, stack: store.ConceptStack, name: str, key: str) -> Tensor:
+    """Pictures of one concept, (n, 3, 128, 128); drawn once and kept as PNG."""
+    folder = job.folder / "drawn" / key
+    files = [folder / f"{n}.png" for n in range(job.pictures)]
+    if not all(file.exists() for file in files):
+        folder.mkdir(parents=True, exist_ok=True)
+        with lora.attached(backbone, stack.adapter):
+            pictures = sample.draw(backbone, stack.tokens, [p.format(name) for p in job.prompts], range(job.pictures), DRAWING)
+        for file, picture in zip(files, pictures, strict=True):
+            concepts.to_pil(picture).save(file)
+    return torch.stack([concepts.to_tensor(Image.open(file)) for file in files])
+
+
+def _features(pictures: Tensor) -> Tensor:
+    return torch.cat([weights.vision_features(chunk) for chunk in pictures.split(32)])
+
+
+def _unit(x: Tensor) -> Tensor:
+    return torch.nn.functional.normalize(x, dim=1)
+
+
+def _accuracy(job: Job, backbone: Backbone, stack: store.ConceptStack) -> float | None:
+    """DC accuracy on the training pictures, among the learned concepts."""
+    if stack.tau is None:
+        return None
+    prompts = {f"V{n}": f"a photo of a V{n} {c.noun}" for n, c in enumerate(job.sequence, start=1)}
+    features, right = dict(zip(prompts, FrozenText(backbone, stack.tokens)(list(prompts.values())), strict=True)), []
+    with lora.attached(backbone, stack.adapter):
+        for token, concept in zip(prompts, job.sequence, strict=True):
+            pictures = torch.stack([concepts.to_tensor(Image.fromarray(p)) for p in world.concept_pictures(concept, 5)])
+            for latent in backbone.encode_images(pictures):
+                found = classifier.classify(backbone, latent, features, stack.tau, ScoreSettings(trials=16))
+                right.append(float(found.best == token))
+    return _mean(right)
+
+
+def _both(job: Job, backbone: Backbone, stack: store.ConceptStack) -> float:
+    """Neighbours of the sequence in one picture: are both shapes there, each in its place?"""
+    reader = parts.Reader()
+    reader.load_state_dict({k: v.float() if v.is_floating_point() else v for k, v in load_file(weights.READER).items()})
+    shapes, pairs = list(world.SHAPES), [(n, n + 1) for n in range(job.concepts - 1)]
+    places = list(world.BACKGROUNDS.values())[:4]
+    prompts = [f"a photo of a V{a + 1} {job.sequence[a].noun} and a V{b + 1} {job.sequence[b].noun} {place}" for a, b in pairs for place in places]
+    with lora.attached(backbone, stack.adapter):
+        pictures = sample.draw(backbone, stack.tokens, prompts, range(len(prompts)), DRAWING)
+    with torch.no_grad():
+        read = reader.eval()(pictures)
+    wanted = [(shapes.index(job.sequence[a].noun), shapes.index(job.sequence[b].noun)) for a, b in pairs for _ in places]
+    right = [(read["shape_a"][n].argmax() == a, read["shape_b"][n].argmax() == b) for n, (a, b) in enumerate(wanted)]
+    report.grid([concepts.to_pil(p) for p in pictures], len(places)).save(job.folder / "both.png")
+    return _mean(float(hit) for pair in right for hit in pair)
+
+
+def _mean(values: Iterable[float]) -> float:
+    found = list(values)
+    return sum(found) / len(found)
+
+
+def _number(value: float) -> float | None:
+    return None if value != value else value
+
+
+# --- all jobs ------------------------------------------------------------------------------------------------------------------------
+
+
+def run_all(jobs: Sequence[Job], processes: int, ray: bool) -> list[dict[str, Any]]:
+    """Every job, spread over processes of this machine or over a Ray cluster; rows come back in the jobs' order."""
+    if ray:
+        from ray.util.multiprocessing import Pool  # pyright: ignore[reportMissingImports]
+
+        with Pool(processes) as pool:
+            return list(pool.imap(_tell, jobs))
+    if processes == 1:
+        return [_tell(job) for job in jobs]
+    with get_context("spawn").Pool(processes) as pool:
+        return list(pool.imap(_tell, jobs, chunksize=1))
+
+
+def _tell(job: Job) -> dict[str, Any]:
+    row = run(job)
+    print(f"{job.row:<24} seed {job.seed}  A_MMD {row['a_mmd']:.4f}  newest {row['newest_mmd']:.4f}", flush=True)
+    return row
+
+
+def write(out: Path, rows: Sequence[dict[str, Any]]) -> None:
+    """table.json, table.csv, table.md, matrices.json."""
+    plain = [{key: value for key, value in row.items() if key != "matrix"} for row in rows]
+    (out / "table.json").write_text(json.dumps(plain, indent=1) + "\n")
+    (out / "matrices.json").write_text(json.dumps([{k: row[k] for k in ("method", "seed", "matrix")} for row in rows]) + "\n")
+    with (out / "table.csv").open("w", newline="") as file:
+        writer = csv.DictWriter(file, plain[0].keys())
+        writer.writeheader()
+        writer.writerows(plain)
+    methods = list(dict.fromkeys(row["method"] for row in plain))
+    lines = ["| method | seeds | " + " | ".join(COLUMNS) + " |", "|---" * (len(COLUMNS) + 2) + "|"]
+    for method in methods:
+        mine = [row for row in plain if row["method"] == method]
+        lines.append(f"| {method} | {len(mine)} | " + " | ".join(_spread([row[c] for row in mine if row[c] is not None]) for c in COLUMNS) + " |")
+    (out / "table.md").write_text("\n".join(lines) + "\n")
+
+
+def _spread(values: Sequence[float]) -> str:
+    if not values:
+        return "-"
+    digits = 0 if abs(values[0]) >= 100 else 1 if abs(values[0]) >= 10 else 4
+    text = f"{statistics.mean(values):.{digits}f}"
+    return text + (f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else "")
+
+
+def draw(out: Path, rows: Sequence[dict[str, Any]], jobs: Sequence[Job]) -> None:
+    """A heat map of R for each method (mean over seeds), and strips: the first concept after each later one."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    methods = list(dict.fromkeys(row["method"] for row in rows))
+    matrices = {m: np.nanmean([np.array(row["matrix"], float) for row in rows if row["method"] == m], axis=0) for m in methods}
+    top = max(float(np.nanmax(m)) for m in matrices.values())
+    columns = min(4, len(methods))
+    figure, axes = pyplot.subplots(-(-len(methods) // columns), columns, figsize=(3.2 * columns, 3.2 * -(-len(methods) // columns)), squeeze=False)
+    for axis in axes.flat:
+        axis.set_visible(False)
+    for axis, method in zip(axes.flat, methods, strict=False):
+        axis.set_visible(True)
+        axis.imshow(matrices[method], vmin=0, vmax=top, cmap="viridis_r")
+        axis.set(title=method, xlabel="concept", ylabel="after concept", xticks=[], yticks=[])
+    figure.suptitle("R[i, j]: distance of the drawn pictures from the real ones (MMD², dark is far)")
+    figure.tight_layout()
+    figure.savefig(out / "heat-maps.png", dpi=90)
+    strips = []
+    for method in methods:
+        job = next(j for j in jobs if j.row == method)
+        strips += [Image.open(job.folder / "drawn" / f"{i}-0" / "1.png") for i in range(job.concepts)]
+    report.grid(strips, jobs[0].concepts).save(out / "first-concept.png")
+    (out / "first-concept.txt").write_text("\n".join(methods) + "\n")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Measure how much each method remembers.")
+    parser.add_argument("out", type=Path)
+    parser.add_argument("--concepts", type=int, default=6)
+    parser.add_argument("--seeds", default="0,1,2")
+    parser.add_argument("--methods", default=",".join([*ROWS, *BOUNDS]))
+    parser.add_argument("--pictures", type=int, default=16, help="drawn for each version and concept")
+    parser.add_argument("--processes", type=int, default=2)
+    parser.add_argument("--ray", action="store_true", help="spread over a Ray cluster")
+    parser.add_argument("--quick", action="store_true", help="lora and the default method, three concepts, one seed")
+    arguments = parser.parse_args()
+    if arguments.quick:
+        arguments.concepts, arguments.seeds, arguments.methods = 3, "0", "lora,lora_dsc_ewc_dc"
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    seeds, wanted = [int(s) for s in arguments.seeds.split(",")], arguments.methods.split(",")
+    unknown = set(wanted) - {*ROWS, *BOUNDS}
+    if unknown:
+        parser.error(f"unknown methods {', '.join(sorted(unknown))}; known: {', '.join([*ROWS, *BOUNDS])}")
+    jobs = [Job(name, seed, arguments.concepts, arguments.pictures, arguments.out) for seed in seeds for name in wanted]
+    rows = run_all(jobs, arguments.processes, arguments.ray)
+    write(arguments.out, rows)
+    draw(arguments.out, rows, jobs)
+    print((arguments.out / "table.md").read_text())
+
+
+if __name__ == "__main__":
+    main()
