@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -216,3 +217,78 @@ def test_a_server_killed_in_the_middle_goes_on_after_a_restart(host: ComfyUI) ->
     host.start()
     assert "Learned V1 ball in 120 steps" in text_of(host.run(long), "4")
     assert not snapshot.exists()
+
+
+def test_a_renamed_checkpoint_is_told_about(host: ComfyUI) -> None:
+    host.run(learn("renamed"))
+    path = stack_of(host, "renamed")
+    lone = path.rename(path.with_name("gone.concepts.safetensors"))
+    load = {"class_type": "ContinualLora_LoadStack", "inputs": {"checkpoint": "mini-sd.safetensors", "stack_name": "renamed"}}
+    done = host.run({"1": load, "2": {"class_type": "PreviewAny", "inputs": {"source": ["1", 1]}}})
+    assert "rename its stack too" in text_of(done, "2")
+    assert lone.name in text_of(done, "2")
+
+
+def test_two_stacks_at_once_and_a_list_of_pictures_of_mixed_sizes(host: ComfyUI) -> None:
+    """Pictures of two sizes come as a list; a stack applied on top of another adds its words."""
+    sizes = {
+        "5": {"class_type": "ImageScale", "inputs": {"image": ["2", 0], "upscale_method": "area", "width": 96, "height": 64, "crop": "center"}},
+        "6": {"class_type": "RebatchImages", "inputs": {"images": ["2", 0], "batch_size": 1}},
+    }
+    first = {**learn("left"), **sizes}
+    first["3"]["inputs"]["images"] = ["6", 0]
+    assert "3 pictures" in text_of(host.run(first), "4")
+    second = {**learn("right", token="W1", which=2), **sizes}
+    second["3"]["inputs"]["images"] = ["5", 0]
+    assert "Learned W1 teapot" in text_of(host.run(second), "4")
+    graph: dict[str, Any] = {"20": {"class_type": "CheckpointLoaderSimple", "inputs": {"ckpt_name": "mini-sd.safetensors"}}}
+    source = "20"
+    for number, name in (("30", "left"), ("40", "right")):
+        graph[number] = {"class_type": "ContinualLora_LoadStack", "inputs": {"checkpoint": "mini-sd.safetensors", "stack_name": name}}
+        both = {"model": [source, 0], "clip": [source, 1], "stack": [number, 0], "strength": 1.0}
+        source = f"{number}1"
+        graph[source] = {"class_type": "ContinualLora_Apply", "inputs": both}
+    done = host.run({**graph, **draw("a photo of a V1 ball and a W1 teapot", source)})
+    assert host.pictures(done, "26")
+
+
+CHROMIUM = next((path for name in ("chromium", "chromium-browser", "google-chrome") if (path := shutil.which(name))), None)
+FLAGS = [
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-quic",
+    "--no-first-run",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+]
+READY = "() => window.app?.extensionManager && window.LiteGraph && Object.keys(LiteGraph.registered_node_types).length > 100"
+MISSING = "() => app.graph._nodes.filter(n => n.has_errors || !LiteGraph.registered_node_types[n.type]).map(n => n.type)"
+QUEUE = """() => new Promise(done => {
+    app.api.addEventListener('execution_success', () => done('done'));
+    app.api.addEventListener('execution_error', event => done(event.detail.exception_message));
+    app.queuePrompt(0, 1);
+})"""
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this machine")
+def test_templates_open_and_run_in_a_browser(host: ComfyUI) -> None:
+    """Every workflow opens without a missing node; the first one, with few steps, runs to its end from the page."""
+    playwright = pytest.importorskip("playwright.sync_api")
+    host.post("/api/settings/Comfy.TutorialCompleted", True)
+    with playwright.sync_playwright() as p:
+        browser = p.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
+        page = browser.new_page(viewport={"width": 1600, "height": 1000})
+        page.route("**/*", lambda r: r.continue_() if r.request.url.startswith((host.address, "data:", "blob:")) else r.abort())
+        page.goto(host.address, timeout=120_000)
+        page.wait_for_function(READY, timeout=120_000)
+        for path in WORKFLOWS:
+            page.evaluate("workflow => app.loadGraphData(workflow, true, true, 'test')", json.loads(path.read_text()))
+            assert page.evaluate(MISSING) == []
+        workflow = json.loads(next(p for p in WORKFLOWS if p.stem == "learn-one-concept").read_text())
+        page.evaluate("workflow => app.loadGraphData(workflow, true, true, 'test')", workflow)
+        few = {**QUICK, "stack_name": "browser"}
+        page.evaluate("few => app.graph._nodes.forEach(n => n.widgets?.forEach(w => { if (w.name in few) w.value = few[w.name] }))", few)
+        assert page.evaluate(QUEUE) == "done"
+        browser.close()
+    assert stack_of(host, "browser").exists()

@@ -6,6 +6,7 @@ Only ComfyUI imports this module; heavy imports of ours are inside the functions
 from __future__ import annotations
 
 import copy
+import gc
 import hashlib
 import logging
 import re
@@ -72,6 +73,12 @@ def stack_file(checkpoint: Path, name: str) -> Path:
     if not re.fullmatch(r"[\w-]{1,64}", name.strip()):
         raise StackError(f"The stack's name {name!r} may hold only letters, digits, - and _ (at most 64): it becomes part of a file name.")
     return plain.with_name(plain.name.removesuffix(_STACKS) + f".{name.strip()}{_STACKS}")
+
+
+def stacks_without_checkpoint(folder: Path) -> list[str]:
+    stacks = [path.name for path in folder.glob(f"*{_STACKS}")]
+    stems = {path.stem for path in folder.iterdir() if not path.name.endswith(_STACKS)}
+    return sorted(name for name in stacks if not any(name.startswith(f"{stem}.") for stem in stems))
 
 
 # --- pictures ------------------------------------------------------------------------------------------------------------------------
@@ -141,6 +148,7 @@ def at_work() -> Iterator[OnProgress]:
         with torch.inference_mode(False), torch.enable_grad():
             yield on_progress
     finally:
+        gc.collect()
         memory.soft_empty_cache()
 
 

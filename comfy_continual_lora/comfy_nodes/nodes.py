@@ -85,7 +85,13 @@ def _now(stack: StackHandle, **change: Any) -> StackHandle:
 
 def _say(records: Sequence[ConceptRecord], file: Path) -> str:
     if not records:
-        return f"No concept learned yet. The stack will be {file}."
+        lone = host.stacks_without_checkpoint(file.parent)
+        hint = (
+            f"\nIf the checkpoint was renamed, rename its stack too, to {file.name}. Stacks here without a checkpoint: {', '.join(lone)}"
+            if lone
+            else ""
+        )
+        return f"No concept learned yet. The stack will be {file}.{hint}"
     lines = [f"{n}. {r.name}   {r.method}, {r.steps} steps, {r.images} pictures, {r.learned[:10]}" for n, r in enumerate(records, start=1)]
     return "\n".join([*lines, f"in {file}"])
 
@@ -311,8 +317,8 @@ class ApplyConcepts(io.ComfyNode):
         lora = stock_lora(held)
         if lora and strength:
             patched, _ = comfy.sd.load_lora_for_models(model, None, lora, strength, 0.0)
-            modules = {key.rsplit(".", 2)[0] if key.endswith("weight") else key.rsplit(".", 1)[0] for key in lora}
-            if (found := len(patched.patches) - len(model.patches)) < len(modules) and not model.patches:
+            modules = {key.split(".")[0] for key in lora}
+            if (found := sum(map(len, patched.patches.values())) - sum(map(len, model.patches.values()))) < len(modules):
                 raise StackError(
                     f"The stack {stack.file.name} changes {len(modules)} layers, but {found} of them are in this MODEL: it belongs to another kind "
                     f"of checkpoint. Load {stack.checkpoint.name}."

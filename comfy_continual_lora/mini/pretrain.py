@@ -362,14 +362,14 @@ def stage_unet(out: Path, steps: int, n: int = 32) -> None:
         model.set_attn_processor(AttnProcessor())
     predict = torch.compile(model)
     alphas = alphas_cumprod().to(DEVICE)
-    alone = np.array([i for i, s in enumerate(shown) if len(s.things) == 1])
+    alone, together = (np.array([i for i, s in enumerate(shown) if len(s.things) == count]) for count in (1, 2))
 
     def loss(step: int) -> tuple[Tensor, dict[str, float]]:
         rng = np.random.default_rng((SEED, 4 + rank, step))
         generator = torch.Generator().manual_seed(int(rng.integers(2**31)))
         index = rng.integers(0, PICTURES, n)
-        if step < steps // 2:  # one thing a picture first: most of them
-            index = np.where(rng.random(n) < 0.6, rng.choice(alone, n), index)
+        more = rng.choice(alone if step < steps // 2 else together, n)  # one thing a picture first: most of them; then mostly two
+        index = np.where(rng.random(n) < 0.6, more, index)
         index = torch.from_numpy(index)
         part = (np.arange(n) + rng.random(n)) / n  # stratified, and more often where the noise still hides what the picture shows
         timestep = torch.from_numpy(part**0.7 * 1000).long().to(DEVICE)
