@@ -32,7 +32,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "guidance": 7.5,
     },
     "mini": {
-        "rank": 16, "steps": 300, "batch": 8, "rate": 1.5e-3, "token_rate": 5e-3, "flip": False, "ewc_strength": 1e-3, "dsc_steps": 60,
+        "rank": 16, "steps": 300, "batch": 8, "rate": 3e-4, "token_rate": 2e-3, "flip": False, "ewc_strength": 1e-3, "dsc_steps": 60,
         "guidance": 4.0,
     },
 }  # fmt: skip

@@ -267,7 +267,7 @@ MISSING = "() => app.graph._nodes.filter(n => n.has_errors || !LiteGraph.registe
 QUEUE = """() => new Promise(done => {
     app.api.addEventListener('execution_success', () => done('done'));
     app.api.addEventListener('execution_error', event => done(event.detail.exception_message));
-    app.queuePrompt(0, 1);
+    app.queuePrompt(0, 1).then(queued => { if (!queued) done(JSON.stringify(app.lastNodeErrors)); });
 })"""
 
 

@@ -56,6 +56,8 @@ def _widget(settings: type, name: str, advanced: bool) -> Any:
     low = 0 if f.default is None else meta["low"]
     high = min(meta["high"] or 1_000_000, 2**63 - 1)
     if kind == "int":
+        if name == "seed":
+            rest["control_after_generate"] = False  # ComfyUI would change it at every queue, and each would be another request
         return io.Int.Input(name, default=f.default or 0, min=int(low), max=int(high), step=meta["multiple"], **rest)
     return io.Float.Input(name, default=f.default or 0.0, min=low, max=high, step=1e-6, round=1e-7, **rest)
 
@@ -122,8 +124,9 @@ class LoadConceptStack(io.ComfyNode):
     @classmethod
     def fingerprint_inputs(cls, checkpoint: str, stack_name: str = "") -> str:
         file = host.stack_file(host.checkpoint_path(checkpoint), stack_name)
-        state = file.stat() if file.exists() else None
-        return f"{file} {state.st_mtime_ns} {state.st_size}" if state else str(file)
+        if not file.exists():
+            return f"{file} {host.stacks_without_checkpoint(file.parent)}"
+        return f"{file} {file.stat().st_mtime_ns} {file.stat().st_size}"
 
     @classmethod
     def execute(cls, checkpoint: str, stack_name: str = "") -> Any:
