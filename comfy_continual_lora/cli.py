@@ -112,11 +112,10 @@ def _learn(arguments: argparse.Namespace, bar: _Bar) -> None:
 
     settings = LearnSettings(**_given(arguments, LearnSettings))
     request = pipeline.LearnRequest(arguments.checkpoint, arguments.images, arguments.token, arguments.noun, settings, **_where(arguments))
-    preview = request.stack_file.with_name(f"{arguments.checkpoint.stem}.{arguments.token}.preview.png")
 
     def show(progress: Progress) -> None:
         if progress.preview is not None:
-            progress.preview.save(preview)
+            progress.preview.save(request.stack_file.with_name(f"{arguments.checkpoint.stem}.{arguments.token}.preview.png"))
         bar(progress)
 
     result = pipeline.learn_concept(request, show)
