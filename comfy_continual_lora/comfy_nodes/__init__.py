@@ -15,10 +15,8 @@ def make_extension() -> Any:
         from .nodes import NODES
 
         class ContinualLora(ComfyExtension):
-            async def on_load(self) -> None:
-                host.offer_mini()
-
             async def get_node_list(self) -> list:
+                host.offer_mini()  # not in on_load, which ComfyUI 0.8 does not call
                 return NODES
 
         return ContinualLora()
