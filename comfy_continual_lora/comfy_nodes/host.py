@@ -180,10 +180,9 @@ def with_words(clip: Any, words: Mapping[str, Tensor]) -> Any:
             return super().tokenize_with_weights(pattern.sub(r" embedding:\1 ", text), *args, **kwargs)
 
         def _try_get_embedding(self, embedding_name: str) -> Any:
+            found = super()._try_get_embedding(embedding_name)  # (vectors, leftover); newer versions put the name between them
             name, _, leftover = embedding_name.partition(" ")
-            if name.lower() in known:
-                return known[name.lower()], name, leftover
-            return super()._try_get_embedding(embedding_name)
+            return (known[name.lower()], *found[1:-1], leftover) if name.lower() in known else found
 
     done = clip.clone()
     done.tokenizer = copy.copy(clip.tokenizer)
