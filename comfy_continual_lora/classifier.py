@@ -17,10 +17,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .checkpoint.backbone import Backbone
+from .checkpoint.backbone import Backbone, FrozenText
 from .diffusion import TIMESTEPS, add_noise, alphas_cumprod, generator_for, loss_per_example, random_batch
 from .progress import OnProgress, Progress, ignore
 from .settings import ScoreSettings
+from .store import ConceptRecord
 
 CONFIDENCE = 0.7  # what tau is calibrated to: the mean probability of the likeliest concept, one trial
 
@@ -114,6 +115,13 @@ class Scores:
     def sure(self) -> bool:
         """Whether the interval of the margin leaves out zero."""
         return self.margin_low > 0
+
+
+def candidates(records: Sequence[ConceptRecord], text: FrozenText) -> dict[str, Tensor]:
+    """What `classify` compares: a prompt (77, d) for each concept, by token, and for each class noun without one, by "c_0 noun"."""
+    prompts = {record.token: f"a photo of a {record.name}" for record in records}
+    prompts |= {f"c_0 {record.noun}": f"a photo of a {record.noun}" for record in records}
+    return dict(zip(prompts, text(list(prompts.values())), strict=True))
 
 
 @torch.no_grad()

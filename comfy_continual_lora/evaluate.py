@@ -29,7 +29,7 @@ from .settings import DrawSettings, EvaluateSettings, ScoreSettings
 from .store import ConceptStack
 
 Features = Callable[[Tensor], Tensor]  # pictures (n, 3, h, w) in -1..1 -> (n, d)
-PLACES = ("a photo of a {}", "a good photo of a {}")
+PROMPTS = ("a photo of a {}", "a good photo of a {}")
 
 
 @dataclass(frozen=True)
@@ -93,7 +93,7 @@ def evaluate(
 
     def drawn(name: str, version: ConceptStack | None) -> Tensor:
         nonlocal done
-        prompts = [PLACES[n % len(PLACES)].format(name) for n in range(settings.pictures)]
+        prompts = [PROMPTS[n % len(PROMPTS)].format(name) for n in range(settings.pictures)]
         seeds = [settings.seed + n for n in range(settings.pictures)]
         on_progress(Progress("evaluate", done, total))
         with attached(backbone, version.adapter if version else None):
@@ -126,9 +126,7 @@ def _recognised(
     """The mean DC score of each concept for its own reference pictures, under the stack as it is now; without other concepts, against its noun."""
     if stack.tau is None:
         return [float("nan")] * len(reference)
-    text = FrozenText(backbone, stack.tokens)
-    prompts = {r.token: f"a photo of a {r.name}" for r in stack.records} | {f"c_0 {r.noun}": f"a photo of a {r.noun}" for r in stack.records}
-    wanted = dict(zip(prompts, text(list(prompts.values())), strict=True))
+    wanted = classifier.candidates(stack.records, FrozenText(backbone, stack.tokens))
     scoring, means = ScoreSettings(trials=settings.trials, seed=settings.seed), []
     with attached(backbone, stack.adapter):
         for record, pictures in zip(stack.records, reference, strict=True):

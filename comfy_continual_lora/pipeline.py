@@ -195,10 +195,8 @@ def consolidate(request: ConsolidateRequest, on_progress: OnProgress = ignore) -
 
 def learned_before(request: LearnRequest) -> store.ConceptRecord | None:
     """The stack's concept that this very request has taught it already: the same pictures, captions, words and settings."""
-    if not request.stack_file.exists():
-        return None
-    held = store.open_stack(request.stack_file)
-    return next((record for record in held.records if record.request == request.digest), None)
+    digest = request.digest
+    return next((record for record in store.read_records(request.stack_file) if record.request == digest), None)
 
 
 def dc_scores(request: ScoreRequest, on_progress: OnProgress = ignore) -> list[Scored]:
@@ -210,10 +208,7 @@ def dc_scores(request: ScoreRequest, on_progress: OnProgress = ignore) -> list[S
     if not stack.records or stack.tau is None:
         raise StackError(f"{request.checkpoint} has learned no concept yet, so there is nothing to tell apart. Learn one first.")
     settings, text = request.settings, FrozenText(backbone, stack.tokens)
-    prompts = {record.token: f"a photo of a {record.name}" for record in stack.records}
-    prompts |= {f"c_0 {noun}": f"a photo of a {noun}" for noun in dict.fromkeys(record.noun for record in stack.records)}
-    features = dict(zip(prompts, text(list(prompts.values())), strict=True))
-    found = []
+    features, found = classifier.candidates(stack.records, text), []
     with attached(backbone, stack.adapter):
         for label, files in groups:
             known = next((record.token for record in stack.records if record.token.lower() == label.lower()), None)

@@ -164,6 +164,11 @@ def load_stack(path: Path, fingerprint: str) -> ConceptStack:
     return stack
 
 
+def read_records(path: Path) -> list[ConceptRecord]:
+    """The concepts of a stack file in order, from its header alone; none where there is no file."""
+    return [ConceptRecord(**record) for record in read_header(path)["concepts"]] if path.exists() else []
+
+
 def open_stack(path: Path) -> ConceptStack:
     """Read a stack whatever its checkpoint. Raises StackError where there is none."""
     if not path.exists():

@@ -16,7 +16,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors.torch import load_file
 from torch import Tensor
 
 from comfy_continual_lora import sample
@@ -40,12 +39,6 @@ def unseen_scenes(count: int) -> list[world.Scene]:
     return found
 
 
-def load_reader() -> parts.Reader:
-    reader = parts.Reader()
-    reader.load_state_dict({k: v.float() if v.is_floating_point() else v for k, v in load_file(weights.READER).items()})
-    return reader.eval()
-
-
 def real_pictures(scenes: list[world.Scene]) -> Tensor:
     """The same scenes as the world draws them: what a perfect net would do, and the reader's own ceiling."""
     rng = np.random.default_rng(SEED + 1)
@@ -62,7 +55,7 @@ def main() -> None:
         path = Path(folder) / "mini.safetensors"
         weights.write_checkpoint(path)
         backbone = load_backbone(path)
-    scenes, reader = unseen_scenes(arguments.captions), load_reader()
+    scenes, reader = unseen_scenes(arguments.captions), weights.load_reader()
     settings = DrawSettings(guidance=arguments.guidance).resolved("mini")
 
     def say(progress: Progress) -> None:

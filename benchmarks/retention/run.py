@@ -34,13 +34,12 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
-from safetensors.torch import load_file
 from torch import Tensor
 
 from comfy_continual_lora import classifier, concepts, diffusion, learn, lora, metrics, pipeline, report, sample, store
 from comfy_continual_lora.checkpoint.backbone import Backbone, FrozenText
 from comfy_continual_lora.checkpoint.load import load_backbone
-from comfy_continual_lora.mini import parts, weights, world
+from comfy_continual_lora.mini import weights, world
 from comfy_continual_lora.settings import METHODS, TEMPLATES, DrawSettings, LearnSettings, ScoreSettings
 
 ROWS: dict[str, dict[str, Any]] = {name: {"method": name} for name in METHODS}
@@ -237,15 +236,13 @@ def _accuracy(job: Job, backbone: Backbone, stack: store.ConceptStack) -> float 
 
 def _both(job: Job, backbone: Backbone, stack: store.ConceptStack) -> float:
     """Neighbours of the sequence in one picture: are both shapes there, each in its place?"""
-    reader = parts.Reader()
-    reader.load_state_dict({k: v.float() if v.is_floating_point() else v for k, v in load_file(weights.READER).items()})
     shapes, pairs = list(world.SHAPES), [(n, n + 1) for n in range(job.concepts - 1)]
     places = list(world.BACKGROUNDS.values())[:4]
     prompts = [f"a photo of a V{a + 1} {job.sequence[a].noun} and a V{b + 1} {job.sequence[b].noun} {place}" for a, b in pairs for place in places]
     with lora.attached(backbone, stack.adapter):
         pictures = sample.draw(backbone, stack.tokens, prompts, range(len(prompts)), DRAWING)
     with torch.no_grad():
-        read = reader.eval()(pictures)
+        read = weights.load_reader()(pictures)
     wanted = [(shapes.index(job.sequence[a].noun), shapes.index(job.sequence[b].noun)) for a, b in pairs for _ in places]
     right = [(read["shape_a"][n].argmax() == a, read["shape_b"][n].argmax() == b) for n, (a, b) in enumerate(wanted)]
     report.grid([concepts.to_pil(p) for p in pictures], len(places)).save(job.folder / "both.png")

@@ -27,6 +27,8 @@ if TYPE_CHECKING:
     from PIL.Image import Image
     from torch import Tensor
 
+    from ..store import ConceptRecord
+
 MINI = "mini-sd.safetensors"
 _STACKS = ".concepts.safetensors"
 
@@ -43,6 +45,13 @@ class StackHandle:
     file: Path
     count: int
     consolidated: bool = True
+
+    @property
+    def records(self) -> list[ConceptRecord]:
+        """The concepts meant, without their tensors."""
+        from ..store import read_records
+
+        return read_records(self.file)[: self.count]
 
     def read(self) -> Any:
         """The ConceptStack meant, or None while there is no stack yet."""

@@ -17,7 +17,6 @@ from .host import StackHandle
 
 if TYPE_CHECKING:
     from .. import pipeline
-    from ..store import ConceptRecord
 
 CATEGORY = "Continual LoRA"
 Stack = io.Custom("CONCEPT_STACK")
@@ -81,11 +80,13 @@ def _where(stack: StackHandle) -> dict[str, Any]:
 
 def _now(stack: StackHandle, **change: Any) -> StackHandle:
     """The stack as it is on disk now."""
-    held = dataclasses.replace(stack, count=1_000_000, consolidated=True).read()
-    return dataclasses.replace(stack, **{"count": len(held.records) if held else 0, "consolidated": True, **change})
+    from ..store import read_records
+
+    return dataclasses.replace(stack, **{"count": len(read_records(stack.file)), "consolidated": True, **change})
 
 
-def _say(records: Sequence[ConceptRecord], file: Path) -> str:
+def _say(stack: StackHandle) -> str:
+    records, file = stack.records, stack.file
     if not records:
         lone = host.stacks_without_checkpoint(file.parent)
         hint = (
@@ -132,8 +133,7 @@ class LoadConceptStack(io.ComfyNode):
     def execute(cls, checkpoint: str, stack_name: str = "") -> Any:
         path = host.checkpoint_path(checkpoint)
         stack = _now(StackHandle(path, host.stack_file(path, stack_name), 0))
-        held = stack.read()
-        return io.NodeOutput(stack, _say(held.records if held else [], stack.file))
+        return io.NodeOutput(stack, _say(stack))
 
 
 class LearnConcept(io.ComfyNode):
@@ -193,24 +193,23 @@ class LearnConcept(io.ComfyNode):
             text = f"Learned {known.name} in {known.steps} steps; loss {known.loss:.4f} at the end.\nDC scores of its pictures:\n{_table(scored)}"
         else:
             text = f"{known.name} is on the stack already, learned from these very pictures and settings on {known.learned[:10]}; nothing was done."
-        held = _now(stack).read()
-        after = _now(stack, count=[r.id for r in held.records].index(known.id) + 1, consolidated=False)
+        after = _now(stack, count=[r.id for r in _now(stack).records].index(known.id) + 1, consolidated=False)
         curve = report.curve_picture(losses, f"Loss while learning {known.token}")
-        return io.NodeOutput(after, stock_lora(after.read()), host.to_image([curve]), f"{text}\n\n{_say(after.read().records, after.file)}")
+        return io.NodeOutput(after, stock_lora(after.read()), host.to_image([curve]), f"{text}\n\n{_say(after)}")
 
     @staticmethod
     def _make_room(stack: StackHandle, token: str, choice: str) -> None:
         """Refuse a word that is taken, or undo it."""
         from .. import pipeline
 
-        held = _now(stack).read()
-        taken = next((r for r in held.records if r.token.lower() == token.lower()), None) if held else None
+        records = _now(stack).records
+        taken = next((r for r in records if r.token.lower() == token.lower()), None)
         if taken is None:
             return
-        if choice != "refuse" and taken is held.records[-1]:
+        if choice != "refuse" and taken is records[-1]:
             pipeline.undo(stack.checkpoint, stack.file)
             return
-        later = "" if taken is held.records[-1] else " Concepts learned after it build on it, so it can't be replaced either."
+        later = "" if taken is records[-1] else " Concepts learned after it build on it, so it can't be replaced either."
         raise TokenError(
             f"The word {token} is taken: it is the {taken.noun} learned on {taken.learned[:10]}, from other pictures or with other settings. "
             f"Choose another word, or undo it first (Undo Concept, or if_word_exists here).{later}"
@@ -245,15 +244,14 @@ class Consolidate(io.ComfyNode):
         stack = values["stack"]
         files = host.save_pictures(images)
         request = pipeline.ConsolidateRequest(stack.checkpoint, files, _settings(ConsolidateSettings, values), **_where(stack))
-        held, losses = _now(stack).read(), []
-        newest = held.records[-1] if held and held.records else None
-        if newest and newest.consolidated == request.digest:
-            text = f"{newest.name} was consolidated with these very pictures and settings already; nothing was done."
+        records, losses = _now(stack).records, []
+        if records and records[-1].consolidated == request.digest:
+            text = f"{records[-1].name} was consolidated with these very pictures and settings already; nothing was done."
         else:
             with host.at_work() as on_progress:
                 done = pipeline.consolidate(request, on_progress)
             losses = done.losses
-            text = f"Consolidated {done.record.name} against {len(held.records) - 1} earlier concepts in {len(losses)} steps."
+            text = f"Consolidated {done.record.name} against {len(records) - 1} earlier concepts in {len(losses)} steps."
         return io.NodeOutput(_now(stack), host.to_image([report.curve_picture(losses, "Loss while consolidating")]), text)
 
 
@@ -408,15 +406,15 @@ class UndoConcept(io.ComfyNode):
     def execute(cls, stack: StackHandle, token: str) -> Any:
         from .. import pipeline
 
-        held, wanted = _now(stack).read(), token.strip().lower()
-        known = [r.token.lower() for r in held.records] if held else []
+        records, wanted = _now(stack).records, token.strip().lower()
+        known = [r.token.lower() for r in records]
         if wanted not in known:
             return io.NodeOutput(_now(stack), f"No concept named {token!r} is on the stack; nothing was done.")
         if known[-1] != wanted:
-            raise StackError(f"{token} is not the newest concept; {held.records[-1].token} is, and builds on it. Undo that one first.")
+            raise StackError(f"{token} is not the newest concept; {records[-1].token} is, and builds on it. Undo that one first.")
         record = pipeline.undo(stack.checkpoint, stack.file)
         after = _now(stack)
-        return io.NodeOutput(after, f"Took {record.name} off the stack.\n\n{_say(after.read().records, after.file)}")
+        return io.NodeOutput(after, f"Took {record.name} off the stack.\n\n{_say(after)}")
 
 
 class ExamplePictures(io.ComfyNode):

@@ -122,6 +122,13 @@ def write_checkpoint(path: Path, *, stock: bool = False) -> None:
         path.with_suffix(".yaml").write_text(_YAML)
 
 
+def load_reader() -> parts.Reader:
+    """The attribute reader: what the world's things in a picture look like, by name."""
+    reader = parts.Reader()
+    reader.load_state_dict({k: v.float() if v.is_floating_point() else v for k, v in load_file(READER).items()})
+    return reader.eval()
+
+
 @torch.no_grad()
 def vision_features(pictures: Tensor) -> Tensor:
     """The image tower of the mini-SD's CLIP: pictures (n, 3, 128, 128) in -1..1 -> (n, 192). Other sizes are scaled."""
