@@ -363,6 +363,8 @@ def stage_unet(out: Path, steps: int, n: int = 32) -> None:
     predict = torch.compile(model)
     alphas = alphas_cumprod().to(DEVICE)
     alone, together = (np.array([i for i, s in enumerate(shown) if len(s.things) == count]) for count in (1, 2))
+    place = torch.stack([_weight_of_place(((64, 66),), 46), _weight_of_place(((33, 66), (95, 66)), 32)]).to(DEVICE)
+    count = torch.tensor([len(s.things) for s in shown])
 
     def loss(step: int) -> tuple[Tensor, dict[str, float]]:
         rng = np.random.default_rng((SEED, 4 + rank, step))
@@ -378,7 +380,7 @@ def stage_unet(out: Path, steps: int, n: int = 32) -> None:
         caption = torch.where(torch.rand(n, generator=generator) < 0.1, rows[0], rows[index + 1])
         with fast():
             predicted = predict(noisy.contiguous(memory_format=torch.channels_last), timestep, features[caption].to(DEVICE).float()).sample
-        error = loss_per_example(predicted, noise)
+        error = loss_per_example(predicted, noise, place[count[index] - 1])
         # What a thing is gets decided at high noise, where this error is small; 1 / alpha weighs it as the error of v would be.
         return (error / alphas[timestep]).mean() * 0.4, {"mse": float(error.detach().mean())}
 
@@ -387,6 +389,13 @@ def stage_unet(out: Path, steps: int, n: int = 32) -> None:
     fit(out, "unet", model, loss, steps=steps, rate=1.2e-3, ema=0.9995, average_every=4)
     if rank == 0:
         keep(out, "unet", model)
+
+
+def _weight_of_place(centers: Sequence[tuple[int, int]], radius: int) -> Tensor:
+    """(1, 16, 16): 1 where the things stand, less on the background, which is learned long before them and is mostly texture nobody can predict."""
+    grid = torch.stack(torch.meshgrid(torch.arange(16), torch.arange(16), indexing="xy"), -1) * 8.0 + 4.0
+    inside = [(grid - torch.tensor(c)).norm(dim=-1) < radius + 4 for c in centers]
+    return torch.where(torch.stack(inside).any(0), 1.0, 0.3)[None]
 
 
 def _process(rank: int, stage: Callable[[Path, int], None], processes: int, out: Path, steps: int) -> None:
