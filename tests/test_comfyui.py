@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 from comfyui import ComfyUI, error_of, executed, find_comfyui, to_prompt
+from full_size import write_sd15
 from PIL import Image
 from safetensors.torch import load_file
 
@@ -77,6 +78,18 @@ def draw(prompt: str, source: str) -> dict[str, Any]:
         "25": {"class_type": "VAEDecode", "inputs": {"samples": ["24", 0], "vae": ["20", 2]}},
         "26": {"class_type": "PreviewImage", "inputs": {"images": ["25", 0]}},
     }  # fmt: skip
+
+
+def draws(host: ComfyUI, stack: dict[str, Any], checkpoint: str, lora: str, kind: str) -> np.ndarray:
+    """The picture of a prompt with a weighted word: through Apply Concepts ("ours"), the stock LoRA loader ("stock"), or neither ("plain")."""
+    both = {"model": ["20", 0], "clip": ["20", 1]}
+    apply = {"class_type": "ContinualLora_Apply", "inputs": {**both, "stack": ["1", 0], "strength": 1.0}}
+    stock = {"class_type": "LoraLoader", "inputs": {**both, "lora_name": lora, "strength_model": 1.0, "strength_clip": 1.0}}
+    node = {"ours": apply, "stock": stock, "plain": None}[kind]
+    prompt = f"a photo of a ({'embedding:V1' if kind == 'stock' else 'V1'} ball:1.2), on grass"
+    load = {"1": stack, "20": {"class_type": "CheckpointLoaderSimple", "inputs": {"ckpt_name": checkpoint}}}
+    done = host.run({**load, **({"4": node} if node else {}), **draw(prompt, "4" if node else "20")})
+    return np.asarray(Image.open(host.pictures(done, "26")[0]).convert("RGB"), int)
 
 
 def text_of(done: dict[str, Any], node: str) -> str:
@@ -152,7 +165,6 @@ def test_exported_files_draw_what_apply_draws(host: ComfyUI) -> None:
     host.run(learn("export", rate=0.01, steps=20))
     load = {
         "1": {"class_type": "ContinualLora_LoadStack", "inputs": {"checkpoint": "mini-sd.safetensors", "stack_name": "export"}},
-        "20": {"class_type": "CheckpointLoaderSimple", "inputs": {"ckpt_name": "mini-sd.safetensors"}},
     }
     export = {
         "2": {"class_type": "ContinualLora_Export", "inputs": {"stack": ["1", 0]}},
@@ -160,14 +172,7 @@ def test_exported_files_draw_what_apply_draws(host: ComfyUI) -> None:
     }
     name = text_of(host.run({**load, **export}), "3")
     assert len({key.split(".")[0] for key in load_file(host.base / "models" / "loras" / name)}) == 8
-    both = {"model": ["20", 0], "clip": ["20", 1]}
-    apply = {"class_type": "ContinualLora_Apply", "inputs": {**both, "stack": ["1", 0], "strength": 1.0}}
-    stock = {"class_type": "LoraLoader", "inputs": {**both, "lora_name": name, "strength_model": 1.0, "strength_clip": 1.0}}
-    found = {}
-    for kind, node, word in (("ours", apply, "V1"), ("stock", stock, "embedding:V1"), ("plain", None, "V1")):
-        prompt = f"a photo of a ({word} ball:1.2), on grass"
-        done = host.run({**load, **({"4": node} if node else {}), **draw(prompt, "4" if node else "20")})
-        found[kind] = np.asarray(Image.open(host.pictures(done, "26")[0]).convert("RGB"), int)
+    found = {kind: draws(host, load["1"], "mini-sd.safetensors", name, kind) for kind in ("ours", "stock", "plain")}
     assert np.abs(found["ours"] - found["stock"]).max() <= 2
     assert np.abs(found["ours"] - found["plain"]).mean() > 2
 
@@ -250,6 +255,22 @@ def test_two_stacks_at_once_and_a_list_of_pictures_of_mixed_sizes(host: ComfyUI)
         graph[source] = {"class_type": "ContinualLora_Apply", "inputs": both}
     done = host.run({**graph, **draw("a photo of a V1 ball and a W1 teapot", source)})
     assert host.pictures(done, "26")
+
+
+def test_a_full_size_sd15_learns_and_stock_nodes_load_the_result(host: ComfyUI) -> None:
+    """Random weights in the real layout: two steps of learning, export, and the stock loader draws what Apply Concepts draws."""
+    name = write_sd15(host.base / "models" / "checkpoints" / "full-sd15.safetensors").name
+    graph = learn("", size=64, steps=2, rate=0.01)
+    graph["1"]["inputs"].update(checkpoint=name, stack_name="")
+    graph["5"] = {"class_type": "ContinualLora_Export", "inputs": {"stack": ["3", 0]}}
+    graph["6"] = {"class_type": "PreviewAny", "inputs": {"source": ["5", 0]}}
+    done = host.run(graph)
+    assert "Learned V1 ball in 2 steps" in text_of(done, "4")
+    lora = text_of(done, "6")
+    assert len({key.split(".")[0] for key in load_file(host.base / "models" / "loras" / lora)}) == 32
+    ours, stock, plain = (draws(host, graph["1"], name, lora, kind) for kind in ("ours", "stock", "plain"))
+    assert np.abs(ours - stock).max() <= 2
+    assert np.abs(ours - plain).max() > 2
 
 
 CHROMIUM = next((path for name in ("chromium", "chromium-browser", "google-chrome") if (path := shutil.which(name))), None)

@@ -189,7 +189,8 @@ class LearnConcept(io.ComfyNode):
             with host.at_work() as on_progress:
                 done = pipeline.learn_concept(request, on_progress)
                 known, losses = done.record, done.losses
-                scored = pipeline.dc_scores(pipeline.ScoreRequest(stack.checkpoint, files, ScoreSettings(trials=8), **_where(stack)), on_progress)
+                scoring = ScoreSettings(trials=8, size=settings.size, fit=settings.fit)
+                scored = pipeline.dc_scores(pipeline.ScoreRequest(stack.checkpoint, files, scoring, **_where(stack)), on_progress)
             text = f"Learned {known.name} in {known.steps} steps; loss {known.loss:.4f} at the end.\nDC scores of its pictures:\n{_table(scored)}"
         else:
             text = f"{known.name} is on the stack already, learned from these very pictures and settings on {known.learned[:10]}; nothing was done."
