@@ -59,14 +59,22 @@ def layers_of(adapter: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
     return layers
 
 
+def factored(parts: Mapping[str, Tensor], width: int) -> tuple[Tensor, Tensor]:
+    """The change of one layer's weight as a product: (d_out, k) and (k, d_text); `width` is d_text."""
+    if "A" in parts:
+        return parts["B"], parts["A"]
+    if "d" in parts:
+        down, up = (t.to(parts["d"].device) for t in projections(len(parts["d"]), len(parts["b"]), width))
+        return parts["b"][:, None] * up, parts["d"][:, None] * down
+    return parts["D"], torch.eye(width, device=parts["D"].device)
+
+
 def delta(parts: Mapping[str, Tensor], shape: torch.Size) -> Tensor:
     """The change of one layer's weight, (d_out, d_text); `shape` is that weight's."""
-    if "A" in parts:
-        return parts["B"] @ parts["A"]
-    if "d" in parts:
-        down, up = (t.to(parts["d"].device) for t in projections(len(parts["d"]), *shape))
-        return parts["b"][:, None] * (up @ (parts["d"][:, None] * down))
-    return parts["D"]
+    if "D" in parts:
+        return parts["D"]
+    left, right = factored(parts, shape[1])
+    return left @ right
 
 
 def delta_weights(backbone: Backbone, adapter: Mapping[str, Tensor]) -> dict[str, Tensor]:

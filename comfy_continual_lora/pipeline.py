@@ -21,8 +21,8 @@ import torch.nn.functional as F
 from PIL import Image
 from safetensors import safe_open
 
-from . import classifier, concepts, dsc, sample, store
-from . import evaluate as retention
+from . import classifier, concepts, dsc, sample, store, textspace
+from . import evaluate as evaluation
 from .checkpoint.backbone import Backbone, FrozenText
 from .checkpoint.load import load_backbone
 from .errors import ConceptImagesError, SettingError, StackError
@@ -178,7 +178,7 @@ def consolidate(request: ConsolidateRequest, on_progress: OnProgress = ignore) -
         stack.undo()  # what follows is about the stack as it was before the newest concept
         settings = LearnSettings(**{**asdict(request.settings), "method": record.method, "rank": stack.rank}).resolved(backbone.preset)
         pictures = concepts.load_images(request.images, settings.size or backbone.size, fit=settings.fit)
-        penalty = METHODS[record.method].penalty(stack, settings, backbone.device)
+        penalty = _penalty(backbone, stack, settings, record.noun)
         newest = _Newest(backbone, stack, record, _latents(backbone, pictures, settings), text, penalty, settings, on_progress)
         if not newest.past:
             raise StackError(f"There is nothing to consolidate: no concept before {record.token} in {path} has a LoRA.")
@@ -232,7 +232,7 @@ def draw(request: DrawRequest, on_progress: OnProgress = ignore) -> list[Drawn]:
     return [Drawn(prompt, seed, concepts.to_pil(picture)) for prompt, seed, picture in zip(prompts, seeds, pictures, strict=True)]
 
 
-def evaluate(request: EvaluateRequest, on_progress: OnProgress = ignore) -> retention.Retention:
+def evaluate(request: EvaluateRequest, on_progress: OnProgress = ignore) -> evaluation.Retention:
     """Draw every concept with every version of the stack since it was learned, and tell how much is kept."""
     request.settings.check()
     groups = dict(_groups(request.images)) if request.images else {}
@@ -251,7 +251,7 @@ def evaluate(request: EvaluateRequest, on_progress: OnProgress = ignore) -> rete
         for name, files in groups.items()
         if name.lower() in tokens
     }
-    return retention.evaluate(backbone, stack, given, retention.features(backbone, request.clip), settings, on_progress)
+    return evaluation.evaluate(backbone, stack, given, evaluation.features(backbone, request.clip), settings, on_progress)
 
 
 def info(checkpoint: Path, stack: Path | None = None) -> dict[str, Any]:
@@ -341,7 +341,7 @@ def _lesson(
         assert settings.rank
         adapter = new_adapter(backbone, settings.rank, generator, kind)
     prompts = [concepts.prompts_for(request.token, "" if anew else request.noun, TEMPLATES, caption) for caption in pictures.captions]
-    penalty = method.penalty(stack, settings, backbone.device)
+    penalty = _penalty(backbone, stack, settings, request.noun)
     names = [concepts.name_of(request.token, "" if anew else request.noun), *(record.name for record in stack.records[:1])]
     shown = [f"a photo of a {name}" for name in names]
     weights = None
@@ -349,6 +349,15 @@ def _lesson(
         masks = torch.cat([pictures.masks, pictures.masks.flip(-1)]) if settings.flip else pictures.masks
         weights = F.interpolate(masks, latents.shape[-2:], mode="area").to(latents.device)
     return Lesson(latents, prompts, request.token, stack.tokens, adapter, word, penalty, stack.adapter if anew else None, shown, weights)
+
+
+def _penalty(backbone: Backbone, stack: store.ConceptStack, settings: LearnSettings, noun: str) -> Penalty | None:
+    """What the method adds to the loss, and what text space adds."""
+    method = METHODS[settings.method]
+    weight = method.retention_weight if settings.retention_weight is None else settings.retention_weight
+    held = textspace.retention(backbone, stack, noun, weight) if weight else None
+    own = method.penalty(stack, settings, backbone.device)
+    return own if held is None else held if own is None else lambda factors: own(factors) + held(factors)
 
 
 @dataclass(frozen=True)

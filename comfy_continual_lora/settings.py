@@ -13,7 +13,7 @@ from .errors import SettingError
 
 METHODS = (
     "textual_inversion", "custom_diffusion", "custom_diffusion_ewc", "lora", "c_lora", "lora_ewc", "lora_ewc_dc", "lora_dsc", "lora_dsc_ewc",
-    "lora_dsc_ewc_dc",
+    "lora_dsc_ewc_dc", "retention",
 )  # fmt: skip
 SOLVERS = ("dpm++", "ddim")
 TEMPLATES = (
@@ -115,6 +115,10 @@ class ConsolidateSettings(Settings):
     fisher_space: str = setting(
         "factors", "take the Fisher of A and B, or of their product (much larger to store)", choices=("factors", "delta"), group="DC scores, EWC"
     )
+    retention_weight: float | None = setting(
+        None, "weight of holding K and V of earlier concepts' and of ordinary prompts where they are, beside what the method does; 0 switches it off",
+        low=0, group="retention",
+    )  # fmt: skip
     dsc_steps: int | None = setting(None, "steps of Diffusion Scores Consolidation", low=1, high=1_000_000, group="DSC")
     dsc_rate: float = setting(0.5, "its learning rate, as a share of the rate", low=0, high=100, group="DSC")
     dsc_a1: float = setting(1.0, "weight of agreeing with the newest adapter's scores", low=0, group="DSC")

@@ -25,7 +25,7 @@ LAYERS = (
     ("classifier",),
     ("mini",),
     ("methods",),
-    ("ewc",),
+    ("ewc", "textspace"),
     ("store", "concepts", "diffusion", "lora", "metrics"),
     ("checkpoint",),
     ("progress", "settings"),

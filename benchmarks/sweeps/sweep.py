@@ -9,6 +9,8 @@ prediction (mean over c, h, w, 24 stratified timesteps), so that no drawing and 
     learned    error with the checkpoint alone minus error right after learning, mean over concepts       larger is better
     kept       the same with the last adapter instead                                                   larger is better
     newest     learned, of the last concept alone: does protection stop learning?
+    prior      error on ordinary pictures of the world, with their captions and with the empty one: the last adapter's minus the checkpoint's;
+               smaller is better. Guidance subtracts the empty prompt, so what leaks into it comes out in its complement
     accuracy   share of the held-out pictures whose likeliest concept by DC scores is the right one, after the last concept
 """
 
@@ -85,6 +87,7 @@ def run(settings: dict[str, Any], count: int, seed: int) -> dict[str, Any]:
         prompts = {f"V{n}": f"a photo of a V{n} {c.noun}" for n, c in enumerate(concepts, start=1)}
         features = dict(zip(prompts, text(list(prompts.values())), strict=True))
         end = [held_out_error(backbone, stack.adapter, z, features[name]) for z, name in zip(held, prompts, strict=True)]
+        prior = _prior(backbone, stack.adapter) - _prior(backbone, None)
         with attached(backbone, stack.adapter):
             right = [
                 classifier.classify(backbone, z, features, stack.tau or 1.0, ScoreSettings()).best == name
@@ -94,9 +97,20 @@ def run(settings: dict[str, Any], count: int, seed: int) -> dict[str, Any]:
     learned, kept = [base - own for base, own in after], [base - last for (base, _), last in zip(after, end, strict=True)]
     return {
         "settings": settings, "concepts": count, "seed": seed, "learned": _mean(learned), "kept": _mean(kept), "kept_of_earlier": _mean(kept[:-1]),
-        "learned_of_earlier": _mean(learned[:-1]), "newest": round(learned[-1], 5), "accuracy": _mean([float(r) for r in right]), "tau": stack.tau,
+        "learned_of_earlier": _mean(learned[:-1]), "newest": round(learned[-1], 5), "prior": round(prior, 5),
+        "accuracy": _mean([float(r) for r in right]), "tau": stack.tau,
         "seconds": round(time.time() - started, 1),
     }  # fmt: skip
+
+
+def _prior(backbone: Backbone, adapter: Adapter | None) -> float:
+    """Error on 12 ordinary pictures, each with its caption and with the empty one."""
+    rng = np.random.default_rng(2025)
+    scenes = [world.random_scene(rng) for _ in range(12)]
+    latents = backbone.encode_images(pretrain.to_tensor(np.stack([world.draw_scene(s, rng) for s in scenes])))
+    features = backbone.encode_prompts(["", *(s.caption for s in scenes)])
+    pairs = [(z[None], features[row]) for n, z in enumerate(latents) for row in (0, n + 1)]
+    return sum(held_out_error(backbone, adapter, z, f) for z, f in pairs) / len(pairs)
 
 
 def _mean(values: list[float]) -> float:
@@ -120,7 +134,7 @@ def table(path: Path) -> str:
     for line in path.read_text().splitlines():
         row = json.loads(line)
         groups.setdefault(json.dumps([row["settings"], row["concepts"]]), []).append(row)
-    columns = ("learned", "kept", "learned_of_earlier", "kept_of_earlier", "newest", "accuracy", "seconds")
+    columns = ("learned", "kept", "learned_of_earlier", "kept_of_earlier", "newest", "prior", "accuracy", "seconds")
     lines = ["| settings | concepts | seeds | " + " | ".join(columns) + " |", "|---" * (len(columns) + 3) + "|"]
     for key, rows in groups.items():
         settings, count = json.loads(key)

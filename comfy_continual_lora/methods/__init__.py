@@ -12,7 +12,8 @@ from .lora_dsc_ewc_dc import LoraDscEwcDc
 from .lora_ewc import LoraEwc
 from .lora_ewc_dc import LoraEwcDc
 from .method import Method
+from .retention import Retention
 from .textual_inversion import TextualInversion
 
-_ALL = (TextualInversion, CustomDiffusion, CustomDiffusionEwc, Lora, CLora, LoraEwc, LoraEwcDc, LoraDsc, LoraDscEwc, LoraDscEwcDc)
+_ALL = (TextualInversion, CustomDiffusion, CustomDiffusionEwc, Lora, CLora, LoraEwc, LoraEwcDc, LoraDsc, LoraDscEwc, LoraDscEwcDc, Retention)
 METHODS: dict[str, Method] = {method.id: method() for method in _ALL}

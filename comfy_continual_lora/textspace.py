@@ -1,0 +1,106 @@
+"""Stage 4: text space - K and V see nothing but text features, so what an adapter does to a prompt is known without a picture.
+
+    K = (W0 + delta) c            c (d,): the text features of a prompt, one for each of its 77 positions
+    drift = E_c || (delta - delta*) c ||^2 / E_c || W0 c ||^2  =  tr[ (delta - delta*) M (delta - delta*)^T ] / tr[ W0 M W0^T ],    M = E_c c c^T
+
+Words and templates of earlier concepts are stored, hence so is M: one (d, d) matrix stands for every prompt about them, and the drift is exact, not
+sampled. Penalising it holds earlier concepts (delta* = the adapter so far) and ordinary prompts, the empty one too (delta* = 0: the checkpoint).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .checkpoint.backbone import Backbone, FrozenText
+from .lora import Adapter, factored, layers_of
+from .settings import TEMPLATES
+from .store import ConceptStack
+
+PLACES = (
+    "on grass", "on wood", "on sand", "in water", "in the sky", "on brick", "in snow", "on gravel", "at night", "on carpet", "in a room",
+    "on the street", "in the forest", "on a table", "at the beach", "in front of a mountain",
+)  # fmt: skip
+THINGS = (
+    "ball", "box", "star", "heart", "cross", "moon", "mug", "teapot", "vase", "house", "fish", "cat", "dog", "sneaker", "backpack", "mushroom",
+    "person", "woman", "man", "car", "bottle", "flower", "toy", "chair", "bird", "tree", "bag", "boat", "building", "food",
+)  # fmt: skip
+LOOKS = ("red", "blue", "green and yellow striped", "black", "white", "purple and pink dotted", "orange", "teal checkered")
+
+
+def ordinary_prompts(nouns: Sequence[str]) -> list[str]:
+    """Prompts that name no concept: the empty one, things in places and looks, and the concepts' class noun without their words."""
+    things = list(dict.fromkeys([*nouns, *THINGS]))
+    found = ["", *(f"a photo of a {thing}" for thing in things), *(f"a photo of a {noun} {place}" for noun in nouns for place in PLACES)]
+    for number, thing in enumerate(things):  # every thing with some places, looks and another thing
+        for turn in range(3):
+            look, place = LOOKS[(number + 3 * turn) % len(LOOKS)], PLACES[(number + 5 * turn) % len(PLACES)]
+            found += [f"a photo of a {look} {thing} {place}", f"a {thing} {place}", f"a photo of a {thing} and a {look} {things[number - 1 - turn]}"]
+    return list(dict.fromkeys(found))
+
+
+def concept_prompts(stack: ConceptStack) -> list[str]:
+    """Prompts that name the stack's concepts: in every template and place, with the captions they were learned with, and two at a time."""
+    names = [record.name for record in stack.records]
+    found = [prompt for record in stack.records for prompt in record.prompts]
+    found += [template.format(name) for name in names for template in TEMPLATES]
+    found += [f"a photo of a {name} {place}" for name in names for place in PLACES]
+    found += [f"a photo of a {a} and a {b}" for i, a in enumerate(names) for j, b in enumerate(names) if i != j and abs(i - j) < 4]
+    return list(dict.fromkeys(found))
+
+
+def moment(text: FrozenText, prompts: Sequence[str]) -> Tensor:
+    """M, the mean of c c^T over prompts and positions, (d, d) float32."""
+    total, count = None, 0
+    for start in range(0, len(prompts), 16):
+        features = text(prompts[start : start + 16]).float().flatten(0, 1)
+        total = features.T @ features if total is None else total + features.T @ features
+        count += len(features)
+    assert total is not None, "no prompts"
+    return total / count
+
+
+def drift(factors: Mapping[str, Tensor], anchor: Adapter | None, moment: Tensor, sizes: Mapping[str, Tensor]) -> Tensor:
+    """Mean over the layers of E || (delta - delta*) c ||^2 / sizes[layer], a number. No anchor: delta* = 0."""
+    rights, inner = [], []
+    fixed = layers_of(anchor or {})
+    for layer, parts in layers_of(factors).items():
+        left, right = factored(parts, moment.shape[0])
+        if layer in fixed:  # the difference of two products is one product of twice the rank
+            other, same = factored(fixed[layer], moment.shape[0])
+            left, right = torch.cat([left, -other], 1), torch.cat([right, same])
+        rights.append(right)
+        inner.append(left.T @ left / sizes[layer])
+    right = torch.stack(rights)
+    return ((right @ moment @ right.mT) * torch.stack(inner)).sum() / len(rights)
+
+
+@dataclass(frozen=True)
+class Retention:
+    """The penalty in the training loop: called with the factors, it gives weight * (drift of earlier concepts + drift of ordinary prompts)."""
+
+    weight: float
+    memories: Sequence[tuple[Tensor, Adapter | None]]  # (M, anchor)
+    sizes: Mapping[str, Tensor]  # tr[W0 M W0^T] of each layer, over ordinary prompts
+
+    def __call__(self, factors: Mapping[str, Tensor]) -> Tensor:
+        return self.weight * torch.stack([drift(factors, anchor, m, self.sizes) for m, anchor in self.memories]).sum()
+
+
+def retention(backbone: Backbone, stack: ConceptStack, noun: str, weight: float) -> Retention:
+    """What the prompts of the stack's concepts, and ordinary ones (about `noun`, the newest concept's, above all), ask for.
+
+    Each concept weighs as much as all ordinary prompts together.
+    """
+    text = FrozenText(backbone, stack.tokens)
+    plain = moment(text, ordinary_prompts(list(dict.fromkeys([noun, *(record.noun for record in stack.records)]))))
+    memories: list[tuple[Tensor, Adapter | None]] = [(plain, None)]
+    if stack.records and stack.adapter:
+        anchor = {name: tensor.to(backbone.device, torch.float32) for name, tensor in stack.adapter.items()}
+        memories.append((len(stack.records) * moment(text, concept_prompts(stack)), anchor))
+    weights = {layer: module.weight.float() for layer, module in backbone.kv_layers.items()}
+    sizes = {layer: ((w @ plain) * w).sum() for layer, w in weights.items()}
+    return Retention(weight, memories, sizes)

@@ -1,0 +1,76 @@
+"""Text space: the drift is the mean over features it says it is, and what the prompts ask for is there."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from test_methods import QUICK, _request, _stack, folders  # noqa: F401 - the last is a fixture
+
+from comfy_continual_lora import pipeline, store, textspace
+from comfy_continual_lora.checkpoint.backbone import Backbone, FrozenText
+from comfy_continual_lora.lora import delta_weights, factored, layers_of, new_adapter
+
+
+def _random(backbone: Backbone, kind: str, seed: int) -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    return {k: 0.1 * torch.randn(t.shape, generator=generator) for k, t in new_adapter(backbone, 4, generator, kind).items()}
+
+
+@pytest.mark.parametrize("kind", ["lora", "vera", "full"])
+def test_drift_is_the_mean_over_all_features(backbone: Backbone, kind: str) -> None:
+    """The quadratic form against the sum it stands for: every prompt, position and layer one by one."""
+    prompts = ["", "a red ball on grass", "a photo of a fish"]
+    text = FrozenText(backbone, {})
+    features = text(prompts).flatten(0, 1)
+    own, anchor = _random(backbone, kind, 1), _random(backbone, kind, 2)
+    plain = {name: layer.weight for name, layer in backbone.kv_layers.items()}
+    sizes = {name: (features @ w.T).square().sum(1).mean() for name, w in plain.items()}
+    changed, before = delta_weights(backbone, own), delta_weights(backbone, anchor)
+    for fixed, target in ((anchor, before), (None, {name: 0 * w for name, w in plain.items()})):
+        expected = [(features @ (changed[n] - target[n]).T).square().sum(1).mean() / sizes[n] for n in plain]
+        found = textspace.drift(own, fixed, textspace.moment(text, prompts), sizes)
+        assert float(found) == pytest.approx(float(torch.stack(expected).mean()), rel=1e-4)
+    assert float(textspace.drift(anchor, anchor, textspace.moment(text, prompts), sizes)) == pytest.approx(0, abs=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["lora", "vera", "full"])
+def test_factors_multiply_to_the_change(backbone: Backbone, kind: str) -> None:
+    adapter = _random(backbone, kind, 3)
+    for layer, change in delta_weights(backbone, adapter).items():
+        left, right = factored(layers_of(adapter)[layer], change.shape[1])
+        assert torch.allclose(left @ right, change, atol=1e-6)
+
+
+def test_ordinary_prompts_name_no_concept_and_concept_prompts_do(checkpoint: Path, folders: dict[str, Path]) -> None:  # noqa: F811
+    for token in ("V1", "V2"):
+        pipeline.learn_concept(_request(checkpoint, folders, token, replace(QUICK, method="lora")))
+    stack = _stack(checkpoint)
+    named, ordinary = textspace.concept_prompts(stack), textspace.ordinary_prompts(["ball", "fish"])
+    assert all("V1 ball" in p or "V2 fish" in p for p in named)
+    assert any("V1 ball" in p and "V2 fish" in p for p in named)
+    assert "" in ordinary
+    assert not any("V1" in p or "V2" in p for p in ordinary)
+
+
+def test_it_holds_the_earlier_concepts_and_the_empty_prompt(backbone: Backbone, checkpoint: Path, folders: dict[str, Path]) -> None:  # noqa: F811
+    """Some steps at a high rate, with and without the penalty: K and V of the first concept's and the empty prompt move less with it."""
+    moved = {}
+    for weight in (0.0, 30.0):
+        chosen = replace(QUICK, method="lora", retention_weight=weight, steps=12, rate=0.01)
+        stack_file = checkpoint.with_name(f"weight{weight}.concepts.safetensors")
+        for token in ("V1", "V2"):
+            pipeline.learn_concept(replace(_request(checkpoint, folders, token, chosen), stack=stack_file))
+        held = store.open_stack(stack_file)
+        text = FrozenText(backbone, held.tokens)
+        first = held.pool[held.records[0].id]
+        sizes = {name: torch.tensor(1.0) for name in backbone.kv_layers}
+        assert held.adapter
+        moved[weight] = (
+            float(textspace.drift(held.adapter, first, textspace.moment(text, ["a photo of a V1 ball"]), sizes)),
+            float(textspace.drift(held.adapter, None, textspace.moment(text, [""]), sizes)),
+        )
+    assert moved[30.0][0] < moved[0.0][0] / 2
+    assert moved[30.0][1] < moved[0.0][1] / 2
