@@ -11,7 +11,7 @@ import textwrap
 from pathlib import Path
 from typing import Any
 
-from .errors import Cancelled, ContinualLoraError
+from .errors import Cancelled, ContinualLoraError, SettingError
 from .progress import Progress
 from .settings import PRESETS, ConsolidateSettings, DrawSettings, EvaluateSettings, LearnSettings, ScoreSettings
 
@@ -219,6 +219,27 @@ def _evaluate(arguments: argparse.Namespace, bar: _Bar) -> None:
     print(json.dumps({"concepts": found.names, **plain}))
 
 
+def _ui(arguments: argparse.Namespace, bar: _Bar) -> None:
+    try:
+        import gradio as gr
+    except ImportError:
+        raise SettingError("The tab needs gradio, which is not installed: pip install 'comfy-continual-lora[ui]'.") from None
+    from .mini.weights import write_checkpoint
+    from .webui.tab import Host, build
+
+    host = Host(arguments.models, arguments.models / "continual-lora")
+    if not host.checkpoints():
+        write_checkpoint(arguments.models / "mini-sd.safetensors")
+        print(f"There was no checkpoint in {arguments.models}, so the mini-SD was put there to try things on.")
+    with gr.Blocks(title="Continual LoRA") as page:
+        gr.Markdown("# Continual LoRA\nTeach a checkpoint one thing after another, without old pictures and without forgetting.")
+        build(host)
+    page.queue().launch(
+        server_name="127.0.0.1", server_port=arguments.port, share=False, inbrowser=not arguments.no_browser,
+        allowed_paths=[str(arguments.models.resolve())],
+    )  # fmt: skip
+
+
 def _undo(arguments: argparse.Namespace, bar: _Bar) -> None:
     from . import pipeline
 
@@ -288,6 +309,11 @@ def _parser() -> argparse.ArgumentParser:
     export = command("export", _export, "write one LoRA and one embedding a word, for ComfyUI, A1111, Forge and diffusers")
     export.add_argument("--out", type=Path, required=True, help="folder for the LoRA, such as the program's Lora folder")
     export.add_argument("--embeddings", type=Path, help="folder for the embeddings (default: the same)")
+
+    ui = command("ui", _ui, "open the tab by itself, in a browser on this machine", checkpoint=False, machine=False)
+    ui.add_argument("--models", type=Path, default=Path("models"), help="folder of checkpoints; the mini-SD is put there if it has none")
+    ui.add_argument("--port", type=int, help="port of the page (default: the first free one from 7860 on)")
+    ui.add_argument("--no-browser", action="store_true", help="do not open a browser")
 
     command("info", _info, "show what a checkpoint has learned")
     command("undo", _undo, "take the newest concept off the stack")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from browser import CHROMIUM, page
 from comfyui import ComfyUI, error_of, executed, find_comfyui, to_prompt
 from full_size import write_sd15
 from PIL import Image
@@ -273,16 +273,6 @@ def test_a_full_size_sd15_learns_and_stock_nodes_load_the_result(host: ComfyUI) 
     assert np.abs(ours - plain).max() > 2
 
 
-CHROMIUM = next((path for name in ("chromium", "chromium-browser", "google-chrome") if (path := shutil.which(name))), None)
-FLAGS = [
-    "--no-sandbox",
-    "--disable-gpu",
-    "--disable-quic",
-    "--no-first-run",
-    "--disable-background-networking",
-    "--disable-component-update",
-    "--disable-sync",
-]
 READY = "() => window.app?.extensionManager && window.LiteGraph && Object.keys(LiteGraph.registered_node_types).length > 100"
 MISSING = "() => app.graph._nodes.filter(n => n.has_errors || !LiteGraph.registered_node_types[n.type]).map(n => n.type)"
 QUEUE = """() => new Promise(done => {
@@ -295,21 +285,15 @@ QUEUE = """() => new Promise(done => {
 @pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this machine")
 def test_templates_open_and_run_in_a_browser(host: ComfyUI) -> None:
     """Every workflow opens without a missing node; the first one, with few steps, runs to its end from the page."""
-    playwright = pytest.importorskip("playwright.sync_api")
     host.post("/api/settings/Comfy.TutorialCompleted", True)
-    with playwright.sync_playwright() as p:
-        browser = p.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
-        page = browser.new_page(viewport={"width": 1600, "height": 1000})
-        page.route("**/*", lambda r: r.continue_() if r.request.url.startswith((host.address, "data:", "blob:")) else r.abort())
-        page.goto(host.address, timeout=120_000)
-        page.wait_for_function(READY, timeout=120_000)
+    with page(host.address) as opened:
+        opened.wait_for_function(READY, timeout=120_000)
         for path in WORKFLOWS:
-            page.evaluate("workflow => app.loadGraphData(workflow, true, true, 'test')", json.loads(path.read_text()))
-            assert page.evaluate(MISSING) == []
+            opened.evaluate("workflow => app.loadGraphData(workflow, true, true, 'test')", json.loads(path.read_text()))
+            assert opened.evaluate(MISSING) == []
         workflow = json.loads(next(p for p in WORKFLOWS if p.stem == "learn-one-concept").read_text())
-        page.evaluate("workflow => app.loadGraphData(workflow, true, true, 'test')", workflow)
+        opened.evaluate("workflow => app.loadGraphData(workflow, true, true, 'test')", workflow)
         few = {**QUICK, "stack_name": "browser"}
-        page.evaluate("few => app.graph._nodes.forEach(n => n.widgets?.forEach(w => { if (w.name in few) w.value = few[w.name] }))", few)
-        assert page.evaluate(QUEUE) == "done"
-        browser.close()
+        opened.evaluate("few => app.graph._nodes.forEach(n => n.widgets?.forEach(w => { if (w.name in few) w.value = few[w.name] }))", few)
+        assert opened.evaluate(QUEUE) == "done"
     assert stack_of(host, "browser").exists()

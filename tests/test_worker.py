@@ -1,0 +1,179 @@
+"""The worker process and the host's side of it: the protocol, the states of a job, how it ends when either side is killed."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from conftest import save_concept
+
+from comfy_continual_lora import store, worker
+from comfy_continual_lora.webui.job import Busy, Desk, Job
+
+QUICK = {"method": "lora", "steps": 2, "batch": 2, "rank": 4, "size": 64}
+
+
+def _request(checkpoint: Path, pictures: Path, **settings: object) -> dict[str, object]:
+    chosen = {**QUICK, **settings}
+    return {"checkpoint": str(checkpoint), "images": str(pictures), "token": "V1", "noun": "ball", "settings": chosen, "device": "cpu"}
+
+
+def _done(job: Job) -> Job:
+    assert job.wait(240), job.state
+    return job
+
+
+@pytest.fixture
+def desk() -> Iterator[Desk]:
+    desk = Desk(lambda: sys.executable)
+    yield desk
+    if desk.job and desk.job.process:
+        desk.job.process.kill()
+
+
+def test_a_job_learns_exports_and_tells_how_far_it_is(checkpoint: Path, pictures: Path, tmp_path: Path, desk: Desk) -> None:
+    out = tmp_path / "out"
+    job = _done(desk.start(("learn", _request(checkpoint, pictures)), ("export", {"checkpoint": str(checkpoint), "out": str(out)})))
+    assert (job.state, job.message) == ("done", "")
+    assert job.results["learn"]["token"] == "V1"
+    assert len(job.losses) == 2
+    assert Path(job.results["export"]["lora"]).parent == out
+    assert job.process
+    assert job.process.wait(10) == 0
+    again = _done(desk.start(("learn", _request(checkpoint, pictures))))
+    assert again.results["learn"]["again"]
+    assert (again.number, again.losses) == (2, [])
+
+
+def test_one_job_at_a_time_and_stop_keeps_the_snapshot(checkpoint: Path, pictures: Path, desk: Desk) -> None:
+    job = desk.start(("learn", _request(checkpoint, pictures, steps=5000, snapshot_every=1)))
+    with pytest.raises(Busy, match="under way"):
+        desk.start(("undo", {"checkpoint": str(checkpoint)}))
+    while not job.losses:
+        assert job.state in ("starting", "running"), job.message
+        time.sleep(0.05)
+    job.stop()
+    assert job.state == "stopping"
+    assert _done(job).state == "stopped"
+    assert checkpoint.with_name("mini.concepts.V1.snapshot").exists()
+    assert not store.stack_path(checkpoint).exists()
+
+
+def test_a_killed_worker_is_told_about(checkpoint: Path, pictures: Path, desk: Desk) -> None:
+    job = desk.start(("learn", _request(checkpoint, pictures, steps=5000)))
+    while not job.losses:
+        time.sleep(0.05)
+    assert job.process
+    job.process.send_signal(signal.SIGKILL)
+    assert _done(job).state == "failed"
+    assert "exit status -9" in job.message
+    assert "memory ran out" in job.message
+
+
+@pytest.mark.parametrize(
+    ("change", "kind", "message"),
+    [
+        ({"noun": ""}, "SettingError", "class noun is empty"),
+        ({"images": "/nowhere"}, "ConceptImagesError", "no folder /nowhere"),
+        ({"settings": {"stepz": 3}}, "SettingError", "has no stepz"),
+        ({"checkpoint": "/nowhere.safetensors"}, "CheckpointError", "no checkpoint at"),
+    ],
+)
+def test_mistakes_come_back_in_words(checkpoint: Path, pictures: Path, change: dict, kind: str, message: str) -> None:
+    status, last = _serve({"jobs": [{"job": "learn", "request": {**_request(checkpoint, pictures), **change}}]})
+    assert (status, last["event"], last["kind"]) == (1, "failed", kind)
+    assert message in last["message"]
+
+
+def test_what_is_no_job_is_refused() -> None:
+    status, last = _serve({"jobs": [{"job": "dance", "request": {}}]})
+    assert status == 2
+    assert "it knows learn, consolidate" in last["message"]
+
+
+def _serve(first: dict) -> tuple[int, dict]:
+    """Serve one line in this process, with the pipe left open as a living host leaves it: the exit status and the last event."""
+    read, write = os.pipe()
+    with os.fdopen(read) as source, os.fdopen(write, "w") as host, io.StringIO() as target:
+        host.write(json.dumps(first) + "\n")
+        host.flush()
+        status = worker.serve(source, target)
+        return status, json.loads(target.getvalue().splitlines()[-1])
+
+
+def test_an_environment_that_is_missing_fails_the_job_in_words() -> None:
+    def missing() -> str:
+        raise OSError("no Python here")
+
+    job = Desk(missing).start(("undo", {}))
+    assert job.wait(10)
+    assert (job.state, job.message) == ("failed", "no Python here")
+
+
+HOST = """
+import sys, time
+from comfy_continual_lora.webui.job import Desk
+job = Desk(lambda: sys.executable).start(("learn", {request!r}))
+while not job.losses:
+    time.sleep(0.05)
+print(job.process.pid, flush=True)
+time.sleep(1000)
+"""
+
+
+def test_the_worker_ends_with_its_host(checkpoint: Path, pictures: Path) -> None:
+    """The host is killed the hard way, so it can tell nobody: the end of the pipe does."""
+    script = HOST.format(request=_request(checkpoint, pictures, steps=100_000, snapshot_every=100_000))
+    host = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True, cwd=Path(__file__).parents[1])
+    assert host.stdout
+    with host.stdout as said:
+        worker_pid = int(said.readline())
+        host.kill()
+        host.wait()
+    deadline = time.monotonic() + 60
+    while _alive(worker_pid):
+        assert time.monotonic() < deadline, "the worker goes on without its host"
+        time.sleep(0.2)
+    assert checkpoint.with_name("mini.concepts.V1.snapshot").exists()
+
+
+def _alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    status = Path(f"/proc/{pid}/stat")
+    return not (status.exists() and status.read_text().rsplit(")", 1)[1].split()[0] == "Z")  # a zombie nobody has buried yet
+
+
+def test_what_runs_in_the_host_needs_the_standard_library_alone() -> None:
+    code = (
+        "import sys; from comfy_continual_lora.webui import job, environment; "
+        "print(any(m in sys.modules for m in ('torch', 'PIL', 'numpy', 'gradio')))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=Path(__file__).parents[1], check=True)
+    assert done.stdout.strip() == "False"
+
+
+def test_pictures_come_with_the_jobs_that_draw(checkpoint: Path, pictures: Path, tmp_path: Path, desk: Desk) -> None:
+    save_concept(tmp_path / "second", 1, count=2)
+    first = _request(checkpoint, pictures)
+    second = {**_request(checkpoint, tmp_path / "second"), "token": "V2", "noun": "fish"}
+    both = {"checkpoint": str(checkpoint), "device": "cpu", "out": str(tmp_path / "charts")}
+    scoring = {**both, "images": str(pictures), "settings": {"trials": 2, "size": 64}}
+    evaluating = {**both, "settings": {"pictures": 1, "steps": 2, "trials": 2, "size": 64}}
+    jobs = [("learn", first), ("evaluate", evaluating), ("scores", scoring)]
+    job = _done(desk.start(*jobs))
+    assert job.state == "done", job.message
+    assert Path(job.results["scores"]["chart"]).exists()
+    assert Path(job.results["evaluate"]["chart"]).exists()
+    assert set(job.results["evaluate"]["kept"]) == {"V1"}
+    assert _done(desk.start(("learn", second), ("undo", {"checkpoint": str(checkpoint)}))).results["undo"]["token"] == "V2"
