@@ -219,6 +219,12 @@ def _evaluate(arguments: argparse.Namespace, bar: _Bar) -> None:
     print(json.dumps({"concepts": found.names, **plain}))
 
 
+def _install_webui(arguments: argparse.Namespace, bar: _Bar) -> None:
+    from .webui.install import install
+
+    print(install(arguments.path, copy=arguments.copy))
+
+
 def _ui(arguments: argparse.Namespace, bar: _Bar) -> None:
     try:
         import gradio as gr
@@ -314,6 +320,16 @@ def _parser() -> argparse.ArgumentParser:
     ui.add_argument("--models", type=Path, default=Path("models"), help="folder of checkpoints; the mini-SD is put there if it has none")
     ui.add_argument("--port", type=int, help="port of the page (default: the first free one from 7860 on)")
     ui.add_argument("--no-browser", action="store_true", help="do not open a browser")
+
+    webui = command(
+        "install-webui",
+        _install_webui,
+        "put the tab into AUTOMATIC1111, reForge, Forge or Forge Neo as an extension",
+        checkpoint=False,
+        machine=False,
+    )
+    webui.add_argument("path", type=Path, help="the web UI's folder (or its --data-dir)")
+    webui.add_argument("--copy", action="store_true", help="copy the files; else a clone is linked, so that updating it updates the tab")
 
     command("info", _info, "show what a checkpoint has learned")
     command("undo", _undo, "take the newest concept off the stack")

@@ -1,22 +1,26 @@
 """The worker's Python environment: made once, beside the host's own, in which nothing is installed. Standard library alone.
 
-The environment is a venv of the host's Python. The host's packages stand behind its own ones (a .pth file), so that a torch that is new enough is
-used and not downloaded again; what is too old there, or missing, is installed here.
+The environment is a venv of the host's Python. The host's torch, with the GPU libraries that came with it, is linked into it if it is new enough, so
+that gigabytes are not downloaded again; everything else is installed here. (Showing the environment all of the host's packages does not work: their
+versions satisfy what ours ask for on paper, and fail on import.)
 """
 
 from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
-import sysconfig
 from collections.abc import Callable
+from importlib import metadata
 from pathlib import Path
 
 REQUIREMENTS = (
     "torch>=2.1", "numpy>=1.26", "pillow>=10", "safetensors>=0.4", "diffusers>=0.31", "transformers>=4.46", "peft>=0.13", "filelock>=3.12",
 )  # fmt: skip
+OLDEST_TORCH = (2, 1)
+CAUTIOUS = ("transformers<4.50", "diffusers<0.33", "peft<0.15", "accelerate<1.3", "huggingface_hub<0.30")  # newer ones ask for a torch newer than 2.5
 _READY = "ready.json"
 
 
@@ -39,14 +43,64 @@ def prepare(folder: Path, say: Callable[[str], object] = print) -> None:
     if _is_ready(folder):
         return
     say(f"Preparing the environment for learning in {folder}; nothing is installed into this program's own. This is done once.")
-    _run([sys.executable, "-m", "venv", str(folder)], say)
+    _run([sys.executable, "-m", "venv", "--clear", str(folder)], say)
     code = "import sysconfig; print(sysconfig.get_path('purelib'))"
     packages = Path(subprocess.run([str(_python(folder)), "-c", code], capture_output=True, text=True, check=True).stdout.strip())
-    own = [sysconfig.get_path("purelib"), sysconfig.get_path("platlib")]
-    (packages / "host.pth").write_text("\n".join(dict.fromkeys(own)) + "\n")
-    _run([str(_python(folder)), "-m", "pip", "install", "--disable-pip-version-check", "--prefer-binary", *REQUIREMENTS], say)
+    bounds: list[str] = []
+    torch = _version_of("torch")
+    if torch >= OLDEST_TORCH and _link(["torch"], packages):
+        bounds = [f"torch=={metadata.version('torch')}", *(CAUTIOUS if torch < (2, 6) else ()), *_same_numpy()]
+        say(f"Its torch {metadata.version('torch')} is used.")
+    _run([str(_python(folder)), "-m", "pip", "install", "--disable-pip-version-check", "--prefer-binary", *REQUIREMENTS, *bounds], say)
     (folder / _READY).write_text(json.dumps(_wanted()))
     say("The environment for learning is ready.")
+
+
+def _version_of(name: str) -> tuple[int, ...]:
+    """The first two numbers of the version that is installed in this Python; nothing where it is not."""
+    try:
+        return tuple(int(part) for part in re.findall(r"\d+", metadata.version(name))[:2])
+    except metadata.PackageNotFoundError:
+        return ()
+
+
+def _same_numpy() -> list[str]:
+    """torch before 2.3 speaks to numpy 1 alone, so with the host's torch goes the host's numpy."""
+    return [f"numpy=={metadata.version('numpy')}"] if _version_of("numpy") >= (1, 26) else []
+
+
+def _link(names: list[str], packages: Path) -> bool:
+    """Link these packages and the GPU libraries they ask for into the folder `packages`; whether that was possible."""
+    known, waiting, entries = set(), list(names), {}
+    while waiting:
+        name = waiting.pop()
+        known.add(name)
+        try:
+            found = metadata.distribution(name)
+        except metadata.PackageNotFoundError:
+            continue  # for another system
+        entries |= {part: Path(str(found.locate_file(part))) for file in found.files or () if (part := file.parts[0]) not in ("..", "__pycache__")}
+        asked = (re.match(r"[\w.-]+", one) for one in found.requires or ())
+        waiting += [m[0] for m in asked if m and m[0].startswith(("nvidia", "triton", "pytorch-triton", "cuda", "intel-")) and m[0] not in known]
+    try:
+        for part, source in entries.items():
+            _link_one(source, packages / part)
+    except OSError:
+        return False
+    return bool(entries)
+
+
+def _link_one(source: Path, target: Path) -> None:
+    if target.exists():
+        return
+    try:
+        os.symlink(source, target, target_is_directory=source.is_dir())
+    except OSError:
+        if os.name != "nt" or not source.is_dir():
+            raise
+        import _winapi
+
+        _winapi.CreateJunction(str(source), str(target))  # pyright: ignore[reportAttributeAccessIssue] - Windows asks for a right to make links
 
 
 def _python(folder: Path) -> Path:

@@ -36,7 +36,7 @@ PLANS = {
 ADVANCED = ("method", "steps", "rank", "rate", "token_rate", "batch", "size", "fit", "flip", "seed", "adapter", "ewc_strength", "retention_weight",
             "dsc_steps", "fisher_samples", "precision", "checkpointing", "preview_every")  # fmt: skip
 SHOWN: dict[str, Any] = {"preview_every": 50}  # here pictures while learning are worth their time
-_PICTURES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff")
+PICTURES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff")
 
 
 class Host:
@@ -65,6 +65,14 @@ class Host:
 
     def default_method(self) -> str:
         return "lora_dsc_ewc_dc"
+
+    def logins(self) -> dict[str, str]:
+        """Who may use the API, and with which password; nobody named: everybody."""
+        return {}
+
+    def picture_folders(self) -> list[Path]:
+        """Where the API may read pictures."""
+        return [self.folder / "pictures"]
 
     def example(self, token: str) -> tuple[list[str], str]:
         """Pictures of a thing that the mini-SD does not know, another for each word, and its class noun."""
@@ -347,7 +355,7 @@ def build(host: Host) -> None:
 
     def thumbnails(files: Sequence[Any] | None) -> tuple[Any, Any]:
         paths = [Path(getattr(file, "name", file)) for file in files or ()]
-        readable = [p for p in paths if p.suffix.lower() in _PICTURES]
+        readable = [p for p in paths if p.suffix.lower() in PICTURES]
         return [(Image.open(p), p.name) for p in readable], [[p.name, ""] for p in paths]
 
     def prepare() -> Iterator[str]:

@@ -1,0 +1,35 @@
+"""The tab Continual LoRA in AUTOMATIC1111 and the Forge family. Run again at every "Reload UI"; what lasts is in webui/a1111.py."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+
+import gradio as gr
+from modules import script_callbacks  # pyright: ignore[reportMissingImports] - only inside the web UI
+
+EXTENSION = Path(__file__).parents[1]
+_spec = importlib.util.spec_from_file_location("continual_lora_home", EXTENSION / "home.py")
+_home = importlib.util.module_from_spec(_spec)
+_spec.loader.exec_module(_home)
+_home.load_package()
+
+from comfy_continual_lora.webui import a1111, api, tab  # noqa: E402
+
+host = a1111.host(EXTENSION)
+
+
+def on_ui_tabs() -> list:
+    with gr.Blocks(analytics_enabled=False) as page:
+        tab.build(host)
+    return [(page, "Continual LoRA", "continual_lora")]
+
+
+def on_app_started(_demo: object, app: object) -> None:
+    if host.serves_api:
+        api.add_routes(app, host)
+
+
+script_callbacks.on_ui_settings(host.add_settings)
+script_callbacks.on_ui_tabs(on_ui_tabs)
+script_callbacks.on_app_started(on_app_started)
