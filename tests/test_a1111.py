@@ -179,9 +179,9 @@ def test_the_tab_learns_from_a_browser(host: WebUI, pictures: Path, tmp_path: Pa
         opened.fill("#continual_lora_token textarea", "B1")
         opened.fill("#continual_lora_noun textarea", "ball")
         opened.click("text=Captions, and settings for experts")
-        for label, value in (("steps", 30), ("batch", 2), ("rank", 4), ("fisher samples", 4), ("preview every", 10)):
-            opened.locator("#tab_continual_lora").get_by_label(label, exact=True).first.fill(str(value))
-        opened.locator("#tab_continual_lora").get_by_label("Stack").fill("browser")
+        for name, value in (("steps", 30), ("batch", 2), ("rank", 4), ("fisher_samples", 4), ("preview_every", 10)):
+            opened.fill(f"#continual_lora_{name} input", str(value))
+        opened.fill("#continual_lora_stack textarea", "browser")
         opened.click("#continual_lora_learn")
         said = "([where, text]) => document.querySelector(where)?.innerText.includes(text)"
         opened.wait_for_function(said, arg=["#continual_lora_status", "Learned B1 ball"], timeout=400_000)

@@ -98,8 +98,8 @@ def test_the_tab_by_itself_in_a_browser(tmp_path: Path) -> None:
                 opened.click("#continual_lora_example")
                 opened.wait_for_function("document.querySelector('#continual_lora_noun input, #continual_lora_noun textarea').value === 'ball'")
                 opened.click("text=Captions, and settings for experts")
-                for label, value in (("steps", 40), ("batch", 2), ("rank", 4), ("fisher samples", 4), ("preview every", 20)):
-                    opened.get_by_label(label, exact=True).first.fill(str(value))
+                for name, value in (("steps", 40), ("batch", 2), ("rank", 4), ("fisher_samples", 4), ("preview_every", 20)):
+                    opened.fill(f"#continual_lora_{name} input", str(value))
                 opened.click("#continual_lora_learn")
                 _expect(opened, "#continual_lora_status", "Learned V1 ball")
                 _expect(opened, "#continual_lora_concepts", "40 steps, 5 pictures")

@@ -247,14 +247,14 @@ def _widget(kind: type, name: str) -> Any:
     if f.default is None:
         suits = [f"{chosen[name]} for {preset}" for preset, chosen in PRESETS.items() if name in chosen]
         info += f". {'auto' if base == 'bool' else '0'}: what suits the checkpoint" + (f" ({', '.join(suits)})" if suits else "")
-    label, default = name.replace("_", " "), SHOWN.get(name, f.default)
+    default, said = SHOWN.get(name, f.default), {"label": name.replace("_", " "), "info": info, "elem_id": f"continual_lora_{name}"}
     if meta["choices"]:
-        return gr.Dropdown(list(meta["choices"]), value=default, label=label, info=info)
+        return gr.Dropdown(list(meta["choices"]), value=default, **said)
     if base == "bool" and default is None:
-        return gr.Dropdown(["auto", "yes", "no"], value="auto", label=label, info=info)
+        return gr.Dropdown(["auto", "yes", "no"], value="auto", **said)
     if base == "bool":
-        return gr.Checkbox(value=default, label=label, info=info)
-    return gr.Number(value=default or 0, label=label, info=info, precision=0 if base == "int" else None)
+        return gr.Checkbox(value=default, **said)
+    return gr.Number(value=default or 0, precision=0 if base == "int" else None, **said)
 
 
 def _plan_of(method: str) -> str:
@@ -310,15 +310,13 @@ def build(host: Host) -> None:
     def say(error: Exception) -> list[Any]:
         return [f"**{error}**", gr.update(), gr.update(), gr.update(), gr.update()]
 
-    def pictures(files: Sequence[Any] | None, captions: Any = ()) -> list[Path]:
+    def pictures(files: Sequence[Any] | None, captions: str = "") -> list[Path]:
         if not files:
             raise ValueError("No pictures yet: drop 3 to 15 pictures of the thing.")
         paths = [getattr(file, "name", file) for file in files]
-        rows = captions.values.tolist() if hasattr(captions, "values") and not isinstance(captions, dict) else captions
-        said = [str(row[1] or "") for row in rows or []]
-        return keep_pictures(paths, said, host.folder / "pictures")
+        return keep_pictures(paths, captions.splitlines(), host.folder / "pictures")
 
-    def learn(checkpoint: str, name: str, files: Any, captions: Any, token: str, noun: str, plan: str, *values: Any) -> Iterator[list[Any]]:
+    def learn(checkpoint: str, name: str, files: Any, captions: str, token: str, noun: str, plan: str, *values: Any) -> Iterator[list[Any]]:
         try:
             path, stack = where(checkpoint, name)
             settings = settings_of(LearnSettings, ADVANCED, values)
@@ -353,10 +351,9 @@ def build(host: Host) -> None:
             host.desk.job.stop()
         return status(host.desk.job)
 
-    def thumbnails(files: Sequence[Any] | None) -> tuple[Any, Any]:
+    def thumbnails(files: Sequence[Any] | None) -> list[tuple[Image.Image, str]]:
         paths = [Path(getattr(file, "name", file)) for file in files or ()]
-        readable = [p for p in paths if p.suffix.lower() in PICTURES]
-        return [(Image.open(p), p.name) for p in readable], [[p.name, ""] for p in paths]
+        return [(Image.open(p), p.name) for p in paths if p.suffix.lower() in PICTURES]
 
     def prepare() -> Iterator[str]:
         lines: list[str] = []
@@ -396,8 +393,12 @@ def build(host: Host) -> None:
                 go = gr.Button("Learn", variant="primary", elem_id="continual_lora_learn")
                 halt = gr.Button("Stop", elem_id="continual_lora_stop")
             with gr.Accordion("Captions, and settings for experts", open=False):
-                captions = gr.Dataframe(headers=["picture", "caption (may stay empty)"], datatype=["str", "str"], value=[])
-                stack_name = gr.Textbox("", label="Stack", info="empty: the checkpoint's own; a name: another one, kept apart from it")
+                captions = gr.Textbox(
+                    "", lines=3, label="Captions", info="one a line, in the order of the pictures; an empty line: prompts are made up"
+                )
+                stack_name = gr.Textbox(
+                    "", label="Stack", info="empty: the checkpoint's own; a name: another one, kept apart from it", elem_id="continual_lora_stack"
+                )
                 advanced = []
                 for start in range(0, len(ADVANCED), 3):
                     with gr.Row():
@@ -422,7 +423,7 @@ def build(host: Host) -> None:
     halt.click(stop, None, told)
     make.click(prepare, None, environment)
     example.click(host.example, token, [files, noun])
-    files.change(thumbnails, files, [gallery, captions])
+    files.change(thumbnails, files, gallery)
     refresh.click(lambda: gr.update(choices=list(host.checkpoints())), None, checkpoint)
     for changed in place:
         changed.change(shown, place, concepts)
