@@ -354,7 +354,7 @@ def _lesson(
 def _penalty(backbone: Backbone, stack: store.ConceptStack, settings: LearnSettings, noun: str) -> Penalty | None:
     """What the method adds to the loss, and what text space adds."""
     method = METHODS[settings.method]
-    weight = method.retention_weight if settings.retention_weight is None else settings.retention_weight
+    weight = settings.retention_weight or method.retention_weight
     held = textspace.retention(backbone, stack, noun, weight) if weight else None
     own = method.penalty(stack, settings, backbone.device)
     return own if held is None else held if own is None else lambda factors: own(factors) + held(factors)

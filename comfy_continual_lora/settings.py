@@ -115,8 +115,8 @@ class ConsolidateSettings(Settings):
     fisher_space: str = setting(
         "factors", "take the Fisher of A and B, or of their product (much larger to store)", choices=("factors", "delta"), group="DC scores, EWC"
     )
-    retention_weight: float | None = setting(
-        None, "weight of holding K and V of earlier concepts' and of ordinary prompts where they are, beside what the method does; 0 switches it off",
+    retention_weight: float = setting(
+        0.0, "weight of holding what is done to earlier concepts' and to ordinary prompts, beside what the method does; 0: the method's own",
         low=0, group="retention",
     )  # fmt: skip
     dsc_steps: int | None = setting(None, "steps of Diffusion Scores Consolidation", low=1, high=1_000_000, group="DSC")

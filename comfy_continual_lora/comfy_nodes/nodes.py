@@ -139,7 +139,8 @@ class LoadConceptStack(io.ComfyNode):
 class LearnConcept(io.ComfyNode):
     MAIN = ("method", "steps", "rank", "rate", "seed", "preview_every")
     ADVANCED = (
-        "token_rate", "batch", "size", "fit", "flip", "adapter", "ewc_strength", "dsc_steps", "fisher_samples", "precision", "checkpointing",
+        "token_rate", "batch", "size", "fit", "flip", "adapter", "ewc_strength", "retention_weight", "dsc_steps", "fisher_samples", "precision",
+        "checkpointing",
     )  # fmt: skip
 
     @classmethod
@@ -219,7 +220,21 @@ class LearnConcept(io.ComfyNode):
 
 class Consolidate(io.ComfyNode):
     MAIN = ("dsc_steps", "dsc_rate", "seed")
-    ADVANCED = ("rate", "batch", "size", "fit", "flip", "dsc_a1", "dsc_a2", "dsc_b1", "dsc_b2", "dsc_redraw", "ewc_strength", "precision")
+    ADVANCED = (
+        "rate",
+        "batch",
+        "size",
+        "fit",
+        "flip",
+        "dsc_a1",
+        "dsc_a2",
+        "dsc_b1",
+        "dsc_b2",
+        "dsc_redraw",
+        "ewc_strength",
+        "retention_weight",
+        "precision",
+    )
 
     @classmethod
     def define_schema(cls) -> Any:

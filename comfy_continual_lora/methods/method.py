@@ -17,7 +17,7 @@ class Method:
     id: str
     adapter = "lora"  # the kind of adapter it trains besides the word: "lora" (or "vera", a setting), "full", or "" for the word alone
     importance = ""  # the loss its Fisher is taken of: "" no Fisher, "denoising", or "scores" for denoising and DC scores
-    retention_weight = 0.0  # weight of the drift in text space, where the settings don't say it
+    retention_weight = 0.0  # weight of the drift in text space, where the settings leave it at 0
     consolidation = ""  # DSC afterwards: "" none, "distillation" (b1, b2), or "scores" (a1, a2, b1, b2)
 
     def penalty(self, stack: ConceptStack, settings: LearnSettings, device: torch.device) -> Penalty | None:
