@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -113,6 +114,14 @@ def test_workflows_run_to_their_pictures(host: ComfyUI, known: dict[str, Any], p
 
 def test_the_templates_are_offered(host: ComfyUI) -> None:
     assert sorted(host.get("/workflow_templates")["comfy-continual-lora"]) == [p.stem for p in WORKFLOWS]
+
+
+def test_help_pages_and_their_pictures_are_served(host: ComfyUI) -> None:
+    for page_file in sorted((host.pack / "web" / "docs").glob("*.md")):
+        for name in (page_file.name, f"{page_file.stem}.jpg"):
+            with urllib.request.urlopen(f"{host.address}/extensions/comfy-continual-lora/docs/{name}") as answer:
+                assert answer.status == 200
+        assert f"({page_file.stem}.jpg)" in page_file.read_text()
 
 
 def test_our_files_stay_out_of_our_list_and_the_mini_is_in_the_stock_one(host: ComfyUI) -> None:
