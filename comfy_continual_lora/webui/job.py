@@ -106,6 +106,8 @@ class Job:
 
     def _take(self, event: Mapping[str, Any]) -> None:
         if event["event"] == "progress":
+            if event["stage"] != self.progress.get("stage") and event["loss"] is not None:
+                self.losses = []  # each stage has a curve of its own
             self.progress = {name: value for name, value in event.items() if name not in ("event", "preview")}
             if event["loss"] is not None:
                 self.losses.append(event["loss"])

@@ -405,7 +405,7 @@ def build(host: Host) -> None:
                         advanced += [_widget(LearnSettings, name) for name in ADVANCED[start : start + 3]]
         with gr.Column():
             told = gr.Markdown(status(host.desk.job), elem_id="continual_lora_status")
-            preview = gr.Image(label="The new concept, and the first one", type="pil", height=220)
+            preview = gr.Image(label="Preview: the new concept, and the first one", type="pil", height=220)
             losses = gr.Image(label="Loss", type="pil", height=220)
             chart = gr.Image(label="Chart", type="pil")
             concepts = gr.HTML(shown(names[0], "") if names else "", elem_id="continual_lora_concepts")
