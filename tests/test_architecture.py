@@ -12,12 +12,12 @@ import pytest
 import comfy_continual_lora
 
 PACKAGE = Path(comfy_continual_lora.__file__).parent
-LIGHT = ("settings", "errors", "progress", "cli", "__main__")
+LIGHT = ("settings", "errors", "progress", "cli", "worker", "__main__")
 # Every module may import from its own layer and the ones after it.
 LAYERS = (
     ("__main__",),
     ("cli", "comfy_nodes"),
-    ("demo",),
+    ("demo", "webui", "worker"),
     ("report",),
     ("pipeline",),
     ("dsc", "export", "evaluate"),

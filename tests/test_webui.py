@@ -55,7 +55,7 @@ def test_the_table_reads_a_stack_without_torch(checkpoint: Path, pictures: Path)
     pipeline.learn_concept(pipeline.LearnRequest(checkpoint, pictures, "V1", "<ball>", quick, device="cpu"))
     stack = tab.stack_file(checkpoint)
     assert stack == store.stack_path(checkpoint)
-    shown = tab.table(tab.concepts_of(stack), {"V1": 0.5})
+    shown = tab.table(tab.concepts_of(stack), {"V1 <ball>": 0.5})
     assert "&lt;ball&gt;" in shown
     assert "50 %" in shown
     assert tab.concepts_of(stack.with_name("none")) == []

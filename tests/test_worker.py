@@ -175,5 +175,5 @@ def test_pictures_come_with_the_jobs_that_draw(checkpoint: Path, pictures: Path,
     assert job.state == "done", job.message
     assert Path(job.results["scores"]["chart"]).exists()
     assert Path(job.results["evaluate"]["chart"]).exists()
-    assert set(job.results["evaluate"]["kept"]) == {"V1"}
+    assert set(job.results["evaluate"]["kept"]) == {"V1 ball"}
     assert _done(desk.start(("learn", second), ("undo", {"checkpoint": str(checkpoint)}))).results["undo"]["token"] == "V2"

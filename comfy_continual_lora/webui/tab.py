@@ -227,7 +227,7 @@ def table(concepts: Sequence[dict[str, Any]], kept: dict[str, float | None]) -> 
     rows = []
     for one in concepts:
         picture = f'<img alt="" width="64" src="data:image/jpeg;base64,{one["preview"]}">' if one["preview"] else ""
-        share = kept.get(one["token"])
+        share = kept.get(f"{one['token']} {one['noun']}" if one["with_noun"] else one["token"])  # as an evaluation names it
         told = "-" if share is None else f"{100 * share:.0f} %"
         cells = (picture, f"<b>{html.escape(one['token'])}</b> {html.escape(one['noun'])}", one["learned"][:10],
                  f"{html.escape(one['method'])}, {one['steps']} steps, {one['images']} pictures", told)  # fmt: skip
