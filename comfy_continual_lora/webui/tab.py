@@ -31,6 +31,7 @@ from .job import Busy, Desk, Job
 PLANS = {
     "Protect best (EWC, DC scores, consolidation)": "lora_dsc_ewc_dc",
     "Protect, faster (EWC with DC scores)": "lora_ewc_dc",
+    "Hold what earlier prompts do (ours; measured little so far)": "retention",
     "No protection (forgets; for comparison)": "lora",
 }
 ADVANCED = ("method", "steps", "rank", "rate", "token_rate", "batch", "size", "fit", "flip", "seed", "adapter", "ewc_strength", "retention_weight",
