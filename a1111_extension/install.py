@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-EXTENSION = Path(__file__).parent  # as it was called: a link is not followed, so that each web UI has an environment of its own
+EXTENSION = Path(__file__).parent
 sys.path.insert(0, str(EXTENSION))
 import home  # noqa: E402
 
@@ -21,9 +21,9 @@ def _say(line: str) -> None:
 
 
 home.load_package()
-from comfy_continual_lora.webui.environment import NotReady, prepare  # noqa: E402
+from comfy_continual_lora.webui.environment import NotReady, environment_of, home_of, prepare  # noqa: E402
 
 try:
-    prepare(EXTENSION.parent.parent / "continual-lora" / "environment", _say)
+    prepare(environment_of(home_of(EXTENSION)), _say)
 except NotReady as error:
     print(f"{error}\nThe web UI starts all the same; the tab Continual LoRA can try again.", file=sys.stderr)

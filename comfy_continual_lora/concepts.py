@@ -21,8 +21,8 @@ from PIL import Image, ImageOps
 from torch import Tensor
 
 from .errors import ConceptImagesError, TokenError
+from .files import PICTURES
 
-SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff")
 MAX_PIXELS = 100_000_000
 PREVIEW = 96
 
@@ -50,11 +50,11 @@ def find_images(source: str | Path | Iterable[str | Path]) -> list[Path]:
         return [folder]
     if not folder.is_dir():
         raise ConceptImagesError(f"There is no folder {folder}. Give a folder with 3 to 15 pictures of the thing to learn.")
-    files = sorted(p for p in folder.iterdir() if p.suffix.lower() in SUFFIXES and not p.name.startswith(".") and not p.stem.endswith(".mask"))
+    files = sorted(p for p in folder.iterdir() if p.suffix.lower() in PICTURES and not p.name.startswith(".") and not p.stem.endswith(".mask"))
     if not files:
         others = sorted({p.suffix or p.name for p in folder.iterdir()})
         held = f"it holds only {', '.join(others[:5])}" if others else "it is empty"
-        raise ConceptImagesError(f"No pictures in {folder}: {held}. Expected {', '.join(SUFFIXES)}; 3 to 15 pictures of the thing to learn.")
+        raise ConceptImagesError(f"No pictures in {folder}: {held}. Expected {', '.join(PICTURES)}; 3 to 15 pictures of the thing to learn.")
     return files
 
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from PIL import Image, ImageDraw
 
 from .concepts import read_image, to_square
+from .curves import smoothed
 from .evaluate import Retention
 from .pipeline import Drawn, Scored
 
@@ -107,7 +108,7 @@ def figure(images: Sequence[Image.Image], caption: str, width: int = 128) -> str
 
 def curve(values: Sequence[float], caption: str, *, width: int = 520, height: int = 140) -> str:
     """A loss curve as SVG: the running mean over a twentieth of the steps."""
-    smooth = _smooth(values)
+    smooth = smoothed(values)
     low, high = min(smooth), max(smooth)
     spread = high - low or 1.0
     points = " ".join(
@@ -120,28 +121,6 @@ def curve(values: Sequence[float], caption: str, *, width: int = 520, height: in
         f'<text x="40" y="{height - 6}">step 1</text><text x="{width - 60}" y="{height - 6}">{len(values)}</text></g></svg>'
         f"<figcaption>{html.escape(caption)}</figcaption></figure>"
     )
-
-
-def curve_picture(values: Sequence[float], caption: str, *, width: int = 520, height: int = 200) -> Image.Image:
-    """The same as a picture; without values it says so."""
-    sheet = Image.new("RGB", (width, height), "white")
-    draw = ImageDraw.Draw(sheet)
-    draw.text((50, height - 16), caption if values else f"{caption}: nothing to draw, it was done before", fill="#555555")
-    if values:
-        smooth = _smooth(values)
-        low, high = min(smooth), max(smooth)
-        spread = high - low or 1.0
-        points = [(50 + i * (width - 60) / max(1, len(smooth) - 1), 10 + (high - v) / spread * (height - 40)) for i, v in enumerate(smooth)]
-        draw.line(points if len(points) > 1 else points * 2, fill="#2563eb", width=2)
-        draw.text((2, 6), f"{high:.3f}", fill="#555555")
-        draw.text((2, height - 36), f"{low:.3f}", fill="#555555")
-    return sheet
-
-
-def _smooth(values: Sequence[float]) -> list[float]:
-    """The running mean over a twentieth of the steps."""
-    window = max(1, len(values) // 20)
-    return [sum(values[max(0, i - window + 1) : i + 1]) / min(i + 1, window) for i in range(len(values))]
 
 
 def page(title: str, intro: str, sections: Sequence[tuple[str, Sequence[str]]]) -> str:

@@ -54,6 +54,24 @@ def setting(
     return dataclasses.field(default=default, metadata=meta)
 
 
+def explained(f: dataclasses.Field) -> str:
+    """A setting's help; where its default is "what suits the checkpoint", also how a widget says that, and what it comes to."""
+    if f.default is not None:
+        return f.metadata["help"]
+    suits = [f"{chosen[f.name]} for {preset}" for preset, chosen in PRESETS.items() if f.name in chosen]
+    said = "Auto" if str(f.type).startswith("bool") else "0"
+    return f"{f.metadata['help']}. {said}: what suits the checkpoint" + (f" ({', '.join(suits)})" if suits else "")
+
+
+def from_widget(f: dataclasses.Field, value: Any) -> Any:
+    """A widget's value -> the setting's; 0 and "auto" become None again where None is the default."""
+    if str(f.type) == "bool | None":
+        return {"auto": None, "yes": True, "no": False}.get(value, value)
+    if f.default is None and not value:
+        return None
+    return int(value) if str(f.type).startswith("int") and value is not None else value
+
+
 class Settings:
     """Checks shared by all settings: `check()` raises SettingError for the first value out of its range."""
 

@@ -24,6 +24,7 @@ from torch import Tensor
 
 from .concepts import name_of
 from .errors import StackError
+from .files import stack_path as stack_path
 from .lora import Adapter
 
 FORMAT = "comfy-continual-lora"
@@ -109,12 +110,6 @@ class ConceptStack:
         if not consolidated and past.before is not None:
             past.adapter = past.before
         return past
-
-
-def stack_path(checkpoint: str | Path) -> Path:
-    """`<checkpoint stem>.concepts.safetensors` in the checkpoint's folder; for a diffusers folder beside that folder."""
-    checkpoint = Path(checkpoint)
-    return checkpoint.with_name(f"{checkpoint.stem if checkpoint.is_file() else checkpoint.name}.concepts.safetensors")
 
 
 def read_header(path: Path) -> dict[str, Any]:

@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
-import socket
-import subprocess
 import sys
 import time
-import urllib.error
-import urllib.request
 from pathlib import Path
 from typing import Any
+
+from server import Server, free_port
 
 REPOSITORY = Path(__file__).parents[1]
 PACK = ("__init__.py", "comfy_continual_lora", "workflows", "web", "pyproject.toml", "requirements.txt")
@@ -29,11 +26,11 @@ def python_of(comfyui: Path) -> str:
     return str(next((python for python in found if python.exists()), sys.executable))
 
 
-class ComfyUI:
+class ComfyUI(Server):
     """A running server. `base` holds its models, inputs and outputs, and the pack in custom_nodes."""
 
     def __init__(self, comfyui: Path, base: Path) -> None:
-        self.comfyui, self.base = comfyui, base
+        self.comfyui, self.base, self.log = comfyui, base, base / "log.txt"
         self.pack = base / "custom_nodes" / "comfy-continual-lora"
         if not self.pack.exists():
             for name in PACK:
@@ -46,41 +43,10 @@ class ComfyUI:
         self.start()
 
     def start(self) -> None:
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
-        self.address = f"http://127.0.0.1:{port}"
-        self.log = self.base / "log.txt"
+        port = free_port()
         command = [python_of(self.comfyui), "main.py", "--cpu", "--port", str(port), "--listen", "127.0.0.1", "--base-directory", str(self.base)]
-        environment = {**os.environ, "PYTHONPATH": ""}
-        with self.log.open("a") as log:
-            self.process = subprocess.Popen([*command, "--disable-metadata"], cwd=self.comfyui, stdout=log, stderr=log, env=environment)
-        deadline = time.monotonic() + 300
-        while True:
-            if self.process.poll() is not None or time.monotonic() > deadline:
-                self.stop()
-                raise RuntimeError(f"ComfyUI did not start:\n{self.log.read_text()[-3000:]}")
-            try:
-                self.get("/system_stats")
-                return
-            except (urllib.error.URLError, ConnectionError):
-                time.sleep(0.5)
-
-    def stop(self, *, kill: bool = False) -> None:
-        (self.process.kill if kill else self.process.terminate)()
-        self.process.wait(30)
-
-    def get(self, path: str) -> Any:
-        with urllib.request.urlopen(self.address + path, timeout=30) as answer:
-            return json.load(answer)
-
-    def post(self, path: str, body: Any) -> Any:
-        request = urllib.request.Request(self.address + path, json.dumps(body).encode(), {"Content-Type": "application/json"})
-        try:
-            with urllib.request.urlopen(request, timeout=30) as answer:
-                return json.loads(answer.read() or b"{}")
-        except urllib.error.HTTPError as error:
-            raise RuntimeError(error.read().decode()) from None
+        env = {**os.environ, "PYTHONPATH": ""}
+        self.launch([*command, "--disable-metadata"], port, lambda: self.answers("/system_stats"), cwd=self.comfyui, env=env)
 
     def queue(self, prompt: dict[str, Any]) -> str:
         return self.post("/prompt", {"prompt": prompt, "client_id": "test"})["prompt_id"]

@@ -12,7 +12,7 @@ import pytest
 import comfy_continual_lora
 
 PACKAGE = Path(comfy_continual_lora.__file__).parent
-LIGHT = ("settings", "errors", "progress", "cli", "worker", "__main__")
+LIGHT = ("settings", "files", "errors", "progress", "cli", "worker", "__main__")
 # Every module may import from its own layer and the ones after it.
 LAYERS = (
     ("__main__",),
@@ -28,7 +28,7 @@ LAYERS = (
     ("ewc", "textspace"),
     ("store", "concepts", "diffusion", "lora", "metrics"),
     ("checkpoint",),
-    ("progress", "settings"),
+    ("progress", "settings", "files", "curves"),
     ("errors",),
 )
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-import socket
 import subprocess
 import sys
 import time
@@ -13,6 +12,7 @@ from pathlib import Path
 
 import pytest
 from browser import CHROMIUM, page
+from server import free_port
 
 gradio = pytest.importorskip("gradio")
 
@@ -86,9 +86,7 @@ def test_every_state_of_a_job_is_told() -> None:
 @pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this machine")
 def test_the_tab_by_itself_in_a_browser(tmp_path: Path) -> None:
     """From an empty folder: example pictures, Learn, the loss, the table; an occupied word is refused in words; undo."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     command = [sys.executable, "-m", "comfy_continual_lora", "ui", "--models", str(tmp_path), "--port", str(port), "--no-browser"]
     with (tmp_path / "log").open("w") as log, subprocess.Popen(command, cwd=ROOT, stdout=log, stderr=log) as server:
         try:

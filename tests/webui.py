@@ -5,16 +5,14 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import socket
 import subprocess
 import time
-import urllib.error
-import urllib.request
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import load_file
+from server import Server, free_port
 
 from comfy_continual_lora.checkpoint.load import TOKENIZER
 from comfy_continual_lora.mini.weights import write_checkpoint
@@ -54,11 +52,11 @@ def _python(webui: Path) -> Path:
     return webui / "venv" / "bin" / "python"
 
 
-class WebUI:
+class WebUI(Server):
     """A running web UI; `data` holds its models, settings and extensions."""
 
     def __init__(self, webui: Path, data: Path, *flags: str) -> None:
-        self.webui, self.data, self.flags = webui, data, flags
+        self.webui, self.data, self.flags, self.log = webui, data, flags, data / "log.txt"
         self.checkpoint = data / "models" / "Stable-diffusion" / "mini-sd.safetensors"
         if not self.checkpoint.exists():
             _put_mini(self.checkpoint, data)
@@ -69,40 +67,12 @@ class WebUI:
         self.start()
 
     def start(self) -> None:
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
-        self.address, self.log = f"http://127.0.0.1:{port}", self.data / "log.txt"
-        cache = self.webui / "hf-home"
+        port, cache = free_port(), self.webui / "hf-home"
         offline = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", **({"HF_HOME": str(cache)} if cache.exists() else {})}
         command = [str(_python(self.webui)), "launch.py", *FLAGS, "--port", str(port), "--data-dir", str(self.data), *self.flags]
-        with self.log.open("w") as log:
-            self.process = subprocess.Popen(
-                command, cwd=self.webui, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env={**os.environ, "PYTHONPATH": "", **offline}
-            )
-        deadline = time.monotonic() + 300
-        while "Startup time" not in self.log.read_text():  # a request before that makes it fail: it still adds middleware
-            if self.process.poll() is not None or time.monotonic() > deadline:
-                self.stop()
-                raise RuntimeError(f"the web UI did not start:\n{self.log.read_text()[-3000:]}")
-            time.sleep(0.5)
-
-    def stop(self, *, kill: bool = False) -> None:
-        (self.process.kill if kill else self.process.terminate)()
-        self.process.wait(60)
-
-    def get(self, path: str) -> Any:
-        with urllib.request.urlopen(self.address + path, timeout=30) as answer:
-            return json.load(answer)
-
-    def post(self, path: str, body: Any, **headers: str) -> Any:
-        """Errors: RuntimeError with the status and the server's words."""
-        request = urllib.request.Request(self.address + path, json.dumps(body).encode(), {"Content-Type": "application/json", **headers})
-        try:
-            with urllib.request.urlopen(request, timeout=600) as answer:
-                return json.load(answer)
-        except urllib.error.HTTPError as error:
-            raise RuntimeError(f"{error.code} {error.read().decode()}") from None
+        # no request before it says so: it still adds middleware, and fails after one
+        ready = lambda: "Startup time" in self.log.read_text()  # noqa: E731
+        self.launch(command, port, ready, cwd=self.webui, env={**os.environ, "PYTHONPATH": "", **offline})
 
     def ended(self, timeout: float = 600) -> dict[str, Any]:
         """The job, once it ended."""

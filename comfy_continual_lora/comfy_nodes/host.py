@@ -21,6 +21,7 @@ import folder_paths  # pyright: ignore[reportMissingImports]
 from comfy.utils import ProgressBar  # pyright: ignore[reportMissingImports]
 
 from ..errors import ConceptImagesError, StackError
+from ..files import STACKS, stack_path
 from ..progress import OnProgress, Progress
 
 if TYPE_CHECKING:
@@ -30,7 +31,6 @@ if TYPE_CHECKING:
     from ..store import ConceptRecord
 
 MINI = "mini-sd.safetensors"
-_STACKS = ".concepts.safetensors"
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,7 @@ class StackHandle:
 
 def checkpoints() -> list[str]:
     """The checkpoints ComfyUI knows, without our own stacks, which lie beside them."""
-    return [name for name in folder_paths.get_filename_list("checkpoints") if not name.endswith(_STACKS)]
+    return [name for name in folder_paths.get_filename_list("checkpoints") if not name.endswith(STACKS)]
 
 
 def checkpoint_path(name: str) -> Path:
@@ -74,19 +74,12 @@ def checkpoint_path(name: str) -> Path:
 
 def stack_file(checkpoint: Path, name: str) -> Path:
     """Where a stack lies: beside the checkpoint; a checkpoint may have several, told apart by name."""
-    from ..store import stack_path
-
-    plain = stack_path(checkpoint)
-    if not name.strip():
-        return plain
-    if not re.fullmatch(r"[\w-]{1,64}", name.strip()):
-        raise StackError(f"The stack's name {name!r} may hold only letters, digits, - and _ (at most 64): it becomes part of a file name.")
-    return plain.with_name(plain.name.removesuffix(_STACKS) + f".{name.strip()}{_STACKS}")
+    return stack_path(checkpoint, name.strip())
 
 
 def stacks_without_checkpoint(folder: Path) -> list[str]:
-    stacks = [path.name for path in folder.glob(f"*{_STACKS}")]
-    stems = {path.stem for path in folder.iterdir() if not path.name.endswith(_STACKS)}
+    stacks = [path.name for path in folder.glob(f"*{STACKS}")]
+    stems = {path.stem for path in folder.iterdir() if not path.name.endswith(STACKS)}
     return sorted(name for name in stacks if not any(name.startswith(f"{stem}.") for stem in stems))
 
 

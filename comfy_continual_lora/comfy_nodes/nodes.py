@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from comfy_api.latest import io  # pyright: ignore[reportMissingImports] - only inside ComfyUI
 
 from ..errors import StackError, TokenError
-from ..settings import PRESETS, ConsolidateSettings, EvaluateSettings, LearnSettings, ScoreSettings
+from ..settings import ConsolidateSettings, EvaluateSettings, LearnSettings, ScoreSettings, explained, from_widget
 from . import host
 from .host import StackHandle
 
@@ -41,10 +41,8 @@ def _widget(settings: type, name: str, advanced: bool) -> Any:
     """A setting's widget. Where the setting's default is "what suits the checkpoint", 0 (or auto) stands for it."""
     f = next(f for f in dataclasses.fields(settings) if f.name == name)
     meta, kind = f.metadata, str(f.type).split(" ")[0]
-    help = meta["help"][0].upper() + meta["help"][1:]
-    if f.default is None:
-        suits = [f"{chosen[name]} for {preset}" for preset, chosen in PRESETS.items() if name in chosen]
-        help += f". {'Auto' if kind in ('bool', 'str') else '0'}: what suits the checkpoint" + (f" ({', '.join(suits)})" if suits else "")
+    help = explained(f)
+    help = help[0].upper() + help[1:]
     rest: dict[str, Any] = {"optional": True, "tooltip": help + ".", "extra_dict": _ADVANCED if advanced else None}
     if meta["choices"]:
         return io.Combo.Input(name, options=list(meta["choices"]), default=f.default, **rest)
@@ -63,15 +61,7 @@ def _widget(settings: type, name: str, advanced: bool) -> Any:
 
 def _settings(settings: type, given: dict[str, Any]) -> Any:
     """Widgets' values -> settings; 0 and auto become None again where None is the default."""
-    values = {}
-    for f in dataclasses.fields(settings):
-        value = given.get(f.name, f.default)
-        if str(f.type) == "bool | None":
-            value = {"auto": None, "yes": True, "no": False}.get(value, value)
-        elif f.default is None and not value:
-            value = None
-        values[f.name] = value
-    return settings(**values)
+    return settings(**{f.name: from_widget(f, given.get(f.name, f.default)) for f in dataclasses.fields(settings)})
 
 
 def _where(stack: StackHandle) -> dict[str, Any]:
@@ -176,7 +166,8 @@ class LearnConcept(io.ComfyNode):
 
     @classmethod
     def execute(cls, images: list, captions: list | None = None, masks: list | None = None, **given: list) -> Any:
-        from .. import pipeline, report
+        from .. import pipeline
+        from ..curves import curve_picture
         from ..export import stock_lora
 
         values = {name: value[0] for name, value in given.items()}
@@ -196,7 +187,7 @@ class LearnConcept(io.ComfyNode):
         else:
             text = f"{known.name} is on the stack already, learned from these very pictures and settings on {known.learned[:10]}; nothing was done."
         after = _now(stack, count=[r.id for r in _now(stack).records].index(known.id) + 1, consolidated=False)
-        curve = report.curve_picture(losses, f"Loss while learning {known.token}")
+        curve = curve_picture(losses, f"Loss while learning {known.token}")
         return io.NodeOutput(after, stock_lora(after.read()), host.to_image([curve]), f"{text}\n\n{_say(after)}")
 
     @staticmethod
@@ -254,7 +245,8 @@ class Consolidate(io.ComfyNode):
 
     @classmethod
     def execute(cls, images: list, **given: list) -> Any:
-        from .. import pipeline, report
+        from .. import pipeline
+        from ..curves import curve_picture
 
         values = {name: value[0] for name, value in given.items()}
         stack = values["stack"]
@@ -268,7 +260,7 @@ class Consolidate(io.ComfyNode):
                 done = pipeline.consolidate(request, on_progress)
             losses = done.losses
             text = f"Consolidated {done.record.name} against {len(records) - 1} earlier concepts in {len(losses)} steps."
-        return io.NodeOutput(_now(stack), host.to_image([report.curve_picture(losses, "Loss while consolidating")]), text)
+        return io.NodeOutput(_now(stack), host.to_image([curve_picture(losses, "Loss while consolidating")]), text)
 
 
 class ComputeScores(io.ComfyNode):

@@ -14,7 +14,8 @@ from typing import Any
 import gradio as gr
 from modules import call_queue, processing, sd_models, shared  # pyright: ignore[reportMissingImports]
 
-from .environment import NotReady, prepare, python_of
+from ..files import STACKS
+from .environment import NotReady, environment_of, home_of, prepare, python_of
 from .job import Job
 from .tab import PLANS, Host, picture_of, status
 
@@ -29,19 +30,19 @@ def host(extension: Path) -> WebuiHost:
 
 class WebuiHost(Host):
     def __init__(self, extension: Path) -> None:
-        super().__init__(Path(), extension.parent.parent / "continual-lora")
+        super().__init__(Path(), home_of(extension))
         self.desk.around, self.desk.follow, self.desk.ended = self.around, self.follow, self.ended
         self._shown: str | None = None
 
     def python(self) -> str:
-        return shared.opts.data.get("continual_lora_python") or python_of(self.folder / "environment")
+        return shared.opts.data.get("continual_lora_python") or python_of(environment_of(self.folder))
 
     def prepare(self) -> Iterator[str]:
         lines: queue.Queue[str | Exception | None] = queue.Queue()
 
         def work() -> None:
             try:
-                prepare(self.folder / "environment", lines.put)
+                prepare(environment_of(self.folder), lines.put)
                 lines.put(None)
             except Exception as error:
                 lines.put(error)
@@ -54,7 +55,7 @@ class WebuiHost(Host):
 
     def checkpoints(self) -> dict[str, Path]:
         known = {info.name: Path(info.filename) for info in sd_models.checkpoints_list.values()}
-        return {name: path for name, path in known.items() if path.suffix == ".safetensors" and not path.name.endswith(".concepts.safetensors")}
+        return {name: path for name, path in known.items() if path.suffix == ".safetensors" and not path.name.endswith(STACKS)}
 
     def exports(self) -> tuple[Path, Path]:
         return Path(shared.cmd_opts.lora_dir), Path(shared.cmd_opts.embeddings_dir)

@@ -26,9 +26,10 @@ from typing import Any
 from fastapi import Body, Depends, FastAPI, HTTPException
 from fastapi.security import HTTPBasic, HTTPBasicCredentials
 
+from ..files import PICTURES
 from .environment import NotReady
 from .job import Busy, Job
-from .tab import PICTURES, Host, concepts_of, export_job, keep_pictures, stack_file, status
+from .tab import Host, concepts_of, export_job, keep_pictures, stack_file, status
 
 PREFIX = "/continual-lora/v1"
 

@@ -28,6 +28,15 @@ class NotReady(Exception):
     """The environment is not there, or made for another Python; says what to do."""
 
 
+def home_of(extension: Path) -> Path:
+    """Where a web UI keeps what is ours beside its extensions; a link to the extension is not followed, so each web UI has its own."""
+    return extension.parent.parent / "continual-lora"
+
+
+def environment_of(home: Path) -> Path:
+    return home / "environment"
+
+
 def python_of(folder: Path) -> str:
     """The environment's Python. Errors: NotReady."""
     if not _is_ready(folder):

@@ -22,9 +22,12 @@ from pathlib import Path
 from typing import Any
 
 import gradio as gr
-from PIL import Image, ImageDraw
+from PIL import Image
 
-from ..settings import PRESETS, LearnSettings
+from ..curves import curve_picture
+from ..errors import StackError
+from ..files import PICTURES, STACKS, stack_path
+from ..settings import LearnSettings, explained, from_widget
 from .environment import NotReady
 from .job import Busy, Desk, Job
 
@@ -37,7 +40,6 @@ PLANS = {
 ADVANCED = ("method", "steps", "rank", "rate", "token_rate", "batch", "size", "fit", "flip", "seed", "adapter", "ewc_strength", "retention_weight",
             "dsc_steps", "fisher_samples", "precision", "checkpointing", "preview_every")  # fmt: skip
 SHOWN: dict[str, Any] = {"preview_every": 50}  # here pictures while learning are worth their time
-PICTURES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff")
 
 
 class Host:
@@ -53,7 +55,7 @@ class Host:
 
     def checkpoints(self) -> dict[str, Path]:
         """By the name the user knows."""
-        found = sorted(p for p in self.models.rglob("*.safetensors") if not p.name.endswith(".concepts.safetensors"))
+        found = sorted(p for p in self.models.rglob("*.safetensors") if not p.name.endswith(STACKS))
         return {str(p.relative_to(self.models)): p for p in found}
 
     def exports(self) -> tuple[Path, Path]:
@@ -88,11 +90,11 @@ class Host:
 
 
 def stack_file(checkpoint: Path, name: str = "") -> Path:
-    """The stack beside the checkpoint; a checkpoint may have several, told apart by name. Errors: ValueError."""
-    if name and not re.fullmatch(r"[\w-]{1,64}", name):
-        raise ValueError(f"The stack's name {name!r} may hold only letters, digits, - and _ (at most 64): it becomes part of a file name.")
-    stem = checkpoint.stem if checkpoint.is_file() else checkpoint.name
-    return checkpoint.with_name(f"{stem}.{name}.concepts.safetensors" if name else f"{stem}.concepts.safetensors")
+    """`files.stack_path`. Errors: ValueError, like all that a click can ask for in vain."""
+    try:
+        return stack_path(checkpoint, name)
+    except StackError as error:
+        raise ValueError(str(error)) from None
 
 
 def concepts_of(stack: Path) -> list[dict[str, Any]]:
@@ -127,18 +129,9 @@ def keep_pictures(files: Sequence[str | Path], captions: Sequence[str], folder: 
 
 def settings_of(kind: type, names: Sequence[str], values: Sequence[Any]) -> dict[str, Any]:
     """Widgets' values -> what differs from the defaults; 0 and "auto" stand for what suits the checkpoint."""
-    chosen = {}
-    for name, value in zip(names, values, strict=True):
-        f = next(f for f in dataclasses.fields(kind) if f.name == name)
-        if str(f.type) == "bool | None":
-            value = {"auto": None, "yes": True, "no": False}.get(value, value)
-        elif f.default is None and not value:
-            value = None
-        elif str(f.type).startswith("int") and value is not None:
-            value = int(value)
-        if value != f.default:
-            chosen[name] = value
-    return chosen
+    known = {f.name: f for f in dataclasses.fields(kind)}
+    chosen = {name: from_widget(known[name], value) for name, value in zip(names, values, strict=True)}
+    return {name: value for name, value in chosen.items() if value != known[name].default}
 
 
 def learn_jobs(
@@ -201,22 +194,6 @@ def _ending(job: Job) -> str:
     return "\n\n".join(lines)
 
 
-def curve(losses: Sequence[float], width: int = 520, height: int = 200) -> Image.Image:
-    """The running mean of the loss over a twentieth of the steps."""
-    sheet = Image.new("RGB", (width, height), "white")
-    draw = ImageDraw.Draw(sheet)
-    window = max(1, len(losses) // 20)
-    smooth = [sum(losses[max(0, i - window + 1) : i + 1]) / min(i + 1, window) for i in range(len(losses))]
-    if len(smooth) > 1:
-        low, high = min(smooth), max(smooth)
-        across, down = (width - 60) / (len(smooth) - 1), (height - 40) / ((high - low) or 1)
-        draw.line([(50 + i * across, 10 + (high - v) * down) for i, v in enumerate(smooth)], fill="#2563eb", width=2)
-        draw.text((2, 6), f"{high:.3f}", fill="#555555")
-        draw.text((2, height - 36), f"{low:.3f}", fill="#555555")
-    draw.text((50, height - 16), f"loss, {len(losses)} steps", fill="#555555")
-    return sheet
-
-
 def picture_of(encoded: str | None) -> Image.Image | None:
     return Image.open(io.BytesIO(base64.b64decode(encoded))) if encoded else None
 
@@ -244,11 +221,8 @@ def _widget(kind: type, name: str) -> Any:
     """A setting's component; label, range and help come from its declaration."""
     f = next(f for f in dataclasses.fields(kind) if f.name == name)
     meta, base = f.metadata, str(f.type).split(" ")[0]
-    info = meta["help"]
-    if f.default is None:
-        suits = [f"{chosen[name]} for {preset}" for preset, chosen in PRESETS.items() if name in chosen]
-        info += f". {'auto' if base == 'bool' else '0'}: what suits the checkpoint" + (f" ({', '.join(suits)})" if suits else "")
-    default, said = SHOWN.get(name, f.default), {"label": name.replace("_", " "), "info": info, "elem_id": f"continual_lora_{name}"}
+    default = SHOWN.get(name, f.default)
+    said: dict[str, Any] = {"label": name.replace("_", " "), "info": explained(f), "elem_id": f"continual_lora_{name}"}
     if meta["choices"]:
         return gr.Dropdown(list(meta["choices"]), value=default, **said)
     if base == "bool" and default is None:
@@ -286,7 +260,7 @@ def build(host: Host) -> None:
         picture = picture_of(job.preview) if job else None
         chart = Image.open(charts[-1]) if charts and Path(charts[-1]).exists() else None
         losses = job.losses if job else []
-        return [note or status(job), curve(losses) if losses else None, picture, chart]
+        return [note or status(job), curve_picture(losses, f"loss, {len(losses)} steps") if losses else None, picture, chart]
 
     def follow(checkpoint: str, name: str) -> Iterator[list[Any]]:
         """The state of the job a few times a second, until it ends; then the table too."""
