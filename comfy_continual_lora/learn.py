@@ -161,7 +161,7 @@ class Run:
                 left = (time.monotonic() - started) / (self.step - first) * (self.steps - self.step)
                 parts = {name: float(value.detach()) for name, value in found.items()} if len(found) > 1 else {}
                 on_progress(Progress(self.stage, self.step, self.steps, self.losses[-1], self.optimizer.param_groups[-1]["lr"], left, parts))
-        except torch.OutOfMemoryError as error:
+        except torch.cuda.OutOfMemoryError as error:
             raise TrainingError(
                 f"Memory ran out at step {self.step} of {self.stage} ({error}). Take a smaller batch or size, or gradient checkpointing; "
                 "the same command then goes on from the last snapshot where the settings are the same."

@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -134,7 +134,8 @@ class Backbone:
     def predict(self, noisy: Tensor, timestep: Tensor, features: Tensor) -> Tensor:
         """The net's prediction, float32, shaped as `noisy`. timestep (n,), features (n, 77, d)."""
         dtype = self.unet.dtype
-        with torch.autocast(self.device.type, dtype, enabled=dtype != torch.float32):  # adapters stay in float32
+        # adapters stay in float32; torch before 2.3 refuses to hear of autocast to float32, even when it is off
+        with torch.autocast(self.device.type, dtype) if dtype != torch.float32 else nullcontext():
             return self.unet(noisy.to(dtype), timestep, features.to(dtype)).sample.float()
 
 
