@@ -177,3 +177,21 @@ def test_pictures_come_with_the_jobs_that_draw(checkpoint: Path, pictures: Path,
     assert Path(job.results["evaluate"]["chart"]).exists()
     assert set(job.results["evaluate"]["kept"]) == {"V1 ball"}
     assert _done(desk.start(("learn", second), ("undo", {"checkpoint": str(checkpoint)}))).results["undo"]["token"] == "V2"
+
+
+@pytest.mark.skipif(os.name == "nt", reason="no limit on file sizes there")
+def test_a_full_disk_is_told_and_loses_nothing(checkpoint: Path, pictures: Path, tmp_path: Path, desk: Desk) -> None:
+    """No space for the second concept, here by a limit on the size of files: the first is still there, and the request goes through later."""
+    assert _done(desk.start(("learn", _request(checkpoint, pictures)))).state == "done"
+    small = tmp_path / "python"
+    small.write_text(f'#!/bin/sh\nulimit -f 8\nexec {sys.executable} "$@"\n')
+    small.chmod(0o755)
+    second = {**_request(checkpoint, save_concept(tmp_path / "second", 1)), "token": "V2"}
+    job = _done(Desk(lambda: str(small)).start(("learn", second)))
+    assert job.state == "failed"
+    assert "File too large" in job.message
+    stack = store.stack_path(checkpoint)
+    assert [one.token for one in store.read_records(stack)] == ["V1"]
+    assert not list(tmp_path.glob("*.tmp*"))
+    assert _done(desk.start(("learn", second))).state == "done"
+    assert [one.token for one in store.read_records(stack)] == ["V1", "V2"]
