@@ -14,6 +14,7 @@ FLAGS = [
     "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking", "--disable-component-update",
     "--disable-sync", "--host-resolver-rules=MAP * ~NOTFOUND, EXCLUDE 127.0.0.1",
 ]  # fmt: skip
+SAID = "([where, text]) => document.querySelector(where)?.innerText.includes(text)"
 
 
 @contextmanager
@@ -26,3 +27,11 @@ def page(address: str, width: int = 1600, height: int = 1000) -> Iterator[Any]:
         opened.goto(address, timeout=120_000)
         yield opened
         browser.close()
+
+
+def type_into_cell(opened: Any, table: str, cell: int, text: str) -> None:
+    """Write into a cell of a gradio table, counted from 0 by rows."""
+    opened.dblclick(f"{table} :is(tbody td, [role=gridcell]) >> visible=true >> nth={cell}")
+    opened.keyboard.press("Control+A")
+    opened.keyboard.type(text)
+    opened.keyboard.press("Enter")

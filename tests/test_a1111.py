@@ -3,22 +3,18 @@
 from __future__ import annotations
 
 import base64
-import io
 import os
 import signal
-import subprocess
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
-from browser import CHROMIUM, page
+from browser import CHROMIUM
 from conftest import save_concept
-from PIL import Image
-from webui import WebUI, find_webui
+from webui import API, PLACE, WebUI, drawn, find_webui, freeze, learn, learns_and_draws, learns_in_a_browser
 
 from comfy_continual_lora import pipeline
 
@@ -27,20 +23,13 @@ pytestmark = [
     pytest.mark.slow,
     pytest.mark.skipif(FOUND is None, reason="no AUTOMATIC1111 with a venv at WEBUI_PATH or ~/stable-diffusion-webui"),
 ]
-API = "/continual-lora/v1"
-QUICK = {"method": "lora", "steps": 6, "batch": 2, "rank": 4}
-PLACE = {"checkpoint": "mini-sd.safetensors"}
 
 
 @pytest.fixture(scope="module")
 def frozen() -> str:
     """What is installed in the web UI before anything of ours."""
     assert FOUND
-    return _freeze(FOUND)
-
-
-def _freeze(webui: Path) -> str:
-    return subprocess.run([str(webui / "venv" / "bin" / "python"), "-m", "pip", "freeze"], capture_output=True, text=True, check=True).stdout
+    return freeze(FOUND)
 
 
 @pytest.fixture(scope="module")
@@ -51,35 +40,12 @@ def host(tmp_path_factory: pytest.TempPathFactory, frozen: str) -> Iterator[WebU
     server.stop()
 
 
-def learn(pictures: Path, token: str, stack: str, **settings: Any) -> dict[str, Any]:
-    images = [base64.b64encode(p.read_bytes()).decode() for p in sorted(pictures.glob("*.png"))]
-    return {**PLACE, "images": images, "token": token, "noun": "ball", "stack": stack, "settings": {**QUICK, **settings}}
-
-
-def drawn(host: WebUI, prompt: str) -> np.ndarray:
-    asked = {"prompt": prompt, "seed": 1, "steps": 6, "width": 128, "height": 128, "cfg_scale": 4, "sampler_name": "DDIM"}
-    answer = host.post("/sdapi/v1/txt2img", asked)
-    return np.asarray(Image.open(io.BytesIO(base64.b64decode(answer["images"][0]))).convert("RGB"), int)
-
-
 def test_what_is_learned_acts_in_txt2img_at_once(host: WebUI, pictures: Path) -> None:
-    """Without a restart, and with the model loaded before: the LoRA changes the picture, the word changes it too, and the web UI's model is back."""
-    before = drawn(host, "a photo of a V1 ball")
-    host.post(f"{API}/learn", learn(pictures, "V1", "", rate=0.01, token_rate=0.05, steps=20))
-    job = host.ended()
-    assert job["state"] == "done", job
-    lora = Path(job["results"]["export"]["lora"])
-    assert lora.parent == host.data / "models" / "Lora"
-    assert lora.with_suffix(".json").exists()
-    with_word = drawn(host, "a photo of a V1 ball")
-    with_both = drawn(host, f"a photo of a V1 ball <lora:{lora.stem}:1>")
-    assert np.abs(with_word - before).mean() > 1
-    assert np.abs(with_both - with_word).mean() > 1
-    assert [one["token"] for one in host.get(f"{API}/concepts?checkpoint=mini-sd.safetensors")] == ["V1"]
+    learns_and_draws(host, pictures)
 
 
 def test_the_web_uis_packages_are_what_they_were(host: WebUI, frozen: str) -> None:
-    assert _freeze(host.webui) == frozen
+    assert freeze(host.webui) == frozen
 
 
 def test_the_same_stack_opens_on_the_command_line(host: WebUI, pictures: Path) -> None:
@@ -172,21 +138,7 @@ def test_scores_evaluate_consolidate_and_undo(host: WebUI, pictures: Path, tmp_p
 
 @pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this machine")
 def test_the_tab_learns_from_a_browser(host: WebUI, pictures: Path, tmp_path: Path) -> None:
-    with page(host.address, height=1400) as opened:
-        opened.wait_for_selector("#txt2img_generate", timeout=120_000)
-        opened.click("button:has-text('Continual LoRA')")
-        opened.set_input_files("#continual_lora_files input[type=file]", [str(p) for p in sorted(pictures.glob("*.png"))])
-        opened.fill("#continual_lora_token textarea", "B1")
-        opened.fill("#continual_lora_noun textarea", "ball")
-        opened.click("text=Captions, and settings for experts")
-        for name, value in (("steps", 30), ("batch", 2), ("rank", 4), ("fisher_samples", 4), ("preview_every", 10)):
-            opened.fill(f"#continual_lora_{name} input", str(value))
-        opened.fill("#continual_lora_stack textarea", "browser")
-        opened.click("#continual_lora_learn")
-        said = "([where, text]) => document.querySelector(where)?.innerText.includes(text)"
-        opened.wait_for_function(said, arg=["#continual_lora_status", "Learned B1 ball"], timeout=400_000)
-        opened.wait_for_function(said, arg=["#continual_lora_concepts", "30 steps"], timeout=60_000)
-        opened.screenshot(path=str(tmp_path / "a1111.png"))
+    learns_in_a_browser(host, pictures, tmp_path / "a1111.png")
 
 
 def test_the_worker_ends_with_the_web_ui(host: WebUI, pictures: Path) -> None:

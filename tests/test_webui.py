@@ -9,9 +9,10 @@ import sys
 import time
 import urllib.request
 from pathlib import Path
+from typing import Any
 
 import pytest
-from browser import CHROMIUM, page
+from browser import CHROMIUM, SAID, page, type_into_cell
 from server import free_port
 
 gradio = pytest.importorskip("gradio")
@@ -96,11 +97,14 @@ def test_the_tab_by_itself_in_a_browser(tmp_path: Path) -> None:
                 opened.click("#continual_lora_example")
                 opened.wait_for_function("document.querySelector('#continual_lora_noun input, #continual_lora_noun textarea').value === 'ball'")
                 opened.click("text=Captions, and settings for experts")
+                opened.wait_for_function(SAID, arg=["#continual_lora_captions", ".png"])
+                type_into_cell(opened, "#continual_lora_captions", 1, "a photo of V1 in a garden")
                 for name, value in (("steps", 40), ("batch", 2), ("rank", 4), ("fisher_samples", 4), ("preview_every", 20)):
                     opened.fill(f"#continual_lora_{name} input", str(value))
                 opened.click("#continual_lora_learn")
                 _expect(opened, "#continual_lora_status", "Learned V1 ball")
                 _expect(opened, "#continual_lora_concepts", "40 steps, 5 pictures")
+                assert [file.read_text() for file in tmp_path.rglob("pictures/*/*.txt")] == ["a photo of V1 in a garden"]
                 opened.fill("#continual_lora_noun input, #continual_lora_noun textarea", "box")
                 opened.click("#continual_lora_learn")
                 _expect(opened, "#continual_lora_status", "is taken")
@@ -129,7 +133,5 @@ def _answers(address: str) -> bool:
         return False
 
 
-def _expect(opened: object, where: str, text: str) -> None:
-    opened.wait_for_function(  # type: ignore[attr-defined]
-        "([where, text]) => document.querySelector(where)?.innerText.includes(text)", arg=[where, text], timeout=300_000
-    )
+def _expect(opened: Any, where: str, text: str) -> None:
+    opened.wait_for_function(SAID, arg=[where, text], timeout=300_000)

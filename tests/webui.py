@@ -1,7 +1,12 @@
-"""A real AUTOMATIC1111 for the tests: found, given the mini-SD and the extension in a data folder of its own, started, driven through its API."""
+"""A real AUTOMATIC1111 or Forge for the tests.
+
+It is found, given the mini-SD, the extension and a neighbour in a data folder of its own, started, driven through its API and in a browser.
+"""
 
 from __future__ import annotations
 
+import base64
+import io
 import json
 import os
 import shutil
@@ -10,7 +15,10 @@ import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from browser import SAID, page, type_into_cell
+from PIL import Image
 from safetensors.torch import load_file
 from server import Server, free_port
 
@@ -18,10 +26,24 @@ from comfy_continual_lora.checkpoint.load import TOKENIZER
 from comfy_continual_lora.mini.weights import write_checkpoint
 from comfy_continual_lora.webui.install import install
 
-FLAGS = [
-    "--skip-prepare-environment", "--skip-torch-cuda-test", "--no-half", "--use-cpu", "all", "--no-download-sd-model", "--do-not-download-clip",
-    "--skip-load-model-at-start", "--api", "--server-name", "127.0.0.1",
-]  # fmt: skip
+API = "/continual-lora/v1"
+QUICK = {"method": "lora", "steps": 6, "batch": 2, "rank": 4}
+PLACE = {"checkpoint": "mini-sd.safetensors"}
+_FLAGS = ["--skip-prepare-environment", "--skip-torch-cuda-test", "--api", "--server-name", "127.0.0.1"]
+_A1111 = ["--no-half", "--use-cpu", "all", "--no-download-sd-model", "--do-not-download-clip", "--skip-load-model-at-start"]
+_NEIGHBOUR = """
+import gradio
+from modules import script_callbacks
+
+def tab():
+    with gradio.Blocks() as page:
+        word = gradio.Textbox("", elem_id="neighbour_word")
+        gradio.Button("Neighbour says", elem_id="neighbour_button").click(lambda: "still here", None, word)
+    return [(page, "Neighbour", "neighbour")]
+
+script_callbacks.on_ui_tabs(tab)
+script_callbacks.on_app_started(lambda demo, app: app.add_api_route("/neighbour", lambda: {"still": "here"}))
+"""
 _NET = """model:
   target: ldm.models.diffusion.ddpm.LatentDiffusion
   params:
@@ -42,9 +64,9 @@ _TEXT = {
 }  # fmt: skip
 
 
-def find_webui() -> Path | None:
-    """WEBUI_PATH, else ~/stable-diffusion-webui."""
-    path = Path(os.environ.get("WEBUI_PATH") or Path.home() / "stable-diffusion-webui")
+def find_webui(variable: str = "WEBUI_PATH", default: str = "stable-diffusion-webui") -> Path | None:
+    """The folder the variable names, else the default one in the home folder, if a web UI with a venv is there."""
+    path = Path(os.environ.get(variable) or Path.home() / default)
     return path if (path / "webui.py").exists() and _python(path).exists() else None
 
 
@@ -52,15 +74,23 @@ def _python(webui: Path) -> Path:
     return webui / "venv" / "bin" / "python"
 
 
+def freeze(webui: Path) -> str:
+    """What is installed in the web UI's own environment."""
+    return subprocess.run([str(_python(webui)), "-m", "pip", "freeze"], capture_output=True, text=True, check=True).stdout
+
+
 class WebUI(Server):
     """A running web UI; `data` holds its models, settings and extensions."""
 
-    def __init__(self, webui: Path, data: Path, *flags: str) -> None:
-        self.webui, self.data, self.flags, self.log = webui, data, flags, data / "log.txt"
+    def __init__(self, webui: Path, data: Path) -> None:
+        self.webui, self.data, self.log = webui, data, data / "log.txt"
+        self.forge = (webui / "modules_forge").exists()
         self.checkpoint = data / "models" / "Stable-diffusion" / "mini-sd.safetensors"
         if not self.checkpoint.exists():
-            _put_mini(self.checkpoint, data)
-            (data / "extensions").mkdir()
+            _put_mini(self.checkpoint, data, stock=self.forge)
+            neighbour = data / "extensions" / "neighbour" / "scripts" / "neighbour.py"
+            neighbour.parent.mkdir(parents=True)
+            neighbour.write_text(_NEIGHBOUR)
             install(data, copy=True)
             # what the web UI does with every extension at its start
             subprocess.run([str(_python(webui)), str(data / "extensions" / "continual-lora" / "install.py")], check=True, stdin=subprocess.DEVNULL)
@@ -69,7 +99,8 @@ class WebUI(Server):
     def start(self) -> None:
         port, cache = free_port(), self.webui / "hf-home"
         offline = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", **({"HF_HOME": str(cache)} if cache.exists() else {})}
-        command = [str(_python(self.webui)), "launch.py", *FLAGS, "--port", str(port), "--data-dir", str(self.data), *self.flags]
+        flags = [*_FLAGS, *(("--always-cpu", "--gradio-allowed-path", str(self.webui)) if self.forge else _A1111)]
+        command = [str(_python(self.webui)), "launch.py", *flags, "--port", str(port), "--data-dir", str(self.data)]
         # no request before it says so: it still adds middleware, and fails after one
         ready = lambda: "Startup time" in self.log.read_text()  # noqa: E731
         self.launch(command, port, ready, cwd=self.webui, env={**os.environ, "PYTHONPATH": "", **offline})
@@ -84,12 +115,69 @@ class WebUI(Server):
         return job
 
 
-def _put_mini(checkpoint: Path, data: Path) -> None:
-    """The mini-SD with the .yaml of its sizes, and its TAESD where the web UI keeps such ones: there is no KL autoencoder in the file."""
-    write_checkpoint(checkpoint)
-    text = Path(shutil.copytree(TOKENIZER, data / "text"))
-    (text / "config.json").write_text(json.dumps(_TEXT))
-    checkpoint.with_suffix(".yaml").write_text(_NET.format(text=json.dumps(str(text))))
+def learn(pictures: Path, token: str, stack: str, **settings: Any) -> dict[str, Any]:
+    """The body of a quick request to learn."""
+    images = [base64.b64encode(p.read_bytes()).decode() for p in sorted(pictures.glob("*.png"))]
+    return {**PLACE, "images": images, "token": token, "noun": "ball", "stack": stack, "settings": {**QUICK, **settings}}
+
+
+def drawn(host: WebUI, prompt: str) -> np.ndarray:
+    asked = {"prompt": prompt, "seed": 1, "steps": 6, "width": 128, "height": 128, "cfg_scale": 4, "sampler_name": "DDIM"}
+    answer = host.post("/sdapi/v1/txt2img", asked)
+    return np.asarray(Image.open(io.BytesIO(base64.b64decode(answer["images"][0]))).convert("RGB"), int)
+
+
+def learns_and_draws(host: WebUI, pictures: Path) -> None:
+    """Without a restart, and with the model loaded before: the LoRA changes the picture, the word changes it too, and the web UI's model is back."""
+    before = drawn(host, "a photo of a V1 ball")
+    host.post(f"{API}/learn", learn(pictures, "V1", "", rate=0.01, token_rate=0.05, steps=20))
+    job = host.ended()
+    assert job["state"] == "done", job
+    lora = Path(job["results"]["export"]["lora"])
+    assert lora.parent == host.data / "models" / "Lora"
+    assert lora.with_suffix(".json").exists()
+    with_word = drawn(host, "a photo of a V1 ball")
+    with_both = drawn(host, f"a photo of a V1 ball <lora:{lora.stem}:1>")
+    assert np.abs(with_word - before).mean() > 1
+    assert np.abs(with_both - with_word).mean() > 1
+    assert [one["token"] for one in host.get(f"{API}/concepts?checkpoint=mini-sd.safetensors")] == ["V1"]
+
+
+def learns_in_a_browser(host: WebUI, pictures: Path, screenshot: Path) -> None:
+    """From dropped pictures, one with a caption of its own, to the finished concept; a tab of another extension goes on beside it."""
+    with page(host.address, height=1600) as opened:
+        opened.wait_for_selector("#txt2img_generate", timeout=120_000)
+        opened.click("button:has-text('Continual LoRA')")
+        files = sorted(pictures.glob("*.png"))
+        files[0].with_suffix(".txt").write_text("a photo of B1 on sand")
+        opened.set_input_files("#continual_lora_files input[type=file]", [str(p) for p in (*files, files[0].with_suffix(".txt"))])
+        opened.fill("#continual_lora_token textarea", "B1")
+        opened.fill("#continual_lora_noun textarea", "ball")
+        opened.click("text=Captions, and settings for experts")
+        opened.wait_for_function(SAID, arg=["#continual_lora_captions", "a photo of B1 on sand"], timeout=60_000)
+        type_into_cell(opened, "#continual_lora_captions", 3, "B1 ball in front of a wall")
+        for name, value in (("steps", 30), ("batch", 2), ("rank", 4), ("fisher_samples", 4), ("preview_every", 10)):
+            opened.fill(f"#continual_lora_{name} input", str(value))
+        opened.fill("#continual_lora_stack textarea", "browser")
+        opened.click("#continual_lora_learn")
+        opened.wait_for_function(SAID, arg=["#continual_lora_status", "Learned B1 ball"], timeout=400_000)
+        opened.wait_for_function(SAID, arg=["#continual_lora_concepts", "30 steps"], timeout=60_000)
+        opened.screenshot(path=str(screenshot))
+        said = {file.read_text() for file in (host.data / "continual-lora" / "pictures").rglob("*.txt")}
+        assert said == {"a photo of B1 on sand", "B1 ball in front of a wall"}
+        opened.click("button:has-text('Neighbour')")
+        opened.click("#neighbour_button")
+        opened.wait_for_function("document.querySelector('#neighbour_word textarea, #neighbour_word input').value === 'still here'", timeout=60_000)
+    assert host.get("/neighbour") == {"still": "here"}
+
+
+def _put_mini(checkpoint: Path, data: Path, *, stock: bool) -> None:
+    """The mini-SD, for AUTOMATIC1111 narrow (20 times as fast) with a .yaml of its sizes; and its TAESD, since it has no KL autoencoder."""
+    write_checkpoint(checkpoint, stock=stock)
+    if not stock:
+        text = Path(shutil.copytree(TOKENIZER, data / "text"))
+        (text / "config.json").write_text(json.dumps(_TEXT))
+        checkpoint.with_suffix(".yaml").write_text(_NET.format(text=json.dumps(str(text))))
     (data / "models" / "VAE-taesd").mkdir()
     tensors = load_file(checkpoint)
     for half in ("encoder", "decoder"):

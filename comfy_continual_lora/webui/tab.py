@@ -127,6 +127,11 @@ def keep_pictures(files: Sequence[str | Path], captions: Sequence[str], folder: 
     return kept
 
 
+def paths_of(files: Sequence[Any] | None) -> list[Path]:
+    """What gr.File gives: paths in newer versions, open files in older ones."""
+    return [Path(getattr(file, "name", file)) for file in files or ()]
+
+
 def settings_of(kind: type, names: Sequence[str], values: Sequence[Any]) -> dict[str, Any]:
     """Widgets' values -> what differs from the defaults; 0 and "auto" stand for what suits the checkpoint."""
     known = {f.name: f for f in dataclasses.fields(kind)}
@@ -285,13 +290,14 @@ def build(host: Host) -> None:
     def say(error: Exception) -> list[Any]:
         return [f"**{error}**", gr.update(), gr.update(), gr.update(), gr.update()]
 
-    def pictures(files: Sequence[Any] | None, captions: str = "") -> list[Path]:
-        if not files:
+    def pictures(files: Sequence[Any] | None, captions: Sequence[Sequence[str]] = ()) -> list[Path]:
+        paths = [path for path in paths_of(files) if path.suffix.lower() != ".txt"]
+        if not paths:
             raise ValueError("No pictures yet: drop 3 to 15 pictures of the thing.")
-        paths = [getattr(file, "name", file) for file in files]
-        return keep_pictures(paths, captions.splitlines(), host.folder / "pictures")
+        said = {name: text for name, text, *_ in captions}
+        return keep_pictures(paths, [said.get(path.name, "") for path in paths], host.folder / "pictures")
 
-    def learn(checkpoint: str, name: str, files: Any, captions: str, token: str, noun: str, plan: str, *values: Any) -> Iterator[list[Any]]:
+    def learn(checkpoint: str, name: str, files: Any, captions: Any, token: str, noun: str, plan: str, *values: Any) -> Iterator[list[Any]]:
         try:
             path, stack = where(checkpoint, name)
             settings = settings_of(LearnSettings, ADVANCED, values)
@@ -326,9 +332,12 @@ def build(host: Host) -> None:
             host.desk.job.stop()
         return status(host.desk.job)
 
-    def thumbnails(files: Sequence[Any] | None) -> list[tuple[Image.Image, str]]:
-        paths = [Path(getattr(file, "name", file)) for file in files or ()]
-        return [(Image.open(p), p.name) for p in paths if p.suffix.lower() in PICTURES]
+    def thumbnails(files: Sequence[Any] | None, captions: Sequence[Sequence[str]]) -> tuple[list[tuple[Image.Image, str]], list[list[str]]]:
+        """Thumbnails, and a row for each: what was typed for that name before, else the text file dropped with it, else nothing."""
+        paths, said = paths_of(files), {name: text for name, text, *_ in captions}
+        texts = {path.stem: path.read_text(encoding="utf-8", errors="replace").strip() for path in paths if path.suffix.lower() == ".txt"}
+        shown = [path for path in paths if path.suffix.lower() in PICTURES]
+        return [(Image.open(p), p.name) for p in shown], [[p.name, said.get(p.name) or texts.get(p.stem, "")] for p in shown]
 
     def prepare() -> Iterator[str]:
         lines: list[str] = []
@@ -368,9 +377,10 @@ def build(host: Host) -> None:
                 go = gr.Button("Learn", variant="primary", elem_id="continual_lora_learn")
                 halt = gr.Button("Stop", elem_id="continual_lora_stop")
             with gr.Accordion("Captions, and settings for experts", open=False):
-                captions = gr.Textbox(
-                    "", lines=3, label="Captions", info="one a line, in the order of the pictures; an empty line: prompts are made up"
-                )
+                captions = gr.Dataframe(
+                    headers=["picture", "caption"], type="array", interactive=True, elem_id="continual_lora_captions",
+                    label="Captions: type one beside a picture, or drop its .txt with it; where there is none, prompts are made up",
+                )  # fmt: skip
                 stack_name = gr.Textbox(
                     "", label="Stack", info="empty: the checkpoint's own; a name: another one, kept apart from it", elem_id="continual_lora_stack"
                 )
@@ -398,7 +408,7 @@ def build(host: Host) -> None:
     halt.click(stop, None, told)
     make.click(prepare, None, environment)
     example.click(host.example, token, [files, noun])
-    files.change(thumbnails, files, gallery)
+    files.change(thumbnails, [files, captions], [gallery, captions])
     refresh.click(lambda: gr.update(choices=list(host.checkpoints())), None, checkpoint)
     for changed in place:
         changed.change(shown, place, concepts)
