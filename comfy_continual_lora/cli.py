@@ -13,7 +13,7 @@ from typing import Any
 
 from .errors import Cancelled, ContinualLoraError, SettingError
 from .progress import Progress
-from .settings import PRESETS, ConsolidateSettings, DrawSettings, EvaluateSettings, LearnSettings, ScoreSettings
+from .settings import PRESETS, ConsolidateSettings, DrawSettings, EvaluateSettings, LearnSettings, ScoreSettings, SolveSettings
 
 EPILOG = "Everything learned about a checkpoint lies in one file beside it: <checkpoint>.concepts.safetensors. Nothing is ever downloaded."
 
@@ -140,6 +140,10 @@ def _draw(arguments: argparse.Namespace, bar: _Bar) -> None:
 def _consolidate(arguments: argparse.Namespace, bar: _Bar) -> None:
     from . import pipeline
 
+    if arguments.closed_form:
+        return _closed_form(arguments, bar)
+    if arguments.images is None:
+        raise SettingError("DSC needs --images, the pictures the newest concept was learned from; without pictures there is --closed-form.")
     settings = ConsolidateSettings(**_given(arguments, ConsolidateSettings))
     result = pipeline.consolidate(pipeline.ConsolidateRequest(arguments.checkpoint, arguments.images, settings, **_where(arguments)), bar)
     bar.clear()
@@ -147,6 +151,66 @@ def _consolidate(arguments: argparse.Namespace, bar: _Bar) -> None:
         print(json.dumps({"token": result.record.token, "losses": result.losses, "stack_file": str(result.stack_file)}))
     else:
         print(f"Consolidated {result.record.token} with the concepts before it in {len(result.losses)} steps; stored in {result.stack_file}")
+
+
+def _solve_request(arguments: argparse.Namespace) -> Any:
+    from . import pipeline
+
+    return pipeline.SolveRequest(arguments.checkpoint, SolveSettings(**_given(arguments, SolveSettings)), **_where(arguments))
+
+
+def _closed_form(arguments: argparse.Namespace, bar: _Bar) -> None:
+    from . import pipeline
+
+    found = pipeline.consolidate_in_closed_form(_solve_request(arguments), bar)
+    bar.clear()
+    if arguments.json:
+        print(json.dumps(dataclasses.asdict(found)))
+        return
+    print(f"Solved for {len(found.after)} concepts at once; rank {found.rank} holds what they ask for. Lost of what each did to its prompts:")
+    for name, after in found.after.items():
+        print(f"  {name:<12} {found.before[name]:7.2%} before, {after:7.2%} now")
+
+
+def _forget(arguments: argparse.Namespace, bar: _Bar) -> None:
+    from . import pipeline
+
+    request = _solve_request(arguments)
+    record = pipeline.forget(request, arguments.token, bar)
+    bar.clear()
+    if arguments.json:
+        print(json.dumps({"token": record.token}))
+        return
+    print(f"Forgot {record.token} ({record.noun}): its word, its previews and what the LoRA knew of it are gone from {request.stack_file}")
+    print(f"The version before is still in {request.stack_file.name}.previous until the next change; exported files are not touched.")
+
+
+def _merge(arguments: argparse.Namespace, bar: _Bar) -> None:
+    from . import pipeline
+
+    request = _solve_request(arguments)
+    renamed = pipeline.merge(request, arguments.other, bar)
+    bar.clear()
+    if arguments.json:
+        print(json.dumps({"renamed": renamed, "stack_file": str(request.stack_file)}))
+        return
+    print(f"Merged {arguments.other} into {request.stack_file}")
+    for old, new in renamed.items():
+        print(f"  its {old} is {new} here, since {old} was taken")
+
+
+def _import(arguments: argparse.Namespace, bar: _Bar) -> None:
+    from . import pipeline
+
+    record = pipeline.import_concept(
+        pipeline.ImportRequest(
+            arguments.checkpoint, arguments.lora, arguments.token, arguments.noun, arguments.embedding, arguments.trigger, arguments.strength,
+            SolveSettings(**_given(arguments, SolveSettings)), **_where(arguments),
+        ),
+        bar,
+    )  # fmt: skip
+    bar.clear()
+    print(json.dumps({"token": record.token}) if arguments.json else f"{arguments.lora} is {record.name} on the stack now.")
 
 
 def _scores(arguments: argparse.Namespace, bar: _Bar) -> None:
@@ -293,8 +357,27 @@ def _parser() -> argparse.ArgumentParser:
     _add_settings(learn, LearnSettings)
 
     consolidate = command("consolidate", _consolidate, "strengthen earlier concepts once more against the newest one (DSC)", device=True)
-    consolidate.add_argument("--images", type=Path, required=True, help="the pictures the newest concept was learned from")
+    consolidate.add_argument("--images", type=Path, help="the pictures the newest concept was learned from")
+    consolidate.add_argument("--closed-form", action="store_true", help="solve for all concepts at once instead, in seconds, without pictures")
     _add_settings(consolidate, ConsolidateSettings)
+    _add_settings(consolidate, SolveSettings, group="closed form")
+
+    forget = command("forget", _forget, "take any one concept out, and what later adapters know of it", device=True)
+    forget.add_argument("--token", required=True, help="its word")
+    _add_settings(forget, SolveSettings)
+
+    merge = command("merge", _merge, "put the concepts of another stack of the same checkpoint on this one", device=True)
+    merge.add_argument("other", type=Path, help="the other stack, a .concepts.safetensors file; it stays as it is")
+    _add_settings(merge, SolveSettings)
+
+    bring = command("import", _import, "put a K/V LoRA that another program made on the stack, as one concept", device=True)
+    bring.add_argument("--lora", type=Path, required=True, help="its .safetensors file, in kohya's, diffusers' or PEFT's names")
+    bring.add_argument("--token", required=True, help="its word from now on")
+    bring.add_argument("--noun", default="", help="what kind of thing it is; empty: prompts name it by its word alone")
+    bring.add_argument("--embedding", type=Path, help="the embedding its prompts used, if there is one")
+    bring.add_argument("--trigger", default="", help="else the word its prompts used, if it is one token, such as sks")
+    bring.add_argument("--strength", type=float, default=1.0, help="strength it is used at (default: 1)")
+    _add_settings(bring, SolveSettings)
 
     scores = command("scores", _scores, "tell which learned concept each picture shows, and how sure that is", device=True)
     scores.add_argument("--images", type=Path, required=True, help="folder with pictures, or with folders named after tokens to count what is right")
@@ -336,11 +419,11 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _add_settings(parser: argparse.ArgumentParser, settings: type, short: dict[str, str] | None = None) -> None:
-    """One flag a setting: type, choices, default, help and heading come from its declaration."""
+def _add_settings(parser: argparse.ArgumentParser, settings: type, short: dict[str, str] | None = None, group: str = "") -> None:
+    """One flag a setting: type, choices, default, help and (where none is given) heading come from its declaration."""
     groups: dict[str, Any] = {"": parser}
     for f in dataclasses.fields(settings):
-        heading = f.metadata["group"]
+        heading = group or f.metadata["group"]
         if heading not in groups:
             groups[heading] = parser.add_argument_group(heading)
         kind = {"int": int, "float": float}.get(str(f.type).split(" ")[0], str)

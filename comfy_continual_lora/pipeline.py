@@ -11,6 +11,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import KW_ONLY, asdict, dataclass, field, replace
 from datetime import datetime, timezone
 from pathlib import Path
@@ -21,7 +23,7 @@ import torch.nn.functional as F
 from PIL import Image
 from safetensors import safe_open
 
-from . import classifier, concepts, dsc, sample, store, textspace
+from . import classifier, concepts, dsc, foreign, sample, solve, store, textspace
 from . import evaluate as evaluation
 from .checkpoint.backbone import Backbone, FrozenText
 from .checkpoint.load import load_backbone
@@ -33,7 +35,7 @@ from .lora import Adapter, attached, kind_of, new_adapter, rank_of
 from .methods import METHODS
 from .methods.method import Penalty
 from .progress import OnProgress, Progress, ignore
-from .settings import TEMPLATES, ConsolidateSettings, DrawSettings, EvaluateSettings, LearnSettings, ScoreSettings
+from .settings import TEMPLATES, ConsolidateSettings, DrawSettings, EvaluateSettings, LearnSettings, ScoreSettings, SolveSettings
 
 
 @dataclass(frozen=True)
@@ -90,6 +92,26 @@ class ConsolidateRequest(Request):
     @property
     def digest(self) -> str:
         return _digest(self.images, self.settings)
+
+
+@dataclass(frozen=True)
+class SolveRequest(Request):
+    """What asks for the closed form and nothing else."""
+
+    settings: SolveSettings = field(default_factory=SolveSettings)
+
+
+@dataclass(frozen=True)
+class ImportRequest(Request):
+    """A K/V LoRA from elsewhere as one more concept. Its word is an embedding's vector, or a trigger the tokenizer knows."""
+
+    lora: Path
+    token: str
+    noun: str
+    embedding: Path | None = None
+    trigger: str = ""
+    strength: float = 1.0
+    settings: SolveSettings = field(default_factory=SolveSettings)
 
 
 @dataclass(frozen=True)
@@ -193,6 +215,59 @@ def consolidate(request: ConsolidateRequest, on_progress: OnProgress = ignore) -
     return LearnResult(record, losses, path)
 
 
+def consolidate_in_closed_form(request: SolveRequest, on_progress: OnProgress = ignore) -> solve.Consolidated:
+    """Solve for the one LoRA that does to every concept's prompts what the adapter right after it did. No pictures, no U-Net, no chance."""
+    with _changing(request, on_progress) as (backbone, stack):
+        if len(stack.records) < 2 or stack.adapter is None:
+            raise StackError(f"There is nothing to consolidate: {request.stack_file} needs two concepts at least, learned with a LoRA.")
+        return solve.consolidated(backbone, stack, request.settings, on_progress)
+
+
+def forget(request: SolveRequest, token: str, on_progress: OnProgress = ignore) -> store.ConceptRecord:
+    """Take any one concept off the stack, and what the adapters since then know of it."""
+    with _changing(request, on_progress) as (backbone, stack):
+        return solve.forgotten(backbone, stack, token, request.settings, on_progress)
+
+
+def merge(request: SolveRequest, other: Path, on_progress: OnProgress = ignore) -> dict[str, str]:
+    """Put the concepts of another stack of the same checkpoint on this one; returns the words that had to be renamed."""
+    store.open_stack(other)
+    with _changing(request, on_progress) as (backbone, stack):
+        second = store.load_stack(other, backbone.fingerprint)
+        return solve.merged(backbone, stack, second, request.settings, on_progress)
+
+
+def import_concept(request: ImportRequest, on_progress: OnProgress = ignore) -> store.ConceptRecord:
+    """Put a K/V LoRA that another program made on the stack, as one concept."""
+    with _changing(request, on_progress) as (backbone, stack):
+        concepts.check_token(request.token, stack.tokens, backbone.is_known_word)
+        if bool(request.embedding) == bool(request.trigger):
+            raise SettingError("An imported concept needs its word: either --embedding FILE or --trigger WORD, and not both.")
+        word = foreign.read_word(request.embedding, backbone) if request.embedding else foreign.word_of_vocabulary(request.trigger, backbone)
+        adapter = foreign.read_lora(request.lora, backbone, request.strength)
+        now = datetime.now(timezone.utc).isoformat(timespec="seconds")
+        record = store.ConceptRecord(
+            id=hashlib.sha256(request.lora.read_bytes() + request.token.encode()).hexdigest()[:12], token=request.token, noun=request.noun.strip(),
+            method="import", images=0, steps=0, seed=0, prompts=[], hashes=[], learned=now, loss=0.0, preview="", settings={},
+            with_noun=bool(request.noun.strip()),
+        )  # fmt: skip
+        second = store.ConceptStack(stack.fingerprint, rank=rank_of(adapter))
+        second.add(record, word, adapter)
+        solve.merged(backbone, stack, second, request.settings, on_progress)
+        return record
+
+
+@contextmanager
+def _changing(request: SolveRequest | ImportRequest, on_progress: OnProgress) -> Iterator[tuple[Backbone, store.ConceptStack]]:
+    """The checkpoint and its stack, which is stored when the block ends well and is as it was when it does not."""
+    request.settings.check()
+    backbone = _load(request, on_progress)
+    with store.writing(request.stack_file):
+        stack = store.load_stack(request.stack_file, backbone.fingerprint)
+        yield backbone, stack
+        store.save_stack(stack, request.stack_file)
+
+
 def learned_before(request: LearnRequest) -> store.ConceptRecord | None:
     """The stack's concept that this very request has taught it already: the same pictures, captions, words and settings."""
     digest = request.digest
@@ -205,8 +280,10 @@ def dc_scores(request: ScoreRequest, on_progress: OnProgress = ignore) -> list[S
     groups = _groups(request.images)
     backbone = _load(request, on_progress)
     stack = store.load_stack(request.stack_file, backbone.fingerprint)
-    if not stack.records or stack.tau is None:
+    if not stack.records:
         raise StackError(f"{request.checkpoint} has learned no concept yet, so there is nothing to tell apart. Learn one first.")
+    if stack.tau is None:
+        raise StackError("All concepts of this stack were imported, so its DC scores were never calibrated. Learn one concept here first.")
     settings, text = request.settings, FrozenText(backbone, stack.tokens)
     features, found = classifier.candidates(stack.records, text), []
     with attached(backbone, stack.adapter):

@@ -166,6 +166,16 @@ class LearnSettings(ConsolidateSettings):
 
 
 @dataclass(frozen=True)
+class SolveSettings(Settings):
+    """How stored prompts are held in closed form, without pictures: consolidate, forget, merge."""
+
+    energy: float = setting(0.999, "share of what is asked for that the rank must hold", low=0.5, high=1)
+    rank: int | None = setting(None, "rank of the solution; the least that holds the energy where it is not said", low=1, high=1024)
+    ridge: float = setting(1e-4, "weight of staying small, as a share of the mean second moment", low=1e-12, high=1)
+    ordinary_weight: float = setting(1.0, "weight of ordinary prompts, as a share of all concepts' together", low=0)
+
+
+@dataclass(frozen=True)
 class ScoreSettings(Settings):
     trials: int = setting(32, "noisy versions of a picture that the likeliest concepts are compared on", low=1, high=10_000)
     stages: int = setting(3, "elimination stages; after each the less likely half drops out. 1 compares all concepts on all trials", low=1, high=16)

@@ -15,10 +15,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .checkpoint.backbone import Backbone, FrozenText
+from .checkpoint.backbone import Backbone
 from .lora import Adapter, factored, layers_of
 from .settings import TEMPLATES
-from .store import ConceptStack
+from .store import ConceptRecord, ConceptStack
 
 PLACES = (
     "on grass", "on wood", "on sand", "in water", "in the sky", "on brick", "in snow", "on gravel", "at night", "on carpet", "in a room",
@@ -42,21 +42,26 @@ def ordinary_prompts(nouns: Sequence[str]) -> list[str]:
     return list(dict.fromkeys(found))
 
 
+def single_prompts(record: ConceptRecord) -> list[str]:
+    """Prompts about one concept: in every template and place, with the captions it was learned with."""
+    told = [*record.prompts, *(template.format(record.name) for template in TEMPLATES), *(f"a photo of a {record.name} {place}" for place in PLACES)]
+    return list(dict.fromkeys(told))
+
+
 def concept_prompts(stack: ConceptStack) -> list[str]:
-    """Prompts that name the stack's concepts: in every template and place, with the captions they were learned with, and two at a time."""
+    """Prompts that name the stack's concepts, one or two at a time."""
     names = [record.name for record in stack.records]
-    found = [prompt for record in stack.records for prompt in record.prompts]
-    found += [template.format(name) for name in names for template in TEMPLATES]
-    found += [f"a photo of a {name} {place}" for name in names for place in PLACES]
+    found = [prompt for record in stack.records for prompt in single_prompts(record)]
     found += [f"a photo of a {a} and a {b}" for i, a in enumerate(names) for j, b in enumerate(names) if i != j and abs(i - j) < 4]
     return list(dict.fromkeys(found))
 
 
-def moment(text: FrozenText, prompts: Sequence[str]) -> Tensor:
+@torch.no_grad()
+def moment(backbone: Backbone, words: Mapping[str, Tensor], prompts: Sequence[str]) -> Tensor:
     """M, the mean of c c^T over prompts and positions, (d, d) float32."""
     total, count = None, 0
     for start in range(0, len(prompts), 16):
-        features = text(prompts[start : start + 16]).float().flatten(0, 1)
+        features = backbone.encode_prompts(prompts[start : start + 16], words).float().flatten(0, 1)
         total = features.T @ features if total is None else total + features.T @ features
         count += len(features)
     assert total is not None, "no prompts"
@@ -95,12 +100,12 @@ def retention(backbone: Backbone, stack: ConceptStack, noun: str, weight: float)
 
     Each concept weighs as much as all ordinary prompts together.
     """
-    text = FrozenText(backbone, stack.tokens)
-    plain = moment(text, ordinary_prompts(list(dict.fromkeys([noun, *(record.noun for record in stack.records)]))))
+    words = stack.tokens
+    plain = moment(backbone, words, ordinary_prompts(list(dict.fromkeys([noun, *(record.noun for record in stack.records)]))))
     memories: list[tuple[Tensor, Adapter | None]] = [(plain, None)]
     if stack.records and stack.adapter:
         anchor = {name: tensor.to(backbone.device, torch.float32) for name, tensor in stack.adapter.items()}
-        memories.append((len(stack.records) * moment(text, concept_prompts(stack)), anchor))
+        memories.append((len(stack.records) * moment(backbone, words, concept_prompts(stack)), anchor))
     weights = {layer: module.weight.float() for layer, module in backbone.kv_layers.items()}
     sizes = {layer: ((w @ plain) * w).sum() for layer, w in weights.items()}
     return Retention(weight, memories, sizes)

@@ -12,6 +12,15 @@ from comfy_continual_lora.checkpoint.load import load_backbone
 from comfy_continual_lora.mini import world
 from comfy_continual_lora.mini.weights import write_checkpoint
 
+NOUNS = {"V1": "ball", "V2": "fish", "V3": "mug"}
+
+
+@pytest.fixture(scope="session")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Two pictures each of three concepts, by token. Not to be changed."""
+    root = tmp_path_factory.mktemp("concepts")
+    return {token: save_concept(root / token, index, count=2) for index, token in enumerate(NOUNS)}
+
 
 @pytest.fixture(scope="session")
 def mini_file(tmp_path_factory: pytest.TempPathFactory) -> Path:

@@ -21,7 +21,7 @@ LAYERS = (
     ("report",),
     ("pipeline",),
     ("dsc", "export", "evaluate"),
-    ("learn", "sample", "fisher"),
+    ("learn", "sample", "fisher", "solve", "foreign"),
     ("classifier",),
     ("mini",),
     ("methods",),

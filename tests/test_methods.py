@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import save_concept
+from conftest import NOUNS
 
 from comfy_continual_lora import pipeline, settings, store
 from comfy_continual_lora.errors import Cancelled, SettingError
@@ -26,13 +26,6 @@ VARIANTS = {
     "lora_ewc separate, delta": replace(QUICK, method="lora_ewc", ewc_mode="separate", fisher_space="delta"),
     "lora_dsc_ewc_dc once": replace(QUICK, dsc_redraw="once", dc_scale="sum"),
 }
-NOUNS = {"V1": "ball", "V2": "fish", "V3": "mug"}
-
-
-@pytest.fixture(scope="module")
-def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    root = tmp_path_factory.mktemp("concepts")
-    return {token: save_concept(root / token, index, count=2) for index, token in enumerate(NOUNS)}
 
 
 def _request(checkpoint: Path, folders: dict[str, Path], token: str, settings: LearnSettings) -> pipeline.LearnRequest:

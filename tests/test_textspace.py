@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_methods import QUICK, _request, _stack, folders  # noqa: F401 - the last is a fixture
+from test_methods import QUICK, _request, _stack
 
 from comfy_continual_lora import pipeline, store, textspace
 from comfy_continual_lora.checkpoint.backbone import Backbone, FrozenText
@@ -31,9 +31,9 @@ def test_drift_is_the_mean_over_all_features(backbone: Backbone, kind: str) -> N
     changed, before = delta_weights(backbone, own), delta_weights(backbone, anchor)
     for fixed, target in ((anchor, before), (None, {name: 0 * w for name, w in plain.items()})):
         expected = [(features @ (changed[n] - target[n]).T).square().sum(1).mean() / sizes[n] for n in plain]
-        found = textspace.drift(own, fixed, textspace.moment(text, prompts), sizes)
+        found = textspace.drift(own, fixed, textspace.moment(backbone, {}, prompts), sizes)
         assert float(found) == pytest.approx(float(torch.stack(expected).mean()), rel=1e-4)
-    assert float(textspace.drift(anchor, anchor, textspace.moment(text, prompts), sizes)) == pytest.approx(0, abs=1e-5)
+    assert float(textspace.drift(anchor, anchor, textspace.moment(backbone, {}, prompts), sizes)) == pytest.approx(0, abs=1e-5)
 
 
 @pytest.mark.parametrize("kind", ["lora", "vera", "full"])
@@ -44,7 +44,7 @@ def test_factors_multiply_to_the_change(backbone: Backbone, kind: str) -> None:
         assert torch.allclose(left @ right, change, atol=1e-6)
 
 
-def test_ordinary_prompts_name_no_concept_and_concept_prompts_do(checkpoint: Path, folders: dict[str, Path]) -> None:  # noqa: F811
+def test_ordinary_prompts_name_no_concept_and_concept_prompts_do(checkpoint: Path, folders: dict[str, Path]) -> None:
     for token in ("V1", "V2"):
         pipeline.learn_concept(_request(checkpoint, folders, token, replace(QUICK, method="lora")))
     stack = _stack(checkpoint)
@@ -55,7 +55,7 @@ def test_ordinary_prompts_name_no_concept_and_concept_prompts_do(checkpoint: Pat
     assert not any("V1" in p or "V2" in p for p in ordinary)
 
 
-def test_it_holds_the_earlier_concepts_and_the_empty_prompt(backbone: Backbone, checkpoint: Path, folders: dict[str, Path]) -> None:  # noqa: F811
+def test_it_holds_the_earlier_concepts_and_the_empty_prompt(backbone: Backbone, checkpoint: Path, folders: dict[str, Path]) -> None:
     """Some steps at a high rate, with and without the penalty: K and V of the first concept's and the empty prompt move less with it."""
     moved = {}
     for weight in (0.0, 30.0):
@@ -64,13 +64,12 @@ def test_it_holds_the_earlier_concepts_and_the_empty_prompt(backbone: Backbone, 
         for token in ("V1", "V2"):
             pipeline.learn_concept(replace(_request(checkpoint, folders, token, chosen), stack=stack_file))
         held = store.open_stack(stack_file)
-        text = FrozenText(backbone, held.tokens)
         first = held.pool[held.records[0].id]
         sizes = {name: torch.tensor(1.0) for name in backbone.kv_layers}
         assert held.adapter
         moved[weight] = (
-            float(textspace.drift(held.adapter, first, textspace.moment(text, ["a photo of a V1 ball"]), sizes)),
-            float(textspace.drift(held.adapter, None, textspace.moment(text, [""]), sizes)),
+            float(textspace.drift(held.adapter, first, textspace.moment(backbone, held.tokens, ["a photo of a V1 ball"]), sizes)),
+            float(textspace.drift(held.adapter, None, textspace.moment(backbone, held.tokens, [""]), sizes)),
         )
     assert moved[30.0][0] < moved[0.0][0] / 2
     assert moved[30.0][1] < moved[0.0][1] / 2

@@ -92,7 +92,7 @@ class Backbone:
         words = words or {}
         rows, slots = [], []
         for prompt in prompts:
-            ids, slot = self._tokenize(prompt, list(words))
+            ids, slot = self.tokenize(prompt, list(words))
             rows.append(ids)
             slots.append(slot)
         ids, slot = torch.tensor(rows, device=self.device), torch.tensor(slots, device=self.device)
@@ -102,7 +102,7 @@ class Backbone:
         with _replaced(self.token_table, slot, vectors):
             return self.text_encoder(ids).last_hidden_state
 
-    def _tokenize(self, prompt: str, tokens: list[str]) -> tuple[list[int], list[int]]:
+    def tokenize(self, prompt: str, tokens: list[str]) -> tuple[list[int], list[int]]:
         """77 token numbers, and for each position which word's vector replaces it (-1: none)."""
         longest, end = self.tokenizer.model_max_length, int(self.tokenizer.eos_token_id)  # type: ignore[arg-type]
         ids, slot = [int(self.tokenizer.bos_token_id)], [-1]  # type: ignore[arg-type]

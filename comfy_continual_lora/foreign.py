@@ -1,0 +1,90 @@
+"""Stage 1: a K/V LoRA or an embedding that another program made -> our adapter and word.
+
+in: a safetensors file in kohya's, diffusers' or PEFT's names - out: an `Adapter` of the checkpoint's layers; an embedding's one vector.
+Only what changes K and V of cross-attention can become a concept: anything else in the file is refused, not dropped.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+
+from .checkpoint.backbone import Backbone
+from .errors import StackError
+from .lora import Adapter
+
+_DOWN = (".lora_down.weight", ".lora_A.weight", ".lora_A.default.weight", ".lora.down.weight", "_lora.down.weight")
+_UP = tuple(name.replace("down", "up").replace("lora_A", "lora_B") for name in _DOWN)
+_PREFIX = re.compile(r"^(lora_unet_|unet\.|base_model\.model\.|diffusion_model\.)+")
+
+
+def read_lora(path: Path, backbone: Backbone, strength: float = 1.0) -> Adapter:
+    """The file's change of the checkpoint's K/V layers, A (r, d_text) and B (d_out, r), layers it leaves alone with zeros.
+
+    Errors: StackError for a file that is none, changes other layers too, or belongs to another kind of checkpoint.
+    """
+    tensors = _read(path)
+    known = {_plain(layer): layer for layer in backbone.kv_layers}
+    downs, ups, others = {}, {}, set()
+    for name, tensor in tensors.items():
+        for endings, found in ((_DOWN, downs), (_UP, ups)):
+            if ending := next((e for e in endings if name.endswith(e)), None):
+                layer = known.get(_plain(name.removesuffix(ending)))
+                found[layer] = tensor.float()
+                if layer is None:
+                    others.add(name.removesuffix(ending))
+    if not downs:
+        raise StackError(f"{path} is no LoRA this program can read: no pair of lora_down and lora_up (or lora_A and lora_B) is in it.")
+    if others:
+        raise StackError(
+            f"{path} changes {len(others)} layers besides K and V of cross-attention, {sorted(others)[0]} for one, and none of that could be kept. "
+            "Only K/V LoRAs (Custom Diffusion's layers) can become a concept."
+        )
+    rank, adapter = max(len(down) for down in downs.values()), {}
+    alphas = {known[_plain(name.removesuffix(".alpha"))]: float(value) for name, value in tensors.items() if name.endswith(".alpha")}
+    for layer, module in backbone.kv_layers.items():
+        out, width = module.weight.shape
+        down, up = downs.get(layer, torch.zeros(0, width)), ups.get(layer, torch.zeros(out, 0))
+        if down.shape[1] != width or len(up) != out:
+            raise StackError(
+                f"{path} belongs to another kind of checkpoint: its {layer} is {down.shape[1]} by {len(up)}, this one's {width} by {out}."
+            )
+        scale = strength * (alphas.get(layer, len(down)) / len(down) if len(down) else 1.0)
+        adapter[f"{layer}.A"] = torch.cat([down, torch.zeros(rank - len(down), width)])
+        adapter[f"{layer}.B"] = torch.cat([up * scale, torch.zeros(out, rank - len(down))], 1)
+    return adapter
+
+
+def read_word(path: Path, backbone: Backbone) -> Tensor:
+    """The vector of a textual-inversion embedding, (d,). Errors: StackError for a file that is none, has several vectors or another width."""
+    found = [tensor for tensor in _read(path).values() if tensor.dim() in (1, 2) and tensor.shape[-1] == backbone.word_width]
+    if len(found) != 1 or found[0].numel() != backbone.word_width:
+        raise StackError(f"{path} is no embedding of one vector with {backbone.word_width} numbers, which is what a concept's word is here.")
+    return found[0].flatten().float()
+
+
+def word_of_vocabulary(trigger: str, backbone: Backbone) -> Tensor:
+    """The vector of a word the tokenizer knows, (d,). Errors: StackError for a trigger that is several tokens."""
+    ids = backbone.tokenizer(trigger, add_special_tokens=False)["input_ids"]
+    if len(ids) != 1:
+        raise StackError(f"The trigger {trigger!r} is {len(ids)} tokens, a concept's word is one. Name the class noun apart, or give --embedding.")
+    return backbone.token_table.weight[ids[0]].detach().float().cpu().clone()
+
+
+def _plain(name: str) -> str:
+    """One spelling for the layer's name in all three layouts."""
+    return re.sub(r"[._]", "", _PREFIX.sub("", name).replace("processor", ""))
+
+
+def _read(path: Path) -> dict[str, Tensor]:
+    if not path.is_file():
+        raise StackError(f"There is no file {path}.")
+    try:
+        return load_file(path)
+    except (SafetensorError, OSError) as error:
+        raise StackError(f"{path} can't be read ({error}): it is cut short or no safetensors file. Pickles (.pt, .bin) are not loaded.") from None

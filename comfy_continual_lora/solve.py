@@ -1,0 +1,299 @@
+"""Stage 4: the closed form - the one change of K and V that is closest, over all stored prompts at once, to what each concept asks for.
+
+    delta = argmin  sum_j w_j E_{c of j} || (delta - delta_j) c ||^2  +  ridge || delta ||^2  =  ( sum_j w_j delta_j M_j ) G^-1
+            M_j = E c c^T over the prompts of j,   G = sum_j w_j M_j + ridge,   delta_j: the adapter right after j was learned, 0 for ordinary prompts
+
+This is `textspace.drift` at its minimum, so no step, no picture and no call of the U-Net is needed, and the same request gives the same bytes.
+The best product of rank k is delta projected onto the k leading left singular vectors of delta L, with G = L L^T (reduced-rank regression;
+Izenman 1975, eq. 2.9).
+
+Consolidating asks for every concept; forgetting one asks for 0 there; merging asks for the concepts of two stacks.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from .checkpoint.backbone import Backbone
+from .errors import StackError
+from .lora import Adapter, factored, kind_of, layers_of, rank_of
+from .progress import OnProgress, Progress
+from .settings import SolveSettings
+from .store import ConceptRecord, ConceptStack
+from .textspace import moment, ordinary_prompts, single_prompts
+
+
+@dataclass(frozen=True)
+class Wish:
+    """Over prompts with this second moment (d, d), the change shall do what `adapter` does; None: nothing."""
+
+    name: str
+    moment: Tensor
+    adapter: Adapter | None
+    weight: float = 1.0
+
+
+@dataclass(frozen=True)
+class Consolidated:
+    """By concept: the share of what its own adapter did to its prompts that is lost, before and after."""
+
+    rank: int  # that the energy rule asked for; the stack's LoRA may be padded to more
+    before: dict[str, float]
+    after: dict[str, float]
+
+
+def solve(wishes: Sequence[Wish], settings: SolveSettings, least_rank: int = 1) -> tuple[Adapter, int]:
+    """One LoRA for all wishes, and the least rank that keeps the share `settings.energy`; with fewer than `least_rank` it is padded.
+
+    Errors: StackError where an adapter is no LoRA.
+    """
+    asked = [(wish, layers_of(wish.adapter)) for wish in wishes if wish.adapter]
+    if any(kind_of(wish.adapter) == "vera" for wish in wishes if wish.adapter):
+        raise StackError("The closed form can't be written as VeRA, which this stack was learned with. Use DSC, or learn with LoRA.")
+    full = any(kind_of(wish.adapter) == "full" for wish in wishes if wish.adapter)
+    width = wishes[0].moment.shape[0]
+    total = sum((wish.weight * wish.moment.double() for wish in wishes), torch.zeros(width, width, dtype=torch.float64))
+    total += settings.ridge * total.trace() / width * torch.eye(width, dtype=torch.float64)
+    lower = torch.linalg.cholesky(total)
+    changes, leading, energies = {}, {}, []
+    for layer in asked[0][1]:
+        want = torch.stack([wish.weight * _times(layers[layer], wish.moment) for wish, layers in asked]).sum(0)
+        changes[layer] = torch.cholesky_solve(want.T, lower).T
+        if not full:
+            leading[layer], values = _left_singular(torch.linalg.solve_triangular(lower, want.T, upper=False).T)
+            energies.append(values.square() / values.square().sum().clamp(min=1e-300))
+    if full:
+        adapter, rank = {f"{layer}.D": change.float() for layer, change in changes.items()}, width
+    else:
+        rank = _rank(energies, settings)
+        factors = [_factors(layer, vectors[:, :rank], changes[layer]) for layer, vectors in leading.items()]
+        adapter = _grown({name: tensor for one in factors for name, tensor in one.items()}, max(rank, least_rank))
+    return adapter, rank
+
+
+def _times(parts: Mapping[str, Tensor], moment: Tensor) -> Tensor:
+    """delta M, (d_out, d_text) float64."""
+    left, right = factored(parts, moment.shape[0])
+    return left.double() @ (right.double() @ moment.double())
+
+
+def _left_singular(matrix: Tensor) -> tuple[Tensor, Tensor]:
+    """Left singular vectors and singular values, the largest first, from the smaller Gram matrix: three times as fast as an SVD."""
+    wide = matrix.shape[0] <= matrix.shape[1]
+    squares, vectors = torch.linalg.eigh(matrix @ matrix.T if wide else matrix.T @ matrix)
+    values = squares.flip(0).clamp(min=0).sqrt()
+    vectors = vectors.flip(1)
+    return vectors if wide else matrix @ vectors / values.clamp(min=values[0] * 1e-12), values
+
+
+def _rank(energies: Sequence[Tensor], settings: SolveSettings) -> int:
+    if settings.rank is not None:
+        return settings.rank
+    kept = torch.stack([e[: min(map(len, energies))] for e in energies]).mean(0).cumsum(0)
+    return int((kept < settings.energy).sum()) + 1
+
+
+def _factors(layer: str, directions: Tensor, change: Tensor) -> Adapter:
+    """The change projected onto the directions (d_out, r), as B and A of the same norm."""
+    b, a = directions, directions.T @ change
+    balance = (a.norm() / b.norm()).clamp(min=1e-12).sqrt()
+    return {f"{layer}.A": (a / balance).float(), f"{layer}.B": (b * balance).float()}
+
+
+def _grown(adapter: Adapter, rank: int) -> Adapter:
+    """The same change with rows to spare: the new ones of A are random, so that learning can use them, those of B are zero."""
+    generator, grown = torch.Generator().manual_seed(0), {}
+    for name, tensor in adapter.items():
+        more = rank - tensor.shape[0 if name.endswith("A") else 1]
+        if more <= 0:
+            grown[name] = tensor
+        elif name.endswith("A"):
+            grown[name] = torch.cat([tensor, torch.randn(more, tensor.shape[1], generator=generator) * rank**-0.5])
+        else:
+            grown[name] = torch.cat([tensor, torch.zeros(len(tensor), more)], 1)
+    return grown
+
+
+def lost(adapter: Adapter, wish: Wish) -> float:
+    """E || (delta - delta_j) c ||^2 / E || delta_j c ||^2, mean over the layers."""
+    shares = []
+    theirs, width = layers_of(wish.adapter or {}), wish.moment.shape[0]
+    for layer, parts in layers_of(adapter).items():
+        (own_left, own_right), (left, right) = factored(parts, width), factored(theirs[layer], width)
+        asked = _squared(left, right, wish.moment)
+        shares.append(_squared(torch.cat([own_left, -left], 1), torch.cat([own_right, right]), wish.moment) / asked.clamp(min=1e-12))
+    return float(torch.stack(shares).mean())
+
+
+def _squared(left: Tensor, right: Tensor, moment: Tensor) -> Tensor:
+    """E || left right c ||^2."""
+    return ((right @ moment @ right.T) * (left.T @ left)).sum()
+
+
+# --- what a stack asks for -----------------------------------------------------------------------------------------------------------
+
+
+class Memory:
+    """What the prompts about a growing list of concepts look like, each encoded once.
+
+    In a prompt about two, the positions from the second one's word on are the second's, those before the first's, the ending is both's.
+    """
+
+    def __init__(self, backbone: Backbone, words: Mapping[str, Tensor], nouns: Sequence[str]) -> None:
+        self.backbone, self.words = backbone, words
+        self.ordinary = moment(backbone, words, ordinary_prompts(list(dict.fromkeys(nouns)))).cpu()
+        self.records: list[ConceptRecord] = []
+        self.alone: list[Tensor] = []
+        self.shares: list[tuple[Tensor, float]] = []  # of prompts about two: sum of c c^T, and how many c
+
+    def add(self, record: ConceptRecord) -> None:
+        """One more concept, alone and together with the two before it."""
+        self.records.append(record)
+        self.alone.append(moment(self.backbone, self.words, single_prompts(record)).cpu())
+        self.shares.append((torch.zeros_like(self.ordinary), 0.0))
+        newest = len(self.records) - 1
+        for other in range(max(0, newest - 2), newest):
+            self._together(other, newest)
+            self._together(newest, other)
+
+    def _together(self, first: int, second: int) -> None:
+        prompt = f"a photo of a {self.records[first].name} and a {self.records[second].name}"
+        features = self.backbone.encode_prompts([prompt], self.words)[0].float().cpu()
+        ids, slots = self.backbone.tokenize(prompt, list(self.words))
+        start = slots.index(list(self.words).index(self.records[second].token))
+        end = 1 + max(k for k, (number, slot) in enumerate(zip(ids, slots, strict=True)) if slot >= 0 or number != ids[-1])
+        for concept, rows, weight in (
+            (first, features[:start], 1.0), (second, features[start:end], 1.0), (first, features[end:], 0.5), (second, features[end:], 0.5),
+        ):  # fmt: skip
+            total, count = self.shares[concept]
+            self.shares[concept] = (total + weight * rows.T @ rows, count + weight * len(rows))
+
+    def wishes(self, adapters: Sequence[Adapter | None], settings: SolveSettings) -> list[Wish]:
+        """Every concept's prompts shall get what its adapter does, ordinary prompts nothing."""
+        asked = [Wish("ordinary prompts", self.ordinary, None, settings.ordinary_weight * len(self.records))]
+        for record, alone, (total, count), adapter in zip(self.records, self.alone, self.shares, adapters, strict=True):
+            asked.append(Wish(record.token, (alone + total / count) / 2 if count else alone, adapter))
+        return asked
+
+
+def memory_of(backbone: Backbone, stack: ConceptStack, on_progress: OnProgress, count: int = 0) -> Memory:
+    """Of the first `count` concepts of a stack; 0: of all."""
+    memory = Memory(backbone, stack.tokens, [record.noun for record in stack.records])
+    for number, record in enumerate(stack.records[: count or None]):
+        on_progress(Progress("solve", number, len(stack.records)))
+        memory.add(record)
+    return memory
+
+
+def adapters_of(stack: ConceptStack) -> list[Adapter | None]:
+    """Each concept's adapter right after it was learned, the newest one's before it was consolidated by itself."""
+    return [*(stack.adapter_after(record.id) for record in stack.records[:-1]), stack.before or stack.adapter]
+
+
+# --- stacks -> stacks ----------------------------------------------------------------------------------------------------------------
+
+
+def consolidated(backbone: Backbone, stack: ConceptStack, settings: SolveSettings, on_progress: OnProgress) -> Consolidated:
+    """One LoRA for all concepts of the stack, in place; what it was before stays as `before`. Fishers are dropped: their factors are gone."""
+    assert stack.adapter
+    wishes = memory_of(backbone, stack, on_progress).wishes(adapters_of(stack), settings)
+    adapter, rank = solve(wishes, settings, stack.rank or 1)
+    told = [{wish.name: lost(one, wish) for wish in wishes if wish.adapter} for one in (stack.adapter, adapter)]
+    stack.before = stack.before or stack.adapter
+    stack.adapter, stack.fishers = adapter, {}
+    _same_rank(stack)
+    return Consolidated(rank, *told)
+
+
+def forgotten(backbone: Backbone, stack: ConceptStack, token: str, settings: SolveSettings, on_progress: OnProgress) -> ConceptRecord:
+    """Take one concept out, in place: its word, record and pool entry, and what every later adapter knows of it.
+
+    Errors: StackError for a token that is not on the stack.
+    """
+    number = next((n for n, record in enumerate(stack.records) if record.token.lower() == token.lower()), None)
+    if number is None:
+        known = ", ".join(record.token for record in stack.records)
+        raise StackError(f"No concept {token!r} is on the stack. It knows {known or 'none'}.")
+    if number == len(stack.records) - 1:
+        return stack.undo()
+    gone, memory, adapters, later = stack.records[number], memory_of(backbone, stack, on_progress, number + 1), adapters_of(stack), {}
+    adapters[number] = None
+    for count, record in enumerate(stack.records[number + 1 :], start=number + 2):  # every version of the stack that knew it
+        on_progress(Progress("solve", count - 1, len(stack.records)))
+        memory.add(record)
+        if adapters[count - 1] is not None:
+            later[record.id], _ = solve(memory.wishes(adapters[:count], settings), settings, stack.rank or 1)
+    stack.records.pop(number)
+    del stack.words[gone.id]
+    stack.pool.pop(gone.id, None)
+    stack.adapter, stack.before, stack.fishers = later.pop(stack.records[-1].id, stack.adapter), None, {}
+    stack.pool |= later
+    _same_rank(stack)
+    return gone
+
+
+def merged(
+    backbone: Backbone, stack: ConceptStack, second: ConceptStack, settings: SolveSettings, on_progress: OnProgress
+) -> dict[str, str]:  # fmt: skip
+    """Put the concepts of a second stack behind this one's, in place; returns the new names of words that both have.
+
+    Every version of the stack from then on is solved for, so that undo, and drawing older versions, go on working. Errors: StackError where one
+    of them is no LoRA and the other is.
+    """
+    if not stack.records:
+        vars(stack).update(vars(second))
+        return {}
+    renamed, adapters = _new_names(stack, second), adapters_of(stack)
+    own = [_with_word(record, renamed.get(record.token, record.token)) for record in second.records]
+    both = [*stack.records, *own]
+    if len({kind_of(a) for a in (stack.adapter, second.adapter) if a}) > 1:
+        raise StackError("One of the stacks holds a LoRA, the other an adapter of another kind; only two of a kind can be merged.")
+    stack.words |= second.words
+    stack.fishers, stack.tau = {}, stack.tau or second.tau
+    stack.rank = max(filter(None, (stack.rank, second.rank)), default=None)
+    memory = Memory(backbone, {record.token: stack.words[record.id] for record in both}, [record.noun for record in both])
+    for record in stack.records:
+        memory.add(record)
+    for number, (record, adapter) in enumerate(zip(own, adapters_of(second), strict=True)):
+        on_progress(Progress("solve", number, len(own)))
+        memory.add(record)
+        adapters.append(adapter)
+        found = stack.adapter or adapter
+        if stack.adapter and adapter:
+            found, _ = solve(memory.wishes(adapters, settings), settings, stack.rank or 1)
+        stack.add(record, stack.words[record.id], found)
+    _same_rank(stack)
+    return renamed
+
+
+def _new_names(first: ConceptStack, second: ConceptStack) -> dict[str, str]:
+    """V1 that both have becomes V1_2."""
+    taken, renamed = {token.lower() for token in (*first.tokens, *second.tokens)}, {}
+    for token in second.tokens:
+        if token.lower() in {known.lower() for known in first.tokens}:
+            renamed[token] = next(name for n in range(2, 10_000) if (name := f"{token}_{n}").lower() not in taken)
+            taken.add(renamed[token].lower())
+    return renamed
+
+
+def _with_word(record: ConceptRecord, token: str) -> ConceptRecord:
+    """The same concept under another word."""
+    if token == record.token:
+        return record
+    prompts = [re.sub(rf"(?<!\w){re.escape(record.token)}(?!\w)", token, prompt, flags=re.IGNORECASE) for prompt in record.prompts]
+    return replace(record, token=token, prompts=prompts, request="")
+
+
+def _same_rank(stack: ConceptStack) -> None:
+    """Give every LoRA of the stack the rank of the largest, so that methods that compare them go on working."""
+    held = [adapter for adapter in (stack.adapter, stack.before, *stack.pool.values()) if adapter]
+    if not held or kind_of(held[0]) != "lora":
+        return
+    stack.rank = rank = max([stack.rank or 1, *map(rank_of, held)])
+    stack.pool = {concept: _grown(adapter, rank) for concept, adapter in stack.pool.items()}
+    stack.adapter, stack.before = (_grown(a, rank) if a else None for a in (stack.adapter, stack.before))

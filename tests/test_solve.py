@@ -1,0 +1,291 @@
+"""The closed form: it is the least-squares solution it says it is, and consolidating, forgetting, merging and importing do what their names say."""
+
+from __future__ import annotations
+
+import copy
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import NOUNS
+from safetensors.torch import load_file, save_file
+from test_methods import QUICK, _request, _same, _stack
+
+from comfy_continual_lora import cli, foreign, pipeline, solve, store, textspace
+from comfy_continual_lora.checkpoint.backbone import Backbone
+from comfy_continual_lora.errors import SettingError, StackError
+from comfy_continual_lora.lora import Adapter, delta_weights, layers_of, new_adapter, rank_of
+from comfy_continual_lora.settings import SolveSettings
+
+QUICKER = replace(QUICK, method="lora", rate=0.02, steps=4)
+EXACT = SolveSettings(ridge=1e-7, energy=1.0)
+
+
+def _random(backbone: Backbone, kind: str, seed: int) -> Adapter:
+    generator = torch.Generator().manual_seed(seed)
+    return {k: 0.1 * torch.randn(t.shape, generator=generator) for k, t in new_adapter(backbone, 3, generator, kind).items()}
+
+
+def _problem(backbone: Backbone, kind: str = "lora") -> tuple[list[torch.Tensor], list[Adapter | None], list[solve.Wish]]:
+    """Features (n, 256) of three concepts, of which the last asks for nothing."""
+    generator = torch.Generator().manual_seed(5)
+    features = [torch.randn(300, 256, generator=generator) @ torch.randn(256, 256, generator=generator) / 16 for _ in range(3)]
+    adapters = [_random(backbone, kind, 1), _random(backbone, kind, 2), None]
+    return features, adapters, [solve.Wish(str(i), f.T @ f / len(f), a) for i, (f, a) in enumerate(zip(features, adapters, strict=True))]
+
+
+@pytest.fixture
+def two(checkpoint: Path, folders: dict[str, Path]) -> Path:
+    """A checkpoint that learned two concepts, the second at a rate that spoils the first."""
+    return _learned(checkpoint, folders, "V1", "V2")
+
+
+def _learned(checkpoint: Path, folders: dict[str, Path], *tokens: str) -> Path:
+    for token in tokens:
+        pipeline.learn_concept(_request(checkpoint, folders, token, QUICKER))
+    return checkpoint
+
+
+@pytest.mark.parametrize("kind", ["lora", "full"])
+def test_it_is_the_least_squares_solution(backbone: Backbone, kind: str) -> None:
+    """Against lstsq over all features, each row by itself, without any moment."""
+    features, adapters, wishes = _problem(backbone, kind)
+    found, _ = solve.solve(wishes, EXACT)
+    changes = [delta_weights(backbone, a) if a else {} for a in adapters]
+    rows = torch.cat([f / len(f) ** 0.5 for f in features]).double()
+    for layer, change in list(delta_weights(backbone, found).items())[:4]:
+        targets = [(f / len(f) ** 0.5).double() @ c.get(layer, torch.zeros_like(change)).T.double() for f, c in zip(features, changes, strict=True)]
+        expected = torch.linalg.lstsq(rows, torch.cat(targets)).solution.T
+        assert torch.allclose(change.double(), expected, atol=1e-4)
+
+
+def test_a_small_rank_is_the_best_of_its_rank(backbone: Backbone) -> None:
+    """Gradient descent from it, and from the plain SVD's cut, finds nothing better; the energy rule says how much is lost."""
+    features, adapters, wishes = _problem(backbone)
+    best, _ = solve.solve(wishes, replace(EXACT, rank=2))
+    whole, _ = solve.solve(wishes, EXACT)
+    layer = next(iter(layers_of(best)))
+
+    def error(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
+        changes = [delta_weights(backbone, a)[layer] if a else torch.zeros(len(left), right.shape[1]) for a in adapters]
+        return sum((((left @ right - c) @ f.T).square().sum() / f.shape[0] for f, c in zip(features, changes, strict=True)), torch.tensor(0.0))
+
+    reached = float(error(best[f"{layer}.B"], best[f"{layer}.A"]))
+    u, s, v = torch.linalg.svd(delta_weights(backbone, whole)[layer])
+    cut = (u[:, :2] * s[:2], v[:2])
+    assert reached < float(error(*cut))
+    for start in ((best[f"{layer}.B"], best[f"{layer}.A"]), cut):
+        pair = [t.clone(memory_format=torch.contiguous_format).requires_grad_() for t in start]
+        optimizer = torch.optim.LBFGS(pair, max_iter=300, line_search_fn="strong_wolfe")
+
+        def closure(pair: list[torch.Tensor] = pair, optimizer: torch.optim.Optimizer = optimizer) -> float:
+            optimizer.zero_grad()
+            value = error(*pair)
+            value.backward()
+            return float(value.detach())
+
+        optimizer.step(closure)
+        assert float(error(*pair).detach()) > reached * (1 - 1e-3)
+
+
+def test_the_energy_rule_and_the_padding(backbone: Backbone) -> None:
+    _, _, wishes = _problem(backbone)
+    one, rank = solve.solve(wishes[:1], replace(EXACT, energy=0.9999))
+    assert rank == 3  # one wish, of rank 3, without contradiction
+    padded, again = solve.solve(wishes[:1], replace(EXACT, energy=0.9999), least_rank=5)
+    assert (again, rank_of(padded)) == (3, 5)
+    for layer, change in delta_weights(backbone, one).items():
+        assert torch.allclose(delta_weights(backbone, padded)[layer], change, atol=1e-6)
+    assert solve.lost(one, wishes[0]) < 1e-4
+    assert all(float(t[3:].abs().sum()) > 0 for name, t in padded.items() if name.endswith("A"))  # rows that can learn
+    low, few = solve.solve(wishes, replace(EXACT, energy=0.6))
+    assert few < rank_of(solve.solve(wishes, EXACT)[0])
+    assert rank_of(low) == few
+
+
+def test_vera_is_refused(backbone: Backbone) -> None:
+    _, _, wishes = _problem(backbone, "vera")
+    with pytest.raises(StackError, match="VeRA"):
+        solve.solve(wishes, EXACT)
+
+
+def test_consolidating_brings_back_what_was_lost(two: Path, folders: dict[str, Path]) -> None:
+    before = _stack(two)
+    found = pipeline.consolidate_in_closed_form(pipeline.SolveRequest(two, device="cpu"))
+    assert found.before["V1"] > 0.3
+    assert found.before["V2"] == pytest.approx(0, abs=1e-6)
+    assert found.after["V1"] < found.before["V1"] / 3
+    after = _stack(two)
+    assert after.rank == max(4, found.rank)
+    assert after.before is not None
+    assert _same(after.as_of(1), replace(before.as_of(1), pool={})) or after.rank != before.rank
+    again = pipeline.consolidate_in_closed_form(pipeline.SolveRequest(two, device="cpu"))
+    assert again.after == pytest.approx(found.after)
+    assert _same(_stack(two), after)  # the same bytes
+    pipeline.learn_concept(_request(two, folders, "V3", replace(QUICK, rank=None)))  # other methods go on from there
+    assert list(_stack(two).tokens) == ["V1", "V2", "V3"]
+
+
+def test_one_concept_has_nothing_to_consolidate(checkpoint: Path, folders: dict[str, Path]) -> None:
+    _learned(checkpoint, folders, "V1")
+    with pytest.raises(StackError, match="two concepts at least"):
+        pipeline.consolidate_in_closed_form(pipeline.SolveRequest(checkpoint, device="cpu"))
+
+
+def _does(backbone: Backbone, stack: store.ConceptStack, words: dict[str, torch.Tensor], prompt: str) -> torch.Tensor:
+    """What the stack's LoRA adds to K and V of a prompt, all layers side by side."""
+    features = backbone.encode_prompts([prompt], words)[0]
+    return torch.cat([features @ change.T for change in delta_weights(backbone, stack.adapter or {}).values()], 1)
+
+
+def test_forgetting_one_leaves_the_others(checkpoint: Path, folders: dict[str, Path], backbone: Backbone) -> None:
+    _learned(checkpoint, folders, *NOUNS)
+    before = _stack(checkpoint)
+    pipeline.consolidate_in_closed_form(pipeline.SolveRequest(checkpoint, device="cpu"))
+    held, words = _stack(checkpoint), before.tokens
+    gone = pipeline.forget(pipeline.SolveRequest(checkpoint, device="cpu"), "v2")
+    after, raw = _stack(checkpoint), store.stack_path(checkpoint).read_bytes()
+    assert gone.token == "V2"
+    assert list(after.tokens) == ["V1", "V3"]
+    assert gone.id.encode() not in raw
+    assert gone.preview.encode() not in raw
+    for version in (after, after.as_of(2)):
+        assert _does(backbone, version, words, "a photo of a V2 fish").norm() < 0.2 * _does(backbone, held, words, "a photo of a V2 fish").norm()
+    for prompt in ("a photo of a V1 ball", "a photo of a V3 mug"):
+        own = _does(backbone, held, words, prompt)
+        assert (_does(backbone, after, words, prompt) - own).norm() < 0.4 * own.norm()
+    assert pipeline.undo(checkpoint).token == "V3"
+    assert list(_stack(checkpoint).tokens) == ["V1"]
+
+
+def test_forgetting_the_newest_is_undo(two: Path) -> None:
+    other = Path(shutil.copy(two, two.with_name("other.safetensors")))
+    shutil.copy(store.stack_path(two), store.stack_path(other))
+    pipeline.forget(pipeline.SolveRequest(two, device="cpu"), "V2")
+    pipeline.undo(other)
+    assert _same(_stack(two), _stack(other))
+    with pytest.raises(StackError, match="It knows V1"):
+        pipeline.forget(pipeline.SolveRequest(two, device="cpu"), "V9")
+
+
+def test_merging_two_stacks(checkpoint: Path, folders: dict[str, Path], backbone: Backbone, tmp_path: Path) -> None:
+    """Two people with one checkpoint, both with a V1."""
+    _learned(checkpoint, folders, "V1")
+    mine, theirs = _stack(checkpoint), tmp_path / "theirs.concepts.safetensors"
+    for token, images in (("V1", "V2"), ("V3", "V3")):
+        request = replace(_request(checkpoint, folders, token, QUICKER), images=folders[images], noun=NOUNS[images], stack=theirs)
+        pipeline.learn_concept(request)
+    other = store.open_stack(theirs)
+    renamed = pipeline.merge(pipeline.SolveRequest(checkpoint, device="cpu"), theirs)
+    assert renamed == {"V1": "V1_2"}
+    both = _stack(checkpoint)
+    assert [record.name for record in both.records] == ["V1 ball", "V1_2 fish", "V3 mug"]
+    assert all("V1_2" in prompt for prompt in both.records[1].prompts)
+    assert torch.equal(both.tokens["V1_2"], other.tokens["V1"])
+    for prompt, stack, there in (("V1 ball", mine, "V1 ball"), ("V3 mug", other, "V3 mug"), ("V1_2 fish", other.as_of(1), "V1 fish")):
+        own = _does(backbone, stack, stack.tokens, f"a photo of a {there}")
+        now = _does(backbone, both, both.tokens, f"a photo of a {prompt}")
+        assert (now - own).norm() < 0.5 * own.norm()
+    assert _same(both.as_of(1), mine) or both.rank != mine.rank
+    assert store.open_stack(theirs).records == other.records
+
+
+def test_an_empty_stack_takes_another_as_it_is(two: Path, tmp_path: Path) -> None:
+    mine, fresh = _stack(two), tmp_path / "fresh.concepts.safetensors"
+    assert pipeline.merge(pipeline.SolveRequest(two, stack=fresh, device="cpu"), store.stack_path(two)) == {}
+    assert list(store.open_stack(fresh).tokens) == list(mine.tokens)
+    assert _same(store.open_stack(fresh), mine)
+
+
+@pytest.mark.parametrize("layout", ["kohya", "diffusers", "peft"])
+def test_importing_an_exported_lora_gives_it_back(
+    checkpoint: Path, folders: dict[str, Path], tmp_path: Path, backbone: Backbone, layout: str
+) -> None:
+    _learned(checkpoint, folders, "V1")
+    mine, out, bare = _stack(checkpoint), tmp_path / "out", tmp_path / "bare.concepts.safetensors"
+    done = pipeline.export(checkpoint, out)
+    assert done.lora
+    lora = _other_names(done.lora, mine, tmp_path, layout)
+    request = pipeline.ImportRequest(checkpoint, lora, "W1", "ball", embedding=done.embeddings[0], stack=bare, device="cpu")
+    assert pipeline.import_concept(request).name == "W1 ball"
+    found = store.open_stack(bare)
+    own = _does(backbone, mine, mine.tokens, "a photo of a V1 ball")
+    assert torch.allclose(_does(backbone, found, found.tokens, "a photo of a W1 ball"), own, atol=2e-3 * float(own.abs().max()))
+    with pytest.raises(StackError, match="never calibrated"):
+        pipeline.dc_scores(pipeline.ScoreRequest(checkpoint, folders["V1"], stack=bare, device="cpu"))
+    pipeline.learn_concept(
+        replace(_request(checkpoint, folders, "V2", replace(QUICK, rank=None)), stack=bare)
+    )  # the default method goes on from there
+    assert list(store.open_stack(bare).tokens) == ["W1", "V2"]
+
+
+def _other_names(lora: Path, stack: store.ConceptStack, folder: Path, layout: str) -> Path:
+    if layout == "kohya":
+        return lora
+    prefix, down, up = ("unet.", "lora_A", "lora_B") if layout == "diffusers" else ("base_model.model.", "lora_A", "lora_B")
+    tensors = {}
+    for layer, parts in layers_of(stack.adapter or {}).items():
+        tensors |= {f"{prefix}{layer}.{down}.weight": parts["A"].contiguous(), f"{prefix}{layer}.{up}.weight": parts["B"].contiguous()}
+    save_file(tensors, folder / "other.safetensors")
+    return folder / "other.safetensors"
+
+
+def test_what_can_not_be_imported_is_refused(checkpoint: Path, folders: dict[str, Path], tmp_path: Path, backbone: Backbone) -> None:
+    _learned(checkpoint, folders, "V1")
+    lora = pipeline.export(checkpoint, tmp_path / "out").lora
+    assert lora
+    tensors, bad = load_file(lora), tmp_path / "bad.safetensors"
+    more = {"lora_unet_mid_block_ff.lora_down.weight": torch.zeros(2, 4), "lora_unet_mid_block_ff.lora_up.weight": torch.zeros(4, 2)}
+    for change, message in (
+        (tensors | more, "layers besides K and V"),
+        ({k: t[:, :9] if k.endswith("down.weight") else t for k, t in tensors.items()}, "another kind of checkpoint"),
+        ({"x": torch.zeros(1)}, "no LoRA this program can read"),
+    ):
+        save_file({k: t.contiguous() for k, t in change.items()}, bad)
+        with pytest.raises(StackError, match=message):
+            foreign.read_lora(bad, backbone)
+    bad.write_bytes(b"PK")
+    with pytest.raises(StackError, match="no safetensors file"):
+        foreign.read_lora(bad, backbone)
+    good = pipeline.ImportRequest(checkpoint, lora, "W1", "ball", trigger="red", device="cpu")
+    for request, kind, message in (
+        (replace(good, trigger=""), SettingError, "needs its word"),
+        (replace(good, trigger="red ball"), StackError, "2 tokens"),
+        (replace(good, trigger="", embedding=lora), StackError, "no embedding of one vector"),
+        (replace(good, token="V1"), Exception, "taken"),
+    ):
+        with pytest.raises(kind, match=message):
+            pipeline.import_concept(request)
+    assert list(_stack(checkpoint).tokens) == ["V1"]
+
+
+def test_the_commands(two: Path, folders: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    place = ["--checkpoint", str(two), "--device", "cpu"]
+    assert cli.main(["consolidate", *place]) == 2
+    assert "--closed-form" in capsys.readouterr().err
+    assert cli.main(["consolidate", *place, "--closed-form"]) == 0
+    assert "before" in capsys.readouterr().out
+    copy_of = tmp_path / "copy.concepts.safetensors"
+    shutil.copy(store.stack_path(two), copy_of)
+    assert cli.main(["forget", *place, "--token", "V1"]) == 0
+    assert "Forgot V1 (ball)" in capsys.readouterr().out
+    assert cli.main(["merge", str(copy_of), *place]) == 0
+    assert "its V2 is V2_2 here" in capsys.readouterr().out
+    assert list(_stack(two).tokens) == ["V2", "V1", "V2_2"]
+
+
+def test_prompts_about_two_are_shared_by_position(two: Path, backbone: Backbone) -> None:
+    """The second concept's moment holds nothing of the positions before its word."""
+    stack = _stack(two)
+    memory = solve.memory_of(backbone, copy.deepcopy(stack), lambda p: None)
+    prompt = "a photo of a V1 ball and a V2 fish"
+    features = backbone.encode_prompts([prompt], stack.tokens)[0]
+    (first, of_first), (second, of_second) = memory.shares
+    both = backbone.encode_prompts([prompt, "a photo of a V2 fish and a V1 ball"], stack.tokens).flatten(0, 1)
+    assert of_first + of_second == pytest.approx(2 * 77)
+    assert torch.allclose(first + second, both.T @ both, rtol=1e-3, atol=1e-2)
+    start = 1 + len(["a", "photo", "of", "a"]) + 2 + 2  # the start, V1 ball, and a
+    assert float((features[start] @ second @ features[start]) / features[start].square().sum() ** 2) > 0.9
+    assert textspace.single_prompts(stack.records[0])[0].count("V1") == 1
