@@ -182,6 +182,20 @@ def holding(parameters: Mapping[str, Tensor], adapter: Mapping[str, Tensor]) -> 
                 parameter.copy_(before[name])
 
 
+def grown(adapter: Adapter, rank: int) -> Adapter:
+    """The same change with rows to spare: the new ones of A are random, so that learning can use them, those of B are zero."""
+    generator, grown = torch.Generator().manual_seed(0), {}
+    for name, tensor in adapter.items():
+        more = rank - tensor.shape[0 if name.endswith("A") else 1]
+        if more <= 0:
+            grown[name] = tensor
+        elif name.endswith("A"):
+            grown[name] = torch.cat([tensor, torch.randn(more, tensor.shape[1], generator=generator) * rank**-0.5])
+        else:
+            grown[name] = torch.cat([tensor, torch.zeros(len(tensor), more)], 1)
+    return grown
+
+
 def joined(first: Adapter, second: Adapter) -> Adapter:
     """The LoRA whose change is the sum of both: A (r1 + r2, d_text), B (d_out, r1 + r2)."""
     return {name: torch.cat([first[name], second[name]], 0 if name.endswith("A") else 1) for name in second}

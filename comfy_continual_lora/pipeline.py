@@ -31,7 +31,7 @@ from .errors import ConceptImagesError, SettingError, StackError
 from .export import Exported, export_files
 from .fisher import Target, fisher
 from .learn import Learned, Lesson, learn, number_format
-from .lora import Adapter, attached, kind_of, new_adapter, rank_of
+from .lora import Adapter, attached, grown, kind_of, new_adapter, rank_of
 from .methods import METHODS
 from .methods.method import Penalty
 from .progress import OnProgress, Progress, ignore
@@ -173,12 +173,15 @@ def learn_concept(request: LearnRequest, on_progress: OnProgress = ignore) -> Le
         adapter = learned.adapter
         if stack.tau is None:
             stack.tau = newest.calibrated(adapter)
-        if method.consolidation and adapter and newest.past:
+        if method.consolidation in ("distillation", "scores") and adapter and newest.past:
             adapter, _ = newest.consolidated(adapter, method.consolidation == "scores", path)
         if method.importance and adapter:
             stack.fishers[record.id] = newest.fisher(adapter)
         stack.add(record, learned.word, adapter)
         stack.rank = settings.rank if adapter is not None else stack.rank
+        if method.consolidation == "closed form" and len(stack.records) > 1:
+            solve.consolidated(backbone, stack, SolveSettings(), on_progress)
+            stack.before = None  # this is how it was learned
         store.save_stack(stack, path)
         for part in ("", "dsc"):
             _snapshot(path, request.token, part).unlink(missing_ok=True)
@@ -230,7 +233,7 @@ def forget(request: SolveRequest, token: str, on_progress: OnProgress = ignore) 
 
 
 def merge(request: SolveRequest, other: Path, on_progress: OnProgress = ignore) -> dict[str, str]:
-    """Put the concepts of another stack of the same checkpoint on this one; returns the words that had to be renamed."""
+    """Put the concepts of another stack of the same checkpoint on this one, but for those it has; returns the words that had to be renamed."""
     store.open_stack(other)
     with _changing(request, on_progress) as (backbone, stack):
         second = store.load_stack(other, backbone.fingerprint)
@@ -376,7 +379,8 @@ def _load(request: Request, on_progress: OnProgress) -> Backbone:
 def _with_rank_of(stack: store.ConceptStack, settings: LearnSettings) -> LearnSettings:
     if stack.rank is None or settings.rank == stack.rank:
         return settings
-    if settings.rank is not None:
+    asked = {record.settings.get("rank") for record in stack.records}  # the closed form may have made more of it
+    if settings.rank is not None and settings.rank not in asked:
         raise SettingError(
             f"rank is {settings.rank}, but the concepts of this stack were learned with rank {stack.rank}. Leave rank out, or start another stack."
         )
@@ -408,7 +412,7 @@ def _lesson(
             "Go on with a method of that kind, or start another stack with --stack."
         )
     compares = bool(method.importance or method.consolidation)
-    if compares and kind != "full" and len({rank_of(a) for a in (stack.adapter, *stack.pool.values()) if a}) > 1:
+    if compares and kind == "lora" and stack.adapter and rank_of(stack.adapter) > (stack.rank or 0):
         raise SettingError(
             f"{settings.method} compares adapters of one size, but this stack's LoRA has grown (c_lora, published). Go on with that, or start "
             "another stack with --stack."
@@ -468,7 +472,8 @@ class _Newest:
             return classifier.calibrate(classifier.calibration_errors(self.backbone, self.latents, features, draws=128, rows=16))
 
     def consolidated(self, adapter: Adapter, scores: bool, path: Path) -> tuple[Adapter, list[float]]:
-        teachers = dsc.Teachers((self.record.name, adapter), self.past, self.record.noun)
+        past = [(name, grown(one, rank_of(adapter)) if kind_of(one) == "lora" else one) for name, one in self.past]
+        teachers = dsc.Teachers((self.record.name, adapter), past, self.record.noun)
         snapshot = _snapshot(path, self.record.token, "dsc")
         tau = self.tau if scores else None
         return dsc.consolidate(self.backbone, self.latents, teachers, self.text, tau, self.penalty, self.settings, snapshot, self.on_progress)

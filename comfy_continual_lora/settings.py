@@ -13,7 +13,7 @@ from .errors import SettingError
 
 METHODS = (
     "textual_inversion", "custom_diffusion", "custom_diffusion_ewc", "lora", "c_lora", "lora_ewc", "lora_ewc_dc", "lora_dsc", "lora_dsc_ewc",
-    "lora_dsc_ewc_dc", "retention",
+    "lora_dsc_ewc_dc", "retention", "closed_form",
 )  # fmt: skip
 SOLVERS = ("dpm++", "ddim")
 TEMPLATES = (

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from .checkpoint.backbone import Backbone
 from .errors import StackError
-from .lora import Adapter, factored, kind_of, layers_of, rank_of
+from .lora import Adapter, factored, grown, kind_of, layers_of, rank_of
 from .progress import OnProgress, Progress
 from .settings import SolveSettings
 from .store import ConceptRecord, ConceptStack
@@ -72,7 +72,7 @@ def solve(wishes: Sequence[Wish], settings: SolveSettings, least_rank: int = 1) 
     else:
         rank = _rank(energies, settings)
         factors = [_factors(layer, vectors[:, :rank], changes[layer]) for layer, vectors in leading.items()]
-        adapter = _grown({name: tensor for one in factors for name, tensor in one.items()}, max(rank, least_rank))
+        adapter = grown({name: tensor for one in factors for name, tensor in one.items()}, max(rank, least_rank))
     return adapter, rank
 
 
@@ -103,20 +103,6 @@ def _factors(layer: str, directions: Tensor, change: Tensor) -> Adapter:
     b, a = directions, directions.T @ change
     balance = (a.norm() / b.norm()).clamp(min=1e-12).sqrt()
     return {f"{layer}.A": (a / balance).float(), f"{layer}.B": (b * balance).float()}
-
-
-def _grown(adapter: Adapter, rank: int) -> Adapter:
-    """The same change with rows to spare: the new ones of A are random, so that learning can use them, those of B are zero."""
-    generator, grown = torch.Generator().manual_seed(0), {}
-    for name, tensor in adapter.items():
-        more = rank - tensor.shape[0 if name.endswith("A") else 1]
-        if more <= 0:
-            grown[name] = tensor
-        elif name.endswith("A"):
-            grown[name] = torch.cat([tensor, torch.randn(more, tensor.shape[1], generator=generator) * rank**-0.5])
-        else:
-            grown[name] = torch.cat([tensor, torch.zeros(len(tensor), more)], 1)
-    return grown
 
 
 def lost(adapter: Adapter, wish: Wish) -> float:
@@ -206,7 +192,8 @@ def consolidated(backbone: Backbone, stack: ConceptStack, settings: SolveSetting
     told = [{wish.name: lost(one, wish) for wish in wishes if wish.adapter} for one in (stack.adapter, adapter)]
     stack.before = stack.before or stack.adapter
     stack.adapter, stack.fishers = adapter, {}
-    _same_rank(stack)
+    stack.records[-1] = _noted(stack.records[-1], adapter)
+    stack.rank = stack.records[-1].settings["rank"]
     return Consolidated(rank, *told)
 
 
@@ -233,14 +220,15 @@ def forgotten(backbone: Backbone, stack: ConceptStack, token: str, settings: Sol
     stack.pool.pop(gone.id, None)
     stack.adapter, stack.before, stack.fishers = later.pop(stack.records[-1].id, stack.adapter), None, {}
     stack.pool |= later
-    _same_rank(stack)
+    stack.records = [_noted(record, stack.adapter_after(record.id)) for record in stack.records]
+    stack.rank = stack.records[-1].settings["rank"]
     return gone
 
 
 def merged(
     backbone: Backbone, stack: ConceptStack, second: ConceptStack, settings: SolveSettings, on_progress: OnProgress
 ) -> dict[str, str]:  # fmt: skip
-    """Put the concepts of a second stack behind this one's, in place; returns the new names of words that both have.
+    """Put the concepts of a second stack that this one has not behind its own, in place; returns the new names of words that both have.
 
     Every version of the stack from then on is solved for, so that undo, and drawing older versions, go on working. Errors: StackError where one
     of them is no LoRA and the other is.
@@ -248,8 +236,10 @@ def merged(
     if not stack.records:
         vars(stack).update(vars(second))
         return {}
-    renamed, adapters = _new_names(stack, second), adapters_of(stack)
-    own = [_with_word(record, renamed.get(record.token, record.token)) for record in second.records]
+    known = {record.id for record in stack.records}  # of a beginning that both have in common
+    new = [(record, adapter) for record, adapter in zip(second.records, adapters_of(second), strict=True) if record.id not in known]
+    renamed, adapters = _new_names(stack, [record.token for record, _ in new]), adapters_of(stack)
+    own = [_with_word(record, renamed.get(record.token, record.token)) for record, _ in new]
     both = [*stack.records, *own]
     if len({kind_of(a) for a in (stack.adapter, second.adapter) if a}) > 1:
         raise StackError("One of the stacks holds a LoRA, the other an adapter of another kind; only two of a kind can be merged.")
@@ -259,23 +249,24 @@ def merged(
     memory = Memory(backbone, {record.token: stack.words[record.id] for record in both}, [record.noun for record in both])
     for record in stack.records:
         memory.add(record)
-    for number, (record, adapter) in enumerate(zip(own, adapters_of(second), strict=True)):
+    for number, (record, (_, adapter)) in enumerate(zip(own, new, strict=True)):
         on_progress(Progress("solve", number, len(own)))
         memory.add(record)
         adapters.append(adapter)
         found = stack.adapter or adapter
         if stack.adapter and adapter:
             found, _ = solve(memory.wishes(adapters, settings), settings, stack.rank or 1)
-        stack.add(record, stack.words[record.id], found)
-    _same_rank(stack)
+        stack.add(_noted(record, found), stack.words[record.id], found)
+    stack.rank = stack.records[-1].settings["rank"]
     return renamed
 
 
-def _new_names(first: ConceptStack, second: ConceptStack) -> dict[str, str]:
+def _new_names(first: ConceptStack, tokens: Sequence[str]) -> dict[str, str]:
     """V1 that both have becomes V1_2."""
-    taken, renamed = {token.lower() for token in (*first.tokens, *second.tokens)}, {}
-    for token in second.tokens:
-        if token.lower() in {known.lower() for known in first.tokens}:
+    known, renamed = {token.lower() for token in first.tokens}, {}
+    taken = known | {token.lower() for token in tokens}
+    for token in tokens:
+        if token.lower() in known:
             renamed[token] = next(name for n in range(2, 10_000) if (name := f"{token}_{n}").lower() not in taken)
             taken.add(renamed[token].lower())
     return renamed
@@ -289,11 +280,6 @@ def _with_word(record: ConceptRecord, token: str) -> ConceptRecord:
     return replace(record, token=token, prompts=prompts, request="")
 
 
-def _same_rank(stack: ConceptStack) -> None:
-    """Give every LoRA of the stack the rank of the largest, so that methods that compare them go on working."""
-    held = [adapter for adapter in (stack.adapter, stack.before, *stack.pool.values()) if adapter]
-    if not held or kind_of(held[0]) != "lora":
-        return
-    stack.rank = rank = max([stack.rank or 1, *map(rank_of, held)])
-    stack.pool = {concept: _grown(adapter, rank) for concept, adapter in stack.pool.items()}
-    stack.adapter, stack.before = (_grown(a, rank) if a else None for a in (stack.adapter, stack.before))
+def _noted(record: ConceptRecord, adapter: Adapter | None) -> ConceptRecord:
+    """The record with the rank the stack's LoRA has from this concept on."""
+    return replace(record, settings={**record.settings, "rank": rank_of(adapter)}) if adapter and kind_of(adapter) == "lora" else record

@@ -98,7 +98,8 @@ class ConceptStack:
         del self.words[record.id]
         self.fishers.pop(record.id, None)
         if not self.records:
-            self.tau = self.rank = None
+            self.tau = None
+        self.rank = self.records[-1].settings.get("rank", self.rank) if self.records else None  # the closed form may have made it larger since
         self.adapter, self.before = self.pool.pop(self.records[-1].id, None) if self.records else None, None
         return record
 

@@ -54,6 +54,24 @@ def consolidate(given: Mapping[str, Any], on_progress: OnProgress) -> dict[str, 
     return {"token": done.record.token, "losses": done.losses, "stack_file": str(done.stack_file)}
 
 
+def closed_form(given: Mapping[str, Any], on_progress: OnProgress) -> dict[str, Any]:
+    """`rank`, and `before` and `after`: the share of what each concept's own LoRA did that is lost."""
+    from . import pipeline
+    from .settings import SolveSettings
+
+    return dataclasses.asdict(pipeline.consolidate_in_closed_form(_request(pipeline.SolveRequest, SolveSettings, given), on_progress))
+
+
+def forget(given: Mapping[str, Any], on_progress: OnProgress) -> dict[str, Any]:
+    """`token`: the word of the concept to forget."""
+    from . import pipeline
+    from .settings import SolveSettings
+
+    rest = {name: value for name, value in given.items() if name != "token"}
+    record = pipeline.forget(_request(pipeline.SolveRequest, SolveSettings, rest), str(given["token"]), on_progress)
+    return {"token": record.token, "noun": record.noun}
+
+
 def scores(given: Mapping[str, Any], on_progress: OnProgress) -> dict[str, Any]:
     """`chart`: a picture of the probabilities, in the folder `out`."""
     from . import pipeline, report
@@ -102,7 +120,7 @@ def undo(given: Mapping[str, Any], on_progress: OnProgress) -> dict[str, Any]:
 
 
 JOBS: dict[str, Callable[[Mapping[str, Any], OnProgress], dict[str, Any]]] = {
-    job.__name__: job for job in (learn, consolidate, scores, evaluate, draw, export, undo)
+    job.__name__: job for job in (learn, consolidate, closed_form, forget, scores, evaluate, draw, export, undo)
 }
 
 

@@ -116,7 +116,7 @@ def test_mistakes_are_refused_in_words(host: WebUI, pictures: Path, tmp_path: Pa
             host.post(f"{API}/learn", {**good, **change})
 
 
-def test_scores_evaluate_consolidate_and_undo(host: WebUI, pictures: Path, tmp_path: Path) -> None:
+def test_scores_evaluate_consolidate_and_forget(host: WebUI, pictures: Path, tmp_path: Path) -> None:
     second = save_concept(tmp_path / "second", 1)
     for token, folder in (("V1", pictures), ("V2", second)):
         host.post(f"{API}/learn", learn(folder, token, "deeds"))
@@ -127,13 +127,13 @@ def test_scores_evaluate_consolidate_and_undo(host: WebUI, pictures: Path, tmp_p
         ("scores", {"images": images[:1], "settings": {"trials": 2}}, "images"),
         ("evaluate", {"settings": {"pictures": 1, "steps": 2, "trials": 2}}, "kept"),
         ("consolidate", {"images": images, "settings": {"dsc_steps": 2, "batch": 3, "fisher_samples": 3}}, "losses"),
-        ("export", {}, "lora"), ("undo", {}, "token"),
+        ("closed_form", {}, "rank"), ("export", {}, "lora"), ("forget", {"token": "V1"}, "token"), ("undo", {}, "token"),
     ):  # fmt: skip
         host.post(f"{API}/{deed}", {**place, **body})
         job = host.ended()
         assert job["state"] == "done", job
         assert job["results"][deed][found]
-    assert [one["token"] for one in host.get(f"{API}/concepts?checkpoint=mini-sd.safetensors&stack=deeds")] == ["V1"]
+    assert [one["token"] for one in host.get(f"{API}/concepts?checkpoint=mini-sd.safetensors&stack=deeds")] == []
 
 
 @pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this machine")

@@ -17,6 +17,8 @@ from full_size import write_sd15
 from PIL import Image
 from safetensors.torch import load_file
 
+from comfy_continual_lora.store import read_records
+
 FOUND = find_comfyui()
 pytestmark = [
     pytest.mark.slow,
@@ -213,6 +215,37 @@ def test_undo_is_safe_to_queue_twice(host: ComfyUI) -> None:
     assert load_file(stack_of(host, "undo")).keys() == _tensors(before).keys()
     assert "nothing was done" in text_of(host.run(undo), "3")
     assert all((load_file(stack_of(host, "undo"))[k] == t).all() for k, t in _tensors(before).items())
+
+
+def test_closed_form_merge_forget_and_import(host: ComfyUI) -> None:
+    """What needs no picture; each is safe to queue twice but for the closed form, which gives the same again."""
+    for name, token, which in (("mine", "V1", 1), ("mine", "V2", 2), ("theirs", "V1", 3)):
+        host.run(learn(name, token=token, which=which))
+
+    def does(kind: str, **inputs: Any) -> str:
+        graph = {
+            str(n): {"class_type": "ContinualLora_LoadStack", "inputs": {"checkpoint": "mini-sd.safetensors", "stack_name": name}}
+            for n, name in ((1, "mine"), (2, "theirs"))
+        }
+        graph["3"] = {"class_type": f"ContinualLora_{kind}", "inputs": {"stack": ["1", 0], **inputs}}
+        graph["4"] = {"class_type": "PreviewAny", "inputs": {"source": ["3", 1]}}
+        return text_of(host.run(graph), "4")
+
+    assert "Solved for 2 concepts" in does("ClosedForm")
+    assert "Its V1 is V1_2 here" in does("Merge", other=["2", 0])
+    assert "nothing was done" in does("Merge", other=["2", 0])
+    assert "Forgot V2" in does("Forget", token="V2")
+    assert "nothing was done" in does("Forget", token="V2")
+    export = {
+        "1": {"class_type": "ContinualLora_LoadStack", "inputs": {"checkpoint": "mini-sd.safetensors", "stack_name": "theirs"}},
+        "2": {"class_type": "ContinualLora_Export", "inputs": {"stack": ["1", 0]}},
+        "3": {"class_type": "PreviewAny", "inputs": {"source": ["2", 0]}},
+    }
+    lora = text_of(host.run(export), "3")
+    words = {"token": "W1", "noun": "", "embedding": "V1.safetensors", "trigger": "", "strength": 1.0}
+    assert f"{lora} is W1 now" in does("Import", lora=lora, **words)
+    assert "nothing was done" in does("Import", lora=lora, **words)
+    assert [record.token for record in read_records(stack_of(host, "mine"))] == ["V1", "V1_2", "W1"]
 
 
 def _tensors(data: bytes) -> dict[str, Any]:

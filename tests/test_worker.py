@@ -179,6 +179,18 @@ def test_pictures_come_with_the_jobs_that_draw(checkpoint: Path, pictures: Path,
     assert _done(desk.start(("learn", second), ("undo", {"checkpoint": str(checkpoint)}))).results["undo"]["token"] == "V2"
 
 
+def test_what_needs_no_picture(checkpoint: Path, pictures: Path, tmp_path: Path, desk: Desk) -> None:
+    where = {"checkpoint": str(checkpoint), "device": "cpu"}
+    second = {**_request(checkpoint, save_concept(tmp_path / "second", 1)), "token": "V2"}
+    both = [("learn", _request(checkpoint, pictures)), ("closed_form", {**where, "settings": {"energy": 0.99}})]
+    assert "two concepts at least" in _done(desk.start(*both)).message
+    job = _done(desk.start(("learn", second), ("closed_form", where), ("forget", {**where, "token": "V1"})))
+    assert job.state == "done", job.message
+    assert set(job.results["closed_form"]["after"]) == {"V1", "V2"}
+    assert job.results["forget"]["token"] == "V1"
+    assert [one.token for one in store.read_records(store.stack_path(checkpoint))] == ["V2"]
+
+
 @pytest.mark.skipif(os.name == "nt", reason="no limit on file sizes there")
 def test_a_full_disk_is_told_and_loses_nothing(checkpoint: Path, pictures: Path, tmp_path: Path, desk: Desk) -> None:
     """No space for the second concept, here by a limit on the size of files: the first is still there, and the request goes through later."""

@@ -72,6 +72,18 @@ def checkpoint_path(name: str) -> Path:
     return Path(found)
 
 
+def files(kind: str) -> list[str]:
+    """The names of ComfyUI's files of a kind, such as loras, which end in .safetensors."""
+    return [name for name in folder_paths.get_filename_list(kind) if name.endswith(".safetensors")]
+
+
+def file_of(kind: str, name: str) -> Path:
+    found = folder_paths.get_full_path(kind, name)
+    if found is None:
+        raise StackError(f"The file {name} is gone from ComfyUI's {kind} folders. Choose another one.")
+    return Path(found)
+
+
 def stack_file(checkpoint: Path, name: str) -> Path:
     """Where a stack lies: beside the checkpoint; a checkpoint may have several, told apart by name."""
     return stack_path(checkpoint, name.strip())

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from comfy_api.latest import io  # pyright: ignore[reportMissingImports] - only inside ComfyUI
 
 from ..errors import StackError, TokenError
-from ..settings import ConsolidateSettings, EvaluateSettings, LearnSettings, ScoreSettings, explained, from_widget
+from ..settings import ConsolidateSettings, EvaluateSettings, LearnSettings, ScoreSettings, SolveSettings, explained, from_widget
 from . import host
 from .host import StackHandle
 
@@ -419,7 +419,9 @@ class UndoConcept(io.ComfyNode):
         if wanted not in known:
             return io.NodeOutput(_now(stack), f"No concept named {token!r} is on the stack; nothing was done.")
         if known[-1] != wanted:
-            raise StackError(f"{token} is not the newest concept; {records[-1].token} is, and builds on it. Undo that one first.")
+            raise StackError(
+                f"{token} is not the newest concept; {records[-1].token} is, and builds on it. Undo that one first, or use Forget Concept."
+            )
         record = pipeline.undo(stack.checkpoint, stack.file)
         after = _now(stack)
         return io.NodeOutput(after, f"Took {record.name} off the stack.\n\n{_say(after)}")
@@ -447,4 +449,130 @@ class ExamplePictures(io.ComfyNode):
         return io.NodeOutput(host.to_image([Image.fromarray(p) for p in world.concept_pictures(concept, count)]), concept.noun)
 
 
-NODES = [LoadConceptStack, LearnConcept, Consolidate, ComputeScores, ApplyConcepts, ExportConcepts, EvaluateRetention, UndoConcept, ExamplePictures]
+class ConsolidateInClosedForm(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> Any:
+        return _schema(
+            "ClosedForm", "Consolidate (closed form)",
+            "Bring back what later concepts took from earlier ones: the one LoRA closest to what each concept's own did to its prompts. Seconds, "
+            "without pictures, the same result every time.",
+            ["consolidate", "forgetting", "merge", "restore"],
+            is_output_node=True,
+            inputs=[Stack.Input("stack"), *_solving()],
+            outputs=[Stack.Output(display_name="stack"), io.String.Output(display_name="report")],
+        )  # fmt: skip
+
+    @classmethod
+    def execute(cls, stack: StackHandle, **given: Any) -> Any:
+        from .. import pipeline
+
+        with host.at_work() as on_progress:
+            found = pipeline.consolidate_in_closed_form(_solve_request(stack, given), on_progress)
+        lines = [f"{name}: {found.before[name]:.1%} of what it did was lost, now {after:.1%}" for name, after in found.after.items()]
+        return io.NodeOutput(_now(stack), "\n".join([f"Solved for {len(lines)} concepts at once; rank {found.rank} holds them.", *lines]))
+
+
+class ForgetConcept(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> Any:
+        return _schema(
+            "Forget", "Forget Concept",
+            "Take any one concept off the stack: its word, its previews, and what the LoRA knows of it. The others stay. (The newest one: Undo.)",
+            ["remove concept", "unlearn", "delete"],
+            is_output_node=True,
+            inputs=[
+                Stack.Input("stack"),
+                io.String.Input("token", default="", tooltip="Its word. If it is gone already, nothing is done."),
+                *_solving(),
+            ],
+            outputs=[Stack.Output(display_name="stack"), io.String.Output(display_name="report")],
+        )  # fmt: skip
+
+    @classmethod
+    def execute(cls, stack: StackHandle, token: str, **given: Any) -> Any:
+        from .. import pipeline
+
+        if token.strip().lower() not in [r.token.lower() for r in _now(stack).records]:
+            return io.NodeOutput(_now(stack), f"No concept named {token!r} is on the stack; nothing was done.")
+        with host.at_work() as on_progress:
+            record = pipeline.forget(_solve_request(stack, given), token.strip(), on_progress)
+        after = _now(stack)
+        return io.NodeOutput(after, f"Forgot {record.name}. Files exported before still know it.\n\n{_say(after)}")
+
+
+class MergeStacks(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> Any:
+        return _schema(
+            "Merge", "Merge Concept Stacks",
+            "Put the concepts of another stack of the same checkpoint on this one. A word that both have gets a new name. Concepts it has already "
+            "are left alone.",
+            ["combine", "join", "share concepts"],
+            is_output_node=True,
+            inputs=[Stack.Input("stack", tooltip="Takes the other's concepts."), Stack.Input("other", tooltip="Stays as it is."), *_solving()],
+            outputs=[Stack.Output(display_name="stack"), io.String.Output(display_name="report")],
+        )  # fmt: skip
+
+    @classmethod
+    def execute(cls, stack: StackHandle, other: StackHandle, **given: Any) -> Any:
+        from .. import pipeline
+
+        known = {record.id for record in _now(stack).records}
+        if all(record.id in known for record in other.records):
+            return io.NodeOutput(_now(stack), f"{stack.file.name} has all concepts of {other.file.name} already; nothing was done.")
+        with host.at_work() as on_progress:
+            renamed = pipeline.merge(_solve_request(stack, given), other.file, on_progress)
+        after = _now(stack)
+        return io.NodeOutput(after, "\n".join([*(f"Its {old} is {new} here." for old, new in renamed.items()), _say(after)]))
+
+
+class ImportLora(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> Any:
+        return _schema(
+            "Import", "Import LoRA as Concept",
+            "Put a K/V LoRA that another program made on the stack, as one more concept with a word of its own.",
+            ["foreign lora", "convert lora", "custom diffusion"],
+            is_output_node=True,
+            inputs=[
+                Stack.Input("stack"),
+                io.Combo.Input("lora", options=host.files("loras"), tooltip="It may change K and V of cross-attention only."),
+                io.String.Input("token", default="W1", tooltip="Its word from now on."),
+                io.String.Input("noun", default="", tooltip="What kind of thing it is; empty: prompts name it by its word alone."),
+                io.Combo.Input("embedding", options=["", *host.files("embeddings")], default="", tooltip="The embedding its prompts used."),
+                io.String.Input("trigger", default="", tooltip="Else the word its prompts used, if it is one token, such as sks."),
+                io.Float.Input("strength", default=1.0, min=-10.0, max=10.0, step=0.01, tooltip="Strength it is used at."),
+            ],
+            outputs=[Stack.Output(display_name="stack"), io.String.Output(display_name="report")],
+        )  # fmt: skip
+
+    @classmethod
+    def execute(cls, stack: StackHandle, lora: str, token: str, noun: str, embedding: str, trigger: str, strength: float) -> Any:
+        from .. import pipeline
+
+        if token.strip().lower() in [r.token.lower() for r in _now(stack).records if r.method == "import"]:
+            return io.NodeOutput(_now(stack), f"{token} is on the stack already; nothing was done.")
+        word = host.file_of("embeddings", embedding) if embedding else None
+        request = pipeline.ImportRequest(
+            stack.checkpoint, host.file_of("loras", lora), token.strip(), noun, word, trigger.strip(), strength, **_where(stack)
+        )
+        with host.at_work() as on_progress:
+            record = pipeline.import_concept(request, on_progress)
+        after = _now(stack)
+        return io.NodeOutput(after, f"{lora} is {record.name} now.\n\n{_say(after)}")
+
+
+def _solving() -> list[Any]:
+    return _widgets(SolveSettings, (), ("energy", "rank", "ridge", "ordinary_weight"))
+
+
+def _solve_request(stack: StackHandle, given: dict[str, Any]) -> pipeline.SolveRequest:
+    from .. import pipeline
+
+    return pipeline.SolveRequest(stack.checkpoint, _settings(SolveSettings, given), **_where(stack))
+
+
+NODES = [
+    LoadConceptStack, LearnConcept, Consolidate, ComputeScores, ApplyConcepts, ExportConcepts, EvaluateRetention, UndoConcept, ExamplePictures,
+    ConsolidateInClosedForm, ForgetConcept, MergeStacks, ImportLora,
+]  # fmt: skip

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from .c_lora import CLora
+from .closed_form import ClosedForm
 from .custom_diffusion import CustomDiffusion
 from .custom_diffusion_ewc import CustomDiffusionEwc
 from .lora import Lora
@@ -15,5 +16,7 @@ from .method import Method
 from .retention import Retention
 from .textual_inversion import TextualInversion
 
-_ALL = (TextualInversion, CustomDiffusion, CustomDiffusionEwc, Lora, CLora, LoraEwc, LoraEwcDc, LoraDsc, LoraDscEwc, LoraDscEwcDc, Retention)
+_ALL = (
+    TextualInversion, CustomDiffusion, CustomDiffusionEwc, Lora, CLora, LoraEwc, LoraEwcDc, LoraDsc, LoraDscEwc, LoraDscEwcDc, Retention, ClosedForm,
+)  # fmt: skip
 METHODS: dict[str, Method] = {method.id: method() for method in _ALL}

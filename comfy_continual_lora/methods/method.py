@@ -18,7 +18,7 @@ class Method:
     adapter = "lora"  # the kind of adapter it trains besides the word: "lora" (or "vera", a setting), "full", or "" for the word alone
     importance = ""  # the loss its Fisher is taken of: "" no Fisher, "denoising", or "scores" for denoising and DC scores
     retention_weight = 0.0  # weight of the drift in text space, where the settings leave it at 0
-    consolidation = ""  # DSC afterwards: "" none, "distillation" (b1, b2), or "scores" (a1, a2, b1, b2)
+    consolidation = ""  # afterwards: "" none, DSC by "distillation" (b1, b2) or with "scores" (a1, a2 too), or "closed form"
 
     def penalty(self, stack: ConceptStack, settings: LearnSettings, device: torch.device) -> Penalty | None:
         """What is added to the loss for the sake of the stack's concepts; None for nothing."""

@@ -89,6 +89,15 @@ def add_routes(app: FastAPI, host: Host) -> None:
         place = where(body)
         return start(("consolidate", {**place, "images": _images(body, host), "settings": _settings(body)}), export_job(host, place))
 
+    def closed_form(body: dict = Body(...)) -> dict[str, Any]:  # noqa: B008
+        place = where(body)
+        return start(("closed_form", {**place, "settings": _settings(body)}), export_job(host, place))
+
+    def forget(body: dict = Body(...)) -> dict[str, Any]:  # noqa: B008
+        if not str(body.get("token") or "").strip():
+            raise HTTPException(422, "token is missing or empty.")
+        return start(("forget", {**where(body), "token": body["token"].strip(), "settings": _settings(body)}))
+
     def scores(body: dict = Body(...)) -> dict[str, Any]:  # noqa: B008
         return start(("scores", {**where(body), "images": _images(body, host), "settings": _settings(body), "out": _charts(host)}))
 
@@ -104,7 +113,7 @@ def add_routes(app: FastAPI, host: Host) -> None:
     for route in (concepts, jobs):
         app.add_api_route(f"{PREFIX}/{route.__name__}", route, methods=["GET"], dependencies=guard)
     app.add_api_route(f"{PREFIX}/jobs/stop", stop, methods=["POST"], dependencies=guard)
-    for deed in (learn, consolidate, scores, evaluate, export, undo):
+    for deed in (learn, consolidate, closed_form, forget, scores, evaluate, export, undo):
         app.add_api_route(f"{PREFIX}/{deed.__name__}", deed, methods=["POST"], dependencies=guard)
 
 

@@ -34,6 +34,7 @@ from .job import Busy, Desk, Job
 PLANS = {
     "Protect best (EWC, DC scores, consolidation)": "lora_dsc_ewc_dc",
     "Protect, faster (EWC with DC scores)": "lora_ewc_dc",
+    "Restore in closed form (ours; measured little so far)": "closed_form",
     "Hold what earlier prompts do (ours; measured little so far)": "retention",
     "No protection (forgets; for comparison)": "lora",
 }
@@ -185,6 +186,12 @@ def _ending(job: Job) -> str:
         lines.append(f"**{word} is on the stack already**, from these very pictures and settings." if known.get("again") else f"**Learned {word}**.")
     if "consolidate" in done:
         lines.append(f"**Consolidated {done['consolidate']['token']}** in {len(done['consolidate']['losses'])} steps.")
+    if "closed_form" in done:
+        found = done["closed_form"]
+        shares = ", ".join(f"{name} {share:.0%} (before {found['before'][name]:.0%})" for name, share in found["after"].items())
+        lines.append(f"**Consolidated in closed form**, rank {found['rank']}. Lost of what each concept's own LoRA did: {shares}.")
+    if "forget" in done:
+        lines.append(f"**Forgot {done['forget']['token']} {done['forget']['noun']}.** LoRAs exported before still know it.")
     if "undo" in done:
         lines.append(f"**Took {done['undo']['token']} {done['undo']['noun']} off the stack.**")
     if "scores" in done:
@@ -316,6 +323,8 @@ def build(host: Host) -> None:
                 request: dict[str, Any] = {"checkpoint": str(path), "stack": str(stack)}
                 if needs_pictures:
                     request["images"] = [str(p) for p in pictures(given[0])]
+                if kind == "forget":
+                    request["token"] = given[0].strip()
                 if kind in ("scores", "evaluate"):
                     request["out"] = str(host.folder / "charts" / f"{time.time_ns():x}")
                 first = export_job(host, request) if kind == "export" else (kind, request)
@@ -395,12 +404,16 @@ def build(host: Host) -> None:
             chart = gr.Image(label="Chart", type="pil")
             concepts = gr.HTML(shown(names[0], "") if names else "", elem_id="continual_lora_concepts")
             with gr.Row():
-                consolidate, scores = gr.Button("Consolidate (DSC)"), gr.Button("Compute DC scores")
-                evaluate, export, undo = gr.Button("Evaluate retention"), gr.Button("Export"), gr.Button("Undo the newest")
+                consolidate, solve = gr.Button("Consolidate (DSC)"), gr.Button("Consolidate (closed form)")
+                scores, evaluate = gr.Button("Compute DC scores"), gr.Button("Evaluate retention")
+            with gr.Row():
+                export, undo, forget = gr.Button("Export"), gr.Button("Undo the newest"), gr.Button("Forget the word on the left")
 
     outputs, place = [told, losses, preview, chart, concepts], [checkpoint, stack_name]
     go.click(learn, [*place, files, captions, token, noun, plan, *advanced], outputs)
     consolidate.click(act("consolidate", True, True), [*place, files], outputs)
+    solve.click(act("closed_form", then_export=True), place, outputs)
+    forget.click(act("forget"), [*place, token], outputs)
     scores.click(act("scores", True), [*place, files], outputs)
     evaluate.click(act("evaluate"), place, outputs)
     export.click(act("export"), place, outputs)
