@@ -182,7 +182,7 @@ def test_exported_files_draw_what_apply_draws(host: ComfyUI) -> None:
         "3": {"class_type": "PreviewAny", "inputs": {"source": ["2", 0]}},
     }
     name = text_of(host.run({**load, **export}), "3")
-    assert len({key.split(".")[0] for key in load_file(host.base / "models" / "loras" / name)}) == 8
+    assert len({key.split(".")[0] for key in load_file(host.base / "models" / "loras" / name)}) == 14
     found = {kind: draws(host, load["1"], "mini-sd.safetensors", name, kind) for kind in ("ours", "stock", "plain")}
     assert np.abs(found["ours"] - found["stock"]).max() <= 2
     assert np.abs(found["ours"] - found["plain"]).mean() > 2

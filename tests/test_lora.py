@@ -21,7 +21,7 @@ def _predict(backbone: Backbone) -> torch.Tensor:
 
 
 def test_only_k_and_v_of_cross_attention(backbone: Backbone) -> None:
-    assert len(backbone.kv_layers) == 8
+    assert len(backbone.kv_layers) == 14
     assert all(".attn2.to_k" in name or ".attn2.to_v" in name for name in backbone.kv_layers)
 
 

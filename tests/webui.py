@@ -50,7 +50,7 @@ _NET = """model:
     {{linear_start: 0.00085, linear_end: 0.012, timesteps: 1000, num_timesteps_cond: 1, first_stage_key: jpg, cond_stage_key: txt, image_size: 16,
      channels: 4, cond_stage_trainable: false, conditioning_key: crossattn, scale_factor: 0.18215, use_ema: false,
      unet_config: {{target: ldm.modules.diffusionmodules.openaimodel.UNetModel, params: {{image_size: 16, in_channels: 4, out_channels: 4,
-       model_channels: 64, attention_resolutions: [2], num_res_blocks: 1, channel_mult: [1, 3], num_heads: 8, use_spatial_transformer: true,
+       model_channels: 64, attention_resolutions: [1, 2], num_res_blocks: 1, channel_mult: [1, 3], num_heads: 8, use_spatial_transformer: true,
        transformer_depth: 1, context_dim: 256, use_checkpoint: false, legacy: false}}}},
      first_stage_config: {{target: ldm.models.autoencoder.AutoencoderKL, params: {{embed_dim: 4, ddconfig: {{double_z: true, z_channels: 4,
        resolution: 128, in_channels: 3, out_ch: 3, ch: 32, ch_mult: [1, 1, 1, 1], num_res_blocks: 1, attn_resolutions: [], dropout: 0.0}},

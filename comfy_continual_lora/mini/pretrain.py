@@ -362,7 +362,7 @@ def stage_unet(out: Path, steps: int, n: int = 32) -> None:
         model.set_attn_processor(AttnProcessor())
     predict = torch.compile(model)
     alphas = alphas_cumprod().to(DEVICE)
-    alone, together = (np.array([i for i, s in enumerate(shown) if len(s.things) == count]) for count in (1, 2))
+    together = np.array([i for i, s in enumerate(shown) if len(s.things) == 2])
     place = torch.stack([_weight_of_place(((64, 66),), 46), _weight_of_place(((33, 66), (95, 66)), 32)]).to(DEVICE)
     count = torch.tensor([len(s.things) for s in shown])
 
@@ -370,8 +370,7 @@ def stage_unet(out: Path, steps: int, n: int = 32) -> None:
         rng = np.random.default_rng((SEED, 4 + rank, step))
         generator = torch.Generator().manual_seed(int(rng.integers(2**31)))
         index = rng.integers(0, PICTURES, n)
-        more = rng.choice(alone if step < steps // 2 else together, n)  # one thing a picture first: most of them; then mostly two
-        index = np.where(rng.random(n) < 0.6, more, index)
+        index = np.where(rng.random(n) < 0.25, rng.choice(together, n), index)  # one picture in two has two things
         index = torch.from_numpy(index)
         part = (np.arange(n) + rng.random(n)) / n  # stratified, and more often where the noise still hides what the picture shows
         timestep = torch.from_numpy(part**0.7 * 1000).long().to(DEVICE)

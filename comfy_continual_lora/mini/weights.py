@@ -236,7 +236,7 @@ model:
         in_channels: 4
         out_channels: 4
         model_channels: 320
-        attention_resolutions: [2]
+        attention_resolutions: [1, 2]
         num_res_blocks: 1
         channel_mult: [1, 3]
         num_heads: 8
