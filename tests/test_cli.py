@@ -38,7 +38,7 @@ def test_mini_learn_learn_info_draw_undo(tmp_path: Path) -> None:
         ("V2", "fish", 4, 4, "lora_dsc_ewc_dc"),
     ]
     assert found["rank"] == 4
-    assert found["trainable_parameters"] == 4 * (256 + 192) * 8 + 256
+    assert found["trainable_parameters"] == 4 * (256 * 14 + 192 * 8 + 64 * 6) + 256
     assert len(found["fingerprint"]) == 64
     assert Path(found["stack_file"]).parent == checkpoint.parent
     drawn = run("draw", "--checkpoint", checkpoint, "--prompt", "a V1 ball and a V2 fish", "-n", 2, "--steps", 2, "--out", out, "--device", "cpu")
