@@ -29,9 +29,10 @@ def page(address: str, width: int = 1600, height: int = 1000) -> Iterator[Any]:
         browser.close()
 
 
-def type_into_cell(opened: Any, table: str, cell: int, text: str) -> None:
-    """Write into a cell of a gradio table, counted from 0 by rows."""
-    opened.dblclick(f"{table} :is(tbody td, [role=gridcell]) >> visible=true >> nth={cell}")
+def type_beside(opened: Any, table: str, name: str, text: str) -> None:
+    """Write into the cell right of the one that says `name`, in a gradio table of any version."""
+    cell = ":is(tbody td, [role=gridcell])"
+    opened.dblclick(f"{table} {cell}:has-text('{name}') + {cell} >> visible=true >> nth=-1")  # the first may be an invisible one for sizes
     opened.keyboard.press("Control+A")
     opened.keyboard.type(text)
     opened.keyboard.press("Enter")

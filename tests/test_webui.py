@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from browser import CHROMIUM, SAID, page, type_into_cell
+from browser import CHROMIUM, SAID, page, type_beside
 from server import free_port
 
 gradio = pytest.importorskip("gradio")
@@ -98,7 +98,7 @@ def test_the_tab_by_itself_in_a_browser(tmp_path: Path) -> None:
                 opened.wait_for_function("document.querySelector('#continual_lora_noun input, #continual_lora_noun textarea').value === 'ball'")
                 opened.click("text=Captions, and settings for experts")
                 opened.wait_for_function(SAID, arg=["#continual_lora_captions", ".png"])
-                type_into_cell(opened, "#continual_lora_captions", 1, "a photo of V1 in a garden")
+                type_beside(opened, "#continual_lora_captions", "0.png", "a photo of V1 in a garden")
                 for name, value in (("steps", 40), ("batch", 2), ("rank", 4), ("fisher_samples", 4), ("preview_every", 20)):
                     opened.fill(f"#continual_lora_{name} input", str(value))
                 opened.click("#continual_lora_learn")

@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from browser import SAID, page, type_into_cell
+from browser import SAID, page, type_beside
 from PIL import Image
 from safetensors.torch import load_file
 from server import Server, free_port
@@ -155,7 +155,7 @@ def learns_in_a_browser(host: WebUI, pictures: Path, screenshot: Path) -> None:
         opened.fill("#continual_lora_noun textarea", "ball")
         opened.click("text=Captions, and settings for experts")
         opened.wait_for_function(SAID, arg=["#continual_lora_captions", "a photo of B1 on sand"], timeout=60_000)
-        type_into_cell(opened, "#continual_lora_captions", 3, "B1 ball in front of a wall")
+        type_beside(opened, "#continual_lora_captions", files[1].name, "B1 ball in front of a wall")
         for name, value in (("steps", 12), ("batch", 2), ("rank", 4), ("fisher_samples", 4), ("preview_every", 6)):
             opened.fill(f"#continual_lora_{name} input", str(value))
         opened.fill("#continual_lora_stack textarea", "browser")
