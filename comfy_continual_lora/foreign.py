@@ -16,7 +16,7 @@ from torch import Tensor
 
 from .checkpoint.backbone import Backbone
 from .errors import StackError
-from .lora import Adapter
+from .lora import Adapter, grown
 
 _DOWN = (".lora_down.weight", ".lora_A.weight", ".lora_A.default.weight", ".lora.down.weight", "_lora.down.weight")
 _UP = tuple(name.replace("down", "up").replace("lora_A", "lora_B") for name in _DOWN)
@@ -24,7 +24,7 @@ _PREFIX = re.compile(r"^(lora_unet_|unet\.|base_model\.model\.|diffusion_model\.
 
 
 def read_lora(path: Path, backbone: Backbone, strength: float = 1.0) -> Adapter:
-    """The file's change of the checkpoint's K/V layers, A (r, d_text) and B (d_out, r), layers it leaves alone with zeros.
+    """The file's change of the checkpoint's K/V layers, A (r, d_text) and B (d_out, r), zero in layers it leaves alone.
 
     Errors: StackError for a file that is none, changes other layers too, or belongs to another kind of checkpoint.
     """
@@ -45,7 +45,7 @@ def read_lora(path: Path, backbone: Backbone, strength: float = 1.0) -> Adapter:
             f"{path} changes {len(others)} layers besides K and V of cross-attention, {sorted(others)[0]} for one, and none of that could be kept. "
             "Only K/V LoRAs (Custom Diffusion's layers) can become a concept."
         )
-    rank, adapter = max(len(down) for down in downs.values()), {}
+    adapter = {}
     alphas = {known[_plain(name.removesuffix(".alpha"))]: float(value) for name, value in tensors.items() if name.endswith(".alpha")}
     for layer, module in backbone.kv_layers.items():
         out, width = module.weight.shape
@@ -55,9 +55,8 @@ def read_lora(path: Path, backbone: Backbone, strength: float = 1.0) -> Adapter:
                 f"{path} belongs to another kind of checkpoint: its {layer} is {down.shape[1]} by {len(up)}, this one's {width} by {out}."
             )
         scale = strength * (alphas.get(layer, len(down)) / len(down) if len(down) else 1.0)
-        adapter[f"{layer}.A"] = torch.cat([down, torch.zeros(rank - len(down), width)])
-        adapter[f"{layer}.B"] = torch.cat([up * scale, torch.zeros(out, rank - len(down))], 1)
-    return adapter
+        adapter |= {f"{layer}.A": down, f"{layer}.B": up * scale}
+    return grown(adapter, max(len(down) for down in downs.values()))
 
 
 def read_word(path: Path, backbone: Backbone) -> Tensor:

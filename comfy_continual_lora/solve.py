@@ -25,7 +25,7 @@ from .lora import Adapter, factored, grown, kind_of, layers_of, rank_of
 from .progress import OnProgress, Progress
 from .settings import SolveSettings
 from .store import ConceptRecord, ConceptStack
-from .textspace import moment, ordinary_prompts, single_prompts
+from .textspace import drift, moment, ordinary_prompts, single_prompts
 
 
 @dataclass(frozen=True)
@@ -53,9 +53,10 @@ def solve(wishes: Sequence[Wish], settings: SolveSettings, least_rank: int = 1) 
     Errors: StackError where an adapter is no LoRA.
     """
     asked = [(wish, layers_of(wish.adapter)) for wish in wishes if wish.adapter]
-    if any(kind_of(wish.adapter) == "vera" for wish in wishes if wish.adapter):
+    kinds = {kind_of(wish.adapter) for wish in wishes if wish.adapter}
+    if "vera" in kinds:
         raise StackError("The closed form can't be written as VeRA, which this stack was learned with. Use DSC, or learn with LoRA.")
-    full = any(kind_of(wish.adapter) == "full" for wish in wishes if wish.adapter)
+    full = "full" in kinds
     width = wishes[0].moment.shape[0]
     total = sum((wish.weight * wish.moment.double() for wish in wishes), torch.zeros(width, width, dtype=torch.float64))
     total += settings.ridge * total.trace() / width * torch.eye(width, dtype=torch.float64)
@@ -106,19 +107,12 @@ def _factors(layer: str, directions: Tensor, change: Tensor) -> Adapter:
 
 
 def lost(adapter: Adapter, wish: Wish) -> float:
-    """E || (delta - delta_j) c ||^2 / E || delta_j c ||^2, mean over the layers."""
-    shares = []
-    theirs, width = layers_of(wish.adapter or {}), wish.moment.shape[0]
-    for layer, parts in layers_of(adapter).items():
-        (own_left, own_right), (left, right) = factored(parts, width), factored(theirs[layer], width)
-        asked = _squared(left, right, wish.moment)
-        shares.append(_squared(torch.cat([own_left, -left], 1), torch.cat([own_right, right]), wish.moment) / asked.clamp(min=1e-12))
-    return float(torch.stack(shares).mean())
-
-
-def _squared(left: Tensor, right: Tensor, moment: Tensor) -> Tensor:
-    """E || left right c ||^2."""
-    return ((right @ moment @ right.T) * (left.T @ left)).sum()
+    """E || (delta - delta_j) c ||^2 / E || delta_j c ||^2, mean over the layers: the drift, in sizes of what was asked for."""
+    sizes = {}
+    for layer, parts in layers_of(wish.adapter or {}).items():
+        left, right = factored(parts, wish.moment.shape[0])
+        sizes[layer] = ((right @ wish.moment @ right.T) * (left.T @ left)).sum().clamp(min=1e-12)
+    return float(drift(adapter, wish.adapter, wish.moment, sizes))
 
 
 # --- what a stack asks for -----------------------------------------------------------------------------------------------------------

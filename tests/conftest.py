@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from webui import WebUI, freeze
 
 from comfy_continual_lora.checkpoint.backbone import Backbone
 from comfy_continual_lora.checkpoint.load import load_backbone
@@ -20,6 +22,20 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """Two pictures each of three concepts, by token. Not to be changed."""
     root = tmp_path_factory.mktemp("concepts")
     return {token: save_concept(root / token, index, count=2) for index, token in enumerate(NOUNS)}
+
+
+@pytest.fixture(scope="module")
+def frozen(request: pytest.FixtureRequest) -> str:
+    """What is installed in the module's web UI, `FOUND`, before anything of ours."""
+    return freeze(request.module.FOUND)
+
+
+@pytest.fixture(scope="module")
+def host(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, frozen: str) -> Iterator[WebUI]:
+    """The module's web UI, running."""
+    server = WebUI(request.module.FOUND, tmp_path_factory.mktemp("webui"))
+    yield server
+    server.stop()
 
 
 @pytest.fixture(scope="session")

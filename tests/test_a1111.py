@@ -6,7 +6,6 @@ import base64
 import os
 import signal
 import time
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -23,21 +22,6 @@ pytestmark = [
     pytest.mark.slow,
     pytest.mark.skipif(FOUND is None, reason="no AUTOMATIC1111 with a venv at WEBUI_PATH or ~/stable-diffusion-webui"),
 ]
-
-
-@pytest.fixture(scope="module")
-def frozen() -> str:
-    """What is installed in the web UI before anything of ours."""
-    assert FOUND
-    return freeze(FOUND)
-
-
-@pytest.fixture(scope="module")
-def host(tmp_path_factory: pytest.TempPathFactory, frozen: str) -> Iterator[WebUI]:
-    assert FOUND
-    server = WebUI(FOUND, tmp_path_factory.mktemp("webui"))
-    yield server
-    server.stop()
 
 
 def test_what_is_learned_acts_in_txt2img_at_once(host: WebUI, pictures: Path) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -14,21 +13,6 @@ pytestmark = [
     pytest.mark.slow,
     pytest.mark.skipif(FOUND is None, reason="no Forge with a venv at FORGE_PATH or ~/stable-diffusion-webui-forge"),
 ]
-
-
-@pytest.fixture(scope="module")
-def frozen() -> str:
-    """What is installed in Forge before anything of ours."""
-    assert FOUND
-    return freeze(FOUND)
-
-
-@pytest.fixture(scope="module")
-def host(tmp_path_factory: pytest.TempPathFactory, frozen: str) -> Iterator[WebUI]:
-    assert FOUND
-    server = WebUI(FOUND, tmp_path_factory.mktemp("forge"))
-    yield server
-    server.stop()
 
 
 def test_what_is_learned_acts_in_txt2img_at_once(host: WebUI, pictures: Path) -> None:

@@ -12,27 +12,23 @@ import torch
 from conftest import NOUNS
 from safetensors.torch import load_file, save_file
 from test_methods import QUICK, _request, _same, _stack
+from test_textspace import _random
 
 from comfy_continual_lora import cli, foreign, pipeline, solve, store, textspace
 from comfy_continual_lora.checkpoint.backbone import Backbone
 from comfy_continual_lora.errors import SettingError, StackError
-from comfy_continual_lora.lora import Adapter, delta_weights, layers_of, new_adapter, rank_of
+from comfy_continual_lora.lora import Adapter, delta_weights, layers_of, rank_of
 from comfy_continual_lora.settings import SolveSettings
 
 QUICKER = replace(QUICK, method="lora", rate=0.02, steps=4)
 EXACT = SolveSettings(ridge=1e-7, energy=1.0)
 
 
-def _random(backbone: Backbone, kind: str, seed: int) -> Adapter:
-    generator = torch.Generator().manual_seed(seed)
-    return {k: 0.1 * torch.randn(t.shape, generator=generator) for k, t in new_adapter(backbone, 3, generator, kind).items()}
-
-
 def _problem(backbone: Backbone, kind: str = "lora") -> tuple[list[torch.Tensor], list[Adapter | None], list[solve.Wish]]:
     """Features (n, 256) of three concepts, of which the last asks for nothing."""
     generator = torch.Generator().manual_seed(5)
     features = [torch.randn(300, 256, generator=generator) @ torch.randn(256, 256, generator=generator) / 16 for _ in range(3)]
-    adapters = [_random(backbone, kind, 1), _random(backbone, kind, 2), None]
+    adapters = [_random(backbone, kind, 1, rank=3), _random(backbone, kind, 2, rank=3), None]
     return features, adapters, [solve.Wish(str(i), f.T @ f / len(f), a) for i, (f, a) in enumerate(zip(features, adapters, strict=True))]
 
 

@@ -14,9 +14,9 @@ from comfy_continual_lora.checkpoint.backbone import Backbone, FrozenText
 from comfy_continual_lora.lora import delta_weights, factored, layers_of, new_adapter
 
 
-def _random(backbone: Backbone, kind: str, seed: int) -> dict[str, torch.Tensor]:
+def _random(backbone: Backbone, kind: str, seed: int, rank: int = 4) -> dict[str, torch.Tensor]:
     generator = torch.Generator().manual_seed(seed)
-    return {k: 0.1 * torch.randn(t.shape, generator=generator) for k, t in new_adapter(backbone, 4, generator, kind).items()}
+    return {k: 0.1 * torch.randn(t.shape, generator=generator) for k, t in new_adapter(backbone, rank, generator, kind).items()}
 
 
 @pytest.mark.parametrize("kind", ["lora", "vera", "full"])

@@ -417,7 +417,7 @@ class UndoConcept(io.ComfyNode):
         records, wanted = _now(stack).records, token.strip().lower()
         known = [r.token.lower() for r in records]
         if wanted not in known:
-            return io.NodeOutput(_now(stack), f"No concept named {token!r} is on the stack; nothing was done.")
+            return _not_there(stack, token)
         if known[-1] != wanted:
             raise StackError(
                 f"{token} is not the newest concept; {records[-1].token} is, and builds on it. Undo that one first, or use Forget Concept."
@@ -493,7 +493,7 @@ class ForgetConcept(io.ComfyNode):
         from .. import pipeline
 
         if token.strip().lower() not in [r.token.lower() for r in _now(stack).records]:
-            return io.NodeOutput(_now(stack), f"No concept named {token!r} is on the stack; nothing was done.")
+            return _not_there(stack, token)
         with host.at_work() as on_progress:
             record = pipeline.forget(_solve_request(stack, given), token.strip(), on_progress)
         after = _now(stack)
@@ -560,6 +560,10 @@ class ImportLora(io.ComfyNode):
             record = pipeline.import_concept(request, on_progress)
         after = _now(stack)
         return io.NodeOutput(after, f"{lora} is {record.name} now.\n\n{_say(after)}")
+
+
+def _not_there(stack: StackHandle, token: str) -> Any:
+    return io.NodeOutput(_now(stack), f"No concept named {token!r} is on the stack; nothing was done.")
 
 
 def _solving() -> list[Any]:

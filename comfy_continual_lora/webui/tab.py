@@ -133,6 +133,11 @@ def paths_of(files: Sequence[Any] | None) -> list[Path]:
     return [Path(getattr(file, "name", file)) for file in files or ()]
 
 
+def typed(captions: Sequence[Sequence[str]]) -> dict[str, str]:
+    """The captions' table by picture; a user may have added columns."""
+    return {name: text for name, text, *_ in captions}
+
+
 def settings_of(kind: type, names: Sequence[str], values: Sequence[Any]) -> dict[str, Any]:
     """Widgets' values -> what differs from the defaults; 0 and "auto" stand for what suits the checkpoint."""
     known = {f.name: f for f in dataclasses.fields(kind)}
@@ -301,7 +306,7 @@ def build(host: Host) -> None:
         paths = [path for path in paths_of(files) if path.suffix.lower() != ".txt"]
         if not paths:
             raise ValueError("No pictures yet: drop 3 to 15 pictures of the thing.")
-        said = {name: text for name, text, *_ in captions}
+        said = typed(captions)
         return keep_pictures(paths, [said.get(path.name, "") for path in paths], host.folder / "pictures")
 
     def learn(checkpoint: str, name: str, files: Any, captions: Any, token: str, noun: str, plan: str, *values: Any) -> Iterator[list[Any]]:
@@ -343,7 +348,7 @@ def build(host: Host) -> None:
 
     def thumbnails(files: Sequence[Any] | None, captions: Sequence[Sequence[str]]) -> tuple[list[tuple[Image.Image, str]], list[list[str]]]:
         """Thumbnails, and a row for each: what was typed for that name before, else the text file dropped with it, else nothing."""
-        paths, said = paths_of(files), {name: text for name, text, *_ in captions}
+        paths, said = paths_of(files), typed(captions)
         texts = {path.stem: path.read_text(encoding="utf-8", errors="replace").strip() for path in paths if path.suffix.lower() == ".txt"}
         shown = [path for path in paths if path.suffix.lower() in PICTURES]
         return [(Image.open(p), p.name) for p in shown], [[p.name, said.get(p.name) or texts.get(p.stem, "")] for p in shown]
