@@ -64,12 +64,11 @@ def paired_similarity(x: Tensor, y: Tensor) -> float:
 
 
 def retention_matrix(real: Sequence[Tensor], drawn: Mapping[tuple[int, int], Tensor], kernel: Kernel = quadratic) -> Tensor:
-    """R[i, j] = MMD^2(X_{D,j}, X_{i,j}) on features of length 1, NaN where j > i: real[j] and drawn[i, j] -> (N, N), counted from 0."""
+    """R[i, j] = MMD^2(X_{D,j}, X_{i,j}) on features of length 1: real[j] and drawn[i, j] -> (N, N), counted from 0; NaN where nothing was drawn."""
     count = len(real)
     matrix = torch.full((count, count), torch.nan)
-    for i in range(count):
-        for j in range(i + 1):
-            matrix[i, j] = mmd2(F.normalize(real[j], dim=1), F.normalize(drawn[i, j], dim=1), kernel)
+    for (i, j), pictures in drawn.items():
+        matrix[i, j] = mmd2(F.normalize(real[j], dim=1), F.normalize(pictures, dim=1), kernel)
     return matrix
 
 

@@ -6,8 +6,9 @@
     python benchmarks/retention/run.py OUT --ray                                           the same jobs on a Ray cluster
 
 in: nothing (concepts of the reporting split, in an order drawn from the seed) - out: OUT/table.json (a row for each method and seed), table.csv,
-table.md, matrices.json (R[i, j]), a heat map and a strip of pictures for each method. A job that is done is not done again, and one that was stopped
-goes on: the stack on disk knows what it has learned. Prompts, seeds, solver and guidance are the same for all methods.
+table.md, matrices.json (R[i, j]), heat maps, A_MMD and F_MMD over the number of concepts, and a strip of pictures for each method. A job that is done
+is not done again, and one that was stopped goes on: the stack on disk knows what it has learned. Prompts, seeds, solver and guidance are the same
+for all methods.
 
     A_MMD, F_MMD, BwT_MMD, KID    metrics.py, on the mini-CLIP's image features; lower is better, BwT_MMD higher
     I2I, T2I                      mean cosine of drawn and real pictures; of drawn pictures and their prompts without the word
@@ -63,9 +64,19 @@ class Job:
 
     @property
     def sequence(self) -> list[world.Concept]:
-        every = world.concepts("reporting")
+        every = world.concepts("reporting", max(world.CONCEPTS_PER_SPLIT, self.concepts))
         order = np.random.default_rng(self.seed).permutation(len(every))
-        return [every[int(order[i % len(every)])] for i in range(self.concepts)]
+        return [every[int(i)] for i in order[: self.concepts]]
+
+    @property
+    def looked_at(self) -> list[int]:
+        """After which concepts, counted from 0, all so far are drawn: each of the first six, then fewer and fewer, and the last."""
+        return sorted({n for n in (0, 1, 2, 3, 4, 5, 7, 9, 14, 19, 29, 39, 49, 74, 99, 149) if n < self.concepts} | {self.concepts - 1})
+
+    @property
+    def versions(self) -> list[tuple[int, int]]:
+        """(i, j): after concept i, concept j is drawn."""
+        return sorted({(i, j) for i in self.looked_at for j in range(i + 1)} | {(j, j) for j in range(self.concepts)})
 
     @property
     def prompts(self) -> list[str]:
@@ -97,7 +108,9 @@ def run(job: Job) -> dict[str, Any]:
     stack = versions[last, last]
     row = {
         "method": job.row, "seed": job.seed, "concepts": count, "a_mmd": metrics.a_mmd(matrix), "f_mmd": metrics.f_mmd(drawn, count),
-        "bwt_mmd": metrics.bwt_mmd(matrix), "kid": _mean(metrics.kid(_unit(r), _unit(d)) for r, d in zip(real, end, strict=True)),
+        "bwt_mmd": metrics.bwt_mmd(matrix),
+        "over": [[n, metrics.a_mmd(matrix[:n, :n]), metrics.f_mmd(drawn, n)] for n in (i + 1 for i in job.looked_at[1:])],
+        "kid": _mean(metrics.kid(_unit(r), _unit(d)) for r, d in zip(real, end, strict=True)),
         "i2i": _mean(metrics.similarity(r, d) for r, d in zip(real, end, strict=True)),
         "t2i": _mean(metrics.paired_similarity(d, t) for d, t in zip(end, plain, strict=True)), "newest_mmd": float(matrix[-1, -1]),
         "dc_accuracy": _accuracy(job, backbone, stack) if job.row != "separate" else None,
@@ -124,13 +137,13 @@ def _in_sequence(job: Job) -> tuple[dict[tuple[int, int], store.ConceptStack], f
         shutil.rmtree(job.folder / "pictures" / f"V{number}")  # no later concept can look at them
     path = store.stack_path(checkpoint)
     stack = store.open_stack(path)
-    versions = {(i, j): stack.as_of(i + 1) for i in range(job.concepts) for j in range(i + 1)}
-    return versions, sum(seconds.values()), path.stat().st_size
+    versions = {i: stack.as_of(i + 1) for i in range(job.concepts)}
+    return {(i, j): versions[i] for i, j in job.versions}, sum(seconds.values()), path.stat().st_size
 
 
 def _separate(job: Job) -> tuple[dict[tuple[int, int], store.ConceptStack], float, int]:
     """One stack for each concept: nothing can be forgotten, and nothing is shared."""
-    checkpoint, versions, size, seconds = _checkpoint(job), {}, 0, 0.0
+    checkpoint, stacks, size, seconds = _checkpoint(job), [], 0, 0.0
     for j, concept in enumerate(job.sequence):
         stack_file = job.folder / f"{j}.concepts.safetensors"
         if not stack_file.exists():
@@ -140,8 +153,8 @@ def _separate(job: Job) -> tuple[dict[tuple[int, int], store.ConceptStack], floa
             pipeline.learn_concept(pipeline.LearnRequest(checkpoint, files, f"V{j + 1}", concept.noun, settings, stack=stack_file, device="cpu"))
             seconds += time.perf_counter() - started
         size += stack_file.stat().st_size
-        versions |= {(i, j): store.open_stack(stack_file) for i in range(j, job.concepts)}
-    return versions, seconds, size
+        stacks.append(store.open_stack(stack_file))
+    return {(i, j): stacks[j] for i, j in job.versions}, seconds, size
 
 
 def _joint(job: Job) -> tuple[dict[tuple[int, int], store.ConceptStack], float, int]:
@@ -182,7 +195,7 @@ def _joint(job: Job) -> tuple[dict[tuple[int, int], store.ConceptStack], float, 
             stack.words[record.id] = words[token].detach()
         stack.adapter = {k: v.detach().clone() for k, v in factors.items()}
     size = sum(t.nbytes for t in (*stack.adapter.values(), *stack.words.values()))
-    return {(i, j): stack for i in range(job.concepts) for j in range(i + 1)}, time.perf_counter() - started, size
+    return dict.fromkeys(job.versions, stack), time.perf_counter() - started, size
 
 
 def _checkpoint(job: Job) -> Path:
@@ -282,7 +295,7 @@ def _tell(job: Job) -> dict[str, Any]:
 
 def write(out: Path, rows: Sequence[dict[str, Any]]) -> None:
     """table.json, table.csv, table.md, matrices.json."""
-    plain = [{key: value for key, value in row.items() if key != "matrix"} for row in rows]
+    plain = [{key: value for key, value in row.items() if key not in ("matrix", "over")} for row in rows]
     (out / "table.json").write_text(json.dumps(plain, indent=1) + "\n")
     (out / "matrices.json").write_text(json.dumps([{k: row[k] for k in ("method", "seed", "matrix")} for row in rows]) + "\n")
     with (out / "table.csv").open("w", newline="") as file:
@@ -326,11 +339,21 @@ def draw(out: Path, rows: Sequence[dict[str, Any]], jobs: Sequence[Job]) -> None
     figure.suptitle("R[i, j]: distance of the drawn pictures from the real ones (MMD², dark is far)")
     figure.tight_layout()
     figure.savefig(out / "heat-maps.png", dpi=90)
+    figure, axes = pyplot.subplots(1, 2, figsize=(10, 4))
+    for method in methods:
+        over = np.mean([np.array(row["over"], float) for row in rows if row["method"] == method], axis=0)
+        for axis, column in zip(axes, (1, 2), strict=True):
+            axis.plot(over[:, 0], over[:, column], marker=".", label=method)
+    axes[0].set(title="A_MMD", xlabel="concepts learned")
+    axes[1].set(title="F_MMD", xlabel="concepts learned")
+    axes[1].legend(fontsize=7)
+    figure.tight_layout()
+    figure.savefig(out / "over-concepts.png", dpi=90)
     strips = []
     for method in methods:
         job = next(j for j in jobs if j.row == method)
-        strips += [Image.open(job.folder / "drawn" / f"{i}-0" / "1.png") for i in range(job.concepts)]
-    report.grid(strips, jobs[0].concepts).save(out / "first-concept.png")
+        strips += [Image.open(job.folder / "drawn" / f"{i}-0" / "1.png") for i in job.looked_at]
+    report.grid(strips, len(jobs[0].looked_at)).save(out / "first-concept.png")
     (out / "first-concept.txt").write_text("\n".join(methods) + "\n")
 
 

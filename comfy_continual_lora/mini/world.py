@@ -340,12 +340,12 @@ SPLITS = ("development", "reporting")
 CONCEPTS_PER_SPLIT = 30
 
 
-def concepts(split: str) -> list[Concept]:
-    """The 30 concepts of a split ("development": tune on these; "reporting": report on these), the same at every call."""
+def concepts(split: str, count: int = CONCEPTS_PER_SPLIT) -> list[Concept]:
+    """The concepts of a split ("development": tune on these; "reporting": report on these), the same at every call; more go on where fewer end."""
     rng = np.random.default_rng((2410, SPLITS.index(split)))
     nouns = list(SHAPES)
     found = []
-    for index in range(CONCEPTS_PER_SPLIT):
+    for index in range(count):
         noun = nouns[(index * 7 + 3 * SPLITS.index(split)) % len(nouns)]
         pattern = CONCEPT_PATTERNS[index % len(CONCEPT_PATTERNS)]
         colors = _distinct_colors(rng)
