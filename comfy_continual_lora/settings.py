@@ -1,6 +1,6 @@
 """Every choice a user has, declared once: default, range, unit, help. Every front end makes its widgets, flags and checks from here.
 
-A default of None means "what suits the checkpoint": `LearnSettings.resolved` fills it from PRESETS.
+A default of None means "what suits the checkpoint": `LearnSettings.resolved` fills it from PRESETS and METHOD_PRESETS.
 """
 
 from __future__ import annotations
@@ -36,6 +36,8 @@ PRESETS: dict[str, dict[str, Any]] = {
         "guidance": 4.0,
     },
 }  # fmt: skip
+# What suits a method on a checkpoint better than the checkpoint's row; measured ones only (benchmarks/LOG.md).
+METHOD_PRESETS: dict[tuple[str, str], dict[str, Any]] = {("mini", "retention"): {"rate": 1e-3}}
 
 
 def setting(
@@ -92,7 +94,8 @@ class Settings:
 
     def resolved(self, preset: str) -> Any:
         """A copy in which every None is what suits the checkpoint; checked."""
-        fill = {k: v for k, v in PRESETS[preset].items() if getattr(self, k, 0) is None}
+        suits = PRESETS[preset] | METHOD_PRESETS.get((preset, getattr(self, "method", "")), {})
+        fill = {k: v for k, v in suits.items() if getattr(self, k, 0) is None}
         done = dataclasses.replace(self, **fill)  # type: ignore[type-var]
         done.check()
         return done

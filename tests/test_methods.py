@@ -53,6 +53,13 @@ def test_the_table_is_the_one_users_see() -> None:
     assert settings.LearnSettings().method == "lora_dsc_ewc_dc"
 
 
+def test_a_method_may_have_a_choice_of_its_own_on_a_checkpoint() -> None:
+    (preset, method), chosen = next(iter(settings.METHOD_PRESETS.items()))
+    assert LearnSettings(method=method).resolved(preset).rate == chosen["rate"] != settings.PRESETS[preset]["rate"]
+    assert LearnSettings(method="lora").resolved(preset).rate == settings.PRESETS[preset]["rate"]
+    assert LearnSettings(method=method, rate=0.5).resolved(preset).rate == 0.5
+
+
 @pytest.mark.parametrize("name", METHODS)
 def test_every_method_has_its_card(name: str) -> None:
     card = sys.modules[type(METHODS[name]).__module__].__doc__ or ""

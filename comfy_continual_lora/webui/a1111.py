@@ -60,8 +60,9 @@ class WebuiHost(Host):
     def exports(self) -> tuple[Path, Path]:
         return Path(shared.cmd_opts.lora_dir), Path(shared.cmd_opts.embeddings_dir)
 
-    def default_method(self) -> str:
-        return PLANS.get(shared.opts.data.get("continual_lora_plan", ""), super().default_method())
+    def default_plan(self) -> str:
+        chosen = shared.opts.data.get("continual_lora_plan")
+        return chosen if chosen in PLANS else super().default_plan()
 
     def add_settings(self) -> None:
         choices = {"choices": list(PLANS)}

@@ -32,10 +32,8 @@ from .environment import NotReady
 from .job import Busy, Desk, Job
 
 PLANS = {
-    "Protect best (EWC, DC scores, consolidation)": "lora_dsc_ewc_dc",
-    "Protect, faster (EWC with DC scores)": "lora_ewc_dc",
-    "Restore in closed form (ours; measured little so far)": "closed_form",
-    "Hold what earlier prompts do (ours; measured little so far)": "retention",
+    "Recommended: hold what earlier prompts do": "retention",
+    "The paper's: EWC, DC scores, consolidation": "lora_dsc_ewc_dc",
     "No protection (forgets; for comparison)": "lora",
 }
 ADVANCED = ("method", "steps", "rank", "rate", "token_rate", "batch", "size", "fit", "flip", "seed", "adapter", "ewc_strength", "retention_weight",
@@ -67,8 +65,8 @@ class Host:
         """Make the worker's environment, saying how far it is; nothing where there is nothing to make."""
         yield from ()
 
-    def default_method(self) -> str:
-        return "lora_dsc_ewc_dc"
+    def default_plan(self) -> str:
+        return next(iter(PLANS))
 
     def logins(self) -> dict[str, str]:
         """Who may use the API, and with which password; nobody named: everybody."""
@@ -249,10 +247,6 @@ def _widget(kind: type, name: str) -> Any:
     return gr.Number(value=default or 0, precision=0 if base == "int" else None, **said)
 
 
-def _plan_of(method: str) -> str:
-    return next((plan for plan, one in PLANS.items() if one == method), next(iter(PLANS)))
-
-
 def build(host: Host) -> None:
     """The tab's components and what their clicks do."""
     kept: dict[str, dict[str, float | None]] = {}  # by stack file: the last evaluation
@@ -386,7 +380,7 @@ def build(host: Host) -> None:
             with gr.Row():
                 token = gr.Textbox("V1", label="Word", info="new; prompts use it from now on", elem_id="continual_lora_token")
                 noun = gr.Textbox("", label="Class noun", info="what kind of thing it is, such as teapot or dog", elem_id="continual_lora_noun")
-            plan = gr.Radio(list(PLANS), value=_plan_of(host.default_method()), label="Method")
+            plan = gr.Radio(list(PLANS), value=host.default_plan(), label="Method")
             with gr.Row():
                 go = gr.Button("Learn", variant="primary", elem_id="continual_lora_learn")
                 halt = gr.Button("Stop", elem_id="continual_lora_stop")
