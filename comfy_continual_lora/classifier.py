@@ -3,7 +3,7 @@
     e_i(x; t, eps) = || eps - eps_theta(z_t, t, prompt_i) ||^2             one z_t for all prompts of a picture: the comparison is paired
     p(c_i | x)     = softmax_i( - E_{t,eps}[e_i] / tau )
 
-Shapes: n pictures (latents (n, 4, h, w)), k prompts, s draws of (t, eps). Errors are means over c, h, w.
+Shapes: n pictures (latents (n, 4, h, w)), k prompts, s draws of (t, eps). Errors are means over c, h, w; of v where the net predicts v.
 Source: Li et al. 2023 (Diffusion Classifier, arXiv 2303.16203) for scores, pairing and staged elimination; Jha et al. 2025 for their use in
 learning (`log_posterior`, `subset`, `soft_cross_entropy`). tau is calibrated: the gaps between mean errors are 1e-3 to 1e-2, so
 that tau = 1 would make p uniform, and summed errors saturate it.
@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from .checkpoint.backbone import Backbone, FrozenText
-from .diffusion import TIMESTEPS, add_noise, alphas_cumprod, generator_for, loss_per_example, random_batch
+from .diffusion import TIMESTEPS, generator_for, loss_per_example, noised, random_batch
 from .progress import OnProgress, Progress, ignore
 from .settings import ScoreSettings
 from .store import ConceptRecord
@@ -30,15 +30,15 @@ CONFIDENCE = 0.7  # what tau is calibrated to: the mean probability of the likel
 
 
 def predictions(backbone: Backbone, noisy: Tensor, timestep: Tensor, features: Tensor) -> Tensor:
-    """eps_theta for every picture and prompt, all as one batch: noisy (n, 4, h, w), timestep (n,), features (k, 77, d) -> (n, k, 4, h, w)."""
+    """The net's answer for every picture and prompt, all as one batch: noisy (n, 4, h, w), timestep (n,), features (k, 77, d) -> (n, k, 4, h, w)."""
     n, k = len(noisy), len(features)
     rows = backbone.predict(noisy.repeat_interleave(k, 0), timestep.repeat_interleave(k), features.repeat(n, 1, 1))
     return rows.unflatten(0, (n, k))
 
 
-def errors(predicted: Tensor, noise: Tensor) -> Tensor:
-    """e_i: predicted (n, k, 4, h, w), noise (n, 4, h, w) -> (n, k)."""
-    return loss_per_example(predicted.flatten(0, 1), noise.repeat_interleave(predicted.shape[1], 0)).unflatten(0, predicted.shape[:2])
+def errors(predicted: Tensor, target: Tensor) -> Tensor:
+    """e_i: predicted (n, k, 4, h, w), target (n, 4, h, w) -> (n, k)."""
+    return loss_per_example(predicted.flatten(0, 1), target.repeat_interleave(predicted.shape[1], 0)).unflatten(0, predicted.shape[:2])
 
 
 def log_posterior(error: Tensor, tau: float) -> Tensor:
@@ -76,10 +76,11 @@ def calibrate(error: Tensor) -> float:
 @torch.no_grad()
 def calibration_errors(backbone: Backbone, latents: Tensor, features: Tensor, draws: int, rows: int) -> Tensor:
     """One-trial errors (draws, k) of the concept's own pictures against prompts (k, 77, d); what `calibrate` wants."""
-    alphas, found = alphas_cumprod().to(backbone.device), []
+    found = []
     for number, n in enumerate(_split(draws, max(1, rows // len(features)))):
         pick, timestep, noise = random_batch(latents, n, generator_for("calibrate", number))
-        found.append(errors(predictions(backbone, add_noise(latents[pick], noise, timestep, alphas), timestep, features), noise))
+        noisy, target = noised(backbone, latents[pick], noise, timestep)
+        found.append(errors(predictions(backbone, noisy, timestep, features), target))
     return torch.cat(found)
 
 
@@ -142,7 +143,6 @@ def classify(
     timestep = stratified(trials, generator)
     noise = torch.randn((trials, *latent.shape), generator=generator)
     weight = (1 - timestep / TIMESTEPS) if settings.weighting == "linear" else torch.ones(trials)
-    alphas = alphas_cumprod().to(backbone.device)
     found = torch.full((trials, len(names)), torch.nan)
     alive, done = list(range(len(names))), 0
     for stop in _stages(trials, len(names), settings.stages):
@@ -151,8 +151,8 @@ def classify(
         for start in range(done, stop, per_call):
             part = slice(start, min(stop, start + per_call))
             t, eps = timestep[part].to(backbone.device), noise[part].to(backbone.device)
-            noisy = add_noise(latent.to(backbone.device).expand_as(eps), eps, t, alphas)
-            found[part, alive] = errors(predictions(backbone, noisy, t, wanted), eps).cpu()
+            noisy, target = noised(backbone, latent.to(backbone.device).expand_as(eps), eps, t)
+            found[part, alive] = errors(predictions(backbone, noisy, t, wanted), target).cpu()
             on_progress(Progress("score", part.stop, trials))
         done = stop
         means = _weighted(found[:done, alive], weight[:done])

@@ -13,7 +13,7 @@ from typing import Any
 
 from .errors import Cancelled, ContinualLoraError, SettingError
 from .progress import Progress
-from .settings import PRESETS, ConsolidateSettings, DrawSettings, EvaluateSettings, LearnSettings, ScoreSettings, SolveSettings
+from .settings import ConsolidateSettings, DrawSettings, EvaluateSettings, LearnSettings, ScoreSettings, SolveSettings, said, suiting
 
 EPILOG = "Everything learned about a checkpoint lies in one file beside it: <checkpoint>.concepts.safetensors. Nothing is ever downloaded."
 
@@ -439,15 +439,8 @@ def _add_settings(parser: argparse.ArgumentParser, settings: type, short: dict[s
 def _default(f: dataclasses.Field) -> str:
     """What happens without the flag, in words."""
     if f.default is not None:
-        return _said(f.default)
-    values = {preset: _said(chosen[f.name]) for preset, chosen in PRESETS.items() if f.name in chosen}
-    if not values:
-        return "the checkpoint's own"
-    return values["sd1"] if len(set(values.values())) == 1 else f"{values['sd1']}, for the mini-SD {values['mini']}"
-
-
-def _said(value: Any) -> str:
-    return {True: "yes", False: "no", "": "nothing"}.get(value, str(value)) if isinstance(value, (bool, str)) else str(value)
+        return said(f.default)
+    return suiting(f) or "the checkpoint's own"
 
 
 def _where(arguments: argparse.Namespace) -> dict[str, Any]:

@@ -1,6 +1,8 @@
 """Stage 3: noise schedule, noising, the random draws of a batch, and the loss, one number per example.
 
-SD1.x: T = 1000, betas linear in their square roots from 0.00085 to 0.012 (Rombach et al. 2022, arXiv 2112.10752).
+T = 1000, betas linear in their square roots from 0.00085 to 0.012 (Rombach et al. 2022, arXiv 2112.10752). A net predicts the noise eps, or
+v = sqrt(a_t) eps - sqrt(1 - a_t) z_0 (Salimans & Ho 2022, arXiv 2202.00512); some fine-tunes that predict v learned on a schedule that ends in pure
+noise (Lin et al. 2023, arXiv 2305.08891).
 """
 
 from __future__ import annotations
@@ -12,16 +14,22 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
+from .checkpoint.backbone import Backbone
+
 T = TypeVar("T")
 
 TIMESTEPS = 1000
 BETA_START, BETA_END = 0.00085, 0.012
 
 
-def alphas_cumprod() -> Tensor:
-    """Share of the signal's variance left at each timestep, (1000,) float32."""
+def alphas_cumprod(zero_snr: bool = False) -> Tensor:
+    """a_t, the share of the signal's variance left at each timestep, (1000,) float32; `zero_snr`: none at the last."""
     betas = torch.linspace(BETA_START**0.5, BETA_END**0.5, TIMESTEPS, dtype=torch.float64) ** 2
-    return torch.cumprod(1 - betas, 0).float()
+    alphas = torch.cumprod(1 - betas, 0)
+    if zero_snr:  # sqrt(a_t) is shifted to 0 at the end and stretched so that its beginning stays (Lin et al. 2023, algorithm 1)
+        roots = alphas.sqrt()
+        alphas = ((roots - roots[-1]) * roots[0] / (roots[0] - roots[-1])) ** 2
+    return alphas.float()
 
 
 def add_noise(clean: Tensor, noise: Tensor, timestep: Tensor, alphas: Tensor) -> Tensor:
@@ -30,9 +38,19 @@ def add_noise(clean: Tensor, noise: Tensor, timestep: Tensor, alphas: Tensor) ->
     return alpha.sqrt() * clean + (1 - alpha).sqrt() * noise
 
 
-def loss_per_example(predicted: Tensor, noise: Tensor, weight: Tensor | None = None) -> Tensor:
-    """|| eps - eps_theta ||^2 averaged over c, h, w, in float32: (n,). With `weight` (n, 1, h, w) it is the weighted average."""
-    error = (predicted.float() - noise.float()).square()
+def noised(backbone: Backbone, clean: Tensor, noise: Tensor, timestep: Tensor) -> tuple[Tensor, Tensor]:
+    """z_t and what the net should answer to it, eps or v; all (n, 4, h, w), timestep (n,)."""
+    alphas = alphas_cumprod(backbone.zero_snr).to(clean.device)
+    noisy = add_noise(clean, noise, timestep, alphas)
+    if backbone.prediction == "epsilon":
+        return noisy, noise
+    alpha = alphas[timestep].view(-1, 1, 1, 1)
+    return noisy, alpha.sqrt() * noise - (1 - alpha).sqrt() * clean
+
+
+def loss_per_example(predicted: Tensor, target: Tensor, weight: Tensor | None = None) -> Tensor:
+    """The squared error of the prediction averaged over c, h, w, in float32: (n,). With `weight` (n, 1, h, w) it is the weighted average."""
+    error = (predicted.float() - target.float()).square()
     if weight is None:
         return error.flatten(1).mean(1)
     return (error * weight).flatten(1).mean(1) / weight.flatten(1).mean(1)

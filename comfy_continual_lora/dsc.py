@@ -21,7 +21,7 @@ from torch import Tensor
 
 from .checkpoint.backbone import Backbone, FrozenText
 from .classifier import errors, predictions, soft_cross_entropy
-from .diffusion import add_noise, alphas_cumprod, generator_for, loss_per_example, one_of, random_batch
+from .diffusion import generator_for, loss_per_example, noised, one_of, random_batch
 from .learn import Run, identity, number_format
 from .lora import Adapter, attached, holding
 from .methods.method import Penalty
@@ -38,9 +38,9 @@ class Teachers:
     noun: str
 
 
-def dsc_terms(student: Tensor, teacher1: Tensor, teacher2: Tensor, noise: Tensor, tau: float) -> dict[str, Tensor]:
-    """The four terms, (n,) each: predictions (n, 3, 4, h, w) for c_n, c_i, c_0, noise (n, 4, h, w)."""
-    own, first, second = (errors(p, noise) for p in (student, teacher1, teacher2))
+def dsc_terms(student: Tensor, teacher1: Tensor, teacher2: Tensor, target: Tensor, tau: float) -> dict[str, Tensor]:
+    """The four terms, (n,) each: predictions (n, 3, 4, h, w) for c_n, c_i, c_0, target (n, 4, h, w)."""
+    own, first, second = (errors(p, target) for p in (student, teacher1, teacher2))
     return {
         "a1": soft_cross_entropy(first, own, tau),
         "a2": soft_cross_entropy(second, own, tau),
@@ -64,7 +64,7 @@ def consolidate(
     assert settings.rate is not None
     assert settings.dsc_steps is not None
     newest, adapter = teachers.newest
-    n, alphas = max(1, (settings.batch or 1) // 3), alphas_cumprod().to(backbone.device)
+    n = max(1, (settings.batch or 1) // 3)
     weights = {"a1": settings.dsc_a1, "a2": settings.dsc_a2, "b1": settings.dsc_b1, "b2": settings.dsc_b2}
     with number_format(backbone, settings), attached(backbone, adapter, trainable=True) as factors:
         optimizer = torch.optim.AdamW([{"params": list(factors.values()), "lr": settings.rate * settings.dsc_rate, "weight_decay": 0.0}])
@@ -78,7 +78,7 @@ def consolidate(
             pick, timestep, noise = random_batch(latents, n, generator)
             template = one_of(TEMPLATES, generator)
             features = text([template.format(name) for name in (newest, old, *([teachers.noun] if tau else []))])
-            noisy = add_noise(latents[pick], noise, timestep, alphas)
+            noisy, target = noised(backbone, latents[pick], noise, timestep)
 
             def spoken(values: Mapping[str, Tensor], prompts: slice) -> Tensor:
                 with holding(factors, values):
@@ -86,7 +86,7 @@ def consolidate(
 
             if tau:
                 first, second = spoken(adapter, slice(None)), spoken(past, slice(None))
-                found = dsc_terms(predictions(backbone, noisy, timestep, features), first, second, noise, tau)
+                found = dsc_terms(predictions(backbone, noisy, timestep, features), first, second, target, tau)
             else:
                 first, second = spoken(adapter, slice(0, 1))[:, 0], spoken(past, slice(1, 2))[:, 0]
                 found = distillation_terms(predictions(backbone, noisy, timestep, features), first, second)

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from .checkpoint.backbone import Backbone, FrozenText
 from .classifier import errors, log_posterior, predictions, subset
-from .diffusion import add_noise, alphas_cumprod, generator_for, one_of, random_batch
+from .diffusion import generator_for, noised, one_of, random_batch
 from .lora import Adapter, adapted_layers, delta, layers_of
 from .progress import OnProgress, Progress
 from .settings import TEMPLATES, LearnSettings
@@ -92,10 +92,10 @@ def _loss_of_batch(backbone: Backbone, target: Target, text: FrozenText, k: int,
     template = one_of(TEMPLATES, generator)
     names = [target.name] if target.tau is None else [target.name, target.noun, *subset(target.previous, k, generator)]
     features = text([template.format(name) for name in names])
-    noisy = add_noise(target.latents[pick], noise, timestep, alphas_cumprod().to(noise.device))
+    noisy, wanted = noised(backbone, target.latents[pick], noise, timestep)
 
     def loss() -> Tensor:
-        error = errors(predictions(backbone, noisy, timestep, features), noise)
+        error = errors(predictions(backbone, noisy, timestep, features), wanted)
         return error[:, 0] if target.tau is None else error[:, 0] - log_posterior(error, target.tau)[:, 0]
 
     return loss

@@ -69,10 +69,9 @@ def read_word(path: Path, backbone: Backbone) -> Tensor:
 
 def word_of_vocabulary(trigger: str, backbone: Backbone) -> Tensor:
     """The vector of a word the tokenizer knows, (d,). Errors: StackError for a trigger that is several tokens."""
-    ids = backbone.tokenizer(trigger, add_special_tokens=False)["input_ids"]
-    if len(ids) != 1:
-        raise StackError(f"The trigger {trigger!r} is {len(ids)} tokens, a concept's word is one. Name the class noun apart, or give --embedding.")
-    return backbone.token_table.weight[ids[0]].detach().float().cpu().clone()
+    if (word := backbone.word_of_vocabulary(trigger)) is None:
+        raise StackError(f"The trigger {trigger!r} is several tokens, a concept's word is one. Name the class noun apart, or give --embedding.")
+    return word
 
 
 def _plain(name: str) -> str:

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from .checkpoint.backbone import Backbone
 from .concepts import to_pil
-from .diffusion import add_noise, alphas_cumprod, generator_for, loss_per_example, one_of, random_batch
+from .diffusion import generator_for, loss_per_example, noised, one_of, random_batch
 from .errors import TrainingError
 from .lora import Adapter, attached, joined
 from .methods import METHODS
@@ -71,7 +71,7 @@ def learn(backbone: Backbone, lesson: Lesson, settings: LearnSettings, snapshot:
     Errors: TrainingError when the loss is not a number or memory runs out.
     """
     trains_adapter = bool(METHODS[settings.method].adapter)
-    latents, alphas = lesson.latents, alphas_cumprod().to(backbone.device)
+    latents = lesson.latents
     with (
         number_format(backbone, settings),
         attached(backbone, lesson.adapter, trainable=trains_adapter, beneath=lesson.beneath) as factors,
@@ -91,10 +91,10 @@ def learn(backbone: Backbone, lesson: Lesson, settings: LearnSettings, snapshot:
             generator = generator_for(settings.seed, step)
             pick, timestep, noise = random_batch(latents, settings.batch or 1, generator)
             chosen = [one_of(lesson.prompts[int(i) % len(lesson.prompts)], generator) for i in pick]
-            noisy = add_noise(latents[pick], noise, timestep, alphas)
+            noisy, target = noised(backbone, latents[pick], noise, timestep)
             features = _features(backbone, chosen, {**lesson.words, lesson.token: vector})
             weight = None if lesson.weights is None else lesson.weights[pick]
-            found = {"denoising": loss_per_example(backbone.predict(noisy, timestep, features), noise, weight).mean()}
+            found = {"denoising": loss_per_example(backbone.predict(noisy, timestep, features), target, weight).mean()}
             return {**found, "penalty": lesson.penalty(factors)} if lesson.penalty else found
 
         def tell(progress: Progress) -> None:

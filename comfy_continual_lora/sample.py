@@ -16,8 +16,13 @@ from .settings import DrawSettings
 BATCH = 8
 
 
-def make_solver(name: str) -> DDIMScheduler | DPMSolverMultistepScheduler:
-    schedule = {"num_train_timesteps": TIMESTEPS, "beta_start": BETA_START, "beta_end": BETA_END, "beta_schedule": "scaled_linear"}
+def make_solver(name: str, backbone: Backbone) -> DDIMScheduler | DPMSolverMultistepScheduler:
+    schedule = {
+        "num_train_timesteps": TIMESTEPS, "beta_start": BETA_START, "beta_end": BETA_END, "beta_schedule": "scaled_linear",
+        "prediction_type": backbone.prediction,
+    }  # fmt: skip
+    if backbone.zero_snr:  # drawing has to begin where nothing is left of a picture
+        schedule |= {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
     if name == "ddim":
         return DDIMScheduler(**schedule, clip_sample=False, set_alpha_to_one=False, steps_offset=1)
     return DPMSolverMultistepScheduler(**schedule, steps_offset=1)
@@ -43,7 +48,7 @@ def draw(
     features, unwanted = text(prompts), text([settings.negative])
     pictures, total = [], settings.steps * -(-len(seeds) // BATCH)
     for start in range(0, len(seeds), BATCH):
-        solver = make_solver(settings.solver)
+        solver = make_solver(settings.solver, backbone)
         solver.set_timesteps(settings.steps)
         latents = noise[start : start + BATCH].to(backbone.device) * solver.init_noise_sigma
         wanted = features[start : start + BATCH]

@@ -26,11 +26,13 @@ TEMPLATES = (
     "{}",
 )
 
-PRESETS: dict[str, dict[str, Any]] = {
-    "sd1": {
-        "rank": 16, "steps": 1000, "batch": 1, "rate": 2e-4, "token_rate": 1e-3, "flip": True, "ewc_strength": 1e-3, "dsc_steps": 200,
-        "guidance": 7.5,
-    },
+_STOCK = {
+    "rank": 16, "steps": 1000, "batch": 1, "rate": 2e-4, "token_rate": 1e-3, "flip": True, "ewc_strength": 1e-3, "dsc_steps": 200, "guidance": 7.5,
+}  # fmt: skip
+PRESETS: dict[str, dict[str, Any]] = {  # only the mini-SD's were measured
+    "sd1": _STOCK,
+    "sd2": _STOCK,
+    "sdxl": {**_STOCK, "rate": 1e-4, "guidance": 7.0},
     "mini": {
         "rank": 16, "steps": 300, "batch": 8, "rate": 3e-4, "token_rate": 2e-3, "flip": False, "ewc_strength": 1e-3, "dsc_steps": 60,
         "guidance": 4.0,
@@ -60,9 +62,20 @@ def explained(f: dataclasses.Field) -> str:
     """A setting's help; where its default is "what suits the checkpoint", also how a widget says that, and what it comes to."""
     if f.default is not None:
         return f.metadata["help"]
-    suits = [f"{chosen[f.name]} for {preset}" for preset, chosen in PRESETS.items() if f.name in chosen]
-    said = "Auto" if str(f.type).startswith("bool") else "0"
-    return f"{f.metadata['help']}. {said}: what suits the checkpoint" + (f" ({', '.join(suits)})" if suits else "")
+    nothing = "Auto" if str(f.type).startswith("bool") else "0"
+    return f"{f.metadata['help']}. {nothing}: what suits the checkpoint" + (f" ({suits})" if (suits := suiting(f)) else "")
+
+
+def suiting(f: dataclasses.Field) -> str:
+    """What suits the checkpoint, in words: "2e-4, sdxl 1e-4, mini 3e-4"; nothing where that is the checkpoint's own."""
+    values = {preset: chosen[f.name] for preset, chosen in PRESETS.items() if f.name in chosen}
+    others = [f"{preset} {said(value)}" for preset, value in values.items() if value != values["sd1"]]
+    return ", ".join([said(values["sd1"]), *others]) if values else ""
+
+
+def said(value: Any) -> str:
+    """A value as users read it."""
+    return {True: "yes", False: "no", "": "nothing"}.get(value, str(value)) if isinstance(value, (bool, str)) else str(value)
 
 
 def from_widget(f: dataclasses.Field, value: Any) -> Any:

@@ -143,7 +143,7 @@ class Memory:
 
     def _together(self, first: int, second: int) -> None:
         prompt = f"a photo of a {self.records[first].name} and a {self.records[second].name}"
-        features = self.backbone.encode_prompts([prompt], self.words)[0].float().cpu()
+        features = self.backbone.context(self.backbone.encode_prompts([prompt], self.words))[0].float().cpu()
         ids, slots = self.backbone.tokenize(prompt, list(self.words))
         start = slots.index(list(self.words).index(self.records[second].token))
         end = 1 + max(k for k, (number, slot) in enumerate(zip(ids, slots, strict=True)) if slot >= 0 or number != ids[-1])

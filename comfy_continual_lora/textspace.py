@@ -61,7 +61,7 @@ def moment(backbone: Backbone, words: Mapping[str, Tensor], prompts: Sequence[st
     """M, the mean of c c^T over prompts and positions, (d, d) float32."""
     total, count = None, 0
     for start in range(0, len(prompts), 16):
-        features = backbone.encode_prompts(prompts[start : start + 16], words).float().flatten(0, 1)
+        features = backbone.context(backbone.encode_prompts(prompts[start : start + 16], words)).float().flatten(0, 1)
         total = features.T @ features if total is None else total + features.T @ features
         count += len(features)
     assert total is not None, "no prompts"

@@ -1,4 +1,4 @@
-"""A full-size SD1.5 with random weights, in the single-file layout people own: 859 M + 84 M + 123 M weights, 2.1 GB in float16."""
+"""A full-size SD1.5 with random weights, in the single-file layout people own: 859 M + 84 M + 123 M weights, 2.1 GB in float16. Sizes of others."""
 
 from __future__ import annotations
 
@@ -20,6 +20,16 @@ SD15_UNET = {
     "in_channels": 4, "out_channels": 4, "block_out_channels": (320, 640, 1280, 1280), "layers_per_block": 2, "cross_attention_dim": 768,
     "attention_head_dim": 8, "down_block_types": ("CrossAttnDownBlock2D",) * 3 + ("DownBlock2D",),
     "up_block_types": ("UpBlock2D",) + ("CrossAttnUpBlock2D",) * 3,
+}  # fmt: skip
+SD21_UNET = {
+    **SD15_UNET, "cross_attention_dim": 1024, "attention_head_dim": (5, 10, 20, 20), "use_linear_projection": True,
+    "transformer_layers_per_block": (1, 1, 1, 1),
+}  # fmt: skip
+SDXL_UNET = {
+    **SD21_UNET, "block_out_channels": (320, 640, 1280), "cross_attention_dim": 2048, "attention_head_dim": (5, 10, 20),
+    "transformer_layers_per_block": (1, 2, 10), "down_block_types": ("DownBlock2D",) + ("CrossAttnDownBlock2D",) * 2,
+    "up_block_types": ("CrossAttnUpBlock2D",) * 2 + ("UpBlock2D",), "addition_embed_type": "text_time", "addition_time_embed_dim": 256,
+    "projection_class_embeddings_input_dim": 2816,
 }  # fmt: skip
 SD15_TEXT = {
     "vocab_size": 49408, "hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12,

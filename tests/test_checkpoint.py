@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import warnings
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
 from diffusers.loaders.single_file_utils import convert_ldm_unet_checkpoint, convert_ldm_vae_checkpoint
-from full_size import SD15_UNET, SD15_VAE
+from full_size import SD15_UNET, SD15_VAE, SD21_UNET, SDXL_UNET
 from safetensors.torch import load_file, save_file
 
 from comfy_continual_lora.checkpoint import keys, shapes
@@ -17,28 +18,39 @@ from comfy_continual_lora.checkpoint.backbone import Backbone
 from comfy_continual_lora.checkpoint.load import load_backbone
 from comfy_continual_lora.errors import CheckpointError
 
+UNETS = {
+    "SD1.5": (SD15_UNET, "input_blocks.1.1.transformer_blocks.0.attn2.to_k.weight"),
+    "SD2.1": (SD21_UNET, "output_blocks.11.1.transformer_blocks.0.norm1.bias"),
+    "SDXL": (SDXL_UNET, "input_blocks.8.1.transformer_blocks.9.attn2.to_k.weight"),
+}
 
-def test_unet_names_and_config_of_sd15_agree_with_diffusers() -> None:
+
+@pytest.mark.parametrize(("config", "name"), UNETS.values(), ids=UNETS)
+def test_unet_names_and_config_agree_with_diffusers(config: dict[str, Any], name: str) -> None:
+    """`name` is a published one, with its shape there; K/V layers alone are named as all layers are."""
     with torch.device("meta"):
-        unet = UNet2DConditionModel(**SD15_UNET)
+        unet = UNet2DConditionModel(**config)
     ours = keys.unet_names(unet.state_dict())
     ldm = {keys.UNET_PREFIX + ours[name]: tensor for name, tensor in unet.state_dict().items()}
     theirs = convert_ldm_unet_checkpoint(dict(ldm), dict(unet.config))
     assert {name: id(tensor) for name, tensor in theirs.items()} == {name: id(ldm[keys.UNET_PREFIX + ours[name]]) for name in ours}
     found = {name.removeprefix(keys.UNET_PREFIX): tuple(tensor.shape) for name, tensor in ldm.items()}
-    assert shapes.unet_config(found) == SD15_UNET
-    assert "input_blocks.1.1.transformer_blocks.0.attn2.to_k.weight" in found
-    assert found["output_blocks.5.2.conv.weight"] == (1280, 1280, 3, 3)  # a published name: the upsampler after an attention
+    assert shapes.unet_config(found) == config
+    assert name in found
+    assert found["output_blocks.5.2.conv.weight"] == (640 if "addition_embed_type" in config else 1280,) * 2 + (3, 3)  # after an attention
+    kv = [name.removesuffix(".weight") for name in ours if ".attn2.to_k." in name]
+    assert keys.unet_names(kv) == {name: ours[f"{name}.weight"].removesuffix(".weight") for name in kv}
 
 
-def test_vae_names_and_config_of_sd15_agree_with_diffusers() -> None:
+def test_vae_names_and_config_agree_with_diffusers() -> None:
     with torch.device("meta"):
         vae = AutoencoderKL(**SD15_VAE)
     ours = keys.vae_names(vae.state_dict())
     ldm = {keys.VAE_PREFIX + ours[name]: tensor for name, tensor in vae.state_dict().items()}
     theirs = convert_ldm_vae_checkpoint(dict(ldm), dict(vae.config))
     assert {name: id(tensor) for name, tensor in theirs.items()} == {name: id(ldm[keys.VAE_PREFIX + ours[name]]) for name in ours}
-    assert shapes.vae_config({name.removeprefix(keys.VAE_PREFIX): tuple(t.shape) for name, t in ldm.items()}) == SD15_VAE
+    config = shapes.vae_config({name.removeprefix(keys.VAE_PREFIX): tuple(t.shape) for name, t in ldm.items()})
+    assert {**config, "scaling_factor": 0.18215} == SD15_VAE
 
 
 def test_a_diffusers_folder_loads_as_the_same_backbone(backbone: Backbone, tmp_path: Path) -> None:
@@ -47,7 +59,7 @@ def test_a_diffusers_folder_loads_as_the_same_backbone(backbone: Backbone, tmp_p
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         pipe = StableDiffusionPipeline(
-            vae=backbone.vae, text_encoder=backbone.text_encoder, tokenizer=backbone.tokenizer, unet=backbone.unet,
+            vae=backbone.vae, text_encoder=backbone.text_encoders[0].model, tokenizer=backbone.tokenizer, unet=backbone.unet,
             scheduler=DDIMScheduler(), safety_checker=None, feature_extractor=None, requires_safety_checker=False,
         )  # fmt: skip
         pipe.save_pretrained(tmp_path / "folder")
@@ -58,8 +70,8 @@ def test_a_diffusers_folder_loads_as_the_same_backbone(backbone: Backbone, tmp_p
 
 
 def test_a_word_vector_stands_where_its_token_stands(backbone: Backbone) -> None:
-    table = backbone.token_table.weight
-    red = table[backbone.tokenizer("red", add_special_tokens=False)["input_ids"][0]].detach()
+    red = backbone.word_of_vocabulary("red")
+    assert red is not None
     plain = backbone.encode_prompts(["a photo of a red mug"])
     for prompt in ("a photo of a V1 mug", "a photo of a v1 mug"):
         assert torch.equal(backbone.encode_prompts([prompt], {"V1": red}), plain)
@@ -74,6 +86,10 @@ def _without(state: dict[str, torch.Tensor], part: str) -> dict[str, torch.Tenso
     return {name: tensor for name, tensor in state.items() if part not in name}
 
 
+def _with_channels(state: dict[str, torch.Tensor], count: int) -> dict[str, torch.Tensor]:
+    return {**state, keys.UNET_PREFIX + "input_blocks.0.0.weight": torch.zeros(64, count, 3, 3)}
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -81,12 +97,17 @@ def _without(state: dict[str, torch.Tensor], part: str) -> dict[str, torch.Tenso
         (lambda s: _without(s, "time_embed.0.bias"), "lacks 1 weights"),
         (lambda s: _without(s, "taesd"), "first_stage_model. are incomplete"),
         (lambda s: {"double_blocks.0.img_attn.qkv.weight": torch.zeros(1)}, "look like Flux"),
-        (lambda s: {"conditioner.embedders.0.x": torch.zeros(1)}, "look like SDXL"),
+        (lambda s: {"model.diffusion_model.joint_blocks.0.x": torch.zeros(1)}, "look like SD3"),
+        (lambda s: {**_without(s, "cond_stage"), "conditioner.embedders.0.model.ln_final.weight": torch.zeros(1)}, "the SDXL refiner.* base model"),
+        (lambda s: _without(s, "cond_stage"), "a U-Net without its text encoder"),
+        (lambda s: _with_channels(s, 9), "an inpainting model.*Teach the model it was made from"),
+        (lambda s: _with_channels(s, 8), "an instruct-pix2pix model"),
+        (lambda s: {"word.0123456789ab": torch.zeros(1)}, "a concept stack"),
         (lambda s: {"lora_unet_down.lora_up.weight": torch.zeros(1)}, "look like a LoRA"),
         (lambda s: {"whatever": torch.zeros(1)}, "something else .first key: whatever"),
     ],
 )
-def test_what_is_no_sd1_checkpoint_is_refused_with_the_reason(mini_file: Path, tmp_path: Path, change, message: str) -> None:
+def test_what_can_not_be_taught_is_refused_with_the_reason(mini_file: Path, tmp_path: Path, change, message: str) -> None:
     path = tmp_path / "other.safetensors"
     save_file(change(load_file(mini_file)), path)
     with pytest.raises(CheckpointError, match=message):

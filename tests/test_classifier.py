@@ -21,7 +21,7 @@ class Toy:
     the noise.
     """
 
-    device = torch.device("cpu")
+    device, prediction, zero_snr = torch.device("cpu"), "epsilon", False
 
     def predict(self, noisy: Tensor, timestep: Tensor, features: Tensor) -> Tensor:
         alpha = ALPHAS[timestep].view(-1, 1, 1, 1)

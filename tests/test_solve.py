@@ -248,7 +248,7 @@ def test_what_can_not_be_imported_is_refused(checkpoint: Path, folders: dict[str
     good = pipeline.ImportRequest(checkpoint, lora, "W1", "ball", trigger="red", device="cpu")
     for request, kind, message in (
         (replace(good, trigger=""), SettingError, "needs its word"),
-        (replace(good, trigger="red ball"), StackError, "2 tokens"),
+        (replace(good, trigger="red ball"), StackError, "several tokens"),
         (replace(good, trigger="", embedding=lora), StackError, "no embedding of one vector"),
         (replace(good, token="V1"), Exception, "taken"),
     ):

@@ -1,22 +1,27 @@
-"""What every stage sees of a checkpoint: encode pictures, encode prompts, predict the noise. Never a model family.
+"""What every stage sees of a checkpoint: encode pictures, encode prompts, predict what was asked. Never a model family.
 
-Shapes: n pictures, latents (n, 4, h/8, w/8), text features (n, 77, d); pictures are float32 in -1..1. Word vectors are (d,) float32.
+Shapes: n pictures, latents (n, 4, h/8, w/8), text features (n, 77, d); pictures are float32 in -1..1. Word vectors are (d,) float32: with two text
+encoders a word's vector is both encoders' vectors end to end, as their features are. Where the net also wants the pooled text (SDXL), it travels as a
+78th row of the features, padded with zeros; `Backbone.context` are the rows that cross-attention sees.
 """
 
 from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from diffusers import AutoencoderKL, AutoencoderTiny, UNet2DConditionModel
 from torch import Tensor, nn
-from transformers import CLIPTextModel, CLIPTokenizer
+from transformers import CLIPTokenizer
+
+from .text import TextEncoder
 
 KV_MODULES = r".*\.attn2\.to_[kv]"
 
@@ -28,21 +33,27 @@ class Backbone:
     path: Path
     unet: UNet2DConditionModel
     vae: AutoencoderKL | AutoencoderTiny
-    text_encoder: CLIPTextModel
+    text_encoders: Sequence[TextEncoder]
     tokenizer: CLIPTokenizer
     preset: str  # which row of settings.PRESETS suits it
     size: int  # pixels a side it was trained at
+    prediction: str = "epsilon"  # what the net answers, in diffusers' words: "epsilon", the noise, or "v_prediction"
+    zero_snr: bool = False  # whether nothing of the picture is left at the last timestep
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
 
     def __post_init__(self) -> None:
-        for part in (self.unet, self.vae, self.text_encoder):
+        for part in self.parts:
             part.requires_grad_(False).eval()
+
+    @property
+    def parts(self) -> list[nn.Module]:
+        return [self.unet, self.vae, *(encoder.model for encoder in self.text_encoders)]
 
     def to(self, device: torch.device) -> Backbone:
         """Move every part to `device`, in place."""
         self.device = device
-        for part in (self.unet, self.vae, self.text_encoder):
-            nn.Module.to(part, device)
+        for part in self.parts:
+            part.to(device)
         return self
 
     @cached_property
@@ -65,14 +76,13 @@ class Backbone:
         return 1024.0 if self.unet.dtype == torch.float16 else 1.0
 
     @property
-    def word_width(self) -> int:
-        return self.token_table.weight.shape[1]
+    def word_widths(self) -> list[int]:
+        """How many numbers of a word's vector are for each text encoder."""
+        return [encoder.width for encoder in self.text_encoders]
 
     @property
-    def token_table(self) -> nn.Embedding:
-        table = self.text_encoder.get_input_embeddings()
-        assert isinstance(table, nn.Embedding)
-        return table
+    def word_width(self) -> int:
+        return sum(self.word_widths)
 
     @torch.no_grad()
     def encode_images(self, images: Tensor) -> Tensor:
@@ -88,30 +98,33 @@ class Backbone:
         return torch.cat([self.vae.decode(one[None]).sample for one in scaled]).clamp(-1, 1).float().cpu()  # type: ignore[union-attr]
 
     def encode_prompts(self, prompts: Sequence[str], words: Mapping[str, Tensor] | None = None) -> Tensor:
-        """Text features (n, 77, d). Each token of `words` found in a prompt (whole word, any case) stands for its vector; gradients flow into it."""
+        """Text features (n, 77, d), or (n, 78, d) with pooled text.
+
+        Each token of `words` found in a prompt (whole word, any case) stands for its vector; gradients flow into it.
+        """
         words = words or {}
-        rows, slots = [], []
-        for prompt in prompts:
-            ids, slot = self.tokenize(prompt, list(words))
-            rows.append(ids)
-            slots.append(slot)
-        ids, slot = torch.tensor(rows, device=self.device), torch.tensor(slots, device=self.device)
-        if not words:
-            return self.text_encoder(ids).last_hidden_state
-        vectors = torch.stack([vector.to(self.device) for vector in words.values()])
-        with _replaced(self.token_table, slot, vectors):
-            return self.text_encoder(ids).last_hidden_state
+        ids, slot = torch.tensor([self.tokenize(prompt, list(words)) for prompt in prompts], device=self.device).unbind(1)
+        behind = ids.eq(int(self.tokenizer.eos_token_id)).cumsum(1) > 1  # type: ignore[arg-type]
+        vectors = torch.stack([vector.to(self.device) for vector in words.values()] or [torch.zeros(self.word_width, device=self.device)])
+        encoders = zip(self.text_encoders, vectors.split(self.word_widths, 1), strict=True)
+        features, pooled = zip(*(encoder.encode(ids.masked_fill(behind, encoder.pad), slot, part) for encoder, part in encoders), strict=True)
+        rows = [F.pad(row, (0, self.word_width - row.shape[1]))[:, None] for row in pooled if row is not None]
+        return torch.cat([torch.cat(features, 2), *rows], 1)
+
+    def context(self, features: Tensor) -> Tensor:
+        """The rows of text features that cross-attention sees, (n, 77, d)."""
+        return features[:, : self.tokenizer.model_max_length]
 
     def tokenize(self, prompt: str, tokens: list[str]) -> tuple[list[int], list[int]]:
-        """77 token numbers, and for each position which word's vector replaces it (-1: none)."""
+        """77 token numbers, padded with the end's, and for each position which word's vector replaces it (-1: none)."""
         longest, end = self.tokenizer.model_max_length, int(self.tokenizer.eos_token_id)  # type: ignore[arg-type]
         ids, slot = [int(self.tokenizer.bos_token_id)], [-1]  # type: ignore[arg-type]
         for piece in re.split(rf"(?<!\w)({'|'.join(map(re.escape, tokens))})(?!\w)", prompt, flags=re.IGNORECASE) if tokens else [prompt]:
             found = next((i for i, token in enumerate(tokens) if token.lower() == piece.lower()), None)
             if found is not None:
-                ids, slot = [*ids, end], [*slot, found]
+                ids, slot = [*ids, 0], [*slot, found]  # any number but the end's, where the pooled text is taken
             elif piece.strip():
-                new = list(self.tokenizer(piece, add_special_tokens=False)["input_ids"])
+                new = self._ids(piece)
                 ids, slot = [*ids, *new], [*slot, *[-1] * len(new)]
         ids, slot = ids[: longest - 1], slot[: longest - 1]
         rest = longest - len(ids)
@@ -119,28 +132,34 @@ class Backbone:
 
     def word_start(self, noun: str, generator: torch.Generator) -> Tensor:
         """Where a new word begins: the mean vector of the class noun's tokens plus a little noise, (d,) float32; without a noun a random vector."""
-        if not noun:
-            rows = self.token_table.weight.detach().float().cpu()
-            return rows.mean(0) + rows.std(0) * torch.randn(rows.shape[1], generator=generator)
-        ids = self.tokenizer(noun, add_special_tokens=False)["input_ids"]
-        rows = self.token_table.weight[ids].detach().float().cpu()
-        noise = torch.randn(rows.shape[1], generator=generator) * rows.std() * 0.1
-        return rows.mean(0) + noise
+        ids = self._ids(noun) if noun else []
+        return torch.cat([encoder.word_start(ids, generator) for encoder in self.text_encoders])
+
+    def word_of_vocabulary(self, word: str) -> Tensor | None:
+        """The vector of a word that is one token, (d,) float32; None for another."""
+        return torch.cat([encoder.vectors(self._ids(word))[0] for encoder in self.text_encoders]) if self.is_known_word(word) else None
 
     def is_known_word(self, token: str) -> bool:
         """Whether the tokenizer has this word as one token of its own, so that ordinary prompts may use it."""
-        return len(self.tokenizer(token, add_special_tokens=False)["input_ids"]) == 1
+        return len(self._ids(token)) == 1
+
+    def _ids(self, text: str) -> list[int]:
+        return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
 
     def predict(self, noisy: Tensor, timestep: Tensor, features: Tensor) -> Tensor:
-        """The net's prediction, float32, shaped as `noisy`. timestep (n,), features (n, 77, d)."""
-        dtype = self.unet.dtype
+        """The net's prediction, float32, shaped as `noisy`. timestep (n,), features as `encode_prompts` gives them."""
+        dtype, added = self.unet.dtype, None
+        if pooled := self.text_encoders[-1].pooled_width:  # SDXL wants to know the picture's size, where it was cut out, and the size to draw
+            height, width = (8 * side for side in noisy.shape[-2:])
+            sizes = torch.tensor([height, width, 0, 0, height, width], device=self.device).expand(len(noisy), -1)
+            added = {"text_embeds": features[:, -1, :pooled].to(dtype), "time_ids": sizes}
         # adapters stay in float32; torch before 2.3 refuses to hear of autocast to float32, even when it is off
         with torch.autocast(self.device.type, dtype) if dtype != torch.float32 else nullcontext():
-            return self.unet(noisy.to(dtype), timestep, features.to(dtype)).sample.float()
+            return self.unet(noisy.to(dtype), timestep, self.context(features).to(dtype), added_cond_kwargs=added).sample.float()
 
 
 class FrozenText:
-    """Text features of prompts whose words do not change any more, each encoded once: prompts (k,) -> (k, 77, d)."""
+    """Text features of prompts whose words do not change any more, each encoded once: prompts (k,) -> (k, 77 or 78, d)."""
 
     def __init__(self, backbone: Backbone, words: Mapping[str, Tensor]) -> None:
         self.backbone, self.words, self.known = backbone, words, {}
@@ -151,17 +170,3 @@ class FrozenText:
             if prompt not in self.known:
                 self.known[prompt] = self.backbone.encode_prompts([prompt], self.words)[0]
         return torch.stack([self.known[prompt] for prompt in prompts])
-
-
-@contextmanager
-def _replaced(table: nn.Embedding, slot: Tensor, vectors: Tensor) -> Iterator[None]:
-    """While inside, the embedding table gives vectors[slot] where slot >= 0."""
-
-    def hook(_module: nn.Module, _inputs: object, output: Tensor) -> Tensor:
-        return torch.where((slot >= 0)[..., None], vectors[slot.clamp(min=0)].to(output.dtype), output)
-
-    handle = table.register_forward_hook(hook)
-    try:
-        yield
-    finally:
-        handle.remove()

@@ -1,7 +1,8 @@
 """Names of the same weights in two layouts: diffusers (what we run) and LDM (the single files people own). One table, both directions.
 
-Each function takes the diffusers names of a model and returns {diffusers name: LDM name}, a bijection; levels and blocks are counted from the names
-themselves, so nets of any depth map. Source: the module order of LDM's `openaimodel.UNetModel` and `model.Encoder/Decoder`.
+Each function takes the diffusers names of a model and returns {diffusers name: LDM name}, a bijection but for OpenCLIP's fused q, k and v; levels and
+blocks are counted from the names themselves, so nets of any depth map. Source: the module order of LDM's `openaimodel.UNetModel` and
+`model.Encoder/Decoder`, and of OpenCLIP's text tower.
 """
 
 from __future__ import annotations
@@ -19,9 +20,16 @@ _UNET_RESNET = {
 }  # fmt: skip
 _UNET_OUTSIDE = {
     "conv_in": "input_blocks.0.0", "time_embedding.linear_1": "time_embed.0", "time_embedding.linear_2": "time_embed.2",
-    "conv_norm_out": "out.0", "conv_out": "out.2",
+    "add_embedding.linear_1": "label_emb.0.0", "add_embedding.linear_2": "label_emb.0.2", "conv_norm_out": "out.0", "conv_out": "out.2",
 }  # fmt: skip
 _VAE_ATTENTION = {"group_norm": "norm", "to_q": "q", "to_k": "k", "to_v": "v", "to_out.0": "proj_out"}
+_OPENCLIP_LAYER = {
+    "layer_norm1": "ln_1", "layer_norm2": "ln_2", "mlp.fc1": "mlp.c_fc", "mlp.fc2": "mlp.c_proj", "self_attn.out_proj": "attn.out_proj",
+}  # fmt: skip
+_OPENCLIP_OUTSIDE = {
+    "embeddings.token_embedding.weight": "token_embedding.weight", "embeddings.position_embedding.weight": "positional_embedding",
+    "final_layer_norm.weight": "ln_final.weight", "final_layer_norm.bias": "ln_final.bias", "text_projection.weight": "text_projection",
+}  # fmt: skip
 
 
 def _count(names: Iterable[str], pattern: str) -> int:
@@ -29,9 +37,9 @@ def _count(names: Iterable[str], pattern: str) -> int:
 
 
 def unet_names(names: Iterable[str]) -> dict[str, str]:
-    """{diffusers name: LDM name} of a U-Net's parameters, without a prefix."""
+    """{diffusers name: LDM name} of a U-Net's parameters, without a prefix; of its K/V layers too."""
     names = list(names)
-    per_level = _count(names, r"down_blocks\.0\.resnets\.(\d+)\.")
+    per_level = _count(names, r"down_blocks\.\d+\.(?:resnets|attentions)\.(\d+)\.")
     with_attention = {m[0] for name in names if (m := re.match(r"up_blocks\.\d+\.attentions", name))}
 
     def ldm(name: str) -> str:
@@ -100,3 +108,17 @@ def tiny_vae_names(names: Iterable[str]) -> dict[str, str]:
 def text_names(names: Iterable[str]) -> dict[str, str]:
     """{transformers name: LDM name} of a CLIP text model; transformers 4 writes `text_model.` before every name, 5 does not."""
     return {name: name.removeprefix("text_model.") for name in names}
+
+
+def openclip_names(names: Iterable[str]) -> dict[str, str]:
+    """{transformers name: OpenCLIP name} of a text model; q, k and v lie in one tensor, stacked."""
+
+    def openclip(name: str) -> str:
+        name = name.removeprefix("text_model.")
+        if not (match := re.match(r"encoder\.layers\.(\d+)\.(.+)\.(weight|bias)$", name)):
+            return _OPENCLIP_OUTSIDE[name]
+        layer, module, leaf = match.groups()
+        inner = f"{_OPENCLIP_LAYER[module]}.{leaf}" if module in _OPENCLIP_LAYER else f"attn.in_proj_{leaf}"
+        return f"transformer.resblocks.{layer}.{inner}"
+
+    return {name: openclip(name) for name in names}

@@ -1,13 +1,13 @@
 """A checkpoint file or folder -> `Backbone`. Weights are memory-mapped and read once; nothing asks a hub.
 
-Families: SD1.x single files (and the mini-SD, which is one) and diffusers folders of SD1.x.
+Families: SD1.x (the mini-SD is one), SD2.x and SDXL; see `families`. Weights the family does not use are left alone, missing ones are named.
 """
 
 from __future__ import annotations
 
 import json
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,23 +15,22 @@ import torch
 from diffusers import AutoencoderKL, AutoencoderTiny, UNet2DConditionModel
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+from transformers import CLIPTextConfig, CLIPTokenizer
 
 from ..errors import CheckpointError
 from . import keys, shapes
 from .backbone import Backbone
+from .families import SD1, SD2, SDXL, Family, TextPart, family_of
+from .text import TextEncoder
 
 TOKENIZER = Path(__file__).parent / "tokenizer"
 MINI_ARCHITECTURE = "stable-diffusion-v1-mini"
 _PICKLES = {".ckpt", ".pt", ".pth", ".bin", ".pkl"}
-_OTHERS = {
-    "conditioner.embedders.": "SDXL", "cond_stage_model.model.": "SD2.x", "double_blocks.": "Flux", "joint_blocks.": "SD3",
-    "lora_unet_": "a LoRA", "lora_te": "a LoRA", "concept": "a concept stack",
-}  # fmt: skip
+_V_BIAS = f"{keys.UNET_PREFIX}output_blocks.11.1.transformer_blocks.0.norm1.bias"
 
 
 def load_backbone(path: str | Path, *, device: str = "auto", dtype: torch.dtype = torch.float32) -> Backbone:
-    """Load a checkpoint for learning and drawing.
+    """Load a checkpoint for learning and drawing; `dtype` is that of U-Net and text encoders, the VAE is float32 (SDXL's overflows in float16).
 
     Errors: CheckpointError for a missing file, a pickle, another architecture, a damaged file or missing weights.
     """
@@ -73,22 +72,20 @@ def _from_file(path: Path, dtype: torch.dtype) -> Backbone:
 def _from_open_file(path: Path, file: Any, dtype: torch.dtype) -> Backbone:
     names, metadata = list(file.keys()), file.metadata() or {}
     found = {name: tuple(file.get_slice(name).get_shape()) for name in names}
-    if f"{keys.UNET_PREFIX}input_blocks.0.0.weight" not in found or f"{keys.TEXT_PREFIX}embeddings.token_embedding.weight" not in found:
-        kind = next((kind for start, kind in _OTHERS.items() if any(start in name for name in names)), "something else")
-        raise CheckpointError(
-            f"{path} is not an SD1.x checkpoint; its weights look like {kind} (first key: {names[0] if names else 'none'}). "
-            "Expected a full SD1.x model in one file: U-Net, text encoder and VAE."
-        )
+    family = family_of(path, found)
 
     def part(
-        make: Callable[[dict[str, Any]], nn.Module], prefix: str, table: Callable[[Iterable[str]], dict[str, str]], config: Callable
-    ) -> nn.Module:
+        make: Callable[[dict[str, Any]], nn.Module], prefix: str, table: Callable[[Iterable[str]], dict[str, str]], config: Callable,
+        number: torch.dtype = dtype,
+    ) -> nn.Module:  # fmt: skip
         mine = {name.removeprefix(prefix): shape for name, shape in found.items() if name.startswith(prefix)}
         try:
             with torch.device("meta"):
                 module = make(config(mine))
         except (KeyError, ValueError, StopIteration) as error:
-            raise CheckpointError(f"{path}: the weights under {prefix} are incomplete ({error}). Expected a full SD1.x model in one file.") from None
+            raise CheckpointError(
+                f"{path}: the weights under {prefix} are incomplete ({error}). Expected a full {family.name} model in one file."
+            ) from None
         expected = {name: tensor.shape for name, tensor in module.state_dict().items()}
         ldm = table(expected)
         missing = [prefix + ldm[name] for name in expected if ldm[name] not in mine]
@@ -98,27 +95,65 @@ def _from_open_file(path: Path, file: Any, dtype: torch.dtype) -> Backbone:
             )
 
         def read(name: str) -> Tensor:
-            tensor = file.get_tensor(prefix + ldm[name])
+            tensor = _own(name, ldm[name], file.get_tensor(prefix + ldm[name]))
             if tensor.shape != expected[name] and tensor.numel() != expected[name].numel():
                 raise CheckpointError(f"{path}: {prefix + ldm[name]} has shape {tuple(tensor.shape)}, expected {tuple(expected[name])}.")
-            return tensor.reshape(expected[name]).to(dtype)
+            return tensor.reshape(expected[name]).to(number)
 
         module.load_state_dict({name: read(name) for name in expected}, assign=True)
         return module
 
     unet = part(lambda c: UNet2DConditionModel(**c), keys.UNET_PREFIX, keys.unet_names, shapes.unet_config)
     if f"{keys.VAE_PREFIX}taesd_decoder.1.weight" in found:  # a TAESD in place of the VAE; it already works on scaled latents
-        vae = part(lambda c: AutoencoderTiny(**c), keys.VAE_PREFIX, keys.tiny_vae_names, lambda _: {"scaling_factor": 1.0})
+        vae = part(lambda c: AutoencoderTiny(**c), keys.VAE_PREFIX, keys.tiny_vae_names, lambda _: {"scaling_factor": 1.0}, torch.float32)
     else:
-        vae = part(lambda c: AutoencoderKL(**c), keys.VAE_PREFIX, keys.vae_names, shapes.vae_config)
-    text = part(lambda c: CLIPTextModel(CLIPTextConfig(**c)), keys.TEXT_PREFIX, keys.text_names, shapes.text_config)
-    for module in text.modules():  # a buffer no file stores
-        if "position_ids" in module._buffers:
-            module._buffers["position_ids"] = torch.arange(module.position_embedding.num_embeddings)[None]  # type: ignore[union-attr]
-    mini = metadata.get("modelspec.architecture") == MINI_ARCHITECTURE
-    size = int(metadata.get("modelspec.resolution", "512x512").split("x")[0])
+        vae = part(lambda c: AutoencoderKL(**c, scaling_factor=family.scale), keys.VAE_PREFIX, keys.vae_names, shapes.vae_config, torch.float32)
+
+    def text(one: TextPart) -> TextEncoder:
+        names, config = (keys.openclip_names, shapes.openclip_config) if one.openclip else (keys.text_names, shapes.text_config)
+
+        def made(c: dict[str, Any]) -> nn.Module:
+            return one.kind(CLIPTextConfig(**{**c, "num_hidden_layers": min(c["num_hidden_layers"], one.layers)}))
+
+        model = part(made, one.prefix, names, config)
+        for module in model.modules():  # a buffer no file stores
+            if "position_ids" in module._buffers:
+                module._buffers["position_ids"] = torch.arange(module.position_embedding.num_embeddings)[None]  # type: ignore[union-attr]
+        return _encoder(model, one, tokenizer)
+
     tokenizer = CLIPTokenizer.from_pretrained(str(TOKENIZER))
-    return Backbone(path, unet, vae, text, tokenizer, "mini" if mini else "sd1", size)  # type: ignore[arg-type]
+    texts = [text(one) for one in family.texts]
+    mini = metadata.get("modelspec.architecture") == MINI_ARCHITECTURE
+    prediction = _prediction(file, found, metadata, family)
+    size = int(metadata.get("modelspec.resolution", str(_size(family, prediction))).split("x")[0])
+    zero_snr = prediction == "v_prediction" and "ztsnr" in found
+    return Backbone(path, unet, vae, texts, tokenizer, "mini" if mini else family.id, size, prediction, zero_snr)  # type: ignore[arg-type]
+
+
+def _own(name: str, ldm: str, tensor: Tensor) -> Tensor:
+    """What of a file's tensor is the weight `name`: OpenCLIP stacks q, k and v, and its text projection is the transpose of a linear layer's."""
+    if "attn.in_proj_" in ldm:
+        return tensor.chunk(3)["qkv".index(name[name.index("_proj") - 1])].clone()
+    return tensor.T if ldm == "text_projection" else tensor
+
+
+def _prediction(file: Any, found: Mapping[str, Any], metadata: Mapping[str, str], family: Family) -> str:
+    """What the net predicts: what the metadata say, else what SDXL's fine-tunes mark with a key, else ComfyUI's rule of thumb for SD2.x."""
+    if said := metadata.get("modelspec.prediction_type"):
+        v = said.startswith("v")
+    elif family is SD2:
+        v = _V_BIAS in found and float(file.get_tensor(_V_BIAS).float().std(correction=0)) > 0.09
+    else:
+        v = "v_pred" in found
+    return "v_prediction" if v else "epsilon"
+
+
+def _size(family: Family, prediction: str) -> int:
+    return 768 if family is SD2 and prediction == "v_prediction" else family.size
+
+
+def _encoder(model: Any, part: TextPart, tokenizer: CLIPTokenizer) -> TextEncoder:
+    return TextEncoder(model, 0 if part.openclip else int(tokenizer.eos_token_id), part.penultimate)  # type: ignore[arg-type]
 
 
 def _from_folder(path: Path, dtype: torch.dtype) -> Backbone:
@@ -126,14 +161,18 @@ def _from_folder(path: Path, dtype: torch.dtype) -> Backbone:
     if not index.exists():
         raise CheckpointError(f"{path} is a folder without model_index.json. Expected a diffusers model folder, or the path of a .safetensors file.")
     kind = json.loads(index.read_text()).get("_class_name", "")
-    if kind != "StableDiffusionPipeline":
-        raise CheckpointError(f"{path} holds a {kind}. Expected a StableDiffusionPipeline (SD1.x).")
-    tiny = json.loads((path / "vae" / "config.json").read_text()).get("_class_name") == "AutoencoderTiny" if (path / "vae").is_dir() else False
+    if kind not in (SD1.pipeline, SDXL.pipeline):
+        raise CheckpointError(f"{path} holds a {kind}. Expected a {SD1.pipeline} (SD1.x, SD2.x) or a {SDXL.pipeline}.")
+    variant = next(("fp16" for _ in (path / "unet").glob("*.fp16.safetensors")), None)
+    tiny = _config(path / "vae").get("_class_name") == "AutoencoderTiny"
+    linear, scheduler = _config(path / "unet").get("use_linear_projection"), _config(path / "scheduler", "scheduler_config.json")
+    family = SDXL if kind == SDXL.pipeline else SD2 if linear else SD1
 
-    def part(kind: Any, folder: str) -> Any:
+    def part(kind: Any, folder: str, number: torch.dtype = dtype) -> Any:
         module, report = kind.from_pretrained(
-            path, subfolder=folder, local_files_only=True, use_safetensors=True, torch_dtype=dtype, output_loading_info=True, low_cpu_mem_usage=False
-        )
+            path, subfolder=folder, variant=variant, local_files_only=True, use_safetensors=True, torch_dtype=number, output_loading_info=True,
+            low_cpu_mem_usage=False,
+        )  # fmt: skip
         if missing := sorted(report["missing_keys"]):
             raise CheckpointError(f"{path / folder} lacks {len(missing)} weights, the first is {missing[0]}. Get a complete model folder.")
         return module
@@ -142,10 +181,19 @@ def _from_folder(path: Path, dtype: torch.dtype) -> Backbone:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             unet = part(UNet2DConditionModel, "unet")
-            vae = part(AutoencoderTiny if tiny else AutoencoderKL, "vae")
-            text = part(CLIPTextModel, "text_encoder")
+            vae = part(AutoencoderTiny if tiny else AutoencoderKL, "vae", torch.float32)
             tokenizer = CLIPTokenizer.from_pretrained(path, subfolder="tokenizer", local_files_only=True)
+            texts = [_encoder(part(one.kind, one.folder), one, tokenizer) for one in family.texts]
     except (OSError, ValueError, SafetensorError) as error:
         raise CheckpointError(f"The diffusers folder {path} can't be loaded: {error}") from None
-    size = 8 * (unet.config["sample_size"] or 64)
-    return Backbone(path, unet, vae, text, tokenizer, "sd1" if size > 128 else "mini", size)
+    if (channels := unet.config["in_channels"]) != 4:
+        raise CheckpointError(f"{path} holds a U-Net of {channels} input channels, such as an inpainting model. Teach the model it was made from.")
+    size = 8 * (unet.config["sample_size"] or family.size // 8)
+    preset = "mini" if family is SD1 and size <= 128 else family.id
+    prediction, zero_snr = scheduler.get("prediction_type", "epsilon"), scheduler.get("rescale_betas_zero_snr", False)
+    return Backbone(path, unet, vae, texts, tokenizer, preset, size, prediction, zero_snr)
+
+
+def _config(folder: Path, name: str = "config.json") -> dict[str, Any]:
+    """A part's configuration; empty where it has none."""
+    return json.loads((folder / name).read_text()) if (folder / name).exists() else {}

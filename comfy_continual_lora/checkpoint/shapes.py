@@ -13,9 +13,9 @@ Shapes = Mapping[str, tuple[int, ...]]
 
 
 def unet_config(shapes: Shapes) -> dict[str, Any]:
-    """SD1.x: 8 heads at every level, convolutional projections around the transformers."""
-    channels, attention, resnets, first = [], [], 0, 0
-    count = 1 + max(int(m[1]) for name in shapes if (m := re.match(r"input_blocks\.(\d+)\.", name)))
+    """SD1.x: 8 heads at every level, convolutional projections around the transformers. SD2.x and SDXL: heads of 64, linear projections."""
+    channels, attention, depths, resnets, first = [], [], [], 0, 0
+    count = _count(shapes, r"input_blocks\.(\d+)\.")
     for index in range(1, count):
         block = f"input_blocks.{index}"
         if f"{block}.0.op.weight" in shapes:
@@ -24,9 +24,11 @@ def unet_config(shapes: Shapes) -> dict[str, Any]:
         if resnets == 0:
             channels.append(shapes[f"{block}.0.out_layers.3.weight"][0])
             attention.append(f"{block}.1.proj_in.weight" in shapes)
+            depths.append(max(1, _count(shapes, rf"{block}\.1\.transformer_blocks\.(\d+)\.")))
         resnets += 1
     context = next(shape[1] for name, shape in shapes.items() if name.endswith("attn2.to_k.weight"))
-    return {
+    linear = next(len(shape) == 2 for name, shape in shapes.items() if name.endswith("1.proj_in.weight"))
+    config = {
         "in_channels": shapes["input_blocks.0.0.weight"][1],
         "out_channels": shapes["out.2.weight"][0],
         "block_out_channels": tuple(channels),
@@ -34,33 +36,48 @@ def unet_config(shapes: Shapes) -> dict[str, Any]:
         "down_block_types": tuple("CrossAttnDownBlock2D" if a else "DownBlock2D" for a in attention),
         "up_block_types": tuple("CrossAttnUpBlock2D" if a else "UpBlock2D" for a in reversed(attention)),
         "cross_attention_dim": context,
-        "attention_head_dim": 8,
+        "attention_head_dim": tuple(max(1, c // 64) for c in channels) if linear else 8,  # diffusers says so to the number of heads
     }
+    if linear:
+        config |= {"use_linear_projection": True, "transformer_layers_per_block": tuple(depths)}
+    if added := shapes.get("label_emb.0.0.weight"):
+        config |= {"addition_embed_type": "text_time", "addition_time_embed_dim": 256, "projection_class_embeddings_input_dim": added[1]}
+    return config
 
 
 def vae_config(shapes: Shapes) -> dict[str, Any]:
-    levels = 1 + max(int(m[1]) for name in shapes if (m := re.match(r"encoder\.down\.(\d+)\.", name)))
-    blocks = 1 + max(int(m[1]) for name in shapes if (m := re.match(r"encoder\.down\.0\.block\.(\d+)\.", name)))
+    """Without the scale of its latents, which no shape says."""
+    levels, blocks = _count(shapes, r"encoder\.down\.(\d+)\."), _count(shapes, r"encoder\.down\.0\.block\.(\d+)\.")
     return {
         "block_out_channels": tuple(shapes[f"encoder.down.{i}.block.0.conv2.weight"][0] for i in range(levels)),
         "layers_per_block": blocks,
         "latent_channels": shapes["post_quant_conv.weight"][1],
         "down_block_types": ("DownEncoderBlock2D",) * levels,
         "up_block_types": ("UpDecoderBlock2D",) * levels,
-        "scaling_factor": 0.18215,
     }
 
 
 def text_config(shapes: Shapes) -> dict[str, Any]:
-    """CLIP text tower: heads of 64, quick GELU, as OpenAI's."""
-    vocabulary, width = shapes["embeddings.token_embedding.weight"]
+    """OpenAI's CLIP text tower, with its quick GELU."""
+    layers, mlp = _count(shapes, r"encoder\.layers\.(\d+)\."), shapes["encoder.layers.0.mlp.fc1.weight"]
+    return _text_config(shapes["embeddings.token_embedding.weight"], shapes["embeddings.position_embedding.weight"], mlp, layers)
+
+
+def openclip_config(shapes: Shapes) -> dict[str, Any]:
+    """OpenCLIP's text tower, with the exact GELU."""
+    layers, mlp = _count(shapes, r"transformer\.resblocks\.(\d+)\."), shapes["transformer.resblocks.0.mlp.c_fc.weight"]
+    config = _text_config(shapes["token_embedding.weight"], shapes["positional_embedding"], mlp, layers)
+    return {**config, "hidden_act": "gelu", "projection_dim": shapes.get("text_projection", mlp)[1]}
+
+
+def _text_config(table: tuple[int, ...], positions: tuple[int, ...], mlp: tuple[int, ...], layers: int) -> dict[str, Any]:
+    """Heads of 64."""
+    vocabulary, width = table
     return {
-        "vocab_size": vocabulary,
-        "hidden_size": width,
-        "intermediate_size": shapes["encoder.layers.0.mlp.fc1.weight"][0],
-        "num_hidden_layers": 1 + max(int(m[1]) for name in shapes if (m := re.match(r"encoder\.layers\.(\d+)\.", name))),
-        "num_attention_heads": width // 64,
-        "max_position_embeddings": shapes["embeddings.position_embedding.weight"][0],
-        "bos_token_id": vocabulary - 2,
-        "eos_token_id": vocabulary - 1,
-    }
+        "vocab_size": vocabulary, "hidden_size": width, "intermediate_size": mlp[0], "num_hidden_layers": layers,
+        "num_attention_heads": width // 64, "max_position_embeddings": positions[0], "bos_token_id": vocabulary - 2, "eos_token_id": vocabulary - 1,
+    }  # fmt: skip
+
+
+def _count(shapes: Shapes, pattern: str) -> int:
+    return 1 + max((int(m[1]) for name in shapes if (m := re.match(pattern, name))), default=-1)
