@@ -14,12 +14,14 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
+from .checkpoint import keys
 from .checkpoint.backbone import Backbone
 from .errors import StackError
 from .lora import Adapter, grown
 
 _DOWN = (".lora_down.weight", ".lora_A.weight", ".lora_A.default.weight", ".lora.down.weight", "_lora.down.weight")
 _UP = tuple(name.replace("down", "up").replace("lora_A", "lora_B") for name in _DOWN)
+_ENDINGS = {ending: kind for kind, endings in (("down", _DOWN), ("up", _UP), ("alpha", (".alpha",))) for ending in endings}
 _PREFIX = re.compile(r"^(lora_unet_|unet\.|base_model\.model\.|diffusion_model\.)+")
 
 
@@ -29,24 +31,26 @@ def read_lora(path: Path, backbone: Backbone, strength: float = 1.0) -> Adapter:
     Errors: StackError for a file that is none, changes other layers too, or belongs to another kind of checkpoint.
     """
     tensors = _read(path)
-    known = {_plain(layer): layer for layer in backbone.kv_layers}
-    downs, ups, others = {}, {}, set()
+    known = {_plain(name): layer for layer, ldm in keys.unet_names(backbone.kv_layers).items() for name in (layer, ldm)}
+    found, others = {"down": {}, "up": {}, "alpha": {}}, set()
     for name, tensor in tensors.items():
-        for endings, found in ((_DOWN, downs), (_UP, ups)):
-            if ending := next((e for e in endings if name.endswith(e)), None):
-                layer = known.get(_plain(name.removesuffix(ending)))
-                found[layer] = tensor.float()
-                if layer is None:
-                    others.add(name.removesuffix(ending))
-    if not downs:
+        ending = next((e for e in _ENDINGS if name.endswith(e)), "")
+        layer = known.get(_plain(name.removesuffix(ending)))
+        if not ending or layer is None:
+            others.add(name.removesuffix(ending))
+        else:
+            found[_ENDINGS[ending]][layer] = tensor.float()
+    downs, ups = found["down"], found["up"]
+    if not any(name.endswith(_DOWN) for name in tensors):
         raise StackError(f"{path} is no LoRA this program can read: no pair of lora_down and lora_up (or lora_A and lora_B) is in it.")
     if others:
         raise StackError(
             f"{path} changes {len(others)} layers besides K and V of cross-attention, {sorted(others)[0]} for one, and none of that could be kept. "
             "Only K/V LoRAs (Custom Diffusion's layers) can become a concept."
         )
+    if halves := sorted(downs.keys() ^ ups.keys()):
+        raise StackError(f"{path} is damaged: {halves[0]} has only one of its two matrices, {len(halves)} layers in all. Get the file again.")
     adapter = {}
-    alphas = {known[_plain(name.removesuffix(".alpha"))]: float(value) for name, value in tensors.items() if name.endswith(".alpha")}
     for layer, module in backbone.kv_layers.items():
         out, width = module.weight.shape
         down, up = downs.get(layer, torch.zeros(0, width)), ups.get(layer, torch.zeros(out, 0))
@@ -54,14 +58,17 @@ def read_lora(path: Path, backbone: Backbone, strength: float = 1.0) -> Adapter:
             raise StackError(
                 f"{path} belongs to another kind of checkpoint: its {layer} is {down.shape[1]} by {len(up)}, this one's {width} by {out}."
             )
-        scale = strength * (alphas.get(layer, len(down)) / len(down) if len(down) else 1.0)
+        scale = strength * (float(found["alpha"].get(layer, len(down))) / len(down) if len(down) else 1.0)
         adapter |= {f"{layer}.A": down, f"{layer}.B": up * scale}
     return grown(adapter, max(len(down) for down in downs.values()))
 
 
 def read_word(path: Path, backbone: Backbone) -> Tensor:
     """The vector of a textual-inversion embedding, (d,). Errors: StackError for a file that is none, has several vectors or another width."""
-    found = [tensor for tensor in _read(path).values() if tensor.dim() in (1, 2) and tensor.shape[-1] == backbone.word_width]
+    tensors = _read(path)
+    if len(backbone.word_widths) == 2 and tensors.keys() >= {"clip_l", "clip_g"}:  # SDXL's, a vector for each text encoder
+        tensors = {"": torch.cat([tensors["clip_l"], tensors["clip_g"]], -1)}
+    found = [tensor for tensor in tensors.values() if tensor.dim() in (1, 2) and tensor.shape[-1] == backbone.word_width]
     if len(found) != 1 or found[0].numel() != backbone.word_width:
         raise StackError(f"{path} is no embedding of one vector with {backbone.word_width} numbers, which is what a concept's word is here.")
     return found[0].flatten().float()

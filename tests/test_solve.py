@@ -233,9 +233,13 @@ def test_what_can_not_be_imported_is_refused(checkpoint: Path, folders: dict[str
     lora = pipeline.export(checkpoint, tmp_path / "out").lora
     assert lora
     tensors, bad = load_file(lora), tmp_path / "bad.safetensors"
+    first = next(name.split(".")[0] for name in tensors if name.split(".")[0].endswith("to_k"))
     more = {"lora_unet_mid_block_ff.lora_down.weight": torch.zeros(2, 4), "lora_unet_mid_block_ff.lora_up.weight": torch.zeros(4, 2)}
     for change, message in (
         (tensors | more, "layers besides K and V"),
+        (tensors | {"lora_te_text_model_encoder_layers_0_mlp_fc1.alpha": torch.ones(1)}, "changes 1 layers besides .* lora_te_text_model"),
+        (tensors | {f"{first}.dora_scale": torch.ones(1)}, "changes 1 layers besides .*dora_scale"),
+        ({k: t for k, t in tensors.items() if k != f"{first}.lora_up.weight"}, r"damaged: .*attn2\.to_k has only one of its two matrices"),
         ({k: t[:, :9] if k.endswith("down.weight") else t for k, t in tensors.items()}, "another kind of checkpoint"),
         ({"x": torch.zeros(1)}, "no LoRA this program can read"),
     ):
