@@ -1,8 +1,9 @@
 """Stage 7: the stack -> files everyone can load: one LoRA in the kohya layout, and one textual-inversion embedding for each word.
 
 in: a stack - out: in a folder <name>.safetensors (the LoRA, with its trigger words in the metadata), <name>.json and <name>.preview.jpg (A1111's
-card), and <token>.safetensors for each word. ComfyUI, the A1111 family and diffusers read kohya's names; PEFT's own are ignored by ComfyUI with no
-more than a line in its log. A LoRA file is never overwritten: web UIs keep old weights and hashes of a name they know.
+card), and <token>.safetensors for each word. ComfyUI, the A1111 family and diffusers read kohya's names (diffusers' for SD1.x and SD2.x, LDM's for
+SDXL, which is what kohya's own programs expect); PEFT's own are ignored by ComfyUI with no more than a line in its log. A LoRA file is never
+overwritten: web UIs keep old weights and hashes of a name they know.
 """
 
 from __future__ import annotations
@@ -17,9 +18,13 @@ import torch
 from safetensors.torch import save
 from torch import Tensor
 
+from .checkpoint import keys
 from .errors import StackError
 from .lora import Adapter, layers_of, projections, rank_of
-from .store import ConceptStack, write_whole
+from .store import Base, ConceptStack, write_whole
+
+# modelspec.architecture, ss_base_model_version, and A1111's name of the family
+_SPOKEN_OF = {"sd2": ("stable-diffusion-v2-512", "sd_v2", "SD2"), "sdxl": ("stable-diffusion-xl-v1-base", "sdxl_base_v1-0", "SDXL")}
 
 
 @dataclass(frozen=True)
@@ -29,11 +34,12 @@ class Exported:
     triggers: list[str]  # how prompts name each concept
 
 
-def kohya_lora(adapter: Adapter, width: int) -> dict[str, Tensor]:
+def kohya_lora(adapter: Adapter, width: int, base: Base) -> dict[str, Tensor]:
     """The adapter under kohya's names, float16; `width` is that of the text features. A full-size change becomes ".diff"."""
-    found: dict[str, Tensor] = {}
-    for layer, parts in layers_of(adapter).items():
-        name = f"lora_unet_{layer.replace('.', '_')}"
+    found, layers = {}, layers_of(adapter)
+    ldm = keys.unet_names(layers) if base.preset == "sdxl" else {}
+    for layer, parts in layers.items():
+        name = f"lora_unet_{ldm.get(layer, layer).replace('.', '_')}"
         if "D" in parts:
             found[f"{name}.diff"] = parts["D"]
             continue
@@ -47,8 +53,15 @@ def kohya_lora(adapter: Adapter, width: int) -> dict[str, Tensor]:
 
 
 def stock_lora(stack: ConceptStack) -> dict[str, Tensor]:
-    """`kohya_lora` of the stack's adapter; empty where the words alone are all there is. SD1.x: text features are as wide as a word's vector."""
-    return kohya_lora(stack.adapter, next(iter(stack.words.values())).numel()) if stack.adapter else {}
+    """`kohya_lora` of the stack's adapter; empty where the words alone are all there is. Text features are as wide as a word's vector."""
+    return kohya_lora(stack.adapter, next(iter(stack.words.values())).numel(), stack.base) if stack.adapter else {}
+
+
+def embedding(word: Tensor, base: Base) -> dict[str, Tensor]:
+    """A word's vector as a textual inversion, float16: one (1, d), or one for each of SDXL's text encoders."""
+    if len(base.word_widths) == 2:
+        return {name: part.half().clone() for name, part in zip(("clip_l", "clip_g"), word[None].split(list(base.word_widths), 1), strict=True)}
+    return {"emb_params": word[None].half()}
 
 
 def export_files(stack: ConceptStack, out: Path, embeddings: Path, stem: str) -> Exported:
@@ -62,7 +75,7 @@ def export_files(stack: ConceptStack, out: Path, embeddings: Path, stem: str) ->
         words = []
         for record in stack.records:
             words.append(embeddings / f"{record.token}.safetensors")
-            write_whole(words[-1], save({"emb_params": stack.words[record.id][None].half()}))
+            write_whole(words[-1], save(embedding(stack.words[record.id], stack.base)))
         lora = _write_lora(stack, stock_lora(stack), out, stem, triggers) if stack.adapter else None
     except OSError as error:
         raise StackError(f"The export to {out} failed ({error.strerror or error}): no room or no permission there. The stack is unchanged.") from None
@@ -74,16 +87,20 @@ def _write_lora(stack: ConceptStack, tensors: dict[str, Tensor], out: Path, stem
     for name in sorted(tensors):
         digest.update(name.encode() + tensors[name].numpy().tobytes())
     name = f"{stem}-{len(stack.records)}-concepts-{digest.hexdigest()[:8]}"
-    rank = str(stack.rank)
+    rank, preset, v = str(stack.rank), stack.base.preset, stack.base.prediction == "v_prediction"
+    architecture, version, card_version = _SPOKEN_OF.get(preset, ("stable-diffusion-v1", "sd_v1", "SD1"))
+    if preset == "sd2" and v:
+        architecture, version = "stable-diffusion-v2-768-v", "sd_v2_v"
     metadata = {
-        "modelspec.sai_model_spec": "1.0.0", "modelspec.architecture": "stable-diffusion-v1/lora", "modelspec.implementation": "comfy-continual-lora",
-        "modelspec.title": name, "modelspec.trigger_phrase": ", ".join(triggers), "ss_output_name": name, "ss_base_model_version": "sd_v1",
+        "modelspec.sai_model_spec": "1.0.0", "modelspec.architecture": f"{architecture}/lora", "modelspec.implementation": "comfy-continual-lora",
+        "modelspec.title": name, "modelspec.trigger_phrase": ", ".join(triggers), "ss_output_name": name, "ss_base_model_version": version,
         "ss_network_module": "networks.lora", "ss_network_dim": rank, "ss_network_alpha": rank,
         "ss_tag_frequency": json.dumps({"concepts": dict.fromkeys(triggers, 1)}),
+        **({"ss_v2": "True"} if preset == "sd2" else {}), **({"modelspec.prediction_type": "v"} if v else {}),
     }  # fmt: skip
     path = out / f"{name}.safetensors"
     write_whole(path, save(tensors, metadata))
-    card = {"description": "", "sd version": "SD1", "activation text": ", ".join(triggers), "preferred weight": 1.0, "notes": ""}
+    card = {"description": "", "sd version": card_version, "activation text": ", ".join(triggers), "preferred weight": 1.0, "notes": ""}
     write_whole(out / f"{name}.json", json.dumps(card, indent=1).encode())
     if preview := stack.records[-1].preview:
         write_whole(out / f"{name}.preview.jpg", base64.b64decode(preview))

@@ -158,7 +158,7 @@ def learn_concept(request: LearnRequest, on_progress: OnProgress = ignore) -> Le
     path = request.stack_file
     backbone = _load(request, on_progress)
     with store.writing(path):
-        stack = store.load_stack(path, backbone.fingerprint)
+        stack = _stack(request, backbone)
         concepts.check_token(request.token, stack.tokens, backbone.is_known_word)
         if not request.noun.strip():
             raise SettingError("The class noun is empty. Say in one or two words what the thing is, such as teapot or cat.")
@@ -195,7 +195,7 @@ def consolidate(request: ConsolidateRequest, on_progress: OnProgress = ignore) -
     path = request.stack_file
     backbone = _load(request, on_progress)
     with store.writing(path):
-        stack = store.load_stack(path, backbone.fingerprint)
+        stack = _stack(request, backbone)
         if len(stack.records) < 2 or stack.adapter is None:
             raise StackError(f"There is nothing to consolidate: {path} needs a newest concept and an earlier one, both learned with a LoRA.")
         record, adapter, text = stack.records[-1], stack.adapter, FrozenText(backbone, stack.tokens)
@@ -266,7 +266,7 @@ def _changing(request: SolveRequest | ImportRequest, on_progress: OnProgress) ->
     request.settings.check()
     backbone = _load(request, on_progress)
     with store.writing(request.stack_file):
-        stack = store.load_stack(request.stack_file, backbone.fingerprint)
+        stack = _stack(request, backbone)
         yield backbone, stack
         store.save_stack(stack, request.stack_file)
 
@@ -282,7 +282,7 @@ def dc_scores(request: ScoreRequest, on_progress: OnProgress = ignore) -> list[S
     request.settings.check()
     groups = _groups(request.images)
     backbone = _load(request, on_progress)
-    stack = store.load_stack(request.stack_file, backbone.fingerprint)
+    stack = _stack(request, backbone)
     if not stack.records:
         raise StackError(f"{request.checkpoint} has learned no concept yet, so there is nothing to tell apart. Learn one first.")
     if stack.tau is None:
@@ -303,7 +303,7 @@ def draw(request: DrawRequest, on_progress: OnProgress = ignore) -> list[Drawn]:
     """Draw every prompt `settings.count` times."""
     request.settings.check()
     backbone = _load(request, on_progress)
-    stack = store.load_stack(request.stack_file, backbone.fingerprint)
+    stack = _stack(request, backbone)
     settings = request.settings.resolved(backbone.preset)
     prompts = [prompt for prompt in request.prompts for _ in range(settings.count)]
     seeds = [settings.seed + i for _ in request.prompts for i in range(settings.count)]
@@ -317,7 +317,7 @@ def evaluate(request: EvaluateRequest, on_progress: OnProgress = ignore) -> eval
     request.settings.check()
     groups = dict(_groups(request.images)) if request.images else {}
     backbone = _load(request, on_progress)
-    stack = store.load_stack(request.stack_file, backbone.fingerprint)
+    stack = _stack(request, backbone)
     if not stack.records:
         raise StackError(f"{request.checkpoint} has learned no concept yet, so there is nothing to evaluate. Learn one first.")
     settings = request.settings.resolved(backbone.preset)
@@ -374,6 +374,13 @@ def undo(checkpoint: Path, stack: Path | None = None) -> store.ConceptRecord:
 def _load(request: Request, on_progress: OnProgress) -> Backbone:
     on_progress(Progress("load", 0, 1))
     return load_backbone(request.checkpoint, device=request.device)
+
+
+def _stack(request: Request, backbone: Backbone) -> store.ConceptStack:
+    """The checkpoint's stack, which knows the checkpoint."""
+    stack = store.load_stack(request.stack_file, backbone.fingerprint)
+    stack.base = store.Base(backbone.preset, backbone.prediction, backbone.word_widths)
+    return stack
 
 
 def _with_rank_of(stack: store.ConceptStack, settings: LearnSettings) -> LearnSettings:

@@ -228,7 +228,7 @@ def merged(
     of them is no LoRA and the other is.
     """
     if not stack.records:
-        vars(stack).update(vars(second))
+        vars(stack).update({**vars(second), "base": stack.base})
         return {}
     known = {record.id for record in stack.records}  # of a beginning that both have in common
     new = [(record, adapter) for record, adapter in zip(second.records, adapters_of(second), strict=True) if record.id not in known]

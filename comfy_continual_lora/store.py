@@ -11,7 +11,7 @@ import dataclasses
 import json
 import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -59,6 +59,15 @@ class ConceptRecord:
         return name_of(self.token, self.noun if self.with_noun else "")
 
 
+@dataclass(frozen=True)
+class Base:
+    """What a stack remembers of its checkpoint, so that files for others can be written without loading it."""
+
+    preset: str = "sd1"
+    prediction: str = "epsilon"
+    word_widths: Sequence[int] = ()  # how many numbers of a word's vector are for each text encoder
+
+
 @dataclass
 class ConceptStack:
     """The concepts a checkpoint has learned, in order. `adapter` draws all of them; `pool` holds what it was after each earlier concept."""
@@ -72,6 +81,7 @@ class ConceptStack:
     fishers: dict[str, Adapter] = field(default_factory=dict)  # by concept id; none for methods without EWC
     tau: float | None = None  # temperature of the DC scores, calibrated on the first concept
     before: Adapter | None = None  # the newest adapter before it was consolidated by itself
+    base: Base = field(default_factory=Base)
 
     @property
     def tokens(self) -> dict[str, Tensor]:
@@ -141,6 +151,7 @@ def load_stack(path: Path, fingerprint: str) -> ConceptStack:
             "Use it with its own checkpoint, or name another stack file with --stack."
         )
     stack = ConceptStack(fingerprint, [ConceptRecord(**r) for r in header["concepts"]], rank=header["rank"], tau=header.get("tau"))
+    stack.base = Base(**header.get("base", {}))  # stacks from before there were other families are SD1.x
     try:
         with safe_open(path, framework="pt") as file:
             for key in file.keys():  # noqa: SIM118 - not a dict
@@ -181,7 +192,7 @@ def save_stack(stack: ConceptStack, path: Path) -> None:
         tensors |= {f"{part}.{concept}.{name}": tensor for concept, adapter in held.items() for name, tensor in adapter.items()}
     header = {
         "version": VERSION, "fingerprint": stack.fingerprint, "rank": stack.rank, "tau": stack.tau,
-        "concepts": [dataclasses.asdict(r) for r in stack.records],
+        "base": dataclasses.asdict(stack.base), "concepts": [dataclasses.asdict(r) for r in stack.records],
     }  # fmt: skip
     data = save({k: v.contiguous().cpu() for k, v in tensors.items()}, {"format": FORMAT, "stack": json.dumps(header)})
     try:

@@ -2,21 +2,29 @@
 
 from __future__ import annotations
 
+import copy
+import json
+import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import families
 import pytest
 import torch
+from conftest import NOUNS
 from families import KINDS
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from comfy_continual_lora import sample
+from comfy_continual_lora import pipeline, sample, store
 from comfy_continual_lora.checkpoint.backbone import Backbone
 from comfy_continual_lora.checkpoint.load import load_backbone
 from comfy_continual_lora.diffusion import alphas_cumprod, noised
-from comfy_continual_lora.errors import CheckpointError
-from comfy_continual_lora.settings import DrawSettings
+from comfy_continual_lora.errors import CheckpointError, StackError
+from comfy_continual_lora.export import export_files
+from comfy_continual_lora.lora import attached, delta_weights
+from comfy_continual_lora.settings import ConsolidateSettings, DrawSettings, EvaluateSettings, LearnSettings, ScoreSettings
 
 PROMPTS = ["a photo of a red mug on wood", "", "a mug " * 90]
 
@@ -183,3 +191,121 @@ def test_drawing_is_what_the_pipeline_draws(loaded: dict[str, Backbone], kind: s
     given: dict[str, Any] = {"height": 64, "width": 64, "latents": noise[None], "num_inference_steps": 3, "guidance_scale": 3.0}
     theirs = pipe("a red mug", negative_prompt="", output_type="pt", **given).images
     assert torch.allclose(ours, theirs * 2 - 1, atol=1e-3)
+
+
+# --- from the first concept to the exported files ------------------------------------------------------------------------------------
+
+QUICK = LearnSettings(steps=2, batch=3, rank=4, size=64, fisher_samples=3, dsc_steps=2, rate=0.01)
+
+
+@pytest.fixture(scope="session", params=["sd2-v", "sdxl"])
+def taught(request: pytest.FixtureRequest, files: dict[str, Path], folders: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkpoint that learned two concepts with the default method. Not to be changed."""
+    path = Path(shutil.copy(files[request.param], tmp_path_factory.mktemp("taught")))
+    for token in ("V1", "V2"):
+        pipeline.learn_concept(pipeline.LearnRequest(path, folders[token], token, NOUNS[token], QUICK, device="cpu"))
+    return path
+
+
+@pytest.fixture
+def own(taught: Path, tmp_path: Path) -> Path:
+    """The same, to be changed."""
+    shutil.copy(store.stack_path(taught), tmp_path)
+    return Path(shutil.copy(taught, tmp_path))
+
+
+def test_every_stage_works(own: Path, folders: dict[str, Path]) -> None:
+    stack = store.open_stack(store.stack_path(own))
+    assert stack.fishers.keys() == {record.id for record in stack.records}
+    assert all(tensor.isfinite().all() for fisher in stack.fishers.values() for tensor in fisher.values())
+    assert (stack.base.preset, stack.base.prediction) == (own.stem.split("-")[0], "v_prediction" if own.stem.endswith("-v") else "epsilon")
+    drawn = pipeline.draw(pipeline.DrawRequest(own, ["a V1 ball and a V2 fish"], DrawSettings(steps=2, size=64), device="cpu"))
+    assert drawn[0].image.size == (64, 64)
+    scores = pipeline.dc_scores(pipeline.ScoreRequest(own, folders["V1"], ScoreSettings(trials=4, size=64), device="cpu"))
+    assert all(sum(one.scores.probabilities) == pytest.approx(1) for one in scores)
+    quick = ConsolidateSettings(batch=3, size=64, dsc_steps=2, fisher_samples=3)
+    pipeline.consolidate(pipeline.ConsolidateRequest(own, folders["V2"], quick, device="cpu"))
+    done = pipeline.consolidate_in_closed_form(pipeline.SolveRequest(own, device="cpu"))
+    assert done.after["V1"] < done.before["V1"]
+    kept = pipeline.evaluate(pipeline.EvaluateRequest(own, settings=EvaluateSettings(pictures=1, steps=1, trials=2, size=64), device="cpu"))
+    assert kept.likeness.shape == (2, 2)
+    assert pipeline.undo(own).token == "V2"
+    pipeline.learn_concept(
+        pipeline.LearnRequest(
+            own, folders["V3"], "V3", "mug", replace(QUICK, method="retention", retention_weight=1.0, checkpointing=True), device="cpu"
+        )
+    )
+    assert pipeline.forget(pipeline.SolveRequest(own, device="cpu"), "V1").token == "V1"
+
+
+def test_a_stack_of_another_family_is_refused(own: Path, mini_file: Path) -> None:
+    with pytest.raises(StackError, match="made for another checkpoint"):
+        pipeline.draw(pipeline.DrawRequest(mini_file, ["a V1 ball"], stack=store.stack_path(own), device="cpu"))
+
+
+def test_diffusers_loads_the_exported_lora_and_words(taught: Path, tmp_path: Path, loaded: dict[str, Backbone]) -> None:
+    """Its net with the LoRA answers as ours with the adapter, and its prompts with the embeddings read as ours with the words."""
+    done, backbone = pipeline.export(taught, tmp_path), loaded[taught.stem]
+    stack = store.open_stack(store.stack_path(taught))
+    assert done.lora
+    assert stack.adapter
+    pipe = copy.deepcopy(families.pipeline(taught.stem))
+    save_file({name: tensor.float() for name, tensor in load_file(done.lora).items()}, tmp_path / "lora.safetensors")
+    words = {token: _rounded(load_file(tmp_path / f"{token}.safetensors")) for token in stack.tokens}
+    for token, word in words.items():
+        parts = word.split(backbone.word_widths)
+        for encoder, tokenizer, part in zip(("text_encoder", "text_encoder_2"), ("tokenizer", "tokenizer_2"), parts, strict=False):
+            pipe.load_textual_inversion(part[None], token, text_encoder=getattr(pipe, encoder), tokenizer=getattr(pipe, tokenizer))
+    pipe.load_lora_weights(tmp_path, weight_name="lora.safetensors")
+    noisy, timestep = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(0)), torch.tensor([500])
+    with torch.no_grad():
+        expected, _, answer = _theirs(pipe, ["a photo of a V1 ball"], noisy, timestep)
+        features = backbone.encode_prompts(["a photo of a V1 ball"], words)
+        assert torch.allclose(backbone.context(features), expected, atol=1e-5)
+        plain = backbone.predict(noisy, timestep, features)
+        with attached(backbone, {name: tensor.half().float() for name, tensor in stack.adapter.items()}):
+            changed = backbone.predict(noisy, timestep, features)
+    assert torch.allclose(changed, answer, atol=1e-4)
+    assert float((changed - plain).abs().max()) > 1e-3
+
+
+def _rounded(embedding: dict[str, torch.Tensor]) -> torch.Tensor:
+    return torch.cat([embedding[name][0].float() for name in (("clip_l", "clip_g") if "clip_l" in embedding else ("emb_params",))])
+
+
+def test_the_exported_files_say_what_they_are_for(taught: Path, tmp_path: Path) -> None:
+    stack = store.open_stack(store.stack_path(taught))
+    others = ("epsilon", "v_prediction") if taught.stem == "sd2-v" else ("epsilon",)
+    for prediction in others:
+        stack.base = replace(stack.base, prediction=prediction)
+        done = export_files(stack, tmp_path, tmp_path, prediction)
+        assert done.lora
+        with safe_open(done.lora, framework="pt") as file:
+            metadata, names = file.metadata(), list(file.keys())
+        card = json.loads(done.lora.with_suffix(".json").read_text())["sd version"]
+        said = (metadata["modelspec.architecture"], metadata["ss_base_model_version"], metadata.get("ss_v2"), card)
+        assert (
+            said
+            == {
+                ("sd2-v", "epsilon"): ("stable-diffusion-v2-512/lora", "sd_v2", "True", "SD2"),
+                ("sd2-v", "v_prediction"): ("stable-diffusion-v2-768-v/lora", "sd_v2_v", "True", "SD2"),
+                ("sdxl", "epsilon"): ("stable-diffusion-xl-v1-base/lora", "sdxl_base_v1-0", None, "SDXL"),
+            }[taught.stem, prediction]
+        )
+        first = "input_blocks_4_1" if card == "SDXL" else "down_blocks_0_attentions_0"
+        assert f"lora_unet_{first}_transformer_blocks_0_attn2_to_k.lora_down.weight" in names
+
+
+def test_an_exported_lora_can_be_imported(own: Path, tmp_path: Path, loaded: dict[str, Backbone]) -> None:
+    done, stack = pipeline.export(own, tmp_path / "out"), store.open_stack(store.stack_path(own))
+    assert done.lora
+    bare = tmp_path / "bare.concepts.safetensors"
+    pipeline.import_concept(pipeline.ImportRequest(own, done.lora, "W1", "ball", embedding=done.embeddings[0], stack=bare, device="cpu"))
+    found = store.open_stack(bare)
+    assert found.base == stack.base
+    assert torch.allclose(found.tokens["W1"], stack.tokens["V1"], atol=2e-3)
+    assert found.adapter
+    assert stack.adapter
+    changes = delta_weights(loaded[own.stem], stack.adapter)
+    for layer, change in delta_weights(loaded[own.stem], found.adapter).items():
+        assert torch.allclose(change, changes[layer], atol=2e-3 * float(changes[layer].abs().max()))
