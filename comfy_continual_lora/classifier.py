@@ -41,6 +41,12 @@ def errors(predicted: Tensor, target: Tensor) -> Tensor:
     return loss_per_example(predicted.flatten(0, 1), target.repeat_interleave(predicted.shape[1], 0)).unflatten(0, predicted.shape[:2])
 
 
+def trial_errors(backbone: Backbone, latents: Tensor, noise: Tensor, timestep: Tensor, features: Tensor) -> Tensor:
+    """e_i of every picture at its own draw: latents and noise (n, 4, h, w), timestep (n,), features (k, 77, d) -> (n, k)."""
+    noisy, target = noised(backbone, latents, noise, timestep)
+    return errors(predictions(backbone, noisy, timestep, features), target)
+
+
 def log_posterior(error: Tensor, tau: float) -> Tensor:
     """log p(c_i | x): error (n, k) -> (n, k)."""
     return torch.log_softmax(-error / tau, -1)
@@ -79,8 +85,7 @@ def calibration_errors(backbone: Backbone, latents: Tensor, features: Tensor, dr
     found = []
     for number, n in enumerate(_split(draws, max(1, rows // len(features)))):
         pick, timestep, noise = random_batch(latents, n, generator_for("calibrate", number))
-        noisy, target = noised(backbone, latents[pick], noise, timestep)
-        found.append(errors(predictions(backbone, noisy, timestep, features), target))
+        found.append(trial_errors(backbone, latents[pick], noise, timestep, features))
     return torch.cat(found)
 
 
@@ -151,8 +156,7 @@ def classify(
         for start in range(done, stop, per_call):
             part = slice(start, min(stop, start + per_call))
             t, eps = timestep[part].to(backbone.device), noise[part].to(backbone.device)
-            noisy, target = noised(backbone, latent.to(backbone.device).expand_as(eps), eps, t)
-            found[part, alive] = errors(predictions(backbone, noisy, t, wanted), target).cpu()
+            found[part, alive] = trial_errors(backbone, latent.to(backbone.device).expand_as(eps), eps, t, wanted).cpu()
             on_progress(Progress("score", part.stop, trials))
         done = stop
         means = _weighted(found[:done, alive], weight[:done])

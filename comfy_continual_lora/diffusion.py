@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
+from functools import cache
 from typing import TypeVar
 
 import torch
@@ -22,14 +23,15 @@ TIMESTEPS = 1000
 BETA_START, BETA_END = 0.00085, 0.012
 
 
-def alphas_cumprod(zero_snr: bool = False) -> Tensor:
-    """a_t, the share of the signal's variance left at each timestep, (1000,) float32; `zero_snr`: none at the last."""
+@cache
+def alphas_cumprod(zero_snr: bool = False, device: torch.device | None = None) -> Tensor:
+    """a_t, the share of the signal's variance left at each timestep, (1000,) float32; `zero_snr`: none at the last. Not to be changed in place."""
     betas = torch.linspace(BETA_START**0.5, BETA_END**0.5, TIMESTEPS, dtype=torch.float64) ** 2
     alphas = torch.cumprod(1 - betas, 0)
     if zero_snr:  # sqrt(a_t) is shifted to 0 at the end and stretched so that its beginning stays (Lin et al. 2023, algorithm 1)
         roots = alphas.sqrt()
         alphas = ((roots - roots[-1]) * roots[0] / (roots[0] - roots[-1])) ** 2
-    return alphas.float()
+    return alphas.float().to(device)
 
 
 def add_noise(clean: Tensor, noise: Tensor, timestep: Tensor, alphas: Tensor) -> Tensor:
@@ -40,7 +42,7 @@ def add_noise(clean: Tensor, noise: Tensor, timestep: Tensor, alphas: Tensor) ->
 
 def noised(backbone: Backbone, clean: Tensor, noise: Tensor, timestep: Tensor) -> tuple[Tensor, Tensor]:
     """z_t and what the net should answer to it, eps or v; all (n, 4, h, w), timestep (n,)."""
-    alphas = alphas_cumprod(backbone.zero_snr).to(clean.device)
+    alphas = alphas_cumprod(backbone.zero_snr, clean.device)
     noisy = add_noise(clean, noise, timestep, alphas)
     if backbone.prediction == "epsilon":
         return noisy, noise

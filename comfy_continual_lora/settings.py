@@ -70,6 +70,7 @@ def suiting(f: dataclasses.Field) -> str:
     """What suits the checkpoint, in words: "2e-4, sdxl 1e-4, mini 3e-4"; nothing where that is the checkpoint's own."""
     values = {preset: chosen[f.name] for preset, chosen in PRESETS.items() if f.name in chosen}
     others = [f"{preset} {said(value)}" for preset, value in values.items() if value != values["sd1"]]
+    others += [f"{method} on {preset} {said(chosen[f.name])}" for (preset, method), chosen in METHOD_PRESETS.items() if f.name in chosen]
     return ", ".join([said(values["sd1"]), *others]) if values else ""
 
 

@@ -177,15 +177,14 @@ def _joint(job: Job) -> tuple[dict[tuple[int, int], store.ConceptStack], float, 
         optimizer = torch.optim.AdamW([*groups, {"params": list(factors.values()), "lr": settings.rate, "weight_decay": 0.01}])
         trained = {**{f"word {token}": word for token, word in words.items()}, **factors}
         run = learn.Run("joint", trained, optimizer, settings, settings.steps * job.concepts, 1.0, job.folder / "joint.snapshot", f"joint {job.seed}")
-        alphas = diffusion.alphas_cumprod()
 
         def terms(step: int) -> dict[str, Tensor]:
             draw = diffusion.generator_for(job.seed, step)
             pick, timestep, noise = diffusion.random_batch(every, settings.batch or 1, draw)
             chosen = [diffusion.one_of(prompts[int(i)], draw) for i in pick]
-            noisy = diffusion.add_noise(every[pick], noise, timestep, alphas)
+            noisy, target = diffusion.noised(backbone, every[pick], noise, timestep)
             predicted = backbone.predict(noisy, timestep, backbone.encode_prompts(chosen, words))
-            return {"denoising": diffusion.loss_per_example(predicted, noise).mean()}
+            return {"denoising": diffusion.loss_per_example(predicted, target).mean()}
 
         run.train(terms, lambda _progress: None)
         stack = store.ConceptStack(backbone.fingerprint, rank=settings.rank, tau=0.01)

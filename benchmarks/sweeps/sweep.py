@@ -34,7 +34,7 @@ from torch import Tensor
 from comfy_continual_lora import classifier, pipeline, store
 from comfy_continual_lora.checkpoint.backbone import Backbone, FrozenText
 from comfy_continual_lora.checkpoint.load import load_backbone
-from comfy_continual_lora.diffusion import add_noise, alphas_cumprod, generator_for
+from comfy_continual_lora.diffusion import generator_for
 from comfy_continual_lora.lora import Adapter, attached
 from comfy_continual_lora.mini import pretrain, world
 from comfy_continual_lora.mini.weights import write_checkpoint
@@ -55,12 +55,7 @@ def held_out_error(backbone: Backbone, adapter: Adapter | None, latents: Tensor,
     timestep = classifier.stratified(DRAWS, generator_for("held out"))
     noise = torch.randn((DRAWS, *latents.shape[1:]), generator=generator_for("held out noise"))
     with attached(backbone, adapter):
-        found = [
-            classifier.errors(
-                classifier.predictions(backbone, add_noise(z.expand_as(noise), noise, timestep, alphas_cumprod()), timestep, features[None]), noise
-            )
-            for z in latents
-        ]
+        found = [classifier.trial_errors(backbone, z.expand_as(noise), noise, timestep, features[None]) for z in latents]
     return float(torch.cat(found).mean())
 
 

@@ -88,10 +88,16 @@ def family_of(path: Path, shapes: Mapping[str, tuple[int, ...]]) -> Family:
     known = _RELATIVES if family and stem else _OTHERS
     kind, advice = next((said for part, said in known.items() if any(part in name for name in shapes)), ("", ""))
     if family and stem and not kind:
-        if stem[1] == 4:
-            return family
-        kind, advice = _CHANNELS.get(stem[1], f"a model of {stem[1]} input channels"), "Teach the model it was made from, which needs text alone."
+        check_channels(path, stem[1])
+        return family
     raise CheckpointError(
         f"{path} can't be taught: its weights look like {kind or 'something else'} (first key: {next(iter(shapes), 'none')}). "
         f"{advice or 'Get the full model.'} Expected SD1.x, SD2.x or SDXL in one file: U-Net, text encoders and VAE."
     )
+
+
+def check_channels(path: Path, channels: int) -> None:
+    """Errors: CheckpointError for a U-Net that takes in more than latents, by what it is."""
+    if channels != 4:
+        kind = _CHANNELS.get(channels, f"a model of {channels} input channels")
+        raise CheckpointError(f"{path} can't be taught: its weights look like {kind}. Teach the model it was made from, which needs text alone.")

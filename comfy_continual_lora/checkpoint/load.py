@@ -20,7 +20,7 @@ from transformers import CLIPTextConfig, CLIPTokenizer
 from ..errors import CheckpointError
 from . import keys, shapes
 from .backbone import Backbone
-from .families import SD1, SD2, SDXL, Family, TextPart, family_of
+from .families import SD1, SD2, SDXL, Family, TextPart, check_channels, family_of
 from .text import TextEncoder
 
 TOKENIZER = Path(__file__).parent / "tokenizer"
@@ -95,7 +95,7 @@ def _from_open_file(path: Path, file: Any, dtype: torch.dtype) -> Backbone:
             )
 
         def read(name: str) -> Tensor:
-            tensor = _own(name, ldm[name], file.get_tensor(prefix + ldm[name]))
+            tensor = _stored(file, prefix + ldm[name], name)
             if tensor.shape != expected[name] and tensor.numel() != expected[name].numel():
                 raise CheckpointError(f"{path}: {prefix + ldm[name]} has shape {tuple(tensor.shape)}, expected {tuple(expected[name])}.")
             return tensor.reshape(expected[name]).to(number)
@@ -130,11 +130,14 @@ def _from_open_file(path: Path, file: Any, dtype: torch.dtype) -> Backbone:
     return Backbone(path, unet, vae, texts, tokenizer, "mini" if mini else family.id, size, prediction, zero_snr)  # type: ignore[arg-type]
 
 
-def _own(name: str, ldm: str, tensor: Tensor) -> Tensor:
-    """What of a file's tensor is the weight `name`: OpenCLIP stacks q, k and v, and its text projection is the transpose of a linear layer's."""
+def _stored(file: Any, ldm: str, name: str) -> Tensor:
+    """The weight `name` out of the file's tensor `ldm`: OpenCLIP stacks q, k and v, and its text projection is the transpose of a linear layer's."""
     if "attn.in_proj_" in ldm:
-        return tensor.chunk(3)["qkv".index(name[name.index("_proj") - 1])].clone()
-    return tensor.T if ldm == "text_projection" else tensor
+        stacked, part = file.get_slice(ldm), "qkv".index(name[name.index("_proj") - 1])
+        size = stacked.get_shape()[0] // 3
+        return stacked[part * size : (part + 1) * size]
+    tensor = file.get_tensor(ldm)
+    return tensor.T if ldm.endswith(".text_projection") else tensor
 
 
 def _prediction(file: Any, found: Mapping[str, Any], metadata: Mapping[str, str], family: Family) -> str:
@@ -186,8 +189,7 @@ def _from_folder(path: Path, dtype: torch.dtype) -> Backbone:
             texts = [_encoder(part(one.kind, one.folder), one, tokenizer) for one in family.texts]
     except (OSError, ValueError, SafetensorError) as error:
         raise CheckpointError(f"The diffusers folder {path} can't be loaded: {error}") from None
-    if (channels := unet.config["in_channels"]) != 4:
-        raise CheckpointError(f"{path} holds a U-Net of {channels} input channels, such as an inpainting model. Teach the model it was made from.")
+    check_channels(path, unet.config["in_channels"])
     size = 8 * (unet.config["sample_size"] or family.size // 8)
     preset = "mini" if family is SD1 and size <= 128 else family.id
     prediction, zero_snr = scheduler.get("prediction_type", "epsilon"), scheduler.get("rescale_betas_zero_snr", False)
