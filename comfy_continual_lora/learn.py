@@ -24,6 +24,7 @@ from safetensors.torch import save
 from torch import Tensor, nn
 
 from .checkpoint.backbone import Backbone
+from .checkpoint.narrow import number_for, recast
 from .concepts import to_pil
 from .diffusion import generator_for, loss_per_example, noised, one_of, random_batch
 from .errors import TrainingError
@@ -113,13 +114,9 @@ def learn(backbone: Backbone, lesson: Lesson, settings: LearnSettings, snapshot:
 def number_format(backbone: Backbone, settings: ConsolidateSettings) -> Iterator[None]:
     """Put the frozen net into the number format of `settings`, where it stays, and inside the block checkpoint gradients if wanted.
 
-    "auto" is bf16 on a GPU that has it, fp16 on one that has not, fp32 elsewhere. Factors, optimizer and loss stay in float32. Checkpointing asks for
-    training mode; there is no dropout in the net.
+    Factors, optimizer and loss stay in float32. Checkpointing asks for training mode; there is no dropout in the net.
     """
-    precision, device = settings.precision, backbone.device
-    if precision == "auto":
-        precision = "fp32" if device.type != "cuda" else "bf16" if torch.cuda.is_bf16_supported() else "fp16"
-    nn.Module.to(backbone.unet, {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision])
+    recast(backbone.unet, number_for(settings.precision, backbone.device))
     if settings.checkpointing:
         backbone.unet.enable_gradient_checkpointing()
         backbone.unet.train()

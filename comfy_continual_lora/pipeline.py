@@ -26,7 +26,7 @@ from safetensors import safe_open
 from . import classifier, concepts, dsc, foreign, sample, solve, store, textspace
 from . import evaluate as evaluation
 from .checkpoint.backbone import Backbone, FrozenText
-from .checkpoint.load import load_backbone
+from .checkpoint.load import fingerprint, load_backbone
 from .errors import ConceptImagesError, SettingError, StackError
 from .export import Exported, export_files
 from .fisher import Target, fisher
@@ -156,7 +156,7 @@ def learn_concept(request: LearnRequest, on_progress: OnProgress = ignore) -> Le
     request.settings.check()
     concepts.find_images(request.images)  # the cheapest mistakes first, before a checkpoint is loaded
     path = request.stack_file
-    backbone = _load(request, on_progress)
+    backbone = _load(request, on_progress, request.settings.precision)
     with store.writing(path):
         stack = _stack(request, backbone)
         concepts.check_token(request.token, stack.tokens, backbone.is_known_word)
@@ -193,7 +193,7 @@ def consolidate(request: ConsolidateRequest, on_progress: OnProgress = ignore) -
     request.settings.check()
     concepts.find_images(request.images)
     path = request.stack_file
-    backbone = _load(request, on_progress)
+    backbone = _load(request, on_progress, request.settings.precision)
     with store.writing(path):
         stack = _stack(request, backbone)
         if len(stack.records) < 2 or stack.adapter is None:
@@ -335,13 +335,13 @@ def evaluate(request: EvaluateRequest, on_progress: OnProgress = ignore) -> eval
 
 
 def info(checkpoint: Path, stack: Path | None = None) -> dict[str, Any]:
-    """What a checkpoint has learned, read from the stack's header alone; the checkpoint is loaded only where there is no stack yet."""
+    """What a checkpoint has learned, read from the stack's header alone; the checkpoint is looked into only where there is no stack yet."""
     path = stack or store.stack_path(checkpoint)
     if not path.exists():
         return {
             "concepts": [],
             "stack_file": str(path),
-            "fingerprint": load_backbone(checkpoint).fingerprint,
+            "fingerprint": fingerprint(checkpoint),
             "rank": None,
             "trainable_parameters": 0,
         }
@@ -371,9 +371,9 @@ def undo(checkpoint: Path, stack: Path | None = None) -> store.ConceptRecord:
     return record
 
 
-def _load(request: Request, on_progress: OnProgress) -> Backbone:
+def _load(request: Request, on_progress: OnProgress, precision: str = "auto") -> Backbone:
     on_progress(Progress("load", 0, 1))
-    return load_backbone(request.checkpoint, device=request.device)
+    return load_backbone(request.checkpoint, device=request.device, precision=precision)
 
 
 def _stack(request: Request, backbone: Backbone) -> store.ConceptStack:

@@ -128,8 +128,10 @@ class ConsolidateSettings(Settings):
     fit: str = setting("crop", "pictures that are not square are cropped to the middle or padded with their edge", choices=("crop", "pad"))
     flip: bool | None = setting(None, "also learn from the mirrored pictures; switch off for things with writing on them")
     precision: str = setting(
-        "auto", "number format of the frozen checkpoint while learning; auto takes bf16 or fp16 where the device is faster with it",
-        choices=("auto", "fp32", "bf16", "fp16"),
+        "auto",
+        "number format of the frozen checkpoint while learning; auto takes bf16 or fp16 where the device is faster with it, fp8 stores it in half "
+        "as much again",
+        choices=("auto", "fp32", "bf16", "fp16", "fp8"),
     )  # fmt: skip
     checkpointing: bool = setting(False, "gradient checkpointing: less memory, about a third more time")
     snapshot_every: int = setting(50, "steps between snapshots; an interrupted run goes on from the last", low=1)

@@ -7,13 +7,13 @@ encoders a word's vector is both encoders' vectors end to end, as their features
 
 from __future__ import annotations
 
-import hashlib
 import re
-from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -28,7 +28,7 @@ KV_MODULES = r".*\.attn2\.to_[kv]"
 
 @dataclass(eq=False)
 class Backbone:
-    """A loaded checkpoint. All parts are frozen; `unet` may carry adapters."""
+    """A loaded checkpoint. All parts are frozen; `unet` may carry adapters; the VAE waits in main memory while it is not asked."""
 
     path: Path
     unet: UNet2DConditionModel
@@ -37,6 +37,7 @@ class Backbone:
     tokenizer: CLIPTokenizer
     preset: str  # which row of settings.PRESETS suits it
     size: int  # pixels a side it was trained at
+    fingerprint: str  # SHA-256 of the K/V weights as the file has them: says whether a stack was made for this checkpoint
     prediction: str = "epsilon"  # what the net answers, in diffusers' words: "epsilon", the noise, or "v_prediction"
     zero_snr: bool = False  # whether nothing of the picture is left at the last timestep
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
@@ -49,26 +50,10 @@ class Backbone:
     def parts(self) -> list[nn.Module]:
         return [self.unet, self.vae, *(encoder.model for encoder in self.text_encoders)]
 
-    def to(self, device: torch.device) -> Backbone:
-        """Move every part to `device`, in place."""
-        self.device = device
-        for part in self.parts:
-            part.to(device)
-        return self
-
     @cached_property
     def kv_layers(self) -> dict[str, nn.Linear]:
         """The layers an adapter changes, by their diffusers names: K and V of every cross-attention. Taken before any adapter is attached."""
         return {name: module for name, module in self.unet.named_modules() if isinstance(module, nn.Linear) and re.fullmatch(KV_MODULES, name)}
-
-    @cached_property
-    def fingerprint(self) -> str:
-        """SHA-256 of the K/V weights: says whether a stack was made for this checkpoint."""
-        digest = hashlib.sha256()
-        for name, layer in sorted(self.kv_layers.items()):
-            digest.update(f"{name}{tuple(layer.weight.shape)}".encode())
-            digest.update(layer.weight.detach().float().cpu().numpy().tobytes())
-        return digest.hexdigest()
 
     @property
     def gradient_scale(self) -> float:
@@ -87,7 +72,8 @@ class Backbone:
     @torch.no_grad()
     def encode_images(self, images: Tensor) -> Tensor:
         """(n, 3, h, w) -> latents (n, 4, h/8, w/8), scaled; the mean of the posterior, so the same picture gives the same latent."""
-        encoded = [self.vae.encode(image[None].to(self.device)) for image in images]
+        with self._vae_here() as vae:
+            encoded = [vae.encode(image[None].to(self.device)) for image in images]
         latents = [e.latents if isinstance(self.vae, AutoencoderTiny) else e.latent_dist.mean for e in encoded]  # type: ignore[union-attr]
         return torch.cat(latents) * self.vae.config["scaling_factor"]
 
@@ -95,7 +81,16 @@ class Backbone:
     def decode_latents(self, latents: Tensor) -> Tensor:
         """Latents (n, 4, h, w) -> pictures (n, 3, 8h, 8w) in -1..1 on the CPU."""
         scaled = latents / self.vae.config["scaling_factor"]
-        return torch.cat([self.vae.decode(one[None]).sample for one in scaled]).clamp(-1, 1).float().cpu()  # type: ignore[union-attr]
+        with self._vae_here() as vae:
+            return torch.cat([vae.decode(one[None]).sample for one in scaled]).clamp(-1, 1).float().cpu()
+
+    @contextmanager
+    def _vae_here(self) -> Iterator[Any]:
+        """The VAE is on the device inside the block only: learning needs the memory, and pictures are few."""
+        try:
+            yield nn.Module.to(self.vae, self.device)
+        finally:
+            nn.Module.to(self.vae, "cpu")
 
     def encode_prompts(self, prompts: Sequence[str], words: Mapping[str, Tensor] | None = None) -> Tensor:
         """Text features (n, 77, d), or (n, 78, d) with pooled text.
