@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import io
 import json
+import os
 import signal
 import sys
 import textwrap
+from contextlib import nullcontext, redirect_stdout
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +18,7 @@ from .errors import Cancelled, ContinualLoraError, SettingError
 from .progress import Progress
 from .settings import ConsolidateSettings, DrawSettings, EvaluateSettings, LearnSettings, ScoreSettings, SolveSettings, said, suiting
 
+FIRST = os.environ.get("RANK", "0") == "0"  # of several processes (`parallel`) one speaks
 EPILOG = "Everything learned about a checkpoint lies in one file beside it: <checkpoint>.concepts.safetensors. Nothing is ever downloaded."
 
 
@@ -23,7 +27,8 @@ def main(argv: list[str] | None = None) -> int:
     arguments = _parser().parse_args(argv)
     bar = _Bar()
     try:
-        arguments.run(arguments, bar)
+        with nullcontext() if FIRST else redirect_stdout(io.StringIO()):
+            arguments.run(arguments, bar)
     except ContinualLoraError as error:
         bar.clear()
         print("\n".join(textwrap.fill(line, 110, break_long_words=False, break_on_hyphens=False) for line in f"continual-lora: {error}".splitlines()),
@@ -61,6 +66,8 @@ class _Bar:
                 else ""
             )
             raise Cancelled(f"({progress.stage}, step {progress.step} of {progress.steps}){kept}")
+        if not FIRST:
+            return
         line = f"{progress.stage:>11} {progress.step}/{progress.steps}"
         if progress.loss is not None:
             line += f"  loss {progress.loss:.4f}  rate {progress.rate:.2g}"

@@ -16,13 +16,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
 from torch import Tensor
 
 from .checkpoint.backbone import Backbone, FrozenText
 from .classifier import errors, predictions, soft_cross_entropy
 from .diffusion import generator_for, loss_per_example, noised, one_of, random_batch
-from .learn import Run, identity, number_format
+from .learn import Run, identity, number_format, optimizer_for
 from .lora import Adapter, attached, holding
 from .methods.method import Penalty
 from .progress import OnProgress
@@ -67,15 +66,15 @@ def consolidate(
     n = max(1, (settings.batch or 1) // 3)
     weights = {"a1": settings.dsc_a1, "a2": settings.dsc_a2, "b1": settings.dsc_b1, "b2": settings.dsc_b2}
     with number_format(backbone, settings), attached(backbone, adapter, trainable=True) as factors:
-        optimizer = torch.optim.AdamW([{"params": list(factors.values()), "lr": settings.rate * settings.dsc_rate, "weight_decay": 0.0}])
+        optimizer = optimizer_for([{"params": list(factors.values()), "lr": settings.rate * settings.dsc_rate, "weight_decay": 0.0}], settings)
         who = identity(backbone, settings, latents, {"newest": adapter, **{f"{i}": a for i, (_, a) in enumerate(teachers.past)}})
         run = Run("consolidate", factors, optimizer, settings, settings.dsc_steps, backbone.gradient_scale, snapshot, who)
 
-        def terms(step: int) -> dict[str, Tensor]:
+        def terms(step: int, rows: slice) -> dict[str, Tensor]:
             generator = generator_for(settings.seed, "dsc", step)
             chosen = generator if settings.dsc_redraw == "step" else generator_for(settings.seed, "dsc")
             old, past = one_of(teachers.past, chosen)
-            pick, timestep, noise = random_batch(latents, n, generator)
+            pick, timestep, noise = (drawn[rows] for drawn in random_batch(latents, n, generator))
             template = one_of(TEMPLATES, generator)
             features = text([template.format(name) for name in (newest, old, *([teachers.noun] if tau else []))])
             noisy, target = noised(backbone, latents[pick], noise, timestep)
@@ -93,5 +92,5 @@ def consolidate(
             found = {name: weights[name] * value.mean() for name, value in found.items()}
             return {**found, "penalty": penalty(factors)} if penalty else found
 
-        run.train(terms, on_progress)
+        run.train(terms, n, on_progress)
         return {name: p.detach().cpu().clone() for name, p in factors.items()}, run.losses

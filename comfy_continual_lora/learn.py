@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from PIL.Image import Image
@@ -27,13 +28,14 @@ from .checkpoint.backbone import Backbone
 from .checkpoint.narrow import number_for, recast
 from .concepts import to_pil
 from .diffusion import generator_for, loss_per_example, noised, one_of, random_batch
-from .errors import TrainingError
+from .errors import SettingError, TrainingError
 from .lora import Adapter, attached, joined
 from .methods import METHODS
 from .methods.method import Penalty
+from .parallel import average, is_first, shares
 from .progress import OnProgress, Progress
 from .sample import draw
-from .settings import ConsolidateSettings, DrawSettings, LearnSettings
+from .settings import MEANS, ConsolidateSettings, DrawSettings, LearnSettings
 from .store import write_whole
 
 
@@ -69,7 +71,7 @@ def learn(backbone: Backbone, lesson: Lesson, settings: LearnSettings, snapshot:
     """Learn one concept; `settings` are resolved.
 
     Stopped by `on_progress`, it leaves a snapshot and lets the exception through. The net stays in the number format it learned with.
-    Errors: TrainingError when the loss is not a number or memory runs out.
+    Errors: TrainingError when the loss is not a number.
     """
     trains_adapter = bool(METHODS[settings.method].adapter)
     latents = lesson.latents
@@ -86,12 +88,13 @@ def learn(backbone: Backbone, lesson: Lesson, settings: LearnSettings, snapshot:
         start |= {"weights": {"": lesson.weights}} if lesson.weights is not None else {}
         who = identity(backbone, settings, latents, start, lesson.prompts)
         assert settings.steps
-        run = Run("learn", trained, torch.optim.AdamW(groups), settings, settings.steps, backbone.gradient_scale, snapshot, who)
+        run = Run("learn", trained, optimizer_for(groups, settings), settings, settings.steps, backbone.gradient_scale, snapshot, who)
 
-        def terms(step: int) -> dict[str, Tensor]:
+        def terms(step: int, rows: slice) -> dict[str, Tensor]:
             generator = generator_for(settings.seed, step)
             pick, timestep, noise = random_batch(latents, settings.batch or 1, generator)
-            chosen = [one_of(lesson.prompts[int(i) % len(lesson.prompts)], generator) for i in pick]
+            chosen = [one_of(lesson.prompts[int(i) % len(lesson.prompts)], generator) for i in pick][rows]
+            pick, timestep, noise = pick[rows], timestep[rows], noise[rows]
             noisy, target = noised(backbone, latents[pick], noise, timestep)
             features = _features(backbone, chosen, {**lesson.words, lesson.token: vector})
             weight = None if lesson.weights is None else lesson.weights[pick]
@@ -103,7 +106,7 @@ def learn(backbone: Backbone, lesson: Lesson, settings: LearnSettings, snapshot:
                 progress = replace(progress, preview=_preview(backbone, lesson, vector))
             on_progress(progress)
 
-        run.train(terms, tell)
+        run.train(terms, settings.batch or 1, tell)
         kept = {k: v.detach().cpu().clone() for k, v in factors.items()} if factors else lesson.adapter
         if lesson.beneath and kept:
             kept = joined(lesson.beneath, kept)
@@ -112,7 +115,7 @@ def learn(backbone: Backbone, lesson: Lesson, settings: LearnSettings, snapshot:
 
 @contextmanager
 def number_format(backbone: Backbone, settings: ConsolidateSettings) -> Iterator[None]:
-    """Put the frozen net into the number format of `settings`, where it stays, and inside the block checkpoint gradients if wanted.
+    """Put the frozen net into the number format of `settings`, where it stays, and inside the block checkpoint gradients and compile if wanted.
 
     Factors, optimizer and loss stay in float32. Checkpointing asks for training mode; there is no dropout in the net.
     """
@@ -120,9 +123,12 @@ def number_format(backbone: Backbone, settings: ConsolidateSettings) -> Iterator
     if settings.checkpointing:
         backbone.unet.enable_gradient_checkpointing()
         backbone.unet.train()
+    if settings.compile:
+        backbone.unet.compile()
     try:
         yield
     finally:
+        backbone.unet._compiled_call_impl = None
         if settings.checkpointing:
             backbone.unet.disable_gradient_checkpointing()
             backbone.unet.eval()
@@ -139,10 +145,10 @@ class Run:
         self.steps, self.scale, self.path, self.identity = steps, scale, path, identity
         self.step, self.losses, self.whole = 0, [], True
 
-    def train(self, terms: Callable[[int], dict[str, Tensor]], on_progress: OnProgress) -> None:
-        """Go on from the snapshot to the last step, minimising the sum of `terms(step)`; whatever stops it between two steps leaves a snapshot.
+    def train(self, terms: Callable[[int, slice], dict[str, Tensor]], n: int, on_progress: OnProgress) -> None:
+        """Go on from the snapshot to the last step, minimising the sum of `terms(step, rows)`, means over these of the step's n pictures.
 
-        Errors: TrainingError when the loss is not a number or memory runs out.
+        Whatever stops it between two steps leaves a snapshot, want of memory too. Errors: TrainingError when the loss is not a number.
         """
         self.resume()
         rates = [group["lr"] for group in self.optimizer.param_groups]
@@ -151,18 +157,12 @@ class Run:
             while self.step < self.steps:
                 for group, rate in zip(self.optimizer.param_groups, rates, strict=True):
                     group["lr"] = rate * min(1.0, (self.step + 1) / max(1, self.settings.warmup))
-                found = terms(self.step)
-                self.update(torch.stack(list(found.values())).sum())
+                found = self.update(terms, n)
                 if self.step % self.settings.snapshot_every == 0 or self.step == self.steps:
                     self.save()
                 left = (time.monotonic() - started) / (self.step - first) * (self.steps - self.step)
-                parts = {name: float(value.detach()) for name, value in found.items()} if len(found) > 1 else {}
+                parts = found if len(found) > 1 else {}
                 on_progress(Progress(self.stage, self.step, self.steps, self.losses[-1], self.optimizer.param_groups[-1]["lr"], left, parts))
-        except torch.cuda.OutOfMemoryError as error:
-            raise TrainingError(
-                f"Memory ran out at step {self.step} of {self.stage} ({error}). Take a smaller batch or size, or gradient checkpointing; "
-                "the same command then goes on from the last snapshot where the settings are the same."
-            ) from None
         except TrainingError:
             raise
         except BaseException:
@@ -170,29 +170,39 @@ class Run:
                 self.save()
             raise
 
-    def update(self, loss: Tensor) -> None:
-        """One optimizer step; the gradient travels `scale` times larger (`Backbone.gradient_scale`).
+    def update(self, terms: Callable[[int, slice], dict[str, Tensor]], n: int) -> dict[str, float]:
+        """One optimizer step, `settings.accumulate` parts of it one after the other; returns the terms of its loss.
 
-        Errors: TrainingError for a loss that is not a number.
+        The gradient travels `scale` times larger (`Backbone.gradient_scale`). Errors: TrainingError for a loss that is not a number.
         """
-        value = loss.item()
-        if not math.isfinite(value):
-            raise TrainingError(
-                f"The loss became {value} at step {self.step + 1}, so learning stopped; nothing was stored. "
-                "A lower --lr or --precision fp32 usually helps."
-            )
         self.optimizer.zero_grad(set_to_none=True)
-        (loss * self.scale).backward()
-        for p in self.parameters.values():
+        found, value, parameters = {}, 0.0, list(self.parameters.values())
+        for rows, share in shares(n, self.settings.accumulate):
+            means = terms(self.step, rows)
+            loss = torch.stack(list(means.values())).sum()
+            value += share * loss.item()
+            if not math.isfinite(value):
+                raise TrainingError(
+                    f"The loss became {value} at step {self.step + 1}, so learning stopped; nothing was stored. "
+                    "A lower --lr or --precision fp32 usually helps."
+                )
+            (loss * share * self.scale).backward()
+            for name, mean in means.items():
+                found[name] = found.get(name, 0.0) + share * float(mean.detach())
+        for p in parameters:
             p.grad = None if p.grad is None else p.grad / self.scale
-        nn.utils.clip_grad_norm_(list(self.parameters.values()), self.settings.clip)
+        value = average(parameters, value)
+        nn.utils.clip_grad_norm_(parameters, self.settings.clip)
         self.whole = False
         self.optimizer.step()
         self.step += 1
         self.losses.append(value)
         self.whole = True
+        return found
 
     def save(self) -> None:
+        if not is_first():
+            return
         tensors = {f"value.{name}": p.detach().cpu() for name, p in self.parameters.items()}
         for name, p in self.parameters.items():
             for key, value in self.optimizer.state.get(p, {}).items():
@@ -221,14 +231,30 @@ class Run:
             for name, p in self.parameters.items():
                 p.copy_(tensors[f"value.{name}"])
                 state = {k.split(".", 2)[1]: v for k, v in tensors.items() if k.startswith("state.") and k.split(".", 2)[2] == name}
-                self.optimizer.state[p] = {k: v if k == "step" else v.to(p.device) for k, v in state.items()}
+                self.optimizer.state[p] = {k: _as_it_was(k, v, p.device) for k, v in state.items()}
+
+
+def _as_it_was(name: str, value: Tensor, device: torch.device) -> Tensor | int:
+    """A piece of an optimizer's state out of a snapshot: AdamW counts steps in a tensor of the CPU, bitsandbytes in a plain number."""
+    return value.to(device) if name != "step" else value if value.is_floating_point() else int(value)
+
+
+def optimizer_for(groups: list[dict[str, Any]], settings: ConsolidateSettings) -> torch.optim.Optimizer:
+    """Errors: SettingError where bitsandbytes is asked for and not there."""
+    if settings.optimizer == "adamw":
+        return torch.optim.AdamW(groups)
+    try:
+        from bitsandbytes.optim import AdamW8bit  # pyright: ignore[reportMissingImports]
+    except ImportError as error:
+        raise SettingError(f"optimizer adamw8bit needs bitsandbytes ({error}). Install it (pip install bitsandbytes), or take adamw.") from None
+    return AdamW8bit(groups)
 
 
 def identity(
     backbone: Backbone, settings: ConsolidateSettings, latents: Tensor, start: Mapping[str, Adapter | None], prompts: Sequence[Sequence[str]] = ()
 ) -> str:
     """A hash of all that decides how a run goes; a snapshot is used only by the very run that wrote it."""
-    choices = {k: v for k, v in asdict(settings).items() if k not in ("snapshot_every", "preview_every")}
+    choices = {k: v for k, v in asdict(settings).items() if k not in MEANS}
     digest = hashlib.sha256(json.dumps([backbone.fingerprint, prompts, choices]).encode())
     tensors = {f"{part}/{name}": tensor for part, adapter in start.items() for name, tensor in (adapter or {}).items()}
     for name, tensor in sorted({"latents": latents, **tensors}.items()):

@@ -11,8 +11,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import KW_ONLY, asdict, dataclass, field, replace
 from datetime import datetime, timezone
 from pathlib import Path
@@ -23,11 +24,11 @@ import torch.nn.functional as F
 from PIL import Image
 from safetensors import safe_open
 
-from . import classifier, concepts, dsc, foreign, sample, solve, store, textspace
+from . import classifier, concepts, dsc, foreign, parallel, sample, solve, store, textspace
 from . import evaluate as evaluation
 from .checkpoint.backbone import Backbone, FrozenText
 from .checkpoint.load import fingerprint, load_backbone
-from .errors import ConceptImagesError, SettingError, StackError
+from .errors import ConceptImagesError, SettingError, StackError, TrainingError
 from .export import Exported, export_files
 from .fisher import Target, fisher
 from .learn import Learned, Lesson, learn, number_format
@@ -35,7 +36,7 @@ from .lora import Adapter, attached, grown, kind_of, new_adapter, rank_of
 from .methods import METHODS
 from .methods.method import Penalty
 from .progress import OnProgress, Progress, ignore
-from .settings import TEMPLATES, ConsolidateSettings, DrawSettings, EvaluateSettings, LearnSettings, ScoreSettings, SolveSettings
+from .settings import MEANS, TEMPLATES, ConsolidateSettings, DrawSettings, EvaluateSettings, LearnSettings, ScoreSettings, SolveSettings
 
 
 @dataclass(frozen=True)
@@ -151,13 +152,34 @@ class Drawn:
     image: Image.Image
 
 
+@contextmanager
+def _telling_memory() -> Iterator[None]:
+    """Whatever wants more memory than there is says what needs less. Errors: TrainingError."""
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        if not isinstance(error, MemoryError) and not re.search(r"out of memory|can't allocate memory|not enough memory", str(error), re.IGNORECASE):
+            raise
+        said = str(error).strip().splitlines()
+        raise TrainingError(
+            f"Memory ran out ({said[0] if said else 'main memory'}). Less is needed with --checkpointing, with a larger --accumulate, with "
+            "--precision fp8, or with a smaller --size or --batch; to draw and to score, with a smaller --size or --rows. What was stored is untouched, and learning goes on from its snapshot, with other --checkpointing and --accumulate too."
+        ) from None
+
+
+@_telling_memory()
 def learn_concept(request: LearnRequest, on_progress: OnProgress = ignore) -> LearnResult:
     """Teach the checkpoint one more concept and put it on its stack. A stopped run goes on when the same request comes again."""
+    with parallel.together(request.device) as device:
+        return _learn_concept(replace(request, device=device), on_progress)
+
+
+def _learn_concept(request: LearnRequest, on_progress: OnProgress) -> LearnResult:
     request.settings.check()
     concepts.find_images(request.images)  # the cheapest mistakes first, before a checkpoint is loaded
     path = request.stack_file
     backbone = _load(request, on_progress, request.settings.precision)
-    with store.writing(path):
+    with _writing(path):
         stack = _stack(request, backbone)
         concepts.check_token(request.token, stack.tokens, backbone.is_known_word)
         if not request.noun.strip():
@@ -175,6 +197,9 @@ def learn_concept(request: LearnRequest, on_progress: OnProgress = ignore) -> Le
             stack.tau = newest.calibrated(adapter)
         if method.consolidation in ("distillation", "scores") and adapter and newest.past:
             adapter, _ = newest.consolidated(adapter, method.consolidation == "scores", path)
+        parallel.wait()  # until all have read the stack that is to be written now
+        if not parallel.is_first():
+            return LearnResult(record, learned.losses, path)
         if method.importance and adapter:
             stack.fishers[record.id] = newest.fisher(adapter)
         stack.add(record, learned.word, adapter)
@@ -188,6 +213,7 @@ def learn_concept(request: LearnRequest, on_progress: OnProgress = ignore) -> Le
     return LearnResult(record, learned.losses, path)
 
 
+@_telling_memory()
 def consolidate(request: ConsolidateRequest, on_progress: OnProgress = ignore) -> LearnResult:
     """Diffusion Scores Consolidation of the newest concept with all its terms, by itself; the stack's newest adapter and Fisher are replaced."""
     request.settings.check()
@@ -218,6 +244,7 @@ def consolidate(request: ConsolidateRequest, on_progress: OnProgress = ignore) -
     return LearnResult(record, losses, path)
 
 
+@_telling_memory()
 def consolidate_in_closed_form(request: SolveRequest, on_progress: OnProgress = ignore) -> solve.Consolidated:
     """Solve for the one LoRA that does to every concept's prompts what the adapter right after it did. No pictures, no U-Net, no chance."""
     with _changing(request, on_progress) as (backbone, stack):
@@ -277,6 +304,7 @@ def learned_before(request: LearnRequest) -> store.ConceptRecord | None:
     return next((record for record in store.read_records(request.stack_file) if record.request == digest), None)
 
 
+@_telling_memory()
 def dc_scores(request: ScoreRequest, on_progress: OnProgress = ignore) -> list[Scored]:
     """Which concept, or which class noun without one (c_0), each picture shows. A folder may hold folders: each one's name is the right answer."""
     request.settings.check()
@@ -299,6 +327,7 @@ def dc_scores(request: ScoreRequest, on_progress: OnProgress = ignore) -> list[S
     return found
 
 
+@_telling_memory()
 def draw(request: DrawRequest, on_progress: OnProgress = ignore) -> list[Drawn]:
     """Draw every prompt `settings.count` times."""
     request.settings.check()
@@ -312,6 +341,7 @@ def draw(request: DrawRequest, on_progress: OnProgress = ignore) -> list[Drawn]:
     return [Drawn(prompt, seed, concepts.to_pil(picture)) for prompt, seed, picture in zip(prompts, seeds, pictures, strict=True)]
 
 
+@_telling_memory()
 def evaluate(request: EvaluateRequest, on_progress: OnProgress = ignore) -> evaluation.Retention:
     """Draw every concept with every version of the stack since it was learned, and tell how much is kept."""
     request.settings.check()
@@ -369,6 +399,13 @@ def undo(checkpoint: Path, stack: Path | None = None) -> store.ConceptRecord:
         record = held.undo()
         store.save_stack(held, path)
     return record
+
+
+@contextmanager
+def _writing(path: Path) -> Iterator[None]:
+    """`store.writing` for the one process that writes."""
+    with store.writing(path) if parallel.is_first() else nullcontext():
+        yield
 
 
 def _load(request: Request, on_progress: OnProgress, precision: str = "auto") -> Backbone:
@@ -488,12 +525,14 @@ class _Newest:
     def fisher(self, adapter: Adapter) -> Adapter:
         tau = self.tau if METHODS[self.settings.method].importance == "scores" else None
         target = Target(self.latents, self.record.name, self.record.noun, [record.name for record in self.stack.records], tau)
-        with number_format(self.backbone, self.settings), attached(self.backbone, adapter, trainable=True) as factors:
-            return fisher(self.backbone, factors, target, self.text, self.settings, self.on_progress)
+        rows = max(1, (self.settings.batch or 1) // self.settings.accumulate)  # its samples are single ones, so it takes fewer at a time
+        settings = replace(self.settings, batch=rows, compile=False)  # it watches layers, which a compiled net has not
+        with number_format(self.backbone, settings), attached(self.backbone, adapter, trainable=True) as factors:
+            return fisher(self.backbone, factors, target, self.text, settings, self.on_progress)
 
 
 def _digest(images: Path | list[Path], settings: ConsolidateSettings, *words: str) -> str:
-    choices = {k: v for k, v in asdict(settings).items() if k not in ("snapshot_every", "preview_every")}
+    choices = {k: v for k, v in asdict(settings).items() if k not in MEANS}
     digest = hashlib.sha256(json.dumps([*words, choices], sort_keys=True).encode())
     for path in concepts.find_images(images):
         mask = concepts.mask_file(path)

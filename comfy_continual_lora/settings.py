@@ -16,6 +16,8 @@ METHODS = (
     "lora_dsc_ewc_dc", "retention", "closed_form",
 )  # fmt: skip
 SOLVERS = ("dpm++", "ddim")
+# Settings that say how the same numbers are come to: a run may go on with others of them.
+MEANS = ("snapshot_every", "preview_every", "checkpointing", "accumulate", "compile")
 TEMPLATES = (
     "a photo of a {}",
     "photo of a {}",
@@ -134,6 +136,12 @@ class ConsolidateSettings(Settings):
         choices=("auto", "fp32", "bf16", "fp16", "fp8"),
     )  # fmt: skip
     checkpointing: bool = setting(False, "gradient checkpointing: less memory, about a third more time")
+    accumulate: int = setting(1, "parts a step's pictures are taken in, one after the other: less memory, the same step", low=1, high=256)
+    optimizer: str = setting(
+        "adamw", "adamw, or adamw8bit of bitsandbytes: its state takes a quarter, which counts where all of K and V learn (custom_diffusion)",
+        choices=("adamw", "adamw8bit"),
+    )  # fmt: skip
+    compile: bool = setting(False, "compile the net with torch.compile first: minutes at the start, less time for each step")
     snapshot_every: int = setting(50, "steps between snapshots; an interrupted run goes on from the last", low=1)
     dc_scale: str = setting(
         "calibrated", "temperature of the DC scores: calibrated on the first concept, or 1 on mean or on summed errors (for comparison)",

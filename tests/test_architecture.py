@@ -26,7 +26,7 @@ LAYERS = (
     ("mini",),
     ("methods",),
     ("ewc", "textspace"),
-    ("store", "concepts", "diffusion", "lora", "metrics"),
+    ("store", "concepts", "diffusion", "lora", "metrics", "parallel"),
     ("checkpoint",),
     ("progress", "settings", "files", "curves"),
     ("errors",),

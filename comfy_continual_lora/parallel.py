@@ -1,0 +1,70 @@
+"""Several processes learn one concept together, started by `accelerate launch` or `torchrun`: each takes its share of every batch.
+
+Every draw is a function of (seed, step), so each process knows the whole batch, and what travels, once a step, is the gradient of the few numbers
+that learn. All of them end with the same numbers; the first one writes them down.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from itertools import pairwise
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+
+def place() -> tuple[int, int]:
+    """This process's number, from 0, and how many there are."""
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_available() and dist.is_initialized() else (0, 1)
+
+
+def is_first() -> bool:
+    return place()[0] == 0
+
+
+def wait() -> None:
+    """Until all processes are here."""
+    if place()[1] > 1:
+        dist.barrier()
+
+
+@contextmanager
+def together(device: str) -> Iterator[str]:
+    """Inside the block this process is one of those it was started with; yields its device. Nothing happens where it was started alone."""
+    started = {"RANK", "WORLD_SIZE", "MASTER_ADDR"} <= os.environ.keys() and int(os.environ["WORLD_SIZE"]) > 1
+    if not started or dist.is_initialized():
+        yield device
+        return
+    cuda = device in ("auto", "cuda") and torch.cuda.is_available()
+    dist.init_process_group("nccl" if cuda else "gloo")
+    try:
+        yield f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if cuda else device
+    finally:
+        dist.destroy_process_group()
+
+
+def shares(n: int, accumulate: int) -> list[tuple[slice, float]]:
+    """What this process takes of n rows, in at most `accumulate` parts, and the weight of each part's mean.
+
+    The sum of the weighted means, averaged over the processes (`average`), is the mean over all rows.
+    """
+    number, count = place()
+    bounds = [n * i // (accumulate * count) for i in range(accumulate * count + 1)]
+    parts = [slice(*ends) for i, ends in enumerate(pairwise(bounds)) if i % count == number and ends[0] < ends[1]]
+    return [(rows, (rows.stop - rows.start) * count / n) for rows in parts]
+
+
+def average(parameters: Sequence[nn.Parameter], value: float) -> float:
+    """Give every parameter its mean gradient over all processes, one that is missing counting as zero; returns the mean of `value`."""
+    if place()[1] == 1:
+        return value
+    gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
+    whole = torch.cat([*(g.flatten() for g in gradients), gradients[0].new_tensor([value])])
+    dist.all_reduce(whole)
+    whole /= place()[1]
+    for p, part in zip(parameters, whole[:-1].split([p.numel() for p in parameters]), strict=True):
+        p.grad = part.view_as(p).clone()
+    return float(whole[-1])
