@@ -119,6 +119,8 @@ def _learn(arguments: argparse.Namespace, bar: _Bar) -> None:
 
     settings = LearnSettings(**_given(arguments, LearnSettings))
     request = pipeline.LearnRequest(arguments.checkpoint, arguments.images, arguments.token, arguments.noun, settings, **_where(arguments))
+    if arguments.plan:
+        return _plan(arguments, dataclasses.asdict(pipeline.plan(request)))
 
     def show(progress: Progress) -> None:
         if progress.preview is not None:
@@ -132,6 +134,28 @@ def _learn(arguments: argparse.Namespace, bar: _Bar) -> None:
     else:
         print(f"Learned {result.record.token} ({result.record.noun}) from {result.record.images} pictures; stored in {result.stack_file}")
         print(f'Try: continual-lora draw --checkpoint {arguments.checkpoint} --prompt "a photo of a {result.record.token} {result.record.noun}"')
+
+
+def _plan(arguments: argparse.Namespace, found: dict[str, Any]) -> None:
+    if arguments.json:
+        print(json.dumps(found))
+        return
+
+    def line(name: str, size: int, note: str = "") -> None:
+        print(f"  {name:<36} {size / 1e6:>9,.0f} MB  {note}".rstrip())
+
+    waits = "" if found["device"] == "cpu" else "in main memory while it learns"
+    print(f"{found['family']}, {found['size']} x {found['size']} pixels, {found['rows']} at once, on {found['device']}. Memory, about:")
+    for name, (size, number) in found["weights"].items():
+        line(name, size, f"{number} {waits if name == 'VAE' else ''}")
+    line("adapter and word", found["learned"])
+    line("their gradients and optimizer", found["optimizer"])
+    line("activations", found["activations"])
+    line("peak", found["peak"], "" if found["device"] == "cpu" else "and what the driver takes for itself")
+    print("Files:")
+    line("stack", found["stack_file"], "and the version before it")
+    line("exported LoRA and embedding", found["exported"])
+    print("Time: not known for this device before the first steps, which tell it.")
 
 
 def _draw(arguments: argparse.Namespace, bar: _Bar) -> None:
@@ -361,6 +385,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     learn.add_argument("--token", required=True, help="the new word, such as V1")
     learn.add_argument("--noun", required=True, help="what kind of thing it is, such as teapot")
+    learn.add_argument("--plan", action="store_true", help="learn nothing: say what memory and files it would take, without loading the checkpoint")
     _add_settings(learn, LearnSettings)
 
     consolidate = command("consolidate", _consolidate, "strengthen earlier concepts once more against the newest one (DSC)", device=True)

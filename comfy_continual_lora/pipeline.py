@@ -26,6 +26,7 @@ from safetensors import safe_open
 
 from . import classifier, concepts, dsc, foreign, parallel, sample, solve, store, textspace
 from . import evaluate as evaluation
+from . import plan as planning
 from .checkpoint.backbone import Backbone, FrozenText
 from .checkpoint.load import fingerprint, load_backbone
 from .errors import ConceptImagesError, SettingError, StackError, TrainingError
@@ -163,7 +164,8 @@ def _telling_memory() -> Iterator[None]:
         said = str(error).strip().splitlines()
         raise TrainingError(
             f"Memory ran out ({said[0] if said else 'main memory'}). Less is needed with --checkpointing, with a larger --accumulate, with "
-            "--precision fp8, or with a smaller --size or --batch; to draw and to score, with a smaller --size or --rows. What was stored is untouched, and learning goes on from its snapshot, with other --checkpointing and --accumulate too."
+            "--precision fp8, or with a smaller --size or --batch; to draw and to score, with a smaller --size or --rows. learn --plan tells how "
+            "much. What was stored is untouched, and learning goes on from its snapshot, with other --checkpointing and --accumulate too."
         ) from None
 
 
@@ -296,6 +298,12 @@ def _changing(request: SolveRequest | ImportRequest, on_progress: OnProgress) ->
         stack = _stack(request, backbone)
         yield backbone, stack
         store.save_stack(stack, request.stack_file)
+
+
+def plan(request: LearnRequest) -> planning.Plan:
+    """What learning this will take, told without loading the checkpoint."""
+    request.settings.check()
+    return planning.plan(request.checkpoint, request.stack_file, request.settings, request.device)
 
 
 def learned_before(request: LearnRequest) -> store.ConceptRecord | None:

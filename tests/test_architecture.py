@@ -20,7 +20,7 @@ LAYERS = (
     ("demo", "webui", "worker"),
     ("report",),
     ("pipeline",),
-    ("dsc", "export", "evaluate"),
+    ("dsc", "export", "evaluate", "plan"),
     ("learn", "sample", "fisher", "solve", "foreign"),
     ("classifier",),
     ("mini",),

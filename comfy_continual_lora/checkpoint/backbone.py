@@ -26,6 +26,10 @@ from .text import TextEncoder
 KV_MODULES = r".*\.attn2\.to_[kv]"
 
 
+def kv_layers(unet: nn.Module) -> dict[str, nn.Linear]:
+    return {name: module for name, module in unet.named_modules() if isinstance(module, nn.Linear) and re.fullmatch(KV_MODULES, name)}
+
+
 @dataclass(eq=False)
 class Backbone:
     """A loaded checkpoint. All parts are frozen; `unet` may carry adapters; the VAE waits in main memory while it is not asked."""
@@ -53,7 +57,7 @@ class Backbone:
     @cached_property
     def kv_layers(self) -> dict[str, nn.Linear]:
         """The layers an adapter changes, by their diffusers names: K and V of every cross-attention. Taken before any adapter is attached."""
-        return {name: module for name, module in self.unet.named_modules() if isinstance(module, nn.Linear) and re.fullmatch(KV_MODULES, name)}
+        return kv_layers(self.unet)
 
     @property
     def gradient_scale(self) -> float:

@@ -58,10 +58,14 @@ def put(module: nn.Module, name: str, weight: Tensor, number: torch.dtype, store
     setattr(layer, leaf, nn.Parameter(weight.to(number), requires_grad=False))
 
 
+def is_large(name: str, weight: Tensor) -> bool:
+    """Whether 8 bits are for this weight of a U-Net: a matrix of its blocks, but not K and V of cross-attention, whose own values are asked for."""
+    return weight.ndim > 1 and re.match(r"(down_blocks|mid_block|up_blocks)\.(?!.*attn2\.to_[kv])", name) is not None
+
+
 def put_unet(unet: nn.Module, name: str, weight: Tensor, number: torch.dtype) -> None:
-    """`put` for the U-Net. In 8 bits are the matrices of its blocks, but for K and V of cross-attention, whose own values are asked for."""
-    large = weight.ndim > 1 and re.match(r"(down_blocks|mid_block|up_blocks)\.(?!.*attn2\.to_[kv])", name)
-    put(unet, name, weight, computed_in(number, weight.device), FP8 if number == FP8 and large else None)
+    """`put` for the U-Net."""
+    put(unet, name, weight, computed_in(number, weight.device), FP8 if number == FP8 and is_large(name, weight) else None)
 
 
 def recast(unet: nn.Module, number: torch.dtype) -> None:

@@ -1,0 +1,204 @@
+"""What learning will take, told before a weight is read: memory by part, and the sizes of the files.
+
+in: the header of a checkpoint (or a folder's configurations), settings, a device - out: `Plan`, all sizes in bytes.
+
+Weights, adapter and optimizer are counted. Activations are too: the net goes through one step on the meta device, where tensors have shapes and no
+numbers, and what autograd would keep for the way back is added up. benchmarks/LOG.md says how close that came to what was measured.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from math import ceil
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .checkpoint.backbone import kv_layers
+from .checkpoint.load import Layout, described, pick_device
+from .checkpoint.narrow import FP8, NUMBERS, computed_in, is_large, number_for
+from .methods import METHODS
+from .settings import LearnSettings
+from .store import read_header
+
+_SAID = {number: name for name, number in NUMBERS.items()}
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Sizes in bytes. `weights` by part, each with its number format. `peak` is the device's: beside a GPU the VAE waits in main memory."""
+
+    family: str
+    device: str
+    size: int  # pixels a side
+    rows: int  # pictures that go through the net at once
+    weights: dict[str, tuple[int, str]]
+    learned: int  # adapter and word
+    optimizer: int  # its state and the gradient
+    activations: int
+    peak: int
+    stack_file: int
+    exported: int  # the LoRA and the embedding
+    seconds: float | None = None  # not known before the first steps, which tell it
+
+
+def plan(checkpoint: Path, stack: Path, settings: LearnSettings, device: str) -> Plan:
+    """What this run takes. Errors: CheckpointError as in `load_backbone`, SettingError for a setting out of its range."""
+    here = pick_device(device)
+    with described(checkpoint) as (layout, file):
+        settings = settings.resolved(layout.preset)
+        number, header = number_for(settings.precision, here), read_header(stack) if stack.exists() else {}
+        rank, size = header.get("rank") or settings.rank or 1, settings.size or layout.size
+        rows = ceil((settings.batch or 1) / settings.accumulate)
+        weights = _weights(layout, file, number, here)
+        adapter, exported = _adapter(layout, settings, rank)
+        word = sum(model.get_input_embeddings().weight.shape[1] for model in (part.module for part in layout.texts))
+        kept = _activations(layout, settings, computed_in(number, here), rows, size // 8)
+    learned, method = 4 * (adapter + word), METHODS[settings.method]
+    optimizer = (adapter if method.adapter else 0) + word
+    optimizer *= 4 + (2 if settings.optimizer == "adamw8bit" else 8)
+    on_device = sum(bytes for name, (bytes, _) in weights.items() if name != "VAE" or here.type == "cpu")
+    memories = 4 * adapter * bool(method.importance)
+    return Plan(
+        layout.family.name, str(here), size, rows, weights, learned, optimizer, kept, on_device + learned + optimizer + kept,
+        (stack.stat().st_size if stack.exists() else 0) + learned + memories, 2 * (exported + word),
+    )  # fmt: skip
+
+
+def _weights(layout: Layout, file: Any, number: torch.dtype, here: torch.device) -> dict[str, tuple[int, str]]:
+    """Bytes and format of each part as it will be held."""
+    wide = computed_in(number, here)
+    unet = sum(p.numel() * (FP8 if number == FP8 and is_large(name, p) else wide).itemsize for name, p in layout.unet.module.named_parameters())
+    held = {"U-Net": (unet, _SAID[number]), "VAE": (_bytes([layout.vae.module]), "fp32")}
+    texts = [part.module for part in layout.texts]
+    stored = _stored_format(layout, file) if number != torch.float32 else torch.float32
+    return {**held, "text encoders": (_bytes(texts) * stored.itemsize // 4, _SAID[stored])}
+
+
+def _bytes(models: Sequence[nn.Module]) -> int:
+    """In float32."""
+    return sum(4 * p.numel() for model in models for p in model.parameters())
+
+
+def _stored_format(layout: Layout, file: Any) -> torch.dtype:
+    """The format the text encoders have in the file."""
+    said = {"F16": torch.float16, "BF16": torch.bfloat16}
+    names = layout.texts[0].names.values() or layout.unet.names.values()  # a folder's parts are alike
+    return said.get(file.get_slice(next(iter(names))).get_dtype(), torch.float32)
+
+
+def _adapter(layout: Layout, settings: LearnSettings, rank: int) -> tuple[int, int]:
+    """How many numbers the adapter has, and the LoRA that is exported of it."""
+    layers = [layer.weight.shape for layer in kv_layers(layout.unet.module).values()]
+    factors = sum(rank * (out + width) for out, width in layers)
+    kind = METHODS[settings.method].adapter
+    kind = settings.adapter if kind == "lora" else kind
+    if not kind:
+        return 0, 0
+    numbers = {"lora": factors, "vera": sum(rank + out for out, _ in layers), "full": sum(out * width for out, width in layers)}[kind]
+    return numbers, numbers if kind == "full" else factors
+
+
+# --- activations ---------------------------------------------------------------------------------------------------------------------
+
+
+def _activations(layout: Layout, settings: LearnSettings, number: torch.dtype, rows: int, side: int) -> int:
+    """What a step keeps for the way back, in bytes: that of the U-Net and of the text encoders, the largest passing piece on top."""
+    unet: Any = nn.Module.to(layout.unet.module, number).requires_grad_(False)
+    texts = [part.module.requires_grad_(False) for part in layout.texts]
+    prompts = min(rows, 7)  # each distinct one is encoded once
+    with torch.device("meta"):
+        ids = torch.zeros(prompts, 77, dtype=torch.long)
+        with _kept(*texts) as of_text, _learning_words(texts):
+            for model in texts:
+                model(ids)
+        width = unet.config["cross_attention_dim"]
+        features = torch.zeros(rows, 77, width if isinstance(width, int) else width[0], dtype=number, requires_grad=True)
+        noisy, timestep, added = torch.zeros(rows, 4, side, side, dtype=number), torch.zeros(rows, dtype=torch.long), None
+        if unet.config["addition_embed_type"] == "text_time":
+            pooled = texts[-1].config.projection_dim
+            added = {"text_embeds": torch.zeros(rows, pooled, dtype=number), "time_ids": torch.zeros(rows, 6)}
+
+        def answer(kept: _Kept) -> list[int]:
+            sizes: list[int] = []
+            with _sized(unet, kept, sizes):
+                unet(noisy, timestep, features, added_cond_kwargs=added)
+            return sizes
+
+        with _kept(unet) as whole:
+            pieces = answer(whole)
+        if not settings.checkpointing:
+            return of_text.bytes + whole.bytes
+        unet.enable_gradient_checkpointing()
+        unet.train()
+        with _kept(unet) as of_unet:
+            answer(of_unet)
+    return of_text.bytes + of_unet.bytes + max(pieces, default=0)
+
+
+class _Kept:
+    """Adds up what autograd keeps; a storage counts once, a weight not at all."""
+
+    def __init__(self, models: Sequence[nn.Module]) -> None:
+        self.bytes = 0
+        self.seen = {p.untyped_storage()._cdata: p.untyped_storage() for model in models for p in model.parameters()}
+
+    def __call__(self, tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage._cdata not in self.seen:
+            self.seen[storage._cdata] = storage
+            self.bytes += storage.nbytes()
+        return tensor
+
+
+@contextmanager
+def _kept(*models: nn.Module) -> Iterator[_Kept]:
+    """Attention is taken for a fused one, as every device but the meta device computes it: it keeps its ends, not its weights."""
+    kept, plain = _Kept(models), F.scaled_dot_product_attention
+    F.scaled_dot_product_attention = lambda q, k, v, *_, **__: _Fused.apply(q, k, v)
+    try:
+        with torch.autograd.graph.saved_tensors_hooks(kept, lambda tensor: tensor):
+            yield kept
+    finally:
+        F.scaled_dot_product_attention = plain
+
+
+class _Fused(torch.autograd.Function):
+    """The shapes of an attention; nothing goes back through it."""
+
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        found = torch.empty_like(q)
+        ctx.save_for_backward(q, k, v, found)
+        return found
+
+
+@contextmanager
+def _sized(unet: nn.Module, kept: _Kept, sizes: list[int]) -> Iterator[None]:
+    """Inside, every piece of the net that checkpointing goes through again notes how much of it was kept."""
+    handles, began = [], {}
+    for module in unet.modules():
+        if type(module).__name__ in ("ResnetBlock2D", "BasicTransformerBlock"):
+            handles.append(module.register_forward_pre_hook(lambda m, _: began.update({m: kept.bytes})))
+            handles.append(module.register_forward_hook(lambda m, *_: sizes.append(kept.bytes - began[m])))
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@contextmanager
+def _learning_words(texts: Sequence[Any]) -> Iterator[None]:
+    """Inside, gradients flow from the embeddings on."""
+    handles = [model.get_input_embeddings().register_forward_hook(lambda _m, _i, out: out.requires_grad_()) for model in texts]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()

@@ -1,0 +1,124 @@
+"""What a plan says is what comes: sizes of weights, files and memory."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import families
+import pytest
+from safetensors.torch import load_file
+
+from comfy_continual_lora import cli, pipeline, store
+from comfy_continual_lora.checkpoint.load import load_backbone
+from comfy_continual_lora.errors import CheckpointError, SettingError
+from comfy_continual_lora.plan import plan
+from comfy_continual_lora.settings import LearnSettings
+
+QUICK = LearnSettings(method="lora", steps=2, batch=8, rank=4, size=128)
+NOWHERE = Path("nowhere.concepts.safetensors")
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp8"])
+@pytest.mark.parametrize("kind", ["mini", "sd2", "sdxl", "folder"])
+def test_weights_are_counted_as_they_will_be_held(mini_file: Path, tmp_path: Path, kind: str, precision: str) -> None:
+    path = mini_file
+    if kind == "folder":
+        families.pipeline("sdxl").save_pretrained(path := tmp_path / "folder")
+    elif kind != "mini":
+        import torch
+
+        path = families.write(kind, tmp_path / "x.safetensors", torch.float16)
+    found, own = plan(path, NOWHERE, replace(QUICK, precision=precision), "cpu"), load_backbone(path, device="cpu", precision=precision)
+    held = {"U-Net": [own.unet], "VAE": [own.vae], "text encoders": [encoder.model for encoder in own.text_encoders]}
+    for name, models in held.items():
+        size = sum(p.numel() * p.element_size() for model in models for p in model.parameters())
+        assert found.weights[name][0] == pytest.approx(size, rel=0.01)
+
+
+@pytest.mark.parametrize("method", ["lora", "custom_diffusion", "textual_inversion", "lora_ewc"])
+@pytest.mark.parametrize("adapter", ["lora", "vera"])
+def test_files_are_as_large_as_said(checkpoint: Path, pictures: Path, tmp_path: Path, method: str, adapter: str) -> None:
+    if adapter == "vera" and method != "lora":
+        pytest.skip("one method is enough")
+    settings = replace(QUICK, method=method, adapter=adapter, fisher_samples=2, batch=2)
+    request = pipeline.LearnRequest(checkpoint, pictures, "V1", "ball", settings, device="cpu")
+    said = pipeline.plan(request)
+    done = pipeline.learn_concept(request)
+    assert sum(t.numel() * 4 for t in load_file(done.stack_file).values()) == said.stack_file
+    exported = pipeline.export(checkpoint, tmp_path / "out")
+    files = [*exported.embeddings, *([exported.lora] if exported.lora else [])]
+    tensors = [t for file in files for name, t in load_file(file).items() if not name.endswith(".alpha")]
+    assert sum(t.numel() * 2 for t in tensors) == said.exported
+    assert pipeline.plan(replace(request, token="V2")).stack_file > done.stack_file.stat().st_size
+
+
+def test_what_lowers_memory_lowers_the_plan(mini_file: Path) -> None:
+    def peak(**change: object) -> int:
+        return plan(mini_file, NOWHERE, replace(QUICK, **change), "cpu").activations  # type: ignore[arg-type]
+
+    assert peak(checkpointing=True) < 0.7 * peak()
+    assert peak(accumulate=4) < 0.3 * peak()
+    assert peak(precision="bf16") < 0.6 * peak()
+    assert peak(size=64) < 0.5 * peak() < 0.3 * peak(size=256)
+
+
+MEASURE = """
+import json, sys, tempfile, torch
+from pathlib import Path
+from comfy_continual_lora.checkpoint.load import load_backbone
+from comfy_continual_lora.learn import Lesson, learn
+from comfy_continual_lora.lora import new_adapter
+from comfy_continual_lora.settings import LearnSettings
+torch.set_num_threads(1)
+status = lambda name: 1024 * next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith(name))
+backbone, generator = load_backbone(sys.argv[1], device="cpu"), torch.Generator().manual_seed(0)
+adapter, word = new_adapter(backbone, 4, generator), backbone.word_start("", generator)
+lesson = Lesson(torch.randn(8, 4, 32, 32), [["a photo of a V1 ball"]], "V1", {}, adapter, word)
+settings = LearnSettings(**json.loads(sys.argv[2])).resolved("mini")
+before = status("VmRSS")
+with tempfile.TemporaryDirectory() as folder:
+    learn(backbone, lesson, settings, Path(folder) / "s", lambda _: None)
+print(status("VmHWM") - before)
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="peak memory as Linux tells it")
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_the_peak_is_about_what_is_measured(mini_file: Path, checkpointing: bool) -> None:
+    settings = {"method": "lora", "steps": 2, "batch": 8, "rank": 4, "size": 256, "checkpointing": checkpointing, "precision": "fp32"}
+    done = subprocess.run([sys.executable, "-c", MEASURE, str(mini_file), json.dumps(settings)], capture_output=True, text=True,
+                          cwd=Path(__file__).parents[1])  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    said, measured = plan(mini_file, NOWHERE, LearnSettings(**settings), "cpu"), int(done.stdout)
+    print(said.activations, measured)
+    assert 0.7 < (said.activations + said.learned + said.optimizer) / measured < 1.3
+
+
+def test_the_command_says_it_and_learns_nothing(mini_file: Path, pictures: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    command = ["learn", "--checkpoint", str(mini_file), "--images", str(pictures), "--token", "V1", "--noun", "ball", "--device", "cpu", "--plan"]
+    assert cli.main(command) == 0
+    said = capsys.readouterr().out
+    assert all(word in said for word in ("U-Net", "VAE", "text encoders", "activations", "peak", "stack", "exported LoRA", "Time: not known"))
+    assert cli.main([*command, "--json", "--rank", "8"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["learned"] == 4 * (8 * (256 * 14 + 192 * 8 + 64 * 6) + 256)
+    assert found["seconds"] is None
+    assert not store.stack_path(mini_file).exists()
+
+
+def test_a_plan_reads_no_weights(mini_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from comfy_continual_lora.checkpoint.load import Part
+
+    monkeypatch.setattr(Part, "read", lambda *_: pytest.fail("a weight was read"))
+    assert plan(mini_file, NOWHERE, QUICK, "cpu").peak > 0
+
+
+def test_mistakes_are_told(mini_file: Path) -> None:
+    with pytest.raises(SettingError, match="batch is 0"):
+        plan(mini_file, NOWHERE, replace(QUICK, batch=0), "cpu")
+    with pytest.raises(CheckpointError, match="There is no checkpoint"):
+        plan(Path("missing.safetensors"), NOWHERE, QUICK, "cpu")
