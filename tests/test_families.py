@@ -26,6 +26,7 @@ from comfy_continual_lora.export import export_files
 from comfy_continual_lora.lora import attached, delta_weights
 from comfy_continual_lora.settings import ConsolidateSettings, DrawSettings, EvaluateSettings, LearnSettings, ScoreSettings
 
+_WEIGHT = "model.diffusion_model.middle_block.1.proj_out.weight"
 PROMPTS = ["a photo of a red mug on wood", "", "a mug " * 90]
 
 
@@ -119,6 +120,8 @@ def _without(state: dict[str, torch.Tensor], part: str) -> dict[str, torch.Tenso
         ("sdxl", lambda s: {**s, "edm_mean": torch.zeros(1)}, "Playground v2.5"),
         ("sdxl", lambda s: {**s, "edm_vpred.sigma_max": torch.zeros(1)}, "CosXL"),
         ("sd2", lambda s: {**s, "embedder.model.visual.proj": torch.zeros(1)}, "SD2.x unCLIP.*take SD2.1"),
+        ("sd2", lambda s: {**s, _WEIGHT: s[_WEIGHT].to(torch.int8)}, "proj_out.weight holds torch.int8 numbers.*get the model in float32"),
+        ("sd2", lambda s: {**s, f"{_WEIGHT[:-7]}.scale_weight": torch.ones(1)}, "few bits with scales .*proj_out.scale_weight.*a quantised copy"),
         ("sd2", lambda s: _without(s, "ln_final.bias"), "lacks 1 weights of its cond_stage_model.model, the first is .*ln_final.bias"),
         ("sd2", lambda s: {**s, "model.diffusion_model.input_blocks.0.0.weight": torch.zeros(64, 9, 3, 3)}, "an inpainting model"),
         ("sd2", lambda s: {**s, "model.diffusion_model.input_blocks.0.0.weight": torch.zeros(64, 5, 3, 3)}, "a depth model"),

@@ -32,6 +32,7 @@ from .text import TextEncoder
 TOKENIZER = Path(__file__).parent / "tokenizer"
 MINI_ARCHITECTURE = "stable-diffusion-v1-mini"
 _PICKLES = {".ckpt", ".pt", ".pth", ".bin", ".pkl"}
+_NOT_QUANTISED = "It looks like a quantised copy; get the model in float32, float16 or bfloat16."
 _V_BIAS = f"{keys.UNET_PREFIX}output_blocks.11.1.transformer_blocks.0.norm1.bias"
 
 
@@ -118,6 +119,8 @@ class Part:
         tensor, expected = _stored(file, self.names[name], name), self.module.get_parameter(name).shape
         if tensor.shape != expected and tensor.numel() != expected.numel():
             raise CheckpointError(f"{self.path}: {self.names[name]} has shape {tuple(tensor.shape)}, expected {tuple(expected)}.")
+        if not tensor.is_floating_point():
+            raise CheckpointError(f"{self.path}: {self.names[name]} holds {tensor.dtype} numbers, no weights of a net. {_NOT_QUANTISED}")
         return tensor.reshape(expected)
 
     def filled(self, file: Any, put: Callable[[nn.Module, str, Tensor], None]) -> Any:
@@ -170,6 +173,8 @@ def _layout(path: Path, file: Any) -> Layout:
     metadata = file.metadata() or {}
     found = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118 - not a dict
     family = family_of(path, found)
+    if scale := next((name for name in found if name.endswith((".scale_weight", ".weight_scale", ".absmax", "scaled_fp8"))), None):
+        raise CheckpointError(f"{path} holds weights in few bits with scales beside them (first: {scale}). {_NOT_QUANTISED}")
 
     def part(make: Callable[[dict[str, Any]], nn.Module], prefix: str, table: Callable[[Iterable[str]], dict[str, str]], config: Callable) -> Part:
         try:
