@@ -1,0 +1,298 @@
+"""How fast and how small is a step, beside others' on the same machine, checkpoint, batch and number format; and how many calls a DC decision takes.
+
+    python benchmarks/speed/run.py [--checkpoints mini,sd15] [--rounds 3] [--threads 1] [--keep FILE]
+
+in: nothing (SD1.5 is full-size with random weights; a real ComfyUI is found as the tests find it) - out: results/<date>-<checkpoint>.json, and
+-scores.json.
+
+Peers, one process each, in turns, so that noise of the machine meets all; the first steps of each are not counted:
+
+    ours              `learn --method lora`: latents kept, the word learns too, so the text encoder is gone through forward and back
+    diffusers         the loop of diffusers' train_text_to_image_lora.py, LoRA on K and V of cross-attention alone: pictures and prompts encoded anew
+    diffusers cached  the same with latents and text features computed once: as fast as that loop could be
+    comfyui           the Train LoRA node of a real ComfyUI with gradient checkpointing off: it trains every layer and bias, nothing else can be asked
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parents[2]
+sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+PEERS = ("ours", "diffusers", "diffusers cached", "comfyui")
+JOBS = {  # pixels a side, pictures a step, steps that are not counted, steps that are
+    "mini": {"size": 128, "batch": 4, "skipped": 3, "steps": 10},
+    "sd15": {"size": 128, "batch": 1, "skipped": 1, "steps": 4},
+}
+RANK, PROMPT = 16, "a photo of a V1 mug"
+
+
+# --- one peer, in a process of its own -----------------------------------------------------------------------------------------------
+
+
+def _status(name: str) -> int:
+    """Bytes, as Linux tells them of this process."""
+    return 1024 * next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith(name))
+
+
+class Meter:
+    """Seconds of CPU and of the clock between two steps, and the peak of memory over all, less what the imports took."""
+
+    def __init__(self, skipped: int) -> None:
+        self.skipped, self.before, self.marks = skipped, _status("VmRSS"), []
+
+    def begin(self) -> None:
+        """The model is loaded; what loading took does not count."""
+        Path("/proc/self/clear_refs").write_text("5")
+        self.marks.append((time.process_time(), time.perf_counter()))
+
+    def step(self, *_: object) -> None:
+        self.marks.append((time.process_time(), time.perf_counter()))
+
+    def read(self) -> dict[str, float]:
+        steps = [(b[0] - a[0], b[1] - a[1]) for a, b in zip(self.marks, self.marks[1:], strict=False)][self.skipped :]
+        cpu, clock = (statistics.median(s) for s in zip(*steps, strict=True))
+        return {"cpu_seconds": cpu, "clock_seconds": clock, "peak_mib": (_status("VmHWM") - self.before) / 2**20}
+
+
+def ours(path: str, job: dict[str, int]) -> dict[str, float]:
+    import torch
+
+    from comfy_continual_lora.checkpoint.load import load_backbone
+    from comfy_continual_lora.learn import Lesson, learn
+    from comfy_continual_lora.lora import new_adapter
+    from comfy_continual_lora.settings import LearnSettings
+
+    meter = Meter(job["skipped"])
+    backbone, generator = load_backbone(path, device="cpu"), torch.Generator().manual_seed(0)
+    steps = job["skipped"] + job["steps"]
+    settings = LearnSettings(method="lora", rank=RANK, batch=job["batch"], steps=steps, precision="fp32", snapshot_every=steps + 1)
+    with tempfile.TemporaryDirectory() as folder:
+        latents = backbone.encode_images(_pictures(job))
+        word, adapter = backbone.word_start("mug", generator), new_adapter(backbone, RANK, generator)
+        meter.begin()
+        learn(backbone, Lesson(latents, [[PROMPT]], "V1", {}, adapter, word), settings.resolved("sd1"), Path(folder) / "snapshot", meter.step)
+    return meter.read()
+
+
+def diffusers(path: str, job: dict[str, int], cached: bool = False) -> dict[str, float]:
+    import torch
+    import torch.nn.functional as F
+    from diffusers import DDPMScheduler
+    from peft import LoraConfig
+
+    from comfy_continual_lora.checkpoint.backbone import KV_MODULES
+    from comfy_continual_lora.checkpoint.load import load_backbone
+
+    meter = Meter(job["skipped"])
+    loaded = load_backbone(path, device="cpu")  # the same modules and weights
+    unet, vae, text, tokenizer = loaded.unet, loaded.vae, loaded.text_encoders[0].model, loaded.tokenizer
+    unet.add_adapter(LoraConfig(r=RANK, lora_alpha=RANK, init_lora_weights="gaussian", target_modules=KV_MODULES))
+    lora = [p for p in unet.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(lora, lr=1e-4, betas=(0.9, 0.999), weight_decay=1e-2, eps=1e-8)
+    rates = torch.optim.lr_scheduler.ConstantLR(optimizer, 1.0)
+    scheduler = DDPMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", num_train_timesteps=1000)
+    pictures = _pictures(job)
+    ids = tokenizer([PROMPT] * job["batch"], padding="max_length", truncation=True, max_length=77, return_tensors="pt").input_ids
+
+    def encoded() -> tuple[torch.Tensor, torch.Tensor]:
+        with torch.no_grad():
+            found = vae.encode(pictures)
+            latents = found.latents if hasattr(found, "latents") else found.latent_dist.sample()
+            return latents * vae.config["scaling_factor"], text(ids, return_dict=False)[0]
+
+    kept = encoded()
+    meter.begin()
+    unet.train()
+    for _ in range(job["skipped"] + job["steps"]):
+        latents, features = kept if cached else encoded()
+        noise = torch.randn_like(latents)
+        timesteps = torch.randint(0, 1000, (len(latents),)).long()
+        noisy = scheduler.add_noise(latents, noise, timesteps)
+        loss = F.mse_loss(unet(noisy, timesteps, features, return_dict=False)[0].float(), noise.float(), reduction="mean")
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(lora, 1.0)
+        optimizer.step()
+        rates.step()
+        optimizer.zero_grad()
+        loss.item()
+        meter.step()
+    return meter.read()
+
+
+def comfyui(path: str, job: dict[str, int]) -> dict[str, float]:
+    """Runs in ComfyUI's own Python, in its folder."""
+    sys.argv = ["main.py", "--cpu"]
+    sys.path.insert(0, os.getcwd())
+    import comfy.options  # pyright: ignore[reportMissingImports]
+
+    comfy.options.enable_args_parsing()
+    import comfy.sd  # pyright: ignore[reportMissingImports]
+    import comfy.utils  # pyright: ignore[reportMissingImports]
+    import torch
+    from comfy_extras.nodes_train import TrainLoraNode  # pyright: ignore[reportMissingImports]
+
+    torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
+    meter = Meter(job["skipped"] + 1)  # its progress bar says 0 first
+    model, clip, vae, _ = comfy.sd.load_checkpoint_guess_config(path, output_vae=True, output_clip=True)
+    positive = clip.encode_from_tokens_scheduled(clip.tokenize(PROMPT))
+    pixels = (_pictures(job).movedim(1, -1) + 1) / 2
+    latents = vae.encode(pixels)
+    comfy.utils.set_progress_bar_global_hook(meter.step)
+    meter.begin()
+    values = {
+        "model": model, "latents": {"samples": latents}, "positive": positive, "batch_size": job["batch"], "grad_accumulation_steps": 1,
+        "steps": job["skipped"] + job["steps"], "learning_rate": 1e-4, "rank": RANK, "optimizer": "AdamW", "loss_function": "MSE", "seed": 0,
+        "training_dtype": "fp32", "lora_dtype": "fp32", "quantized_backward": False, "algorithm": "LoRA", "gradient_checkpointing": False,
+        "checkpoint_depth": 1, "offloading": False, "existing_lora": "[None]", "bucket_mode": False, "bypass_mode": False,
+    }  # fmt: skip
+    TrainLoraNode.execute(**{name: [value] for name, value in values.items()})
+    return meter.read()
+
+
+def _pictures(job: dict[str, int]) -> Any:
+    import torch
+
+    return torch.rand((job["batch"], 3, job["size"], job["size"]), generator=torch.Generator().manual_seed(0)) * 2 - 1
+
+
+# --- DC scores -----------------------------------------------------------------------------------------------------------------------
+
+
+def scores(path: Path, pictures: int, trials: int) -> dict[str, Any]:
+    """Which of the world's 16 things is in a picture? All prompts on all trials, as published, against staged elimination on the same draws."""
+    import numpy as np
+    import torch
+
+    from comfy_continual_lora.checkpoint.backbone import FrozenText
+    from comfy_continual_lora.checkpoint.load import load_backbone
+    from comfy_continual_lora.classifier import classify
+    from comfy_continual_lora.mini import world
+    from comfy_continual_lora.settings import ScoreSettings
+
+    backbone, rng = load_backbone(path, device="cpu"), np.random.default_rng(7)
+    scenes = [world.random_scene(rng, 1) for _ in range(pictures)]
+    drawn = torch.from_numpy(np.stack([world.draw_scene(scene, rng) for scene in scenes])).permute(0, 3, 1, 2).float().div(127.5).sub(1)
+    latents, names = backbone.encode_images(drawn), list(world.SHAPES)
+    features = dict(zip(names, FrozenText(backbone, {})([f"a photo of a {name}" for name in names]), strict=True))
+    ways = {"published": 1, "2 stages": 2, "3 stages": 3, "all stages": 16}
+    found: dict[str, dict[str, list]] = {name: {"best": [], "calls": [], "cpu": []} for name in ways}
+    for number, latent in enumerate(latents):
+        for name, stages in ways.items():
+            started = time.process_time()
+            said = classify(backbone, latent, features, 1e-3, ScoreSettings(trials=trials, stages=stages, seed=number))
+            found[name]["cpu"].append(time.process_time() - started)
+            found[name]["best"].append(said.best)
+            found[name]["calls"].append(sum(said.trials))
+    truth, published = [scene.things[0].shape for scene in scenes], found["published"]["best"]
+    return {
+        "pictures": pictures, "prompts": len(names), "trials": trials,
+        "ways": {
+            name: {
+                "calls_a_picture": statistics.mean(way["calls"]),
+                "of_published": statistics.mean(way["calls"]) / statistics.mean(found["published"]["calls"]),
+                "calls_a_cpu_second": sum(way["calls"]) / sum(way["cpu"]),
+                "right": sum(a == b for a, b in zip(way["best"], truth, strict=True)) / pictures,
+                "as_published": sum(a == b for a, b in zip(way["best"], published, strict=True)) / pictures,
+            }
+            for name, way in found.items()
+        },
+    }  # fmt: skip
+
+
+# --- in turns ------------------------------------------------------------------------------------------------------------------------
+
+
+def _ask(peer: str, path: Path, name: str, threads: int) -> dict[str, Any]:
+    from comfyui import find_comfyui, python_of
+
+    host = find_comfyui() if peer == "comfyui" else None
+    if peer == "comfyui" and host is None:
+        return {"failed": "no ComfyUI at COMFYUI_PATH or ~/comfy/ComfyUI"}
+    environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
+    command = [python_of(host) if host else sys.executable, str(Path(__file__).resolve()), "--peer", peer, "--job", name, "--keep", str(path)]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=host or ROOT, env=environment)
+    return json.loads(done.stdout.splitlines()[-1]) if done.returncode == 0 else {"failed": done.stderr.strip().splitlines()[-1]}
+
+
+def compare(name: str, path: Path, rounds: int, threads: int) -> dict[str, Any]:
+    runs: dict[str, list[dict[str, Any]]] = {peer: [] for peer in PEERS}
+    for _ in range(rounds):
+        for peer in PEERS:
+            runs[peer].append(_ask(peer, path, name, threads))
+            print(name, peer, runs[peer][-1], flush=True)
+    table = {}
+    for peer, all_runs in runs.items():
+        good = [run for run in all_runs if "failed" not in run]
+        if not good:
+            table[peer] = all_runs[0]
+            continue
+        table[peer] = {key: {"median": statistics.median(r[key] for r in good), "spread": [min(r[key] for r in good), max(r[key] for r in good)]}
+                       for key in good[0]}  # fmt: skip
+    best = {key: min(row[key]["median"] for peer, row in table.items() if peer != "ours" and key in row) for key in ("cpu_seconds", "peak_mib")}
+    of_best = {key: table["ours"][key]["median"] / value for key, value in best.items()}
+    return {"checkpoint": name, "job": JOBS[name], "rank": RANK, "format": "fp32", "rounds": rounds, "peers": table, "ours_of_best_peer": of_best}
+
+
+def _machine(threads: int) -> dict[str, Any]:
+    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    cpu = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.processor())
+    return {"cpu": cpu, "cores": os.cpu_count(), "threads": threads, "load_before": os.getloadavg()[0],
+            "versions": {name: version(name) for name in ("torch", "diffusers", "transformers", "peft")}}  # fmt: skip
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Measure a step and a DC decision beside others'.")
+    parser.add_argument("--checkpoints", default="mini,sd15")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--pictures", type=int, default=24, help="pictures the DC scores judge; 0: none")
+    parser.add_argument("--trials", type=int, default=64)
+    parser.add_argument("--keep", type=Path, help="folder for the checkpoints (deleted at the end where none is given)")
+    parser.add_argument("--peer", choices=PEERS, help=argparse.SUPPRESS)
+    parser.add_argument("--job", choices=JOBS, help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.peer:
+        work = {"ours": ours, "diffusers": diffusers, "diffusers cached": lambda p, j: diffusers(p, j, True), "comfyui": comfyui}[arguments.peer]
+        if arguments.peer != "comfyui":
+            import torch
+
+            torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
+        print(json.dumps(work(str(arguments.keep), JOBS[arguments.job])))
+        return
+    import full_size
+
+    from comfy_continual_lora.mini.weights import write_checkpoint
+
+    def measure(folder: Path) -> None:
+        machine, out = _machine(arguments.threads), Path(__file__).parent / "results"
+        out.mkdir(exist_ok=True)
+        for name in arguments.checkpoints.split(","):
+            path = folder / f"{name}.safetensors"
+            if not path.exists():
+                write_checkpoint(path, stock=True) if name == "mini" else full_size.write_sd15(path)
+            row = {"machine": machine, **compare(name, path, arguments.rounds, arguments.threads)}
+            (out / f"{time.strftime('%Y-%m-%d')}-{name}.json").write_text(json.dumps(row, indent=1) + "\n")
+        if arguments.pictures:
+            write_checkpoint(folder / "small.safetensors")
+            row = {"machine": machine, **scores(folder / "small.safetensors", arguments.pictures, arguments.trials)}
+            (out / f"{time.strftime('%Y-%m-%d')}-scores.json").write_text(json.dumps(row, indent=1) + "\n")
+            print(json.dumps(row["ways"], indent=1))
+
+    with tempfile.TemporaryDirectory() as folder:
+        measure(arguments.keep or Path(folder))
+
+
+if __name__ == "__main__":
+    main()
