@@ -145,7 +145,7 @@ def _plan(arguments: argparse.Namespace, found: dict[str, Any]) -> None:
         print(f"  {name:<36} {size / 1e6:>9,.0f} MB  {note}".rstrip())
 
     waits = "" if found["device"] == "cpu" else "in main memory while it learns"
-    print(f"{found['family']}, {found['size']} x {found['size']} pixels, {found['rows']} at once, on {found['device']}. Memory, about:")
+    print(f"{found['family']}, {found['size']} x {found['size']} pixels, {found['rows']} at once, on {found['device']}. Memory, at least:")
     for name, (size, number) in found["weights"].items():
         line(name, size, f"{number} {waits if name == 'VAE' else ''}")
     line("adapter and word", found["learned"])

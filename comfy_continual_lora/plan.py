@@ -3,7 +3,8 @@
 in: the header of a checkpoint (or a folder's configurations), settings, a device - out: `Plan`, all sizes in bytes.
 
 Weights, adapter and optimizer are counted. Activations are too: the net goes through one step on the meta device, where tensors have shapes and no
-numbers, and what autograd would keep for the way back is added up. benchmarks/LOG.md says how close that came to what was measured.
+numbers, and what autograd would keep for the way back is added up. What only passes through (work space, holes of the allocator) is not: the peak is
+a lower bound, and benchmarks/LOG.md says how far below what was measured it was.
 """
 
 from __future__ import annotations
