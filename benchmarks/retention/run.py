@@ -184,7 +184,8 @@ def _joint(job: Job) -> tuple[dict[tuple[int, int], store.ConceptStack], float, 
             chosen = [diffusion.one_of(prompts[int(i)], draw) for i in pick]
             noisy, target = diffusion.noised(backbone, every[pick], noise, timestep)
             predicted = backbone.predict(noisy, timestep, backbone.encode_prompts(chosen, words))
-            return {"denoising": diffusion.loss_per_example(predicted, target).mean()}
+            weight = diffusion.timestep_weight(backbone, timestep, settings.weighting or "uniform")
+            return {"denoising": (weight * diffusion.loss_per_example(predicted, target)).mean()}
 
         run.train(terms, lambda _progress: None)
         stack = store.ConceptStack(backbone.fingerprint, rank=settings.rank, tau=0.01)
