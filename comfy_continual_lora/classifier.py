@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from .checkpoint.backbone import Backbone, FrozenText
-from .diffusion import TIMESTEPS, generator_for, loss_per_example, noised, random_batch
+from .diffusion import TIMESTEPS, generator_for, loss_per_example, noised, random_batch, stratified
 from .progress import OnProgress, Progress, ignore
 from .settings import ScoreSettings
 from .store import ConceptRecord
@@ -91,12 +91,6 @@ def calibration_errors(backbone: Backbone, latents: Tensor, features: Tensor, dr
 
 def _split(total: int, largest: int) -> list[int]:
     return [min(largest, total - start) for start in range(0, total, largest)]
-
-
-def stratified(draws: int, generator: torch.Generator) -> Tensor:
-    """One timestep from each of `draws` equal parts of 0..T-1, in random order, (s,)."""
-    parts = (torch.arange(draws) + torch.rand(draws, generator=generator)) / draws
-    return (parts * TIMESTEPS).long()[torch.randperm(draws, generator=generator)]
 
 
 # --- which of my concepts is in this picture? ----------------------------------------------------------------------------------------

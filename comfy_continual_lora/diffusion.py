@@ -58,6 +58,17 @@ def loss_per_example(predicted: Tensor, target: Tensor, weight: Tensor | None = 
     return (error * weight).flatten(1).mean(1) / weight.flatten(1).mean(1)
 
 
+def timestep_weight(backbone: Backbone, timestep: Tensor, weighting: str) -> Tensor:
+    """What an error counts at each timestep, (n,): "uniform" 1; "debiased" 1 / sqrt(a_t), more where the noise hides the picture.
+
+    There a picture's shapes and colours are decided, and there the error of eps is smallest. After Yu et al. 2023 (arXiv 2310.08442), whose
+    1 / sqrt(SNR) gives next to nothing to the details. A v-prediction error counts more there by itself and is left alone.
+    """
+    if weighting == "uniform" or backbone.prediction != "epsilon":
+        return torch.ones(len(timestep), device=timestep.device)
+    return alphas_cumprod(backbone.zero_snr, timestep.device)[timestep].rsqrt()
+
+
 def generator_for(*keys: object) -> torch.Generator:
     """A generator that is a function of its keys, such as (seed, step): a run that goes on draws what an undisturbed one would."""
     digest = hashlib.sha256("/".join(map(str, keys)).encode()).digest()
@@ -68,9 +79,15 @@ def one_of(choices: Sequence[T], generator: torch.Generator) -> T:
     return choices[int(torch.randint(len(choices), (), generator=generator))]
 
 
+def stratified(n: int, generator: torch.Generator) -> Tensor:
+    """One timestep from each of `n` equal parts of 0..T-1, in random order, (n,): uniform, with less variance than single draws."""
+    parts = (torch.arange(n) + torch.rand(n, generator=generator)) / n
+    return (parts * TIMESTEPS).long()[torch.randperm(n, generator=generator)]
+
+
 def random_batch(latents: Tensor, n: int, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
     """Which latents (n,), at which timesteps (n,), with which noise (n, 4, h, w); all on the latents' device."""
     pick = torch.randint(len(latents), (n,), generator=generator)
-    timestep = torch.randint(TIMESTEPS, (n,), generator=generator)
+    timestep = stratified(n, generator)
     noise = torch.randn((n, *latents.shape[1:]), generator=generator)
     return pick.to(latents.device), timestep.to(latents.device), noise.to(latents.device)

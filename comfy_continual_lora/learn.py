@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from .checkpoint.backbone import Backbone
 from .checkpoint.narrow import number_for, recast
 from .concepts import to_pil
-from .diffusion import generator_for, loss_per_example, noised, one_of, random_batch
+from .diffusion import generator_for, loss_per_example, noised, one_of, random_batch, timestep_weight
 from .errors import SettingError, TrainingError
 from .lora import Adapter, attached, joined
 from .methods import METHODS
@@ -98,7 +98,8 @@ def learn(backbone: Backbone, lesson: Lesson, settings: LearnSettings, snapshot:
             noisy, target = noised(backbone, latents[pick], noise, timestep)
             features = _features(backbone, chosen, {**lesson.words, lesson.token: vector})
             weight = None if lesson.weights is None else lesson.weights[pick]
-            found = {"denoising": loss_per_example(backbone.predict(noisy, timestep, features), target, weight).mean()}
+            error = loss_per_example(backbone.predict(noisy, timestep, features), target, weight)
+            found = {"denoising": (error * timestep_weight(backbone, timestep, settings.weighting or "uniform")).mean()}
             return {**found, "penalty": lesson.penalty(factors)} if lesson.penalty else found
 
         def tell(progress: Progress) -> None:

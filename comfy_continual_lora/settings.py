@@ -29,15 +29,16 @@ TEMPLATES = (
 )
 
 _STOCK = {
-    "rank": 16, "steps": 1000, "batch": 1, "rate": 2e-4, "token_rate": 1e-3, "flip": True, "ewc_strength": 1e-3, "dsc_steps": 200, "guidance": 7.5,
+    "rank": 16, "steps": 1000, "batch": 1, "rate": 2e-4, "token_rate": 1e-3, "weighting": "uniform", "flip": True, "ewc_strength": 1e-3,
+    "dsc_steps": 200, "guidance": 7.5,
 }  # fmt: skip
 PRESETS: dict[str, dict[str, Any]] = {  # only the mini-SD's were measured
     "sd1": _STOCK,
     "sd2": _STOCK,
     "sdxl": {**_STOCK, "rate": 1e-4, "guidance": 7.0},
     "mini": {
-        "rank": 16, "steps": 300, "batch": 8, "rate": 3e-4, "token_rate": 2e-3, "flip": False, "ewc_strength": 1e-3, "dsc_steps": 60,
-        "guidance": 4.0,
+        "rank": 16, "steps": 300, "batch": 8, "rate": 3e-4, "token_rate": 1e-2, "weighting": "debiased", "flip": False,
+        "ewc_strength": 1e-3, "dsc_steps": 60, "guidance": 4.0,
     },
 }  # fmt: skip
 # What suits a method on a checkpoint better than the checkpoint's row; measured ones only (benchmarks/LOG.md).
@@ -177,6 +178,10 @@ class ConsolidateSettings(Settings):
 class LearnSettings(ConsolidateSettings):
     method: str = setting("lora_dsc_ewc_dc", "how to learn; README has the table", choices=METHODS)
     steps: int | None = setting(None, "training steps", low=1, high=1_000_000)
+    weighting: str | None = setting(
+        None, "what an error counts at each timestep: uniform, as in the paper; debiased counts more where the noise hides the picture",
+        choices=("uniform", "debiased"),
+    )  # fmt: skip
     preview_every: int = setting(0, "steps between pictures of the new concept and of the first one, drawn while learning; 0 draws none", low=0)
     adapter: str = setting("lora", "kind of adapter for the lora methods: lora, or the smaller vera", choices=("lora", "vera"))
     rank: int | None = setting(None, "rank of the LoRA; a stack keeps the rank it began with", low=1, high=256)

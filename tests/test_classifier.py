@@ -8,7 +8,7 @@ from torch import Tensor
 
 from comfy_continual_lora import classifier
 from comfy_continual_lora.checkpoint.backbone import Backbone, FrozenText
-from comfy_continual_lora.diffusion import add_noise, alphas_cumprod, generator_for
+from comfy_continual_lora.diffusion import add_noise, alphas_cumprod, generator_for, stratified
 from comfy_continual_lora.settings import ScoreSettings
 
 ALPHAS = alphas_cumprod()
@@ -98,7 +98,7 @@ def test_the_subset_holds_a_random_few_of_the_previous() -> None:
 
 
 def test_stratified_timesteps_cover_the_range() -> None:
-    found = classifier.stratified(50, generator_for(1)).sort().values
+    found = stratified(50, generator_for(1)).sort().values
     assert torch.equal(found // 20, torch.arange(50))
 
 

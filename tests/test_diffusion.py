@@ -2,10 +2,23 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from diffusers import DDPMScheduler
 
-from comfy_continual_lora.diffusion import BETA_END, BETA_START, add_noise, alphas_cumprod, loss_per_example
+from comfy_continual_lora.checkpoint.backbone import Backbone
+from comfy_continual_lora.diffusion import (
+    BETA_END,
+    BETA_START,
+    TIMESTEPS,
+    add_noise,
+    alphas_cumprod,
+    generator_for,
+    loss_per_example,
+    random_batch,
+    timestep_weight,
+)  # fmt: skip
 
 
 def test_schedule_and_noising_agree_with_diffusers() -> None:
@@ -26,3 +39,20 @@ def test_a_weight_leaves_out_what_it_is_zero_for() -> None:
     weight[..., 0] = 0.5
     assert loss_per_example(predicted, noise, weight).item() == 25
     assert loss_per_example(predicted, noise, torch.ones(1, 1, 2, 2)).item() == loss_per_example(predicted, noise).item()
+
+
+def test_a_batch_takes_one_timestep_from_each_part_in_any_order() -> None:
+    batches = [random_batch(torch.zeros(3, 4, 2, 2), 8, generator_for(n)) for n in range(400)]
+    timesteps = torch.stack([timestep for _, timestep, _ in batches])
+    assert torch.equal(timesteps.sort(1).values * 8 // TIMESTEPS, torch.arange(8).expand(400, 8))
+    assert timesteps.float().mean(0).sub(TIMESTEPS / 2).abs().max() < 60  # whatever its place in the batch
+    assert {int(n) for pick, _, _ in batches for n in pick} == {0, 1, 2}
+
+
+def test_debiased_errors_count_more_where_the_noise_hides_the_picture(backbone: Backbone) -> None:
+    timestep = torch.tensor([0, 500, 999])
+    assert timestep_weight(backbone, timestep, "uniform").tolist() == [1, 1, 1]
+    expected = 1 / alphas_cumprod()[timestep].sqrt()
+    assert torch.allclose(timestep_weight(backbone, timestep, "debiased"), expected)
+    assert expected[2] > 10 * expected[0]
+    assert timestep_weight(replace(backbone, prediction="v_prediction"), timestep, "debiased").tolist() == [1, 1, 1]

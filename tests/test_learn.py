@@ -87,6 +87,12 @@ def test_learning_lowers_the_loss_on_the_concept(backbone: Backbone, pictures: P
     assert _loss(backbone, pictures, late) < share * _loss(backbone, pictures, early)
 
 
+def test_weighting_decides_what_is_learned(backbone: Backbone, pictures: Path, tmp_path: Path) -> None:
+    uniform, debiased = (_learn(backbone, pictures, tmp_path / w, replace(QUICK, steps=2, weighting=w)) for w in ("uniform", "debiased"))
+    assert 1.1 * uniform.losses[0] < debiased.losses[0]
+    assert not torch.equal(uniform.word, debiased.word)
+
+
 def test_gradient_checkpointing_changes_no_result(backbone: Backbone, pictures: Path, tmp_path: Path) -> None:
     plain = _learn(backbone, pictures, tmp_path / "a")
     checkpointed = _learn(backbone, pictures, tmp_path / "b", replace(QUICK, checkpointing=True))

@@ -178,15 +178,16 @@ def _joint(job: Job) -> tuple[dict[tuple[int, int], store.ConceptStack], float, 
         trained = {**{f"word {token}": word for token, word in words.items()}, **factors}
         run = learn.Run("joint", trained, optimizer, settings, settings.steps * job.concepts, 1.0, job.folder / "joint.snapshot", f"joint {job.seed}")
 
-        def terms(step: int) -> dict[str, Tensor]:
+        def terms(step: int, rows: slice) -> dict[str, Tensor]:
             draw = diffusion.generator_for(job.seed, step)
-            pick, timestep, noise = diffusion.random_batch(every, settings.batch or 1, draw)
+            pick, timestep, noise = (drawn[rows] for drawn in diffusion.random_batch(every, settings.batch or 1, draw))
             chosen = [diffusion.one_of(prompts[int(i)], draw) for i in pick]
             noisy, target = diffusion.noised(backbone, every[pick], noise, timestep)
             predicted = backbone.predict(noisy, timestep, backbone.encode_prompts(chosen, words))
-            return {"denoising": diffusion.loss_per_example(predicted, target).mean()}
+            weight = diffusion.timestep_weight(backbone, timestep, settings.weighting or "uniform")
+            return {"denoising": (weight * diffusion.loss_per_example(predicted, target)).mean()}
 
-        run.train(terms, lambda _progress: None)
+        run.train(terms, settings.batch or 1, lambda _progress: None)
         stack = store.ConceptStack(backbone.fingerprint, rank=settings.rank, tau=0.01)
         for n, (token, concept) in enumerate(zip(words, job.sequence, strict=True)):
             record = store.ConceptRecord(str(n), token, concept.noun, "joint", 5, settings.steps, job.seed, [], [], "", 0.0, "", {})

@@ -34,7 +34,7 @@ from torch import Tensor
 from comfy_continual_lora import classifier, pipeline, store
 from comfy_continual_lora.checkpoint.backbone import Backbone, FrozenText
 from comfy_continual_lora.checkpoint.load import load_backbone
-from comfy_continual_lora.diffusion import generator_for
+from comfy_continual_lora.diffusion import generator_for, stratified
 from comfy_continual_lora.lora import Adapter, attached
 from comfy_continual_lora.mini import pretrain, world
 from comfy_continual_lora.mini.weights import write_checkpoint
@@ -52,7 +52,7 @@ def sequence(count: int, seed: int) -> list[world.Concept]:
 @torch.no_grad()
 def held_out_error(backbone: Backbone, adapter: Adapter | None, latents: Tensor, features: Tensor) -> float:
     """Error on every latent (n, 4, h, w) with the same timesteps and noises, for one prompt (77, d)."""
-    timestep = classifier.stratified(DRAWS, generator_for("held out"))
+    timestep = stratified(DRAWS, generator_for("held out"))
     noise = torch.randn((DRAWS, *latents.shape[1:]), generator=generator_for("held out noise"))
     with attached(backbone, adapter):
         found = [classifier.trial_errors(backbone, z.expand_as(noise), noise, timestep, features[None]) for z in latents]
@@ -82,7 +82,7 @@ def run(settings: dict[str, Any], count: int, seed: int) -> dict[str, Any]:
         prompts = {f"V{n}": f"a photo of a V{n} {c.noun}" for n, c in enumerate(concepts, start=1)}
         features = dict(zip(prompts, text(list(prompts.values())), strict=True))
         end = [held_out_error(backbone, stack.adapter, z, features[name]) for z, name in zip(held, prompts, strict=True)]
-        prior = _prior(backbone, stack.adapter) - _prior(backbone, None)
+        prior = prior_error(backbone, stack.adapter) - prior_error(backbone, None)
         with attached(backbone, stack.adapter):
             right = [
                 classifier.classify(backbone, z, features, stack.tau or 1.0, ScoreSettings()).best == name
@@ -98,7 +98,7 @@ def run(settings: dict[str, Any], count: int, seed: int) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _prior(backbone: Backbone, adapter: Adapter | None) -> float:
+def prior_error(backbone: Backbone, adapter: Adapter | None) -> float:
     """Error on 12 ordinary pictures, each with its caption and with the empty one."""
     rng = np.random.default_rng(2025)
     scenes = [world.random_scene(rng) for _ in range(12)]
