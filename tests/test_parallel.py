@@ -43,9 +43,10 @@ def _learned(checkpoint: Path, folder: Path, settings: LearnSettings, token: str
     return done.losses, adapter
 
 
-def _alike(first: Adapter, second: Adapter) -> bool:
-    """Up to what another order of summing does; AdamW's first steps make much of little."""
-    return all(torch.allclose(t, second[name], atol=2e-6 + 1e-3 * float(t.abs().max())) for name, t in first.items())
+def _apart(first: Adapter, second: Adapter) -> float:
+    """How far B, which starts at zero, differs as a whole. Single numbers say little: AdamW steps as far for a small gradient."""
+    b, other = (torch.cat([t.flatten() for name, t in sorted(adapter.items()) if name.endswith(".B")]) for adapter in (first, second))
+    return float((b - other).norm() / other.norm())
 
 
 @pytest.mark.parametrize("method", ["lora", "retention"])
@@ -56,9 +57,10 @@ def test_accumulating_parts_is_one_batch(checkpoint: Path, folders: dict[str, Pa
         pipeline.undo(checkpoint)
     for losses, adapter in found[1:]:
         assert losses == pytest.approx(found[0][0], rel=1e-4)
-        assert _alike(adapter, found[0][1])
-    other, _ = _learned(checkpoint, folders["V1"], replace(settings, batch=2), "V1")
-    assert other != pytest.approx(found[0][0], rel=1e-3)
+        assert _apart(adapter, found[0][1]) < 0.02
+    losses, adapter = _learned(checkpoint, folders["V1"], replace(settings, batch=2), "V1")
+    assert losses != pytest.approx(found[0][0], rel=1e-3)
+    assert _apart(adapter, found[0][1]) > 0.2
 
 
 def _launch(launcher: list[str], checkpoint: Path, folder: Path, token: str) -> subprocess.CompletedProcess[str]:
@@ -93,7 +95,7 @@ def test_two_processes_learn_what_one_does(checkpoint: Path, folders: dict[str, 
         assert done.stdout.count('"token"') == 1
     both = store.open_stack(store.stack_path(checkpoint))
     assert both.adapter
-    assert _alike(both.adapter, wanted)
+    assert _apart(both.adapter, wanted) < 0.02
     assert not list(checkpoint.parent.glob("*.snapshot"))
 
 
