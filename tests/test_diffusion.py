@@ -9,8 +9,16 @@ from diffusers import DDPMScheduler
 
 from comfy_continual_lora.checkpoint.backbone import Backbone
 from comfy_continual_lora.diffusion import (
-    BETA_END, BETA_START, TIMESTEPS, add_noise, alphas_cumprod, generator_for, loss_per_example, random_batch, timestep_weight,
-)  # fmt: skip
+    BETA_END,
+    BETA_START,
+    TIMESTEPS,
+    add_noise,
+    alphas_cumprod,
+    generator_for,
+    loss_per_example,
+    random_batch,
+    timestep_weight,
+)
 
 
 def test_schedule_and_noising_agree_with_diffusers() -> None:
