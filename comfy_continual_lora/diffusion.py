@@ -58,13 +58,13 @@ def loss_per_example(predicted: Tensor, target: Tensor, weight: Tensor | None = 
     return (error * weight).flatten(1).mean(1) / weight.flatten(1).mean(1)
 
 
-def timestep_weight(backbone: Backbone, timestep: Tensor, weighting: str) -> Tensor:
+def timestep_weight(backbone: Backbone, timestep: Tensor, weighting: str | None) -> Tensor:
     """What an error counts at each timestep, (n,): "uniform" 1; "debiased" 1 / sqrt(a_t), more where the noise hides the picture.
 
     There a picture's shapes and colours are decided, and there the error of eps is smallest. After Yu et al. 2023 (arXiv 2310.08442), whose
     1 / sqrt(SNR) gives next to nothing to the details. A v-prediction error counts more there by itself and is left alone.
     """
-    if weighting == "uniform" or backbone.prediction != "epsilon":
+    if weighting != "debiased" or backbone.prediction != "epsilon":
         return torch.ones(len(timestep), device=timestep.device)
     return alphas_cumprod(backbone.zero_snr, timestep.device)[timestep].rsqrt()
 

@@ -99,7 +99,7 @@ def learn(backbone: Backbone, lesson: Lesson, settings: LearnSettings, snapshot:
             features = _features(backbone, chosen, {**lesson.words, lesson.token: vector})
             weight = None if lesson.weights is None else lesson.weights[pick]
             error = loss_per_example(backbone.predict(noisy, timestep, features), target, weight)
-            found = {"denoising": (error * timestep_weight(backbone, timestep, settings.weighting or "uniform")).mean()}
+            found = {"denoising": (error * timestep_weight(backbone, timestep, settings.weighting)).mean()}
             return {**found, "penalty": lesson.penalty(factors)} if lesson.penalty else found
 
         def tell(progress: Progress) -> None:

@@ -18,7 +18,7 @@ from comfy_continual_lora.diffusion import (
     loss_per_example,
     random_batch,
     timestep_weight,
-)  # fmt: skip
+)
 
 
 def test_schedule_and_noising_agree_with_diffusers() -> None:

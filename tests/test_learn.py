@@ -93,6 +93,20 @@ def test_weighting_decides_what_is_learned(backbone: Backbone, pictures: Path, t
     assert not torch.equal(uniform.word, debiased.word)
 
 
+def test_the_words_gradient_is_the_same_every_time(backbone: Backbone) -> None:
+    """With several threads too, whose order must not show: runs are the same to the bit."""
+    threads, found = torch.get_num_threads(), set()
+    word = backbone.word_start("ball", torch.Generator().manual_seed(0)).requires_grad_()
+    torch.set_num_threads(4)
+    try:
+        for _ in range(8):
+            features = backbone.encode_prompts([f"a photo of a V1 ball {place}" for place in ("", "on grass", "on wood", "in snow")], {"V1": word})
+            found.add(torch.autograd.grad(features.square().sum(), word)[0].numpy().tobytes())
+    finally:
+        torch.set_num_threads(threads)
+    assert len(found) == 1
+
+
 def test_gradient_checkpointing_changes_no_result(backbone: Backbone, pictures: Path, tmp_path: Path) -> None:
     plain = _learn(backbone, pictures, tmp_path / "a")
     checkpointed = _learn(backbone, pictures, tmp_path / "b", replace(QUICK, checkpointing=True))

@@ -184,7 +184,7 @@ def _joint(job: Job) -> tuple[dict[tuple[int, int], store.ConceptStack], float, 
             chosen = [diffusion.one_of(prompts[int(i)], draw) for i in pick]
             noisy, target = diffusion.noised(backbone, every[pick], noise, timestep)
             predicted = backbone.predict(noisy, timestep, backbone.encode_prompts(chosen, words))
-            weight = diffusion.timestep_weight(backbone, timestep, settings.weighting or "uniform")
+            weight = diffusion.timestep_weight(backbone, timestep, settings.weighting)
             return {"denoising": (weight * diffusion.loss_per_example(predicted, target)).mean()}
 
         run.train(terms, settings.batch or 1, lambda _progress: None)

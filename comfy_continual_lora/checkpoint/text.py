@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import CLIPTextModel, CLIPTextModelWithProjection
 
@@ -60,7 +61,8 @@ def _replaced(table: nn.Embedding, slot: Tensor, vectors: Tensor) -> Iterator[No
     """While inside, the embedding table gives vectors[slot] where slot >= 0."""
 
     def hook(_module: nn.Module, _inputs: object, output: Tensor) -> Tensor:
-        return torch.where((slot >= 0)[..., None], vectors[slot.clamp(min=0)].to(output.dtype), output)
+        words = F.embedding(slot.clamp(min=0), vectors)  # adds gradients up in a fixed order, which vectors[slot] does not
+        return torch.where((slot >= 0)[..., None], words.to(output.dtype), output)
 
     handle = table.register_forward_hook(hook)
     try:
