@@ -15,7 +15,7 @@ from .progress import OnProgress
 from .settings import DrawSettings, LearnSettings
 
 METHOD = "retention"  # the one we recommend
-PICKED = (0, 6)  # which development concepts
+PICKED = (2, 6)  # which development concepts
 PLACES = ("on grass", "on sand", "in snow", "on wood")
 
 
