@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 from webui import WebUI, freeze
 
 from comfy_continual_lora.checkpoint.backbone import Backbone
@@ -15,6 +17,13 @@ from comfy_continual_lora.mini import world
 from comfy_continual_lora.mini.weights import write_checkpoint
 
 NOUNS = {"V1": "ball", "V2": "fish", "V3": "mug"}
+
+
+def pytest_configure() -> None:
+    """Each of several workers computes on one core: two threads each on two cores take several times as long."""
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        os.environ["OMP_NUM_THREADS"] = "1"
+        torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="session")
