@@ -80,12 +80,12 @@ def calibrate(error: Tensor) -> float:
 
 
 @torch.no_grad()
-def calibration_errors(backbone: Backbone, latents: Tensor, features: Tensor, draws: int, rows: int) -> Tensor:
+def calibration_errors(backbone: Backbone, latents: Sequence[Tensor], features: Tensor, draws: int, rows: int) -> Tensor:
     """One-trial errors (draws, k) of the concept's own pictures against prompts (k, 77, d); what `calibrate` wants."""
     found = []
     for number, n in enumerate(_split(draws, max(1, rows // len(features)))):
-        pick, timestep, noise = random_batch(latents, n, generator_for("calibrate", number))
-        found.append(trial_errors(backbone, latents[pick], noise, timestep, features))
+        _, clean, timestep, noise = random_batch(latents, n, generator_for("calibrate", number))
+        found.append(trial_errors(backbone, clean, noise, timestep, features))
     return torch.cat(found)
 
 

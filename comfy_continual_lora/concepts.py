@@ -1,7 +1,7 @@
 """Stage 2: pictures on disk -> `ConceptImages`, ready to learn from.
 
 in: a folder or a list of JPEG, PNG, WebP, BMP or TIFF files, each with an optional caption (name.txt) and mask (name.mask.png: white is learned
-from, black is not) beside it - out: square pictures, captions, masks, hashes.
+from, black is not) beside it - out: pictures of the wanted size, captions, masks, hashes.
 EXIF orientation is applied, transparency is laid on white, palettes, greyscale and 16-bit pictures become 8-bit RGB.
 """
 
@@ -10,6 +10,7 @@ from __future__ import annotations
 import base64
 import hashlib
 import io
+import math
 import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
@@ -29,16 +30,16 @@ PREVIEW = 96
 
 @dataclass(frozen=True)
 class ConceptImages:
-    """The pictures of one concept: images (n, 3, size, size) in -1..1, one caption (or None) and one SHA-256 each, a small JPEG preview in base64.
+    """The pictures of one concept: images (3, h, w) in -1..1, one caption (or None) and one SHA-256 each, a small JPEG preview in base64.
 
-    masks (n, 1, size, size) in 0..1, ones where a picture has none; None where no picture has one.
+    masks (1, h, w) in 0..1, ones where a picture has none; None where no picture has one.
     """
 
-    images: Tensor
+    images: tuple[Tensor, ...]
     captions: tuple[str | None, ...]
     hashes: tuple[str, ...]
     preview: str
-    masks: Tensor | None = None
+    masks: tuple[Tensor, ...] | None = None
 
 
 def find_images(source: str | Path | Iterable[str | Path]) -> list[Path]:
@@ -83,10 +84,20 @@ def _to_rgb(image: Image.Image) -> Image.Image:
     return image.convert("RGB")
 
 
-def to_square(image: Image.Image, size: int, fit: str) -> Image.Image:
-    """Scale to size x size: "crop" keeps the middle, "pad" repeats the edge."""
-    if fit == "crop":
-        return ImageOps.fit(image, (size, size), Image.Resampling.LANCZOS)
+def bucket(width: int, height: int, size: int) -> tuple[int, int]:
+    """Aspect buckets: the width and height of at most size² pixels nearest in shape to width x height, between 1:4 and 4:1.
+
+    Sides are multiples of 64 (of less where `size` is small), which a net halves without a rest.
+    """
+    step = max(8, min(64, size // 64 * 8))
+    shapes = [(side, size * size // side // step * step) for side in range(-(-size // 2 // step) * step, 2 * size + 1, step)]
+    return min([*shapes, *((height, width) for width, height in shapes)], key=lambda shape: abs(math.log(shape[0] / shape[1] * height / width)))
+
+
+def fitted(image: Image.Image, size: int, fit: str) -> Image.Image:
+    """Scale to size x size: "crop" keeps the middle, "pad" repeats the edge. "bucket" keeps the shape too, as nearly as `bucket` can."""
+    if fit != "pad":
+        return ImageOps.fit(image, bucket(*image.size, size) if fit == "bucket" else (size, size), Image.Resampling.LANCZOS)
     scaled = ImageOps.contain(image, (size, size), Image.Resampling.LANCZOS)
     top, left = (size - scaled.height) // 2, (size - scaled.width) // 2
     rows, columns = ((top, size - scaled.height - top), (left, size - scaled.width - left))
@@ -95,12 +106,12 @@ def to_square(image: Image.Image, size: int, fit: str) -> Image.Image:
 
 def load_images(source: str | Path | Iterable[str | Path], size: int, *, fit: str = "crop") -> ConceptImages:
     """Read every picture of `source`; all problems are told in one message."""
-    paths, squares, captions, hashes, masks, problems = find_images(source), [], [], [], [], []
+    paths, pictures, captions, hashes, masks, problems = find_images(source), [], [], [], [], []
     for path in paths:
         try:
             picture = read_image(path)
             masks.append(_read_mask(path, picture.size, size, fit))
-            squares.append(to_square(picture, size, fit))
+            pictures.append(fitted(picture, size, fit))
         except ConceptImagesError as error:
             problems.append(str(error))
             continue
@@ -108,8 +119,9 @@ def load_images(source: str | Path | Iterable[str | Path], size: int, *, fit: st
         captions.append(caption_of(path))
     if problems:
         raise ConceptImagesError("\n".join(problems))
-    masked = [torch.ones(1, size, size) if m is None else m for m in masks] if any(m is not None for m in masks) else []
-    return replace(from_pil(squares, captions, hashes), masks=torch.stack(masked) if masked else None)
+    found = from_pil(pictures, captions, hashes)
+    masked = tuple(torch.ones_like(image[:1]) if mask is None else mask for image, mask in zip(found.images, masks, strict=True))
+    return replace(found, masks=masked if any(mask is not None for mask in masks) else None)
 
 
 def mask_file(path: Path) -> Path | None:
@@ -125,7 +137,7 @@ def _read_mask(path: Path, shape: tuple[int, int], size: int, fit: str) -> Tenso
     mask = read_image(file)
     if mask.size != shape:
         raise ConceptImagesError(f"The mask {file} is {mask.width} x {mask.height} pixels, its picture {shape[0]} x {shape[1]}. They have to agree.")
-    values = (to_tensor(to_square(mask, size, fit))[:1] + 1) / 2
+    values = (to_tensor(fitted(mask, size, fit))[:1] + 1) / 2
     if values.max() < 0.05:
         raise ConceptImagesError(f"The mask {file} is black, so nothing of its picture would be learned. Paint the thing white, or remove the mask.")
     return values
@@ -137,11 +149,11 @@ def caption_of(path: Path) -> str | None:
     return text.read_text(encoding="utf-8", errors="replace").strip() or None if text.exists() else None
 
 
-def from_pil(squares: Sequence[Image.Image], captions: Sequence[str | None], hashes: Sequence[str]) -> ConceptImages:
-    """Square RGB pictures of one size -> `ConceptImages`."""
-    if not squares:
+def from_pil(pictures: Sequence[Image.Image], captions: Sequence[str | None], hashes: Sequence[str]) -> ConceptImages:
+    """RGB pictures of the wanted size -> `ConceptImages`."""
+    if not pictures:
         raise ConceptImagesError("No pictures were given. Give 3 to 15 pictures of the thing to learn.")
-    return ConceptImages(torch.stack([to_tensor(s) for s in squares]), tuple(captions), tuple(hashes), preview(squares[0]))
+    return ConceptImages(tuple(to_tensor(p) for p in pictures), tuple(captions), tuple(hashes), preview(pictures[0]))
 
 
 def to_tensor(image: Image.Image) -> Tensor:
@@ -156,7 +168,7 @@ def to_pil(image: Tensor) -> Image.Image:
 
 def preview(image: Image.Image) -> str:
     buffer = io.BytesIO()
-    image.resize((PREVIEW, PREVIEW), Image.Resampling.LANCZOS).save(buffer, "JPEG", quality=85)
+    ImageOps.fit(image, (PREVIEW, PREVIEW), Image.Resampling.LANCZOS).save(buffer, "JPEG", quality=85)
     return base64.b64encode(buffer.getvalue()).decode()
 
 

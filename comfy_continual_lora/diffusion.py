@@ -85,9 +85,15 @@ def stratified(n: int, generator: torch.Generator) -> Tensor:
     return (parts * TIMESTEPS).long()[torch.randperm(n, generator=generator)]
 
 
-def random_batch(latents: Tensor, n: int, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
-    """Which latents (n,), at which timesteps (n,), with which noise (n, 4, h, w); all on the latents' device."""
-    pick = torch.randint(len(latents), (n,), generator=generator)
+def random_batch(latents: Sequence[Tensor], n: int, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Which of the latents (n,), they themselves (n, 4, h, w), at which timesteps (n,), with which noise (n, 4, h, w); all on the latents' device.
+
+    A batch has latents (4, h, w) of one shape; every one of them comes up equally often.
+    """
+    first = torch.randint(len(latents), (1,), generator=generator)
+    alike = torch.tensor([i for i, latent in enumerate(latents) if latent.shape == latents[int(first)].shape])
+    pick = torch.cat([first, alike[torch.randint(len(alike), (n - 1,), generator=generator)]])
     timestep = stratified(n, generator)
-    noise = torch.randn((n, *latents.shape[1:]), generator=generator)
-    return pick.to(latents.device), timestep.to(latents.device), noise.to(latents.device)
+    clean = torch.stack([latents[int(i)] for i in pick])
+    noise = torch.randn(clean.shape, generator=generator)
+    return pick.to(clean.device), clean, timestep.to(clean.device), noise.to(clean.device)

@@ -53,7 +53,7 @@ def distillation_terms(student: Tensor, teacher1: Tensor, teacher2: Tensor) -> d
 
 
 def consolidate(
-    backbone: Backbone, latents: Tensor, teachers: Teachers, text: FrozenText, tau: float | None, penalty: Penalty | None,
+    backbone: Backbone, latents: Sequence[Tensor], teachers: Teachers, text: FrozenText, tau: float | None, penalty: Penalty | None,
     settings: LearnSettings, snapshot: Path, on_progress: OnProgress,
 ) -> tuple[Adapter, list[float]]:  # fmt: skip
     """Run DSC; returns the student and the loss of every step. Without `tau` the two score terms are left out. The teachers are not changed.
@@ -74,10 +74,10 @@ def consolidate(
             generator = generator_for(settings.seed, "dsc", step)
             chosen = generator if settings.dsc_redraw == "step" else generator_for(settings.seed, "dsc")
             old, past = one_of(teachers.past, chosen)
-            pick, timestep, noise = (drawn[rows] for drawn in random_batch(latents, n, generator))
+            _, clean, timestep, noise = (drawn[rows] for drawn in random_batch(latents, n, generator))
             template = one_of(TEMPLATES, generator)
             features = text([template.format(name) for name in (newest, old, *([teachers.noun] if tau else []))])
-            noisy, target = noised(backbone, latents[pick], noise, timestep)
+            noisy, target = noised(backbone, clean, noise, timestep)
 
             def spoken(values: Mapping[str, Tensor], prompts: slice) -> Tensor:
                 with holding(factors, values):

@@ -63,7 +63,7 @@ def features(backbone: Backbone, clip: Path | None) -> Features:
         from .mini.weights import vision_features
 
         return vision_features
-    return lambda pictures: torch.nn.functional.normalize(backbone.encode_images(pictures).flatten(1).float().cpu(), dim=1)
+    return lambda pictures: torch.nn.functional.normalize(torch.stack(backbone.encode_images(pictures)).flatten(1).float().cpu(), dim=1)
 
 
 def _clip_features(folder: Path, device: torch.device) -> Features:

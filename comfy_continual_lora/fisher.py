@@ -28,12 +28,12 @@ from .settings import TEMPLATES, LearnSettings
 
 @dataclass(frozen=True)
 class Target:
-    """What the Fisher is taken of: latents (n, 4, h, w) of the newest concept, its name ("V2 mug") and class noun, the names of earlier concepts.
+    """What the Fisher is taken of: latents (4, h, w) of the newest concept, its name ("V2 mug") and class noun, the names of earlier concepts.
 
     `tau` is the temperature of the cross-entropy term; None leaves that term out.
     """
 
-    latents: Tensor
+    latents: Sequence[Tensor]
     name: str
     noun: str
     previous: Sequence[str]
@@ -88,11 +88,11 @@ def _sampled(
 
 def _loss_of_batch(backbone: Backbone, target: Target, text: FrozenText, k: int, n: int, generator: torch.Generator) -> Callable[[], Tensor]:
     """L_F of n samples drawn with `generator`, (n,): the first prompt names c_n, the others are c_0 and a random few of the previous."""
-    pick, timestep, noise = random_batch(target.latents, n, generator)
+    _, clean, timestep, noise = random_batch(target.latents, n, generator)
     template = one_of(TEMPLATES, generator)
     names = [target.name] if target.tau is None else [target.name, target.noun, *subset(target.previous, k, generator)]
     features = text([template.format(name) for name in names])
-    noisy, wanted = noised(backbone, target.latents[pick], noise, timestep)
+    noisy, wanted = noised(backbone, clean, noise, timestep)
 
     def loss() -> Tensor:
         error = errors(predictions(backbone, noisy, timestep, features), wanted)

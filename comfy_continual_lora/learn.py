@@ -41,12 +41,12 @@ from .store import write_whole
 
 @dataclass(frozen=True)
 class Lesson:
-    """What is learned, and from where: latents (n, 4, h, w), their pictures' prompts (picture i has prompts[i % len(prompts)]), the new token.
+    """What is learned, and from where: latents (4, h, w), their pictures' prompts (picture i has prompts[i % len(prompts)]), the new token.
 
     `words` are the earlier ones (frozen); `adapter` and `word` the starting point; `beneath` a frozen LoRA that stays below a new one.
     """
 
-    latents: Tensor
+    latents: Sequence[Tensor]
     prompts: Sequence[Sequence[str]]
     token: str
     words: Mapping[str, Tensor]
@@ -55,7 +55,7 @@ class Lesson:
     penalty: Penalty | None = None
     beneath: Adapter | None = None
     shown: Sequence[str] = ()  # prompts of the preview pictures
-    weights: Tensor | None = None  # (n, 1, h, w): what of each latent is learned from; None: all of it alike
+    weights: Sequence[Tensor] | None = None  # (1, h, w): what of each latent is learned from; None: all of it alike
 
 
 @dataclass(frozen=True)
@@ -85,19 +85,19 @@ def learn(backbone: Backbone, lesson: Lesson, settings: LearnSettings, snapshot:
             groups.append({"params": list(factors.values()), "lr": settings.rate, "weight_decay": 0.01})
         trained = {"word": vector, **(factors if trains_adapter else {})}
         start = {"word": {"": lesson.word}, "adapter": lesson.adapter, "beneath": lesson.beneath}
-        start |= {"weights": {"": lesson.weights}} if lesson.weights is not None else {}
+        start["weights"] = {str(i): weight for i, weight in enumerate(lesson.weights or [])}
         who = identity(backbone, settings, latents, start, lesson.prompts)
         assert settings.steps
         run = Run("learn", trained, optimizer_for(groups, settings), settings, settings.steps, backbone.gradient_scale, snapshot, who)
 
         def terms(step: int, rows: slice) -> dict[str, Tensor]:
             generator = generator_for(settings.seed, step)
-            pick, timestep, noise = random_batch(latents, settings.batch or 1, generator)
-            chosen = [one_of(lesson.prompts[int(i) % len(lesson.prompts)], generator) for i in pick][rows]
-            pick, timestep, noise = pick[rows], timestep[rows], noise[rows]
-            noisy, target = noised(backbone, latents[pick], noise, timestep)
+            drawn = random_batch(latents, settings.batch or 1, generator)
+            chosen = [one_of(lesson.prompts[int(i) % len(lesson.prompts)], generator) for i in drawn[0]][rows]
+            pick, clean, timestep, noise = (part[rows] for part in drawn)
+            noisy, target = noised(backbone, clean, noise, timestep)
             features = _features(backbone, chosen, {**lesson.words, lesson.token: vector})
-            weight = None if lesson.weights is None else lesson.weights[pick]
+            weight = None if lesson.weights is None else torch.stack([lesson.weights[int(i)] for i in pick])
             error = loss_per_example(backbone.predict(noisy, timestep, features), target, weight)
             found = {"denoising": (error * timestep_weight(backbone, timestep, settings.weighting)).mean()}
             return {**found, "penalty": lesson.penalty(factors)} if lesson.penalty else found
@@ -252,13 +252,15 @@ def optimizer_for(groups: list[dict[str, Any]], settings: ConsolidateSettings) -
 
 
 def identity(
-    backbone: Backbone, settings: ConsolidateSettings, latents: Tensor, start: Mapping[str, Adapter | None], prompts: Sequence[Sequence[str]] = ()
-) -> str:
+    backbone: Backbone, settings: ConsolidateSettings, latents: Sequence[Tensor], start: Mapping[str, Adapter | None],
+    prompts: Sequence[Sequence[str]] = (),
+) -> str:  # fmt: skip
     """A hash of all that decides how a run goes; a snapshot is used only by the very run that wrote it."""
     choices = {k: v for k, v in asdict(settings).items() if k not in MEANS}
     digest = hashlib.sha256(json.dumps([backbone.fingerprint, prompts, choices]).encode())
     tensors = {f"{part}/{name}": tensor for part, adapter in start.items() for name, tensor in (adapter or {}).items()}
-    for name, tensor in sorted({"latents": latents, **tensors}.items()):
+    tensors |= {f"latents/{i}": latent for i, latent in enumerate(latents)}
+    for name, tensor in sorted(tensors.items()):
         digest.update(name.encode() + tensor.detach().float().cpu().numpy().tobytes())
     return digest.hexdigest()
 

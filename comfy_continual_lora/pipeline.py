@@ -365,7 +365,7 @@ def evaluate(request: EvaluateRequest, on_progress: OnProgress = ignore) -> eval
             f"No folder in {request.images} is named after a concept. Expected {', '.join(stack.tokens)}; found {', '.join(groups)}."
         )
     given = {
-        tokens[name.lower()]: concepts.load_images(files, settings.size or backbone.size).images
+        tokens[name.lower()]: torch.stack(concepts.load_images(files, settings.size or backbone.size).images)
         for name, files in groups.items()
         if name.lower() in tokens
     }
@@ -444,14 +444,18 @@ def _snapshot(path: Path, token: str, part: str = "") -> Path:
     return path.with_name(f"{path.name.removesuffix('.safetensors')}.{token}.{part + '.' if part else ''}snapshot")
 
 
-def _latents(backbone: Backbone, pictures: concepts.ConceptImages, settings: ConsolidateSettings) -> torch.Tensor:
+def _latents(backbone: Backbone, pictures: concepts.ConceptImages, settings: ConsolidateSettings) -> list[torch.Tensor]:
     """Latents of the pictures, and of their mirror images behind them if wanted."""
-    return backbone.encode_images(torch.cat([pictures.images, pictures.images.flip(-1)]) if settings.flip else pictures.images)
+    return backbone.encode_images(_mirrored(pictures.images, settings))
+
+
+def _mirrored(images: tuple[torch.Tensor, ...], settings: ConsolidateSettings) -> tuple[torch.Tensor, ...]:
+    return (*images, *(image.flip(-1) for image in images)) if settings.flip else images
 
 
 def _lesson(
     backbone: Backbone, request: LearnRequest, stack: store.ConceptStack, settings: LearnSettings, pictures: concepts.ConceptImages,
-    latents: torch.Tensor,
+    latents: list[torch.Tensor],
 ) -> Lesson:  # fmt: skip
     """Sequential initialisation: the adapter starts from the stack's, the word from its class noun - unless the method starts anew."""
     method, generator = METHODS[settings.method], torch.Generator().manual_seed(settings.seed)
@@ -479,8 +483,8 @@ def _lesson(
     shown = [f"a photo of a {name}" for name in names]
     weights = None
     if pictures.masks is not None:
-        masks = torch.cat([pictures.masks, pictures.masks.flip(-1)]) if settings.flip else pictures.masks
-        weights = F.interpolate(masks, latents.shape[-2:], mode="area").to(latents.device)
+        masks = zip(_mirrored(pictures.masks, settings), latents, strict=True)
+        weights = [F.interpolate(mask[None], latent.shape[-2:], mode="area")[0].to(latent.device) for mask, latent in masks]
     return Lesson(latents, prompts, request.token, stack.tokens, adapter, word, penalty, stack.adapter if anew else None, shown, weights)
 
 
@@ -500,7 +504,7 @@ class _Newest:
     backbone: Backbone
     stack: store.ConceptStack
     record: store.ConceptRecord
-    latents: torch.Tensor
+    latents: list[torch.Tensor]
     text: FrozenText
     penalty: Penalty | None
     settings: LearnSettings

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from PIL import Image, ImageDraw
 
-from .concepts import read_image, to_square
+from .concepts import fitted, read_image
 from .curves import smoothed
 from .evaluate import Retention
 from .pipeline import Drawn, Scored
@@ -59,7 +59,7 @@ def score_sheet(scored: Sequence[Scored], *, side: int = 96, bars: int = 5) -> I
     draw = ImageDraw.Draw(sheet)
     for row, one in enumerate(scored):
         top = row * (side + 8)
-        sheet.paste(to_square(read_image(one.file), side, "crop"), (0, top))
+        sheet.paste(fitted(read_image(one.file), side, "crop"), (0, top))
         for place, (name, p) in enumerate(list(zip(one.scores.names, one.scores.probabilities, strict=True))[:bars]):
             y = top + place * side // bars
             draw.rectangle((side + 110, y + 2, side + 110 + int(220 * p), y + side // bars - 3), fill="#2f855a" if name == one.label else "#a0aec0")

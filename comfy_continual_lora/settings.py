@@ -16,6 +16,8 @@ METHODS = (
     "lora_dsc_ewc_dc", "retention", "closed_form",
 )  # fmt: skip
 SOLVERS = ("dpm++", "ddim")
+FITS = ("crop", "pad", "bucket")
+FIT_HELP = "pictures that are not square are cropped to the middle, padded with their edge, or keep their shape (aspect buckets)"
 # Settings that say how the same numbers are come to: a run may go on with others of them.
 MEANS = ("snapshot_every", "preview_every", "checkpointing", "accumulate", "compile")
 TEMPLATES = (
@@ -128,7 +130,7 @@ class ConsolidateSettings(Settings):
     clip: float = setting(1.0, "largest gradient norm; a longer gradient is shortened to it", low=1e-6)
     seed: int = setting(0, "seed of every random draw", low=0, high=2**63 - 1)
     size: int | None = setting(None, "side of the training pictures", low=64, high=4096, unit="pixels", multiple=8)
-    fit: str = setting("crop", "pictures that are not square are cropped to the middle or padded with their edge", choices=("crop", "pad"))
+    fit: str = setting("crop", FIT_HELP, choices=FITS)
     flip: bool | None = setting(None, "also learn from the mirrored pictures; switch off for things with writing on them")
     precision: str = setting(
         "auto",
@@ -215,7 +217,7 @@ class ScoreSettings(Settings):
     rows: int = setting(32, "net calls at a time", low=1, high=4096)
     seed: int = setting(0, "seed of timesteps and noise", low=0, high=2**63 - 1)
     size: int | None = setting(None, "side the pictures are scaled to", low=64, high=4096, unit="pixels", multiple=8)
-    fit: str = setting("crop", "pictures that are not square are cropped to the middle or padded with their edge", choices=("crop", "pad"))
+    fit: str = setting("crop", FIT_HELP, choices=FITS)
 
 
 @dataclass(frozen=True)

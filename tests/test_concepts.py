@@ -27,17 +27,17 @@ def _gradient(mode: str = "RGB") -> Image.Image:
 def test_formats(tmp_path: Path, name: str) -> None:
     _gradient().save(tmp_path / name)
     images = concepts.load_images(tmp_path, 64).images
-    assert images.shape == (1, 3, 64, 64)
-    assert images[0, :, :, 0].mean() < -0.6
-    assert images[0, :, :, -1].mean() > 0.6  # left is dark, right is bright
+    assert [image.shape for image in images] == [(3, 64, 64)]
+    assert images[0][:, :, 0].mean() < -0.6
+    assert images[0][:, :, -1].mean() > 0.6  # left is dark, right is bright
 
 
 def test_exif_orientation_is_applied(tmp_path: Path) -> None:
     exif = Image.Exif()
     exif[0x0112] = 3  # upside down
     _gradient().save(tmp_path / "a.jpg", exif=exif)
-    images = concepts.load_images(tmp_path, 64).images
-    assert images[0, :, :, 0].mean() > images[0, :, :, -1].mean()
+    image = concepts.load_images(tmp_path, 64).images[0]
+    assert image[:, :, 0].mean() > image[:, :, -1].mean()
 
 
 def test_modes_become_rgb(tmp_path: Path) -> None:
@@ -55,8 +55,8 @@ def test_modes_become_rgb(tmp_path: Path) -> None:
 def test_crop_keeps_the_middle_and_pad_keeps_everything() -> None:
     wide = Image.new("RGB", (200, 100), "black")
     wide.paste("white", (0, 0, 20, 100))
-    assert np.asarray(concepts.to_square(wide, 100, "crop")).max() == 0
-    padded = np.asarray(concepts.to_square(wide, 100, "pad"))
+    assert np.asarray(concepts.fitted(wide, 100, "crop")).max() == 0
+    padded = np.asarray(concepts.fitted(wide, 100, "pad"))
     assert padded.shape == (100, 100, 3)
     assert padded[:, :5].min() > 200
 
@@ -118,6 +118,26 @@ def test_bad_tokens(token: str, message: str) -> None:
         concepts.check_token(token, ["V1"], lambda word: word == "dog")
 
 
+@given(st.integers(20, 4000), st.integers(20, 4000), st.sampled_from([64, 128, 512, 768, 1024]))
+def test_buckets_keep_the_shape_and_never_cost_more_than_the_square(width: int, height: int, size: int) -> None:
+    step = min(64, size // 8)
+    found = concepts.bucket(width, height, size)
+    assert all(side % step == 0 and side > 0 for side in found)
+    assert found[0] * found[1] <= size * size
+    wanted = min(4, max(1 / 4, width / height))
+    assert abs(np.log(found[0] / found[1] / wanted)) < np.log(1.3)
+    assert concepts.bucket(height, width, size) == found[::-1]
+
+
+def test_bucketed_pictures_keep_their_shapes_with_their_masks(tmp_path: Path) -> None:
+    for name, shape in (("a", (300, 150)), ("b", (150, 300)), ("c", (200, 200))):
+        Image.new("RGB", shape, "red").save(tmp_path / f"{name}.png")
+    Image.new("L", (300, 150), "white").save(tmp_path / "a.mask.png")
+    found = concepts.load_images(tmp_path, 128, fit="bucket")
+    assert [tuple(image.shape) for image in found.images] == [(3, 80, 176), (3, 176, 80), (3, 128, 128)]
+    assert [tuple(mask.shape) for mask in found.masks or ()] == [(1, 80, 176), (1, 176, 80), (1, 128, 128)]
+
+
 @given(st.text(max_size=12))
 def test_a_token_is_refused_or_safe_in_a_file_name(token: str) -> None:
     try:
@@ -136,10 +156,10 @@ def test_masks(tmp_path: Path) -> None:
     half[:, 32:] = 255
     Image.fromarray(half).save(tmp_path / "a.mask.png")
     found = concepts.load_images(tmp_path, 32)
-    assert found.images.shape[0] == 2
+    assert len(found.images) == 2
     assert found.masks is not None
-    assert found.masks[0, 0, :, :12].max() < 0.05
-    assert found.masks[0, 0, :, 20:].min() > 0.95
+    assert found.masks[0][0, :, :12].max() < 0.05
+    assert found.masks[0][0, :, 20:].min() > 0.95
     assert (found.masks[1] == 1).all()
     Image.fromarray(half[:20]).save(tmp_path / "b.mask.png")
     with pytest.raises(ConceptImagesError, match=r"64 x 20 pixels, its picture 64 x 48"):

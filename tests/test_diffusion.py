@@ -43,10 +43,21 @@ def test_a_weight_leaves_out_what_it_is_zero_for() -> None:
 
 def test_a_batch_takes_one_timestep_from_each_part_in_any_order() -> None:
     batches = [random_batch(torch.zeros(3, 4, 2, 2), 8, generator_for(n)) for n in range(400)]
-    timesteps = torch.stack([timestep for _, timestep, _ in batches])
+    timesteps = torch.stack([timestep for _, _, timestep, _ in batches])
     assert torch.equal(timesteps.sort(1).values * 8 // TIMESTEPS, torch.arange(8).expand(400, 8))
     assert timesteps.float().mean(0).sub(TIMESTEPS / 2).abs().max() < 60  # whatever its place in the batch
-    assert {int(n) for pick, _, _ in batches for n in pick} == {0, 1, 2}
+    assert {int(n) for pick, *_ in batches for n in pick} == {0, 1, 2}
+
+
+def test_a_batch_has_one_shape_and_every_picture_its_share() -> None:
+    latents = [torch.full((4, *shape), float(n)) for n, shape in enumerate([(2, 4), (2, 2), (2, 4), (4, 2), (2, 4)])]
+    seen = torch.zeros(5)
+    for n in range(2000):
+        pick, clean, _, noise = random_batch(latents, 3, generator_for(n))
+        assert clean.shape == noise.shape
+        assert clean[:, 0, 0, 0].tolist() == pick.tolist()
+        seen += pick.bincount(minlength=5)
+    assert (seen / seen.sum() - 1 / 5).abs().max() < 0.02
 
 
 def test_debiased_errors_count_more_where_the_noise_hides_the_picture(backbone: Backbone) -> None:

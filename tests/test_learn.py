@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import resource
 import shutil
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -21,7 +22,7 @@ from comfy_continual_lora.errors import Cancelled, SettingError, StackError, Tok
 from comfy_continual_lora.learn import Learned, Lesson, learn
 from comfy_continual_lora.lora import attached, new_adapter
 from comfy_continual_lora.progress import Progress, ignore
-from comfy_continual_lora.settings import TEMPLATES, LearnSettings
+from comfy_continual_lora.settings import TEMPLATES, LearnSettings, ScoreSettings
 
 QUICK = LearnSettings(method="lora", steps=6, batch=2, rank=4, snapshot_every=2)
 
@@ -38,7 +39,7 @@ def _learn(backbone: Backbone, folder: Path, snapshot: Path, settings: LearnSett
     pictures = concepts.load_images(folder, 64)
     generator = torch.Generator().manual_seed(0)
     word, adapter = backbone.word_start("ball", generator), new_adapter(backbone, 4, generator)
-    latents = backbone.encode_images(torch.cat([pictures.images, pictures.images.flip(-1)]))
+    latents = backbone.encode_images([*pictures.images, *(image.flip(-1) for image in pictures.images)])
     prompts = [concepts.prompts_for("V1", "ball", TEMPLATES, None)]
     return learn(backbone, Lesson(latents, prompts, "V1", {}, adapter, word), settings.resolved("mini"), snapshot, on_progress)
 
@@ -72,7 +73,7 @@ def test_a_snapshot_of_another_run_or_a_damaged_one_is_not_used(backbone: Backbo
 def _loss(backbone: Backbone, folder: Path, learned: Learned) -> float:
     """Mean loss on the concept over fixed timesteps and noises."""
     pictures, generator = concepts.load_images(folder, 64), torch.Generator().manual_seed(1)
-    latents = backbone.encode_images(pictures.images).repeat(8, 1, 1, 1)
+    latents = torch.stack(backbone.encode_images(pictures.images) * 8)
     timestep = torch.linspace(20, 900, len(latents)).long()
     noise = torch.randn(latents.shape, generator=generator)
     with torch.no_grad(), attached(backbone, learned.adapter):
@@ -257,3 +258,28 @@ def test_mistakes_leave_the_stack_as_it_was(checkpoint: Path, pictures: Path, tm
 def test_a_picture_can_be_given_as_a_list(checkpoint: Path, pictures: Path) -> None:
     request = pipeline.LearnRequest(checkpoint, sorted(pictures.glob("*.png"))[:2], "V1", "ball", QUICK, device="cpu")
     assert pipeline.learn_concept(request).record.images == 2
+
+
+def test_pictures_of_several_shapes_keep_them_in_every_stage(checkpoint: Path, folders: dict[str, Path], tmp_path: Path, monkeypatch) -> None:
+    from comfy_continual_lora import dsc, fisher
+
+    seen: dict[str, set[tuple[int, ...]]] = {"learn": set(), "dsc": set(), "fisher": set()}
+    for module in (sys.modules["comfy_continual_lora.learn"], dsc, fisher):
+        name, noised = module.__name__.rsplit(".")[-1], module.noised
+
+        def spy(*args, name=name, noised=noised):
+            seen[name].add(tuple(args[1].shape[2:]))
+            return noised(*args)
+
+        monkeypatch.setattr(module, "noised", spy)
+    settings = LearnSettings(steps=8, batch=3, rank=4, size=64, fit="bucket", flip=True, dsc_steps=8, fisher_samples=16)
+    for token in ("V1", "V2"):
+        mixed = Path(shutil.copytree(folders[token], tmp_path / token))
+        first, second = sorted(mixed.glob("*.png"))[:2]
+        Image.open(first).crop((0, 32, 128, 96)).save(first)
+        Image.open(second).crop((32, 0, 96, 128)).save(second)
+        Image.new("L", (128, 64), "white").save(first.with_suffix(".mask.png"))
+        pipeline.learn_concept(pipeline.LearnRequest(checkpoint, mixed, token, "ball", settings, device="cpu"))
+    assert seen == {name: {(5, 11), (11, 5)} for name in seen}
+    scored = pipeline.dc_scores(pipeline.ScoreRequest(checkpoint, tmp_path / "V1", ScoreSettings(trials=4, size=64, fit="bucket"), device="cpu"))
+    assert len(scored) == 2

@@ -170,7 +170,7 @@ def test_the_vae_is_on_the_device_only_while_it_works(mini_file: Path, monkeypat
     to = nn.Module.to
     monkeypatch.setattr(nn.Module, "to", lambda self, *args: (went.append(str(args[0])) if self is own.vae else None, to(self, *args))[1])
     own.device = torch.device("cpu:0")
-    own.decode_latents(own.encode_images(torch.zeros(1, 3, 64, 64)))
+    own.decode_latents(torch.stack(own.encode_images(torch.zeros(1, 3, 64, 64))))
     assert went == ["cpu:0", "cpu"] * 2
 
 

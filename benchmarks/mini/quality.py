@@ -63,7 +63,7 @@ def main() -> None:
 
     drawn = sample.draw(backbone, {}, [s.caption for s in scenes], range(SEED, SEED + len(scenes)), settings, say)
     real = real_pictures(scenes)
-    through_vae = backbone.decode_latents(backbone.encode_images(real))
+    through_vae = backbone.decode_latents(torch.stack(backbone.encode_images(real)))
     two = torch.tensor([len(s.things) == 2 for s in scenes])
     row = {"captions": len(scenes), "with_two_things": int(two.sum()), "guidance": settings.guidance, "steps": settings.steps}
     for name, pictures in (("real", real), ("autoencoder", through_vae), ("drawn", drawn)):

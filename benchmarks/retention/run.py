@@ -169,9 +169,8 @@ def _joint(job: Job) -> tuple[dict[tuple[int, int], store.ConceptStack], float, 
     words = {f"V{n}": torch.nn.Parameter(backbone.word_start(c.noun, generator)) for n, c in enumerate(job.sequence, start=1)}
     for token, concept in zip(words, job.sequence, strict=True):
         pictures = torch.stack([concepts.to_tensor(Image.fromarray(p)) for p in world.concept_pictures(concept, 5)])
-        latents.append(backbone.encode_images(pictures))
+        latents += backbone.encode_images(pictures)
         prompts += [concepts.prompts_for(token, concept.noun, TEMPLATES, None)] * len(pictures)
-    every = torch.cat(latents)
     with lora.attached(backbone, adapter, trainable=True) as factors:
         groups = [{"params": list(words.values()), "lr": settings.token_rate, "weight_decay": 0.0}]
         optimizer = torch.optim.AdamW([*groups, {"params": list(factors.values()), "lr": settings.rate, "weight_decay": 0.01}])
@@ -180,9 +179,9 @@ def _joint(job: Job) -> tuple[dict[tuple[int, int], store.ConceptStack], float, 
 
         def terms(step: int, rows: slice) -> dict[str, Tensor]:
             draw = diffusion.generator_for(job.seed, step)
-            pick, timestep, noise = (drawn[rows] for drawn in diffusion.random_batch(every, settings.batch or 1, draw))
+            pick, clean, timestep, noise = (drawn[rows] for drawn in diffusion.random_batch(latents, settings.batch or 1, draw))
             chosen = [diffusion.one_of(prompts[int(i)], draw) for i in pick]
-            noisy, target = diffusion.noised(backbone, every[pick], noise, timestep)
+            noisy, target = diffusion.noised(backbone, clean, noise, timestep)
             predicted = backbone.predict(noisy, timestep, backbone.encode_prompts(chosen, words))
             weight = diffusion.timestep_weight(backbone, timestep, settings.weighting)
             return {"denoising": (weight * diffusion.loss_per_example(predicted, target)).mean()}

@@ -22,6 +22,7 @@ import json
 import os
 import tempfile
 import time
+from collections.abc import Sequence
 from dataclasses import fields
 from multiprocessing import get_context
 from pathlib import Path
@@ -50,10 +51,10 @@ def sequence(count: int, seed: int) -> list[world.Concept]:
 
 
 @torch.no_grad()
-def held_out_error(backbone: Backbone, adapter: Adapter | None, latents: Tensor, features: Tensor) -> float:
-    """Error on every latent (n, 4, h, w) with the same timesteps and noises, for one prompt (77, d)."""
+def held_out_error(backbone: Backbone, adapter: Adapter | None, latents: Sequence[Tensor], features: Tensor) -> float:
+    """Error on every latent (4, h, w) with the same timesteps and noises, for one prompt (77, d)."""
     timestep = stratified(DRAWS, generator_for("held out"))
-    noise = torch.randn((DRAWS, *latents.shape[1:]), generator=generator_for("held out noise"))
+    noise = torch.randn((DRAWS, *latents[0].shape), generator=generator_for("held out noise"))
     with attached(backbone, adapter):
         found = [classifier.trial_errors(backbone, z.expand_as(noise), noise, timestep, features[None]) for z in latents]
     return float(torch.cat(found).mean())
@@ -104,7 +105,7 @@ def prior_error(backbone: Backbone, adapter: Adapter | None) -> float:
     scenes = [world.random_scene(rng) for _ in range(12)]
     latents = backbone.encode_images(pretrain.to_tensor(np.stack([world.draw_scene(s, rng) for s in scenes])))
     features = backbone.encode_prompts(["", *(s.caption for s in scenes)])
-    pairs = [(z[None], features[row]) for n, z in enumerate(latents) for row in (0, n + 1)]
+    pairs = [([z], features[row]) for n, z in enumerate(latents) for row in (0, n + 1)]
     return sum(held_out_error(backbone, adapter, z, f) for z, f in pairs) / len(pairs)
 
 

@@ -8,7 +8,7 @@ encoders a word's vector is both encoders' vectors end to end, as their features
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -74,12 +74,12 @@ class Backbone:
         return sum(self.word_widths)
 
     @torch.no_grad()
-    def encode_images(self, images: Tensor) -> Tensor:
-        """(n, 3, h, w) -> latents (n, 4, h/8, w/8), scaled; the mean of the posterior, so the same picture gives the same latent."""
+    def encode_images(self, images: Iterable[Tensor]) -> list[Tensor]:
+        """Pictures (3, h, w) -> latents (4, h/8, w/8), scaled; the mean of the posterior, so the same picture gives the same latent."""
         with self._vae_here() as vae:
             encoded = [vae.encode(image[None].to(self.device)) for image in images]
         latents = [e.latents if isinstance(self.vae, AutoencoderTiny) else e.latent_dist.mean for e in encoded]  # type: ignore[union-attr]
-        return torch.cat(latents) * self.vae.config["scaling_factor"]
+        return [latent[0] * self.vae.config["scaling_factor"] for latent in latents]
 
     @torch.no_grad()
     def decode_latents(self, latents: Tensor) -> Tensor:
