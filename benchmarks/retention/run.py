@@ -1,14 +1,14 @@
 """How much is remembered: every method learns the same sequences of concepts; what each concept looks like after every later one is measured.
 
     python benchmarks/retention/run.py benchmarks/retention/results                        the six-concept table (hours on two cores)
-    python benchmarks/retention/run.py OUT --quick                                         two methods, three concepts: minutes
+    python benchmarks/retention/run.py OUT --quick                                         three methods, three concepts, fewer steps: minutes
     python benchmarks/retention/run.py OUT --concepts 20 --methods lora,lora_dsc_ewc_dc     a long sequence
     python benchmarks/retention/run.py OUT --ray                                           the same jobs on a Ray cluster
 
 in: nothing (concepts of the reporting split, in an order drawn from the seed) - out: OUT/table.json (a row for each method and seed), table.csv,
-table.md, matrices.json (R[i, j]), heat maps, A_MMD and F_MMD over the number of concepts, and a strip of pictures for each method. A job that is done
-is not done again, and one that was stopped goes on: the stack on disk knows what it has learned. Prompts, seeds, solver and guidance are the same
-for all methods.
+table.md (and a paired test of each method against the best of the paper's ten), matrices.json (R[i, j]), heat maps, A_MMD and F_MMD over the number
+of concepts, and a strip of pictures for each method. A job that is done is not done again, and one that was stopped goes on: the stack on disk knows
+what it has learned. Prompts, seeds, solver and guidance are the same for all methods.
 
     A_MMD, F_MMD, BwT_MMD, KID    metrics.py, on the mini-CLIP's image features; lower is better, BwT_MMD higher
     I2I, T2I                      mean cosine of drawn and real pictures; of drawn pictures and their prompts without the word
@@ -57,6 +57,7 @@ class Job:
     concepts: int
     pictures: int
     out: Path
+    steps: int | None = None  # a concept; None: the preset's
 
     @property
     def folder(self) -> Path:
@@ -125,7 +126,7 @@ def _in_sequence(job: Job) -> tuple[dict[tuple[int, int], store.ConceptStack], f
     """The stack after every concept, the seconds it took, the bytes it has on disk."""
     checkpoint, spent = _checkpoint(job), job.folder / "seconds.json"
     seconds = json.loads(spent.read_text()) if spent.exists() else {}
-    settings = LearnSettings(**ROWS[job.row], seed=job.seed)
+    settings = LearnSettings(**ROWS[job.row], seed=job.seed, steps=job.steps)
     for number, concept in enumerate(job.sequence, start=1):
         files = world.save_pictures(concept, job.folder / "pictures" / f"V{number}")
         request = pipeline.LearnRequest(checkpoint, files, f"V{number}", concept.noun, settings, device="cpu")
@@ -148,7 +149,7 @@ def _separate(job: Job) -> tuple[dict[tuple[int, int], store.ConceptStack], floa
         stack_file = job.folder / f"{j}.concepts.safetensors"
         if not stack_file.exists():
             files = world.save_pictures(concept, job.folder / "pictures" / f"V{j + 1}")
-            settings = LearnSettings(method="lora", seed=job.seed)
+            settings = LearnSettings(method="lora", seed=job.seed, steps=job.steps)
             started = time.perf_counter()
             pipeline.learn_concept(pipeline.LearnRequest(checkpoint, files, f"V{j + 1}", concept.noun, settings, stack=stack_file, device="cpu"))
             seconds += time.perf_counter() - started
@@ -160,7 +161,7 @@ def _separate(job: Job) -> tuple[dict[tuple[int, int], store.ConceptStack], floa
 def _joint(job: Job) -> tuple[dict[tuple[int, int], store.ConceptStack], float, int]:
     """All concepts at once, each with as many steps as it would have in sequence: what a method that keeps every picture reaches."""
     checkpoint = _checkpoint(job)
-    backbone, settings = load_backbone(checkpoint, device="cpu"), LearnSettings(method="lora", seed=job.seed).resolved("mini")
+    backbone, settings = load_backbone(checkpoint, device="cpu"), LearnSettings(method="lora", seed=job.seed, steps=job.steps).resolved("mini")
     generator, started = torch.Generator().manual_seed(job.seed), time.perf_counter()
     assert settings.rank
     assert settings.steps
@@ -306,7 +307,30 @@ def write(out: Path, rows: Sequence[dict[str, Any]]) -> None:
     for method in methods:
         mine = [row for row in plain if row["method"] == method]
         lines.append(f"| {method} | {len(mine)} | " + " | ".join(_spread([row[c] for row in mine if row[c] is not None]) for c in COLUMNS) + " |")
+    lines += ["", *_paired(rows)]
     (out / "table.md").write_text("\n".join(lines) + "\n")
+
+
+def _paired(rows: Sequence[dict[str, Any]]) -> list[str]:
+    """How each method's distances at the end, R[N, j], differ from the strongest of the paper's ten at the same seeds and concepts.
+
+    p: of all ways to flip the signs of the differences, how many have so large a mean (two-sided; 20,000 ways drawn).
+    """
+    ends = {(row["method"], row["seed"]): np.array(row["matrix"][-1], float) for row in rows}
+    seeds, methods = sorted({row["seed"] for row in rows}), list(dict.fromkeys(row["method"] for row in rows))
+    ten = [m for m in METHODS[: METHODS.index("retention")] if m in methods]
+    if not ten:
+        return []
+    whole = {m: np.concatenate([ends[m, seed] for seed in seeds]) for m in methods}
+    best = min(ten, key=lambda m: whole[m].mean())
+    lines = [f"Distance of each concept at the end, against `{best}` ({len(whole[best])} pairs of seed and concept):", ""]
+    for method in methods:
+        if method != best:
+            apart = whole[method] - whole[best]
+            signs = np.random.default_rng(0).choice([-1, 1], (20_000, len(apart)))
+            p = float((np.abs(signs @ apart) >= abs(apart.sum()) * (1 - 1e-9)).mean())
+            lines.append(f"* `{method}`: {apart.mean():+.4f}, nearer in {int((apart < 0).sum())}, p = {p:.2g}")
+    return lines
 
 
 def _spread(values: Sequence[float]) -> str:
@@ -365,16 +389,17 @@ def main() -> None:
     parser.add_argument("--pictures", type=int, default=16, help="drawn for each version and concept")
     parser.add_argument("--processes", type=int, default=2)
     parser.add_argument("--ray", action="store_true", help="spread over a Ray cluster")
-    parser.add_argument("--quick", action="store_true", help="lora and the default method, three concepts, one seed")
+    parser.add_argument("--quick", action="store_true", help="lora, the paper's and retention; three concepts of 200 steps, one seed")
     arguments = parser.parse_args()
     if arguments.quick:
-        arguments.concepts, arguments.seeds, arguments.methods = 3, "0", "lora,lora_dsc_ewc_dc"
+        arguments.concepts, arguments.seeds, arguments.methods = 3, "0", "lora_dsc_ewc_dc,lora,retention"
     arguments.out.mkdir(parents=True, exist_ok=True)
     seeds, wanted = [int(s) for s in arguments.seeds.split(",")], arguments.methods.split(",")
     unknown = set(wanted) - {*ROWS, *BOUNDS}
     if unknown:
         parser.error(f"unknown methods {', '.join(sorted(unknown))}; known: {', '.join([*ROWS, *BOUNDS])}")
-    jobs = [Job(name, seed, arguments.concepts, arguments.pictures, arguments.out) for seed in seeds for name in wanted]
+    steps = 200 if arguments.quick else None
+    jobs = [Job(name, seed, arguments.concepts, arguments.pictures, arguments.out, steps) for seed in seeds for name in wanted]
     rows = run_all(jobs, arguments.processes, arguments.ray)
     write(arguments.out, rows)
     draw(arguments.out, rows, jobs)
