@@ -1,14 +1,16 @@
-"""A full-size SD1.5 with random weights, in the single-file layout people own: 859 M + 84 M + 123 M weights, 2.1 GB in float16. Sizes of others."""
+"""Full-size SD1.5, SD2.1 and SDXL with random weights, in the single-file layouts people own: 2.1, 2.6 and 6.9 GB in float16."""
 
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
+from families import openclip
 from safetensors.torch import save_file
-from torch import Tensor, nn
-from transformers import CLIPTextConfig, CLIPTextModel
+from torch import Tensor
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
 from comfy_continual_lora.checkpoint import keys
 
@@ -35,32 +37,56 @@ SD15_TEXT = {
     "vocab_size": 49408, "hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12,
     "max_position_embeddings": 77, "hidden_act": "quick_gelu",
 }  # fmt: skip
+OPENCLIP_H = {
+    **SD15_TEXT, "hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 23, "num_attention_heads": 16, "hidden_act": "gelu",
+    "projection_dim": 1024,
+}  # fmt: skip
+OPENCLIP_G = {
+    **OPENCLIP_H, "hidden_size": 1280, "intermediate_size": 5120, "num_hidden_layers": 32, "num_attention_heads": 20, "projection_dim": 1280,
+}  # fmt: skip
+UNETS = {"sd1": SD15_UNET, "sd2": SD21_UNET, "sdxl": SDXL_UNET}
 
 
-def write_sd15(path: Path, seed: int = 0) -> Path:
-    """Write the file; weights are such that activations keep their size, so the noise prediction is finite and depends on its inputs."""
-    generator, tensors = torch.Generator().manual_seed(seed), {}
-    with torch.device("meta"):
-        parts: list[tuple[str, nn.Module, dict[str, str]]] = []
-        for prefix, module, table in (
-            (keys.UNET_PREFIX, UNet2DConditionModel(**SD15_UNET), keys.unet_names),
-            (keys.VAE_PREFIX, AutoencoderKL(**SD15_VAE), keys.vae_names),
-            (keys.TEXT_PREFIX, CLIPTextModel(CLIPTextConfig(**SD15_TEXT)), keys.text_names),
-        ):
-            parts.append((prefix, module, table(module.state_dict())))
-    for prefix, module, ldm in parts:
-        for name, meta in module.state_dict().items():
-            tensor = _random(meta, name, generator)
-            conv_in_ldm = prefix == keys.VAE_PREFIX and ".mid.attn_1." in ldm[name] and tensor.ndim == 2
-            tensors[prefix + ldm[name]] = tensor[..., None, None] if conv_in_ldm else tensor
-    tensors[f"{keys.TEXT_PREFIX}embeddings.position_ids"] = torch.arange(77)[None]
+def write(kind: str, path: Path, seed: int = 0) -> Path:
+    """Write the file of an "sd1", "sd2" or "sdxl"; its noise prediction is finite and depends on its inputs."""
+    random = _Random(seed)
+    unet = random.state(UNet2DConditionModel, **UNETS[kind])
+    tensors = {keys.UNET_PREFIX + ldm: unet.pop(name) for name, ldm in keys.unet_names(dict(unet)).items()}
+    vae = random.state(AutoencoderKL, **SD15_VAE)
+    for name, ldm in keys.vae_names(vae).items():
+        conv_in_ldm = ".mid.attn_1." in ldm and vae[name].ndim == 2
+        tensors[keys.VAE_PREFIX + ldm] = vae[name][..., None, None] if conv_in_ldm else vae[name]
+    if kind == "sd2":
+        tensors |= {f"cond_stage_model.model.{name}": t for name, t in openclip(random.text(CLIPTextModel, OPENCLIP_H)).items()}
+    else:
+        clip = random.text(CLIPTextModel, SD15_TEXT)
+        prefix = keys.TEXT_PREFIX if kind == "sd1" else "conditioner.embedders.0.transformer.text_model."
+        tensors |= {prefix + ldm: clip[name] for name, ldm in keys.text_names(clip).items()}
+        tensors[f"{prefix}embeddings.position_ids"] = torch.arange(77)[None]
+    if kind == "sdxl":
+        big = openclip(random.text(CLIPTextModelWithProjection, OPENCLIP_G))
+        tensors |= {f"conditioner.embedders.1.model.{name}": tensor for name, tensor in big.items()}
     path.parent.mkdir(parents=True, exist_ok=True)
-    save_file(tensors, path)
+    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path)
     return path
 
 
-def _random(meta: Tensor, name: str, generator: torch.Generator) -> Tensor:
-    if meta.ndim == 1:
-        return (torch.zeros if name.endswith("bias") else torch.ones)(meta.shape, dtype=torch.float16)
-    scale = 0.02 if "embedding" in name and "time" not in name else (meta[0].numel()) ** -0.5
-    return (torch.randn(meta.shape, generator=generator) * scale).half()
+class _Random:
+    """Weights in float16 such that activations keep their size."""
+
+    def __init__(self, seed: int) -> None:
+        self.generator = torch.Generator().manual_seed(seed)
+
+    def state(self, kind: type, *args: Any, **config: Any) -> dict[str, Tensor]:
+        with torch.device("meta"):
+            shapes = kind(*args, **config).state_dict()
+        return {name: self._one(meta, name) for name, meta in shapes.items()}
+
+    def text(self, kind: type, config: dict[str, Any]) -> dict[str, Tensor]:
+        return self.state(kind, CLIPTextConfig(**config))
+
+    def _one(self, meta: Tensor, name: str) -> Tensor:
+        if meta.ndim == 1:
+            return (torch.zeros if name.endswith("bias") else torch.ones)(meta.shape, dtype=torch.float16)
+        scale = 0.02 if "embedding" in name and "time" not in name else (meta[0].numel()) ** -0.5
+        return (torch.randn(meta.shape, generator=self.generator) * scale).half()

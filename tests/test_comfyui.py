@@ -9,11 +9,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import full_size
 import numpy as np
 import pytest
 from browser import CHROMIUM, page
 from comfyui import ComfyUI, error_of, executed, find_comfyui, to_prompt
-from full_size import write_sd15
 from PIL import Image
 from safetensors.torch import load_file
 
@@ -301,7 +301,7 @@ def test_two_stacks_at_once_and_a_list_of_pictures_of_mixed_sizes(host: ComfyUI)
 
 def test_a_full_size_sd15_learns_and_stock_nodes_load_the_result(host: ComfyUI) -> None:
     """Random weights in the real layout: two steps of learning, export, and the stock loader draws what Apply Concepts draws."""
-    name = write_sd15(host.base / "models" / "checkpoints" / "full-sd15.safetensors").name
+    name = full_size.write("sd1", host.base / "models" / "checkpoints" / "full-sd15.safetensors").name
     graph = learn("", size=64, steps=2, rate=0.01)
     graph["1"]["inputs"].update(checkpoint=name, stack_name="")
     graph["5"] = {"class_type": "ContinualLora_Export", "inputs": {"stack": ["3", 0]}}

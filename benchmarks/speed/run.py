@@ -281,7 +281,7 @@ def main() -> None:
         for name in arguments.checkpoints.split(","):
             path = folder / f"{name}.safetensors"
             if not path.exists():
-                write_checkpoint(path, stock=True) if name == "mini" else full_size.write_sd15(path)
+                write_checkpoint(path, stock=True) if name == "mini" else full_size.write("sd1", path)
             row = {"machine": machine, **compare(name, path, arguments.rounds, arguments.threads)}
             (out / f"{time.strftime('%Y-%m-%d')}-{name}.json").write_text(json.dumps(row, indent=1) + "\n")
         if arguments.pictures:
