@@ -118,6 +118,8 @@ def run(job: Job) -> dict[str, Any]:
         "both": _both(job, backbone, stack) if job.row != "separate" else None,
         "seconds_per_concept": seconds / count, "bytes_per_concept": size / count, "matrix": [[_number(v) for v in row] for row in matrix.tolist()],
     }  # fmt: skip
+    first = [Image.open(job.folder / "drawn" / f"{i}-0" / "1.png") for i in job.looked_at]
+    report.grid(first, len(first)).save(job.folder / "first-concept.png")
     done.write_text(json.dumps(row))
     return row
 
@@ -372,11 +374,8 @@ def draw(out: Path, rows: Sequence[dict[str, Any]], jobs: Sequence[Job]) -> None
     axes[1].legend(fontsize=7)
     figure.tight_layout()
     figure.savefig(out / "over-concepts.png", dpi=90)
-    strips = []
-    for method in methods:
-        job = next(j for j in jobs if j.row == method)
-        strips += [Image.open(job.folder / "drawn" / f"{i}-0" / "1.png") for i in job.looked_at]
-    report.grid(strips, len(jobs[0].looked_at)).save(out / "first-concept.png")
+    strips = [Image.open(next(j for j in jobs if j.row == method).folder / "first-concept.png") for method in methods]
+    report.grid(strips, 1).save(out / "first-concept.png")
     (out / "first-concept.txt").write_text("\n".join(methods) + "\n")
 
 
