@@ -29,6 +29,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         with nullcontext() if FIRST else redirect_stdout(io.StringIO()):
             arguments.run(arguments, bar)
+            sys.stdout.flush()
     except ContinualLoraError as error:
         bar.clear()
         print("\n".join(textwrap.fill(line, 110, break_long_words=False, break_on_hyphens=False) for line in f"continual-lora: {error}".splitlines()),
@@ -38,6 +39,9 @@ def main(argv: list[str] | None = None) -> int:
         bar.clear()
         print(f"continual-lora: stopped. {stopped}", file=sys.stderr)
         return 130
+    except BrokenPipeError:  # the reader has left, as `| head` does; what is left to write at exit goes nowhere
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
     finally:
         bar.close()
     return 0
