@@ -47,6 +47,8 @@ ROWS: dict[str, dict[str, Any]] = {name: {"method": name} for name in METHODS}
 ROWS |= {f"{name} vera": {"method": name, "adapter": "vera"} for name in ("lora", "lora_ewc", "lora_ewc_dc")}
 BOUNDS = ("joint", "separate")
 DRAWING = DrawSettings(steps=15, guidance=4.0)
+FULL = {"concepts": 6, "seeds": "0,1,2", "methods": ",".join([*ROWS, *BOUNDS]), "steps": None}
+QUICK = {"concepts": 3, "seeds": "0", "methods": "lora_dsc_ewc_dc,lora,retention", "steps": 200}
 COLUMNS = ("a_mmd", "f_mmd", "bwt_mmd", "kid", "i2i", "t2i", "newest_mmd", "dc_accuracy", "both", "seconds_per_concept", "bytes_per_concept")
 
 
@@ -382,23 +384,24 @@ def draw(out: Path, rows: Sequence[dict[str, Any]], jobs: Sequence[Job]) -> None
 def main() -> None:
     parser = argparse.ArgumentParser(description="Measure how much each method remembers.")
     parser.add_argument("out", type=Path)
-    parser.add_argument("--concepts", type=int, default=6)
-    parser.add_argument("--seeds", default="0,1,2")
-    parser.add_argument("--methods", default=",".join([*ROWS, *BOUNDS]))
+    parser.add_argument("--concepts", type=int)
+    parser.add_argument("--seeds")
+    parser.add_argument("--methods")
+    parser.add_argument("--steps", type=int, help="a concept; the mini-SD's preset if not given")
     parser.add_argument("--pictures", type=int, default=16, help="drawn for each version and concept")
     parser.add_argument("--processes", type=int, default=2)
     parser.add_argument("--ray", action="store_true", help="spread over a Ray cluster")
-    parser.add_argument("--quick", action="store_true", help="lora, the paper's and retention; three concepts of 200 steps, one seed")
+    parser.add_argument("--quick", action="store_true", help="unless told otherwise lora, the paper's and retention; 3 concepts of 200 steps, 1 seed")
     arguments = parser.parse_args()
-    if arguments.quick:
-        arguments.concepts, arguments.seeds, arguments.methods = 3, "0", "lora_dsc_ewc_dc,lora,retention"
+    for name, value in (QUICK if arguments.quick else FULL).items():
+        if getattr(arguments, name) is None:
+            setattr(arguments, name, value)
     arguments.out.mkdir(parents=True, exist_ok=True)
     seeds, wanted = [int(s) for s in arguments.seeds.split(",")], arguments.methods.split(",")
     unknown = set(wanted) - {*ROWS, *BOUNDS}
     if unknown:
         parser.error(f"unknown methods {', '.join(sorted(unknown))}; known: {', '.join([*ROWS, *BOUNDS])}")
-    steps = 200 if arguments.quick else None
-    jobs = [Job(name, seed, arguments.concepts, arguments.pictures, arguments.out, steps) for seed in seeds for name in wanted]
+    jobs = [Job(name, seed, arguments.concepts, arguments.pictures, arguments.out, arguments.steps) for seed in seeds for name in wanted]
     rows = run_all(jobs, arguments.processes, arguments.ray)
     write(arguments.out, rows)
     draw(arguments.out, rows, jobs)
