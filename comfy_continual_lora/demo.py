@@ -14,7 +14,6 @@ from .mini.weights import write_checkpoint
 from .progress import OnProgress
 from .settings import DrawSettings, LearnSettings
 
-METHOD = "retention"  # the one we recommend
 PICKED = (2, 6)  # which development concepts
 PLACES = ("on grass", "on sand", "in snow", "on wood")
 
@@ -32,7 +31,7 @@ def run_demo(out: Path, on_progress: OnProgress, say: Callable[[str], object]) -
         folder = out / f"pictures-{token}"
         pictures = [Image.open(file) for file in world.save_pictures(concept, folder)]
         say(f"Learning {token}, a {concept.noun}, from {len(pictures)} pictures ...")
-        result = pipeline.learn_concept(pipeline.LearnRequest(checkpoint, folder, token, concept.noun, LearnSettings(method=METHOD)), on_progress)
+        result = pipeline.learn_concept(pipeline.LearnRequest(checkpoint, folder, token, concept.noun, LearnSettings()), on_progress)
         sheet.append(pictures[: len(PLACES)])
         parts = [report.figure(pictures, f"The {len(pictures)} pictures {token} was learned from; they are not needed again.")]
         for known, thing in taught[:step]:

@@ -178,7 +178,7 @@ class ConsolidateSettings(Settings):
 
 @dataclass(frozen=True)
 class LearnSettings(ConsolidateSettings):
-    method: str = setting("lora_dsc_ewc_dc", "how to learn; README has the table", choices=METHODS)
+    method: str = setting("retention", "how to learn; README has the table", choices=METHODS)
     steps: int | None = setting(None, "training steps", low=1, high=1_000_000)
     weighting: str | None = setting(
         None, "what an error counts at each timestep: uniform, as in the paper; debiased counts more where the noise hides the picture",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -34,8 +35,8 @@ def test_mini_learn_learn_info_draw_undo(tmp_path: Path) -> None:
         assert (done.returncode, f"Learned {token}" in done.stdout) == (0, True), done.stderr
     found = json.loads(run("info", "--checkpoint", checkpoint, "--json").stdout)
     assert [(c["token"], c["noun"], c["images"], c["steps"], c["method"]) for c in found["concepts"]] == [
-        ("V1", "ball", 4, 4, "lora_dsc_ewc_dc"),
-        ("V2", "fish", 4, 4, "lora_dsc_ewc_dc"),
+        ("V1", "ball", 4, 4, "retention"),
+        ("V2", "fish", 4, 4, "retention"),
     ]
     assert found["rank"] == 4
     assert found["trainable_parameters"] == 4 * (256 * 14 + 192 * 8 + 64 * 6) + 256
@@ -103,6 +104,11 @@ def test_a_mistake_is_one_paragraph_and_status_2(checkpoint: Path, pictures: Pat
     assert message in " ".join(done.stderr.split())
     assert "Traceback" not in done.stderr
     assert not store.stack_path(checkpoint).exists()
+
+
+def test_a_reader_that_leaves_early_meets_no_traceback(checkpoint: Path) -> None:
+    command = shlex.join([*COMMAND, "info", "--checkpoint", str(checkpoint), "--json"])
+    assert subprocess.run(f"{command} | true", shell=True, cwd=ROOT, capture_output=True, text=True, timeout=600).stderr == ""
 
 
 def test_an_unknown_flag_and_a_missing_one_end_with_2() -> None:

@@ -198,12 +198,12 @@ def test_drawing_is_what_the_pipeline_draws(loaded: dict[str, Backbone], kind: s
 
 # --- from the first concept to the exported files ------------------------------------------------------------------------------------
 
-QUICK = LearnSettings(steps=2, batch=3, rank=4, size=64, fisher_samples=3, dsc_steps=2, rate=0.01)
+QUICK = LearnSettings(method="lora_dsc_ewc_dc", steps=2, batch=3, rank=4, size=64, fisher_samples=3, dsc_steps=2, rate=0.01)
 
 
 @pytest.fixture(scope="session", params=["sd2-v", "sdxl"])
 def taught(request: pytest.FixtureRequest, files: dict[str, Path], folders: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A checkpoint that learned two concepts with the default method. Not to be changed."""
+    """A checkpoint that learned two concepts with the paper's method. Not to be changed."""
     path = Path(shutil.copy(files[request.param], tmp_path_factory.mktemp("taught")))
     for token in ("V1", "V2"):
         pipeline.learn_concept(pipeline.LearnRequest(path, folders[token], token, NOUNS[token], QUICK, device="cpu"))

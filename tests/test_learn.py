@@ -272,7 +272,7 @@ def test_pictures_of_several_shapes_keep_them_in_every_stage(checkpoint: Path, f
             return noised(*args)
 
         monkeypatch.setattr(module, "noised", spy)
-    settings = LearnSettings(steps=8, batch=3, rank=4, size=64, fit="bucket", flip=True, dsc_steps=8, fisher_samples=16)
+    settings = LearnSettings(method="lora_dsc_ewc_dc", steps=8, batch=3, rank=4, size=64, fit="bucket", flip=True, dsc_steps=8, fisher_samples=16)
     for token in ("V1", "V2"):
         mixed = Path(shutil.copytree(folders[token], tmp_path / token))
         first, second = sorted(mixed.glob("*.png"))[:2]

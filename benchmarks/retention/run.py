@@ -353,7 +353,7 @@ def draw(out: Path, rows: Sequence[dict[str, Any]], jobs: Sequence[Job]) -> None
     from matplotlib import pyplot
 
     methods = list(dict.fromkeys(row["method"] for row in rows))
-    matrices = {m: np.nanmean([np.array(row["matrix"], float) for row in rows if row["method"] == m], axis=0) for m in methods}
+    matrices = {m: np.mean([np.array(row["matrix"], float) for row in rows if row["method"] == m], axis=0) for m in methods}
     top = max(float(np.nanmax(m)) for m in matrices.values())
     columns = min(4, len(methods))
     figure, axes = pyplot.subplots(-(-len(methods) // columns), columns, figsize=(3.2 * columns, 3.2 * -(-len(methods) // columns)), squeeze=False)
@@ -371,8 +371,9 @@ def draw(out: Path, rows: Sequence[dict[str, Any]], jobs: Sequence[Job]) -> None
         over = np.mean([np.array(row["over"], float) for row in rows if row["method"] == method], axis=0)
         for axis, column in zip(axes, (1, 2), strict=True):
             axis.plot(over[:, 0], over[:, column], marker=".", label=method)
-    axes[0].set(title="A_MMD", xlabel="concepts learned")
-    axes[1].set(title="F_MMD", xlabel="concepts learned")
+    for axis, title in zip(axes, ("A_MMD", "F_MMD"), strict=True):
+        axis.set(title=title, xlabel="concepts learned")
+        axis.xaxis.get_major_locator().set_params(integer=True)
     axes[1].legend(fontsize=7)
     figure.tight_layout()
     figure.savefig(out / "over-concepts.png", dpi=90)
