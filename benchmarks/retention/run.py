@@ -120,7 +120,7 @@ def run(job: Job) -> dict[str, Any]:
         "both": _both(job, backbone, stack) if job.row != "separate" else None,
         "seconds_per_concept": seconds / count, "bytes_per_concept": size / count, "matrix": [[_number(v) for v in row] for row in matrix.tolist()],
     }  # fmt: skip
-    first = [Image.open(job.folder / "drawn" / f"{i}-0" / "1.png") for i in job.looked_at]
+    first = [concepts.to_pil(_real(job.sequence[0], 2)[1]), *(Image.open(job.folder / "drawn" / f"{i}-0" / "1.png") for i in job.looked_at)]
     report.grid(first, len(first)).save(job.folder / "first-concept.png")
     done.write_text(json.dumps(row))
     return row
@@ -378,8 +378,15 @@ def draw(out: Path, rows: Sequence[dict[str, Any]], jobs: Sequence[Job]) -> None
     figure.tight_layout()
     figure.savefig(out / "over-concepts.png", dpi=90)
     strips = [Image.open(next(j for j in jobs if j.row == method).folder / "first-concept.png") for method in methods]
-    report.grid(strips, 1).save(out / "first-concept.png")
-    (out / "first-concept.txt").write_text("\n".join(methods) + "\n")
+    shown = jobs[0].looked_at
+    figure, axes = pyplot.subplots(len(methods), 1, figsize=(1.3 * len(shown) + 1.3, 1.45 * len(methods) + 0.4), squeeze=False)
+    for axis, method, strip in zip(axes[:, 0], methods, strips, strict=True):
+        axis.imshow(strip)
+        axis.set(xticks=[], yticks=[], frame_on=False)
+        axis.set_title(method, fontsize=9, loc="left")
+    figure.suptitle(f"The first concept: a real picture, then drawn after {', '.join(str(n + 1) for n in shown)} concepts", fontsize=9)
+    figure.tight_layout()
+    figure.savefig(out / "first-concept.png", dpi=100)
 
 
 def main() -> None:
