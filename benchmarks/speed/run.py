@@ -57,7 +57,7 @@ class Meter:
         Path("/proc/self/clear_refs").write_text("5")
         self.marks.append((time.process_time(), time.perf_counter()))
 
-    def step(self, *_: object) -> None:
+    def step(self, *_: object, **__: object) -> None:
         self.marks.append((time.process_time(), time.perf_counter()))
 
     def read(self) -> dict[str, float]:
@@ -278,7 +278,7 @@ def main() -> None:
     def measure(folder: Path) -> None:
         machine, out = _machine(arguments.threads), Path(__file__).parent / "results"
         out.mkdir(exist_ok=True)
-        for name in arguments.checkpoints.split(","):
+        for name in filter(None, arguments.checkpoints.split(",")):
             path = folder / f"{name}.safetensors"
             if not path.exists():
                 write_checkpoint(path, stock=True) if name == "mini" else full_size.write("sd1", path)
