@@ -145,10 +145,10 @@ def comfyui(path: str, job: dict[str, int]) -> dict[str, float]:
 
     torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
     meter = Meter(job["skipped"] + 1)  # its progress bar says 0 first
-    model, clip, vae, _ = comfy.sd.load_checkpoint_guess_config(path, output_vae=True, output_clip=True)
-    positive = clip.encode_from_tokens_scheduled(clip.tokenize(PROMPT))
-    pixels = (_pictures(job).movedim(1, -1) + 1) / 2
-    latents = vae.encode(pixels)
+    with torch.inference_mode():  # as ComfyUI runs its nodes
+        model, clip, vae, _ = comfy.sd.load_checkpoint_guess_config(path, output_vae=True, output_clip=True)
+        positive = clip.encode_from_tokens_scheduled(clip.tokenize(PROMPT))
+        latents = vae.encode((_pictures(job).movedim(1, -1) + 1) / 2)
     comfy.utils.set_progress_bar_global_hook(meter.step)
     meter.begin()
     values = {
@@ -157,7 +157,8 @@ def comfyui(path: str, job: dict[str, int]) -> dict[str, float]:
         "training_dtype": "fp32", "lora_dtype": "fp32", "quantized_backward": False, "algorithm": "LoRA", "gradient_checkpointing": False,
         "checkpoint_depth": 1, "offloading": False, "existing_lora": "[None]", "bucket_mode": False, "bypass_mode": False,
     }  # fmt: skip
-    TrainLoraNode.execute(**{name: [value] for name, value in values.items()})
+    with torch.inference_mode():
+        TrainLoraNode.execute(**{name: [value] for name, value in values.items()})
     return meter.read()
 
 
@@ -195,7 +196,7 @@ def scores(path: Path, pictures: int, trials: int) -> dict[str, Any]:
             found[name]["cpu"].append(time.process_time() - started)
             found[name]["best"].append(said.best)
             found[name]["calls"].append(sum(said.trials))
-    truth, published = [scene.things[0].shape for scene in scenes], found["published"]["best"]
+    truth, published = [scene.things[0].look.shape for scene in scenes], found["published"]["best"]
     return {
         "pictures": pictures, "prompts": len(names), "trials": trials,
         "ways": {
