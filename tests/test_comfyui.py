@@ -315,7 +315,9 @@ def test_a_full_size_sd15_learns_and_stock_nodes_load_the_result(host: ComfyUI) 
     assert np.abs(ours - plain).max() > 2
 
 
-READY = "() => window.app?.extensionManager && window.LiteGraph && Object.keys(LiteGraph.registered_node_types).length > 100"
+# the page's own first graph is there too: it would come over one that is loaded earlier
+READY = """() => window.app?.extensionManager && window.LiteGraph && Object.keys(LiteGraph.registered_node_types).length > 100
+    && app.graph?._nodes.length > 0"""
 MISSING = "() => app.graph._nodes.filter(n => n.has_errors || !LiteGraph.registered_node_types[n.type]).map(n => n.type)"
 QUEUE = """() => new Promise(done => {
     app.api.addEventListener('execution_success', () => done('done'));
