@@ -11,6 +11,7 @@ import pytest
 import torch
 from comfyui import find_comfyui, python_of
 from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from comfy_continual_lora import pipeline, store
@@ -85,5 +86,7 @@ def test_other_programs_nets_answer_as_ours(tmp_path: Path, folders: dict[str, P
     done = subprocess.run([python_of(FOUND), "-c", COMFYUI, str(tmp_path), str(path)], cwd=FOUND, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     answers = load_file(tmp_path / "answers.safetensors")
+    with safe_open(tmp_path / "answers.safetensors", framework="pt") as file:
+        assert file.metadata() == {"patched": str(layers)}
     assert (answers["plain"] - plain).abs().max() <= 1e-4
     assert (answers["taught"] - taught).abs().max() <= 1e-4

@@ -50,6 +50,7 @@ def _same(a: store.ConceptStack, b: store.ConceptStack) -> bool:
 
 def test_the_table_is_the_one_users_see() -> None:
     assert tuple(METHODS) == settings.METHODS
+    assert settings.LearnSettings().method == "retention"
 
 
 def test_a_method_may_have_a_choice_of_its_own_on_a_checkpoint() -> None:
