@@ -63,7 +63,13 @@ class Job:
 
     @property
     def folder(self) -> Path:
-        return self.out / "runs" / f"{self.row.replace(' ', '-')}-{self.concepts}-{self.seed}"
+        steps = f"-{self.steps}" if self.steps else ""
+        return self.out / "runs" / f"{self.row.replace(' ', '-')}-{self.concepts}-{self.seed}{steps}"
+
+    @property
+    def settings(self) -> LearnSettings:
+        """The bounds learn as plain LoRA does."""
+        return LearnSettings(**ROWS.get(self.row, {"method": "lora"}), seed=self.seed, steps=self.steps)
 
     @property
     def sequence(self) -> list[world.Concept]:
@@ -130,10 +136,9 @@ def _in_sequence(job: Job) -> tuple[dict[tuple[int, int], store.ConceptStack], f
     """The stack after every concept, the seconds it took, the bytes it has on disk."""
     checkpoint, spent = _checkpoint(job), job.folder / "seconds.json"
     seconds = json.loads(spent.read_text()) if spent.exists() else {}
-    settings = LearnSettings(**ROWS[job.row], seed=job.seed, steps=job.steps)
     for number, concept in enumerate(job.sequence, start=1):
         files = world.save_pictures(concept, job.folder / "pictures" / f"V{number}")
-        request = pipeline.LearnRequest(checkpoint, files, f"V{number}", concept.noun, settings, device="cpu")
+        request = pipeline.LearnRequest(checkpoint, files, f"V{number}", concept.noun, job.settings, device="cpu")
         if pipeline.learned_before(request) is None:
             started = time.perf_counter()
             pipeline.learn_concept(request)
@@ -153,9 +158,8 @@ def _separate(job: Job) -> tuple[dict[tuple[int, int], store.ConceptStack], floa
         stack_file = job.folder / f"{j}.concepts.safetensors"
         if not stack_file.exists():
             files = world.save_pictures(concept, job.folder / "pictures" / f"V{j + 1}")
-            settings = LearnSettings(method="lora", seed=job.seed, steps=job.steps)
             started = time.perf_counter()
-            pipeline.learn_concept(pipeline.LearnRequest(checkpoint, files, f"V{j + 1}", concept.noun, settings, stack=stack_file, device="cpu"))
+            pipeline.learn_concept(pipeline.LearnRequest(checkpoint, files, f"V{j + 1}", concept.noun, job.settings, stack=stack_file, device="cpu"))
             seconds += time.perf_counter() - started
         size += stack_file.stat().st_size
         stacks.append(store.open_stack(stack_file))
@@ -165,7 +169,7 @@ def _separate(job: Job) -> tuple[dict[tuple[int, int], store.ConceptStack], floa
 def _joint(job: Job) -> tuple[dict[tuple[int, int], store.ConceptStack], float, int]:
     """All concepts at once, each with as many steps as it would have in sequence: what a method that keeps every picture reaches."""
     checkpoint = _checkpoint(job)
-    backbone, settings = load_backbone(checkpoint, device="cpu"), LearnSettings(method="lora", seed=job.seed, steps=job.steps).resolved("mini")
+    backbone, settings = load_backbone(checkpoint, device="cpu"), job.settings.resolved("mini")
     generator, started = torch.Generator().manual_seed(job.seed), time.perf_counter()
     assert settings.rank
     assert settings.steps
