@@ -1,12 +1,14 @@
 """Stage 5: Diffusion Scores Consolidation (DSC) - the net teaches itself: keep the newest concept, and one of the earlier ones at a time.
 
-    L_DSC =  a1 H(p_T1, p_S) + a2 H(p_T2, p_S)                             cross-entropy of DC scores over C = {c_n, c_i, c_0}
+    L_DSC =  tau (a1 H(p_T1, p_S) + a2 H(p_T2, p_S))                       cross-entropy of DC scores over C = {c_n, c_i, c_0}
            + b1 || eps_T1(z_t, c_n) - eps_S(z_t, c_n) ||^2                 keep the new concept
            + b2 || eps_T2(z_t, c_i) - eps_S(z_t, c_i) ||^2                 keep the old one
            + the method's own penalty (EWC)
 
 teacher 1 = LoRA_n as it was learned; teacher 2 = LoRA_i, i < n, from the pool; the student starts from teacher 1. Only pictures of the newest concept
 are used. All three speak through one net: the adapter's values are swapped, and each network's prompts are one batch.
+tau undoes the 1 / tau that the temperature puts on the gradient of H, as in distillation (Hinton et al. 2015, arXiv 1503.02531, section 2): without
+it the first two terms drown the others (benchmarks/LOG.md).
 Source: Jha et al. 2025 (the slides' "DMC"), after Zhang et al. 2020 (Deep Model Consolidation, arXiv 1903.07864).
 """
 
@@ -41,8 +43,8 @@ def dsc_terms(student: Tensor, teacher1: Tensor, teacher2: Tensor, target: Tenso
     """The four terms, (n,) each: predictions (n, 3, 4, h, w) for c_n, c_i, c_0, target (n, 4, h, w)."""
     own, first, second = (errors(p, target) for p in (student, teacher1, teacher2))
     return {
-        "a1": soft_cross_entropy(first, own, tau),
-        "a2": soft_cross_entropy(second, own, tau),
+        "a1": tau * soft_cross_entropy(first, own, tau),
+        "a2": tau * soft_cross_entropy(second, own, tau),
         **distillation_terms(student, teacher1[:, 0], teacher2[:, 1]),
     }
 
