@@ -22,6 +22,7 @@ from __future__ import annotations
 
 import argparse
 import csv
+import itertools
 import json
 import shutil
 import statistics
@@ -49,6 +50,19 @@ BOUNDS = ("joint", "separate")
 DRAWING = DrawSettings(steps=15, guidance=4.0)
 FULL = {"concepts": 6, "seeds": "0,1,2", "methods": ",".join([*ROWS, *BOUNDS]), "steps": None}
 QUICK = {"concepts": 3, "seeds": "0", "methods": "lora_dsc_ewc_dc,lora,retention", "steps": 200}
+# Jha et al. 2025: SD1.4, CustomConcept101, six tasks, three seeds. Their units are not ours, so only orderings can be compared.
+PAPER = {
+    "textual_inversion": {"a_mmd": 185.74, "f_mmd": 0, "kid": 205.69, "i2i": 60.74, "t2i": 22.86},
+    "custom_diffusion": {"a_mmd": 121.89, "f_mmd": 0.62, "kid": 179.4, "i2i": 69.53, "t2i": 22.55},
+    "custom_diffusion_ewc": {"a_mmd": 121.02, "f_mmd": 0.506, "kid": 177.99, "i2i": 69.44, "t2i": 22.58},
+    "lora": {"a_mmd": 176.38, "f_mmd": 0.052, "kid": 203.11, "i2i": 61.30, "t2i": 22.97},
+    "c_lora": {"a_mmd": 117.2, "f_mmd": 0.034, "kid": 173.8, "i2i": 64.89, "t2i": 23.07},
+    "lora_ewc": {"a_mmd": 105.07, "f_mmd": 0.008, "kid": 156.91, "i2i": 73.19, "t2i": 22.15},
+    "lora_ewc_dc": {"a_mmd": 102.81, "f_mmd": 0.00052, "kid": 154.25, "i2i": 73.41, "t2i": 22.97},
+    "lora_dsc": {"a_mmd": 198.45, "f_mmd": 0.049, "kid": 187.2, "i2i": 73.36, "t2i": 22.57},
+    "lora_dsc_ewc": {"a_mmd": 98.0, "f_mmd": 0.02, "kid": 143.92, "i2i": 72.92, "t2i": 22.89},
+    "lora_dsc_ewc_dc": {"a_mmd": 94.1, "f_mmd": 0.003, "kid": 140.18, "i2i": 73.17, "t2i": 22.84},
+}
 COLUMNS = ("a_mmd", "f_mmd", "bwt_mmd", "kid", "i2i", "t2i", "newest_mmd", "dc_accuracy", "both", "seconds_per_concept", "bytes_per_concept")
 
 
@@ -315,7 +329,7 @@ def write(out: Path, rows: Sequence[dict[str, Any]]) -> None:
     for method in methods:
         mine = [row for row in plain if row["method"] == method]
         lines.append(f"| {method} | {len(mine)} | " + " | ".join(_spread([row[c] for row in mine if row[c] is not None]) for c in COLUMNS) + " |")
-    lines += ["", *_paired(rows)]
+    lines += ["", *_paired(rows), "", *_beside_paper(plain)]
     (out / "table.md").write_text("\n".join(lines) + "\n")
 
 
@@ -338,6 +352,18 @@ def _paired(rows: Sequence[dict[str, Any]]) -> list[str]:
             signs = np.random.default_rng(0).choice([-1, 1], (20_000, len(apart)))
             p = float((np.abs(signs @ apart) >= abs(apart.sum()) * (1 - 1e-9)).mean())
             lines.append(f"* `{method}`: {apart.mean():+.4f}, nearer in {int((apart < 0).sum())}, p = {p:.2g}")
+    return lines
+
+
+def _beside_paper(rows: Sequence[dict[str, Any]]) -> list[str]:
+    """For each figure the paper has too: the methods in order, here and there."""
+    means = {m: {c: _mean(row[c] for row in rows if row["method"] == m) for c in PAPER["lora"]} for m in {row["method"] for row in rows} & {*PAPER}}
+    pairs = list(itertools.combinations(means, 2))
+    lines = [f"The paper's methods from best to worst; of their {len(pairs)} pairs so many are in the paper's order:", ""] if pairs else []
+    for column in PAPER["lora"] if pairs else ():
+        alike = sum((means[a][column] - means[b][column]) * (PAPER[a][column] - PAPER[b][column]) > 0 for a, b in pairs)
+        orders = [", ".join(sorted(means, key=lambda m: t[m][column], reverse=column in ("i2i", "t2i"))) for t in (means, PAPER)]
+        lines.append(f"* {column} ({alike}): here {orders[0]}; in the paper {orders[1]}")
     return lines
 
 

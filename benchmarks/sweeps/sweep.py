@@ -42,6 +42,7 @@ from comfy_continual_lora.mini.weights import write_checkpoint
 from comfy_continual_lora.settings import LearnSettings, ScoreSettings
 
 DRAWS = 24
+COLUMNS = ("learned", "kept", "learned_of_earlier", "kept_of_earlier", "newest", "prior", "accuracy", "seconds")
 
 
 def sequence(count: int, seed: int) -> list[world.Concept]:
@@ -124,13 +125,12 @@ def combinations(given: list[str]) -> list[dict[str, Any]]:
     return [dict(choice) for choice in itertools.product(*axes)]
 
 
-def table(path: Path) -> str:
+def table(path: Path, columns: Sequence[str] = COLUMNS) -> str:
     """The runs of a file, averaged over seeds."""
     groups: dict[str, list[dict]] = {}
     for line in path.read_text().splitlines():
         row = json.loads(line)
         groups.setdefault(json.dumps([row["settings"], row["concepts"]]), []).append(row)
-    columns = ("learned", "kept", "learned_of_earlier", "kept_of_earlier", "newest", "prior", "accuracy", "seconds")
     lines = ["| settings | concepts | seeds | " + " | ".join(columns) + " |", "|---" * (len(columns) + 3) + "|"]
     for key, rows in groups.items():
         settings, count = json.loads(key)
