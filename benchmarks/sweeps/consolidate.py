@@ -66,7 +66,7 @@ def run(folder: Path, concepts: list[world.Concept], settings: dict[str, Any] | 
         return {**measured(checkpoint, kept, concepts), "seconds": 0.0}
     with tempfile.TemporaryDirectory() as place:
         copy = Path(shutil.copy(kept, place))
-        chosen = ConsolidateSettings(**settings)
+        chosen = ConsolidateSettings(**settings, fisher_samples=1)  # nothing is learned after it
         pipeline.consolidate(pipeline.ConsolidateRequest(checkpoint, folder / f"V{len(concepts)}", chosen, stack=copy, device="cpu"))
         seconds = round(time.time() - started, 1)
         return {**measured(checkpoint, copy, concepts), "seconds": seconds}
