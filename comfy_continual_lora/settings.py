@@ -31,7 +31,7 @@ TEMPLATES = (
 )
 
 _STOCK = {
-    "rank": 16, "steps": 1000, "batch": 1, "rate": 2e-4, "token_rate": 1e-3, "weighting": "uniform", "flip": True, "ewc_strength": 1e-3,
+    "rank": 16, "steps": 1000, "batch": 1, "rate": 2e-4, "token_rate": 1e-3, "weighting": "uniform", "flip": True, "ewc_strength": 1e-2,
     "dsc_steps": 200, "guidance": 7.5,
 }  # fmt: skip
 PRESETS: dict[str, dict[str, Any]] = {  # only the mini-SD's were measured
@@ -40,11 +40,15 @@ PRESETS: dict[str, dict[str, Any]] = {  # only the mini-SD's were measured
     "sdxl": {**_STOCK, "rate": 1e-4, "guidance": 7.0},
     "mini": {
         "rank": 16, "steps": 300, "batch": 8, "rate": 3e-4, "token_rate": 1e-2, "weighting": "debiased", "flip": False,
-        "ewc_strength": 1e-3, "dsc_steps": 60, "guidance": 4.0,
+        "ewc_strength": 1e-2, "dsc_steps": 60, "guidance": 4.0,
     },
 }  # fmt: skip
 # What suits a method on a checkpoint better than the checkpoint's row; measured ones only (benchmarks/LOG.md).
-METHOD_PRESETS: dict[tuple[str, str], dict[str, Any]] = {("mini", "retention"): {"rate": 1e-3}}
+METHOD_PRESETS: dict[tuple[str, str], dict[str, Any]] = {
+    ("mini", "lora_dsc_ewc"): {"ewc_strength": 3e-3},
+    ("mini", "lora_dsc_ewc_dc"): {"ewc_strength": 3e-3},
+    ("mini", "retention"): {"rate": 1e-3},
+}
 
 
 def setting(
