@@ -1,4 +1,5 @@
-"""Full-size SD1.5, SD2.1 and SDXL: what is learned on them does in diffusers and in a stock ComfyUI exactly what it does in our own net."""
+"""Full-size SD1.5, SD2.1 and SDXL: what is learned on them does in diffusers and in a stock ComfyUI exactly what it does in our own net, and
+the learned word says in ComfyUI's prompts what it says in ours."""
 
 from __future__ import annotations
 
@@ -9,7 +10,7 @@ from pathlib import Path
 import full_size
 import pytest
 import torch
-from comfyui import find_comfyui, python_of
+from comfyui import REPOSITORY, find_comfyui, python_of
 from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
@@ -21,19 +22,25 @@ from comfy_continual_lora.settings import LearnSettings
 
 FOUND = find_comfyui()
 LARGE = pytest.mark.skipif("FULL_SIZE" not in os.environ, reason="FULL_SIZE is not set; SDXL takes 16 GB of memory, 7 GB of disk and five minutes")
-# in ComfyUI's own Python: its net's answers to what ours was asked, without the LoRA and with it
+PROMPT = "a photo of a red V1 ball on grass, and v1"
+# in ComfyUI's own Python: its text features of the prompt, and its net's answers to what ours was asked, without the LoRA and with it
 COMFYUI = """
 import sys
-folder, checkpoint, sys.argv = sys.argv[1], sys.argv[2], ["main.py", "--cpu", "--force-fp32"]
+folder, checkpoint, repository, prompt, sys.argv = *sys.argv[1:5], ["main.py", "--cpu", "--force-fp32"]
 import comfy.options
 comfy.options.enable_args_parsing()
 import torch
 from comfy import sd, utils
 from safetensors.torch import load_file, save_file
 asked = load_file(f"{folder}/asked.safetensors")
+sys.path.append(repository)
+from comfy_continual_lora.comfy_nodes.host import with_words
+clip = with_words(sd.load_checkpoint_guess_config(checkpoint, output_vae=False, output_model=False)[1], {"V1": asked["word"]})
+context, pooled = clip.encode_from_tokens(clip.tokenize(prompt), return_pooled=True)
+answers = {"said": context.float().contiguous()} | ({"said_pooled": pooled.float().contiguous()} if "pooled" in asked else {})
+del clip
 plain = sd.load_checkpoint_guess_config(checkpoint, output_vae=False, output_clip=False)[0]
 taught, _ = sd.load_lora_for_models(plain, None, utils.load_torch_file(f"{folder}/lora.safetensors"), 1.0, 0.0)
-answers = {}
 for name, patcher in (("plain", plain), ("taught", taught)):
     patcher.patch_model()
     net = patcher.model
@@ -60,8 +67,9 @@ def test_other_programs_nets_answer_as_ours(tmp_path: Path, folders: dict[str, P
 
     backbone = load_backbone(path, device="cpu", precision="fp32")
     noisy, timestep = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(0)), torch.tensor([500])
-    features = backbone.encode_prompts(["a photo of a red mug"])
+    features, word = backbone.encode_prompts(["a photo of a red mug"]), store.open_stack(store.stack_path(path)).tokens["V1"]
     with torch.no_grad():
+        said = backbone.encode_prompts([PROMPT], {"V1": word})
         plain = backbone.predict(noisy, timestep, features)
         with attached(backbone, adapter):
             taught = backbone.predict(noisy, timestep, features)
@@ -76,17 +84,21 @@ def test_other_programs_nets_answer_as_ours(tmp_path: Path, folders: dict[str, P
         assert sum(name.endswith("lora_A") for name, _ in backbone.unet.named_modules()) == layers
         assert (backbone.predict(noisy, timestep, features) - taught).abs().max() <= 1e-4
 
-    asked = {"noisy": noisy, "timestep": timestep, "context": backbone.context(features)}
+    asked, wanted = {"noisy": noisy, "timestep": timestep, "context": backbone.context(features), "word": word}, {"said": backbone.context(said)}
     if kind == "sdxl":
-        asked["pooled"] = features[:, -1, : backbone.text_encoders[-1].pooled_width]
+        asked["pooled"], wanted["said_pooled"] = (text[:, -1, : backbone.text_encoders[-1].pooled_width] for text in (features, said))
+    wanted |= {"plain": plain, "taught": taught}
     save_file({name: tensor.contiguous() for name, tensor in asked.items()}, tmp_path / "asked.safetensors")
     del backbone, pipe, texts
     if FOUND is None:
         pytest.skip("no ComfyUI at COMFYUI_PATH or ~/comfy/ComfyUI; diffusers agreed")
-    done = subprocess.run([python_of(FOUND), "-c", COMFYUI, str(tmp_path), str(path)], cwd=FOUND, capture_output=True, text=True)
+    done = subprocess.run(
+        [python_of(FOUND), "-c", COMFYUI, str(tmp_path), str(path), str(REPOSITORY), PROMPT], cwd=FOUND, capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stderr
     answers = load_file(tmp_path / "answers.safetensors")
     with safe_open(tmp_path / "answers.safetensors", framework="pt") as file:
         assert file.metadata() == {"patched": str(layers)}
-    assert (answers["plain"] - plain).abs().max() <= 1e-4
-    assert (answers["taught"] - taught).abs().max() <= 1e-4
+    assert answers.keys() == wanted.keys()
+    for name, tensor in wanted.items():
+        assert (answers[name] - tensor).abs().max() <= 1e-4, name

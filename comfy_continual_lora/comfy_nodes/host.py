@@ -173,6 +173,9 @@ def device() -> str:
 # --- words in prompts ----------------------------------------------------------------------------------------------------------------
 
 
+TEXT_ENCODERS = ("clip_l", "clip_h", "clip_g")  # as ComfyUI calls those of SD1, SD2 and SDXL, in the order of a word's vector
+
+
 def with_words(clip: Any, words: Mapping[str, Tensor]) -> Any:
     """A copy of a CLIP that understands the learned words wherever they stand in a prompt, weights and all.
 
@@ -180,16 +183,25 @@ def with_words(clip: Any, words: Mapping[str, Tensor]) -> Any:
     """
     if not words:
         return clip
-    if not hasattr(clip.tokenizer, "clip_l"):
-        raise StackError("This CLIP has no CLIP-L text encoder, so it can't take the stack's words. Use the CLIP of the stack's own checkpoint.")
-    width = clip.tokenizer.clip_l.embedding_size
-    vector = next(iter(words.values()))
-    if vector.numel() != width:
-        raise StackError(f"The stack's words have {vector.numel()} numbers, this CLIP's {width}: they belong to another kind of checkpoint.")
-    known = {token.lower(): value[None] for token, value in words.items()}
+    inner = {name: getattr(clip.tokenizer, name) for name in TEXT_ENCODERS if hasattr(clip.tokenizer, name)}
+    if not inner:
+        raise StackError("This CLIP has no CLIP text encoder, so it can't take the stack's words. Use the CLIP of the stack's own checkpoint.")
+    widths = [tokenizer.embedding_size for tokenizer in inner.values()]
+    if (long := next(iter(words.values())).numel()) != sum(widths):
+        raise StackError(f"The stack's words have {long} numbers, this CLIP's {sum(widths)}: they belong to another kind of checkpoint.")
     pattern = re.compile(rf"(?<!\w)(?<!embedding:)({'|'.join(map(re.escape, words))})(?!\w)", re.IGNORECASE)
+    parts = {token.lower(): vector.split(widths) for token, vector in words.items()}
+    done = clip.clone()
+    done.tokenizer = copy.copy(clip.tokenizer)
+    for number, (name, tokenizer) in enumerate(inner.items()):
+        setattr(done.tokenizer, name, _knowing(tokenizer, pattern, {token: part[number][None] for token, part in parts.items()}))
+    return done
 
-    class Words(type(clip.tokenizer.clip_l)):
+
+def _knowing(tokenizer: Any, pattern: re.Pattern[str], known: Mapping[str, Tensor]) -> Any:
+    """A copy of one text encoder's tokenizer for which the words found by `pattern` stand for vectors (1, d)."""
+
+    class Words(type(tokenizer)):
         def tokenize_with_weights(self, text: str, *args: Any, **kwargs: Any) -> Any:
             return super().tokenize_with_weights(pattern.sub(r" embedding:\1 ", text), *args, **kwargs)
 
@@ -198,13 +210,10 @@ def with_words(clip: Any, words: Mapping[str, Tensor]) -> Any:
             name, _, leftover = embedding_name.partition(" ")
             return (known[name.lower()], *found[1:-1], leftover) if name.lower() in known else found
 
-    done = clip.clone()
-    done.tokenizer = copy.copy(clip.tokenizer)
-    inner = copy.copy(clip.tokenizer.clip_l)
-    inner.__class__ = Words
-    inner.embedding_directory = inner.embedding_directory or []
-    done.tokenizer.clip_l = inner
-    return done
+    knowing = copy.copy(tokenizer)
+    knowing.__class__ = Words
+    knowing.embedding_directory = knowing.embedding_directory or []
+    return knowing
 
 
 # --- the mini-SD ---------------------------------------------------------------------------------------------------------------------
