@@ -54,10 +54,11 @@ def test_the_table_is_the_one_users_see() -> None:
 
 
 def test_a_method_may_have_a_choice_of_its_own_on_a_checkpoint() -> None:
-    (preset, method), chosen = next(iter(settings.METHOD_PRESETS.items()))
-    assert LearnSettings(method=method).resolved(preset).rate == chosen["rate"] != settings.PRESETS[preset]["rate"]
-    assert LearnSettings(method="lora").resolved(preset).rate == settings.PRESETS[preset]["rate"]
-    assert LearnSettings(method=method, rate=0.5).resolved(preset).rate == 0.5
+    for (preset, method), chosen in settings.METHOD_PRESETS.items():
+        for name, value in chosen.items():
+            assert getattr(LearnSettings(method=method).resolved(preset), name) == value != settings.PRESETS[preset][name]
+            assert getattr(LearnSettings(method="lora").resolved(preset), name) == settings.PRESETS[preset][name]
+            assert getattr(LearnSettings(**{"method": method, name: 0.5}).resolved(preset), name) == 0.5
 
 
 @pytest.mark.parametrize("name", METHODS)
