@@ -441,7 +441,7 @@ def draw(out: Path, rows: Sequence[dict[str, Any]], jobs: Sequence[Job]) -> None
         axis.set(xticks=[], yticks=[], frame_on=False)
         axis.set_title(method, fontsize=9, loc="left")
     figure.suptitle(f"The first concept: a real picture, then drawn after {', '.join(str(n + 1) for n in shown)} concepts", fontsize=9)
-    figure.tight_layout()
+    figure.tight_layout(rect=(0, 0, 1, 1 - 0.25 / figure.get_figheight()))
     figure.savefig(out / "first-concept.png", dpi=100)
 
 
