@@ -45,7 +45,7 @@ def spectra(concepts: list[world.Concept], steps: int) -> dict[str, dict[str, li
             pipeline.learn_concept(pipeline.LearnRequest(checkpoint, pictures, f"V{number}", concept.noun, settings, device="cpu"))
         backbone = load_backbone(checkpoint, device="cpu")
         stack = store.load_stack(store.stack_path(checkpoint), backbone.fingerprint)
-        latents = backbone.encode_images(torch.stack(list(load_images(pictures, backbone.size).images)))
+        latents = backbone.encode_images(load_images(pictures, backbone.size).images)
     *previous, newest = stack.records
     assert stack.adapter is not None
     names = list(layers_of(stack.adapter))

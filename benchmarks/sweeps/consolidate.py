@@ -22,14 +22,13 @@ import time
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from sweep import combinations, held_out_error, prior_error, sequence, table
+from sweep import combinations, held_out, held_out_error, prior_error, rows_of, sequence, table
 
 from comfy_continual_lora import pipeline, store
 from comfy_continual_lora.checkpoint.backbone import FrozenText
 from comfy_continual_lora.checkpoint.load import load_backbone
-from comfy_continual_lora.mini import pretrain, world
+from comfy_continual_lora.mini import world
 from comfy_continual_lora.mini.weights import write_checkpoint
 from comfy_continual_lora.settings import ConsolidateSettings, LearnSettings
 
@@ -51,7 +50,7 @@ def measured(checkpoint: Path, stack_file: Path, concepts: list[world.Concept]) 
     stack = store.load_stack(stack_file, backbone.fingerprint)
     text, gains = FrozenText(backbone, stack.tokens), []
     for number, concept in enumerate(concepts, start=1):
-        held = backbone.encode_images(pretrain.to_tensor(np.stack(list(world.concept_pictures(concept, 5, seed=1)))))
+        held = held_out(backbone, concept)
         own, bare = text([f"a photo of a V{number} {concept.noun}", f"a photo of a {concept.noun}"])
         gains.append(held_out_error(backbone, None, held, bare) - held_out_error(backbone, stack.adapter, held, own))
     prior = prior_error(backbone, stack.adapter) - prior_error(backbone, None)
@@ -81,8 +80,7 @@ def main() -> None:
     parser.add_argument("--table", action="store_true", help="only print what the file holds")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
-    found = [json.loads(line) for line in arguments.out.read_text().splitlines()] if arguments.out.exists() else []
-    known = {json.dumps([r["settings"], r["concepts"], r["seed"]]) for r in found}
+    known = {json.dumps([r["settings"], r["concepts"], r["seed"]]) for r in rows_of(arguments.out)}
     for seed in [] if arguments.table else [int(s) for s in arguments.seeds.split(",")]:
         folder = arguments.out.with_suffix("") / str(seed)
         folder.mkdir(parents=True, exist_ok=True)

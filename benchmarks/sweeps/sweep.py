@@ -61,6 +61,11 @@ def held_out_error(backbone: Backbone, adapter: Adapter | None, latents: Sequenc
     return float(torch.cat(found).mean())
 
 
+def held_out(backbone: Backbone, concept: world.Concept) -> list[Tensor]:
+    """Latents (4, h, w) of five pictures of the concept that are never learned from."""
+    return backbone.encode_images(pretrain.to_tensor(np.stack(list(world.concept_pictures(concept, 5, seed=1)))))
+
+
 def run(settings: dict[str, Any], count: int, seed: int) -> dict[str, Any]:
     """Learn the sequence and measure it."""
     torch.set_num_threads(1)
@@ -69,7 +74,7 @@ def run(settings: dict[str, Any], count: int, seed: int) -> dict[str, Any]:
         checkpoint = Path(folder) / "mini.safetensors"
         write_checkpoint(checkpoint)
         backbone = load_backbone(checkpoint, device="cpu")
-        held = [backbone.encode_images(pretrain.to_tensor(np.stack(list(world.concept_pictures(c, 5, seed=1))))) for c in concepts]
+        held = [held_out(backbone, concept) for concept in concepts]
         after = []
         for number, concept in enumerate(concepts, start=1):
             pictures = world.save_pictures(concept, Path(folder) / str(number))
@@ -125,11 +130,15 @@ def combinations(given: list[str]) -> list[dict[str, Any]]:
     return [dict(choice) for choice in itertools.product(*axes)]
 
 
+def rows_of(path: Path) -> list[dict[str, Any]]:
+    """The runs a file holds; none while there is no file."""
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
 def table(path: Path, columns: Sequence[str] = COLUMNS) -> str:
     """The runs of a file, averaged over seeds."""
     groups: dict[str, list[dict]] = {}
-    for line in path.read_text().splitlines():
-        row = json.loads(line)
+    for row in rows_of(path):
         groups.setdefault(json.dumps([row["settings"], row["concepts"]]), []).append(row)
     lines = ["| settings | concepts | seeds | " + " | ".join(columns) + " |", "|---" * (len(columns) + 3) + "|"]
     for key, rows in groups.items():
@@ -153,8 +162,7 @@ def main() -> None:
     parser.add_argument("--table", action="store_true", help="only print what the file holds")
     arguments = parser.parse_args()
     if not arguments.table:
-        done = [json.loads(line) for line in arguments.out.read_text().splitlines()] if arguments.out.exists() else []
-        known = {json.dumps([r["settings"], r["concepts"], r["seed"]]) for r in done}
+        known = {json.dumps([r["settings"], r["concepts"], r["seed"]]) for r in rows_of(arguments.out)}
         jobs = [(settings, arguments.concepts, int(seed)) for seed in arguments.seeds.split(",") for settings in combinations(arguments.set)]
         jobs = [job for job in jobs if json.dumps(list(job)) not in known]
         with get_context("spawn").Pool(arguments.processes) as pool, arguments.out.open("a") as file:
