@@ -299,7 +299,8 @@ def bleeding(pictures: Tensor, asked: Sequence[tuple[world.Concept, world.Concep
         things = tuple(world.Thing(c.look, (), "") for c in (left, right))
         return concepts.to_tensor(Image.fromarray(world.draw_scene(world.Scene(things, place, ""), np.random.default_rng(0))))
 
-    in_order, turned = (torch.stack([real(*((a, b) if order else (b, a)), place) for a, b, place in asked]) for order in (True, False))
+    in_order = torch.stack([real(a, b, place) for a, b, place in asked])
+    turned = torch.stack([real(b, a, place) for a, b, place in asked])
     found = []
     for columns in (slice(0, 66), slice(62, 128)):  # where the world puts the left and the right one
         own, other, drawn = (
@@ -422,15 +423,15 @@ def draw(out: Path, rows: Sequence[dict[str, Any]], jobs: Sequence[Job]) -> None
     figure.suptitle("R[i, j]: distance of the drawn pictures from the real ones (MMD², dark is far)")
     figure.tight_layout()
     figure.savefig(out / "heat-maps.png", dpi=90)
-    figure, axes = pyplot.subplots(1, 2, figsize=(10, 4))
-    for method in methods:
+    figure, axes = pyplot.subplots(1, 2, figsize=(12, 4))
+    for number, method in enumerate(methods):
         over = np.mean([np.array(row["over"], float) for row in rows if row["method"] == method], axis=0)
         for axis, column in zip(axes, (1, 2), strict=True):
-            axis.plot(over[:, 0], over[:, column], marker=".", label=method)
+            axis.plot(over[:, 0], over[:, column], color=pyplot.get_cmap("tab20")(number), marker=".", label=method)
     for axis, title in zip(axes, ("A_MMD", "F_MMD"), strict=True):
         axis.set(title=title, xlabel="concepts learned")
         axis.xaxis.get_major_locator().set_params(integer=True)
-    axes[1].legend(fontsize=7)
+    axes[1].legend(fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5))
     figure.tight_layout()
     figure.savefig(out / "over-concepts.png", dpi=90)
     strips = [Image.open(next(j for j in jobs if j.row == method).folder / "first-concept.png") for method in methods]
