@@ -149,16 +149,16 @@ def run(job: Job) -> dict[str, Any]:
 
 
 def _in_sequence(job: Job) -> tuple[dict[tuple[int, int], store.ConceptStack], float, int]:
-    """The stack after every concept, the seconds it took, the bytes it has on disk."""
+    """The stack after every concept, the CPU seconds it took (other jobs on the machine do not count), the bytes it has on disk."""
     checkpoint, spent = _checkpoint(job), job.folder / "seconds.json"
     seconds = json.loads(spent.read_text()) if spent.exists() else {}
     for number, concept in enumerate(job.sequence, start=1):
         files = world.save_pictures(concept, job.folder / "pictures" / f"V{number}")
         request = pipeline.LearnRequest(checkpoint, files, f"V{number}", concept.noun, job.settings, device="cpu")
         if pipeline.learned_before(request) is None:
-            started = time.perf_counter()
+            started = time.process_time()
             pipeline.learn_concept(request)
-            seconds[request.token] = time.perf_counter() - started
+            seconds[request.token] = time.process_time() - started
             spent.write_text(json.dumps(seconds))
         shutil.rmtree(job.folder / "pictures" / f"V{number}")  # no later concept can look at them
     path = store.stack_path(checkpoint)
@@ -174,9 +174,9 @@ def _separate(job: Job) -> tuple[dict[tuple[int, int], store.ConceptStack], floa
         stack_file = job.folder / f"{j}.concepts.safetensors"
         if not stack_file.exists():
             files = world.save_pictures(concept, job.folder / "pictures" / f"V{j + 1}")
-            started = time.perf_counter()
+            started = time.process_time()
             pipeline.learn_concept(pipeline.LearnRequest(checkpoint, files, f"V{j + 1}", concept.noun, job.settings, stack=stack_file, device="cpu"))
-            seconds += time.perf_counter() - started
+            seconds += time.process_time() - started
         size += stack_file.stat().st_size
         stacks.append(store.open_stack(stack_file))
     return {(i, j): stacks[j] for i, j in job.versions}, seconds, size
@@ -186,7 +186,7 @@ def _joint(job: Job) -> tuple[dict[tuple[int, int], store.ConceptStack], float, 
     """All concepts at once, each with as many steps as it would have in sequence: what a method that keeps every picture reaches."""
     checkpoint = _checkpoint(job)
     backbone, settings = load_backbone(checkpoint, device="cpu"), job.settings.resolved("mini")
-    generator, started = torch.Generator().manual_seed(job.seed), time.perf_counter()
+    generator, started = torch.Generator().manual_seed(job.seed), time.process_time()
     assert settings.rank
     assert settings.steps
     adapter = lora.new_adapter(backbone, settings.rank, generator)
@@ -219,7 +219,7 @@ def _joint(job: Job) -> tuple[dict[tuple[int, int], store.ConceptStack], float, 
             stack.words[record.id] = words[token].detach()
         stack.adapter = {k: v.detach().clone() for k, v in factors.items()}
     size = sum(t.nbytes for t in (*stack.adapter.values(), *stack.words.values()))
-    return dict.fromkeys(job.versions, stack), time.perf_counter() - started, size
+    return dict.fromkeys(job.versions, stack), time.process_time() - started, size
 
 
 def _checkpoint(job: Job) -> Path:
