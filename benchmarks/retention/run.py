@@ -42,13 +42,13 @@ from torch import Tensor
 from comfy_continual_lora import classifier, concepts, diffusion, learn, lora, metrics, pipeline, report, sample, store
 from comfy_continual_lora.checkpoint.backbone import Backbone, FrozenText
 from comfy_continual_lora.checkpoint.load import load_backbone
-from comfy_continual_lora.mini import weights, world
+from comfy_continual_lora.mini import pretrain, weights, world
 from comfy_continual_lora.settings import METHODS, TEMPLATES, DrawSettings, LearnSettings, ScoreSettings
 
 ROWS: dict[str, dict[str, Any]] = {name: {"method": name} for name in METHODS}
 ROWS |= {f"{name} vera": {"method": name, "adapter": "vera"} for name in ("lora", "lora_ewc", "lora_ewc_dc")}
 BOUNDS = ("joint", "separate")
-DRAWING = DrawSettings(steps=15, guidance=4.0)
+DRAWING, PICTURES = DrawSettings(steps=15, guidance=4.0), 16
 FULL = {"concepts": 6, "seeds": "0,1,2", "methods": ",".join([*ROWS, *BOUNDS]), "steps": None}
 QUICK = {"concepts": 3, "seeds": "0", "methods": "lora_dsc_ewc_dc,lora,retention", "steps": 200}
 # Jha et al. 2025: SD1.4, CustomConcept101, six tasks, three seeds. Their units are not ours, so only orderings can be compared.
@@ -78,8 +78,8 @@ class Job:
 
     @property
     def folder(self) -> Path:
-        steps = f"-{self.steps}" if self.steps else ""
-        return self.out / "runs" / f"{self.row.replace(' ', '-')}-{self.concepts}-{self.seed}{steps}"
+        others = (f"-{self.steps}" if self.steps else "") + (f"-{self.pictures}p" if self.pictures != PICTURES else "")
+        return self.out / "runs" / f"{self.row.replace(' ', '-')}-{self.concepts}-{self.seed}{others}"
 
     @property
     def settings(self) -> LearnSettings:
@@ -193,7 +193,7 @@ def _joint(job: Job) -> tuple[dict[tuple[int, int], store.ConceptStack], float, 
     latents, prompts = [], []
     words = {f"V{n}": torch.nn.Parameter(backbone.word_start(c.noun, generator)) for n, c in enumerate(job.sequence, start=1)}
     for token, concept in zip(words, job.sequence, strict=True):
-        pictures = torch.stack([concepts.to_tensor(Image.fromarray(p)) for p in world.concept_pictures(concept, 5)])
+        pictures = pretrain.to_tensor(np.stack(list(world.concept_pictures(concept, 5))))
         latents += backbone.encode_images(pictures)
         prompts += [concepts.prompts_for(token, concept.noun, TEMPLATES, None)] * len(pictures)
     with lora.attached(backbone, adapter, trainable=True) as factors:
@@ -232,7 +232,7 @@ def _checkpoint(job: Job) -> Path:
 def _real(concept: world.Concept, count: int) -> Tensor:
     """Pictures of the concept that were not learned from."""
     pictures = [p for seed in range(1, 2 + count // 10) for p in world.concept_pictures(concept, 10, seed=seed)][:count]
-    return torch.stack([concepts.to_tensor(Image.fromarray(p)) for p in pictures])
+    return pretrain.to_tensor(np.stack(pictures))
 
 
 def _drawn(job: Job, backbone: Backbone, stack: store.ConceptStack, name: str, key: str) -> Tensor:
@@ -264,7 +264,7 @@ def _accuracy(job: Job, backbone: Backbone, stack: store.ConceptStack) -> float 
     features, right = dict(zip(prompts, FrozenText(backbone, stack.tokens)(list(prompts.values())), strict=True)), []
     with lora.attached(backbone, stack.adapter):
         for token, concept in zip(prompts, job.sequence, strict=True):
-            pictures = torch.stack([concepts.to_tensor(Image.fromarray(p)) for p in world.concept_pictures(concept, 5)])
+            pictures = pretrain.to_tensor(np.stack(list(world.concept_pictures(concept, 5))))
             for latent in backbone.encode_images(pictures):
                 found = classifier.classify(backbone, latent, features, stack.tau, ScoreSettings(trials=16))
                 right.append(float(found.best == token))
@@ -295,12 +295,12 @@ def bleeding(pictures: Tensor, asked: Sequence[tuple[world.Concept, world.Concep
     The world's own pictures get .02, with the things exchanged .97, with one thing twice .5 (29 pairs of reporting concepts, four grounds each).
     """
 
-    def real(left: world.Concept, right: world.Concept, place: str) -> Tensor:
+    def real(left: world.Concept, right: world.Concept, place: str) -> np.ndarray:
         things = tuple(world.Thing(c.look, (), "") for c in (left, right))
-        return concepts.to_tensor(Image.fromarray(world.draw_scene(world.Scene(things, place, ""), np.random.default_rng(0))))
+        return world.draw_scene(world.Scene(things, place, ""), np.random.default_rng(0))
 
-    in_order = torch.stack([real(a, b, place) for a, b, place in asked])
-    turned = torch.stack([real(b, a, place) for a, b, place in asked])
+    in_order = pretrain.to_tensor(np.stack([real(a, b, place) for a, b, place in asked]))
+    turned = pretrain.to_tensor(np.stack([real(b, a, place) for a, b, place in asked]))
     found = []
     for columns in (slice(0, 66), slice(62, 128)):  # where the world puts the left and the right one
         own, other, drawn = (
@@ -453,7 +453,7 @@ def main() -> None:
     parser.add_argument("--seeds")
     parser.add_argument("--methods")
     parser.add_argument("--steps", type=int, help="a concept; the mini-SD's preset if not given")
-    parser.add_argument("--pictures", type=int, default=16, help="drawn for each version and concept")
+    parser.add_argument("--pictures", type=int, default=PICTURES, help="drawn for each version and concept")
     parser.add_argument("--processes", type=int, default=2)
     parser.add_argument("--ray", action="store_true", help="spread over a Ray cluster")
     parser.add_argument("--quick", action="store_true", help="unless told otherwise lora, the paper's and retention; 3 concepts of 200 steps, 1 seed")

@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from sweep import combinations, held_out, held_out_error, prior_error, rows_of, sequence, table
+from sweep import combinations, gain, prior_error, rows_of, sequence, table
 
 from comfy_continual_lora import pipeline, store
 from comfy_continual_lora.checkpoint.backbone import FrozenText
@@ -48,11 +48,8 @@ def learned(checkpoint: Path, concepts: list[world.Concept], settings: LearnSett
 def measured(checkpoint: Path, stack_file: Path, concepts: list[world.Concept]) -> dict[str, float]:
     backbone = load_backbone(checkpoint, device="cpu")
     stack = store.load_stack(stack_file, backbone.fingerprint)
-    text, gains = FrozenText(backbone, stack.tokens), []
-    for number, concept in enumerate(concepts, start=1):
-        held = held_out(backbone, concept)
-        own, bare = text([f"a photo of a V{number} {concept.noun}", f"a photo of a {concept.noun}"])
-        gains.append(held_out_error(backbone, None, held, bare) - held_out_error(backbone, stack.adapter, held, own))
+    text = FrozenText(backbone, stack.tokens)
+    gains = [gain(backbone, stack.adapter, text, f"V{number}", concept) for number, concept in enumerate(concepts, start=1)]
     prior = prior_error(backbone, stack.adapter) - prior_error(backbone, None)
     return {"earlier": round(statistics.mean(gains[:-1]), 5), "newest": round(gains[-1], 5), "prior": round(prior, 5)}
 

@@ -66,6 +66,13 @@ def held_out(backbone: Backbone, concept: world.Concept) -> list[Tensor]:
     return backbone.encode_images(pretrain.to_tensor(np.stack(list(world.concept_pictures(concept, 5, seed=1)))))
 
 
+def gain(backbone: Backbone, adapter: Adapter | None, text: FrozenText, token: str, concept: world.Concept) -> float:
+    """Error on pictures that were not learned from: the checkpoint's with the bare noun minus the adapter's with the word."""
+    latents = held_out(backbone, concept)
+    own, bare = text([f"a photo of a {token} {concept.noun}", f"a photo of a {concept.noun}"])
+    return held_out_error(backbone, None, latents, bare) - held_out_error(backbone, adapter, latents, own)
+
+
 def run(settings: dict[str, Any], count: int, seed: int) -> dict[str, Any]:
     """Learn the sequence and measure it."""
     torch.set_num_threads(1)
