@@ -2,8 +2,8 @@
 
     python benchmarks/speed/run.py [--checkpoints mini,sd15] [--rounds 3] [--threads 1] [--keep FILE]
 
-in: nothing (SD1.5 is full-size with random weights; a real ComfyUI is found as the tests find it) - out: results/<date>-<checkpoint>.json, and
--scores.json.
+in: nothing (SD1.5 is full-size with random weights; others' programs are found where PROGRAMS says, each with its own venv or .venv) -
+out: results/<date>-<checkpoint>.json, and -scores.json.
 
 Peers, one process each, in turns, so that noise of the machine meets all; the first steps of each are not counted:
 
@@ -11,6 +11,13 @@ Peers, one process each, in turns, so that noise of the machine meets all; the f
     diffusers         the loop of diffusers' train_text_to_image_lora.py, LoRA on K and V of cross-attention alone: pictures and prompts encoded anew
     diffusers cached  the same with latents and text features computed once: as fast as that loop could be
     comfyui           the Train LoRA node of a real ComfyUI with gradient checkpointing off: it trains every layer and bias, nothing else can be asked
+    kohya             train_network.py of kohya-ss/sd-scripts with networks.lora, the U-Net alone, latents kept: it trains every linear layer and 1x1
+                      convolution of the transformer blocks. It can't keep the text features of an SD1, so the text encoder is gone through forward
+    kohya kv          the same on K and V of cross-attention alone: no option names layers, but --dim_from_weights takes those that a given LoRA
+                      has, and one of K and V is written for it
+
+SD1's shape is written into sd-scripts as constants, and it knows no VAE but the large one. For the mini-SD the constants are set to that net's, and a
+small VAE with random weights stands in; it is used once, before the steps.
 """
 
 from __future__ import annotations
@@ -30,7 +37,11 @@ from typing import Any
 
 ROOT = Path(__file__).parents[2]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
-PEERS = ("ours", "diffusers", "diffusers cached", "comfyui")
+PEERS = ("ours", "diffusers", "diffusers cached", "comfyui", "kohya", "kohya kv")
+PROGRAMS = {  # what it is, the variable that says where, where else it is looked for in the home folder, a file it is known by
+    "comfyui": ("ComfyUI", "COMFYUI_PATH", "comfy/ComfyUI", "main.py"),
+    "kohya": ("sd-scripts", "KOHYA_PATH", "sd-scripts", "train_network.py"),
+}
 JOBS = {  # pixels a side, pictures a step, steps that are not counted, steps that are
     "mini": {"size": 128, "batch": 4, "skipped": 3, "steps": 10},
     "sd15": {"size": 128, "batch": 1, "skipped": 1, "steps": 4},
@@ -162,6 +173,74 @@ def comfyui(path: str, job: dict[str, int]) -> dict[str, float]:
     return meter.read()
 
 
+def kohya(path: str, job: dict[str, int], kv: bool = False) -> dict[str, float]:
+    """Runs in the Python of sd-scripts, in its folder."""
+    sys.path.insert(0, os.getcwd())
+    import train_network  # pyright: ignore[reportMissingImports]
+    from diffusers import AutoencoderKL
+    from library import model_util, original_unet  # pyright: ignore[reportMissingImports]
+    from PIL import Image
+
+    meter, steps = Meter(job["skipped"]), job["skipped"] + job["steps"]
+
+    class Bar(train_network.tqdm):
+        """Its progress bar begins when everything is loaded, and moves after every step."""
+
+        def __init__(self, *args: Any, **options: Any) -> None:
+            super().__init__(*args, **options)
+            meter.begin()
+
+        def update(self, n: float | None = 1) -> bool | None:
+            meter.step()
+            return super().update(n)
+
+    train_network.tqdm = Bar
+    if Path(path).stem == "mini":
+        original_unet.BLOCK_OUT_CHANNELS = (320, 960)
+        original_unet.DOWN_BLOCK_TYPES, original_unet.UP_BLOCK_TYPES = ["CrossAttnDownBlock2D"] * 2, ["CrossAttnUpBlock2D"] * 2
+        original_unet.LAYERS_PER_BLOCK, original_unet.LAYERS_PER_BLOCK_UP, model_util.UNET_PARAMS_NUM_RES_BLOCKS = 1, 2, 1
+        model_util.VAE_PARAMS_CH = 32
+        model_util.convert_ldm_vae_checkpoint = lambda _, config: AutoencoderKL(**config).state_dict()
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        pictures, tokenizer = folder / "pictures" / f"{steps}_{PROMPT}", folder / "openai_clip-vit-large-patch14"  # names it expects
+        pictures.mkdir(parents=True)
+        for number, picture in enumerate(_pictures(job)):
+            Image.fromarray(((picture.movedim(0, -1) + 1) * 127.5).byte().numpy()).save(pictures / f"{number}.png")
+        tokenizer.symlink_to(ROOT / "comfy_continual_lora" / "checkpoint" / "tokenizer")
+        options = [
+            f"--pretrained_model_name_or_path={path}", f"--tokenizer_cache_dir={folder}", f"--train_data_dir={pictures.parent}",
+            f"--resolution={job['size']}", f"--train_batch_size={job['batch']}", f"--max_train_steps={steps}", "--max_data_loader_n_workers=0",
+            "--cache_latents", "--network_module=networks.lora", f"--network_dim={RANK}", f"--network_alpha={RANK}", "--network_train_unet_only",
+            "--optimizer_type=AdamW", "--learning_rate=1e-4", "--mixed_precision=no", "--sdpa", "--seed=0", f"--output_dir={folder}",
+        ]  # fmt: skip
+        if kv:
+            _kohya_kv(folder / "kv.safetensors")
+            options += [f"--network_weights={folder / 'kv.safetensors'}", "--dim_from_weights"]
+        arguments = train_network.setup_parser().parse_args(options)
+        train_network.train_util.verify_command_line_training_args(arguments)
+        train_network.NetworkTrainer().train(arguments)
+    return meter.read()
+
+
+def _kohya_kv(path: Path) -> None:
+    """Write a LoRA of K and V that changes nothing yet, under sd-scripts' names."""
+    import torch
+    from library import model_util, original_unet  # pyright: ignore[reportMissingImports]
+    from safetensors.torch import save_file
+
+    with torch.device("meta"):
+        unet = original_unet.UNet2DConditionModel(**model_util.create_unet_diffusers_config(False))
+    lora = {}
+    for name, layer in unet.named_modules():
+        if name.endswith((".attn2.to_k", ".attn2.to_v")):
+            name = f"lora_unet_{name.replace('.', '_')}"
+            lora[f"{name}.lora_down.weight"] = torch.randn(RANK, layer.in_features) / RANK
+            lora[f"{name}.lora_up.weight"] = torch.zeros(layer.out_features, RANK)
+            lora[f"{name}.alpha"] = torch.tensor(float(RANK))
+    save_file(lora, path)
+
+
 def _pictures(job: dict[str, int]) -> Any:
     import torch
 
@@ -215,15 +294,26 @@ def scores(path: Path, pictures: int, trials: int) -> dict[str, Any]:
 # --- in turns ------------------------------------------------------------------------------------------------------------------------
 
 
-def _ask(peer: str, path: Path, name: str, threads: int) -> dict[str, Any]:
-    from comfyui import find_comfyui, python_of
+def _checkout(program: str) -> Path:
+    """Where somebody else's program is; FileNotFoundError where it is not."""
+    spoken, variable, usual, known_by = PROGRAMS[program]
+    path = Path(os.environ.get(variable) or Path.home() / usual)
+    if not (path / known_by).exists():
+        raise FileNotFoundError(f"no {spoken} at {variable} or ~/{usual}")
+    return path.resolve()
 
-    host = find_comfyui() if peer == "comfyui" else None
-    if peer == "comfyui" and host is None:
-        return {"failed": "no ComfyUI at COMFYUI_PATH or ~/comfy/ComfyUI"}
-    environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
-    command = [python_of(host) if host else sys.executable, str(Path(__file__).resolve()), "--peer", peer, "--job", name, "--keep", str(path)]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=host or ROOT, env=environment)
+
+def _ask(peer: str, path: Path, name: str, threads: int) -> dict[str, Any]:
+    from comfyui import python_of
+
+    program = peer.removesuffix(" kv")
+    try:
+        host = _checkout(program) if program in PROGRAMS else None
+    except FileNotFoundError as error:
+        return {"failed": str(error)}
+    environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "CUDA_VISIBLE_DEVICES": ""}
+    command = [python_of(host) if host else sys.executable, str(Path(__file__).resolve()), "--peer", peer, "--job", name]
+    done = subprocess.run([*command, "--keep", str(path.resolve())], capture_output=True, text=True, cwd=host or ROOT, env=environment)
     return json.loads(done.stdout.splitlines()[-1]) if done.returncode == 0 else {"failed": done.stderr.strip().splitlines()[-1]}
 
 
@@ -265,7 +355,10 @@ def main() -> None:
     parser.add_argument("--job", choices=JOBS, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.peer:
-        work = {"ours": ours, "diffusers": diffusers, "diffusers cached": lambda p, j: diffusers(p, j, True), "comfyui": comfyui}[arguments.peer]
+        work = {
+            "ours": ours, "diffusers": diffusers, "diffusers cached": lambda p, j: diffusers(p, j, True), "comfyui": comfyui,
+            "kohya": kohya, "kohya kv": lambda p, j: kohya(p, j, True),
+        }[arguments.peer]  # fmt: skip
         if arguments.peer != "comfyui":
             import torch
 
