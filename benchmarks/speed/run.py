@@ -423,6 +423,7 @@ def main() -> None:
         print(json.dumps(work(str(arguments.keep), JOBS[arguments.job])))
         return
     import full_size
+    import torch
 
     from comfy_continual_lora.mini.weights import write_checkpoint
 
@@ -436,6 +437,7 @@ def main() -> None:
             row = {"machine": machine, **compare(name, path, arguments.rounds, arguments.threads)}
             (out / f"{time.strftime('%Y-%m-%d')}-{name}.json").write_text(json.dumps(row, indent=1) + "\n")
         if arguments.pictures:
+            torch.set_num_threads(arguments.threads)
             write_checkpoint(folder / "small.safetensors")
             row = {"machine": machine, **scores(folder / "small.safetensors", arguments.pictures, arguments.trials)}
             (out / f"{time.strftime('%Y-%m-%d')}-scores.json").write_text(json.dumps(row, indent=1) + "\n")
