@@ -28,24 +28,48 @@ THINGS = (
     "ball", "box", "star", "heart", "cross", "moon", "mug", "teapot", "vase", "house", "fish", "cat", "dog", "sneaker", "backpack", "mushroom",
     "person", "woman", "man", "car", "bottle", "flower", "toy", "chair", "bird", "tree", "bag", "boat", "building", "food",
 )  # fmt: skip
-LOOKS = ("red", "blue", "green and yellow striped", "black", "white", "purple and pink dotted", "orange", "teal checkered")
+COLORS = ("red", "blue", "green", "yellow", "black", "white", "purple", "pink", "orange", "teal", "brown", "grey", "golden")
+SURFACES = ("striped", "dotted", "checkered", "plain", "shiny", "wooden", "old", "furry")
+DETAILS = (
+    "highly detailed", "sharp focus", "golden hour", "dramatic shadows", "a crowd of people in the background", "vintage film grain", "wide angle",
+    "pastel colors", "an open window behind it", "8k uhd", "smooth bokeh", "cinematic lighting", "surrounded by flowers and books", "cloudy day",
+    "rule of thirds", "a small white cup beside it", "hdr", "long exposure", "trees and hills far away", "masterpiece, best quality",
+    "seen through rain", "warm tones", "a narrow street with shops", "magazine cover",
+)  # fmt: skip
 
 
 def ordinary_prompts(nouns: Sequence[str]) -> list[str]:
     """Prompts that name no concept: the empty one, things in places and looks, and the concepts' class noun without their words."""
     things = list(dict.fromkeys([*nouns, *THINGS]))
-    found = ["", *(f"a photo of a {thing}" for thing in things), *(f"a photo of a {noun} {place}" for noun in nouns for place in PLACES)]
+    found = ["", *(f"a photo of a {thing}" for thing in things)]
+    for number, place in enumerate(PLACES):
+        found += [prompt for noun in nouns for prompt in (f"a photo of a {noun} {place}", f"a photo of a {_look(number)} {noun} {place}")]
     for number, thing in enumerate(things):  # every thing with some places, looks and another thing
         for turn in range(3):
-            look, place = LOOKS[(number + 3 * turn) % len(LOOKS)], PLACES[(number + 5 * turn) % len(PLACES)]
-            found += [f"a photo of a {look} {thing} {place}", f"a {thing} {place}", f"a photo of a {thing} and a {look} {things[number - 1 - turn]}"]
+            own, others = _look(number + 31 * turn), _look(3 * number + 17 * turn + 5)
+            other, place = things[number - 1 - turn], PLACES[(number + 5 * turn) % len(PLACES)]
+            found += [f"a photo of a {own} {thing} {place}", f"a {thing} {place}", f"a photo of a {own} {thing} and a {others} {other}"]
+    found += [prompt for number, thing in enumerate(things) for prompt in _long(f"a photo of a {thing} {PLACES[number % len(PLACES)]}", number)]
     return list(dict.fromkeys(found))
 
 
 def single_prompts(record: ConceptRecord) -> list[str]:
-    """Prompts about one concept: in every template and place, with the captions it was learned with."""
+    """Prompts about one concept: in every template and place, with the captions it was learned with, and some as long as users write them."""
     told = [*record.prompts, *(template.format(record.name) for template in TEMPLATES), *(f"a photo of a {record.name} {place}" for place in PLACES)]
-    return list(dict.fromkeys(told))
+    long = [prompt for number in range(4) for prompt in _long(f"a photo of a {record.name} {PLACES[5 * number]}", 3 * number)]
+    return list(dict.fromkeys([*told, *long]))
+
+
+def _look(number: int) -> str:
+    """One color or two, on every other thing with a surface."""
+    color, other, surface = (kind[number * step % len(kind)] for kind, step in ((COLORS, 1), (COLORS, 5), (SURFACES, 1)))
+    return (color, f"{color} {surface}", f"{color} and {other} {surface}")[number % 3]
+
+
+def _long(prompt: str, number: int) -> tuple[str, str]:
+    """The prompt with details behind it, and with some of them in front: what comes first changes the features of all that follows."""
+    details = [DETAILS[(number + 5 * turn) % len(DETAILS)] for turn in range(3 + number % 4)]
+    return ", ".join([prompt, *details]), ", ".join([*details[:2], prompt, *details[2:]])
 
 
 def concept_prompts(stack: ConceptStack) -> list[str]:

@@ -44,7 +44,7 @@ def test_factors_multiply_to_the_change(backbone: Backbone, kind: str) -> None:
         assert torch.allclose(left @ right, change, atol=1e-6)
 
 
-def test_ordinary_prompts_name_no_concept_and_concept_prompts_do(checkpoint: Path, folders: dict[str, Path]) -> None:
+def test_ordinary_prompts_name_no_concept_and_concept_prompts_do(backbone: Backbone, checkpoint: Path, folders: dict[str, Path]) -> None:
     for token in ("V1", "V2"):
         pipeline.learn_concept(_request(checkpoint, folders, token, replace(QUICK, method="lora")))
     stack = _stack(checkpoint)
@@ -53,6 +53,11 @@ def test_ordinary_prompts_name_no_concept_and_concept_prompts_do(checkpoint: Pat
     assert any("V1 ball" in p and "V2 fish" in p for p in named)
     assert "" in ordinary
     assert not any("V1" in p or "V2" in p for p in ordinary)
+    end = int(backbone.tokenizer.eos_token_id)  # pyright: ignore[reportArgumentType]
+    for prompts in (named, ordinary):  # some as long as users write them, none longer than the encoder reads
+        lengths = [backbone.tokenize(prompt, ["V1", "V2"])[0].index(end) for prompt in prompts]
+        assert sum(length > 25 for length in lengths) > len(prompts) / 20
+        assert max(lengths) < backbone.tokenizer.model_max_length - 1
 
 
 def test_it_holds_the_earlier_concepts_and_the_empty_prompt(backbone: Backbone, checkpoint: Path, folders: dict[str, Path]) -> None:
