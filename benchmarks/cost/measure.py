@@ -3,7 +3,7 @@
     python benchmarks/cost/measure.py benchmarks/cost [--rounds 3] [--steps 300]
 
 in: nothing - out: OUT/cost.json and a table on the screen. Each method learns its second concept of a stack (the first has no memory to protect) in a
-process of its own, in turns, so that noise of the machine meets all of them; seconds are medians over the rounds.
+process of its own, in turns, so that noise of the machine meets all of them; seconds are those of one CPU core, medians over the rounds.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from comfy_continual_lora.settings import METHODS, LearnSettings
 
 
 def _learn_second(folder: str, method: str, steps: int, answer: multiprocessing.Queue) -> None:
-    """Seconds and peak memory (MiB) of learning the second concept, by stage."""
+    """CPU seconds and peak memory (MiB) of learning the second concept, by stage."""
     torch.set_num_threads(1)
     checkpoint, stages = Path(folder) / f"{method}.safetensors", {}
     write_checkpoint(checkpoint)
@@ -43,12 +43,12 @@ def _learn_second(folder: str, method: str, steps: int, answer: multiprocessing.
         pictures = world.save_pictures(concept, Path(folder) / f"{method}-{token}")
         first = settings if token == "V2" else LearnSettings(method=method, steps=2, fisher_samples=8)
         seen: dict[str, list[float]] = {}
-        started = time.perf_counter()
+        started = time.process_time()
         pipeline.learn_concept(
             pipeline.LearnRequest(checkpoint, pictures, token, concept.noun, first, device="cpu"),
-            lambda p, seen=seen: seen.setdefault(p.stage, []).append(time.perf_counter()),
+            lambda p, seen=seen: seen.setdefault(p.stage, []).append(time.process_time()),
         )
-        stages = {"all": time.perf_counter() - started, **{stage: times[-1] - times[0] for stage, times in seen.items()}}
+        stages = {"all": time.process_time() - started, **{stage: times[-1] - times[0] for stage, times in seen.items()}}
     answer.put({"seconds": stages, "mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024})
 
 
@@ -76,13 +76,13 @@ def compare_methods(methods: list[str], steps: int, rounds: int) -> dict[str, di
 
 
 def _median_seconds(work: dict[str, Callable[[], object]], rounds: int) -> dict[str, float]:
-    """Seconds of each, taken in turns."""
+    """CPU seconds of each, taken in turns."""
     times: dict[str, list[float]] = {name: [] for name in work}
     for _ in range(rounds):
         for name, do in work.items():
-            started = time.perf_counter()
+            started = time.process_time()
             do()
-            times[name].append(time.perf_counter() - started)
+            times[name].append(time.process_time() - started)
     return {name: statistics.median(t) for name, t in times.items()}
 
 
