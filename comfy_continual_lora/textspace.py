@@ -68,7 +68,7 @@ def _look(number: int) -> str:
 
 def _long(prompt: str, number: int) -> tuple[str, str]:
     """The prompt with details behind it, and with some of them in front: what comes first changes the features of all that follows."""
-    details = [DETAILS[(number + 5 * turn) % len(DETAILS)] for turn in range(3 + number % 4)]
+    details = [DETAILS[(number + 5 * turn) % len(DETAILS)] for turn in range(3 + number % 10)]
     return ", ".join([prompt, *details]), ", ".join([*details[:2], prompt, *details[2:]])
 
 
