@@ -29,6 +29,8 @@ from comfy_continual_lora.settings import LearnSettings
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 
+EVERY = 5  # steps between two figures kept
+
 
 def log_norm(factors: Mapping[str, Tensor]) -> float:
     """ln of sum |B A| over all layers."""
@@ -65,6 +67,21 @@ def curves(variant: str, count: int, weight: float) -> list[list[float]]:
     return found
 
 
+def draw(out: Path, kept: dict[str, list[list[float]]]) -> None:
+    """Each variant's norms, concept after concept; where B is still 0 there is nothing to draw."""
+    figure, axes = plt.subplots(1, len(kept), figsize=(5.5 * len(kept), 3.6), sharey=True, squeeze=False)
+    for axis, (variant, lines) in zip(axes[0], kept.items(), strict=True):
+        start = 0
+        for number, line in enumerate(lines, start=1):
+            axis.plot(range(start, start + EVERY * len(line), EVERY), line, label=f"concept {number}")
+            start += EVERY * len(line)
+        axis.set(title=f"C-LoRA, {variant}", xlabel="step", ylim=(0, None))
+        axis.legend()
+    axes[0][0].set_ylabel("ln || B A ||$_1$")
+    figure.tight_layout()
+    figure.savefig(out / "curve.png", dpi=110)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description="Draw C-LoRA's norm curve.")
     parser.add_argument("out", type=Path)
@@ -75,19 +92,9 @@ def main() -> None:
     torch.set_num_threads(1)
     found = {variant: curves(variant, arguments.concepts, arguments.weight) for variant in arguments.variants.split(",")}
     arguments.out.mkdir(parents=True, exist_ok=True)
-    rounded = {variant: [[round(v, 3) for v in line[::5]] for line in lines] for variant, lines in found.items()}
-    (arguments.out / "curve.json").write_text(json.dumps({"weight": arguments.weight, "every": 5, "log_l1_norm": rounded}) + "\n")
-    figure, axes = plt.subplots(1, len(found), figsize=(5.5 * len(found), 3.6), sharey=True, squeeze=False)
-    for axis, (variant, lines) in zip(axes[0], found.items(), strict=True):
-        start = 0
-        for number, line in enumerate(lines, start=1):
-            axis.plot(range(start, start + len(line)), line, label=f"concept {number}")
-            start += len(line)
-        axis.set(title=f"C-LoRA, {variant}", xlabel="step")
-        axis.legend()
-    axes[0][0].set_ylabel("ln || B A ||$_1$")
-    figure.tight_layout()
-    figure.savefig(arguments.out / "curve.png", dpi=110)
+    kept = {variant: [[round(v, 3) for v in line[::EVERY]] for line in lines] for variant, lines in found.items()}
+    (arguments.out / "curve.json").write_text(json.dumps({"weight": arguments.weight, "every": EVERY, "log_l1_norm": kept}) + "\n")
+    draw(arguments.out, kept)
     print({variant: [(round(line[0], 2), round(line[-1], 2)) for line in lines] for variant, lines in found.items()})
 
 

