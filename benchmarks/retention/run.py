@@ -1,7 +1,7 @@
 """How much is remembered: every method learns the same sequences of concepts; what each concept looks like after every later one is measured.
 
     python benchmarks/retention/run.py benchmarks/retention/results                        the six-concept table (hours on two cores)
-    python benchmarks/retention/run.py OUT --quick                                         three methods, three concepts, fewer steps: minutes
+    python benchmarks/retention/run.py OUT --quick                                         three methods, three concepts: minutes
     python benchmarks/retention/run.py OUT --concepts 20 --methods lora,lora_dsc_ewc_dc     a long sequence
     python benchmarks/retention/run.py OUT --ray                                           the same jobs on a Ray cluster
 
@@ -49,8 +49,8 @@ ROWS: dict[str, dict[str, Any]] = {name: {"method": name} for name in METHODS}
 ROWS |= {f"{name} vera": {"method": name, "adapter": "vera"} for name in ("lora", "lora_ewc", "lora_ewc_dc")}
 BOUNDS = ("joint", "separate")
 DRAWING, PICTURES = DrawSettings(steps=15, guidance=4.0), 16
-FULL = {"concepts": 6, "seeds": "0,1,2", "methods": ",".join([*ROWS, *BOUNDS]), "steps": None}
-QUICK = {"concepts": 3, "seeds": "0", "methods": "lora_dsc_ewc_dc,lora,retention", "steps": 200}
+FULL = {"concepts": 6, "seeds": "0,1,2", "methods": ",".join([*ROWS, *BOUNDS])}
+QUICK = {"concepts": 3, "seeds": "0", "methods": "lora_dsc_ewc_dc,lora,retention"}
 # Jha et al. 2025: SD1.4, CustomConcept101, six tasks, three seeds. Their units are not ours, so only orderings can be compared.
 PAPER = {
     "textual_inversion": {"a_mmd": 185.74, "f_mmd": 0, "kid": 205.69, "i2i": 60.74, "t2i": 22.86},
@@ -74,12 +74,12 @@ class Job:
     concepts: int
     pictures: int
     out: Path
-    steps: int | None = None  # a concept; None: the preset's
+    steps: int  # a concept
 
     @property
     def folder(self) -> Path:
-        others = (f"-{self.steps}" if self.steps else "") + (f"-{self.pictures}p" if self.pictures != PICTURES else "")
-        return self.out / "runs" / f"{self.row.replace(' ', '-')}-{self.concepts}-{self.seed}{others}"
+        more = f"-{self.pictures}p" if self.pictures != PICTURES else ""
+        return self.out / "runs" / f"{self.row.replace(' ', '-')}-{self.concepts}-{self.seed}-{self.steps}{more}"
 
     @property
     def settings(self) -> LearnSettings:
@@ -452,11 +452,11 @@ def main() -> None:
     parser.add_argument("--concepts", type=int)
     parser.add_argument("--seeds")
     parser.add_argument("--methods")
-    parser.add_argument("--steps", type=int, help="a concept; the mini-SD's preset if not given")
+    parser.add_argument("--steps", type=int, default=200, help="a concept")
     parser.add_argument("--pictures", type=int, default=PICTURES, help="drawn for each version and concept")
     parser.add_argument("--processes", type=int, default=2)
     parser.add_argument("--ray", action="store_true", help="spread over a Ray cluster")
-    parser.add_argument("--quick", action="store_true", help="unless told otherwise lora, the paper's and retention; 3 concepts of 200 steps, 1 seed")
+    parser.add_argument("--quick", action="store_true", help="unless told otherwise lora, the paper's and retention; 3 concepts, 1 seed")
     arguments = parser.parse_args()
     for name, value in (QUICK if arguments.quick else FULL).items():
         if getattr(arguments, name) is None:
