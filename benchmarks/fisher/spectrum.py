@@ -59,6 +59,21 @@ def spectra(concepts: list[world.Concept], steps: int) -> dict[str, dict[str, li
     return {layer: {loss: found[loss][layer] for loss in LOSSES} for layer in layers}
 
 
+def draw(out: Path, found: dict[str, dict[str, list[float]]]) -> None:
+    """A plot for each layer, eigenvalues in sizes of the largest: how many directions count."""
+    figure, axes = plt.subplots(1, len(found), figsize=(4.2 * len(found), 3.6), sharey=True)
+    for axis, (layer, by_loss) in zip(axes, found.items(), strict=True):
+        for loss, values in by_loss.items():
+            sizes = [value / values[0] for value in values]
+            axis.semilogy(range(1, len(values) + 1), sizes, marker=".", label=f"{loss} (largest {values[0]:.2g})")
+        axis.set_title(layer, fontsize=7)
+        axis.set(xlabel="eigenvalue, by size")
+        axis.legend(fontsize=7)
+    axes[0].set(ylabel="of the largest")
+    figure.tight_layout()
+    figure.savefig(out / "spectrum.png", dpi=100)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description="Spectra of the Fisher with and without DC scores.")
     parser.add_argument("out", type=Path)
@@ -68,16 +83,7 @@ def main() -> None:
     torch.set_num_threads(1)
     found = spectra(world.concepts("reporting")[: arguments.concepts], arguments.steps)
     (arguments.out / "spectrum.json").write_text(json.dumps(found, indent=1) + "\n")
-    figure, axes = plt.subplots(1, len(found), figsize=(4.2 * len(found), 3.6))
-    for axis, (layer, by_loss) in zip(axes, found.items(), strict=True):
-        for loss, values in by_loss.items():
-            axis.semilogy(range(1, len(values) + 1), values, marker=".", label=loss)
-        axis.set_title(layer, fontsize=7)
-        axis.set(xlabel="eigenvalue, by size")
-    axes[0].set(ylabel="size")
-    axes[0].legend(fontsize=8)
-    figure.tight_layout()
-    figure.savefig(arguments.out / "spectrum.png", dpi=100)
+    draw(arguments.out, found)
     for layer, by_loss in found.items():
         tops = {loss: values[0] for loss, values in by_loss.items()}
         print(layer, {loss: f"largest {top:.3g}, half of it or more: {sum(v > top / 2 for v in by_loss[loss])}" for loss, top in tops.items()})
