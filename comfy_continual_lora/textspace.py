@@ -92,6 +92,12 @@ def moment(backbone: Backbone, words: Mapping[str, Tensor], prompts: Sequence[st
     return total / count
 
 
+def sizes(backbone: Backbone, moment: Tensor) -> dict[str, Tensor]:
+    """tr[W0 M W0^T] of each layer, a number: how large what the checkpoint does to these prompts is."""
+    weights = {layer: module.weight.float() for layer, module in backbone.kv_layers.items()}
+    return {layer: ((w @ moment) * w).sum() for layer, w in weights.items()}
+
+
 def drift(factors: Mapping[str, Tensor], anchor: Adapter | None, moment: Tensor, sizes: Mapping[str, Tensor]) -> Tensor:
     """Mean over the layers of E || (delta - delta*) c ||^2 / sizes[layer], a number. No anchor: delta* = 0."""
     rights, inner = [], []
@@ -130,6 +136,4 @@ def retention(backbone: Backbone, stack: ConceptStack, noun: str, weight: float)
     if stack.records and stack.adapter:
         anchor = {name: tensor.to(backbone.device, torch.float32) for name, tensor in stack.adapter.items()}
         memories.append((len(stack.records) * moment(backbone, words, concept_prompts(stack)), anchor))
-    weights = {layer: module.weight.float() for layer, module in backbone.kv_layers.items()}
-    sizes = {layer: ((w @ plain) * w).sum() for layer, w in weights.items()}
-    return Retention(weight, memories, sizes)
+    return Retention(weight, memories, sizes(backbone, plain))

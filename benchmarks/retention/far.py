@@ -19,6 +19,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from comfy_continual_lora import store, textspace
 from comfy_continual_lora.checkpoint.backbone import Backbone
@@ -48,35 +49,29 @@ def families(backbone: Backbone, stack: store.ConceptStack) -> dict[str, float]:
     """Drift by kind of prompt."""
     *earlier, _ = stack.records
     now, rng = stack.adapter, np.random.default_rng(11)
+    then = [stack.adapter_after(record.id) for record in earlier]
     assert now
-    captions = [world.random_scene(rng).caption for _ in range(64)]
 
-    def moment(prompts: Sequence[str]) -> torch.Tensor:
+    def moment(prompts: Sequence[str]) -> Tensor:
         return textspace.moment(backbone, stack.tokens, prompts)
 
-    def drift(prompts: Sequence[str], adapter: Adapter | None, anchor: Adapter | None) -> float:
-        return 1000 * float(textspace.drift(adapter or {}, anchor, moment(prompts), sizes))
+    def naming(templates: Sequence[str]) -> list[Tensor]:
+        return [moment([template.format(record.name) for template in templates]) for record in earlier]
 
-    def moved(templates: Sequence[str] | None, *, since: bool = True) -> float:
-        """Of prompts that name an earlier concept, since it was learned; or how far learning it moved them."""
-        found = []
-        for record in earlier:
-            prompts = [t.format(record.name) for t in templates] if templates else textspace.single_prompts(record)
-            then = stack.adapter_after(record.id)
-            found.append(drift(prompts, now, then) if since else drift(prompts, then, None))
-        return sum(found) / len(found)
+    def moved(about: Sequence[Tensor], adapters: Sequence[Adapter | None], anchors: Sequence[Adapter | None]) -> float:
+        drifts = [textspace.drift(a or {}, anchor, m, sizes) for m, a, anchor in zip(about, adapters, anchors, strict=True)]
+        return round(1000 * float(torch.stack(drifts).mean()), 2)
 
-    plain = textspace.ordinary_prompts([record.noun for record in stack.records])
-    weights = {layer: module.weight.float() for layer, module in backbone.kv_layers.items()}
-    about = moment(plain)
-    sizes = {layer: ((w @ about) * w).sum() for layer, w in weights.items()}
-    concepts = {
-        "learned": moved(None, since=False), "protected": moved(None), "with another thing": moved(WITH_ANOTHER), "reworded": moved(REWORDED),
-        "long": moved(LONG),
-    }  # fmt: skip
-    others = {"protected ordinary": plain, "captions of the world": captions, "everyday": EVERYDAY, "negative": NEGATIVE}
-    ordinary = {kind: drift(prompts, now, None) for kind, prompts in others.items()}
-    return {key: round(value, 2) for key, value in {**concepts, **ordinary}.items()}
+    own, plain = [moment(textspace.single_prompts(record)) for record in earlier], moment(textspace.ordinary_prompts([r.noun for r in stack.records]))
+    sizes = textspace.sizes(backbone, plain)
+    concepts = {"protected": own, "with another thing": naming(WITH_ANOTHER), "reworded": naming(REWORDED), "long": naming(LONG)}
+    captions = moment([world.random_scene(rng).caption for _ in range(64)])
+    ordinary = {"protected ordinary": plain, "captions of the world": captions, "everyday": moment(EVERYDAY), "negative": moment(NEGATIVE)}
+    return {
+        "learned": moved(own, then, [None] * len(then)),
+        **{kind: moved(about, [now] * len(then), then) for kind, about in concepts.items()},
+        **{kind: moved([about], [now], [None]) for kind, about in ordinary.items()},
+    }
 
 
 def main() -> None:
@@ -88,7 +83,7 @@ def main() -> None:
     rows = {}
     for folder in arguments.runs:
         backbone = load_backbone(folder / "mini.safetensors", device="cpu")
-        rows[folder.name] = families(backbone, store.load_stack(store.stack_path(folder / "mini.safetensors"), backbone.fingerprint))
+        rows[str(folder)] = families(backbone, store.load_stack(store.stack_path(folder / "mini.safetensors"), backbone.fingerprint))
     if arguments.out:
         arguments.out.write_text(json.dumps(rows, indent=1) + "\n")
     columns = list(next(iter(rows.values())))

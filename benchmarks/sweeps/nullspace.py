@@ -82,8 +82,7 @@ def measure(energies: list[float], steps: int, folder: Path) -> list[dict[str, A
 
     def row(name: str, lesson: Lesson, after_step: Callable[[Progress], None] = lambda _: None) -> dict[str, Any]:
         learned = learn(backbone, lesson, settings, folder / f"{name}.snapshot", after_step)
-        words = {**stack.tokens, "V2": learned.word}
-        text = FrozenText(backbone, words)
+        text = FrozenText(backbone, {**stack.tokens, "V2": learned.word})
         gains = {"first": gain(backbone, learned.adapter, text, "V1", first), "second": gain(backbone, learned.adapter, text, "V2", second)}
         return {"held by": name, **gains, "prior": prior_error(backbone, learned.adapter) - prior_error(backbone, None)}
 
