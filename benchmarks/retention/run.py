@@ -3,7 +3,7 @@
     python benchmarks/retention/run.py benchmarks/retention/results                        the six-concept table (hours on two cores)
     python benchmarks/retention/run.py OUT --quick                                         three methods, three concepts: minutes
     python benchmarks/retention/run.py OUT --concepts 20 --methods lora,lora_dsc_ewc_dc     a long sequence
-    python benchmarks/retention/run.py OUT --ray                                           the same jobs on a Ray cluster
+    python benchmarks/retention/run.py OUT --ray                                           the same jobs on a Ray cluster (pip install -e ".[ray]")
 
 in: nothing (concepts of the reporting split, in an order drawn from the seed) - out: OUT/table.json (a row for each method and seed), table.csv,
 table.md (and a paired test of each method against the best of the paper's ten), matrices.json (R[i, j]), heat maps, A_MMD and F_MMD over the number
@@ -121,10 +121,10 @@ def run(job: Job) -> dict[str, Any]:
     job.folder.mkdir(parents=True, exist_ok=True)
     versions, seconds, size = {"joint": _joint, "separate": _separate}.get(job.row, _in_sequence)(job)
     backbone, names = load_backbone(job.folder / "mini.safetensors", device="cpu"), [f"V{n} {c.noun}" for n, c in enumerate(job.sequence, start=1)]
-    real = [_features(_real(concept, job.pictures)) for concept in job.sequence]
+    real = [features_of(real_pictures(concept, job.pictures)) for concept in job.sequence]
     drawn = {}
     for (i, j), stack in versions.items():
-        drawn[i, j] = _features(_drawn(job, backbone, stack, names[j], f"{i}-{j}"))
+        drawn[i, j] = features_of(_drawn(job, backbone, stack, names[j], f"{i}-{j}"))
     matrix = metrics.retention_matrix(real, drawn)
     last, count = job.concepts - 1, job.concepts
     end = [drawn[last, j] for j in range(count)]
@@ -135,14 +135,14 @@ def run(job: Job) -> dict[str, Any]:
         "method": job.row, "seed": job.seed, "concepts": count, "a_mmd": metrics.a_mmd(matrix), "f_mmd": metrics.f_mmd(drawn, count),
         "bwt_mmd": metrics.bwt_mmd(matrix),
         "over": [[n, metrics.a_mmd(matrix[:n, :n]), metrics.f_mmd(drawn, n)] for n in (i + 1 for i in job.looked_at[1:])],
-        "kid": _mean(metrics.kid(_unit(r), _unit(d)) for r, d in zip(real, end, strict=True)),
+        "kid": _mean(metrics.kid(unit(r), unit(d)) for r, d in zip(real, end, strict=True)),
         "i2i": _mean(metrics.similarity(r, d) for r, d in zip(real, end, strict=True)),
         "t2i": _mean(metrics.paired_similarity(d, t) for d, t in zip(end, plain, strict=True)), "newest_mmd": float(matrix[-1, -1]),
         "dc_accuracy": _accuracy(job, backbone, stack) if job.row != "separate" else None,
         "both": both, "bled": bled,
         "seconds_per_concept": seconds / count, "bytes_per_concept": size / count, "matrix": [[_number(v) for v in row] for row in matrix.tolist()],
     }  # fmt: skip
-    first = [concepts.to_pil(_real(job.sequence[0], 2)[1]), *(Image.open(job.folder / "drawn" / f"{i}-0" / "1.png") for i in job.looked_at)]
+    first = [concepts.to_pil(real_pictures(job.sequence[0], 2)[1]), *(Image.open(job.folder / "drawn" / f"{i}-0" / "1.png") for i in job.looked_at)]
     report.grid(first, len(first)).save(job.folder / "first-concept.png")
     done.write_text(json.dumps(row))
     return row
@@ -229,7 +229,7 @@ def _checkpoint(job: Job) -> Path:
     return path
 
 
-def _real(concept: world.Concept, count: int) -> Tensor:
+def real_pictures(concept: world.Concept, count: int) -> Tensor:
     """Pictures of the concept that were not learned from."""
     pictures = [p for seed in range(1, 2 + count // 10) for p in world.concept_pictures(concept, 10, seed=seed)][:count]
     return pretrain.to_tensor(np.stack(pictures))
@@ -248,11 +248,11 @@ def _drawn(job: Job, backbone: Backbone, stack: store.ConceptStack, name: str, k
     return torch.stack([concepts.to_tensor(Image.open(file)) for file in files])
 
 
-def _features(pictures: Tensor) -> Tensor:
+def features_of(pictures: Tensor) -> Tensor:
     return torch.cat([weights.vision_features(chunk) for chunk in pictures.split(32)])
 
 
-def _unit(x: Tensor) -> Tensor:
+def unit(x: Tensor) -> Tensor:
     return torch.nn.functional.normalize(x, dim=1)
 
 
@@ -304,7 +304,7 @@ def bleeding(pictures: Tensor, asked: Sequence[tuple[world.Concept, world.Concep
     found = []
     for columns in (slice(0, 66), slice(62, 128)):  # where the world puts the left and the right one
         own, other, drawn = (
-            _unit(_features(torch.nn.functional.interpolate(p[:, :, 33:99, columns], (world.SIZE, world.SIZE), mode="bilinear")))
+            unit(features_of(torch.nn.functional.interpolate(p[:, :, 33:99, columns], (world.SIZE, world.SIZE), mode="bilinear")))
             for p in (in_order, turned, pictures)
         )
         found.append(((drawn * other).sum(1) > (drawn * own).sum(1)).float())
