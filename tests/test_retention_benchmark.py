@@ -25,7 +25,6 @@ def figures(out: Path, *arguments: str) -> list[dict[str, Any]]:
 
 @pytest.fixture(scope="module")
 def alone(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    pytest.importorskip("matplotlib")
     out = tmp_path_factory.mktemp("alone")
     figures(out, "--processes", "1")
     return out
