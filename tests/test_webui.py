@@ -67,6 +67,11 @@ def test_the_table_reads_a_stack_without_torch(checkpoint: Path, pictures: Path)
         tab.stack_file(checkpoint, "../up")
 
 
+def test_captions_are_read_whatever_columns_there_are() -> None:
+    assert tab.typed([["0.png", "a ball", "more"], ["1.png", ""]]) == {"0.png": "a ball", "1.png": ""}
+    assert tab.typed([[]]) == {}  # gradio 3 after the pictures were cleared
+
+
 def test_every_state_of_a_job_is_told() -> None:
     job = Job(1, [("learn", {})])
     assert tab.status(None) == "Ready."

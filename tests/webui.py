@@ -144,12 +144,17 @@ def learns_and_draws(host: WebUI, pictures: Path) -> None:
 
 
 def learns_in_a_browser(host: WebUI, pictures: Path, screenshot: Path) -> None:
-    """From dropped pictures, one with a caption of its own, to the finished concept; a tab of another extension goes on beside it."""
+    """From dropped pictures, one with a caption of its own, to the finished concept; a tab of another extension goes on beside it.
+
+    The first picture is dropped, cleared and dropped again."""
     with page(host.address, height=1600) as opened:
         opened.wait_for_selector("#txt2img_generate", timeout=120_000)
         opened.click("button:has-text('Continual LoRA')")
         files = sorted(pictures.glob("*.png"))
         files[0].with_suffix(".txt").write_text("a photo of B1 on sand")
+        opened.set_input_files("#continual_lora_files input[type=file]", str(files[0]))
+        opened.click("#continual_lora_files button[aria-label='Clear']", timeout=60_000)  # as before the next concept
+        opened.wait_for_timeout(2_000)
         opened.set_input_files("#continual_lora_files input[type=file]", [str(p) for p in (*files, files[0].with_suffix(".txt"))])
         opened.fill("#continual_lora_token textarea", "B1")
         opened.fill("#continual_lora_noun textarea", "ball")

@@ -132,8 +132,8 @@ def paths_of(files: Sequence[Any] | None) -> list[Path]:
 
 
 def typed(captions: Sequence[Sequence[str]]) -> dict[str, str]:
-    """The captions' table by picture; a user may have added columns."""
-    return {name: text for name, text, *_ in captions}
+    """The captions' table by picture; a user may have added columns, and without pictures older versions have a row of no columns."""
+    return {row[0]: row[1] for row in captions if row}
 
 
 def settings_of(kind: type, names: Sequence[str], values: Sequence[Any]) -> dict[str, Any]:
