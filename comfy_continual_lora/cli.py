@@ -291,7 +291,7 @@ def _info(arguments: argparse.Namespace, bar: _Bar) -> None:
 def _export(arguments: argparse.Namespace, bar: _Bar) -> None:
     from . import pipeline
 
-    done = pipeline.export(arguments.checkpoint, arguments.out, embeddings=arguments.embeddings, stack=arguments.stack)
+    done = pipeline.export(arguments.checkpoint, arguments.out, embeddings=arguments.embeddings, stack=arguments.stack, format=arguments.format)
     if arguments.json:
         files = {"lora": str(done.lora) if done.lora else None, "embeddings": [str(p) for p in done.embeddings], "triggers": done.triggers}
         print(json.dumps(files))
@@ -434,6 +434,7 @@ def _parser() -> argparse.ArgumentParser:
     export = command("export", _export, "write one LoRA and one embedding a word, for ComfyUI, A1111, Forge and diffusers")
     export.add_argument("--out", type=Path, required=True, help="folder for the LoRA, such as the program's Lora folder")
     export.add_argument("--embeddings", type=Path, help="folder for the embeddings (default: the same)")
+    export.add_argument("--format", choices=("kohya", "diffusers", "peft"), default="kohya", help="whose names the LoRA has; kohya's load everywhere")
 
     ui = command("ui", _ui, "open the tab by itself, in a browser on this machine", checkpoint=False, machine=False)
     ui.add_argument("--models", type=Path, default=Path("models"), help="folder of checkpoints; the mini-SD is put there if it has none")

@@ -1,9 +1,12 @@
 """Stage 7: the stack -> files everyone can load: one LoRA in the kohya layout, and one textual-inversion embedding for each word.
 
 in: a stack - out: in a folder <name>.safetensors (the LoRA, with its trigger words in the metadata), <name>.json and <name>.preview.jpg (A1111's
-card), and <token>.safetensors for each word. ComfyUI, the A1111 family and diffusers read kohya's names (diffusers' for SD1.x and SD2.x, LDM's for
-SDXL, which is what kohya's own programs expect); PEFT's own are ignored by ComfyUI with no more than a line in its log. A LoRA file is never
-overwritten: web UIs keep old weights and hashes of a name they know.
+card), and <token>.safetensors for each word. A LoRA file is never overwritten: web UIs keep old weights and hashes of a name they know.
+
+    kohya       the default: ComfyUI, the A1111 family and diffusers read these names (layers called as in diffusers for SD1.x and SD2.x, as in LDM
+                for SDXL, which is what kohya's own programs expect)
+    diffusers   as its own `save_lora_weights` writes them; ComfyUI ignores this one and the next with no more than a line in its log
+    peft        a folder for `PeftModel.from_pretrained(unet, folder)`
 """
 
 from __future__ import annotations
@@ -15,21 +18,24 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from peft import LoraConfig
 from safetensors.torch import save
 from torch import Tensor
 
 from .checkpoint import keys
 from .errors import StackError
-from .lora import Adapter, layers_of, projections, rank_of
+from .lora import Adapter, factored, layers_of
 from .store import Base, ConceptStack, write_whole
 
+FORMATS = ("kohya", "diffusers", "peft")
+_PREFIXES = {"diffusers": "unet.", "peft": "base_model.model."}
 # modelspec.architecture, ss_base_model_version, and A1111's name of the family
 _SPOKEN_OF = {"sd2": ("stable-diffusion-v2-512", "sd_v2", "SD2"), "sdxl": ("stable-diffusion-xl-v1-base", "sdxl_base_v1-0", "SDXL")}
 
 
 @dataclass(frozen=True)
 class Exported:
-    lora: Path | None  # None where the words alone are all there is
+    lora: Path | None  # a file, PEFT's a folder; None where the words alone are all there is
     embeddings: list[Path]
     triggers: list[str]  # how prompts name each concept
 
@@ -43,18 +49,28 @@ def kohya_lora(adapter: Adapter, width: int, base: Base) -> dict[str, Tensor]:
         if "D" in parts:
             found[f"{name}.diff"] = parts["D"]
             continue
-        if "d" in parts:
-            down, up = projections(rank_of(adapter), len(parts["b"]), width)
-            down, up = parts["d"][:, None] * down, parts["b"][:, None] * up
-        else:
-            down, up = parts["A"], parts["B"]
+        up, down = factored(parts, width)
         found |= {f"{name}.lora_down.weight": down, f"{name}.lora_up.weight": up, f"{name}.alpha": torch.tensor(float(len(down)))}
     return {key: tensor.half().contiguous() for key, tensor in found.items()}
 
 
-def stock_lora(stack: ConceptStack) -> dict[str, Tensor]:
-    """`kohya_lora` of the stack's adapter; empty where the words alone are all there is. Text features are as wide as a word's vector."""
-    return kohya_lora(stack.adapter, next(iter(stack.words.values())).numel(), stack.base) if stack.adapter else {}
+def plain_lora(adapter: Adapter, width: int, prefix: str) -> dict[str, Tensor]:
+    """The adapter under PEFT's names with `prefix` before each, float16. Errors: StackError for a full-size change, which has no name there."""
+    found = {}
+    for layer, parts in layers_of(adapter).items():
+        if "D" in parts:
+            raise StackError("All of K and V was learned (custom_diffusion), which is no LoRA: only kohya's format can hold it. Leave --format out.")
+        up, down = factored(parts, width)
+        found |= {f"{prefix}{layer}.lora_A.weight": down, f"{prefix}{layer}.lora_B.weight": up}
+    return {key: tensor.half().contiguous() for key, tensor in found.items()}
+
+
+def stock_lora(stack: ConceptStack, format: str = "kohya") -> dict[str, Tensor]:
+    """The stack's adapter as other programs name it; empty where the words alone are all there is. Text features are as wide as a word's vector."""
+    if not stack.adapter:
+        return {}
+    width = next(iter(stack.words.values())).numel()
+    return kohya_lora(stack.adapter, width, stack.base) if format == "kohya" else plain_lora(stack.adapter, width, _PREFIXES[format])
 
 
 def embedding(word: Tensor, base: Base) -> dict[str, Tensor]:
@@ -64,11 +80,11 @@ def embedding(word: Tensor, base: Base) -> dict[str, Tensor]:
     return {"emb_params": word[None].half()}
 
 
-def export_files(stack: ConceptStack, out: Path, embeddings: Path, stem: str) -> Exported:
+def export_files(stack: ConceptStack, out: Path, embeddings: Path, stem: str, format: str = "kohya") -> Exported:
     """Write the files; the LoRA's name ends in a hash of its weights. Errors: StackError for an empty stack or a folder that can't be written."""
     if not stack.records:
         raise StackError("The stack holds no concept, so there is nothing to export. Learn one first.")
-    triggers = [record.name for record in stack.records]
+    triggers, tensors = [record.name for record in stack.records], stock_lora(stack, format)
     try:
         for folder in (out, embeddings):
             folder.mkdir(parents=True, exist_ok=True)
@@ -76,13 +92,13 @@ def export_files(stack: ConceptStack, out: Path, embeddings: Path, stem: str) ->
         for record in stack.records:
             words.append(embeddings / f"{record.token}.safetensors")
             write_whole(words[-1], save(embedding(stack.words[record.id], stack.base)))
-        lora = _write_lora(stack, stock_lora(stack), out, stem, triggers) if stack.adapter else None
+        lora = _write_lora(stack, tensors, out, stem, triggers, format) if tensors else None
     except OSError as error:
         raise StackError(f"The export to {out} failed ({error.strerror or error}): no room or no permission there. The stack is unchanged.") from None
     return Exported(lora, words, triggers)
 
 
-def _write_lora(stack: ConceptStack, tensors: dict[str, Tensor], out: Path, stem: str, triggers: list[str]) -> Path:
+def _write_lora(stack: ConceptStack, tensors: dict[str, Tensor], out: Path, stem: str, triggers: list[str], format: str) -> Path:
     digest = hashlib.sha256()
     for name in sorted(tensors):
         digest.update(name.encode() + tensors[name].numpy().tobytes())
@@ -98,10 +114,16 @@ def _write_lora(stack: ConceptStack, tensors: dict[str, Tensor], out: Path, stem
         "ss_tag_frequency": json.dumps({"concepts": dict.fromkeys(triggers, 1)}),
         **({"ss_v2": "True"} if preset == "sd2" else {}), **({"modelspec.prediction_type": "v"} if v else {}),
     }  # fmt: skip
+    if format == "peft":
+        layers, folder = list(layers_of(stack.adapter or {})), out / name
+        LoraConfig(r=stack.rank or 0, lora_alpha=stack.rank or 0, target_modules=layers).save_pretrained(str(folder))
+        write_whole(folder / "adapter_model.safetensors", save(tensors, metadata))
+        return folder
     path = out / f"{name}.safetensors"
     write_whole(path, save(tensors, metadata))
-    card = {"description": "", "sd version": card_version, "activation text": ", ".join(triggers), "preferred weight": 1.0, "notes": ""}
-    write_whole(out / f"{name}.json", json.dumps(card, indent=1).encode())
-    if preview := stack.records[-1].preview:
-        write_whole(out / f"{name}.preview.jpg", base64.b64decode(preview))
+    if format == "kohya":
+        card = {"description": "", "sd version": card_version, "activation text": ", ".join(triggers), "preferred weight": 1.0, "notes": ""}
+        write_whole(out / f"{name}.json", json.dumps(card, indent=1).encode())
+        if preview := stack.records[-1].preview:
+            write_whole(out / f"{name}.preview.jpg", base64.b64decode(preview))
     return path

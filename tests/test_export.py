@@ -71,6 +71,12 @@ def test_a_changed_adapter_gets_a_new_name(backbone: Backbone, tmp_path: Path) -
     assert _export(stack, tmp_path).lora != first
 
 
+def test_a_full_size_change_has_no_place_in_peft(backbone: Backbone, tmp_path: Path) -> None:
+    with pytest.raises(StackError, match="only kohya's format can hold it"):
+        export.export_files(_stack(backbone, "full"), tmp_path, tmp_path, "mini", "peft")
+    assert not list(tmp_path.iterdir())
+
+
 def test_nothing_to_export(backbone: Backbone, tmp_path: Path) -> None:
     with pytest.raises(StackError, match="nothing to export"):
         _export(store.ConceptStack("f"), tmp_path)

@@ -14,10 +14,11 @@ import pytest
 import torch
 from conftest import NOUNS
 from families import KINDS
+from peft import PeftModel
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from comfy_continual_lora import pipeline, sample, store
+from comfy_continual_lora import foreign, pipeline, sample, store
 from comfy_continual_lora.checkpoint.backbone import Backbone
 from comfy_continual_lora.checkpoint.load import load_backbone
 from comfy_continual_lora.diffusion import alphas_cumprod, noised
@@ -270,6 +271,28 @@ def test_diffusers_loads_the_exported_lora_and_words(taught: Path, tmp_path: Pat
             changed = backbone.predict(noisy, timestep, features)
     assert torch.allclose(changed, answer, atol=1e-4)
     assert float((changed - plain).abs().max()) > 1e-3
+
+
+@pytest.mark.parametrize("format", ["diffusers", "peft"])
+def test_diffusers_and_peft_load_what_is_written_for_them(taught: Path, tmp_path: Path, loaded: dict[str, Backbone], format: str) -> None:
+    done, backbone, pipe = pipeline.export(taught, tmp_path, format=format), loaded[taught.stem], copy.deepcopy(families.pipeline(taught.stem))
+    adapter = {name: tensor.half().float() for name, tensor in (store.open_stack(store.stack_path(taught)).adapter or {}).items()}
+    assert done.lora
+    noisy, timestep = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(0)), torch.tensor([500])
+    features = backbone.encode_prompts(["a photo of a ball"])
+    with torch.no_grad(), attached(backbone, adapter):
+        wanted = backbone.predict(noisy, timestep, features)
+    if format == "diffusers":
+        pipe.load_lora_weights(tmp_path, weight_name=done.lora.name)
+    else:
+        pipe.unet = PeftModel.from_pretrained(pipe.unet, str(done.lora))
+    with torch.no_grad():
+        answer = replace(backbone, unet=pipe.unet).predict(noisy, timestep, features)
+        plain = backbone.predict(noisy, timestep, features)
+    assert torch.allclose(answer, wanted, atol=1e-4)
+    assert float((answer - plain).abs().max()) > 1e-3
+    again = foreign.read_lora(done.lora / "adapter_model.safetensors" if format == "peft" else done.lora, backbone)
+    assert all(torch.equal(again[name], adapter[name]) for name in adapter)
 
 
 def _rounded(embedding: dict[str, torch.Tensor]) -> torch.Tensor:
