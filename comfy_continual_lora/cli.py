@@ -159,7 +159,8 @@ def _plan(arguments: argparse.Namespace, found: dict[str, Any]) -> None:
     print("Files:")
     line("stack", found["stack_file"], "and the version before it")
     line("exported LoRA and embedding", found["exported"])
-    print("Time: not known for this device before the first steps, which tell it.")
+    least, most = (f"{seconds / 60:,.0f} minutes" if seconds >= 120 else f"{seconds:.0f} seconds" for seconds in found["seconds"])
+    print(f"Time: {least} to {most} of training, judged by how fast this device multiplies matrices.")
 
 
 def _draw(arguments: argparse.Namespace, bar: _Bar) -> None:

@@ -1,14 +1,16 @@
-"""What learning will take, told before a weight is read: memory by part, and the sizes of the files.
+"""What learning will take, told before a weight is read: memory by part, the sizes of the files, and how long about.
 
 in: the header of a checkpoint (or a folder's configurations), settings, a device - out: `Plan`, all sizes in bytes.
 
 Weights, adapter and optimizer are counted. Activations are too: the net goes through one step on the meta device, where tensors have shapes and no
 numbers, and what autograd would keep for the way back is added up. What only passes through (work space, holes of the allocator) is not: the peak is
-a lower bound, and benchmarks/LOG.md says how far below what was measured it was.
+a lower bound, and benchmarks/LOG.md says how far below what was measured it was. Time is the step's multiplications, counted on the way, over what
+the device does of them in one product of two large matrices, times the share of that which learning reaches.
 """
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -28,6 +30,9 @@ from .settings import LearnSettings
 from .store import read_header
 
 _SAID = {number: name for name, number in NUMBERS.items()}
+# The share of a large product's speed that learning reaches: on CPUs measured (benchmarks/LOG.md), on GPUs what kohya's steps of an SDXL come to
+_SHARES = {"cpu": (0.3, 0.85)}
+_SHARES_OF_GPUS = (0.08, 0.3)
 
 
 @dataclass(frozen=True)
@@ -45,7 +50,7 @@ class Plan:
     peak: int
     stack_file: int
     exported: int  # the LoRA and the embedding
-    seconds: float | None = None  # not known before the first steps, which tell it
+    seconds: tuple[float, float]  # of the training steps, at best and at worst; what a method does after them is not in it
 
 
 def plan(checkpoint: Path, stack: Path, settings: LearnSettings, device: str) -> Plan:
@@ -59,16 +64,30 @@ def plan(checkpoint: Path, stack: Path, settings: LearnSettings, device: str) ->
         weights = _weights(layout, file, number, here)
         adapter, exported = _adapter(layout, settings, rank)
         word = sum(model.get_input_embeddings().weight.shape[1] for model in (part.module for part in layout.texts))
-        kept = _activations(layout, settings, computed_in(number, here), rows, size // 8)
+        wide = computed_in(number, here)
+        kept, flops = _activations(layout, settings, wide, rows, size // 8)
     learned, method = 4 * (adapter + word), METHODS[settings.method]
     optimizer = (adapter if method.adapter else 0) + word
     optimizer *= 4 + (2 if settings.optimizer == "adamw8bit" else 8)
     on_device = sum(bytes for name, (bytes, _) in weights.items() if name != "VAE" or here.type == "cpu")
     memories = 4 * adapter * bool(method.importance)
+    flops *= (settings.steps or 1) * settings.accumulate * (3 if settings.checkpointing else 2)  # forward, back, and forward again for checkpoints
+    least, most = (flops / (_speed(here, wide) * share) for share in reversed(_SHARES.get(here.type, _SHARES_OF_GPUS)))
     return Plan(
         layout.family.name, str(here), size, rows, weights, learned, optimizer, kept, on_device + learned + optimizer + kept,
-        (stack.stat().st_size if stack.exists() else 0) + learned + memories, 2 * (exported + word),
+        (stack.stat().st_size if stack.exists() else 0) + learned + memories, 2 * (exported + word), (least, most),
     )  # fmt: skip
+
+
+def _speed(here: torch.device, number: torch.dtype) -> float:
+    """Floating-point operations a second in a product of two matrices, the best of three."""
+    side, best = 1024 if here.type == "cpu" else 4096, float("inf")
+    one = torch.randn(side, side, device=here).to(number)
+    for _ in range(3):
+        began = time.perf_counter()
+        (one @ one)[0, 0].item()  # waits for it
+        best = min(best, time.perf_counter() - began)
+    return 2 * side**3 / best
 
 
 def _weights(layout: Layout, file: Any, number: torch.dtype, here: torch.device) -> dict[str, tuple[int, str]]:
@@ -108,8 +127,11 @@ def _adapter(layout: Layout, settings: LearnSettings, rank: int) -> tuple[int, i
 # --- activations ---------------------------------------------------------------------------------------------------------------------
 
 
-def _activations(layout: Layout, settings: LearnSettings, number: torch.dtype, rows: int, side: int) -> int:
-    """What a step keeps for the way back, in bytes: that of the U-Net and of the text encoders, the largest passing piece on top."""
+def _activations(layout: Layout, settings: LearnSettings, number: torch.dtype, rows: int, side: int) -> tuple[int, int]:
+    """What a step keeps for the way back, in bytes: that of the U-Net and of the text encoders, the largest passing piece on top.
+
+    And the floating-point operations of its way forward.
+    """
     unet: Any = nn.Module.to(layout.unet.module, number).requires_grad_(False)
     texts = [part.module.requires_grad_(False) for part in layout.texts]
     prompts = min(rows, 7)  # each distinct one is encoded once
@@ -133,20 +155,21 @@ def _activations(layout: Layout, settings: LearnSettings, number: torch.dtype, r
 
         with _kept(unet) as whole:
             pieces = answer(whole)
+        flops = of_text.flops + whole.flops
         if not settings.checkpointing:
-            return of_text.bytes + whole.bytes
+            return of_text.bytes + whole.bytes, flops
         unet.enable_gradient_checkpointing()
         unet.train()
         with _kept(unet) as of_unet:
             answer(of_unet)
-    return of_text.bytes + of_unet.bytes + max(pieces, default=0)
+    return of_text.bytes + of_unet.bytes + max(pieces, default=0), flops
 
 
 class _Kept:
-    """Adds up what autograd keeps; a storage counts once, a weight not at all."""
+    """Adds up what autograd keeps; a storage counts once, a weight not at all. And the operations of linear layers, convolutions and attention."""
 
     def __init__(self, models: Sequence[nn.Module]) -> None:
-        self.bytes = 0
+        self.bytes = self.flops = 0
         self.seen = {p.untyped_storage()._cdata: p.untyped_storage() for model in models for p in model.parameters()}
 
     def __call__(self, tensor: Tensor) -> Tensor:
@@ -156,17 +179,28 @@ class _Kept:
             self.bytes += storage.nbytes()
         return tensor
 
+    def layer(self, module: Any, _: object, out: Tensor) -> None:
+        self.flops += 2 * out.numel() * module.weight[0].numel()
+
+    def attention(self, q: Tensor, k: Tensor, v: Tensor, *_: object, **__: object) -> Tensor:
+        self.flops += 4 * q.numel() * k.shape[-2]
+        return _Fused.apply(q, k, v)
+
 
 @contextmanager
 def _kept(*models: nn.Module) -> Iterator[_Kept]:
     """Attention is taken for a fused one, as every device but the meta device computes it: it keeps its ends, not its weights."""
     kept, plain = _Kept(models), F.scaled_dot_product_attention
-    F.scaled_dot_product_attention = lambda q, k, v, *_, **__: _Fused.apply(q, k, v)
+    layers = [module for model in models for module in model.modules() if isinstance(module, (nn.Linear, nn.Conv2d))]
+    handles = [module.register_forward_hook(kept.layer) for module in layers]
+    F.scaled_dot_product_attention = kept.attention
     try:
         with torch.autograd.graph.saved_tensors_hooks(kept, lambda tensor: tensor):
             yield kept
     finally:
         F.scaled_dot_product_attention = plain
+        for handle in handles:
+            handle.remove()
 
 
 class _Fused(torch.autograd.Function):

@@ -107,11 +107,11 @@ def test_the_command_says_it_and_learns_nothing(mini_file: Path, pictures: Path,
     command = ["learn", "--checkpoint", str(mini_file), "--images", str(pictures), "--token", "V1", "--noun", "ball", "--device", "cpu", "--plan"]
     assert cli.main(command) == 0
     said = capsys.readouterr().out
-    assert all(word in said for word in ("U-Net", "VAE", "text encoders", "activations", "peak", "stack", "exported LoRA", "Time: not known"))
+    assert all(word in said for word in ("U-Net", "VAE", "text encoders", "activations", "peak", "stack", "exported LoRA", "Time: "))
     assert cli.main([*command, "--json", "--rank", "8"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert found["learned"] == 4 * (8 * (256 * 14 + 192 * 8 + 64 * 6) + 256)
-    assert found["seconds"] is None
+    assert 0 < found["seconds"][0] < found["seconds"][1]
     assert not store.stack_path(mini_file).exists()
 
 
