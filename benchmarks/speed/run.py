@@ -1,6 +1,6 @@
 """How fast and how small is a step, beside others' on the same machine, checkpoint, batch and number format; and how many calls a DC decision takes.
 
-    python benchmarks/speed/run.py [--checkpoints mini,sd15] [--rounds 3] [--threads 1] [--keep FILE]
+    python benchmarks/speed/run.py [--checkpoints mini,sd15] [--peers ours,kohya] [--rounds 3] [--threads 1] [--keep FOLDER]
 
 in: nothing (SD1.5 is full-size with random weights; others' programs are found where PROGRAMS says, each with its own venv or .venv) -
 out: results/<date>-<checkpoint>.json, and -scores.json.
@@ -374,10 +374,10 @@ def _ask(peer: str, path: Path, name: str, threads: int) -> dict[str, Any]:
     return json.loads(done.stdout.splitlines()[-1]) if done.returncode == 0 else {"failed": done.stderr.strip().splitlines()[-1]}
 
 
-def compare(name: str, path: Path, rounds: int, threads: int) -> dict[str, Any]:
-    runs: dict[str, list[dict[str, Any]]] = {peer: [] for peer in PEERS}
+def compare(name: str, path: Path, peers: list[str], rounds: int, threads: int) -> dict[str, Any]:
+    runs: dict[str, list[dict[str, Any]]] = {peer: [] for peer in peers}
     for _ in range(rounds):
-        for peer in PEERS:
+        for peer in peers:
             runs[peer].append(_ask(peer, path, name, threads))
             print(name, peer, runs[peer][-1], flush=True)
     table = {}
@@ -403,6 +403,7 @@ def _machine(threads: int) -> dict[str, Any]:
 def main() -> None:
     parser = argparse.ArgumentParser(description="Measure a step and a DC decision beside others'.")
     parser.add_argument("--checkpoints", default="mini,sd15")
+    parser.add_argument("--peers", default=",".join(PEERS), help="whose steps are measured; ours has to be among them")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--pictures", type=int, default=24, help="pictures the DC scores judge; 0: none")
@@ -434,7 +435,7 @@ def main() -> None:
             path = folder / f"{name}.safetensors"
             if not path.exists():
                 write_checkpoint(path, stock=True) if name == "mini" else full_size.write("sd1", path)
-            row = {"machine": machine, **compare(name, path, arguments.rounds, arguments.threads)}
+            row = {"machine": machine, **compare(name, path, arguments.peers.split(","), arguments.rounds, arguments.threads)}
             (out / f"{time.strftime('%Y-%m-%d')}-{name}.json").write_text(json.dumps(row, indent=1) + "\n")
         if arguments.pictures:
             torch.set_num_threads(arguments.threads)
