@@ -43,6 +43,8 @@ def frozen(request: pytest.FixtureRequest) -> str:
 def host(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, frozen: str) -> Iterator[WebUI]:
     """The module's web UI, running."""
     server = WebUI(request.module.FOUND, tmp_path_factory.mktemp("webui"))
+    server.put_the_mini_and_us()
+    server.start()
     yield server
     server.stop()
 

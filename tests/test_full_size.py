@@ -1,9 +1,11 @@
-"""Full-size SD1.5, SD2.1 and SDXL: what is learned on them does in diffusers and in a stock ComfyUI exactly what it does in our own net, and
-the learned word says in ComfyUI's prompts what it says in ours."""
+"""Full-size SD1.5, SD2.1 and SDXL: what is learned on them does in diffusers, in a stock ComfyUI and in an AUTOMATIC1111 exactly what it does in
+our own net, and the learned word says in their prompts what it says in ours."""
 
 from __future__ import annotations
 
+import json
 import os
+import shutil
 import subprocess
 from pathlib import Path
 
@@ -14,17 +16,18 @@ from comfyui import REPOSITORY, find_comfyui, python_of
 from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from webui import WebUI, find_webui
 
 from comfy_continual_lora import pipeline, store
-from comfy_continual_lora.checkpoint.load import load_backbone
+from comfy_continual_lora.checkpoint.load import TOKENIZER, load_backbone
 from comfy_continual_lora.lora import attached
 from comfy_continual_lora.settings import LearnSettings
 
-FOUND = find_comfyui()
-LARGE = pytest.mark.skipif("FULL_SIZE" not in os.environ, reason="FULL_SIZE is not set; SDXL takes 16 GB of memory, 7 GB of disk and five minutes")
+COMFYUI, A1111 = find_comfyui(), find_webui()
+LARGE = pytest.mark.skipif("FULL_SIZE" not in os.environ, reason="FULL_SIZE is not set; SDXL takes 16 GB of memory, 7 GB of disk and ten minutes")
 PROMPT = "a photo of a red V1 ball on grass, and v1"
 # in ComfyUI's own Python: its text features of the prompt, and its net's answers to what ours was asked, without the LoRA and with it
-COMFYUI = """
+IN_COMFYUI = """
 import sys
 folder, checkpoint, repository, prompt, sys.argv = *sys.argv[1:5], ["main.py", "--cpu", "--force-fp32"]
 import comfy.options
@@ -51,6 +54,66 @@ for name, patcher in (("plain", plain), ("taught", taught)):
     patcher.unpatch_model()
 save_file(answers, f"{folder}/answers.safetensors", {"patched": str(patched)})
 """
+# an extension that answers the same in AUTOMATIC1111, with its own loader of checkpoints, LoRAs and embeddings
+IN_A1111 = """
+import sys
+import torch
+from modules import prompt_parser, script_callbacks, shared
+from safetensors.torch import load_file, save_file
+
+@torch.no_grad()
+def answer(body: dict):
+    asked = load_file(f"{body['folder']}/asked.safetensors")
+    model, loras = shared.sd_model, sys.modules["networks"]
+    said = model.get_learned_conditioning(prompt_parser.SdConditioning([body["prompt"]], width=64, height=64))
+    answers, added = {}, {}
+    if "pooled" in asked:
+        pooled, sizes = said["vector"].split([1280, 1536], 1)
+        answers["said_pooled"], added["y"], said = pooled, torch.cat([asked["pooled"], sizes], 1), said["crossattn"]
+    answers["said"] = said
+    net = model.model.diffusion_model
+    for name, wanted in (("plain", []), ("taught", ["lora"])):
+        loras.load_networks(wanted, [1.0], [1.0], [None])
+        answers[name] = net(asked["noisy"], asked["timestep"], context=asked["context"], **added)
+    save_file({name: tensor.contiguous() for name, tensor in answers.items()}, f"{body['folder']}/answers.safetensors",
+              {"patched": str(len(loras.loaded_networks[0].modules))})
+
+script_callbacks.on_app_started(lambda demo, app: app.add_api_route("/answer", answer, methods=["POST"]))
+"""
+# what AUTOMATIC1111 asks transformers for by name: the shape of SD1's text encoder, whose weights the checkpoint has
+CLIP = {**full_size.SD15_TEXT, "model_type": "clip_text_model", "bos_token_id": 49406, "eos_token_id": 49407, "projection_dim": 768}
+
+
+def in_comfyui(comfyui: Path, folder: Path, checkpoint: Path) -> None:
+    """Write answers.safetensors."""
+    command = [python_of(comfyui), "-c", IN_COMFYUI, str(folder), str(checkpoint), str(REPOSITORY), PROMPT]
+    done = subprocess.run(command, cwd=comfyui, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def in_a1111(webui: Path, folder: Path, checkpoint: Path) -> None:
+    """Write answers.safetensors."""
+    host = WebUI(webui, folder / "webui")
+    host.put_extension("answer", IN_A1111)
+    places = {checkpoint: "models/Stable-diffusion", folder / "lora.safetensors": "models/Lora", folder / "V1.safetensors": "embeddings"}
+    for file, place in places.items():
+        (host.data / place).mkdir(parents=True)
+        os.link(file, host.data / place / file.name)
+    if checkpoint.stem == "sd2":  # its own way to find out whether an SD2 predicts noise fails without a GPU
+        asked = webui / "repositories" / "stable-diffusion-stability-ai" / "configs" / "stable-diffusion" / "v2-inference.yaml"
+        shutil.copy(asked, host.data / "models" / "Stable-diffusion" / "sd2.yaml")
+    # its usual way keeps a copy of every weight, which is more than 24 GB for an SDXL in float32
+    (host.data / "config.json").write_text(json.dumps({"lora_functional": "xl" in checkpoint.stem}))
+    cached = folder / "cache" / "hub" / "models--openai--clip-vit-large-patch14"
+    shutil.copytree(TOKENIZER, cached / "snapshots" / "0")
+    (cached / "snapshots" / "0" / "config.json").write_text(json.dumps(CLIP))
+    (cached / "refs").mkdir()
+    (cached / "refs" / "main").write_text("0")
+    host.start(folder / "cache")
+    try:
+        host.post("/answer", {"folder": str(folder), "prompt": PROMPT})
+    finally:
+        host.stop()
 
 
 @pytest.mark.slow
@@ -67,7 +130,7 @@ def test_other_programs_nets_answer_as_ours(tmp_path: Path, folders: dict[str, P
 
     backbone = load_backbone(path, device="cpu", precision="fp32")
     noisy, timestep = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(0)), torch.tensor([500])
-    features, word = backbone.encode_prompts(["a photo of a red mug"]), store.open_stack(store.stack_path(path)).tokens["V1"]
+    features, word = backbone.encode_prompts(["a photo of a red mug"]), store.open_stack(store.stack_path(path)).tokens["V1"].half().float()
     with torch.no_grad():
         said = backbone.encode_prompts([PROMPT], {"V1": word})
         plain = backbone.predict(noisy, timestep, features)
@@ -90,15 +153,15 @@ def test_other_programs_nets_answer_as_ours(tmp_path: Path, folders: dict[str, P
     wanted |= {"plain": plain, "taught": taught}
     save_file({name: tensor.contiguous() for name, tensor in asked.items()}, tmp_path / "asked.safetensors")
     del backbone, pipe, texts
-    if FOUND is None:
-        pytest.skip("no ComfyUI at COMFYUI_PATH or ~/comfy/ComfyUI; diffusers agreed")
-    done = subprocess.run(
-        [python_of(FOUND), "-c", COMFYUI, str(tmp_path), str(path), str(REPOSITORY), PROMPT], cwd=FOUND, capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stderr
-    answers = load_file(tmp_path / "answers.safetensors")
-    with safe_open(tmp_path / "answers.safetensors", framework="pt") as file:
-        assert file.metadata() == {"patched": str(layers)}
-    assert answers.keys() == wanted.keys()
-    for name, tensor in wanted.items():
-        assert (answers[name] - tensor).abs().max() <= 1e-4, name
+    for program, ask in ((COMFYUI, in_comfyui), (A1111, in_a1111)):
+        if program is None:
+            continue
+        ask(program, tmp_path, path)
+        answers = load_file(tmp_path / "answers.safetensors")
+        with safe_open(tmp_path / "answers.safetensors", framework="pt") as file:
+            assert file.metadata() == {"patched": str(layers)}
+        assert answers.keys() == wanted.keys()
+        for name, tensor in wanted.items():
+            assert (answers[name] - tensor).abs().max() <= 1e-4, (ask.__name__, name)
+    if missing := [name for name, program in (("ComfyUI", COMFYUI), ("AUTOMATIC1111", A1111)) if program is None]:
+        pytest.skip(f"no {' and no '.join(missing)} on this machine; diffusers and what else is here agreed")

@@ -80,24 +80,29 @@ def freeze(webui: Path) -> str:
 
 
 class WebUI(Server):
-    """A running web UI; `data` holds its models, settings and extensions."""
+    """A web UI, running after `start`; `data` holds its models, settings and extensions."""
 
     def __init__(self, webui: Path, data: Path) -> None:
         self.webui, self.data, self.log = webui, data, data / "log.txt"
         self.forge = (webui / "modules_forge").exists()
         self.checkpoint = data / "models" / "Stable-diffusion" / "mini-sd.safetensors"
-        if not self.checkpoint.exists():
-            _put_mini(self.checkpoint, data, stock=self.forge)
-            neighbour = data / "extensions" / "neighbour" / "scripts" / "neighbour.py"
-            neighbour.parent.mkdir(parents=True)
-            neighbour.write_text(_NEIGHBOUR)
-            install(data, copy=True)
-            # what the web UI does with every extension at its start
-            subprocess.run([str(_python(webui)), str(data / "extensions" / "continual-lora" / "install.py")], check=True, stdin=subprocess.DEVNULL)
-        self.start()
 
-    def start(self) -> None:
-        port, cache = free_port(), self.webui / "hf-home"
+    def put_the_mini_and_us(self) -> None:
+        _put_mini(self.checkpoint, self.data, stock=self.forge)
+        self.put_extension("neighbour", _NEIGHBOUR)
+        install(self.data, copy=True)
+        # what the web UI does with every extension at its start
+        ours = self.data / "extensions" / "continual-lora" / "install.py"
+        subprocess.run([str(_python(self.webui)), str(ours)], check=True, stdin=subprocess.DEVNULL)
+
+    def put_extension(self, name: str, script: str) -> None:
+        path = self.data / "extensions" / name / "scripts" / f"{name}.py"
+        path.parent.mkdir(parents=True)
+        path.write_text(script)
+
+    def start(self, cache: Path | None = None) -> None:
+        """`cache` holds what transformers would download."""
+        port, cache = free_port(), cache or self.webui / "hf-home"
         offline = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", **({"HF_HOME": str(cache)} if cache.exists() else {})}
         flags = [*_FLAGS, *(("--always-cpu", "--gradio-allowed-path", str(self.webui)) if self.forge else _A1111)]
         command = [str(_python(self.webui)), "launch.py", *flags, "--port", str(port), "--data-dir", str(self.data)]
