@@ -116,7 +116,7 @@ def learn(backbone: Backbone, lesson: Lesson, settings: LearnSettings, snapshot:
 
 @contextmanager
 def number_format(backbone: Backbone, settings: ConsolidateSettings) -> Iterator[None]:
-    """Put the frozen net into the number format of `settings`, where it stays, and inside the block checkpoint gradients and compile if wanted.
+    """Put the frozen net into the number format of `settings`, where it stays; inside the block checkpoint, compile, go channels-last if wanted.
 
     Factors, optimizer and loss stay in float32. Checkpointing asks for training mode; there is no dropout in the net.
     """
@@ -124,12 +124,16 @@ def number_format(backbone: Backbone, settings: ConsolidateSettings) -> Iterator
     if settings.checkpointing:
         backbone.unet.enable_gradient_checkpointing()
         backbone.unet.train()
+    if settings.channels_last:
+        nn.Module.to(backbone.unet, memory_format=torch.channels_last)
     if settings.compile:
         backbone.unet.compile()
     try:
         yield
     finally:
         backbone.unet._compiled_call_impl = None
+        if settings.channels_last:
+            nn.Module.to(backbone.unet, memory_format=torch.contiguous_format)
         if settings.checkpointing:
             backbone.unet.disable_gradient_checkpointing()
             backbone.unet.eval()

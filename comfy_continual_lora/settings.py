@@ -19,7 +19,7 @@ SOLVERS = ("dpm++", "ddim")
 FITS = ("crop", "pad", "bucket")
 FIT_HELP = "pictures that are not square are cropped to the middle, padded with their edge, or keep their shape (aspect buckets)"
 # Settings that say how the same numbers are come to: a run may go on with others of them.
-MEANS = ("snapshot_every", "preview_every", "checkpointing", "accumulate", "compile")
+MEANS = ("snapshot_every", "preview_every", "checkpointing", "accumulate", "compile", "channels_last")
 TEMPLATES = (
     "a photo of a {}",
     "photo of a {}",
@@ -149,6 +149,7 @@ class ConsolidateSettings(Settings):
         choices=("adamw", "adamw8bit"),
     )  # fmt: skip
     compile: bool = setting(False, "compile the net with torch.compile first: minutes at the start, less time for each step")
+    channels_last: bool = setting(False, "lay the net's weights out channels-last: known to help many GPUs, made little difference on a CPU")
     snapshot_every: int = setting(50, "steps between snapshots; an interrupted run goes on from the last", low=1)
     dc_scale: str = setting(
         "calibrated", "temperature of the DC scores: calibrated on the first concept, or 1 on mean or on summed errors (for comparison)",

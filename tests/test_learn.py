@@ -108,10 +108,13 @@ def test_the_words_gradient_is_the_same_every_time(backbone: Backbone) -> None:
     assert len(found) == 1
 
 
-def test_gradient_checkpointing_changes_no_result(backbone: Backbone, pictures: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("means", ["checkpointing", "channels_last"])
+def test_how_it_is_computed_changes_no_result(backbone: Backbone, pictures: Path, tmp_path: Path, means: str) -> None:
+    strides = [parameter.stride() for parameter in backbone.unet.parameters()]
     plain = _learn(backbone, pictures, tmp_path / "a")
-    checkpointed = _learn(backbone, pictures, tmp_path / "b", replace(QUICK, checkpointing=True))
-    assert torch.allclose(plain.word, checkpointed.word, atol=1e-5)
+    other = _learn(backbone, pictures, tmp_path / "b", replace(QUICK, **{means: True}))
+    assert torch.allclose(plain.word, other.word, atol=1e-5)
+    assert [parameter.stride() for parameter in backbone.unet.parameters()] == strides
 
 
 def test_bf16_runs_and_keeps_float32_factors(mini_file: Path, pictures: Path, tmp_path: Path) -> None:
