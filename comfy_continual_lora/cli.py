@@ -159,8 +159,11 @@ def _plan(arguments: argparse.Namespace, found: dict[str, Any]) -> None:
     print("Files:")
     line("stack", found["stack_file"], "and the version before it")
     line("exported LoRA and embedding", found["exported"])
-    least, most = (f"{seconds / 60:,.0f} minutes" if seconds >= 120 else f"{seconds:.0f} seconds" for seconds in found["seconds"])
-    print(f"Time: {least} to {most} of training, judged by how fast this device multiplies matrices.")
+    unit, seconds = next(
+        (name, size) for name, size in (("hours", 3600), ("minutes", 60), ("seconds", 1)) if found["seconds"][0] >= 2 * size or size == 1
+    )
+    least, most = (f"{one / seconds:,.0f}" for one in found["seconds"])
+    print(f"Time: {least} to {most} {unit} of training, judged by how fast this device multiplies matrices.")
 
 
 def _draw(arguments: argparse.Namespace, bar: _Bar) -> None:

@@ -125,7 +125,7 @@ def number_format(backbone: Backbone, settings: ConsolidateSettings) -> Iterator
         backbone.unet.enable_gradient_checkpointing()
         backbone.unet.train()
     if settings.channels_last:
-        nn.Module.to(backbone.unet, memory_format=torch.channels_last)
+        nn.Module.to(backbone.unet, memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
     if settings.compile:
         backbone.unet.compile()
     try:
@@ -133,7 +133,7 @@ def number_format(backbone: Backbone, settings: ConsolidateSettings) -> Iterator
     finally:
         backbone.unet._compiled_call_impl = None
         if settings.channels_last:
-            nn.Module.to(backbone.unet, memory_format=torch.contiguous_format)
+            nn.Module.to(backbone.unet, memory_format=torch.contiguous_format)  # pyright: ignore[reportCallIssue]
         if settings.checkpointing:
             backbone.unet.disable_gradient_checkpointing()
             backbone.unet.eval()

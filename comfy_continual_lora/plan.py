@@ -72,7 +72,8 @@ def plan(checkpoint: Path, stack: Path, settings: LearnSettings, device: str) ->
     on_device = sum(bytes for name, (bytes, _) in weights.items() if name != "VAE" or here.type == "cpu")
     memories = 4 * adapter * bool(method.importance)
     flops *= (settings.steps or 1) * settings.accumulate * (3 if settings.checkpointing else 2)  # forward, back, and forward again for checkpoints
-    least, most = (flops / (_speed(here, wide) * share) for share in reversed(_SHARES.get(here.type, _SHARES_OF_GPUS)))
+    speed = _speed(here, wide)
+    least, most = (flops / (speed * share) for share in reversed(_SHARES.get(here.type, _SHARES_OF_GPUS)))
     return Plan(
         layout.family.name, str(here), size, rows, weights, learned, optimizer, kept, on_device + learned + optimizer + kept,
         (stack.stat().st_size if stack.exists() else 0) + learned + memories, 2 * (exported + word), (least, most),
@@ -80,13 +81,16 @@ def plan(checkpoint: Path, stack: Path, settings: LearnSettings, device: str) ->
 
 
 def _speed(here: torch.device, number: torch.dtype) -> float:
-    """Floating-point operations a second in a product of two matrices, the best of three."""
-    side, best = 1024 if here.type == "cpu" else 4096, float("inf")
-    one = torch.randn(side, side, device=here).to(number)
-    for _ in range(3):
-        began = time.perf_counter()
-        (one @ one)[0, 0].item()  # waits for it
-        best = min(best, time.perf_counter() - began)
+    """Floating-point operations a second in a product of two matrices, large enough to take a fiftieth of a second; the best of three."""
+    side, best = 128, 0.0
+    while best < 0.02 and side < 8192:
+        side *= 2
+        one, taken = torch.randn(side, side, device=here).to(number), []
+        for _ in range(3):
+            began = time.perf_counter()
+            (one @ one)[0, 0].item()  # waits for it
+            taken.append(time.perf_counter() - began)
+        best = min(taken)
     return 2 * side**3 / best
 
 
