@@ -273,7 +273,7 @@ def scores(path: Path, pictures: int, trials: int) -> dict[str, Any]:
     latents, names = backbone.encode_images(drawn), list(world.SHAPES)
     features = dict(zip(names, FrozenText(backbone, {})([f"a photo of a {name}" for name in names]), strict=True))
 
-    def ours_in(stages: int) -> Way:
+    def ours_in(stages: int, trials: int = trials) -> Way:
         def way(latent: Any, number: int) -> tuple[str, int]:
             said = classify(backbone, latent, features, 1e-3, ScoreSettings(trials=trials, stages=stages, seed=number))
             return said.best, sum(said.trials)
@@ -281,6 +281,7 @@ def scores(path: Path, pictures: int, trials: int) -> dict[str, Any]:
         return way
 
     ways, failed = {"all prompts": ours_in(1), "2 stages": ours_in(2), "3 stages": ours_in(3), "all stages": ours_in(16)}, {}
+    ways |= {"all stages, half the trials": ours_in(16, trials // 2), "all stages, a quarter": ours_in(16, trials // 4)}
     try:
         ways |= _published(backbone.unet, features, trials)
     except FileNotFoundError as error:
