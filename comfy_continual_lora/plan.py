@@ -31,8 +31,7 @@ from .store import read_header
 
 _SAID = {number: name for name, number in NUMBERS.items()}
 # The share of a large product's speed that learning reaches: on CPUs measured (benchmarks/LOG.md), on GPUs what kohya's steps of an SDXL come to
-_SHARES = {"cpu": (0.3, 0.85)}
-_SHARES_OF_GPUS = (0.08, 0.3)
+_CPU_SHARES, _GPU_SHARES = (0.3, 0.85), (0.08, 0.3)
 
 
 @dataclass(frozen=True)
@@ -73,7 +72,7 @@ def plan(checkpoint: Path, stack: Path, settings: LearnSettings, device: str) ->
     memories = 4 * adapter * bool(method.importance)
     flops *= (settings.steps or 1) * settings.accumulate * (3 if settings.checkpointing else 2)  # forward, back, and forward again for checkpoints
     speed = _speed(here, wide)
-    least, most = (flops / (speed * share) for share in reversed(_SHARES.get(here.type, _SHARES_OF_GPUS)))
+    least, most = (flops / (speed * share) for share in reversed(_CPU_SHARES if here.type == "cpu" else _GPU_SHARES))
     return Plan(
         layout.family.name, str(here), size, rows, weights, learned, optimizer, kept, on_device + learned + optimizer + kept,
         (stack.stat().st_size if stack.exists() else 0) + learned + memories, 2 * (exported + word), (least, most),
