@@ -16,7 +16,7 @@ from typing import Any
 
 from .errors import Cancelled, ContinualLoraError, SettingError
 from .progress import Progress
-from .settings import ConsolidateSettings, DrawSettings, EvaluateSettings, LearnSettings, ScoreSettings, SolveSettings, said, suiting
+from .settings import FORMATS, ConsolidateSettings, DrawSettings, EvaluateSettings, LearnSettings, ScoreSettings, SolveSettings, said, suiting
 
 FIRST = os.environ.get("RANK", "0") == "0"  # of several processes (`parallel`) one speaks
 EPILOG = "Everything learned about a checkpoint lies in one file beside it: <checkpoint>.concepts.safetensors. Nothing is ever downloaded."
@@ -159,11 +159,9 @@ def _plan(arguments: argparse.Namespace, found: dict[str, Any]) -> None:
     print("Files:")
     line("stack", found["stack_file"], "and the version before it")
     line("exported LoRA and embedding", found["exported"])
-    unit, seconds = next(
-        (name, size) for name, size in (("hours", 3600), ("minutes", 60), ("seconds", 1)) if found["seconds"][0] >= 2 * size or size == 1
-    )
-    least, most = (f"{one / seconds:,.0f}" for one in found["seconds"])
-    print(f"Time: {least} to {most} {unit} of training, judged by how fast this device multiplies matrices.")
+    least, most = found["seconds"]
+    unit, size = ("hours", 3600) if least >= 7200 else ("minutes", 60) if least >= 120 else ("seconds", 1)
+    print(f"Time: {least / size:,.0f} to {most / size:,.0f} {unit} of training, judged by how fast this device multiplies matrices.")
 
 
 def _draw(arguments: argparse.Namespace, bar: _Bar) -> None:
@@ -438,7 +436,7 @@ def _parser() -> argparse.ArgumentParser:
     export = command("export", _export, "write one LoRA and one embedding a word, for ComfyUI, A1111, Forge and diffusers")
     export.add_argument("--out", type=Path, required=True, help="folder for the LoRA, such as the program's Lora folder")
     export.add_argument("--embeddings", type=Path, help="folder for the embeddings (default: the same)")
-    export.add_argument("--format", choices=("kohya", "diffusers", "peft"), default="kohya", help="whose names the LoRA has; kohya's load everywhere")
+    export.add_argument("--format", choices=FORMATS, default="kohya", help="whose names the LoRA has; kohya's load everywhere")
 
     ui = command("ui", _ui, "open the tab by itself, in a browser on this machine", checkpoint=False, machine=False)
     ui.add_argument("--models", type=Path, default=Path("models"), help="folder of checkpoints; the mini-SD is put there if it has none")

@@ -1,11 +1,11 @@
-"""Stage 7: the stack -> files everyone can load: one LoRA in the kohya layout, and one textual-inversion embedding for each word.
+"""Stage 7: the stack -> files everyone can load: one LoRA, and one textual-inversion embedding for each word.
 
 in: a stack - out: in a folder <name>.safetensors (the LoRA, with its trigger words in the metadata), <name>.json and <name>.preview.jpg (A1111's
 card), and <token>.safetensors for each word. A LoRA file is never overwritten: web UIs keep old weights and hashes of a name they know.
 
     kohya       the default: ComfyUI, the A1111 family and diffusers read these names (layers called as in diffusers for SD1.x and SD2.x, as in LDM
                 for SDXL, which is what kohya's own programs expect)
-    diffusers   as its own `save_lora_weights` writes them; ComfyUI ignores this one and the next with no more than a line in its log
+    diffusers   PEFT's names behind "unet.", for `load_lora_weights`; ComfyUI ignores this one and the next with no more than a line in its log
     peft        a folder for `PeftModel.from_pretrained(unet, folder)`
 """
 
@@ -27,7 +27,6 @@ from .errors import StackError
 from .lora import Adapter, factored, layers_of
 from .store import Base, ConceptStack, write_whole
 
-FORMATS = ("kohya", "diffusers", "peft")
 _PREFIXES = {"diffusers": "unet.", "peft": "base_model.model."}
 # modelspec.architecture, ss_base_model_version, and A1111's name of the family
 _SPOKEN_OF = {"sd2": ("stable-diffusion-v2-512", "sd_v2", "SD2"), "sdxl": ("stable-diffusion-xl-v1-base", "sdxl_base_v1-0", "SDXL")}

@@ -395,7 +395,7 @@ def info(checkpoint: Path, stack: Path | None = None) -> dict[str, Any]:
 
 
 def export(checkpoint: Path, out: Path, *, embeddings: Path | None = None, stack: Path | None = None, format: str = "kohya") -> Exported:
-    """Write the stack as one LoRA and one embedding a word; `embeddings` is the words' folder if it is another, `format` one of export.FORMATS."""
+    """Write the stack as one LoRA and one embedding a word; `embeddings` is the words' folder if it is another, `format` one of settings.FORMATS."""
     return export_files(store.open_stack(stack or store.stack_path(checkpoint)), out, embeddings or out, checkpoint.stem, format)
 
 

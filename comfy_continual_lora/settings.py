@@ -17,6 +17,7 @@ METHODS = (
 )  # fmt: skip
 SOLVERS = ("dpm++", "ddim")
 FITS = ("crop", "pad", "bucket")
+FORMATS = ("kohya", "diffusers", "peft")  # of an exported LoRA
 FIT_HELP = "pictures that are not square are cropped to the middle, padded with their edge, or keep their shape (aspect buckets)"
 # Settings that say how the same numbers are come to: a run may go on with others of them.
 MEANS = ("snapshot_every", "preview_every", "checkpointing", "accumulate", "compile", "channels_last")

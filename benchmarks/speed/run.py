@@ -404,7 +404,7 @@ def _machine(threads: int) -> dict[str, Any]:
 def main() -> None:
     parser = argparse.ArgumentParser(description="Measure a step and a DC decision beside others'.")
     parser.add_argument("--checkpoints", default="mini,sd15")
-    parser.add_argument("--peers", default=",".join(PEERS), help="whose steps are measured; ours has to be among them")
+    parser.add_argument("--peers", default=",".join(PEERS), help="whose steps are measured")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--pictures", type=int, default=24, help="pictures the DC scores judge; 0: none")
@@ -413,6 +413,9 @@ def main() -> None:
     parser.add_argument("--peer", choices=PEERS, help=argparse.SUPPRESS)
     parser.add_argument("--job", choices=JOBS, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
+    peers = arguments.peers.split(",")
+    if not {"ours"} < set(peers) <= set(PEERS):
+        parser.error(f"--peers is {arguments.peers!r}; ours and at least one more of {', '.join(PEERS[1:])} are needed")
     if arguments.peer:
         work = {
             "ours": ours, "diffusers": diffusers, "diffusers cached": lambda p, j: diffusers(p, j, True), "comfyui": comfyui,
@@ -436,7 +439,7 @@ def main() -> None:
             path = folder / f"{name}.safetensors"
             if not path.exists():
                 write_checkpoint(path, stock=True) if name == "mini" else full_size.write("sd1", path)
-            row = {"machine": machine, **compare(name, path, arguments.peers.split(","), arguments.rounds, arguments.threads)}
+            row = {"machine": machine, **compare(name, path, peers, arguments.rounds, arguments.threads)}
             (out / f"{time.strftime('%Y-%m-%d')}-{name}.json").write_text(json.dumps(row, indent=1) + "\n")
         if arguments.pictures:
             torch.set_num_threads(arguments.threads)
