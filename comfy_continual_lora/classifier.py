@@ -80,17 +80,18 @@ def calibrate(error: Tensor) -> float:
 
 
 @torch.no_grad()
-def calibration_errors(backbone: Backbone, latents: Sequence[Tensor], features: Tensor, draws: int, rows: int) -> Tensor:
-    """One-trial errors (draws, k) of the concept's own pictures against prompts (k, 77, d); what `calibrate` wants."""
-    found = []
-    for number, n in enumerate(_split(draws, max(1, rows // len(features)))):
-        _, clean, timestep, noise = random_batch(latents, n, generator_for("calibrate", number))
-        found.append(trial_errors(backbone, clean, noise, timestep, features))
+def calibration_errors(
+    backbone: Backbone, latents: Sequence[Tensor], features: Tensor, draws: int, rows: int, on_progress: OnProgress = ignore
+) -> Tensor:
+    """One-trial errors (draws, k) of the concept's own pictures against prompts (k, 77, d), `rows` at once; what `calibrate` wants."""
+    found, done = [], 0
+    for number, start in enumerate(range(0, draws, 8)):  # eight of one shape
+        drawn = random_batch(latents, min(8, draws - start), generator_for("calibrate", number))[1:]
+        for clean, timestep, noise in zip(*(part.split(max(1, rows // len(features))) for part in drawn), strict=True):
+            found.append(trial_errors(backbone, clean, noise, timestep, features))
+            done += len(clean)
+            on_progress(Progress("calibrate", done, draws))
     return torch.cat(found)
-
-
-def _split(total: int, largest: int) -> list[int]:
-    return [min(largest, total - start) for start in range(0, total, largest)]
 
 
 # --- which of my concepts is in this picture? ----------------------------------------------------------------------------------------

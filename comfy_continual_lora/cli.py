@@ -66,7 +66,7 @@ class _Bar:
         if self.stop:
             kept = (
                 " What was learned so far is kept: the same command goes on from here."
-                if progress.stage in ("learn", "consolidate", "fisher")
+                if progress.stage in ("learn", "calibrate", "consolidate", "fisher")
                 else ""
             )
             raise Cancelled(f"({progress.stage}, step {progress.step} of {progress.steps}){kept}")

@@ -522,10 +522,18 @@ class _Newest:
         assert self.stack.tau is not None
         return {"calibrated": self.stack.tau, "mean": 1.0, "sum": 1 / self.latents[0].numel()}[self.settings.dc_scale]
 
+    @property
+    def rows(self) -> int:
+        """How many pictures go through the net at once in a step."""
+        return max(1, (self.settings.batch or 1) // self.settings.accumulate)
+
     def calibrated(self, adapter: Adapter | None) -> float:
+        """From 128 draws, or as many as learning had; twice a step's rows at once, as nothing is kept for a way back."""
+        draws = min(128, (self.settings.steps or 1) * (self.settings.batch or 1))
         features = self.text([f"a photo of a {name}" for name in (self.record.name, self.record.noun)])
         with attached(self.backbone, adapter):
-            return classifier.calibrate(classifier.calibration_errors(self.backbone, self.latents, features, draws=128, rows=16))
+            found = classifier.calibration_errors(self.backbone, self.latents, features, draws, 2 * self.rows, self.on_progress)
+        return classifier.calibrate(found)
 
     def consolidated(self, adapter: Adapter, scores: bool, path: Path) -> tuple[Adapter, list[float]]:
         past = [(name, grown(one, rank_of(adapter)) if kind_of(one) == "lora" else one) for name, one in self.past]
@@ -537,8 +545,8 @@ class _Newest:
     def fisher(self, adapter: Adapter) -> Adapter:
         tau = self.tau if METHODS[self.settings.method].importance == "scores" else None
         target = Target(self.latents, self.record.name, self.record.noun, [record.name for record in self.stack.records], tau)
-        rows = max(1, (self.settings.batch or 1) // self.settings.accumulate)  # its samples are single ones, so it takes fewer at a time
-        settings = replace(self.settings, batch=rows, compile=False)  # it watches layers, which a compiled net has not
+        # its samples are single ones, so it takes fewer at a time; it watches layers, which a compiled net has not
+        settings = replace(self.settings, batch=self.rows, compile=False)
         with number_format(self.backbone, settings), attached(self.backbone, adapter, trainable=True) as factors:
             return fisher(self.backbone, factors, target, self.text, settings, self.on_progress)
 

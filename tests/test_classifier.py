@@ -88,6 +88,17 @@ def test_calibration_reaches_its_confidence(k: int) -> None:
     assert float(torch.softmax(-error / tau, 1).amax(1).mean()) == pytest.approx(0.7, abs=1e-3)
 
 
+def test_calibration_is_the_same_whatever_goes_through_at_once() -> None:
+    means, seen = _means(3), []
+    one, many = (
+        classifier.calibration_errors(Toy(), list(means), _prompts(means), 20, rows, lambda p: seen.append((p.stage, p.step, p.steps)))  # type: ignore[arg-type]
+        for rows in (1, 100)
+    )
+    assert one.shape == (20, 3)
+    assert torch.allclose(one, many, atol=1e-6)
+    assert seen == [("calibrate", n, 20) for n in (*range(1, 21), 8, 16, 20)]
+
+
 def test_the_subset_holds_a_random_few_of_the_previous() -> None:
     previous = [f"V{i}" for i in range(6)]
     drawn = [classifier.subset(previous, 5, generator_for(seed)) for seed in range(50)]

@@ -157,6 +157,20 @@ def test_a_run_stopped_in_any_stage_ends_as_an_undisturbed_one(checkpoint: Path,
     assert all(torch.equal(t, fishers[1][k]) for k, t in fishers[0].items())
 
 
+def test_a_run_stopped_while_calibrating_has_learned(checkpoint: Path, folders: dict[str, Path]) -> None:
+    def stop(progress: Progress) -> None:
+        if progress.stage == "calibrate":
+            raise Cancelled
+
+    with pytest.raises(Cancelled):
+        pipeline.learn_concept(_request(checkpoint, folders, "V1", QUICK), stop)
+    assert not store.stack_path(checkpoint).exists()
+    seen: list[str] = []
+    pipeline.learn_concept(_request(checkpoint, folders, "V1", QUICK), lambda p: seen.append(p.stage))
+    assert "learn" not in seen
+    assert _stack(checkpoint).tau
+
+
 def test_consolidate_by_itself(checkpoint: Path, folders: dict[str, Path]) -> None:
     for token in ("V1", "V2"):
         pipeline.learn_concept(_request(checkpoint, folders, token, VARIANTS["lora_ewc"]))
