@@ -225,6 +225,7 @@ class Consolidate(io.ComfyNode):
         "ewc_strength",
         "retention_weight",
         "precision",
+        "fisher_samples",
     )
 
     @classmethod
