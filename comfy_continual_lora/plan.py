@@ -41,7 +41,7 @@ class Plan:
     family: str
     device: str
     size: int  # pixels a side
-    rows: int  # pictures that go through the net at once
+    rows: int  # pairs of picture and prompt that go through the net at once, at most
     weights: dict[str, tuple[int, str]]
     learned: int  # adapter and word
     optimizer: int  # its state and the gradient
@@ -59,7 +59,7 @@ def plan(checkpoint: Path, stack: Path, settings: LearnSettings, device: str) ->
         settings = settings.resolved(layout.preset)
         number, header = number_for(settings.precision, here), read_header(stack) if stack.exists() else {}
         rank, size = header.get("rank") or settings.rank or 1, settings.size or layout.size
-        rows = ceil((settings.batch or 1) / settings.accumulate)
+        step, rows = _rows(settings, len(header.get("concepts", ())))
         weights = _weights(layout, file, number, here)
         adapter, exported = _adapter(layout, settings, rank)
         word = sum(model.get_input_embeddings().weight.shape[1] for model in (part.module for part in layout.texts))
@@ -70,13 +70,23 @@ def plan(checkpoint: Path, stack: Path, settings: LearnSettings, device: str) ->
     optimizer *= 4 + (2 if settings.optimizer == "adamw8bit" else 8)
     on_device = sum(bytes for name, (bytes, _) in weights.items() if name != "VAE" or here.type == "cpu")
     memories = 4 * adapter * bool(method.importance)
-    flops *= (settings.steps or 1) * settings.accumulate * (3 if settings.checkpointing else 2)  # forward, back, and forward again for checkpoints
+    flops *= step / rows * (settings.steps or 1) * settings.accumulate
+    flops *= 3 if settings.checkpointing else 2  # forward, back, and forward again for checkpoints
     speed = _speed(here, wide)
     least, most = (flops / (speed * share) for share in reversed(_CPU_SHARES if here.type == "cpu" else _GPU_SHARES))
     return Plan(
         layout.family.name, str(here), size, rows, weights, learned, optimizer, kept, on_device + learned + optimizer + kept,
         (stack.stat().st_size if stack.exists() else 0) + learned + memories, 2 * (exported + word), (least, most),
     )  # fmt: skip
+
+
+def _rows(settings: LearnSettings, earlier: int) -> tuple[int, int]:
+    """Pairs of picture and prompt at once: in a step of learning; and at most, as DSC and the Fisher give a picture several prompts."""
+    method, batch = METHODS[settings.method], settings.batch or 1
+    step = ceil(batch / settings.accumulate)
+    prompts = {"scores": 3, "distillation": 2}.get(method.consolidation, 0) if earlier else 0
+    compared = 2 + min(earlier, settings.subset - 2) if method.importance == "scores" else 0
+    return step, max(step, prompts * ceil(max(1, batch // 3) / settings.accumulate), compared)
 
 
 def _speed(here: torch.device, number: torch.dtype) -> float:

@@ -7,12 +7,16 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import families
 import pytest
+import torch
 from safetensors.torch import load_file
+from torch import Tensor
 
 from comfy_continual_lora import cli, pipeline, store
+from comfy_continual_lora.checkpoint.backbone import Backbone
 from comfy_continual_lora.checkpoint.load import load_backbone
 from comfy_continual_lora.errors import CheckpointError, SettingError
 from comfy_continual_lora.plan import plan
@@ -29,8 +33,6 @@ def test_weights_are_counted_as_they_will_be_held(mini_file: Path, tmp_path: Pat
     if kind == "folder":
         families.pipeline("sdxl").save_pretrained(path := tmp_path / "folder")
     elif kind != "mini":
-        import torch
-
         path = families.write(kind, tmp_path / "x.safetensors", torch.float16)
     found, own = plan(path, NOWHERE, replace(QUICK, precision=precision), "cpu"), load_backbone(path, device="cpu", precision=precision)
     held = {"U-Net": [own.unet], "VAE": [own.vae], "text encoders": [encoder.model for encoder in own.text_encoders]}
@@ -64,6 +66,26 @@ def test_what_lowers_memory_lowers_the_plan(mini_file: Path) -> None:
     assert peak(accumulate=4) < 0.3 * peak()
     assert peak(precision="bf16") < 0.7 * peak()  # the text encoders compute in float32 all the same
     assert peak(size=64) < 0.5 * peak() < 0.3 * peak(size=256)
+
+
+@pytest.mark.parametrize("change", [{"batch": 1}, {"batch": 8, "accumulate": 2}, {"batch": 1, "method": "lora_dsc"}])
+def test_rows_are_the_most_that_go_through_at_once(
+    checkpoint: Path, folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch, change: dict[str, Any]
+) -> None:
+    """DSC gives a picture three prompts, the Fisher up to k."""
+    settings, answer, seen = replace(QUICK, method="lora_dsc_ewc_dc", size=64, fisher_samples=2, dsc_steps=1), Backbone.predict, [0]
+
+    def predict(self: Backbone, noisy: Tensor, *others: Tensor) -> Tensor:
+        seen.append(len(noisy) if torch.is_grad_enabled() else 0)
+        return answer(self, noisy, *others)
+
+    monkeypatch.setattr(Backbone, "predict", predict)
+    for token in ("V1", "V2"):
+        request = pipeline.LearnRequest(checkpoint, folders[token], token, "thing", replace(settings, **change), device="cpu")
+        said = pipeline.plan(request).rows
+        pipeline.learn_concept(request)
+        assert max(seen) == said
+        seen.clear()
 
 
 MEASURE = """
