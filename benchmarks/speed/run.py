@@ -8,6 +8,7 @@ out: results/<date>-<checkpoint>.json, and -scores.json.
 Peers, one process each, in turns, so that noise of the machine meets all; the first steps of each are not counted:
 
     ours              `learn --method lora`: latents kept, the word learns too, so the text encoder is gone through forward and back
+    ours compiled     the same with --compile; the compiling, in the first step, is not counted
     diffusers         the loop of diffusers' train_text_to_image_lora.py, LoRA on K and V of cross-attention alone: pictures and prompts encoded anew
     diffusers cached  the same with latents and text features computed once: as fast as that loop could be
     comfyui           the Train LoRA node of a real ComfyUI with gradient checkpointing off: it trains every layer and bias, nothing else can be asked
@@ -33,13 +34,14 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parents[2]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
-PEERS = ("ours", "diffusers", "diffusers cached", "comfyui", "kohya", "kohya kv")
+PEERS = ("ours", "ours compiled", "diffusers", "diffusers cached", "comfyui", "kohya", "kohya kv")
 PROGRAMS = {  # what it is, the variable that says where, where else it is looked for in the home folder, a file it is known by
     "comfyui": ("ComfyUI", "COMFYUI_PATH", "comfy/ComfyUI", "main.py"),
     "kohya": ("sd-scripts", "KOHYA_PATH", "sd-scripts", "train_network.py"),
@@ -80,7 +82,7 @@ class Meter:
         return {"cpu_seconds": cpu, "clock_seconds": clock, "peak_mib": (_status("VmHWM") - self.before) / 2**20}
 
 
-def ours(path: str, job: dict[str, int]) -> dict[str, float]:
+def ours(path: str, job: dict[str, int], compile: bool = False) -> dict[str, float]:
     import torch
 
     from comfy_continual_lora.checkpoint.load import load_backbone
@@ -91,7 +93,7 @@ def ours(path: str, job: dict[str, int]) -> dict[str, float]:
     meter = Meter(job["skipped"])
     backbone, generator = load_backbone(path, device="cpu"), torch.Generator().manual_seed(0)
     steps = job["skipped"] + job["steps"]
-    settings = LearnSettings(method="lora", rank=RANK, batch=job["batch"], steps=steps, precision="fp32", snapshot_every=steps + 1)
+    settings = LearnSettings(method="lora", rank=RANK, batch=job["batch"], steps=steps, precision="fp32", compile=compile, snapshot_every=steps + 1)
     with tempfile.TemporaryDirectory() as folder:
         latents = backbone.encode_images(_pictures(job))
         word, adapter = backbone.word_start("mug", generator), new_adapter(backbone, RANK, generator)
@@ -389,7 +391,8 @@ def compare(name: str, path: Path, peers: list[str], rounds: int, threads: int) 
             continue
         table[peer] = {key: {"median": statistics.median(r[key] for r in good), "spread": [min(r[key] for r in good), max(r[key] for r in good)]}
                        for key in good[0]}  # fmt: skip
-    best = {key: min(row[key]["median"] for peer, row in table.items() if peer != "ours" and key in row) for key in ("cpu_seconds", "peak_mib")}
+    others = [row for peer, row in table.items() if not peer.startswith("ours") and "failed" not in row]
+    best = {key: min(row[key]["median"] for row in others) for key in ("cpu_seconds", "peak_mib")}
     of_best = {key: table["ours"][key]["median"] / value for key, value in best.items()}
     return {"checkpoint": name, "job": JOBS[name], "rank": RANK, "format": "fp32", "rounds": rounds, "peers": table, "ours_of_best_peer": of_best}
 
@@ -414,12 +417,12 @@ def main() -> None:
     parser.add_argument("--job", choices=JOBS, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     peers = arguments.peers.split(",")
-    if not {"ours"} < set(peers) <= set(PEERS):
-        parser.error(f"--peers is {arguments.peers!r}; ours and at least one more of {', '.join(PEERS[1:])} are needed")
+    if not {"ours"} < set(peers) - {"ours compiled"} <= set(PEERS):
+        parser.error(f"--peers is {arguments.peers!r}; ours and at least one more of {', '.join(PEERS[2:])} are needed")
     if arguments.peer:
         work = {
-            "ours": ours, "diffusers": diffusers, "diffusers cached": lambda p, j: diffusers(p, j, True), "comfyui": comfyui,
-            "kohya": kohya, "kohya kv": lambda p, j: kohya(p, j, True),
+            "ours": ours, "ours compiled": partial(ours, compile=True), "diffusers": diffusers, "diffusers cached": partial(diffusers, cached=True),
+            "comfyui": comfyui, "kohya": kohya, "kohya kv": partial(kohya, kv=True),
         }[arguments.peer]  # fmt: skip
         if arguments.peer != "comfyui":
             import torch
