@@ -391,9 +391,11 @@ def compare(name: str, path: Path, peers: list[str], rounds: int, threads: int) 
             continue
         table[peer] = {key: {"median": statistics.median(r[key] for r in good), "spread": [min(r[key] for r in good), max(r[key] for r in good)]}
                        for key in good[0]}  # fmt: skip
-    others = [row for peer, row in table.items() if not peer.startswith("ours") and "failed" not in row]
-    best = {key: min(row[key]["median"] for row in others) for key in ("cpu_seconds", "peak_mib")}
-    of_best = {key: table["ours"][key]["median"] / value for key, value in best.items()}
+    measured = {peer: row for peer, row in table.items() if "failed" not in row}
+    others = [row for peer, row in measured.items() if not peer.startswith("ours")]
+    of_best = {}
+    if "ours" in measured and others:
+        of_best = {key: table["ours"][key]["median"] / min(row[key]["median"] for row in others) for key in ("cpu_seconds", "peak_mib")}
     return {"checkpoint": name, "job": JOBS[name], "rank": RANK, "format": "fp32", "rounds": rounds, "peers": table, "ours_of_best_peer": of_best}
 
 
