@@ -26,7 +26,7 @@ from comfy_continual_lora.lora import attached
 from comfy_continual_lora.settings import LearnSettings
 
 COMFYUI, A1111 = find_comfyui(), find_webui()
-LARGE = pytest.mark.skipif("FULL_SIZE" not in os.environ, reason="FULL_SIZE is not set; SDXL takes 16 GB of memory, 7 GB of disk and ten minutes")
+LARGE = pytest.mark.skipif("FULL_SIZE" not in os.environ, reason="FULL_SIZE is not set; SDXL takes 16 GB of memory, 7 GB of disk and five minutes")
 PROMPT = "a photo of a red V1 ball on grass, and v1"
 # in ComfyUI's own Python: its text features of the prompt, and its net's answers to what ours was asked, without the LoRA and with it
 IN_COMFYUI = """
