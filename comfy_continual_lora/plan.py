@@ -64,14 +64,13 @@ def plan(checkpoint: Path, stack: Path, settings: LearnSettings, device: str) ->
         adapter, exported = _adapter(layout, settings, rank)
         word = sum(model.get_input_embeddings().weight.shape[1] for model in (part.module for part in layout.texts))
         wide = computed_in(number, here)
-        kept, flops = _activations(layout, settings, wide, rows, size // 8)
+        kept, flops = _activations(layout, settings, wide, step, rows, size // 8)
     learned, method = 4 * (adapter + word), METHODS[settings.method]
     optimizer = (adapter if method.adapter else 0) + word
     optimizer *= 4 + (2 if settings.optimizer == "adamw8bit" else 8)
     on_device = sum(bytes for name, (bytes, _) in weights.items() if name != "VAE" or here.type == "cpu")
     memories = 4 * adapter * bool(method.importance)
-    flops *= step / rows * (settings.steps or 1) * settings.accumulate
-    flops *= 3 if settings.checkpointing else 2  # forward, back, and forward again for checkpoints
+    flops *= (settings.steps or 1) * settings.accumulate * (3 if settings.checkpointing else 2)  # forward, back, and forward again for checkpoints
     speed = _speed(here, wide)
     least, most = (flops / (speed * share) for share in reversed(_CPU_SHARES if here.type == "cpu" else _GPU_SHARES))
     return Plan(
@@ -140,14 +139,14 @@ def _adapter(layout: Layout, settings: LearnSettings, rank: int) -> tuple[int, i
 # --- activations ---------------------------------------------------------------------------------------------------------------------
 
 
-def _activations(layout: Layout, settings: LearnSettings, number: torch.dtype, rows: int, side: int) -> tuple[int, int]:
-    """What a step keeps for the way back, in bytes: that of the U-Net and of the text encoders, the largest passing piece on top.
+def _activations(layout: Layout, settings: LearnSettings, number: torch.dtype, step: int, rows: int, side: int) -> tuple[int, float]:
+    """What is kept for the way back, in bytes: that of the U-Net for `rows` and of the text encoders for a step, the largest passing piece on top.
 
-    And the floating-point operations of its way forward.
+    And the floating-point operations of a step's way forward.
     """
     unet: Any = nn.Module.to(layout.unet.module, number).requires_grad_(False)
     texts = [part.module.requires_grad_(False) for part in layout.texts]
-    prompts = min(rows, 7)  # each distinct one is encoded once
+    prompts = min(step, 7)  # each distinct one is encoded once; after learning, words stand still
     with torch.device("meta"):
         ids = torch.zeros(prompts, 77, dtype=torch.long)
         with _kept(*texts) as of_text, _learning_words(texts):
@@ -168,7 +167,7 @@ def _activations(layout: Layout, settings: LearnSettings, number: torch.dtype, r
 
         with _kept(unet) as whole:
             pieces = answer(whole)
-        flops = of_text.flops + whole.flops
+        flops = of_text.flops + whole.flops * step / rows
         if not settings.checkpointing:
             return of_text.bytes + whole.bytes, flops
         unet.enable_gradient_checkpointing()

@@ -149,7 +149,7 @@ class ConsolidateSettings(Settings):
         "adamw", "adamw, or adamw8bit of bitsandbytes: its state takes a quarter, which counts where all of K and V learn (custom_diffusion)",
         choices=("adamw", "adamw8bit"),
     )  # fmt: skip
-    compile: bool = setting(False, "compile the net with torch.compile first, for minutes; meant for long runs on a GPU, a CPU can get slower by it")
+    compile: bool = setting(False, "torch.compile the net first: minutes at the start; meant for long runs on a GPU, a CPU can get slower")
     channels_last: bool = setting(False, "lay the net's weights out channels-last: known to help many GPUs, made little difference on a CPU")
     snapshot_every: int = setting(50, "steps between snapshots; an interrupted run goes on from the last", low=1)
     dc_scale: str = setting(
