@@ -122,9 +122,9 @@ def run(job: Job) -> dict[str, Any]:
     versions, seconds, size = {"joint": _joint, "separate": _separate}.get(job.row, _in_sequence)(job)
     backbone, names = load_backbone(job.folder / "mini.safetensors", device="cpu"), [f"V{n} {c.noun}" for n, c in enumerate(job.sequence, start=1)]
     real = [features_of(real_pictures(concept, job.pictures)) for concept in job.sequence]
-    drawn = {}
-    for (i, j), stack in versions.items():
-        drawn[i, j] = features_of(_drawn(job, backbone, stack, names[j], f"{i}-{j}"))
+    # a bound has one stack for many versions: what it draws of a concept is drawn once, under the first of them
+    firsts = {(i, j): min(a for (a, b), other in versions.items() if b == j and other is stack) for (i, j), stack in versions.items()}
+    drawn = {(i, j): features_of(_drawn(job, backbone, stack, names[j], f"{firsts[i, j]}-{j}")) for (i, j), stack in versions.items()}
     matrix = metrics.retention_matrix(real, drawn)
     last, count = job.concepts - 1, job.concepts
     end = [drawn[last, j] for j in range(count)]
@@ -142,8 +142,8 @@ def run(job: Job) -> dict[str, Any]:
         "both": both, "bled": bled,
         "seconds_per_concept": seconds / count, "bytes_per_concept": size / count, "matrix": [[_number(v) for v in row] for row in matrix.tolist()],
     }  # fmt: skip
-    first = [concepts.to_pil(real_pictures(job.sequence[0], 2)[1]), *(Image.open(job.folder / "drawn" / f"{i}-0" / "1.png") for i in job.looked_at)]
-    report.grid(first, len(first)).save(job.folder / "first-concept.png")
+    seen = [Image.open(job.folder / "drawn" / f"{firsts[i, 0]}-0" / "1.png") for i in job.looked_at]
+    report.grid([concepts.to_pil(real_pictures(job.sequence[0], 2)[1]), *seen], len(seen) + 1).save(job.folder / "first-concept.png")
     done.write_text(json.dumps(row))
     return row
 
