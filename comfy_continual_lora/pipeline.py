@@ -492,7 +492,7 @@ def _penalty(backbone: Backbone, stack: store.ConceptStack, settings: LearnSetti
     """What the method adds to the loss, and what text space adds."""
     method = METHODS[settings.method]
     weight = settings.retention_weight or method.retention_weight
-    held = textspace.retention(backbone, stack, noun, weight) if weight else None
+    held = textspace.retention(backbone, stack, noun, weight, settings.retention_ordinary) if weight else None
     own = method.penalty(stack, settings, backbone.device)
     return own if held is None else held if own is None else lambda factors: own(factors) + held(factors)
 

@@ -173,6 +173,9 @@ class ConsolidateSettings(Settings):
         0.0, "weight of holding what is done to earlier concepts' and to ordinary prompts, beside what the method does; 0: the method's own",
         low=0, group="retention",
     )  # fmt: skip
+    retention_ordinary: float = setting(
+        1.0, "weight of ordinary prompts in that, as a share of one earlier concept's; less learns more and leaks more", low=0, group="retention"
+    )
     dsc_steps: int | None = setting(None, "steps of Diffusion Scores Consolidation", low=1, high=1_000_000, group="DSC")
     dsc_rate: float = setting(0.5, "its learning rate, as a share of the rate", low=0, high=100, group="DSC")
     dsc_a1: float = setting(1.0, "weight of agreeing with the newest adapter's scores", low=0, group="DSC")

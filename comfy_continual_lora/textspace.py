@@ -125,14 +125,14 @@ class Retention:
         return self.weight * torch.stack([drift(factors, anchor, m, self.sizes) for m, anchor in self.memories]).sum()
 
 
-def retention(backbone: Backbone, stack: ConceptStack, noun: str, weight: float) -> Retention:
+def retention(backbone: Backbone, stack: ConceptStack, noun: str, weight: float, ordinary: float = 1.0) -> Retention:
     """What the prompts of the stack's concepts, and ordinary ones (about `noun`, the newest concept's, above all), ask for.
 
-    Each concept weighs as much as all ordinary prompts together.
+    All ordinary prompts together weigh `ordinary` times what each concept does.
     """
     words = stack.tokens
     plain = moment(backbone, words, ordinary_prompts(list(dict.fromkeys([noun, *(record.noun for record in stack.records)]))))
-    memories: list[tuple[Tensor, Adapter | None]] = [(plain, None)]
+    memories: list[tuple[Tensor, Adapter | None]] = [(ordinary * plain, None)]
     if stack.records and stack.adapter:
         anchor = {name: tensor.to(backbone.device, torch.float32) for name, tensor in stack.adapter.items()}
         memories.append((len(stack.records) * moment(backbone, words, concept_prompts(stack)), anchor))
