@@ -4,6 +4,7 @@
     python benchmarks/retention/run.py OUT --quick                                         three methods, three concepts: minutes
     python benchmarks/retention/run.py OUT --concepts 20 --methods lora,lora_dsc_ewc_dc     a long sequence
     python benchmarks/retention/run.py OUT --ray                                           the same jobs on a Ray cluster (pip install -e ".[ray]")
+    python benchmarks/retention/run.py OUT --split development --methods "lora,lora rank=4 rate=1e-3"         settings beside each other
 
 in: nothing (concepts of the reporting split, in an order drawn from the seed) - out: OUT/table.json (a row for each method and seed), table.csv,
 table.md (and a paired test of each method against the best of the paper's ten), matrices.json (R[i, j]), heat maps, A_MMD and F_MMD over the number
@@ -42,11 +43,11 @@ from torch import Tensor
 from comfy_continual_lora import classifier, concepts, diffusion, learn, lora, metrics, pipeline, report, sample, store
 from comfy_continual_lora.checkpoint.backbone import Backbone, FrozenText
 from comfy_continual_lora.checkpoint.load import load_backbone
+from comfy_continual_lora.errors import SettingError
 from comfy_continual_lora.mini import pretrain, weights, world
 from comfy_continual_lora.settings import METHODS, TEMPLATES, DrawSettings, LearnSettings, ScoreSettings
 
-ROWS: dict[str, dict[str, Any]] = {name: {"method": name} for name in METHODS}
-ROWS |= {f"{name} vera": {"method": name, "adapter": "vera"} for name in ("lora", "lora_ewc", "lora_ewc_dc")}
+ROWS = (*METHODS, *(f"{name} adapter=vera" for name in ("lora", "lora_ewc", "lora_ewc_dc")))
 BOUNDS = ("joint", "separate")
 DRAWING, PICTURES = DrawSettings(steps=15, guidance=4.0), 16
 FULL = {"concepts": 6, "seeds": "0,1,2", "methods": ",".join([*ROWS, *BOUNDS])}
@@ -69,12 +70,13 @@ COLUMNS = ("a_mmd", "f_mmd", "bwt_mmd", "kid", "i2i", "t2i", "newest_mmd", "dc_a
 
 @dataclass(frozen=True)
 class Job:
-    row: str  # a key of ROWS, or a bound
+    row: str  # a method or a bound, and settings of it: "lora rank=4 rate=1e-3"
     seed: int
     concepts: int
     pictures: int
     out: Path
     steps: int  # a concept
+    split: str = "reporting"
 
     @property
     def folder(self) -> Path:
@@ -84,11 +86,13 @@ class Job:
     @property
     def settings(self) -> LearnSettings:
         """The bounds learn as plain LoRA does."""
-        return LearnSettings(**ROWS.get(self.row, {"method": "lora"}), seed=self.seed, steps=self.steps)
+        method, *changes = self.row.split()
+        chosen = {name: _value(text) for name, _, text in (change.partition("=") for change in changes)}
+        return LearnSettings(method="lora" if method in BOUNDS else method, **{"seed": self.seed, "steps": self.steps, **chosen})
 
     @property
     def sequence(self) -> list[world.Concept]:
-        every = world.concepts("reporting", max(world.CONCEPTS_PER_SPLIT, self.concepts))
+        every = world.concepts(self.split, max(world.CONCEPTS_PER_SPLIT, self.concepts))
         order = np.random.default_rng(self.seed).permutation(len(every))
         return [every[int(i)] for i in order[: self.concepts]]
 
@@ -109,6 +113,13 @@ class Job:
         return [f"a photo of a {{}} {places[n % len(places)]}" for n in range(self.pictures)]
 
 
+def _value(text: str) -> Any:
+    try:
+        return json.loads(text)
+    except ValueError:
+        return text
+
+
 # --- one job: learn the sequence, draw it, measure it ---------------------------------------------------------------------------------
 
 
@@ -119,18 +130,19 @@ def run(job: Job) -> dict[str, Any]:
         return json.loads(done.read_text())
     torch.set_num_threads(1)
     job.folder.mkdir(parents=True, exist_ok=True)
-    versions, seconds, size = {"joint": _joint, "separate": _separate}.get(job.row, _in_sequence)(job)
+    versions, seconds, size = {"joint": _joint, "separate": _separate}.get(job.row.split()[0], _in_sequence)(job)
     backbone, names = load_backbone(job.folder / "mini.safetensors", device="cpu"), [f"V{n} {c.noun}" for n, c in enumerate(job.sequence, start=1)]
     real = [features_of(real_pictures(concept, job.pictures)) for concept in job.sequence]
-    # a bound has one stack for many versions: what it draws of a concept is drawn once, under the first of them
-    firsts = {(i, j): min(a for (a, b), other in versions.items() if b == j and other is stack) for (i, j), stack in versions.items()}
-    drawn = {(i, j): features_of(_drawn(job, backbone, stack, names[j], f"{firsts[i, j]}-{j}")) for (i, j), stack in versions.items()}
+    # a bound has one stack for many versions: what it draws of a concept is drawn once, under the last of them
+    under = {(i, j): max(a for (a, b), other in versions.items() if b == j and other is stack) for (i, j), stack in versions.items()}
+    drawn = {(i, j): features_of(_drawn(job, backbone, stack, names[j], f"{under[i, j]}-{j}")) for (i, j), stack in versions.items()}
     matrix = metrics.retention_matrix(real, drawn)
     last, count = job.concepts - 1, job.concepts
     end = [drawn[last, j] for j in range(count)]
     plain = [weights.text_features([p.format(c.noun) for p in job.prompts]) for c in job.sequence]
     stack = versions[last, last]
-    both, bled = _two(job, backbone, stack) if job.row != "separate" else (None, None)
+    separate = job.row.startswith("separate")
+    both, bled = (None, None) if separate else _two(job, backbone, stack)
     row = {
         "method": job.row, "seed": job.seed, "concepts": count, "a_mmd": metrics.a_mmd(matrix), "f_mmd": metrics.f_mmd(drawn, count),
         "bwt_mmd": metrics.bwt_mmd(matrix),
@@ -138,11 +150,11 @@ def run(job: Job) -> dict[str, Any]:
         "kid": _mean(metrics.kid(unit(r), unit(d)) for r, d in zip(real, end, strict=True)),
         "i2i": _mean(metrics.similarity(r, d) for r, d in zip(real, end, strict=True)),
         "t2i": _mean(metrics.paired_similarity(d, t) for d, t in zip(end, plain, strict=True)), "newest_mmd": float(matrix[-1, -1]),
-        "dc_accuracy": _accuracy(job, backbone, stack) if job.row != "separate" else None,
+        "dc_accuracy": None if separate else _accuracy(job, backbone, stack),
         "both": both, "bled": bled,
         "seconds_per_concept": seconds / count, "bytes_per_concept": size / count, "matrix": [[_number(v) for v in row] for row in matrix.tolist()],
     }  # fmt: skip
-    seen = [Image.open(job.folder / "drawn" / f"{firsts[i, 0]}-0" / "1.png") for i in job.looked_at]
+    seen = [Image.open(job.folder / "drawn" / f"{under[i, 0]}-0" / "1.png") for i in job.looked_at]
     report.grid([concepts.to_pil(real_pictures(job.sequence[0], 2)[1]), *seen], len(seen) + 1).save(job.folder / "first-concept.png")
     done.write_text(json.dumps(row))
     return row
@@ -451,7 +463,8 @@ def main() -> None:
     parser.add_argument("out", type=Path)
     parser.add_argument("--concepts", type=int)
     parser.add_argument("--seeds")
-    parser.add_argument("--methods")
+    parser.add_argument("--methods", help="with settings behind them where they are not the method's own")
+    parser.add_argument("--split", choices=("reporting", "development"), default="reporting")
     parser.add_argument("--steps", type=int, default=200, help="a concept")
     parser.add_argument("--pictures", type=int, default=PICTURES, help="drawn for each version and concept")
     parser.add_argument("--processes", type=int, default=2)
@@ -463,10 +476,15 @@ def main() -> None:
             setattr(arguments, name, value)
     arguments.out.mkdir(parents=True, exist_ok=True)
     seeds, wanted = [int(s) for s in arguments.seeds.split(",")], arguments.methods.split(",")
-    unknown = set(wanted) - {*ROWS, *BOUNDS}
-    if unknown:
-        parser.error(f"unknown methods {', '.join(sorted(unknown))}; known: {', '.join([*ROWS, *BOUNDS])}")
-    jobs = [Job(name, seed, arguments.concepts, arguments.pictures, arguments.out, arguments.steps) for seed in seeds for name in wanted]
+    sizes = (arguments.concepts, arguments.pictures, arguments.out, arguments.steps, arguments.split)
+    jobs = [Job(name, seed, *sizes) for seed in seeds for name in wanted]
+    for job in jobs:
+        if job.row.split()[0] not in (*METHODS, *BOUNDS):
+            parser.error(f"unknown method {job.row}; known: {', '.join([*METHODS, *BOUNDS])}")
+        try:
+            job.settings.check()
+        except (TypeError, SettingError) as error:
+            parser.error(f"{job.row}: {error}")
     rows = run_all(jobs, arguments.processes, arguments.ray)
     write(arguments.out, rows)
     draw(arguments.out, rows, jobs)
