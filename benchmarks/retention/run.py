@@ -14,7 +14,7 @@ what it has learned. Prompts, seeds, solver and guidance are the same for all me
     A_MMD, F_MMD, BwT_MMD, KID    metrics.py, on the mini-CLIP's image features; lower is better, BwT_MMD higher
     I2I, T2I                      mean cosine of drawn and real pictures; of drawn pictures and their prompts without the word
     newest_mmd                    R[N, N]: has the newest concept been learned?
-    dc_accuracy                   share of the training pictures that DC scores give to their own concept, after the last one
+    dc_accuracy                   share of the training pictures (30 at most) that DC scores give to their own concept at the end
     both                          share of things of the right shape in pictures of two concepts at once, by the attribute reader
     bled                          share of things in such pictures that look more like the other one of the two than like themselves
 Two bounds: `joint` learns all concepts at once with all pictures, `separate` has a LoRA of its own for each concept.
@@ -277,7 +277,7 @@ def _accuracy(job: Job, backbone: Backbone, stack: store.ConceptStack) -> float 
     with lora.attached(backbone, stack.adapter):
         for token, concept in zip(prompts, job.sequence, strict=True):
             pictures = pretrain.to_tensor(np.stack(list(world.concept_pictures(concept, 5))))
-            for latent in backbone.encode_images(pictures):
+            for latent in backbone.encode_images(pictures[: max(1, 30 // job.concepts)]):
                 found = classifier.classify(backbone, latent, features, stack.tau, ScoreSettings(trials=16))
                 right.append(float(found.best == token))
     return _mean(right)
