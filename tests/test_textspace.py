@@ -78,3 +78,15 @@ def test_it_holds_the_earlier_concepts_and_the_empty_prompt(backbone: Backbone, 
         )
     assert moved[30.0][0] < moved[0.0][0] / 2
     assert moved[30.0][1] < moved[0.0][1] / 2
+
+
+def test_ordinary_prompts_weigh_what_is_asked(backbone: Backbone) -> None:
+    """Without an earlier concept they are all there is, so the penalty is in proportion."""
+    found, factors = [], _random(backbone, "lora", 4)
+    for share in (1.0, 0.25):
+        settings = replace(QUICK, method="retention", retention_ordinary=share)
+        penalty = pipeline._penalty(backbone, store.ConceptStack(backbone.fingerprint), settings, "ball")
+        assert penalty
+        found.append(float(penalty(factors)))
+    assert found[1] == pytest.approx(found[0] / 4, rel=1e-5)
+    assert found[0] > 0

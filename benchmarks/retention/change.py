@@ -18,8 +18,10 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import shutil
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -34,18 +36,20 @@ from comfy_continual_lora.checkpoint.load import load_backbone
 from comfy_continual_lora.mini import pretrain, world
 from comfy_continual_lora.settings import ScoreSettings
 
-COUNT = 16
+COUNT = retention.PICTURES
 
 
 def job_of(folder: Path) -> retention.Job:
-    """The job whose folder this is: method-concepts-seed-steps."""
-    row, count, seed, steps = folder.name.rsplit("-", 3)
-    return retention.Job(row, int(seed), int(count), COUNT, folder.parents[1], int(steps))
+    """The job whose folder this is: method-concepts-seed-steps, and -pictures where they are not as many as usual."""
+    found = re.fullmatch(r"(.+)-(\d+)-(\d+)-(\d+)(?:-(\d+)p)?", folder.name)
+    assert found, folder
+    count, seed, steps, pictures = (int(number or COUNT) for number in found.groups()[1:])
+    return retention.Job(found[1], seed, count, pictures, folder.parents[1], steps)
 
 
 def drawn(job: retention.Job, backbone: Backbone, stack: store.ConceptStack | None, name: str, first_seed: int = 0) -> Tensor:
     """Pictures of one prompt in the benchmark's places, (16, 3, 128, 128); no stack: of the bare checkpoint."""
-    prompts = [prompt.format(name) for prompt in job.prompts]
+    prompts = [prompt.format(name) for prompt in replace(job, pictures=COUNT).prompts]
     with lora.attached(backbone, stack.adapter if stack else None):
         return sample.draw(backbone, stack.tokens if stack else {}, prompts, range(first_seed, first_seed + COUNT), retention.DRAWING)
 
