@@ -21,7 +21,7 @@ import json
 import re
 import shutil
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -36,22 +36,30 @@ from comfy_continual_lora.checkpoint.load import load_backbone
 from comfy_continual_lora.mini import pretrain, world
 from comfy_continual_lora.settings import ScoreSettings
 
-COUNT = retention.PICTURES
 
+@dataclass(frozen=True)
+class Run:
+    """A folder of run.py, and how many pictures are drawn of a concept here."""
 
-def job_of(folder: Path) -> retention.Job:
-    """The job whose folder this is: method-concepts-seed-steps, and -pictures where they are not as many as usual."""
-    found = re.fullmatch(r"(.+)-(\d+)-(\d+)-(\d+)(?:-(\d+)p)?", folder.name)
-    assert found, folder
-    count, seed, steps, pictures = (int(number or COUNT) for number in found.groups()[1:])
-    return retention.Job(found[1], seed, count, pictures, folder.parents[1], steps)
+    folder: Path
+    pictures: int
 
+    @property
+    def job(self) -> retention.Job:
+        """From the folder's name: method-concepts-seed-steps, and -pictures where they were not as many as usual."""
+        found = re.fullmatch(r"(.+)-(\d+)-(\d+)-(\d+)(?:-\d+p)?", self.folder.name)
+        assert found, self.folder
+        return retention.Job(found[1], int(found[3]), int(found[2]), self.pictures, self.folder.parents[1], int(found[4]))
 
-def drawn(job: retention.Job, backbone: Backbone, stack: store.ConceptStack | None, name: str, first_seed: int = 0) -> Tensor:
-    """Pictures of one prompt in the benchmark's places, (16, 3, 128, 128); no stack: of the bare checkpoint."""
-    prompts = [prompt.format(name) for prompt in replace(job, pictures=COUNT).prompts]
-    with lora.attached(backbone, stack.adapter if stack else None):
-        return sample.draw(backbone, stack.tokens if stack else {}, prompts, range(first_seed, first_seed + COUNT), retention.DRAWING)
+    @property
+    def checkpoint(self) -> Path:
+        return self.folder / "mini.safetensors"
+
+    def drawn(self, backbone: Backbone, stack: store.ConceptStack | None, name: str, first_seed: int = 0) -> Tensor:
+        """Pictures of one prompt in the benchmark's places, (n, 3, 128, 128); no stack: of the bare checkpoint."""
+        prompts = [prompt.format(name) for prompt in self.job.prompts]
+        with lora.attached(backbone, stack.adapter if stack else None):
+            return sample.draw(backbone, stack.tokens if stack else {}, prompts, range(first_seed, first_seed + self.pictures), retention.DRAWING)
 
 
 def apart(first: Tensor, second: Tensor) -> float:
@@ -61,28 +69,28 @@ def apart(first: Tensor, second: Tensor) -> float:
 def named(backbone: Backbone, stack: store.ConceptStack, concept: world.Concept, token: str) -> float:
     """Share of the training pictures that are likelier with the word than with the noun alone."""
     prompts = [f"a photo of a {token} {concept.noun}", f"a photo of a {concept.noun}"]
-    features = dict(zip(("word", "noun"), FrozenText(backbone, stack.tokens)(prompts), strict=True))
+    word, noun = FrozenText(backbone, stack.tokens)(prompts)
+    features = {"word": word, "noun": noun}
     latents = backbone.encode_images(pretrain.to_tensor(np.stack(list(world.concept_pictures(concept, 5)))))
     with lora.attached(backbone, stack.adapter):
         found = [classifier.classify(backbone, z, features, stack.tau or 1.0, ScoreSettings(stages=1)).best for z in latents]
     return found.count("word") / len(found)
 
 
-def forget(out: Path, job: retention.Job, token: str) -> list[dict[str, Any]]:
-    checkpoint, path = job.folder / "mini.safetensors", out / "forgotten.concepts.safetensors"
-    backbone = load_backbone(checkpoint, device="cpu")
-    shutil.copy(store.stack_path(checkpoint), path)
+def forget(out: Path, run: Run, token: str) -> list[dict[str, Any]]:
+    path, backbone = out / "forgotten.concepts.safetensors", load_backbone(run.checkpoint, device="cpu")
+    shutil.copy(store.stack_path(run.checkpoint), path)
     before = store.load_stack(path, backbone.fingerprint)
-    pipeline.forget(pipeline.SolveRequest(checkpoint, stack=path, device="cpu"), token)
+    pipeline.forget(pipeline.SolveRequest(run.checkpoint, stack=path, device="cpu"), token)
     after = store.load_stack(path, backbone.fingerprint)
     rows, shown = [], []
-    for number, concept in enumerate(job.sequence, start=1):
-        name, real = f"V{number} {concept.noun}", retention.real_pictures(concept, COUNT)
-        old, other, new = (drawn(job, backbone, stack, name, seed) for stack, seed in ((before, 0), (before, COUNT), (after, 0)))
+    for number, concept in enumerate(run.job.sequence, start=1):
+        name, real = f"V{number} {concept.noun}", retention.real_pictures(concept, run.pictures)
+        old, other, new = (run.drawn(backbone, stack, name, seed) for stack, seed in ((before, 0), (before, run.pictures), (after, 0)))
         row: dict[str, Any] = {"concept": name, "real before": apart(real, old), "real after": apart(real, new), "moved": apart(old, new)}
         row["seeds"] = apart(old, other)
         if f"V{number}" == token:
-            row["noun"] = apart(new, drawn(job, backbone, None, concept.noun))
+            row["noun"] = apart(new, run.drawn(backbone, None, concept.noun))
             row["named before"], row["named after"] = (named(backbone, stack, concept, token) for stack in (before, after))
         rows.append(row)
         shown += [real[1], *old[1:4], *new[1:4]]
@@ -90,21 +98,21 @@ def forget(out: Path, job: retention.Job, token: str) -> list[dict[str, Any]]:
     return rows
 
 
-def merge(out: Path, jobs: Sequence[retention.Job]) -> list[dict[str, Any]]:
-    backbone = load_backbone(jobs[0].folder / "mini.safetensors", device="cpu")
-    paths = [out / f"{n}.concepts.safetensors" for n in (1, 2)]
-    halves = [store.load_stack(store.stack_path(job.folder / "mini.safetensors"), backbone.fingerprint).as_of(3) for job in jobs]
+def merge(out: Path, runs: Sequence[Run]) -> list[dict[str, Any]]:
+    checkpoint, paths = runs[0].checkpoint, [out / f"{n}.concepts.safetensors" for n in (1, 2)]
+    backbone = load_backbone(checkpoint, device="cpu")
+    halves = [store.load_stack(store.stack_path(run.checkpoint), backbone.fingerprint).as_of(3) for run in runs]
     for half, path in zip(halves, paths, strict=True):
         store.save_stack(half, path)
-    renamed = pipeline.merge(pipeline.SolveRequest(jobs[0].folder / "mini.safetensors", stack=paths[0], device="cpu"), paths[1])
+    renamed = pipeline.merge(pipeline.SolveRequest(checkpoint, stack=paths[0], device="cpu"), paths[1])
     both = store.load_stack(paths[0], backbone.fingerprint)
     rows, shown, pairs = [], [], []
     for number in range(3):
         names = []
-        for n, (job, half) in enumerate(zip(jobs, halves, strict=True)):
-            concept, token = job.sequence[number], f"V{number + 1}"
+        for n, (run, half) in enumerate(zip(runs, halves, strict=True)):
+            concept, token = run.job.sequence[number], f"V{number + 1}"
             name, now = (f"{word} {concept.noun}" for word in (token, renamed.get(token, token) if n else token))
-            real, old, new = retention.real_pictures(concept, COUNT), drawn(job, backbone, half, name), drawn(job, backbone, both, now)
+            real, old, new = retention.real_pictures(concept, run.pictures), run.drawn(backbone, half, name), run.drawn(backbone, both, now)
             rows.append({"concept": now, "real before": apart(real, old), "real after": apart(real, new), "moved": apart(old, new)})
             shown += [real[1], *old[1:4], *new[1:4]]
             names.append(now)
@@ -127,11 +135,12 @@ def main() -> None:
     parser.add_argument("out", type=Path)
     parser.add_argument("runs", type=Path, nargs=2)
     parser.add_argument("--token", default="V3")
+    parser.add_argument("--pictures", type=int, default=retention.PICTURES, help="drawn of each concept")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     arguments.out.mkdir(parents=True, exist_ok=True)
-    jobs = [job_of(folder) for folder in arguments.runs]
-    found = {"forgotten": forget(arguments.out, jobs[0], arguments.token), "merged": merge(arguments.out, jobs)}
+    runs = [Run(folder, arguments.pictures) for folder in arguments.runs]
+    found = {"forgotten": forget(arguments.out, runs[0], arguments.token), "merged": merge(arguments.out, runs)}
     (arguments.out / "change.json").write_text(json.dumps(found, indent=1) + "\n")
     print("\n\n".join(map(table, found.values())))
 
