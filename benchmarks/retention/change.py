@@ -11,7 +11,8 @@ mini-CLIP features (`metrics`), times 1000; prompts, seeds, solver and guidance 
     moved                 of what is drawn after from what was drawn before, with the same seeds; nothing moved gives about -.6
     seeds                 of what other seeds draw before: what two draws of one stack differ by
     noun                  of what the forgotten concept's prompt draws from what the bare checkpoint draws for its class noun, same seeds
-    named                 share of the forgotten one's training pictures that DC scores give to its prompt rather than to its noun's; chance is .5
+    named                 share of the forgotten one's training pictures that DC scores give to its prompt rather than to its noun's; the bare
+                          checkpoint's share is what has to come out, since "V3" is then but a word that says something or other
 """
 
 from __future__ import annotations
@@ -91,7 +92,8 @@ def forget(out: Path, run: Run, token: str) -> list[dict[str, Any]]:
         row["seeds"] = apart(old, other)
         if f"V{number}" == token:
             row["noun"] = apart(new, run.drawn(backbone, None, concept.noun))
-            row["named before"], row["named after"] = (named(backbone, stack, concept, token) for stack in (before, after))
+            bare = store.ConceptStack(backbone.fingerprint)
+            row |= {f"named {when}": named(backbone, stack, concept, token) for when, stack in (("before", before), ("after", after), ("bare", bare))}
         rows.append(row)
         shown += [real[1], *old[1:4], *new[1:4]]
     report.grid([concepts.to_pil(picture) for picture in shown], 7).save(out / "forgotten.png")
