@@ -552,7 +552,9 @@ class _Newest:
 
 
 def _digest(images: Path | list[Path], settings: ConsolidateSettings, *words: str) -> str:
-    choices = {k: v for k, v in asdict(settings).items() if k not in MEANS}
+    """Settings left alone are left out, so that a later version with settings more still knows what was learned."""
+    usual = asdict(type(settings)())
+    choices = {k: v for k, v in asdict(settings).items() if k not in MEANS and v != usual[k]}
     digest = hashlib.sha256(json.dumps([*words, choices], sort_keys=True).encode())
     for path in concepts.find_images(images):
         mask = concepts.mask_file(path)

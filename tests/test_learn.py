@@ -6,7 +6,7 @@ import os
 import resource
 import shutil
 import sys
-from dataclasses import replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import pytest
@@ -204,6 +204,13 @@ def test_the_same_request_is_known(checkpoint: Path, pictures: Path) -> None:
     assert pipeline.learned_before(request) == record
     assert pipeline.learned_before(replace(request, settings=replace(QUICK, snapshot_every=3, preview_every=1))) == record
     assert pipeline.learned_before(replace(request, settings=replace(QUICK, seed=3))) is None
+
+    @dataclass(frozen=True)
+    class Later(LearnSettings):  # of a version with one setting more
+        newer: float = 1.0
+
+    assert pipeline.learned_before(replace(request, settings=Later(**asdict(QUICK)))) == record
+    assert pipeline.learned_before(replace(request, settings=Later(**asdict(QUICK), newer=2.0))) is None
     (pictures / "0.txt").write_text("a ball")
     assert pipeline.learned_before(request) is None
 
