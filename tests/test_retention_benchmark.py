@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from benchmarks.retention import run
 from comfy_continual_lora import store
 
 SCRIPT = Path(__file__).parents[1] / "benchmarks" / "retention" / "run.py"
@@ -41,11 +43,32 @@ def test_it_writes_its_tables_and_pictures_and_does_nothing_twice(alone: Path) -
     assert {p: p.stat().st_mtime_ns for p in alone.rglob("drawn/**/*.png")} == drawn
 
 
+def test_a_table_of_what_is_done_runs_nothing(alone: Path, tmp_path: Path) -> None:
+    whole = figures(alone, "--processes", "1")
+    out = shutil.copytree(alone, tmp_path / "out")
+    next(out.glob("runs/joint-2-1-*")).joinpath("row.json").unlink()
+    assert figures(out, "--done", "--seeds", "0,1,2", "--processes", "1") == [row for row in whole if (row["method"], row["seed"]) != ("joint", 1)]
+    assert [line.split(" | ")[:2] for line in (out / "table.md").read_text().splitlines()[2:4]] == [["| lora rank=2", "2"], ["| joint", "1"]]
+    with pytest.raises(subprocess.CalledProcessError):
+        figures(tmp_path / "empty", "--done")
+
+
+def test_methods_are_compared_at_the_seeds_that_both_have() -> None:
+    ends = {("lora", 0): [5.0, 7.0], ("lora", 1): [2.0, 2.0], ("c_lora", 0): [4.0, 4.0], ("c_lora", 2): [90.0, 90.0], ("joint", 0): [1.0, 5.0]}
+    rows = [{"method": m, "seed": seed, "matrix": [[0.0, None], end], **dict.fromkeys(run.PAPER["lora"], end[0])} for (m, seed), end in ends.items()]
+    against, _, *pairs = run._paired(rows)
+    assert "against `c_lora`" in against  # at seed 0, the only one that both of the paper's methods have
+    told, values = zip(*(line.split(", p = ") for line in pairs), strict=True)
+    assert told == ("* `lora`: +2.0000, nearer in 0 of 2", "* `joint`: -1.0000, nearer in 1 of 2")
+    assert [float(p) for p in values] == pytest.approx([0.5, 1], abs=0.02)  # of the four ways to flip the signs, by drawing some
+    assert run._beside_paper(rows)[2] == "* a_mmd (1): here c_lora, lora; in the paper c_lora, lora"
+
+
 @pytest.mark.parametrize(("row", "told"), [("lore", "unknown method lore"), ("lora ranc=2", "ranc"), ("lora rank=0", "rank is 0; the range is")])
 def test_a_mistaken_row_is_told_before_anything_runs(tmp_path: Path, row: str, told: str) -> None:
-    run = subprocess.run([sys.executable, str(SCRIPT), str(tmp_path), "--methods", row], capture_output=True, text=True)
-    assert run.returncode == 2
-    assert told in run.stderr
+    refused = subprocess.run([sys.executable, str(SCRIPT), str(tmp_path), "--methods", row], capture_output=True, text=True)
+    assert refused.returncode == 2
+    assert told in refused.stderr
     assert not list(tmp_path.rglob("*.safetensors"))
 
 

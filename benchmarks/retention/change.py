@@ -64,7 +64,8 @@ class Run:
 
 
 def apart(first: Tensor, second: Tensor) -> float:
-    return round(1000 * metrics.mmd2(*(retention.unit(retention.features_of(pictures)) for pictures in (first, second))), 2)
+    one, other = (retention.unit(retention.features_of(pictures)) for pictures in (first, second))
+    return round(1000 * metrics.mmd2(one, other), 2)
 
 
 def named(backbone: Backbone, stack: store.ConceptStack, concept: world.Concept, token: str) -> float:

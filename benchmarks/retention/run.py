@@ -375,31 +375,42 @@ def write(out: Path, rows: Sequence[dict[str, Any]]) -> None:
 def _paired(rows: Sequence[dict[str, Any]]) -> list[str]:
     """How each method's distances at the end, R[N, j], differ from the strongest of the paper's ten at the same seeds and concepts.
 
-    p: of all ways to flip the signs of the differences, how many have so large a mean (two-sided; 20,000 ways drawn).
+    The strongest at the seeds that all of the ten here have. p: of all ways to flip the signs of the differences, how many have so large a mean
+    (two-sided; 20,000 ways drawn).
     """
-    ends = {(row["method"], row["seed"]): np.array(row["matrix"][-1], float) for row in rows}
-    seeds, methods = sorted({row["seed"] for row in rows}), list(dict.fromkeys(row["method"] for row in rows))
-    ten = [m for m in METHODS[: METHODS.index("retention")] if m in methods]
-    if not ten:
+    ends, seeds = {(row["method"], row["seed"]): np.array(row["matrix"][-1], float) for row in rows}, _seeds(rows)
+    ten = [m for m in METHODS[: METHODS.index("retention")] if m in seeds]
+    shared = set.intersection(*(seeds[m] for m in ten)) if ten else set()
+    if not shared:
         return []
-    whole = {m: np.concatenate([ends[m, seed] for seed in seeds]) for m in methods}
-    best = min(ten, key=lambda m: whole[m].mean())
-    lines = [f"Distance of each concept at the end, against `{best}` ({len(whole[best])} pairs of seed and concept):", ""]
-    for method in methods:
-        if method != best:
-            apart = whole[method] - whole[best]
+    best = min(ten, key=lambda m: _mean(ends[m, seed].mean() for seed in shared))
+    lines = [f"Distance of each concept at the end, against `{best}`, at the seeds that both have:", ""]
+    for method in seeds:
+        both = sorted(seeds[method] & seeds[best])
+        if method != best and both:
+            apart = np.concatenate([ends[method, seed] - ends[best, seed] for seed in both])
             signs = np.random.default_rng(0).choice([-1, 1], (20_000, len(apart)))
             p = float((np.abs(signs @ apart) >= abs(apart.sum()) * (1 - 1e-9)).mean())
-            lines.append(f"* `{method}`: {apart.mean():+.4f}, nearer in {int((apart < 0).sum())}, p = {p:.2g}")
+            lines.append(f"* `{method}`: {apart.mean():+.4f}, nearer in {int((apart < 0).sum())} of {len(apart)}, p = {p:.2g}")
     return lines
 
 
+def _seeds(rows: Sequence[dict[str, Any]]) -> dict[str, set[int]]:
+    """Of each method; they differ while a table is still being made."""
+    return {method: {row["seed"] for row in rows if row["method"] == method} for method in dict.fromkeys(row["method"] for row in rows)}
+
+
 def _beside_paper(rows: Sequence[dict[str, Any]]) -> list[str]:
-    """For each figure the paper has too: the methods in order, here and there."""
-    means = {m: {c: _mean(row[c] for row in rows if row["method"] == m) for c in PAPER["lora"]} for m in {row["method"] for row in rows} & {*PAPER}}
+    """For each figure the paper has too: the methods in order, here (at the seeds that all of them have) and there."""
+    seeds = {method: own for method, own in _seeds(rows).items() if method in PAPER}
+    shared = set.intersection(*seeds.values()) if seeds else set()
+    if not shared or len(seeds) < 2:
+        return []
+    means = {m: {c: _mean(row[c] for row in rows if row["method"] == m and row["seed"] in shared) for c in PAPER["lora"]} for m in seeds}
     pairs = list(itertools.combinations(means, 2))
-    lines = [f"The paper's methods from best to worst; of their {len(pairs)} pairs so many are in the paper's order:", ""] if pairs else []
-    for column in PAPER["lora"] if pairs else ():
+    at = ", ".join(map(str, sorted(shared)))
+    lines = [f"The paper's methods from best to worst at seed {at}; of their {len(pairs)} pairs so many are in the paper's order:", ""]
+    for column in PAPER["lora"]:
         alike = sum((means[a][column] - means[b][column]) * (PAPER[a][column] - PAPER[b][column]) > 0 for a, b in pairs)
         orders = [", ".join(sorted(means, key=lambda m: t[m][column], reverse=column in ("i2i", "t2i"))) for t in (means, PAPER)]
         lines.append(f"* {column} ({alike}): here {orders[0]}; in the paper {orders[1]}")
@@ -469,6 +480,7 @@ def main() -> None:
     parser.add_argument("--pictures", type=int, default=PICTURES, help="drawn for each version and concept")
     parser.add_argument("--processes", type=int, default=2)
     parser.add_argument("--ray", action="store_true", help="spread over a Ray cluster")
+    parser.add_argument("--done", action="store_true", help="run nothing: tables and plots of the rows that are there, even while others are made")
     parser.add_argument("--quick", action="store_true", help="unless told otherwise lora, the paper's and retention; 3 concepts, 1 seed")
     arguments = parser.parse_args()
     for name, value in (QUICK if arguments.quick else FULL).items():
@@ -485,6 +497,8 @@ def main() -> None:
             job.settings.check()
         except (TypeError, SettingError) as error:
             parser.error(f"{job.row}: {error}")
+    if arguments.done:
+        jobs = [job for job in jobs if (job.folder / "row.json").exists()] or parser.error(f"no row is done in {arguments.out}")
     rows = run_all(jobs, arguments.processes, arguments.ray)
     write(arguments.out, rows)
     draw(arguments.out, rows, jobs)
