@@ -68,15 +68,15 @@ def stock_lora(stack: ConceptStack, format: str = "kohya") -> dict[str, Tensor]:
     """The stack's adapter as other programs name it; empty where the words alone are all there is. Text features are as wide as a word's vector."""
     if not stack.adapter:
         return {}
-    width = next(iter(stack.words.values())).numel()
+    width = next(iter(stack.words.values())).shape[1]
     return kohya_lora(stack.adapter, width, stack.base) if format == "kohya" else plain_lora(stack.adapter, width, _PREFIXES[format])
 
 
 def embedding(word: Tensor, base: Base) -> dict[str, Tensor]:
-    """A word's vector as a textual inversion, float16: one (1, d), or one for each of SDXL's text encoders."""
+    """A word's vectors as a textual inversion, float16: one (k, d), or one for each of SDXL's text encoders."""
     if len(base.word_widths) == 2:
-        return {name: part.half().clone() for name, part in zip(("clip_l", "clip_g"), word[None].split(list(base.word_widths), 1), strict=True)}
-    return {"emb_params": word[None].half()}
+        return {name: part.half().clone() for name, part in zip(("clip_l", "clip_g"), word.split(list(base.word_widths), 1), strict=True)}
+    return {"emb_params": word.half()}
 
 
 def export_files(stack: ConceptStack, out: Path, embeddings: Path, stem: str, format: str = "kohya") -> Exported:

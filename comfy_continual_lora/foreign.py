@@ -1,6 +1,6 @@
 """Stage 1: a K/V LoRA or an embedding that another program made -> our adapter and word.
 
-in: a safetensors file in kohya's, diffusers' or PEFT's names - out: an `Adapter` of the checkpoint's layers; an embedding's one vector.
+in: a safetensors file in kohya's, diffusers' or PEFT's names - out: an `Adapter` of the checkpoint's layers; an embedding's vectors.
 Only what changes K and V of cross-attention can become a concept: anything else in the file is refused, not dropped.
 """
 
@@ -18,6 +18,7 @@ from .checkpoint import keys
 from .checkpoint.backbone import Backbone
 from .errors import StackError
 from .lora import Adapter, grown
+from .settings import MOST_VECTORS
 
 _DOWN = (".lora_down.weight", ".lora_A.weight", ".lora_A.default.weight", ".lora.down.weight", "_lora.down.weight")
 _UP = tuple(name.replace("down", "up").replace("lora_A", "lora_B") for name in _DOWN)
@@ -64,18 +65,20 @@ def read_lora(path: Path, backbone: Backbone, strength: float = 1.0) -> Adapter:
 
 
 def read_word(path: Path, backbone: Backbone) -> Tensor:
-    """The vector of a textual-inversion embedding, (d,). Errors: StackError for a file that is none, has several vectors or another width."""
+    """The vectors of a textual-inversion embedding, (k, d). Errors: StackError for a file that is none or has another width."""
     tensors = _read(path)
     if len(backbone.word_widths) == 2 and tensors.keys() >= {"clip_l", "clip_g"}:  # SDXL's, a vector for each text encoder
         tensors = {"": torch.cat([tensors["clip_l"], tensors["clip_g"]], -1)}
     found = [tensor for tensor in tensors.values() if tensor.dim() in (1, 2) and tensor.shape[-1] == backbone.word_width]
-    if len(found) != 1 or found[0].numel() != backbone.word_width:
-        raise StackError(f"{path} is no embedding of one vector with {backbone.word_width} numbers, which is what a concept's word is here.")
-    return found[0].flatten().float()
+    if len(found) != 1 or not 0 < found[0].numel() <= MOST_VECTORS * backbone.word_width:
+        raise StackError(
+            f"{path} is no embedding of 1 to {MOST_VECTORS} vectors with {backbone.word_width} numbers each, which is what a concept's word is here."
+        )
+    return found[0].reshape(-1, backbone.word_width).float()
 
 
 def word_of_vocabulary(trigger: str, backbone: Backbone) -> Tensor:
-    """The vector of a word the tokenizer knows, (d,). Errors: StackError for a trigger that is several tokens."""
+    """The vector of a word the tokenizer knows, (1, d). Errors: StackError for a trigger that is several tokens."""
     if (word := backbone.word_of_vocabulary(trigger)) is None:
         raise StackError(f"The trigger {trigger!r} is several tokens, a concept's word is one. Name the class noun apart, or give --embedding.")
     return word

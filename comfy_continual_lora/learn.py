@@ -37,6 +37,7 @@ from .progress import OnProgress, Progress
 from .sample import draw
 from .settings import MEANS, ConsolidateSettings, DrawSettings, LearnSettings
 from .store import write_whole
+from .textspace import Apart
 
 
 @dataclass(frozen=True)
@@ -53,6 +54,7 @@ class Lesson:
     adapter: Adapter | None
     word: Tensor
     penalty: Penalty | None = None
+    apart: Apart | None = None
     beneath: Adapter | None = None
     shown: Sequence[str] = ()  # prompts of the preview pictures
     weights: Sequence[Tensor] | None = None  # (1, h, w): what of each latent is learned from; None: all of it alike
@@ -96,11 +98,16 @@ def learn(backbone: Backbone, lesson: Lesson, settings: LearnSettings, snapshot:
             chosen = [one_of(lesson.prompts[int(i) % len(lesson.prompts)], generator) for i in drawn[0]][rows]
             pick, clean, timestep, noise = (part[rows] for part in drawn)
             noisy, target = noised(backbone, clean, noise, timestep)
-            features = _features(backbone, chosen, {**lesson.words, lesson.token: vector})
+            words = {**lesson.words, lesson.token: vector}
+            features = _features(backbone, chosen, words)
             weight = None if lesson.weights is None else torch.stack([lesson.weights[int(i)] for i in pick])
             error = loss_per_example(backbone.predict(noisy, timestep, features), target, weight)
             found = {"denoising": (error * timestep_weight(backbone, timestep, settings.weighting)).mean()}
-            return {**found, "penalty": lesson.penalty(factors)} if lesson.penalty else found
+            if lesson.penalty:
+                found["penalty"] = lesson.penalty(factors)
+            if lesson.apart:
+                found["apart"] = lesson.apart(factors, words, chosen, features)
+            return found
 
         def tell(progress: Progress) -> None:
             if settings.preview_every and progress.step % settings.preview_every == 0:

@@ -231,7 +231,7 @@ def consolidate(request: ConsolidateRequest, on_progress: OnProgress = ignore) -
         stack.undo()  # what follows is about the stack as it was before the newest concept
         settings = LearnSettings(**{**asdict(request.settings), "method": record.method, "rank": stack.rank}).resolved(backbone.preset)
         pictures = concepts.load_images(request.images, settings.size or backbone.size, fit=settings.fit)
-        penalty = _penalty(backbone, stack, settings, record.noun)
+        penalty = _penalty(backbone, stack, settings, _held(backbone, stack, settings, record.noun))
         newest = _Newest(backbone, stack, record, _latents(backbone, pictures, settings), text, penalty, settings, on_progress)
         if not newest.past:
             raise StackError(f"There is nothing to consolidate: no concept before {record.token} in {path} has a LoRA.")
@@ -460,7 +460,8 @@ def _lesson(
     """Sequential initialisation: the adapter starts from the stack's, the word from its class noun - unless the method starts anew."""
     method, generator = METHODS[settings.method], torch.Generator().manual_seed(settings.seed)
     anew = method.starts_anew(settings)
-    word = backbone.word_start("" if anew else request.noun, generator)
+    noun = "" if anew else request.noun
+    word = backbone.word_start(noun, generator, settings.vectors or 1)
     kind = settings.adapter if method.adapter == "lora" else method.adapter
     if kind and stack.adapter is not None and kind_of(stack.adapter) != kind:
         raise SettingError(
@@ -477,23 +478,29 @@ def _lesson(
     if kind and (adapter is None or anew):
         assert settings.rank
         adapter = new_adapter(backbone, settings.rank, generator, kind)
-    prompts = [concepts.prompts_for(request.token, "" if anew else request.noun, TEMPLATES, caption) for caption in pictures.captions]
-    penalty = _penalty(backbone, stack, settings, request.noun)
-    names = [concepts.name_of(request.token, "" if anew else request.noun), *(record.name for record in stack.records[:1])]
+    prompts = [concepts.prompts_for(request.token, noun, TEMPLATES, caption) for caption in pictures.captions]
+    held = _held(backbone, stack, settings, request.noun)
+    penalty = _penalty(backbone, stack, settings, held)
+    apart = textspace.Apart(backbone, held.weight * settings.retention_apart, held.sizes) if held and settings.retention_apart else None
+    names = [concepts.name_of(request.token, noun), *(record.name for record in stack.records[:1])]
     shown = [f"a photo of a {name}" for name in names]
     weights = None
     if pictures.masks is not None:
         masks = zip(_mirrored(pictures.masks, settings), latents, strict=True)
         weights = [F.interpolate(mask[None], latent.shape[-2:], mode="area")[0].to(latent.device) for mask, latent in masks]
-    return Lesson(latents, prompts, request.token, stack.tokens, adapter, word, penalty, stack.adapter if anew else None, shown, weights)
+    return Lesson(latents, prompts, request.token, stack.tokens, adapter, word, penalty, apart, stack.adapter if anew else None, shown, weights)
 
 
-def _penalty(backbone: Backbone, stack: store.ConceptStack, settings: LearnSettings, noun: str) -> Penalty | None:
-    """What the method adds to the loss, and what text space adds."""
+def _held(backbone: Backbone, stack: store.ConceptStack, settings: LearnSettings, noun: str) -> textspace.Retention | None:
+    """What is held in text space."""
     method = METHODS[settings.method]
-    weight = settings.retention_weight or method.retention_weight
-    held = textspace.retention(backbone, stack, noun, weight, settings.retention_ordinary) if weight else None
-    own = method.penalty(stack, settings, backbone.device)
+    weight = settings.retention_weight or method.retention_weight if method.adapter else 0.0
+    return textspace.retention(backbone, stack, noun, weight, settings.retention_ordinary) if weight else None
+
+
+def _penalty(backbone: Backbone, stack: store.ConceptStack, settings: LearnSettings, held: textspace.Retention | None) -> Penalty | None:
+    """What the method adds to the loss, and what text space adds."""
+    own = METHODS[settings.method].penalty(stack, settings, backbone.device)
     return own if held is None else held if own is None else lambda factors: own(factors) + held(factors)
 
 

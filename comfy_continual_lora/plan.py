@@ -62,7 +62,8 @@ def plan(checkpoint: Path, stack: Path, settings: LearnSettings, device: str) ->
         step, rows = _rows(settings, len(header.get("concepts", ())))
         weights = _weights(layout, file, number, here)
         adapter, exported = _adapter(layout, settings, rank)
-        word = sum(model.get_input_embeddings().weight.shape[1] for model in (part.module for part in layout.texts))
+        width = sum(model.get_input_embeddings().weight.shape[1] for model in (part.module for part in layout.texts))
+        word = width * (settings.vectors or 1)
         wide = computed_in(number, here)
         kept, flops = _activations(layout, settings, wide, step, rows, size // 8)
     learned, method = 4 * (adapter + word), METHODS[settings.method]

@@ -16,6 +16,7 @@ METHODS = (
     "lora_dsc_ewc_dc", "retention", "closed_form",
 )  # fmt: skip
 SOLVERS = ("dpm++", "ddim")
+MOST_VECTORS = 16  # of a word: prompts about two have to fit into 77 positions
 FITS = ("crop", "pad", "bucket")
 FORMATS = ("kohya", "diffusers", "peft")  # of an exported LoRA
 FIT_HELP = "pictures that are not square are cropped to the middle, padded with their edge, or keep their shape (aspect buckets)"
@@ -32,7 +33,7 @@ TEMPLATES = (
 )
 
 _STOCK = {
-    "rank": 16, "steps": 1000, "batch": 1, "rate": 2e-4, "token_rate": 1e-3, "weighting": "uniform", "flip": True, "ewc_strength": 1e-2,
+    "rank": 16, "vectors": 1, "steps": 1000, "batch": 1, "rate": 2e-4, "token_rate": 1e-3, "weighting": "uniform", "flip": True, "ewc_strength": 1e-2,
     "dsc_steps": 200, "guidance": 7.5,
 }  # fmt: skip
 PRESETS: dict[str, dict[str, Any]] = {  # only the mini-SD's were measured
@@ -40,7 +41,7 @@ PRESETS: dict[str, dict[str, Any]] = {  # only the mini-SD's were measured
     "sd2": _STOCK,
     "sdxl": {**_STOCK, "rate": 1e-4, "guidance": 7.0},
     "mini": {
-        "rank": 16, "steps": 300, "batch": 8, "rate": 3e-4, "token_rate": 1e-2, "weighting": "debiased", "flip": False,
+        "rank": 16, "vectors": 1, "steps": 300, "batch": 8, "rate": 3e-4, "token_rate": 1e-2, "weighting": "debiased", "flip": False,
         "ewc_strength": 1e-2, "dsc_steps": 60, "guidance": 4.0,
     },
 }  # fmt: skip
@@ -176,6 +177,10 @@ class ConsolidateSettings(Settings):
     retention_ordinary: float = setting(
         1.0, "weight of ordinary prompts in that, as a share of one earlier concept's; less learns more and leaks more", low=0, group="retention"
     )
+    retention_apart: float = setting(
+        0.0, "weight of doing nothing behind the end of the concept's own prompts, as a share of that; less bleeds more in pictures of two",
+        low=0, group="retention",
+    )  # fmt: skip
     dsc_steps: int | None = setting(None, "steps of Diffusion Scores Consolidation", low=1, high=1_000_000, group="DSC")
     dsc_rate: float = setting(0.5, "its learning rate, as a share of the rate", low=0, high=100, group="DSC")
     dsc_a1: float = setting(1.0, "weight of agreeing with the newest adapter's scores", low=0, group="DSC")
@@ -196,7 +201,8 @@ class LearnSettings(ConsolidateSettings):
     preview_every: int = setting(0, "steps between pictures of the new concept and of the first one, drawn while learning; 0 draws none", low=0)
     adapter: str = setting("lora", "kind of adapter for the lora methods: lora, or the smaller vera", choices=("lora", "vera"))
     rank: int | None = setting(None, "rank of the LoRA; a stack keeps the rank it began with", low=1, high=256)
-    token_rate: float | None = setting(None, "learning rate of the word's vector", low=0, high=1)
+    vectors: int | None = setting(None, "vectors of the word: positions it takes in a prompt; more hold more of the look", low=1, high=MOST_VECTORS)
+    token_rate: float | None = setting(None, "learning rate of the word's vectors", low=0, high=1)
     c_lora_weight: float = setting(1e8, "weight of C-LoRA's penalty", low=0, group="C-LoRA")
     c_lora_variant: str = setting(
         "sequential", "one adapter that goes on, or as published one for each concept, summed", choices=("sequential", "published"), group="C-LoRA"

@@ -144,8 +144,8 @@ class Memory:
     def _together(self, first: int, second: int) -> None:
         prompt = f"a photo of a {self.records[first].name} and a {self.records[second].name}"
         features = self.backbone.context(self.backbone.encode_prompts([prompt], self.words))[0].float().cpu()
-        ids, slots = self.backbone.tokenize(prompt, list(self.words))
-        start = slots.index(list(self.words).index(self.records[second].token))
+        ids, slots = self.backbone.tokenize(prompt, self.words)
+        start = max(k for k in range(len(slots)) if slots[k] >= 0) + 1 - len(self.words[self.records[second].token])  # the last word's first position
         end = 1 + max(k for k, (number, slot) in enumerate(zip(ids, slots, strict=True)) if slot >= 0 or number != ids[-1])
         for concept, rows, weight in (
             (first, features[:start], 1.0), (second, features[start:end], 1.0), (first, features[end:], 0.5), (second, features[end:], 0.5),

@@ -1,8 +1,8 @@
 """Stage 6: `ConceptStack` <-> one safetensors file beside the checkpoint.
 
 File: tensors "adapter.<layer>.A|B" (the current adapter), "pool.<concept id>.<layer>.A|B" (past ones), "fisher.<concept id>.<layer>.A|B" (what each
-concept found important), "word.<concept id>" (the vector, float32 (d,)); the header holds the rest as JSON and reads without loading a tensor. It is
-written to a temporary name, synced and renamed; the version before stays beside it as "<name>.previous"; one program writes at a time.
+concept found important), "word.<concept id>" (its vectors, float32 (k, d)); the header holds the rest as JSON and reads without loading a tensor. It
+is written to a temporary name, synced and renamed; the version before stays beside it as "<name>.previous"; one program writes at a time.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
 from filelock import FileLock, Timeout
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
@@ -158,7 +159,7 @@ def load_stack(path: Path, fingerprint: str) -> ConceptStack:
                 part, _, rest = key.partition(".")
                 tensor = file.get_tensor(key)
                 if part == "word":
-                    stack.words[rest] = tensor
+                    stack.words[rest] = torch.atleast_2d(tensor)  # in old stacks a word has one vector, (d,)
                 elif part == "adapter":
                     stack.adapter = {**(stack.adapter or {}), rest: tensor}
                 elif part == "before":

@@ -4,7 +4,8 @@
     drift = E_c || (delta - delta*) c ||^2 / E_c || W0 c ||^2  =  tr[ (delta - delta*) M (delta - delta*)^T ] / tr[ W0 M W0^T ],    M = E_c c c^T
 
 Words and templates of earlier concepts are stored, hence so is M: one (d, d) matrix stands for every prompt about them, and the drift is exact, not
-sampled. Penalising it holds earlier concepts (delta* = the adapter so far) and ordinary prompts, the empty one too (delta* = 0: the checkpoint).
+sampled. Penalising it holds earlier concepts (delta* = the adapter so far) and ordinary prompts, the empty one too (delta* = 0: the checkpoint); if
+wanted it keeps the look of the concept being learned off the padding of its own prompts, where it would mix with that of another.
 """
 
 from __future__ import annotations
@@ -123,6 +124,24 @@ class Retention:
 
     def __call__(self, factors: Mapping[str, Tensor]) -> Tensor:
         return self.weight * torch.stack([drift(factors, anchor, m, self.sizes) for m, anchor in self.memories]).sum()
+
+
+@dataclass(frozen=True)
+class Apart:
+    """The penalty that keeps two things in one picture apart: behind the end of the concept's own prompts the adapter does nothing.
+
+    Most of the attention goes to that padding. Its features are one mixture of all that a prompt names, alike everywhere in the picture, so a look
+    that is put there belongs to nothing in particular. They change with the word, hence those of each step's prompts are taken, without a gradient.
+    """
+
+    backbone: Backbone
+    weight: float
+    sizes: Mapping[str, Tensor]  # as in `Retention`
+
+    def __call__(self, factors: Mapping[str, Tensor], words: Mapping[str, Tensor], prompts: Sequence[str], features: Tensor) -> Tensor:
+        """`features` (n, 77, d) are the prompts' (n,)."""
+        rows = self.backbone.context(features).detach().float()[self.backbone.padding(prompts, words)]
+        return self.weight * drift(factors, None, rows.T @ rows / max(1, len(rows)), self.sizes)
 
 
 def retention(backbone: Backbone, stack: ConceptStack, noun: str, weight: float, ordinary: float = 1.0) -> Retention:

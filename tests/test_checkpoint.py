@@ -78,6 +78,16 @@ def test_a_word_vector_stands_where_its_token_stands(backbone: Backbone) -> None
     assert not torch.equal(backbone.encode_prompts(["a photo of a V12 mug"], {"V1": red}), plain)  # V12 is another word
 
 
+def test_a_word_of_several_vectors_takes_as_many_positions(backbone: Backbone) -> None:
+    blue, red, fish = (backbone.word_of_vocabulary(word) for word in ("blue", "red", "fish"))
+    assert blue is not None
+    assert red is not None
+    assert fish is not None
+    plain = backbone.encode_prompts(["a red fish and a blue red mug"])
+    words = {"V1": torch.cat([blue, red]), "V2": torch.cat([red, fish])}
+    assert torch.equal(backbone.encode_prompts(["a V2 and a V1 mug"], words), plain)
+
+
 def test_a_prompt_longer_than_77_tokens_is_cut_not_refused(backbone: Backbone) -> None:
     assert backbone.encode_prompts(["red mug " * 90]).shape == (1, 77, backbone.word_width)
 

@@ -21,7 +21,7 @@ def _stack(backbone: Backbone, kind: str) -> store.ConceptStack:
     generator = torch.Generator().manual_seed(3)
     adapter = {k: t + 0.05 * torch.randn(t.shape, generator=generator) for k, t in new_adapter(backbone, 4, generator, kind).items()}
     stack = store.ConceptStack("f", rank=4)
-    stack.add(_record(1), torch.randn(256, generator=generator), adapter)
+    stack.add(_record(1), torch.randn(3, 256, generator=generator), adapter)
     return stack
 
 
@@ -53,7 +53,7 @@ def test_words_card_and_metadata(backbone: Backbone, tmp_path: Path) -> None:
     assert [p.name for p in done.embeddings] == ["V1.safetensors"]
     word = load_file(done.embeddings[0])
     assert list(word) == ["emb_params"]
-    assert torch.allclose(word["emb_params"][0].float(), stack.tokens["V1"], atol=2e-3)
+    assert torch.allclose(word["emb_params"].float(), stack.tokens["V1"], atol=2e-3)
     assert done.lora
     with safe_open(done.lora, framework="pt") as file:
         metadata = file.metadata()

@@ -181,8 +181,8 @@ def test_a_word_stands_in_every_encoder_and_gets_their_gradients(loaded: dict[st
     features = backbone.encode_prompts(["a V1 mug"], {"V1": word})
     features.square().sum().backward()
     assert word.grad is not None
-    assert all(part.abs().sum() > 0 for part in word.grad.split(backbone.word_widths))
-    assert backbone.word_start("mug", torch.Generator().manual_seed(0)).shape == (backbone.word_width,)
+    assert all(part.abs().sum() > 0 for part in word.grad.split(backbone.word_widths, 1))
+    assert backbone.word_start("mug", torch.Generator().manual_seed(0)).shape == (1, backbone.word_width)
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -199,7 +199,7 @@ def test_an_empty_stack_takes_another_as_it_is(two: Path, tmp_path: Path) -> Non
 def test_importing_an_exported_lora_gives_it_back(
     checkpoint: Path, folders: dict[str, Path], tmp_path: Path, backbone: Backbone, layout: str
 ) -> None:
-    _learned(checkpoint, folders, "V1")
+    pipeline.learn_concept(_request(checkpoint, folders, "V1", replace(QUICKER, vectors=2)))
     mine, out, bare = _stack(checkpoint), tmp_path / "out", tmp_path / "bare.concepts.safetensors"
     done = pipeline.export(checkpoint, out)
     assert done.lora
@@ -207,6 +207,7 @@ def test_importing_an_exported_lora_gives_it_back(
     request = pipeline.ImportRequest(checkpoint, lora, "W1", "ball", embedding=done.embeddings[0], stack=bare, device="cpu")
     assert pipeline.import_concept(request).name == "W1 ball"
     found = store.open_stack(bare)
+    assert [len(word) for word in found.words.values()] == [2]
     own = _does(backbone, mine, mine.tokens, "a photo of a V1 ball")
     assert torch.allclose(_does(backbone, found, found.tokens, "a photo of a W1 ball"), own, atol=2e-3 * float(own.abs().max()))
     with pytest.raises(StackError, match="never calibrated"):
@@ -253,7 +254,7 @@ def test_what_can_not_be_imported_is_refused(checkpoint: Path, folders: dict[str
     for request, kind, message in (
         (replace(good, trigger=""), SettingError, "needs its word"),
         (replace(good, trigger="red ball"), StackError, "several tokens"),
-        (replace(good, trigger="", embedding=lora), StackError, "no embedding of one vector"),
+        (replace(good, trigger="", embedding=lora), StackError, "no embedding of 1 to 16 vectors"),
         (replace(good, token="V1"), Exception, "taken"),
     ):
         with pytest.raises(kind, match=message):

@@ -28,7 +28,9 @@ def _record(number: int) -> store.ConceptRecord:
 def make_stack(count: int, size: int = 4) -> store.ConceptStack:
     stack = store.ConceptStack(FINGERPRINT, rank=2)
     for n in range(1, count + 1):
-        stack.add(_record(n), torch.full((8,), float(n)), {"layer.to_k.A": torch.full((2, size), float(n)), "layer.to_k.B": torch.ones(size, 2) * n})
+        stack.add(
+            _record(n), torch.full((1, 8), float(n)), {"layer.to_k.A": torch.full((2, size), float(n)), "layer.to_k.B": torch.ones(size, 2) * n}
+        )
     return stack
 
 
@@ -55,12 +57,21 @@ def test_round_trip_and_undo(tmp_path: Path) -> None:
 
 def test_a_concept_without_adapter_can_lie_under_one_with(tmp_path: Path) -> None:
     stack = store.ConceptStack(FINGERPRINT)
-    stack.add(_record(1), torch.ones(8), None)
-    stack.add(_record(2), torch.ones(8), {"l.A": torch.ones(2, 2)})
+    stack.add(_record(1), torch.ones(1, 8), None)
+    stack.add(_record(2), torch.ones(1, 8), {"l.A": torch.ones(2, 2)})
     store.save_stack(stack, tmp_path / "s")
     loaded = store.load_stack(tmp_path / "s", FINGERPRINT)
     loaded.undo()
     assert loaded.adapter is None
+
+
+def test_words_of_old_stacks_have_one_vector(tmp_path: Path) -> None:
+    stack = make_stack(2)
+    words, stack.words = stack.words, {concept: word[0] for concept, word in stack.words.items()}
+    store.save_stack(stack, tmp_path / "s")
+    assert {concept: word.tolist() for concept, word in store.load_stack(tmp_path / "s", FINGERPRINT).words.items()} == {
+        concept: word.tolist() for concept, word in words.items()
+    }
 
 
 def test_the_header_reads_without_tensors(tmp_path: Path) -> None:

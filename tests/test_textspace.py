@@ -55,7 +55,7 @@ def test_ordinary_prompts_name_no_concept_and_concept_prompts_do(backbone: Backb
     assert not any("V1" in p or "V2" in p for p in ordinary)
     end = int(backbone.tokenizer.eos_token_id)  # pyright: ignore[reportArgumentType]
     for prompts in (named, ordinary):  # some as long as users write them, none longer than the encoder reads
-        lengths = [backbone.tokenize(prompt, ["V1", "V2"])[0].index(end) for prompt in prompts]
+        lengths = [backbone.tokenize(prompt, stack.tokens)[0].index(end) for prompt in prompts]
         assert sum(length > 25 for length in lengths) > len(prompts) / 20
         assert max(lengths) < backbone.tokenizer.model_max_length - 1
 
@@ -85,8 +85,37 @@ def test_ordinary_prompts_weigh_what_is_asked(backbone: Backbone) -> None:
     found, factors = [], _random(backbone, "lora", 4)
     for share in (1.0, 0.25):
         settings = replace(QUICK, method="retention", retention_ordinary=share)
-        penalty = pipeline._penalty(backbone, store.ConceptStack(backbone.fingerprint), settings, "ball")
+        penalty = pipeline._held(backbone, store.ConceptStack(backbone.fingerprint), settings, "ball")
         assert penalty
         found.append(float(penalty(factors)))
     assert found[1] == pytest.approx(found[0] / 4, rel=1e-5)
     assert found[0] > 0
+
+
+def test_behind_the_end_of_its_prompts_nothing_may_change(backbone: Backbone) -> None:
+    """Prompt by prompt and position by position, for a word of three vectors."""
+    words = {"V1": backbone.word_start("mug", torch.Generator().manual_seed(0), 3)}
+    held = textspace.retention(backbone, store.ConceptStack(backbone.fingerprint), "mug", 2.0)
+    prompts = {"a photo of a V1 mug": 1 + 4 + 3 + 1 + 1, "V1 mug on grass": 1 + 3 + 1 + 2 + 1, "red " * 90: 77}
+    features, own = backbone.encode_prompts(list(prompts), words), _random(backbone, "lora", 2)
+    padding = torch.cat([rows[end:] for rows, end in zip(features, prompts.values(), strict=True)])
+    drifts = [(padding @ change.T).square().sum(1).mean() / held.sizes[layer] for layer, change in delta_weights(backbone, own).items()]
+    apart = textspace.Apart(backbone, 0.5, held.sizes)
+    assert float(apart(own, words, list(prompts), features)) == pytest.approx(0.5 * float(torch.stack(drifts).mean()), rel=1e-3)
+    assert apart(own, words, ["red " * 90], features[2:]) == 0  # no padding
+
+
+def test_learning_leaves_the_padding_alone(backbone: Backbone, checkpoint: Path, folders: dict[str, Path]) -> None:
+    """With the penalty the adapter does less to the padding of a prompt about two, beside what it does to the word."""
+    shares = []
+    for weight in (0.0, 30.0):
+        stack_file = checkpoint.with_name(f"apart{weight}.concepts.safetensors")
+        chosen = replace(QUICK, method="retention", retention_apart=weight, steps=12, rate=0.01)
+        pipeline.learn_concept(replace(_request(checkpoint, folders, "V1", chosen), stack=stack_file))
+        stack = store.open_stack(stack_file)
+        assert stack.adapter
+        features = backbone.encode_prompts(["a photo of a V1 ball and a red mug on grass"], stack.tokens)[0]
+        word, padding = features[5 : 5 + len(stack.tokens["V1"])], features[-30:]
+        changes = delta_weights(backbone, stack.adapter).values()
+        shares.append(sum((padding @ c.T).square().mean() for c in changes) / sum((word @ c.T).square().mean() for c in changes))
+    assert shares[1] < 0.7 * shares[0]

@@ -1,8 +1,8 @@
 """What every stage sees of a checkpoint: encode pictures, encode prompts, predict what was asked. Never a model family.
 
-Shapes: n pictures, latents (n, 4, h/8, w/8), text features (n, 77, d); pictures are float32 in -1..1. Word vectors are (d,) float32: with two text
-encoders a word's vector is both encoders' vectors end to end, as their features are. Where the net also wants the pooled text (SDXL), it travels as a
-78th row of the features, padded with zeros; `Backbone.context` are the rows that cross-attention sees.
+Shapes: n pictures, latents (n, 4, h/8, w/8), text features (n, 77, d); pictures are float32 in -1..1. A word is k vectors in a row, (k, d)
+float32: with two text encoders a vector is both encoders' vectors end to end, as their features are. Where the net also wants the pooled text (SDXL),
+it travels as a 78th row of the features, padded with zeros; `Backbone.context` are the rows that cross-attention sees.
 """
 
 from __future__ import annotations
@@ -99,29 +99,38 @@ class Backbone:
     def encode_prompts(self, prompts: Sequence[str], words: Mapping[str, Tensor] | None = None) -> Tensor:
         """Text features (n, 77, d), or (n, 78, d) with pooled text.
 
-        Each token of `words` found in a prompt (whole word, any case) stands for its vector; gradients flow into it.
+        Each token of `words` found in a prompt (whole word, any case) stands for its vectors (k, d); gradients flow into them.
         """
         words = words or {}
-        ids, slot = torch.tensor([self.tokenize(prompt, list(words)) for prompt in prompts], device=self.device).unbind(1)
-        behind = ids.eq(int(self.tokenizer.eos_token_id)).cumsum(1) > 1  # type: ignore[arg-type]
-        vectors = torch.stack([vector.to(self.device) for vector in words.values()] or [torch.zeros(self.word_width, device=self.device)])
+        ids, slot = torch.tensor([self.tokenize(prompt, words) for prompt in prompts], device=self.device).unbind(1)
+        behind = self._behind(ids)
+        vectors = torch.cat([word.to(self.device) for word in words.values()] or [torch.zeros(1, self.word_width, device=self.device)])
         encoders = zip(self.text_encoders, vectors.split(self.word_widths, 1), strict=True)
         features, pooled = zip(*(encoder.encode(ids.masked_fill(behind, encoder.pad), slot, part) for encoder, part in encoders), strict=True)
         rows = [F.pad(row, (0, self.word_width - row.shape[1]))[:, None] for row in pooled if row is not None]
         return torch.cat([torch.cat(features, 2), *rows], 1)
 
+    def padding(self, prompts: Sequence[str], words: Mapping[str, Tensor]) -> Tensor:
+        """Which positions lie behind the end of each prompt, (n, 77) bool."""
+        return self._behind(torch.tensor([self.tokenize(prompt, words)[0] for prompt in prompts], device=self.device))
+
+    def _behind(self, ids: Tensor) -> Tensor:
+        return ids.eq(int(self.tokenizer.eos_token_id)).cumsum(1) > 1  # type: ignore[arg-type]
+
     def context(self, features: Tensor) -> Tensor:
         """The rows of text features that cross-attention sees, (n, 77, d)."""
         return features[:, : self.tokenizer.model_max_length]
 
-    def tokenize(self, prompt: str, tokens: list[str]) -> tuple[list[int], list[int]]:
-        """77 token numbers, padded with the end's, and for each position which word's vector replaces it (-1: none)."""
+    def tokenize(self, prompt: str, words: Mapping[str, Tensor]) -> tuple[list[int], list[int]]:
+        """77 token numbers, padded with the end's, and for each position which of all the words' vectors replaces it (-1: none)."""
+        slots, count = {}, 0
+        for token, word in words.items():
+            slots[token.lower()] = range(count, count := count + len(word))
         longest, end = self.tokenizer.model_max_length, int(self.tokenizer.eos_token_id)  # type: ignore[arg-type]
         ids, slot = [int(self.tokenizer.bos_token_id)], [-1]  # type: ignore[arg-type]
-        for piece in re.split(rf"(?<!\w)({'|'.join(map(re.escape, tokens))})(?!\w)", prompt, flags=re.IGNORECASE) if tokens else [prompt]:
-            found = next((i for i, token in enumerate(tokens) if token.lower() == piece.lower()), None)
-            if found is not None:
-                ids, slot = [*ids, 0], [*slot, found]  # any number but the end's, where the pooled text is taken
+        for piece in re.split(rf"(?<!\w)({'|'.join(map(re.escape, words))})(?!\w)", prompt, flags=re.IGNORECASE) if words else [prompt]:
+            if found := slots.get(piece.lower()):
+                ids, slot = [*ids, *[0] * len(found)], [*slot, *found]  # any number but the end's, where the pooled text is taken
             elif piece.strip():
                 new = self._ids(piece)
                 ids, slot = [*ids, *new], [*slot, *[-1] * len(new)]
@@ -129,14 +138,14 @@ class Backbone:
         rest = longest - len(ids)
         return [*ids, *[end] * rest], [*slot, *[-1] * rest]
 
-    def word_start(self, noun: str, generator: torch.Generator) -> Tensor:
-        """Where a new word begins: the mean vector of the class noun's tokens plus a little noise, (d,) float32; without a noun a random vector."""
+    def word_start(self, noun: str, generator: torch.Generator, count: int = 1) -> Tensor:
+        """Where a new word begins, (count, d) float32: the mean vector of the class noun's tokens plus a little noise; without a noun random."""
         ids = self._ids(noun) if noun else []
-        return torch.cat([encoder.word_start(ids, generator) for encoder in self.text_encoders])
+        return torch.cat([encoder.word_start(ids, generator, count) for encoder in self.text_encoders], 1)
 
     def word_of_vocabulary(self, word: str) -> Tensor | None:
-        """The vector of a word that is one token, (d,) float32; None for another."""
-        return torch.cat([encoder.vectors(self._ids(word))[0] for encoder in self.text_encoders]) if self.is_known_word(word) else None
+        """The vector of a word that is one token, (1, d) float32; None for another."""
+        return torch.cat([encoder.vectors(self._ids(word)) for encoder in self.text_encoders], 1) if self.is_known_word(word) else None
 
     def is_known_word(self, token: str) -> bool:
         """Whether the tokenizer has this word as one token of its own, so that ordinary prompts may use it."""

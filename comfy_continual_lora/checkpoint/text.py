@@ -49,10 +49,10 @@ class TextEncoder:
         """The table's vectors of these tokens, (k, d) float32 on the CPU."""
         return self.table.weight[ids].detach().float().cpu()
 
-    def word_start(self, ids: list[int], generator: torch.Generator) -> Tensor:
-        """The mean vector of these tokens plus a little noise, (d,); without tokens a random vector."""
+    def word_start(self, ids: list[int], generator: torch.Generator, count: int) -> Tensor:
+        """The mean vector of these tokens plus a little noise, (count, d); without tokens random vectors."""
         rows = self.vectors(ids) if ids else self.table.weight.detach().float().cpu()
-        noise = torch.randn(rows.shape[1], generator=generator)
+        noise = torch.randn(count, rows.shape[1], generator=generator)
         return rows.mean(0) + (noise * rows.std() * 0.1 if ids else rows.std(0) * noise)
 
 

@@ -187,19 +187,21 @@ def with_words(clip: Any, words: Mapping[str, Tensor]) -> Any:
     if not inner:
         raise StackError("This CLIP has no CLIP text encoder, so it can't take the stack's words. Use the CLIP of the stack's own checkpoint.")
     widths = [tokenizer.embedding_size for tokenizer in inner.values()]
-    if (long := next(iter(words.values())).numel()) != sum(widths):
-        raise StackError(f"The stack's words have {long} numbers, this CLIP's {sum(widths)}: they belong to another kind of checkpoint.")
+    if (long := next(iter(words.values())).shape[1]) != sum(widths):
+        raise StackError(
+            f"The vectors of the stack's words have {long} numbers, this CLIP's {sum(widths)}: they belong to another kind of checkpoint."
+        )
     pattern = re.compile(rf"(?<!\w)(?<!embedding:)({'|'.join(map(re.escape, words))})(?!\w)", re.IGNORECASE)
-    parts = {token.lower(): vector.split(widths) for token, vector in words.items()}
+    parts = {token.lower(): word.split(widths, 1) for token, word in words.items()}
     done = clip.clone()
     done.tokenizer = copy.copy(clip.tokenizer)
     for number, (name, tokenizer) in enumerate(inner.items()):
-        setattr(done.tokenizer, name, _knowing(tokenizer, pattern, {token: part[number][None] for token, part in parts.items()}))
+        setattr(done.tokenizer, name, _knowing(tokenizer, pattern, {token: part[number] for token, part in parts.items()}))
     return done
 
 
 def _knowing(tokenizer: Any, pattern: re.Pattern[str], known: Mapping[str, Tensor]) -> Any:
-    """A copy of one text encoder's tokenizer for which the words found by `pattern` stand for vectors (1, d)."""
+    """A copy of one text encoder's tokenizer for which the words found by `pattern` stand for vectors (k, d)."""
 
     class Words(type(tokenizer)):
         def tokenize_with_weights(self, text: str, *args: Any, **kwargs: Any) -> Any:

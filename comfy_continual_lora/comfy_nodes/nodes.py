@@ -157,6 +157,7 @@ class LearnConcept(io.ComfyNode):
                     tooltip="What to do when the word is on the stack already, learned from other pictures or with other settings: refuse, or undo "
                     "it (if it is the newest) and learn it again.",
                 ),
+                *_widgets(LearnSettings, (), ("vectors",)),  # last: saved workflows know widgets by their place
             ],
             outputs=[
                 Stack.Output(display_name="stack"), io.LoraModel.Output(display_name="lora"), io.Image.Output(display_name="loss curve"),

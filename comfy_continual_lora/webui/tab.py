@@ -36,8 +36,8 @@ PLANS = {
     "The paper's: EWC, DC scores, consolidation": "lora_dsc_ewc_dc",
     "No protection (forgets; for comparison)": "lora",
 }
-ADVANCED = ("method", "steps", "rank", "rate", "token_rate", "batch", "size", "fit", "flip", "seed", "adapter", "ewc_strength", "retention_weight",
-            "dsc_steps", "fisher_samples", "precision", "checkpointing", "preview_every")  # fmt: skip
+ADVANCED = ("method", "steps", "rank", "rate", "vectors", "token_rate", "batch", "size", "fit", "flip", "seed", "adapter", "ewc_strength",
+            "retention_weight", "dsc_steps", "fisher_samples", "precision", "checkpointing", "preview_every")  # fmt: skip
 SHOWN: dict[str, Any] = {"preview_every": 50}  # here pictures while learning are worth their time
 
 
