@@ -456,7 +456,7 @@ def draw(out: Path, rows: Sequence[dict[str, Any]], jobs: Sequence[Job]) -> None
         axis.xaxis.get_major_locator().set_params(integer=True)
     axes[1].legend(fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5))
     figure.tight_layout()
-    figure.savefig(out / "over-concepts.png", dpi=90)
+    figure.savefig(out / "over-concepts.png", dpi=90, bbox_inches="tight")  # long names and all
     strips = [Image.open(next(j for j in jobs if j.row == method).folder / "first-concept.png") for method in methods]
     shown = jobs[0].looked_at
     figure, axes = pyplot.subplots(len(methods), 1, figsize=(1.3 * len(shown) + 1.3, 1.45 * len(methods) + 0.4), squeeze=False)
