@@ -495,7 +495,9 @@ def _held(backbone: Backbone, stack: store.ConceptStack, settings: LearnSettings
     """What is held in text space."""
     method = METHODS[settings.method]
     weight = settings.retention_weight or method.retention_weight if method.adapter else 0.0
-    return textspace.retention(backbone, stack, noun, weight, settings.retention_ordinary) if weight else None
+    if not weight:
+        return None
+    return textspace.retention(backbone, stack, noun, weight, settings.retention_ordinary, settings.retention_words)
 
 
 def _penalty(backbone: Backbone, stack: store.ConceptStack, settings: LearnSettings, held: textspace.Retention | None) -> Penalty | None:

@@ -177,6 +177,10 @@ class ConsolidateSettings(Settings):
     retention_ordinary: float = setting(
         1.0, "weight of ordinary prompts in that, as a share of one earlier concept's; less learns more and leaks more", low=0, group="retention"
     )
+    retention_words: float | None = setting(
+        None, "share of the hold that is on what prompts say, beside the padding behind them; not said: every position counts alike", low=0, high=1,
+        group="retention",
+    )  # fmt: skip
     retention_apart: float = setting(
         0.0, "weight of doing nothing behind the end of the concept's own prompts, as a share of that; less bleeds more in pictures of two",
         low=0, group="retention",

@@ -82,15 +82,22 @@ def concept_prompts(stack: ConceptStack) -> list[str]:
 
 
 @torch.no_grad()
-def moment(backbone: Backbone, words: Mapping[str, Tensor], prompts: Sequence[str]) -> Tensor:
-    """M, the mean of c c^T over prompts and positions, (d, d) float32."""
-    total, count = None, 0
+def moment(backbone: Backbone, words: Mapping[str, Tensor], prompts: Sequence[str], share: float | None = None) -> Tensor:
+    """M, the mean of c c^T over prompts and positions, (d, d) float32.
+
+    `share`: what the positions up to a prompt's end count together; the padding behind it is the rest. None: every position counts alike, which
+    leaves a prompt's words a seventh or less.
+    """
+    sums, counts = torch.zeros(2, backbone.word_width, backbone.word_width, device=backbone.device), [0, 0]
     for start in range(0, len(prompts), 16):
-        features = backbone.context(backbone.encode_prompts(prompts[start : start + 16], words)).float().flatten(0, 1)
-        total = features.T @ features if total is None else total + features.T @ features
-        count += len(features)
-    assert total is not None, "no prompts"
-    return total / count
+        chosen = prompts[start : start + 16]
+        features, behind = backbone.context(backbone.encode_prompts(chosen, words)).float(), backbone.padding(chosen, words)
+        for kind, rows in enumerate((features[~behind], features[behind])):
+            sums[kind] += rows.T @ rows
+            counts[kind] += len(rows)
+    if share is None:
+        return sums.sum(0) / sum(counts)
+    return share * sums[0] / counts[0] + (1 - share) * sums[1] / max(1, counts[1])
 
 
 def sizes(backbone: Backbone, moment: Tensor) -> dict[str, Tensor]:
@@ -144,15 +151,17 @@ class Apart:
         return self.weight * drift(factors, None, rows.T @ rows / max(1, len(rows)), self.sizes)
 
 
-def retention(backbone: Backbone, stack: ConceptStack, noun: str, weight: float, ordinary: float = 1.0) -> Retention:
+def retention(
+    backbone: Backbone, stack: ConceptStack, noun: str, weight: float, ordinary: float = 1.0, share: float | None = None
+) -> Retention:  # fmt: skip
     """What the prompts of the stack's concepts, and ordinary ones (about `noun`, the newest concept's, above all), ask for.
 
-    All ordinary prompts together weigh `ordinary` times what each concept does.
+    All ordinary prompts together weigh `ordinary` times what each concept does; `share` as in `moment`.
     """
     words = stack.tokens
-    plain = moment(backbone, words, ordinary_prompts(list(dict.fromkeys([noun, *(record.noun for record in stack.records)]))))
+    plain = moment(backbone, words, ordinary_prompts(list(dict.fromkeys([noun, *(record.noun for record in stack.records)]))), share)
     memories: list[tuple[Tensor, Adapter | None]] = [(ordinary * plain, None)]
     if stack.records and stack.adapter:
         anchor = {name: tensor.to(backbone.device, torch.float32) for name, tensor in stack.adapter.items()}
-        memories.append((len(stack.records) * moment(backbone, words, concept_prompts(stack)), anchor))
+        memories.append((len(stack.records) * moment(backbone, words, concept_prompts(stack), share), anchor))
     return Retention(weight, memories, sizes(backbone, plain))

@@ -257,9 +257,9 @@ def test_diffusers_loads_the_exported_lora_and_words(taught: Path, tmp_path: Pat
     save_file({name: tensor.float() for name, tensor in load_file(done.lora).items()}, tmp_path / "lora.safetensors")
     words = {token: _rounded(load_file(tmp_path / f"{token}.safetensors")) for token in stack.tokens}
     for token, word in words.items():
-        parts = word.split(backbone.word_widths)
+        parts = word.split(backbone.word_widths, 1)
         for encoder, tokenizer, part in zip(("text_encoder", "text_encoder_2"), ("tokenizer", "tokenizer_2"), parts, strict=False):
-            pipe.load_textual_inversion(part[None], token, text_encoder=getattr(pipe, encoder), tokenizer=getattr(pipe, tokenizer))
+            pipe.load_textual_inversion(part, token, text_encoder=getattr(pipe, encoder), tokenizer=getattr(pipe, tokenizer))
     pipe.load_lora_weights(tmp_path, weight_name="lora.safetensors")
     noisy, timestep = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(0)), torch.tensor([500])
     with torch.no_grad():
@@ -296,7 +296,7 @@ def test_diffusers_and_peft_load_what_is_written_for_them(taught: Path, tmp_path
 
 
 def _rounded(embedding: dict[str, torch.Tensor]) -> torch.Tensor:
-    return torch.cat([embedding[name][0].float() for name in (("clip_l", "clip_g") if "clip_l" in embedding else ("emb_params",))])
+    return torch.cat([embedding[name].float() for name in (("clip_l", "clip_g") if "clip_l" in embedding else ("emb_params",))], 1)
 
 
 def test_the_exported_files_say_what_they_are_for(taught: Path, tmp_path: Path) -> None:

@@ -36,6 +36,15 @@ def test_drift_is_the_mean_over_all_features(backbone: Backbone, kind: str) -> N
     assert float(textspace.drift(anchor, anchor, textspace.moment(backbone, {}, prompts), sizes)) == pytest.approx(0, abs=1e-5)
 
 
+def test_words_and_padding_count_as_asked(backbone: Backbone) -> None:
+    prompts = ["", "a red ball on grass", "a photo of a fish"]
+    behind, features = backbone.padding(prompts, {}).flatten(), backbone.encode_prompts(prompts).flatten(0, 1)
+    assert behind.sum() == 3 * 77 - (2 + 7 + 7)
+    for share in (0.25, 1.0):
+        weight = torch.where(behind, (1 - share) / behind.sum(), share / (~behind).sum())
+        assert torch.allclose(textspace.moment(backbone, {}, prompts, share), (features * weight[:, None]).T @ features, atol=1e-4)
+
+
 @pytest.mark.parametrize("kind", ["lora", "vera", "full"])
 def test_factors_multiply_to_the_change(backbone: Backbone, kind: str) -> None:
     adapter = _random(backbone, kind, 3)
@@ -110,7 +119,7 @@ def test_learning_leaves_the_padding_alone(backbone: Backbone, checkpoint: Path,
     shares = []
     for weight in (0.0, 30.0):
         stack_file = checkpoint.with_name(f"apart{weight}.concepts.safetensors")
-        chosen = replace(QUICK, method="retention", retention_apart=weight, steps=12, rate=0.01)
+        chosen = replace(QUICK, method="retention", vectors=4, retention_apart=weight, steps=12, rate=0.01)
         pipeline.learn_concept(replace(_request(checkpoint, folders, "V1", chosen), stack=stack_file))
         stack = store.open_stack(stack_file)
         assert stack.adapter
