@@ -241,7 +241,7 @@ def test_textual_inversion_learns_only_the_word(checkpoint: Path, pictures: Path
     path = pipeline.learn_concept(request).stack_file
     stack = store.load_stack(path, store.read_header(path)["fingerprint"])
     assert stack.adapter is None
-    assert stack.tokens["V1"].shape == (256,)
+    assert stack.tokens["V1"].shape == (1, 256)
 
 
 def test_mistakes_leave_the_stack_as_it_was(checkpoint: Path, pictures: Path, tmp_path: Path) -> None:
