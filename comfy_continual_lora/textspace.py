@@ -91,13 +91,13 @@ def moment(backbone: Backbone, words: Mapping[str, Tensor], prompts: Sequence[st
     sums, counts = torch.zeros(2, backbone.word_width, backbone.word_width, device=backbone.device), [0, 0]
     for start in range(0, len(prompts), 16):
         chosen = prompts[start : start + 16]
-        features, behind = backbone.context(backbone.encode_prompts(chosen, words)).float(), backbone.padding(chosen, words)
+        features = backbone.context(backbone.encode_prompts(chosen, words)).float()
+        behind = backbone.padding(chosen, words) if share is not None else torch.zeros(features.shape[:2], dtype=torch.bool, device=features.device)
         for kind, rows in enumerate((features[~behind], features[behind])):
             sums[kind] += rows.T @ rows
             counts[kind] += len(rows)
-    if share is None:
-        return sums.sum(0) / sum(counts)
-    return share * sums[0] / counts[0] + (1 - share) * sums[1] / max(1, counts[1])
+    said, padding = (total / max(1, count) for total, count in zip(sums, counts, strict=True))
+    return said if share is None else share * said + (1 - share) * padding
 
 
 def sizes(backbone: Backbone, moment: Tensor) -> dict[str, Tensor]:
