@@ -442,7 +442,7 @@ def draw(out: Path, rows: Sequence[dict[str, Any]], jobs: Sequence[Job]) -> None
     for axis, method in zip(axes.flat, methods, strict=False):
         axis.set_visible(True)
         axis.imshow(matrices[method], vmin=0, vmax=top, cmap="viridis_r")
-        axis.set(title=method, xlabel="concept", ylabel="after concept", xticks=[], yticks=[])
+        axis.set(title=method.replace(" ", "\n", 1), xlabel="concept", ylabel="after concept", xticks=[], yticks=[])
     figure.suptitle("R[i, j]: distance of the drawn pictures from the real ones (MMD², dark is far)")
     figure.tight_layout()
     figure.savefig(out / "heat-maps.png", dpi=90)
