@@ -229,7 +229,8 @@ def consolidate(request: ConsolidateRequest, on_progress: OnProgress = ignore) -
         record, adapter, text = stack.records[-1], stack.adapter, FrozenText(backbone, stack.tokens)
         word, had_fisher = stack.words[record.id], record.id in stack.fishers
         stack.undo()  # what follows is about the stack as it was before the newest concept
-        settings = LearnSettings(**{**asdict(request.settings), "method": record.method, "rank": stack.rank}).resolved(backbone.preset)
+        same = {"method": record.method, "adapter": record.settings.get("adapter", "lora"), "rank": stack.rank}
+        settings = LearnSettings(**{**asdict(request.settings), **same}).resolved(backbone.preset)
         pictures = concepts.load_images(request.images, settings.size or backbone.size, fit=settings.fit)
         penalty = _penalty(backbone, stack, settings, _held(backbone, stack, settings, record.noun))
         newest = _Newest(backbone, stack, record, _latents(backbone, pictures, settings), text, penalty, settings, on_progress)

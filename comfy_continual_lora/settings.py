@@ -51,6 +51,8 @@ METHOD_PRESETS: dict[tuple[str, str], dict[str, Any]] = {
     ("mini", "lora_dsc_ewc_dc"): {"ewc_strength": 3e-3},
     ("mini", "retention"): {"rate": 1e-3},
 }
+VERA_SPEED = 100  # its few numbers scale fixed random matrices: at the rate of LoRA's they stay about where they are (measured on the mini-SD)
+WITH_VERA = ("lora", "lora_ewc", "lora_ewc_dc", "lora_dsc", "lora_dsc_ewc", "lora_dsc_ewc_dc", "retention")
 
 
 def setting(
@@ -82,6 +84,7 @@ def suiting(f: dataclasses.Field) -> str:
     values = {preset: chosen[f.name] for preset, chosen in PRESETS.items() if f.name in chosen}
     others = [f"{preset} {said(value)}" for preset, value in values.items() if value != values["sd1"]]
     others += [f"{method} on {preset} {said(chosen[f.name])}" for (preset, method), chosen in METHOD_PRESETS.items() if f.name in chosen]
+    others += [f"VeRA {VERA_SPEED} times as much"] if f.name == "rate" else []
     return ", ".join([said(values["sd1"]), *others]) if values else ""
 
 
@@ -120,6 +123,8 @@ class Settings:
     def resolved(self, preset: str) -> Any:
         """A copy in which every None is what suits the checkpoint; checked."""
         suits = PRESETS[preset] | METHOD_PRESETS.get((preset, getattr(self, "method", "")), {})
+        if getattr(self, "adapter", "") == "vera":
+            suits["rate"] = VERA_SPEED * PRESETS[preset]["rate"]
         fill = {k: v for k, v in suits.items() if getattr(self, k, 0) is None}
         done = dataclasses.replace(self, **fill)  # type: ignore[type-var]
         done.check()
@@ -214,8 +219,8 @@ class LearnSettings(ConsolidateSettings):
 
     def check(self) -> None:
         super().check()
-        if self.method == "c_lora" and self.adapter == "vera":
-            raise SettingError("c_lora works on LoRA factors, so adapter can't be vera. Leave adapter out, or take another method.")
+        if self.adapter == "vera" and self.method not in WITH_VERA:
+            raise SettingError(f"{self.method} can't learn with VeRA. Leave adapter out, or take one of {', '.join(WITH_VERA)}.")
 
 
 @dataclass(frozen=True)

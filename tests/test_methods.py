@@ -59,6 +59,9 @@ def test_a_method_may_have_a_choice_of_its_own_on_a_checkpoint() -> None:
             assert getattr(LearnSettings(method=method).resolved(preset), name) == value != settings.PRESETS[preset][name]
             assert getattr(LearnSettings(method="lora").resolved(preset), name) == settings.PRESETS[preset][name]
             assert getattr(LearnSettings(**{"method": method, name: 0.5}).resolved(preset), name) == 0.5
+    for preset, chosen in settings.PRESETS.items():
+        assert LearnSettings(adapter="vera").resolved(preset).rate == 100 * chosen["rate"]
+        assert LearnSettings(adapter="vera", rate=0.5).resolved(preset).rate == 0.5
 
 
 @pytest.mark.parametrize("name", METHODS)
@@ -200,7 +203,7 @@ def test_kinds_of_adapters_do_not_mix(checkpoint: Path, folders: dict[str, Path]
     with pytest.raises(SettingError, match="trains an adapter of the kind lora, but this stack's is full"):
         pipeline.learn_concept(_request(checkpoint, folders, "V2", VARIANTS["lora"]))
     pipeline.learn_concept(_request(checkpoint, folders, "V2", VARIANTS["textual_inversion"]))  # changes no adapter
-    with pytest.raises(SettingError, match="adapter can't be vera"):
+    with pytest.raises(SettingError, match="c_lora can't learn with VeRA"):
         pipeline.learn_concept(_request(checkpoint, folders, "V3", replace(QUICK, method="c_lora", adapter="vera")))
 
 

@@ -48,7 +48,7 @@ def learned(concept: world.Concept, settings: LearnSettings, folder: Path) -> tu
     own, bare = text([f"a photo of a V1 {concept.noun}"])[0], text([f"a photo of a {concept.noun}"])[0]
     with attached(backbone, stack.adapter):
         prompts = [f"a photo of a V1 {concept.noun} {place}" for place in world.BACKGROUNDS.values()]
-        drawn = sample.draw(backbone, stack.tokens, prompts, range(50, 50 + len(prompts)), DrawSettings())
+        drawn = sample.draw(backbone, stack.tokens, prompts, range(50, 50 + len(prompts)), DrawSettings().resolved("mini"))
     row = {
         "gain": held_out_error(backbone, None, latents, bare) - held_out_error(backbone, stack.adapter, latents, own),
         "prior": prior_error(backbone, stack.adapter) - prior_error(backbone, None),
