@@ -54,13 +54,15 @@ def test_a_table_of_what_is_done_runs_nothing(alone: Path, tmp_path: Path) -> No
 
 
 def test_methods_are_compared_at_the_seeds_that_both_have() -> None:
-    ends = {("lora", 0): [5.0, 7.0], ("lora", 1): [2.0, 2.0], ("c_lora", 0): [4.0, 4.0], ("c_lora", 2): [90.0, 90.0], ("joint", 0): [1.0, 5.0]}
+    ends = {("lora", 0): [5.0, 7.0], ("lora", 1): [2.0, 2.0], ("c_lora", 0): [4.0, 4.0], ("c_lora", 2): [90.0, 90.0]}
+    ends |= {("retention", 0): [4.0, 4.0], ("retention", 2): [90.0, 80.0], ("joint", 0): [1.0, 5.0], ("joint", 1): [0.0, 0.0]}
     rows = [{"method": m, "seed": seed, "matrix": [[0.0, None], end], **dict.fromkeys(run.PAPER["lora"], end[0])} for (m, seed), end in ends.items()]
     against, _, *pairs = run._paired(rows)
-    assert "against `c_lora`" in against  # at seed 0, the only one that both of the paper's methods have
+    assert "by `retention`" in against
     told, values = zip(*(line.split(", p = ") for line in pairs), strict=True)
-    assert told == ("* `lora`: +2.0000, nearer in 0 of 2", "* `joint`: -1.0000, nearer in 1 of 2")
-    assert [float(p) for p in values] == pytest.approx([0.5, 1], abs=0.02)  # of the four ways to flip the signs, by drawing some
+    assert told == ("* `lora`: +2.0000, nearer in 0 of 2", "* `c_lora`: +2.5000, nearer in 0 of 4", "* `joint`: -1.0000, nearer in 1 of 2")
+    assert [float(p) for p in values] == pytest.approx([0.5, 1, 1], abs=0.02)  # of all ways to flip the signs, by drawing some
+    assert run._paired(rows[:4]) == []
     assert run._beside_paper(rows)[2] == "* a_mmd (1): here c_lora, lora; in the paper c_lora, lora"
 
 

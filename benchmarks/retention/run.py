@@ -7,7 +7,7 @@
     python benchmarks/retention/run.py OUT --split development --methods "lora,lora rank=4 rate=1e-3"         settings beside each other
 
 in: nothing (concepts of the reporting split, in an order drawn from the seed) - out: OUT/table.json (a row for each method and seed), table.csv,
-table.md (and a paired test of each method against the best of the paper's ten), matrices.json (R[i, j]), heat maps, A_MMD and F_MMD over the number
+table.md (and a paired test of each method against `retention`), matrices.json (R[i, j]), heat maps, A_MMD and F_MMD over the number
 of concepts, and a strip of pictures for each method. A job that is done is not done again, and one that was stopped goes on: the stack on disk knows
 what it has learned. Prompts, seeds, solver and guidance are the same for all methods.
 
@@ -373,26 +373,21 @@ def write(out: Path, rows: Sequence[dict[str, Any]]) -> None:
 
 
 def _paired(rows: Sequence[dict[str, Any]]) -> list[str]:
-    """How each method's distances at the end, R[N, j], differ from the strongest of the paper's ten at the same seeds and concepts.
+    """How each method's distances at the end, R[N, j], differ from those of the default method, at the same seeds and concepts.
 
-    The strongest at the seeds that all of the ten here have. p: of all ways to flip the signs of the differences, how many have so large a mean
-    (two-sided; 20,000 ways drawn).
+    p: of all ways to flip the signs of the differences, how many have so large a mean (two-sided; 20,000 ways drawn).
     """
     ends, seeds = {(row["method"], row["seed"]): np.array(row["matrix"][-1], float) for row in rows}, _seeds(rows)
-    ten = [m for m in METHODS[: METHODS.index("retention")] if m in seeds]
-    shared = set.intersection(*(seeds[m] for m in ten)) if ten else set()
-    if not shared:
-        return []
-    best = min(ten, key=lambda m: _mean(ends[m, seed].mean() for seed in shared))
-    lines = [f"Distance of each concept at the end, against `{best}`, at the seeds that both have:", ""]
+    default = LearnSettings().method
+    lines = [f"Distance of each concept at the end, minus the distance by `{default}`, at the seeds that both have:", ""]
     for method in seeds:
-        both = sorted(seeds[method] & seeds[best])
-        if method != best and both:
-            apart = np.concatenate([ends[method, seed] - ends[best, seed] for seed in both])
+        both = sorted(seeds[method] & seeds.get(default, set()))
+        if method != default and both:
+            apart = np.concatenate([ends[method, seed] - ends[default, seed] for seed in both])
             signs = np.random.default_rng(0).choice([-1, 1], (20_000, len(apart)))
             p = float((np.abs(signs @ apart) >= abs(apart.sum()) * (1 - 1e-9)).mean())
             lines.append(f"* `{method}`: {apart.mean():+.4f}, nearer in {int((apart < 0).sum())} of {len(apart)}, p = {p:.2g}")
-    return lines
+    return lines if len(lines) > 2 else []
 
 
 def _seeds(rows: Sequence[dict[str, Any]]) -> dict[str, set[int]]:
