@@ -60,7 +60,7 @@ def test_a_method_may_have_a_choice_of_its_own_on_a_checkpoint() -> None:
             assert getattr(LearnSettings(method="lora").resolved(preset), name) == settings.PRESETS[preset][name]
             assert getattr(LearnSettings(**{"method": method, name: 0.5}).resolved(preset), name) == 0.5
     for preset, chosen in settings.PRESETS.items():
-        assert LearnSettings(adapter="vera").resolved(preset).rate == 100 * chosen["rate"]
+        assert LearnSettings(adapter="vera").resolved(preset).rate == 30 * chosen["rate"]
         assert LearnSettings(adapter="vera", rate=0.5).resolved(preset).rate == 0.5
 
 
