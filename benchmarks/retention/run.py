@@ -378,8 +378,7 @@ def _paired(rows: Sequence[dict[str, Any]]) -> list[str]:
     p: of all ways to flip the signs of the differences, how many have so large a mean (two-sided; 20,000 ways drawn).
     """
     ends, seeds = {(row["method"], row["seed"]): np.array(row["matrix"][-1], float) for row in rows}, _seeds(rows)
-    default = LearnSettings().method
-    lines = [f"Distance of each concept at the end, minus the distance by `{default}`, at the seeds that both have:", ""]
+    default, lines = LearnSettings().method, []
     for method in seeds:
         both = sorted(seeds[method] & seeds.get(default, set()))
         if method != default and both:
@@ -387,7 +386,7 @@ def _paired(rows: Sequence[dict[str, Any]]) -> list[str]:
             signs = np.random.default_rng(0).choice([-1, 1], (20_000, len(apart)))
             p = float((np.abs(signs @ apart) >= abs(apart.sum()) * (1 - 1e-9)).mean())
             lines.append(f"* `{method}`: {apart.mean():+.4f}, nearer in {int((apart < 0).sum())} of {len(apart)}, p = {p:.2g}")
-    return lines if len(lines) > 2 else []
+    return [f"Distance of each concept at the end, minus the distance by `{default}`, at the seeds that both have:", "", *lines] if lines else []
 
 
 def _seeds(rows: Sequence[dict[str, Any]]) -> dict[str, set[int]]:
@@ -431,15 +430,15 @@ def draw(out: Path, rows: Sequence[dict[str, Any]], jobs: Sequence[Job]) -> None
     matrices = {m: np.mean([np.array(row["matrix"], float) for row in rows if row["method"] == m], axis=0) for m in methods}
     top = max(float(np.nanmax(m)) for m in matrices.values())
     columns = min(4, len(methods))
-    figure, axes = pyplot.subplots(-(-len(methods) // columns), columns, figsize=(3.2 * columns, 3.2 * -(-len(methods) // columns)), squeeze=False)
+    lines = -(-len(methods) // columns)
+    figure, axes = pyplot.subplots(lines, columns, figsize=(3.2 * columns, 3.2 * lines), squeeze=False, layout="constrained")
     for axis in axes.flat:
         axis.set_visible(False)
     for axis, method in zip(axes.flat, methods, strict=False):
         axis.set_visible(True)
         axis.imshow(matrices[method], vmin=0, vmax=top, cmap="viridis_r")
-        axis.set(title=method.replace(" ", "\n", 1), xlabel="concept", ylabel="after concept", xticks=[], yticks=[])
+        axis.set(title=method.replace(" ", "\n"), xlabel="concept", ylabel="after concept", xticks=[], yticks=[])
     figure.suptitle("R[i, j]: distance of the drawn pictures from the real ones (MMD², dark is far)")
-    figure.tight_layout()
     figure.savefig(out / "heat-maps.png", dpi=90)
     figure, axes = pyplot.subplots(1, 2, figsize=(12, 4))
     for number, method in enumerate(methods):
