@@ -168,7 +168,7 @@ def _draw(arguments: argparse.Namespace, bar: _Bar) -> None:
     from . import pipeline, report
 
     settings = DrawSettings(**_given(arguments, DrawSettings))
-    drawn = pipeline.draw(pipeline.DrawRequest(arguments.checkpoint, arguments.prompt, settings, **_where(arguments)), bar)
+    drawn = pipeline.draw(pipeline.DrawRequest(arguments.checkpoint, arguments.prompt, settings, arguments.beside, **_where(arguments)), bar)
     files = report.save_pictures(drawn, arguments.out)
     bar.clear()
     print(json.dumps({"files": [str(f) for f in files]}) if arguments.json else "\n".join(str(f) for f in files))
@@ -430,6 +430,10 @@ def _parser() -> argparse.ArgumentParser:
 
     draw = command("draw", _draw, "draw pictures; learned words stand for their concepts", device=True)
     draw.add_argument("--prompt", required=True, action="append", help='what to draw, such as "a photo of a V1 teapot"; may be given several times')
+    draw.add_argument(
+        "--beside", action="append", default=[], help="what to draw to the right of that in the same, wider picture, such as "
+        '"a photo of a V2 dog"; may be given several times. Two learned things in one prompt mix their looks, side by side they do not',
+    )  # fmt: skip
     draw.add_argument("--out", type=Path, default=Path("drawn"), help="folder for the pictures (default: drawn)")
     _add_settings(draw, DrawSettings, short={"count": "-n"})
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from PIL import Image
@@ -40,17 +40,32 @@ def run_demo(out: Path, on_progress: OnProgress, say: Callable[[str], object]) -
             sheet.append(drawn)
         parts.append(report.curve(result.losses, f"Loss while learning {token}"))
         sections.append((f"Step {step}: learn {token} {concept.noun}", parts))
-    (first, a), (second, b) = taught
-    together = f"a photo of a {first} {a.noun} and a {second} {b.noun}"
-    drawn = _draw(checkpoint, [f"{together} {place}" for place in PLACES], on_progress)
-    sections.append(("Both in one picture", [report.figure(drawn, f"{together} {', '.join(PLACES)}")]))
+    names = [f"{token} {concept.noun}" for token, concept in taught]
+    left, right = (f"a photo of a {name}" for name in names)
+    together = f"a photo of a {' and a '.join(names)}"
+    beside = [_draw(checkpoint, [f"{left} {place}"], on_progress, [f"{right} {place}"])[0] for place in PLACES]
+    mixed = _draw(checkpoint, [f"{together} {place}" for place in PLACES], on_progress)
+    parts = [
+        report.figure(beside, f"Beside each other, each in an area of its own: {left}, and {right}, {', '.join(PLACES)}", width=224),
+        report.figure(mixed, f"Asked for in one prompt, where their looks mix: {together} {', '.join(PLACES)}"),
+    ]
+    sections.append(("Both in one picture", parts))
     say("Writing the report ...")
-    report.grid([p for row in [*sheet, drawn] for p in row], len(PLACES)).save(out / "sheet.png")
+    _sheet([p for row in sheet for p in row], beside).save(out / "sheet.png")
     path = out / "report.html"
     intro = f"One small Stable Diffusion, two things it had never seen, learned one after the other in {time.monotonic() - started:.0f} seconds."
     path.write_text(report.page("Two concepts, one after the other", intro, sections), encoding="utf-8")
     return path
 
 
-def _draw(checkpoint: Path, prompts: list[str], on_progress: OnProgress) -> list[Image.Image]:
-    return [d.image for d in pipeline.draw(pipeline.DrawRequest(checkpoint, prompts, DrawSettings(seed=1)), on_progress)]
+def _draw(checkpoint: Path, prompts: list[str], on_progress: OnProgress, beside: Sequence[str] = ()) -> list[Image.Image]:
+    return [d.image for d in pipeline.draw(pipeline.DrawRequest(checkpoint, prompts, DrawSettings(seed=1), beside), on_progress)]
+
+
+def _sheet(alone: Sequence[Image.Image], beside: Sequence[Image.Image]) -> Image.Image:
+    """Pictures of one thing in rows of four, under them the wider ones of both in rows of two."""
+    above, below = report.grid(alone, len(PLACES)), report.grid(beside, 2)
+    sheet = Image.new("RGB", (above.width, above.height + 4 + below.height), "white")
+    sheet.paste(above)
+    sheet.paste(below, ((above.width - below.width) // 2, above.height + 4))
+    return sheet

@@ -12,7 +12,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import KW_ONLY, asdict, dataclass, field, replace
 from datetime import datetime, timezone
@@ -71,10 +71,11 @@ class LearnRequest(Request):
 
 @dataclass(frozen=True)
 class DrawRequest(Request):
-    """Draw prompts; learned tokens stand for their concepts."""
+    """Draw prompts; learned tokens stand for their concepts. `beside`: what each picture shows to the right of that, in areas of their own."""
 
     prompts: list[str]
     settings: DrawSettings = field(default_factory=DrawSettings)
+    beside: Sequence[str] = ()
 
 
 @dataclass(frozen=True)
@@ -343,11 +344,11 @@ def draw(request: DrawRequest, on_progress: OnProgress = ignore) -> list[Drawn]:
     backbone = _load(request, on_progress)
     stack = _stack(request, backbone)
     settings = request.settings.resolved(backbone.preset)
-    prompts = [prompt for prompt in request.prompts for _ in range(settings.count)]
+    prompts = [(prompt, *request.beside) for prompt in request.prompts for _ in range(settings.count)]
     seeds = [settings.seed + i for _ in request.prompts for i in range(settings.count)]
     with attached(backbone, stack.adapter):
         pictures = sample.draw(backbone, stack.tokens, prompts, seeds, settings, on_progress)
-    return [Drawn(prompt, seed, concepts.to_pil(picture)) for prompt, seed, picture in zip(prompts, seeds, pictures, strict=True)]
+    return [Drawn(" | ".join(prompt), seed, concepts.to_pil(picture)) for prompt, seed, picture in zip(prompts, seeds, pictures, strict=True)]
 
 
 @_telling_memory()

@@ -1,4 +1,9 @@
-"""Stage 8: draw pictures with a backbone, its adapter and its words. The solvers are diffusers' own."""
+"""Stage 8: draw pictures with a backbone, its adapter and its words. The solvers are diffusers' own.
+
+Two learned things named in one prompt mix their looks, because text features mix. Prompts beside each other do not meet: each has an area of the
+picture, as large as one picture, and where areas overlap their predictions fade into one another at every step, so that they grow into one scene.
+Source: Bar-Tal et al. 2023 (MultiDiffusion, arXiv 2302.08113).
+"""
 
 from __future__ import annotations
 
@@ -14,6 +19,7 @@ from .progress import OnProgress, Progress, ignore
 from .settings import DrawSettings
 
 BATCH = 8
+OVERLAP = 0.25  # of an area's side
 
 
 def make_solver(name: str, backbone: Backbone) -> DDIMScheduler | DPMSolverMultistepScheduler:
@@ -32,35 +38,55 @@ def make_solver(name: str, backbone: Backbone) -> DDIMScheduler | DPMSolverMulti
 def draw(
     backbone: Backbone,
     words: Mapping[str, Tensor],
-    prompts: Sequence[str],
+    prompts: Sequence[str | Sequence[str]],
     seeds: Sequence[int],
     settings: DrawSettings,
     on_progress: OnProgress = ignore,
 ) -> Tensor:
     """One picture for each prompt and its seed, (n, 3, size, size) in -1..1; it does not depend on what is drawn beside it. `settings` are resolved.
 
+    Several prompts for a picture (equally many for all) are drawn from left to right, each in an area of its own: (n, 3, size, width).
     Classifier-free guidance (Ho & Salimans 2022): eps = eps(negative) + g (eps(prompt) - eps(negative)).
     """
     assert settings.guidance is not None
-    size = (settings.size or backbone.size) // 8
-    noise = torch.stack([torch.randn(4, size, size, generator=torch.Generator().manual_seed(seed)) for seed in seeds])
+    asked = [[prompt] if isinstance(prompt, str) else prompt for prompt in prompts]
+    size, count = (settings.size or backbone.size) // 8, len(asked[0])
+    shares, sides = _areas(size, count)
+    noise = torch.stack([torch.randn(4, size, shares.shape[1], generator=torch.Generator().manual_seed(seed)) for seed in seeds])
     text = FrozenText(backbone, words)
-    features, unwanted = text(prompts), text([settings.negative])
-    pictures, total = [], settings.steps * -(-len(seeds) // BATCH)
-    for start in range(0, len(seeds), BATCH):
+    unwanted, shares = text([settings.negative]), shares.to(backbone.device)
+    batch = max(1, BATCH // count)
+    pictures, total = [], settings.steps * -(-len(seeds) // batch)
+    for start in range(0, len(seeds), batch):
         solver = make_solver(settings.solver, backbone)
         solver.set_timesteps(settings.steps)
-        latents = noise[start : start + BATCH].to(backbone.device) * solver.init_noise_sigma
-        wanted = features[start : start + BATCH]
+        latents = noise[start : start + batch].to(backbone.device) * solver.init_noise_sigma
+        wanted = text([parts[k] for k in range(count) for parts in asked[start : start + batch]])
         for index, timestep in enumerate(solver.timesteps):
-            t = timestep.to(backbone.device).expand(len(latents))
+            seen = torch.cat([latents[..., side] for side in sides])
+            t = timestep.to(backbone.device).expand(len(seen))
             if settings.guidance == 1:
-                predicted = backbone.predict(latents, t, wanted)
+                predicted = backbone.predict(seen, t, wanted)
             else:
                 both = torch.cat([unwanted.expand_as(wanted), wanted])
-                low, high = backbone.predict(torch.cat([latents] * 2), torch.cat([t] * 2), both).chunk(2)
+                low, high = backbone.predict(torch.cat([seen] * 2), torch.cat([t] * 2), both).chunk(2)
                 predicted = low + settings.guidance * (high - low)
-            latents = solver.step(predicted, timestep, latents).prev_sample  # type: ignore[union-attr]
-            on_progress(Progress("draw", start // BATCH * settings.steps + index + 1, total))
+            joined = torch.zeros_like(latents)
+            for share, side, own in zip(shares, sides, predicted.chunk(count), strict=True):
+                joined[..., side] += share[side] * own
+            latents = solver.step(joined, timestep, latents).prev_sample  # type: ignore[union-attr]
+            on_progress(Progress("draw", start // batch * settings.steps + index + 1, total))
         pictures.append(backbone.decode_latents(latents))
     return torch.cat(pictures)
+
+
+def _areas(size: int, count: int) -> tuple[Tensor, list[slice]]:
+    """What each area says at each column of the latents, (count, width), summing to 1, and which columns it has."""
+    overlap = int(size * OVERLAP)
+    sides = [slice(k * (size - overlap), k * (size - overlap) + size) for k in range(count)]
+    column = torch.arange(size)
+    fading = torch.minimum(column + 1, size - column).clamp(max=overlap + 1).float()
+    shares = torch.zeros(count, sides[-1].stop)
+    for share, side in zip(shares, sides, strict=True):
+        share[side] = fading
+    return shares / shares.sum(0), sides

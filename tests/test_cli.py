@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 from conftest import save_concept
+from PIL import Image
 
 from comfy_continual_lora import cli, store
 from comfy_continual_lora.settings import ConsolidateSettings, DrawSettings, EvaluateSettings, LearnSettings, ScoreSettings
@@ -42,9 +43,11 @@ def test_mini_learn_learn_info_draw_undo(tmp_path: Path) -> None:
     assert found["trainable_parameters"] == 4 * (256 * 14 + 192 * 8 + 64 * 6) + 256
     assert len(found["fingerprint"]) == 64
     assert Path(found["stack_file"]).parent == checkpoint.parent
-    drawn = run("draw", "--checkpoint", checkpoint, "--prompt", "a V1 ball and a V2 fish", "-n", 2, "--steps", 2, "--out", out, "--device", "cpu")
+    both = ["--prompt", "a V1 ball", "--beside", "a V2 fish"]
+    drawn = run("draw", "--checkpoint", checkpoint, *both, "-n", 2, "--steps", 2, "--out", out, "--device", "cpu")
     assert drawn.returncode == 0, drawn.stderr
-    assert sorted(p.name for p in out.iterdir()) == ["a-V1-ball-and-a-V2-fish-0.png", "a-V1-ball-and-a-V2-fish-1.png", "grid.png"]
+    assert sorted(p.name for p in out.iterdir()) == ["a-V1-ball-a-V2-fish-0.png", "a-V1-ball-a-V2-fish-1.png", "grid.png"]
+    assert Image.open(out / "a-V1-ball-a-V2-fish-0.png").size == (224, 128)
     plot = ["--plot", out / "scores.png"]
     scored = run("scores", "--checkpoint", checkpoint, "--images", tmp_path / "V1", "--trials", 4, "--json", *plot, "--device", "cpu")
     assert scored.returncode == 0, scored.stderr
@@ -152,5 +155,5 @@ def test_the_demo(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     report = (tmp_path / "demo" / "report.html").read_text()
     assert report.count("<svg") == 2
-    assert report.count("<img") == 5 + 4 + 5 + 8 + 4
+    assert report.count("<img") == 5 + 4 + 5 + 8 + 4 + 4
     assert "http" not in report.replace("http://www.w3.org", "")

@@ -18,7 +18,7 @@ REPOSITORY = Path(__file__).parents[1]
 WORKFLOWS = sorted((REPOSITORY / "workflows").glob("*.json"))
 CORE = {  # core nodes the workflows use: outputs
     "CheckpointLoaderSimple": 3, "CLIPTextEncode": 1, "EmptyLatentImage": 1, "KSampler": 1, "VAEDecode": 1, "PreviewImage": 0, "PreviewAny": 0,
-    "MarkdownNote": 0,
+    "MarkdownNote": 0, "ConditioningSetArea": 1, "ConditioningCombine": 1,
 }  # fmt: skip
 
 

@@ -31,6 +31,35 @@ def test_guidance_of_one_is_the_conditional_prediction_alone(backbone: Backbone)
     assert torch.allclose(plain, nearly, atol=5e-3)
 
 
+def test_things_beside_each_other_keep_to_their_areas(backbone: Backbone) -> None:
+    red, blue = "a photo of a red ball on grass", "a photo of a blue box on grass"
+    settings = replace(QUICK, steps=10, size=128)
+    drawn = sample.draw(backbone, {}, [(red, blue), (blue, red)], [0, 1], settings)
+    assert drawn.shape == (2, 3, 128, 224)
+    things = drawn[:, :, 40:90].mean(2)  # on grass the middle rows are theirs
+    left, right = things[..., :96].mean(-1), things[..., -96:].mean(-1)
+    redness_left, redness_right = (side[:, 0] - side[:, 2] for side in (left, right))
+    assert redness_left[0] > redness_right[0] + 0.1
+    assert redness_right[1] > redness_left[1] + 0.1
+
+
+def test_one_area_is_the_whole_picture(backbone: Backbone) -> None:
+    one, listed = (sample.draw(backbone, {}, prompts, [0], QUICK) for prompts in (["a red mug"], [["a red mug"]]))
+    assert torch.equal(one, listed)
+
+
+def test_the_areas_of_a_picture_share_it() -> None:
+    shares, sides = sample._areas(16, 3)
+    assert shares.shape == (3, 16 + 12 + 12)
+    assert torch.allclose(shares.sum(0), torch.ones(40))
+    for share, side in zip(shares, sides, strict=True):
+        outside = torch.ones(40, dtype=torch.bool)
+        outside[side] = False
+        assert not share[outside].any()
+    assert shares[0, :12].eq(1).all()
+    assert shares[0, 12:16].diff().lt(0).all()
+
+
 def test_drawing_can_be_cancelled(backbone: Backbone) -> None:
     def stop(progress: Progress) -> None:
         raise Cancelled

@@ -1,0 +1,93 @@
+"""Two learned things in one picture: named in one prompt, or each in an area of its own.
+
+    python benchmarks/retention/beside.py OUT RUN ... --pairs 8
+
+in: folders that run.py left (OUT/runs/METHOD-CONCEPTS-SEED-STEPS; reporting concepts), with their stacks - out: OUT/beside.json, and a grid of
+pictures for each run and way. Neighbours of the sequence, each pair on four grounds:
+
+    one prompt    "a photo of a V1 mug and a V2 fish on grass"
+    beside        "a photo of a V1 mug on grass" and, to the right of it, "a photo of a V2 fish on grass" (`draw --beside`)
+
+    bled      share of things that look more like the other one of the two, in its place, than like themselves (a coin gets .5)
+    shapes    share of things that have their shape, by the attribute reader
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import run as retention
+import torch
+from torch import Tensor
+
+from comfy_continual_lora import concepts, lora, report, sample, store
+from comfy_continual_lora.checkpoint.load import load_backbone
+from comfy_continual_lora.mini import pretrain, weights, world
+
+
+def measure(run: Path, out: Path, pairs: int) -> list[dict[str, Any]]:
+    done, backbone = json.loads((run / "row.json").read_text()), load_backbone(run / "mini.safetensors", device="cpu")
+    stack, rows = store.open_stack(run / "mini.concepts.safetensors"), []
+    sequence = retention.Job(done["method"], done["seed"], done["concepts"], 16, run, 0).sequence
+    names = [f"a {record.name}" for record in stack.records]
+    asked = [(n, n + 1, place) for n in range(min(pairs, len(names) - 1)) for place in list(world.BACKGROUNDS)[:4]]
+    scenes = [(sequence[a], sequence[b], place) for a, b, place in asked]
+    prompts = {
+        "one prompt": [f"a photo of {names[a]} and {names[b]} {world.BACKGROUNDS[place]}" for a, b, place in asked],
+        "beside": [[f"a photo of {names[n]} {world.BACKGROUNDS[place]}" for n in (a, b)] for a, b, place in asked],
+    }
+    for way, wanted in prompts.items():
+        with lora.attached(backbone, stack.adapter):
+            pictures = sample.draw(backbone, stack.tokens, wanted, range(len(wanted)), retention.DRAWING)
+        bled, shapes = judged_beside(pictures, scenes) if way == "beside" else judged_together(pictures, scenes)
+        rows.append({"run": run.name, "drawn": way, "things": 2 * len(asked), "bled": bled, "shapes": shapes})
+        print(json.dumps(rows[-1]), flush=True)
+        report.grid([concepts.to_pil(p) for p in pictures], 4).save(out / f"{run.name}-{way.replace(' ', '-')}.png")
+    return rows
+
+
+def judged_together(pictures: Tensor, scenes: list[tuple[world.Concept, world.Concept, str]]) -> tuple[float, float]:
+    with torch.no_grad():
+        read = weights.load_reader()(pictures)
+    right = [read[f"shape_{side}"].argmax(1) == _shapes(scenes, n) for n, side in enumerate("ab")]
+    return retention.bleeding(pictures, scenes), float(torch.cat(right).float().mean())
+
+
+def judged_beside(pictures: Tensor, scenes: list[tuple[world.Concept, world.Concept, str]]) -> tuple[float, float]:
+    """The same of pictures (n, 3, 128, width), whose ends are pictures of one thing."""
+    bled, right = [], []
+    for n, end in enumerate((pictures[..., : world.SIZE], pictures[..., -world.SIZE :])):
+        own, other = (retention.unit(retention.features_of(torch.cat([_alone(scene[m], scene[2]) for scene in scenes]))) for m in (n, 1 - n))
+        drawn = retention.unit(retention.features_of(end))
+        bled.append(((drawn * other).sum(1) > (drawn * own).sum(1)).float())
+        with torch.no_grad():
+            right.append((weights.load_reader()(end)["shape_a"].argmax(1) == _shapes(scenes, n)).float())
+    return float(torch.cat(bled).mean()), float(torch.cat(right).mean())
+
+
+def _alone(concept: world.Concept, place: str) -> Tensor:
+    scene = world.Scene((world.Thing(concept.look, (), ""),), place, "")
+    return pretrain.to_tensor(world.draw_scene(scene, np.random.default_rng(0))[None])
+
+
+def _shapes(scenes: list[tuple[world.Concept, world.Concept, str]], n: int) -> Tensor:
+    return torch.tensor([list(world.SHAPES).index(scene[:2][n].noun) for scene in scenes])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Measure two learned things in one picture: in one prompt, or beside each other.")
+    parser.add_argument("out", type=Path)
+    parser.add_argument("runs", type=Path, nargs="+")
+    parser.add_argument("--pairs", type=int, default=8, help="neighbours of each run's sequence, from the first on")
+    arguments = parser.parse_args()
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    rows = [row for run in arguments.runs for row in measure(run, arguments.out, arguments.pairs)]
+    (arguments.out / "beside.json").write_text(json.dumps(rows, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
