@@ -47,7 +47,8 @@ def test_mini_learn_learn_info_draw_undo(tmp_path: Path) -> None:
     drawn = run("draw", "--checkpoint", checkpoint, *both, "-n", 2, "--steps", 2, "--out", out, "--device", "cpu")
     assert drawn.returncode == 0, drawn.stderr
     assert sorted(p.name for p in out.iterdir()) == ["a-V1-ball-a-V2-fish-0.png", "a-V1-ball-a-V2-fish-1.png", "grid.png"]
-    assert Image.open(out / "a-V1-ball-a-V2-fish-0.png").size == (224, 128)
+    with Image.open(out / "a-V1-ball-a-V2-fish-0.png") as picture:
+        assert picture.size == (224, 128)
     plot = ["--plot", out / "scores.png"]
     scored = run("scores", "--checkpoint", checkpoint, "--images", tmp_path / "V1", "--trials", 4, "--json", *plot, "--device", "cpu")
     assert scored.returncode == 0, scored.stderr
