@@ -7,6 +7,7 @@ pictures for each run and way. Neighbours of the sequence, each pair on four gro
 
     one prompt    "a photo of a V1 mug and a V2 fish on grass"
     beside        "a photo of a V1 mug on grass" and, to the right of it, "a photo of a V2 fish on grass" (`draw --beside`)
+    alone         both of these as pictures of their own: what can be had
 
     bled      share of things that look more like the other one of the two, in its place, than like themselves (a coin gets .5)
     shapes    share of things that have their shape, by the attribute reader
@@ -16,6 +17,7 @@ from __future__ import annotations
 
 import argparse
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -36,14 +38,21 @@ def measure(run: Path, out: Path, pairs: int) -> list[dict[str, Any]]:
     names = [f"a {record.name}" for record in stack.records]
     asked = [(n, n + 1, place) for n in range(min(pairs, len(names) - 1)) for place in list(world.BACKGROUNDS)[:4]]
     scenes = [(sequence[a], sequence[b], place) for a, b, place in asked]
-    prompts = {
-        "one prompt": [f"a photo of {names[a]} and {names[b]} {world.BACKGROUNDS[place]}" for a, b, place in asked],
-        "beside": [[f"a photo of {names[n]} {world.BACKGROUNDS[place]}" for n in (a, b)] for a, b, place in asked],
-    }
-    for way, wanted in prompts.items():
+    together = [f"a photo of {names[a]} and {names[b]} {world.BACKGROUNDS[place]}" for a, b, place in asked]
+    parts = [[f"a photo of {names[n]} {world.BACKGROUNDS[place]}" for n in (a, b)] for a, b, place in asked]
+
+    def drawn(prompts: Sequence[str | Sequence[str]]) -> Tensor:
         with lora.attached(backbone, stack.adapter):
-            pictures = sample.draw(backbone, stack.tokens, wanted, range(len(wanted)), retention.DRAWING)
-        bled, shapes = judged_beside(pictures, scenes) if way == "beside" else judged_together(pictures, scenes)
+            return sample.draw(backbone, stack.tokens, prompts, range(len(prompts)), retention.DRAWING)
+
+    ways = {
+        "one prompt": lambda: drawn(together),
+        "beside": lambda: drawn(parts),
+        "alone": lambda: torch.cat([drawn([pair[n] for pair in parts]) for n in (0, 1)], 3),
+    }
+    for way, make in ways.items():
+        pictures = make()
+        bled, shapes = judged_together(pictures, scenes) if way == "one prompt" else judged_beside(pictures, scenes)
         rows.append({"run": run.name, "drawn": way, "things": 2 * len(asked), "bled": bled, "shapes": shapes})
         print(json.dumps(rows[-1]), flush=True)
         report.grid([concepts.to_pil(p) for p in pictures], 4).save(out / f"{run.name}-{way.replace(' ', '-')}.png")
