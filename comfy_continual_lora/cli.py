@@ -168,7 +168,8 @@ def _draw(arguments: argparse.Namespace, bar: _Bar) -> None:
     from . import pipeline, report
 
     settings = DrawSettings(**_given(arguments, DrawSettings))
-    drawn = pipeline.draw(pipeline.DrawRequest(arguments.checkpoint, arguments.prompt, settings, arguments.beside, **_where(arguments)), bar)
+    prompts = [(prompt, *arguments.beside) for prompt in arguments.prompt]
+    drawn = pipeline.draw(pipeline.DrawRequest(arguments.checkpoint, prompts, settings, **_where(arguments)), bar)
     files = report.save_pictures(drawn, arguments.out)
     bar.clear()
     print(json.dumps({"files": [str(f) for f in files]}) if arguments.json else "\n".join(str(f) for f in files))

@@ -43,7 +43,7 @@ def run_demo(out: Path, on_progress: OnProgress, say: Callable[[str], object]) -
     names = [f"{token} {concept.noun}" for token, concept in taught]
     left, right = (f"a photo of a {name}" for name in names)
     together = f"a photo of a {' and a '.join(names)}"
-    beside = [_draw(checkpoint, [f"{left} {place}"], on_progress, [f"{right} {place}"])[0] for place in PLACES]
+    beside = _draw(checkpoint, [(f"{left} {place}", f"{right} {place}") for place in PLACES], on_progress)
     mixed = _draw(checkpoint, [f"{together} {place}" for place in PLACES], on_progress)
     parts = [
         report.figure(beside, f"Beside each other, each in an area of its own: {left}, and {right}, {', '.join(PLACES)}", width=224),
@@ -58,8 +58,8 @@ def run_demo(out: Path, on_progress: OnProgress, say: Callable[[str], object]) -
     return path
 
 
-def _draw(checkpoint: Path, prompts: list[str], on_progress: OnProgress, beside: Sequence[str] = ()) -> list[Image.Image]:
-    return [d.image for d in pipeline.draw(pipeline.DrawRequest(checkpoint, prompts, DrawSettings(seed=1), beside), on_progress)]
+def _draw(checkpoint: Path, prompts: Sequence[str | Sequence[str]], on_progress: OnProgress) -> list[Image.Image]:
+    return [d.image for d in pipeline.draw(pipeline.DrawRequest(checkpoint, prompts, DrawSettings(seed=1)), on_progress)]
 
 
 def _sheet(alone: Sequence[Image.Image], beside: Sequence[Image.Image]) -> Image.Image:

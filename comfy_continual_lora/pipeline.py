@@ -71,11 +71,10 @@ class LearnRequest(Request):
 
 @dataclass(frozen=True)
 class DrawRequest(Request):
-    """Draw prompts; learned tokens stand for their concepts. `beside`: what each picture shows to the right of that, in areas of their own."""
+    """Draw prompts; learned tokens stand for their concepts. Several prompts in place of one are drawn beside each other, equally many each time."""
 
-    prompts: list[str]
+    prompts: Sequence[str | Sequence[str]]
     settings: DrawSettings = field(default_factory=DrawSettings)
-    beside: Sequence[str] = ()
 
 
 @dataclass(frozen=True)
@@ -339,16 +338,21 @@ def dc_scores(request: ScoreRequest, on_progress: OnProgress = ignore) -> list[S
 
 @_telling_memory()
 def draw(request: DrawRequest, on_progress: OnProgress = ignore) -> list[Drawn]:
-    """Draw every prompt `settings.count` times."""
+    """Draw every prompt `settings.count` times. Errors: SettingError where one picture shall show more beside each other than another."""
     request.settings.check()
+    asked = [(prompt,) if isinstance(prompt, str) else tuple(prompt) for prompt in request.prompts]
+    if len(counts := {len(parts) for parts in asked}) > 1:
+        raise SettingError(
+            f"The pictures of one request show equally many prompts beside each other; these show {sorted(counts)}. Ask for them one by one."
+        )
     backbone = _load(request, on_progress)
     stack = _stack(request, backbone)
     settings = request.settings.resolved(backbone.preset)
-    prompts = [(prompt, *request.beside) for prompt in request.prompts for _ in range(settings.count)]
+    prompts = [parts for parts in asked for _ in range(settings.count)]
     seeds = [settings.seed + i for _ in request.prompts for i in range(settings.count)]
     with attached(backbone, stack.adapter):
         pictures = sample.draw(backbone, stack.tokens, prompts, seeds, settings, on_progress)
-    return [Drawn(" | ".join(prompt), seed, concepts.to_pil(picture)) for prompt, seed, picture in zip(prompts, seeds, pictures, strict=True)]
+    return [Drawn(" | ".join(parts), seed, concepts.to_pil(picture)) for parts, seed, picture in zip(prompts, seeds, pictures, strict=True)]
 
 
 @_telling_memory()

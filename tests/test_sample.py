@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 
-from comfy_continual_lora import sample
+from comfy_continual_lora import pipeline, sample
 from comfy_continual_lora.checkpoint.backbone import Backbone
 from comfy_continual_lora.errors import Cancelled, SettingError
 from comfy_continual_lora.progress import Progress
@@ -41,6 +42,11 @@ def test_things_beside_each_other_keep_to_their_areas(backbone: Backbone) -> Non
     redness_left, redness_right = (side[:, 0] - side[:, 2] for side in (left, right))
     assert redness_left[0] > redness_right[0] + 0.1
     assert redness_right[1] > redness_left[1] + 0.1
+
+
+def test_pictures_with_unequally_many_areas_are_refused_before_anything_is_loaded() -> None:
+    with pytest.raises(SettingError, match=r"equally many prompts beside each other; these show \[1, 2\]"):
+        pipeline.draw(pipeline.DrawRequest(Path("not there"), ["a mug", ("a mug", "a star")]))
 
 
 def test_one_area_is_the_whole_picture(backbone: Backbone) -> None:
