@@ -26,15 +26,12 @@ import run as retention
 import torch
 from torch import Tensor
 
-from comfy_continual_lora import concepts, lora, report, sample, store
-from comfy_continual_lora.checkpoint.load import load_backbone
-from comfy_continual_lora.mini import pretrain, weights, world
+from comfy_continual_lora import concepts, lora, report, sample
+from comfy_continual_lora.mini import pretrain, world
 
 
 def measure(run: Path, out: Path, pairs: int) -> list[dict[str, Any]]:
-    done, backbone = json.loads((run / "row.json").read_text()), load_backbone(run / "mini.safetensors", device="cpu")
-    stack, rows = store.open_stack(run / "mini.concepts.safetensors"), []
-    sequence = retention.Job(done["method"], done["seed"], done["concepts"], 16, run, 0).sequence
+    (backbone, stack, sequence), rows = retention.left_by(run), []
     names = [f"a {record.name}" for record in stack.records]
     asked = [(n, n + 1, place) for n in range(min(pairs, len(names) - 1)) for place in list(world.BACKGROUNDS)[:4]]
     scenes = [(sequence[a], sequence[b], place) for a, b, place in asked]
@@ -60,10 +57,8 @@ def measure(run: Path, out: Path, pairs: int) -> list[dict[str, Any]]:
 
 
 def judged_together(pictures: Tensor, scenes: list[tuple[world.Concept, world.Concept, str]]) -> tuple[float, float]:
-    with torch.no_grad():
-        read = weights.load_reader()(pictures)
-    right = [read[f"shape_{side}"].argmax(1) == _shapes(scenes, n) for n, side in enumerate("ab")]
-    return retention.bleeding(pictures, scenes), float(torch.cat(right).float().mean())
+    right = [retention.shaped(pictures, f"shape_{side}", [scene[n] for scene in scenes]) for n, side in enumerate("ab")]
+    return retention.bleeding(pictures, scenes), float(torch.cat(right).mean())
 
 
 def judged_beside(pictures: Tensor, scenes: list[tuple[world.Concept, world.Concept, str]]) -> tuple[float, float]:
@@ -73,18 +68,13 @@ def judged_beside(pictures: Tensor, scenes: list[tuple[world.Concept, world.Conc
         own, other = (retention.unit(retention.features_of(torch.cat([_alone(scene[m], scene[2]) for scene in scenes]))) for m in (n, 1 - n))
         drawn = retention.unit(retention.features_of(end))
         bled.append(((drawn * other).sum(1) > (drawn * own).sum(1)).float())
-        with torch.no_grad():
-            right.append((weights.load_reader()(end)["shape_a"].argmax(1) == _shapes(scenes, n)).float())
+        right.append(retention.shaped(end, "shape_a", [scene[n] for scene in scenes]))
     return float(torch.cat(bled).mean()), float(torch.cat(right).mean())
 
 
 def _alone(concept: world.Concept, place: str) -> Tensor:
     scene = world.Scene((world.Thing(concept.look, (), ""),), place, "")
     return pretrain.to_tensor(world.draw_scene(scene, np.random.default_rng(0))[None])
-
-
-def _shapes(scenes: list[tuple[world.Concept, world.Concept, str]], n: int) -> Tensor:
-    return torch.tensor([list(world.SHAPES).index(scene[:2][n].noun) for scene in scenes])
 
 
 def main() -> None:

@@ -247,6 +247,13 @@ def real_pictures(concept: world.Concept, count: int) -> Tensor:
     return pretrain.to_tensor(np.stack(pictures))
 
 
+def left_by(folder: Path) -> tuple[Backbone, store.ConceptStack, list[world.Concept]]:
+    """What a finished run of a method left in its folder: the checkpoint, its stack and the concepts on it."""
+    row = json.loads((folder / "row.json").read_text())
+    sequence = Job(row["method"], row["seed"], row["concepts"], PICTURES, folder, 0).sequence
+    return load_backbone(folder / "mini.safetensors", device="cpu"), store.open_stack(folder / "mini.concepts.safetensors"), sequence
+
+
 def _drawn(job: Job, backbone: Backbone, stack: store.ConceptStack, name: str, key: str) -> Tensor:
     """Pictures of one concept, (n, 3, 128, 128); drawn once and kept as PNG."""
     folder = job.folder / "drawn" / key
@@ -285,19 +292,23 @@ def _accuracy(job: Job, backbone: Backbone, stack: store.ConceptStack) -> float 
 
 def _two(job: Job, backbone: Backbone, stack: store.ConceptStack) -> tuple[float, float]:
     """Neighbours of the sequence in one picture: the shares of things that have their shape, and that look like the other one of the two."""
-    shapes, pairs = list(world.SHAPES), [(n, n + 1) for n in range(job.concepts - 1)]
+    pairs = [(n, n + 1) for n in range(job.concepts - 1)]
     places = list(world.BACKGROUNDS)[:4]
     asked = [(job.sequence[a], job.sequence[b], place) for a, b in pairs for place in places]
     names = [f"a V{n} {c.noun}" for n, c in enumerate(job.sequence, start=1)]
     prompts = [f"a photo of {names[a]} and {names[b]} {world.BACKGROUNDS[place]}" for a, b in pairs for place in places]
     with lora.attached(backbone, stack.adapter):
         pictures = sample.draw(backbone, stack.tokens, prompts, range(len(prompts)), DRAWING)
-    with torch.no_grad():
-        read = weights.load_reader()(pictures)
-    wanted = {"shape_a": [shapes.index(a.noun) for a, _, _ in asked], "shape_b": [shapes.index(b.noun) for _, b, _ in asked]}
-    right = torch.cat([read[thing].argmax(1) == torch.tensor(indices) for thing, indices in wanted.items()])
     report.grid([concepts.to_pil(p) for p in pictures], len(places)).save(job.folder / "both.png")
-    return float(right.float().mean()), bleeding(pictures, asked)
+    right = [shaped(pictures, f"shape_{side}", [scene[n] for scene in asked]) for n, side in enumerate("ab")]
+    return float(torch.cat(right).mean()), bleeding(pictures, asked)
+
+
+@torch.no_grad()
+def shaped(pictures: Tensor, thing: str, wanted: Sequence[world.Concept]) -> Tensor:
+    """Whether the attribute reader sees each concept's shape in its picture, (n,) 0 or 1; `thing`: "shape_a", the left or only one, or "shape_b"."""
+    indices = torch.tensor([list(world.SHAPES).index(concept.noun) for concept in wanted])
+    return (weights.load_reader()(pictures)[thing].argmax(1) == indices).float()
 
 
 def bleeding(pictures: Tensor, asked: Sequence[tuple[world.Concept, world.Concept, str]]) -> float:

@@ -25,8 +25,7 @@ from torch import Tensor, nn
 
 from comfy_continual_lora import concepts, lora, metrics, report, sample, store
 from comfy_continual_lora.checkpoint.backbone import Backbone
-from comfy_continual_lora.checkpoint.load import load_backbone
-from comfy_continual_lora.mini import weights, world
+from comfy_continual_lora.mini import world
 
 PLACES = ("everywhere", "up to the end", "behind the end", "nowhere")
 
@@ -59,20 +58,19 @@ def likeness(concept: world.Concept, pictures: Tensor) -> float:
 
 
 def measure(run: Path, out: Path) -> list[dict[str, Any]]:
-    done, backbone = json.loads((run / "row.json").read_text()), load_backbone(run / "mini.safetensors", device="cpu")
-    stack = store.open_stack(run / "mini.concepts.safetensors")
-    sequence = retention.Job(done["method"], done["seed"], done["concepts"], 16, run, 0).sequence
+    backbone, stack, sequence = retention.left_by(run)
     names, rows = [record.name for record in stack.records], []
     pairs = [(n, n + 1) for n in range(len(names) - 1)]
     for place in PLACES:
         alone = [drawn(backbone, stack, f"a photo of a {name}", place) for name in names]
         both = [drawn(backbone, stack, f"a photo of a {names[a]} and a {names[b]}", place) for a, b in pairs]
         i2i = [likeness(concept, own) for concept, own in zip(sequence, alone, strict=True)]
-        with torch.no_grad():
-            read = [weights.load_reader()(pictures) for pictures in both]
-        wanted = [[list(world.SHAPES).index(sequence[j].noun) for j in pair] for pair in pairs]
-        right = [r[f"shape_{side}"].argmax(1) == w[n] for r, w in zip(read, wanted, strict=True) for n, side in enumerate("ab")]
-        rows.append({"run": run.name, "acts": place, "i2i": sum(i2i) / len(i2i), "shapes": float(torch.cat(right).float().mean())})
+        right = [
+            retention.shaped(pictures, f"shape_{side}", [sequence[pair[n]]] * len(pictures))
+            for pictures, pair in zip(both, pairs, strict=True)
+            for n, side in enumerate("ab")
+        ]
+        rows.append({"run": run.name, "acts": place, "i2i": sum(i2i) / len(i2i), "shapes": float(torch.cat(right).mean())})
         print(json.dumps(rows[-1]), flush=True)
         report.grid([concepts.to_pil(p) for p in torch.cat(alone)], 8).save(out / f"{run.name}-{place.replace(' ', '-')}-alone.png")
         report.grid([concepts.to_pil(p) for p in torch.cat(both)], 8).save(out / f"{run.name}-{place.replace(' ', '-')}-both.png")
