@@ -300,7 +300,7 @@ def _two(job: Job, backbone: Backbone, stack: store.ConceptStack) -> tuple[float
     with lora.attached(backbone, stack.adapter):
         pictures = sample.draw(backbone, stack.tokens, prompts, range(len(prompts)), DRAWING)
     report.grid([concepts.to_pil(p) for p in pictures], len(places)).save(job.folder / "both.png")
-    right = [shaped(pictures, f"shape_{side}", [scene[n] for scene in asked]) for n, side in enumerate("ab")]
+    right = [shaped(pictures, f"shape_{side}", [scene[:2][n] for scene in asked]) for n, side in enumerate("ab")]
     return float(torch.cat(right).mean()), bleeding(pictures, asked)
 
 
