@@ -57,7 +57,7 @@ def measure(run: Path, out: Path, pairs: int) -> list[dict[str, Any]]:
 
 
 def judged_together(pictures: Tensor, scenes: list[tuple[world.Concept, world.Concept, str]]) -> tuple[float, float]:
-    right = [retention.shaped(pictures, f"shape_{side}", [scene[n] for scene in scenes]) for n, side in enumerate("ab")]
+    right = [retention.shaped(pictures, f"shape_{side}", [scene[:2][n] for scene in scenes]) for n, side in enumerate("ab")]
     return retention.bleeding(pictures, scenes), float(torch.cat(right).mean())
 
 
@@ -65,10 +65,10 @@ def judged_beside(pictures: Tensor, scenes: list[tuple[world.Concept, world.Conc
     """The same of pictures (n, 3, 128, width), whose ends are pictures of one thing."""
     bled, right = [], []
     for n, end in enumerate((pictures[..., : world.SIZE], pictures[..., -world.SIZE :])):
-        own, other = (retention.unit(retention.features_of(torch.cat([_alone(scene[m], scene[2]) for scene in scenes]))) for m in (n, 1 - n))
+        own, other = (retention.unit(retention.features_of(torch.cat([_alone(scene[:2][m], scene[2]) for scene in scenes]))) for m in (n, 1 - n))
         drawn = retention.unit(retention.features_of(end))
         bled.append(((drawn * other).sum(1) > (drawn * own).sum(1)).float())
-        right.append(retention.shaped(end, "shape_a", [scene[n] for scene in scenes]))
+        right.append(retention.shaped(end, "shape_a", [scene[:2][n] for scene in scenes]))
     return float(torch.cat(bled).mean()), float(torch.cat(right).mean())
 
 
