@@ -189,7 +189,7 @@ def _learn_concept(request: LearnRequest, on_progress: OnProgress) -> LearnResul
         settings = _with_rank_of(stack, request.settings).resolved(backbone.preset)
         pictures = concepts.load_images(request.images, settings.size or backbone.size, fit=settings.fit)
         latents, method = _latents(backbone, pictures, settings), METHODS[settings.method]
-        lesson = _lesson(backbone, request, stack, settings, pictures, latents)
+        lesson = _lesson(backbone, request, stack, settings, pictures, latents, on_progress)
         learned = learn(backbone, lesson, settings, _snapshot(path, request.token), on_progress)
         record = _record(request, settings, pictures, learned, stack)
         text = FrozenText(backbone, {**stack.tokens, request.token: learned.word})
@@ -232,7 +232,7 @@ def consolidate(request: ConsolidateRequest, on_progress: OnProgress = ignore) -
         same = {"method": record.method, "adapter": record.settings.get("adapter", "lora"), "rank": stack.rank}
         settings = LearnSettings(**{**asdict(request.settings), **same}).resolved(backbone.preset)
         pictures = concepts.load_images(request.images, settings.size or backbone.size, fit=settings.fit)
-        penalty = _penalty(backbone, stack, settings, _held(backbone, stack, settings, record.noun))
+        penalty = _penalty(backbone, stack, settings, _held(backbone, stack, settings, record.noun, on_progress))
         newest = _Newest(backbone, stack, record, _latents(backbone, pictures, settings), text, penalty, settings, on_progress)
         if not newest.past:
             raise StackError(f"There is nothing to consolidate: no concept before {record.token} in {path} has a LoRA.")
@@ -461,7 +461,7 @@ def _mirrored(images: tuple[torch.Tensor, ...], settings: ConsolidateSettings) -
 
 def _lesson(
     backbone: Backbone, request: LearnRequest, stack: store.ConceptStack, settings: LearnSettings, pictures: concepts.ConceptImages,
-    latents: list[torch.Tensor],
+    latents: list[torch.Tensor], on_progress: OnProgress,
 ) -> Lesson:  # fmt: skip
     """Sequential initialisation: the adapter starts from the stack's, the word from its class noun - unless the method starts anew."""
     method, generator = METHODS[settings.method], torch.Generator().manual_seed(settings.seed)
@@ -485,7 +485,7 @@ def _lesson(
         assert settings.rank
         adapter = new_adapter(backbone, settings.rank, generator, kind)
     prompts = [concepts.prompts_for(request.token, noun, TEMPLATES, caption) for caption in pictures.captions]
-    held = _held(backbone, stack, settings, request.noun)
+    held = _held(backbone, stack, settings, request.noun, on_progress)
     penalty = _penalty(backbone, stack, settings, held)
     apart = textspace.Apart(backbone, held.weight * settings.retention_apart, held.sizes) if held and settings.retention_apart else None
     names = [concepts.name_of(request.token, noun), *(record.name for record in stack.records[:1])]
@@ -497,13 +497,15 @@ def _lesson(
     return Lesson(latents, prompts, request.token, stack.tokens, adapter, word, penalty, apart, stack.adapter if anew else None, shown, weights)
 
 
-def _held(backbone: Backbone, stack: store.ConceptStack, settings: LearnSettings, noun: str) -> textspace.Retention | None:
+def _held(
+    backbone: Backbone, stack: store.ConceptStack, settings: LearnSettings, noun: str, on_progress: OnProgress = ignore
+) -> textspace.Retention | None:  # fmt: skip
     """What is held in text space."""
     method = METHODS[settings.method]
     weight = settings.retention_weight or method.retention_weight if method.adapter else 0.0
     if not weight:
         return None
-    return textspace.retention(backbone, stack, noun, weight, settings.retention_ordinary, settings.retention_words)
+    return solve.retention(backbone, stack, noun, settings, weight, on_progress)
 
 
 def _penalty(backbone: Backbone, stack: store.ConceptStack, settings: LearnSettings, held: textspace.Retention | None) -> Penalty | None:

@@ -180,7 +180,7 @@ class ConsolidateSettings(Settings):
         low=0, group="retention",
     )  # fmt: skip
     retention_ordinary: float = setting(
-        1.0, "weight of ordinary prompts in that, as a share of one earlier concept's; less learns more and leaks more", low=0, group="retention"
+        1.0, "weight of ordinary prompts in that, all earlier concepts together having 3; less learns more and leaks more", low=0, group="retention"
     )
     retention_words: float | None = setting(
         None, "share of the hold that is on what prompts say, beside the padding behind them; not said: every position counts alike", low=0, high=1,

@@ -7,7 +7,8 @@ This is `textspace.drift` at its minimum, so no step, no picture and no call of 
 The best product of rank k is delta projected onto the k leading left singular vectors of delta L, with G = L L^T (reduced-rank regression;
 Izenman 1975, eq. 2.9).
 
-Consolidating asks for every concept; forgetting one asks for 0 there; merging asks for the concepts of two stacks.
+Consolidating asks for every concept; forgetting one asks for 0 there; merging asks for the concepts of two stacks. Learning by `retention` is held
+to what is closest to all earlier concepts' adapters.
 """
 
 from __future__ import annotations
@@ -22,10 +23,12 @@ from torch import Tensor
 from .checkpoint.backbone import Backbone
 from .errors import StackError
 from .lora import Adapter, factored, grown, kind_of, layers_of, rank_of
-from .progress import OnProgress, Progress
-from .settings import SolveSettings
+from .progress import OnProgress, Progress, ignore
+from .settings import LearnSettings, SolveSettings
 from .store import ConceptRecord, ConceptStack
-from .textspace import drift, moment, ordinary_prompts, single_prompts
+from .textspace import Retention, drift, moment, ordinary_prompts, single_prompts, sizes
+
+HELD = 3.0  # weight of all earlier concepts together while another one is learned; that of ordinary prompts is 1
 
 
 @dataclass(frozen=True)
@@ -50,37 +53,40 @@ class Consolidated:
 def solve(wishes: Sequence[Wish], settings: SolveSettings, least_rank: int = 1) -> tuple[Adapter, int]:
     """One LoRA for all wishes, and the least rank that keeps the share `settings.energy`; with fewer than `least_rank` it is padded.
 
-    Errors: StackError where an adapter is no LoRA.
+    Wishes for full changes of K and V give such a change, those for VeRA a LoRA.
     """
     asked = [(wish, layers_of(wish.adapter)) for wish in wishes if wish.adapter]
-    kinds = {kind_of(wish.adapter) for wish in wishes if wish.adapter}
-    if "vera" in kinds:
-        raise StackError("The closed form can't be written as VeRA, which this stack was learned with. Use DSC, or learn with LoRA.")
-    full = "full" in kinds
+    full = any(kind_of(wish.adapter) == "full" for wish, _ in asked if wish.adapter)
     width = wishes[0].moment.shape[0]
     total = sum((wish.weight * wish.moment.double() for wish in wishes), torch.zeros(width, width, dtype=torch.float64))
     total += settings.ridge * total.trace() / width * torch.eye(width, dtype=torch.float64)
     lower = torch.linalg.cholesky(total)
     changes, leading, energies = {}, {}, []
     for layer in asked[0][1]:
-        want = torch.stack([wish.weight * _times(layers[layer], wish.moment) for wish, layers in asked]).sum(0)
+        basis, want = _wanted([(wish, layers[layer]) for wish, layers in asked])
         changes[layer] = torch.cholesky_solve(want.T, lower).T
-        if not full:
-            leading[layer], values = _left_singular(torch.linalg.solve_triangular(lower, want.T, upper=False).T)
-            energies.append(values.square() / values.square().sum().clamp(min=1e-300))
+        if full:
+            changes[layer] = basis @ changes[layer]
+            continue
+        vectors, values = _left_singular(torch.linalg.solve_triangular(lower, want.T, upper=False).T)
+        leading[layer] = basis, vectors
+        energies.append(values.square() / values.square().sum().clamp(min=1e-300))
     if full:
         adapter, rank = {f"{layer}.D": change.float() for layer, change in changes.items()}, width
     else:
         rank = _rank(energies, settings)
-        factors = [_factors(layer, vectors[:, :rank], changes[layer]) for layer, vectors in leading.items()]
+        factors = [_factors(layer, basis, vectors[:, :rank], changes[layer]) for layer, (basis, vectors) in leading.items()]
         adapter = grown({name: tensor for one in factors for name, tensor in one.items()}, max(rank, least_rank))
     return adapter, rank
 
 
-def _times(parts: Mapping[str, Tensor], moment: Tensor) -> Tensor:
-    """delta M, (d_out, d_text) float64."""
-    left, right = factored(parts, moment.shape[0])
-    return left.double() @ (right.double() @ moment.double())
+def _wanted(asked: Sequence[tuple[Wish, Mapping[str, Tensor]]]) -> tuple[Tensor, Tensor]:
+    """sum_j w_j delta_j M_j of one layer, as an orthonormal basis (d_out, k) times (k, d_text), float64; k: the ranks together, d_out at most."""
+    products = [(wish, *factored(parts, wish.moment.shape[0])) for wish, parts in asked]
+    left = torch.cat([wish.weight * left.double() for wish, left, _ in products], 1)
+    right = torch.cat([right.double() @ wish.moment.double() for wish, _, right in products])
+    basis, rest = torch.linalg.qr(left) if left.shape[1] < left.shape[0] else (torch.eye(len(left), dtype=torch.float64), left)
+    return basis, rest @ right
 
 
 def _left_singular(matrix: Tensor) -> tuple[Tensor, Tensor]:
@@ -99,9 +105,9 @@ def _rank(energies: Sequence[Tensor], settings: SolveSettings) -> int:
     return int((kept < settings.energy).sum()) + 1
 
 
-def _factors(layer: str, directions: Tensor, change: Tensor) -> Adapter:
-    """The change projected onto the directions (d_out, r), as B and A of the same norm."""
-    b, a = directions, directions.T @ change
+def _factors(layer: str, basis: Tensor, directions: Tensor, change: Tensor) -> Adapter:
+    """The change (k, d_text) projected onto the directions (k, r) in the basis (d_out, k), as B and A of the same norm."""
+    b, a = basis @ directions, directions.T @ change
     balance = (a.norm() / b.norm()).clamp(min=1e-12).sqrt()
     return {f"{layer}.A": (a / balance).float(), f"{layer}.B": (b * balance).float()}
 
@@ -124,9 +130,10 @@ class Memory:
     In a prompt about two, the positions from the second one's word on are the second's, those before the first's, the ending is both's.
     """
 
-    def __init__(self, backbone: Backbone, words: Mapping[str, Tensor], nouns: Sequence[str]) -> None:
-        self.backbone, self.words = backbone, words
-        self.ordinary = moment(backbone, words, ordinary_prompts(list(dict.fromkeys(nouns)))).cpu()
+    def __init__(self, backbone: Backbone, words: Mapping[str, Tensor], nouns: Sequence[str], share: float | None = None) -> None:
+        """`nouns` are what ordinary prompts are about above all; `share` as in `moment`, for all prompts but those about two."""
+        self.backbone, self.words, self.share = backbone, words, share
+        self.ordinary = moment(backbone, words, ordinary_prompts(list(dict.fromkeys(nouns))), share).cpu()
         self.records: list[ConceptRecord] = []
         self.alone: list[Tensor] = []
         self.shares: list[tuple[Tensor, float]] = []  # of prompts about two: sum of c c^T, and how many c
@@ -134,7 +141,7 @@ class Memory:
     def add(self, record: ConceptRecord) -> None:
         """One more concept, alone and together with the two before it."""
         self.records.append(record)
-        self.alone.append(moment(self.backbone, self.words, single_prompts(record)).cpu())
+        self.alone.append(moment(self.backbone, self.words, single_prompts(record), self.share).cpu())
         self.shares.append((torch.zeros_like(self.ordinary), 0.0))
         newest = len(self.records) - 1
         for other in range(max(0, newest - 2), newest):
@@ -161,9 +168,11 @@ class Memory:
         return asked
 
 
-def memory_of(backbone: Backbone, stack: ConceptStack, on_progress: OnProgress, count: int = 0) -> Memory:
-    """Of the first `count` concepts of a stack; 0: of all."""
-    memory = Memory(backbone, stack.tokens, [record.noun for record in stack.records])
+def memory_of(
+    backbone: Backbone, stack: ConceptStack, on_progress: OnProgress, count: int = 0, nouns: Sequence[str] = (), share: float | None = None
+) -> Memory:  # fmt: skip
+    """Of the first `count` concepts of a stack, 0: of all; `nouns` are those of concepts to come."""
+    memory = Memory(backbone, stack.tokens, [*nouns, *(record.noun for record in stack.records)], share)
     for number, record in enumerate(stack.records[: count or None]):
         on_progress(Progress("solve", number, len(stack.records)))
         memory.add(record)
@@ -172,7 +181,26 @@ def memory_of(backbone: Backbone, stack: ConceptStack, on_progress: OnProgress, 
 
 def adapters_of(stack: ConceptStack) -> list[Adapter | None]:
     """Each concept's adapter right after it was learned, the newest one's before it was consolidated by itself."""
-    return [*(stack.adapter_after(record.id) for record in stack.records[:-1]), stack.before or stack.adapter]
+    found = [stack.adapter_after(record.id) for record in stack.records]
+    return [*found[:-1], stack.before] if stack.before else found
+
+
+def retention(
+    backbone: Backbone, stack: ConceptStack, noun: str, settings: LearnSettings, weight: float, on_progress: OnProgress = ignore
+) -> Retention:  # fmt: skip
+    """What learning a concept of this `noun` is held at: the closed form's wishes, as a penalty.
+
+        sum_j w_j E_{c of j} || (delta - delta_j) c ||^2  =  E || (delta - anchor) c ||^2 + what no delta can help,     anchor: the closed form
+
+    Each earlier concept is held at what its own adapter did, so what one learning takes from it the next ones give back, and a step costs the same
+    however many there are. All of them together weigh `HELD`, ordinary prompts `settings.retention_ordinary`.
+    """
+    memory = memory_of(backbone, stack, on_progress, nouns=[noun], share=settings.retention_words)
+    own = memory.wishes(adapters_of(stack), SolveSettings())[1:]
+    wishes = [Wish("ordinary prompts", memory.ordinary, None, settings.retention_ordinary), *(replace(w, weight=HELD / len(own)) for w in own)]
+    asked = sum((wish.weight * wish.moment for wish in wishes), torch.zeros_like(memory.ordinary)).to(backbone.device)
+    anchor, _ = solve(wishes, SolveSettings(energy=0.9999)) if any(wish.adapter for wish in wishes) else ({}, 0)
+    return Retention(weight, asked, {k: t.to(backbone.device) for k, t in anchor.items()}, sizes(backbone, memory.ordinary.to(backbone.device)))
 
 
 # --- stacks -> stacks ----------------------------------------------------------------------------------------------------------------
@@ -181,6 +209,7 @@ def adapters_of(stack: ConceptStack) -> list[Adapter | None]:
 def consolidated(backbone: Backbone, stack: ConceptStack, settings: SolveSettings, on_progress: OnProgress) -> Consolidated:
     """One LoRA for all concepts of the stack, in place; what it was before stays as `before`. Fishers are dropped: their factors are gone."""
     assert stack.adapter
+    _refuse_vera(stack)
     wishes = memory_of(backbone, stack, on_progress).wishes(adapters_of(stack), settings)
     adapter, rank = solve(wishes, settings, stack.rank or 1)
     told = [{wish.name: lost(one, wish) for wish in wishes if wish.adapter} for one in (stack.adapter, adapter)]
@@ -202,6 +231,7 @@ def forgotten(backbone: Backbone, stack: ConceptStack, token: str, settings: Sol
         raise StackError(f"No concept {token!r} is on the stack. It knows {known or 'none'}.")
     if number == len(stack.records) - 1:
         return stack.undo()
+    _refuse_vera(stack)
     gone, memory, adapters, later = stack.records[number], memory_of(backbone, stack, on_progress, number + 1), adapters_of(stack), {}
     adapters[number] = None
     for count, record in enumerate(stack.records[number + 1 :], start=number + 2):  # every version of the stack that knew it
@@ -225,7 +255,7 @@ def merged(
     """Put the concepts of a second stack that this one has not behind its own, in place; returns the new names of words that both have.
 
     Every version of the stack from then on is solved for, so that undo, and drawing older versions, go on working. Errors: StackError where one
-    of them is no LoRA and the other is.
+    of them is no LoRA and the other is, and where both are VeRA.
     """
     if not stack.records:
         vars(stack).update({**vars(second), "base": stack.base})
@@ -237,6 +267,7 @@ def merged(
     both = [*stack.records, *own]
     if len({kind_of(a) for a in (stack.adapter, second.adapter) if a}) > 1:
         raise StackError("One of the stacks holds a LoRA, the other an adapter of another kind; only two of a kind can be merged.")
+    _refuse_vera(stack)
     stack.words |= second.words
     stack.fishers, stack.tau = {}, stack.tau or second.tau
     stack.rank = max(filter(None, (stack.rank, second.rank)), default=None)
@@ -253,6 +284,11 @@ def merged(
         stack.add(_noted(record, found), stack.words[record.id], found)
     stack.rank = stack.records[-1].settings["rank"]
     return renamed
+
+
+def _refuse_vera(stack: ConceptStack) -> None:
+    if stack.adapter and kind_of(stack.adapter) == "vera":
+        raise StackError("The closed form can't be written as VeRA, which this stack was learned with. Use DSC, or learn with LoRA.")
 
 
 def _new_names(first: ConceptStack, tokens: Sequence[str]) -> dict[str, str]:

@@ -4,7 +4,7 @@
     drift = E_c || (delta - delta*) c ||^2 / E_c || W0 c ||^2  =  tr[ (delta - delta*) M (delta - delta*)^T ] / tr[ W0 M W0^T ],    M = E_c c c^T
 
 Words and templates of earlier concepts are stored, hence so is M: one (d, d) matrix stands for every prompt about them, and the drift is exact, not
-sampled. Penalising it holds earlier concepts (delta* = the adapter so far) and ordinary prompts, the empty one too (delta* = 0: the checkpoint); if
+sampled. Penalising it holds each earlier concept (delta* = its own adapter) and ordinary prompts, the empty one too (delta* = 0: the checkpoint); if
 wanted it keeps the look of the concept being learned off the padding of its own prompts, where it would mix with that of another.
 """
 
@@ -19,7 +19,7 @@ from torch import Tensor
 from .checkpoint.backbone import Backbone
 from .lora import Adapter, factored, layers_of
 from .settings import TEMPLATES
-from .store import ConceptRecord, ConceptStack
+from .store import ConceptRecord
 
 PLACES = (
     "on grass", "on wood", "on sand", "in water", "in the sky", "on brick", "in snow", "on gravel", "at night", "on carpet", "in a room",
@@ -73,14 +73,6 @@ def _long(prompt: str, number: int) -> tuple[str, str]:
     return ", ".join([prompt, *details]), ", ".join([*details[:2], prompt, *details[2:]])
 
 
-def concept_prompts(stack: ConceptStack) -> list[str]:
-    """Prompts that name the stack's concepts, one or two at a time."""
-    names = [record.name for record in stack.records]
-    found = [prompt for record in stack.records for prompt in single_prompts(record)]
-    found += [f"a photo of a {a} and a {b}" for i, a in enumerate(names) for j, b in enumerate(names) if i != j and abs(i - j) < 4]
-    return list(dict.fromkeys(found))
-
-
 @torch.no_grad()
 def moment(backbone: Backbone, words: Mapping[str, Tensor], prompts: Sequence[str], share: float | None = None) -> Tensor:
     """M, the mean of c c^T over prompts and positions, (d, d) float32.
@@ -123,14 +115,15 @@ def drift(factors: Mapping[str, Tensor], anchor: Adapter | None, moment: Tensor,
 
 @dataclass(frozen=True)
 class Retention:
-    """The penalty in the training loop: called with the factors, it gives weight * (drift of earlier concepts + drift of ordinary prompts)."""
+    """The penalty in the training loop: how far the factors are, over all protected prompts, from what was there (`solve.retention`)."""
 
     weight: float
-    memories: Sequence[tuple[Tensor, Adapter | None]]  # (M, anchor)
+    moment: Tensor  # of all protected prompts, each with its own weight
+    anchor: Adapter  # empty where nothing was learned yet
     sizes: Mapping[str, Tensor]  # tr[W0 M W0^T] of each layer, over ordinary prompts
 
     def __call__(self, factors: Mapping[str, Tensor]) -> Tensor:
-        return self.weight * torch.stack([drift(factors, anchor, m, self.sizes) for m, anchor in self.memories]).sum()
+        return self.weight * drift(factors, self.anchor, self.moment, self.sizes)
 
 
 @dataclass(frozen=True)
@@ -149,19 +142,3 @@ class Apart:
         """`features` (n, 77, d) are the prompts' (n,)."""
         rows = self.backbone.context(features).detach().float()[self.backbone.padding(prompts, words)]
         return self.weight * drift(factors, None, rows.T @ rows / max(1, len(rows)), self.sizes)
-
-
-def retention(
-    backbone: Backbone, stack: ConceptStack, noun: str, weight: float, ordinary: float = 1.0, share: float | None = None
-) -> Retention:  # fmt: skip
-    """What the prompts of the stack's concepts, and ordinary ones (about `noun`, the newest concept's, above all), ask for.
-
-    All ordinary prompts together weigh `ordinary` times what each concept does; `share` as in `moment`.
-    """
-    words = stack.tokens
-    plain = moment(backbone, words, ordinary_prompts(list(dict.fromkeys([noun, *(record.noun for record in stack.records)]))), share)
-    memories: list[tuple[Tensor, Adapter | None]] = [(ordinary * plain, None)]
-    if stack.records and stack.adapter:
-        anchor = {name: tensor.to(backbone.device, torch.float32) for name, tensor in stack.adapter.items()}
-        memories.append((len(stack.records) * moment(backbone, words, concept_prompts(stack), share), anchor))
-    return Retention(weight, memories, sizes(backbone, plain))

@@ -101,10 +101,15 @@ def test_the_energy_rule_and_the_padding(backbone: Backbone) -> None:
     assert rank_of(low) == few
 
 
-def test_vera_is_refused(backbone: Backbone) -> None:
-    _, _, wishes = _problem(backbone, "vera")
-    with pytest.raises(StackError, match="VeRA"):
-        solve.solve(wishes, EXACT)
+def test_vera_is_refused(checkpoint: Path, folders: dict[str, Path]) -> None:
+    """By whatever has to write the solution into the stack."""
+    for token in ("V1", "V2"):
+        pipeline.learn_concept(_request(checkpoint, folders, token, replace(QUICKER, adapter="vera")))
+    with pytest.raises(StackError, match="can't be written as VeRA"):
+        pipeline.consolidate_in_closed_form(pipeline.SolveRequest(checkpoint, device="cpu"))
+    with pytest.raises(StackError, match="can't be written as VeRA"):
+        pipeline.forget(pipeline.SolveRequest(checkpoint, device="cpu"), "V1")
+    assert list(_stack(checkpoint).tokens) == ["V1", "V2"]
 
 
 def test_consolidating_brings_back_what_was_lost(two: Path, folders: dict[str, Path]) -> None:
