@@ -28,7 +28,7 @@ from .settings import LearnSettings, SolveSettings
 from .store import ConceptRecord, ConceptStack
 from .textspace import Retention, drift, moment, ordinary_prompts, single_prompts, sizes
 
-HELD = 3.0  # weight of all earlier concepts together while another one is learned; that of ordinary prompts is 1
+HELD = 3.0  # the most that all earlier concepts weigh together while another one is learned; each weighs as ordinary prompts do until then
 
 
 @dataclass(frozen=True)
@@ -193,11 +193,11 @@ def retention(
         sum_j w_j E_{c of j} || (delta - delta_j) c ||^2  =  E || (delta - anchor) c ||^2 + what no delta can help,     anchor: the closed form
 
     Each earlier concept is held at what its own adapter did, so what one learning takes from it the next ones give back, and a step costs the same
-    however many there are. All of them together weigh `HELD`, ordinary prompts `settings.retention_ordinary`.
+    however many there are. They weigh `HELD` together at most, ordinary prompts `settings.retention_ordinary`.
     """
     memory = memory_of(backbone, stack, on_progress, nouns=[noun], share=settings.retention_words)
     own = memory.wishes(adapters_of(stack), SolveSettings())[1:]
-    wishes = [Wish("ordinary prompts", memory.ordinary, None, settings.retention_ordinary), *(replace(w, weight=HELD / len(own)) for w in own)]
+    wishes = [Wish("ordinary prompts", memory.ordinary, None, settings.retention_ordinary), *(replace(w, weight=min(1.0, HELD / len(own))) for w in own)]
     asked = sum((wish.weight * wish.moment for wish in wishes), torch.zeros_like(memory.ordinary)).to(backbone.device)
     anchor, _ = solve(wishes, SolveSettings(energy=0.9999)) if any(wish.adapter for wish in wishes) else ({}, 0)
     return Retention(weight, asked, {k: t.to(backbone.device) for k, t in anchor.items()}, sizes(backbone, memory.ordinary.to(backbone.device)))
