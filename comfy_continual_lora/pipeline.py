@@ -189,7 +189,8 @@ def _learn_concept(request: LearnRequest, on_progress: OnProgress) -> LearnResul
         settings = _with_rank_of(stack, request.settings).resolved(backbone.preset)
         pictures = concepts.load_images(request.images, settings.size or backbone.size, fit=settings.fit)
         latents, method = _latents(backbone, pictures, settings), METHODS[settings.method]
-        lesson = _lesson(backbone, request, stack, settings, pictures, latents, on_progress)
+        memory = _memory(backbone, stack, settings, request.noun, on_progress)
+        lesson = _lesson(backbone, request, stack, settings, pictures, latents, memory)
         learned = learn(backbone, lesson, settings, _snapshot(path, request.token), on_progress)
         record = _record(request, settings, pictures, learned, stack)
         text = FrozenText(backbone, {**stack.tokens, request.token: learned.word})
@@ -207,7 +208,7 @@ def _learn_concept(request: LearnRequest, on_progress: OnProgress) -> LearnResul
         stack.add(record, learned.word, adapter)
         stack.rank = settings.rank if adapter is not None else stack.rank
         if method.consolidation == "closed form" and len(stack.records) > 1:
-            solve.consolidated(backbone, stack, SolveSettings(), on_progress)
+            solve.consolidated(backbone, stack, SolveSettings(), on_progress, memory)
             stack.before = None  # this is how it was learned
         store.save_stack(stack, path)
         for part in ("", "dsc"):
@@ -232,7 +233,8 @@ def consolidate(request: ConsolidateRequest, on_progress: OnProgress = ignore) -
         same = {"method": record.method, "adapter": record.settings.get("adapter", "lora"), "rank": stack.rank}
         settings = LearnSettings(**{**asdict(request.settings), **same}).resolved(backbone.preset)
         pictures = concepts.load_images(request.images, settings.size or backbone.size, fit=settings.fit)
-        penalty = _penalty(backbone, stack, settings, _held(backbone, stack, settings, record.noun, on_progress))
+        memory = _memory(backbone, stack, settings, record.noun, on_progress)
+        penalty = _penalty(backbone, stack, settings, _held(memory, stack, settings))
         newest = _Newest(backbone, stack, record, _latents(backbone, pictures, settings), text, penalty, settings, on_progress)
         if not newest.past:
             raise StackError(f"There is nothing to consolidate: no concept before {record.token} in {path} has a LoRA.")
@@ -241,7 +243,7 @@ def consolidate(request: ConsolidateRequest, on_progress: OnProgress = ignore) -
             stack.fishers[record.id] = newest.fisher(consolidated)
         record = replace(record, consolidated=request.digest)
         stack.add(record, word, consolidated)
-        stack.before = adapter
+        stack.before, stack.rank = adapter, record.settings.get("rank", stack.rank)
         store.save_stack(stack, path)
         _snapshot(path, record.token, "dsc").unlink(missing_ok=True)
     return LearnResult(record, losses, path)
@@ -461,7 +463,7 @@ def _mirrored(images: tuple[torch.Tensor, ...], settings: ConsolidateSettings) -
 
 def _lesson(
     backbone: Backbone, request: LearnRequest, stack: store.ConceptStack, settings: LearnSettings, pictures: concepts.ConceptImages,
-    latents: list[torch.Tensor], on_progress: OnProgress,
+    latents: list[torch.Tensor], memory: solve.Memory | None,
 ) -> Lesson:  # fmt: skip
     """Sequential initialisation: the adapter starts from the stack's, the word from its class noun - unless the method starts anew."""
     method, generator = METHODS[settings.method], torch.Generator().manual_seed(settings.seed)
@@ -474,7 +476,7 @@ def _lesson(
             f"The method {settings.method} trains an adapter of the kind {kind}, but this stack's is {kind_of(stack.adapter)}. "
             "Go on with a method of that kind, or start another stack with --stack."
         )
-    compares = bool(method.importance or method.consolidation)
+    compares = bool(method.importance or method.consolidation in ("distillation", "scores"))
     if compares and kind == "lora" and stack.adapter and rank_of(stack.adapter) > (stack.rank or 0):
         raise SettingError(
             f"{settings.method} compares adapters of one size, but this stack's LoRA has grown (c_lora, published). Go on with that, or start "
@@ -485,7 +487,7 @@ def _lesson(
         assert settings.rank
         adapter = new_adapter(backbone, settings.rank, generator, kind)
     prompts = [concepts.prompts_for(request.token, noun, TEMPLATES, caption) for caption in pictures.captions]
-    held = _held(backbone, stack, settings, request.noun, on_progress)
+    held = _held(memory, stack, settings, 0.0 if method.consolidation == "closed form" else solve.HELD)  # what is solved for need not be held
     penalty = _penalty(backbone, stack, settings, held)
     apart = textspace.Apart(backbone, held.weight * settings.retention_apart, held.sizes) if held and settings.retention_apart else None
     names = [concepts.name_of(request.token, noun), *(record.name for record in stack.records[:1])]
@@ -497,15 +499,27 @@ def _lesson(
     return Lesson(latents, prompts, request.token, stack.tokens, adapter, word, penalty, apart, stack.adapter if anew else None, shown, weights)
 
 
-def _held(
-    backbone: Backbone, stack: store.ConceptStack, settings: LearnSettings, noun: str, on_progress: OnProgress = ignore
-) -> textspace.Retention | None:  # fmt: skip
-    """What is held in text space."""
-    method = METHODS[settings.method]
-    weight = settings.retention_weight or method.retention_weight if method.adapter else 0.0
-    if not weight:
+def _memory(
+    backbone: Backbone, stack: store.ConceptStack, settings: LearnSettings, noun: str, on_progress: OnProgress
+) -> solve.Memory | None:  # fmt: skip
+    """What is known of prompts without a picture; None where nothing is held at it or solved for."""
+    if not _hold(settings) and METHODS[settings.method].consolidation != "closed form":
         return None
-    return solve.retention(backbone, stack, noun, settings, weight, on_progress)
+    return solve.memory_of(backbone, stack, on_progress, nouns=[noun], share=settings.retention_words)
+
+
+def _hold(settings: LearnSettings) -> float:
+    """Weight of what is held in text space."""
+    method = METHODS[settings.method]
+    return settings.retention_weight or method.retention_weight if method.adapter else 0.0
+
+
+def _held(
+    memory: solve.Memory | None, stack: store.ConceptStack, settings: LearnSettings, earlier: float = solve.HELD
+) -> textspace.Retention | None:  # fmt: skip
+    """What is held while something is learned; `earlier`: the weight of earlier concepts."""
+    weight = _hold(settings)
+    return solve.retention(memory, stack, settings, weight, earlier) if memory and weight else None
 
 
 def _penalty(backbone: Backbone, stack: store.ConceptStack, settings: LearnSettings, held: textspace.Retention | None) -> Penalty | None:

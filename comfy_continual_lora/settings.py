@@ -176,8 +176,8 @@ class ConsolidateSettings(Settings):
         "factors", "take the Fisher of A and B, or of their product (much larger to store)", choices=("factors", "delta"), group="DC scores, EWC"
     )
     retention_weight: float = setting(
-        0.0, "weight of holding what is done to earlier concepts' and to ordinary prompts, beside what the method does; 0: the method's own",
-        low=0, group="retention",
+        0.0, "weight of holding what is done to ordinary prompts, and to earlier concepts' where the method does not solve for them afterwards; "
+        "0: the method's own", low=0, group="retention",
     )  # fmt: skip
     retention_ordinary: float = setting(
         1.0, "weight of ordinary prompts in that, all earlier concepts together having 3; less learns more and leaks more", low=0, group="retention"
@@ -230,7 +230,7 @@ class SolveSettings(Settings):
     energy: float = setting(0.999, "share of what is asked for that the rank must hold", low=0.5, high=1)
     rank: int | None = setting(None, "rank of the solution; the least that holds the energy where it is not said", low=1, high=1024)
     ridge: float = setting(1e-4, "weight of staying small, as a share of the mean second moment", low=1e-12, high=1)
-    ordinary_weight: float = setting(1.0, "weight of ordinary prompts, as a share of all concepts' together", low=0)
+    ordinary_weight: float = setting(0.33, "weight of ordinary prompts, as a share of all concepts' together", low=0)
 
 
 @dataclass(frozen=True)

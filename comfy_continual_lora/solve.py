@@ -7,8 +7,8 @@ This is `textspace.drift` at its minimum, so no step, no picture and no call of 
 The best product of rank k is delta projected onto the k leading left singular vectors of delta L, with G = L L^T (reduced-rank regression;
 Izenman 1975, eq. 2.9).
 
-Consolidating asks for every concept; forgetting one asks for 0 there; merging asks for the concepts of two stacks. Learning by `retention` is held
-to what is closest to all earlier concepts' adapters.
+Consolidating, and learning by `retention`, ask for every concept; forgetting one asks for 0 there; merging asks for the concepts of two stacks. Where
+a penalty holds earlier concepts, it is at what is closest to all of them.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ from torch import Tensor
 from .checkpoint.backbone import Backbone
 from .errors import StackError
 from .lora import Adapter, factored, grown, kind_of, layers_of, rank_of
-from .progress import OnProgress, Progress, ignore
+from .progress import OnProgress, Progress
 from .settings import LearnSettings, SolveSettings
 from .store import ConceptRecord, ConceptStack
 from .textspace import Retention, drift, moment, ordinary_prompts, single_prompts, sizes
 
-HELD = 3.0  # the most that all earlier concepts weigh together while another one is learned; each weighs as ordinary prompts do until then
+HELD = 3.0  # the most that all earlier concepts weigh together where a penalty holds them; until then each weighs 1
 
 
 @dataclass(frozen=True)
@@ -130,17 +130,18 @@ class Memory:
     In a prompt about two, the positions from the second one's word on are the second's, those before the first's, the ending is both's.
     """
 
-    def __init__(self, backbone: Backbone, words: Mapping[str, Tensor], nouns: Sequence[str], share: float | None = None) -> None:
+    def __init__(self, backbone: Backbone, nouns: Sequence[str], share: float | None = None) -> None:
         """`nouns` are what ordinary prompts are about above all; `share` as in `moment`, for all prompts but those about two."""
-        self.backbone, self.words, self.share = backbone, words, share
-        self.ordinary = moment(backbone, words, ordinary_prompts(list(dict.fromkeys(nouns))), share).cpu()
+        self.backbone, self.words, self.share = backbone, {}, share
+        self.ordinary = moment(backbone, {}, ordinary_prompts(list(dict.fromkeys(nouns))), share).cpu()
         self.records: list[ConceptRecord] = []
         self.alone: list[Tensor] = []
         self.shares: list[tuple[Tensor, float]] = []  # of prompts about two: sum of c c^T, and how many c
 
-    def add(self, record: ConceptRecord) -> None:
+    def add(self, record: ConceptRecord, word: Tensor) -> None:
         """One more concept, alone and together with the two before it."""
         self.records.append(record)
+        self.words[record.token] = word
         self.alone.append(moment(self.backbone, self.words, single_prompts(record), self.share).cpu())
         self.shares.append((torch.zeros_like(self.ordinary), 0.0))
         newest = len(self.records) - 1
@@ -172,45 +173,65 @@ def memory_of(
     backbone: Backbone, stack: ConceptStack, on_progress: OnProgress, count: int = 0, nouns: Sequence[str] = (), share: float | None = None
 ) -> Memory:  # fmt: skip
     """Of the first `count` concepts of a stack, 0: of all; `nouns` are those of concepts to come."""
-    memory = Memory(backbone, stack.tokens, [*nouns, *(record.noun for record in stack.records)], share)
+    memory = Memory(backbone, [*(record.noun for record in stack.records), *nouns], share)
     for number, record in enumerate(stack.records[: count or None]):
         on_progress(Progress("solve", number, len(stack.records)))
-        memory.add(record)
+        memory.add(record, stack.words[record.id])
     return memory
 
 
 def adapters_of(stack: ConceptStack) -> list[Adapter | None]:
-    """Each concept's adapter right after it was learned, the newest one's before it was consolidated by itself."""
-    found = [stack.adapter_after(record.id) for record in stack.records]
-    return [*found[:-1], stack.before] if stack.before else found
+    """What each concept asks for: its adapter right after it was learned, before any consolidation that is known of."""
+    found = [stack.wishes.get(record.id) or stack.adapter_after(record.id) for record in stack.records]
+    if stack.before and stack.records[-1].id not in stack.wishes:
+        found[-1] = stack.before
+    return found
 
 
-def retention(
-    backbone: Backbone, stack: ConceptStack, noun: str, settings: LearnSettings, weight: float, on_progress: OnProgress = ignore
-) -> Retention:  # fmt: skip
-    """What learning a concept of this `noun` is held at: the closed form's wishes, as a penalty.
+def _kept(stack: ConceptStack, concept: str, wish: Wish) -> Wish:
+    """The same wish by a small adapter that stays on the stack: it does to the concept's own prompts what its adapter did, and little else.
+
+    Were the solution for all the next solve's wish, each solve would take the same share of it again.
+    """
+    if wish.adapter and concept not in stack.wishes:
+        stack.wishes[concept], _ = solve([wish], SolveSettings(ridge=1e-6))
+    return replace(wish, adapter=stack.wishes.get(concept))
+
+
+def retention(memory: Memory, stack: ConceptStack, settings: LearnSettings, weight: float, held: float = HELD) -> Retention:
+    """What learning one more concept is held at: the closed form's wishes, as a penalty.
 
         sum_j w_j E_{c of j} || (delta - delta_j) c ||^2  =  E || (delta - anchor) c ||^2 + what no delta can help,     anchor: the closed form
 
-    Each earlier concept is held at what its own adapter did, so what one learning takes from it the next ones give back, and a step costs the same
-    however many there are. They weigh `HELD` together at most, ordinary prompts `settings.retention_ordinary`.
+    Each earlier concept is held at what its own adapter did, and a step costs the same however many there are. They weigh `held` together at most,
+    ordinary prompts `settings.retention_ordinary`.
     """
-    memory = memory_of(backbone, stack, on_progress, nouns=[noun], share=settings.retention_words)
-    own = memory.wishes(adapters_of(stack), SolveSettings())[1:]
-    wishes = [Wish("ordinary prompts", memory.ordinary, None, settings.retention_ordinary), *(replace(w, weight=min(1.0, HELD / len(own))) for w in own)]
-    asked = sum((wish.weight * wish.moment for wish in wishes), torch.zeros_like(memory.ordinary)).to(backbone.device)
+    device, own = memory.backbone.device, memory.wishes(adapters_of(stack), SolveSettings())[1:]
+    each = min(1.0, held / max(1, len(own)))
+    wishes = [Wish("ordinary prompts", memory.ordinary, None, settings.retention_ordinary)]
+    wishes += [replace(wish, weight=each) for wish in own if each]
+    asked = sum((wish.weight * wish.moment for wish in wishes), torch.zeros_like(memory.ordinary)).to(device)
     anchor, _ = solve(wishes, SolveSettings(energy=0.9999)) if any(wish.adapter for wish in wishes) else ({}, 0)
-    return Retention(weight, asked, {k: t.to(backbone.device) for k, t in anchor.items()}, sizes(backbone, memory.ordinary.to(backbone.device)))
+    return Retention(weight, asked, {k: t.to(device) for k, t in anchor.items()}, sizes(memory.backbone, memory.ordinary.to(device)))
 
 
 # --- stacks -> stacks ----------------------------------------------------------------------------------------------------------------
 
 
-def consolidated(backbone: Backbone, stack: ConceptStack, settings: SolveSettings, on_progress: OnProgress) -> Consolidated:
-    """One LoRA for all concepts of the stack, in place; what it was before stays as `before`. Fishers are dropped: their factors are gone."""
+def consolidated(
+    backbone: Backbone, stack: ConceptStack, settings: SolveSettings, on_progress: OnProgress, memory: Memory | None = None
+) -> Consolidated:  # fmt: skip
+    """One LoRA for all concepts of the stack, in place; what it was before stays as `before`. Fishers are dropped: their factors are gone.
+
+    `memory` is of some of the first concepts, so that their prompts need not be encoded again.
+    """
     assert stack.adapter
     _refuse_vera(stack)
-    wishes = memory_of(backbone, stack, on_progress).wishes(adapters_of(stack), settings)
+    memory = memory or memory_of(backbone, stack, on_progress)
+    for record in stack.records[len(memory.records) :]:
+        memory.add(record, stack.words[record.id])
+    wishes = memory.wishes(adapters_of(stack), settings)
+    wishes[-1] = _kept(stack, stack.records[-1].id, wishes[-1])
     adapter, rank = solve(wishes, settings, stack.rank or 1)
     told = [{wish.name: lost(one, wish) for wish in wishes if wish.adapter} for one in (stack.adapter, adapter)]
     stack.before = stack.before or stack.adapter
@@ -236,12 +257,16 @@ def forgotten(backbone: Backbone, stack: ConceptStack, token: str, settings: Sol
     adapters[number] = None
     for count, record in enumerate(stack.records[number + 1 :], start=number + 2):  # every version of the stack that knew it
         on_progress(Progress("solve", count - 1, len(stack.records)))
-        memory.add(record)
+        memory.add(record, stack.words[record.id])
         if adapters[count - 1] is not None:
-            later[record.id], _ = solve(memory.wishes(adapters[:count], settings), settings, stack.rank or 1)
+            wishes = memory.wishes(adapters[:count], settings)
+            wishes[-1] = _kept(stack, record.id, wishes[-1])
+            adapters[count - 1] = wishes[-1].adapter
+            later[record.id], _ = solve(wishes, settings, stack.rank or 1)
     stack.records.pop(number)
     del stack.words[gone.id]
     stack.pool.pop(gone.id, None)
+    stack.wishes.pop(gone.id, None)
     stack.adapter, stack.before, stack.fishers = later.pop(stack.records[-1].id, stack.adapter), None, {}
     stack.pool |= later
     stack.records = [_noted(record, stack.adapter_after(record.id)) for record in stack.records]
@@ -264,23 +289,26 @@ def merged(
     new = [(record, adapter) for record, adapter in zip(second.records, adapters_of(second), strict=True) if record.id not in known]
     renamed, adapters = _new_names(stack, [record.token for record, _ in new]), adapters_of(stack)
     own = [_with_word(record, renamed.get(record.token, record.token)) for record, _ in new]
-    both = [*stack.records, *own]
     if len({kind_of(a) for a in (stack.adapter, second.adapter) if a}) > 1:
         raise StackError("One of the stacks holds a LoRA, the other an adapter of another kind; only two of a kind can be merged.")
     _refuse_vera(stack)
     stack.words |= second.words
+    stack.wishes |= {record.id: second.wishes[record.id] for record in own if record.id in second.wishes}
     stack.fishers, stack.tau = {}, stack.tau or second.tau
     stack.rank = max(filter(None, (stack.rank, second.rank)), default=None)
-    memory = Memory(backbone, {record.token: stack.words[record.id] for record in both}, [record.noun for record in both])
+    memory = Memory(backbone, [record.noun for record in [*stack.records, *own]])
     for record in stack.records:
-        memory.add(record)
+        memory.add(record, stack.words[record.id])
     for number, (record, (_, adapter)) in enumerate(zip(own, new, strict=True)):
         on_progress(Progress("solve", number, len(own)))
-        memory.add(record)
+        memory.add(record, stack.words[record.id])
         adapters.append(adapter)
         found = stack.adapter or adapter
         if stack.adapter and adapter:
-            found, _ = solve(memory.wishes(adapters, settings), settings, stack.rank or 1)
+            wishes = memory.wishes(adapters, settings)
+            wishes[-1] = _kept(stack, record.id, wishes[-1])
+            adapters[-1] = wishes[-1].adapter
+            found, _ = solve(wishes, settings, stack.rank or 1)
         stack.add(_noted(record, found), stack.words[record.id], found)
     stack.rank = stack.records[-1].settings["rank"]
     return renamed

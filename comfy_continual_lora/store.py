@@ -1,12 +1,14 @@
 """Stage 6: `ConceptStack` <-> one safetensors file beside the checkpoint.
 
-File: tensors "adapter.<layer>.A|B" (the current adapter), "pool.<concept id>.<layer>.A|B" (past ones), "fisher.<concept id>.<layer>.A|B" (what each
-concept found important), "word.<concept id>" (its vectors, float32 (k, d)); the header holds the rest as JSON and reads without loading a tensor. It
-is written to a temporary name, synced and renamed; the version before stays beside it as "<name>.previous"; one program writes at a time.
+File: tensors "adapter.<layer>.A|B" (the current adapter), "pool.<concept id>.<layer>.A|B" (past ones), "wish.<concept id>.<layer>.A|B" (what one
+concept asks of all), "fisher.<concept id>.<layer>.A|B" (what it found important), "word.<concept id>" (its vectors, float32 (k, d)); the header holds
+the rest as JSON and reads without loading a tensor. It is written to a temporary name, synced and renamed; the version before stays beside it as
+"<name>.previous"; one program writes at a time.
 """
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import json
 import os
@@ -78,6 +80,7 @@ class ConceptStack:
     words: dict[str, Tensor] = field(default_factory=dict)  # by concept id
     adapter: Adapter | None = None
     pool: dict[str, Adapter] = field(default_factory=dict)  # by concept id; no entry where no adapter was there yet
+    wishes: dict[str, Adapter] = field(default_factory=dict)  # by concept id; what it asked for where a solution for all took its adapter's place
     rank: int | None = None
     fishers: dict[str, Adapter] = field(default_factory=dict)  # by concept id; none for methods without EWC
     tau: float | None = None  # temperature of the DC scores, calibrated on the first concept
@@ -108,6 +111,7 @@ class ConceptStack:
         record = self.records.pop()
         del self.words[record.id]
         self.fishers.pop(record.id, None)
+        self.wishes.pop(record.id, None)
         if not self.records:
             self.tau = None
         self.rank = self.records[-1].settings.get("rank", self.rank) if self.records else None  # the closed form may have made it larger since
@@ -116,7 +120,8 @@ class ConceptStack:
 
     def as_of(self, count: int, *, consolidated: bool = True) -> ConceptStack:
         """A stack as this one was with its first `count` concepts; `consolidated` false: before the newest one was consolidated by itself."""
-        past = dataclasses.replace(self, records=list(self.records), words=dict(self.words), pool=dict(self.pool), fishers=dict(self.fishers))
+        copies = {name: copy.copy(getattr(self, name)) for name in ("records", "words", "pool", "wishes", "fishers")}
+        past = dataclasses.replace(self, **copies)
         while len(past.records) > max(count, 0):
             past.undo()
         if not consolidated and past.before is not None:
@@ -166,7 +171,7 @@ def load_stack(path: Path, fingerprint: str) -> ConceptStack:
                     stack.before = {**(stack.before or {}), rest: tensor}
                 else:
                     concept, _, name = rest.partition(".")
-                    (stack.pool if part == "pool" else stack.fishers).setdefault(concept, {})[name] = tensor
+                    {"pool": stack.pool, "wish": stack.wishes, "fisher": stack.fishers}[part].setdefault(concept, {})[name] = tensor
     except SafetensorError as error:
         raise StackError(f"The concept stack {path} can't be read ({error}).") from None
     return stack
@@ -189,7 +194,7 @@ def save_stack(stack: ConceptStack, path: Path) -> None:
     tensors = {f"word.{concept}": word for concept, word in stack.words.items()}
     for part, adapter in (("adapter", stack.adapter), ("before", stack.before)):
         tensors |= {f"{part}.{name}": tensor for name, tensor in (adapter or {}).items()}
-    for part, held in (("pool", stack.pool), ("fisher", stack.fishers)):
+    for part, held in (("pool", stack.pool), ("wish", stack.wishes), ("fisher", stack.fishers)):
         tensors |= {f"{part}.{concept}.{name}": tensor for concept, adapter in held.items() for name, tensor in adapter.items()}
     header = {
         "version": VERSION, "fingerprint": stack.fingerprint, "rank": stack.rank, "tau": stack.tau,

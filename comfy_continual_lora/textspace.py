@@ -4,8 +4,9 @@
     drift = E_c || (delta - delta*) c ||^2 / E_c || W0 c ||^2  =  tr[ (delta - delta*) M (delta - delta*)^T ] / tr[ W0 M W0^T ],    M = E_c c c^T
 
 Words and templates of earlier concepts are stored, hence so is M: one (d, d) matrix stands for every prompt about them, and the drift is exact, not
-sampled. Penalising it holds each earlier concept (delta* = its own adapter) and ordinary prompts, the empty one too (delta* = 0: the checkpoint); if
-wanted it keeps the look of the concept being learned off the padding of its own prompts, where it would mix with that of another.
+sampled. Penalising it holds ordinary prompts, the empty one too (delta* = 0: the checkpoint), and each earlier concept (delta* = its own adapter)
+where no closed form follows; if wanted it keeps the look of the concept being learned off the padding of its own prompts, where it would mix with
+that of another.
 """
 
 from __future__ import annotations

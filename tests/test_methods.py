@@ -39,7 +39,8 @@ def _stack(checkpoint: Path) -> store.ConceptStack:
 
 def _tensors(stack: store.ConceptStack) -> dict[str, torch.Tensor]:
     parts = {"adapter": stack.adapter or {}, "words": stack.words}
-    parts |= {f"pool {k}": v for k, v in stack.pool.items()} | {f"fisher {k}": v for k, v in stack.fishers.items()}
+    for part, held in (("pool", stack.pool), ("wish", stack.wishes), ("fisher", stack.fishers)):
+        parts |= {f"{part} {k}": v for k, v in held.items()}
     return {f"{part}/{name}": t for part, tensors in parts.items() for name, t in tensors.items()}
 
 
@@ -91,7 +92,7 @@ def test_three_concepts_without_any_earlier_picture_then_undo(checkpoint: Path, 
     if third.adapter:
         grown = 3 if chosen.c_lora_variant == "published" else 1
         assert first.adapter
-        if chosen.method == "closed_form" and third.rank and first.rank:  # its energy rule may ask for more
+        if method.consolidation == "closed form" and third.rank and first.rank:  # its energy rule may ask for more
             grown = third.rank / first.rank
         assert sum(t.numel() for t in third.adapter.values()) == grown * sum(t.numel() for t in first.adapter.values())
         assert any(not torch.equal(t, first.adapter[k]) for k, t in third.adapter.items())

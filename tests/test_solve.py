@@ -18,6 +18,7 @@ from comfy_continual_lora import cli, foreign, pipeline, solve, store, textspace
 from comfy_continual_lora.checkpoint.backbone import Backbone
 from comfy_continual_lora.errors import SettingError, StackError
 from comfy_continual_lora.lora import Adapter, delta_weights, layers_of, rank_of
+from comfy_continual_lora.progress import ignore
 from comfy_continual_lora.settings import SolveSettings
 
 QUICKER = replace(QUICK, method="lora", rate=0.02, steps=4)
@@ -127,6 +128,24 @@ def test_consolidating_brings_back_what_was_lost(two: Path, folders: dict[str, P
     assert _same(_stack(two), after)  # the same bytes
     pipeline.learn_concept(_request(two, folders, "V3", replace(QUICK, rank=None)))  # other methods go on from there
     assert list(_stack(two).tokens) == ["V1", "V2", "V3"]
+
+
+def test_retention_ends_at_the_closed_form(checkpoint: Path, folders: dict[str, Path], backbone: Backbone) -> None:
+    """Three concepts: each learning spoils the ones before, and what is stored is the solution of what the stack itself asks for."""
+    for token in NOUNS:
+        pipeline.learn_concept(_request(checkpoint, folders, token, replace(QUICKER, method="retention")))
+    stack = _stack(checkpoint)
+    wishes = solve.memory_of(backbone, stack, ignore).wishes(solve.adapters_of(stack), SolveSettings())
+    solution, _ = solve.solve(wishes, SolveSettings(), stack.rank or 1)
+    assert stack.adapter
+    assert all(torch.allclose(stack.adapter[name], tensor, atol=1e-5) for name, tensor in solution.items())
+    first, second, _ = stack.records
+    assert stack.wishes.keys() == {record.id for record in stack.records[1:]}  # the first one's own adapter is in the pool
+    assert solve.lost(stack.pool[second.id], replace(wishes[2], adapter=stack.wishes[second.id])) > 1e-4  # a wish is not what was found for all
+    assert rank_of(stack.wishes[second.id]) <= rank_of(stack.pool[second.id])
+    undone = stack.as_of(1)
+    assert not undone.wishes
+    assert undone.adapter is stack.pool[first.id]
 
 
 def test_one_concept_has_nothing_to_consolidate(checkpoint: Path, folders: dict[str, Path]) -> None:

@@ -12,6 +12,7 @@ from test_methods import QUICK, _request, _stack
 from comfy_continual_lora import pipeline, solve, store, textspace
 from comfy_continual_lora.checkpoint.backbone import Backbone, FrozenText
 from comfy_continual_lora.lora import Adapter, delta_weights, factored, layers_of, new_adapter
+from comfy_continual_lora.progress import ignore
 from comfy_continual_lora.settings import LearnSettings, SolveSettings
 
 
@@ -96,10 +97,8 @@ def test_each_concept_is_held_at_its_own_adapter(backbone: Backbone, kind: str) 
         word = backbone.word_start(noun, torch.Generator().manual_seed(number))
         record = store.ConceptRecord(f"{number}", f"V{number}", noun, "lora", 3, 10, 0, [], [], "2026-01-01T00:00:00+00:00", 0.1, "", {})
         stack.add(record, word, _random(backbone, kind, number))
-    held = solve.retention(backbone, stack, "cat", LearnSettings(retention_ordinary=0.5), weight=2.0)
-    memory = solve.Memory(backbone, stack.tokens, ["cat", "ball", "fish", "mug"])
-    for record in stack.records:
-        memory.add(record)
+    memory = solve.memory_of(backbone, stack, ignore, nouns=["cat"])
+    held = solve.retention(memory, stack, LearnSettings(retention_ordinary=0.5), weight=2.0)
     sizes = textspace.sizes(backbone, memory.ordinary)
 
     def expected(factors: Adapter) -> float:
@@ -116,8 +115,7 @@ def test_ordinary_prompts_weigh_what_is_asked(backbone: Backbone) -> None:
     found, factors = [], _random(backbone, "lora", 4)
     for share in (1.0, 0.25):
         settings = replace(QUICK, method="retention", retention_ordinary=share)
-        penalty = pipeline._held(backbone, store.ConceptStack(backbone.fingerprint), settings, "ball")
-        assert penalty
+        penalty = solve.retention(solve.Memory(backbone, ["ball"]), store.ConceptStack(backbone.fingerprint), settings, weight=1.0)
         found.append(float(penalty(factors)))
     assert found[1] == pytest.approx(found[0] / 4, rel=1e-5)
     assert found[0] > 0
@@ -126,7 +124,7 @@ def test_ordinary_prompts_weigh_what_is_asked(backbone: Backbone) -> None:
 def test_behind_the_end_of_its_prompts_nothing_may_change(backbone: Backbone) -> None:
     """Prompt by prompt and position by position, for a word of three vectors."""
     words = {"V1": backbone.word_start("mug", torch.Generator().manual_seed(0), 3)}
-    held = solve.retention(backbone, store.ConceptStack(backbone.fingerprint), "mug", LearnSettings(), weight=2.0)
+    held = solve.retention(solve.Memory(backbone, ["mug"]), store.ConceptStack(backbone.fingerprint), LearnSettings(), weight=2.0)
     prompts = {"a photo of a V1 mug": 1 + 4 + 3 + 1 + 1, "V1 mug on grass": 1 + 3 + 1 + 2 + 1, "red " * 90: 77}
     features, own = backbone.encode_prompts(list(prompts), words), _random(backbone, "lora", 2)
     padding = torch.cat([rows[end:] for rows, end in zip(features, prompts.values(), strict=True)])

@@ -31,9 +31,9 @@ ENERGIES = (0.99, 0.999)
 
 def measure(run: Path) -> list[dict[str, Any]]:
     backbone, stack = load_backbone(run / "mini.safetensors", device="cpu"), store.open_stack(run / "mini.concepts.safetensors")
-    memory, adapters, rows = solve.Memory(backbone, stack.tokens, [record.noun for record in stack.records]), solve.adapters_of(stack), []
+    memory, adapters, rows = solve.Memory(backbone, [record.noun for record in stack.records]), solve.adapters_of(stack), []
     for count, record in enumerate(stack.records, start=1):
-        memory.add(record)
+        memory.add(record, stack.words[record.id])
         if count not in COUNTS:
             continue
         newest = adapters[count - 1]

@@ -28,14 +28,14 @@ import torch
 from sweep import gain, prior_error
 from torch import Tensor
 
-from comfy_continual_lora import concepts, pipeline, store, textspace
+from comfy_continual_lora import concepts, pipeline, solve, store, textspace
 from comfy_continual_lora.checkpoint.backbone import FrozenText
 from comfy_continual_lora.checkpoint.load import load_backbone
 from comfy_continual_lora.learn import Lesson, learn
 from comfy_continual_lora.lora import new_adapter
 from comfy_continual_lora.mini import world
 from comfy_continual_lora.mini.weights import write_checkpoint
-from comfy_continual_lora.progress import Progress
+from comfy_continual_lora.progress import Progress, ignore
 from comfy_continual_lora.settings import TEMPLATES, LearnSettings
 
 
@@ -87,10 +87,11 @@ def measure(energies: list[float], steps: int, folder: Path) -> list[dict[str, A
         return {"held by": name, **gains, "prior": prior_error(backbone, learned.adapter) - prior_error(backbone, None)}
 
     ordinary = textspace.ordinary_prompts([first.noun, second.noun])
-    moment = textspace.moment(backbone, stack.tokens, [*ordinary, *textspace.concept_prompts(stack)])
+    moment = textspace.moment(backbone, stack.tokens, [*ordinary, *textspace.single_prompts(stack.records[0])])
     own = textspace.moment(backbone, {"V2": word}, prompts)
     rows = [{"held by": "before", "first": gain(backbone, stack.adapter, FrozenText(backbone, stack.tokens), "V1", first)}]
-    rows.append(row("penalty", replace(lesson, penalty=textspace.retention(backbone, stack, second.noun, 1.0))))
+    memory = solve.memory_of(backbone, stack, ignore, nouns=[second.noun])
+    rows.append(row("penalty", replace(lesson, penalty=solve.retention(memory, stack, settings, 1.0))))
     for energy in energies:
         constraint = Constraint(closed_directions(moment, energy))
         closed = constraint.closed.shape[1]
