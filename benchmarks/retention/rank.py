@@ -36,10 +36,10 @@ def measure(run: Path) -> list[dict[str, Any]]:
         memory.add(record, stack.words[record.id])
         if count not in COUNTS:
             continue
-        newest = adapters[count - 1]
+        newest, before = (stack.adapter_after(stack.records[max(0, n)].id) for n in (count - 1, count - 2))
         assert newest
         wishes = memory.wishes(adapters[:count], SolveSettings())
-        earlier = [solve.lost(newest, solve.Wish(w.name, w.moment, adapters[count - 2])) for w in wishes[1:-1]]
+        earlier = [solve.lost(newest, solve.Wish(w.name, w.moment, before)) for w in wishes[1:-1]]
         held, _ = solve.solve(wishes, SolveSettings(rank=stack.rank))
         rows.append({
             "run": run.name, "concepts": count, "rank": stack.rank,
