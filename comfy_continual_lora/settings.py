@@ -209,7 +209,7 @@ class LearnSettings(ConsolidateSettings):
     )  # fmt: skip
     preview_every: int = setting(0, "steps between pictures of the new concept and of the first one, drawn while learning; 0 draws none", low=0)
     adapter: str = setting("lora", "kind of adapter for the lora methods: lora, or the smaller vera", choices=("lora", "vera"))
-    rank: int | None = setting(None, "rank of the LoRA; a stack keeps the rank it began with", low=1, high=256)
+    rank: int | None = setting(None, "rank of the LoRA; a stack keeps the one it began with, unless its concepts ask for more", low=1, high=256)
     vectors: int | None = setting(None, "vectors of the word: positions it takes in a prompt; more hold more of the look", low=1, high=MOST_VECTORS)
     token_rate: float | None = setting(None, "learning rate of the word's vectors", low=0, high=1)
     c_lora_weight: float = setting(1e8, "weight of C-LoRA's penalty", low=0, group="C-LoRA")
