@@ -189,7 +189,7 @@ def _learn_concept(request: LearnRequest, on_progress: OnProgress) -> LearnResul
         settings = _with_rank_of(stack, request.settings).resolved(backbone.preset)
         pictures = concepts.load_images(request.images, settings.size or backbone.size, fit=settings.fit)
         latents, method = _latents(backbone, pictures, settings), METHODS[settings.method]
-        memory = _memory(backbone, stack, settings, request.noun, on_progress)
+        memory = _memory(backbone, stack, settings, request.noun, on_progress, solves=method.consolidation == "closed form")
         lesson = _lesson(backbone, request, stack, settings, pictures, latents, memory)
         learned = learn(backbone, lesson, settings, _snapshot(path, request.token), on_progress)
         record = _record(request, settings, pictures, learned, stack)
@@ -487,7 +487,7 @@ def _lesson(
         assert settings.rank
         adapter = new_adapter(backbone, settings.rank, generator, kind)
     prompts = [concepts.prompts_for(request.token, noun, TEMPLATES, caption) for caption in pictures.captions]
-    held = _held(memory, stack, settings, 0.0 if method.consolidation == "closed form" else solve.HELD)  # what is solved for need not be held
+    held = _held(memory, stack, settings)
     penalty = _penalty(backbone, stack, settings, held)
     apart = textspace.Apart(backbone, held.weight * settings.retention_apart, held.sizes) if held and settings.retention_apart else None
     names = [concepts.name_of(request.token, noun), *(record.name for record in stack.records[:1])]
@@ -500,12 +500,13 @@ def _lesson(
 
 
 def _memory(
-    backbone: Backbone, stack: store.ConceptStack, settings: LearnSettings, noun: str, on_progress: OnProgress
+    backbone: Backbone, stack: store.ConceptStack, settings: LearnSettings, noun: str, on_progress: OnProgress, solves: bool = False
 ) -> solve.Memory | None:  # fmt: skip
-    """What is known of prompts without a picture; None where nothing is held at it or solved for."""
-    if not _hold(settings) and METHODS[settings.method].consolidation != "closed form":
+    """What is known of prompts without a picture; None where nothing is held at it or solved for. Where earlier concepts are solved for in the end,
+    they need not be held meanwhile, and the memory is without them."""
+    if not solves and not _hold(settings):
         return None
-    return solve.memory_of(backbone, stack, on_progress, nouns=[noun], share=settings.retention_words)
+    return solve.memory_of(backbone, stack, on_progress, 0 if solves else None, [noun], settings.retention_words)
 
 
 def _hold(settings: LearnSettings) -> float:
@@ -514,12 +515,10 @@ def _hold(settings: LearnSettings) -> float:
     return settings.retention_weight or method.retention_weight if method.adapter else 0.0
 
 
-def _held(
-    memory: solve.Memory | None, stack: store.ConceptStack, settings: LearnSettings, earlier: float = solve.HELD
-) -> textspace.Retention | None:  # fmt: skip
-    """What is held while something is learned; `earlier`: the weight of earlier concepts."""
+def _held(memory: solve.Memory | None, stack: store.ConceptStack, settings: LearnSettings) -> textspace.Retention | None:
+    """What is held while something is learned."""
     weight = _hold(settings)
-    return solve.retention(memory, stack, settings, weight, earlier) if memory and weight else None
+    return solve.retention(memory, stack, settings, weight) if memory and weight else None
 
 
 def _penalty(backbone: Backbone, stack: store.ConceptStack, settings: LearnSettings, held: textspace.Retention | None) -> Penalty | None:

@@ -149,6 +149,12 @@ class Memory:
             self._together(other, newest)
             self._together(newest, other)
 
+    def extend(self, stack: ConceptStack, on_progress: OnProgress, count: int | None = None) -> None:
+        """Add the concepts of a stack that come behind those that are here, up to its first `count`."""
+        for number, record in list(enumerate(stack.records[:count]))[len(self.records) :]:
+            on_progress(Progress("solve", number, len(stack.records)))
+            self.add(record, stack.words[record.id])
+
     def _together(self, first: int, second: int) -> None:
         prompt = f"a photo of a {self.records[first].name} and a {self.records[second].name}"
         features = self.backbone.context(self.backbone.encode_prompts([prompt], self.words))[0].float().cpu()
@@ -170,13 +176,11 @@ class Memory:
 
 
 def memory_of(
-    backbone: Backbone, stack: ConceptStack, on_progress: OnProgress, count: int = 0, nouns: Sequence[str] = (), share: float | None = None
+    backbone: Backbone, stack: ConceptStack, on_progress: OnProgress, count: int | None = None, nouns: Sequence[str] = (), share: float | None = None
 ) -> Memory:  # fmt: skip
-    """Of the first `count` concepts of a stack, 0: of all; `nouns` are those of concepts to come."""
+    """Of the first `count` concepts of a stack, or of all; `nouns` are those of concepts to come."""
     memory = Memory(backbone, [*(record.noun for record in stack.records), *nouns], share)
-    for number, record in enumerate(stack.records[: count or None]):
-        on_progress(Progress("solve", number, len(stack.records)))
-        memory.add(record, stack.words[record.id])
+    memory.extend(stack, on_progress, count)
     return memory
 
 
@@ -198,18 +202,18 @@ def _kept(stack: ConceptStack, concept: str, wish: Wish) -> Wish:
     return replace(wish, adapter=stack.wishes.get(concept))
 
 
-def retention(memory: Memory, stack: ConceptStack, settings: LearnSettings, weight: float, held: float = HELD) -> Retention:
+def retention(memory: Memory, stack: ConceptStack, settings: LearnSettings, weight: float) -> Retention:
     """What learning one more concept is held at: the closed form's wishes, as a penalty.
 
         sum_j w_j E_{c of j} || (delta - delta_j) c ||^2  =  E || (delta - anchor) c ||^2 + what no delta can help,     anchor: the closed form
 
-    Each earlier concept is held at what its own adapter did, and a step costs the same however many there are. They weigh `held` together at most,
-    ordinary prompts `settings.retention_ordinary`.
+    Each concept in the memory is held at what its own adapter did, and a step costs the same however many there are. They weigh HELD together at
+    most, ordinary prompts `settings.retention_ordinary`.
     """
-    device, own = memory.backbone.device, memory.wishes(adapters_of(stack), SolveSettings())[1:]
-    each = min(1.0, held / max(1, len(own)))
+    device, own = memory.backbone.device, memory.wishes(adapters_of(stack)[: len(memory.records)], SolveSettings())[1:]
+    each = min(1.0, HELD / max(1, len(own)))
     wishes = [Wish("ordinary prompts", memory.ordinary, None, settings.retention_ordinary)]
-    wishes += [replace(wish, weight=each) for wish in own if each]
+    wishes += [replace(wish, weight=each) for wish in own]
     asked = sum((wish.weight * wish.moment for wish in wishes), torch.zeros_like(memory.ordinary)).to(device)
     anchor, _ = solve(wishes, SolveSettings(energy=0.9999)) if any(wish.adapter for wish in wishes) else ({}, 0)
     return Retention(weight, asked, {k: t.to(device) for k, t in anchor.items()}, sizes(memory.backbone, memory.ordinary.to(device)))
@@ -223,13 +227,12 @@ def consolidated(
 ) -> Consolidated:  # fmt: skip
     """One LoRA for all concepts of the stack, in place; what it was before stays as `before`. Fishers are dropped: their factors are gone.
 
-    `memory` is of some of the first concepts, so that their prompts need not be encoded again.
+    `memory` is of none or some of the first concepts, so that what it has encoded need not be encoded again.
     """
     assert stack.adapter
     _refuse_vera(stack)
-    memory = memory or memory_of(backbone, stack, on_progress)
-    for record in stack.records[len(memory.records) :]:
-        memory.add(record, stack.words[record.id])
+    memory = memory or memory_of(backbone, stack, on_progress, count=0)
+    memory.extend(stack, on_progress)
     wishes = memory.wishes(adapters_of(stack), settings)
     wishes[-1] = _kept(stack, stack.records[-1].id, wishes[-1])
     adapter, rank = solve(wishes, settings, stack.rank or 1)
@@ -297,8 +300,7 @@ def merged(
     stack.fishers, stack.tau = {}, stack.tau or second.tau
     stack.rank = max(filter(None, (stack.rank, second.rank)), default=None)
     memory = Memory(backbone, [record.noun for record in [*stack.records, *own]])
-    for record in stack.records:
-        memory.add(record, stack.words[record.id])
+    memory.extend(stack, on_progress)
     for number, (record, (_, adapter)) in enumerate(zip(own, new, strict=True)):
         on_progress(Progress("solve", number, len(own)))
         memory.add(record, stack.words[record.id])

@@ -132,8 +132,13 @@ def test_consolidating_brings_back_what_was_lost(two: Path, folders: dict[str, P
 
 def test_retention_ends_at_the_closed_form(checkpoint: Path, folders: dict[str, Path], backbone: Backbone) -> None:
     """Three concepts: each learning spoils the ones before, and what is stored is the solution of what the stack itself asks for."""
+    seen = []
     for token in NOUNS:
-        pipeline.learn_concept(_request(checkpoint, folders, token, replace(QUICKER, method="retention")))
+        seen.clear()
+        request = _request(checkpoint, folders, token, replace(QUICKER, method="retention"))
+        pipeline.learn_concept(request, lambda p: seen.append((p.stage, p.step)))
+    assert [step for stage, step in seen if stage == "solve"] == [0, 1, 2]
+    assert seen.index(("learn", 1)) < seen.index(("solve", 0))  # however many there are, learning begins at once
     stack = _stack(checkpoint)
     wishes = solve.memory_of(backbone, stack, ignore).wishes(solve.adapters_of(stack), SolveSettings())
     solution, _ = solve.solve(wishes, SolveSettings(), stack.rank or 1)
