@@ -464,13 +464,12 @@ def draw(out: Path, rows: Sequence[dict[str, Any]], jobs: Sequence[Job]) -> None
     figure.savefig(out / "over-concepts.png", dpi=90, bbox_inches="tight")  # long names and all
     strips = [Image.open(next(j for j in jobs if j.row == method).folder / "first-concept.png") for method in methods]
     shown = jobs[0].looked_at
-    figure, axes = pyplot.subplots(len(methods), 1, figsize=(1.3 * len(shown) + 1.3, 1.45 * len(methods) + 0.4), squeeze=False)
+    figure, axes = pyplot.subplots(len(methods), 1, figsize=(1.3 * len(shown) + 1.3, 1.6 * len(methods) + 0.4), squeeze=False, layout="constrained")
     for axis, method, strip in zip(axes[:, 0], methods, strips, strict=True):
         axis.imshow(strip)
         axis.set(xticks=[], yticks=[], frame_on=False)
         axis.set_title(method, fontsize=9, loc="left")
     figure.suptitle(f"The first concept: a real picture, then drawn after {', '.join(str(n + 1) for n in shown)} concepts", fontsize=9)
-    figure.tight_layout(rect=(0, 0, 1, 1 - 0.25 / figure.get_figheight()))
     figure.savefig(out / "first-concept.png", dpi=100)
 
 
