@@ -45,13 +45,13 @@ class Wish:
 class Consolidated:
     """By concept: the share of what its own adapter did to its prompts that is lost, before and after."""
 
-    rank: int  # that the energy rule asked for; the stack's LoRA may be padded to more
+    rank: int  # that the energy rule asked for; the stack's LoRA may have more
     before: dict[str, float]
     after: dict[str, float]
 
 
 def solve(wishes: Sequence[Wish], settings: SolveSettings, least_rank: int = 1) -> tuple[Adapter, int]:
-    """One LoRA for all wishes, and the least rank that keeps the share `settings.energy`; with fewer than `least_rank` it is padded.
+    """One LoRA for all wishes, and the least rank that keeps the share `settings.energy`; it has `least_rank` at least.
 
     Wishes for full changes of K and V give such a change, those for VeRA a LoRA.
     """
@@ -75,8 +75,9 @@ def solve(wishes: Sequence[Wish], settings: SolveSettings, least_rank: int = 1) 
         adapter, rank = {f"{layer}.D": change.float() for layer, change in changes.items()}, width
     else:
         rank = _rank(energies, settings)
-        factors = [_factors(layer, basis, vectors[:, :rank], changes[layer]) for layer, (basis, vectors) in leading.items()]
-        adapter = grown({name: tensor for one in factors for name, tensor in one.items()}, max(rank, least_rank))
+        taken = max(rank, least_rank)
+        factors = [_factors(layer, basis, vectors[:, :taken], changes[layer]) for layer, (basis, vectors) in leading.items()]
+        adapter = grown({name: tensor for one in factors for name, tensor in one.items()}, taken)
     return adapter, rank
 
 
@@ -106,7 +107,8 @@ def _rank(energies: Sequence[Tensor], settings: SolveSettings) -> int:
 
 
 def _factors(layer: str, basis: Tensor, directions: Tensor, change: Tensor) -> Adapter:
-    """The change (k, d_text) projected onto the directions (k, r) in the basis (d_out, k), as B and A of the same norm."""
+    """The change (k, d_text) projected onto the span of the directions (k, r) in the basis (d_out, k), as B and A of the same norm."""
+    directions, _ = torch.linalg.qr(directions)  # those of hardly any energy are not orthogonal
     b, a = basis @ directions, directions.T @ change
     balance = (a.norm() / b.norm()).clamp(min=1e-12).sqrt()
     return {f"{layer}.A": (a / balance).float(), f"{layer}.B": (b * balance).float()}
@@ -198,7 +200,7 @@ def _kept(stack: ConceptStack, concept: str, wish: Wish) -> Wish:
     Were the solution for all the next solve's wish, each solve would take the same share of it again.
     """
     if wish.adapter and concept not in stack.wishes:
-        stack.wishes[concept], _ = solve([wish], SolveSettings(ridge=1e-6))
+        stack.wishes[concept], _ = solve([wish], SolveSettings(energy=0.9999, ridge=1e-6))
     return replace(wish, adapter=stack.wishes.get(concept))
 
 

@@ -87,7 +87,7 @@ def test_a_small_rank_is_the_best_of_its_rank(backbone: Backbone) -> None:
         assert float(error(*pair).detach()) > reached * (1 - 1e-3)
 
 
-def test_the_energy_rule_and_the_padding(backbone: Backbone) -> None:
+def test_the_energy_rule_and_the_least_rank(backbone: Backbone) -> None:
     _, _, wishes = _problem(backbone)
     one, rank = solve.solve(wishes[:1], replace(EXACT, energy=0.9999))
     assert rank == 3  # one wish, of rank 3, without contradiction
@@ -95,11 +95,16 @@ def test_the_energy_rule_and_the_padding(backbone: Backbone) -> None:
     assert (again, rank_of(padded)) == (3, 5)
     for layer, change in delta_weights(backbone, one).items():
         assert torch.allclose(delta_weights(backbone, padded)[layer], change, atol=1e-6)
+        assert float((padded[f"{layer}.A"].norm(dim=1) + padded[f"{layer}.B"].norm(dim=0)).min()) > 1e-3  # so that all of it can learn
     assert solve.lost(one, wishes[0]) < 1e-4
-    assert all(float(t[3:].abs().sum()) > 0 for name, t in padded.items() if name.endswith("A"))  # rows that can learn
+    whole, rank = solve.solve(wishes, EXACT)
     low, few = solve.solve(wishes, replace(EXACT, energy=0.6))
-    assert few < rank_of(solve.solve(wishes, EXACT)[0])
+    assert few < rank
     assert rank_of(low) == few
+    ample, again = solve.solve(wishes, replace(EXACT, energy=0.6), least_rank=rank)  # room that is there is used
+    assert again == few
+    for layer, change in delta_weights(backbone, whole).items():
+        assert torch.allclose(delta_weights(backbone, ample)[layer], change, atol=1e-5)
 
 
 def test_vera_is_refused(checkpoint: Path, folders: dict[str, Path]) -> None:
