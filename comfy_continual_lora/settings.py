@@ -228,7 +228,7 @@ class SolveSettings(Settings):
     """How stored prompts are held in closed form, without pictures: consolidate, forget, merge."""
 
     energy: float = setting(0.999, "share of what is asked for that the rank must hold", low=0.5, high=1)
-    rank: int | None = setting(None, "rank of the solution; the least that holds the energy where it is not said", low=1, high=1024)
+    rank: int | None = setting(None, "rank of the solution; where it is not said what the LoRA has, or more for the energy", low=1, high=1024)
     ridge: float = setting(1e-4, "weight of staying small, as a share of the mean second moment", low=1e-12, high=1)
     ordinary_weight: float = setting(0.33, "weight of ordinary prompts, as a share of all concepts' together", low=0)
 

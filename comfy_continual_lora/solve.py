@@ -51,7 +51,9 @@ class Consolidated:
 
 
 def solve(wishes: Sequence[Wish], settings: SolveSettings, least_rank: int = 1) -> tuple[Adapter, int]:
-    """One LoRA for all wishes, and the least rank that keeps the share `settings.energy`; it has `least_rank` at least.
+    """One LoRA for all wishes, and `settings.rank`, or the least rank that keeps the share `settings.energy`.
+
+    It has `least_rank` at least, which is made use of unless a rank was said.
 
     Wishes for full changes of K and V give such a change, those for VeRA a LoRA.
     """
@@ -75,9 +77,9 @@ def solve(wishes: Sequence[Wish], settings: SolveSettings, least_rank: int = 1) 
         adapter, rank = {f"{layer}.D": change.float() for layer, change in changes.items()}, width
     else:
         rank = _rank(energies, settings)
-        taken = max(rank, least_rank)
+        taken = settings.rank or max(rank, least_rank)
         factors = [_factors(layer, basis, vectors[:, :taken], changes[layer]) for layer, (basis, vectors) in leading.items()]
-        adapter = grown({name: tensor for one in factors for name, tensor in one.items()}, taken)
+        adapter = grown({name: tensor for one in factors for name, tensor in one.items()}, max(rank, least_rank))
     return adapter, rank
 
 

@@ -105,6 +105,9 @@ def test_the_energy_rule_and_the_least_rank(backbone: Backbone) -> None:
     assert again == few
     for layer, change in delta_weights(backbone, whole).items():
         assert torch.allclose(delta_weights(backbone, ample)[layer], change, atol=1e-5)
+    said, two = solve.solve(wishes, replace(EXACT, rank=2), least_rank=rank)  # unless a rank is said
+    assert (two, rank_of(said)) == (2, rank)
+    assert all(int(torch.linalg.matrix_rank(change, rtol=1e-4)) == 2 for change in delta_weights(backbone, said).values())
 
 
 def test_vera_is_refused(checkpoint: Path, folders: dict[str, Path]) -> None:
