@@ -155,7 +155,7 @@ class Memory:
 
     def extend(self, stack: ConceptStack, on_progress: OnProgress, count: int | None = None) -> None:
         """Add the concepts of a stack that come behind those that are here, up to its first `count`."""
-        for number, record in list(enumerate(stack.records[:count]))[len(self.records) :]:
+        for number, record in enumerate(stack.records[len(self.records) : count], start=len(self.records)):
             on_progress(Progress("solve", number, len(stack.records)))
             self.add(record, stack.words[record.id])
 
@@ -231,7 +231,7 @@ def consolidated(
 ) -> Consolidated:  # fmt: skip
     """One LoRA for all concepts of the stack, in place; what it was before stays as `before`. Fishers are dropped: their factors are gone.
 
-    `memory` is of none or some of the first concepts, so that what it has encoded need not be encoded again.
+    What `memory` has encoded, of none or some of the first concepts, is not encoded again.
     """
     assert stack.adapter
     _refuse_vera(stack)

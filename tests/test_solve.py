@@ -95,8 +95,8 @@ def test_the_energy_rule_and_the_least_rank(backbone: Backbone) -> None:
     assert (again, rank_of(padded)) == (3, 5)
     for layer, change in delta_weights(backbone, one).items():
         assert torch.allclose(delta_weights(backbone, padded)[layer], change, atol=1e-6)
-        assert float((padded[f"{layer}.A"].norm(dim=1) + padded[f"{layer}.B"].norm(dim=0)).min()) > 1e-3  # so that all of it can learn
     assert solve.lost(one, wishes[0]) < 1e-4
+    assert all(float(t[3:].abs().sum()) > 0 for name, t in padded.items() if name.endswith("A"))  # rows that can learn
     whole, rank = solve.solve(wishes, EXACT)
     low, few = solve.solve(wishes, replace(EXACT, energy=0.6))
     assert few < rank
