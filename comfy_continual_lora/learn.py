@@ -44,7 +44,8 @@ from .textspace import Apart
 class Lesson:
     """What is learned, and from where: latents (4, h, w), their pictures' prompts (picture i has prompts[i % len(prompts)]), the new token.
 
-    `words` are the earlier ones (frozen); `adapter` and `word` the starting point; `beneath` a frozen LoRA that stays below a new one.
+    `words` are the earlier ones (frozen); `adapter` and `word` the starting point; `beneath` a frozen LoRA that stays below a new one; `space` the
+    coordinates of text space (`textspace.coordinates`) that the adapter is learned in.
     """
 
     latents: Sequence[Tensor]
@@ -58,6 +59,7 @@ class Lesson:
     beneath: Adapter | None = None
     shown: Sequence[str] = ()  # prompts of the preview pictures
     weights: Sequence[Tensor] | None = None  # (1, h, w): what of each latent is learned from; None: all of it alike
+    space: Tensor | None = None  # (d, d); None: those of the text features themselves
 
 
 @dataclass(frozen=True)
@@ -88,9 +90,13 @@ def learn(backbone: Backbone, lesson: Lesson, settings: LearnSettings, snapshot:
         trained = {"word": vector, **(factors if trains_adapter else {})}
         start = {"word": {"": lesson.word}, "adapter": lesson.adapter, "beneath": lesson.beneath}
         start["weights"] = {str(i): weight for i, weight in enumerate(lesson.weights or [])}
+        start["space"] = {} if lesson.space is None else {"": lesson.space}
         who = identity(backbone, settings, latents, start, lesson.prompts)
         assert settings.steps
-        run = Run("learn", trained, optimizer_for(groups, settings), settings, settings.steps, backbone.gradient_scale, snapshot, who)
+        optimizer = optimizer_for(groups, settings)
+        if lesson.space is not None:
+            _step_in(lesson.space.to(backbone.device), optimizer, [p for name, p in factors.items() if name[-1] in "AD"])
+        run = Run("learn", trained, optimizer, settings, settings.steps, backbone.gradient_scale, snapshot, who)
 
         def terms(step: int, rows: slice) -> dict[str, Tensor]:
             generator = generator_for(settings.seed, step)
@@ -260,6 +266,30 @@ def optimizer_for(groups: list[dict[str, Any]], settings: ConsolidateSettings) -
     except ImportError as error:
         raise SettingError(f"optimizer adamw8bit needs bitsandbytes ({error}). Install it (pip install bitsandbytes), or take adamw.") from None
     return AdamW8bit(groups)
+
+
+def _step_in(space: Tensor, optimizer: torch.optim.Optimizer, rows: Sequence[nn.Parameter]) -> None:
+    """Let each step for these (k, d) parameters be taken in other coordinates: of p = p' P, with P (d, d) symmetric, it is p' that learns.
+
+    What AdamW does with a gradient does not depend on where it is, so p' itself is not needed: the step starts from 0 there, without weight decay.
+    """
+    before: list[Tensor] = []
+
+    @torch.no_grad()
+    def turn(*_: object) -> None:
+        before[:] = [p.clone() for p in rows]
+        for p in rows:
+            assert p.grad is not None
+            p.grad = p.grad @ space
+            p.zero_()
+
+    @torch.no_grad()
+    def turn_back(*_: object) -> None:
+        for p, was in zip(rows, before, strict=True):
+            p.copy_(was + p @ space)
+
+    optimizer.register_step_pre_hook(turn)
+    optimizer.register_step_post_hook(turn_back)
 
 
 def identity(

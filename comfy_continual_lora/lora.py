@@ -26,13 +26,17 @@ Adapter = dict[str, Tensor]
 KINDS = {"lora": "AB", "vera": "db", "full": "D"}
 
 
-def new_adapter(backbone: Backbone, rank: int, generator: torch.Generator, kind: str = "lora") -> Adapter:
-    """A fresh adapter that changes nothing: LoRA A ~ N(0, 1/r), B = 0; VeRA d = 0.1, b = 0; full D = 0."""
+def new_adapter(backbone: Backbone, rank: int, generator: torch.Generator, kind: str = "lora", space: Tensor | None = None) -> Adapter:
+    """A fresh adapter that changes nothing: LoRA A ~ N(0, 1/r), B = 0; VeRA d = 0.1, b = 0; full D = 0.
+
+    `space`, (d_text, d_text), are the coordinates A is drawn in (`textspace.coordinates`).
+    """
     adapter = {}
     for name, layer in backbone.kv_layers.items():
         out, width = layer.weight.shape
         if kind == "lora":
-            adapter[f"{name}.A"] = torch.randn(rank, width, generator=generator) * rank**-0.5
+            rows = torch.randn(rank, width, generator=generator) * rank**-0.5
+            adapter[f"{name}.A"] = rows if space is None else rows @ space
             adapter[f"{name}.B"] = torch.zeros(out, rank)
         elif kind == "vera":
             adapter[f"{name}.d"] = torch.full((rank,), 0.1)

@@ -482,12 +482,12 @@ def _lesson(
             f"{settings.method} compares adapters of one size, but this stack's LoRA has grown (c_lora, published). Go on with that, or start "
             "another stack with --stack."
         )
-    adapter = stack.adapter
+    adapter, held = stack.adapter, _held(memory, stack, settings)
+    space = textspace.coordinates(held.moment.cpu()) if held else None
     if kind and (adapter is None or anew):
         assert settings.rank
-        adapter = new_adapter(backbone, settings.rank, generator, kind)
+        adapter = new_adapter(backbone, settings.rank, generator, kind, space)
     prompts = [concepts.prompts_for(request.token, noun, TEMPLATES, caption) for caption in pictures.captions]
-    held = _held(memory, stack, settings)
     penalty = _penalty(backbone, stack, settings, held)
     apart = textspace.Apart(backbone, held.weight * settings.retention_apart, held.sizes) if held and settings.retention_apart else None
     names = [concepts.name_of(request.token, noun), *(record.name for record in stack.records[:1])]
@@ -496,7 +496,8 @@ def _lesson(
     if pictures.masks is not None:
         masks = zip(_mirrored(pictures.masks, settings), latents, strict=True)
         weights = [F.interpolate(mask[None], latent.shape[-2:], mode="area")[0].to(latent.device) for mask, latent in masks]
-    return Lesson(latents, prompts, request.token, stack.tokens, adapter, word, penalty, apart, stack.adapter if anew else None, shown, weights)
+    beneath = stack.adapter if anew else None
+    return Lesson(latents, prompts, request.token, stack.tokens, adapter, word, penalty, apart, beneath, shown, weights, space)
 
 
 def _memory(

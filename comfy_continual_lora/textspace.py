@@ -6,7 +6,7 @@
 Words and templates of earlier concepts are stored, hence so is M: one (d, d) matrix stands for every prompt about them, and the drift is exact, not
 sampled. Penalising it holds ordinary prompts, the empty one too (delta* = 0: the checkpoint), and each earlier concept (delta* = its own adapter)
 where no closed form follows; if wanted it keeps the look of the concept being learned off the padding of its own prompts, where it would mix with
-that of another.
+that of another. M also gives the coordinates in which a concept is learned that is held so.
 """
 
 from __future__ import annotations
@@ -91,6 +91,20 @@ def moment(backbone: Backbone, words: Mapping[str, Tensor], prompts: Sequence[st
             counts[kind] += len(rows)
     said, padding = (total / max(1, count) for total, count in zip(sums, counts, strict=True))
     return said if share is None else share * said + (1 - share) * padding
+
+
+def coordinates(moment: Tensor, ridge: float = 0.001) -> Tensor:
+    """P = s (M + ridge tr M / d)^(-1/4), (d, d) float32 symmetric; `s` leaves the mean square of P c what it is of c, so rates keep their meaning.
+
+    Nearly all of the text features c is what all prompts have in common, and so is nearly all of a step of K and V. In the coordinates P c that is
+    larger than what tells prompts apart by the root of what it was, so the latter is learned sooner. Power -1/2, where all directions are alike, is
+    how K-FAC preconditions a layer (Martens & Grosse 2015, section 3); it leaks more into ordinary prompts (benchmarks/LOG.md).
+    """
+    values, vectors = torch.linalg.eigh(moment.double())
+    values = values.clamp(min=0)
+    powers = (values + ridge * values.mean()) ** -0.25
+    scale = (values.sum() / (values * powers.square()).sum()).sqrt()
+    return (scale * (vectors * powers) @ vectors.T).float()
 
 
 def sizes(backbone: Backbone, moment: Tensor) -> dict[str, Tensor]:

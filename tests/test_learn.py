@@ -19,7 +19,7 @@ from comfy_continual_lora.checkpoint.backbone import Backbone
 from comfy_continual_lora.checkpoint.load import load_backbone
 from comfy_continual_lora.diffusion import add_noise, alphas_cumprod, loss_per_example
 from comfy_continual_lora.errors import Cancelled, SettingError, StackError, TokenError, TrainingError
-from comfy_continual_lora.learn import Learned, Lesson, learn
+from comfy_continual_lora.learn import Learned, Lesson, _step_in, learn
 from comfy_continual_lora.lora import attached, new_adapter
 from comfy_continual_lora.progress import Progress, ignore
 from comfy_continual_lora.settings import TEMPLATES, LearnSettings, ScoreSettings
@@ -48,6 +48,25 @@ def _same(a: Learned, b: Learned) -> bool:
     assert a.adapter
     assert b.adapter
     return torch.equal(a.word, b.word) and a.losses == b.losses and all(torch.equal(t, b.adapter[k]) for k, t in a.adapter.items())
+
+
+def test_steps_in_other_coordinates_are_those_of_a_factor_learned_there() -> None:
+    """Against autograd through p = p' P, where p' is what AdamW knows of."""
+    generator = torch.Generator().manual_seed(0)
+    start, inputs, wanted = (torch.randn(size, generator=generator) for size in ((3, 5), (5, 40), (3, 40)))
+    space = torch.diag(torch.tensor([0.1, 0.5, 1.0, 2.0, 5.0])) + 0.05
+    there = torch.nn.Parameter(start @ torch.linalg.inv(space))
+    here, beside = torch.nn.Parameter(start.clone()), torch.nn.Parameter(torch.ones(2))
+    of_it, optimizer = torch.optim.AdamW([there], lr=0.05, weight_decay=0), torch.optim.AdamW([here, beside], lr=0.05, weight_decay=0)
+    _step_in(space, optimizer, [here])
+    for _ in range(5):
+        for product, one, others in ((there @ space, of_it, 0.0), (here, optimizer, beside.sum())):
+            one.zero_grad()
+            ((product @ inputs - wanted).square().mean() + others).backward()
+            one.step()
+    assert torch.allclose(here, there @ space, atol=1e-4)
+    assert (here - start).abs().max() > 0.1
+    assert torch.allclose(beside, torch.full((2,), 1 - 5 * 0.05))
 
 
 @pytest.mark.parametrize("stop", [1, 3, 5])

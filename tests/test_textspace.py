@@ -148,3 +148,31 @@ def test_learning_leaves_the_padding_alone(backbone: Backbone, checkpoint: Path,
         changes = delta_weights(backbone, stack.adapter).values()
         shares.append(sum((padding @ c.T).square().mean() for c in changes) / sum((word @ c.T).square().mean() for c in changes))
     assert shares[1] < 0.7 * shares[0]
+
+
+def test_in_the_coordinates_of_a_moment_its_spread_is_the_root() -> None:
+    features = torch.randn(64, 8, generator=torch.Generator().manual_seed(0)) * torch.logspace(0, -2, 8) + 3.0
+    moment = features.T @ features / len(features)
+    space = textspace.coordinates(moment, ridge=0.0)
+    before, turned = torch.linalg.eigvalsh(moment), torch.linalg.eigvalsh(space @ moment @ space)
+    assert torch.allclose(turned / turned[-1], (before / before[-1]).sqrt(), rtol=0.05)
+    assert turned.sum() == pytest.approx(float(before.sum()), rel=1e-3)
+    assert torch.allclose(space, space.T)
+    flat = torch.linalg.eigvalsh(textspace.coordinates(torch.diag(torch.tensor([1.0, 0.0, 0.0, 0.0])), ridge=0.01))
+    assert float(flat[-1] / flat[0]) == pytest.approx((1.0025 / 0.0025) ** 0.25, rel=1e-3)  # the ridge bounds it where there is nothing
+
+
+def test_an_adapter_is_drawn_and_learned_in_these_coordinates(
+    checkpoint: Path, folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:  # fmt: skip
+    """Where they leave out half of text space, so does A; without a hold in text space nothing is turned."""
+    monkeypatch.setattr(textspace, "coordinates", lambda moment: torch.diag((torch.arange(len(moment)) % 2).float()))
+    for method, left_out in (("retention", True), ("lora", False)):
+        stack_file = checkpoint.with_name(f"{method}.concepts.safetensors")
+        pipeline.learn_concept(replace(_request(checkpoint, folders, "V1", replace(QUICK, method=method)), stack=stack_file))
+        adapter = store.open_stack(stack_file).adapter
+        assert adapter
+        for name, tensor in adapter.items():
+            if name.endswith("A"):
+                assert bool((tensor[:, ::2] == 0).all()) is left_out
+            assert tensor.abs().max() > 0
