@@ -45,7 +45,7 @@ class Lesson:
     """What is learned, and from where: latents (4, h, w), their pictures' prompts (picture i has prompts[i % len(prompts)]), the new token.
 
     `words` are the earlier ones (frozen); `adapter` and `word` the starting point; `beneath` a frozen LoRA that stays below a new one; `space` the
-    coordinates of text space (`textspace.coordinates`) that the adapter is learned in.
+    coordinates of text space (`textspace.coordinates`) that a LoRA's A is learned in.
     """
 
     latents: Sequence[Tensor]
@@ -95,7 +95,7 @@ def learn(backbone: Backbone, lesson: Lesson, settings: LearnSettings, snapshot:
         assert settings.steps
         optimizer = optimizer_for(groups, settings)
         if lesson.space is not None:
-            _step_in(lesson.space.to(backbone.device), optimizer, [p for name, p in factors.items() if name[-1] in "AD"])
+            _step_in(lesson.space.to(backbone.device), optimizer, [p for name, p in factors.items() if name.endswith(".A")])
         run = Run("learn", trained, optimizer, settings, settings.steps, backbone.gradient_scale, snapshot, who)
 
         def terms(step: int, rows: slice) -> dict[str, Tensor]:

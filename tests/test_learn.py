@@ -35,13 +35,16 @@ def _stop_at(step: int):
     return on_progress
 
 
-def _learn(backbone: Backbone, folder: Path, snapshot: Path, settings: LearnSettings = QUICK, on_progress=ignore) -> Learned:
+def _learn(
+    backbone: Backbone, folder: Path, snapshot: Path, settings: LearnSettings = QUICK, on_progress=ignore, space: torch.Tensor | None = None
+) -> Learned:  # fmt: skip
     pictures = concepts.load_images(folder, 64)
     generator = torch.Generator().manual_seed(0)
     word, adapter = backbone.word_start("ball", generator), new_adapter(backbone, 4, generator)
     latents = backbone.encode_images([*pictures.images, *(image.flip(-1) for image in pictures.images)])
     prompts = [concepts.prompts_for("V1", "ball", TEMPLATES, None)]
-    return learn(backbone, Lesson(latents, prompts, "V1", {}, adapter, word), settings.resolved("mini"), snapshot, on_progress)
+    lesson = Lesson(latents, prompts, "V1", {}, adapter, word, space=space)
+    return learn(backbone, lesson, settings.resolved("mini"), snapshot, on_progress)
 
 
 def _same(a: Learned, b: Learned) -> bool:
@@ -69,15 +72,18 @@ def test_steps_in_other_coordinates_are_those_of_a_factor_learned_there() -> Non
     assert torch.allclose(beside, torch.full((2,), 1 - 5 * 0.05))
 
 
-@pytest.mark.parametrize("stop", [1, 3, 5])
-def test_stop_and_resume_equals_no_stop(backbone: Backbone, pictures: Path, tmp_path: Path, stop: int) -> None:
-    whole = _learn(backbone, pictures, tmp_path / "a")
+@pytest.mark.parametrize(("stop", "turned"), [(1, False), (3, False), (3, True), (5, False)])
+def test_stop_and_resume_equals_no_stop(backbone: Backbone, pictures: Path, tmp_path: Path, stop: int, turned: bool) -> None:
+    space = torch.eye(backbone.word_width) + 0.1 if turned else None
+    whole = _learn(backbone, pictures, tmp_path / "a", space=space)
     with pytest.raises(Cancelled):
-        _learn(backbone, pictures, tmp_path / "b", on_progress=_stop_at(stop))
+        _learn(backbone, pictures, tmp_path / "b", on_progress=_stop_at(stop), space=space)
     steps = []
-    resumed = _learn(backbone, pictures, tmp_path / "b", on_progress=lambda p: steps.append(p.step))
+    resumed = _learn(backbone, pictures, tmp_path / "b", on_progress=lambda p: steps.append(p.step), space=space)
     assert steps[0] == stop + 1
     assert _same(whole, resumed)
+    if turned:
+        assert not _same(whole, _learn(backbone, pictures, tmp_path / "c"))
 
 
 def test_a_snapshot_of_another_run_or_a_damaged_one_is_not_used(backbone: Backbone, pictures: Path, tmp_path: Path) -> None:
