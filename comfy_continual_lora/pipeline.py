@@ -483,7 +483,7 @@ def _lesson(
             "another stack with --stack."
         )
     adapter, held = stack.adapter, _held(memory, stack, settings)
-    space = textspace.coordinates(held.moment.cpu()) if held else None
+    space = textspace.coordinates(held.moment.cpu()) if held and kind == "lora" else None
     if kind and (adapter is None or anew):
         assert settings.rank
         adapter = new_adapter(backbone, settings.rank, generator, kind, space)
