@@ -43,7 +43,8 @@ class Wish:
 
 @dataclass(frozen=True)
 class Consolidated:
-    """By concept: the share of what its own adapter did to its prompts that is lost, before and after."""
+    """By concept: the share of what its own adapter did to its prompts that is lost, before and after; those that name another, too, are left out,
+    since two concepts ask for different things there."""
 
     rank: int  # that the energy rule asked for; the stack's LoRA may have more
     before: dict[str, float]
@@ -117,12 +118,10 @@ def _factors(layer: str, basis: Tensor, directions: Tensor, change: Tensor) -> A
 
 
 def lost(adapter: Adapter, wish: Wish) -> float:
-    """E || (delta - delta_j) c ||^2 / E || delta_j c ||^2, mean over the layers: the drift, in sizes of what was asked for."""
-    sizes = {}
-    for layer, parts in layers_of(wish.adapter or {}).items():
-        left, right = factored(parts, wish.moment.shape[0])
-        sizes[layer] = ((right @ wish.moment @ right.T) * (left.T @ left)).sum().clamp(min=1e-12)
-    return float(drift(adapter, wish.adapter, wish.moment, sizes))
+    """E || (delta - delta_j) c ||^2 / E || delta_j c ||^2, the layers together: one in which delta_j does next to nothing counts as little."""
+    assert wish.adapter
+    alike = dict.fromkeys(layers_of(wish.adapter), torch.ones(()))
+    return float(drift(adapter, wish.adapter, wish.moment, alike) / drift(wish.adapter, None, wish.moment, alike).clamp(min=1e-12))
 
 
 # --- what a stack asks for -----------------------------------------------------------------------------------------------------------
@@ -240,7 +239,8 @@ def consolidated(
     wishes = memory.wishes(adapters_of(stack), settings)
     wishes[-1] = _kept(stack, stack.records[-1].id, wishes[-1])
     adapter, rank = solve(wishes, settings, stack.rank or 1)
-    told = [{wish.name: lost(one, wish) for wish in wishes if wish.adapter} for one in (stack.adapter, adapter)]
+    alone = [replace(wish, moment=moment) for wish, moment in zip(wishes[1:], memory.alone, strict=True) if wish.adapter]
+    told = [{wish.name: lost(one, wish) for wish in alone} for one in (stack.adapter, adapter)]
     stack.before = stack.before or stack.adapter
     stack.adapter, stack.fishers = adapter, {}
     stack.records[-1] = _noted(stack.records[-1], adapter)

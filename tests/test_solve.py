@@ -87,6 +87,17 @@ def test_a_small_rank_is_the_best_of_its_rank(backbone: Backbone) -> None:
         assert float(error(*pair).detach()) > reached * (1 - 1e-3)
 
 
+def test_what_is_lost_is_a_share_of_all_layers_together(backbone: Backbone) -> None:
+    """By hand; a layer that is asked for next to nothing does not make next to all of it."""
+    wish = _problem(backbone)[2][0]
+    assert wish.adapter
+    layer = next(iter(layers_of(wish.adapter)))
+    faint = replace(wish, adapter={name: t * 1e-3 if name == f"{layer}.B" else t for name, t in wish.adapter.items()})
+    done, asked = ({k: (d @ wish.moment * d).sum() for k, d in delta_weights(backbone, a or {}).items()} for a in (wish.adapter, faint.adapter))
+    assert solve.lost(wish.adapter, faint) == pytest.approx(float(done[layer] * 0.999**2 / sum(asked.values())), rel=1e-4)
+    assert solve.lost(wish.adapter, faint) < 1 < 100 < float(done[layer] / asked[layer])
+
+
 def test_the_energy_rule_and_the_least_rank(backbone: Backbone) -> None:
     _, _, wishes = _problem(backbone)
     one, rank = solve.solve(wishes[:1], replace(EXACT, energy=0.9999))

@@ -8,13 +8,14 @@ in: folders that run.py left, with their stacks - out: OUT/rank.json. No picture
               mean over the layers; it can't be more than the LoRA's rank
     moved     how far the newest concept moved what the LoRA does to the earlier concepts' prompts, as a share of what it did to them
     asked     rank at which the closed form holds .99 and .999 of what every concept's own LoRA did to its prompts
-    lost      the mean share of that which is lost at the LoRA's rank
+    lost      the mean share of what each concept's own did to prompts about it alone that is lost at the LoRA's rank
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -46,7 +47,7 @@ def measure(run: Path) -> list[dict[str, Any]]:
             "used": used(newest, sum((w.moment for w in wishes[1:]), memory.ordinary.clone())),
             "moved": sum(earlier) / len(earlier) if earlier else 0.0,
             "asked": [solve.solve(wishes, SolveSettings(energy=energy))[1] for energy in ENERGIES],
-            "lost": sum(solve.lost(held, w) for w in wishes[1:]) / count,
+            "lost": sum(solve.lost(held, replace(w, moment=alone)) for w, alone in zip(wishes[1:], memory.alone, strict=True)) / count,
         })  # fmt: skip
         print(json.dumps(rows[-1]), flush=True)
     return rows
