@@ -177,6 +177,10 @@ class Memory:
             asked.append(Wish(record.token, (alone + total / count) / 2 if count else alone, adapter))
         return asked
 
+    def about_one(self, wishes: Sequence[Wish]) -> list[Wish]:
+        """Of such wishes those of concepts that ask for something, over prompts that name no other."""
+        return [replace(wish, moment=alone) for wish, alone in zip(wishes[1:], self.alone, strict=True) if wish.adapter]
+
 
 def memory_of(
     backbone: Backbone, stack: ConceptStack, on_progress: OnProgress, count: int | None = None, nouns: Sequence[str] = (), share: float | None = None
@@ -239,8 +243,7 @@ def consolidated(
     wishes = memory.wishes(adapters_of(stack), settings)
     wishes[-1] = _kept(stack, stack.records[-1].id, wishes[-1])
     adapter, rank = solve(wishes, settings, stack.rank or 1)
-    alone = [replace(wish, moment=moment) for wish, moment in zip(wishes[1:], memory.alone, strict=True) if wish.adapter]
-    told = [{wish.name: lost(one, wish) for wish in alone} for one in (stack.adapter, adapter)]
+    told = [{wish.name: lost(one, wish) for wish in memory.about_one(wishes)} for one in (stack.adapter, adapter)]
     stack.before = stack.before or stack.adapter
     stack.adapter, stack.fishers = adapter, {}
     stack.records[-1] = _noted(stack.records[-1], adapter)

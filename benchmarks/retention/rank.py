@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import argparse
 import json
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -47,7 +46,7 @@ def measure(run: Path) -> list[dict[str, Any]]:
             "used": used(newest, sum((w.moment for w in wishes[1:]), memory.ordinary.clone())),
             "moved": sum(earlier) / len(earlier) if earlier else 0.0,
             "asked": [solve.solve(wishes, SolveSettings(energy=energy))[1] for energy in ENERGIES],
-            "lost": sum(solve.lost(held, replace(w, moment=alone)) for w, alone in zip(wishes[1:], memory.alone, strict=True)) / count,
+            "lost": sum(solve.lost(held, wish) for wish in memory.about_one(wishes)) / count,
         })  # fmt: skip
         print(json.dumps(rows[-1]), flush=True)
     return rows
