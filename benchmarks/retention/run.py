@@ -77,6 +77,7 @@ class Job:
     out: Path
     steps: int  # a concept
     split: str = "reporting"
+    device: str = "cpu"
 
     @property
     def folder(self) -> Path:
@@ -88,7 +89,7 @@ class Job:
         """The bounds learn as plain LoRA does."""
         method, *changes = self.row.split()
         chosen = {name: _value(text) for name, _, text in (change.partition("=") for change in changes)}
-        return LearnSettings(method="lora" if method in BOUNDS else method, **{"seed": self.seed, "steps": self.steps, **chosen})
+        return LearnSettings(method="lora" if method in BOUNDS else method, **{"seed": self.seed, "steps": self.steps, "precision": "fp32", **chosen})
 
     @property
     def sequence(self) -> list[world.Concept]:
@@ -131,7 +132,8 @@ def run(job: Job) -> dict[str, Any]:
     torch.set_num_threads(1)
     job.folder.mkdir(parents=True, exist_ok=True)
     versions, seconds, size = {"joint": _joint, "separate": _separate}.get(job.row.split()[0], _in_sequence)(job)
-    backbone, names = load_backbone(job.folder / "mini.safetensors", device="cpu"), [f"V{n} {c.noun}" for n, c in enumerate(job.sequence, start=1)]
+    backbone = load_backbone(job.folder / "mini.safetensors", device=job.device)
+    names = [f"V{n} {c.noun}" for n, c in enumerate(job.sequence, start=1)]
     real = [features_of(real_pictures(concept, job.pictures)) for concept in job.sequence]
     # a bound has one stack for many versions: what it draws of a concept is drawn once, under the last of them
     under = {(i, j): max(a for (a, b), other in versions.items() if b == j and other is stack) for (i, j), stack in versions.items()}
@@ -152,7 +154,8 @@ def run(job: Job) -> dict[str, Any]:
         "t2i": _mean(metrics.paired_similarity(d, t) for d, t in zip(end, plain, strict=True)), "newest_mmd": float(matrix[-1, -1]),
         "dc_accuracy": None if separate else _accuracy(job, backbone, stack),
         "both": both, "bled": bled,
-        "seconds_per_concept": seconds / count, "bytes_per_concept": size / count, "matrix": [[_number(v) for v in row] for row in matrix.tolist()],
+        "device": job.device, "seconds_per_concept": seconds / count, "bytes_per_concept": size / count,
+        "matrix": [[_number(v) for v in row] for row in matrix.tolist()],
     }  # fmt: skip
     seen = [Image.open(job.folder / "drawn" / f"{under[i, 0]}-0" / "1.png") for i in job.looked_at]
     report.grid([concepts.to_pil(real_pictures(job.sequence[0], 2)[1]), *seen], len(seen) + 1).save(job.folder / "first-concept.png")
@@ -166,7 +169,7 @@ def _in_sequence(job: Job) -> tuple[dict[tuple[int, int], store.ConceptStack], f
     seconds = json.loads(spent.read_text()) if spent.exists() else {}
     for number, concept in enumerate(job.sequence, start=1):
         files = world.save_pictures(concept, job.folder / "pictures" / f"V{number}")
-        request = pipeline.LearnRequest(checkpoint, files, f"V{number}", concept.noun, job.settings, device="cpu")
+        request = pipeline.LearnRequest(checkpoint, files, f"V{number}", concept.noun, job.settings, device=job.device)
         if pipeline.learned_before(request) is None:
             started = time.process_time()
             pipeline.learn_concept(request)
@@ -187,7 +190,8 @@ def _separate(job: Job) -> tuple[dict[tuple[int, int], store.ConceptStack], floa
         if not stack_file.exists():
             files = world.save_pictures(concept, job.folder / "pictures" / f"V{j + 1}")
             started = time.process_time()
-            pipeline.learn_concept(pipeline.LearnRequest(checkpoint, files, f"V{j + 1}", concept.noun, job.settings, stack=stack_file, device="cpu"))
+            request = pipeline.LearnRequest(checkpoint, files, f"V{j + 1}", concept.noun, job.settings, stack=stack_file, device=job.device)
+            pipeline.learn_concept(request)
             seconds += time.process_time() - started
         size += stack_file.stat().st_size
         stacks.append(store.open_stack(stack_file))
@@ -197,13 +201,13 @@ def _separate(job: Job) -> tuple[dict[tuple[int, int], store.ConceptStack], floa
 def _joint(job: Job) -> tuple[dict[tuple[int, int], store.ConceptStack], float, int]:
     """All concepts at once, each with as many steps as it would have in sequence: what a method that keeps every picture reaches."""
     checkpoint = _checkpoint(job)
-    backbone, settings = load_backbone(checkpoint, device="cpu"), job.settings.resolved("mini")
+    backbone, settings = load_backbone(checkpoint, device=job.device), job.settings.resolved("mini")
     generator, started = torch.Generator().manual_seed(job.seed), time.process_time()
     assert settings.rank
     assert settings.steps
     adapter = lora.new_adapter(backbone, settings.rank, generator)
     latents, prompts = [], []
-    words = {f"V{n}": torch.nn.Parameter(backbone.word_start(c.noun, generator)) for n, c in enumerate(job.sequence, start=1)}
+    words = {f"V{n}": torch.nn.Parameter(backbone.word_start(c.noun, generator).to(backbone.device)) for n, c in enumerate(job.sequence, start=1)}
     for token, concept in zip(words, job.sequence, strict=True):
         pictures = pretrain.to_tensor(np.stack(list(world.concept_pictures(concept, 5))))
         latents += backbone.encode_images(pictures)
@@ -228,8 +232,8 @@ def _joint(job: Job) -> tuple[dict[tuple[int, int], store.ConceptStack], float, 
         for n, (token, concept) in enumerate(zip(words, job.sequence, strict=True)):
             record = store.ConceptRecord(str(n), token, concept.noun, "joint", 5, settings.steps, job.seed, [], [], "", 0.0, "", {})
             stack.records.append(record)
-            stack.words[record.id] = words[token].detach()
-        stack.adapter = {k: v.detach().clone() for k, v in factors.items()}
+            stack.words[record.id] = words[token].detach().cpu()
+        stack.adapter = {k: v.detach().cpu().clone() for k, v in factors.items()}
     size = sum(t.nbytes for t in (*stack.adapter.values(), *stack.words.values()))
     return dict.fromkeys(job.versions, stack), time.process_time() - started, size
 
@@ -483,6 +487,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=200, help="a concept")
     parser.add_argument("--pictures", type=int, default=PICTURES, help="drawn for each version and concept")
     parser.add_argument("--processes", type=int, default=2)
+    parser.add_argument("--device", default="cpu", help="cpu or cuda; several processes can share a GPU")
     parser.add_argument("--ray", action="store_true", help="spread over a Ray cluster")
     parser.add_argument("--done", action="store_true", help="run nothing: tables and plots of the rows that are there, even while others are made")
     parser.add_argument("--quick", action="store_true", help="unless told otherwise lora, the paper's and retention; 3 concepts, 1 seed")
@@ -492,7 +497,7 @@ def main() -> None:
             setattr(arguments, name, value)
     arguments.out.mkdir(parents=True, exist_ok=True)
     seeds, wanted = [int(s) for s in arguments.seeds.split(",")], arguments.methods.split(",")
-    sizes = (arguments.concepts, arguments.pictures, arguments.out, arguments.steps, arguments.split)
+    sizes = (arguments.concepts, arguments.pictures, arguments.out, arguments.steps, arguments.split, arguments.device)
     jobs = [Job(name, seed, *sizes) for seed in seeds for name in wanted]
     for job in jobs:
         if job.row.split()[0] not in (*METHODS, *BOUNDS):
