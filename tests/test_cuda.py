@@ -11,6 +11,7 @@ import torch
 from conftest import NOUNS
 
 from comfy_continual_lora import pipeline, store
+from comfy_continual_lora.checkpoint.load import load_backbone
 from comfy_continual_lora.errors import Cancelled
 from comfy_continual_lora.methods import METHODS
 from comfy_continual_lora.progress import Progress
@@ -90,3 +91,20 @@ def test_uses_changes_and_leaves_a_stack(checkpoint: Path, folders: dict[str, Pa
     assert [record.token for record in store.open_stack(store.stack_path(checkpoint)).records] == ["V2", "V3"]
     del scored, drawn
     assert torch.cuda.memory_allocated() < 2**26  # a work space of cuBLAS may stay
+
+
+def test_the_unet_waits_in_main_memory_where_the_vae_has_no_room_beside_it(mini_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    backbone = load_backbone(mini_file, device="cuda")
+    picture, encode = torch.rand(3, 128, 128, generator=torch.Generator().manual_seed(0)), backbone.vae.encode
+    latent, where = backbone.encode_images([picture])[0], []
+
+    def full(x: torch.Tensor) -> object:
+        where.append(backbone.unet.device.type)
+        if where[-1] == "cuda":
+            raise torch.cuda.OutOfMemoryError("CUDA out of memory.")
+        return encode(x)
+
+    monkeypatch.setattr(backbone.vae, "encode", full)
+    torch.testing.assert_close(backbone.encode_images([picture])[0], latent)
+    assert where == ["cuda", "cpu"]
+    assert backbone.unet.device.type == "cuda"

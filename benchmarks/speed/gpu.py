@@ -5,9 +5,9 @@
 in: nothing - out: results/<date>-gpu.json. A job is a kind of checkpoint and what is done, in a process of its own that has the GPU to itself.
 A step is one of method `lora`, rank 16, one picture of 512 pixels, or 1024 with SDXL; the first five are not counted.
 
-    KIND [method=NAME] FORMAT...    `learn` by that method, with that --precision and what else is said (checkpointing, compile, channels_last):
-                                    seconds a step, peaks of memory before the first step (loading, the VAE) and from then on, what `learn --plan`
-                                    said, seconds of each stage
+    KIND [method=NAME] FORMAT...    `learn` by that method, with that --precision and what else is said: checkpointing, compile, channels_last;
+                                    within=8: with no more than a card of 8 GiB has, half a GiB of it for the driver. Seconds a step, peaks of memory
+                                    before the first step (loading, the VAE) and from then on, what `learn --plan` said, seconds of each stage
     KIND diffusers                  the loop of diffusers' train_text_to_image_lora.py with peft on K and V alone, bf16, without text encoder and
                                     VAE: latents and text features are given to it, so it is as fast as that loop can be
     KIND scores                     DC scores of one picture among 16 prompts as `scores` does by default
@@ -37,6 +37,7 @@ FORMATS = ("fp32", "bf16", "fp16", "fp8", "bf16 checkpointing", "fp8 checkpointi
 JOBS = (
     *(f"{kind} {rest}" for kind in ("sd1", "sdxl") for rest in (*FORMATS, "diffusers", "diffusers checkpointing", "scores")),
     *(f"sd1 method={name} bf16" for name in ("retention", "lora_ewc_dc", "lora_dsc_ewc_dc")), "sdxl method=retention bf16", "sd1 bf16 compile",
+    "sd1 bf16 within=4", "sdxl fp8 checkpointing within=8", "sdxl fp8 checkpointing within=6",
 )  # fmt: skip
 SKIPPED, STEPS, RANK, CUDA = 5, 20, 16, "cuda"
 
@@ -47,7 +48,10 @@ def learned(path: Path, words: list[str], size: int) -> dict[str, Any]:
     from comfy_continual_lora.progress import Progress
     from comfy_continual_lora.settings import LearnSettings
 
-    method = next((word.split("=")[1] for word in words if "=" in word), "lora")
+    said = dict(word.split("=") for word in words if "=" in word)
+    method = said.get("method", "lora")
+    if "within" in said:
+        torch.cuda.set_per_process_memory_fraction((float(said["within"]) - 0.5) * 2**30 / torch.cuda.get_device_properties(0).total_memory)
     switches = {word: True for word in words if word in ("checkpointing", "compile", "channels_last")}
     number = next(word for word in words if word in ("fp32", "bf16", "fp16", "fp8"))
     settings = LearnSettings(method=method, steps=SKIPPED + STEPS, batch=1, rank=RANK, precision=number, snapshot_every=10**6, **switches)

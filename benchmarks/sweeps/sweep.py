@@ -73,19 +73,20 @@ def gain(backbone: Backbone, adapter: Adapter | None, text: FrozenText, token: s
     return held_out_error(backbone, None, latents, bare) - held_out_error(backbone, adapter, latents, own)
 
 
-def run(settings: dict[str, Any], count: int, seed: int) -> dict[str, Any]:
+def run(settings: dict[str, Any], count: int, seed: int, device: str = "cpu") -> dict[str, Any]:
     """Learn the sequence and measure it."""
     torch.set_num_threads(1)
     started, concepts = time.time(), sequence(count, seed)
     with tempfile.TemporaryDirectory() as folder:
         checkpoint = Path(folder) / "mini.safetensors"
         write_checkpoint(checkpoint)
-        backbone = load_backbone(checkpoint, device="cpu")
+        backbone = load_backbone(checkpoint, device=device)
         held = [held_out(backbone, concept) for concept in concepts]
         after = []
         for number, concept in enumerate(concepts, start=1):
             pictures = world.save_pictures(concept, Path(folder) / str(number))
-            request = pipeline.LearnRequest(checkpoint, pictures, f"V{number}", concept.noun, LearnSettings(seed=seed, **settings), device="cpu")
+            chosen = LearnSettings(**{"seed": seed, "precision": "fp32", **settings})
+            request = pipeline.LearnRequest(checkpoint, pictures, f"V{number}", concept.noun, chosen, device=device)
             pipeline.learn_concept(request)
             stack = store.load_stack(store.stack_path(checkpoint), backbone.fingerprint)
             text = FrozenText(backbone, stack.tokens)

@@ -8,8 +8,8 @@ it travels as a 78th row of the features, padded with zeros; `Backbone.context` 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -76,25 +76,35 @@ class Backbone:
     @torch.no_grad()
     def encode_images(self, images: Iterable[Tensor]) -> list[Tensor]:
         """Pictures (3, h, w) -> latents (4, h/8, w/8), scaled; the mean of the posterior, so the same picture gives the same latent."""
-        with self._vae_here() as vae:
-            encoded = [vae.encode(image[None].to(self.device)) for image in images]
-        latents = [e.latents if isinstance(self.vae, AutoencoderTiny) else e.latent_dist.mean for e in encoded]  # type: ignore[union-attr]
+        pictures = list(images)
+        encoded = self._with_vae(lambda vae: [vae.encode(image[None].to(self.device)) for image in pictures])
+        latents = [e.latents if isinstance(self.vae, AutoencoderTiny) else e.latent_dist.mean for e in encoded]
         return [latent[0] * self.vae.config["scaling_factor"] for latent in latents]
 
     @torch.no_grad()
     def decode_latents(self, latents: Tensor) -> Tensor:
         """Latents (n, 4, h, w) -> pictures (n, 3, 8h, 8w) in -1..1 on the CPU."""
         scaled = latents / self.vae.config["scaling_factor"]
-        with self._vae_here() as vae:
-            return torch.cat([vae.decode(one[None]).sample for one in scaled]).clamp(-1, 1).float().cpu()
+        return self._with_vae(lambda vae: torch.cat([vae.decode(one[None]).sample for one in scaled]).clamp(-1, 1).float().cpu())
 
-    @contextmanager
-    def _vae_here(self) -> Iterator[Any]:
-        """The VAE is on the device inside the block only: learning needs the memory, and pictures are few."""
+    def _with_vae(self, work: Callable[[Any], Any]) -> Any:
+        """The VAE is on the device for this work only: learning needs the memory, and pictures are few.
+
+        A picture of 1024 pixels takes more than a step of learning does. Where that does not fit beside the U-Net, the U-Net waits in main memory.
+        """
         try:
-            yield nn.Module.to(self.vae, self.device)
+            return work(nn.Module.to(self.vae, self.device))
+        except torch.cuda.OutOfMemoryError:
+            pass  # what the attempt holds is free again behind this block
         finally:
             nn.Module.to(self.vae, "cpu")
+        try:
+            nn.Module.to(self.unet, "cpu")
+            torch.cuda.empty_cache()
+            return work(nn.Module.to(self.vae, self.device))
+        finally:
+            nn.Module.to(self.vae, "cpu")
+            nn.Module.to(self.unet, self.device)
 
     def encode_prompts(self, prompts: Sequence[str], words: Mapping[str, Tensor] | None = None) -> Tensor:
         """Text features (n, 77, d), or (n, 78, d) with pooled text.
