@@ -54,8 +54,8 @@ def sequence(count: int, seed: int) -> list[world.Concept]:
 @torch.no_grad()
 def held_out_error(backbone: Backbone, adapter: Adapter | None, latents: Sequence[Tensor], features: Tensor) -> float:
     """Error on every latent (4, h, w) with the same timesteps and noises, for one prompt (77, d)."""
-    timestep = stratified(DRAWS, generator_for("held out"))
-    noise = torch.randn((DRAWS, *latents[0].shape), generator=generator_for("held out noise"))
+    timestep = stratified(DRAWS, generator_for("held out")).to(backbone.device)
+    noise = torch.randn((DRAWS, *latents[0].shape), generator=generator_for("held out noise")).to(backbone.device)
     with attached(backbone, adapter):
         found = [classifier.trial_errors(backbone, z.expand_as(noise), noise, timestep, features[None]) for z in latents]
     return float(torch.cat(found).mean())
