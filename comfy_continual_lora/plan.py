@@ -5,7 +5,8 @@ in: the header of a checkpoint (or a folder's configurations), settings, a devic
 Weights, adapter and optimizer are counted. Activations are too: the net goes through one step on the meta device, where tensors have shapes and no
 numbers, and what autograd would keep for the way back is added up. What only passes through (work space, holes of the allocator) is not: the peak is
 a lower bound, and benchmarks/LOG.md says how far below what was measured it was. Time is the step's multiplications, counted on the way, over what
-the device does of them in one product of two large matrices, times the share of that which learning reaches.
+the device does of them in one product of two large matrices, times the share of that which learning reaches - or what the processor takes to call a
+GPU for each of them, which is longer for one small picture at a time.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from .checkpoint.backbone import kv_layers
 from .checkpoint.load import Layout, described, pick_device
@@ -32,6 +34,7 @@ from .store import read_header
 _SAID = {number: name for name, number in NUMBERS.items()}
 # The share of a large product's speed that learning reaches: on CPUs measured (benchmarks/LOG.md), on GPUs what kohya's steps of an SDXL come to
 _CPU_SHARES, _GPU_SHARES = (0.3, 0.85), (0.08, 0.3)
+_GPU_CALLS = (1.5e-5, 4.5e-5)  # seconds a torch call takes the processor, which a fast GPU waits for: 26 to 36 millionths beside an H200
 
 
 @dataclass(frozen=True)
@@ -65,15 +68,16 @@ def plan(checkpoint: Path, stack: Path, settings: LearnSettings, device: str) ->
         width = sum(model.get_input_embeddings().weight.shape[1] for model in (part.module for part in layout.texts))
         word = width * (settings.vectors or 1)
         wide = computed_in(number, here)
-        kept, flops = _activations(layout, settings, wide, step, rows, size // 8)
+        kept, flops, calls = _activations(layout, settings, wide, step, rows, size // 8)
     learned, method = 4 * (adapter + word), METHODS[settings.method]
     optimizer = (adapter if method.adapter else 0) + word
     optimizer *= 4 + (2 if settings.optimizer == "adamw8bit" else 8)
     on_device = sum(bytes for name, (bytes, _) in weights.items() if name != "VAE" or here.type == "cpu")
     memories = 4 * adapter * bool(method.importance)
-    flops *= (settings.steps or 1) * settings.accumulate * (3 if settings.checkpointing else 2)  # forward, back, and forward again for checkpoints
+    times = (settings.steps or 1) * settings.accumulate * (3 if settings.checkpointing else 2)  # forward, back, and forward again for checkpoints
     speed = _speed(here, wide)
-    least, most = (flops / (speed * share) for share in reversed(_CPU_SHARES if here.type == "cpu" else _GPU_SHARES))
+    shares, waits = (_CPU_SHARES, (0.0, 0.0)) if here.type == "cpu" else (_GPU_SHARES, _GPU_CALLS)
+    least, most = (times * max(flops / (speed * share), calls * wait) for share, wait in zip(reversed(shares), waits, strict=True))
     return Plan(
         layout.family.name, str(here), size, rows, weights, learned, optimizer, kept, on_device + learned + optimizer + kept,
         (stack.stat().st_size if stack.exists() else 0) + learned + memories, 2 * (exported + word), (least, most),
@@ -140,10 +144,10 @@ def _adapter(layout: Layout, settings: LearnSettings, rank: int) -> tuple[int, i
 # --- activations ---------------------------------------------------------------------------------------------------------------------
 
 
-def _activations(layout: Layout, settings: LearnSettings, number: torch.dtype, step: int, rows: int, side: int) -> tuple[int, float]:
+def _activations(layout: Layout, settings: LearnSettings, number: torch.dtype, step: int, rows: int, side: int) -> tuple[int, float, int]:
     """What is kept for the way back, in bytes: that of the U-Net for `rows` and of the text encoders for a step, the largest passing piece on top.
 
-    And the floating-point operations of a step's way forward.
+    And the floating-point operations and torch calls of a step's way forward.
     """
     unet: Any = nn.Module.to(layout.unet.module, number).requires_grad_(False)
     texts = [part.module.requires_grad_(False) for part in layout.texts]
@@ -168,21 +172,22 @@ def _activations(layout: Layout, settings: LearnSettings, number: torch.dtype, s
 
         with _kept(unet) as whole:
             pieces = answer(whole)
-        flops = of_text.flops + whole.flops * step / rows
+        flops, calls = of_text.flops + whole.flops * step / rows, of_text.calls + whole.calls
         if not settings.checkpointing:
-            return of_text.bytes + whole.bytes, flops
+            return of_text.bytes + whole.bytes, flops, calls
         unet.enable_gradient_checkpointing()
         unet.train()
         with _kept(unet) as of_unet:
             answer(of_unet)
-    return of_text.bytes + of_unet.bytes + max(pieces, default=0), flops
+    return of_text.bytes + of_unet.bytes + max(pieces, default=0), flops, calls
 
 
-class _Kept:
-    """Adds up what autograd keeps; a storage counts once, a weight not at all. And the operations of linear layers, convolutions and attention."""
+class _Kept(TorchDispatchMode):
+    """Adds up what autograd keeps; a storage counts once, a weight not at all. Operations of linear layers, convolutions and attention; all calls."""
 
     def __init__(self, models: Sequence[nn.Module]) -> None:
-        self.bytes = self.flops = 0
+        super().__init__()
+        self.bytes = self.flops = self.calls = 0
         self.seen = {p.untyped_storage()._cdata: p.untyped_storage() for model in models for p in model.parameters()}
 
     def __call__(self, tensor: Tensor) -> Tensor:
@@ -191,6 +196,10 @@ class _Kept:
             self.seen[storage._cdata] = storage
             self.bytes += storage.nbytes()
         return tensor
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> Any:
+        self.calls += 1
+        return func(*args, **(kwargs or {}))
 
     def layer(self, module: Any, _: object, out: Tensor) -> None:
         self.flops += 2 * out.numel() * module.weight[0].numel()
@@ -208,7 +217,7 @@ def _kept(*models: nn.Module) -> Iterator[_Kept]:
     handles = [module.register_forward_hook(kept.layer) for module in layers]
     F.scaled_dot_product_attention = kept.attention
     try:
-        with torch.autograd.graph.saved_tensors_hooks(kept, lambda tensor: tensor):
+        with torch.autograd.graph.saved_tensors_hooks(kept, lambda tensor: tensor), kept:
             yield kept
     finally:
         F.scaled_dot_product_attention = plain

@@ -139,6 +139,25 @@ def test_pickles_missing_and_damaged_files_are_refused(mini_file: Path, tmp_path
         load_backbone(tmp_path)
 
 
+def test_a_vae_without_room_beside_the_unet_is_given_it_once(mini_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    backbone = load_backbone(mini_file, device="cpu")
+    picture, encode, asked = torch.rand(3, 64, 64), backbone.vae.encode, []
+    latent, weights = backbone.encode_images([picture])[0], [p.clone() for p in backbone.unet.parameters()]
+
+    def full(x: torch.Tensor) -> object:
+        asked.append(x)
+        if len(asked) in (1, 3, 4):
+            raise torch.cuda.OutOfMemoryError("CUDA out of memory.")
+        return encode(x)
+
+    monkeypatch.setattr(backbone.vae, "encode", full)
+    assert torch.equal(backbone.encode_images(iter([picture]))[0], latent)
+    with pytest.raises(torch.cuda.OutOfMemoryError):
+        backbone.encode_images([picture])
+    assert len(asked) == 4
+    assert all(torch.equal(a, b) for a, b in zip(weights, backbone.unet.parameters(), strict=True))
+
+
 def test_a_gpu_that_is_not_there_is_a_users_mistake(mini_file: Path) -> None:
     with pytest.raises(CheckpointError, match="can't be used here"):
         load_backbone(mini_file, device="cuda:99")

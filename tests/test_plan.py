@@ -137,6 +137,20 @@ def test_the_command_says_it_and_learns_nothing(mini_file: Path, pictures: Path,
     assert not store.stack_path(mini_file).exists()
 
 
+def test_a_gpu_that_multiplies_in_no_time_still_waits_for_its_calls(mini_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("comfy_continual_lora.plan.pick_device", torch.device)
+    monkeypatch.setattr("comfy_continual_lora.plan._speed", lambda *_: 1e30)
+
+    def seconds(**changes: Any) -> tuple[float, float]:
+        return plan(mini_file, NOWHERE, replace(QUICK, precision="fp32", **changes), "cuda").seconds
+
+    least, most = seconds()
+    assert 0 < 3 * least == pytest.approx(most)
+    assert seconds(batch=2) == (least, most)
+    assert seconds(checkpointing=True) == pytest.approx((1.5 * least, 1.5 * most))
+    assert seconds(steps=4, accumulate=2) == pytest.approx((4 * least, 4 * most))
+
+
 def test_a_plan_reads_no_weights(mini_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from comfy_continual_lora.checkpoint.load import Part
 
