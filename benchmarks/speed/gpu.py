@@ -7,7 +7,7 @@ A step is one of method `lora`, rank 16, one picture of 512 pixels, or 1024 with
 
     KIND [method=NAME] FORMAT...    `learn` by that method, with that --precision and what else is said: checkpointing, compile, channels_last;
                                     within=8: with no more than a card of 8 GiB has, half a GiB of it for the driver. Seconds a step, peaks of memory
-                                    before the first step (loading, the VAE) and from then on, what `learn --plan` said, seconds of each stage
+                                    to the end of the first step (with loading and the VAE) and behind it, what `learn --plan` said, seconds of stages
     KIND diffusers                  the loop of diffusers' train_text_to_image_lora.py with peft on K and V alone, bf16, without text encoder and
                                     VAE: latents and text features are given to it, so it is as fast as that loop can be
     KIND scores                     DC scores of one picture among 16 prompts as `scores` does by default
