@@ -34,7 +34,7 @@ from .store import read_header
 _SAID = {number: name for name, number in NUMBERS.items()}
 # The share of a large product's speed that learning reaches: on CPUs measured (benchmarks/LOG.md), on GPUs what kohya's steps of an SDXL come to
 _CPU_SHARES, _GPU_SHARES = (0.3, 0.85), (0.08, 0.3)
-_GPU_CALLS = (1.5e-5, 4.5e-5)  # seconds a torch call takes the processor, which a fast GPU waits for: 26 to 36 millionths beside an H200
+_GPU_CALLS = (1.2e-5, 3.6e-5)  # seconds a torch call takes the processor, which a fast GPU waits for: 21 to 28 millionths beside an H200
 
 
 @dataclass(frozen=True)
@@ -68,7 +68,8 @@ def plan(checkpoint: Path, stack: Path, settings: LearnSettings, device: str) ->
         width = sum(model.get_input_embeddings().weight.shape[1] for model in (part.module for part in layout.texts))
         word = width * (settings.vectors or 1)
         wide = computed_in(number, here)
-        kept, flops, calls = _activations(layout, settings, wide, step, rows, size // 8)
+        norms = wide if here.type == "cpu" else torch.float32  # autocast has them so
+        kept, flops, calls = _activations(layout, settings, (wide, norms), step, rows, size // 8)
     learned, method = 4 * (adapter + word), METHODS[settings.method]
     optimizer = (adapter if method.adapter else 0) + word
     optimizer *= 4 + (2 if settings.optimizer == "adamw8bit" else 8)
@@ -144,11 +145,14 @@ def _adapter(layout: Layout, settings: LearnSettings, rank: int) -> tuple[int, i
 # --- activations ---------------------------------------------------------------------------------------------------------------------
 
 
-def _activations(layout: Layout, settings: LearnSettings, number: torch.dtype, step: int, rows: int, side: int) -> tuple[int, float, int]:
+def _activations(
+    layout: Layout, settings: LearnSettings, formats: tuple[torch.dtype, torch.dtype], step: int, rows: int, side: int
+) -> tuple[int, float, int]:
     """What is kept for the way back, in bytes: that of the U-Net for `rows` and of the text encoders for a step, the largest passing piece on top.
 
-    And the floating-point operations and torch calls of a step's way forward.
+    And the floating-point operations and torch calls of a step's way forward. `formats`: in which the net computes, and in which its norms do.
     """
+    number = formats[0]
     unet: Any = nn.Module.to(layout.unet.module, number).requires_grad_(False)
     texts = [part.module.requires_grad_(False) for part in layout.texts]
     prompts = min(step, 7)  # each distinct one is encoded once; after learning, words stand still
@@ -166,7 +170,7 @@ def _activations(layout: Layout, settings: LearnSettings, number: torch.dtype, s
 
         def answer(kept: _Kept) -> list[int]:
             sizes: list[int] = []
-            with _sized(unet, kept, sizes):
+            with _sized(unet, kept, sizes), _computing_in(unet, *formats):
                 unet(noisy, timestep, features, added_cond_kwargs=added)
             return sizes
 
@@ -233,6 +237,26 @@ class _Fused(torch.autograd.Function):
         found = torch.empty_like(q)
         ctx.save_for_backward(q, k, v, found)
         return found
+
+
+@contextmanager
+def _computing_in(unet: nn.Module, number: torch.dtype, norms: torch.dtype) -> Iterator[None]:
+    """Inside, what autocast does: norms compute in a format of their own, and what comes of them goes into the next layer as `number`."""
+
+    def cast(to: torch.dtype) -> Any:
+        return lambda _module, inputs: (inputs[0].to(to), *inputs[1:])
+
+    handles = []
+    for module in unet.modules():
+        if isinstance(module, (nn.GroupNorm, nn.LayerNorm)):
+            handles.append(nn.Module.to(module, norms).register_forward_pre_hook(cast(norms)))
+        elif isinstance(module, (nn.Linear, nn.Conv2d)):
+            handles.append(module.register_forward_pre_hook(cast(number)))
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 @contextmanager

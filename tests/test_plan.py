@@ -151,6 +151,18 @@ def test_a_gpu_that_multiplies_in_no_time_still_waits_for_its_calls(mini_file: P
     assert seconds(steps=4, accumulate=2) == pytest.approx((4 * least, 4 * most))
 
 
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_norms_take_more_on_a_gpu_in_half_precision(mini_file: Path, monkeypatch: pytest.MonkeyPatch, checkpointing: bool) -> None:
+    monkeypatch.setattr("comfy_continual_lora.plan.pick_device", torch.device)
+    monkeypatch.setattr("comfy_continual_lora.plan._speed", lambda *_: 1e12)
+
+    def kept(device: str, precision: str) -> int:
+        return plan(mini_file, NOWHERE, replace(QUICK, precision=precision, checkpointing=checkpointing), device).activations
+
+    assert kept("cuda", "fp32") == kept("cpu", "fp32")
+    assert kept("cpu", "bf16") < kept("cuda", "bf16") < kept("cuda", "fp32")
+
+
 def test_a_plan_reads_no_weights(mini_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from comfy_continual_lora.checkpoint.load import Part
 
