@@ -130,6 +130,7 @@ def run(job: Job) -> dict[str, Any]:
     if done.exists():
         return json.loads(done.read_text())
     torch.set_num_threads(1)
+    torch.backends.cudnn.allow_tf32 = False  # a GPU's row is to stand beside a CPU's
     job.folder.mkdir(parents=True, exist_ok=True)
     versions, seconds, size = {"joint": _joint, "separate": _separate}.get(job.row.split()[0], _in_sequence)(job)
     backbone = load_backbone(job.folder / "mini.safetensors", device=job.device)
