@@ -69,7 +69,7 @@ def plan(checkpoint: Path, stack: Path, settings: LearnSettings, device: str) ->
         word = width * (settings.vectors or 1)
         wide = computed_in(number, here)
         norms = wide if here.type == "cpu" else torch.float32  # autocast has them so
-        kept, flops, calls = _activations(layout, settings, (wide, norms), step, rows, size // 8)
+        kept, flops, calls = _activations(layout, settings, wide, norms, step, rows, size // 8)
     learned, method = 4 * (adapter + word), METHODS[settings.method]
     optimizer = (adapter if method.adapter else 0) + word
     optimizer *= 4 + (2 if settings.optimizer == "adamw8bit" else 8)
@@ -146,13 +146,12 @@ def _adapter(layout: Layout, settings: LearnSettings, rank: int) -> tuple[int, i
 
 
 def _activations(
-    layout: Layout, settings: LearnSettings, formats: tuple[torch.dtype, torch.dtype], step: int, rows: int, side: int
+    layout: Layout, settings: LearnSettings, number: torch.dtype, norms: torch.dtype, step: int, rows: int, side: int
 ) -> tuple[int, float, int]:
     """What is kept for the way back, in bytes: that of the U-Net for `rows` and of the text encoders for a step, the largest passing piece on top.
 
-    And the floating-point operations and torch calls of a step's way forward. `formats`: in which the net computes, and in which its norms do.
+    And the floating-point operations and torch calls of a step's way forward. The net computes in `number`, its norms in `norms`.
     """
-    number = formats[0]
     unet: Any = nn.Module.to(layout.unet.module, number).requires_grad_(False)
     texts = [part.module.requires_grad_(False) for part in layout.texts]
     prompts = min(step, 7)  # each distinct one is encoded once; after learning, words stand still
@@ -170,7 +169,7 @@ def _activations(
 
         def answer(kept: _Kept) -> list[int]:
             sizes: list[int] = []
-            with _sized(unet, kept, sizes), _computing_in(unet, *formats):
+            with _sized(unet, kept, sizes), _computing_in(unet, number, norms):
                 unet(noisy, timestep, features, added_cond_kwargs=added)
             return sizes
 
