@@ -208,7 +208,8 @@ def _joint(job: Job) -> tuple[dict[tuple[int, int], store.ConceptStack], float, 
     assert settings.steps
     adapter = lora.new_adapter(backbone, settings.rank, generator)
     latents, prompts = [], []
-    words = {f"V{n}": torch.nn.Parameter(backbone.word_start(c.noun, generator).to(backbone.device)) for n, c in enumerate(job.sequence, start=1)}
+    starts = {f"V{n}": backbone.word_start(c.noun, generator, settings.vectors or 1) for n, c in enumerate(job.sequence, start=1)}
+    words = {token: torch.nn.Parameter(start.to(backbone.device)) for token, start in starts.items()}
     for token, concept in zip(words, job.sequence, strict=True):
         pictures = pretrain.to_tensor(np.stack(list(world.concept_pictures(concept, 5))))
         latents += backbone.encode_images(pictures)
