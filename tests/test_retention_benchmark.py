@@ -63,6 +63,8 @@ def test_methods_are_compared_at_the_seeds_that_both_have() -> None:
     assert told == ("* `lora`: +2.0000, nearer in 0 of 2", "* `c_lora`: +2.5000, nearer in 0 of 4", "* `joint`: -1.0000, nearer in 1 of 2")
     assert [float(p) for p in values] == pytest.approx([0.5, 1, 1], abs=0.02)  # of all ways to flip the signs, by drawing some
     assert run._paired(rows[:4]) == []
+    with_settings = [{**row, "method": row["method"].replace("retention", "retention rank=4")} for row in rows]
+    assert run._paired(with_settings) == [against.replace("retention", "retention rank=4"), "", *pairs]
     assert run._beside_paper(rows)[2] == "* a_mmd (1): here c_lora, lora; in the paper c_lora, lora"
 
 

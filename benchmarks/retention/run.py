@@ -396,7 +396,8 @@ def _paired(rows: Sequence[dict[str, Any]]) -> list[str]:
     p: of all ways to flip the signs of the differences, how many have so large a mean (two-sided; 20,000 ways drawn, so never 0).
     """
     ends, seeds = {(row["method"], row["seed"]): np.array(row["matrix"][-1], float) for row in rows}, _seeds(rows)
-    default, lines = LearnSettings().method, []
+    default = min((m for m in seeds if m.split()[0] == LearnSettings().method), key=len, default="")
+    lines = []
     for method in seeds:
         both = sorted(seeds[method] & seeds.get(default, set()))
         if method != default and both:
