@@ -161,7 +161,7 @@ def _plan(arguments: argparse.Namespace, found: dict[str, Any]) -> None:
     line("exported LoRA and embedding", found["exported"])
     least, most = found["seconds"]
     unit, size = ("hours", 3600) if least >= 7200 else ("minutes", 60) if least >= 120 else ("seconds", 1)
-    print(f"Time: {least / size:,.0f} to {most / size:,.0f} {unit} of training, judged by how fast this device multiplies matrices.")
+    print(f"Time: {least / size:,.0f} to {most / size:,.0f} {unit} of training, judged by how fast this device computes.")
 
 
 def _draw(arguments: argparse.Namespace, bar: _Bar) -> None:

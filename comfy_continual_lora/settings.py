@@ -49,7 +49,7 @@ PRESETS: dict[str, dict[str, Any]] = {  # only the mini-SD's were measured
 METHOD_PRESETS: dict[tuple[str, str], dict[str, Any]] = {
     ("mini", "lora_dsc_ewc"): {"ewc_strength": 3e-3},
     ("mini", "lora_dsc_ewc_dc"): {"ewc_strength": 3e-3},
-    ("mini", "retention"): {"rate": 1e-3},
+    ("mini", "retention"): {"rate": 1e-3, "vectors": 4},
 }
 VERA_SPEED = 30  # its few numbers scale fixed random matrices: at the rate of LoRA's they stay about where they are (measured on the mini-SD)
 WITH_VERA = ("lora", "lora_ewc", "lora_ewc_dc", "lora_dsc", "lora_dsc_ewc", "lora_dsc_ewc_dc", "retention")

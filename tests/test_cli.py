@@ -40,7 +40,7 @@ def test_mini_learn_learn_info_draw_undo(tmp_path: Path) -> None:
         ("V2", "fish", 4, 4, "retention"),
     ]
     assert found["rank"] >= 4  # or what two concepts ask for
-    assert found["trainable_parameters"] == found["rank"] * (256 * 14 + 192 * 8 + 64 * 6) + 256
+    assert found["trainable_parameters"] == found["rank"] * (256 * 14 + 192 * 8 + 64 * 6) + 4 * 256
     assert len(found["fingerprint"]) == 64
     assert Path(found["stack_file"]).parent == checkpoint.parent
     both = ["--prompt", "a V1 ball", "--beside", "a V2 fish"]

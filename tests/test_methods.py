@@ -59,7 +59,7 @@ def test_a_method_may_have_a_choice_of_its_own_on_a_checkpoint() -> None:
         for name, value in chosen.items():
             assert getattr(LearnSettings(method=method).resolved(preset), name) == value != settings.PRESETS[preset][name]
             assert getattr(LearnSettings(method="lora").resolved(preset), name) == settings.PRESETS[preset][name]
-            assert getattr(LearnSettings(**{"method": method, name: 0.5}).resolved(preset), name) == 0.5
+            assert getattr(LearnSettings(**{"method": method, name: 2 * value}).resolved(preset), name) == 2 * value
     for preset, chosen in settings.PRESETS.items():
         assert LearnSettings(adapter="vera").resolved(preset).rate == 30 * chosen["rate"]
         assert LearnSettings(adapter="vera", rate=0.5).resolved(preset).rate == 0.5
