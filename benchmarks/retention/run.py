@@ -393,6 +393,7 @@ def write(out: Path, rows: Sequence[dict[str, Any]]) -> None:
 def _paired(rows: Sequence[dict[str, Any]]) -> list[str]:
     """How each method's distances at the end, R[N, j], differ from those of the default method, at the same seeds and concepts.
 
+    Where the default method is there with settings only ("retention vectors=1"), from those of the shortest such row.
     p: of all ways to flip the signs of the differences, how many have so large a mean (two-sided; 20,000 ways drawn, so never 0).
     """
     ends, seeds = {(row["method"], row["seed"]): np.array(row["matrix"][-1], float) for row in rows}, _seeds(rows)
