@@ -132,7 +132,7 @@ def test_the_command_says_it_and_learns_nothing(mini_file: Path, pictures: Path,
     assert all(word in said for word in ("U-Net", "VAE", "text encoders", "activations", "peak", "stack", "exported LoRA", "Time: "))
     assert cli.main([*command, "--json", "--rank", "8"]) == 0
     found = json.loads(capsys.readouterr().out)
-    assert found["learned"] == 4 * (8 * (256 * 14 + 192 * 8 + 64 * 6) + 256)
+    assert found["learned"] == 4 * (8 * (256 * 14 + 192 * 8 + 64 * 6) + 4 * 256)  # the factors, and a word of four vectors
     assert 0 < found["seconds"][0] == pytest.approx(found["seconds"][1] * 0.3 / 0.85)
     assert not store.stack_path(mini_file).exists()
 
