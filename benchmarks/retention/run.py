@@ -29,7 +29,7 @@ import json
 import shutil
 import statistics
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from multiprocessing import get_context
 from pathlib import Path
@@ -40,7 +40,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from comfy_continual_lora import classifier, concepts, diffusion, learn, lora, metrics, pipeline, report, sample, store
+from comfy_continual_lora import classifier, concepts, diffusion, learn, lora, metrics, pipeline, report, sample, solve, store, textspace
 from comfy_continual_lora.checkpoint.backbone import Backbone, FrozenText
 from comfy_continual_lora.checkpoint.load import load_backbone
 from comfy_continual_lora.errors import SettingError
@@ -131,6 +131,7 @@ def run(job: Job) -> dict[str, Any]:
         return json.loads(done.read_text())
     torch.set_num_threads(1)
     torch.backends.cudnn.allow_tf32 = False  # a GPU's row is to stand beside a CPU's
+    solve.moment = Moments()
     job.folder.mkdir(parents=True, exist_ok=True)
     versions, seconds, size = {"joint": _joint, "separate": _separate}.get(job.row.split()[0], _in_sequence)(job)
     backbone = load_backbone(job.folder / "mini.safetensors", device=job.device)
@@ -162,6 +163,20 @@ def run(job: Job) -> dict[str, Any]:
     report.grid([concepts.to_pil(real_pictures(job.sequence[0], 2)[1]), *seen], len(seen) + 1).save(job.folder / "first-concept.png")
     done.write_text(json.dumps(row))
     return row
+
+
+class Moments:
+    """`textspace.moment` that encodes the same prompts once: the 200th concept of a sequence would else take longer to prepare than to learn."""
+
+    def __init__(self) -> None:
+        self.known: dict[Any, Tensor] = {}
+
+    def __call__(self, backbone: Backbone, words: Mapping[str, Tensor], prompts: Sequence[str], share: float | None = None) -> Tensor:
+        named = tuple(word.cpu().numpy().tobytes() for token, word in words.items() if any(token in prompt for prompt in prompts))
+        key = (tuple(prompts), named, share)
+        if key not in self.known:
+            self.known[key] = textspace.moment(backbone, words, prompts, share)
+        return self.known[key]
 
 
 def _in_sequence(job: Job) -> tuple[dict[tuple[int, int], store.ConceptStack], float, int]:
