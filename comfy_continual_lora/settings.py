@@ -162,7 +162,9 @@ class ConsolidateSettings(Settings):
         "calibrated", "temperature of the DC scores: calibrated on the first concept, or 1 on mean or on summed errors (for comparison)",
         choices=("calibrated", "mean", "sum"), group="DC scores, EWC",
     )  # fmt: skip
-    subset: int = setting(5, "concepts compared at a time: the newest, its class noun, and earlier ones", low=2, high=64, group="DC scores, EWC")
+    subset: int = setting(
+        5, "concepts the Fisher compares at a time: the newest, its class noun, and earlier ones", low=2, high=64, group="DC scores, EWC"
+    )
     ewc_strength: float | None = setting(None, "weight of the EWC penalty (lambda)", low=0, group="DC scores, EWC")
     ewc_mode: str = setting(
         "online", "one running Fisher around the newest adapter, or one for each concept around its own", choices=("online", "separate"),
