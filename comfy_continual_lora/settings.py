@@ -41,7 +41,7 @@ PRESETS: dict[str, dict[str, Any]] = {  # only the mini-SD's were measured
     "sd2": _STOCK,
     "sdxl": {**_STOCK, "rate": 1e-4, "guidance": 7.0},
     "mini": {
-        "rank": 16, "vectors": 1, "steps": 300, "batch": 8, "rate": 3e-4, "token_rate": 1e-2, "weighting": "debiased", "flip": False,
+        "rank": 16, "vectors": 4, "steps": 300, "batch": 8, "rate": 3e-4, "token_rate": 1e-2, "weighting": "debiased", "flip": False,
         "ewc_strength": 1e-2, "dsc_steps": 60, "guidance": 4.0,
     },
 }  # fmt: skip
@@ -49,7 +49,7 @@ PRESETS: dict[str, dict[str, Any]] = {  # only the mini-SD's were measured
 METHOD_PRESETS: dict[tuple[str, str], dict[str, Any]] = {
     ("mini", "lora_dsc_ewc"): {"ewc_strength": 3e-3},
     ("mini", "lora_dsc_ewc_dc"): {"ewc_strength": 3e-3},
-    ("mini", "retention"): {"rate": 1e-3, "vectors": 4},
+    ("mini", "retention"): {"rate": 1e-3},
 }
 VERA_SPEED = 30  # its few numbers scale fixed random matrices: at the rate of LoRA's they stay about where they are (measured on the mini-SD)
 WITH_VERA = ("lora", "lora_ewc", "lora_ewc_dc", "lora_dsc", "lora_dsc_ewc", "lora_dsc_ewc_dc", "retention")
