@@ -37,7 +37,7 @@ def alone(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_it_writes_its_tables_and_pictures_and_does_nothing_twice(alone: Path) -> None:
-    assert {p.name for p in alone.iterdir()} >= {"table.json", "table.csv", "table.md", "matrices.json", "heat-maps.png", "first-concept.png"}
+    assert {p.name for p in alone.iterdir()} >= {"table.json", "table.csv", "table.md", "matrices.json", "heat-maps.png", "first-concept.jpg"}
     drawn = {p: p.stat().st_mtime_ns for p in alone.rglob("drawn/**/*.png")}
     assert len(drawn) == 2 * (3 + 2) * 2  # seeds, versions (all of the bound's are one stack's), pictures
     assert {store.open_stack(p).rank for p in alone.rglob("lora*/*.concepts.safetensors")} == {2}

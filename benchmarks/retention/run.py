@@ -160,7 +160,7 @@ def run(job: Job) -> dict[str, Any]:
         "matrix": [[_number(v) for v in row] for row in matrix.tolist()],
     }  # fmt: skip
     seen = [Image.open(job.folder / "drawn" / f"{under[i, 0]}-0" / "1.png") for i in job.looked_at]
-    report.grid([concepts.to_pil(real_pictures(job.sequence[0], 2)[1]), *seen], len(seen) + 1).save(job.folder / "first-concept.png")
+    report.grid([concepts.to_pil(real_pictures(job.sequence[0], 2)[1]), *seen], len(seen) + 1).save(job.folder / "first-concept.jpg", quality=90)
     done.write_text(json.dumps(row))
     return row
 
@@ -486,7 +486,7 @@ def draw(out: Path, rows: Sequence[dict[str, Any]], jobs: Sequence[Job]) -> None
     axes[1].legend(fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5))
     figure.tight_layout()
     figure.savefig(out / "over-concepts.png", dpi=90, bbox_inches="tight")  # long names and all
-    strips = [Image.open(next(j for j in jobs if j.row == method).folder / "first-concept.png") for method in methods]
+    strips = [Image.open(next(j for j in jobs if j.row == method).folder / "first-concept.jpg") for method in methods]
     shown = jobs[0].looked_at
     figure, axes = pyplot.subplots(len(methods), 1, figsize=(1.3 * len(shown) + 1.3, 1.6 * len(methods) + 0.4), squeeze=False, layout="constrained")
     for axis, method, strip in zip(axes[:, 0], methods, strips, strict=True):
@@ -494,7 +494,7 @@ def draw(out: Path, rows: Sequence[dict[str, Any]], jobs: Sequence[Job]) -> None
         axis.set(xticks=[], yticks=[], frame_on=False)
         axis.set_title(method, fontsize=9, loc="left")
     figure.suptitle(f"The first concept: a real picture, then drawn after {', '.join(str(n + 1) for n in shown)} concepts", fontsize=9)
-    figure.savefig(out / "first-concept.png", dpi=100)
+    figure.savefig(out / "first-concept.jpg", dpi=100, pil_kwargs={"quality": 85})
 
 
 def main() -> None:
