@@ -169,7 +169,7 @@ def _draw(arguments: argparse.Namespace, bar: _Bar) -> None:
 
     settings = DrawSettings(**_given(arguments, DrawSettings))
     prompts = [(prompt, *arguments.beside) for prompt in arguments.prompt]
-    drawn = pipeline.draw(pipeline.DrawRequest(arguments.checkpoint, prompts, settings, **_where(arguments)), bar)
+    drawn = pipeline.draw(pipeline.DrawRequest(arguments.checkpoint, prompts, settings, arguments.only, **_where(arguments)), bar)
     files = report.save_pictures(drawn, arguments.out)
     bar.clear()
     print(json.dumps({"files": [str(f) for f in files]}) if arguments.json else "\n".join(str(f) for f in files))
@@ -294,7 +294,11 @@ def _info(arguments: argparse.Namespace, bar: _Bar) -> None:
 def _export(arguments: argparse.Namespace, bar: _Bar) -> None:
     from . import pipeline
 
-    done = pipeline.export(arguments.checkpoint, arguments.out, embeddings=arguments.embeddings, stack=arguments.stack, format=arguments.format)
+    done = pipeline.export(
+        arguments.checkpoint, arguments.out, embeddings=arguments.embeddings, format=arguments.format, only=arguments.only, on_progress=bar,
+        **_where(arguments),
+    )  # fmt: skip
+    bar.clear()
     if arguments.json:
         files = {"lora": str(done.lora) if done.lora else None, "embeddings": [str(p) for p in done.embeddings], "triggers": done.triggers}
         print(json.dumps(files))
@@ -429,17 +433,23 @@ def _parser() -> argparse.ArgumentParser:
     evaluate.add_argument("--plot", type=Path, help="also draw the heat map with pictures to this file, such as retention.png")
     _add_settings(evaluate, EvaluateSettings)
 
+    only: dict[str, Any] = {
+        "nargs": "+", "metavar": "WORD", "default": (),
+        "help": "solve for a LoRA of these concepts alone: of a stack of many it draws each nearer than the one LoRA for all",
+    }  # fmt: skip
     draw = command("draw", _draw, "draw pictures; learned words stand for their concepts", device=True)
     draw.add_argument("--prompt", required=True, action="append", help='what to draw, such as "a photo of a V1 teapot"; may be given several times')
     draw.add_argument(
         "--beside", action="append", default=[], help="what to draw to the right of that in the same, wider picture, such as "
         '"a photo of a V2 dog"; may be given several times. Two learned things in one prompt mix their looks, side by side they do not',
     )  # fmt: skip
+    draw.add_argument("--only", **only)
     draw.add_argument("--out", type=Path, default=Path("drawn"), help="folder for the pictures (default: drawn)")
     _add_settings(draw, DrawSettings, short={"count": "-n"})
 
-    export = command("export", _export, "write one LoRA and one embedding a word, for ComfyUI, A1111, Forge and diffusers")
+    export = command("export", _export, "write one LoRA and one embedding a word, for ComfyUI, A1111, Forge and diffusers", device=True)
     export.add_argument("--out", type=Path, required=True, help="folder for the LoRA, such as the program's Lora folder")
+    export.add_argument("--only", **only)
     export.add_argument("--embeddings", type=Path, help="folder for the embeddings (default: the same)")
     export.add_argument("--format", choices=FORMATS, default="kohya", help="whose names the LoRA has; kohya's load everywhere")
 

@@ -71,10 +71,14 @@ class LearnRequest(Request):
 
 @dataclass(frozen=True)
 class DrawRequest(Request):
-    """Draw prompts; learned tokens stand for their concepts. Several prompts in place of one are drawn beside each other, equally many each time."""
+    """Draw prompts; learned tokens stand for their concepts. Several prompts in place of one are drawn beside each other, equally many each time.
+
+    `only`: tokens of the concepts to solve a LoRA for, in place of the stack's own.
+    """
 
     prompts: Sequence[str | Sequence[str]]
     settings: DrawSettings = field(default_factory=DrawSettings)
+    only: Sequence[str] = ()
 
 
 @dataclass(frozen=True)
@@ -258,6 +262,13 @@ def consolidate_in_closed_form(request: SolveRequest, on_progress: OnProgress = 
         return solve.consolidated(backbone, stack, request.settings, on_progress)
 
 
+def select(request: SolveRequest, tokens: Sequence[str], on_progress: OnProgress = ignore) -> store.ConceptStack:
+    """Some concepts of the stack with a LoRA solved for them alone, to draw and to export; the stack file stays as it is."""
+    request.settings.check()
+    backbone = _load(request, on_progress)
+    return solve.selected(backbone, _stack(request, backbone), tokens, request.settings, on_progress)
+
+
 def forget(request: SolveRequest, token: str, on_progress: OnProgress = ignore) -> store.ConceptRecord:
     """Take any one concept off the stack, and what the adapters since then know of it."""
     with _changing(request, on_progress) as (backbone, stack):
@@ -349,6 +360,8 @@ def draw(request: DrawRequest, on_progress: OnProgress = ignore) -> list[Drawn]:
         )
     backbone = _load(request, on_progress)
     stack = _stack(request, backbone)
+    if request.only:
+        stack = solve.selected(backbone, stack, request.only, SolveSettings(), on_progress)
     settings = request.settings.resolved(backbone.preset)
     prompts = [parts for parts in asked for _ in range(settings.count)]
     seeds = [settings.seed + i for _ in request.prompts for i in range(settings.count)]
@@ -402,9 +415,17 @@ def info(checkpoint: Path, stack: Path | None = None) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def export(checkpoint: Path, out: Path, *, embeddings: Path | None = None, stack: Path | None = None, format: str = "kohya") -> Exported:
-    """Write the stack as one LoRA and one embedding a word; `embeddings` is the words' folder if it is another, `format` one of settings.FORMATS."""
-    return export_files(store.open_stack(stack or store.stack_path(checkpoint)), out, embeddings or out, checkpoint.stem, format)
+def export(
+    checkpoint: Path, out: Path, *, embeddings: Path | None = None, stack: Path | None = None, format: str = "kohya", only: Sequence[str] = (),
+    device: str = "auto", on_progress: OnProgress = ignore,
+) -> Exported:  # fmt: skip
+    """Write the stack as one LoRA and one embedding a word; `embeddings` is the words' folder if it is another, `format` one of settings.FORMATS.
+
+    `only`: tokens of the concepts to solve a LoRA for, which needs the checkpoint loaded, on `device`; else it is not even opened.
+    """
+    request = SolveRequest(checkpoint, stack=stack, device=device)
+    held = select(request, only, on_progress) if only else store.open_stack(request.stack_file)
+    return export_files(held, out, embeddings or out, checkpoint.stem, format)
 
 
 def undo(checkpoint: Path, stack: Path | None = None) -> store.ConceptRecord:

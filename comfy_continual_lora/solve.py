@@ -251,15 +251,36 @@ def consolidated(
     return Consolidated(rank, *told)
 
 
+def selected(backbone: Backbone, stack: ConceptStack, tokens: Sequence[str], settings: SolveSettings, on_progress: OnProgress) -> ConceptStack:
+    """A stack of these concepts alone, and one LoRA solved for them: what the others ask for takes nothing from it. The stack given stays as it is.
+
+    Errors: StackError for a token that is not on the stack, for none at all, and for VeRA.
+    """
+    numbers = sorted({_number_of(stack, token) for token in tokens})
+    if not numbers:
+        raise StackError(f"No concept was named. The stack knows {_known(stack)}.")
+    _refuse_vera(stack)
+    adapters, found = adapters_of(stack), ConceptStack(stack.fingerprint, tau=stack.tau, base=stack.base)
+    memory = Memory(backbone, [stack.records[n].noun for n in numbers])
+    for done, number in enumerate(numbers):
+        on_progress(Progress("solve", done, len(numbers)))
+        record = stack.records[number]
+        memory.add(record, stack.words[record.id])
+        found.add(record, stack.words[record.id], None)
+    asked = [adapters[n] for n in numbers]
+    if any(asked):
+        found.adapter, found.rank = solve(memory.wishes(asked, settings), settings)
+        found.wishes = {stack.records[n].id: adapter for n in numbers if (adapter := adapters[n])}
+    on_progress(Progress("solve", len(numbers), len(numbers)))
+    return found
+
+
 def forgotten(backbone: Backbone, stack: ConceptStack, token: str, settings: SolveSettings, on_progress: OnProgress) -> ConceptRecord:
     """Take one concept out, in place: its word, record and pool entry, and what every later adapter knows of it.
 
     Errors: StackError for a token that is not on the stack.
     """
-    number = next((n for n, record in enumerate(stack.records) if record.token.lower() == token.lower()), None)
-    if number is None:
-        known = ", ".join(record.token for record in stack.records)
-        raise StackError(f"No concept {token!r} is on the stack. It knows {known or 'none'}.")
+    number = _number_of(stack, token)
     if number == len(stack.records) - 1:
         return stack.undo()
     _refuse_vera(stack)
@@ -321,6 +342,17 @@ def merged(
         stack.add(_noted(record, found), stack.words[record.id], found)
     stack.rank = stack.records[-1].settings["rank"]
     return renamed
+
+
+def _number_of(stack: ConceptStack, token: str) -> int:
+    number = next((n for n, record in enumerate(stack.records) if record.token.lower() == token.lower()), None)
+    if number is None:
+        raise StackError(f"No concept {token!r} is on the stack. It knows {_known(stack)}.")
+    return number
+
+
+def _known(stack: ConceptStack) -> str:
+    return ", ".join(record.token for record in stack.records) or "none"
 
 
 def _refuse_vera(stack: ConceptStack) -> None:

@@ -105,10 +105,13 @@ def draw(given: Mapping[str, Any], on_progress: OnProgress) -> dict[str, Any]:
 
 
 def export(given: Mapping[str, Any], on_progress: OnProgress) -> dict[str, Any]:
-    """`out`: folder of the LoRA, `embeddings`: of the words, if it is another."""
+    """`out`: folder of the LoRA, `embeddings`: of the words, if it is another; `only`: the words to solve a LoRA for, if not all."""
     from . import pipeline
 
-    done = pipeline.export(Path(given["checkpoint"]), Path(given["out"]), embeddings=_path(given, "embeddings"), stack=_path(given, "stack"))
+    done = pipeline.export(
+        Path(given["checkpoint"]), Path(given["out"]), embeddings=_path(given, "embeddings"), stack=_path(given, "stack"),
+        only=given.get("only") or (), device=given.get("device", "auto"), on_progress=on_progress,
+    )  # fmt: skip
     return {"lora": str(done.lora) if done.lora else None, "embeddings": [str(p) for p in done.embeddings], "triggers": done.triggers}
 
 

@@ -111,7 +111,7 @@ def test_scores_evaluate_consolidate_and_forget(host: WebUI, pictures: Path, tmp
         ("scores", {"images": images[:1], "settings": {"trials": 2}}, "images"),
         ("evaluate", {"settings": {"pictures": 1, "steps": 2, "trials": 2}}, "kept"),
         ("consolidate", {"images": images, "settings": {"dsc_steps": 2, "batch": 3, "fisher_samples": 3}}, "losses"),
-        ("closed_form", {}, "rank"), ("export", {}, "lora"), ("forget", {"token": "V1"}, "token"), ("undo", {}, "token"),
+        ("closed_form", {}, "rank"), ("export", {"only": ["V1"]}, "lora"), ("forget", {"token": "V1"}, "token"), ("undo", {}, "token"),
     ):  # fmt: skip
         host.post(f"{API}/{deed}", {**place, **body})
         job = host.ended()

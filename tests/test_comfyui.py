@@ -218,19 +218,24 @@ def test_undo_is_safe_to_queue_twice(host: ComfyUI) -> None:
 
 
 def test_closed_form_merge_forget_and_import(host: ComfyUI) -> None:
-    """What needs no picture; each is safe to queue twice but for the closed form, which gives the same again."""
+    """What needs no picture; each is safe to queue twice but for selecting and the closed form, which give the same again."""
     for name, token, which in (("mine", "V1", 1), ("mine", "V2", 2), ("theirs", "V1", 3)):
         host.run(learn(name, token=token, which=which))
 
-    def does(kind: str, **inputs: Any) -> str:
-        graph = {
+    def graph(kind: str, **inputs: Any) -> dict[str, Any]:
+        found: dict[str, Any] = {
             str(n): {"class_type": "ContinualLora_LoadStack", "inputs": {"checkpoint": "mini-sd.safetensors", "stack_name": name}}
             for n, name in ((1, "mine"), (2, "theirs"))
         }
-        graph["3"] = {"class_type": f"ContinualLora_{kind}", "inputs": {"stack": ["1", 0], **inputs}}
-        graph["4"] = {"class_type": "PreviewAny", "inputs": {"source": ["3", 1]}}
-        return text_of(host.run(graph), "4")
+        found["3"] = {"class_type": f"ContinualLora_{kind}", "inputs": {"stack": ["1", 0], **inputs}}
+        found["4"] = {"class_type": "PreviewAny", "inputs": {"source": ["3", 1]}}
+        return found
 
+    def does(kind: str, **inputs: Any) -> str:
+        return text_of(host.run(graph(kind, **inputs)), "4")
+
+    assert "Solved for V2 teapot alone" in does("Select", tokens="v2")
+    assert "No concept 'V7'" in error_of(host.finished(host.queue(graph("Select", tokens="V1, V7"))))
     assert "Solved for 2 concepts" in does("ClosedForm")
     assert "Its V1 is V1_2 here" in does("Merge", other=["2", 0])
     assert "nothing was done" in does("Merge", other=["2", 0])

@@ -22,6 +22,7 @@ from comfy_continual_lora.progress import ignore
 from comfy_continual_lora.settings import SolveSettings
 
 QUICKER = replace(QUICK, method="lora", rate=0.02, steps=4)
+MODULE = "lora_unet_mid_block_attentions_0_transformer_blocks_0_attn2_to_k.lora_down.weight"
 EXACT = SolveSettings(ridge=1e-7, energy=1.0)
 
 
@@ -128,6 +129,8 @@ def test_vera_is_refused(checkpoint: Path, folders: dict[str, Path]) -> None:
     with pytest.raises(StackError, match="can't be written as VeRA"):
         pipeline.consolidate_in_closed_form(pipeline.SolveRequest(checkpoint, device="cpu"))
     with pytest.raises(StackError, match="can't be written as VeRA"):
+        pipeline.select(pipeline.SolveRequest(checkpoint, device="cpu"), ["V1"])
+    with pytest.raises(StackError, match="can't be written as VeRA"):
         pipeline.forget(pipeline.SolveRequest(checkpoint, device="cpu"), "V1")
     assert list(_stack(checkpoint).tokens) == ["V1", "V2"]
 
@@ -182,6 +185,39 @@ def _does(backbone: Backbone, stack: store.ConceptStack, words: dict[str, torch.
     """What the stack's LoRA adds to K and V of a prompt, all layers side by side."""
     features = backbone.encode_prompts([prompt], words)[0]
     return torch.cat([features @ change.T for change in delta_weights(backbone, stack.adapter or {}).values()], 1)
+
+
+def test_selected_concepts_get_what_their_own_adapters_did(checkpoint: Path, folders: dict[str, Path], backbone: Backbone) -> None:
+    """Of a stack that forgets: one by itself nearly exactly, two less so, and nothing of the third; the stack stays as it was."""
+    _learned(checkpoint, folders, *NOUNS)
+    stack, raw, request = _stack(checkpoint), store.stack_path(checkpoint).read_bytes(), pipeline.SolveRequest(checkpoint, device="cpu")
+    assert cli.main(["draw", "--checkpoint", str(checkpoint), "--prompt", "V1", "--only", "V9", "--device", "cpu"]) == 2
+    one, two = pipeline.select(request, ["v1"]), pipeline.select(request, ["V3", "V1"])
+    assert (list(one.tokens), list(two.tokens)) == (["V1"], ["V1", "V3"])  # in the stack's order
+    own, memory = stack.as_of(1), solve.memory_of(backbone, stack, ignore)
+    wish = memory.about_one(memory.wishes(solve.adapters_of(stack), SolveSettings()))[0]
+    assert one.adapter
+    assert two.adapter
+    assert stack.adapter
+    shares = [solve.lost(adapter, wish) for adapter in (one.adapter, two.adapter, stack.adapter)]
+    assert shares == sorted(shares)
+    assert shares[0] < 0.1 < 0.3 < shares[2]
+    prompt = "a photo of a V1 ball on grass"
+    asked = _does(backbone, own, stack.tokens, prompt)
+    assert (_does(backbone, one, stack.tokens, prompt) - asked).norm() < 0.3 * asked.norm()
+    assert one.rank == rank_of(one.adapter) <= 5
+    assert store.stack_path(checkpoint).read_bytes() == raw
+    for tokens, message in ((["V9"], "It knows V1, V2, V3"), ([], "No concept was named")):
+        with pytest.raises(StackError, match=message):
+            pipeline.select(request, tokens)
+
+
+def test_of_words_alone_the_words_are_selected(checkpoint: Path, folders: dict[str, Path], tmp_path: Path) -> None:
+    for token in ("V1", "V2"):
+        pipeline.learn_concept(_request(checkpoint, folders, token, replace(QUICK, method="textual_inversion")))
+    done = pipeline.export(checkpoint, tmp_path / "out", only=["V2"], device="cpu")
+    assert done.lora is None
+    assert [path.name for path in done.embeddings] == ["V2.safetensors"]
 
 
 def test_forgetting_one_leaves_the_others(checkpoint: Path, folders: dict[str, Path], backbone: Backbone) -> None:
@@ -316,6 +352,16 @@ def test_the_commands(two: Path, folders: dict[str, Path], tmp_path: Path, capsy
     assert "--closed-form" in capsys.readouterr().err
     assert cli.main(["consolidate", *place, "--closed-form"]) == 0
     assert "before" in capsys.readouterr().out
+    assert cli.main(["export", *place, "--out", str(tmp_path / "some"), "--only", "V2"]) == 0
+    assert "In prompts: V2 fish" in capsys.readouterr().out
+    whole, some = pipeline.export(two, tmp_path / "all").lora, next((tmp_path / "some").glob("mini-1-concepts-*.safetensors"))
+    assert whole
+    assert not torch.equal(*(load_file(lora)[MODULE] for lora in (whole, some)))
+    drawing = ["draw", *place, "--prompt", "a photo of a V1 ball", "--steps", "2", "--size", "64", "--out"]
+    assert cli.main([*drawing, str(tmp_path / "one"), "--only", "V1"]) == cli.main([*drawing, str(tmp_path / "both")]) == 0
+    first, second = (next((tmp_path / name).glob("*.png")).read_bytes() for name in ("one", "both"))
+    assert first != second
+    capsys.readouterr()
     copy_of = tmp_path / "copy.concepts.safetensors"
     shutil.copy(store.stack_path(two), copy_of)
     assert cli.main(["forget", *place, "--token", "V1"]) == 0

@@ -48,9 +48,11 @@ def test_a_job_learns_exports_and_tells_how_far_it_is(checkpoint: Path, pictures
     assert Path(job.results["export"]["lora"]).parent == out
     assert job.process
     assert job.process.wait(10) == 0
+    alone = _done(desk.start(("export", {"checkpoint": str(checkpoint), "out": str(out), "only": ["V1"], "device": "cpu"})))
+    assert alone.results["export"]["triggers"] == ["V1 ball"]
     again = _done(desk.start(("learn", _request(checkpoint, pictures))))
     assert again.results["learn"]["again"]
-    assert (again.number, again.losses) == (2, [])
+    assert (again.number, again.losses) == (3, [])
 
 
 def test_one_job_at_a_time_and_stop_keeps_the_snapshot(checkpoint: Path, pictures: Path, desk: Desk) -> None:

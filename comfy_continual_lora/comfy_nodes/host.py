@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from PIL.Image import Image
     from torch import Tensor
 
-    from ..store import ConceptRecord
+    from ..store import ConceptRecord, ConceptStack
 
 MINI = "mini-sd.safetensors"
 
@@ -38,25 +38,28 @@ class StackHandle:
     """What travels along a CONCEPT_STACK wire: where the stack lies, and which of its versions is meant (its first `count` concepts).
 
     Learning always goes on from the newest concept on disk; drawing and exporting take the version meant. `consolidated` false: as it was before
-    the newest concept was consolidated by itself.
+    the newest concept was consolidated by itself. `selected`: some of its concepts, with a LoRA solved for them alone (Select Concepts).
     """
 
     checkpoint: Path
     file: Path
     count: int
     consolidated: bool = True
+    selected: ConceptStack | None = None
 
     @property
     def records(self) -> list[ConceptRecord]:
         """The concepts meant, without their tensors."""
         from ..store import read_records
 
-        return read_records(self.file)[: self.count]
+        return self.selected.records if self.selected else read_records(self.file)[: self.count]
 
     def read(self) -> Any:
         """The ConceptStack meant, or None while there is no stack yet."""
         from ..store import open_stack
 
+        if self.selected:
+            return self.selected
         return open_stack(self.file).as_of(self.count, consolidated=self.consolidated) if self.file.exists() else None
 
 

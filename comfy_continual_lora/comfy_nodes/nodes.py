@@ -72,7 +72,7 @@ def _now(stack: StackHandle, **change: Any) -> StackHandle:
     """The stack as it is on disk now."""
     from ..store import read_records
 
-    return dataclasses.replace(stack, **{"count": len(read_records(stack.file)), "consolidated": True, **change})
+    return dataclasses.replace(stack, **{"count": len(read_records(stack.file)), "consolidated": True, "selected": None, **change})
 
 
 def _say(stack: StackHandle) -> str:
@@ -322,7 +322,7 @@ class ApplyConcepts(io.ComfyNode):
 
         from ..export import stock_lora
 
-        held = dataclasses.replace(stack, count=version, consolidated=True).read() if version else stack.read()
+        held = dataclasses.replace(stack, count=version, consolidated=True, selected=None).read() if version else stack.read()
         if held is None or not held.records:
             return io.NodeOutput(model, clip)
         lora = stock_lora(held)
@@ -336,6 +336,32 @@ class ApplyConcepts(io.ComfyNode):
                 )
             model = patched
         return io.NodeOutput(model, host.with_words(clip, held.tokens))
+
+
+class SelectConcepts(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> Any:
+        return _schema(
+            "Select", "Select Concepts",
+            "Some concepts of the stack, with a LoRA solved for them alone: of a stack of many it draws each nearer than the one LoRA for all. For "
+            "Apply Concepts and Export Concepts; the stack on disk stays as it is.",
+            ["choose concepts", "subset", "filter"],
+            inputs=[
+                Stack.Input("stack"),
+                io.String.Input("tokens", default="V1", tooltip="Words of the concepts, such as V1, V3: those that the prompts name."),
+                *_solving(),
+            ],
+            outputs=[Stack.Output(display_name="stack"), io.String.Output(display_name="report")],
+        )  # fmt: skip
+
+    @classmethod
+    def execute(cls, stack: StackHandle, tokens: str, **given: Any) -> Any:
+        from .. import pipeline
+
+        with host.at_work() as on_progress:
+            selected = pipeline.select(_solve_request(stack, given), tokens.replace(",", " ").split(), on_progress)
+        names = ", ".join(record.name for record in selected.records)
+        return io.NodeOutput(dataclasses.replace(stack, selected=selected), f"Solved for {names} alone; rank {selected.rank}.")
 
 
 class ExportConcepts(io.ComfyNode):
@@ -519,6 +545,8 @@ class MergeStacks(io.ComfyNode):
     def execute(cls, stack: StackHandle, other: StackHandle, **given: Any) -> Any:
         from .. import pipeline
 
+        if other.selected:
+            raise StackError("Select Concepts is for drawing and exporting; whole stacks are merged. Connect the other's Load Concept Stack.")
         known = {record.id for record in _now(stack).records}
         if all(record.id in known for record in other.records):
             return io.NodeOutput(_now(stack), f"{stack.file.name} has all concepts of {other.file.name} already; nothing was done.")
@@ -580,5 +608,5 @@ def _solve_request(stack: StackHandle, given: dict[str, Any]) -> pipeline.SolveR
 
 NODES = [
     LoadConceptStack, LearnConcept, Consolidate, ComputeScores, ApplyConcepts, ExportConcepts, EvaluateRetention, UndoConcept, ExamplePictures,
-    ConsolidateInClosedForm, ForgetConcept, MergeStacks, ImportLora,
+    SelectConcepts, ConsolidateInClosedForm, ForgetConcept, MergeStacks, ImportLora,
 ]  # fmt: skip

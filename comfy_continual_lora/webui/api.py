@@ -7,7 +7,8 @@
     POST consolidate  {checkpoint, images, settings, stack}
     POST scores       {checkpoint, images, settings, stack}
     POST evaluate     {checkpoint, settings, stack}
-    POST export, undo {checkpoint, stack}
+    POST export       {checkpoint, stack, only}      only: words, for a LoRA solved for these alone
+    POST undo         {checkpoint, stack}
 
 images: PNG or JPEG files in base64 (with or without "data:...;base64,"), or the path of a folder. Answers 409 while another job runs, 422 for a
 request that can't be meant; how a job ended is in GET jobs.
@@ -105,7 +106,10 @@ def add_routes(app: FastAPI, host: Host) -> None:
         return start(("evaluate", {**where(body), "settings": _settings(body), "out": _charts(host)}))
 
     def export(body: dict = Body(...)) -> dict[str, Any]:  # noqa: B008
-        return start(export_job(host, where(body)))
+        only = body.get("only") or []
+        if not isinstance(only, list):
+            raise HTTPException(422, "only is no list of words.")
+        return start(export_job(host, where(body), [str(word) for word in only]))
 
     def undo(body: dict = Body(...)) -> dict[str, Any]:  # noqa: B008
         return start(("undo", where(body)))

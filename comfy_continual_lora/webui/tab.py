@@ -152,9 +152,10 @@ def learn_jobs(
     return [("learn", request), export_job(host, where)]
 
 
-def export_job(host: Host, where: dict[str, str]) -> tuple[str, dict[str, Any]]:
+def export_job(host: Host, where: dict[str, str], only: Sequence[str] = ()) -> tuple[str, dict[str, Any]]:
+    """`only`: words, for a LoRA solved for these alone."""
     loras, embeddings = host.exports()
-    return "export", {**where, "out": str(loras), "embeddings": str(embeddings)}
+    return "export", {**where, "out": str(loras), "embeddings": str(embeddings), "only": list(only)}
 
 
 # --- what is shown -------------------------------------------------------------------------------------------------------------------
@@ -326,7 +327,8 @@ def build(host: Host) -> None:
                     request["token"] = given[0].strip()
                 if kind in ("scores", "evaluate"):
                     request["out"] = str(host.folder / "charts" / f"{time.time_ns():x}")
-                first = export_job(host, request) if kind == "export" else (kind, request)
+                only = given[0].replace(",", " ").split() if kind == "export" and given else ()
+                first = export_job(host, request, only) if kind == "export" else (kind, request)
             except ValueError as error:
                 yield say(error)
                 return
@@ -406,7 +408,8 @@ def build(host: Host) -> None:
                 consolidate, solve = gr.Button("Consolidate (DSC)"), gr.Button("Consolidate (closed form)")
                 scores, evaluate = gr.Button("Compute DC scores"), gr.Button("Evaluate retention")
             with gr.Row():
-                export, undo, forget = gr.Button("Export"), gr.Button("Undo the newest"), gr.Button("Forget the word on the left")
+                export, some = gr.Button("Export"), gr.Button("Export the words on the left alone", elem_id="continual_lora_some")
+                undo, forget = gr.Button("Undo the newest"), gr.Button("Forget the word on the left")
 
     outputs, place = [told, losses, preview, chart, concepts], [checkpoint, stack_name]
     go.click(learn, [*place, files, captions, token, noun, plan, *advanced], outputs)
@@ -416,6 +419,7 @@ def build(host: Host) -> None:
     scores.click(act("scores", True), [*place, files], outputs)
     evaluate.click(act("evaluate"), place, outputs)
     export.click(act("export"), place, outputs)
+    some.click(act("export"), [*place, token], outputs)
     undo.click(act("undo"), place, outputs)
     halt.click(stop, None, told)
     make.click(prepare, None, environment)
