@@ -435,7 +435,7 @@ def _parser() -> argparse.ArgumentParser:
 
     only: dict[str, Any] = {
         "nargs": "+", "metavar": "WORD", "default": (),
-        "help": "solve for a LoRA of these concepts alone: of a stack of many it draws each nearer than the one LoRA for all",
+        "help": "solve for a LoRA of these concepts alone: of a stack of many it draws them nearer than the one LoRA for all",
     }  # fmt: skip
     draw = command("draw", _draw, "draw pictures; learned words stand for their concepts", device=True)
     draw.add_argument("--prompt", required=True, action="append", help='what to draw, such as "a photo of a V1 teapot"; may be given several times')

@@ -51,7 +51,7 @@ def measure(run: Run, out: Path, sizes: list[int]) -> list[dict[str, Any]]:
         alone[size] = [1000 * metrics.mmd2(*map(retention.unit, pair)) for pair in zip(real, drawn, strict=True)]
         likeness = [metrics.similarity(r, d) for r, d in zip(real, drawn, strict=True)]
         told = {"a_mmd": alone[size], "i2i": likeness, "rank": ranks, "lost": lost}
-        rows.append({"run": run.folder.name, "size": size, **{name: _mean(values) for name, values in told.items()}})
+        rows.append({"run": run.folder.name, "size": size, **{name: round(retention._mean(values), 4) for name, values in told.items()}})
         print(json.dumps(rows[-1]), flush=True)
     for row in rows:
         row["nearer"] = sum(one < other for one, other in zip(alone[row["size"]], alone[count], strict=True))
@@ -68,10 +68,6 @@ def _lost(backbone: Any, stack: ConceptStack) -> list[float]:
     memory = solve.memory_of(backbone, stack, ignore)
     wishes = memory.about_one(memory.wishes(solve.adapters_of(stack), SolveSettings()))
     return [solve.lost(stack.adapter, wish) for wish in wishes]
-
-
-def _mean(values: list[Any]) -> float:
-    return round(float(sum(values)) / len(values), 4)
 
 
 def main() -> None:

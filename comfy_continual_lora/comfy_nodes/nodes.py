@@ -343,7 +343,7 @@ class SelectConcepts(io.ComfyNode):
     def define_schema(cls) -> Any:
         return _schema(
             "Select", "Select Concepts",
-            "Some concepts of the stack, with a LoRA solved for them alone: of a stack of many it draws each nearer than the one LoRA for all. For "
+            "Some concepts of the stack, with a LoRA solved for them alone: of a stack of many it draws them nearer than the one LoRA for all. For "
             "Apply Concepts and Export Concepts; the stack on disk stays as it is.",
             ["choose concepts", "subset", "filter"],
             inputs=[

@@ -327,7 +327,11 @@ def build(host: Host) -> None:
                     request["token"] = given[0].strip()
                 if kind in ("scores", "evaluate"):
                     request["out"] = str(host.folder / "charts" / f"{time.time_ns():x}")
-                only = given[0].replace(",", " ").split() if kind == "export" and given else ()
+                only: list[str] = []
+                if kind == "export" and given:
+                    only = given[0].replace(",", " ").split()
+                    if not only:
+                        raise ValueError("No word is on the left: type those to export, such as V1, V3.")
                 first = export_job(host, request, only) if kind == "export" else (kind, request)
             except ValueError as error:
                 yield say(error)
