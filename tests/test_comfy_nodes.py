@@ -110,6 +110,16 @@ def test_every_widget_reaches_its_setting(nodes: Any) -> None:
             assert found == {"yes": True, "no": False}.get(other, other)
 
 
+def test_a_selection_is_not_merged(nodes: Any) -> None:
+    """Only files are merged, and what Select Concepts solved for has none."""
+    from comfy_continual_lora.errors import StackError
+    from comfy_continual_lora.store import ConceptStack
+
+    stack = nodes.StackHandle(Path("mini-sd.safetensors"), Path("mini-sd.concepts.safetensors"), 0)
+    with pytest.raises(StackError, match="Connect the other's Load Concept Stack"):
+        nodes.MergeStacks.execute(stack, dataclasses.replace(stack, selected=ConceptStack("")))
+
+
 @pytest.mark.parametrize("path", WORKFLOWS, ids=lambda p: p.stem)
 def test_workflows_fit_the_nodes(nodes: Any, path: Path) -> None:
     """Every node, input and link of a workflow exists; it has a picture of the same name."""
