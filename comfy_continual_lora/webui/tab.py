@@ -272,7 +272,12 @@ def build(host: Host) -> None:
         picture = picture_of(job.preview) if job else None
         chart = Image.open(charts[-1]) if charts and Path(charts[-1]).exists() else None
         losses = job.losses if job else []
-        return [note or status(job), curve_picture(losses, f"loss, {len(losses)} steps") if losses else None, picture, chart]
+        return [
+            note or status(job),
+            curve_picture(losses, f"loss, {len(losses)} steps") if losses else None,
+            picture,
+            gr.update(value=chart, visible=bool(chart)),
+        ]
 
     def follow(checkpoint: str, name: str) -> Iterator[list[Any]]:
         """The state of the job a few times a second, until it ends; then the table too."""
@@ -406,7 +411,7 @@ def build(host: Host) -> None:
             told = gr.Markdown(status(host.desk.job), elem_id="continual_lora_status")
             preview = gr.Image(label="Preview: the new concept, and the first one", type="pil", height=220)
             losses = gr.Image(label="Loss", type="pil", height=220)
-            chart = gr.Image(label="Chart", type="pil")
+            chart = gr.Image(label="Chart", type="pil", visible=False)
             concepts = gr.HTML(shown(names[0], "") if names else "", elem_id="continual_lora_concepts")
             with gr.Row():
                 consolidate, solve = gr.Button("Consolidate (DSC)"), gr.Button("Consolidate (closed form)")
