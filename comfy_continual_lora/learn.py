@@ -117,7 +117,7 @@ def learn(backbone: Backbone, lesson: Lesson, settings: LearnSettings, snapshot:
 
         def tell(progress: Progress) -> None:
             if settings.preview_every and progress.step % settings.preview_every == 0:
-                progress = replace(progress, preview=_preview(backbone, lesson, vector))
+                progress = replace(progress, preview=preview(backbone, {**lesson.words, lesson.token: vector}, lesson.shown))
             on_progress(progress)
 
         run.train(terms, settings.batch or 1, tell)
@@ -306,10 +306,10 @@ def identity(
     return digest.hexdigest()
 
 
-def _preview(backbone: Backbone, lesson: Lesson, vector: Tensor) -> Image:
-    """What `lesson.shown` draws now, side by side. Its draws are its own: a run with previews ends as one without."""
+def preview(backbone: Backbone, words: Mapping[str, Tensor], prompts: Sequence[str]) -> Image:
+    """What the prompts draw now, side by side. Its draws are its own: a run with previews ends as one without."""
     settings = DrawSettings(steps=15).resolved(backbone.preset)
-    pictures = draw(backbone, {**lesson.words, lesson.token: vector}, lesson.shown, [0] * len(lesson.shown), settings)
+    pictures = draw(backbone, words, prompts, [0] * len(prompts), settings)
     return to_pil(torch.cat(list(pictures), dim=2))
 
 

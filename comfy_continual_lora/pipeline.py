@@ -32,7 +32,7 @@ from .checkpoint.load import fingerprint, load_backbone
 from .errors import ConceptImagesError, SettingError, StackError, TrainingError
 from .export import Exported, export_files
 from .fisher import Target, fisher
-from .learn import Learned, Lesson, learn, number_format
+from .learn import Learned, Lesson, learn, number_format, preview
 from .lora import Adapter, attached, grown, kind_of, new_adapter, rank_of
 from .methods import METHODS
 from .methods.method import Penalty
@@ -214,6 +214,10 @@ def _learn_concept(request: LearnRequest, on_progress: OnProgress) -> LearnResul
         if method.consolidation == "closed form" and len(stack.records) > 1:
             solve.consolidated(backbone, stack, SolveSettings(), on_progress, memory)
             stack.before = None  # this is how it was learned
+        if settings.preview_every and stack.adapter is not learned.adapter:
+            with attached(backbone, stack.adapter):
+                both = preview(backbone, stack.tokens, [f"a photo of a {one.name}" for one in (record, stack.records[0])])
+            on_progress(Progress("preview", 1, 1, preview=both))
         store.save_stack(stack, path)
         for part in ("", "dsc"):
             _snapshot(path, request.token, part).unlink(missing_ok=True)
@@ -511,8 +515,9 @@ def _lesson(
     prompts = [concepts.prompts_for(request.token, noun, TEMPLATES, caption) for caption in pictures.captions]
     penalty = _penalty(backbone, stack, settings, held)
     apart = textspace.Apart(backbone, held.weight * settings.retention_apart, held.sizes) if held and settings.retention_apart else None
-    names = [concepts.name_of(request.token, noun), *(record.name for record in stack.records[:1])]
-    shown = [f"a photo of a {name}" for name in names]
+    shown = [f"a photo of a {concepts.name_of(request.token, noun)}"]
+    if method.consolidation != "closed form":  # with it, what becomes of earlier concepts is solved for afterwards
+        shown += [f"a photo of a {record.name}" for record in stack.records[:1]]
     weights = None
     if pictures.masks is not None:
         masks = zip(_mirrored(pictures.masks, settings), latents, strict=True)

@@ -209,7 +209,7 @@ class LearnSettings(ConsolidateSettings):
         None, "what an error counts at each timestep: uniform, as in the paper; debiased counts more where the noise hides the picture",
         choices=("uniform", "debiased"),
     )  # fmt: skip
-    preview_every: int = setting(0, "steps between pictures of the new concept and of the first one, drawn while learning; 0 draws none", low=0)
+    preview_every: int = setting(0, "steps between pictures of the new concept, and of the first one where it is held meanwhile; 0 draws none", low=0)
     adapter: str = setting("lora", "kind of adapter for the lora methods: lora, or the smaller vera", choices=("lora", "vera"))
     rank: int | None = setting(None, "rank of the LoRA; a stack keeps the one it began with, unless its concepts ask for more", low=1, high=256)
     vectors: int | None = setting(None, "vectors of the word: positions it takes in a prompt; more hold more of the look", low=1, high=MOST_VECTORS)

@@ -181,14 +181,18 @@ def test_a_full_disk_while_learning_is_told_and_harms_nothing(backbone: Backbone
     assert (tmp_path / "s").read_bytes() == before
 
 
-def test_previews_show_both_and_change_nothing(checkpoint: Path, pictures: Path, tmp_path: Path) -> None:
-    seen = []
-    first = pipeline.LearnRequest(checkpoint, pictures, "V1", "ball", QUICK, device="cpu")
+@pytest.mark.parametrize(("method", "meanwhile", "at_last"), [("lora", 256, []), ("retention", 128, [256]), ("lora_dsc", 256, [256])])
+def test_previews_show_both_and_change_nothing(
+    checkpoint: Path, pictures: Path, tmp_path: Path, method: str, meanwhile: int, at_last: list[int]
+) -> None:
+    """Both concepts where the earlier one is drawn as it will be: while learning, or after what changes the adapter once more."""
+    seen, quick = [], replace(QUICK, method=method, dsc_steps=2)
+    first = pipeline.LearnRequest(checkpoint, pictures, "V1", "ball", quick, device="cpu")
     pipeline.learn_concept(first)
     second = replace(first, token="V2", stack=Path(shutil.copy(first.stack_file, tmp_path / "other")))
-    pipeline.learn_concept(replace(second, settings=replace(QUICK, preview_every=2)), lambda p: seen.append(p.preview))
+    pipeline.learn_concept(replace(second, settings=replace(quick, preview_every=2)), lambda p: seen.append(p.preview))
     pipeline.learn_concept(replace(second, stack=None))
-    assert [p.size for p in seen if p] == [(256, 128)] * (QUICK.steps // 2)
+    assert [p.size for p in seen if p] == [(width, 128) for width in [meanwhile] * (QUICK.steps // 2) + at_last]
     with_previews, without = (store.open_stack(path) for path in (second.stack_file, first.stack_file))
     assert with_previews.adapter
     assert without.adapter
