@@ -261,7 +261,7 @@ class Consolidate(io.ComfyNode):
             with host.at_work() as on_progress:
                 done = pipeline.consolidate(request, on_progress)
             losses = done.losses
-            text = f"Consolidated {done.record.name} against {len(records) - 1} earlier concepts in {len(losses)} steps."
+            text = f"Consolidated {done.record.name}, with {len(records) - 1} before it, in {len(losses)} steps."
         return io.NodeOutput(_now(stack), host.to_image([curve_picture(losses, "Loss while consolidating")]), text)
 
 
