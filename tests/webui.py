@@ -182,7 +182,10 @@ def learns_in_a_browser(host: WebUI, pictures: Path, screenshot: Path) -> None:
 
 
 def _put_mini(checkpoint: Path, data: Path, *, stock: bool) -> None:
-    """The mini-SD, for AUTOMATIC1111 narrow (20 times as fast) with a .yaml of its sizes; and its TAESD, since it has no KL autoencoder."""
+    """The mini-SD, for AUTOMATIC1111 narrow (20 times as fast) with a .yaml of its sizes; and its TAESD, since it has no KL autoencoder.
+
+    AUTOMATIC1111 finds a LoRA's layers by SD1.x's numbers of blocks, of which the narrow one has fewer: some of its layers go without.
+    """
     write_checkpoint(checkpoint, stock=stock)
     if not stock:
         text = Path(shutil.copytree(TOKENIZER, data / "text"))
