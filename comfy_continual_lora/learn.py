@@ -57,7 +57,7 @@ class Lesson:
     penalty: Penalty | None = None
     apart: Apart | None = None
     beneath: Adapter | None = None
-    shown: Sequence[str] = ()  # prompts of the preview pictures
+    shown: Sequence[str] = ()  # names of what the preview pictures show
     weights: Sequence[Tensor] | None = None  # (1, h, w): what of each latent is learned from; None: all of it alike
     space: Tensor | None = None  # (d, d); None: those of the text features themselves
 
@@ -306,10 +306,10 @@ def identity(
     return digest.hexdigest()
 
 
-def preview(backbone: Backbone, words: Mapping[str, Tensor], prompts: Sequence[str]) -> Image:
-    """What the prompts draw now, side by side. Its draws are its own: a run with previews ends as one without."""
+def preview(backbone: Backbone, words: Mapping[str, Tensor], names: Sequence[str]) -> Image:
+    """What is drawn of these now, side by side. Its draws are its own: a run with previews ends as one without."""
     settings = DrawSettings(steps=15).resolved(backbone.preset)
-    pictures = draw(backbone, words, prompts, [0] * len(prompts), settings)
+    pictures = draw(backbone, words, [f"a photo of a {name}" for name in names], [0] * len(names), settings)
     return to_pil(torch.cat(list(pictures), dim=2))
 
 

@@ -216,7 +216,7 @@ def _learn_concept(request: LearnRequest, on_progress: OnProgress) -> LearnResul
             stack.before = None  # this is how it was learned
         if settings.preview_every and stack.adapter is not learned.adapter:
             with attached(backbone, stack.adapter):
-                both = preview(backbone, stack.tokens, [f"a photo of a {one.name}" for one in (record, stack.records[0])])
+                both = preview(backbone, stack.tokens, [record.name, stack.records[0].name])
             on_progress(Progress("preview", 1, 1, preview=both))
         store.save_stack(stack, path)
         for part in ("", "dsc"):
@@ -515,9 +515,9 @@ def _lesson(
     prompts = [concepts.prompts_for(request.token, noun, TEMPLATES, caption) for caption in pictures.captions]
     penalty = _penalty(backbone, stack, settings, held)
     apart = textspace.Apart(backbone, held.weight * settings.retention_apart, held.sizes) if held and settings.retention_apart else None
-    shown = [f"a photo of a {concepts.name_of(request.token, noun)}"]
+    shown = [concepts.name_of(request.token, noun)]
     if method.consolidation != "closed form":  # with it, what becomes of earlier concepts is solved for afterwards
-        shown += [f"a photo of a {record.name}" for record in stack.records[:1]]
+        shown += [record.name for record in stack.records[:1]]
     weights = None
     if pictures.masks is not None:
         masks = zip(_mirrored(pictures.masks, settings), latents, strict=True)
