@@ -3,10 +3,12 @@
     python benchmarks/retention/alike.py benchmarks/retention/results/alike --pairs 1,8 --methods lora,lora_dsc_ewc_dc,retention,separate
 
 in: nothing (pair n is the reporting concepts n and n + 16: one class noun, two looks) - out: OUT/table.md, pairs.png (a real picture, then four drawn
-ones, of each), and what run.py leaves of each job. The first is learned, then the second. Places, seeds, solver and guidance are the same for all.
+ones, of each), one-prompt.jpg and beside.jpg (a row for each job), and what run.py leaves of each job. The first is learned, then the second. Places,
+seeds, solver and guidance are the same for all.
 
-    alone      share of pictures drawn of one of them that look more like the other's pictures than like its own (mini-CLIP; by its nearest picture)
-    together   the same of the things in a picture of both (run.py's `bleeding`); one thing twice gives .5
+    alone        share of pictures drawn of one of them that look more like the other's pictures than like its own (mini-CLIP; by its nearest picture)
+    one prompt   share of things in pictures of both that look more like the other one (run.py's `bleeding`); one thing twice gives .5
+    beside       the same with a prompt and an area each (beside.py)
 """
 
 from __future__ import annotations
@@ -16,13 +18,16 @@ import itertools
 from dataclasses import dataclass
 from pathlib import Path
 
+import beside
 import run as retention
 import torch
 from PIL import Image
 from torch import Tensor
 
 from comfy_continual_lora import concepts, report
+from comfy_continual_lora.checkpoint.load import load_backbone
 from comfy_continual_lora.mini import world
+from comfy_continual_lora.store import open_stack, stack_path
 
 KINDS = 16  # class nouns: after so many concepts they begin again
 
@@ -45,6 +50,14 @@ def mistaken(job: Pair) -> float:
     return float(torch.cat([nearest[j][1 - j] > nearest[j][j] for j in (0, 1)]).float().mean())
 
 
+def together(job: Pair, way: str) -> tuple[Tensor, float]:
+    """Pictures of both, in either order, on eight grounds, and the share of their things that bled."""
+    backbone, stack = load_backbone(job.folder / "mini.safetensors", device="cpu"), open_stack(stack_path(job.folder / "mini.safetensors"))
+    asked = [(a, 1 - a, place) for place in list(world.BACKGROUNDS)[:8] for a in (0, 1)]
+    pictures, bled, _ = beside.drawn(way, backbone, stack, job.sequence, asked)
+    return pictures, bled
+
+
 def pictures_of(job: Pair, j: int) -> list[Image.Image]:
     return [Image.open(job.folder / "drawn" / f"1-{j}" / f"{n}.png") for n in range(job.pictures)]
 
@@ -64,16 +77,24 @@ def main() -> None:
     methods, pairs = arguments.methods.split(","), [int(n) for n in arguments.pairs.split(",")]
     jobs = [Pair(name, pair, 2, retention.PICTURES, arguments.out, arguments.steps) for name in methods for pair in pairs]
     rows = retention.run_all(jobs, arguments.processes, ray=False)
-    lines = ["| method | pair | alone | together | A_MMD | DC scores right |", "|---" * 6 + "|"]
+    bled, sheets = {}, {}
+    for way, job in itertools.product(("one prompt", "beside"), jobs):
+        if not job.row.startswith("separate"):  # each has a LoRA of its own there
+            pictures, bled[way, job] = together(job, way)
+            sheets.setdefault(way, []).extend(concepts.to_pil(picture) for picture in pictures[:8])
+    lines = ["| method | pair | alone | one prompt | beside | A_MMD | DC scores right |", "|---" * 7 + "|"]
     for job, row in zip(jobs, rows, strict=True):
-        names = " and ".join(concept.name for concept in job.sequence)
-        cells = ["-" if row[key] is None else f"{row[key]:.{digits}f}" for key, digits in (("bled", 2), ("a_mmd", 4), ("dc_accuracy", 2))]
-        lines.append(f"| {job.row} | {names} | {mistaken(job):.2f} | " + " | ".join(cells) + " |")
+        shares = (mistaken(job), bled.get(("one prompt", job)), bled.get(("beside", job)))
+        cells = [" and ".join(concept.name for concept in job.sequence), *("-" if share is None else f"{share:.2f}" for share in shares)]
+        cells += [f"{row['a_mmd']:.4f}", "-" if row["dc_accuracy"] is None else f"{row['dc_accuracy']:.2f}"]
+        lines.append(f"| {job.row} | " + " | ".join(cells) + " |")
     (arguments.out / "table.md").write_text("\n".join(lines) + "\n")
     shown = []
     for job, j in itertools.product(jobs, (0, 1)):
         shown += [concepts.to_pil(retention.real_pictures(job.sequence[j], 1)[0]), *pictures_of(job, j)[:4]]
     report.grid(shown, 10).save(arguments.out / "pairs.png")
+    for way, sheet in sheets.items():
+        report.grid(sheet, 8).save(arguments.out / f"{way.replace(' ', '-')}.jpg", quality=90)
     print("\n".join(lines))
 
 

@@ -27,33 +27,39 @@ import torch
 from torch import Tensor
 
 from comfy_continual_lora import concepts, lora, report, sample
+from comfy_continual_lora.checkpoint.backbone import Backbone
 from comfy_continual_lora.mini import pretrain, world
+from comfy_continual_lora.store import ConceptStack
+
+WAYS = ("one prompt", "beside", "alone")
 
 
 def measure(run: Path, out: Path, pairs: int) -> list[dict[str, Any]]:
     (backbone, stack, sequence), rows = retention.left_by(run), []
-    names = [f"a {record.name}" for record in stack.records]
-    asked = [(n, n + 1, place) for n in range(min(pairs, len(names) - 1)) for place in list(world.BACKGROUNDS)[:4]]
-    scenes = [(sequence[a], sequence[b], place) for a, b, place in asked]
-    together = [f"a photo of {names[a]} and {names[b]} {world.BACKGROUNDS[place]}" for a, b, place in asked]
-    parts = [[f"a photo of {names[n]} {world.BACKGROUNDS[place]}" for n in (a, b)] for a, b, place in asked]
-
-    def drawn(prompts: Sequence[str | Sequence[str]]) -> Tensor:
-        with lora.attached(backbone, stack.adapter):
-            return sample.draw(backbone, stack.tokens, prompts, range(len(prompts)), retention.DRAWING)
-
-    ways = {
-        "one prompt": lambda: drawn(together),
-        "beside": lambda: drawn(parts),
-        "alone": lambda: torch.cat([drawn([pair[n] for pair in parts]) for n in (0, 1)], 3),
-    }
-    for way, make in ways.items():
-        pictures = make()
-        bled, shapes = judged_together(pictures, scenes) if way == "one prompt" else judged_beside(pictures, scenes)
+    asked = [(n, n + 1, place) for n in range(min(pairs, len(stack.records) - 1)) for place in list(world.BACKGROUNDS)[:4]]
+    for way in WAYS:
+        pictures, bled, shapes = drawn(way, backbone, stack, sequence, asked)
         rows.append({"run": run.name, "drawn": way, "things": 2 * len(asked), "bled": bled, "shapes": shapes})
         print(json.dumps(rows[-1]), flush=True)
         report.grid([concepts.to_pil(p) for p in pictures], 4).save(out / f"{run.name}-{way.replace(' ', '-')}.png")
     return rows
+
+
+def drawn(
+    way: str, backbone: Backbone, stack: ConceptStack, sequence: Sequence[world.Concept], asked: Sequence[tuple[int, int, str]]
+) -> tuple[Tensor, float, float]:  # fmt: skip
+    """Pictures (n, 3, 128, width), the shares of things that bled, and of right shapes. `asked`: numbers of the left and right one; ground."""
+    names = [f"a {record.name}" for record in stack.records]
+    parts = [[f"a photo of {names[n]} {world.BACKGROUNDS[place]}" for n in (a, b)] for a, b, place in asked]
+    prompts: dict[str, list[Sequence[str | Sequence[str]]]] = {
+        "one prompt": [[f"a photo of {names[a]} and {names[b]} {world.BACKGROUNDS[place]}" for a, b, place in asked]],
+        "beside": [parts],
+        "alone": [[pair[n] for pair in parts] for n in (0, 1)],
+    }
+    with lora.attached(backbone, stack.adapter):
+        pictures = torch.cat([sample.draw(backbone, stack.tokens, ps, range(len(ps)), retention.DRAWING) for ps in prompts[way]], 3)
+    scenes = [(sequence[a], sequence[b], place) for a, b, place in asked]
+    return pictures, *(judged_together(pictures, scenes) if way == "one prompt" else judged_beside(pictures, scenes))
 
 
 def judged_together(pictures: Tensor, scenes: list[tuple[world.Concept, world.Concept, str]]) -> tuple[float, float]:

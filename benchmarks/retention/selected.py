@@ -48,7 +48,7 @@ def measure(run: Run, out: Path, sizes: list[int]) -> list[dict[str, Any]]:
             lost += _lost(backbone, part)
             for number, record in enumerate(group, start=start):
                 drawn.append(retention.features_of(retention._drawn(job, backbone, part, record.name, f"{size}-{number}")))
-        alone[size] = [1000 * metrics.mmd2(*map(retention.unit, pair)) for pair in zip(real, drawn, strict=True)]
+        alone[size] = [1000 * metrics.mmd2(retention.unit(r), retention.unit(d)) for r, d in zip(real, drawn, strict=True)]
         likeness = [metrics.similarity(r, d) for r, d in zip(real, drawn, strict=True)]
         told = {"a_mmd": alone[size], "i2i": likeness, "rank": ranks, "lost": lost}
         rows.append({"run": run.folder.name, "size": size, **{name: round(retention._mean(values), 4) for name, values in told.items()}})
