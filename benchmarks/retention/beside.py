@@ -41,7 +41,7 @@ def measure(run: Path, out: Path, pairs: int) -> list[dict[str, Any]]:
         pictures, bled, shapes = drawn(way, backbone, stack, sequence, asked)
         rows.append({"run": run.name, "drawn": way, "things": 2 * len(asked), "bled": bled, "shapes": shapes})
         print(json.dumps(rows[-1]), flush=True)
-        report.grid([concepts.to_pil(p) for p in pictures], 4).save(out / f"{run.name}-{way.replace(' ', '-')}.png")
+        report.grid([concepts.to_pil(p) for p in pictures], 4).save(out / f"{run.name}-{way.replace(' ', '-')}.jpg", quality=90)
     return rows
 
 
