@@ -34,19 +34,22 @@ from comfy_continual_lora.store import ConceptStack
 SHOWN = 8
 
 
-def measure(run: Run, out: Path, sizes: list[int]) -> list[dict[str, Any]]:
+def measure(run: Run, out: Path, sizes: list[int], every: int) -> list[dict[str, Any]]:
     backbone, stack = load_backbone(run.checkpoint, device="cpu"), store.open_stack(store.stack_path(run.checkpoint))
     count, job = len(stack.records), replace(run.job, out=out)
-    real = [retention.features_of(retention.real_pictures(concept, job.pictures)) for concept in job.sequence]
+    numbers = range(0, count, every)
+    real = [retention.features_of(retention.real_pictures(job.sequence[n], job.pictures)) for n in numbers]
     rows, alone = [], {}
     for size in [*sizes, count]:
         ranks, lost, drawn = [], [], []
-        for start in range(0, count, size):
+        for start in sorted({n // size * size for n in numbers}):
             group = stack.records[start : start + size]
             part = stack if size == count else solve.selected(backbone, stack, [record.token for record in group], SolveSettings(), ignore)
             ranks.append(part.rank or 0)
             lost += _lost(backbone, part)
             for number, record in enumerate(group, start=start):
+                if number not in numbers:
+                    continue
                 drawn.append(retention.features_of(retention._drawn(job, backbone, part, record.name, f"{size}-{number}")))
         alone[size] = [1000 * metrics.mmd2(retention.unit(r), retention.unit(d)) for r, d in zip(real, drawn, strict=True)]
         likeness = [metrics.similarity(r, d) for r, d in zip(real, drawn, strict=True)]
@@ -56,7 +59,7 @@ def measure(run: Run, out: Path, sizes: list[int]) -> list[dict[str, Any]]:
     for row in rows:
         row["nearer"] = sum(one < other for one, other in zip(alone[row["size"]], alone[count], strict=True))
     shown = []
-    for number in range(0, count, -(-count // SHOWN)):
+    for number in numbers[:: -(-len(numbers) // SHOWN)]:
         files = [job.folder / "drawn" / f"{size}-{number}" / "1.png" for size in (*sizes, count)]
         shown += [concepts.to_pil(retention.real_pictures(job.sequence[number], 2)[1]), *map(Image.open, files)]
     report.grid(shown, 2 + len(sizes)).save(out / f"{run.folder.name}.jpg", quality=90)
@@ -75,12 +78,13 @@ def main() -> None:
     parser.add_argument("out", type=Path)
     parser.add_argument("runs", type=Path, nargs="+")
     parser.add_argument("--sizes", default="1,2,5,10,25")
+    parser.add_argument("--every", type=int, default=1, help="draw every so many concepts of the stack")
     parser.add_argument("--pictures", type=int, default=4, help="drawn of each concept")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     arguments.out.mkdir(parents=True, exist_ok=True)
     sizes = [int(size) for size in arguments.sizes.split(",")]
-    rows = [row for folder in arguments.runs for row in measure(Run(folder, arguments.pictures), arguments.out, sizes)]
+    rows = [row for folder in arguments.runs for row in measure(Run(folder, arguments.pictures), arguments.out, sizes, arguments.every)]
     (arguments.out / "selected.json").write_text(json.dumps(rows, indent=1) + "\n")
 
 
