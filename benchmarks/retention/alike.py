@@ -1,8 +1,8 @@
 """Two of a kind, as two people in one LoRA: do they bleed into each other, alone and in one picture?
 
-    python benchmarks/retention/alike.py benchmarks/retention/results/alike --pairs 1,8 --methods lora,lora_dsc_ewc_dc,retention,separate
+    python benchmarks/retention/alike.py benchmarks/retention/results/alike --pairs 1,8 --methods lora,lora_ewc_dc,retention,separate
 
-in: nothing (pair n is the reporting concepts n and n + 16: one class noun, two looks) - out: OUT/table.md, pairs.png (a real picture, then four drawn
+in: nothing (pair n is the reporting concepts n and n + 16: one class noun, two looks) - out: OUT/table.md, pairs.jpg (a real picture, then four drawn
 ones, of each), one-prompt.jpg and beside.jpg (a row for each job), and what run.py leaves of each job. The first is learned, then the second. Places,
 seeds, solver and guidance are the same for all.
 
@@ -92,7 +92,7 @@ def main() -> None:
     shown = []
     for job, j in itertools.product(jobs, (0, 1)):
         shown += [concepts.to_pil(retention.real_pictures(job.sequence[j], 1)[0]), *pictures_of(job, j)[:4]]
-    report.grid(shown, 10).save(arguments.out / "pairs.png")
+    report.grid(shown, 10).save(arguments.out / "pairs.jpg", quality=90)
     for way, sheet in sheets.items():
         report.grid(sheet, 8).save(arguments.out / f"{way.replace(' ', '-')}.jpg", quality=90)
     print("\n".join(lines))
