@@ -25,11 +25,10 @@ from PIL import Image
 from torch import Tensor
 
 from comfy_continual_lora import concepts, report
-from comfy_continual_lora.checkpoint.load import load_backbone
 from comfy_continual_lora.mini import world
-from comfy_continual_lora.store import open_stack, stack_path
 
 KINDS = 16  # class nouns: after so many concepts they begin again
+TOGETHER = ("one prompt", "beside")
 
 
 @dataclass(frozen=True)
@@ -50,12 +49,11 @@ def mistaken(job: Pair) -> float:
     return float(torch.cat([nearest[j][1 - j] > nearest[j][j] for j in (0, 1)]).float().mean())
 
 
-def together(job: Pair, way: str) -> tuple[Tensor, float]:
-    """Pictures of both, in either order, on eight grounds, and the share of their things that bled."""
-    backbone, stack = load_backbone(job.folder / "mini.safetensors", device="cpu"), open_stack(stack_path(job.folder / "mini.safetensors"))
+def together(job: Pair) -> dict[str, tuple[Tensor, float]]:
+    """By way: pictures of both, in either order, on eight grounds, and the share of their things that bled."""
+    backbone, stack, _ = retention.left_by(job.folder)
     asked = [(a, 1 - a, place) for place in list(world.BACKGROUNDS)[:8] for a in (0, 1)]
-    pictures, bled, _ = beside.drawn(way, backbone, stack, job.sequence, asked)
-    return pictures, bled
+    return {way: beside.drawn(way, backbone, stack, job.sequence, asked)[:2] for way in TOGETHER}
 
 
 def pictures_of(job: Pair, j: int) -> list[Image.Image]:
@@ -77,14 +75,10 @@ def main() -> None:
     methods, pairs = arguments.methods.split(","), [int(n) for n in arguments.pairs.split(",")]
     jobs = [Pair(name, pair, 2, retention.PICTURES, arguments.out, arguments.steps) for name in methods for pair in pairs]
     rows = retention.run_all(jobs, arguments.processes, ray=False)
-    bled, sheets = {}, {}
-    for way, job in itertools.product(("one prompt", "beside"), jobs):
-        if not job.row.startswith("separate"):  # each has a LoRA of its own there
-            pictures, bled[way, job] = together(job, way)
-            sheets.setdefault(way, []).extend(concepts.to_pil(picture) for picture in pictures[:8])
+    both = {job: together(job) for job in jobs if not job.row.startswith("separate")}  # where each has no LoRA of its own
     lines = ["| method | pair | alone | one prompt | beside | A_MMD | DC scores right |", "|---" * 7 + "|"]
     for job, row in zip(jobs, rows, strict=True):
-        shares = (mistaken(job), bled.get(("one prompt", job)), bled.get(("beside", job)))
+        shares = (mistaken(job), *(both[job][way][1] if job in both else None for way in TOGETHER))
         cells = [" and ".join(concept.name for concept in job.sequence), *("-" if share is None else f"{share:.2f}" for share in shares)]
         cells += [f"{row['a_mmd']:.4f}", "-" if row["dc_accuracy"] is None else f"{row['dc_accuracy']:.2f}"]
         lines.append(f"| {job.row} | " + " | ".join(cells) + " |")
@@ -93,7 +87,8 @@ def main() -> None:
     for job, j in itertools.product(jobs, (0, 1)):
         shown += [concepts.to_pil(retention.real_pictures(job.sequence[j], 1)[0]), *pictures_of(job, j)[:4]]
     report.grid(shown, 10).save(arguments.out / "pairs.jpg", quality=90)
-    for way, sheet in sheets.items():
+    for way in TOGETHER if both else ():
+        sheet = [concepts.to_pil(picture) for drawn in both.values() for picture in drawn[way][0][:8]]
         report.grid(sheet, 8).save(arguments.out / f"{way.replace(' ', '-')}.jpg", quality=90)
     print("\n".join(lines))
 

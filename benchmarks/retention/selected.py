@@ -47,10 +47,9 @@ def measure(run: Run, out: Path, sizes: list[int], every: int) -> list[dict[str,
             part = stack if size == count else solve.selected(backbone, stack, [record.token for record in group], SolveSettings(), ignore)
             ranks.append(part.rank or 0)
             lost += _lost(backbone, part)
-            for number, record in enumerate(group, start=start):
-                if number not in numbers:
-                    continue
-                drawn.append(retention.features_of(retention._drawn(job, backbone, part, record.name, f"{size}-{number}")))
+            for number in (n for n in numbers if start <= n < start + size):
+                name = stack.records[number].name
+                drawn.append(retention.features_of(retention._drawn(job, backbone, part, name, f"{size}-{number}")))
         alone[size] = [1000 * metrics.mmd2(retention.unit(r), retention.unit(d)) for r, d in zip(real, drawn, strict=True)]
         likeness = [metrics.similarity(r, d) for r, d in zip(real, drawn, strict=True)]
         told = {"a_mmd": alone[size], "i2i": likeness, "rank": ranks, "lost": lost}
