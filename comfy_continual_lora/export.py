@@ -166,7 +166,7 @@ def _exporting(*folders: Path) -> Iterator[None]:
 def _write_word(stack: ConceptStack, record: ConceptRecord, folder: Path) -> Path:
     """The embedding, under its word's name; where that is another file's, under one with a number."""
     tensors = {name: tensor.contiguous() for name, tensor in embedding(stack.words[record.id], stack.base).items()}
-    data = save(tensors, {_STACK: stack.identity, _TOKEN: record.token})
+    data = save(tensors, {_STACK: stack.owner, _TOKEN: record.token})
     taken: dict[str, list[Path]] = {}
     for path in folder.iterdir():
         if path.suffix.lower() in _EMBEDDINGS:
@@ -184,7 +184,7 @@ def _is_own(path: Path, stack: ConceptStack, record: ConceptRecord, tensors: Map
     """Whether an embedding's file is this stack's for this word, or holds the same (an earlier program wrote no owner)."""
     owner = _owner(path)
     if owner.get(_STACK):
-        return owner[_STACK] == stack.identity and owner.get(_TOKEN) == record.token
+        return owner[_STACK] == stack.owner and owner.get(_TOKEN) == record.token
     try:
         held = load_file(path)
     except (SafetensorError, OSError):
@@ -207,11 +207,11 @@ def _earlier(stack: ConceptStack, out: Path, embeddings: Path, only: Sequence[st
     tokens, found = set(stack.tokens), []
     for path in sorted(out.iterdir()):
         owner = _owner(path) if path.suffix == ".safetensors" or path.is_dir() else {}
-        if stack.identity and owner.get(_STACK) == stack.identity and _ONLY in owner and owner[_ONLY] == _named(only):
+        if owner.get(_STACK) == stack.owner and _ONLY in owner and owner[_ONLY] == _named(only):
             found.append(path)
     for path in sorted(embeddings.glob("*.safetensors")):
         owner = _owner(path)
-        if not only and stack.identity and owner.get(_STACK) == stack.identity and owner.get(_TOKEN, "") not in {"", *tokens}:
+        if not only and owner.get(_STACK) == stack.owner and owner.get(_TOKEN, "") not in {"", *tokens}:
             found.append(path)
     return found
 
@@ -246,17 +246,17 @@ def _write_lora(stack: ConceptStack, tensors: dict[str, Tensor], out: Path, stem
     digest = hashlib.sha256()
     for name in sorted(tensors):
         digest.update(name.encode() + tensors[name].numpy().tobytes())
-    digest.update(json.dumps([triggers, stack.identity]).encode())
+    digest.update(json.dumps([triggers, stack.owner]).encode())
     name = lora_name(stem, [record.token for record in stack.records], digest.hexdigest())
-    metadata = {**_metadata(stack, name, triggers), _STACK: stack.identity, _ONLY: _named(only)}
+    metadata = {**_metadata(stack, name, triggers), _STACK: stack.owner, _ONLY: _named(only)}
     if format == "peft":
         layers, folder = list(layers_of(stack.adapter or {})), out / name
-        if _owner(folder).get(_STACK) != stack.identity:
+        if _owner(folder).get(_STACK) != stack.owner:
             LoraConfig(r=stack.rank or 0, lora_alpha=stack.rank or 0, target_modules=layers).save_pretrained(str(folder))
             write_whole(folder / "adapter_model.safetensors", save(tensors, metadata))
         return folder
-    path = out / f"{name}.safetensors"
-    if _owner(path).get(_STACK) == stack.identity:
+    path = out / f"{name}.safetensors"  # the hash is of whose it is too, so nobody else's has this name
+    if _owner(path).get(_STACK) == stack.owner:
         return path  # these very weights were exported before; web UIs know them by this file
     write_whole(path, save(tensors, metadata), new=True)
     if format == "kohya":

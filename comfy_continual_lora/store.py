@@ -102,6 +102,12 @@ class ConceptStack:
         """Word vectors by token, for `Backbone.encode_prompts`."""
         return {record.token: self.words[record.id] for record in self.records}
 
+    @property
+    def owner(self) -> str:
+        """Its identity; of a stack that an earlier program wrote, or that was never stored, one that follows from how it began."""
+        begun = self.records[0].id if self.records else ""
+        return self.identity or (hashlib.sha256(f"{self.fingerprint}/{begun}".encode()).hexdigest()[:16] if begun else "")
+
     def find(self, token: str) -> ConceptRecord | None:
         """The concept with this word, in any case."""
         return next((record for record in self.records if record.token.lower() == token.lower()), None)
@@ -185,8 +191,7 @@ def _stack_of(header: dict[str, Any], tensors: dict[str, Tensor]) -> ConceptStac
     stack = ConceptStack(header["fingerprint"], records, rank=header["rank"], tau=header["tau"])
     stack.base = Base(**header["base"])  # stacks from before there were other families are SD1.x
     stack.history, stack.identity = header["history"], header["identity"]
-    if not stack.identity and records:  # an earlier program wrote it
-        stack.identity = hashlib.sha256(f"{stack.fingerprint}/{records[0].id}".encode()).hexdigest()[:16]
+    stack.identity = stack.owner
     for key, tensor in tensors.items():
         part, _, rest = key.partition(".")
         if part == "word":
