@@ -123,7 +123,7 @@ def _mini(arguments: argparse.Namespace, bar: _Bar) -> None:
 
 def _learn(arguments: argparse.Namespace, bar: _Bar) -> None:
     from . import pipeline
-    from .imagefile import save_own
+    from .imagefile import check_output, save_own
 
     settings = LearnSettings(**_given(arguments, LearnSettings))
     request = pipeline.LearnRequest(
@@ -132,9 +132,13 @@ def _learn(arguments: argparse.Namespace, bar: _Bar) -> None:
     if arguments.plan:
         return _plan(arguments, dataclasses.asdict(pipeline.plan(request)))
 
+    preview = request.stack_file.with_name(f"{arguments.checkpoint.stem}.{arguments.token}.preview.png")
+    if settings.preview_every:
+        check_output(preview)
+
     def show(progress: Progress) -> None:
         if progress.preview is not None:
-            save_own(progress.preview, request.stack_file.with_name(f"{arguments.checkpoint.stem}.{arguments.token}.preview.png"))
+            save_own(progress.preview, preview)
         bar(progress)
 
     result = pipeline.learn_concept(request, show)

@@ -12,6 +12,7 @@ import hashlib
 import io
 import math
 import re
+import unicodedata
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -21,7 +22,7 @@ import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 
-from .errors import ConceptImagesError, TokenError
+from .errors import ConceptImagesError, SettingError, TokenError
 from .files import PICTURES, TOKEN, is_reserved
 from .imagefile import opened
 
@@ -191,6 +192,12 @@ def check_spelling(token: str) -> None:
         raise TokenError(f"The token {token!r} can't name a file on Windows, which keeps it for a device. {_ADVICE}")
     if not TOKEN.fullmatch(token):
         raise TokenError(f"The token {token!r} may hold only letters, digits, - and _ (at most 64): it becomes a word and a file name. {_ADVICE}")
+
+
+def check_noun(noun: str) -> None:
+    """Raise SettingError unless `noun` is a line of text that prompts can say."""
+    if len(noun) > 1000 or any(unicodedata.category(letter) in ("Cc", "Cs") for letter in noun):
+        raise SettingError(f"The class noun {noun[:40]!r} is no line of text. Say in one or two words what the thing is, such as teapot or cat.")
 
 
 def check_token(token: str, taken: Iterable[str], is_known_word: Callable[[str], bool]) -> None:

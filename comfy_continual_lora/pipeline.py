@@ -188,6 +188,7 @@ def _learn_concept(request: LearnRequest, on_progress: OnProgress) -> LearnResul
     concepts.find_images(request.images)  # the cheapest mistakes first, before a checkpoint is loaded
     path = request.stack_file
     concepts.check_spelling(request.token)
+    concepts.check_noun(request.noun)
     check_names(path, request.token)
     backbone = _load(request, on_progress, request.settings.precision)
     with _writing(path):
@@ -307,6 +308,7 @@ def merge(request: SolveRequest, other: Path, on_progress: OnProgress = ignore) 
 
 def import_concept(request: ImportRequest, on_progress: OnProgress = ignore) -> store.ConceptRecord:
     """Put a K/V LoRA that another program made on the stack, as one concept."""
+    concepts.check_noun(request.noun)
     with _changing(request, on_progress) as (backbone, stack, changed):
         concepts.check_token(request.token, stack.tokens, backbone.is_known_word)
         if bool(request.embedding) == bool(request.trigger):

@@ -366,7 +366,7 @@ def _new_names(first: ConceptStack, tokens: Sequence[str]) -> dict[str, str]:
     taken = known | {token.lower() for token in tokens}
     for token in tokens:
         if token.lower() in known:
-            renamed[token] = next(name for n in range(2, 10_000) if (name := f"{token}_{n}").lower() not in taken)
+            renamed[token] = next(name for n in range(2, 10_000) if (name := f"{token[:59]}_{n}").lower() not in taken)
             taken.add(renamed[token].lower())
     return renamed
 

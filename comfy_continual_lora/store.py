@@ -20,7 +20,7 @@ import hashlib
 import json
 import math
 import secrets
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
@@ -169,12 +169,16 @@ def _read(path: Path) -> ConceptStack:
     """
     with stackfile.opened(path) as (file, header, shapes):
         tensors = {name: _tensor(file, shape) for name, shape in shapes.items()}
+    _check_finite(path, tensors)
+    return _stack_of(header, tensors)
+
+
+def _check_finite(path: Path, tensors: Mapping[str, Tensor]) -> None:
     if bad := next((key for key, tensor in tensors.items() if not tensor.isfinite().all()), None):
         raise StackError(
-            f"The concept stack {path} can't be used: its tensor {bad} holds numbers that are not finite, and every picture would be black. "
+            f"The concept stack {path} can't hold numbers that are not finite, as {bad} does: every picture would be black. "
             "Restore an earlier version, or get the file again."
         )
-    return _stack_of(header, tensors)
 
 
 def _tensor(file: IO[bytes], shape: Shape) -> Tensor:
@@ -283,7 +287,11 @@ def _write(stack: ConceptStack, path: Path, number: int, parent: int | None, cha
         "change": None if change is None else dataclasses.asdict(change),
         "history": stack.history,
     }
-    write_whole(path, save({k: v.contiguous().cpu() for k, v in tensors.items()}, {"format": FORMAT, "stack": json.dumps(header)}))
+    tensors = {name: tensor.detach().float().contiguous().cpu() for name, tensor in tensors.items()}
+    metadata = {"format": FORMAT, "stack": json.dumps(header)}
+    stackfile.checked(path, metadata, {name: Shape("F32", tuple(tensor.shape), 0) for name, tensor in tensors.items()})
+    _check_finite(path, tensors)
+    write_whole(path, save(tensors, metadata))
 
 
 def _prune(path: Path, most: int) -> None:

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import NOUNS
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_store import FINGERPRINT, make_stack, same
 
@@ -94,6 +94,7 @@ def test_what_is_confirmed_is_what_is_undone(two: Path) -> None:
     assert pipeline.undo(two, version=2).tokens == ["V1"]
 
 
+@settings(deadline=None)
 @given(st.integers(0, 4), st.lists(st.sampled_from("ssssur"), min_size=1, max_size=12), st.randoms(use_true_random=False))
 def test_any_sequence_of_changes_can_be_gone_back_through(
     tmp_path_factory: pytest.TempPathFactory, keep: int, steps: list[str], rnd: random.Random

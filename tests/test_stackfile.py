@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
 import struct
@@ -11,11 +12,11 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_store import make_stack
 
-from comfy_continual_lora import export, pipeline, stackfile, store
+from comfy_continual_lora import export, files, pipeline, solve, stackfile, store
 from comfy_continual_lora.errors import ContinualLoraError, StackError
 
 OLD = Path(__file__).parent / "data" / "stack-8a93aef.safetensors"  # three concepts by `retention`, on the mini-SD
@@ -164,6 +165,7 @@ def test_files_that_are_something_else(tmp_path: Path, data: bytes) -> None:
     refused(data, tmp_path)
 
 
+@settings(deadline=None)
 @given(st.data())
 def test_a_damaged_byte_is_refused_or_harmless(tmp_path_factory: pytest.TempPathFactory, data: st.DataObject) -> None:
     """Never a traceback; and what is taken makes sense."""
@@ -221,3 +223,26 @@ def test_shapes_of_another_checkpoint_are_refused_whatever_the_fingerprint(check
     store.save_stack(stack, store.stack_path(checkpoint))
     with pytest.raises(StackError, match="does not fit this checkpoint"):
         pipeline.draw(pipeline.DrawRequest(checkpoint, ["a V1 mug"], device="cpu"))
+
+
+def test_what_could_not_be_read_again_is_not_stored(tmp_path: Path) -> None:
+    path = tmp_path / "s"
+    store.save_stack(make_stack(1), path)
+    before = path.read_bytes()
+    lines, infinite, half = make_stack(2), make_stack(2), make_stack(2)
+    lines.records[1] = dataclasses.replace(lines.records[1], noun="a\0b")
+    infinite.words["id2"] = infinite.words["id2"] / 0
+    assert half.adapter
+    del half.adapter["layer.to_k.B"]
+    for stack, what in ((lines, "noun"), (infinite, "not finite"), (half, "not whole")):
+        with pytest.raises(StackError, match=what):
+            store.save_stack(stack, path)
+        assert path.read_bytes() == before
+
+
+def test_a_word_that_both_stacks_have_stays_a_word_when_it_is_long() -> None:
+    assert solve._new_names(make_stack(1), ["V1"]) == {"V1": "V1_2"}
+    first = make_stack(1)
+    first.records = [dataclasses.replace(first.records[0], token="x" * 64)]
+    (name,) = solve._new_names(first, ["x" * 64]).values()
+    assert files.TOKEN.fullmatch(name)
