@@ -256,17 +256,22 @@ def _write_lora(stack: ConceptStack, tensors: dict[str, Tensor], out: Path, stem
             write_whole(folder / "adapter_model.safetensors", save(tensors, metadata))
         return folder
     path = out / f"{name}.safetensors"  # the hash is of whose it is too, so nobody else's has this name
-    if _owner(path).get(_STACK) == stack.owner:
-        return path  # these very weights were exported before; web UIs know them by this file
-    write_whole(path, save(tensors, metadata), new=True)
+    if _owner(path).get(_STACK) != stack.owner:  # else these very weights were exported before
+        write_whole(path, save(tensors, metadata), new=True)
     if format == "kohya":
-        version = _SPOKEN_OF.get(stack.base.preset, _SD1)[2]
-        card = {"description": "", "sd version": version, "activation text": ", ".join(triggers), "preferred weight": 1.0, "notes": ""}
-        write_whole(out / f"{name}.json", json.dumps(card, indent=1).encode(), new=True)
-        picture = base64.b64decode(stack.records[-1].preview)
-        if picture.startswith(b"\xff\xd8"):
-            write_whole(out / f"{name}.preview.jpg", picture, new=True)
+        for ending, data in _card(stack, triggers).items():
+            if not (beside := out / f"{name}{ending}").exists():
+                write_whole(beside, data, new=True)
     return path
+
+
+def _card(stack: ConceptStack, triggers: list[str]) -> dict[str, bytes]:
+    """What A1111 shows of a LoRA, by the files' endings."""
+    version = _SPOKEN_OF.get(stack.base.preset, _SD1)[2]
+    card = {"description": "", "sd version": version, "activation text": ", ".join(triggers), "preferred weight": 1.0, "notes": ""}
+    files = {".json": json.dumps(card, indent=1).encode()}
+    picture = base64.b64decode(stack.records[-1].preview)
+    return {**files, ".preview.jpg": picture} if picture.startswith(b"\xff\xd8") else files
 
 
 def _metadata(stack: ConceptStack, name: str, triggers: list[str]) -> dict[str, str]:

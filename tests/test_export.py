@@ -188,3 +188,14 @@ def test_a_word_that_is_a_path_is_refused_where_files_are_written(backbone: Back
     with pytest.raises(StackError, match="can't name a file"):
         _export(_owned(backbone, "a" * 16, token="../../victim"), tmp_path / "a" / "b")
     assert not [p for p in tmp_path.rglob("*") if p.is_file()]
+
+
+def test_an_export_that_was_killed_is_completed(backbone: Backbone, tmp_path: Path) -> None:
+    stack = _owned(backbone, "a" * 16)
+    lora = _export(stack, tmp_path).lora
+    assert lora
+    lora.with_suffix(".json").unlink()
+    before = lora.stat().st_mtime_ns
+    assert _export(stack, tmp_path).lora == lora
+    assert lora.with_suffix(".json").exists()
+    assert lora.stat().st_mtime_ns == before  # web UIs know these weights by this file
