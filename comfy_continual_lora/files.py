@@ -21,3 +21,11 @@ def stack_path(checkpoint: str | Path, name: str = "") -> Path:
         raise StackError(f"The stack's name {name!r} may hold only letters, digits, - and _ (at most 64): it becomes part of a file name.")
     stem = checkpoint.stem if checkpoint.is_file() else checkpoint.name
     return checkpoint.with_name(f"{stem}.{name}{STACKS}" if name else f"{stem}{STACKS}")
+
+
+def snapshots_of(stack: Path, token: str) -> list[Path]:
+    """The snapshots of all unfinished runs of a token, earlier versions' names included."""
+    start = f"{stack.name.removesuffix('.safetensors')}.{token}."
+    if not stack.parent.is_dir():
+        return []
+    return sorted(p for p in stack.parent.iterdir() if p.name.startswith(start) and p.name.endswith("snapshot"))
