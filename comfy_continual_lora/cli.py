@@ -72,6 +72,9 @@ class _Bar:
             raise Cancelled(f"({progress.stage}, step {progress.step} of {progress.steps}){kept}")
         if not FIRST:
             return
+        if progress.note:
+            self.clear()
+            print(f"continual-lora: {progress.note}", file=sys.stderr, flush=True)
         line = f"{progress.stage:>11} {progress.step}/{progress.steps}"
         if progress.loss is not None:
             line += f"  loss {progress.loss:.4f}  rate {progress.rate:.2g}"
@@ -120,15 +123,22 @@ def _mini(arguments: argparse.Namespace, bar: _Bar) -> None:
 
 def _learn(arguments: argparse.Namespace, bar: _Bar) -> None:
     from . import pipeline
+    from .imagefile import check_output, save_own
 
     settings = LearnSettings(**_given(arguments, LearnSettings))
-    request = pipeline.LearnRequest(arguments.checkpoint, arguments.images, arguments.token, arguments.noun, settings, **_where(arguments))
+    request = pipeline.LearnRequest(
+        arguments.checkpoint, arguments.images, arguments.token, arguments.noun, settings, arguments.replace, **_where(arguments)
+    )
     if arguments.plan:
         return _plan(arguments, dataclasses.asdict(pipeline.plan(request)))
 
+    preview = request.stack_file.with_name(f"{arguments.checkpoint.stem}.{arguments.token}.preview.png")
+    if settings.preview_every:
+        check_output(preview)
+
     def show(progress: Progress) -> None:
         if progress.preview is not None:
-            progress.preview.save(request.stack_file.with_name(f"{arguments.checkpoint.stem}.{arguments.token}.preview.png"))
+            save_own(progress.preview, preview)
         bar(progress)
 
     result = pipeline.learn_concept(request, show)
@@ -220,7 +230,7 @@ def _forget(arguments: argparse.Namespace, bar: _Bar) -> None:
         print(json.dumps({"token": record.token}))
         return
     print(f"Forgot {record.token} ({record.noun}): its word, its previews and what the LoRA knew of it are gone from {request.stack_file}")
-    print(f"The version before is still in {request.stack_file.name}.previous until the next change; exported files are not touched.")
+    print("Files exported before still know it. undo brings it back; history --keep 0 removes it from the earlier versions too.")
 
 
 def _merge(arguments: argparse.Namespace, bar: _Bar) -> None:
@@ -253,13 +263,15 @@ def _import(arguments: argparse.Namespace, bar: _Bar) -> None:
 
 def _scores(arguments: argparse.Namespace, bar: _Bar) -> None:
     from . import pipeline, report
+    from .imagefile import check_output, save_own
 
+    if arguments.plot:
+        check_output(arguments.plot)
     settings = ScoreSettings(**_given(arguments, ScoreSettings))
     scored = pipeline.dc_scores(pipeline.ScoreRequest(arguments.checkpoint, arguments.images, settings, **_where(arguments)), bar)
     bar.clear()
     if arguments.plot:
-        arguments.plot.parent.mkdir(parents=True, exist_ok=True)
-        report.score_sheet(scored).save(arguments.plot)
+        save_own(report.score_sheet(scored), arguments.plot)
     told = [one.right for one in scored if one.right is not None]
     accuracy = sum(told) / len(told) if told else None
     if arguments.json:
@@ -295,28 +307,37 @@ def _export(arguments: argparse.Namespace, bar: _Bar) -> None:
     from . import pipeline
 
     done = pipeline.export(
-        arguments.checkpoint, arguments.out, embeddings=arguments.embeddings, format=arguments.format, only=arguments.only, on_progress=bar,
+        arguments.checkpoint,
+        arguments.out,
+        embeddings=arguments.embeddings,
+        format=arguments.format,
+        only=arguments.only,
+        remove_superseded=arguments.remove_superseded,
+        on_progress=bar,
         **_where(arguments),
-    )  # fmt: skip
+    )
     bar.clear()
     if arguments.json:
-        files = {"lora": str(done.lora) if done.lora else None, "embeddings": [str(p) for p in done.embeddings], "triggers": done.triggers}
-        print(json.dumps(files))
+        print(json.dumps(done.as_json()))
         return
     print("\n".join(str(p) for p in (done.lora, *done.embeddings) if p))
-    print(f"In prompts: {', '.join(done.triggers)} (ComfyUI: embedding:{done.triggers[0]})")
+    print(f"In prompts: {', '.join(done.triggers)} (ComfyUI: embedding:{done.embeddings[0].stem})")
+    for note in done.notes:
+        print(note)
 
 
 def _evaluate(arguments: argparse.Namespace, bar: _Bar) -> None:
     from . import pipeline, report
+    from .imagefile import check_output, save_own
 
+    if arguments.plot:
+        check_output(arguments.plot)
     settings = EvaluateSettings(**_given(arguments, EvaluateSettings))
     request = pipeline.EvaluateRequest(arguments.checkpoint, arguments.concepts, arguments.clip, settings, **_where(arguments))
     found = pipeline.evaluate(request, bar)
     bar.clear()
     if arguments.plot:
-        arguments.plot.parent.mkdir(parents=True, exist_ok=True)
-        report.retention_sheet(found).save(arguments.plot)
+        save_own(report.retention_sheet(found), arguments.plot)
     if not arguments.json:
         print(report.retention_table(found))
         return
@@ -350,11 +371,41 @@ def _ui(arguments: argparse.Namespace, bar: _Bar) -> None:
 def _undo(arguments: argparse.Namespace, bar: _Bar) -> None:
     from . import pipeline
 
-    record = pipeline.undo(arguments.checkpoint, arguments.stack)
+    done = pipeline.undo(arguments.checkpoint, arguments.stack, arguments.version)
     if arguments.json:
-        print(json.dumps({"token": record.token}))
+        print(json.dumps(dataclasses.asdict(done)))
     else:
-        print(f"Took {record.token} ({record.noun}) off the stack.")
+        print(f"Took back: {done.change}. The stack now holds {', '.join(done.tokens) or 'no concept'}.")
+        print(f"What was taken back is version {done.version}: restore {done.version} brings it back.")
+
+
+def _history(arguments: argparse.Namespace, bar: _Bar) -> None:
+    from . import pipeline
+
+    if arguments.keep is not None:
+        pipeline.keep_versions(arguments.checkpoint, arguments.keep, arguments.stack)
+    found = pipeline.history(arguments.checkpoint, arguments.stack)
+    if arguments.json:
+        print(json.dumps([{**dataclasses.asdict(one), "file": str(one.file)} for one in found]))
+        return
+    for one in found:
+        mark = "*" if one.current else " "
+        print(f"{mark} {one.number:>4}  {one.when[:16]:<16}  {one.size / 1e6:>8.1f} MB  {one.change}  [{', '.join(one.tokens)}]")
+    earlier = [one.size for one in found if not one.current]
+    if found:
+        print(f"* is in use. {len(earlier)} other versions take {sum(earlier) / 1e6:.1f} MB; restore NUMBER goes to one.")
+    else:
+        print("Nothing was learned yet.")
+
+
+def _restore(arguments: argparse.Namespace, bar: _Bar) -> None:
+    from . import pipeline
+
+    done = pipeline.restore(arguments.checkpoint, arguments.version, arguments.stack)
+    if arguments.json:
+        print(json.dumps({"version": done.number, "tokens": done.tokens}))
+    else:
+        print(f"The stack is at version {done.number} ({done.change}) and holds {', '.join(done.tokens) or 'no concept'}.")
 
 
 # --- flags, made from the settings ---------------------------------------------------------------------------------------------------
@@ -391,6 +442,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     learn.add_argument("--token", required=True, help="the new word, such as V1")
     learn.add_argument("--noun", required=True, help="what kind of thing it is, such as teapot")
+    learn.add_argument("--replace", action="store_true", help="learn in place of the newest concept, if that has this word; until then it stays")
     learn.add_argument("--plan", action="store_true", help="learn nothing: say what memory and files it would take, without loading the checkpoint")
     _add_settings(learn, LearnSettings)
 
@@ -446,6 +498,9 @@ def _parser() -> argparse.ArgumentParser:
     export.add_argument("--out", type=Path, required=True, help="folder for the LoRA, such as the program's Lora folder")
     export.add_argument("--only", **only)
     export.add_argument("--embeddings", type=Path, help="folder for the embeddings (default: the same)")
+    export.add_argument(
+        "--remove-superseded", action="store_true", help="also remove this stack's earlier exports of the same concepts, which are listed otherwise"
+    )
     export.add_argument("--format", choices=FORMATS, default="kohya", help="whose names the LoRA has; kohya's load everywhere")
 
     ui = command("ui", _ui, "open the tab by itself, in a browser on this machine", checkpoint=False, machine=False)
@@ -464,7 +519,12 @@ def _parser() -> argparse.ArgumentParser:
     webui.add_argument("--copy", action="store_true", help="copy the files; else a clone is linked, so that updating it updates the tab")
 
     command("info", _info, "show what a checkpoint has learned")
-    command("undo", _undo, "take the newest concept off the stack")
+    undo = command("undo", _undo, "take the last change of the stack back, whatever it was")
+    undo.add_argument("--version", type=int, help="do it only if this is the version in use (see history)")
+    history = command("history", _history, "list the stack's versions, what made them and what they take")
+    history.add_argument("--keep", type=int, metavar="N", help="keep N earlier versions of this stack from now on (a new stack: 5)")
+    restore = command("restore", _restore, "go to another version of the stack; the one in use now is kept")
+    restore.add_argument("version", type=int, help="its number in history")
     return parser
 
 

@@ -1,7 +1,7 @@
 """Stage 2: pictures on disk -> `ConceptImages`, ready to learn from.
 
-in: a folder or a list of JPEG, PNG, WebP, BMP or TIFF files, each with an optional caption (name.txt) and mask (name.mask.png: white is learned
-from, black is not) beside it - out: pictures of the wanted size, captions, masks, hashes.
+in: a folder or a list of JPEG, PNG, WebP, BMP, TIFF, AVIF or HEIC files, each with an optional caption (name.txt) and
+mask (name.mask.png: white is learned from, black is not) beside it - out: pictures of the wanted size, captions, masks, hashes.
 EXIF orientation is applied, transparency is laid on white, palettes, greyscale and 16-bit pictures become 8-bit RGB.
 """
 
@@ -12,6 +12,7 @@ import hashlib
 import io
 import math
 import re
+import unicodedata
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -21,10 +22,10 @@ import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 
-from .errors import ConceptImagesError, TokenError
-from .files import PICTURES
+from .errors import ConceptImagesError, SettingError, TokenError
+from .files import PICTURES, TOKEN, is_reserved
+from .imagefile import opened
 
-MAX_PIXELS = 100_000_000
 PREVIEW = 96
 
 
@@ -61,16 +62,9 @@ def find_images(source: str | Path | Iterable[str | Path]) -> list[Path]:
 
 def read_image(path: Path) -> Image.Image:
     """One picture as upright 8-bit RGB. Raises ConceptImagesError for what is no picture, is cut short, or is absurdly large."""
-    try:
-        with Image.open(path) as image:
-            if image.width * image.height > MAX_PIXELS:
-                raise ConceptImagesError(f"{path} is {image.width} x {image.height} pixels; at most {MAX_PIXELS:,} in all are read. Scale it down.")
-            image.load()
-            return _to_rgb(ImageOps.exif_transpose(image))
-    except Image.DecompressionBombError as error:
-        raise ConceptImagesError(f"{path} is too large ({error}). Scale it down; at most {MAX_PIXELS:,} pixels are read.") from None
-    except (OSError, SyntaxError, ValueError) as error:
-        raise ConceptImagesError(f"{path} can't be read as a picture ({error}). It may be cut short; replace it or take it out.") from None
+    with opened(path) as image:
+        image.load()
+        return _to_rgb(ImageOps.exif_transpose(image))
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
@@ -187,14 +181,29 @@ def prompts_for(token: str, noun: str, templates: Sequence[str], caption: str | 
     return [f"a photo of a {name}, {caption}"]
 
 
-def check_token(token: str, taken: Iterable[str], is_known_word: Callable[[str], bool]) -> None:
-    """Raise TokenError unless `token` can name a new concept, in prompts and in file names of every host."""
-    advice = "Choose a short word of your own, such as V1."
+_ADVICE = "Choose a short word of your own, such as V1."
+
+
+def check_spelling(token: str) -> None:
+    """Raise TokenError unless `token` can stand in prompts and name files of every host."""
     if not token.strip():
-        raise TokenError(f"The token is empty. {advice}")
-    if not re.fullmatch(r"[A-Za-z0-9_-]{1,64}", token):
-        raise TokenError(f"The token {token!r} may hold only letters, digits, - and _ (at most 64): it becomes a word and a file name. {advice}")
+        raise TokenError(f"The token is empty. {_ADVICE}")
+    if is_reserved(token):
+        raise TokenError(f"The token {token!r} can't name a file on Windows, which keeps it for a device. {_ADVICE}")
+    if not TOKEN.fullmatch(token):
+        raise TokenError(f"The token {token!r} may hold only letters, digits, - and _ (at most 64): it becomes a word and a file name. {_ADVICE}")
+
+
+def check_noun(noun: str) -> None:
+    """Raise SettingError unless `noun` is a line of text that prompts can say."""
+    if len(noun) > 1000 or any(unicodedata.category(letter) in ("Cc", "Cs") for letter in noun):
+        raise SettingError(f"The class noun {noun[:40]!r} is no line of text. Say in one or two words what the thing is, such as teapot or cat.")
+
+
+def check_token(token: str, taken: Iterable[str], is_known_word: Callable[[str], bool]) -> None:
+    """Raise TokenError unless `token` can name a new concept of a stack that has the `taken` ones."""
+    check_spelling(token)
     if token.lower() in {t.lower() for t in taken}:
-        raise TokenError(f"The token {token!r} is taken by a concept of this stack. Choose another, or undo that concept first.")
+        raise TokenError(f"The token {token!r} is taken by a concept of this stack. Choose another, replace that concept, or undo it first.")
     if is_known_word(token):
-        raise TokenError(f"The token {token!r} is a word the checkpoint knows already; prompts that use it would change meaning. {advice}")
+        raise TokenError(f"The token {token!r} is a word the checkpoint knows already; prompts that use it would change meaning. {_ADVICE}")

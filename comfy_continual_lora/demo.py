@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -9,6 +10,9 @@ from pathlib import Path
 from PIL import Image
 
 from . import pipeline, report, store
+from .concepts import read_image
+from .errors import SettingError
+from .files import history_folder
 from .mini import world
 from .mini.weights import write_checkpoint
 from .progress import OnProgress
@@ -21,15 +25,14 @@ PLACES = ("on grass", "on sand", "in snow", "on wood")
 def run_demo(out: Path, on_progress: OnProgress, say: Callable[[str], object]) -> Path:
     """Leave checkpoint, pictures and report.html in `out`; returns the report. Runs again from nothing each time."""
     started = time.monotonic()
-    out.mkdir(parents=True, exist_ok=True)
+    _begin(out)
     checkpoint = out / "mini.safetensors"
     write_checkpoint(checkpoint)
-    store.stack_path(checkpoint).unlink(missing_ok=True)
     taught = [(f"V{n}", world.concepts("development")[index]) for n, index in enumerate(PICKED, start=1)]
     sections, sheet = [], []
     for step, (token, concept) in enumerate(taught, start=1):
         folder = out / f"pictures-{token}"
-        pictures = [Image.open(file) for file in world.save_pictures(concept, folder)]
+        pictures = [read_image(file) for file in world.save_pictures(concept, folder)]
         say(f"Learning {token}, a {concept.noun}, from {len(pictures)} pictures ...")
         result = pipeline.learn_concept(pipeline.LearnRequest(checkpoint, folder, token, concept.noun, LearnSettings()), on_progress)
         sheet.append(pictures[: len(PLACES)])
@@ -56,6 +59,18 @@ def run_demo(out: Path, on_progress: OnProgress, say: Callable[[str], object]) -
     intro = f"One small Stable Diffusion, two things it had never seen, learned one after the other in {time.monotonic() - started:.0f} seconds."
     path.write_text(report.page("Two concepts, one after the other", intro, sections), encoding="utf-8")
     return path
+
+
+def _begin(out: Path) -> None:
+    """An empty stack in the demo's own folder. Errors: SettingError for a folder that holds something else."""
+    mark = out / ".continual-lora-demo"
+    if out.exists() and not mark.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise SettingError(f"{out} is there already and is not the demo's, which begins from nothing. Name another folder with --out.")
+    out.mkdir(parents=True, exist_ok=True)
+    mark.touch()
+    stack = store.stack_path(out / "mini.safetensors")
+    stack.unlink(missing_ok=True)
+    shutil.rmtree(history_folder(stack), ignore_errors=True)
 
 
 def _draw(checkpoint: Path, prompts: Sequence[str | Sequence[str]], on_progress: OnProgress) -> list[Image.Image]:

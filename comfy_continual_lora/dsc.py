@@ -23,7 +23,7 @@ from torch import Tensor
 from .checkpoint.backbone import Backbone, FrozenText
 from .classifier import errors, predictions, soft_cross_entropy
 from .diffusion import generator_for, loss_per_example, noised, one_of, random_batch
-from .learn import Run, identity, number_format, optimizer_for
+from .learn import Run, asked_for, number_format, optimizer_for
 from .lora import Adapter, attached, holding
 from .methods.method import Penalty
 from .progress import OnProgress
@@ -56,7 +56,7 @@ def distillation_terms(student: Tensor, teacher1: Tensor, teacher2: Tensor) -> d
 
 def consolidate(
     backbone: Backbone, latents: Sequence[Tensor], teachers: Teachers, text: FrozenText, tau: float | None, penalty: Penalty | None,
-    settings: LearnSettings, snapshot: Path, on_progress: OnProgress,
+    settings: LearnSettings, snapshot: Path, on_progress: OnProgress, source: Mapping[str, str] | None = None,
 ) -> tuple[Adapter, list[float]]:  # fmt: skip
     """Run DSC; returns the student and the loss of every step. Without `tau` the two score terms are left out. The teachers are not changed.
 
@@ -69,8 +69,8 @@ def consolidate(
     weights = {"a1": settings.dsc_a1, "a2": settings.dsc_a2, "b1": settings.dsc_b1, "b2": settings.dsc_b2}
     with number_format(backbone, settings), attached(backbone, adapter, trainable=True) as factors:
         optimizer = optimizer_for([{"params": list(factors.values()), "lr": settings.rate * settings.dsc_rate, "weight_decay": 0.0}], settings)
-        who = identity(backbone, settings, latents, {"newest": adapter, **{f"{i}": a for i, (_, a) in enumerate(teachers.past)}})
-        run = Run("consolidate", factors, optimizer, settings, settings.dsc_steps, backbone.gradient_scale, snapshot, who)
+        asked = asked_for(backbone, settings, source or {})
+        run = Run("consolidate", factors, optimizer, settings, settings.dsc_steps, backbone.gradient_scale, snapshot, asked)
 
         def terms(step: int, rows: slice) -> dict[str, Tensor]:
             generator = generator_for(settings.seed, "dsc", step)

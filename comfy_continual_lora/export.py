@@ -1,7 +1,8 @@
 """Stage 7: the stack -> files everyone can load: one LoRA, and one textual-inversion embedding for each word.
 
 in: a stack - out: in a folder <name>.safetensors (the LoRA, with its trigger words in the metadata), <name>.json and <name>.preview.jpg (A1111's
-card), and <token>.safetensors for each word. A LoRA file is never overwritten: web UIs keep old weights and hashes of a name they know.
+card), and <token>.safetensors for each word. A LoRA file is never overwritten: web UIs keep old weights and hashes of a name they know. Files say in
+their metadata whose they are, and nothing is overwritten that is not the same stack's own.
 
     kohya       the default: ComfyUI, the A1111 family and diffusers read these names (layers called as in diffusers for SD1.x and SD2.x, as in LDM
                 for SDXL, which is what kohya's own programs expect)
@@ -14,29 +15,71 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
+from filelock import FileLock, Timeout
 from peft import LoraConfig
-from safetensors.torch import save
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save
 from torch import Tensor
 
 from .checkpoint import keys
+from .concepts import name_of
 from .errors import StackError
+from .files import TOKEN, clean_temporary, write_whole
 from .lora import Adapter, factored, layers_of
-from .store import Base, ConceptStack, write_whole
+from .store import Base, ConceptRecord, ConceptStack
 
 _PREFIXES = {"diffusers": "unet.", "peft": "base_model.model."}
+# Whose a file is: the stack's identity, the word of an embedding, the concepts a LoRA was solved for (all: nothing)
+_STACK, _TOKEN, _ONLY = (f"continual_lora.{name}" for name in ("stack", "token", "only"))
+_EMBEDDINGS = (".safetensors", ".pt", ".bin", ".png", ".webp", ".jxl", ".avif")  # what some program loads as an embedding, by its stem
 # modelspec.architecture, ss_base_model_version, and A1111's name of the family
+_SD1 = ("stable-diffusion-v1", "sd_v1", "SD1")
 _SPOKEN_OF = {"sd2": ("stable-diffusion-v2-512", "sd_v2", "SD2"), "sdxl": ("stable-diffusion-xl-v1-base", "sdxl_base_v1-0", "SDXL")}
 
 
 @dataclass(frozen=True)
 class Exported:
+    """What was written. `renamed`: by word, the name its embedding has because another file has the word's."""
+
     lora: Path | None  # a file, PEFT's a folder; None where the words alone are all there is
     embeddings: list[Path]
     triggers: list[str]  # how prompts name each concept
+    renamed: dict[str, str]
+    superseded: list[Path]  # earlier exports of the same stack, still there
+    removed: list[Path]  # earlier exports of the same stack, removed as was asked for
+
+    def as_json(self) -> dict[str, Any]:
+        """Paths as text."""
+        return {
+            "lora": str(self.lora) if self.lora else None,
+            "embeddings": [str(path) for path in self.embeddings],
+            "triggers": self.triggers,
+            "renamed": self.renamed,
+            "superseded": [str(path) for path in self.superseded],
+            "removed": [str(path) for path in self.removed],
+            "notes": self.notes,
+        }
+
+    @property
+    def notes(self) -> list[str]:
+        """What a user has to know of it, a sentence each."""
+        notes = [
+            f"{word} is another file's name there, so the word is exported as {name}: prompts say {name}." for word, name in self.renamed.items()
+        ]
+        if self.removed:
+            notes.append(f"Removed earlier exports of this stack: {', '.join(path.name for path in self.removed)}.")
+        if self.superseded:
+            names = ", ".join(path.name for path in self.superseded)
+            notes.append(f"Earlier exports of this stack are still there and can be removed: {names}.")
+        return notes
 
 
 def kohya_lora(adapter: Adapter, width: int, base: Base) -> dict[str, Tensor]:
@@ -79,50 +122,171 @@ def embedding(word: Tensor, base: Base) -> dict[str, Tensor]:
     return {"emb_params": word.half()}
 
 
-def export_files(stack: ConceptStack, out: Path, embeddings: Path, stem: str, format: str = "kohya") -> Exported:
-    """Write the files; the LoRA's name ends in a hash of its weights. Errors: StackError for an empty stack or a folder that can't be written."""
+def export_files(
+    stack: ConceptStack, out: Path, embeddings: Path, stem: str, format: str = "kohya", only: Sequence[str] = (), remove: bool = False
+) -> Exported:
+    """Write the files; the LoRA's name says whose it is and what is on it, and ends in a hash of its weights.
+
+    `stem` names the stack, `only` the concepts it was solved for, if not all; `remove` earlier exports of the
+    same concepts. Nothing is overwritten that is not this stack's own: a word whose name another file has
+    gets a name of its own. Errors: StackError for an empty stack or a folder that can't be written.
+    """
     if not stack.records:
         raise StackError("The stack holds no concept, so there is nothing to export. Learn one first.")
-    triggers, tensors = [record.name for record in stack.records], stock_lora(stack, format)
+    if bad := next((record.token for record in stack.records if not TOKEN.fullmatch(record.token)), None):
+        raise StackError(f"The word {bad!r} can't name a file. It may hold only letters, digits, - and _.")
+    tensors = stock_lora(stack, format)
     try:
-        for folder in (out, embeddings):
-            folder.mkdir(parents=True, exist_ok=True)
-        words = []
-        for record in stack.records:
-            words.append(embeddings / f"{record.token}.safetensors")
-            write_whole(words[-1], save(embedding(stack.words[record.id], stack.base)))
-        lora = _write_lora(stack, tensors, out, stem, triggers, format) if tensors else None
+        with _exporting(out, embeddings):
+            words = {record.token: _write_word(stack, record, embeddings) for record in stack.records}
+            renamed = {token: path.stem for token, path in words.items() if path.stem != token}
+            triggers = [name_of(words[r.token].stem, r.noun if r.with_noun else "") for r in stack.records]
+            lora = _write_lora(stack, tensors, out, stem, triggers, format, only) if tensors else None
+            earlier = [path for path in _earlier(stack, out, embeddings, only) if path not in (lora, *words.values())]
+            removed = [path for path in earlier if remove and _remove(path)]
     except OSError as error:
         raise StackError(f"The export to {out} failed ({error.strerror or error}): no room or no permission there. The stack is unchanged.") from None
-    return Exported(lora, words, triggers)
+    return Exported(lora, list(words.values()), triggers, renamed, [path for path in earlier if path not in removed], removed)
 
 
-def _write_lora(stack: ConceptStack, tensors: dict[str, Tensor], out: Path, stem: str, triggers: list[str], format: str) -> Path:
+@contextmanager
+def _exporting(*folders: Path) -> Iterator[None]:
+    """The folders are there, and no other export changes them meanwhile; what killed ones left is cleaned up."""
+    with ExitStack() as locks:
+        for folder in sorted({folder.resolve() for folder in folders}):
+            folder.mkdir(parents=True, exist_ok=True)
+            try:
+                locks.enter_context(FileLock(folder / ".continual-lora.lock", timeout=60))
+            except Timeout:
+                raise StackError(f"Another program has been exporting to {folder} for a minute. Wait until it is done, or stop it.") from None
+            clean_temporary(folder)
+        yield
+
+
+def _write_word(stack: ConceptStack, record: ConceptRecord, folder: Path) -> Path:
+    """The embedding, under its word's name; where that is another file's, under one with a number."""
+    tensors = {name: tensor.contiguous() for name, tensor in embedding(stack.words[record.id], stack.base).items()}
+    data = save(tensors, {_STACK: stack.owner, _TOKEN: record.token})
+    taken: dict[str, list[Path]] = {}
+    for path in folder.iterdir():
+        if path.suffix.lower() in _EMBEDDINGS:
+            taken.setdefault(path.stem.lower(), []).append(path)
+    for number in range(1, 10_000):
+        path = folder / f"{record.token if number == 1 else f'{record.token}-{number}'}.safetensors"
+        others = taken.get(path.stem.lower(), [])
+        if all(other == path and _is_own(other, stack, record, tensors) for other in others):
+            write_whole(path, data, new=not others)
+            return path
+    raise StackError(f"{folder} has no name left for {record.token}. Export to another folder.")
+
+
+def _is_own(path: Path, stack: ConceptStack, record: ConceptRecord, tensors: Mapping[str, Tensor]) -> bool:
+    """Whether an embedding's file is this stack's for this word, or holds the same (an earlier program wrote no owner)."""
+    owner = _owner(path)
+    if owner.get(_STACK):
+        return owner[_STACK] == stack.owner and owner.get(_TOKEN) == record.token
+    try:
+        held = load_file(path)
+    except (SafetensorError, OSError):
+        return False
+    return held.keys() == tensors.keys() and all(torch.equal(held[name], tensor) for name, tensor in tensors.items())
+
+
+def _owner(path: Path) -> dict[str, str]:
+    """The metadata of a safetensors file, of a PEFT folder that of the file in it; nothing for any other."""
+    file = path / "adapter_model.safetensors" if path.is_dir() else path
+    try:
+        with safe_open(file, framework="pt") as opened:
+            return opened.metadata() or {}
+    except (SafetensorError, OSError):
+        return {}
+
+
+def _earlier(stack: ConceptStack, out: Path, embeddings: Path, only: Sequence[str]) -> list[Path]:
+    """LoRAs of the same stack and concepts, and embeddings of words that the stack no longer has."""
+    tokens, found = set(stack.tokens), []
+    for path in sorted(out.iterdir()):
+        owner = _owner(path) if path.suffix == ".safetensors" or path.is_dir() else {}
+        if owner.get(_STACK) == stack.owner and _ONLY in owner and owner[_ONLY] == _named(only):
+            found.append(path)
+    for path in sorted(embeddings.glob("*.safetensors")):
+        owner = _owner(path)
+        if not only and owner.get(_STACK) == stack.owner and owner.get(_TOKEN, "") not in {"", *tokens}:
+            found.append(path)
+    return found
+
+
+def _named(only: Sequence[str]) -> str:
+    return ",".join(sorted(token.lower() for token in only))
+
+
+def _remove(path: Path) -> bool:
+    """Remove an export with its card and preview; whether it is gone."""
+    try:
+        if path.is_dir():
+            for name in ("adapter_model.safetensors", "adapter_config.json", "README.md"):
+                (path / name).unlink(missing_ok=True)
+            path.rmdir()
+        else:
+            path.unlink()
+            for ending in (".json", ".preview.jpg"):
+                path.with_suffix(ending).unlink(missing_ok=True)
+    except OSError:
+        return False
+    return True
+
+
+def lora_name(stem: str, tokens: Sequence[str], digest: str) -> str:
+    """`sd15-V1-V2-1a2b3c4d`; of many concepts the first and the last. Without what a prompt's <lora:...> or a file system minds."""
+    words = "-".join(tokens) if len(tokens) <= 4 else f"{tokens[0]}-to-{tokens[-1]}-{len(tokens)}-concepts"
+    return f"{re.sub(r'[<>:,|?*/&]', '-', stem)[:100]}-{words[:100]}-{digest[:8]}"
+
+
+def _write_lora(stack: ConceptStack, tensors: dict[str, Tensor], out: Path, stem: str, triggers: list[str], format: str, only: Sequence[str]) -> Path:
     digest = hashlib.sha256()
     for name in sorted(tensors):
         digest.update(name.encode() + tensors[name].numpy().tobytes())
-    name = f"{stem}-{len(stack.records)}-concepts-{digest.hexdigest()[:8]}"
-    rank, preset, v = str(stack.rank), stack.base.preset, stack.base.prediction == "v_prediction"
-    architecture, version, card_version = _SPOKEN_OF.get(preset, ("stable-diffusion-v1", "sd_v1", "SD1"))
-    if preset == "sd2" and v:
-        architecture, version = "stable-diffusion-v2-768-v", "sd_v2_v"
-    metadata = {
-        "modelspec.sai_model_spec": "1.0.0", "modelspec.architecture": f"{architecture}/lora", "modelspec.implementation": "comfy-continual-lora",
-        "modelspec.title": name, "modelspec.trigger_phrase": ", ".join(triggers), "ss_output_name": name, "ss_base_model_version": version,
-        "ss_network_module": "networks.lora", "ss_network_dim": rank, "ss_network_alpha": rank,
-        "ss_tag_frequency": json.dumps({"concepts": dict.fromkeys(triggers, 1)}),
-        **({"ss_v2": "True"} if preset == "sd2" else {}), **({"modelspec.prediction_type": "v"} if v else {}),
-    }  # fmt: skip
+    digest.update(json.dumps([triggers, stack.owner]).encode())
+    name = lora_name(stem, [record.token for record in stack.records], digest.hexdigest())
+    metadata = {**_metadata(stack, name, triggers), _STACK: stack.owner, _ONLY: _named(only)}
     if format == "peft":
         layers, folder = list(layers_of(stack.adapter or {})), out / name
-        LoraConfig(r=stack.rank or 0, lora_alpha=stack.rank or 0, target_modules=layers).save_pretrained(str(folder))
-        write_whole(folder / "adapter_model.safetensors", save(tensors, metadata))
+        if _owner(folder).get(_STACK) != stack.owner:
+            LoraConfig(r=stack.rank or 0, lora_alpha=stack.rank or 0, target_modules=layers).save_pretrained(str(folder))
+            write_whole(folder / "adapter_model.safetensors", save(tensors, metadata))
         return folder
-    path = out / f"{name}.safetensors"
-    write_whole(path, save(tensors, metadata))
+    path = out / f"{name}.safetensors"  # the hash is of whose it is too, so nobody else's has this name
+    if _owner(path).get(_STACK) == stack.owner:
+        return path  # these very weights were exported before; web UIs know them by this file
+    write_whole(path, save(tensors, metadata), new=True)
     if format == "kohya":
-        card = {"description": "", "sd version": card_version, "activation text": ", ".join(triggers), "preferred weight": 1.0, "notes": ""}
-        write_whole(out / f"{name}.json", json.dumps(card, indent=1).encode())
-        if preview := stack.records[-1].preview:
-            write_whole(out / f"{name}.preview.jpg", base64.b64decode(preview))
+        version = _SPOKEN_OF.get(stack.base.preset, _SD1)[2]
+        card = {"description": "", "sd version": version, "activation text": ", ".join(triggers), "preferred weight": 1.0, "notes": ""}
+        write_whole(out / f"{name}.json", json.dumps(card, indent=1).encode(), new=True)
+        picture = base64.b64decode(stack.records[-1].preview)
+        if picture.startswith(b"\xff\xd8"):
+            write_whole(out / f"{name}.preview.jpg", picture, new=True)
     return path
+
+
+def _metadata(stack: ConceptStack, name: str, triggers: list[str]) -> dict[str, str]:
+    """What web UIs, kohya's programs and model sites read in a LoRA's file."""
+    rank, preset, v = str(stack.rank), stack.base.preset, stack.base.prediction == "v_prediction"
+    architecture, version, _ = _SPOKEN_OF.get(preset, _SD1)
+    if preset == "sd2" and v:
+        architecture, version = "stable-diffusion-v2-768-v", "sd_v2_v"
+    return {
+        "modelspec.sai_model_spec": "1.0.0",
+        "modelspec.architecture": f"{architecture}/lora",
+        "modelspec.implementation": "comfy-continual-lora",
+        "modelspec.title": name,
+        "modelspec.trigger_phrase": ", ".join(triggers),
+        "ss_output_name": name,
+        "ss_base_model_version": version,
+        "ss_network_module": "networks.lora",
+        "ss_network_dim": rank,
+        "ss_network_alpha": rank,
+        "ss_tag_frequency": json.dumps({"concepts": dict.fromkeys(triggers, 1)}),
+        **({"ss_v2": "True"} if preset == "sd2" else {}),
+        **({"modelspec.prediction_type": "v"} if v else {}),
+    }

@@ -8,20 +8,16 @@ Every draw is a function of (seed, step), so a run that was stopped and goes on 
 
 from __future__ import annotations
 
-import hashlib
-import json
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from PIL.Image import Image
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
 from torch import Tensor, nn
 
 from .checkpoint.backbone import Backbone
@@ -29,6 +25,7 @@ from .checkpoint.narrow import number_for, recast
 from .concepts import to_pil
 from .diffusion import generator_for, loss_per_example, noised, one_of, random_batch, timestep_weight
 from .errors import SettingError, TrainingError
+from .files import set_aside
 from .lora import Adapter, attached, joined
 from .methods import METHODS
 from .methods.method import Penalty
@@ -36,7 +33,7 @@ from .parallel import average, is_first, shares
 from .progress import OnProgress, Progress
 from .sample import draw
 from .settings import MEANS, ConsolidateSettings, DrawSettings, LearnSettings
-from .store import write_whole
+from .snapshot import DamagedSnapshot, Snapshot, identity, read_snapshot, write_snapshot
 from .textspace import Apart
 
 
@@ -60,6 +57,7 @@ class Lesson:
     shown: Sequence[str] = ()  # names of what the preview pictures show
     weights: Sequence[Tensor] | None = None  # (1, h, w): what of each latent is learned from; None: all of it alike
     space: Tensor | None = None  # (d, d); None: those of the text features themselves
+    source: Mapping[str, str] = field(default_factory=dict)  # what it is learned from, by name: words, hashes
 
 
 @dataclass(frozen=True)
@@ -88,15 +86,12 @@ def learn(backbone: Backbone, lesson: Lesson, settings: LearnSettings, snapshot:
         if trains_adapter:
             groups.append({"params": list(factors.values()), "lr": settings.rate, "weight_decay": 0.01})
         trained = {"word": vector, **(factors if trains_adapter else {})}
-        start = {"word": {"": lesson.word}, "adapter": lesson.adapter, "beneath": lesson.beneath}
-        start["weights"] = {str(i): weight for i, weight in enumerate(lesson.weights or [])}
-        start["space"] = {} if lesson.space is None else {"": lesson.space}
-        who = identity(backbone, settings, latents, start, lesson.prompts)
         assert settings.steps
         optimizer = optimizer_for(groups, settings)
         if lesson.space is not None:
             _step_in(lesson.space.to(backbone.device), optimizer, [p for name, p in factors.items() if name.endswith(".A")])
-        run = Run("learn", trained, optimizer, settings, settings.steps, backbone.gradient_scale, snapshot, who)
+        asked = asked_for(backbone, settings, lesson.source, lesson.prompts)
+        run = Run("learn", trained, optimizer, settings, settings.steps, backbone.gradient_scale, snapshot, asked)
 
         def terms(step: int, rows: slice) -> dict[str, Tensor]:
             generator = generator_for(settings.seed, step)
@@ -157,10 +152,11 @@ class Run:
 
     def __init__(
         self, stage: str, parameters: Mapping[str, nn.Parameter], optimizer: torch.optim.Optimizer, settings: ConsolidateSettings,
-        steps: int, scale: float, path: Path, identity: str,
+        steps: int, scale: float, path: Path, asked: dict[str, Any],
     ) -> None:  # fmt: skip
         self.stage, self.parameters, self.optimizer, self.settings = stage, parameters, optimizer, settings
-        self.steps, self.scale, self.path, self.identity = steps, scale, path, identity
+        self.steps, self.scale, self.path = steps, scale, path
+        self.asked, self.identity = asked, identity(asked)
         self.step, self.losses, self.whole = 0, [], True
 
     def train(self, terms: Callable[[int, slice], dict[str, Tensor]], n: int, on_progress: OnProgress) -> None:
@@ -168,7 +164,7 @@ class Run:
 
         Whatever stops it between two steps leaves a snapshot, want of memory too. Errors: TrainingError when the loss is not a number.
         """
-        self.resume()
+        note = self.resume()
         rates = [group["lr"] for group in self.optimizer.param_groups]
         started, first = time.monotonic(), self.step
         try:
@@ -180,7 +176,8 @@ class Run:
                     self.save()
                 left = (time.monotonic() - started) / (self.step - first) * (self.steps - self.step)
                 parts = found if len(found) > 1 else {}
-                on_progress(Progress(self.stage, self.step, self.steps, self.losses[-1], self.optimizer.param_groups[-1]["lr"], left, parts))
+                rate, note_now, note = self.optimizer.param_groups[-1]["lr"], note, ""
+                on_progress(Progress(self.stage, self.step, self.steps, self.losses[-1], rate, left, parts, note=note_now))
         except TrainingError:
             raise
         except BaseException:
@@ -225,30 +222,55 @@ class Run:
         for name, p in self.parameters.items():
             for key, value in self.optimizer.state.get(p, {}).items():
                 tensors[f"state.{key}.{name}"] = value.cpu() if isinstance(value, Tensor) else torch.tensor(value)
-        header = {"identity": self.identity, "step": str(self.step), "losses": json.dumps(self.losses)}
         try:
-            write_whole(self.path, save({k: v.contiguous() for k, v in tensors.items()}, header))
+            write_snapshot(self.path, Snapshot(self.identity, self.step, self.losses, self.asked, tensors))
         except OSError as error:
             raise TrainingError(
                 f"The snapshot {self.path} can't be written ({error.strerror or error}): no room or no permission there. "
                 f"Learning stopped at step {self.step}; the concepts stored before are untouched. Make room and give the same command again."
             ) from None
 
-    def resume(self) -> None:
-        """Go on from the snapshot if there is a readable one of this very run."""
+    def resume(self) -> str:
+        """Go on from the snapshot if there is one of this very run; what there is to say about it.
+
+        One that is damaged, or of another run, is renamed and so kept. Errors: TrainingError for one that this user may not read.
+        """
+        if not self.path.exists():
+            return ""
         try:
-            with safe_open(self.path, framework="pt") as file:
-                header = file.metadata() or {}
-                if header.get("identity") != self.identity:
-                    return
-                tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - not a dict
-        except (OSError, SafetensorError):
-            return
-        self.step, self.losses = int(header["step"]), json.loads(header["losses"])
+            found = read_snapshot(self.path)
+            if found.identity != self.identity:
+                other = self.path.with_name(f"{self.path.name}.{found.identity[:12]}")
+                return f"The snapshot that was here is another run's, at step {found.step}. It is {self._moved(other).name} now."
+            self._go_on_from(found)
+        except OSError as error:
+            raise TrainingError(
+                f"The snapshot {self.path} can't be read ({error.strerror or error}), and starting from scratch would overwrite it. "
+                "Allow reading it, or move it away."
+            ) from None
+        except DamagedSnapshot as error:
+            return f"The snapshot {self.path.name} is damaged ({error}). It is {self._moved().name} now, and the run begins at step 1."
+        return f"Going on from step {self.step} of {self.steps}."
+
+    def _moved(self, target: Path | None = None) -> Path:
+        """Where the snapshot that can't be used is kept; one of several processes moves it."""
+        if is_first():
+            if target is None:
+                return set_aside(self.path)
+            self.path.replace(target)
+        return target or self.path
+
+    def _go_on_from(self, found: Snapshot) -> None:
+        """Errors: DamagedSnapshot, with nothing changed, where it does not fit this run."""
+        values = {name: found.tensors.get(f"value.{name}") for name in self.parameters}
+        fits = all(value is not None and value.shape == self.parameters[name].shape for name, value in values.items())
+        if not fits or not 0 <= found.step <= self.steps or len(found.losses) != found.step:
+            raise DamagedSnapshot("it does not fit this run")
+        self.step, self.losses = found.step, found.losses
         with torch.no_grad():
             for name, p in self.parameters.items():
-                p.copy_(tensors[f"value.{name}"])
-                state = {k.split(".", 2)[1]: v for k, v in tensors.items() if k.startswith("state.") and k.split(".", 2)[2] == name}
+                p.copy_(found.tensors[f"value.{name}"])
+                state = {k.split(".", 2)[1]: v for k, v in found.tensors.items() if k.startswith("state.") and k.split(".", 2)[2] == name}
                 self.optimizer.state[p] = {k: _as_it_was(k, v, p.device) for k, v in state.items()}
 
 
@@ -292,18 +314,10 @@ def _step_in(space: Tensor, optimizer: torch.optim.Optimizer, rows: Sequence[nn.
     optimizer.register_step_post_hook(turn_back)
 
 
-def identity(
-    backbone: Backbone, settings: ConsolidateSettings, latents: Sequence[Tensor], start: Mapping[str, Adapter | None],
-    prompts: Sequence[Sequence[str]] = (),
-) -> str:  # fmt: skip
-    """A hash of all that decides how a run goes; a snapshot is used only by the very run that wrote it."""
-    choices = {k: v for k, v in asdict(settings).items() if k not in MEANS}
-    digest = hashlib.sha256(json.dumps([backbone.fingerprint, prompts, choices]).encode())
-    tensors = {f"{part}/{name}": tensor for part, adapter in start.items() for name, tensor in (adapter or {}).items()}
-    tensors |= {f"latents/{i}": latent for i, latent in enumerate(latents)}
-    for name, tensor in sorted(tensors.items()):
-        digest.update(name.encode() + tensor.detach().float().cpu().numpy().tobytes())
-    return digest.hexdigest()
+def asked_for(backbone: Backbone, settings: ConsolidateSettings, source: Mapping[str, Any], prompts: Sequence[Sequence[str]] = ()) -> dict[str, Any]:
+    """What a run is asked for, which its snapshot remembers: `source`, the checkpoint, the prompts, the settings that decide how it goes."""
+    choices = {name: value for name, value in asdict(settings).items() if name not in MEANS}
+    return {**source, "checkpoint": backbone.fingerprint, "prompts": prompts, "settings": choices}
 
 
 def preview(backbone: Backbone, words: Mapping[str, Tensor], names: Sequence[str]) -> Image:

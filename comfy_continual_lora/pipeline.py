@@ -11,8 +11,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import KW_ONLY, asdict, dataclass, field, replace
 from datetime import datetime, timezone
@@ -22,22 +23,23 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from safetensors import safe_open
 
-from . import classifier, concepts, dsc, foreign, parallel, sample, solve, store, textspace
+from . import classifier, concepts, dsc, foreign, parallel, sample, solve, stackfile, store, textspace
 from . import evaluate as evaluation
 from . import plan as planning
 from .checkpoint.backbone import Backbone, FrozenText
 from .checkpoint.load import fingerprint, load_backbone
-from .errors import ConceptImagesError, SettingError, StackError, TrainingError
+from .errors import ConceptImagesError, SettingError, StackError, TokenError, TrainingError
 from .export import Exported, export_files
+from .files import STACKS, check_names, real_file, snapshot_path, snapshots_of
 from .fisher import Target, fisher
-from .learn import Learned, Lesson, learn, number_format, preview
-from .lora import Adapter, attached, grown, kind_of, new_adapter, rank_of
+from .learn import Learned, Lesson, asked_for, learn, number_format, preview
+from .lora import Adapter, attached, grown, kind_of, layers_of, new_adapter, rank_of
 from .methods import METHODS
 from .methods.method import Penalty
 from .progress import OnProgress, Progress, ignore
 from .settings import MEANS, TEMPLATES, ConsolidateSettings, DrawSettings, EvaluateSettings, LearnSettings, ScoreSettings, SolveSettings
+from .snapshot import identity, other_runs
 
 
 @dataclass(frozen=True)
@@ -56,12 +58,13 @@ class Request:
 
 @dataclass(frozen=True)
 class LearnRequest(Request):
-    """Teach one concept: `images` is a folder or a list of files."""
+    """Teach one concept: `images` is a folder or a list of files. `replace`: in place of the newest concept, if that has this word."""
 
     images: Path | list[Path]
     token: str
     noun: str
     settings: LearnSettings = field(default_factory=LearnSettings)
+    replace: bool = False
 
     @property
     def digest(self) -> str:
@@ -184,9 +187,15 @@ def _learn_concept(request: LearnRequest, on_progress: OnProgress) -> LearnResul
     request.settings.check()
     concepts.find_images(request.images)  # the cheapest mistakes first, before a checkpoint is loaded
     path = request.stack_file
+    concepts.check_spelling(request.token)
+    concepts.check_noun(request.noun)
+    check_names(path, request.token)
     backbone = _load(request, on_progress, request.settings.precision)
     with _writing(path):
         stack = _stack(request, backbone)
+        kind = "learned"
+        if request.replace and stack.find(request.token) is not None:
+            stack, kind = _without_newest(stack, request.token), "replaced"  # in memory: on disk it stays until the new one is stored
         concepts.check_token(request.token, stack.tokens, backbone.is_known_word)
         if not request.noun.strip():
             raise SettingError("The class noun is empty. Say in one or two words what the thing is, such as teapot or cat.")
@@ -195,15 +204,17 @@ def _learn_concept(request: LearnRequest, on_progress: OnProgress) -> LearnResul
         latents, method = _latents(backbone, pictures, settings), METHODS[settings.method]
         memory = _memory(backbone, stack, settings, request.noun, on_progress, solves=method.consolidation == "closed form")
         lesson = _lesson(backbone, request, stack, settings, pictures, latents, memory)
-        learned = learn(backbone, lesson, settings, _snapshot(path, request.token), on_progress)
+        run = _Run(path, request.token, asked_for(backbone, settings, lesson.source, lesson.prompts))
+        run.tell_of_others(on_progress)
+        learned = learn(backbone, lesson, settings, run.snapshot(), on_progress)
         record = _record(request, settings, pictures, learned, stack)
         text = FrozenText(backbone, {**stack.tokens, request.token: learned.word})
-        newest = _Newest(backbone, stack, record, latents, text, lesson.penalty, settings, on_progress)
+        newest = _Newest(backbone, stack, record, latents, text, lesson.penalty, settings, lesson.source, on_progress)
         adapter = learned.adapter
         if stack.tau is None:
             stack.tau = newest.calibrated(adapter)
         if method.consolidation in ("distillation", "scores") and adapter and newest.past:
-            adapter, _ = newest.consolidated(adapter, method.consolidation == "scores", path)
+            adapter, _ = newest.consolidated(adapter, method.consolidation == "scores", run.snapshot("dsc"))
         parallel.wait()  # until all have read the stack that is to be written now
         if not parallel.is_first():
             return LearnResult(record, learned.losses, path)
@@ -218,9 +229,8 @@ def _learn_concept(request: LearnRequest, on_progress: OnProgress) -> LearnResul
             with attached(backbone, stack.adapter):
                 both = preview(backbone, stack.tokens, [record.name, stack.records[0].name])
             on_progress(Progress("preview", 1, 1, preview=both))
-        store.save_stack(stack, path)
-        for part in ("", "dsc"):
-            _snapshot(path, request.token, part).unlink(missing_ok=True)
+        store.save_stack(stack, path, store.change(kind, [record]))
+        run.done()
     return LearnResult(record, learned.losses, path)
 
 
@@ -243,26 +253,30 @@ def consolidate(request: ConsolidateRequest, on_progress: OnProgress = ignore) -
         pictures = concepts.load_images(request.images, settings.size or backbone.size, fit=settings.fit)
         memory = _memory(backbone, stack, settings, record.noun, on_progress)
         penalty = _penalty(backbone, stack, settings, _held(memory, stack, settings))
-        newest = _Newest(backbone, stack, record, _latents(backbone, pictures, settings), text, penalty, settings, on_progress)
+        source = _source(stack, request.images, token=record.token, noun=record.noun)
+        newest = _Newest(backbone, stack, record, _latents(backbone, pictures, settings), text, penalty, settings, source, on_progress)
         if not newest.past:
             raise StackError(f"There is nothing to consolidate: no concept before {record.token} in {path} has a LoRA.")
-        consolidated, losses = newest.consolidated(adapter, True, path)
+        run = _Run(path, record.token, asked_for(backbone, settings, source))
+        run.tell_of_others(on_progress)
+        consolidated, losses = newest.consolidated(adapter, True, run.snapshot("dsc"))
         if had_fisher:
             stack.fishers[record.id] = newest.fisher(consolidated)
         record = replace(record, consolidated=request.digest)
         stack.add(record, word, consolidated)
         stack.before, stack.rank = adapter, record.settings.get("rank", stack.rank)
-        store.save_stack(stack, path)
-        _snapshot(path, record.token, "dsc").unlink(missing_ok=True)
+        store.save_stack(stack, path, store.change("consolidated", [record]))
+        run.done()
     return LearnResult(record, losses, path)
 
 
 @_telling_memory()
 def consolidate_in_closed_form(request: SolveRequest, on_progress: OnProgress = ignore) -> solve.Consolidated:
     """Solve for the one LoRA that does to every concept's prompts what the adapter right after it did. No pictures, no U-Net, no chance."""
-    with _changing(request, on_progress) as (backbone, stack):
+    with _changing(request, on_progress) as (backbone, stack, changed):
         if len(stack.records) < 2 or stack.adapter is None:
             raise StackError(f"There is nothing to consolidate: {request.stack_file} needs two concepts at least, learned with a LoRA.")
+        changed("solved", stack.records)
         return solve.consolidated(backbone, stack, request.settings, on_progress)
 
 
@@ -275,21 +289,27 @@ def select(request: SolveRequest, tokens: Sequence[str], on_progress: OnProgress
 
 def forget(request: SolveRequest, token: str, on_progress: OnProgress = ignore) -> store.ConceptRecord:
     """Take any one concept off the stack, and what the adapters since then know of it."""
-    with _changing(request, on_progress) as (backbone, stack):
-        return solve.forgotten(backbone, stack, token, request.settings, on_progress)
+    with _changing(request, on_progress) as (backbone, stack, changed):
+        record = solve.forgotten(backbone, stack, token, request.settings, on_progress)
+        changed("forgot", [record])
+        return record
 
 
 def merge(request: SolveRequest, other: Path, on_progress: OnProgress = ignore) -> dict[str, str]:
     """Put the concepts of another stack of the same checkpoint on this one, but for those it has; returns the words that had to be renamed."""
     store.open_stack(other)
-    with _changing(request, on_progress) as (backbone, stack):
-        second = store.load_stack(other, backbone.fingerprint)
-        return solve.merged(backbone, stack, second, request.settings, on_progress)
+    with _changing(request, on_progress) as (backbone, stack, changed):
+        second, known = _fitting(store.load_stack(other, backbone.fingerprint), other, backbone), set(stack.words)
+        renamed = solve.merged(backbone, stack, second, request.settings, on_progress)
+        if new := [record for record in stack.records if record.id not in known]:
+            changed("merged", new)
+        return renamed
 
 
 def import_concept(request: ImportRequest, on_progress: OnProgress = ignore) -> store.ConceptRecord:
     """Put a K/V LoRA that another program made on the stack, as one concept."""
-    with _changing(request, on_progress) as (backbone, stack):
+    concepts.check_noun(request.noun)
+    with _changing(request, on_progress) as (backbone, stack, changed):
         concepts.check_token(request.token, stack.tokens, backbone.is_known_word)
         if bool(request.embedding) == bool(request.trigger):
             raise SettingError("An imported concept needs its word: either --embedding FILE or --trigger WORD, and not both.")
@@ -304,18 +324,28 @@ def import_concept(request: ImportRequest, on_progress: OnProgress = ignore) -> 
         second = store.ConceptStack(stack.fingerprint, rank=rank_of(adapter))
         second.add(record, word, adapter)
         solve.merged(backbone, stack, second, request.settings, on_progress)
+        changed("imported", [record])
         return record
 
 
 @contextmanager
-def _changing(request: SolveRequest | ImportRequest, on_progress: OnProgress) -> Iterator[tuple[Backbone, store.ConceptStack]]:
-    """The checkpoint and its stack, which is stored when the block ends well and is as it was when it does not."""
+def _changing(request: SolveRequest | ImportRequest, on_progress: OnProgress) -> Iterator[tuple[Backbone, store.ConceptStack, _SayChange]]:
+    """The checkpoint, its stack, and how to say what was changed.
+
+    The stack is stored when the block ends well, and is as it was when it does not.
+    """
     request.settings.check()
+    check_names(request.stack_file)
     backbone = _load(request, on_progress)
+    said: list[store.Change] = []
     with store.writing(request.stack_file):
         stack = _stack(request, backbone)
-        yield backbone, stack
-        store.save_stack(stack, request.stack_file)
+        yield backbone, stack, lambda kind, records: said.append(store.change(kind, records))
+        if said:
+            store.save_stack(stack, request.stack_file, said[-1])
+
+
+_SayChange = Callable[[str, Sequence[store.ConceptRecord]], None]
 
 
 def plan(request: LearnRequest) -> planning.Plan:
@@ -408,11 +438,9 @@ def info(checkpoint: Path, stack: Path | None = None) -> dict[str, Any]:
             "rank": None,
             "trainable_parameters": 0,
         }
-    header = store.read_header(path)
-    with safe_open(path, framework="pt") as file:
-        sizes = {key: file.get_slice(key).get_shape() for key in file.keys()}  # noqa: SIM118 - not a dict
+    header, shapes = stackfile.read_shapes(path)
     newest = f"word.{header['concepts'][-1]['id']}" if header["concepts"] else ""
-    trainable = sum(int(torch.Size(size).numel()) for key, size in sizes.items() if key.startswith("adapter.") or key == newest)
+    trainable = sum(math.prod(shape.sizes) for key, shape in shapes.items() if key.startswith("adapter.") or key == newest)
     return {
         "concepts": header["concepts"], "stack_file": str(path), "fingerprint": header["fingerprint"], "rank": header["rank"],
         "trainable_parameters": trainable,
@@ -421,25 +449,37 @@ def info(checkpoint: Path, stack: Path | None = None) -> dict[str, Any]:
 
 def export(
     checkpoint: Path, out: Path, *, embeddings: Path | None = None, stack: Path | None = None, format: str = "kohya", only: Sequence[str] = (),
-    device: str = "auto", on_progress: OnProgress = ignore,
+    remove_superseded: bool = False, device: str = "auto", on_progress: OnProgress = ignore,
 ) -> Exported:  # fmt: skip
     """Write the stack as one LoRA and one embedding a word; `embeddings` is the words' folder if it is another, `format` one of settings.FORMATS.
 
     `only`: tokens of the concepts to solve a LoRA for, which needs the checkpoint loaded, on `device`; else it is not even opened.
+    `remove_superseded`: also remove this stack's earlier exports of the same concepts, which are listed otherwise.
     """
     request = SolveRequest(checkpoint, stack=stack, device=device)
     held = select(request, only, on_progress) if only else store.open_stack(request.stack_file)
-    return export_files(held, out, embeddings or out, checkpoint.stem, format)
+    name = request.stack_file.name.removesuffix(STACKS).removesuffix(".safetensors")
+    return export_files(held, out, embeddings or out, name, format, only, remove_superseded)
 
 
-def undo(checkpoint: Path, stack: Path | None = None) -> store.ConceptRecord:
-    """Take the newest concept off the stack; the earlier ones are again exactly what they were before it was learned."""
-    path = stack or store.stack_path(checkpoint)
-    with store.writing(path):
-        held = store.open_stack(path)
-        record = held.undo()
-        store.save_stack(held, path)
-    return record
+def undo(checkpoint: Path, stack: Path | None = None, version: int | None = None) -> store.Undone:
+    """Take the last change of the stack back, whatever it was. `version`: the version that is meant, if it has to be that one."""
+    return store.undo(stack or store.stack_path(checkpoint), version)
+
+
+def history(checkpoint: Path, stack: Path | None = None) -> list[store.Version]:
+    """The stack's versions that are kept, the newest first."""
+    return stackfile.versions(stack or store.stack_path(checkpoint))
+
+
+def restore(checkpoint: Path, number: int, stack: Path | None = None) -> store.Version:
+    """Go to a version of the history; the one in use now stays in it."""
+    return store.restore(stack or store.stack_path(checkpoint), number)
+
+
+def keep_versions(checkpoint: Path, count: int, stack: Path | None = None) -> None:
+    """How many earlier versions the stack keeps from now on."""
+    store.keep_versions(stack or store.stack_path(checkpoint), count)
 
 
 @contextmanager
@@ -456,9 +496,40 @@ def _load(request: Request, on_progress: OnProgress, precision: str = "auto") ->
 
 def _stack(request: Request, backbone: Backbone) -> store.ConceptStack:
     """The checkpoint's stack, which knows the checkpoint."""
-    stack = store.load_stack(request.stack_file, backbone.fingerprint)
+    stack = _fitting(store.load_stack(request.stack_file, backbone.fingerprint), request.stack_file, backbone)
     stack.base = store.Base(backbone.preset, backbone.prediction, backbone.word_widths)
     return stack
+
+
+def _fitting(stack: store.ConceptStack, path: Path, backbone: Backbone) -> store.ConceptStack:
+    """The same stack. Errors: StackError where its words or layers are not those of the checkpoint, whatever its fingerprint says."""
+    wrong = StackError(
+        f"The concept stack {path} does not fit this checkpoint, whatever its header says. Get it again, or restore an earlier version."
+    )
+    if any(word.shape[1] != backbone.word_width for word in stack.words.values()):
+        raise wrong
+    known = {name: tuple(layer.weight.shape) for name, layer in backbone.kv_layers.items()}
+    for adapter in filter(None, (stack.adapter, stack.before, *stack.pool.values(), *stack.wishes.values(), *stack.fishers.values())):
+        layers = layers_of(adapter)
+        if layers.keys() != known.keys() or not all(_parts_fit(parts, *known[layer]) for layer, parts in layers.items()):
+            raise wrong
+    return stack
+
+
+def _parts_fit(parts: Mapping[str, torch.Tensor], out: int, width: int) -> bool:
+    """Whether a layer's matrices (r, width), (out, r), (out, width) or (out,) have the layer's numbers of outputs and inputs."""
+    rows_fit = all(len(tensor) == out for letter, tensor in parts.items() if letter in "BbDW")
+    return rows_fit and all(tensor.shape[1] == width for letter, tensor in parts.items() if letter in "ADW")
+
+
+def _without_newest(stack: store.ConceptStack, token: str) -> store.ConceptStack:
+    """The stack as it was before its newest concept. Errors: TokenError where that is not the one of this word."""
+    newest = stack.records[-1]
+    if newest.token.lower() != token.lower():
+        raise TokenError(
+            f"{token} can't be replaced: {newest.token} was learned after it and builds on it. Forget {token} first, or choose another word."
+        )
+    return stack.as_of(len(stack.records) - 1)
 
 
 def _with_rank_of(stack: store.ConceptStack, settings: LearnSettings) -> LearnSettings:
@@ -472,9 +543,48 @@ def _with_rank_of(stack: store.ConceptStack, settings: LearnSettings) -> LearnSe
     return LearnSettings(**{**asdict(settings), "rank": stack.rank})
 
 
-def _snapshot(path: Path, token: str, part: str = "") -> Path:
-    """Where an unfinished run of this token waits; the ending keeps it out of the hosts' checkpoint lists."""
-    return path.with_name(f"{path.name.removesuffix('.safetensors')}.{token}.{part + '.' if part else ''}snapshot")
+@dataclass(frozen=True)
+class _Run:
+    """The snapshots of one run that learns or consolidates a concept."""
+
+    stack_file: Path
+    token: str
+    asked: dict[str, Any]
+
+    def snapshot(self, part: str = "") -> Path:
+        return snapshot_path(real_file(self.stack_file), self.token, identity(self.asked)[:12], part)
+
+    def tell_of_others(self, on_progress: OnProgress) -> None:
+        """Unfinished runs of the same word are kept, and the user hears of them."""
+        if parallel.is_first():
+            own = (self.snapshot(), self.snapshot("dsc"))
+            files = [p for p in snapshots_of(real_file(self.stack_file), self.token) if p not in own]
+            for note in other_runs(files, self.asked):
+                on_progress(Progress("load", 1, 1, note=note))
+
+    def done(self) -> None:
+        """What was unfinished is stored."""
+        for part in ("", "dsc"):
+            self.snapshot(part).unlink(missing_ok=True)
+
+
+def _source(stack: store.ConceptStack, images: Path | list[Path], **words: str) -> dict[str, str]:
+    """What a run learns from, and where it starts: words, a hash of the files, a hash of the stack as it is stored."""
+    pictures, start = hashlib.sha256(), hashlib.sha256()
+    for path in concepts.find_images(images):
+        pictures.update(_content(path))
+    adapters = {"adapter": stack.adapter, "before": stack.before}
+    adapters |= {f"{part}.{one}": a for part in ("pool", "wishes", "fishers") for one, a in getattr(stack, part).items()}
+    tensors = {f"{part}.{name}": t for part, adapter in adapters.items() for name, t in (adapter or {}).items()}
+    for name, tensor in sorted({**tensors, **stack.words}.items()):
+        start.update(name.encode() + tensor.contiguous().numpy().tobytes())
+    return {**words, "pictures": pictures.hexdigest(), "start": start.hexdigest()}
+
+
+def _content(path: Path) -> bytes:
+    """What a picture file, its caption and its mask say."""
+    mask = concepts.mask_file(path)
+    return path.read_bytes() + (concepts.caption_of(path) or "").encode() + (mask.read_bytes() if mask else b"")
 
 
 def _latents(backbone: Backbone, pictures: concepts.ConceptImages, settings: ConsolidateSettings) -> list[torch.Tensor]:
@@ -523,7 +633,8 @@ def _lesson(
         masks = zip(_mirrored(pictures.masks, settings), latents, strict=True)
         weights = [F.interpolate(mask[None], latent.shape[-2:], mode="area")[0].to(latent.device) for mask, latent in masks]
     beneath = stack.adapter if anew else None
-    return Lesson(latents, prompts, request.token, stack.tokens, adapter, word, penalty, apart, beneath, shown, weights, space)
+    source = _source(stack, request.images, token=request.token, noun=request.noun)
+    return Lesson(latents, prompts, request.token, stack.tokens, adapter, word, penalty, apart, beneath, shown, weights, space, source)
 
 
 def _memory(
@@ -565,6 +676,7 @@ class _Newest:
     text: FrozenText
     penalty: Penalty | None
     settings: LearnSettings
+    source: Mapping[str, str]
     on_progress: OnProgress
 
     @property
@@ -592,12 +704,13 @@ class _Newest:
             found = classifier.calibration_errors(self.backbone, self.latents, features, draws, 2 * self.rows, self.on_progress)
         return classifier.calibrate(found)
 
-    def consolidated(self, adapter: Adapter, scores: bool, path: Path) -> tuple[Adapter, list[float]]:
+    def consolidated(self, adapter: Adapter, scores: bool, snapshot: Path) -> tuple[Adapter, list[float]]:
         past = [(name, grown(one, rank_of(adapter)) if kind_of(one) == "lora" else one) for name, one in self.past]
         teachers = dsc.Teachers((self.record.name, adapter), past, self.record.noun)
-        snapshot = _snapshot(path, self.record.token, "dsc")
         tau = self.tau if scores else None
-        return dsc.consolidate(self.backbone, self.latents, teachers, self.text, tau, self.penalty, self.settings, snapshot, self.on_progress)
+        return dsc.consolidate(
+            self.backbone, self.latents, teachers, self.text, tau, self.penalty, self.settings, snapshot, self.on_progress, self.source
+        )
 
     def fisher(self, adapter: Adapter) -> Adapter:
         tau = self.tau if METHODS[self.settings.method].importance == "scores" else None
@@ -614,8 +727,7 @@ def _digest(images: Path | list[Path], settings: ConsolidateSettings, *words: st
     choices = {k: v for k, v in asdict(settings).items() if k not in MEANS and v != usual[k]}
     digest = hashlib.sha256(json.dumps([*words, choices], sort_keys=True).encode())
     for path in concepts.find_images(images):
-        mask = concepts.mask_file(path)
-        digest.update(path.read_bytes() + (concepts.caption_of(path) or "").encode() + (mask.read_bytes() if mask else b""))
+        digest.update(_content(path))
     return digest.hexdigest()
 
 

@@ -22,6 +22,7 @@ class Progress:
     seconds_left: float | None = None
     parts: dict[str, float] = field(default_factory=dict)
     preview: Image | None = None
+    note: str = ""  # a sentence for the user, such as where a stopped run goes on
 
 
 OnProgress = Callable[[Progress], None]

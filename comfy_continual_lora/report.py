@@ -14,6 +14,7 @@ from PIL import Image, ImageDraw
 from .concepts import fitted, read_image
 from .curves import smoothed
 from .evaluate import Retention
+from .imagefile import is_own, save_own
 from .pipeline import Drawn, Scored
 
 _STYLE = """
@@ -36,7 +37,7 @@ def grid(images: Sequence[Image.Image], columns: int, gap: int = 4) -> Image.Ima
 
 
 def save_pictures(drawn: Sequence[Drawn], folder: Path) -> list[Path]:
-    """One PNG a picture, named after its prompt and seed, and grid.png when there are several. Nothing is overwritten but the grid."""
+    """One PNG a picture, named after its prompt and seed, and grid.png when there are several. Nothing is overwritten but a grid of ours."""
     folder.mkdir(parents=True, exist_ok=True)
     files = []
     for picture in drawn:
@@ -48,8 +49,9 @@ def save_pictures(drawn: Sequence[Drawn], folder: Path) -> list[Path]:
         files.append(path)
     if len(drawn) > 1:
         per_prompt = sum(d.prompt == drawn[0].prompt for d in drawn)
-        files.append(folder / "grid.png")
-        grid([d.image for d in drawn], per_prompt if per_prompt > 1 else min(len(drawn), 4)).save(files[-1])
+        names = (folder / f"grid{f'-{n}' if n else ''}.png" for n in range(10_000))
+        files.append(next(path for path in names if not path.exists() or is_own(path)))
+        save_own(grid([d.image for d in drawn], per_prompt if per_prompt > 1 else min(len(drawn), 4)), files[-1])
     return files
 
 

@@ -260,7 +260,7 @@ def selected(backbone: Backbone, stack: ConceptStack, tokens: Sequence[str], set
     if not numbers:
         raise StackError(f"No concept was named. The stack knows {_known(stack)}.")
     _refuse_vera(stack)
-    adapters, found = adapters_of(stack), ConceptStack(stack.fingerprint, tau=stack.tau, base=stack.base)
+    adapters, found = adapters_of(stack), ConceptStack(stack.fingerprint, tau=stack.tau, base=stack.base, identity=stack.identity)
     memory = Memory(backbone, [stack.records[n].noun for n in numbers])
     for done, number in enumerate(numbers):
         on_progress(Progress("solve", done, len(numbers)))
@@ -314,7 +314,7 @@ def merged(
     of them is no LoRA and the other is, and where both are VeRA.
     """
     if not stack.records:
-        vars(stack).update({**vars(second), "base": stack.base})
+        vars(stack).update({**vars(second), "base": stack.base, "identity": stack.identity, "history": stack.history})
         return {}
     known = {record.id for record in stack.records}  # of a beginning that both have in common
     new = [(record, adapter) for record, adapter in zip(second.records, adapters_of(second), strict=True) if record.id not in known]
@@ -366,7 +366,7 @@ def _new_names(first: ConceptStack, tokens: Sequence[str]) -> dict[str, str]:
     taken = known | {token.lower() for token in tokens}
     for token in tokens:
         if token.lower() in known:
-            renamed[token] = next(name for n in range(2, 10_000) if (name := f"{token}_{n}").lower() not in taken)
+            renamed[token] = next(name for n in range(2, 10_000) if (name := f"{token[:59]}_{n}").lower() not in taken)
             taken.add(renamed[token].lower())
     return renamed
 

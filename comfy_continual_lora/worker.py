@@ -5,7 +5,8 @@
 in, the first line    {"jobs": [{"job": NAME, "request": {...}}, ...]}     done one after the other
 in, later             {"stop": true}                                       stop between two steps; what was learned is kept
 in, the end           the host is gone: stop likewise, then leave
-out, any number of    {"event": "progress", "stage", "step", "steps", "loss", "rate", "seconds_left", "preview"}      preview: JPEG in base64, or null
+out, any number of    {"event": "progress", "stage", "step", "steps", "loss", "rate", "seconds_left", "preview", "note"}
+                      preview: JPEG in base64, or null; note: a sentence for the user, or nothing
 out, the last         {"event": "done", "results": {NAME: {...}}}
                       {"event": "failed", "message": ..., "kind": ...}     kind: a class of `errors`, else "Bug" with the traceback as message
                       {"event": "stopped", "message": ...}
@@ -105,25 +106,37 @@ def draw(given: Mapping[str, Any], on_progress: OnProgress) -> dict[str, Any]:
 
 
 def export(given: Mapping[str, Any], on_progress: OnProgress) -> dict[str, Any]:
-    """`out`: folder of the LoRA, `embeddings`: of the words, if it is another; `only`: the words to solve a LoRA for, if not all."""
+    """`out`: folder of the LoRA, `embeddings`: of the words, if it is another; `only`: the words to solve a LoRA for, if not all.
+
+    `remove_superseded`: remove this stack's earlier exports of the same concepts, which are listed otherwise.
+    """
     from . import pipeline
 
     done = pipeline.export(
         Path(given["checkpoint"]), Path(given["out"]), embeddings=_path(given, "embeddings"), stack=_path(given, "stack"),
-        only=given.get("only") or (), device=given.get("device", "auto"), on_progress=on_progress,
+        only=given.get("only") or (), remove_superseded=bool(given.get("remove_superseded")), device=given.get("device", "auto"),
+        on_progress=on_progress,
     )  # fmt: skip
-    return {"lora": str(done.lora) if done.lora else None, "embeddings": [str(p) for p in done.embeddings], "triggers": done.triggers}
+    return done.as_json()
 
 
 def undo(given: Mapping[str, Any], on_progress: OnProgress) -> dict[str, Any]:
+    """`version`: the number of the version that is meant, if the stack may have changed since the user saw it."""
     from . import pipeline
 
-    record = pipeline.undo(Path(given["checkpoint"]), _path(given, "stack"))
-    return {"token": record.token, "noun": record.noun}
+    return dataclasses.asdict(pipeline.undo(Path(given["checkpoint"]), _path(given, "stack"), given.get("version")))
+
+
+def restore(given: Mapping[str, Any], on_progress: OnProgress) -> dict[str, Any]:
+    """`version`: the number of the version to go to."""
+    from . import pipeline
+
+    done = pipeline.restore(Path(given["checkpoint"]), int(given["version"]), _path(given, "stack"))
+    return {"version": done.number, "change": done.change, "tokens": done.tokens}
 
 
 JOBS: dict[str, Callable[[Mapping[str, Any], OnProgress], dict[str, Any]]] = {
-    job.__name__: job for job in (learn, consolidate, closed_form, forget, scores, evaluate, draw, export, undo)
+    job.__name__: job for job in (learn, consolidate, closed_form, forget, scores, evaluate, draw, export, undo, restore)
 }
 
 
@@ -185,7 +198,7 @@ class _Wire:
             preview = base64.b64encode(buffer.getvalue()).decode()
         self.say(
             "progress", stage=progress.stage, step=progress.step, steps=progress.steps, loss=progress.loss, rate=progress.rate,
-            seconds_left=progress.seconds_left, preview=preview,
+            seconds_left=progress.seconds_left, preview=preview, note=progress.note,
         )  # fmt: skip
 
 
@@ -198,7 +211,7 @@ def serve(source: IO[str], target: IO[str], host_gone: Callable[[], object] = la
         wire.say("failed", kind="Bug", message=f"The first line is no list of jobs this worker knows ({error!r}); it knows {', '.join(JOBS)}.")
         return 2
     threading.Thread(target=wire.listen, daemon=True).start()
-    wire.say("progress", stage="start", step=0, steps=1, loss=None, rate=None, seconds_left=None, preview=None)
+    wire.say("progress", stage="start", step=0, steps=1, loss=None, rate=None, seconds_left=None, preview=None, note="")
     try:
         wire.say("done", results={job.__name__: job(request, wire.on_progress) for job, request in jobs})
         return 0

@@ -12,7 +12,7 @@ import pytest
 import comfy_continual_lora
 
 PACKAGE = Path(comfy_continual_lora.__file__).parent
-LIGHT = ("settings", "files", "errors", "progress", "cli", "worker", "__main__")
+LIGHT = ("settings", "files", "stackfile", "errors", "progress", "cli", "worker", "__main__")
 # Every module may import from its own layer and the ones after it.
 LAYERS = (
     ("__main__",),
@@ -26,8 +26,9 @@ LAYERS = (
     ("mini",),
     ("methods",),
     ("ewc", "textspace"),
-    ("store", "concepts", "diffusion", "lora", "metrics", "parallel"),
+    ("store", "concepts", "diffusion", "lora", "metrics", "parallel", "snapshot"),
     ("checkpoint",),
+    ("stackfile", "imagefile"),
     ("progress", "settings", "files", "curves"),
     ("errors",),
 )

@@ -63,8 +63,12 @@ def test_mini_learn_learn_info_draw_undo(tmp_path: Path) -> None:
     assert (out / "retention.png").stat().st_size > 1000
     done = run("consolidate", "--checkpoint", checkpoint, "--images", tmp_path / "V2", "--batch", 3, "--dsc-steps", 2, "--fisher-samples", 4)
     assert "Consolidated V2" in done.stdout, done.stderr
-    assert "Took V2" in run("undo", "--checkpoint", checkpoint).stdout
-    assert "V1" in run("info", "--checkpoint", checkpoint).stdout
+    listed = run("history", "--checkpoint", checkpoint).stdout.splitlines()
+    assert [line.split("MB  ")[1].split("  ")[0] for line in listed[:3]] == ["consolidated V2 fish", "learned V2 fish", "learned V1 ball"]
+    assert "Took back: consolidated V2 fish. The stack now holds V1, V2." in run("undo", "--checkpoint", checkpoint).stdout
+    assert "Took back: learned V2 fish. The stack now holds V1." in run("undo", "--checkpoint", checkpoint).stdout
+    assert "holds V1, V2" in run("restore", "--checkpoint", checkpoint, 3).stdout
+    assert json.loads(run("undo", "--checkpoint", checkpoint, "--version", 3, "--json").stdout)["tokens"] == ["V1", "V2"]
     assert not list(checkpoint.parent.glob("*.snapshot"))
 
 

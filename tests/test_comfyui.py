@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import time
 import urllib.request
 from collections.abc import Iterator
@@ -17,6 +18,8 @@ from comfyui import ComfyUI, error_of, executed, find_comfyui, to_prompt
 from PIL import Image
 from safetensors.torch import load_file
 
+from comfy_continual_lora.files import snapshots_of
+from comfy_continual_lora.snapshot import read_snapshot
 from comfy_continual_lora.store import read_records
 
 FOUND = find_comfyui()
@@ -150,25 +153,87 @@ def test_queued_twice_it_learns_once_and_other_pictures_are_refused(host: ComfyU
 def test_cancel_keeps_and_queueing_again_goes_on(host: ComfyUI) -> None:
     long = learn("cancel", steps=4000)
     job = host.queue(long)
-    snapshot = stack_of(host, "cancel").with_name("mini-sd.cancel.concepts.V1.snapshot")
-    while not snapshot.exists():
+    while not snapshots_of(stack_of(host, "cancel"), "V1"):
         assert job not in host.get(f"/history/{job}")
         time.sleep(0.1)
+    (snapshot,) = snapshots_of(stack_of(host, "cancel"), "V1")
     host.post("/interrupt", {})
     assert host.finished(job)["status"]["status_str"] == "error"
     assert snapshot.exists()
     assert not stack_of(host, "cancel").exists()
-    from safetensors import safe_open
-
-    with safe_open(snapshot, framework="pt") as file:
-        reached = int(file.metadata()["step"])
+    reached = read_snapshot(snapshot).step
     assert reached >= 50
     job = host.queue(long)
     time.sleep(3)
     host.post("/interrupt", {})
     host.finished(job)
-    with safe_open(snapshot, framework="pt") as file:
-        assert int(file.metadata()["step"]) > reached
+    assert read_snapshot(snapshot).step > reached
+    assert not list((host.base / "temp" / "continual_lora").glob("*"))  # the copies of the pictures
+
+
+def test_replacing_is_one_step(host: ComfyUI) -> None:
+    """A refused input and a cancel leave the old concept; then the new one takes its place, and undo brings the old one back."""
+    host.run(learn("replace"))
+    before, replace = stack_of(host, "replace").read_bytes(), {"which": 7, "if_word_exists": "replace the newest"}
+    assert "class noun is empty" in error_of(host.finished(host.queue(learn("replace", noun="", **replace))))
+    long = host.queue(learn("replace", steps=4000, **replace))
+    while not snapshots_of(stack_of(host, "replace"), "V1"):
+        time.sleep(0.1)
+    host.post("/interrupt", {})
+    host.finished(long)
+    assert stack_of(host, "replace").read_bytes() == before
+    told = text_of(host.run(learn("replace", **replace)), "4")
+    assert "Learned V1 fish" in told
+    assert "Another run of V1 was stopped" in told
+    assert "Took back: replaced V1 fish" in undo(host, "replace", version=2)
+    assert [record.noun for record in read_records(stack_of(host, "replace"))] == ["ball"]
+
+
+def undo_graph(stack: str, **inputs: Any) -> dict[str, Any]:
+    return {
+        "1": {"class_type": "ContinualLora_LoadStack", "inputs": {"checkpoint": "mini-sd.safetensors", "stack_name": stack}},
+        "2": {"class_type": "ContinualLora_Undo", "inputs": {"stack": ["1", 0], "token": "", **inputs}},
+        "3": {"class_type": "PreviewAny", "inputs": {"source": ["2", 1]}},
+    }
+
+
+def undo(host: ComfyUI, stack: str, **inputs: Any) -> str:
+    """What Undo Concept says."""
+    return text_of(host.run(undo_graph(stack, **inputs)), "3")
+
+
+def history(host: ComfyUI, stack: str, **inputs: Any) -> str:
+    """What Stack History says."""
+    graph = {
+        "1": {"class_type": "ContinualLora_LoadStack", "inputs": {"checkpoint": "mini-sd.safetensors", "stack_name": stack}},
+        "2": {"class_type": "ContinualLora_History", "inputs": {"stack": ["1", 0], **inputs}},
+        "3": {"class_type": "PreviewAny", "inputs": {"source": ["2", 1]}},
+    }
+    return text_of(host.run(graph), "3")
+
+
+def test_undo_says_what_it_takes_back_and_history_brings_it_back(host: ComfyUI) -> None:
+    """On a stack of two, forget V1 and undo: both are there again."""
+    for token, which in (("V1", 1), ("V2", 2)):
+        host.run(learn("history", token=token, which=which))
+    forget = {
+        "1": {"class_type": "ContinualLora_LoadStack", "inputs": {"checkpoint": "mini-sd.safetensors", "stack_name": "history"}},
+        "2": {"class_type": "ContinualLora_Forget", "inputs": {"stack": ["1", 0], "token": "V1"}},
+    }
+    host.run(forget)
+    data = stack_of(host, "history").read_bytes()
+    assert "Undo takes back: forgot V1 ball" in (told := undo(host, "history"))
+    assert "set version to 3" in told
+    assert "was not the last change" in error_of(host.finished(host.queue(undo_graph("history", token="V2"))))
+    assert stack_of(host, "history").read_bytes() == data
+    assert "Took back: forgot V1 ball" in undo(host, "history", version=3)
+    assert "nothing was done" in undo(host, "history", version=3)
+    assert [record.token for record in read_records(stack_of(host, "history"))] == ["V1", "V2"]
+    assert "* 2: learned V2" in (listed := history(host, "history"))
+    assert "3: forgot V1 ball" in listed
+    assert "* 3: forgot V1 ball" in history(host, "history", restore=3)
+    assert [record.token for record in read_records(stack_of(host, "history"))] == ["V2"]
+    assert len(history(host, "history", keep=0).splitlines()) == 2
 
 
 def test_exported_files_draw_what_apply_draws(host: ComfyUI) -> None:
@@ -206,14 +271,9 @@ def test_undo_is_safe_to_queue_twice(host: ComfyUI) -> None:
     host.run(learn("undo"))
     before = stack_of(host, "undo").read_bytes()
     host.run(learn("undo", token="V2", which=2))
-    undo = {
-        "1": {"class_type": "ContinualLora_LoadStack", "inputs": {"checkpoint": "mini-sd.safetensors", "stack_name": "undo"}},
-        "2": {"class_type": "ContinualLora_Undo", "inputs": {"stack": ["1", 0], "token": "V2"}},
-        "3": {"class_type": "PreviewAny", "inputs": {"source": ["2", 1]}},
-    }
-    assert "Took V2" in text_of(host.run(undo), "3")
+    assert "Took back: learned V2" in undo(host, "undo", token="V2")
     assert load_file(stack_of(host, "undo")).keys() == _tensors(before).keys()
-    assert "nothing was done" in text_of(host.run(undo), "3")
+    assert "nothing was done" in undo(host, "undo", token="V2")
     assert all((load_file(stack_of(host, "undo"))[k] == t).all() for k, t in _tensors(before).items())
 
 
@@ -245,9 +305,11 @@ def test_closed_form_merge_forget_and_import(host: ComfyUI) -> None:
         "1": {"class_type": "ContinualLora_LoadStack", "inputs": {"checkpoint": "mini-sd.safetensors", "stack_name": "theirs"}},
         "2": {"class_type": "ContinualLora_Export", "inputs": {"stack": ["1", 0]}},
         "3": {"class_type": "PreviewAny", "inputs": {"source": ["2", 0]}},
+        "4": {"class_type": "PreviewAny", "inputs": {"source": ["2", 1]}},
     }
-    lora = text_of(host.run(export), "3")
-    words = {"token": "W1", "noun": "", "embedding": "V1.safetensors", "trigger": "", "strength": 1.0}
+    done = host.run(export)
+    lora, word = text_of(done, "3"), re.findall(r"embedding:([\w-]+)", text_of(done, "4"))[0]
+    words = {"token": "W1", "noun": "", "embedding": f"{word}.safetensors", "trigger": "", "strength": 1.0}
     assert f"{lora} is W1 now" in does("Import", lora=lora, **words)
     assert "nothing was done" in does("Import", lora=lora, **words)
     assert [record.token for record in read_records(stack_of(host, "mine"))] == ["V1", "V1_2", "W1"]
@@ -262,13 +324,12 @@ def _tensors(data: bytes) -> dict[str, Any]:
 def test_a_server_killed_in_the_middle_goes_on_after_a_restart(host: ComfyUI) -> None:
     long = learn("killed", steps=120)
     host.queue(long)
-    snapshot = stack_of(host, "killed").with_name("mini-sd.killed.concepts.V1.snapshot")
-    while not snapshot.exists():
+    while not snapshots_of(stack_of(host, "killed"), "V1"):
         time.sleep(0.1)
     host.stop(kill=True)
     host.start()
     assert "Learned V1 ball in 120 steps" in text_of(host.run(long), "4")
-    assert not snapshot.exists()
+    assert not snapshots_of(stack_of(host, "killed"), "V1")
 
 
 def test_a_renamed_checkpoint_is_told_about(host: ComfyUI) -> None:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors import safe_open
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save
 from test_store import _record
 
 from comfy_continual_lora import export, store
@@ -80,3 +81,110 @@ def test_a_full_size_change_has_no_place_in_peft(backbone: Backbone, tmp_path: P
 def test_nothing_to_export(backbone: Backbone, tmp_path: Path) -> None:
     with pytest.raises(StackError, match="nothing to export"):
         _export(store.ConceptStack("f"), tmp_path)
+
+
+# --- whose the files are --------------------------------------------------------------------------
+
+
+def _owned(backbone: Backbone, identity: str, token: str = "V1") -> store.ConceptStack:
+    stack = _stack(backbone, "lora")
+    stack.identity = identity
+    stack.records = [dataclasses.replace(stack.records[0], token=token)]
+    return stack
+
+
+THEIRS = {
+    "V1.safetensors": save({"emb_params": torch.ones(1, 256)}),
+    "v1.safetensors": save({"lora_unet_x.lora_up.weight": torch.ones(2, 2)}, {"ss_output_name": "v1"}),
+    "V1.pt": b"a pickle that another program made",
+    "V1.png": b"an embedding in a picture",
+    "V1.SAFETENSORS": b"not even safetensors",
+}
+
+
+@pytest.mark.parametrize("name", THEIRS)
+def test_a_users_file_is_left_alone_and_the_word_gets_another_name(backbone: Backbone, tmp_path: Path, name: str) -> None:
+    theirs = tmp_path / "embeddings" / name
+    theirs.parent.mkdir()
+    theirs.write_bytes(THEIRS[name])
+    done = _export(_owned(backbone, "a" * 16), tmp_path)
+    assert theirs.read_bytes() == THEIRS[name]
+    assert [path.name for path in done.embeddings] == ["V1-2.safetensors"]
+    assert (done.renamed, done.triggers) == ({"V1": "V1-2"}, ["V1-2 mug"])
+    assert "prompts say V1-2" in done.notes[0]
+    assert done.lora
+    with safe_open(done.lora, framework="pt") as file:
+        assert file.metadata()["modelspec.trigger_phrase"] == "V1-2 mug"
+    assert json.loads(done.lora.with_suffix(".json").read_text())["activation text"] == "V1-2 mug"
+    again = _export(_owned(backbone, "a" * 16), tmp_path)
+    assert (again.embeddings, again.lora) == (done.embeddings, done.lora)
+
+
+def test_two_stacks_share_folders_and_each_keeps_its_own(backbone: Backbone, tmp_path: Path) -> None:
+    first, second = _owned(backbone, "a" * 16), _owned(backbone, "b" * 16)
+    second.words = {"id1": second.words["id1"] + 1}
+    one, two = _export(first, tmp_path), _export(second, tmp_path)
+    assert [one.embeddings[0].name, two.embeddings[0].name] == ["V1.safetensors", "V1-2.safetensors"]
+    before = one.embeddings[0].read_bytes()
+    first.words = {"id1": first.words["id1"] - 1}
+    assert _export(first, tmp_path).embeddings == one.embeddings  # its own is replaced
+    assert one.embeddings[0].read_bytes() != before
+    assert torch.allclose(load_file(two.embeddings[0])["emb_params"].float(), second.words["id1"], atol=5e-3)
+
+
+def test_what_an_earlier_program_exported_is_taken_for_its_own(backbone: Backbone, tmp_path: Path) -> None:
+    stack = _owned(backbone, "a" * 16)
+    (tmp_path / "embeddings").mkdir()
+    (tmp_path / "embeddings" / "V1.safetensors").write_bytes(save(export.embedding(stack.words["id1"], stack.base)))
+    assert not _export(stack, tmp_path).renamed
+
+
+def test_a_checkpoint_in_the_folder_is_safe(backbone: Backbone, tmp_path: Path) -> None:
+    checkpoint = tmp_path / "sd15.safetensors"
+    checkpoint.write_bytes(b"4 GB")
+    done = export.export_files(_owned(backbone, "a" * 16, token="sd15"), tmp_path, tmp_path, "sd15")
+    assert checkpoint.read_bytes() == b"4 GB"
+    assert done.embeddings == [tmp_path / "sd15-2.safetensors"]
+
+
+def test_superseded_exports_are_listed_and_removed_when_asked(backbone: Backbone, tmp_path: Path) -> None:
+    stack, other = _owned(backbone, "a" * 16), _owned(backbone, "b" * 16)
+    theirs = _export(other, tmp_path / "shared")
+    alone = export.export_files(stack, tmp_path / "shared", tmp_path / "shared", "mini", only=["V1"])
+    assert stack.adapter
+    made = []
+    for _ in range(9):
+        next(iter(stack.adapter.values())).add_(1)
+        made.append(_export(stack, tmp_path / "shared").lora)
+    last = _export(stack, tmp_path / "shared")
+    assert set(last.superseded) == set(made[:-1])
+    assert all(path.name in last.notes[-1] for path in last.superseded)
+    mine = tmp_path / "shared" / "mine.safetensors"
+    mine.write_bytes(save({"x": torch.ones(1)}, {"ss_output_name": "mine"}))
+    cleaned = export.export_files(stack, tmp_path / "shared", tmp_path / "shared" / "embeddings", "mini", remove=True)
+    assert set(cleaned.removed) == set(made[:-1])
+    assert not cleaned.superseded
+    left = {path for path in (tmp_path / "shared").iterdir() if path.suffix == ".safetensors"}
+    assert left == {mine, cleaned.lora, theirs.lora, alone.lora, *alone.embeddings}
+    assert {p.stem for p in (tmp_path / "shared").glob("*.json")} == {p.stem for p in left if p not in (mine, *alone.embeddings)}
+
+
+def test_an_embedding_of_a_forgotten_word_is_listed(backbone: Backbone, tmp_path: Path) -> None:
+    stack = _owned(backbone, "a" * 16)
+    old = _export(stack, tmp_path).embeddings[0]
+    now = _export(_owned(backbone, "a" * 16, token="V2"), tmp_path)
+    assert old in now.superseded
+
+
+def test_names_say_the_stack_and_what_is_on_it() -> None:
+    assert export.lora_name("sd15.pets", ["V1", "V2"], "1a2b3c4d5e") == "sd15.pets-V1-V2-1a2b3c4d"
+    many = export.lora_name("a:b<c>,d", [f"V{n}" for n in range(1, 51)], "1a2b3c4d5e")
+    assert many == "a-b-c--d-V1-to-V50-50-concepts-1a2b3c4d"
+    assert len(export.lora_name("x" * 300, ["y" * 64] * 4, "0" * 64)) < 230
+
+
+def test_a_word_that_is_a_path_is_refused_where_files_are_written(backbone: Backbone, tmp_path: Path) -> None:
+    """A second time: the stack that was read was checked, this one was made in memory."""
+    with pytest.raises(StackError, match="can't name a file"):
+        _export(_owned(backbone, "a" * 16, token="../../victim"), tmp_path / "a" / "b")
+    assert not [p for p in tmp_path.rglob("*") if p.is_file()]

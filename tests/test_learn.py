@@ -13,6 +13,7 @@ import pytest
 import torch
 from conftest import save_concept
 from PIL import Image
+from safetensors.torch import save
 
 from comfy_continual_lora import concepts, pipeline, store
 from comfy_continual_lora.checkpoint.backbone import Backbone
@@ -86,13 +87,107 @@ def test_stop_and_resume_equals_no_stop(backbone: Backbone, pictures: Path, tmp_
         assert not _same(whole, _learn(backbone, pictures, tmp_path / "c"))
 
 
-def test_a_snapshot_of_another_run_or_a_damaged_one_is_not_used(backbone: Backbone, pictures: Path, tmp_path: Path) -> None:
+def test_a_snapshot_of_another_run_is_kept_and_not_used(backbone: Backbone, pictures: Path, tmp_path: Path) -> None:
     with pytest.raises(Cancelled):
         _learn(backbone, pictures, tmp_path / "s", on_progress=_stop_at(3))
-    other = replace(QUICK, seed=9)
-    assert _same(_learn(backbone, pictures, tmp_path / "new", other), _learn(backbone, pictures, tmp_path / "s", other))
-    (tmp_path / "cut").write_bytes(b"\x00" * 40)
-    assert len(_learn(backbone, pictures, tmp_path / "cut").losses) == 6
+    before, other, notes = (tmp_path / "s").read_bytes(), replace(QUICK, seed=9), _Notes()
+    assert _same(_learn(backbone, pictures, tmp_path / "new", other), _learn(backbone, pictures, tmp_path / "s", other, notes))
+    assert "another run's, at step 3" in notes[0]
+    (kept,) = (path for path in tmp_path.glob("s.*") if path.read_bytes() == before)
+    assert kept.name in notes[0]
+
+
+class _Notes(list[str]):
+    """Collects what a run has to say."""
+
+    def __call__(self, progress: Progress) -> None:
+        if progress.note:
+            self.append(progress.note)
+
+
+@pytest.mark.parametrize("how", ["cut", "flip", "empty", "header", "earlier", "longer"])
+def test_a_damaged_snapshot_is_set_aside_with_the_reason(backbone: Backbone, pictures: Path, tmp_path: Path, how: str) -> None:
+    path, notes = tmp_path / "s", _Notes()
+    with pytest.raises(Cancelled):
+        _learn(backbone, pictures, path, on_progress=_stop_at(3))
+    data = path.read_bytes()
+    changes = {
+        "cut": data[: len(data) // 2],
+        "flip": data[:-9] + bytes([data[-9] ^ 1]) + data[-8:],
+        "empty": b"",
+        "header": data.replace(b'"step":"3"', b'"step":"5"'),
+        "earlier": save({"value.word": torch.zeros(1)}, {"identity": "x", "step": "3", "losses": "[1, 2, 3]"}),
+        "longer": data + b"0000",
+    }
+    assert changes[how] != data
+    path.write_bytes(changes[how])
+    assert _same(_learn(backbone, pictures, path, on_progress=notes), _learn(backbone, pictures, tmp_path / "new"))
+    assert "damaged" in notes[0]
+    assert "begins at step 1" in notes[0]
+    assert (tmp_path / "s.damaged").read_bytes() == changes[how]
+
+
+@pytest.mark.skipif(os.name != "posix" or os.geteuid() != 0, reason="two users, so root")
+def test_a_snapshot_that_may_not_be_read_is_not_overwritten(backbone: Backbone, pictures: Path, tmp_path: Path) -> None:
+    path = tmp_path / "s"
+    path.write_bytes(b"another user's")
+    path.chmod(0o600)
+    for folder in (pictures, tmp_path, *tmp_path.parents[:3]):
+        folder.chmod(0o755)
+    os.seteuid(65534)
+    try:
+        with pytest.raises(TrainingError, match=r"can't be read \(Permission denied\)"):
+            _learn(backbone, pictures, path)
+    finally:
+        os.seteuid(0)
+    assert path.read_bytes() == b"another user's"
+
+
+def test_a_run_goes_on_whatever_the_number_of_threads(checkpoint: Path, pictures: Path) -> None:
+    """Computed numbers differ in their last digits with it; what was asked for does not."""
+    before, settings, notes = torch.get_num_threads(), replace(QUICK, method="retention", size=64, snapshot_every=1), _Notes()
+    request = pipeline.LearnRequest(checkpoint, pictures, "V1", "ball", settings, device="cpu")
+    try:
+        torch.set_num_threads(2)
+        with pytest.raises(Cancelled):
+            pipeline.learn_concept(request, _stop_at(3))
+        torch.set_num_threads(1)
+        pipeline.learn_concept(request, notes)
+    finally:
+        torch.set_num_threads(before)
+    assert notes == ["Going on from step 3 of 6."]
+    assert not list(checkpoint.parent.glob("*snapshot*"))
+
+
+def test_another_runs_snapshot_is_told_of_and_can_be_gone_on_with(checkpoint: Path, pictures: Path, folders: dict[str, Path]) -> None:
+    first = pipeline.LearnRequest(checkpoint, pictures, "V1", "ball", replace(QUICK, size=64, snapshot_every=1), device="cpu")
+    others = {
+        "steps (6, now 5)": replace(first, settings=replace(first.settings, steps=5)),
+        "the class noun": replace(first, noun="box"),
+        "the pictures": replace(first, images=folders["V1"]),
+    }
+    with pytest.raises(Cancelled):
+        pipeline.learn_concept(first, _stop_at(4))
+    (snapshot,) = checkpoint.parent.glob("*.snapshot")
+    kept = snapshot.read_bytes()
+    for differs, request in others.items():
+        notes = _Notes()
+
+        def stop(progress: Progress, notes: _Notes = notes) -> None:
+            notes(progress)
+            _stop_at(1)(progress)
+
+        with pytest.raises(Cancelled):
+            pipeline.learn_concept(request, stop)
+        told = next(note for note in notes if snapshot.name in note)
+        assert f"stopped at step 4 and is kept in {snapshot}" in told
+        assert differs in told
+        assert snapshot.read_bytes() == kept
+    notes = _Notes()
+    pipeline.learn_concept(first, notes)
+    assert "Going on from step 4 of 6." in notes
+    assert not snapshot.exists()
+    assert len(list(checkpoint.parent.glob("*.snapshot"))) == len(others)
 
 
 def _loss(backbone: Backbone, folder: Path, learned: Learned) -> float:

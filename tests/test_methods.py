@@ -194,7 +194,11 @@ def test_consolidate_by_itself(checkpoint: Path, folders: dict[str, Path]) -> No
     assert unconsolidated
     assert all(torch.equal(t, before.adapter[k]) for k, t in unconsolidated.items())
     assert any(not torch.equal(t, before.fishers[two.id][k]) for k, t in after.fishers[two.id].items())
-    pipeline.undo(checkpoint)
+    assert pipeline.undo(checkpoint).change == f"consolidated {two.name}"
+    unchanged = _stack(checkpoint)
+    assert unchanged.records == before.records
+    assert all(torch.equal(t, before.fishers[two.id][k]) for k, t in unchanged.fishers[two.id].items())
+    assert pipeline.undo(checkpoint).change == f"learned {two.name}"
     with pytest.raises(store.StackError, match="nothing to consolidate"):
         pipeline.consolidate(pipeline.ConsolidateRequest(checkpoint, folders["V1"], wanted, device="cpu"))
 

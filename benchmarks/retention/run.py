@@ -233,7 +233,7 @@ def _joint(job: Job) -> tuple[dict[tuple[int, int], store.ConceptStack], float, 
         groups = [{"params": list(words.values()), "lr": settings.token_rate, "weight_decay": 0.0}]
         optimizer = torch.optim.AdamW([*groups, {"params": list(factors.values()), "lr": settings.rate, "weight_decay": 0.01}])
         trained = {**{f"word {token}": word for token, word in words.items()}, **factors}
-        run = learn.Run("joint", trained, optimizer, settings, settings.steps * job.concepts, 1.0, job.folder / "joint.snapshot", f"joint {job.seed}")
+        run = learn.Run("joint", trained, optimizer, settings, settings.steps * job.concepts, 1.0, job.folder / "joint.snapshot", {"joint": job.seed})
 
         def terms(step: int, rows: slice) -> dict[str, Tensor]:
             draw = diffusion.generator_for(job.seed, step)

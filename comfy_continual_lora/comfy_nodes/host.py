@@ -10,6 +10,7 @@ import gc
 import hashlib
 import logging
 import re
+import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -22,12 +23,13 @@ from comfy.utils import ProgressBar  # pyright: ignore[reportMissingImports]
 
 from ..errors import ConceptImagesError, StackError
 from ..files import STACKS, stack_path
-from ..progress import OnProgress, Progress
+from ..progress import Progress
 
 if TYPE_CHECKING:
     from PIL.Image import Image
     from torch import Tensor
 
+    from ..stackfile import Version
     from ..store import ConceptRecord, ConceptStack
 
 MINI = "mini-sd.safetensors"
@@ -61,6 +63,13 @@ class StackHandle:
         if self.selected:
             return self.selected
         return open_stack(self.file).as_of(self.count, consolidated=self.consolidated) if self.file.exists() else None
+
+
+def versions(stack: StackHandle) -> list[Version]:
+    """The stack's versions that are kept, the newest first; none where there is no stack yet."""
+    from .. import stackfile
+
+    return stackfile.versions(stack.file)
 
 
 def checkpoints() -> list[str]:
@@ -99,6 +108,16 @@ def stacks_without_checkpoint(folder: Path) -> list[str]:
 
 
 # --- pictures ------------------------------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def saved_pictures(images: Sequence[Tensor], captions: Sequence[str] = (), masks: Sequence[Tensor] = ()) -> Iterator[list[Path]]:
+    """`save_pictures` for the time of the block: a stopped run goes on from the same pictures, wherever they lie."""
+    files = save_pictures(images, captions, masks)
+    try:
+        yield files
+    finally:
+        shutil.rmtree(files[0].parent, ignore_errors=True)
 
 
 def save_pictures(images: Sequence[Tensor], captions: Sequence[str] = (), masks: Sequence[Tensor] = ()) -> list[Path]:
@@ -146,24 +165,33 @@ def to_image(pictures: Sequence[Image]) -> Tensor:
 # --- progress and memory -------------------------------------------------------------------------------------------------------------
 
 
+class Reporter:
+    """Shows progress, lets the user cancel, and keeps what a report has to say of the run."""
+
+    def __init__(self) -> None:
+        self.bars: dict[str, Any] = {}
+        self.notes: list[str] = []
+
+    def __call__(self, progress: Progress) -> None:
+        memory.throw_exception_if_processing_interrupted()
+        if progress.note:
+            logging.info("comfy-continual-lora: %s", progress.note)
+            self.notes.append(progress.note)
+        bar = self.bars.setdefault(progress.stage, ProgressBar(progress.steps))
+        preview = ("JPEG", progress.preview, 512) if progress.preview is not None else None
+        bar.update_absolute(progress.step, progress.steps, preview)
+
+
 @contextmanager
-def at_work() -> Iterator[OnProgress]:
+def at_work() -> Iterator[Reporter]:
     """The GPU is emptied, gradients are allowed (nodes run in inference mode), and what is yielded shows progress and lets the user cancel."""
     import torch
 
     memory.unload_all_models()
     memory.soft_empty_cache()
-    bars: dict[str, Any] = {}
-
-    def on_progress(progress: Progress) -> None:
-        memory.throw_exception_if_processing_interrupted()
-        bar = bars.setdefault(progress.stage, ProgressBar(progress.steps))
-        preview = ("JPEG", progress.preview, 512) if progress.preview is not None else None
-        bar.update_absolute(progress.step, progress.steps, preview)
-
     try:
         with torch.inference_mode(False), torch.enable_grad():
-            yield on_progress
+            yield Reporter()
     finally:
         gc.collect()
         memory.soft_empty_cache()

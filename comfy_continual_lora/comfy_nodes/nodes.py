@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from comfy_api.latest import io  # pyright: ignore[reportMissingImports] - only inside ComfyUI
 
 from ..errors import StackError, TokenError
+from ..files import STACKS
 from ..settings import ConsolidateSettings, EvaluateSettings, LearnSettings, ScoreSettings, SolveSettings, explained, from_widget
 from . import host
 from .host import StackHandle
@@ -154,8 +155,8 @@ class LearnConcept(io.ComfyNode):
                 *_widgets(LearnSettings, cls.MAIN, cls.ADVANCED),
                 io.Combo.Input(
                     "if_word_exists", options=["refuse", "replace the newest"], default="refuse", optional=True, extra_dict=_ADVANCED,
-                    tooltip="What to do when the word is on the stack already, learned from other pictures or with other settings: refuse, or undo "
-                    "it (if it is the newest) and learn it again.",
+                    tooltip="What to do when the word is on the stack already, learned from other pictures or with other settings: refuse, or learn "
+                    "it again in place of that one (if it is the newest), which stays until the new one is stored.",
                 ),
                 *_widgets(LearnSettings, (), ("vectors",)),  # last: saved workflows know widgets by their place
             ],
@@ -174,34 +175,34 @@ class LearnConcept(io.ComfyNode):
         values = {name: value[0] for name, value in given.items()}
         stack, token, noun = values["stack"], values["token"].strip(), values["noun"].strip()
         settings = _settings(LearnSettings, values)
-        files = host.save_pictures(images, captions or (), masks or ())
-        request = pipeline.LearnRequest(stack.checkpoint, files, token, noun, settings, **_where(stack))
-        known, losses = pipeline.learned_before(request), []
-        if known is None:
-            cls._make_room(stack, token, values.get("if_word_exists", "refuse"))
-            with host.at_work() as on_progress:
-                done = pipeline.learn_concept(request, on_progress)
-                known, losses = done.record, done.losses
-                scoring = ScoreSettings(trials=8, size=settings.size, fit=settings.fit)
-                scored = pipeline.dc_scores(pipeline.ScoreRequest(stack.checkpoint, files, scoring, **_where(stack)), on_progress)
-            text = f"Learned {known.name} in {known.steps} steps; loss {known.loss:.4f} at the end.\nDC scores of its pictures:\n{_table(scored)}"
-        else:
-            text = f"{known.name} is on the stack already, learned from these very pictures and settings on {known.learned[:10]}; nothing was done."
+        with host.saved_pictures(images, captions or (), masks or ()) as files:
+            replace = values.get("if_word_exists", "refuse") != "refuse"
+            request = pipeline.LearnRequest(stack.checkpoint, files, token, noun, settings, replace, **_where(stack))
+            known, losses = pipeline.learned_before(request), []
+            if known is not None:
+                text = (
+                    f"{known.name} is on the stack already, learned from these very pictures and settings on {known.learned[:10]}; nothing was done."
+                )
+            else:
+                if not replace:
+                    cls._refuse_taken(stack, token)
+                with host.at_work() as on_progress:
+                    done = pipeline.learn_concept(request, on_progress)
+                    known, losses = done.record, done.losses
+                    scoring = ScoreSettings(trials=8, size=settings.size, fit=settings.fit)
+                    scored = pipeline.dc_scores(pipeline.ScoreRequest(stack.checkpoint, files, scoring, **_where(stack)), on_progress)
+                text = f"Learned {known.name} in {known.steps} steps; loss {known.loss:.4f} at the end.\nDC scores of its pictures:\n{_table(scored)}"
+                text = "\n".join([*on_progress.notes, text])
         after = _now(stack, count=[r.id for r in _now(stack).records].index(known.id) + 1, consolidated=False)
         curve = curve_picture(losses, f"Loss while learning {known.token}")
         return io.NodeOutput(after, stock_lora(after.read()), host.to_image([curve]), f"{text}\n\n{_say(after)}")
 
     @staticmethod
-    def _make_room(stack: StackHandle, token: str, choice: str) -> None:
-        """Refuse a word that is taken, or undo it."""
-        from .. import pipeline
-
+    def _refuse_taken(stack: StackHandle, token: str) -> None:
+        """Errors: TokenError for a word that is on the stack."""
         records = _now(stack).records
         taken = next((r for r in records if r.token.lower() == token.lower()), None)
         if taken is None:
-            return
-        if choice != "refuse" and taken is records[-1]:
-            pipeline.undo(stack.checkpoint, stack.file)
             return
         later = "" if taken is records[-1] else " Concepts learned after it build on it, so it can't be replaced either."
         raise TokenError(
@@ -252,16 +253,17 @@ class Consolidate(io.ComfyNode):
 
         values = {name: value[0] for name, value in given.items()}
         stack = values["stack"]
-        files = host.save_pictures(images)
-        request = pipeline.ConsolidateRequest(stack.checkpoint, files, _settings(ConsolidateSettings, values), **_where(stack))
         records, losses = _now(stack).records, []
-        if records and records[-1].consolidated == request.digest:
-            text = f"{records[-1].name} was consolidated with these very pictures and settings already; nothing was done."
-        else:
-            with host.at_work() as on_progress:
-                done = pipeline.consolidate(request, on_progress)
-            losses = done.losses
-            text = f"Consolidated {done.record.name}, with {len(records) - 1} before it, in {len(losses)} steps."
+        with host.saved_pictures(images) as files:
+            request = pipeline.ConsolidateRequest(stack.checkpoint, files, _settings(ConsolidateSettings, values), **_where(stack))
+            if records and records[-1].consolidated == request.digest:
+                text = f"{records[-1].name} was consolidated with these very pictures and settings already; nothing was done."
+            else:
+                with host.at_work() as on_progress:
+                    done = pipeline.consolidate(request, on_progress)
+                losses = done.losses
+                text = f"Consolidated {done.record.name}, with {len(records) - 1} before it, in {len(losses)} steps."
+                text = "\n".join([*on_progress.notes, text])
         return io.NodeOutput(_now(stack), host.to_image([curve_picture(losses, "Loss while consolidating")]), text)
 
 
@@ -290,12 +292,13 @@ class ComputeScores(io.ComfyNode):
 
         values = {name: value[0] for name, value in given.items()}
         stack = values["stack"]
-        request = pipeline.ScoreRequest(stack.checkpoint, host.save_pictures(images), _settings(ScoreSettings, values), **_where(stack))
-        with host.at_work() as on_progress:
+        with host.saved_pictures(images) as files, host.at_work() as on_progress:
+            request = pipeline.ScoreRequest(stack.checkpoint, files, _settings(ScoreSettings, values), **_where(stack))
             scored = pipeline.dc_scores(request, on_progress)
+            chart = report.score_sheet(scored)
         best = [one.scores.best for one in scored]
         chances = [dict(zip(one.scores.names, one.scores.probabilities, strict=True)) for one in scored]
-        return io.NodeOutput(_table(scored), host.to_image([report.score_sheet(scored)]), max(best, key=best.count), json.dumps(chances))
+        return io.NodeOutput(_table(scored), host.to_image([chart]), max(best, key=best.count), json.dumps(chances))
 
 
 class ApplyConcepts(io.ComfyNode):
@@ -373,12 +376,21 @@ class ExportConcepts(io.ComfyNode):
             "load in any program.",
             ["save lora", "export lora"],
             is_output_node=True,
-            inputs=[Stack.Input("stack")],
+            inputs=[
+                Stack.Input("stack"),
+                io.Boolean.Input(
+                    "remove_superseded",
+                    default=False,
+                    optional=True,
+                    extra_dict=_ADVANCED,
+                    tooltip="Also remove this stack's earlier exports of the same concepts; otherwise they are listed.",
+                ),
+            ],
             outputs=[io.String.Output(display_name="lora name"), io.String.Output(display_name="report")],
         )  # fmt: skip
 
     @classmethod
-    def execute(cls, stack: StackHandle) -> Any:
+    def execute(cls, stack: StackHandle, remove_superseded: bool = False) -> Any:
         import folder_paths  # pyright: ignore[reportMissingImports]
 
         from ..export import export_files
@@ -387,10 +399,12 @@ class ExportConcepts(io.ComfyNode):
         if held is None:
             raise StackError(f"There is nothing to export: no concept stack at {stack.file}. Learn a concept first.")
         out, words = (Path(folder_paths.get_folder_paths(kind)[0]) for kind in ("loras", "embeddings"))
-        done = export_files(held, out, words, stack.checkpoint.stem)
+        only = [record.token for record in held.records] if stack.selected else []
+        done = export_files(held, out, words, stack.file.name.removesuffix(STACKS), only=only, remove=remove_superseded)
         files = [str(path) for path in (done.lora, *done.embeddings) if path]
         prompts = ", ".join(f"embedding:{path.stem}" for path in done.embeddings)
-        return io.NodeOutput(done.lora.name if done.lora else "", "\n".join([*files, f"In prompts of stock nodes the words are {prompts}."]))
+        report = "\n".join([*files, f"In prompts of stock nodes the words are {prompts}.", *done.notes])
+        return io.NodeOutput(done.lora.name if done.lora else "", report)
 
 
 class EvaluateRetention(io.ComfyNode):
@@ -428,31 +442,89 @@ class UndoConcept(io.ComfyNode):
     def define_schema(cls) -> Any:
         return _schema(
             "Undo", "Undo Concept",
-            "Take the newest concept off the stack, if it is the one named; the earlier ones are again exactly what they were before it was learned.",
+            "Take the last change of the stack back, whatever it was: the stack is again exactly what it was before. With no word and no version "
+            "it only says what it would take back.",
             ["remove concept", "forget", "undo"],
             is_output_node=True,
             inputs=[
                 Stack.Input("stack"),
-                io.String.Input("token", default="", tooltip="The word of the newest concept. If it is gone already, nothing is done."),
+                io.String.Input(
+                    "token", default="", tooltip="The word of the newest concept, if learning it was the last change. If it is gone, nothing is done."
+                ),
+                io.Int.Input(
+                    "version", default=0, min=0, max=1_000_000_000, optional=True,
+                    tooltip="The number of the version to leave, as the report names it, whatever made it. If it is left already, nothing is done.",
+                ),
             ],
             outputs=[Stack.Output(display_name="stack"), io.String.Output(display_name="report")],
         )  # fmt: skip
 
     @classmethod
-    def execute(cls, stack: StackHandle, token: str) -> Any:
+    def execute(cls, stack: StackHandle, token: str, version: int = 0) -> Any:
+        from .. import pipeline, stackfile
+
+        wanted, now = token.strip().lower(), next((one for one in host.versions(stack) if one.current), None)
+        if now is None or not (wanted or version):
+            number = "" if now is None else f" To do that, set version to {now.number}."
+            return io.NodeOutput(_now(stack), f"{stackfile.undo_preview(stack.file)}{number}\n\n{_say(_now(stack))}")
+        if version and version != now.number:
+            return io.NodeOutput(_now(stack), f"The stack is at version {now.number} now, no longer at {version}; nothing was done.")
+        if not version:
+            known = [one.lower() for one in now.tokens]
+            if wanted not in known:
+                return _not_there(stack, token)
+            if known[-1] != wanted:
+                raise StackError(
+                    f"{token} is not the newest concept; {now.tokens[-1]} is, and builds on it. Undo that one first, or use Forget Concept."
+                )
+            if not stackfile.takes_off_newest(stack.file):
+                raise StackError(f"Learning {token} was not the last change: {now.change} was. To take that back, set version to {now.number}.")
+        done = pipeline.undo(stack.checkpoint, stack.file, now.number)
+        after = _now(stack)
+        text = f"Took back: {done.change}. It is version {done.version} in Stack History, which can bring it back."
+        return io.NodeOutput(after, f"{text}\n\n{_say(after)}")
+
+
+class StackHistory(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> Any:
+        return _schema(
+            "History", "Stack History",
+            "The versions of the stack that are kept, what made each and what it takes on disk; go to one of them. The one in use now is kept.",
+            ["undo", "versions", "restore", "go back"],
+            is_output_node=True,
+            inputs=[
+                Stack.Input("stack"),
+                io.Int.Input(
+                    "restore", default=0, min=0, max=1_000_000_000, optional=True,
+                    tooltip="The number of the version to go to, as the report lists it. 0: only list them.",
+                ),
+                io.Int.Input(
+                    "keep", default=-1, min=-1, max=1000, optional=True, extra_dict=_ADVANCED,
+                    tooltip="How many earlier versions this stack keeps from now on (5 in a new stack). -1: leave that as it is.",
+                ),
+            ],
+            outputs=[Stack.Output(display_name="stack"), io.String.Output(display_name="report")],
+        )  # fmt: skip
+
+    @classmethod
+    def fingerprint_inputs(cls, **_: Any) -> float:
+        return float("nan")  # what is listed is on disk, so it is read at every run
+
+    @classmethod
+    def execute(cls, stack: StackHandle, restore: int = 0, keep: int = -1) -> Any:
         from .. import pipeline
 
-        records, wanted = _now(stack).records, token.strip().lower()
-        known = [r.token.lower() for r in records]
-        if wanted not in known:
-            return _not_there(stack, token)
-        if known[-1] != wanted:
-            raise StackError(
-                f"{token} is not the newest concept; {records[-1].token} is, and builds on it. Undo that one first, or use Forget Concept."
-            )
-        record = pipeline.undo(stack.checkpoint, stack.file)
-        after = _now(stack)
-        return io.NodeOutput(after, f"Took {record.name} off the stack.\n\n{_say(after)}")
+        if keep >= 0:
+            pipeline.keep_versions(stack.checkpoint, keep, stack.file)
+        if restore:
+            pipeline.restore(stack.checkpoint, restore, stack.file)
+        found = host.versions(stack)
+        lines = [
+            f"{'*' if one.current else ' '} {one.number}: {one.change}, {one.when[:10]}, {one.size / 1e6:.1f} MB ({', '.join(one.tokens) or 'empty'})"
+            for one in found
+        ]
+        return io.NodeOutput(_now(stack), "\n".join([*lines, "* is the version in use." if lines else "Nothing was learned yet."]))
 
 
 class ExamplePictures(io.ComfyNode):
@@ -525,7 +597,11 @@ class ForgetConcept(io.ComfyNode):
         with host.at_work() as on_progress:
             record = pipeline.forget(_solve_request(stack, given), token.strip(), on_progress)
         after = _now(stack)
-        return io.NodeOutput(after, f"Forgot {record.name}. Files exported before still know it.\n\n{_say(after)}")
+        return io.NodeOutput(
+            after,
+            f"Forgot {record.name}. Undo Concept brings it back; Stack History with keep 0 drops it for good. "
+            f"Files exported before still know it.\n\n{_say(after)}",
+        )
 
 
 class MergeStacks(io.ComfyNode):
@@ -608,5 +684,5 @@ def _solve_request(stack: StackHandle, given: dict[str, Any]) -> pipeline.SolveR
 
 NODES = [
     LoadConceptStack, LearnConcept, Consolidate, ComputeScores, ApplyConcepts, ExportConcepts, EvaluateRetention, UndoConcept, ExamplePictures,
-    SelectConcepts, ConsolidateInClosedForm, ForgetConcept, MergeStacks, ImportLora,
+    SelectConcepts, ConsolidateInClosedForm, ForgetConcept, MergeStacks, ImportLora, StackHistory,
 ]  # fmt: skip

@@ -9,6 +9,7 @@ Differences are rounding errors: a test holds them below 1e-4.
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterator, Sequence
 from functools import cache
 from pathlib import Path
@@ -16,14 +17,15 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderTiny
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save, save_file
 from torch import Tensor
 from transformers import CLIPModel
 
 from ..checkpoint import keys
 from ..checkpoint.load import MINI_ARCHITECTURE
-from ..store import write_whole
+from ..errors import SettingError
+from ..files import write_whole
 from . import parts
 
 SHIPPED = Path(__file__).parent / "weights"
@@ -111,7 +113,15 @@ def checkpoint_state() -> dict[str, Tensor]:
 
 
 def write_checkpoint(path: Path, *, stock: bool = False) -> None:
-    """Write the mini-SD as one file in the SD1.x layout, and beside the stock one the .yaml that A1111 wants."""
+    """Write the mini-SD as one file in the SD1.x layout, and beside the stock one the .yaml that A1111 wants.
+
+    Errors: SettingError where another file has the name; an earlier mini-SD is replaced.
+    """
+    if os.path.lexists(path) and not is_mini(path):
+        raise SettingError(f"{path} is there already and is no mini-SD, so it is left alone. Name another file, or move that one away.")
+    config = path.with_suffix(".yaml")
+    if stock and config.exists() and config.read_bytes() != _YAML.encode():
+        raise SettingError(f"{config} is there already and is no mini-SD's, so it is left alone. Name another file, or move that one away.")
     state = checkpoint_state()
     if stock:
         state = widen(state)
@@ -119,7 +129,16 @@ def write_checkpoint(path: Path, *, stock: bool = False) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     write_whole(path, save(state, metadata))
     if stock:
-        path.with_suffix(".yaml").write_text(_YAML)
+        write_whole(config, _YAML.encode())
+
+
+def is_mini(path: Path) -> bool:
+    """Whether the file is a mini-SD that `write_checkpoint` wrote."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            return (file.metadata() or {}).get("modelspec.architecture") == MINI_ARCHITECTURE
+    except (SafetensorError, OSError):
+        return False
 
 
 def load_reader() -> parts.Reader:

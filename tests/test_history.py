@@ -1,0 +1,368 @@
+"""Going back: undo takes the last change back whatever it was, and nothing that was learned is lost with it."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import NOUNS
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from test_store import FINGERPRINT, make_stack, same
+
+from comfy_continual_lora import files, pipeline, stackfile, store
+from comfy_continual_lora.errors import Cancelled, ConceptImagesError, ContinualLoraError, StackError, TokenError
+from comfy_continual_lora.progress import Progress
+from comfy_continual_lora.settings import ConsolidateSettings, LearnSettings
+
+QUICK = LearnSettings(method="lora", steps=2, batch=1, rank=2, size=64, fisher_samples=2, dsc_steps=2, snapshot_every=1)
+
+
+def _learn(checkpoint: Path, folders: dict[str, Path], token: str, **rest: object) -> pipeline.LearnRequest:
+    return pipeline.LearnRequest(checkpoint, folders[token], token, NOUNS[token], QUICK, device="cpu", **rest)  # type: ignore[arg-type]
+
+
+def _tokens(checkpoint: Path) -> list[str]:
+    return [record.token for record in store.read_records(store.stack_path(checkpoint))]
+
+
+@pytest.fixture
+def two(checkpoint: Path, folders: dict[str, Path]) -> Path:
+    """A mini-SD that knows V1 and V2."""
+    for token in ("V1", "V2"):
+        pipeline.learn_concept(_learn(checkpoint, folders, token))
+    return checkpoint
+
+
+def test_undo_takes_back_every_kind_of_change(two: Path, folders: dict[str, Path], tmp_path: Path) -> None:
+    path, solving = store.stack_path(two), pipeline.SolveRequest(two, device="cpu")
+    other = tmp_path / "other" / "mini.safetensors"
+    other.parent.mkdir()
+    shutil.copy(two, other)
+    pipeline.learn_concept(_learn(other, folders, "V3"))
+    lora = pipeline.export(other, tmp_path / "theirs").lora
+    assert lora
+    consolidating = ConsolidateSettings(batch=1, size=64, dsc_steps=2, fisher_samples=2)
+    changes = {
+        "forgot V1 ball": lambda: pipeline.forget(solving, "V1"),
+        "forgot V2 fish": lambda: pipeline.forget(solving, "V2"),
+        "consolidated V2 fish": lambda: pipeline.consolidate(pipeline.ConsolidateRequest(two, folders["V2"], consolidating, device="cpu")),
+        "consolidated all in closed form (V1 ball, V2 fish)": lambda: pipeline.consolidate_in_closed_form(solving),
+        "merged V3 mug from another stack": lambda: pipeline.merge(solving, store.stack_path(other)),
+        "imported W1 mug": lambda: pipeline.import_concept(pipeline.ImportRequest(two, lora, "W1", "mug", trigger="sks", device="cpu")),
+        "learned V3 mug": lambda: pipeline.learn_concept(_learn(two, folders, "V3")),
+    }
+    before = store.open_stack(path)
+    for told, change in changes.items():
+        change()
+        changed = store.open_stack(path)
+        assert not same(changed, before)
+        assert told in stackfile.undo_preview(path)
+        undone = pipeline.undo(two)
+        assert (undone.change, undone.tokens) == (told, ["V1", "V2"])
+        assert same(store.open_stack(path), before)
+        pipeline.restore(two, undone.version)
+        assert same(store.open_stack(path), changed)
+        pipeline.undo(two)
+
+
+def test_undo_goes_back_step_by_step_and_not_to_and_fro(two: Path) -> None:
+    pipeline.forget(pipeline.SolveRequest(two, device="cpu"), "V1")
+    seen = [pipeline.undo(two).tokens for _ in range(3)]
+    assert seen == [["V1", "V2"], ["V1"], []]
+    assert "nothing to undo" in stackfile.undo_preview(store.stack_path(two))
+    with pytest.raises(StackError, match="nothing to undo"):
+        pipeline.undo(two)
+    assert [(one.number, one.change) for one in pipeline.history(two)][1:] == [
+        (3, "forgot V1 ball"), (2, "learned V2 fish"), (1, "learned V1 ball"),
+    ]  # fmt: skip
+
+
+def test_what_is_confirmed_is_what_is_undone(two: Path) -> None:
+    with pytest.raises(StackError, match="at version 2 now"):
+        pipeline.undo(two, version=1)
+    assert _tokens(two) == ["V1", "V2"]
+    assert pipeline.undo(two, version=2).tokens == ["V1"]
+
+
+@settings(deadline=None)
+@given(st.integers(0, 4), st.lists(st.sampled_from("ssssur"), min_size=1, max_size=12), st.randoms(use_true_random=False))
+def test_any_sequence_of_changes_can_be_gone_back_through(
+    tmp_path_factory: pytest.TempPathFactory, keep: int, steps: list[str], rnd: random.Random
+) -> None:
+    """Against a model: what each number held. No more is kept than was said, the parent always is, and numbers are never given twice."""
+    path = tmp_path_factory.mktemp("history") / "mini.concepts.safetensors"
+    held: dict[int, int] = {}
+    stack = make_stack(1)
+    stack.history = keep
+    for step, kind in enumerate(["s", *steps]):
+        now = {one.number: one for one in stackfile.versions(path)}
+        if kind == "s":
+            stack = make_stack(step % 3 + 1)
+            stack.history = keep
+            store.save_stack(stack, path, store.change("learned", stack.records[-1:]))
+        elif kind == "u":
+            parent = stackfile.parent_of(path)
+            left = store.undo(path)
+            if parent:
+                assert (left.version, len(store.read_records(path))) == (next(n for n, one in now.items() if one.current), held[parent.number])
+            if not store.read_records(path):
+                return
+        elif kind == "r":
+            number = rnd.choice(list(now))
+            assert store.restore(path, number).number == number
+            assert len(store.read_records(path)) == held[number]
+        found = stackfile.versions(path)
+        current = next(one for one in found if one.current)
+        held[current.number] = len(current.tokens)
+        assert len(found) <= keep + 1
+        assert all(len(one.tokens) == held[one.number] for one in found)
+        assert keep == 0 or kind != "s" or not now or stackfile.parent_of(path) is not None
+
+
+def test_a_setting_says_how_many_versions_are_kept(two: Path, folders: dict[str, Path]) -> None:
+    pipeline.keep_versions(two, 1)
+    pipeline.learn_concept(_learn(two, folders, "V3"))
+    assert [one.number for one in pipeline.history(two)] == [3, 2]
+    assert sum(one.size for one in pipeline.history(two)) == sum(p.stat().st_size for p in (store.stack_path(two), *two.parent.glob("*.history/*")))
+    pipeline.keep_versions(two, 0)
+    assert [one.number for one in pipeline.history(two)] == [3]
+    assert not files.history_folder(store.stack_path(two)).exists()
+    assert "takes V3 off" in stackfile.undo_preview(store.stack_path(two))
+    assert pipeline.undo(two).tokens == ["V1", "V2"]
+    pipeline.forget(pipeline.SolveRequest(two, device="cpu"), "V1")
+    with pytest.raises(StackError, match="no longer kept"):
+        pipeline.undo(two)
+    assert _tokens(two) == ["V2"]
+    with pytest.raises(StackError, match="0 to 1000"):
+        pipeline.keep_versions(two, -1)
+
+
+def test_a_stack_from_elsewhere_takes_nothing_out_of_the_history(tmp_path: Path) -> None:
+    """Its numbers are its own: a version here that has the same one stays."""
+    path, theirs = tmp_path / "a.concepts.safetensors", tmp_path / "b.concepts.safetensors"
+    for count in (1, 2, 3):
+        store.save_stack(make_stack(count), path)
+    store.undo(path)
+    for count in (3, 2, 1):
+        store.save_stack(dataclasses.replace(make_stack(count), identity="cd" * 8), theirs)
+    shutil.copy(theirs, path)
+    assert stackfile.parent_of(path) is None  # version 2 here is another stack's
+    store.save_stack(make_stack(2), path)
+    held = sorted(len(store.read_records(one.file)) for one in stackfile.versions(path) if not one.current)
+    assert held == [1, 1, 3]
+    assert store.undo(path).tokens == ["V1"]
+
+
+# --- replacing -----------------------------------------------------------------------------------
+
+
+def test_replacing_is_one_step(two: Path, folders: dict[str, Path]) -> None:
+    """A refused input, a cancel and a kill leave the old concept; then the new one takes its place, and undo brings the old one back."""
+    path = store.stack_path(two)
+    was = store.open_stack(path)
+    new = _learn(two, {**folders, "V2": folders["V3"]}, "V2", replace=True)
+
+    def cancel(progress: Progress) -> None:
+        if progress.stage == "learn":
+            raise Cancelled("stopped")
+
+    with pytest.raises(TokenError, match="taken"):
+        pipeline.learn_concept(_learn(two, folders, "V2"))
+    with pytest.raises(ConceptImagesError):
+        pipeline.learn_concept(_learn(two, {"V2": two.parent / "nothing"}, "V2", replace=True))
+    with pytest.raises(TokenError, match="V2 was learned after it"):
+        pipeline.learn_concept(_learn(two, folders, "V1", replace=True))
+    with pytest.raises(Cancelled):
+        pipeline.learn_concept(new, cancel)
+    assert same(store.open_stack(path), was)
+    pipeline.learn_concept(new)
+    now = store.open_stack(path)
+    assert _tokens(two) == ["V1", "V2"]
+    assert now.records[1].hashes != was.records[1].hashes
+    assert same(now.as_of(1), was.as_of(1))
+    undone = pipeline.undo(two)
+    assert undone.change == "replaced V2 fish by learning it again"
+    assert same(store.open_stack(path), was)
+
+
+# --- links, modes, names, temporary files ---------------------------------------------------------
+
+
+def test_a_linked_stack_is_written_through_its_link(tmp_path: Path) -> None:
+    real, link = tmp_path / "real" / "x.concepts.safetensors", tmp_path / "x.concepts.safetensors"
+    real.parent.mkdir()
+    link.symlink_to(real)
+    for use in (lambda: store.load_stack(link, FINGERPRINT), lambda: store.save_stack(make_stack(1), link), lambda: stackfile.versions(link)):
+        with pytest.raises(StackError, match=r"link to .*not there"):
+            use()
+    store.save_stack(make_stack(1), real)
+    store.save_stack(make_stack(2), link)
+    assert link.is_symlink()
+    assert same(store.open_stack(real), make_stack(2))
+    with store.writing(real), pytest.raises(StackError, match="Another program"), store.writing(link):
+        pass
+    assert store.undo(link).tokens == ["V1"]
+    assert same(store.open_stack(real), make_stack(1))
+    assert not files.history_folder(link).exists()
+
+
+def test_a_linked_checkpoint_has_the_stack_of_its_target(checkpoint: Path, tmp_path: Path) -> None:
+    link = tmp_path / "models" / "other-name.safetensors"
+    link.parent.mkdir()
+    link.symlink_to(checkpoint)
+    assert store.stack_path(link) == store.stack_path(checkpoint)
+    assert store.stack_path(link, "pets") == store.stack_path(checkpoint, "pets")
+    own = link.with_name("other-name.concepts.safetensors")
+    own.write_bytes(b"")  # as earlier programs left it
+    assert store.stack_path(link) == own
+
+
+@pytest.mark.skipif(os.name != "posix", reason="modes of POSIX")
+@pytest.mark.parametrize("umask", [0o022, 0o002, 0o077])
+def test_files_get_the_mode_the_umask_leaves_or_keep_theirs(tmp_path: Path, umask: int) -> None:
+    path, before = tmp_path / "x.concepts.safetensors", os.umask(umask)
+    try:
+        store.save_stack(make_stack(1), path)
+        assert path.stat().st_mode & 0o777 == 0o666 & ~umask
+        path.chmod(0o664)
+        store.save_stack(make_stack(2), path)
+        store.undo(path)
+        pipeline.export(tmp_path / "x.safetensors", tmp_path / "out", stack=path)
+    finally:
+        os.umask(before)
+    assert path.stat().st_mode & 0o777 == 0o664
+    assert {p.stat().st_mode & 0o777 for p in (tmp_path / "out").iterdir() if p.suffix != ".lock"} == {0o666 & ~umask}
+
+
+@pytest.mark.skipif(os.name != "posix" or os.geteuid() != 0, reason="two users, so root")
+def test_another_user_is_told_that_it_is_about_permission(tmp_path: Path) -> None:
+    path = tmp_path / "x.concepts.safetensors"
+    store.save_stack(make_stack(1), path)
+    store.save_stack(make_stack(2), path)
+    path.chmod(0o600)
+    for folder in (tmp_path, *tmp_path.parents[:3]):
+        folder.chmod(0o755)
+    os.seteuid(65534)
+    try:
+        with pytest.raises(StackError, match="Permission denied") as told:
+            store.open_stack(path)
+    finally:
+        os.seteuid(0)
+    assert "cut short" not in str(told.value)
+    assert "restore" not in str(told.value)
+
+
+def test_a_name_too_long_is_refused_before_training(mini_file: Path, folders: dict[str, Path], tmp_path: Path) -> None:
+    long = tmp_path / f"{'x' * 215}.safetensors"
+    shutil.copy(mini_file, long)
+    seen: list[Progress] = []
+    with pytest.raises(StackError, match=r"too long: the file system .* allows 255.*Shorten"):
+        pipeline.learn_concept(_learn(long, folders, "V1"), seen.append)
+    assert not seen
+    assert [p.name for p in tmp_path.iterdir()] == [long.name]
+
+
+def test_what_killed_writers_left_is_cleaned_up_and_what_living_ones_write_is_not(tmp_path: Path) -> None:
+    path = tmp_path / "x.concepts.safetensors"
+    store.save_stack(make_stack(1), path)
+    dead, older = tmp_path / f".continual-lora-{'0' * 16}.tmp", tmp_path / f".{path.name}.ab_12xyz"
+    others = [tmp_path / name for name in (".continual-lora-notes.tmp", f".{path.name}.mine", ".y.concepts.safetensors.ab_12xyz")]
+    for file in (dead, older, *others):
+        file.write_bytes(b"half")
+    with files._temporary(tmp_path) as living, store.writing(path):
+        assert Path(living.name).exists()
+    assert not dead.exists()
+    assert not older.exists()
+    assert all(file.exists() for file in others)
+
+
+def test_readers_see_one_version_while_another_program_writes(tmp_path: Path) -> None:
+    """A thousand reads of a stack that is replaced all the time: each is whole, and none fails."""
+    path = tmp_path / "x.concepts.safetensors"
+    code = (
+        "import sys; from pathlib import Path; sys.path[:0] = ['tests']; from test_store import make_stack; from comfy_continual_lora import store\n"
+        f"path = Path({str(path)!r}); stacks = [make_stack(n, 300) for n in (1, 2)]\n"
+        "store.save_stack(stacks[0], path); print('ready', flush=True)\n"
+        "while True: [store.save_stack(s, path) for s in stacks]"
+    )
+    writer = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, cwd=Path(__file__).parents[1])
+    assert writer.stdout
+    assert writer.stdout.readline() == "ready\n"
+    try:
+        counts = set()
+        for _ in range(1000):
+            stack = store.load_stack(path, FINGERPRINT)
+            assert same(stack, make_stack(len(stack.records), 300))
+            counts.add(len(stack.records))
+        assert counts == {1, 2}  # it was replaced meanwhile
+    finally:
+        writer.kill()
+        writer.wait()
+        writer.stdout.close()
+
+
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="asks Linux what is mapped")
+def test_a_stack_that_was_read_is_not_mapped(tmp_path: Path) -> None:
+    """On Windows a mapped file can't be replaced."""
+    path = tmp_path / "x.concepts.safetensors"
+    store.save_stack(make_stack(2, 4000), path)
+    stack = store.open_stack(path)
+    assert path.name not in Path("/proc/self/maps").read_text()
+    assert torch.equal(stack.words["id1"], torch.ones(1, 8))
+
+
+def test_kill_9_at_any_moment_leaves_a_whole_history(tmp_path: Path) -> None:
+    """While it saves, undoes and restores: the stack reads, so does every version, and none is another's."""
+    path = tmp_path / "x.concepts.safetensors"
+    code = (
+        "import sys; from pathlib import Path; sys.path[:0] = ['tests']; from test_store import make_stack\n"
+        "from comfy_continual_lora import stackfile, store\n"
+        f"path = Path({str(path)!r}); stacks = [make_stack(n, 3000) for n in (1, 2, 3)]\n"
+        "print('ready', flush=True)\n"
+        "while True:\n"
+        "    for s in stacks:\n"
+        "        store.save_stack(s, path, store.change('learned', s.records[-1:]))\n"
+        "    store.undo(path); store.restore(path, stackfile.versions(path)[-1].number)\n"
+    )
+    rnd = random.Random(0)
+    for _ in range(12):
+        saver = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, cwd=Path(__file__).parents[1])
+        assert saver.stdout
+        assert saver.stdout.readline() == "ready\n"
+        time.sleep(rnd.uniform(0, 0.3))
+        saver.send_signal(signal.SIGKILL)
+        saver.wait()
+        saver.stdout.close()
+        if not path.exists():
+            continue
+        with store.writing(path):
+            pass
+        left = [path, *files.history_folder(path).glob("*")]
+        for file in left:
+            stack = store.open_stack(file)
+            assert same(stack, make_stack(len(stack.records), 3000))
+        assert not [p for p in tmp_path.rglob(".*") if p.suffix != ".lock"]
+        assert len(left) <= stackfile.HISTORY + 2
+
+
+def test_errors_of_going_back_leave_everything(two: Path) -> None:
+    path = store.stack_path(two)
+    before = path.read_bytes()
+    with pytest.raises(StackError, match=r"no version 9.*Kept are: 2, 1"):
+        pipeline.restore(two, 9)
+    broken = files.history_folder(path) / "1.stack"
+    broken.write_bytes(broken.read_bytes()[:-8])
+    for wrong in (lambda: pipeline.restore(two, 1),):
+        with pytest.raises(ContinualLoraError):
+            wrong()
+    assert path.read_bytes() == before

@@ -1,0 +1,248 @@
+"""A stack file is data, whoever made it: what is not as `save_stack` writes it is refused by name, in every reader."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import shutil
+import struct
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from test_store import make_stack
+
+from comfy_continual_lora import export, files, pipeline, solve, stackfile, store
+from comfy_continual_lora.errors import ContinualLoraError, StackError
+
+OLD = Path(__file__).parent / "data" / "stack-8a93aef.safetensors"  # three concepts by `retention`, on the mini-SD
+
+
+def split(data: bytes) -> tuple[dict[str, Any], bytes]:
+    """A safetensors file's header and body."""
+    (length,) = struct.unpack("<Q", data[:8])
+    return json.loads(data[8 : 8 + length]), data[8 + length :]
+
+
+def joined(header: Any, body: bytes) -> bytes:
+    text = header if isinstance(header, bytes) else json.dumps(header).encode()
+    return struct.pack("<Q", len(text)) + text + body
+
+
+@pytest.fixture
+def whole(tmp_path: Path) -> bytes:
+    """A stack of two concepts, as it is stored."""
+    store.save_stack(make_stack(2), tmp_path / "whole")
+    return (tmp_path / "whole").read_bytes()
+
+
+def changed(data: bytes, change: Callable[[dict[str, Any]], object]) -> bytes:
+    """The same file with its stack header changed."""
+    header, body = split(data)
+    stack = json.loads(header["__metadata__"]["stack"])
+    change(stack)
+    header["__metadata__"]["stack"] = json.dumps(stack)
+    return joined(header, body)
+
+
+def every_reader(path: Path, out: Path) -> list[Callable[[], object]]:
+    checkpoint = path.with_name("mini.safetensors")
+    return [
+        lambda: stackfile.read_header(path),
+        lambda: stackfile.versions(path),
+        lambda: store.read_records(path),
+        lambda: store.open_stack(path),
+        lambda: pipeline.info(checkpoint, path),
+        lambda: pipeline.export(checkpoint, out, stack=path),
+        lambda: pipeline.undo(checkpoint, path),
+    ]
+
+
+def refused(data: bytes, tmp_path: Path, match: str = "theirs", readers: slice = slice(None)) -> None:
+    """No reader takes the file, none writes anything, and the file stays as it was."""
+    path, out = tmp_path / "theirs.concepts.safetensors", tmp_path / "a" / "b" / "out"
+    path.write_bytes(data)
+    before = {p for p in tmp_path.rglob("*") if p.is_file()}
+    for read in every_reader(path, out)[readers]:
+        with pytest.raises(StackError, match=match):
+            read()
+    left = {p for p in tmp_path.rglob("*") if p.is_file() and p.suffix != ".lock"} - before
+    assert not left
+    assert path.read_bytes() == data
+
+
+@pytest.mark.parametrize("token", ["../victim", "/abs/x", "..", "a/b", "a\\b", "", "V 1", "V1\n", "x" * 65, "ü", 7, None, ["V1"]])
+def test_a_token_that_is_a_path_is_refused_everywhere(whole: bytes, tmp_path: Path, token: object) -> None:
+    refused(changed(whole, lambda stack: stack["concepts"][0].update(token=token)), tmp_path, "concept 1: token is")
+
+
+HTML = "<img src=x onerror=alert(1)>"
+FIELDS = [
+    ("preview", HTML), ("preview", "====" ), ("steps", HTML), ("steps", -1), ("steps", True), ("steps", 1.5), ("steps", 10**30), ("images", None),
+    ("seed", "0"), ("id", "a.b"), ("id", "../x"), ("noun", 3), ("noun", "a\0b"), ("noun", "\ud800"), ("method", HTML), ("method", "dance"),
+    ("prompts", "a photo"), ("prompts", [1]), ("hashes", [HTML]), ("learned", "yesterday"), ("learned", 5), ("loss", "low"), ("settings", []),
+    ("settings", {"rank": "16"}), ("settings", {"rank": 10**9}), ("settings", {"adapter": "../x"}), ("settings", {"a": [1]}), ("with_noun", 1),
+    ("request", HTML), ("consolidated", 5),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("field", "value"), FIELDS, ids=lambda value: str(value)[:20])
+def test_a_field_of_another_type_is_refused_by_name(whole: bytes, tmp_path: Path, field: str, value: object) -> None:
+    refused(changed(whole, lambda stack: stack["concepts"][1].update({field: value})), tmp_path, f"concept 2: {field} is")
+
+
+TOPS = [
+    ("fingerprint", "../x"), ("fingerprint", 5), ("rank", "2"), ("rank", 0), ("rank", True), ("tau", 0), ("tau", "1"), ("base", []),
+    ("base", {"preset": "../x"}), ("base", {"word_widths": [9]}), ("base", {"prediction": 1}), ("concepts", {}), ("concepts", [1]),
+    ("history", -1), ("history", 10**9), ("number", "1"), ("parent", -3), ("identity", HTML), ("change", {"kind": "x", "names": [], "when": ""}),
+    ("change", {"kind": "learned", "names": [HTML * 1000], "when": "2026-01-01T00:00:00+00:00"}), ("version", "1"), ("version", None),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("field", "value"), TOPS, ids=lambda value: str(value)[:20])
+def test_the_stack_header_is_checked(whole: bytes, tmp_path: Path, field: str, value: object) -> None:
+    refused(changed(whole, lambda stack: stack.update({field: value})), tmp_path)
+
+
+@pytest.mark.parametrize("where", ["concepts", "top"])
+def test_a_field_of_a_later_program_says_to_update(whole: bytes, tmp_path: Path, where: str) -> None:
+    """It is never dropped in silence: the file would be stored without it at the next change."""
+
+    def later(stack: dict[str, Any]) -> None:
+        (stack if where == "top" else stack["concepts"][0])["strength"] = 1.0
+
+    refused(changed(whole, later), tmp_path, "'strength'.*Update")
+
+
+def test_two_concepts_of_one_word_or_id_are_refused(whole: bytes, tmp_path: Path) -> None:
+    refused(changed(whole, lambda stack: stack["concepts"][0].update(token="v2")), tmp_path, "two concepts have the token")
+    refused(changed(whole, lambda stack: stack["concepts"][0].update(id="id2")), tmp_path, "two concepts have the id")
+
+
+def test_numbers_that_are_none_are_refused(whole: bytes, tmp_path: Path) -> None:
+    for number in ("NaN", "Infinity", "9" * 5000):
+        header, body = split(whole)
+        header["__metadata__"]["stack"] = header["__metadata__"]["stack"].replace('"loss": 0.1', f'"loss": {number}')
+        refused(joined(header, body), tmp_path)
+
+
+@pytest.mark.parametrize("name", ["word.id1", "adapter.layer.to_k.A", "adapter.layer.to_k.B"])
+@pytest.mark.parametrize("how", ["drop", "rename", "dtype", "shape"])
+def test_every_word_and_layer_is_there_and_fits(whole: bytes, tmp_path: Path, name: str, how: str) -> None:
+    header, body = split(whole)
+    one = header.pop(name)
+    if how == "rename":
+        header["pool.../../x.l.A"] = one
+    elif how == "dtype":
+        header[name] = {**one, "dtype": "I32"}
+    elif how == "shape":
+        header[name] = {**one, "shape": [1, 1, *one["shape"]]}
+    refused(joined(header, body), tmp_path)
+
+
+def test_numbers_that_are_not_finite_are_refused_where_tensors_are_read(whole: bytes, tmp_path: Path) -> None:
+    for bad in (float("nan"), float("-inf")):
+        header, body = split(whole)
+        start, end = header["adapter.layer.to_k.B"]["data_offsets"]
+        data = body[:start] + struct.pack("<f", bad) * ((end - start) // 4) + body[end:]
+        refused(joined(header, data), tmp_path, "not finite", slice(3, 4))
+        refused(joined(header, data), tmp_path, "not finite", slice(5, 7))
+
+
+RAW = [
+    b"", b"{}", b"\x80\x04", b"PK\3\4", joined(b"[]", b""), joined(b"null", b""), joined(b"\xff\xfe", b""), joined(b'{"a":' + b"[" * 50_000, b""),
+    joined(b'{"__metadata__":{"format":"comfy-continual-lora"}}', b""), struct.pack("<Q", 2**63), joined(b'{"a":1}', b""),
+    joined(b'{"a":{"dtype":"F32","shape":[1],"data_offsets":[0,4]},"a":{"dtype":"F32","shape":[1],"data_offsets":[0,4]}}', b"1234"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("data", RAW, ids=lambda data: repr(data[:24]))
+def test_files_that_are_something_else(tmp_path: Path, data: bytes) -> None:
+    refused(data, tmp_path)
+
+
+@settings(deadline=None)
+@given(st.data())
+def test_a_damaged_byte_is_refused_or_harmless(tmp_path_factory: pytest.TempPathFactory, data: st.DataObject) -> None:
+    """Never a traceback; and what is taken makes sense."""
+    folder = tmp_path_factory.mktemp("damaged")
+    path = folder / "s"
+    store.save_stack(make_stack(2), path)
+    whole = bytearray(path.read_bytes())
+    for _ in range(data.draw(st.integers(1, 4))):
+        whole[data.draw(st.integers(0, len(whole) - 1))] = data.draw(st.integers(0, 255))
+    path.write_bytes(whole[: data.draw(st.sampled_from([len(whole), len(whole) // 2, len(whole) - 1]))])
+    try:
+        stack = store.open_stack(path)
+    except ContinualLoraError:
+        return
+    assert {record.id for record in stack.records} == set(stack.words)
+    tensors = [*stack.words.values(), *(t for a in (stack.adapter, *stack.pool.values()) for t in (a or {}).values())]
+    assert all(t.isfinite().all() for t in tensors)
+    export.export_files(stack, folder / "a" / "out", folder / "a" / "out", "x")
+    assert {p.name for p in folder.iterdir()} <= {"s", "a"}
+
+
+# --- across programs and checkpoints -------------------------------------------------------------
+
+
+def test_a_stack_of_an_earlier_program_opens_and_goes_on(checkpoint: Path, pictures: Path) -> None:
+    path = store.stack_path(checkpoint)
+    shutil.copy(OLD, path)
+    assert [record.token for record in store.read_records(path)] == ["V1", "V2", "V3"]
+    assert stackfile.read_header(path)["identity"] == ""
+    drawn = pipeline.draw(pipeline.DrawRequest(checkpoint, ["a photo of a V2 fish"], pipeline.DrawSettings(steps=1), device="cpu"))
+    assert len(drawn) == 1
+    pipeline.forget(pipeline.SolveRequest(checkpoint, device="cpu"), "V1")
+    assert [record.token for record in store.read_records(path)] == ["V2", "V3"]
+    assert pipeline.undo(checkpoint).change == "forgot V1 ball"
+    before, after = store.open_stack(OLD), store.open_stack(path)
+    assert before.records == after.records
+    assert all(torch.equal(before.words[one], after.words[one]) for one in before.words)
+
+
+def test_what_an_earlier_program_kept_can_be_gone_back_to(tmp_path: Path) -> None:
+    path = tmp_path / "mini.concepts.safetensors"
+    shutil.copy(OLD, path)
+    stack = store.open_stack(path)
+    stack.undo()
+    store.save_stack(stack, path.with_name(path.name + ".previous"))
+    assert [one.number for one in stackfile.versions(path)] == [1, 0]
+    assert store.undo(path).tokens == ["V1", "V2"]
+    assert [(one.number, one.current) for one in stackfile.versions(path)] == [(1, False), (0, True)]
+    assert store.restore(path, 1).tokens == ["V1", "V2", "V3"]
+
+
+def test_shapes_of_another_checkpoint_are_refused_whatever_the_fingerprint(checkpoint: Path, tmp_path: Path) -> None:
+    stack = make_stack(1)
+    stack.fingerprint = pipeline.info(checkpoint)["fingerprint"]
+    store.save_stack(stack, store.stack_path(checkpoint))
+    with pytest.raises(StackError, match="does not fit this checkpoint"):
+        pipeline.draw(pipeline.DrawRequest(checkpoint, ["a V1 mug"], device="cpu"))
+
+
+def test_what_could_not_be_read_again_is_not_stored(tmp_path: Path) -> None:
+    path = tmp_path / "s"
+    store.save_stack(make_stack(1), path)
+    before = path.read_bytes()
+    lines, infinite, half = make_stack(2), make_stack(2), make_stack(2)
+    lines.records[1] = dataclasses.replace(lines.records[1], noun="a\0b")
+    infinite.words["id2"] = infinite.words["id2"] / 0
+    assert half.adapter
+    del half.adapter["layer.to_k.B"]
+    for stack, what in ((lines, "noun"), (infinite, "not finite"), (half, "not whole")):
+        with pytest.raises(StackError, match=what):
+            store.save_stack(stack, path)
+        assert path.read_bytes() == before
+
+
+def test_a_word_that_both_stacks_have_stays_a_word_when_it_is_long() -> None:
+    assert solve._new_names(make_stack(1), ["V1"]) == {"V1": "V1_2"}
+    first = make_stack(1)
+    first.records = [dataclasses.replace(first.records[0], token="x" * 64)]
+    (name,) = solve._new_names(first, ["x" * 64]).values()
+    assert files.TOKEN.fullmatch(name)
