@@ -354,23 +354,18 @@ def _install_webui(arguments: argparse.Namespace, bar: _Bar) -> None:
 
 def _ui(arguments: argparse.Namespace, bar: _Bar) -> None:
     try:
-        import gradio as gr
+        import gradio  # noqa: F401
     except ImportError:
         raise SettingError("The tab needs gradio, which is not installed: pip install 'comfy-continual-lora[ui]'.") from None
+    from .files import STACKS
     from .mini.weights import write_checkpoint
-    from .webui.tab import Host, build
+    from .webui.alone import launch
 
-    host = Host(arguments.models, arguments.models / "continual-lora")
-    if not host.checkpoints():
-        write_checkpoint(arguments.models / "mini-sd.safetensors")
-        print(f"There was no checkpoint in {arguments.models}, so the mini-SD was put there to try things on.")
-    with gr.Blocks(title="Continual LoRA") as page:
-        gr.Markdown("# Continual LoRA\nTeach a checkpoint one thing after another, without old pictures and without forgetting.")
-        build(host)
-    page.queue().launch(
-        server_name="127.0.0.1", server_port=arguments.port, share=False, inbrowser=not arguments.no_browser,
-        allowed_paths=[str(arguments.models.resolve())],
-    )  # fmt: skip
+    models: Path = arguments.models
+    if not any(not path.name.endswith(STACKS) for path in models.rglob("*.safetensors")):
+        write_checkpoint(models / "mini-sd.safetensors")
+        print(f"There was no checkpoint in {models}, so the mini-SD was put there to try things on.")
+    launch(models, arguments.port, not arguments.no_browser)
 
 
 def _undo(arguments: argparse.Namespace, bar: _Bar) -> None:

@@ -1,8 +1,14 @@
-"""The API's routes on a server of our own: logins, refusals, the folder of pictures."""
+"""The API's routes on a server of our own: logins, what a request has to be, the folders of pictures, what is left on disk."""
 
 from __future__ import annotations
 
+import base64
+import io
+import json
+import os
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -10,18 +16,27 @@ pytest.importorskip("gradio")
 
 from fastapi import FastAPI
 from fastapi.testclient import TestClient
+from PIL import Image
 
 from comfy_continual_lora.webui import api
 from comfy_continual_lora.webui.environment import NotReady
 from comfy_continual_lora.webui.tab import Host
 
+POSTS = ("learn", "consolidate", "closed_form", "forget", "scores", "evaluate", "export", "undo", "jobs/stop")
+WHERE = {"checkpoint": "mini.safetensors"}
+
 
 class Guarded(Host):
-    def logins(self) -> dict[str, str]:
+    def logins(self) -> dict[str, str] | None:
         return {"ann": "secret"}
 
     def python(self) -> str:
         raise NotReady("not prepared")
+
+
+class Closed(Host):
+    def logins(self) -> dict[str, str] | None:
+        return {}
 
 
 def _client(host: Host) -> TestClient:
@@ -30,24 +45,155 @@ def _client(host: Host) -> TestClient:
     return TestClient(app)
 
 
+@pytest.fixture
+def host(checkpoint: Path, tmp_path: Path) -> Iterator[Host]:
+    """One whose worker is no Python, so that its jobs fail at once."""
+    host = Host(checkpoint.parent, tmp_path / "work")
+    host.desk.python = lambda: os.devnull
+    yield host
+    if host.desk.job:
+        host.desk.job.fail("over")
+
+
+def _encoded(color: str = "red") -> str:
+    buffer = io.BytesIO()
+    Image.new("RGB", (8, 8), color).save(buffer, "PNG")
+    return base64.b64encode(buffer.getvalue()).decode()
+
+
+def _left(folder: Path) -> list[Path]:
+    return [p for p in folder.rglob("*") if p.is_file() and p.name != "lock"] if folder.exists() else []
+
+
 def test_logins_are_asked_for_and_a_missing_environment_is_told(checkpoint: Path, tmp_path: Path) -> None:
     client = _client(Guarded(checkpoint.parent, tmp_path / "work"))
-    for login in (None, ("ann", "wrong"), ("bob", "secret"), ("", "")):
+    for login in (None, ("ann", "wrong"), ("bob", "secret"), ("", ""), ("ann", ""), ("", "secret")):
         assert client.get(f"{api.PREFIX}/jobs", auth=login).status_code == 401
-        assert client.post(f"{api.PREFIX}/undo", json={}, auth=login).status_code == 401
+        for path in POSTS:
+            assert client.post(f"{api.PREFIX}/{path}", json={}, auth=login).status_code == 401
     right = ("ann", "secret")
     assert client.get(f"{api.PREFIX}/jobs", auth=right).json() == {"job": None, "state": "idle"}
-    answer = client.post(f"{api.PREFIX}/undo", json={"checkpoint": "mini.safetensors"}, auth=right)
+    answer = client.post(f"{api.PREFIX}/learn", json={**WHERE, "images": [_encoded()], "token": "V1", "noun": "ball"}, auth=right)
     assert (answer.status_code, answer.json()["detail"]) == (503, "not prepared")
+    assert not _left(tmp_path / "work")
 
 
-def test_pictures_come_from_the_hosts_folders_alone(checkpoint: Path, pictures: Path, tmp_path: Path) -> None:
-    host = Host(checkpoint.parent, tmp_path / "work")
+def test_logins_that_name_nobody_let_nobody_in(checkpoint: Path, tmp_path: Path) -> None:
+    client = _client(Closed(checkpoint.parent, tmp_path / "work"))
+    for login in (None, ("", ""), ("", "secret"), ("ann", "secret")):
+        assert client.get(f"{api.PREFIX}/jobs", auth=login).status_code == 401
+        assert client.post(f"{api.PREFIX}/jobs/stop", json={}, auth=login).status_code == 401
+
+
+@pytest.mark.parametrize("path", POSTS)
+def test_a_post_is_a_json_object_sent_as_one(host: Host, path: str) -> None:
+    client, address = _client(host), f"{api.PREFIX}/{path}"
+    for kind in (
+        None,
+        "",
+        "text/plain",
+        "application/x-www-form-urlencoded",
+        "multipart/form-data",
+        "application/jsonp",
+        "text/json; application/json",
+    ):
+        headers = {} if kind is None else {"content-type": kind}
+        assert client.post(address, content=b'{"checkpoint": "mini.safetensors"}', headers=headers).status_code == 415
+    for body in (b"", b"{", b"[]", b"null", b"5", b'"x"', b"[" * 100_000, b'{"a":' * 100_000, b"\xff", b"{}{}"):
+        assert client.post(address, content=body, headers={"content-type": "application/json"}).status_code == 422
+    assert host.desk.job is None
+    answer = client.post(address, content=b"{}", headers={"content-type": "Application/JSON; charset=utf-8"})
+    assert answer.status_code == (200 if path == "jobs/stop" else 422)
+
+
+@pytest.mark.parametrize("change", [
+    {"checkpoint": 5}, {"checkpoint": "\ud800"}, {"checkpoint": ["mini.safetensors"]}, {"checkpoint": "../mini.safetensors"},
+    {"stack": "../x"}, {"stack": 5}, {"stack": "\ud800"}, {"stack": {}}, {"stack": "a\0"}, {"stack": "x" * 65},
+    {"token": 5}, {"token": " "}, {"token": None}, {"noun": ["ball"]}, {"noun": ""},
+    {"settings": []}, {"settings": 3}, {"settings": {"stepz": 3}}, {"settings": {"steps": "many"}}, {"settings": {"steps": 0}},
+    {"settings": {"rate": [1]}}, {"settings": {"method": "magic"}}, {"settings": {"\ud800": 1}},
+    {"images": None}, {"images": []}, {"images": [5]}, {"images": ["?"]}, {"images": [[]]}, {"images": {"0": "x"}}, {"images": 5},
+    {"images": ["data:image/png;base64,"]}, {"images": [base64.b64encode(b"no picture").decode()]}, {"images": ["\ud800"]},
+    {"images": "\0"}, {"images": "x" * 5000}, {"images": "\ud800"}, {"images": "/"}, {"images": ""}, {"images": ".."}, {"images": "~"},
+])  # fmt: skip
+def test_what_cannot_be_meant_is_refused_and_leaves_nothing(host: Host, change: dict[str, Any]) -> None:
+    body = {**WHERE, "images": [_encoded()], "token": "V1", "noun": "ball", "settings": {"steps": 5}, "stack": "x", **change}
+    answer = _client(host).post(f"{api.PREFIX}/learn", content=json.dumps(body), headers={"content-type": "application/json"})
+    assert answer.status_code == 422, answer.text
+    assert isinstance(answer.json()["detail"], str)
+    assert host.desk.job is None
+    assert not _left(host.folder)
+
+
+def test_copies_are_there_while_the_job_runs_and_not_after_it(host: Host, tmp_path: Path) -> None:
+    client, seen = _client(host), tmp_path / "seen"
+    script = tmp_path / "python"
+    script.write_text(f"#!/bin/sh\nfind {host.folder} -name '*.png' > {seen}\nexec sleep 100\n")
+    script.chmod(0o755)
+    host.desk.python = lambda: str(script)
+    body = {**WHERE, "images": [_encoded("red"), "data:image/png;base64," + _encoded("blue")], "token": "V1", "noun": "ball"}
+    assert client.post(f"{api.PREFIX}/learn", json=body).status_code == 200
+    busy = client.post(f"{api.PREFIX}/learn", json={**body, "images": [_encoded("green")]})
+    assert busy.status_code == 409
+    while not seen.exists() or not seen.read_text():
+        pass
+    assert len(seen.read_text().splitlines()) == 2
+    assert len(_left(host.folder)) == 3
+    assert host.desk.job
+    host.desk.job.fail("killed")
+    assert not _left(host.folder)
+
+
+def test_copies_stay_while_a_snapshot_needs_them(host: Host, checkpoint: Path) -> None:
+    client = _client(host)
+    snapshot = checkpoint.with_name("mini.x.concepts.V1.0123.snapshot")
+    snapshot.touch()
+    body = {**WHERE, "stack": "x", "images": [_encoded()], "token": "V1", "noun": "ball"}
+    client.post(f"{api.PREFIX}/learn", json=body)
+    assert host.desk.job
+    assert host.desk.job.wait(10)
+    assert [p.suffix for p in sorted(_left(host.folder))] == [".png", ".json"]
+    snapshot.unlink()
+    client.post(f"{api.PREFIX}/undo", json=WHERE)
+    assert host.desk.job.wait(10)
+    assert not _left(host.folder)
+
+
+def test_pictures_come_from_the_hosts_folders_alone(host: Host, pictures: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     client = _client(host)
     inside = host.folder / "pictures" / "mine"
     inside.mkdir(parents=True)
-    asked = {"checkpoint": "mini.safetensors", "token": "V1", "noun": "ball"}
-    for folder, message in ((pictures, "outside"), (inside / ".." / ".." / "..", "outside"), (inside, "no pictures")):
+    (inside / "out").symlink_to(pictures)
+    asked = {**WHERE, "token": "V1", "noun": "ball"}
+    for folder, message in (
+        (pictures, "outside"), (inside / ".." / ".." / "..", "outside"), (inside / "out", "outside"), (inside, "no pictures"),
+    ):  # fmt: skip
         answer = client.post(f"{api.PREFIX}/learn", json={**asked, "images": str(folder)})
         assert answer.status_code == 422
         assert message in answer.json()["detail"]
+    monkeypatch.setenv("CONTINUAL_LORA_FOLDERS", os.pathsep.join([str(inside / "none"), str(pictures)]))
+    assert client.post(f"{api.PREFIX}/learn", json={**asked, "images": str(pictures)}).status_code == 200
+    assert not _left(host.folder)
+
+
+def test_what_a_strangers_stack_holds_can_be_sent(host: Host, checkpoint: Path) -> None:
+    """A header with half a character and with numbers that are none: refused in words, or sent as JSON."""
+    inner = {
+        "concepts": [
+            {
+                "token": "\ud800",
+                "noun": "<b>",
+                "with_noun": True,
+                "preview": None,
+                "learned": "x",
+                "method": "lora",
+                "steps": float("nan"),
+                "images": 1,
+            }
+        ]
+    }
+    head = json.dumps({"__metadata__": {"format": "x", "stack": json.dumps(inner)}}).encode()
+    checkpoint.with_name("mini.concepts.safetensors").write_bytes(len(head).to_bytes(8, "little") + head)
+    answer = _client(host).get(f"{api.PREFIX}/concepts", params=WHERE)
+    assert answer.status_code in (200, 422)
+    answer.json()

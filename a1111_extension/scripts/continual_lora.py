@@ -21,7 +21,7 @@ host = a1111.host(EXTENSION)
 
 def on_ui_tabs() -> list:
     with gr.Blocks(analytics_enabled=False) as page:
-        tab.build(host)
+        tab.build(host, page)
     return [(page, "Continual LoRA", "continual_lora")]
 
 

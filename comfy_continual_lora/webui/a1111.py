@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import logging
-import queue
-import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
@@ -15,9 +13,10 @@ import gradio as gr
 from modules import call_queue, processing, sd_models, shared  # pyright: ignore[reportMissingImports]
 
 from ..files import STACKS
-from .environment import NotReady, environment_of, home_of, prepare, python_of
+from .environment import environment_of, home_of, prepare, python_of
 from .job import Job
-from .tab import PLANS, Host, picture_of, status
+from .shown import picture_of, status
+from .tab import PLANS, Host
 
 _SECTION = ("continual_lora", "Continual LoRA")
 
@@ -33,25 +32,14 @@ class WebuiHost(Host):
         super().__init__(Path(), home_of(extension))
         self.desk.around, self.desk.follow, self.desk.ended = self.around, self.follow, self.ended
         self._shown: str | None = None
+        self._interrupted = self._has_queue = False
+        self.outlive_reload()
 
-    def python(self) -> str:
-        return shared.opts.data.get("continual_lora_python") or python_of(environment_of(self.folder))
+    def own_python(self) -> str:
+        return python_of(environment_of(self.folder))
 
-    def prepare(self) -> Iterator[str]:
-        lines: queue.Queue[str | Exception | None] = queue.Queue()
-
-        def work() -> None:
-            try:
-                prepare(environment_of(self.folder), lines.put)
-                lines.put(None)
-            except Exception as error:
-                lines.put(error)
-
-        threading.Thread(target=work, daemon=True).start()
-        while (line := lines.get()) is not None:
-            if isinstance(line, Exception):
-                raise line if isinstance(line, NotReady) else NotReady(str(line))
-            yield line
+    def prepare(self, say: Callable[[str], object]) -> None:
+        prepare(environment_of(self.folder), say)
 
     def checkpoints(self) -> dict[str, Path]:
         known = {info.name: Path(info.filename) for info in sd_models.checkpoints_list.values()}
@@ -62,16 +50,13 @@ class WebuiHost(Host):
 
     def default_plan(self) -> str:
         chosen = shared.opts.data.get("continual_lora_plan")
-        return chosen if chosen in PLANS else super().default_plan()
+        return chosen if isinstance(chosen, str) and chosen in PLANS else super().default_plan()
 
     def add_settings(self) -> None:
+        """What may be chosen on a page or through the web UI's API: nothing that names a program or a path."""
         choices = {"choices": list(PLANS)}
-        for name, info in (
-            ("continual_lora_plan", shared.OptionInfo(next(iter(PLANS)), "Method the tab begins with", gr.Dropdown, choices, section=_SECTION)),
-            ("continual_lora_python", shared.OptionInfo("", "Python that learns (empty: the environment prepared for it)", section=_SECTION)),
-            ("continual_lora_folders", shared.OptionInfo("", "Folders the API may read pictures from, separated by ;", section=_SECTION)),
-        ):
-            shared.opts.add_option(name, info)
+        plan = shared.OptionInfo(next(iter(PLANS)), "Method the tab begins with", gr.Dropdown, choices, section=_SECTION)
+        shared.opts.add_option("continual_lora_plan", plan)
 
     # --- the API -----------------------------------------------------------------------------------------------------------------
 
@@ -79,13 +64,11 @@ class WebuiHost(Host):
     def serves_api(self) -> bool:
         return bool(shared.cmd_opts.api or getattr(shared.cmd_opts, "nowebui", False))
 
-    def logins(self) -> dict[str, str]:
-        pairs = (one.strip().partition(":") for one in (shared.cmd_opts.api_auth or "").split(","))
-        return {user: password for user, _, password in pairs if user}
-
-    def picture_folders(self) -> list[Path]:
-        named = shared.opts.data.get("continual_lora_folders") or ""
-        return [*super().picture_folders(), *(Path(one.strip()) for one in named.split(";") if one.strip())]
+    def logins(self) -> dict[str, str] | None:
+        """As the web UI reads its --api-auth, "user:password" after a comma; what can't be read lets nobody in."""
+        if shared.cmd_opts.api_auth is None:
+            return None
+        return dict(one.split(":") for one in shared.cmd_opts.api_auth.split(",") if one.count(":") == 1)
 
     # --- while a job runs --------------------------------------------------------------------------------------------------------
 
@@ -95,25 +78,47 @@ class WebuiHost(Host):
         with call_queue.queue_lock:
             shared.state.begin(job=f"continual-lora {job.name}")
             shared.state.job_count, loaded = 1, sd_models.model_data.sd_model is not None
+            self._interrupted, self._has_queue = False, True
             try:
                 if loaded:
                     sd_models.unload_model_weights()
                 yield
             finally:
-                if loaded and not hasattr(sd_models, "FakeInitialModel"):  # the Forge family brings its model back by itself
-                    sd_models.send_model_to_device(shared.sd_model)
-                shared.state.end()
+                try:
+                    if loaded and not hasattr(sd_models, "FakeInitialModel"):  # the Forge family brings its model back by itself
+                        sd_models.send_model_to_device(shared.sd_model)
+                finally:
+                    self._has_queue = False
+                    shared.state.end()
 
     def follow(self, job: Job) -> None:
         state = shared.state
-        if state.interrupted:
+        if state.interrupted and not self._interrupted:
+            self._interrupted = True
             job.stop()
-        state.textinfo = status(job).replace("*", "")
+        state.textinfo = status(job, str).replace("*", "")
         if job.progress:
             state.sampling_step, state.sampling_steps = job.progress["step"], job.progress["steps"]
         if job.preview and job.preview != self._shown:
             self._shown = job.preview
-            state.assign_current_image(picture_of(job.preview))
+            if picture := picture_of(job.preview):
+                state.assign_current_image(picture)
+
+    def outlive_reload(self) -> None:
+        """Let "Reload UI" leave a job of ours alone: it interrupts whatever runs, and ours runs in a process of its own.
+
+        While one runs it has the host's queue, so there is nothing else to interrupt.
+        """
+        state = shared.state
+        reload = state.request_restart
+
+        def request_restart() -> None:
+            if self._has_queue:
+                state.server_command = "restart"
+            else:
+                reload()
+
+        state.request_restart = request_restart
 
     def ended(self, job: Job) -> None:
         """New words and their LoRA are known at once."""

@@ -1,147 +1,337 @@
-"""A job in a worker process, as seen from the host: its state, its progress, how it ended. Standard library alone: this runs inside the host.
+"""A job in a worker process, as seen from the host: its state, its progress, how it ended.
 
-starting -> running -> done | failed | stopped            stopping: `stop` was called, the worker finishes its step
+Standard library alone: this runs inside the host.
+
+starting -> running -> done | failed | stopped
+stopping: `stop` was called, and the worker finishes its step
+
+A job always ends, whatever the worker does or fails to do: no call waits for it, and each silence has a limit.
 """
 
 from __future__ import annotations
 
 import collections
+import io
 import json
+import logging
+import math
 import os
+import queue
 import subprocess
 import threading
+import time
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
 PACKAGE_ROOT = Path(__file__).resolve().parents[2]
 ENDED = ("done", "failed", "stopped")
+# Limits in seconds, after which the worker is killed:
+START = 300.0  # from the start to its first word
+STOP = 600.0  # from Stop to its end; one step of a large model on a CPU takes minutes
+AGAIN = 5.0  # from Stop to a second one that means it
+LEAVE = 20.0  # from its last word to its end
+_LINE = 64_000_000  # bytes of its longest line; a preview takes a hundred thousand
 _KILLED = "It was killed, most often because memory ran out: take a smaller batch or size, or another program off the machine."
+_AGAIN = "Give the same request again: it goes on from the last snapshot."
 
 
 class Busy(Exception):
     """One job at a time: the GPU is one too."""
 
 
-class Job:
-    """One worker process. Its attributes are what it told so far; `message` says in words how it ended."""
+def _nothing(job: Job) -> None:
+    pass
 
-    def __init__(self, number: int, jobs: Sequence[tuple[str, Mapping[str, Any]]]) -> None:
+
+class Job:
+    """One worker process. Its attributes are what it told so far; `message` says in words how it ended.
+
+    `tidy` is called once, just before the end is shown.
+    """
+
+    def __init__(self, number: int, jobs: Sequence[tuple[str, Mapping[str, Any]]], tidy: Callable[[Job], object] = _nothing) -> None:
         self.number, self.jobs, self.state, self.message = number, list(jobs), "starting", ""
         self.progress: dict[str, Any] = {}
         self.losses: list[float] = []
         self.preview: str | None = None  # JPEG, base64
-        self.results: dict[str, Any] = {}
-        self.process: subprocess.Popen[str] | None = None
+        self.results: dict[str, dict[str, Any]] = {}
+        self.process: subprocess.Popen[bytes] | None = None
+        self._python = ""
+        self._tidy = tidy
+        self._last: dict[str, Any] | None = None  # the event of its end
         self._last_words: collections.deque[str] = collections.deque(maxlen=20)
-        self._stop, self._ended = False, threading.Event()
+        self._to_tell: queue.SimpleQueue[bytes | None] = queue.SimpleQueue()
+        self._lock, self._ended, self._spoke = threading.RLock(), threading.Event(), False
+        self._asked: float | None = None  # when Stop was called
+        self._killed = ""  # why we did
 
     @property
     def name(self) -> str:
         return self.jobs[0][0]
 
     def start(self, python: str) -> None:
-        """Start the worker with this Python, whose packages it uses; OSError where there is none."""
-        environment = {**os.environ, "PYTHONPATH": str(PACKAGE_ROOT), "PYTHONUNBUFFERED": "1"}
-        self.process = subprocess.Popen(
-            [python, "-m", "comfy_continual_lora.worker"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-            text=True, encoding="utf-8", errors="replace", env=environment,
-        )  # fmt: skip
+        """Start the worker with this Python, whose packages it uses; nothing where it was stopped before.
+
+        Errors: OSError where there is no such program.
+        """
+        self._python = python
         self._tell({"jobs": [{"job": name, "request": dict(request)} for name, request in self.jobs]})
-        self.state = "running"
-        errors = threading.Thread(target=self._read_errors, daemon=True)
-        errors.start()
-        threading.Thread(target=self._read, args=(errors,), daemon=True).start()
-        if self._stop:
-            self.stop()
+        environment = {**os.environ, "PYTHONPATH": str(PACKAGE_ROOT), "PYTHONUNBUFFERED": "1", "PYTHONSAFEPATH": "1"}
+        with self._lock:
+            if self._ended.is_set():
+                return
+            # Unbuffered, so that closing the pipe never waits for a worker that reads no more.
+            self.process = process = subprocess.Popen(
+                [python, "-m", "comfy_continual_lora.worker"],
+                stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, bufsize=0, env=environment,
+            )  # fmt: skip
+            self.state = "running"
+        self._later(START, lambda: not self._spoke, "it said nothing for five minutes")
+        _in_background(self._write, process)
+        _in_background(self._watch, process)
 
     def stop(self) -> None:
-        """Stop between two steps; what was learned is kept."""
-        self._stop = True
-        if self.state == "running":
-            self.state = "stopping"
-            self._tell({"stop": True})
+        """Stop between two steps; what was learned is kept.
+
+        A worker that has not begun is stopped at once, and so is one that is told again a few seconds later.
+        """
+        with self._lock:
+            if self._ended.is_set():
+                return
+            if self.process is None:
+                self._end("stopped", "It had not begun")
+            elif self._asked is None:
+                self.state, self._asked = "stopping", time.monotonic()
+                self._tell({"stop": True})
+                self._later(AGAIN, lambda: not self._spoke, "it had not begun")
+                self._later(STOP, lambda: True, "it did not stop when it was told to")
+            elif time.monotonic() - self._asked > AGAIN:
+                self._kill("Stop was pressed again")
 
     def wait(self, seconds: float | None = None) -> bool:
         """Whether it has ended by then."""
         return self._ended.wait(seconds)
 
     def fail(self, message: str) -> None:
-        self.state, self.message = "failed", message
-        self._ended.set()
+        """End it as failed, if it has not ended; its worker is gone afterwards."""
+        if self._ended.is_set():
+            return
+        self._kill(message)
+        if self.process:
+            _gone(self.process)
+        self._end("failed", message)
+
+    def _end(self, state: str, message: str, results: dict[str, Any] | None = None) -> None:
+        """The first end counts."""
+        with self._lock:
+            if self._ended.is_set():
+                return
+            try:
+                self._tidy(self)
+            except Exception:
+                logging.exception("continual-lora: could not tidy up")
+            self.results, self.message = results or {}, message
+            self.state = state
+            self._to_tell.put(None)
+            self._ended.set()
+
+    # --- what it is told -------------------------------------------------------------------------
 
     def _tell(self, message: Mapping[str, Any]) -> None:
-        assert self.process
-        assert self.process.stdin
+        self._to_tell.put(json.dumps(message).encode() + b"\n")
+
+    def _write(self, process: subprocess.Popen[bytes]) -> None:
+        """Only this thread may wait for a worker that does not read; the pipe's end tells it that we are gone."""
+        assert process.stdin
+        with process.stdin as pipe:
+            while (data := self._to_tell.get()) is not None:
+                with suppress(OSError, ValueError):  # it has ended, and `_watch` says how
+                    while data:
+                        data = data[pipe.write(data) :]
+
+    def _kill(self, why: str) -> None:
+        self._killed = self._killed or why
+        if self.process and self.process.poll() is None:
+            self.process.kill()
+
+    def _later(self, seconds: float, when: Callable[[], bool], why: str) -> None:
+        """Kill it after a time in which it has not ended, if it must be."""
+        _in_background(lambda: self._ended.wait(seconds) or (when() and self._kill(why)))
+
+    # --- what it tells ---------------------------------------------------------------------------
+
+    def _watch(self, process: subprocess.Popen[bytes]) -> None:
+        """Wait for its end; the job has ended when the process has, because only then the GPU is free."""
         try:
-            self.process.stdin.write(json.dumps(message) + "\n")
-            self.process.stdin.flush()
-        except OSError:
-            pass  # it has ended, and `_read` says how
+            assert process.stdout
+            assert process.stderr
+            hearing = [_in_background(self._hear, process.stdout), _in_background(self._overhear, process.stderr)]
+            while process.poll() is None and hearing[0].is_alive():
+                hearing[0].join(0.2)
+            if _gone(process, LEAVE):
+                for thread in hearing:
+                    thread.join(1)  # a child of the worker's may hold a pipe open
+        except Exception:
+            logging.exception("continual-lora: could not follow the worker")
+        finally:
+            self._conclude(process)
 
-    def _read_errors(self) -> None:
-        assert self.process
-        for line in self.process.stderr or ():
-            self._last_words.append(line.rstrip())
+    def _hear(self, pipe: io.RawIOBase) -> None:
+        with io.BufferedReader(pipe) as lines:
+            while line := lines.readline(_LINE):
+                event = _event(line)
+                if event is None:
+                    self._last_words.append(_text(line))
+                    continue
+                self._spoke = True
+                if event["event"] == "progress":
+                    self._take(event)
+                else:
+                    self._last = event
+                    return
 
-    def _read(self, errors: threading.Thread) -> None:
-        """Take what the worker tells; the job has ended when the process has, because only then the GPU is free."""
-        assert self.process
-        last: Mapping[str, Any] = {}
-        with self.process:  # closes the pipes
-            for line in self.process.stdout or ():
-                last = json.loads(line)
-                self._take(last)
-            errors.join()
-        if last.get("event") in ENDED:
-            self.results, self.message = last.get("results", {}), last.get("message", "")
-            self.state = last["event"]
-            self._ended.set()
-            return
-        status, said = self.process.returncode, "\n".join(self._last_words)
-        why = _KILLED if status in (-9, 137) else said or "It said nothing."
-        again = "Give the same request again: it goes on from the last snapshot."
-        self.fail(f"The worker process ended in the middle (exit status {status}). {why} {again}")
+    def _overhear(self, pipe: io.RawIOBase) -> None:
+        with io.BufferedReader(pipe) as lines:
+            while line := lines.readline(8192):
+                self._last_words.append(_text(line))
 
-    def _take(self, event: Mapping[str, Any]) -> None:
-        if event["event"] == "progress":
-            if event["stage"] != self.progress.get("stage") and event["loss"] is not None:
+    def _take(self, event: dict[str, Any]) -> None:
+        if event["loss"] is not None:
+            if event["stage"] != self.progress.get("stage"):
                 self.losses = []  # each stage has a curve of its own
-            self.progress = {name: value for name, value in event.items() if name not in ("event", "preview")}
-            if event["loss"] is not None:
-                self.losses.append(event["loss"])
-            self.preview = event["preview"] or self.preview
+            self.losses.append(event["loss"])
+        self.preview = event["preview"] or self.preview
+        self.progress = {name: value for name, value in event.items() if name not in ("event", "preview")}
+
+    def _conclude(self, process: subprocess.Popen[bytes]) -> None:
+        """What it said last, else what became of it."""
+        if self._last:
+            self._end(self._last["event"], self._last["message"], self._last["results"])
+            return
+        status, said = process.poll(), "\n".join(word for word in self._last_words if word)
+        if self._killed:
+            if self._asked is not None:
+                self._end("stopped", f"The worker was ended, because {self._killed}")
+                return
+            why = f"It was ended, because {self._killed}. {said}".strip()
+        else:
+            why = _KILLED if status in (-9, 137) else said or "It said nothing."
+        if self._spoke:
+            self._end("failed", f"The worker process ended in the middle (exit status {status}). {why} {_AGAIN}")
+        else:
+            self._end("failed", f"{self._python} did not start the worker process (exit status {status}). {why}")
+
+
+def _in_background(work: Callable[..., object], *given: Any) -> threading.Thread:
+    thread = threading.Thread(target=work, args=given, daemon=True)
+    thread.start()
+    return thread
+
+
+def _gone(process: subprocess.Popen[bytes], seconds: float = 0) -> bool:
+    """Give it that long to leave, then kill it; whether it is gone."""
+    for patience in (seconds, LEAVE):
+        with suppress(subprocess.TimeoutExpired):
+            process.wait(patience)
+            return True
+        process.kill()
+    return False
+
+
+def _text(line: bytes) -> str:
+    return line[:2000].decode("utf-8", "replace").rstrip()
+
+
+def _event(line: bytes) -> dict[str, Any] | None:
+    """What the worker told, with the types that `worker` says; None for a line that is no event."""
+    try:
+        event = json.loads(line)
+        if event["event"] == "progress":
+            return _progress(event)
+        if event["event"] not in ENDED:
+            return None
+        message, results = event.get("message", ""), event.get("results", {})
+        if not isinstance(message, str) or not all(isinstance(one, dict) for one in results.values()):
+            return None
+        return {"event": event["event"], "message": message, "results": results}
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
+        return None
+
+
+def _progress(event: dict[str, Any]) -> dict[str, Any] | None:
+    numbers = {name: event[name] for name in ("loss", "rate", "seconds_left")}
+    if not all(value is None or _is_number(value) for value in numbers.values()):
+        return None
+    if not _is_number(event["step"]) or not _is_number(event["steps"]) or not isinstance(event["stage"], str):
+        return None
+    if not isinstance(event["preview"], str | None):
+        return None
+    return {**{name: event[name] for name in ("event", "stage", "step", "steps", "preview")}, **numbers}
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
 class Desk:
-    """Where jobs are handed in: one at a time. `around` brackets each (the host's GPU lock), `follow` is called a few times a second meanwhile."""
+    """Where jobs are handed in: one at a time.
 
-    def __init__(
-        self, python: Callable[[], str], around: Callable[[Job], AbstractContextManager[Any]] = nullcontext,
-        follow: Callable[[Job], None] = lambda job: None, ended: Callable[[Job], None] = lambda job: None,
-    ) -> None:  # fmt: skip
-        self.python, self.around, self.follow, self.ended = python, around, follow, ended
+    `around` brackets each (the host's GPU lock), `follow` is called a few times a second meanwhile, `ended` after it.
+    `tidy` is called when a job is over, before it is told so, and after one that could not be handed in.
+    """
+
+    def __init__(self, python: Callable[[], str]) -> None:
+        self.python = python
+        self.around: Callable[[Job], AbstractContextManager[Any]] = nullcontext
+        self.follow: Callable[[Job], object] = _nothing
+        self.ended: Callable[[Job], object] = _nothing
+        self.tidy: Callable[[Job], object] = _nothing
         self.job: Job | None = None
-        self._lock = threading.Lock()
+        self._lock, self._complaint = threading.Lock(), ""
 
-    def start(self, *jobs: tuple[str, Mapping[str, Any]]) -> Job:
-        """Hand in; returns at once. Errors: Busy while another job runs."""
+    @property
+    def is_busy(self) -> bool:
+        return bool(self.job and not self.job.wait(0))
+
+    def start(self, *jobs: tuple[str, Mapping[str, Any]], before: Callable[[], object] = lambda: None) -> Job:
+        """Hand in; returns at once. `before` is called first, if no other job is under way.
+
+        Errors: Busy while another job runs; those of `before`.
+        """
         with self._lock:
-            if self.job and not self.job.wait(0):
+            if self.job and self.is_busy:
                 raise Busy(f"A job is under way ({self.job.name}); wait for its end, or stop it.")
-            self.job = job = Job(self.job.number + 1 if self.job else 1, jobs)
-        threading.Thread(target=self._work, args=(job,), daemon=True).start()
+            job = Job(self.job.number + 1 if self.job else 1, jobs, self.tidy)
+            try:
+                before()
+            except BaseException:
+                self.tidy(job)
+                raise
+            self.job = job
+        _in_background(self._work, job)
         return job
 
     def _work(self, job: Job) -> None:
         try:
             with self.around(job):
-                job.start(self.python())
+                if not job.wait(0):
+                    job.start(self.python())
                 while not job.wait(0.3):
-                    self.follow(job)
-            self.ended(job)
-        except Exception as error:  # the tab has to say it, whatever it is
-            if job.process and job.process.poll() is None:
-                job.process.kill()
-            job.fail(str(error))
+                    self._quietly(self.follow, job)
+        except Exception as error:  # the tab has to say it, whatever it is; what is stored stays stored
+            if job.wait(0):
+                logging.exception("continual-lora: after the job")
+            job.fail(str(error) or type(error).__name__)
+        finally:
+            self._quietly(self.ended, job)
+
+    def _quietly(self, call: Callable[[Job], object], job: Job) -> None:
+        """What the host does with a job must not be its end; what is wrong with that is said once."""
+        try:
+            call(job)
+        except Exception as error:
+            if repr(error) != self._complaint:
+                self._complaint = repr(error)
+                logging.exception("continual-lora: the host could not follow the job")

@@ -5,19 +5,15 @@
 
 from __future__ import annotations
 
-import base64
 import dataclasses
-import hashlib
-import html
-import io
+import functools
 import json
+import os
 import re
-import shutil
 import struct
 import sys
 import tempfile
-import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,8 +24,10 @@ from ..curves import curve_picture
 from ..errors import StackError
 from ..files import PICTURES, STACKS, stack_path
 from ..settings import LearnSettings, explained, from_widget
-from .environment import NotReady
+from .copies import Batch, Copies, formats
+from .environment import NotReady, Preparation
 from .job import Busy, Desk, Job
+from .shown import code, html, markdown, picture_of, status, table
 
 PLANS = {
     "Recommended: hold what earlier prompts do": "retention",
@@ -38,18 +36,37 @@ PLANS = {
 }
 ADVANCED = ("method", "steps", "rank", "rate", "vectors", "token_rate", "batch", "size", "fit", "flip", "seed", "adapter", "ewc_strength",
             "retention_weight", "dsc_steps", "fisher_samples", "precision", "checkpointing", "preview_every")  # fmt: skip
+REFUSED = (ValueError, OSError, Busy, NotReady)  # what a click can ask for in vain
+# gradio 3 has no timer, so a script presses a button while it says that something runs and is in sight. No handler
+# runs long: there, one whose page was left keeps the server from closing, so that "Reload UI" hangs.
+_PULSE = """() => {
+  const button = () => document.querySelector("#continual_lora_pulse");
+  button().style.display = "none";
+  setInterval(() => button()?.textContent.includes("busy") && !document.hidden && button().click(), 1000);
+}"""
+_TIMER = hasattr(gr, "Timer")
 SHOWN: dict[str, Any] = {"preview_every": 50}  # here pictures while learning are worth their time
 
 
 class Host:
-    """What the tab needs of the program it is in; here there is none, and checkpoints lie in one folder."""
+    """What the tab needs of the program it is in; here there is none, and checkpoints lie in one folder.
+
+    Environment variables choose what no page may: CONTINUAL_LORA_PYTHON, the Python that learns, and
+    CONTINUAL_LORA_FOLDERS, more folders the API may read pictures from, separated as in PATH.
+    """
 
     def __init__(self, models: Path, folder: Path) -> None:
-        self.models, self.folder = models, folder  # `folder`: pictures, charts and exports of the tab
-        self.desk = Desk(self.python)
+        """`folder`: pictures the API may read, copies and exports of the tab."""
+        self.models, self.folder = models, folder
+        self.copies, self.desk, self.preparation = Copies(folder), Desk(self.python), Preparation(self.prepare)
+        self.desk.tidy = lambda job: self.copies.tidy(shown=[request.get("out", "") for _, request in job.jobs])
+        self.copies.tidy()
 
     def python(self) -> str:
         """The worker's Python. Errors: NotReady."""
+        return os.environ.get("CONTINUAL_LORA_PYTHON") or self.own_python()
+
+    def own_python(self) -> str:
         return sys.executable
 
     def checkpoints(self) -> dict[str, Path]:
@@ -61,28 +78,46 @@ class Host:
         """Folders for LoRAs and for embeddings."""
         return self.folder / "exports", self.folder / "exports"
 
-    def prepare(self) -> Iterator[str]:
+    def prepare(self, say: Callable[[str], object]) -> None:
         """Make the worker's environment, saying how far it is; nothing where there is nothing to make."""
-        yield from ()
 
     def default_plan(self) -> str:
         return next(iter(PLANS))
 
-    def logins(self) -> dict[str, str]:
-        """Who may use the API, and with which password; nobody named: everybody."""
-        return {}
+    def logins(self) -> dict[str, str] | None:
+        """Who may use the API, and with which password; None: everybody."""
+        return None
 
     def picture_folders(self) -> list[Path]:
         """Where the API may read pictures."""
-        return [self.folder / "pictures"]
+        named = os.environ.get("CONTINUAL_LORA_FOLDERS", "").split(os.pathsep)
+        return [self.folder / "pictures", *(Path(one) for one in named if one)]
 
     def example(self, token: str) -> tuple[list[str], str]:
         """Pictures of a thing that the mini-SD does not know, another for each word, and its class noun."""
         from ..mini import world
 
-        concept = world.concepts("development")[(int(re.sub(r"\D", "", token) or 1) - 1) % world.CONCEPTS_PER_SPLIT]
-        folder = Path(tempfile.gettempdir()) / "continual-lora-examples" / concept.name
+        number = int(re.sub(r"[^0-9]", "", token or "")[:9] or 1)
+        concept = world.concepts("development")[(number - 1) % world.CONCEPTS_PER_SPLIT]
+        folder = Path(_examples().name) / concept.name
         return [str(file) for file in world.save_pictures(concept, folder)], concept.noun
+
+    def hand_in(self, *jobs: tuple[str, dict[str, Any]], batch: Batch | None = None) -> Job:
+        """Start jobs, with copies of the pictures they need. Errors: NotReady, Busy, OSError; then no copy is left."""
+        self.python()
+
+        def before() -> None:
+            self.copies.live()
+            if batch:
+                self.copies.write(batch)
+
+        return self.desk.start(*jobs, before=before)
+
+
+@functools.cache
+def _examples() -> tempfile.TemporaryDirectory[str]:
+    """A folder of this process, in the temporary one: from there gradio shows files."""
+    return tempfile.TemporaryDirectory(prefix="continual-lora-examples-")
 
 
 # --- what a click asks for -----------------------------------------------------------------------------------------------------------
@@ -103,37 +138,46 @@ def concepts_of(stack: Path) -> list[dict[str, Any]]:
     try:
         with stack.open("rb") as file:
             (length,) = struct.unpack("<Q", file.read(8))
-            return json.loads(json.loads(file.read(length))["__metadata__"]["stack"])["concepts"]
-    except (struct.error, ValueError, KeyError, MemoryError, OverflowError):
+            concepts = json.loads(json.loads(file.read(length))["__metadata__"]["stack"])["concepts"]
+        table(concepts, {})
+        return concepts
+    except (OSError, struct.error, ValueError, KeyError, TypeError, AttributeError, MemoryError, OverflowError, RecursionError):
         raise ValueError(
             f"{stack} can't be read as a concept stack: it is cut short or something else. Its last version is {stack.name}.previous."
         ) from None
 
 
-def keep_pictures(files: Sequence[str | Path], captions: Sequence[str], folder: Path) -> list[Path]:
-    """Copies in a folder named after what they hold, so that the same pictures are the same request, with their captions beside them."""
-    digest = hashlib.sha256(repr(list(captions)).encode())
-    for file in files:
-        digest.update(Path(file).read_bytes())
-    target = folder / digest.hexdigest()[:24]
-    target.mkdir(parents=True, exist_ok=True)
-    kept = []
-    for number, file in enumerate(files):
-        kept.append(target / f"{number:03d}{Path(file).suffix.lower()}")
-        shutil.copyfile(file, kept[-1])
-        if number < len(captions) and captions[number].strip():
-            kept[-1].with_suffix(".txt").write_text(captions[number].strip(), encoding="utf-8")
-    return kept
+def uploaded(files: Sequence[Any] | None) -> list[Path]:
+    """What gr.File gives: paths in newer versions, open files in older ones.
 
-
-def paths_of(files: Sequence[Any] | None) -> list[Path]:
-    """What gr.File gives: paths in newer versions, open files in older ones."""
+    Errors: ValueError for a file that a request only named: older versions would open any file of this machine.
+    """
+    folder = Path(os.environ.get("GRADIO_TEMP_DIR") or Path(tempfile.gettempdir()) / "gradio").resolve()
+    for file in files or ():
+        named = [Path(str(getattr(file, name))).resolve() for name in ("name", "orig_name") if hasattr(file, name)]
+        if not all(path.is_relative_to(folder) for path in named or [Path(file).resolve()]):
+            raise ValueError("A file was named that was not uploaded to this page.")
     return [Path(getattr(file, "name", file)) for file in files or ()]
 
 
-def typed(captions: Sequence[Sequence[str]]) -> dict[str, str]:
+def opened(path: Path | str, side: int = 10_000) -> Image.Image | None:
+    """A picture of one of the formats we know, at most so wide and high; None for what is none."""
+    try:
+        with Image.open(path, formats=formats()) as picture:
+            picture.thumbnail((side, side))
+            return picture
+    except Exception:  # Pillow raises what it likes
+        return None
+
+
+def caption_in(path: Path) -> str:
+    with path.open(encoding="utf-8", errors="replace") as file:
+        return file.read(10_000).strip()
+
+
+def typed(captions: Sequence[Sequence[Any]] | None) -> dict[str, str]:
     """The captions' table by picture; a user may have added columns, and without pictures older versions have a row of no columns."""
-    return {row[0]: row[1] for row in captions if row}
+    return {str(row[0]): str(row[1] or "") for row in captions or () if len(row) > 1}
 
 
 def settings_of(kind: type, names: Sequence[str], values: Sequence[Any]) -> dict[str, Any]:
@@ -144,11 +188,11 @@ def settings_of(kind: type, names: Sequence[str], values: Sequence[Any]) -> dict
 
 
 def learn_jobs(
-    host: Host, checkpoint: Path, stack: Path, images: Sequence[Path], token: str, noun: str, settings: dict[str, Any]
+    host: Host, checkpoint: Path, stack: Path, images: Sequence[str], token: str, noun: str, settings: dict[str, Any]
 ) -> list[tuple[str, dict[str, Any]]]:
     """Learn, then export, so that prompts know the word at once."""
     where = {"checkpoint": str(checkpoint), "stack": str(stack)}
-    request = {**where, "images": [str(p) for p in images], "token": token.strip(), "noun": noun.strip(), "settings": settings}
+    request = {**where, "images": list(images), "token": token.strip(), "noun": noun.strip(), "settings": settings}
     return [("learn", request), export_job(host, where)]
 
 
@@ -156,78 +200,6 @@ def export_job(host: Host, where: dict[str, str], only: Sequence[str] = ()) -> t
     """`only`: words, for a LoRA solved for these alone."""
     loras, embeddings = host.exports()
     return "export", {**where, "out": str(loras), "embeddings": str(embeddings), "only": list(only)}
-
-
-# --- what is shown -------------------------------------------------------------------------------------------------------------------
-
-
-def status(job: Job | None) -> str:
-    """One paragraph: what goes on, how far, how long still; or how it ended."""
-    if job is None:
-        return "Ready."
-    if job.state == "failed":
-        return f"**{job.name} failed.** {job.message}"
-    if job.state == "stopped":
-        return f"**Stopped.** {job.message}. What was learned so far is kept: the same request goes on from here."
-    if job.state == "done":
-        return _ending(job)
-    told = job.progress
-    if not told or told["stage"] == "start":
-        return "Starting the worker ..."
-    line = f"**{told['stage']}** step {told['step']} of {told['steps']}"
-    if told["loss"] is not None:
-        line += f", loss {told['loss']:.4f}"
-    if told["seconds_left"] is not None:
-        line += f", {int(told['seconds_left']) // 60}:{int(told['seconds_left']) % 60:02d} left"
-    return line + (" - stopping after this step ..." if job.state == "stopping" else "")
-
-
-def _ending(job: Job) -> str:
-    done, lines = job.results, []
-    if "learn" in done:
-        known = done["learn"]
-        word = f"{known['token']} {known['noun']}"
-        lines.append(f"**{word} is on the stack already**, from these very pictures and settings." if known.get("again") else f"**Learned {word}**.")
-    if "consolidate" in done:
-        lines.append(f"**Consolidated {done['consolidate']['token']}** in {len(done['consolidate']['losses'])} steps.")
-    if "closed_form" in done:
-        found = done["closed_form"]
-        shares = ", ".join(f"{name} {share:.0%} (before {found['before'][name]:.0%})" for name, share in found["after"].items())
-        lines.append(f"**Consolidated in closed form**, rank {found['rank']}. Lost of what each concept's own LoRA did: {shares}.")
-    if "forget" in done:
-        lines.append(f"**Forgot {done['forget']['token']} {done['forget']['noun']}.** LoRAs exported before still know it.")
-    if "undo" in done:
-        lines.append(f"**Took {done['undo']['token']} {done['undo']['noun']} off the stack.**")
-    if "scores" in done:
-        best = ", ".join(f"{Path(one['file']).name}: {one['best']}{'' if one['sure'] else ' (not sure)'}" for one in done["scores"]["images"])
-        lines.append(f"**DC scores.** {best}")
-    if "evaluate" in done:
-        lines.append(f"**Retention.**\n```\n{done['evaluate']['table']}\n```")
-    if "export" in done:
-        out = done["export"]
-        lora = f" `<lora:{Path(out['lora']).stem}:1>`" if out["lora"] else ""
-        lines.append(f"Prompts know it now: *a photo of a {out['triggers'][-1]}*{lora}")
-    return "\n\n".join(lines)
-
-
-def picture_of(encoded: str | None) -> Image.Image | None:
-    return Image.open(io.BytesIO(base64.b64decode(encoded))) if encoded else None
-
-
-def table(concepts: Sequence[dict[str, Any]], kept: dict[str, float | None]) -> str:
-    """The stack as HTML: preview, word, when and how, how much is kept as of the last evaluation."""
-    if not concepts:
-        return "<p>No concept learned yet.</p>"
-    rows = []
-    for one in concepts:
-        picture = f'<img alt="" width="64" src="data:image/jpeg;base64,{one["preview"]}">' if one["preview"] else ""
-        share = kept.get(f"{one['token']} {one['noun']}" if one["with_noun"] else one["token"])  # as an evaluation names it
-        told = "-" if share is None else f"{100 * share:.0f} %"
-        cells = (picture, f"<b>{html.escape(one['token'])}</b> {html.escape(one['noun'])}", one["learned"][:10],
-                 f"{html.escape(one['method'])}, {one['steps']} steps, {one['images']} pictures", told)  # fmt: skip
-        rows.append("<tr>" + "".join(f"<td>{cell}</td>" for cell in cells) + "</tr>")
-    head = "".join(f"<th align='left'>{name}</th>" for name in ("", "concept", "learned", "how", "kept"))
-    return f"<table><tr>{head}</tr>{''.join(rows)}</table>"
 
 
 # --- the components ------------------------------------------------------------------------------------------------------------------
@@ -248,8 +220,8 @@ def _widget(kind: type, name: str) -> Any:
     return gr.Number(value=default or 0, precision=0 if base == "int" else None, **said)
 
 
-def build(host: Host) -> None:
-    """The tab's components and what their clicks do."""
+def build(host: Host, page: gr.Blocks) -> None:
+    """The tab's components inside the open `page`, and what their clicks do."""
     kept: dict[str, dict[str, float | None]] = {}  # by stack file: the last evaluation
 
     def where(checkpoint: str, name: str) -> tuple[Path, Path]:
@@ -263,124 +235,131 @@ def build(host: Host) -> None:
             stack = where(checkpoint, name)[1]
             return table(concepts_of(stack), kept.get(str(stack), {}))
         except ValueError as error:
-            return f"<p>{html.escape(str(error))}</p>"
+            return f"<p>{html(error)}</p>"
 
-    def view(note: str = "") -> list[Any]:
-        """status, curve, previews, chart"""
+    def is_busy() -> bool:
+        return host.desk.is_busy or host.preparation.is_running
+
+    def environment_said() -> str:
+        """How far its preparation is, or what it lacks; nothing where it is ready."""
+        if host.preparation.is_running:
+            return code("\n".join(list(host.preparation.lines)))
+        if host.preparation.error:
+            return f"**{markdown(host.preparation.error)}**"
+        try:
+            host.python()
+            return "The environment for learning is ready." if host.preparation.is_done else ""
+        except NotReady as error:
+            return f"**{markdown(error)}**"
+
+    def mark() -> str:
+        """What differs when there is something new to see."""
         job = host.desk.job
-        charts = [r["chart"] for r in (job.results.values() if job else ()) if r.get("chart")]
-        picture = picture_of(job.preview) if job else None
-        chart = Image.open(charts[-1]) if charts and Path(charts[-1]).exists() else None
+        told = (job.number, job.state, len(job.losses), job.progress) if job else ()
+        return repr((told, list(host.preparation.lines), is_busy()))
+
+    def view(checkpoint: str, name: str) -> list[Any]:
+        """Values of `outputs`."""
+        now, job = mark(), host.desk.job
+        results = job.results if job else {}
+        if job and "evaluate" in results:
+            kept[job.jobs[0][1]["stack"]] = results["evaluate"]["kept"]
+        charts = [one["chart"] for one in results.values() if one.get("chart")]
+        chart = opened(charts[-1]) if charts else None
         losses = job.losses if job else []
         return [
-            note or status(job),
+            status(job),
             curve_picture(losses, f"loss, {len(losses)} steps") if losses else None,
-            picture,
+            picture_of(job.preview) if job else None,
             gr.update(value=chart, visible=bool(chart)),
+            shown(checkpoint, name),
+            environment_said(),
+            gr.update(active=is_busy()) if _TIMER else gr.update(value="busy" if is_busy() else "idle"),
+            now,
         ]
 
-    def follow(checkpoint: str, name: str) -> Iterator[list[Any]]:
-        """The state of the job a few times a second, until it ends; then the table too."""
-        job, before = host.desk.job, None
-        while job and not job.wait(0.4):
-            told = (job.state, len(job.losses), str(job.progress))
-            if told != before:
-                before = told
-                yield [*view(), gr.update()]
-        if job and "evaluate" in job.results:
-            kept[job.jobs[0][1]["stack"]] = job.results["evaluate"]["kept"]
-        yield [*view(), shown(checkpoint, name)]
-
-    def run(checkpoint: str, name: str, *jobs: tuple[str, dict[str, Any]]) -> Iterator[list[Any]]:
-        try:
-            host.desk.start(*jobs)
-        except Busy as error:
-            yield [*view(str(error)), gr.update()]
-            return
-        yield from follow(checkpoint, name)
+    def look(checkpoint: str, name: str, seen: str) -> list[Any]:
+        return [gr.update() for _ in range(7)] + [seen] if seen == mark() else view(checkpoint, name)
 
     def say(error: Exception) -> list[Any]:
-        return [f"**{error}**", gr.update(), gr.update(), gr.update(), gr.update()]
+        return [f"**{markdown(error)}**", *(gr.update() for _ in range(6)), ""]
 
-    def pictures(files: Sequence[Any] | None, captions: Sequence[Sequence[str]] = ()) -> list[Path]:
-        paths = [path for path in paths_of(files) if path.suffix.lower() != ".txt"]
+    def pictures(files: Sequence[Any] | None, captions: Sequence[Sequence[Any]], stack: Path, token: str) -> Batch:
+        paths = [path for path in uploaded(files) if path.suffix.lower() != ".txt"]
         if not paths:
             raise ValueError("No pictures yet: drop 3 to 15 pictures of the thing.")
         said = typed(captions)
-        return keep_pictures(paths, [said.get(path.name, "") for path in paths], host.folder / "pictures")
+        captioned = [said.get(path.name, "").strip() for path in paths]
+        return host.copies.batch([(path.name, path.read_bytes()) for path in paths], captioned, stack, token)
 
-    def learn(checkpoint: str, name: str, files: Any, captions: Any, token: str, noun: str, plan: str, *values: Any) -> Iterator[list[Any]]:
+    def learn(checkpoint: str, name: str, files: Any, captions: Any, token: str, noun: str, plan: str, *values: Any) -> list[Any]:
         try:
             path, stack = where(checkpoint, name)
             settings = settings_of(LearnSettings, ADVANCED, values)
-            if values[0] == LearnSettings().method and plan:
+            if values[0] == LearnSettings().method and plan in PLANS:
                 settings["method"] = PLANS[plan]
-            jobs = learn_jobs(host, path, stack, pictures(files, captions), token, noun, settings)
-        except ValueError as error:
-            yield say(error)
-            return
-        yield from run(checkpoint, name, *jobs)
+            token, noun = (token or "").strip(), (noun or "").strip()
+            batch = pictures(files, captions, stack, token)
+            jobs = learn_jobs(host, path, stack, batch.paths, token, noun, settings)
+            host.hand_in(*jobs, batch=batch)
+        except REFUSED as error:
+            return say(error)
+        return view(checkpoint, name)
 
-    def act(kind: str, needs_pictures: bool = False, then_export: bool = False) -> Any:
-        def handler(checkpoint: str, name: str, *given: Any) -> Iterator[list[Any]]:
+    def act(kind: str, needs_pictures: bool = False, then_export: bool = False) -> Callable[..., list[Any]]:
+        def handler(checkpoint: str, name: str, *given: Any) -> list[Any]:
             try:
                 path, stack = where(checkpoint, name)
                 request: dict[str, Any] = {"checkpoint": str(path), "stack": str(stack)}
+                batch = None
                 if needs_pictures:
-                    request["images"] = [str(p) for p in pictures(given[0])]
+                    newest = [one["token"] for one in concepts_of(stack)[-1:]]
+                    batch = pictures(given[0], (), stack, newest[0] if newest and kind == "consolidate" else "")
+                    request["images"] = batch.paths
+                word = str(given[-1] or "").strip() if given else ""
                 if kind == "forget":
-                    request["token"] = given[0].strip()
+                    request["token"] = word
                 if kind in ("scores", "evaluate"):
-                    request["out"] = str(host.folder / "charts" / f"{time.time_ns():x}")
+                    request["out"] = host.copies.charts()
                 only: list[str] = []
                 if kind == "export" and given:
-                    only = given[0].replace(",", " ").split()
+                    only = word.replace(",", " ").split()
                     if not only:
                         raise ValueError("No word is on the left: type those to export, such as V1, V3.")
                 first = export_job(host, request, only) if kind == "export" else (kind, request)
-            except ValueError as error:
-                yield say(error)
-                return
-            more = [export_job(host, {k: request[k] for k in ("checkpoint", "stack")})] if then_export else []
-            yield from run(checkpoint, name, first, *more)
+                more = [export_job(host, {k: request[k] for k in ("checkpoint", "stack")})] if then_export else []
+                host.hand_in(first, *more, batch=batch)
+            except REFUSED as error:
+                return say(error)
+            return view(checkpoint, name)
 
         return handler
 
-    def stop() -> str:
-        if host.desk.job and not host.desk.job.wait(0):
+    def stop(checkpoint: str, name: str) -> list[Any]:
+        if host.desk.job:
             host.desk.job.stop()
-        return status(host.desk.job)
+        return view(checkpoint, name)
 
-    def thumbnails(files: Sequence[Any] | None, captions: Sequence[Sequence[str]]) -> tuple[list[tuple[Image.Image, str]], list[list[str]]]:
+    def prepare(checkpoint: str, name: str) -> list[Any]:
+        host.preparation.start()
+        return view(checkpoint, name)
+
+    def thumbnails(files: Sequence[Any] | None, captions: Sequence[Sequence[Any]]) -> tuple[list[tuple[Image.Image, str]], list[list[str]]]:
         """Thumbnails, and a row for each: what was typed for that name before, else the text file dropped with it, else nothing."""
-        paths, said = paths_of(files), typed(captions)
-        texts = {path.stem: path.read_text(encoding="utf-8", errors="replace").strip() for path in paths if path.suffix.lower() == ".txt"}
-        shown = [path for path in paths if path.suffix.lower() in PICTURES]
-        return [(Image.open(p), p.name) for p in shown], [[p.name, said.get(p.name) or texts.get(p.stem, "")] for p in shown]
-
-    def prepare() -> Iterator[str]:
-        lines: list[str] = []
         try:
-            for line in host.prepare():
-                lines = [*lines[-11:], line]
-                yield "```\n" + "\n".join(lines) + "\n```"
-            yield "The environment for learning is ready."
-        except NotReady as error:
-            yield f"**{error}**"
-
-    def readiness() -> str:
-        try:
-            host.python()
-            return ""
-        except NotReady as error:
-            return f"**{error}**"
+            paths, said = uploaded(files), typed(captions)
+        except ValueError as error:
+            raise gr.Error(str(error)) from None
+        texts = {path.stem: caption_in(path) for path in paths if path.suffix.lower() == ".txt"}
+        seen = [(path, picture) for path in paths if path.suffix.lower() in PICTURES and (picture := opened(path, 400))]
+        return [(picture, path.name) for path, picture in seen], [[p.name, said.get(p.name) or texts.get(p.stem, "")] for p, _ in seen]
 
     names = list(host.checkpoints())
-    ready = readiness()
+    ready = environment_said()
     with gr.Row():
         with gr.Column():
             with gr.Group(visible=bool(ready)):
-                environment = gr.Markdown(ready)
+                environment = gr.Markdown(ready, latex_delimiters=[])
                 make = gr.Button("Prepare environment")
             with gr.Row():
                 checkpoint = gr.Dropdown(names, value=names[0] if names else None, label="Checkpoint", elem_id="continual_lora_checkpoint")
@@ -408,7 +387,7 @@ def build(host: Host) -> None:
                     with gr.Row():
                         advanced += [_widget(LearnSettings, name) for name in ADVANCED[start : start + 3]]
         with gr.Column():
-            told = gr.Markdown(status(host.desk.job), elem_id="continual_lora_status")
+            told = gr.Markdown(status(host.desk.job), elem_id="continual_lora_status", latex_delimiters=[])
             preview = gr.Image(label="Preview: the new concept, and the first one", type="pil", height=220)
             losses = gr.Image(label="Loss", type="pil", height=220)
             chart = gr.Image(label="Chart", type="pil", visible=False)
@@ -420,18 +399,31 @@ def build(host: Host) -> None:
                 export, some = gr.Button("Export"), gr.Button("Export the words on the left alone", elem_id="continual_lora_some")
                 undo, forget = gr.Button("Undo the newest"), gr.Button("Forget the word on the left")
 
-    outputs, place = [told, losses, preview, chart, concepts], [checkpoint, stack_name]
-    go.click(learn, [*place, files, captions, token, noun, plan, *advanced], outputs)
-    consolidate.click(act("consolidate", True, True), [*place, files], outputs)
-    solve.click(act("closed_form", then_export=True), place, outputs)
-    forget.click(act("forget"), [*place, token], outputs)
-    scores.click(act("scores", True), [*place, files], outputs)
-    evaluate.click(act("evaluate"), place, outputs)
-    export.click(act("export"), place, outputs)
-    some.click(act("export"), [*place, token], outputs)
-    undo.click(act("undo"), place, outputs)
-    halt.click(stop, None, told)
-    make.click(prepare, None, environment)
+    seen = gr.State("")
+    pulse = gr.Timer(1, active=False) if _TIMER else gr.Button("idle", elem_id="continual_lora_pulse")
+
+    place = [checkpoint, stack_name]
+    outputs = [told, losses, preview, chart, concepts, environment, pulse, seen]
+    for click, handler, inputs in (
+        (go.click, learn, [*place, files, captions, token, noun, plan, *advanced]),
+        (consolidate.click, act("consolidate", True, True), [*place, files]),
+        (solve.click, act("closed_form", then_export=True), place),
+        (forget.click, act("forget"), [*place, token]),
+        (scores.click, act("scores", True), [*place, files]),
+        (evaluate.click, act("evaluate"), place),
+        (export.click, act("export"), place),
+        (some.click, act("export"), [*place, token]),
+        (undo.click, act("undo"), place),
+        (halt.click, stop, place),
+        (make.click, prepare, place),
+        (page.load, view, place),  # a page that is opened, or opened again, while a job runs
+    ):
+        click(handler, inputs, outputs)
+    if isinstance(pulse, gr.Button):
+        pulse.click(look, [*place, seen], outputs, show_progress="hidden", queue=False)
+        page.load(None, None, None, **{"_js": _PULSE})
+    else:
+        pulse.tick(look, [*place, seen], outputs, show_progress="hidden")
     example.click(host.example, token, [files, noun])
     files.change(thumbnails, [files, captions], [gallery, captions])
     refresh.click(lambda: gr.update(choices=list(host.checkpoints())), None, checkpoint)

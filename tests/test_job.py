@@ -1,0 +1,212 @@
+"""A job always ends, whatever its worker and its host do: with real processes in the worker's place."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import random
+import signal
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from comfy_continual_lora.webui import job as module
+from comfy_continual_lora.webui.job import Busy, Desk, Job
+
+pytestmark = pytest.mark.skipif(os.name == "nt", reason="the workers here are shell scripts")
+
+START = json.dumps(
+    {
+        "event": "progress", "stage": "start", "step": 0, "steps": 1, "loss": None, "rate": None, "seconds_left": None, "preview": None,
+    }
+)  # fmt: skip
+DONE = json.dumps({"event": "done", "results": {"undo": {"token": "V1", "noun": "ball"}}})
+HUGE = ("undo", {"checkpoint": "x" * 5_000_000})  # more than a pipe holds
+
+
+def _program(folder: Path, script: str) -> str:
+    path = folder / "python"
+    path.write_text(f"#!/bin/sh\n{script}\n")
+    path.chmod(0o755)
+    return str(path)
+
+
+@pytest.fixture(autouse=True)
+def _short(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The limits in seconds, not minutes."""
+    for name, seconds in (("START", 1.0), ("STOP", 1.5), ("AGAIN", 0.5), ("LEAVE", 0.5)):
+        monkeypatch.setattr(module, name, seconds)
+
+
+@pytest.mark.parametrize(
+    ("script", "state", "message"),
+    [
+        ("exit 0", "failed", "did not start"),
+        ("exit 3", "failed", "exit status 3"),
+        ("kill -9 $$", "failed", "memory ran out"),
+        ("echo no worker here >&2; exit 1", "failed", "no worker here"),
+        ("sleep 20", "failed", "said nothing"),
+        ("exec sleep 20 <&- >&- 2>&-", "failed", "did not start"),
+        ("exec >&-; sleep 20", "failed", "did not start"),
+        ("exec <&-; sleep 20", "failed", "said nothing"),
+        ("yes", "failed", "said nothing"),
+        ("while :; do :; done", "failed", "said nothing"),
+        ("sleep 20 & exit 0", "failed", "did not start"),  # a child holds the pipes
+        ("trap '' TERM INT HUP; while :; do sleep 1; done", "failed", "said nothing"),
+        ("head -c 3000000 /dev/zero", "failed", "did not start"),
+        ("head -c 3000 /dev/urandom", "failed", "did not start"),
+        ("echo '{'; echo '[]'; echo null; echo 5; echo '{\"event\": 5}'; echo '{\"event\": \"dance\"}'", "failed", "dance"),
+        ("echo '{\"event\": \"progress\"}'; echo '{\"event\": \"done\", \"results\": 5}'", "failed", "did not start"),
+        (f"echo '{START}'; exit 0", "failed", "ended in the middle"),
+        (f"echo '{START}'; kill -9 $$", "failed", "goes on from the last snapshot"),
+        (f"echo '{START}'; exec >&-; sleep 20", "failed", "ended in the middle"),
+        (f"echo '{START}'; echo noise; echo '{DONE}'; echo noise; exit 1", "done", ""),
+        (f"echo '{DONE}'; exec sleep 20", "done", ""),
+        (f"echo '{DONE}'; exec >&-; sleep 20", "done", ""),
+        ('echo \'{"event": "failed", "message": "so"}\'', "failed", "so"),
+    ],
+)  # fmt: skip
+def test_a_job_ends_whatever_the_worker_does(tmp_path: Path, script: str, state: str, message: str) -> None:
+    program = _program(tmp_path, script)
+    desk = Desk(lambda: program)
+    job = desk.start(HUGE)
+    assert job.wait(15), job.state
+    assert (job.state, message in job.message) == (state, True), job.message
+    assert desk.start(("undo", {})).wait(15)
+
+
+def test_a_job_whose_program_is_not_there_ends() -> None:
+    for program in ("/nowhere/python", "/", "", "nul\0", __file__):
+        job = Desk(lambda program=program: program).start(("undo", {}))
+        assert job.wait(10)
+        assert (job.state, bool(job.message)) == ("failed", True)
+
+
+@pytest.mark.parametrize("words", ["", f"echo '{START}';"], ids=["silent", "speaking"])
+def test_stop_ends_a_worker_that_does_not_listen(tmp_path: Path, words: str) -> None:
+    job = Desk(lambda: _program(tmp_path, f"{words} exec sleep 20")).start(HUGE)
+    while job.process is None or (words and not job.progress):
+        time.sleep(0.01)
+    began = time.monotonic()
+    job.stop()
+    assert time.monotonic() - began < 0.5
+    assert job.wait(10)
+    assert job.state == "stopped"
+
+
+def test_a_second_stop_means_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "STOP", 100.0)
+    job = Desk(lambda: _program(tmp_path, f"echo '{START}'; exec sleep 20")).start(("undo", {}))
+    while not job.progress:
+        time.sleep(0.01)
+    job.stop()
+    job.stop()  # a double click
+    assert not job.wait(0.7)
+    job.stop()
+    assert job.wait(5)
+    assert job.state == "stopped"
+
+
+def test_killed_and_stopped_at_about_the_same_time() -> None:
+    draw = random.Random(1)
+    for number in range(20):
+        job = Job(number, [("undo", {"checkpoint": "nowhere"})])
+        job.start(sys.executable)
+        time.sleep(draw.uniform(0, 0.2))
+        assert job.process
+        os.kill(job.process.pid, signal.SIGKILL)
+        time.sleep(draw.choice([0, 0.0005, 0.01]))
+        job.stop()
+        assert job.wait(5)
+
+
+def test_stopped_before_it_began_it_never_starts(tmp_path: Path) -> None:
+    """As while a generation of the host's runs."""
+    host, left = threading.Lock(), tmp_path / "started"
+    desk = Desk(lambda: _program(tmp_path, f"touch {left}"))
+
+    @contextmanager
+    def around(job: Job) -> Iterator[None]:
+        with host:
+            yield
+
+    desk.around = around
+    with host:
+        job = desk.start(("undo", {}))
+        job.stop()
+        assert job.wait(1)
+        assert job.state == "stopped"
+        following = desk.start(("undo", {}))
+    assert following.wait(10)
+    assert left.exists()  # by the second
+    assert job.process is None
+    assert _is_free(host)
+
+
+def _is_free(lock: threading.Lock) -> bool:
+    return lock.acquire(timeout=5)
+
+
+@pytest.mark.parametrize("where", ["enter", "follow", "leave", "ended"])
+def test_what_goes_wrong_in_the_host_ends_no_job_and_keeps_no_lock(tmp_path: Path, where: str, caplog: pytest.LogCaptureFixture) -> None:
+    host = threading.Lock()
+    desk = Desk(lambda: _program(tmp_path, f"echo '{START}'; sleep 1; echo '{DONE}'"))
+
+    def fails(at: str) -> None:
+        if at == where:
+            raise RuntimeError("CUDA error")
+
+    @contextmanager
+    def around(job: Job) -> Iterator[None]:
+        with host:
+            fails("enter")
+            yield
+            fails("leave")
+
+    desk.around, desk.follow, desk.ended = around, lambda job: fails("follow"), lambda job: fails("ended")
+    with caplog.at_level(logging.ERROR):
+        job = desk.start(("undo", {}))
+        assert job.wait(10)
+        assert _is_free(host)
+        host.release()
+    expected = ("failed", {}) if where == "enter" else ("done", {"undo": {"token": "V1", "noun": "ball"}})
+    assert (job.state, job.results) == expected
+    assert desk.start(("undo", {})).wait(10)
+
+
+def test_what_could_not_be_prepared_leaves_the_desk_free(tmp_path: Path) -> None:
+    desk, tidied = Desk(lambda: _program(tmp_path, "sleep 1")), []
+    desk.tidy = tidied.append
+
+    def before() -> None:
+        raise OSError("no room")
+
+    with pytest.raises(OSError, match="no room"):
+        desk.start(("undo", {}), before=before)
+    assert len(tidied) == 1
+    job = desk.start(("undo", {}))
+    with pytest.raises(Busy):
+        desk.start(("undo", {}), before=before)
+    assert job.wait(15)
+    assert len(tidied) == 2
+
+
+def test_nothing_is_left_open(tmp_path: Path) -> None:
+    """Pipes and threads of a hundred jobs."""
+    program = _program(tmp_path, f"echo '{DONE}'")
+    desk = Desk(lambda: program)
+    assert desk.start(HUGE).wait(10)
+    time.sleep(1)
+    pipes, threads = len(os.listdir("/proc/self/fd")) if Path("/proc").exists() else 0, threading.active_count()
+    for _ in range(30):
+        assert desk.start(HUGE).wait(10)
+    time.sleep(module.STOP + 1)
+    if Path("/proc").exists():
+        assert len(os.listdir("/proc/self/fd")) <= pipes
+    assert threading.active_count() <= threads
