@@ -132,7 +132,7 @@ def _learn(arguments: argparse.Namespace, bar: _Bar) -> None:
     if arguments.plan:
         return _plan(arguments, dataclasses.asdict(pipeline.plan(request)))
 
-    preview = request.stack_file.with_name(f"{arguments.checkpoint.stem}.{arguments.token}.preview.png")
+    preview = request.stack_file.parent / f"{arguments.checkpoint.stem}.{Path(arguments.token).name}.preview.png"
     if settings.preview_every:
         check_output(preview)
 

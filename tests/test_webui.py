@@ -2,24 +2,30 @@
 
 from __future__ import annotations
 
+import http.client
 import json
+import os
 import re
 import subprocess
 import sys
 import time
 import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from browser import CHROMIUM, SAID, page, type_beside
 from server import free_port
+from webui import asks_first
 
 gradio = pytest.importorskip("gradio")
 
 from comfy_continual_lora import pipeline, store  # noqa: E402
 from comfy_continual_lora.settings import LearnSettings  # noqa: E402
-from comfy_continual_lora.webui import tab  # noqa: E402
+from comfy_continual_lora.webui import alone, shown, tab  # noqa: E402
 from comfy_continual_lora.webui.environment import REQUIREMENTS  # noqa: E402
 from comfy_continual_lora.webui.job import Job  # noqa: E402
 
@@ -41,28 +47,21 @@ def test_widgets_become_the_settings_that_differ() -> None:
     }  # fmt: skip
 
 
-def test_the_same_pictures_are_the_same_request(pictures: Path, tmp_path: Path) -> None:
-    files = sorted(pictures.iterdir())
-    first = tab.keep_pictures(files, ["a red one", ""], tmp_path / "kept")
-    assert tab.keep_pictures(files, ["a red one", ""], tmp_path / "kept") == first
-    assert tab.keep_pictures(files, [], tmp_path / "kept") != first
-    assert first[0].with_suffix(".txt").read_text() == "a red one"
-    assert not first[1].with_suffix(".txt").exists()
-    assert [p.read_bytes() for p in first] == [p.read_bytes() for p in files]
-
-
 def test_the_table_reads_a_stack_without_torch(checkpoint: Path, pictures: Path) -> None:
     quick = LearnSettings(method="lora", steps=1, batch=1, rank=4, size=64)
     pipeline.learn_concept(pipeline.LearnRequest(checkpoint, pictures, "V1", "<ball>", quick, device="cpu"))
     stack = tab.stack_file(checkpoint)
     assert stack == store.stack_path(checkpoint)
-    shown = tab.table(tab.concepts_of(stack), {"V1 <ball>": 0.5})
-    assert "&lt;ball&gt;" in shown
-    assert "50 %" in shown
+    told = shown.table(tab.concepts_of(stack), {"V1 <ball>": 0.5})
+    assert "&lt;ball&gt;" in told
+    assert "50 %" in told
+    assert "learned V1 &lt;ball&gt;" in shown.history(tab.versions_of(stack))
+    assert tab.versions_of(stack.with_name("none")) == []
     assert tab.concepts_of(stack.with_name("none")) == []
     stack.write_bytes(stack.read_bytes()[:100])
-    with pytest.raises(ValueError, match="can't be read as a concept stack"):
-        tab.concepts_of(stack)
+    for read in (tab.concepts_of, tab.versions_of):
+        with pytest.raises(ValueError, match=r"can't be (read|used)|damaged"):
+            read(stack)
     with pytest.raises(ValueError, match="only letters"):
         tab.stack_file(checkpoint, "../up")
 
@@ -74,52 +73,192 @@ def test_captions_are_read_whatever_columns_there_are() -> None:
 
 def test_every_state_of_a_job_is_told() -> None:
     job = Job(1, [("learn", {})])
-    assert tab.status(None) == "Ready."
-    assert "Starting" in tab.status(job)
+    assert shown.status(None) == "Ready."
+    assert "Starting" in shown.status(job)
     job.progress = {"stage": "learn", "step": 3, "steps": 9, "loss": 0.125, "seconds_left": 61.0}
-    assert tab.status(job) == "**learn** step 3 of 9, loss 0.1250, 1:01 left"
-    job.state = "stopping"
-    assert "stopping after this step" in tab.status(job)
-    job.state, job.message = "stopped", "at step 4"
-    assert "kept" in tab.status(job)
+    assert shown.status(job) == "**learn** step 3 of 9, loss 0.1250, 1:01 left"
+    job.state, job.notes = "stopping", ["Going on from step 3"]
+    assert "stopping after this step" in shown.status(job)
+    assert shown.status(job).endswith("\n\nGoing on from step 3")
+    job.state, job.message, job.notes = "stopped", "at step 4", []
+    assert "kept" in shown.status(job)
     job.state, job.message = "failed", "no room"
-    assert tab.status(job) == "**learn failed.** no room"
-    job.state, job.results = "done", {"learn": {"token": "V1", "noun": "ball"}, "export": {"lora": "/x/a-1.safetensors", "triggers": ["V1 ball"]}}
-    assert "a photo of a V1 ball* `<lora:a-1:1>`" in tab.status(job)
+    assert shown.status(job) == "**learn failed.** no room"
+    export = {"lora": "/x/a-1.safetensors", "triggers": ["V1 ball"], "notes": ["V1 is another file's name there."]}
+    job.state, job.results = "done", {"learn": {"token": "V1", "noun": "ball"}, "export": export}
+    assert "a photo of a V1 ball* <lora:a-1:1>" in shown.status(job, str)
+    assert "another file's name" in shown.status(job, str)
+    back = {"change": "forgot V1 ball", "token": "V1", "noun": "ball", "tokens": ["V1"], "version": 3}
+    job.results = {"undo": back, "restore": {"version": 2, "change": "learned V1 ball", "tokens": []}}
+    assert "Took back: forgot V1 ball.** The stack holds V1 now." in shown.status(job, str)
+    assert "Went back to version 2: learned V1 ball.** The stack holds no concept now." in shown.status(job, str)
+
+
+def test_no_file_is_read_that_was_only_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """gradio 3 hands over a copy of whatever file of this machine a request names, and the name."""
+    monkeypatch.setenv("GRADIO_TEMP_DIR", str(tmp_path / "uploads"))
+    inside, outside = tmp_path / "uploads" / "a" / "0.png", tmp_path / "secret.txt"
+    for path in (inside, outside):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch()
+    link = tmp_path / "uploads" / "link.txt"
+    link.symlink_to(outside)
+    old = SimpleNamespace(name=str(inside), orig_name=str(inside))
+    assert tab.uploaded([str(inside), inside, old]) == [inside] * 3
+    assert tab.uploaded(None) == []
+    copied = SimpleNamespace(name=str(inside), orig_name=str(outside))
+    up = str(tmp_path / "uploads" / ".." / "secret.txt")
+    for bad in (str(outside), outside, copied, SimpleNamespace(name=str(inside), orig_name="secret.txt"), up, link, "secret.txt"):
+        with pytest.raises(ValueError, match="not uploaded"):
+            tab.uploaded([inside, bad])
+
+
+def test_environment_variables_choose_what_no_page_may(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    host = tab.Host(tmp_path, tmp_path / "work")
+    assert (host.python(), host.picture_folders()) == (sys.executable, [tmp_path / "work" / "pictures"])
+    monkeypatch.setenv("CONTINUAL_LORA_PYTHON", "/opt/python")
+    monkeypatch.setenv("CONTINUAL_LORA_FOLDERS", os.pathsep.join(["/a b;c", "", "/d"]))
+    assert host.python() == "/opt/python"
+    assert host.picture_folders()[1:] == [Path("/a b;c"), Path("/d")]
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("answered", "headers"),
+    [
+        (True, {"host": "127.0.0.1:7860"}),
+        (True, {"host": "localhost"}),
+        (True, {"host": "LOCALHOST:1"}),
+        (True, {"host": "[::1]:7860", "origin": "http://[::1]:7860", "sec-fetch-site": "same-origin"}),
+        (True, {"host": "127.0.0.1:7860", "sec-fetch-site": "none"}),
+        (True, {"host": "127.0.0.1:7860", "sec-fetch-site": "cross-site", "sec-fetch-dest": "document"}),
+        (False, {}),
+        (False, {"host": ""}),
+        (False, {"host": "evil.example"}),
+        (False, {"host": "127.0.0.1.evil.example"}),
+        (False, {"host": "127.0.0.1@evil.example"}),
+        (False, {"host": "evil.example:127.0.0.1"}),
+        (False, {"host": "localhost/evil"}),
+        (False, {"host": "localhost:x"}),
+        (False, {"host": "0.0.0.0:7860"}),
+        (False, {"host": "127.0.0.1:7860", "origin": "null"}),
+        (False, {"host": "127.0.0.1:7860", "origin": "http://evil.example"}),
+        (False, {"host": "127.0.0.1:7860", "origin": "http://127.0.0.1:8000"}),
+        (False, {"host": "127.0.0.1:7860", "origin": ""}),
+        (False, {"host": "127.0.0.1:7860", "sec-fetch-site": "cross-site"}),
+        (False, {"host": "127.0.0.1:7860", "sec-fetch-site": "same-site", "sec-fetch-dest": "empty"}),
+        (False, {"host": "127.0.0.1:7860", "sec-fetch-site": "cross-site", "sec-fetch-dest": "iframe"}),
+    ],
+)
+def test_only_pages_of_this_machine_are_answered(answered: bool, headers: dict[str, str]) -> None:
+    sent = [(name.encode(), value.encode()) for name, value in headers.items()]
+    assert alone.is_own("GET", sent) == answered
+    if headers.get("sec-fetch-dest"):
+        assert not alone.is_own("POST", sent)
+    assert not alone.is_own("GET", [*sent, (b"Host", b"evil.example")])
+
+
+@contextmanager
+def _served(folder: Path) -> Iterator[str]:
+    """The address of `continual-lora ui` on that folder of checkpoints."""
+    port = free_port()
+    command = [sys.executable, "-m", "comfy_continual_lora", "ui", "--models", str(folder), "--port", str(port), "--no-browser"]
+    log = folder / "log"
+    with log.open("w") as said, subprocess.Popen(command, cwd=ROOT, stdout=said, stderr=said) as server:
+        try:
+            _wait_for(f"http://127.0.0.1:{port}", server, log)
+            yield f"http://127.0.0.1:{port}"
+        finally:
+            server.terminate()
+
+
+def _status(address: str, path: str, data: bytes | None = None, **headers: str) -> int:
+    """Of a request whose path and headers go out as they are."""
+    connection = http.client.HTTPConnection(address.removeprefix("http://"), timeout=60)
+    names = {name.replace("_", "-"): value for name, value in headers.items()}
+    connection.request("GET" if data is None else "POST", path, data, names)
+    return connection.getresponse().status
+
+
+def test_the_tab_by_itself_serves_its_exports_to_its_own_pages(checkpoint: Path) -> None:
+    """By real requests: no checkpoint, stack, picture, program file or file of the system; nothing for other pages."""
+    folder = checkpoint.parent
+    work = folder / "continual-lora"
+    files = [work / "exports" / "a.txt", work / "copies" / "a" / "b" / "000.png", work / "pictures" / "0.png", folder / "mini.concepts.safetensors"]
+    for file in files:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text("content")
+    with _served(folder) as address:
+        assert _status(address, "/") == 200
+        root = "/gradio_api" if _status(address, "/gradio_api/info") == 200 else ""
+        assert _status(address, f"{root}/file={files[0]}") == 200
+        hidden = [*map(str, files[1:]), str(checkpoint), str(ROOT / "pyproject.toml"), "pyproject.toml", "/etc/passwd", f"{files[0]}/../../../log"]
+        for path in hidden:
+            for prefix in ("/gradio_api/file=", "/file=", "/static/", "/assets/", "/gradio_api/file/", "/file/"):
+                assert _status(address, f"{prefix}{path}") in (403, 404), prefix + path
+        port = address.rpartition(":")[2]
+        assert _status(address, "/config", Host=f"localhost:{port}", Origin=f"http://localhost:{port}") == 200
+        body = json.dumps({"data": ["", ""], "fn_index": 1, "session_hash": "x"}).encode()
+        for path in ("/", "/config", f"{root}/queue/join", f"{root}/run/predict", f"{root}/upload", f"{root}/call/view"):
+            for headers in (
+                {"Host": f"evil.example:{port}"}, {"Origin": "http://evil.example"}, {"Origin": "null"}, {"Sec_Fetch_Site": "cross-site"},
+                {"Sec_Fetch_Site": "same-site", "Content_Type": "text/plain"},
+            ):  # fmt: skip
+                assert _status(address, path, body, **headers) == 403
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this machine")
 def test_the_tab_by_itself_in_a_browser(tmp_path: Path) -> None:
-    """From an empty folder: example pictures, Learn, the loss, the table; an occupied word is refused in words; undo."""
-    port = free_port()
-    command = [sys.executable, "-m", "comfy_continual_lora", "ui", "--models", str(tmp_path), "--port", str(port), "--no-browser"]
-    with (tmp_path / "log").open("w") as log, subprocess.Popen(command, cwd=ROOT, stdout=log, stderr=log) as server:
-        try:
-            address = f"http://127.0.0.1:{port}"
-            _wait_for(address, server, tmp_path / "log")
-            with page(address, height=1500) as opened:
-                opened.click("#continual_lora_example")
-                opened.wait_for_function("document.querySelector('#continual_lora_noun input, #continual_lora_noun textarea').value === 'ball'")
-                opened.click("text=Captions, and settings for experts")
-                opened.wait_for_function(SAID, arg=["#continual_lora_captions", ".png"])
-                type_beside(opened, "#continual_lora_captions", "0.png", "a photo of V1 in a garden")
-                for name, value in (("steps", 40), ("batch", 2), ("rank", 4), ("fisher_samples", 4), ("preview_every", 20)):
-                    opened.fill(f"#continual_lora_{name} input", str(value))
-                opened.click("#continual_lora_learn")
-                _expect(opened, "#continual_lora_status", "Learned V1 ball")
-                _expect(opened, "#continual_lora_concepts", "40 steps, 5 pictures")
-                assert [file.read_text() for file in tmp_path.rglob("pictures/*/*.txt")] == ["a photo of V1 in a garden"]
-                opened.fill("#continual_lora_noun input, #continual_lora_noun textarea", "box")
-                opened.click("#continual_lora_learn")
-                _expect(opened, "#continual_lora_status", "is taken")
-                opened.screenshot(path=str(tmp_path / "tab.png"))
-                opened.click("text=Undo the newest")
-                _expect(opened, "#continual_lora_concepts", "No concept learned yet")
-            with urllib.request.urlopen(f"{address}/config") as answer:
-                assert json.load(answer)["version"] == gradio.__version__
-        finally:
-            server.terminate()
+    """From an empty folder: example pictures, Learn, the loss, the table; an occupied word is refused; what takes away asks first."""
+    with _served(tmp_path) as address, page(address, height=1800) as opened:
+        opened.click("#continual_lora_example")
+        opened.wait_for_function("document.querySelector('#continual_lora_noun input, #continual_lora_noun textarea').value === 'ball'")
+        opened.click("text=Captions, and settings for experts")
+        opened.wait_for_function(SAID, arg=["#continual_lora_captions", ".png"])
+        type_beside(opened, "#continual_lora_captions", "0.png", "a photo of V1 in a garden")
+        for name, value in (("steps", 40), ("batch", 2), ("rank", 4), ("fisher_samples", 4), ("preview_every", 20)):
+            opened.fill(f"#continual_lora_{name} input", str(value))
+        opened.click("#continual_lora_learn")
+        _expect(opened, "#continual_lora_status", "Learned V1 ball")
+        _expect(opened, "#continual_lora_concepts", "40 steps, 5 pictures")
+        stack = store.stack_path(next(tmp_path.glob("*.safetensors")))
+        assert "a photo of V1 in a garden" in str(store.read_records(stack))
+        left = [p for p in (tmp_path / "continual-lora" / "copies").rglob("*") if p.is_file() and p.name != "lock"]
+        assert left == []
+        opened.fill("#continual_lora_noun input, #continual_lora_noun textarea", "box")
+        opened.click("#continual_lora_learn")
+        _expect(opened, "#continual_lora_status", "is taken")
+        opened.screenshot(path=str(tmp_path / "tab.png"))
+        asks_first(opened, stack)
+        opened.reload()
+        _expect(opened, "#continual_lora_concepts", "40 steps, 5 pictures")
+        with urllib.request.urlopen(f"{address}/config") as answer:
+            assert json.load(answer)["version"] == gradio.__version__
+
+
+def test_a_strangers_stack_runs_nothing_in_a_browser(checkpoint: Path, pictures: Path) -> None:
+    """Its noun is HTML and Markdown that would set a variable of the page's; every view of it is opened."""
+    if CHROMIUM is None:
+        pytest.skip("no Chromium on this machine")
+    noun = '<img src=x onerror="window.pwned=1">![](http://127.0.0.1/x)'
+    quick = LearnSettings(method="lora", steps=1, batch=1, rank=4, size=64)
+    pipeline.learn_concept(pipeline.LearnRequest(checkpoint, pictures, "V1", noun, quick, device="cpu"))
+    with _served(checkpoint.parent) as address, page(address, height=1800) as opened:
+        _expect(opened, "#continual_lora_concepts", "<img src=x")
+        opened.click("text=History of the stack")
+        _expect(opened, "#continual_lora_history", "<img src=x")
+        for button in ("undo", "forget"):
+            opened.click(f"#continual_lora_{button}")
+            _expect(opened, "#continual_lora_question", "<img src=x")
+            opened.click("#continual_lora_no")
+        opened.click("text=Export >> nth=0")
+        _expect(opened, "#continual_lora_status", "<img src=x")
+        opened.click("#continual_lora_undo")
+        opened.click("#continual_lora_yes")
+        _expect(opened, "#continual_lora_status", "Took back: learned V1 <img src=x")
+        assert opened.evaluate("window.pwned") is None
+        assert opened.evaluate("document.querySelectorAll('img[src=x], img[src*=\"/x\"]').length") == 0
 
 
 def _wait_for(address: str, server: subprocess.Popen, log: Path) -> None:

@@ -16,6 +16,7 @@ import pytest
 from conftest import save_concept
 
 from comfy_continual_lora import store, worker
+from comfy_continual_lora.files import snapshots_of
 from comfy_continual_lora.webui.job import Busy, Desk, Job
 
 QUICK = {"method": "lora", "steps": 2, "batch": 2, "rank": 4, "size": 64}
@@ -65,7 +66,7 @@ def test_one_job_at_a_time_and_stop_keeps_the_snapshot(checkpoint: Path, picture
     job.stop()
     assert job.state == "stopping"
     assert _done(job).state == "stopped"
-    assert checkpoint.with_name("mini.concepts.V1.snapshot").exists()
+    assert snapshots_of(store.stack_path(checkpoint), "V1")
     assert not store.stack_path(checkpoint).exists()
 
 
@@ -144,7 +145,7 @@ def test_the_worker_ends_with_its_host(checkpoint: Path, pictures: Path) -> None
     while _alive(worker_pid):
         assert time.monotonic() < deadline, "the worker goes on without its host"
         time.sleep(0.2)
-    assert checkpoint.with_name("mini.concepts.V1.snapshot").exists()
+    assert snapshots_of(store.stack_path(checkpoint), "V1")
 
 
 def _alive(pid: int) -> bool:

@@ -22,6 +22,7 @@ from PIL import Image
 from safetensors.torch import load_file
 from server import Server, free_port
 
+from comfy_continual_lora import stackfile, store
 from comfy_continual_lora.checkpoint.load import TOKENIZER
 from comfy_continual_lora.mini.weights import write_checkpoint
 from comfy_continual_lora.webui.install import install
@@ -173,12 +174,67 @@ def learns_in_a_browser(host: WebUI, pictures: Path, screenshot: Path) -> None:
         opened.wait_for_function(SAID, arg=["#continual_lora_status", "Learned B1 ball"], timeout=1_800_000)
         opened.wait_for_function(SAID, arg=["#continual_lora_concepts", "12 steps"], timeout=60_000)
         opened.screenshot(path=str(screenshot))
-        said = {file.read_text() for file in (host.data / "continual-lora" / "pictures").rglob("*.txt")}
-        assert said == {"a photo of B1 on sand", "B1 ball in front of a wall"}
+        stack = host.checkpoint.with_name("mini-sd.browser.concepts.safetensors")
+        assert {"a photo of B1 on sand", "B1 ball in front of a wall"} <= set(store.read_records(stack)[0].prompts)
+        assert copies_of(host) == []
+        asks_first(opened, stack, "B1")
         opened.click("button:has-text('Neighbour')")
         opened.click("#neighbour_button")
         opened.wait_for_function("document.querySelector('#neighbour_word textarea, #neighbour_word input').value === 'still here'", timeout=60_000)
     assert host.get("/neighbour") == {"still": "here"}
+
+
+def copies_of(host: WebUI) -> list[Path]:
+    """What lies on disk of training pictures."""
+    return [p for p in (host.data / "continual-lora" / "copies").rglob("*") if p.is_file() and p.name != "lock"]
+
+
+def asks_first(opened: Any, stack: Path, token: str = "V1") -> None:
+    """On a page whose stack holds one concept: forgetting, undoing and going back do nothing before they are confirmed."""
+
+    def said(where: str, text: str) -> None:
+        opened.wait_for_function(SAID, arg=[f"#continual_lora_{where}", text], timeout=300_000)
+
+    def holds(*tokens: str) -> None:
+        assert [one.token for one in store.read_records(stack)] == list(tokens)
+
+    field = "#continual_lora_token input, #continual_lora_token textarea"
+    opened.fill(field, "V9")
+    opened.click("#continual_lora_forget")
+    said("status", f"The word V9 is not on the stack; it holds {token}.")
+    opened.fill(field, token)
+    opened.click("#continual_lora_forget")
+    said("question", f"This takes {token} ball off")
+    holds(token)
+    opened.click("#continual_lora_no")
+    opened.wait_for_selector("#continual_lora_yes", state="hidden")
+    holds(token)
+    opened.click("#continual_lora_undo")
+    said("question", f"Undo takes back: learned {token} ball")
+    number = next(one.number for one in stackfile.versions(stack) if one.current)
+    store.undo(stack)  # by another program, meanwhile
+    opened.click("#continual_lora_yes")
+    said("status", "There is nothing to undo")
+    store.restore(stack, number)
+    opened.click("#continual_lora_undo")
+    said("question", f"Undo takes back: learned {token} ball")
+    holds(token)
+    opened.click("#continual_lora_yes")
+    said("status", f"Took back: learned {token} ball. The stack holds no concept now.")
+    said("concepts", "No concept learned yet")
+    holds()
+    opened.click("text=History of the stack")
+    opened.fill("#continual_lora_version input", "77")
+    opened.click("#continual_lora_restore")
+    said("status", "There is no version 77")
+    number = next(one.number for one in stackfile.versions(stack) if one.tokens == [token])
+    opened.fill("#continual_lora_version input", str(number))
+    opened.click("#continual_lora_restore")
+    said("question", f"This goes back to version {number}")
+    holds()
+    opened.click("#continual_lora_yes")
+    said("status", f"Went back to version {number}")
+    holds(token)
 
 
 def _put_mini(checkpoint: Path, data: Path, *, stock: bool) -> None:

@@ -8,7 +8,9 @@
     POST scores       {checkpoint, images, settings, stack}
     POST evaluate     {checkpoint, settings, stack}
     POST export       {checkpoint, stack, only}      only: words, for a LoRA solved for these alone
-    POST undo         {checkpoint, stack}
+    GET  history?checkpoint=NAME&stack=NAME      the stack's versions, the newest first
+    POST undo         {checkpoint, stack, version}   version: of the history, if it has to be the one in use
+    POST restore      {checkpoint, stack, version}
 
 images: pictures in base64 (with or without "data:...;base64,"), or the path of a folder.
 
@@ -37,7 +39,7 @@ from .copies import Batch
 from .environment import NotReady
 from .job import Busy, Job
 from .shown import status
-from .tab import Host, concepts_of, export_job, stack_file
+from .tab import Host, concepts_of, export_job, stack_file, versions_of
 
 PREFIX = "/continual-lora/v1"
 _MOST = 500_000_000  # bytes of a request
@@ -76,6 +78,13 @@ def add_routes(app: FastAPI, host: Host) -> None:
             return _plain(concepts_of(Path(where({"checkpoint": checkpoint, "stack": stack})["stack"])))
         except ValueError as error:
             raise refused(error) from None
+
+    def history(checkpoint: str, stack: str = "") -> Any:
+        try:
+            found = versions_of(Path(where({"checkpoint": checkpoint, "stack": stack})["stack"]))
+        except ValueError as error:
+            raise refused(error) from None
+        return [{name: value for name, value in dataclasses.asdict(one).items() if name != "file"} for one in found]
 
     def jobs() -> dict[str, Any]:
         return _told(host.desk.job)
@@ -126,12 +135,21 @@ def add_routes(app: FastAPI, host: Host) -> None:
         return start(export_job(host, where(body), only))
 
     def undo(body: dict[str, Any]) -> dict[str, Any]:
-        return start(("undo", where(body)))
+        place, version = where(body), body.get("version")
+        if version is not None and type(version) is not int:
+            raise refused("version has to be a number, as in GET history.")
+        return start(("undo", {**place, "version": version}))
+
+    def restore(body: dict[str, Any]) -> dict[str, Any]:
+        place, version = where(body), body.get("version")
+        if type(version) is not int:
+            raise refused("version has to be a number, as in GET history.")
+        return start(("restore", {**place, "version": version}))
 
     guard = [] if logins is None else [Depends(login)]
-    for ask in (concepts, jobs):
+    for ask in (concepts, history, jobs):
         app.add_api_route(f"{PREFIX}/{ask.__name__}", ask, methods=["GET"], dependencies=guard, response_model=None)
-    deeds = (learn, consolidate, closed_form, forget, scores, evaluate, export, undo)
+    deeds = (learn, consolidate, closed_form, forget, scores, evaluate, export, undo, restore)
     for path, deed in (("jobs/stop", stop), *((deed.__name__, deed) for deed in deeds)):
         app.add_api_route(f"{PREFIX}/{path}", _with_body(deed), methods=["POST"], dependencies=guard, response_model=None)
 
@@ -186,7 +204,7 @@ def _plain(value: Any) -> Any:
 def _told(job: Job | None) -> dict[str, Any]:
     if job is None:
         return {"job": None, "state": "idle"}
-    told = {"job": job.number, "name": job.name, "state": job.state, "message": job.message, "text": status(job, str)}
+    told = {"job": job.number, "name": job.name, "state": job.state, "message": job.message, "notes": job.notes, "text": status(job, str)}
     return _plain({**told, "progress": job.progress, "results": job.results})
 
 

@@ -22,12 +22,15 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from filelock import FileLock, Timeout
-from PIL import Image
 
+from .. import imagefile
+from ..errors import ConceptImagesError
 from ..files import snapshots_of
 
-# What Pillow may open a picture as; others, such as PostScript, start programs. Some Pillows lack the last two.
-FORMATS = {"JPEG": ".jpg", "PNG": ".png", "WEBP": ".webp", "BMP": ".bmp", "TIFF": ".tif", "AVIF": ".avif", "HEIF": ".heic"}
+_SUFFIXES = {
+    "PNG": ".png", "GIF": ".png", "PPM": ".png", "WEBP": ".webp", "BMP": ".bmp", "DIB": ".bmp", "TIFF": ".tif",
+    "AVIF": ".avif", "HEIF": ".heic",
+}  # fmt: skip
 _OF = "of.json"
 
 
@@ -119,18 +122,13 @@ class Copies:
 def suffix_of(name: str, data: bytes) -> str:
     """The ending that fits what a picture holds. Errors: ValueError for what is none; the pixels are not decoded."""
     try:
-        with Image.open(io.BytesIO(data), formats=formats()) as picture:
+        with imagefile.opened(io.BytesIO(data)) as picture:
             picture.verify()
-            return FORMATS.get(str(picture.format), ".jpg")  # MPO, as some cameras write, is JPEG
-    except Exception:  # Pillow raises what it likes
-        known = ", ".join(formats())
-        raise ValueError(f"{name} can't be read as a picture: it is no whole {known} file. Convert it, or leave it out.") from None
-
-
-def formats() -> list[str]:
-    """Those of FORMATS that this Pillow knows."""
-    Image.init()
-    return [name for name in FORMATS if name in Image.OPEN]
+            return _SUFFIXES.get(str(picture.format), ".jpg")
+    except ConceptImagesError as error:
+        raise ValueError(f"{name}: {error}") from None
+    except Exception as error:  # Pillow raises what it likes
+        raise ValueError(f"{name} can't be read as an image ({error}). It may be cut short; replace it or take it out.") from None
 
 
 def _is_needed(folder: Path) -> bool:

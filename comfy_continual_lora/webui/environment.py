@@ -8,15 +8,11 @@ versions satisfy what ours ask for on paper, and fail on import.)
 from __future__ import annotations
 
 import collections
-import collections
-import collections
 import json
 import os
 import re
 import subprocess
 import sys
-import threading
-import threading
 import threading
 from collections.abc import Callable
 from importlib import metadata
@@ -69,64 +65,6 @@ def prepare(folder: Path, say: Callable[[str], object] = print) -> None:
     _run([str(_python(folder)), "-m", "pip", "install", "--disable-pip-version-check", "--prefer-binary", *REQUIREMENTS, *bounds], say)
     (folder / _READY).write_text(json.dumps(_wanted()))
     say("The environment for learning is ready.")
-
-
-class Preparation:
-    """`work`, which is given a function that takes lines, in the background, as a page looks at it."""
-
-    def __init__(self, work: Callable[[Callable[[str], object]], object]) -> None:
-        self.work = work
-        self.lines: collections.deque[str] = collections.deque(maxlen=12)
-        self.error = ""
-        self.is_running = self.is_done = False
-        self._lock = threading.Lock()
-
-    def start(self) -> None:
-        """Nothing where it is under way already."""
-        with self._lock:
-            if self.is_running:
-                return
-            self.is_running, self.error = True, ""
-            self.lines.clear()
-        threading.Thread(target=self._run, daemon=True).start()
-
-    def _run(self) -> None:
-        try:
-            self.work(self.lines.append)
-            self.is_done = True
-        except Exception as error:  # the page has to say it, whatever it is
-            self.error = str(error) or type(error).__name__
-        finally:
-            self.is_running = False
-
-
-class Preparation:
-    """`work`, which is given a function that takes lines, in the background, as a page looks at it."""
-
-    def __init__(self, work: Callable[[Callable[[str], object]], object]) -> None:
-        self.work = work
-        self.lines: collections.deque[str] = collections.deque(maxlen=12)
-        self.error = ""
-        self.is_running = self.is_done = False
-        self._lock = threading.Lock()
-
-    def start(self) -> None:
-        """Nothing where it is under way already."""
-        with self._lock:
-            if self.is_running:
-                return
-            self.is_running, self.error = True, ""
-            self.lines.clear()
-        threading.Thread(target=self._run, daemon=True).start()
-
-    def _run(self) -> None:
-        try:
-            self.work(self.lines.append)
-            self.is_done = True
-        except Exception as error:  # the page has to say it, whatever it is
-            self.error = str(error) or type(error).__name__
-        finally:
-            self.is_running = False
 
 
 class Preparation:

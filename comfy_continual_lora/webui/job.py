@@ -55,6 +55,7 @@ class Job:
         self.number, self.jobs, self.state, self.message = number, list(jobs), "starting", ""
         self.progress: dict[str, Any] = {}
         self.losses: list[float] = []
+        self.notes: list[str] = []  # sentences for the user, such as where a stopped run goes on
         self.preview: str | None = None  # JPEG, base64
         self.results: dict[str, dict[str, Any]] = {}
         self.process: subprocess.Popen[bytes] | None = None
@@ -203,7 +204,9 @@ class Job:
                 self.losses = []  # each stage has a curve of its own
             self.losses.append(event["loss"])
         self.preview = event["preview"] or self.preview
-        self.progress = {name: value for name, value in event.items() if name not in ("event", "preview")}
+        if event["note"] and event["note"] not in self.notes:
+            self.notes = [*self.notes[-9:], event["note"]]
+        self.progress = {name: value for name, value in event.items() if name not in ("event", "preview", "note")}
 
     def _conclude(self, process: subprocess.Popen[bytes]) -> None:
         """What it said last, else what became of it."""
@@ -266,9 +269,10 @@ def _progress(event: dict[str, Any]) -> dict[str, Any] | None:
         return None
     if not _is_number(event["step"]) or not _is_number(event["steps"]) or not isinstance(event["stage"], str):
         return None
-    if not isinstance(event["preview"], str | None):
+    note = event.get("note", "")
+    if not isinstance(event["preview"], str | None) or not isinstance(note, str):
         return None
-    return {**{name: event[name] for name in ("event", "stage", "step", "steps", "preview")}, **numbers}
+    return {**{name: event[name] for name in ("event", "stage", "step", "steps", "preview")}, **numbers, "note": note}
 
 
 def _is_number(value: object) -> bool:

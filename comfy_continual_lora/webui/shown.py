@@ -16,6 +16,7 @@ from typing import Any
 
 from PIL import Image
 
+from ..stackfile import Version
 from .job import Job
 
 _PUNCTUATION = re.compile(r"[!-/:-@\[-`{-~]")  # all of ASCII's: Markdown gives a meaning to most
@@ -49,6 +50,10 @@ def status(job: Job | None, say: Callable[[object], str] = markdown) -> str:
     """What goes on, how far, how long still; or how it ended. `say` is str where no Markdown is wanted of what is told."""
     if job is None:
         return "Ready."
+    return "\n\n".join([_state(job, say), *map(say, job.notes)])
+
+
+def _state(job: Job, say: Callable[[object], str]) -> str:
     state, told = job.state, job.progress
     if state == "failed":
         return f"**{say(job.name)} failed.** {say(job.message)}"
@@ -82,7 +87,10 @@ def _ending(done: Mapping[str, Any], say: Callable[[object], str]) -> str:
     if "forget" in done:
         lines.append(f"**Forgot {say(done['forget']['token'])} {say(done['forget']['noun'])}.** LoRAs exported before still know it.")
     if "undo" in done:
-        lines.append(f"**Took {say(done['undo']['token'])} {say(done['undo']['noun'])} off the stack.**")
+        lines.append(f"**Took back: {say(done['undo']['change'])}.** {_holds(done['undo'], say)}")
+    if "restore" in done:
+        back = done["restore"]
+        lines.append(f"**Went back to version {say(back['version'])}: {say(back['change'])}.** {_holds(back, say)}")
     if "scores" in done:
         best = [(Path(one["file"]).name, one["best"], "" if one["sure"] else " (not sure)") for one in done["scores"]["images"]]
         lines.append("**DC scores.** " + ", ".join(f"{say(name)}: {say(word)}{unsure}" for name, word, unsure in best))
@@ -91,9 +99,25 @@ def _ending(done: Mapping[str, Any], say: Callable[[object], str]) -> str:
     if "export" in done:
         out = done["export"]
         lora = say(f"<lora:{Path(out['lora']).stem}:1>") if out["lora"] else ""
-        prompt = say(f"a photo of a {out['triggers'][-1]}")
-        lines.append(f"Prompts know it now: *{prompt}* {lora}".rstrip())
+        prompt = say(f"a photo of a {out['triggers'][-1]}") if out["triggers"] else ""
+        lines.append(f"Prompts know it now: *{prompt}* {lora}".rstrip() if out["triggers"] else "No concept is left to export.")
+        lines += [say(note) for note in out.get("notes", ())]
     return "\n\n".join(lines)
+
+
+def _holds(done: Mapping[str, Any], say: Callable[[object], str]) -> str:
+    return f"The stack holds {say(', '.join(done['tokens']) or 'no concept')} now."
+
+
+def history(versions: Sequence[Version]) -> str:
+    """The versions of a stack as HTML, the newest first."""
+    rows = []
+    for one in versions:
+        cells = (one.number, one.when[:10], one.change, ", ".join(one.tokens) or "no concept", f"{one.size / 1e6:.1f} MB")
+        told = "".join(f"<td>{html(cell)}</td>" for cell in cells)
+        rows.append(f"<tr>{told}<td>{'in use' if one.current else ''}</td></tr>")
+    head = "".join(f"<th align='left'>{name}</th>" for name in ("version", "date", "change", "holds", "size", ""))
+    return f"<table><tr>{head}</tr>{''.join(rows)}</table>" if rows else "<p>No version yet.</p>"
 
 
 def picture_of(encoded: str | None) -> Image.Image | None:

@@ -7,10 +7,8 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import json
 import os
 import re
-import struct
 import sys
 import tempfile
 from collections.abc import Callable, Sequence
@@ -20,14 +18,16 @@ from typing import Any
 import gradio as gr
 from PIL import Image
 
+from .. import imagefile, stackfile
 from ..curves import curve_picture
 from ..errors import StackError
 from ..files import PICTURES, STACKS, stack_path
 from ..settings import LearnSettings, explained, from_widget
-from .copies import Batch, Copies, formats
+from .asking import QUESTIONS
+from .copies import Batch, Copies
 from .environment import NotReady, Preparation
 from .job import Busy, Desk, Job
-from .shown import code, html, markdown, picture_of, status, table
+from .shown import code, history, html, markdown, picture_of, status, table
 
 PLANS = {
     "Recommended: hold what earlier prompts do": "retention",
@@ -36,7 +36,7 @@ PLANS = {
 }
 ADVANCED = ("method", "steps", "rank", "rate", "vectors", "token_rate", "batch", "size", "fit", "flip", "seed", "adapter", "ewc_strength",
             "retention_weight", "dsc_steps", "fisher_samples", "precision", "checkpointing", "preview_every")  # fmt: skip
-REFUSED = (ValueError, OSError, Busy, NotReady)  # what a click can ask for in vain
+REFUSED = (ValueError, OSError, StackError, Busy, NotReady)  # what a click can ask for in vain
 # gradio 3 has no timer, so a script presses a button while it says that something runs and is in sight. No handler
 # runs long: there, one whose page was left keeps the server from closing, so that "Reload UI" hangs.
 _PULSE = """() => {
@@ -133,18 +133,18 @@ def stack_file(checkpoint: Path, name: str = "") -> Path:
 
 def concepts_of(stack: Path) -> list[dict[str, Any]]:
     """The concepts of a stack file, from its header; none where there is no file. Errors: ValueError for a file that is none."""
-    if not stack.exists():
-        return []
     try:
-        with stack.open("rb") as file:
-            (length,) = struct.unpack("<Q", file.read(8))
-            concepts = json.loads(json.loads(file.read(length))["__metadata__"]["stack"])["concepts"]
-        table(concepts, {})
-        return concepts
-    except (OSError, struct.error, ValueError, KeyError, TypeError, AttributeError, MemoryError, OverflowError, RecursionError):
-        raise ValueError(
-            f"{stack} can't be read as a concept stack: it is cut short or something else. Its last version is {stack.name}.previous."
-        ) from None
+        return stackfile.read_header(stack)["concepts"] if stack.exists() else []
+    except (StackError, OSError) as error:
+        raise ValueError(str(error)) from None
+
+
+def versions_of(stack: Path) -> list[stackfile.Version]:
+    """The versions of a stack that are kept, the newest first. Errors: ValueError."""
+    try:
+        return stackfile.versions(stack)
+    except (StackError, OSError) as error:
+        raise ValueError(str(error)) from None
 
 
 def uploaded(files: Sequence[Any] | None) -> list[Path]:
@@ -160,10 +160,10 @@ def uploaded(files: Sequence[Any] | None) -> list[Path]:
     return [Path(getattr(file, "name", file)) for file in files or ()]
 
 
-def opened(path: Path | str, side: int = 10_000) -> Image.Image | None:
-    """A picture of one of the formats we know, at most so wide and high; None for what is none."""
+def picture_at(path: Path | str, side: int = 10_000) -> Image.Image | None:
+    """A picture, at most so wide and high; None for what is none."""
     try:
-        with Image.open(path, formats=formats()) as picture:
+        with imagefile.opened(Path(path)) as picture:
             picture.thumbnail((side, side))
             return picture
     except Exception:  # Pillow raises what it likes
@@ -230,12 +230,13 @@ def build(host: Host, page: gr.Blocks) -> None:
             raise ValueError("Choose a checkpoint first." if not checkpoint else f"The checkpoint {checkpoint} is gone; press Refresh.")
         return path, stack_file(path, (name or "").strip())
 
-    def shown(checkpoint: str, name: str) -> str:
+    def shown(checkpoint: str, name: str) -> list[str]:
+        """The concepts and the history of a stack."""
         try:
             stack = where(checkpoint, name)[1]
-            return table(concepts_of(stack), kept.get(str(stack), {}))
+            return [table(concepts_of(stack), kept.get(str(stack), {})), history(versions_of(stack))]
         except ValueError as error:
-            return f"<p>{html(error)}</p>"
+            return [f"<p>{html(error)}</p>", ""]
 
     def is_busy() -> bool:
         return host.desk.is_busy or host.preparation.is_running
@@ -255,7 +256,7 @@ def build(host: Host, page: gr.Blocks) -> None:
     def mark() -> str:
         """What differs when there is something new to see."""
         job = host.desk.job
-        told = (job.number, job.state, len(job.losses), job.progress) if job else ()
+        told = (job.number, job.state, len(job.losses), job.progress, job.notes) if job else ()
         return repr((told, list(host.preparation.lines), is_busy()))
 
     def view(checkpoint: str, name: str) -> list[Any]:
@@ -265,24 +266,24 @@ def build(host: Host, page: gr.Blocks) -> None:
         if job and "evaluate" in results:
             kept[job.jobs[0][1]["stack"]] = results["evaluate"]["kept"]
         charts = [one["chart"] for one in results.values() if one.get("chart")]
-        chart = opened(charts[-1]) if charts else None
+        chart = picture_at(charts[-1]) if charts else None
         losses = job.losses if job else []
         return [
             status(job),
             curve_picture(losses, f"loss, {len(losses)} steps") if losses else None,
             picture_of(job.preview) if job else None,
             gr.update(value=chart, visible=bool(chart)),
-            shown(checkpoint, name),
+            *shown(checkpoint, name),
             environment_said(),
             gr.update(active=is_busy()) if _TIMER else gr.update(value="busy" if is_busy() else "idle"),
             now,
         ]
 
-    def look(checkpoint: str, name: str, seen: str) -> list[Any]:
-        return [gr.update() for _ in range(7)] + [seen] if seen == mark() else view(checkpoint, name)
+    def look(checkpoint: str, name: str, before: str) -> list[Any]:
+        return [*(gr.update() for _ in outputs[1:]), before] if before == mark() else view(checkpoint, name)
 
     def say(error: Exception) -> list[Any]:
-        return [f"**{markdown(error)}**", *(gr.update() for _ in range(6)), ""]
+        return [f"**{markdown(error)}**", *(gr.update() for _ in outputs[2:]), mark()]
 
     def pictures(files: Sequence[Any] | None, captions: Sequence[Sequence[Any]], stack: Path, token: str) -> Batch:
         paths = [path for path in uploaded(files) if path.suffix.lower() != ".txt"]
@@ -316,14 +317,11 @@ def build(host: Host, page: gr.Blocks) -> None:
                     newest = [one["token"] for one in concepts_of(stack)[-1:]]
                     batch = pictures(given[0], (), stack, newest[0] if newest and kind == "consolidate" else "")
                     request["images"] = batch.paths
-                word = str(given[-1] or "").strip() if given else ""
-                if kind == "forget":
-                    request["token"] = word
                 if kind in ("scores", "evaluate"):
                     request["out"] = host.copies.charts()
                 only: list[str] = []
                 if kind == "export" and given:
-                    only = word.replace(",", " ").split()
+                    only = str(given[0] or "").replace(",", " ").split()
                     if not only:
                         raise ValueError("No word is on the left: type those to export, such as V1, V3.")
                 first = export_job(host, request, only) if kind == "export" else (kind, request)
@@ -334,6 +332,38 @@ def build(host: Host, page: gr.Blocks) -> None:
             return view(checkpoint, name)
 
         return handler
+
+    def ask(kind: str) -> Callable[..., list[Any]]:
+        """Say what a destructive click will do; nothing is done yet."""
+
+        def handler(checkpoint: str, name: str, given: Any = None) -> list[Any]:
+            given = given.strip() if isinstance(given, str) else given
+            try:
+                asked = QUESTIONS[kind](*where(checkpoint, name), given)
+            except REFUSED as error:
+                return [*say(error), *not_asked()]
+            pending = {"ask": (kind, checkpoint, name, given), "sentence": asked.sentence}
+            texts = [f"**{markdown(asked.sentence)}**", gr.update(value=asked.yes)]
+            return [*(gr.update() for _ in outputs[1:]), mark(), gr.update(visible=True), *texts, pending]
+
+        return handler
+
+    def not_asked() -> list[Any]:
+        return [gr.update(visible=False), "", gr.update(), None]
+
+    def confirm(checkpoint: str, name: str, pending: dict[str, Any] | None) -> list[Any]:
+        """Do what was asked, if it is still the very thing that was told."""
+        try:
+            if not pending:
+                raise ValueError("Nothing was asked.")
+            kind, *place, given = pending["ask"]
+            asked = QUESTIONS[kind](*where(*place), given)
+            if asked.sentence != pending["sentence"]:
+                raise ValueError("The stack has changed meanwhile. Look at it, then ask once more.")
+            host.hand_in(asked.job)
+        except REFUSED as error:
+            return [*say(error), *not_asked()]
+        return [*view(checkpoint, name), *not_asked()]
 
     def stop(checkpoint: str, name: str) -> list[Any]:
         if host.desk.job:
@@ -351,11 +381,13 @@ def build(host: Host, page: gr.Blocks) -> None:
         except ValueError as error:
             raise gr.Error(str(error)) from None
         texts = {path.stem: caption_in(path) for path in paths if path.suffix.lower() == ".txt"}
-        seen = [(path, picture) for path in paths if path.suffix.lower() in PICTURES and (picture := opened(path, 400))]
+        seen = [(path, picture) for path in paths if path.suffix.lower() in PICTURES and (picture := picture_at(path, 400))]
         return [(picture, path.name) for path, picture in seen], [[p.name, said.get(p.name) or texts.get(p.stem, "")] for p, _ in seen]
 
     names = list(host.checkpoints())
     ready = environment_said()
+    first = shown(names[0], "") if names else ["", ""]
+    outputs: list[Any] = []
     with gr.Row():
         with gr.Column():
             with gr.Group(visible=bool(ready)):
@@ -391,41 +423,57 @@ def build(host: Host, page: gr.Blocks) -> None:
             preview = gr.Image(label="Preview: the new concept, and the first one", type="pil", height=220)
             losses = gr.Image(label="Loss", type="pil", height=220)
             chart = gr.Image(label="Chart", type="pil", visible=False)
-            concepts = gr.HTML(shown(names[0], "") if names else "", elem_id="continual_lora_concepts")
+            concepts = gr.HTML(first[0], elem_id="continual_lora_concepts")
             with gr.Row():
                 consolidate, solve = gr.Button("Consolidate (DSC)"), gr.Button("Consolidate (closed form)")
                 scores, evaluate = gr.Button("Compute DC scores"), gr.Button("Evaluate retention")
             with gr.Row():
                 export, some = gr.Button("Export"), gr.Button("Export the words on the left alone", elem_id="continual_lora_some")
-                undo, forget = gr.Button("Undo the newest"), gr.Button("Forget the word on the left")
+                undo = gr.Button("Undo the last change ...", elem_id="continual_lora_undo")
+                forget = gr.Button("Forget the word on the left ...", elem_id="continual_lora_forget")
+            with gr.Group(visible=False, elem_id="continual_lora_asking") as asking:
+                question = gr.Markdown("", latex_delimiters=[], elem_id="continual_lora_question")
+                with gr.Row():
+                    yes = gr.Button("Yes", variant="stop", elem_id="continual_lora_yes")
+                    no = gr.Button("Cancel", elem_id="continual_lora_no")
+            with gr.Accordion("History of the stack", open=False):
+                past = gr.HTML(first[1], elem_id="continual_lora_history")
+                with gr.Row():
+                    number = gr.Number(value=1, precision=0, label="Version", elem_id="continual_lora_version")
+                    restore = gr.Button("Go back to the version ...", elem_id="continual_lora_restore")
 
-    seen = gr.State("")
+    marked, pending = gr.State(""), gr.State(None)
     pulse = gr.Timer(1, active=False) if _TIMER else gr.Button("idle", elem_id="continual_lora_pulse")
 
     place = [checkpoint, stack_name]
-    outputs = [told, losses, preview, chart, concepts, environment, pulse, seen]
+    outputs += [told, losses, preview, chart, concepts, past, environment, pulse, marked]
+    confirmed = [*outputs, asking, question, yes, pending]
     for click, handler, inputs in (
         (go.click, learn, [*place, files, captions, token, noun, plan, *advanced]),
         (consolidate.click, act("consolidate", True, True), [*place, files]),
         (solve.click, act("closed_form", then_export=True), place),
-        (forget.click, act("forget"), [*place, token]),
         (scores.click, act("scores", True), [*place, files]),
         (evaluate.click, act("evaluate"), place),
         (export.click, act("export"), place),
         (some.click, act("export"), [*place, token]),
-        (undo.click, act("undo"), place),
         (halt.click, stop, place),
         (make.click, prepare, place),
         (page.load, view, place),  # a page that is opened, or opened again, while a job runs
     ):
         click(handler, inputs, outputs)
+    undo.click(ask("undo"), place, confirmed)
+    forget.click(ask("forget"), [*place, token], confirmed)
+    restore.click(ask("restore"), [*place, number], confirmed)
+    yes.click(confirm, [*place, pending], confirmed)
+    no.click(not_asked, None, confirmed[len(outputs) :])
     if isinstance(pulse, gr.Button):
-        pulse.click(look, [*place, seen], outputs, show_progress="hidden", queue=False)
-        page.load(None, None, None, **{"_js": _PULSE})
+        pulse.click(look, [*place, marked], outputs, show_progress="hidden", queue=False)
+        script: dict[str, Any] = {"_js": _PULSE}
+        page.load(None, None, None, **script)
     else:
-        pulse.tick(look, [*place, seen], outputs, show_progress="hidden")
+        pulse.tick(look, [*place, marked], outputs, show_progress="hidden")
     example.click(host.example, token, [files, noun])
     files.change(thumbnails, [files, captions], [gallery, captions])
     refresh.click(lambda: gr.update(choices=list(host.checkpoints())), None, checkpoint)
     for changed in place:
-        changed.change(shown, place, concepts)
+        changed.change(lambda *given: [*shown(*given), *not_asked()], place, [concepts, past, *confirmed[len(outputs) :]])
