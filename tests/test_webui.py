@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import http.client
 import json
 import os
@@ -176,8 +177,9 @@ def _status(address: str, path: str, data: bytes | None = None, **headers: str) 
     """Of a request whose path and headers go out as they are."""
     connection = http.client.HTTPConnection(address.removeprefix("http://"), timeout=60)
     names = {name.replace("_", "-"): value for name, value in headers.items()}
-    connection.request("GET" if data is None else "POST", path, data, names)
-    return connection.getresponse().status
+    with contextlib.closing(connection):
+        connection.request("GET" if data is None else "POST", path, data, names)
+        return connection.getresponse().status
 
 
 def test_the_tab_by_itself_serves_its_exports_to_its_own_pages(checkpoint: Path) -> None:

@@ -153,11 +153,14 @@ def uploaded(files: Sequence[Any] | None) -> list[Path]:
     Errors: ValueError for a file that a request only named: older versions would open any file of this machine.
     """
     folder = Path(os.environ.get("GRADIO_TEMP_DIR") or Path(tempfile.gettempdir()) / "gradio").resolve()
+    found = []
     for file in files or ():
-        named = [Path(str(getattr(file, name))).resolve() for name in ("name", "orig_name") if hasattr(file, name)]
-        if not all(path.is_relative_to(folder) for path in named or [Path(file).resolve()]):
+        is_path = isinstance(file, (str, Path))
+        named = [Path(file)] if is_path else [Path(getattr(file, name)) for name in ("name", "orig_name") if hasattr(file, name)]
+        if not named or not all(path.resolve().is_relative_to(folder) for path in named):
             raise ValueError("A file was named that was not uploaded to this page.")
-    return [Path(getattr(file, "name", file)) for file in files or ()]
+        found.append(named[0])
+    return found
 
 
 def picture_at(path: Path | str, side: int = 10_000) -> Image.Image | None:
