@@ -484,8 +484,11 @@ def undo_preview(path: Path) -> str:
         return "There is nothing to undo: no concept was learned yet."
     current = next(one for one in versions(path) if one.current)
     parent = parent_of(path)
-    if parent is not None:
-        return f"Undo takes back: {current.change} ({current.when[:10]}). {_then(parent.tokens)}"
+    change = read_header(path)["change"]
+    was_added = parent is None and change is not None and change["kind"] in ("learned", "imported")
+    if parent is not None or was_added:
+        tokens = parent.tokens if parent else current.tokens[:-1]
+        return f"Undo takes back: {current.change} ({current.when[:10]}). {_then(tokens)}"
     if not current.tokens:
         return "There is nothing to undo: the stack is empty, and no earlier version of it is kept."
     if not takes_off_newest(path):

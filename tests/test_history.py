@@ -137,7 +137,7 @@ def test_a_setting_says_how_many_versions_are_kept(two: Path, folders: dict[str,
     pipeline.keep_versions(two, 0)
     assert [one.number for one in pipeline.history(two)] == [3]
     assert not files.history_folder(store.stack_path(two)).exists()
-    assert "takes V3 off" in stackfile.undo_preview(store.stack_path(two))
+    assert "takes back: learned V3 mug" in stackfile.undo_preview(store.stack_path(two))
     assert pipeline.undo(two).tokens == ["V1", "V2"]
     pipeline.forget(pipeline.SolveRequest(two, device="cpu"), "V1")
     with pytest.raises(StackError, match="no longer kept"):

@@ -260,7 +260,7 @@ def test_a_strangers_stack_runs_nothing_in_a_browser(checkpoint: Path, pictures:
         opened.click("#continual_lora_yes")
         _expect(opened, "#continual_lora_status", "Took back: learned V1 <img src=x")
         assert opened.evaluate("window.pwned") is None
-        assert opened.evaluate("document.querySelectorAll('img[src=x], img[src*=\"/x\"]').length") == 0
+        assert opened.evaluate("document.querySelectorAll('img[src=x], img[src=\"http://127.0.0.1/x\"]').length") == 0
 
 
 def _wait_for(address: str, server: subprocess.Popen, log: Path) -> None:

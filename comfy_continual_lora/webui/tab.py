@@ -167,6 +167,7 @@ def picture_at(path: Path | str, side: int = 10_000) -> Image.Image | None:
     """A picture, at most so wide and high; None for what is none."""
     try:
         with imagefile.opened(Path(path)) as picture:
+            picture.load()  # before the file is closed
             picture.thumbnail((side, side))
             return picture
     except Exception:  # Pillow raises what it likes
