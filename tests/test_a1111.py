@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import contextlib
 import os
 import signal
 import time
@@ -11,9 +12,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from browser import CHROMIUM
+from browser import CHROMIUM, page
 from conftest import save_concept
-from webui import API, PLACE, WebUI, drawn, find_webui, freeze, learn, learns_and_draws, learns_in_a_browser
+from webui import API, PLACE, WebUI, copies_of, drawn, find_webui, freeze, learn, learns_and_draws, learns_in_a_browser
 
 from comfy_continual_lora import pipeline
 
@@ -89,12 +90,12 @@ def test_mistakes_are_refused_in_words(host: WebUI, pictures: Path, tmp_path: Pa
     host.post(f"{API}/learn", good)
     assert host.ended()["state"] == "done"
     broken = base64.b64encode(b"no picture").decode()
-    for change, message in (({"token": "v1", "noun": "box"}, "taken"), ({"token": "V2", "images": [broken]}, "can't be read as a picture")):
-        host.post(f"{API}/learn", {**good, **change})
-        assert message in host.ended()["message"]
+    host.post(f"{API}/learn", {**good, "token": "v1", "noun": "box"})
+    assert "taken" in host.ended()["message"]
     for change, message in (
         ({"checkpoint": "../x"}, "no checkpoint"), ({"noun": " "}, "noun is missing"), ({"stack": "../up"}, "only letters"),
         ({"images": str(tmp_path)}, "outside the folders"), ({"images": ["?"]}, "no base64"), ({"settings": 3}, "an object"),
+        ({"token": "V2", "images": [broken]}, "can't be read as an image"),
     ):  # fmt: skip
         with pytest.raises(RuntimeError, match=f"422.*{message}"):
             host.post(f"{API}/learn", {**good, **change})
@@ -117,7 +118,46 @@ def test_scores_evaluate_consolidate_and_forget(host: WebUI, pictures: Path, tmp
         job = host.ended()
         assert job["state"] == "done", job
         assert job["results"][deed][found]
-    assert [one["token"] for one in host.get(f"{API}/concepts?checkpoint=mini-sd.safetensors&stack=deeds")] == []
+    where = "checkpoint=mini-sd.safetensors&stack=deeds"
+    assert [one["token"] for one in host.get(f"{API}/concepts?{where}")] == ["V1", "V2"]  # forgetting was undone
+    forgot = next(one for one in host.get(f"{API}/history?{where}") if one["change"].startswith("forgot"))
+    host.post(f"{API}/restore", {**place, "version": forgot["number"]})
+    assert host.ended()["results"]["restore"]["tokens"] == ["V2"]
+    assert copies_of(host) == []
+
+
+def test_no_option_chooses_a_program_or_opens_a_folder(host: WebUI, pictures: Path, tmp_path: Path) -> None:
+    """As a hostile page would: the options route asks for no login and no content type."""
+    script, mark = tmp_path / "x.sh", tmp_path / "ran"
+    script.write_text(f"#!/bin/sh\ntouch {mark}\nexit 1\n")
+    script.chmod(0o755)
+    for name, value in (("continual_lora_python", str(script)), ("continual_lora_folders", "/")):
+        with contextlib.suppress(RuntimeError):
+            host.post("/sdapi/v1/options", {name: value})
+    host.post(f"{API}/learn", learn(pictures, "V1", "options"))
+    assert host.ended()["state"] == "done"
+    assert not mark.exists()
+    with pytest.raises(RuntimeError, match=r"422.*outside the folders"):
+        host.post(f"{API}/learn", {**learn(pictures, "V2", "options"), "images": str(pictures)})
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this machine")
+def test_reload_ui_leaves_a_job_alone_and_interrupt_stops_it(host: WebUI, pictures: Path) -> None:
+    host.post(f"{API}/learn", learn(pictures, "V1", "reloaded", steps=100_000))
+    before = _until_it_learns(host)["progress"]["step"]
+    with page(host.address) as opened:
+        opened.wait_for_selector("#txt2img_generate", timeout=120_000)
+        opened.evaluate("gradioApp().getElementById('settings_restart_gradio').click()")
+        opened.wait_for_timeout(15_000)
+    deadline = time.monotonic() + 120
+    while not host.answers(f"{API}/jobs"):
+        assert time.monotonic() < deadline, "the web UI does not come back"
+        time.sleep(0.5)
+    job = host.get(f"{API}/jobs")
+    assert job["state"] == "running", job
+    assert job["progress"]["step"] > before
+    host.post("/sdapi/v1/interrupt", {})
+    assert host.ended()["state"] == "stopped"
 
 
 @pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this machine")
