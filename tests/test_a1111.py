@@ -123,7 +123,7 @@ def test_scores_evaluate_consolidate_and_forget(host: WebUI, pictures: Path, tmp
     forgot = next(one for one in host.get(f"{API}/history?{where}") if one["change"].startswith("forgot"))
     host.post(f"{API}/restore", {**place, "version": forgot["number"]})
     assert host.ended()["results"]["restore"]["tokens"] == ["V2"]
-    assert copies_of(host) == []
+    assert copies_of(host, "deeds") == []
 
 
 def test_no_option_chooses_a_program_or_opens_a_folder(host: WebUI, pictures: Path, tmp_path: Path) -> None:
