@@ -138,7 +138,8 @@ def export_files(
     tensors = stock_lora(stack, format)
     try:
         with _exporting(out, embeddings):
-            words = {record.token: _write_word(stack, record, embeddings) for record in stack.records}
+            taken = _taken(embeddings)
+            words = {record.token: _write_word(stack, record, embeddings, taken) for record in stack.records}
             renamed = {token: path.stem for token, path in words.items() if path.stem != token}
             triggers = [name_of(words[r.token].stem, r.noun if r.with_noun else "") for r in stack.records]
             lora = _write_lora(stack, tensors, out, stem, triggers, format, only) if tensors else None
@@ -163,19 +164,25 @@ def _exporting(*folders: Path) -> Iterator[None]:
         yield
 
 
-def _write_word(stack: ConceptStack, record: ConceptRecord, folder: Path) -> Path:
-    """The embedding, under its word's name; where that is another file's, under one with a number."""
-    tensors = {name: tensor.contiguous() for name, tensor in embedding(stack.words[record.id], stack.base).items()}
-    data = save(tensors, {_STACK: stack.owner, _TOKEN: record.token})
+def _taken(folder: Path) -> dict[str, list[Path]]:
+    """The files that some program loads as an embedding, by the word they answer to."""
     taken: dict[str, list[Path]] = {}
     for path in folder.iterdir():
         if path.suffix.lower() in _EMBEDDINGS:
             taken.setdefault(path.stem.lower(), []).append(path)
+    return taken
+
+
+def _write_word(stack: ConceptStack, record: ConceptRecord, folder: Path, taken: dict[str, list[Path]]) -> Path:
+    """The embedding, under its word's name; where that is another file's, under one with a number. `taken` knows it then."""
+    tensors = {name: tensor.contiguous() for name, tensor in embedding(stack.words[record.id], stack.base).items()}
+    data = save(tensors, {_STACK: stack.owner, _TOKEN: record.token})
     for number in range(1, 10_000):
         path = folder / f"{record.token if number == 1 else f'{record.token}-{number}'}.safetensors"
         others = taken.get(path.stem.lower(), [])
         if all(other == path and _is_own(other, stack, record, tensors) for other in others):
             write_whole(path, data, new=not others)
+            taken[path.stem.lower()] = [path]
             return path
     raise StackError(f"{folder} has no name left for {record.token}. Export to another folder.")
 

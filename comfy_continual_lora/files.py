@@ -147,7 +147,7 @@ def _temporary(folder: Path) -> Iterator[IO[bytes]]:
         name = os.path.join(folder, f".continual-lora-{secrets.token_hex(8)}.tmp")
         with open(name, "xb") as file:  # the umask decides the mode
             try:
-                if not _lock(file.fileno()) or not os.path.exists(name):
+                if _locked(file.fileno()) is False or not os.path.exists(name):
                     continue  # it was cleaned away before it was locked
                 yield file
                 return
@@ -156,16 +156,17 @@ def _temporary(folder: Path) -> Iterator[IO[bytes]]:
                     os.unlink(name)
 
 
-def _lock(handle: int) -> bool:
-    """Lock this file; false where somebody else has, true where the file system knows no locks."""
-    if fcntl is not None:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            return False
-        except OSError:
-            return True
-    return True
+def _locked(handle: int) -> bool | None:
+    """Lock this file: true if it is ours now, false if somebody else has it, None where nobody can tell."""
+    if fcntl is None:
+        return None
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        return True
+    except BlockingIOError:
+        return False
+    except OSError:  # a file system without locks
+        return None
 
 
 def _like_before(handle: int, path: Path) -> None:
@@ -222,17 +223,8 @@ def clean_temporary(folder: Path) -> None:
         with suppress(OSError):
             handle = os.open(entry.path, os.O_RDONLY)
             try:
-                dead = fcntl is not None and _is_dead(handle)
+                dead = _locked(handle)
             finally:
                 os.close(handle)
             if dead or fcntl is None:
                 os.unlink(entry.path)
-
-
-def _is_dead(handle: int) -> bool:
-    assert fcntl
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        return True
-    except OSError:  # it is held, or nobody can tell
-        return False

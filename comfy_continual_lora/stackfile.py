@@ -18,7 +18,7 @@ import re
 import struct
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from datetime import datetime
 from itertools import pairwise
 from pathlib import Path
@@ -438,6 +438,11 @@ def versions(path: Path) -> list[Version]:
     return sorted(found, key=lambda one: one.number, reverse=True)
 
 
+def in_use(path: Path) -> Version | None:
+    """The version that is the stack now; None where there is no stack. Errors: StackError where it can't be read."""
+    return next((one for one in versions(path) if one.current), None)
+
+
 def earlier(path: Path) -> list[Version]:
     """The versions that are kept beside the one in use, the newest first, those that can be read."""
     files = [*_history(path).items(), (0, _previous(path))]
@@ -457,8 +462,7 @@ def _version(file: Path, number: int, *, current: bool) -> Version:
     parent = header["parent"]
     if header["number"] is None and number:  # an earlier program wrote it, over the version before it
         parent = number - 1
-    change, records = header["change"], header["concepts"]
-    told = Change(**change) if change else None
+    told, records = change_of(header), header["concepts"]
     when = told.when if told else records[-1]["learned"] if records else ""
     tokens = [record["token"] for record in records]
     text = str(told) if told else f"a change that an earlier program made; newest: {tokens[-1] if tokens else 'none'}"
@@ -468,8 +472,7 @@ def _version(file: Path, number: int, *, current: bool) -> Version:
 def parent_of(path: Path) -> Version | None:
     """The version that undoing goes back to, if it is kept. Errors: StackError where there is no stack."""
     path = real_file(path)
-    now = read_header(path)
-    found = versions(path)
+    now, found = read_header(path), versions(path)
     current = next(one for one in found if one.current)
     parent = next((one for one in found if one.number == current.parent and not one.current), None)
     if parent is None:
@@ -480,12 +483,11 @@ def parent_of(path: Path) -> Version | None:
 
 def undo_preview(path: Path) -> str:
     """What undoing would do, in one sentence; or that there is nothing to undo. Errors: StackError for a file that can't be read."""
-    if not real_file(path).exists():
+    current = in_use(path)
+    if current is None:
         return "There is nothing to undo: no concept was learned yet."
-    current = next(one for one in versions(path) if one.current)
-    parent = parent_of(path)
-    change = read_header(path)["change"]
-    was_added = parent is None and change is not None and change["kind"] in ("learned", "imported")
+    parent, change = parent_of(path), change_of(read_header(path))
+    was_added = parent is None and change is not None and change.kind in ("learned", "imported")
     if parent is not None or was_added:
         tokens = parent.tokens if parent else current.tokens[:-1]
         return f"Undo takes back: {current.change} ({current.when[:10]}). {_then(tokens)}"
@@ -503,10 +505,10 @@ def _then(tokens: Sequence[str]) -> str:
 def takes_off_newest(path: Path) -> bool:
     """Whether, without the version before, the last change can be taken back: what was learned last lies on top of the pool."""
     header = read_header(path)
-    change = header["change"]
-    return bool(header["concepts"]) and (change is None or change["kind"] in ("learned", "imported", "undone"))
+    change = change_of(header)
+    return bool(header["concepts"]) and (change is None or change.kind in ("learned", "imported", "undone"))
 
 
-def plain(change: Change) -> dict[str, Any]:
-    """As the header holds it."""
-    return {**asdict(change), "names": list(change.names)}
+def change_of(header: Mapping[str, Any]) -> Change | None:
+    """What made this version; None where an earlier program wrote it."""
+    return Change(**header["change"]) if header["change"] else None

@@ -338,7 +338,8 @@ def undo(path: Path, version: int | None = None) -> Undone:
     path = real_file(path)
     with writing(path):
         was = read_header(path)
-        current = next(one for one in stackfile.versions(path) if one.current)
+        current = stackfile.in_use(path)
+        assert current  # its header was just read
         if version is not None and version != current.number:
             raise StackError(f"The stack {path} has changed: it is at version {current.number} now ({current.change}). Look again, then undo.")
         if (parent := stackfile.parent_of(path)) is not None:
@@ -377,28 +378,27 @@ def restore(path: Path, number: int) -> Version:
             raise StackError(f"There is no version {number} of {path}. Kept are: {numbers}.")
         if not chosen.current:
             _go_back(path, chosen)
-        return next(one for one in stackfile.versions(path) if one.current)
+        now = stackfile.in_use(path)
+        assert now  # it was just written
+        return now
 
 
 def _go_back(path: Path, chosen: Version) -> None:
     stack, header = open_stack(chosen.file), read_header(chosen.file)
-    told = None if header["change"] is None else Change(**header["change"])
     with _told_if_it_fails(path):
         try:
-            known = stackfile.versions(path)
-            current = next(one for one in known if one.current)
+            current = stackfile.in_use(path)
         except StackError:
+            current = None
             set_aside(path)
-        except StopIteration:  # there is no version in use
-            pass
-        else:
+        if current is not None:
             stack.history = read_header(path)["history"]
             if stack.history:
-                _keep(path, current, known[0].number + 1)
+                _keep(path, current, stackfile.versions(path)[0].number + 1)
         if (header["number"], header["history"]) == (chosen.number, stack.history):
             chosen.file.replace(path)  # needs no room on the disk
         else:
-            _write(stack, path, chosen.number, chosen.parent, told)
+            _write(stack, path, chosen.number, chosen.parent, stackfile.change_of(header))
             chosen.file.unlink()
 
 
@@ -408,12 +408,11 @@ def keep_versions(path: Path, count: int) -> None:
         raise StackError(f"A stack can keep 0 to 1000 earlier versions; {count} was asked for.")
     path = real_file(path)
     with writing(path):
-        stack, header = open_stack(path), read_header(path)
-        current = next(one for one in stackfile.versions(path) if one.current)
-        told = None if header["change"] is None else Change(**header["change"])
+        stack, current = open_stack(path), stackfile.in_use(path)
+        assert current  # it was just read
         stack.history = count
         with _told_if_it_fails(path):
-            _write(stack, path, current.number, current.parent, told)
+            _write(stack, path, current.number, current.parent, stackfile.change_of(read_header(path)))
             _prune(path, count)
 
 

@@ -29,7 +29,6 @@ if TYPE_CHECKING:
     from PIL.Image import Image
     from torch import Tensor
 
-    from ..stackfile import Version
     from ..store import ConceptRecord, ConceptStack
 
 MINI = "mini-sd.safetensors"
@@ -63,13 +62,6 @@ class StackHandle:
         if self.selected:
             return self.selected
         return open_stack(self.file).as_of(self.count, consolidated=self.consolidated) if self.file.exists() else None
-
-
-def versions(stack: StackHandle) -> list[Version]:
-    """The stack's versions that are kept, the newest first; none where there is no stack yet."""
-    from .. import stackfile
-
-    return stackfile.versions(stack.file)
 
 
 def checkpoints() -> list[str]:

@@ -463,7 +463,7 @@ class UndoConcept(io.ComfyNode):
     def execute(cls, stack: StackHandle, token: str, version: int = 0) -> Any:
         from .. import pipeline, stackfile
 
-        wanted, now = token.strip().lower(), next((one for one in host.versions(stack) if one.current), None)
+        wanted, now = token.strip().lower(), stackfile.in_use(stack.file)
         if now is None or not (wanted or version):
             number = "" if now is None else f" To do that, set version to {now.number}."
             return io.NodeOutput(_now(stack), f"{stackfile.undo_preview(stack.file)}{number}\n\n{_say(_now(stack))}")
@@ -513,13 +513,13 @@ class StackHistory(io.ComfyNode):
 
     @classmethod
     def execute(cls, stack: StackHandle, restore: int = 0, keep: int = -1) -> Any:
-        from .. import pipeline
+        from .. import pipeline, stackfile
 
         if keep >= 0:
             pipeline.keep_versions(stack.checkpoint, keep, stack.file)
         if restore:
             pipeline.restore(stack.checkpoint, restore, stack.file)
-        found = host.versions(stack)
+        found = stackfile.versions(stack.file)
         lines = [
             f"{'*' if one.current else ' '} {one.number}: {one.change}, {one.when[:10]}, {one.size / 1e6:.1f} MB ({', '.join(one.tokens) or 'empty'})"
             for one in found

@@ -22,11 +22,11 @@ class Question:
 def undo(checkpoint: Path, stack: Path, _: object = None) -> Question:
     """Errors: ValueError and StackError where there is nothing to undo."""
     # Its number first: should the stack change in between, the worker refuses, rather than undo what was not told.
-    number = next((one.number for one in stackfile.versions(stack) if one.current), None)
+    now = stackfile.in_use(stack)
     sentence = stackfile.undo_preview(stack)
-    if number is None or sentence.startswith("There is nothing"):
+    if now is None or sentence.startswith("There is nothing"):
         raise ValueError(sentence)
-    return Question(sentence, "Yes, undo it", ("undo", {**_where(checkpoint, stack), "version": number}))
+    return Question(sentence, "Yes, undo it", ("undo", {**_where(checkpoint, stack), "version": now.number}))
 
 
 def forget(checkpoint: Path, stack: Path, token: object) -> Question:
