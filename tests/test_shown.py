@@ -6,11 +6,13 @@ import base64
 import copy
 import html.parser
 import io
+from pathlib import Path
 from typing import Any
 
 import pytest
 from PIL import Image
 
+from comfy_continual_lora.stackfile import Version
 from comfy_continual_lora.webui import shown
 from comfy_continual_lora.webui.job import Job
 
@@ -51,10 +53,11 @@ DONE = {
     "consolidate": {"token": "V1", "losses": [1.0]},
     "closed_form": {"rank": 4, "before": {"V1": 0.5}, "after": {"V1": 0.25}},
     "forget": {"token": "V1", "noun": "ball"},
-    "undo": {"token": "V1", "noun": "ball"},
+    "undo": {"change": "learned V1 ball", "tokens": ["V2"], "token": "V1", "noun": "ball"},
+    "restore": {"version": 2, "change": "learned V1 ball", "tokens": ["V1"]},
     "scores": {"images": [{"file": "/a/b.png", "best": "V1", "sure": False}]},
     "evaluate": {"table": "V1 ball  50 %"},
-    "export": {"lora": "/a/b.safetensors", "triggers": ["V1 ball"]},
+    "export": {"lora": "/a/b.safetensors", "triggers": ["V1 ball"], "notes": ["One is still there."]},
 }  # fmt: skip
 
 
@@ -141,6 +144,7 @@ def test_messages_and_names_of_a_job(text: str) -> None:
     for state in ("starting", "running", "stopping", "failed", "stopped"):
         job = Job(1, [(text, {})])
         job.state, job.message = state, f'Traceback (most recent call last):\n  File "x.py", line 1\n{text}'
+        job.notes = [text, "Going on from step 3"]
         job.progress = {"stage": text, "step": 3, "steps": 9, "loss": 0.125, "seconds_left": 61.0}
         assert _rendered(shown.status(job)).tags <= {"p", "strong", "br"}
 
@@ -163,6 +167,14 @@ def test_the_table_shows_every_field_and_obeys_none(field: str, text: Any) -> No
     names = {one.split("=")[0] for one in seen.attributes}
     assert names <= {"align", "alt", "width", "src"}
     assert all(one.startswith("src=data:image/jpeg;base64,/9j/") for one in seen.attributes if one.startswith("src"))
+
+
+@pytest.mark.parametrize("text", HOSTILE)
+def test_the_history_shows_every_field_and_obeys_none(text: str) -> None:
+    versions = [Version(2, 1, text, text, [text, "V1"], 1_000_000, True, Path("x")), Version(1, None, text, "", [], 1, False, Path(text))]
+    seen = _Seen(shown.history(versions))
+    assert seen.tags == {"table", "tr", "th", "td"}
+    assert {one.split("=")[0] for one in seen.attributes} == {"align"}
 
 
 def test_a_preview_is_a_jpeg_or_nothing() -> None:
