@@ -86,13 +86,27 @@ def draw(prompt: str, source: str) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def draws(host: ComfyUI, stack: dict[str, Any], checkpoint: str, lora: str, kind: str) -> np.ndarray:
-    """The picture of a prompt with a weighted word: through Apply Concepts ("ours"), the stock LoRA loader ("stock"), or neither ("plain")."""
+def exported(host: ComfyUI, graph: dict[str, Any], stack: str) -> tuple[dict[str, Any], str, str]:
+    """Run a graph and export the stack of one of its nodes: outputs, the LoRA's name, V1's embedding.
+
+    Another stack's V1 may lie in the embeddings folder: this one then has a name of its own.
+    """
+    export = {
+        "90": {"class_type": "ContinualLora_Export", "inputs": {"stack": [stack, 0]}},
+        "91": {"class_type": "PreviewAny", "inputs": {"source": ["90", 0]}},
+        "92": {"class_type": "PreviewAny", "inputs": {"source": ["90", 1]}},
+    }
+    done = host.run({**graph, **export})
+    return done, text_of(done, "91"), re.findall(r"embedding:([\w-]+)", text_of(done, "92"))[0]
+
+
+def draws(host: ComfyUI, stack: dict[str, Any], checkpoint: str, lora: str, word: str, kind: str) -> np.ndarray:
+    """The picture of a prompt with a weighted word: by Apply Concepts ("ours"), stock nodes or neither ("plain")."""
     both = {"model": ["20", 0], "clip": ["20", 1]}
     apply = {"class_type": "ContinualLora_Apply", "inputs": {**both, "stack": ["1", 0], "strength": 1.0}}
     stock = {"class_type": "LoraLoader", "inputs": {**both, "lora_name": lora, "strength_model": 1.0, "strength_clip": 1.0}}
     node = {"ours": apply, "stock": stock, "plain": None}[kind]
-    prompt = f"a photo of a ({'embedding:V1' if kind == 'stock' else 'V1'} ball:1.2), on grass"
+    prompt = f"a photo of a ({f'embedding:{word}' if kind == 'stock' else 'V1'} ball:1.2), on grass"
     load = {"1": stack, "20": {"class_type": "CheckpointLoaderSimple", "inputs": {"ckpt_name": checkpoint}}}
     done = host.run({**load, **({"4": node} if node else {}), **draw(prompt, "4" if node else "20")})
     return np.asarray(Image.open(host.pictures(done, "26")[0]).convert("RGB"), int)
@@ -242,13 +256,9 @@ def test_exported_files_draw_what_apply_draws(host: ComfyUI) -> None:
     load = {
         "1": {"class_type": "ContinualLora_LoadStack", "inputs": {"checkpoint": "mini-sd.safetensors", "stack_name": "export"}},
     }
-    export = {
-        "2": {"class_type": "ContinualLora_Export", "inputs": {"stack": ["1", 0]}},
-        "3": {"class_type": "PreviewAny", "inputs": {"source": ["2", 0]}},
-    }
-    name = text_of(host.run({**load, **export}), "3")
+    _, name, word = exported(host, load, "1")
     assert len({key.split(".")[0] for key in load_file(host.base / "models" / "loras" / name)}) == 14
-    found = {kind: draws(host, load["1"], "mini-sd.safetensors", name, kind) for kind in ("ours", "stock", "plain")}
+    found = {kind: draws(host, load["1"], "mini-sd.safetensors", name, word, kind) for kind in ("ours", "stock", "plain")}
     assert np.abs(found["ours"] - found["stock"]).max() <= 2
     assert np.abs(found["ours"] - found["plain"]).mean() > 2
 
@@ -301,14 +311,10 @@ def test_closed_form_merge_forget_and_import(host: ComfyUI) -> None:
     assert "nothing was done" in does("Merge", other=["2", 0])
     assert "Forgot V2" in does("Forget", token="V2")
     assert "nothing was done" in does("Forget", token="V2")
-    export = {
+    load = {
         "1": {"class_type": "ContinualLora_LoadStack", "inputs": {"checkpoint": "mini-sd.safetensors", "stack_name": "theirs"}},
-        "2": {"class_type": "ContinualLora_Export", "inputs": {"stack": ["1", 0]}},
-        "3": {"class_type": "PreviewAny", "inputs": {"source": ["2", 0]}},
-        "4": {"class_type": "PreviewAny", "inputs": {"source": ["2", 1]}},
     }
-    done = host.run(export)
-    lora, word = text_of(done, "3"), re.findall(r"embedding:([\w-]+)", text_of(done, "4"))[0]
+    _, lora, word = exported(host, load, "1")
     words = {"token": "W1", "noun": "", "embedding": f"{word}.safetensors", "trigger": "", "strength": 1.0}
     assert f"{lora} is W1 now" in does("Import", lora=lora, **words)
     assert "nothing was done" in does("Import", lora=lora, **words)
@@ -370,13 +376,10 @@ def test_a_full_size_sd15_learns_and_stock_nodes_load_the_result(host: ComfyUI) 
     name = full_size.write("sd1", host.base / "models" / "checkpoints" / "full-sd15.safetensors").name
     graph = learn("", size=64, steps=2, rate=0.01)
     graph["1"]["inputs"].update(checkpoint=name, stack_name="")
-    graph["5"] = {"class_type": "ContinualLora_Export", "inputs": {"stack": ["3", 0]}}
-    graph["6"] = {"class_type": "PreviewAny", "inputs": {"source": ["5", 0]}}
-    done = host.run(graph)
+    done, lora, word = exported(host, graph, "3")
     assert "Learned V1 ball in 2 steps" in text_of(done, "4")
-    lora = text_of(done, "6")
     assert len({key.split(".")[0] for key in load_file(host.base / "models" / "loras" / lora)}) == 32
-    ours, stock, plain = (draws(host, graph["1"], name, lora, kind) for kind in ("ours", "stock", "plain"))
+    ours, stock, plain = (draws(host, graph["1"], name, lora, word, kind) for kind in ("ours", "stock", "plain"))
     assert np.abs(ours - stock).max() <= 2
     assert np.abs(ours - plain).max() > 2
 
