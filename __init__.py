@@ -1,4 +1,7 @@
-"""ComfyUI's entry point: a clone of this repository in custom_nodes is the node pack. Nothing is imported before ComfyUI asks."""
+"""ComfyUI's entry point: a clone of this repository in custom_nodes is the node pack.
+
+Nothing is imported before ComfyUI asks.
+"""
 
 WEB_DIRECTORY = "web"  # help pages
 

@@ -1,4 +1,6 @@
-"""Where the package is: beside this extension's files when they were copied, above them in a clone that was linked. Nothing is put on sys.path."""
+"""Where the package is: beside this extension's files when they were copied, above them in a clone
+that was linked. Nothing is put on sys.path.
+"""
 
 from __future__ import annotations
 
@@ -11,17 +13,25 @@ PACKAGE = "comfy_continual_lora"
 
 
 def load_package() -> None:
-    """Make `import comfy_continual_lora` work in this process. Errors: ImportError that says what to do."""
+    """Make `import comfy_continual_lora` work in this process.
+
+    Errors: ImportError that says what to do.
+    """
     if PACKAGE in sys.modules:
         return
     for root in (EXTENSION, EXTENSION.resolve().parent):
         start = root / PACKAGE / "__init__.py"
         if start.exists():
-            spec = importlib.util.spec_from_file_location(PACKAGE, start, submodule_search_locations=[str(start.parent)])
+            spec = importlib.util.spec_from_file_location(
+                PACKAGE, start, submodule_search_locations=[str(start.parent)]
+            )
             assert spec
             assert spec.loader
             module = importlib.util.module_from_spec(spec)
             sys.modules[PACKAGE] = module
             spec.loader.exec_module(module)
             return
-    raise ImportError(f"The extension in {EXTENSION} has lost its package {PACKAGE}. Install it again: continual-lora install-webui WEBUI")
+    raise ImportError(
+        f"The extension in {EXTENSION} has lost its package {PACKAGE}. Install it again: "
+        "continual-lora install-webui WEBUI"
+    )

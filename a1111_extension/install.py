@@ -1,4 +1,6 @@
-"""Run by the web UI at every launch, in a process of its own: prepares the worker's environment once. Nothing is installed into the web UI's."""
+"""Run by the web UI at every launch, in a process of its own: prepares the worker's environment
+once. Nothing is installed into the web UI's.
+"""
 
 from __future__ import annotations
 
@@ -26,4 +28,7 @@ from comfy_continual_lora.webui.environment import NotReady, environment_of, hom
 try:
     prepare(environment_of(home_of(EXTENSION)), _say)
 except NotReady as error:
-    print(f"{error}\nThe web UI starts all the same; the tab Continual LoRA can try again.", file=sys.stderr)
+    print(
+        f"{error}\nThe web UI starts all the same; the tab Continual LoRA can try again.",
+        file=sys.stderr,
+    )

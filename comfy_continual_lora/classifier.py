@@ -1,11 +1,16 @@
-"""Stage 4: Diffusion Classifier (DC) scores - which concept a picture shows, read off the net's own noise predictions.
+"""Stage 4: Diffusion Classifier (DC) scores - which concept a picture shows, read off the net's own
+noise predictions.
 
-    e_i(x; t, eps) = || eps - eps_theta(z_t, t, prompt_i) ||^2             one z_t for all prompts of a picture: the comparison is paired
+    e_i(x; t, eps) = || eps - eps_theta(z_t, t, prompt_i) ||^2             one z_t for all prompts
+    of a picture: the comparison is paired
     p(c_i | x)     = softmax_i( - E_{t,eps}[e_i] / tau )
 
-Shapes: n pictures (latents (n, 4, h, w)), k prompts, s draws of (t, eps). Errors are means over c, h, w; of v where the net predicts v.
-Source: Li et al. 2023 (Diffusion Classifier, arXiv 2303.16203) for scores, pairing and staged elimination; Jha et al. 2025 for their use in
-learning (`log_posterior`, `subset`, `soft_cross_entropy`). tau is calibrated: the gaps between mean errors are 1e-3 to 1e-2, so
+Shapes: n pictures (latents (n, 4, h, w)), k prompts, s draws of (t, eps). Errors are means over c,
+h, w; of v where the net predicts v.
+Source: Li et al. 2023 (Diffusion Classifier, arXiv 2303.16203) for scores, pairing and staged
+elimination; Jha et al. 2025 for their use in
+learning (`log_posterior`, `subset`, `soft_cross_entropy`). tau is calibrated: the gaps between mean
+errors are 1e-3 to 1e-2, so
 that tau = 1 would make p uniform, and summed errors saturate it.
 """
 
@@ -23,26 +28,39 @@ from .progress import OnProgress, Progress, ignore
 from .settings import ScoreSettings
 from .store import ConceptRecord
 
-CONFIDENCE = 0.7  # what tau is calibrated to: the mean probability of the likeliest concept, one trial
+CONFIDENCE = (
+    0.7  # what tau is calibrated to: the mean probability of the likeliest concept, one trial
+)
 
 
-# --- scores as pure functions --------------------------------------------------------------------------------------------------------
+# --- scores as pure functions
+# --------------------------------------------------------------------------------------------------
 
 
 def predictions(backbone: Backbone, noisy: Tensor, timestep: Tensor, features: Tensor) -> Tensor:
-    """The net's answer for every picture and prompt, all as one batch: noisy (n, 4, h, w), timestep (n,), features (k, 77, d) -> (n, k, 4, h, w)."""
+    """The net's answer for every picture and prompt, all as one batch: noisy (n, 4, h, w), timestep
+    (n,), features (k, 77, d) -> (n, k, 4, h, w).
+    """
     n, k = len(noisy), len(features)
-    rows = backbone.predict(noisy.repeat_interleave(k, 0), timestep.repeat_interleave(k), features.repeat(n, 1, 1))
+    rows = backbone.predict(
+        noisy.repeat_interleave(k, 0), timestep.repeat_interleave(k), features.repeat(n, 1, 1)
+    )
     return rows.unflatten(0, (n, k))
 
 
 def errors(predicted: Tensor, target: Tensor) -> Tensor:
     """e_i: predicted (n, k, 4, h, w), target (n, 4, h, w) -> (n, k)."""
-    return loss_per_example(predicted.flatten(0, 1), target.repeat_interleave(predicted.shape[1], 0)).unflatten(0, predicted.shape[:2])
+    return loss_per_example(
+        predicted.flatten(0, 1), target.repeat_interleave(predicted.shape[1], 0)
+    ).unflatten(0, predicted.shape[:2])
 
 
-def trial_errors(backbone: Backbone, latents: Tensor, noise: Tensor, timestep: Tensor, features: Tensor) -> Tensor:
-    """e_i of every picture at its own draw: latents and noise (n, 4, h, w), timestep (n,), features (k, 77, d) -> (n, k)."""
+def trial_errors(
+    backbone: Backbone, latents: Tensor, noise: Tensor, timestep: Tensor, features: Tensor
+) -> Tensor:
+    """e_i of every picture at its own draw: latents and noise (n, 4, h, w), timestep (n,), features
+    (k, 77, d) -> (n, k).
+    """
     noisy, target = noised(backbone, latents, noise, timestep)
     return errors(predictions(backbone, noisy, timestep, features), target)
 
@@ -53,19 +71,24 @@ def log_posterior(error: Tensor, tau: float) -> Tensor:
 
 
 def soft_cross_entropy(teacher: Tensor, student: Tensor, tau: float) -> Tensor:
-    """H(p_T, p_S) - H(p_T), which has H's gradient and is zero where both agree: errors (n, k) of both -> (n,)."""
+    """H(p_T, p_S) - H(p_T), which has H's gradient and is zero where both agree: errors (n, k) of
+    both -> (n,).
+    """
     wanted = log_posterior(teacher.detach(), tau)
     return (wanted.exp() * (wanted - log_posterior(student, tau))).sum(-1)
 
 
 def subset(previous: Sequence[str], k: int, generator: torch.Generator) -> list[str]:
-    """c_k without its fixed members: at most k - 2 of the previous concepts, in random order (c_0 and c_n are always in)."""
+    """c_k without its fixed members: at most k - 2 of the previous concepts, in random order (c_0
+    and c_n are always in).
+    """
     order = torch.randperm(len(previous), generator=generator)[: max(0, k - 2)]
     return [previous[int(i)] for i in order]
 
 
 def calibrate(error: Tensor) -> float:
-    """The tau at which the likeliest concept has probability 0.7 on average over one-trial errors (n, k).
+    """The tau at which the likeliest concept has probability 0.7 on average over one-trial errors
+    (n, k).
 
     The mean falls from 1 to 1/k, at most a half, as tau grows, so halving finds it.
     """
@@ -81,20 +104,30 @@ def calibrate(error: Tensor) -> float:
 
 @torch.no_grad()
 def calibration_errors(
-    backbone: Backbone, latents: Sequence[Tensor], features: Tensor, draws: int, rows: int, on_progress: OnProgress = ignore
+    backbone: Backbone,
+    latents: Sequence[Tensor],
+    features: Tensor,
+    draws: int,
+    rows: int,
+    on_progress: OnProgress = ignore,
 ) -> Tensor:
-    """One-trial errors (draws, k) of the concept's own pictures against prompts (k, 77, d), `rows` at once; what `calibrate` wants."""
+    """One-trial errors (draws, k) of the concept's own pictures against prompts (k, 77, d), `rows`
+    at once; what `calibrate` wants.
+    """
     found, done = [], 0
     for number, start in enumerate(range(0, draws, 8)):  # eight of one shape
         drawn = random_batch(latents, min(8, draws - start), generator_for("calibrate", number))[1:]
-        for clean, timestep, noise in zip(*(part.split(max(1, rows // len(features))) for part in drawn), strict=True):
+        for clean, timestep, noise in zip(
+            *(part.split(max(1, rows // len(features))) for part in drawn), strict=True
+        ):
             found.append(trial_errors(backbone, clean, noise, timestep, features))
             done += len(clean)
             on_progress(Progress("calibrate", done, draws))
     return torch.cat(found)
 
 
-# --- which of my concepts is in this picture? ----------------------------------------------------------------------------------------
+# --- which of my concepts is in this picture?
+# --------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -119,7 +152,9 @@ class Scores:
 
 
 def candidates(records: Sequence[ConceptRecord], text: FrozenText) -> dict[str, Tensor]:
-    """What `classify` compares: a prompt (77, d) for each concept, by token, and for each class noun without one, by "c_0 noun"."""
+    """What `classify` compares: a prompt (77, d) for each concept, by token, and for each class
+    noun without one, by "c_0 noun".
+    """
     prompts = {record.token: f"a photo of a {record.name}" for record in records}
     prompts |= {f"c_0 {record.noun}": f"a photo of a {record.noun}" for record in records}
     return dict(zip(prompts, text(list(prompts.values())), strict=True))
@@ -134,9 +169,11 @@ def classify(
     settings: ScoreSettings,
     on_progress: OnProgress = ignore,
 ) -> Scores:
-    """Score one picture (4, h, w) against named prompts (77, d): all share timesteps and noise; after each stage the worse half drops out.
+    """Score one picture (4, h, w) against named prompts (77, d): all share timesteps and noise;
+    after each stage the worse half drops out.
 
-    The adapter is attached already. A candidate that dropped out keeps the mean of the trials it had, measured against the best on the same trials.
+    The adapter is attached already. A candidate that dropped out keeps the mean of the trials it
+    had, measured against the best on the same trials.
     """
     generator = torch.Generator().manual_seed(settings.seed)
     names, trials = list(features), settings.trials
@@ -151,7 +188,9 @@ def classify(
         for start in range(done, stop, per_call):
             part = slice(start, min(stop, start + per_call))
             t, eps = timestep[part].to(backbone.device), noise[part].to(backbone.device)
-            found[part, alive] = trial_errors(backbone, latent.to(backbone.device).expand_as(eps), eps, t, wanted).cpu()
+            found[part, alive] = trial_errors(
+                backbone, latent.to(backbone.device).expand_as(eps), eps, t, wanted
+            ).cpu()
             on_progress(Progress("score", part.stop, trials))
         done = stop
         means = _weighted(found[:done, alive], weight[:done])
@@ -161,7 +200,9 @@ def classify(
 
 
 def _stages(trials: int, candidates: int, stages: int) -> list[int]:
-    """After how many trials candidates are dropped: trials/2^j, at least 4, as long as more than two are left to compare."""
+    """After how many trials candidates are dropped: trials/2^j, at least 4, as long as more than
+    two are left to compare.
+    """
     stops = [trials]
     while len(stops) < stages and candidates > 2 and stops[0] // 2 >= 4:
         stops.insert(0, stops[0] // 2)
@@ -176,15 +217,29 @@ def _weighted(error: Tensor, weight: Tensor) -> Tensor:
 def _scores(names: list[str], found: Tensor, weight: Tensor, tau: float) -> Scores:
     trials = found.isfinite().sum(0)
     best = int(torch.where(trials == len(found), _weighted(found, weight), torch.inf).argmin())
-    gap = torch.stack([_weighted((found[:n, [i]] - found[:n, [best]]), weight[:n])[0] for i, n in enumerate(trials.tolist())])
+    gap = torch.stack(
+        [
+            _weighted((found[:n, [i]] - found[:n, [best]]), weight[:n])[0]
+            for i, n in enumerate(trials.tolist())
+        ]
+    )
     probability = torch.softmax(-gap / tau, 0)
     order = sorted(range(len(names)), key=lambda i: float(gap[i]) if i != best else -torch.inf)
-    margin = _margin(found[:, order[1]] - found[:, best], weight) if len(names) > 1 else (0.0, 0.0, 0.0)
-    return Scores([names[i] for i in order], [float(probability[i]) for i in order], [int(trials[i]) for i in order], *margin)
+    margin = (
+        _margin(found[:, order[1]] - found[:, best], weight) if len(names) > 1 else (0.0, 0.0, 0.0)
+    )
+    return Scores(
+        [names[i] for i in order],
+        [float(probability[i]) for i in order],
+        [int(trials[i]) for i in order],
+        *margin,
+    )
 
 
 def _margin(difference: Tensor, weight: Tensor) -> tuple[float, float, float]:
-    """Weighted mean of the paired differences (s,), NaN where not tried, and its 95 % bootstrap interval: they are skewed, so no normal one."""
+    """Weighted mean of the paired differences (s,), NaN where not tried, and its 95 % bootstrap
+    interval: they are skewed, so no normal one.
+    """
     n = int(difference.isfinite().sum())
     pick = torch.randint(n, (2000, n), generator=torch.Generator().manual_seed(0))
     means = (weight[:n] * difference[:n])[pick].sum(1) / weight[:n][pick].sum(1)

@@ -1,8 +1,11 @@
 """Stage 2: pictures on disk -> `ConceptImages`, ready to learn from.
 
-in: a folder or a list of JPEG, PNG, WebP, BMP, TIFF, AVIF or HEIC files, each with an optional caption (name.txt) and
-mask (name.mask.png: white is learned from, black is not) beside it - out: pictures of the wanted size, captions, masks, hashes.
-EXIF orientation is applied, transparency is laid on white, palettes, greyscale and 16-bit pictures become 8-bit RGB.
+in: a folder or a list of JPEG, PNG, WebP, BMP, TIFF, AVIF or HEIC files, each with an optional
+caption (name.txt) and
+mask (name.mask.png: white is learned from, black is not) beside it - out: pictures of the wanted
+size, captions, masks, hashes.
+EXIF orientation is applied, transparency is laid on white, palettes, greyscale and 16-bit pictures
+become 8-bit RGB.
 """
 
 from __future__ import annotations
@@ -31,7 +34,8 @@ PREVIEW = 96
 
 @dataclass(frozen=True)
 class ConceptImages:
-    """The pictures of one concept: images (3, h, w) in -1..1, one caption (or None) and one SHA-256 each, a small JPEG preview in base64.
+    """The pictures of one concept: images (3, h, w) in -1..1, one caption (or None) and one SHA-256
+    each, a small JPEG preview in base64.
 
     masks (1, h, w) in 0..1, ones where a picture has none; None where no picture has one.
     """
@@ -51,17 +55,32 @@ def find_images(source: str | Path | Iterable[str | Path]) -> list[Path]:
     if folder.is_file():
         return [folder]
     if not folder.is_dir():
-        raise ConceptImagesError(f"There is no folder {folder}. Give a folder with 3 to 15 pictures of the thing to learn.")
-    files = sorted(p for p in folder.iterdir() if p.suffix.lower() in PICTURES and not p.name.startswith(".") and not p.stem.endswith(".mask"))
+        raise ConceptImagesError(
+            f"There is no folder {folder}. Give a folder with 3 to 15 pictures of the thing to "
+            "learn."
+        )
+    files = sorted(
+        p
+        for p in folder.iterdir()
+        if p.suffix.lower() in PICTURES
+        and not p.name.startswith(".")
+        and not p.stem.endswith(".mask")
+    )
     if not files:
         others = sorted({p.suffix or p.name for p in folder.iterdir()})
         held = f"it holds only {', '.join(others[:5])}" if others else "it is empty"
-        raise ConceptImagesError(f"No pictures in {folder}: {held}. Expected {', '.join(PICTURES)}; 3 to 15 pictures of the thing to learn.")
+        raise ConceptImagesError(
+            f"No pictures in {folder}: {held}. Expected {', '.join(PICTURES)}; 3 to 15 pictures "
+            "of the thing to learn."
+        )
     return files
 
 
 def read_image(path: Path) -> Image.Image:
-    """One picture as upright 8-bit RGB. Raises ConceptImagesError for what is no picture, is cut short, or is absurdly large."""
+    """One picture as upright 8-bit RGB.
+
+    Raises ConceptImagesError for what is no picture, is cut short, or is absurdly large.
+    """
     with opened(path) as image:
         image.load()
         return _to_rgb(ImageOps.exif_transpose(image))
@@ -70,7 +89,13 @@ def read_image(path: Path) -> Image.Image:
 def _to_rgb(image: Image.Image) -> Image.Image:
     if image.mode.startswith(("I", "F")):  # 16-bit and float greyscale
         values = np.asarray(image, np.float64)
-        top = 65535 if image.mode.startswith("I") and values.max() > 255 else 255 if values.max() > 1 else 1
+        top = (
+            65535
+            if image.mode.startswith("I") and values.max() > 255
+            else 255
+            if values.max() > 1
+            else 1
+        )
         image = Image.fromarray((np.clip(values / top, 0, 1) * 255).astype(np.uint8))
     if image.has_transparency_data:
         image = image.convert("RGBA")
@@ -79,26 +104,42 @@ def _to_rgb(image: Image.Image) -> Image.Image:
 
 
 def bucket(width: int, height: int, size: int) -> tuple[int, int]:
-    """Aspect buckets: the width and height of at most size² pixels nearest in shape to width x height, between 1:4 and 4:1.
+    """Aspect buckets: the width and height of at most size² pixels nearest in shape to width x
+    height, between 1:4 and 4:1.
 
     Sides are multiples of 64 (of less where `size` is small), which a net halves without a rest.
     """
     step = max(8, min(64, size // 64 * 8))
-    shapes = [(side, size * size // side // step * step) for side in range(-(-size // 2 // step) * step, 2 * size + 1, step)]
-    return min([*shapes, *((height, width) for width, height in shapes)], key=lambda shape: abs(math.log(shape[0] / shape[1] * height / width)))
+    shapes = [
+        (side, size * size // side // step * step)
+        for side in range(-(-size // 2 // step) * step, 2 * size + 1, step)
+    ]
+    return min(
+        [*shapes, *((height, width) for width, height in shapes)],
+        key=lambda shape: abs(math.log(shape[0] / shape[1] * height / width)),
+    )
 
 
 def fitted(image: Image.Image, size: int, fit: str) -> Image.Image:
-    """Scale to size x size: "crop" keeps the middle, "pad" repeats the edge. "bucket" keeps the shape too, as nearly as `bucket` can."""
+    """Scale to size x size: "crop" keeps the middle, "pad" repeats the edge.
+
+    "bucket" keeps the shape too, as nearly as `bucket` can.
+    """
     if fit != "pad":
-        return ImageOps.fit(image, bucket(*image.size, size) if fit == "bucket" else (size, size), Image.Resampling.LANCZOS)
+        return ImageOps.fit(
+            image,
+            bucket(*image.size, size) if fit == "bucket" else (size, size),
+            Image.Resampling.LANCZOS,
+        )
     scaled = ImageOps.contain(image, (size, size), Image.Resampling.LANCZOS)
     top, left = (size - scaled.height) // 2, (size - scaled.width) // 2
     rows, columns = ((top, size - scaled.height - top), (left, size - scaled.width - left))
     return Image.fromarray(np.pad(np.asarray(scaled), (rows, columns, (0, 0)), mode="edge"))
 
 
-def load_images(source: str | Path | Iterable[str | Path], size: int, *, fit: str = "crop") -> ConceptImages:
+def load_images(
+    source: str | Path | Iterable[str | Path], size: int, *, fit: str = "crop"
+) -> ConceptImages:
     """Read every picture of `source`; all problems are told in one message."""
     paths, pictures, captions, hashes, masks, problems = find_images(source), [], [], [], [], []
     for path in paths:
@@ -114,7 +155,10 @@ def load_images(source: str | Path | Iterable[str | Path], size: int, *, fit: st
     if problems:
         raise ConceptImagesError("\n".join(problems))
     found = from_pil(pictures, captions, hashes)
-    masked = tuple(torch.ones_like(image[:1]) if mask is None else mask for image, mask in zip(found.images, masks, strict=True))
+    masked = tuple(
+        torch.ones_like(image[:1]) if mask is None else mask
+        for image, mask in zip(found.images, masks, strict=True)
+    )
     return replace(found, masks=masked if any(mask is not None for mask in masks) else None)
 
 
@@ -130,24 +174,40 @@ def _read_mask(path: Path, shape: tuple[int, int], size: int, fit: str) -> Tenso
         return None
     mask = read_image(file)
     if mask.size != shape:
-        raise ConceptImagesError(f"The mask {file} is {mask.width} x {mask.height} pixels, its picture {shape[0]} x {shape[1]}. They have to agree.")
+        raise ConceptImagesError(
+            f"The mask {file} is {mask.width} x {mask.height} pixels, its picture {shape[0]} x "
+            f"{shape[1]}. They have to agree."
+        )
     values = (to_tensor(fitted(mask, size, fit))[:1] + 1) / 2
     if values.max() < 0.05:
-        raise ConceptImagesError(f"The mask {file} is black, so nothing of its picture would be learned. Paint the thing white, or remove the mask.")
+        raise ConceptImagesError(
+            f"The mask {file} is black, so nothing of its picture would be learned. Paint the "
+            "thing white, or remove the mask."
+        )
     return values
 
 
 def caption_of(path: Path) -> str | None:
     """What the .txt beside a picture says."""
     text = path.with_suffix(".txt")
-    return text.read_text(encoding="utf-8", errors="replace").strip() or None if text.exists() else None
+    return (
+        text.read_text(encoding="utf-8", errors="replace").strip() or None
+        if text.exists()
+        else None
+    )
 
 
-def from_pil(pictures: Sequence[Image.Image], captions: Sequence[str | None], hashes: Sequence[str]) -> ConceptImages:
+def from_pil(
+    pictures: Sequence[Image.Image], captions: Sequence[str | None], hashes: Sequence[str]
+) -> ConceptImages:
     """RGB pictures of the wanted size -> `ConceptImages`."""
     if not pictures:
-        raise ConceptImagesError("No pictures were given. Give 3 to 15 pictures of the thing to learn.")
-    return ConceptImages(tuple(to_tensor(p) for p in pictures), tuple(captions), tuple(hashes), preview(pictures[0]))
+        raise ConceptImagesError(
+            "No pictures were given. Give 3 to 15 pictures of the thing to learn."
+        )
+    return ConceptImages(
+        tuple(to_tensor(p) for p in pictures), tuple(captions), tuple(hashes), preview(pictures[0])
+    )
 
 
 def to_tensor(image: Image.Image) -> Tensor:
@@ -157,12 +217,16 @@ def to_tensor(image: Image.Image) -> Tensor:
 
 def to_pil(image: Tensor) -> Image.Image:
     """(3, h, w) in -1..1 -> RGB picture."""
-    return Image.fromarray(image.clamp(-1, 1).add(1).mul(127.5).round().byte().permute(1, 2, 0).cpu().numpy())
+    return Image.fromarray(
+        image.clamp(-1, 1).add(1).mul(127.5).round().byte().permute(1, 2, 0).cpu().numpy()
+    )
 
 
 def preview(image: Image.Image) -> str:
     buffer = io.BytesIO()
-    ImageOps.fit(image, (PREVIEW, PREVIEW), Image.Resampling.LANCZOS).save(buffer, "JPEG", quality=85)
+    ImageOps.fit(image, (PREVIEW, PREVIEW), Image.Resampling.LANCZOS).save(
+        buffer, "JPEG", quality=85
+    )
     return base64.b64encode(buffer.getvalue()).decode()
 
 
@@ -172,7 +236,9 @@ def name_of(token: str, noun: str) -> str:
 
 
 def prompts_for(token: str, noun: str, templates: Sequence[str], caption: str | None) -> list[str]:
-    """What a picture may be called while learning: its own caption (naming the token), else every template."""
+    """What a picture may be called while learning: its own caption (naming the token), else every
+    template.
+    """
     name = name_of(token, noun)
     if caption is None:
         return [template.format(name) for template in templates]
@@ -189,21 +255,36 @@ def check_spelling(token: str) -> None:
     if not token.strip():
         raise TokenError(f"The token is empty. {_ADVICE}")
     if is_reserved(token):
-        raise TokenError(f"The token {token!r} can't name a file on Windows, which keeps it for a device. {_ADVICE}")
+        raise TokenError(
+            f"The token {token!r} can't name a file on Windows, which keeps it for a device. "
+            f"{_ADVICE}"
+        )
     if not TOKEN.fullmatch(token):
-        raise TokenError(f"The token {token!r} may hold only letters, digits, - and _ (at most 64): it becomes a word and a file name. {_ADVICE}")
+        raise TokenError(
+            f"The token {token!r} may hold only letters, digits, - and _ (at most 64): it becomes "
+            f"a word and a file name. {_ADVICE}"
+        )
 
 
 def check_noun(noun: str) -> None:
     """Raise SettingError unless `noun` is a line of text that prompts can say."""
     if len(noun) > 1000 or any(unicodedata.category(letter) in ("Cc", "Cs") for letter in noun):
-        raise SettingError(f"The class noun {noun[:40]!r} is no line of text. Say in one or two words what the thing is, such as teapot or cat.")
+        raise SettingError(
+            f"The class noun {noun[:40]!r} is no line of text. Say in one or two words what the "
+            "thing is, such as teapot or cat."
+        )
 
 
 def check_token(token: str, taken: Iterable[str], is_known_word: Callable[[str], bool]) -> None:
     """Raise TokenError unless `token` can name a new concept of a stack that has the `taken` ones."""
     check_spelling(token)
     if token.lower() in {t.lower() for t in taken}:
-        raise TokenError(f"The token {token!r} is taken by a concept of this stack. Choose another, replace that concept, or undo it first.")
+        raise TokenError(
+            f"The token {token!r} is taken by a concept of this stack. Choose another, replace "
+            "that concept, or undo it first."
+        )
     if is_known_word(token):
-        raise TokenError(f"The token {token!r} is a word the checkpoint knows already; prompts that use it would change meaning. {_ADVICE}")
+        raise TokenError(
+            f"The token {token!r} is a word the checkpoint knows already; prompts that use it "
+            f"would change meaning. {_ADVICE}"
+        )

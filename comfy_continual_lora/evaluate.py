@@ -1,11 +1,16 @@
-"""Stage 8: how much of a user's own stack is remembered. The stack holds the LoRA as it was after every concept, so its whole history can be drawn.
+"""Stage 8: how much of a user's own stack is remembered. The stack holds the LoRA as it was after
+every concept, so its whole history can be drawn.
 
-    R[i, j] = likeness of concept j, drawn after concept i was learned, to its reference (i >= j; same prompts, same seeds)
-    kept[j] = (R[N, j] - floor[j]) / (R[j, j] - floor[j])          1: as when it had just been learned; 0: as if it had never been
+    R[i, j] = likeness of concept j, drawn after concept i was learned, to its reference (i >= j;
+    same prompts, same seeds)
+    kept[j] = (R[N, j] - floor[j]) / (R[j, j] - floor[j])          1: as when it had just been
+    learned; 0: as if it had never been
     floor   = likeness of what the checkpoint without the stack draws for the class noun
 
-in: a backbone and its stack - out: `Retention`. The reference is the concept's own pictures where the user still has them (likeness: mean cosine over
-all pairs), else what was drawn when it had just been learned (mean cosine of pictures with the same seed). Features: `features`.
+in: a backbone and its stack - out: `Retention`. The reference is the concept's own pictures where
+the user still has them (likeness: mean cosine over
+all pairs), else what was drawn when it had just been learned (mean cosine of pictures with the same
+seed). Features: `features`.
 """
 
 from __future__ import annotations
@@ -34,7 +39,8 @@ PROMPTS = ("a photo of a {}", "a good photo of a {}")
 
 @dataclass(frozen=True)
 class Retention:
-    """n concepts: how prompts name them; likeness R (n, n), NaN where i < j; floor, kept (n,); DC scores of the references (n,), NaN without.
+    """n concepts: how prompts name them; likeness R (n, n), NaN where i < j; floor, kept (n,); DC
+    scores of the references (n,), NaN without.
 
     pictures[i, j] are concept j's as drawn after concept i, counted from 0.
     """
@@ -49,11 +55,14 @@ class Retention:
     def kept(self) -> Tensor:
         learned = self.likeness.diagonal() - self.floor
         share = (self.likeness[-1] - self.floor) / learned
-        return torch.where(learned > 0.01, share, torch.nan)  # no difference from the noun: nothing that could be kept
+        return torch.where(
+            learned > 0.01, share, torch.nan
+        )  # no difference from the noun: nothing that could be kept
 
 
 def features(backbone: Backbone, clip: Path | None) -> Features:
-    """Image features: of a CLIP in a local folder; else of the mini-SD's own CLIP; else the autoencoder's latents.
+    """Image features: of a CLIP in a local folder; else of the mini-SD's own CLIP; else the
+    autoencoder's latents.
 
     Errors: CheckpointError for a folder that holds no CLIP vision model.
     """
@@ -63,17 +72,25 @@ def features(backbone: Backbone, clip: Path | None) -> Features:
         from .mini.weights import vision_features
 
         return vision_features
-    return lambda pictures: torch.nn.functional.normalize(torch.stack(backbone.encode_images(pictures)).flatten(1).float().cpu(), dim=1)
+    return lambda pictures: torch.nn.functional.normalize(
+        torch.stack(backbone.encode_images(pictures)).flatten(1).float().cpu(), dim=1
+    )
 
 
 def _clip_features(folder: Path, device: torch.device) -> Features:
     from transformers import CLIPImageProcessor, CLIPVisionModelWithProjection
 
     try:
-        model = CLIPVisionModelWithProjection.from_pretrained(folder, local_files_only=True, use_safetensors=True).to(device).eval()  # type: ignore[arg-type]
+        model = CLIPVisionModelWithProjection.from_pretrained(
+            folder, local_files_only=True, use_safetensors=True
+        )
+        model = model.to(device).eval()  # type: ignore[arg-type]
         processor = CLIPImageProcessor.from_pretrained(folder, local_files_only=True)
     except (OSError, ValueError) as error:
-        raise CheckpointError(f"{folder} can't be loaded as a CLIP vision model ({error}). Expected a folder as transformers saves it.") from None
+        raise CheckpointError(
+            f"{folder} can't be loaded as a CLIP vision model ({error}). Expected a folder as "
+            "transformers saves it."
+        ) from None
 
     @torch.no_grad()
     def run(pictures: Tensor) -> Tensor:
@@ -84,9 +101,16 @@ def _clip_features(folder: Path, device: torch.device) -> Features:
 
 
 def evaluate(
-    backbone: Backbone, stack: ConceptStack, given: Mapping[str, Tensor], embed: Features, settings: EvaluateSettings, on_progress: OnProgress
+    backbone: Backbone,
+    stack: ConceptStack,
+    given: Mapping[str, Tensor],
+    embed: Features,
+    settings: EvaluateSettings,
+    on_progress: OnProgress,
 ) -> Retention:
-    """Draw and compare; `given` holds the users' own pictures by token, (n, 3, size, size) in -1..1. `settings` are resolved."""
+    """Draw and compare; `given` holds the users' own pictures by token, (n, 3, size, size) in
+    -1..1. `settings` are resolved.
+    """
     count, records = len(stack.records), stack.records
     drawing = DrawSettings(steps=settings.steps, guidance=settings.guidance, size=settings.size)
     total, done = count + count * (count + 1) // 2, 0
@@ -98,13 +122,20 @@ def evaluate(
         on_progress(Progress("evaluate", done, total))
         with attached(backbone, version.adapter if version else None):
             pictures = sample.draw(
-                backbone, version.tokens if version else {}, prompts, seeds, drawing, lambda p: on_progress(Progress("evaluate", done, total))
+                backbone,
+                version.tokens if version else {},
+                prompts,
+                seeds,
+                drawing,
+                lambda p: on_progress(Progress("evaluate", done, total)),
             )
         done += 1
         return pictures
 
     versions = [stack.as_of(i + 1) for i in range(count)]
-    found = {(i, j): drawn(records[j].name, versions[i]) for i in range(count) for j in range(i + 1)}
+    found = {
+        (i, j): drawn(records[j].name, versions[i]) for i in range(count) for j in range(i + 1)
+    }
     plain = [drawn(record.noun, None) for record in records]
     reference = [given.get(record.token, found[j, j]) for j, record in enumerate(records)]
 
@@ -117,19 +148,37 @@ def evaluate(
         matrix[i, j] = likeness(pictures, j)
     floor = torch.tensor([likeness(pictures, j) for j, pictures in enumerate(plain)])
     recognised = torch.tensor(_recognised(backbone, stack, reference, settings, on_progress))
-    return Retention([r.name for r in records], matrix, floor, recognised, {at: [to_pil(p) for p in pictures] for at, pictures in found.items()})
+    return Retention(
+        [r.name for r in records],
+        matrix,
+        floor,
+        recognised,
+        {at: [to_pil(p) for p in pictures] for at, pictures in found.items()},
+    )
 
 
 def _recognised(
-    backbone: Backbone, stack: ConceptStack, reference: Sequence[Tensor], settings: EvaluateSettings, on_progress: OnProgress
+    backbone: Backbone,
+    stack: ConceptStack,
+    reference: Sequence[Tensor],
+    settings: EvaluateSettings,
+    on_progress: OnProgress,
 ) -> list[float]:
-    """The mean DC score of each concept for its own reference pictures, under the stack as it is now; without other concepts, against its noun."""
+    """The mean DC score of each concept for its own reference pictures, under the stack as it is
+    now; without other concepts, against its noun.
+    """
     if stack.tau is None:
         return [float("nan")] * len(reference)
     wanted = classifier.candidates(stack.records, FrozenText(backbone, stack.tokens))
     scoring, means = ScoreSettings(trials=settings.trials, seed=settings.seed), []
     with attached(backbone, stack.adapter):
         for record, pictures in zip(stack.records, reference, strict=True):
-            scores = [classifier.classify(backbone, latent, wanted, stack.tau, scoring, on_progress) for latent in backbone.encode_images(pictures)]
-            means.append(sum(dict(zip(s.names, s.probabilities, strict=True))[record.token] for s in scores) / len(scores))
+            scores = [
+                classifier.classify(backbone, latent, wanted, stack.tau, scoring, on_progress)
+                for latent in backbone.encode_images(pictures)
+            ]
+            means.append(
+                sum(dict(zip(s.names, s.probabilities, strict=True))[record.token] for s in scores)
+                / len(scores)
+            )
     return means

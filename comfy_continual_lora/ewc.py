@@ -1,9 +1,12 @@
-"""Stage 4: elastic weight consolidation (EWC) - a concept's numbers are held where they were, each as firmly as it was important.
+"""Stage 4: elastic weight consolidation (EWC) - a concept's numbers are held where they were, each
+as firmly as it was important.
 
     penalty = lambda * sum over memories of  sum F* (theta - theta*)^2
 
-online     one memory: theta* is the newest adapter, F* = F_n + gamma F_{n-1} + gamma^2 F_{n-2} + ...       (Schwarz et al. 2018, arXiv 1805.06370)
-separate   one memory a concept: theta*_i is the adapter after concept i, F*_i = F_i                          (Kirkpatrick et al. 2017)
+online     one memory: theta* is the newest adapter, F* = F_n + gamma F_{n-1} + gamma^2 F_{n-2} +
+...       (Schwarz et al. 2018, arXiv 1805.06370)
+separate   one memory a concept: theta*_i is the adapter after concept i, F*_i = F_i
+(Kirkpatrick et al. 2017)
 The stack keeps every F_i, so that both can be had, and undone, at any time.
 """
 
@@ -20,9 +23,13 @@ from .settings import LearnSettings
 from .store import ConceptStack
 
 
-def ewc_penalty(values: Mapping[str, Tensor], anchor: Mapping[str, Tensor], importance: Mapping[str, Tensor]) -> Tensor:
+def ewc_penalty(
+    values: Mapping[str, Tensor], anchor: Mapping[str, Tensor], importance: Mapping[str, Tensor]
+) -> Tensor:
     """sum F* (theta - theta*)^2, a number; zero and flat at the anchor."""
-    return torch.stack([(f * (values[name] - anchor[name]).square()).sum() for name, f in importance.items()]).sum()
+    return torch.stack(
+        [(f * (values[name] - anchor[name]).square()).sum() for name, f in importance.items()]
+    ).sum()
 
 
 @dataclass(frozen=True)
@@ -33,13 +40,19 @@ class Ewc:
     memories: Sequence[tuple[Adapter, Adapter]]  # (anchor, importance)
 
     def __call__(self, factors: Mapping[str, Tensor]) -> Tensor:
-        total = torch.stack([ewc_penalty(_in_space_of(f, factors), anchor, f) for anchor, f in self.memories]).sum()
+        total = torch.stack(
+            [ewc_penalty(_in_space_of(f, factors), anchor, f) for anchor, f in self.memories]
+        ).sum()
         return self.strength * total
 
 
 def ewc(stack: ConceptStack, settings: LearnSettings, device: torch.device) -> Ewc | None:
     """EWC as the stack's Fishers ask for it; None where there is none yet."""
-    known = [(record.id, stack.fishers[record.id]) for record in stack.records if record.id in stack.fishers]
+    known = [
+        (record.id, stack.fishers[record.id])
+        for record in stack.records
+        if record.id in stack.fishers
+    ]
     if not known or stack.adapter is None:
         return None
     if settings.ewc_mode == "separate":
@@ -47,18 +60,31 @@ def ewc(stack: ConceptStack, settings: LearnSettings, device: torch.device) -> E
     else:
         merged: Adapter = {}
         for _, f in known:
-            merged = {name: t + settings.ewc_decay * merged[name] if merged else t for name, t in f.items()}
+            merged = {
+                name: t + settings.ewc_decay * merged[name] if merged else t
+                for name, t in f.items()
+            }
         memories = [(stack.adapter, merged)]
 
     def there(adapter: Mapping[str, Tensor]) -> Adapter:
         return {name: t.to(device, torch.float32) for name, t in adapter.items()}
 
     assert settings.ewc_strength is not None
-    return Ewc(settings.ewc_strength, [(there(_in_space_of(f, anchor)), there(f)) for anchor, f in memories])
+    return Ewc(
+        settings.ewc_strength,
+        [(there(_in_space_of(f, anchor)), there(f)) for anchor, f in memories],
+    )
 
 
-def _in_space_of(importance: Mapping[str, Tensor], factors: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
-    """The factors themselves, or delta of every layer as "<layer>.W" where the Fisher was taken there."""
+def _in_space_of(
+    importance: Mapping[str, Tensor], factors: Mapping[str, Tensor]
+) -> Mapping[str, Tensor]:
+    """The factors themselves, or delta of every layer as "<layer>.W" where the Fisher was taken
+    there.
+    """
     if not next(iter(importance)).endswith(".W"):
         return factors
-    return {f"{layer}.W": delta(parts, importance[f"{layer}.W"].shape) for layer, parts in layers_of(factors).items()}
+    return {
+        f"{layer}.W": delta(parts, importance[f"{layer}.W"].shape)
+        for layer, parts in layers_of(factors).items()
+    }

@@ -1,12 +1,17 @@
-"""Stage 7: the stack -> files everyone can load: one LoRA, and one textual-inversion embedding for each word.
+"""Stage 7: the stack -> files everyone can load: one LoRA, and one textual-inversion embedding for
+each word.
 
-in: a stack - out: in a folder <name>.safetensors (the LoRA, with its trigger words in the metadata), <name>.json and <name>.preview.jpg (A1111's
-card), and <token>.safetensors for each word. A LoRA file is never overwritten: web UIs keep old weights and hashes of a name they know. Files say in
+in: a stack - out: in a folder <name>.safetensors (the LoRA, with its trigger words in the
+metadata), <name>.json and <name>.preview.jpg (A1111's
+card), and <token>.safetensors for each word. A LoRA file is never overwritten: web UIs keep old
+weights and hashes of a name they know. Files say in
 their metadata whose they are, and nothing is overwritten that is not the same stack's own.
 
-    kohya       the default: ComfyUI, the A1111 family and diffusers read these names (layers called as in diffusers for SD1.x and SD2.x, as in LDM
+    kohya       the default: ComfyUI, the A1111 family and diffusers read these names (layers called
+    as in diffusers for SD1.x and SD2.x, as in LDM
                 for SDXL, which is what kohya's own programs expect)
-    diffusers   PEFT's names behind "unet.", for `load_lora_weights`; ComfyUI ignores this one and the next with no more than a line in its log
+    diffusers   PEFT's names behind "unet.", for `load_lora_weights`; ComfyUI ignores this one and
+    the next with no more than a line in its log
     peft        a folder for `PeftModel.from_pretrained(unet, folder)`
 """
 
@@ -37,17 +42,32 @@ from .lora import Adapter, factored, layers_of
 from .store import Base, ConceptRecord, ConceptStack
 
 _PREFIXES = {"diffusers": "unet.", "peft": "base_model.model."}
-# Whose a file is: the stack's identity, the word of an embedding, the concepts a LoRA was solved for (all: nothing)
+# Whose a file is: the stack's identity, the word of an embedding, the concepts a LoRA was solved
+# for (all: nothing)
 _STACK, _TOKEN, _ONLY = (f"continual_lora.{name}" for name in ("stack", "token", "only"))
-_EMBEDDINGS = (".safetensors", ".pt", ".bin", ".png", ".webp", ".jxl", ".avif")  # what some program loads as an embedding, by its stem
+_EMBEDDINGS = (
+    ".safetensors",
+    ".pt",
+    ".bin",
+    ".png",
+    ".webp",
+    ".jxl",
+    ".avif",
+)  # what some program loads as an embedding, by its stem
 # modelspec.architecture, ss_base_model_version, and A1111's name of the family
 _SD1 = ("stable-diffusion-v1", "sd_v1", "SD1")
-_SPOKEN_OF = {"sd2": ("stable-diffusion-v2-512", "sd_v2", "SD2"), "sdxl": ("stable-diffusion-xl-v1-base", "sdxl_base_v1-0", "SDXL")}
+_SPOKEN_OF = {
+    "sd2": ("stable-diffusion-v2-512", "sd_v2", "SD2"),
+    "sdxl": ("stable-diffusion-xl-v1-base", "sdxl_base_v1-0", "SDXL"),
+}
 
 
 @dataclass(frozen=True)
 class Exported:
-    """What was written. `renamed`: by word, the name its embedding has because another file has the word's."""
+    """What was written.
+
+    `renamed`: by word, the name its embedding has because another file has the word's.
+    """
 
     lora: Path | None  # a file, PEFT's a folder; None where the words alone are all there is
     embeddings: list[Path]
@@ -72,18 +92,31 @@ class Exported:
     def notes(self) -> list[str]:
         """What a user has to know of it, a sentence each."""
         notes = [
-            f"{word} is another file's name there, so the word is exported as {name}: prompts say {name}." for word, name in self.renamed.items()
+            (
+                f"{word} is another file's name there, so the word is exported as {name}: prompts "
+                "say "
+                f"{name}."
+            )
+            for word, name in self.renamed.items()
         ]
         if self.removed:
-            notes.append(f"Removed earlier exports of this stack: {', '.join(path.name for path in self.removed)}.")
+            notes.append(
+                "Removed earlier exports of this stack: "
+                f"{', '.join(path.name for path in self.removed)}."
+            )
         if self.superseded:
             names = ", ".join(path.name for path in self.superseded)
-            notes.append(f"Earlier exports of this stack are still there and can be removed: {names}.")
+            notes.append(
+                f"Earlier exports of this stack are still there and can be removed: {names}."
+            )
         return notes
 
 
 def kohya_lora(adapter: Adapter, width: int, base: Base) -> dict[str, Tensor]:
-    """The adapter under kohya's names, float16; `width` is that of the text features. A full-size change becomes ".diff"."""
+    """The adapter under kohya's names, float16; `width` is that of the text features.
+
+    A full-size change becomes ".diff".
+    """
     found, layers = {}, layers_of(adapter)
     ldm = keys.unet_names(layers) if base.preset == "sdxl" else {}
     for layer, parts in layers.items():
@@ -92,74 +125,139 @@ def kohya_lora(adapter: Adapter, width: int, base: Base) -> dict[str, Tensor]:
             found[f"{name}.diff"] = parts["D"]
             continue
         up, down = factored(parts, width)
-        found |= {f"{name}.lora_down.weight": down, f"{name}.lora_up.weight": up, f"{name}.alpha": torch.tensor(float(len(down)))}
+        found |= {
+            f"{name}.lora_down.weight": down,
+            f"{name}.lora_up.weight": up,
+            f"{name}.alpha": torch.tensor(float(len(down))),
+        }
     return {key: tensor.half().contiguous() for key, tensor in found.items()}
 
 
 def plain_lora(adapter: Adapter, width: int, prefix: str) -> dict[str, Tensor]:
-    """The adapter under PEFT's names with `prefix` before each, float16. Errors: StackError for a full-size change, which has no name there."""
+    """The adapter under PEFT's names with `prefix` before each, float16.
+
+    Errors: StackError for a full-size change, which has no name there.
+    """
     found = {}
     for layer, parts in layers_of(adapter).items():
         if "D" in parts:
-            raise StackError("All of K and V was learned (custom_diffusion), which is no LoRA: only kohya's format can hold it. Leave --format out.")
+            raise StackError(
+                "All of K and V was learned (custom_diffusion), which is no LoRA: only kohya's "
+                "format can hold it. Leave --format out."
+            )
         up, down = factored(parts, width)
         found |= {f"{prefix}{layer}.lora_A.weight": down, f"{prefix}{layer}.lora_B.weight": up}
     return {key: tensor.half().contiguous() for key, tensor in found.items()}
 
 
 def stock_lora(stack: ConceptStack, format: str = "kohya") -> dict[str, Tensor]:
-    """The stack's adapter as other programs name it; empty where the words alone are all there is. Text features are as wide as a word's vector."""
+    """The stack's adapter as other programs name it; empty where the words alone are all there is.
+
+    Text features are as wide as a word's vector.
+    """
     if not stack.adapter:
         return {}
     width = next(iter(stack.words.values())).shape[1]
-    return kohya_lora(stack.adapter, width, stack.base) if format == "kohya" else plain_lora(stack.adapter, width, _PREFIXES[format])
+    return (
+        kohya_lora(stack.adapter, width, stack.base)
+        if format == "kohya"
+        else plain_lora(stack.adapter, width, _PREFIXES[format])
+    )
 
 
 def embedding(word: Tensor, base: Base) -> dict[str, Tensor]:
-    """A word's vectors as a textual inversion, float16: one (k, d), or one for each of SDXL's text encoders."""
+    """A word's vectors as a textual inversion, float16: one (k, d), or one for each of SDXL's text
+    encoders.
+    """
     if len(base.word_widths) == 2:
-        return {name: part.half().clone() for name, part in zip(("clip_l", "clip_g"), word.split(list(base.word_widths), 1), strict=True)}
+        return {
+            name: part.half().clone()
+            for name, part in zip(
+                ("clip_l", "clip_g"), word.split(list(base.word_widths), 1), strict=True
+            )
+        }
     return {"emb_params": word.half()}
 
 
 def export_files(
-    stack: ConceptStack, out: Path, embeddings: Path, stem: str, format: str = "kohya", only: Sequence[str] = (), remove: bool = False
+    stack: ConceptStack,
+    out: Path,
+    embeddings: Path,
+    stem: str,
+    format: str = "kohya",
+    only: Sequence[str] = (),
+    remove: bool = False,
 ) -> Exported:
-    """Write the files; the LoRA's name says whose it is and what is on it, and ends in a hash of its weights.
+    """Write the files; the LoRA's name says whose it is and what is on it, and ends in a hash of
+    its weights.
 
-    `stem` names the stack, `only` the concepts it was solved for, if not all; `remove` earlier exports of the
-    same concepts. Nothing is overwritten that is not this stack's own: a word whose name another file has
+    `stem` names the stack, `only` the concepts it was solved for, if not all; `remove` earlier
+    exports of the
+    same concepts. Nothing is overwritten that is not this stack's own: a word whose name another
+    file has
     gets a name of its own. Errors: StackError for an empty stack or a folder that can't be written.
     """
     if not stack.records:
-        raise StackError("The stack holds no concept, so there is nothing to export. Learn one first.")
-    if bad := next((record.token for record in stack.records if not TOKEN.fullmatch(record.token)), None):
-        raise StackError(f"The word {bad!r} can't name a file. It may hold only letters, digits, - and _.")
+        raise StackError(
+            "The stack holds no concept, so there is nothing to export. Learn one first."
+        )
+    if bad := next(
+        (record.token for record in stack.records if not TOKEN.fullmatch(record.token)), None
+    ):
+        raise StackError(
+            f"The word {bad!r} can't name a file. It may hold only letters, digits, - and _."
+        )
     tensors = stock_lora(stack, format)
     try:
         with _exporting(out, embeddings):
             taken = _taken(embeddings)
-            words = {record.token: _write_word(stack, record, embeddings, taken) for record in stack.records}
+            words = {
+                record.token: _write_word(stack, record, embeddings, taken)
+                for record in stack.records
+            }
             renamed = {token: path.stem for token, path in words.items() if path.stem != token}
-            triggers = [name_of(words[r.token].stem, r.noun if r.with_noun else "") for r in stack.records]
-            lora = _write_lora(stack, tensors, out, stem, triggers, format, only) if tensors else None
-            earlier = [path for path in _earlier(stack, out, embeddings, only) if path not in (lora, *words.values())]
+            triggers = [
+                name_of(words[r.token].stem, r.noun if r.with_noun else "") for r in stack.records
+            ]
+            lora = (
+                _write_lora(stack, tensors, out, stem, triggers, format, only) if tensors else None
+            )
+            earlier = [
+                path
+                for path in _earlier(stack, out, embeddings, only)
+                if path not in (lora, *words.values())
+            ]
             removed = [path for path in earlier if remove and _remove(path)]
     except OSError as error:
-        raise StackError(f"The export to {out} failed ({error.strerror or error}): no room or no permission there. The stack is unchanged.") from None
-    return Exported(lora, list(words.values()), triggers, renamed, [path for path in earlier if path not in removed], removed)
+        raise StackError(
+            f"The export to {out} failed ({error.strerror or error}): no room or no permission "
+            "there. The stack is unchanged."
+        ) from None
+    return Exported(
+        lora,
+        list(words.values()),
+        triggers,
+        renamed,
+        [path for path in earlier if path not in removed],
+        removed,
+    )
 
 
 @contextmanager
 def _exporting(*folders: Path) -> Iterator[None]:
-    """The folders are there, and no other export changes them meanwhile; what killed ones left is cleaned up."""
+    """The folders are there, and no other export changes them meanwhile; what killed ones left is
+    cleaned up.
+    """
     with ExitStack() as locks:
         for folder in sorted({folder.resolve() for folder in folders}):
             folder.mkdir(parents=True, exist_ok=True)
             try:
                 locks.enter_context(FileLock(folder / ".continual-lora.lock", timeout=60))
             except Timeout:
-                raise StackError(f"Another program has been exporting to {folder} for a minute. Wait until it is done, or stop it.") from None
+                raise StackError(
+                    f"Another program has been exporting to {folder} for a minute. Wait until it "
+                    "is done, or stop it."
+                ) from None
             clean_temporary(folder)
         yield
 
@@ -173,9 +271,17 @@ def _taken(folder: Path) -> dict[str, list[Path]]:
     return taken
 
 
-def _write_word(stack: ConceptStack, record: ConceptRecord, folder: Path, taken: dict[str, list[Path]]) -> Path:
-    """The embedding, under its word's name; where that is another file's, under one with a number. `taken` knows it then."""
-    tensors = {name: tensor.contiguous() for name, tensor in embedding(stack.words[record.id], stack.base).items()}
+def _write_word(
+    stack: ConceptStack, record: ConceptRecord, folder: Path, taken: dict[str, list[Path]]
+) -> Path:
+    """The embedding, under its word's name; where that is another file's, under one with a number.
+
+    `taken` knows it then.
+    """
+    tensors = {
+        name: tensor.contiguous()
+        for name, tensor in embedding(stack.words[record.id], stack.base).items()
+    }
     data = save(tensors, {_STACK: stack.owner, _TOKEN: record.token})
     for number in range(1, 10_000):
         path = folder / f"{record.token if number == 1 else f'{record.token}-{number}'}.safetensors"
@@ -187,8 +293,12 @@ def _write_word(stack: ConceptStack, record: ConceptRecord, folder: Path, taken:
     raise StackError(f"{folder} has no name left for {record.token}. Export to another folder.")
 
 
-def _is_own(path: Path, stack: ConceptStack, record: ConceptRecord, tensors: Mapping[str, Tensor]) -> bool:
-    """Whether an embedding's file is this stack's for this word, or holds the same (an earlier program wrote no owner)."""
+def _is_own(
+    path: Path, stack: ConceptStack, record: ConceptRecord, tensors: Mapping[str, Tensor]
+) -> bool:
+    """Whether an embedding's file is this stack's for this word, or holds the same (an earlier
+    program wrote no owner).
+    """
     owner = _owner(path)
     if owner.get(_STACK):
         return owner[_STACK] == stack.owner and owner.get(_TOKEN) == record.token
@@ -196,11 +306,15 @@ def _is_own(path: Path, stack: ConceptStack, record: ConceptRecord, tensors: Map
         held = load_file(path)
     except (SafetensorError, OSError):
         return False
-    return held.keys() == tensors.keys() and all(torch.equal(held[name], tensor) for name, tensor in tensors.items())
+    return held.keys() == tensors.keys() and all(
+        torch.equal(held[name], tensor) for name, tensor in tensors.items()
+    )
 
 
 def _owner(path: Path) -> dict[str, str]:
-    """The metadata of a safetensors file, of a PEFT folder that of the file in it; nothing for any other."""
+    """The metadata of a safetensors file, of a PEFT folder that of the file in it; nothing for any
+    other.
+    """
     file = path / "adapter_model.safetensors" if path.is_dir() else path
     try:
         with safe_open(file, framework="pt") as opened:
@@ -218,7 +332,11 @@ def _earlier(stack: ConceptStack, out: Path, embeddings: Path, only: Sequence[st
             found.append(path)
     for path in sorted(embeddings.glob("*.safetensors")):
         owner = _owner(path)
-        if not only and owner.get(_STACK) == stack.owner and owner.get(_TOKEN, "") not in {"", *tokens}:
+        if (
+            not only
+            and owner.get(_STACK) == stack.owner
+            and owner.get(_TOKEN, "") not in {"", *tokens}
+        ):
             found.append(path)
     return found
 
@@ -244,12 +362,27 @@ def _remove(path: Path) -> bool:
 
 
 def lora_name(stem: str, tokens: Sequence[str], digest: str) -> str:
-    """`sd15-V1-V2-1a2b3c4d`; of many concepts the first and the last. Without what a prompt's <lora:...> or a file system minds."""
-    words = "-".join(tokens) if len(tokens) <= 4 else f"{tokens[0]}-to-{tokens[-1]}-{len(tokens)}-concepts"
+    """`sd15-V1-V2-1a2b3c4d`; of many concepts the first and the last.
+
+    Without what a prompt's <lora:...> or a file system minds.
+    """
+    words = (
+        "-".join(tokens)
+        if len(tokens) <= 4
+        else f"{tokens[0]}-to-{tokens[-1]}-{len(tokens)}-concepts"
+    )
     return f"{re.sub(r'[<>:,|?*/&]', '-', stem)[:100]}-{words[:100]}-{digest[:8]}"
 
 
-def _write_lora(stack: ConceptStack, tensors: dict[str, Tensor], out: Path, stem: str, triggers: list[str], format: str, only: Sequence[str]) -> Path:
+def _write_lora(
+    stack: ConceptStack,
+    tensors: dict[str, Tensor],
+    out: Path,
+    stem: str,
+    triggers: list[str],
+    format: str,
+    only: Sequence[str],
+) -> Path:
     digest = hashlib.sha256()
     for name in sorted(tensors):
         digest.update(name.encode() + tensors[name].numpy().tobytes())
@@ -259,10 +392,14 @@ def _write_lora(stack: ConceptStack, tensors: dict[str, Tensor], out: Path, stem
     if format == "peft":
         layers, folder = list(layers_of(stack.adapter or {})), out / name
         if _owner(folder).get(_STACK) != stack.owner:
-            LoraConfig(r=stack.rank or 0, lora_alpha=stack.rank or 0, target_modules=layers).save_pretrained(str(folder))
+            LoraConfig(
+                r=stack.rank or 0, lora_alpha=stack.rank or 0, target_modules=layers
+            ).save_pretrained(str(folder))
             write_whole(folder / "adapter_model.safetensors", save(tensors, metadata))
         return folder
-    path = out / f"{name}.safetensors"  # the hash is of whose it is too, so nobody else's has this name
+    path = (
+        out / f"{name}.safetensors"
+    )  # the hash is of whose it is too, so nobody else's has this name
     if _owner(path).get(_STACK) != stack.owner:  # else these very weights were exported before
         write_whole(path, save(tensors, metadata), new=True)
     if format == "kohya":
@@ -275,7 +412,13 @@ def _write_lora(stack: ConceptStack, tensors: dict[str, Tensor], out: Path, stem
 def _card(stack: ConceptStack, triggers: list[str]) -> dict[str, bytes]:
     """What A1111 shows of a LoRA, by the files' endings."""
     version = _SPOKEN_OF.get(stack.base.preset, _SD1)[2]
-    card = {"description": "", "sd version": version, "activation text": ", ".join(triggers), "preferred weight": 1.0, "notes": ""}
+    card = {
+        "description": "",
+        "sd version": version,
+        "activation text": ", ".join(triggers),
+        "preferred weight": 1.0,
+        "notes": "",
+    }
     files = {".json": json.dumps(card, indent=1).encode()}
     picture = base64.b64decode(stack.records[-1].preview)
     return {**files, ".preview.jpg": picture} if picture.startswith(b"\xff\xd8") else files

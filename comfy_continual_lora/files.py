@@ -21,7 +21,19 @@ try:
 except ImportError:  # Windows, where a file that is open can't be removed
     fcntl = None
 
-PICTURES = (".jpg", ".jpeg", ".jfif", ".png", ".webp", ".bmp", ".tif", ".tiff", ".avif", ".heic", ".heif")
+PICTURES = (
+    ".jpg",
+    ".jpeg",
+    ".jfif",
+    ".png",
+    ".webp",
+    ".bmp",
+    ".tif",
+    ".tiff",
+    ".avif",
+    ".heic",
+    ".heif",
+)
 STACKS = ".concepts.safetensors"
 TOKEN = re.compile(r"[A-Za-z0-9_-]{1,64}")  # a concept's word, which names files too
 _TEMPORARY = re.compile(r"\.continual-lora-[0-9a-f]{16}\.tmp")
@@ -30,7 +42,8 @@ _RESERVED = re.compile(r"(con|prn|aux|nul|com[0-9]|lpt[0-9])", re.IGNORECASE)
 
 
 def stack_path(checkpoint: str | Path, name: str = "") -> Path:
-    """`<checkpoint stem>.concepts.safetensors` in the checkpoint's folder, or beside a diffusers folder.
+    """`<checkpoint stem>.concepts.safetensors` in the checkpoint's folder, or beside a diffusers
+    folder.
 
     A checkpoint may have several stacks, told apart by `name`. A linked checkpoint has its target's
     stack, unless there is one beside the link.
@@ -38,11 +51,16 @@ def stack_path(checkpoint: str | Path, name: str = "") -> Path:
     """
     checkpoint = Path(checkpoint)
     if name and not re.fullmatch(r"[\w-]{1,64}", name):
-        raise StackError(f"The stack's name {name!r} may hold only letters, digits, - and _ (at most 64): it becomes part of a file name.")
+        raise StackError(
+            f"The stack's name {name!r} may hold only letters, digits, - and _ (at most 64): it "
+            "becomes part of a file name."
+        )
     path = _stack_beside(checkpoint, name)
     if checkpoint.is_symlink() and not os.path.lexists(path):
         target = checkpoint.resolve()
-        if target.is_dir() or target.suffix == ".safetensors":  # not a download cache's blob, named by its hash
+        if (
+            target.is_dir() or target.suffix == ".safetensors"
+        ):  # not a download cache's blob, named by its hash
             return _stack_beside(target, name)
     return path
 
@@ -71,7 +89,11 @@ def snapshots_of(stack: Path, token: str) -> list[Path]:
     start = f"{stack.name.removesuffix('.safetensors')}.{token}."
     if not stack.parent.is_dir():
         return []
-    return sorted(p for p in stack.parent.iterdir() if p.name.startswith(start) and p.name.endswith("snapshot"))
+    return sorted(
+        p
+        for p in stack.parent.iterdir()
+        if p.name.startswith(start) and p.name.endswith("snapshot")
+    )
 
 
 def real_file(path: Path) -> Path:
@@ -85,23 +107,31 @@ def real_file(path: Path) -> Path:
     except (FileNotFoundError, NotADirectoryError):
         return path
     except OSError as error:
-        raise StackError(f"{path} can't be reached ({error.strerror}). See that this user may read and write there.") from None
+        raise StackError(
+            f"{path} can't be reached ({error.strerror}). See that this user may read and write "
+            "there."
+        ) from None
     target = Path(os.path.realpath(path))
     if not target.exists():
-        raise StackError(f"{path} is a link to {target}, which is not there. Put the file back, or remove the link.")
+        raise StackError(
+            f"{path} is a link to {target}, which is not there. Put the file back, or remove the "
+            "link."
+        )
     return target
 
 
 def check_names(stack: Path, token: str = "") -> None:
     """Refuse what will not fit the file system, before any work is done.
 
-    Errors: StackError when the stack's file, or a snapshot of a run that learns `token`, has too long a name.
+    Errors: StackError when the stack's file, or a snapshot of a run that learns `token`, has too
+    long a name.
     """
     longest = snapshot_path(stack, token or "V1", "0" * 12, "dsc").name + ".damaged"
     most = _longest_name(stack.parent)
     if (length := len(os.fsencode(longest))) > most:
         raise StackError(
-            f"The name {longest} has {length} bytes, which is too long: the file system of {stack.parent} allows {most}. "
+            f"The name {longest} has {length} bytes, which is too long: the file system of "
+            f"{stack.parent} allows {most}. "
             "Shorten the checkpoint's name, the stack's or the word."
         )
 
@@ -124,8 +154,10 @@ def is_reserved(name: str) -> bool:
 def write_whole(path: Path, data: bytes, *, new: bool = False) -> None:
     """Write a file so that at every moment the old or the new one is whole on disk.
 
-    It goes through a temporary name in the same folder, synced and renamed. The file keeps the mode it
-    had; a new one gets what the umask leaves. Errors: OSError; FileExistsError where `new` and it is there.
+    It goes through a temporary name in the same folder, synced and renamed. The file keeps the mode
+    it
+    had; a new one gets what the umask leaves. Errors: OSError; FileExistsError where `new` and it
+    is there.
     """
     with _temporary(path.parent) as file:
         file.write(data)
@@ -142,7 +174,9 @@ def write_whole(path: Path, data: bytes, *, new: bool = False) -> None:
 
 @contextmanager
 def _temporary(folder: Path) -> Iterator[IO[bytes]]:
-    """An open file under a temporary name, locked so that nobody takes it for a dead writer's; gone afterwards."""
+    """An open file under a temporary name, locked so that nobody takes it for a dead writer's; gone
+    afterwards.
+    """
     while True:
         name = os.path.join(folder, f".continual-lora-{secrets.token_hex(8)}.tmp")
         with open(name, "xb") as file:  # the umask decides the mode
@@ -157,7 +191,9 @@ def _temporary(folder: Path) -> Iterator[IO[bytes]]:
 
 
 def _locked(handle: int) -> bool | None:
-    """Lock this file: true if it is ours now, false if somebody else has it, None where nobody can tell."""
+    """Lock this file: true if it is ours now, false if somebody else has it, None where nobody can
+    tell.
+    """
     if fcntl is None:
         return None
     try:
@@ -195,7 +231,9 @@ def _rename_new(name: str, path: Path) -> None:
 
 
 def copy_whole(source: Path, target: Path) -> None:
-    """`target` becomes the very file `source` is, without a copy where the file system has hard links."""
+    """`target` becomes the very file `source` is, without a copy where the file system has hard
+    links.
+    """
     with suppress(OSError):
         target.unlink(missing_ok=True)
         os.link(source, target)

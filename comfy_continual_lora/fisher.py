@@ -1,10 +1,15 @@
-"""Stage 4: which numbers of the adapter a concept needs - the diagonal of the Fisher information, from per-sample gradients.
+"""Stage 4: which numbers of the adapter a concept needs - the diagonal of the Fisher information,
+from per-sample gradients.
 
-    L_F = L_denoise(x, c_n) + CE( p(. | x) over c_k, one-hot c_n )        F_n = mean over samples of (dL_F / dtheta)^2, rescaled to mean 1
+    L_F = L_denoise(x, c_n) + CE( p(. | x) over c_k, one-hot c_n )        F_n = mean over samples of
+    (dL_F / dtheta)^2, rescaled to mean 1
 
-One sample is one (picture, timestep, noise), its template and c_k those of its batch. Gradients are squared sample by sample, then averaged;
-squaring the mean gradient of a batch is the classic error. No loop over samples is needed: a K or V projection turns text features c
-(rows, 77, d_text) into (W0 + delta) c, so a sample's gradient in delta is the sum over its rows and tokens of (dL / d output) c^T, and the chain
+One sample is one (picture, timestep, noise), its template and c_k those of its batch. Gradients are
+squared sample by sample, then averaged;
+squaring the mean gradient of a batch is the classic error. No loop over samples is needed: a K or V
+projection turns text features c
+(rows, 77, d_text) into (W0 + delta) c, so a sample's gradient in delta is the sum over its rows and
+tokens of (dL / d output) c^T, and the chain
 rule takes it to A and B.
 Source: Kirkpatrick et al. 2017 (EWC, arXiv 1612.00796); Jha et al. 2025 for L_F.
 """
@@ -28,7 +33,8 @@ from .settings import TEMPLATES, LearnSettings
 
 @dataclass(frozen=True)
 class Target:
-    """What the Fisher is taken of: latents (4, h, w) of the newest concept, its name ("V2 mug") and class noun, the names of earlier concepts.
+    """What the Fisher is taken of: latents (4, h, w) of the newest concept, its name ("V2 mug") and
+    class noun, the names of earlier concepts.
 
     `tau` is the temperature of the cross-entropy term; None leaves that term out.
     """
@@ -41,9 +47,16 @@ class Target:
 
 
 def fisher(
-    backbone: Backbone, factors: Mapping[str, Tensor], target: Target, text: FrozenText, settings: LearnSettings, on_progress: OnProgress
+    backbone: Backbone,
+    factors: Mapping[str, Tensor],
+    target: Target,
+    text: FrozenText,
+    settings: LearnSettings,
+    on_progress: OnProgress,
 ) -> Adapter:
-    """F_n for the attached, trainable `factors`, rescaled to mean 1: named as they are, or "<layer>.W" in the space of delta."""
+    """F_n for the attached, trainable `factors`, rescaled to mean 1: named as they are, or
+    "<layer>.W" in the space of delta.
+    """
     total: Adapter = {}
     for layer, gradients in _sampled(backbone, factors, target, text, settings, on_progress):
         for letter, gradient in gradients.items():
@@ -54,9 +67,17 @@ def fisher(
 
 
 def spectrum(
-    backbone: Backbone, factors: Mapping[str, Tensor], target: Target, text: FrozenText, settings: LearnSettings, layers: Sequence[str], top: int
+    backbone: Backbone,
+    factors: Mapping[str, Tensor],
+    target: Target,
+    text: FrozenText,
+    settings: LearnSettings,
+    layers: Sequence[str],
+    top: int,
 ) -> dict[str, Tensor]:
-    """The largest eigenvalues of the whole (not only diagonal) Fisher matrix of single layers, falling, (top,) each."""
+    """The largest eigenvalues of the whole (not only diagonal) Fisher matrix of single layers,
+    falling, (top,) each.
+    """
     rows: dict[str, list[Tensor]] = {layer: [] for layer in layers}
     for layer, gradients in _sampled(backbone, factors, target, text, settings, lambda _: None):
         if layer in rows:
@@ -65,13 +86,21 @@ def spectrum(
 
 
 def top_eigenvalues(gradients: Tensor, top: int) -> Tensor:
-    """Largest eigenvalues of mean(g g^T) over samples, falling: gradients (n, p) -> (top,). The small Gram matrix (n, n) has the same ones."""
+    """Largest eigenvalues of mean(g g^T) over samples, falling: gradients (n, p) -> (top,).
+
+    The small Gram matrix (n, n) has the same ones.
+    """
     gram = gradients @ gradients.T / len(gradients)
     return torch.linalg.eigvalsh(gram).flip(0)[:top]
 
 
 def _sampled(
-    backbone: Backbone, factors: Mapping[str, Tensor], target: Target, text: FrozenText, settings: LearnSettings, on_progress: OnProgress
+    backbone: Backbone,
+    factors: Mapping[str, Tensor],
+    target: Target,
+    text: FrozenText,
+    settings: LearnSettings,
+    on_progress: OnProgress,
 ) -> Iterator[tuple[str, dict[str, Tensor]]]:
     """The gradients of `settings.fisher_samples` samples, batch after batch, layer after layer."""
     assert settings.batch
@@ -81,35 +110,57 @@ def _sampled(
         n = min(n, settings.fisher_samples - done)
         generator = generator_for(settings.seed, "fisher", number)
         loss = _loss_of_batch(backbone, target, text, settings.subset, n, generator)
-        yield from per_sample_gradients(backbone, factors, loss, n, in_delta=settings.fisher_space == "delta")
+        yield from per_sample_gradients(
+            backbone, factors, loss, n, in_delta=settings.fisher_space == "delta"
+        )
         done, number = done + n, number + 1
         on_progress(Progress("fisher", done, settings.fisher_samples))
 
 
-def _loss_of_batch(backbone: Backbone, target: Target, text: FrozenText, k: int, n: int, generator: torch.Generator) -> Callable[[], Tensor]:
-    """L_F of n samples drawn with `generator`, (n,): the first prompt names c_n, the others are c_0 and a random few of the previous."""
+def _loss_of_batch(
+    backbone: Backbone, target: Target, text: FrozenText, k: int, n: int, generator: torch.Generator
+) -> Callable[[], Tensor]:
+    """L_F of n samples drawn with `generator`, (n,): the first prompt names c_n, the others are c_0
+    and a random few of the previous.
+    """
     _, clean, timestep, noise = random_batch(target.latents, n, generator)
     template = one_of(TEMPLATES, generator)
-    names = [target.name] if target.tau is None else [target.name, target.noun, *subset(target.previous, k, generator)]
+    names = (
+        [target.name]
+        if target.tau is None
+        else [target.name, target.noun, *subset(target.previous, k, generator)]
+    )
     features = text([template.format(name) for name in names])
     noisy, wanted = noised(backbone, clean, noise, timestep)
 
     def loss() -> Tensor:
         error = errors(predictions(backbone, noisy, timestep, features), wanted)
-        return error[:, 0] if target.tau is None else error[:, 0] - log_posterior(error, target.tau)[:, 0]
+        return (
+            error[:, 0]
+            if target.tau is None
+            else error[:, 0] - log_posterior(error, target.tau)[:, 0]
+        )
 
     return loss
 
 
-# --- per-sample gradients ------------------------------------------------------------------------------------------------------------
+# --- per-sample gradients
+# --------------------------------------------------------------------------------------------------
 
 
 def per_sample_gradients(
-    backbone: Backbone, factors: Mapping[str, Tensor], loss: Callable[[], Tensor], n: int, *, in_delta: bool = False
+    backbone: Backbone,
+    factors: Mapping[str, Tensor],
+    loss: Callable[[], Tensor],
+    n: int,
+    *,
+    in_delta: bool = False,
 ) -> Iterator[tuple[str, dict[str, Tensor]]]:
-    """Yield (layer, gradients of that layer's factors by letter, (n, ...) each), one layer after another; `in_delta` those of delta, as "W".
+    """Yield (layer, gradients of that layer's factors by letter, (n, ...) each), one layer after
+    another; `in_delta` those of delta, as "W".
 
-    `loss` returns one number per sample, (n,), from one U-Net call whose rows belong to the samples in order, equally many each.
+    `loss` returns one number per sample, (n,), from one U-Net call whose rows belong to the samples
+    in order, equally many each.
     """
     seen: dict[str, tuple[Tensor, list[Tensor]]] = {}
     scale = backbone.gradient_scale
@@ -117,26 +168,39 @@ def per_sample_gradients(
         (loss().sum() * scale).backward()
     for layer, parts in layers_of(factors).items():
         inputs, outputs = seen[layer]
-        c, g = (t.detach().float().unflatten(0, (n, -1)).flatten(1, 2) for t in (inputs, outputs[0]))
+        c, g = (
+            t.detach().float().unflatten(0, (n, -1)).flatten(1, 2) for t in (inputs, outputs[0])
+        )
         gradient = torch.einsum("nto,nti->noi", g / scale, c)
-        yield layer, {"W": gradient} if in_delta else _pulled_back({k: p.detach() for k, p in parts.items()}, gradient)
+        yield (
+            layer,
+            {"W": gradient}
+            if in_delta
+            else _pulled_back({k: p.detach() for k, p in parts.items()}, gradient),
+        )
     for parameter in factors.values():
         parameter.grad = None
 
 
 def _pulled_back(parts: dict[str, Tensor], gradient: Tensor) -> dict[str, Tensor]:
-    """From gradients in delta, (n, d_out, d_text), to gradients in the factors: the chain rule through `lora.delta`, for all samples at once."""
+    """From gradients in delta, (n, d_out, d_text), to gradients in the factors: the chain rule
+    through `lora.delta`, for all samples at once.
+    """
     back = torch.func.vjp(lambda p: delta(p, gradient.shape[1:]), parts)[1]
     return torch.func.vmap(lambda g: back(g)[0])(gradient)
 
 
 @contextmanager
 def _watched(backbone: Backbone, seen: dict[str, tuple[Tensor, list[Tensor]]]) -> Iterator[None]:
-    """While inside, every adapted projection notes its input and the gradient of its output (of the first call: checkpointing calls twice)."""
+    """While inside, every adapted projection notes its input and the gradient of its output (of the
+    first call: checkpointing calls twice).
+    """
     handles = []
     for layer, module in adapted_layers(backbone).items():
 
-        def note(_module: object, inputs: tuple[Tensor, ...], output: Tensor, layer: str = layer) -> None:
+        def note(
+            _module: object, inputs: tuple[Tensor, ...], output: Tensor, layer: str = layer
+        ) -> None:
             if layer not in seen:
                 seen[layer] = (inputs[0], [])
                 output.register_hook(seen[layer][1].append)

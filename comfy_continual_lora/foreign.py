@@ -1,7 +1,9 @@
 """Stage 1: a K/V LoRA or an embedding that another program made -> our adapter and word.
 
-in: a safetensors file in kohya's, diffusers' or PEFT's names - out: an `Adapter` of the checkpoint's layers; an embedding's vectors.
-Only what changes K and V of cross-attention can become a concept: anything else in the file is refused, not dropped.
+in: a safetensors file in kohya's, diffusers' or PEFT's names - out: an `Adapter` of the
+checkpoint's layers; an embedding's vectors.
+Only what changes K and V of cross-attention can become a concept: anything else in the file is
+refused, not dropped.
 """
 
 from __future__ import annotations
@@ -20,19 +22,35 @@ from .errors import StackError
 from .lora import Adapter, grown
 from .settings import MOST_VECTORS
 
-_DOWN = (".lora_down.weight", ".lora_A.weight", ".lora_A.default.weight", ".lora.down.weight", "_lora.down.weight")
+_DOWN = (
+    ".lora_down.weight",
+    ".lora_A.weight",
+    ".lora_A.default.weight",
+    ".lora.down.weight",
+    "_lora.down.weight",
+)
 _UP = tuple(name.replace("down", "up").replace("lora_A", "lora_B") for name in _DOWN)
-_ENDINGS = {ending: kind for kind, endings in (("down", _DOWN), ("up", _UP), ("alpha", (".alpha",))) for ending in endings}
+_ENDINGS = {
+    ending: kind
+    for kind, endings in (("down", _DOWN), ("up", _UP), ("alpha", (".alpha",)))
+    for ending in endings
+}
 _PREFIX = re.compile(r"^(lora_unet_|unet\.|base_model\.model\.|diffusion_model\.)+")
 
 
 def read_lora(path: Path, backbone: Backbone, strength: float = 1.0) -> Adapter:
-    """The file's change of the checkpoint's K/V layers, A (r, d_text) and B (d_out, r), zero in layers it leaves alone.
+    """The file's change of the checkpoint's K/V layers, A (r, d_text) and B (d_out, r), zero in
+    layers it leaves alone.
 
-    Errors: StackError for a file that is none, changes other layers too, or belongs to another kind of checkpoint.
+    Errors: StackError for a file that is none, changes other layers too, or belongs to another kind
+    of checkpoint.
     """
     tensors = _read(path)
-    known = {_plain(name): layer for layer, ldm in keys.unet_names(backbone.kv_layers).items() for name in (layer, ldm)}
+    known = {
+        _plain(name): layer
+        for layer, ldm in keys.unet_names(backbone.kv_layers).items()
+        for name in (layer, ldm)
+    }
     found, others = {"down": {}, "up": {}, "alpha": {}}, set()
     for name, tensor in tensors.items():
         ending = next((e for e in _ENDINGS if name.endswith(e)), "")
@@ -43,44 +61,71 @@ def read_lora(path: Path, backbone: Backbone, strength: float = 1.0) -> Adapter:
             found[_ENDINGS[ending]][layer] = tensor.float()
     downs, ups = found["down"], found["up"]
     if not any(name.endswith(_DOWN) for name in tensors):
-        raise StackError(f"{path} is no LoRA this program can read: no pair of lora_down and lora_up (or lora_A and lora_B) is in it.")
+        raise StackError(
+            f"{path} is no LoRA this program can read: no pair of lora_down and lora_up (or "
+            "lora_A and lora_B) is in it."
+        )
     if others:
         raise StackError(
-            f"{path} changes {len(others)} layers besides K and V of cross-attention, {sorted(others)[0]} for one, and none of that could be kept. "
+            f"{path} changes {len(others)} layers besides K and V of cross-attention, "
+            f"{sorted(others)[0]} for one, and none of that could be kept. "
             "Only K/V LoRAs (Custom Diffusion's layers) can become a concept."
         )
     if halves := sorted(downs.keys() ^ ups.keys()):
-        raise StackError(f"{path} is damaged: {halves[0]} has only one of its two matrices, {len(halves)} layers in all. Get the file again.")
+        raise StackError(
+            f"{path} is damaged: {halves[0]} has only one of its two matrices, {len(halves)} "
+            "layers in all. Get the file again."
+        )
     adapter = {}
     for layer, module in backbone.kv_layers.items():
         out, width = module.weight.shape
         down, up = downs.get(layer, torch.zeros(0, width)), ups.get(layer, torch.zeros(out, 0))
         if down.shape[1] != width or len(up) != out:
             raise StackError(
-                f"{path} belongs to another kind of checkpoint: its {layer} is {down.shape[1]} by {len(up)}, this one's {width} by {out}."
+                f"{path} belongs to another kind of checkpoint: its {layer} is {down.shape[1]} by "
+                f"{len(up)}, this one's {width} by {out}."
             )
-        scale = strength * (float(found["alpha"].get(layer, len(down))) / len(down) if len(down) else 1.0)
+        scale = strength * (
+            float(found["alpha"].get(layer, len(down))) / len(down) if len(down) else 1.0
+        )
         adapter |= {f"{layer}.A": down, f"{layer}.B": up * scale}
     return grown(adapter, max(len(down) for down in downs.values()))
 
 
 def read_word(path: Path, backbone: Backbone) -> Tensor:
-    """The vectors of a textual-inversion embedding, (k, d). Errors: StackError for a file that is none or has another width."""
+    """The vectors of a textual-inversion embedding, (k, d).
+
+    Errors: StackError for a file that is none or has another width.
+    """
     tensors = _read(path)
-    if len(backbone.word_widths) == 2 and tensors.keys() >= {"clip_l", "clip_g"}:  # SDXL's, a vector for each text encoder
+    if len(backbone.word_widths) == 2 and tensors.keys() >= {
+        "clip_l",
+        "clip_g",
+    }:  # SDXL's, a vector for each text encoder
         tensors = {"": torch.cat([tensors["clip_l"], tensors["clip_g"]], -1)}
-    found = [tensor for tensor in tensors.values() if tensor.dim() in (1, 2) and tensor.shape[-1] == backbone.word_width]
+    found = [
+        tensor
+        for tensor in tensors.values()
+        if tensor.dim() in (1, 2) and tensor.shape[-1] == backbone.word_width
+    ]
     if len(found) != 1 or not 0 < found[0].numel() <= MOST_VECTORS * backbone.word_width:
         raise StackError(
-            f"{path} is no embedding of 1 to {MOST_VECTORS} vectors with {backbone.word_width} numbers each, which is what a concept's word is here."
+            f"{path} is no embedding of 1 to {MOST_VECTORS} vectors with {backbone.word_width} "
+            "numbers each, which is what a concept's word is here."
         )
     return found[0].reshape(-1, backbone.word_width).float()
 
 
 def word_of_vocabulary(trigger: str, backbone: Backbone) -> Tensor:
-    """The vector of a word the tokenizer knows, (1, d). Errors: StackError for a trigger that is several tokens."""
+    """The vector of a word the tokenizer knows, (1, d).
+
+    Errors: StackError for a trigger that is several tokens.
+    """
     if (word := backbone.word_of_vocabulary(trigger)) is None:
-        raise StackError(f"The trigger {trigger!r} is several tokens, a concept's word is one. Name the class noun apart, or give --embedding.")
+        raise StackError(
+            f"The trigger {trigger!r} is several tokens, a concept's word is one. Name the class "
+            "noun apart, or give --embedding."
+        )
     return word
 
 
@@ -95,4 +140,7 @@ def _read(path: Path) -> dict[str, Tensor]:
     try:
         return load_file(path)
     except (SafetensorError, OSError) as error:
-        raise StackError(f"{path} can't be read ({error}): it is cut short or no safetensors file. Pickles (.pt, .bin) are not loaded.") from None
+        raise StackError(
+            f"{path} can't be read ({error}): it is cut short or no safetensors file. Pickles "
+            "(.pt, .bin) are not loaded."
+        ) from None

@@ -1,6 +1,8 @@
-"""Several processes learn one concept together, started by `accelerate launch` or `torchrun`: each takes its share of every batch.
+"""Several processes learn one concept together, started by `accelerate launch` or `torchrun`: each
+takes its share of every batch.
 
-Every draw is a function of (seed, step), so each process knows the whole batch, and what travels, once a step, is the gradient of the few numbers
+Every draw is a function of (seed, step), so each process knows the whole batch, and what travels,
+once a step, is the gradient of the few numbers
 that learn. All of them end with the same numbers; the first one writes them down.
 """
 
@@ -18,7 +20,11 @@ from torch import nn
 
 def place() -> tuple[int, int]:
     """This process's number, from 0, and how many there are."""
-    return (dist.get_rank(), dist.get_world_size()) if dist.is_available() and dist.is_initialized() else (0, 1)
+    return (
+        (dist.get_rank(), dist.get_world_size())
+        if dist.is_available() and dist.is_initialized()
+        else (0, 1)
+    )
 
 
 def is_first() -> bool:
@@ -33,8 +39,13 @@ def wait() -> None:
 
 @contextmanager
 def together(device: str) -> Iterator[str]:
-    """Inside the block this process is one of those it was started with; yields its device. Nothing happens where it was started alone."""
-    started = {"RANK", "WORLD_SIZE", "MASTER_ADDR"} <= os.environ.keys() and int(os.environ["WORLD_SIZE"]) > 1
+    """Inside the block this process is one of those it was started with; yields its device.
+
+    Nothing happens where it was started alone.
+    """
+    started = {"RANK", "WORLD_SIZE", "MASTER_ADDR"} <= os.environ.keys() and int(
+        os.environ["WORLD_SIZE"]
+    ) > 1
     if not started or dist.is_initialized():
         yield device
         return
@@ -47,18 +58,26 @@ def together(device: str) -> Iterator[str]:
 
 
 def shares(n: int, accumulate: int) -> list[tuple[slice, float]]:
-    """What this process takes of n rows, in at most `accumulate` parts, and the weight of each part's mean.
+    """What this process takes of n rows, in at most `accumulate` parts, and the weight of each
+    part's mean.
 
-    The sum of the weighted means, averaged over the processes (`average`), is the mean over all rows.
+    The sum of the weighted means, averaged over the processes (`average`), is the mean over all
+    rows.
     """
     number, count = place()
     bounds = [n * i // (accumulate * count) for i in range(accumulate * count + 1)]
-    parts = [slice(*ends) for i, ends in enumerate(pairwise(bounds)) if i % count == number and ends[0] < ends[1]]
+    parts = [
+        slice(*ends)
+        for i, ends in enumerate(pairwise(bounds))
+        if i % count == number and ends[0] < ends[1]
+    ]
     return [(rows, (rows.stop - rows.start) * count / n) for rows in parts]
 
 
 def average(parameters: Sequence[nn.Parameter], value: float) -> float:
-    """Give every parameter its mean gradient over all processes, one that is missing counting as zero; returns the mean of `value`."""
+    """Give every parameter its mean gradient over all processes, one that is missing counting as
+    zero; returns the mean of `value`.
+    """
     if place()[1] == 1:
         return value
     gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]

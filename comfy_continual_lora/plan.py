@@ -1,11 +1,17 @@
-"""What learning will take, told before a weight is read: memory by part, the sizes of the files, and how long about.
+"""What learning will take, told before a weight is read: memory by part, the sizes of the files,
+and how long about.
 
-in: the header of a checkpoint (or a folder's configurations), settings, a device - out: `Plan`, all sizes in bytes.
+in: the header of a checkpoint (or a folder's configurations), settings, a device - out: `Plan`, all
+sizes in bytes.
 
-Weights, adapter and optimizer are counted. Activations are too: the net goes through one step on the meta device, where tensors have shapes and no
-numbers, and what autograd would keep for the way back is added up. What only passes through (work space, holes of the allocator) is not: the peak is
-a lower bound, and benchmarks/LOG.md says how far below what was measured it was. Time is the step's multiplications, counted on the way, over what
-the device does of them in one product of two large matrices, times the share of that which learning reaches - or what the processor takes to call a
+Weights, adapter and optimizer are counted. Activations are too: the net goes through one step on
+the meta device, where tensors have shapes and no
+numbers, and what autograd would keep for the way back is added up. What only passes through (work
+space, holes of the allocator) is not: the peak is
+a lower bound, and benchmarks/LOG.md says how far below what was measured it was. Time is the step's
+multiplications, counted on the way, over what
+the device does of them in one product of two large matrices, times the share of that which learning
+reaches - or what the processor takes to call a
 GPU for each of them, which is longer for one small picture at a time.
 """
 
@@ -32,14 +38,25 @@ from .settings import LearnSettings
 from .store import read_header
 
 _SAID = {number: name for name, number in NUMBERS.items()}
-# The share of a large product's speed that learning reaches: on CPUs measured (benchmarks/LOG.md), on GPUs what kohya's steps of an SDXL come to
+# The share of a large product's speed that learning reaches: on CPUs measured (benchmarks/LOG.md),
+# on GPUs what kohya's steps of an SDXL come to
 _CPU_SHARES, _GPU_SHARES = (0.3, 0.85), (0.08, 0.3)
-_GPU_CALLS = (1.2e-5, 3.6e-5)  # seconds a torch call takes the processor, which a fast GPU waits for: 21 to 28 millionths beside an H200
+_GPU_CALLS = (
+    1.2e-5,
+    3.6e-5,
+    # seconds a torch call takes the processor, which a fast GPU waits for: 21 to 28 millionths
+    # beside
+    # an H200
+)
 
 
 @dataclass(frozen=True)
 class Plan:
-    """Sizes in bytes. `weights` by part, each with its number format. `peak` is the device's: beside a GPU the VAE waits in main memory."""
+    """Sizes in bytes.
+
+    `weights` by part, each with its number format. `peak` is the device's: beside a GPU the VAE
+    waits in main memory.
+    """
 
     family: str
     device: str
@@ -52,20 +69,31 @@ class Plan:
     peak: int
     stack_file: int
     exported: int  # the LoRA and the embedding
-    seconds: tuple[float, float]  # of the training steps, at best and at worst; what a method does after them is not in it
+    seconds: tuple[
+        float, float
+    ]  # of the training steps, at best and at worst; what a method does after them is not in it
 
 
 def plan(checkpoint: Path, stack: Path, settings: LearnSettings, device: str) -> Plan:
-    """What this run takes. Errors: CheckpointError as in `load_backbone`, SettingError for a setting out of its range."""
+    """What this run takes.
+
+    Errors: CheckpointError as in `load_backbone`, SettingError for a setting out of its range.
+    """
     here = pick_device(device)
     with described(checkpoint) as (layout, file):
         settings = settings.resolved(layout.preset)
-        number, header = number_for(settings.precision, here), read_header(stack) if stack.exists() else {}
+        number, header = (
+            number_for(settings.precision, here),
+            read_header(stack) if stack.exists() else {},
+        )
         rank, size = header.get("rank") or settings.rank or 1, settings.size or layout.size
         step, rows = _rows(settings, len(header.get("concepts", ())))
         weights = _weights(layout, file, number, here)
         adapter, exported = _adapter(layout, settings, rank)
-        width = sum(model.get_input_embeddings().weight.shape[1] for model in (part.module for part in layout.texts))
+        width = sum(
+            model.get_input_embeddings().weight.shape[1]
+            for model in (part.module for part in layout.texts)
+        )
         word = width * (settings.vectors or 1)
         wide = computed_in(number, here)
         norms = wide if here.type == "cpu" else torch.float32  # autocast has them so
@@ -73,20 +101,39 @@ def plan(checkpoint: Path, stack: Path, settings: LearnSettings, device: str) ->
     learned, method = 4 * (adapter + word), METHODS[settings.method]
     optimizer = (adapter if method.adapter else 0) + word
     optimizer *= 4 + (2 if settings.optimizer == "adamw8bit" else 8)
-    on_device = sum(bytes for name, (bytes, _) in weights.items() if name != "VAE" or here.type == "cpu")
+    on_device = sum(
+        bytes for name, (bytes, _) in weights.items() if name != "VAE" or here.type == "cpu"
+    )
     memories = 4 * adapter * bool(method.importance)
-    times = (settings.steps or 1) * settings.accumulate * (3 if settings.checkpointing else 2)  # forward, back, and forward again for checkpoints
+    times = (
+        (settings.steps or 1) * settings.accumulate * (3 if settings.checkpointing else 2)
+    )  # forward, back, and forward again for checkpoints
     speed = _speed(here, wide)
     shares, waits = (_CPU_SHARES, (0.0, 0.0)) if here.type == "cpu" else (_GPU_SHARES, _GPU_CALLS)
-    least, most = (times * max(flops / (speed * share), calls * wait) for share, wait in zip(reversed(shares), waits, strict=True))
+    least, most = (
+        times * max(flops / (speed * share), calls * wait)
+        for share, wait in zip(reversed(shares), waits, strict=True)
+    )
     return Plan(
-        layout.family.name, str(here), size, rows, weights, learned, optimizer, kept, on_device + learned + optimizer + kept,
-        (stack.stat().st_size if stack.exists() else 0) + learned + memories, 2 * (exported + word), (least, most),
-    )  # fmt: skip
+        layout.family.name,
+        str(here),
+        size,
+        rows,
+        weights,
+        learned,
+        optimizer,
+        kept,
+        on_device + learned + optimizer + kept,
+        (stack.stat().st_size if stack.exists() else 0) + learned + memories,
+        2 * (exported + word),
+        (least, most),
+    )
 
 
 def _rows(settings: LearnSettings, earlier: int) -> tuple[int, int]:
-    """Pairs of picture and prompt at once: in a step of learning; and at most, as DSC and the Fisher give a picture several prompts."""
+    """Pairs of picture and prompt at once: in a step of learning; and at most, as DSC and the
+    Fisher give a picture several prompts.
+    """
     method, batch = METHODS[settings.method], settings.batch or 1
     step = ceil(batch / settings.accumulate)
     prompts = {"scores": 3, "distillation": 2}.get(method.consolidation, 0) if earlier else 0
@@ -95,7 +142,9 @@ def _rows(settings: LearnSettings, earlier: int) -> tuple[int, int]:
 
 
 def _speed(here: torch.device, number: torch.dtype) -> float:
-    """Floating-point operations a second in a product of two matrices, large enough to take a fiftieth of a second; the best of three."""
+    """Floating-point operations a second in a product of two matrices, large enough to take a
+    fiftieth of a second; the best of three.
+    """
     side, best = 128, 0.0
     while best < 0.02 and side < 8192:
         side *= 2
@@ -108,10 +157,15 @@ def _speed(here: torch.device, number: torch.dtype) -> float:
     return 2 * side**3 / best
 
 
-def _weights(layout: Layout, file: Any, number: torch.dtype, here: torch.device) -> dict[str, tuple[int, str]]:
+def _weights(
+    layout: Layout, file: Any, number: torch.dtype, here: torch.device
+) -> dict[str, tuple[int, str]]:
     """Bytes and format of each part as it will be held."""
     wide = computed_in(number, here)
-    unet = sum(p.numel() * (FP8 if number == FP8 and is_large(name, p) else wide).itemsize for name, p in layout.unet.module.named_parameters())
+    unet = sum(
+        p.numel() * (FP8 if number == FP8 and is_large(name, p) else wide).itemsize
+        for name, p in layout.unet.module.named_parameters()
+    )
     held = {"U-Net": (unet, _SAID[number]), "VAE": (_bytes([layout.vae.module]), "fp32")}
     texts = [part.module for part in layout.texts]
     stored = _stored_format(layout, file) if number != torch.float32 else torch.float32
@@ -126,7 +180,9 @@ def _bytes(models: Sequence[nn.Module]) -> int:
 def _stored_format(layout: Layout, file: Any) -> torch.dtype:
     """The format the text encoders have in the file."""
     said = {"F16": torch.float16, "BF16": torch.bfloat16}
-    names = layout.texts[0].names.values() or layout.unet.names.values()  # a folder's parts are alike
+    names = (
+        layout.texts[0].names.values() or layout.unet.names.values()
+    )  # a folder's parts are alike
     return said.get(file.get_slice(next(iter(names))).get_dtype(), torch.float32)
 
 
@@ -138,19 +194,32 @@ def _adapter(layout: Layout, settings: LearnSettings, rank: int) -> tuple[int, i
     kind = settings.adapter if kind == "lora" else kind
     if not kind:
         return 0, 0
-    numbers = {"lora": factors, "vera": sum(rank + out for out, _ in layers), "full": sum(out * width for out, width in layers)}[kind]
+    numbers = {
+        "lora": factors,
+        "vera": sum(rank + out for out, _ in layers),
+        "full": sum(out * width for out, width in layers),
+    }[kind]
     return numbers, numbers if kind == "full" else factors
 
 
-# --- activations ---------------------------------------------------------------------------------------------------------------------
+# --- activations
+# --------------------------------------------------------------------------------------------------
 
 
 def _activations(
-    layout: Layout, settings: LearnSettings, number: torch.dtype, norms: torch.dtype, step: int, rows: int, side: int
+    layout: Layout,
+    settings: LearnSettings,
+    number: torch.dtype,
+    norms: torch.dtype,
+    step: int,
+    rows: int,
+    side: int,
 ) -> tuple[int, float, int]:
-    """What is kept for the way back, in bytes: that of the U-Net for `rows` and of the text encoders for a step, the largest passing piece on top.
+    """What is kept for the way back, in bytes: that of the U-Net for `rows` and of the text
+    encoders for a step, the largest passing piece on top.
 
-    And the floating-point operations and torch calls of a step's way forward. The net computes in `number`, its norms in `norms`.
+    And the floating-point operations and torch calls of a step's way forward. The net computes in
+    `number`, its norms in `norms`.
     """
     unet: Any = nn.Module.to(layout.unet.module, number).requires_grad_(False)
     texts = [part.module.requires_grad_(False) for part in layout.texts]
@@ -161,11 +230,24 @@ def _activations(
             for model in texts:
                 model(ids)
         width = unet.config["cross_attention_dim"]
-        features = torch.zeros(rows, 77, width if isinstance(width, int) else width[0], dtype=number, requires_grad=True)
-        noisy, timestep, added = torch.zeros(rows, 4, side, side, dtype=number), torch.zeros(rows, dtype=torch.long), None
+        features = torch.zeros(
+            rows,
+            77,
+            width if isinstance(width, int) else width[0],
+            dtype=number,
+            requires_grad=True,
+        )
+        noisy, timestep, added = (
+            torch.zeros(rows, 4, side, side, dtype=number),
+            torch.zeros(rows, dtype=torch.long),
+            None,
+        )
         if unet.config["addition_embed_type"] == "text_time":
             pooled = texts[-1].config.projection_dim
-            added = {"text_embeds": torch.zeros(rows, pooled, dtype=number), "time_ids": torch.zeros(rows, 6)}
+            added = {
+                "text_embeds": torch.zeros(rows, pooled, dtype=number),
+                "time_ids": torch.zeros(rows, 6),
+            }
 
         def answer(kept: _Kept) -> list[int]:
             sizes: list[int] = []
@@ -186,12 +268,19 @@ def _activations(
 
 
 class _Kept(TorchDispatchMode):
-    """Adds up what autograd keeps; a storage counts once, a weight not at all. Operations of linear layers, convolutions and attention; all calls."""
+    """Adds up what autograd keeps; a storage counts once, a weight not at all.
+
+    Operations of linear layers, convolutions and attention; all calls.
+    """
 
     def __init__(self, models: Sequence[nn.Module]) -> None:
         super().__init__()
         self.bytes = self.flops = self.calls = 0
-        self.seen = {p.untyped_storage()._cdata: p.untyped_storage() for model in models for p in model.parameters()}
+        self.seen = {
+            p.untyped_storage()._cdata: p.untyped_storage()
+            for model in models
+            for p in model.parameters()
+        }
 
     def __call__(self, tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
@@ -200,7 +289,13 @@ class _Kept(TorchDispatchMode):
             self.bytes += storage.nbytes()
         return tensor
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> Any:
+    def __torch_dispatch__(
+        self,
+        func: Any,
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
         self.calls += 1
         return func(*args, **(kwargs or {}))
 
@@ -214,9 +309,16 @@ class _Kept(TorchDispatchMode):
 
 @contextmanager
 def _kept(*models: nn.Module) -> Iterator[_Kept]:
-    """Attention is taken for a fused one, as every device but the meta device computes it: it keeps its ends, not its weights."""
+    """Attention is taken for a fused one, as every device but the meta device computes it: it keeps
+    its ends, not its weights.
+    """
     kept, plain = _Kept(models), F.scaled_dot_product_attention
-    layers = [module for model in models for module in model.modules() if isinstance(module, (nn.Linear, nn.Conv2d))]
+    layers = [
+        module
+        for model in models
+        for module in model.modules()
+        if isinstance(module, (nn.Linear, nn.Conv2d))
+    ]
     handles = [module.register_forward_hook(kept.layer) for module in layers]
     F.scaled_dot_product_attention = kept.attention
     try:
@@ -240,7 +342,9 @@ class _Fused(torch.autograd.Function):
 
 @contextmanager
 def _computing_in(unet: nn.Module, number: torch.dtype, norms: torch.dtype) -> Iterator[None]:
-    """Inside, what autocast does: norms compute in a format of their own, and what comes of them goes into the next layer as `number`."""
+    """Inside, what autocast does: norms compute in a format of their own, and what comes of them
+    goes into the next layer as `number`.
+    """
 
     def cast(to: torch.dtype) -> Any:
         return lambda _module, inputs: (inputs[0].to(to), *inputs[1:])
@@ -260,12 +364,18 @@ def _computing_in(unet: nn.Module, number: torch.dtype, norms: torch.dtype) -> I
 
 @contextmanager
 def _sized(unet: nn.Module, kept: _Kept, sizes: list[int]) -> Iterator[None]:
-    """Inside, every piece of the net that checkpointing goes through again notes how much of it was kept."""
+    """Inside, every piece of the net that checkpointing goes through again notes how much of it was
+    kept.
+    """
     handles, began = [], {}
     for module in unet.modules():
         if type(module).__name__ in ("ResnetBlock2D", "BasicTransformerBlock"):
-            handles.append(module.register_forward_pre_hook(lambda m, _: began.update({m: kept.bytes})))
-            handles.append(module.register_forward_hook(lambda m, *_: sizes.append(kept.bytes - began[m])))
+            handles.append(
+                module.register_forward_pre_hook(lambda m, _: began.update({m: kept.bytes}))
+            )
+            handles.append(
+                module.register_forward_hook(lambda m, *_: sizes.append(kept.bytes - began[m]))
+            )
     try:
         yield
     finally:
@@ -276,7 +386,10 @@ def _sized(unet: nn.Module, kept: _Kept, sizes: list[int]) -> Iterator[None]:
 @contextmanager
 def _learning_words(texts: Sequence[Any]) -> Iterator[None]:
     """Inside, gradients flow from the embeddings on."""
-    handles = [model.get_input_embeddings().register_forward_hook(lambda _m, _i, out: out.requires_grad_()) for model in texts]
+    handles = [
+        model.get_input_embeddings().register_forward_hook(lambda _m, _i, out: out.requires_grad_())
+        for model in texts
+    ]
     try:
         yield
     finally:

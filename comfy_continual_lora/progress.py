@@ -1,4 +1,7 @@
-"""What a long job tells while it runs. `on_progress` may raise `Cancelled` (or anything else) to stop the job."""
+"""What a long job tells while it runs.
+
+`on_progress` may raise `Cancelled` (or anything else) to stop the job.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +15,9 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Progress:
-    """One report: step of steps; what is done; loss, its parts and rate while learning; seconds still to go, as far as can be told; a preview."""
+    """One report: step of steps; what is done; loss, its parts and rate while learning; seconds
+    still to go, as far as can be told; a preview.
+    """
 
     stage: str
     step: int

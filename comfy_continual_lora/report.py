@@ -1,4 +1,7 @@
-"""Stage 8: pictures, grids, curves and the HTML report. One file, no scripts, nothing loaded from elsewhere."""
+"""Stage 8: pictures, grids, curves and the HTML report.
+
+One file, no scripts, nothing loaded from elsewhere.
+"""
 
 from __future__ import annotations
 
@@ -18,8 +21,10 @@ from .imagefile import is_own, save_own
 from .pipeline import Drawn, Scored
 
 _STYLE = """
-body { font: 16px/1.5 system-ui, sans-serif; max-width: 1080px; margin: 2rem auto; padding: 0 1rem; color: #222; background: #fafafa }
-h1 { font-size: 1.6rem } h2 { font-size: 1.2rem; margin-top: 2.2rem; border-top: 1px solid #ddd; padding-top: 1.2rem }
+body { font: 16px/1.5 system-ui, sans-serif; max-width: 1080px; margin: 2rem auto; padding: 0 1rem;
+       color: #222; background: #fafafa }
+h1 { font-size: 1.6rem }
+h2 { font-size: 1.2rem; margin-top: 2.2rem; border-top: 1px solid #ddd; padding-top: 1.2rem }
 figure { margin: .8rem 0 } figcaption { color: #555; font-size: .9rem }
 img { image-rendering: auto; border-radius: 4px; margin: 0 4px 4px 0 }
 table { border-collapse: collapse } td, th { padding: .2rem .8rem; text-align: left }
@@ -37,7 +42,10 @@ def grid(images: Sequence[Image.Image], columns: int, gap: int = 4) -> Image.Ima
 
 
 def save_pictures(drawn: Sequence[Drawn], folder: Path) -> list[Path]:
-    """One PNG a picture, named after its prompt and seed, and grid.png when there are several. Nothing is overwritten but a grid of ours."""
+    """One PNG a picture, named after its prompt and seed, and grid.png when there are several.
+
+    Nothing is overwritten but a grid of ours.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     files = []
     for picture in drawn:
@@ -51,38 +59,58 @@ def save_pictures(drawn: Sequence[Drawn], folder: Path) -> list[Path]:
         per_prompt = sum(d.prompt == drawn[0].prompt for d in drawn)
         names = (folder / f"grid{f'-{n}' if n else ''}.png" for n in range(10_000))
         files.append(next(path for path in names if not path.exists() or is_own(path)))
-        save_own(grid([d.image for d in drawn], per_prompt if per_prompt > 1 else min(len(drawn), 4)), files[-1])
+        save_own(
+            grid([d.image for d in drawn], per_prompt if per_prompt > 1 else min(len(drawn), 4)),
+            files[-1],
+        )
     return files
 
 
 def score_sheet(scored: Sequence[Scored], *, side: int = 96, bars: int = 5) -> Image.Image:
-    """A row a picture: the picture, and a bar for each of its likeliest concepts; green is the folder's own name."""
+    """A row a picture: the picture, and a bar for each of its likeliest concepts; green is the
+    folder's own name.
+    """
     sheet = Image.new("RGB", (side + 420, (side + 8) * len(scored)), "white")
     draw = ImageDraw.Draw(sheet)
     for row, one in enumerate(scored):
         top = row * (side + 8)
         sheet.paste(fitted(read_image(one.file), side, "crop"), (0, top))
-        for place, (name, p) in enumerate(list(zip(one.scores.names, one.scores.probabilities, strict=True))[:bars]):
+        for place, (name, p) in enumerate(
+            list(zip(one.scores.names, one.scores.probabilities, strict=True))[:bars]
+        ):
             y = top + place * side // bars
-            draw.rectangle((side + 110, y + 2, side + 110 + int(220 * p), y + side // bars - 3), fill="#2f855a" if name == one.label else "#a0aec0")
+            draw.rectangle(
+                (side + 110, y + 2, side + 110 + int(220 * p), y + side // bars - 3),
+                fill="#2f855a" if name == one.label else "#a0aec0",
+            )
             draw.text((side + 12, y + 2), name, fill="black")
-            draw.text((side + 120 + int(220 * p), y + 2), f"{p:.2f}" + ("" if place or one.scores.sure else " (not sure)"), fill="black")
+            draw.text(
+                (side + 120 + int(220 * p), y + 2),
+                f"{p:.2f}" + ("" if place or one.scores.sure else " (not sure)"),
+                fill="black",
+            )
     return sheet
 
 
 def retention_table(found: Retention) -> str:
-    """A line a concept: how alike when just learned and now, the class noun's likeness, how much is kept, the DC score now."""
+    """A line a concept: how alike when just learned and now, the class noun's likeness, how much is
+    kept, the DC score now.
+    """
     lines = ["concept                  learned   now   noun   kept   DC score"]
     for j, name in enumerate(found.names):
         kept = "     -" if found.kept[j].isnan() else f"{100 * float(found.kept[j]):5.0f} %"
         score = "      -" if found.recognised[j].isnan() else f"{float(found.recognised[j]):7.2f}"
-        learned, now, noun = (float(x) for x in (found.likeness[j, j], found.likeness[-1, j], found.floor[j]))
+        learned, now, noun = (
+            float(x) for x in (found.likeness[j, j], found.likeness[-1, j], found.floor[j])
+        )
         lines.append(f"{name[:24]:<24} {learned:7.2f} {now:6.2f} {noun:6.2f} {kept}  {score}")
     return "\n".join(lines)
 
 
 def retention_sheet(found: Retention, *, side: int = 96, shown: int = 2) -> Image.Image:
-    """The heat map of R with pictures: a row for each concept, a column for each concept learned since; green is alike, red is not."""
+    """The heat map of R with pictures: a row for each concept, a column for each concept learned
+    since; green is alike, red is not.
+    """
     count, margin = len(found.names), 130
     width = shown * side + 8
     sheet = Image.new("RGB", (margin + count * width, 24 + count * (side + 26)), "white")
@@ -92,7 +120,9 @@ def retention_sheet(found: Retention, *, side: int = 96, shown: int = 2) -> Imag
     for (i, j), pictures in found.pictures.items():
         left, top = margin + i * width, 24 + j * (side + 26)
         low = min(float(found.floor[j]), float(found.likeness[j, j]) - 0.05)
-        share = min(1.0, max(0.0, (float(found.likeness[i, j]) - low) / (float(found.likeness[j, j]) - low)))
+        share = min(
+            1.0, max(0.0, (float(found.likeness[i, j]) - low) / (float(found.likeness[j, j]) - low))
+        )
         color = (int(220 - 120 * share), int(110 + 90 * share), 110)
         draw.rectangle((left, top, left + width - 3, top + side + 23), fill=color)
         for place, picture in enumerate(pictures[:shown]):
@@ -104,7 +134,10 @@ def retention_sheet(found: Retention, *, side: int = 96, shown: int = 2) -> Imag
 
 def figure(images: Sequence[Image.Image], caption: str, width: int = 128) -> str:
     """A row of pictures with a caption, as HTML."""
-    tags = "".join(f'<img width="{width}" alt="" src="data:image/png;base64,{_png(image)}">' for image in images)
+    tags = "".join(
+        f'<img width="{width}" alt="" src="data:image/png;base64,{_png(image)}">'
+        for image in images
+    )
     return f"<figure>{tags}<figcaption>{html.escape(caption)}</figcaption></figure>"
 
 
@@ -113,23 +146,30 @@ def curve(values: Sequence[float], caption: str, *, width: int = 520, height: in
     smooth = smoothed(values)
     low, high = min(smooth), max(smooth)
     spread = high - low or 1.0
+    across, down = (width - 50) / max(1, len(smooth) - 1), (height - 35) / spread
     points = " ".join(
-        f"{40 + i * (width - 50) / max(1, len(smooth) - 1):.1f},{10 + (high - v) / spread * (height - 35):.1f}" for i, v in enumerate(smooth)
+        f"{40 + i * across:.1f},{10 + (high - v) * down:.1f}" for i, v in enumerate(smooth)
     )
     return (
-        f'<figure><svg viewBox="0 0 {width} {height}" width="{width}" role="img" aria-label="{html.escape(caption)}">'
+        f'<figure><svg viewBox="0 0 {width} {height}" width="{width}" role="img" '
+        f'aria-label="{html.escape(caption)}">'
         f'<polyline points="{points}" fill="none" stroke="#2563eb" stroke-width="2"/>'
-        f'<g font-size="11" fill="#555"><text x="0" y="15">{high:.3f}</text><text x="0" y="{height - 24}">{low:.3f}</text>'
-        f'<text x="40" y="{height - 6}">step 1</text><text x="{width - 60}" y="{height - 6}">{len(values)}</text></g></svg>'
+        f'<g font-size="11" fill="#555"><text x="0" y="15">{high:.3f}</text><text x="0" '
+        f'y="{height - 24}">{low:.3f}</text>'
+        f'<text x="40" y="{height - 6}">step 1</text><text x="{width - 60}" '
+        f'y="{height - 6}">{len(values)}</text></g></svg>'
         f"<figcaption>{html.escape(caption)}</figcaption></figure>"
     )
 
 
 def page(title: str, intro: str, sections: Sequence[tuple[str, Sequence[str]]]) -> str:
     """A whole HTML page; section bodies are HTML made by `figure` and `curve`."""
-    body = "".join(f"<h2>{html.escape(heading)}</h2>{''.join(parts)}" for heading, parts in sections)
+    body = "".join(
+        f"<h2>{html.escape(heading)}</h2>{''.join(parts)}" for heading, parts in sections
+    )
     return (
-        f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{html.escape(title)}</title><style>{_STYLE}</style></head>'
+        '<!doctype html><html lang="en"><head><meta '
+        f'charset="utf-8"><title>{html.escape(title)}</title><style>{_STYLE}</style></head>'
         f"<body><h1>{html.escape(title)}</h1><p>{html.escape(intro)}</p>{body}</body></html>"
     )
 

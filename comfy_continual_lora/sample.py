@@ -1,7 +1,10 @@
-"""Stage 8: draw pictures with a backbone, its adapter and its words. The solvers are diffusers' own.
+"""Stage 8: draw pictures with a backbone, its adapter and its words. The solvers are diffusers'
+own.
 
-Two learned things named in one prompt mix their looks, because text features mix. Prompts beside each other do not meet: each has an area of the
-picture, as large as one picture, and where areas overlap their predictions fade into one another at every step, so that they grow into one scene.
+Two learned things named in one prompt mix their looks, because text features mix. Prompts beside
+each other do not meet: each has an area of the
+picture, as large as one picture, and where areas overlap their predictions fade into one another at
+every step, so that they grow into one scene.
 Source: Bar-Tal et al. 2023 (MultiDiffusion, arXiv 2302.08113).
 """
 
@@ -24,9 +27,12 @@ OVERLAP = 0.25  # of an area's side
 
 def make_solver(name: str, backbone: Backbone) -> DDIMScheduler | DPMSolverMultistepScheduler:
     schedule = {
-        "num_train_timesteps": TIMESTEPS, "beta_start": BETA_START, "beta_end": BETA_END, "beta_schedule": "scaled_linear",
+        "num_train_timesteps": TIMESTEPS,
+        "beta_start": BETA_START,
+        "beta_end": BETA_END,
+        "beta_schedule": "scaled_linear",
         "prediction_type": backbone.prediction,
-    }  # fmt: skip
+    }
     if backbone.zero_snr:  # drawing has to begin where nothing is left of a picture
         schedule |= {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
     if name == "ddim":
@@ -43,16 +49,24 @@ def draw(
     settings: DrawSettings,
     on_progress: OnProgress = ignore,
 ) -> Tensor:
-    """One picture for each prompt and its seed, (n, 3, size, size) in -1..1; it does not depend on what is drawn beside it. `settings` are resolved.
+    """One picture for each prompt and its seed, (n, 3, size, size) in -1..1; it does not depend on
+    what is drawn beside it. `settings` are resolved.
 
-    Several prompts for a picture (equally many for all) are drawn from left to right, each in an area of its own: (n, 3, size, width).
-    Classifier-free guidance (Ho & Salimans 2022): eps = eps(negative) + g (eps(prompt) - eps(negative)).
+    Several prompts for a picture (equally many for all) are drawn from left to right, each in an
+    area of its own: (n, 3, size, width).
+    Classifier-free guidance (Ho & Salimans 2022): eps = eps(negative) + g (eps(prompt) -
+    eps(negative)).
     """
     assert settings.guidance is not None
     asked = [[prompt] if isinstance(prompt, str) else prompt for prompt in prompts]
     size, count = (settings.size or backbone.size) // 8, len(asked[0])
     shares, sides = _areas(size, count)
-    noise = torch.stack([torch.randn(4, size, shares.shape[1], generator=torch.Generator().manual_seed(seed)) for seed in seeds])
+    noise = torch.stack(
+        [
+            torch.randn(4, size, shares.shape[1], generator=torch.Generator().manual_seed(seed))
+            for seed in seeds
+        ]
+    )
     text = FrozenText(backbone, words)
     unwanted, shares = text([settings.negative]), shares.to(backbone.device)
     batch = max(1, BATCH // count)
@@ -69,7 +83,9 @@ def draw(
                 predicted = backbone.predict(seen, t, wanted)
             else:
                 both = torch.cat([unwanted.expand_as(wanted), wanted])
-                low, high = backbone.predict(torch.cat([seen] * 2), torch.cat([t] * 2), both).chunk(2)
+                low, high = backbone.predict(torch.cat([seen] * 2), torch.cat([t] * 2), both).chunk(
+                    2
+                )
                 predicted = low + settings.guidance * (high - low)
             joined = torch.zeros_like(latents)
             for share, side, own in zip(shares, sides, predicted.chunk(count), strict=True):
@@ -81,7 +97,9 @@ def draw(
 
 
 def _areas(size: int, count: int) -> tuple[Tensor, list[slice]]:
-    """What each area says at each column of the latents, (count, width), summing to 1, and which columns it has."""
+    """What each area says at each column of the latents, (count, width), summing to 1, and which
+    columns it has.
+    """
     overlap = int(size * OVERLAP)
     sides = [slice(k * (size - overlap), k * (size - overlap) + size) for k in range(count)]
     column = torch.arange(size)

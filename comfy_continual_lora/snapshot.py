@@ -1,10 +1,14 @@
-"""Stage 3: what an unfinished run has so far, in a file beside the stack, so that the same request goes on from there.
+"""Stage 3: what an unfinished run has so far, in a file beside the stack, so that the same request
+goes on from there.
 
-    <stack>.<token>.<run>.snapshot         while learning          <run>: the first digits of the run's identity
+    <stack>.<token>.<run>.snapshot         while learning          <run>: the first digits of the
+    run's identity
     <stack>.<token>.<run>.dsc.snapshot     while consolidating
 
-Tensors are the values that learn and the optimizer's state; the header holds identity, step, losses, what was
-asked for, and a checksum of all that. Each run has a file of its own, so no run overwrites another's.
+Tensors are the values that learn and the optimizer's state; the header holds identity, step,
+losses, what was
+asked for, and a checksum of all that. Each run has a file of its own, so no run overwrites
+another's.
 """
 
 from __future__ import annotations
@@ -38,7 +42,9 @@ class DamagedSnapshot(Exception):
 
 @dataclass(frozen=True)
 class Snapshot:
-    """`identity` is the run's; `asked` what it was asked for: settings by name, and hashes of the rest."""
+    """`identity` is the run's; `asked` what it was asked for: settings by name, and hashes of the
+    rest.
+    """
 
     identity: str
     step: int
@@ -68,7 +74,9 @@ def write_snapshot(path: Path, snapshot: Snapshot) -> None:
 
 
 def read_snapshot(path: Path) -> Snapshot:
-    """Errors: OSError for a file that can't be read; DamagedSnapshot for one that is not as it was written."""
+    """Errors: OSError for a file that can't be read; DamagedSnapshot for one that is not as it was
+    written.
+    """
     try:
         data = path.read_bytes()
         tensors = load(data)
@@ -83,7 +91,13 @@ def read_snapshot(path: Path) -> Snapshot:
         raise DamagedSnapshot("its checksum is wrong")
     try:
         losses = [float(loss) for loss in json.loads(header["losses"])]
-        return Snapshot(header["identity"], int(header["step"]), losses, dict(json.loads(header["asked"])), tensors)
+        return Snapshot(
+            header["identity"],
+            int(header["step"]),
+            losses,
+            dict(json.loads(header["asked"])),
+            tensors,
+        )
     except (KeyError, ValueError, TypeError, RecursionError) as error:
         raise DamagedSnapshot(f"it is not whole: {error}") from None
 
@@ -97,18 +111,24 @@ def _checksum(tensors: Mapping[str, Tensor], header: Mapping[str, str]) -> str:
 
 
 def other_runs(files: Iterable[Path], asked: Mapping[str, Any]) -> list[str]:
-    """A sentence on each unfinished run of the same word that is not the one asked for: where it is, how far, how to go on with it."""
+    """A sentence on each unfinished run of the same word that is not the one asked for: where it
+    is, how far, how to go on with it.
+    """
     found = []
     for path in files:
         try:
             other = read_snapshot(path)
         except (OSError, DamagedSnapshot) as error:
-            found.append(f"{path} is what another run left, and can't be used ({error}). It is not touched; delete it if it is not wanted.")
+            found.append(
+                f"{path} is what another run left, and can't be used ({error}). It is not "
+                "touched; delete it if it is not wanted."
+            )
             continue
         if other.identity != identity(asked):
             differs = _differences(other.asked, asked)
             found.append(
-                f"Another run of {asked.get('token', 'this word')} was stopped at step {other.step} and is kept in {path}. It differs in {differs}. "
+                f"Another run of {asked.get('token', 'this word')} was stopped at step "
+                f"{other.step} and is kept in {path}. It differs in {differs}. "
                 "To go on with it, ask for it as it was; delete the file if it is not wanted."
             )
     return found
@@ -117,5 +137,9 @@ def other_runs(files: Iterable[Path], asked: Mapping[str, Any]) -> list[str]:
 def _differences(theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> str:
     words = [text for name, text in _WHAT.items() if theirs.get(name) != ours.get(name)]
     before, now = theirs.get("settings", {}), ours.get("settings", {})
-    words += [f"{name} ({before.get(name)}, now {now.get(name)})" for name in sorted({*before, *now}) if before.get(name) != now.get(name)]
+    words += [
+        f"{name} ({before.get(name)}, now {now.get(name)})"
+        for name in sorted({*before, *now})
+        if before.get(name) != now.get(name)
+    ]
     return ", ".join(words) or "how it was begun"

@@ -1,12 +1,16 @@
-"""Stage 6: a stack file's header and its history, read and checked without loading a tensor. Light: lists and tabs read it too.
+"""Stage 6: a stack file's header and its history, read and checked without loading a tensor. Light:
+lists and tabs read it too.
 
-A stack file may come from a stranger, so everything in it is data: `checked` stands between it and all
+A stack file may come from a stranger, so everything in it is data: `checked` stands between it and
+all
 else, and refuses by name what is not as `store.save_stack` writes it.
 
     <name>.concepts.safetensors          the version in use
-    <name>.concepts.history/7.stack      an earlier version, or one that was undone: whole stack files
+    <name>.concepts.history/7.stack      an earlier version, or one that was undone: whole stack
+    files
 
-Each version knows its number, the change that made it and the version that was changed (its parent), so
+Each version knows its number, the change that made it and the version that was changed (its
+parent), so
 undoing is going back to the parent, and what was undone can be gone back to as well.
 """
 
@@ -47,7 +51,9 @@ CHANGES = {
 
 @dataclass(frozen=True)
 class Change:
-    """What made a version of a stack: kind, a key of CHANGES; how prompts name the concepts it is about; when, ISO 8601 in UTC."""
+    """What made a version of a stack: kind, a key of CHANGES; how prompts name the concepts it is
+    about; when, ISO 8601 in UTC.
+    """
 
     kind: str
     names: Sequence[str]
@@ -59,7 +65,11 @@ class Change:
 
 @dataclass(frozen=True)
 class Version:
-    """One version of a stack. `parent` is the number of the version that was changed, None where it is not known; `size` in bytes."""
+    """One version of a stack.
+
+    `parent` is the number of the version that was changed, None where it is not known; `size` in
+    bytes.
+    """
 
     number: int
     parent: int | None
@@ -98,8 +108,10 @@ def read_shapes(path: Path) -> tuple[dict[str, Any], dict[str, Shape]]:
 def opened(path: Path) -> Iterator[tuple[IO[bytes], dict[str, Any], dict[str, Shape]]]:
     """A stack file, open, with its checked header and its tensors' shapes.
 
-    Whatever is read through it is of one version, though another program replaces the file meanwhile.
-    Errors: StackError for a file that is missing, damaged, foreign, tampered with or newer than this program.
+    Whatever is read through it is of one version, though another program replaces the file
+    meanwhile.
+    Errors: StackError for a file that is missing, damaged, foreign, tampered with or newer than
+    this program.
     """
     try:
         with real_file(path).open("rb") as file:
@@ -110,17 +122,24 @@ def opened(path: Path) -> Iterator[tuple[IO[bytes], dict[str, Any], dict[str, Sh
 
 
 def _content(path: Path, file: IO[bytes]) -> tuple[dict[str, str], dict[str, Shape]]:
-    """The metadata and the tensors' shapes of a safetensors file. Errors: StackError for a damaged one."""
+    """The metadata and the tensors' shapes of a safetensors file.
+
+    Errors: StackError for a damaged one.
+    """
     try:
         start = file.read(8)
         length = struct.unpack("<Q", start)[0] if len(start) == 8 else 0
         if not 2 <= length <= _MOST_HEADER:
             raise ValueError("it has no header")
-        content = json.loads(_whole(file.read(length), length), parse_constant=_refused, object_pairs_hook=_once)
+        content = json.loads(
+            _whole(file.read(length), length), parse_constant=_refused, object_pairs_hook=_once
+        )
         if not isinstance(content, dict):
             raise ValueError("its header is no object")
         metadata = content.pop("__metadata__", {})
-        if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
+        if not isinstance(metadata, dict) or not all(
+            isinstance(value, str) for value in metadata.values()
+        ):
             raise ValueError("its metadata is not text")
         return metadata, _shapes(content, 8 + length, file.seek(0, 2))
     except (ValueError, TypeError, KeyError, RecursionError) as error:
@@ -145,11 +164,16 @@ def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _shapes(entries: Mapping[str, Any], first: int, end_of_file: int) -> dict[str, Shape]:
-    """The tensors, which have to fill the file from its byte `first` on without gap or overlap. Errors: ValueError."""
+    """The tensors, which have to fill the file from its byte `first` on without gap or overlap.
+
+    Errors: ValueError.
+    """
     found, spans, size = {}, [], end_of_file - first
     for name, one in entries.items():
         dtype, sizes, (start, end) = one["dtype"], one["shape"], one["data_offsets"]
-        if not isinstance(dtype, str) or not all(type(n) is int and 0 <= n < 2**40 for n in (*sizes, start, end)):
+        if not isinstance(dtype, str) or not all(
+            type(n) is int and 0 <= n < 2**40 for n in (*sizes, start, end)
+        ):
             raise ValueError(f"its tensor {name} has no proper size")
         found[name] = Shape(dtype, tuple(sizes), first + start)
         spans.append((start, end))
@@ -166,14 +190,20 @@ def unreadable(path: Path, error: OSError) -> StackError:
     why = error.strerror or str(error)
     if isinstance(error, FileNotFoundError):
         return StackError(f"There is no concept stack at {path}. Learn a concept first.")
-    return StackError(f"The concept stack {path} can't be read ({why}). See that this user may read it; nothing in it was changed.")
+    return StackError(
+        f"The concept stack {path} can't be read ({why}). See that this user may read it; nothing "
+        "in it was changed."
+    )
 
 
 def damaged(path: Path, why: str) -> StackError:
     """The error for a file that is no whole stack; it names the newest version to go back to."""
     earlier = [p for p in (*_history(path).values(), _previous(path)) if p.exists()]
     rescue = f" The version before it is {earlier[0]}: restore goes back to it." if earlier else ""
-    return StackError(f"The concept stack {path} can't be read ({why}): it is cut short or was changed by something else.{rescue}")
+    return StackError(
+        f"The concept stack {path} can't be read ({why}): it is cut short or was changed by "
+        f"something else.{rescue}"
+    )
 
 
 # --- the schema ----------------------------------------------------------------------------------
@@ -183,11 +213,15 @@ Check = Callable[[Any], bool]
 
 def _text(pattern: str = r"[^\x00-\x1f\ud800-\udfff]*", most: int = 1000) -> Check:
     expression = re.compile(pattern)
-    return lambda value: isinstance(value, str) and len(value) <= most and bool(expression.fullmatch(value))
+    return lambda value: (
+        isinstance(value, str) and len(value) <= most and bool(expression.fullmatch(value))
+    )
 
 
 def _number(low: float, high: float = math.inf) -> Check:
-    return lambda value: type(value) in (int, float) and math.isfinite(value) and low <= value <= high
+    return lambda value: (
+        type(value) in (int, float) and math.isfinite(value) and low <= value <= high
+    )
 
 
 def _count(low: int, high: int) -> Check:
@@ -217,8 +251,14 @@ def _settings(value: Any) -> bool:
     """What a concept was learned with: names and plain values."""
     if not isinstance(value, dict) or not all(map(_text(r"\w*", 64), value)):
         return False
-    plain = all(v is None or type(v) is bool or _LINE(v) or _number(-math.inf)(v) for v in value.values())
-    return plain and _or_none(_RANK)(value.get("rank")) and value.get("adapter", "lora") in ("lora", "vera")
+    plain = all(
+        v is None or type(v) is bool or _LINE(v) or _number(-math.inf)(v) for v in value.values()
+    )
+    return (
+        plain
+        and _or_none(_RANK)(value.get("rank"))
+        and value.get("adapter", "lora") in ("lora", "vera")
+    )
 
 
 _LINE = _text()
@@ -240,7 +280,10 @@ _RECORD: dict[str, tuple[Check, str]] = {
     "hashes": (_list(_DIGEST), "a list of hashes"),
     "learned": (_date, "a date and time"),
     "loss": (_number(-math.inf), "a finite number"),
-    "preview": (_text(r"(?:[A-Za-z0-9+/]{4})*(?:[A-Za-z0-9+/]{2}==|[A-Za-z0-9+/]{3}=)?", 1_000_000), "a picture in base64"),
+    "preview": (
+        _text(r"(?:[A-Za-z0-9+/]{4})*(?:[A-Za-z0-9+/]{2}==|[A-Za-z0-9+/]{3}=)?", 1_000_000),
+        "a picture in base64",
+    ),
     "settings": (_settings, "settings by name"),
     "with_noun": (lambda value: type(value) is bool, "true or false"),
     "request": (_DIGEST, "a hash"),
@@ -271,8 +314,14 @@ _HEADER: dict[str, tuple[Check, str]] = {
     "history": (_count(0, 1000), "a number of versions"),
 }
 _HEADER_DEFAULTS = {
-    "tau": None, "base": {}, "identity": "", "number": None, "parent": None, "change": None, "history": HISTORY,
-}  # fmt: skip
+    "tau": None,
+    "base": {},
+    "identity": "",
+    "number": None,
+    "parent": None,
+    "change": None,
+    "history": HISTORY,
+}
 _LAYER = r"[A-Za-z0-9_]+(?:\.[A-Za-z0-9_]+)*"
 _NAMES = re.compile(
     rf"(?P<word>word)\.(?P<of>[A-Za-z0-9_-]+)|(?P<part>adapter|before)\.(?P<layer>{_LAYER})\.(?P<letter>[ABdbD])"
@@ -281,12 +330,16 @@ _NAMES = re.compile(
 
 
 def checked(path: Path, metadata: Any, shapes: Mapping[str, Shape]) -> dict[str, Any]:
-    """The header of a stack file, every field there and of its type, and tensors that fit it and each other.
+    """The header of a stack file, every field there and of its type, and tensors that fit it and
+    each other.
 
     Errors: StackError that names what is not as it has to be.
     """
     if not isinstance(metadata, dict) or metadata.get("format") != FORMAT:
-        raise StackError(f"{path} is a safetensors file but no concept stack. Move it away, or name another stack.")
+        raise StackError(
+            f"{path} is a safetensors file but no concept stack. Move it away, or name another "
+            "stack."
+        )
     try:
         header = json.loads(metadata["stack"], parse_constant=_refused, object_pairs_hook=_once)
         if not isinstance(header, dict):
@@ -295,13 +348,22 @@ def checked(path: Path, metadata: Any, shapes: Mapping[str, Shape]) -> dict[str,
         raise damaged(path, str(error)) from None
     version = header.get("version")
     if type(version) is int and version > VERSION:
-        raise StackError(f"{path} has format version {version}, this program reads up to {VERSION}. Update comfy-continual-lora.")
+        raise StackError(
+            f"{path} has format version {version}, this program reads up to {VERSION}. Update "
+            "comfy-continual-lora."
+        )
     header = _fields(path, "", {**_HEADER_DEFAULTS, **header}, _HEADER)
-    header["base"] = _fields(path, "base: ", {"preset": "sd1", "prediction": "epsilon", "word_widths": [], **header["base"]}, _BASE)
+    header["base"] = _fields(
+        path,
+        "base: ",
+        {"preset": "sd1", "prediction": "epsilon", "word_widths": [], **header["base"]},
+        _BASE,
+    )
     if header["change"] is not None:
         header["change"] = _fields(path, "change: ", header["change"], _CHANGE)
     header["concepts"] = [
-        _fields(path, f"concept {number}: ", {**_RECORD_DEFAULTS, **record}, _RECORD) for number, record in enumerate(header["concepts"], start=1)
+        _fields(path, f"concept {number}: ", {**_RECORD_DEFAULTS, **record}, _RECORD)
+        for number, record in enumerate(header["concepts"], start=1)
     ]
     for name in ("id", "token"):
         values = [record[name].lower() for record in header["concepts"]]
@@ -311,10 +373,13 @@ def checked(path: Path, metadata: Any, shapes: Mapping[str, Shape]) -> dict[str,
     return header
 
 
-def _fields(path: Path, where: str, given: dict[str, Any], schema: Mapping[str, tuple[Check, str]]) -> dict[str, Any]:
+def _fields(
+    path: Path, where: str, given: dict[str, Any], schema: Mapping[str, tuple[Check, str]]
+) -> dict[str, Any]:
     if unknown := sorted(given.keys() - schema.keys()):
         raise StackError(
-            f"The concept stack {path} has a field this version does not know ({where}{unknown[0][:64]!r}): "
+            f"The concept stack {path} has a field this version does not know "
+            f"({where}{unknown[0][:64]!r}): "
             "a newer one wrote it. Update comfy-continual-lora."
         )
     for name, (check, expected) in schema.items():
@@ -327,7 +392,8 @@ def _fields(path: Path, where: str, given: dict[str, Any], schema: Mapping[str, 
 
 def _wrong(path: Path, what: str) -> StackError:
     return StackError(
-        f"The concept stack {path} can't be used: {what}. It is damaged or was tampered with; get it again, or restore an earlier version."
+        f"The concept stack {path} can't be used: {what}. It is damaged or was tampered with; get "
+        "it again, or restore an earlier version."
     )
 
 
@@ -349,7 +415,10 @@ def _tensors_fit(path: Path, header: Mapping[str, Any], shapes: Mapping[str, Sha
             words[concept] = shape.sizes
             continue
         part = found["part"] or f"{found['held']}.{concept}"
-        layer, letter = found["layer"] or found["held_layer"], found["letter"] or found["held_letter"]
+        layer, letter = (
+            found["layer"] or found["held_layer"],
+            found["letter"] or found["held_letter"],
+        )
         adapters.setdefault(part, {}).setdefault(layer, {})[letter] = shape.sizes
     _words_fit(path, header, words)
     ends: dict[str, dict[str, tuple[int | None, int | None]]] = {}
@@ -372,15 +441,29 @@ def _words_fit(path: Path, header: Mapping[str, Any], words: Mapping[str, tuple[
         sizes = words.get(record["id"])
         if sizes is None:
             raise _wrong(path, f"the word of {record['token']} is missing")
-        if len(sizes) not in (1, 2) or not all(sizes) or (len(sizes) == 2 and sizes[0] > MOST_VECTORS):
-            raise _wrong(path, f"the word of {record['token']} has the shape {sizes}, expected 1 to {MOST_VECTORS} vectors")
+        if (
+            len(sizes) not in (1, 2)
+            or not all(sizes)
+            or (len(sizes) == 2 and sizes[0] > MOST_VECTORS)
+        ):
+            raise _wrong(
+                path,
+                f"the word of {record['token']} has the shape {sizes}, expected 1 to "
+                f"{MOST_VECTORS} vectors",
+            )
         widths.add(sizes[-1])
     told = sum(header["base"]["word_widths"])
     if len(widths | ({told} if told else set())) > 1 and widths:
-        raise _wrong(path, f"its words have different widths ({', '.join(map(str, sorted(widths)))}; {told or 'none'} by its header)")
+        raise _wrong(
+            path,
+            f"its words have different widths ({', '.join(map(str, sorted(widths)))}; "
+            f"{told or 'none'} by its header)",
+        )
 
 
-def _layers_fit(path: Path, part: str, layers: Mapping[str, Mapping[str, tuple[int, ...]]]) -> dict[str, tuple[int | None, int | None]]:
+def _layers_fit(
+    path: Path, part: str, layers: Mapping[str, Mapping[str, tuple[int, ...]]]
+) -> dict[str, tuple[int | None, int | None]]:
     """Of each layer the numbers of outputs and inputs, as far as its matrices tell."""
     found, ranks = {}, set()
     for layer, parts in layers.items():
@@ -394,7 +477,11 @@ def _layers_fit(path: Path, part: str, layers: Mapping[str, Mapping[str, tuple[i
         elif dims == {"D": 2} or (dims == {"W": 2} and part.startswith("fisher")):
             found[layer] = next(iter(parts.values()))
         else:
-            raise _wrong(path, f"{part} is not whole in its layer {layer}: {', '.join(f'{k} {v}' for k, v in parts.items())}")
+            raise _wrong(
+                path,
+                f"{part} is not whole in its layer {layer}: "
+                f"{', '.join(f'{k} {v}' for k, v in parts.items())}",
+            )
         if 0 in found[layer] or 0 in ranks:
             raise _wrong(path, f"{part} is empty in its layer {layer}")
     kinds = {"".join(sorted(parts)) for parts in layers.values()}
@@ -426,7 +513,8 @@ def _previous(path: Path) -> Path:
 
 
 def versions(path: Path) -> list[Version]:
-    """All versions of a stack that are kept, the newest first; files among them that can't be read are left out.
+    """All versions of a stack that are kept, the newest first; files among them that can't be read
+    are left out.
 
     Errors: StackError where the version in use can't be read.
     """
@@ -439,7 +527,10 @@ def versions(path: Path) -> list[Version]:
 
 
 def in_use(path: Path) -> Version | None:
-    """The version that is the stack now; None where there is no stack. Errors: StackError where it can't be read."""
+    """The version that is the stack now; None where there is no stack.
+
+    Errors: StackError where it can't be read.
+    """
     return next((one for one in versions(path) if one.current), None)
 
 
@@ -460,17 +551,26 @@ def _version(file: Path, number: int, *, current: bool) -> Version:
     header = read_header(file)
     number = header["number"] if current and header["number"] is not None else number
     parent = header["parent"]
-    if header["number"] is None and number:  # an earlier program wrote it, over the version before it
+    if (
+        header["number"] is None and number
+    ):  # an earlier program wrote it, over the version before it
         parent = number - 1
     told, records = change_of(header), header["concepts"]
     when = told.when if told else records[-1]["learned"] if records else ""
     tokens = [record["token"] for record in records]
-    text = str(told) if told else f"a change that an earlier program made; newest: {tokens[-1] if tokens else 'none'}"
+    text = (
+        str(told)
+        if told
+        else f"a change that an earlier program made; newest: {tokens[-1] if tokens else 'none'}"
+    )
     return Version(number, parent, text, when, tokens, file.stat().st_size, current, file)
 
 
 def parent_of(path: Path) -> Version | None:
-    """The version that undoing goes back to, if it is kept. Errors: StackError where there is no stack."""
+    """The version that undoing goes back to, if it is kept.
+
+    Errors: StackError where there is no stack.
+    """
     path = real_file(path)
     now, found = read_header(path), versions(path)
     current = next(one for one in found if one.current)
@@ -482,7 +582,10 @@ def parent_of(path: Path) -> Version | None:
 
 
 def undo_preview(path: Path) -> str:
-    """What undoing would do, in one sentence; or that there is nothing to undo. Errors: StackError for a file that can't be read."""
+    """What undoing would do, in one sentence; or that there is nothing to undo.
+
+    Errors: StackError for a file that can't be read.
+    """
     current = in_use(path)
     if current is None:
         return "There is nothing to undo: no concept was learned yet."
@@ -494,7 +597,10 @@ def undo_preview(path: Path) -> str:
     if not current.tokens:
         return "There is nothing to undo: the stack is empty, and no earlier version of it is kept."
     if not takes_off_newest(path):
-        return f"There is nothing to undo: the version before this change ({current.change}) is no longer kept."
+        return (
+            f"There is nothing to undo: the version before this change ({current.change}) is no "
+            "longer kept."
+        )
     return f"Undo takes {current.tokens[-1]} off. {_then(current.tokens[:-1])}"
 
 
@@ -503,10 +609,14 @@ def _then(tokens: Sequence[str]) -> str:
 
 
 def takes_off_newest(path: Path) -> bool:
-    """Whether, without the version before, the last change can be taken back: what was learned last lies on top of the pool."""
+    """Whether, without the version before, the last change can be taken back: what was learned last
+    lies on top of the pool.
+    """
     header = read_header(path)
     change = change_of(header)
-    return bool(header["concepts"]) and (change is None or change.kind in ("learned", "imported", "undone"))
+    return bool(header["concepts"]) and (
+        change is None or change.kind in ("learned", "imported", "undone")
+    )
 
 
 def change_of(header: Mapping[str, Any]) -> Change | None:

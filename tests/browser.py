@@ -9,17 +9,32 @@ from typing import Any
 
 import pytest
 
-CHROMIUM = next((path for name in ("chromium", "chromium-browser", "google-chrome") if (path := shutil.which(name))), None)
+CHROMIUM = next(
+    (
+        path
+        for name in ("chromium", "chromium-browser", "google-chrome")
+        if (path := shutil.which(name))
+    ),
+    None,
+)
 FLAGS = [
-    "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking", "--disable-component-update",
-    "--disable-sync", "--host-resolver-rules=MAP * ~NOTFOUND, EXCLUDE 127.0.0.1",
-]  # fmt: skip
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-quic",
+    "--no-first-run",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+    "--host-resolver-rules=MAP * ~NOTFOUND, EXCLUDE 127.0.0.1",
+]
 SAID = "([where, text]) => document.querySelector(where)?.innerText.includes(text)"
 
 
 @contextmanager
 def page(address: str, width: int = 1600, height: int = 1000) -> Iterator[Any]:
-    """An open page that reaches nothing but this machine (a route would lose the bodies of uploads); skips the test where there is no browser."""
+    """An open page that reaches nothing but this machine (a route would lose the bodies of
+    uploads); skips the test where there is no browser.
+    """
     playwright = pytest.importorskip("playwright.sync_api")
     with playwright.sync_playwright() as p:
         browser = p.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
@@ -32,7 +47,9 @@ def page(address: str, width: int = 1600, height: int = 1000) -> Iterator[Any]:
 def type_beside(opened: Any, table: str, name: str, text: str) -> None:
     """Write into the cell right of the one that says `name`, in a gradio table of any version."""
     cell = ":is(tbody td, [role=gridcell])"
-    opened.dblclick(f"{table} {cell}:has-text('{name}') + {cell} >> visible=true >> nth=-1")  # the first may be an invisible one for sizes
+    opened.dblclick(
+        f"{table} {cell}:has-text('{name}') + {cell} >> visible=true >> nth=-1"
+    )  # the first may be an invisible one for sizes
     opened.keyboard.press("Control+A")
     opened.keyboard.type(text)
     opened.keyboard.press("Enter")

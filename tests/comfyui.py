@@ -1,4 +1,6 @@
-"""A real ComfyUI for the tests: found, started with a copy of this pack, driven through its HTTP API."""
+"""A real ComfyUI for the tests: found, started with a copy of this pack, driven through its HTTP
+API.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +14,14 @@ from typing import Any
 from server import Server, free_port
 
 REPOSITORY = Path(__file__).parents[1]
-PACK = ("__init__.py", "comfy_continual_lora", "workflows", "web", "pyproject.toml", "requirements.txt")
+PACK = (
+    "__init__.py",
+    "comfy_continual_lora",
+    "workflows",
+    "web",
+    "pyproject.toml",
+    "requirements.txt",
+)
 
 
 def find_comfyui() -> Path | None:
@@ -27,7 +36,10 @@ def python_of(comfyui: Path) -> str:
 
 
 class ComfyUI(Server):
-    """A running server. `base` holds its models, inputs and outputs, and the pack in custom_nodes."""
+    """A running server.
+
+    `base` holds its models, inputs and outputs, and the pack in custom_nodes.
+    """
 
     def __init__(self, comfyui: Path, base: Path) -> None:
         self.comfyui, self.base, self.log = comfyui, base, base / "log.txt"
@@ -36,7 +48,9 @@ class ComfyUI(Server):
             for name in PACK:
                 source = REPOSITORY / name
                 if source.is_dir():
-                    shutil.copytree(source, self.pack / name, ignore=shutil.ignore_patterns("__pycache__"))
+                    shutil.copytree(
+                        source, self.pack / name, ignore=shutil.ignore_patterns("__pycache__")
+                    )
                 elif source.exists():
                     self.pack.mkdir(parents=True, exist_ok=True)
                     shutil.copy(source, self.pack / name)
@@ -44,9 +58,25 @@ class ComfyUI(Server):
 
     def start(self) -> None:
         port = free_port()
-        command = [python_of(self.comfyui), "main.py", "--cpu", "--port", str(port), "--listen", "127.0.0.1", "--base-directory", str(self.base)]
+        command = [
+            python_of(self.comfyui),
+            "main.py",
+            "--cpu",
+            "--port",
+            str(port),
+            "--listen",
+            "127.0.0.1",
+            "--base-directory",
+            str(self.base),
+        ]
         env = {**os.environ, "PYTHONPATH": ""}
-        self.launch([*command, "--disable-metadata"], port, lambda: self.answers("/system_stats"), cwd=self.comfyui, env=env)
+        self.launch(
+            [*command, "--disable-metadata"],
+            port,
+            lambda: self.answers("/system_stats"),
+            cwd=self.comfyui,
+            env=env,
+        )
 
     def queue(self, prompt: dict[str, Any]) -> str:
         return self.post("/prompt", {"prompt": prompt, "client_id": "test"})["prompt_id"]
@@ -72,19 +102,32 @@ class ComfyUI(Server):
 
     def pictures(self, done: dict[str, Any], node: str) -> list[Path]:
         folders = {"output": self.base / "output", "temp": self.base / "temp"}
-        return [folders[one["type"]] / one["subfolder"] / one["filename"] for one in done["outputs"][node]["images"]]
+        return [
+            folders[one["type"]] / one["subfolder"] / one["filename"]
+            for one in done["outputs"][node]["images"]
+        ]
 
 
 def error_of(done: dict[str, Any]) -> str:
     """The message of the node that failed, or nothing."""
     return next(
-        (str(m[1].get("exception_message", m[0])) for m in done["status"]["messages"] if m[0] in ("execution_error", "execution_interrupted")), ""
+        (
+            str(m[1].get("exception_message", m[0]))
+            for m in done["status"]["messages"]
+            if m[0] in ("execution_error", "execution_interrupted")
+        ),
+        "",
     )
 
 
 def executed(done: dict[str, Any]) -> set[str]:
     """The nodes that really ran: those not taken from the cache."""
-    cached = {node for m in done["status"]["messages"] if m[0] == "execution_cached" for node in m[1]["nodes"]}
+    cached = {
+        node
+        for m in done["status"]["messages"]
+        if m[0] == "execution_cached"
+        for node in m[1]["nodes"]
+    }
     return set(done["prompt"][2]) - cached
 
 
@@ -96,16 +139,26 @@ def to_prompt(workflow: dict[str, Any], known: dict[str, Any]) -> dict[str, Any]
         if node["type"] in ("Note", "MarkdownNote"):
             continue
         declared = known[node["type"]]["input"]
-        linked = {one["name"]: one["link"] for one in node.get("inputs", []) if one.get("link") is not None}
+        linked = {
+            one["name"]: one["link"]
+            for one in node.get("inputs", [])
+            if one.get("link") is not None
+        }
         values, inputs = iter(node.get("widgets_values", [])), {}
         for name, spec in {**declared.get("required", {}), **declared.get("optional", {})}.items():
             options = spec[1] if len(spec) > 1 else {}
-            is_widget = (isinstance(spec[0], list) or spec[0] in ("INT", "FLOAT", "STRING", "BOOLEAN", "COMBO")) and not options.get("forceInput")
+            is_widget = (
+                isinstance(spec[0], list)
+                or spec[0] in ("INT", "FLOAT", "STRING", "BOOLEAN", "COMBO")
+            ) and not options.get("forceInput")
             if is_widget:
                 inputs[name] = next(values)
                 if options.get("control_after_generate"):
                     next(values)
             if name in linked:
                 inputs[name] = [str(links[linked[name]][1]), links[linked[name]][2]]
-        prompt[str(node["id"])] = {"class_type": node["type"], "inputs": {k: v for k, v in inputs.items() if v is not None}}
+        prompt[str(node["id"])] = {
+            "class_type": node["type"],
+            "inputs": {k: v for k, v in inputs.items() if v is not None},
+        }
     return prompt

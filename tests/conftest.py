@@ -20,7 +20,9 @@ NOUNS = {"V1": "ball", "V2": "fish", "V3": "mug"}
 
 
 def pytest_configure() -> None:
-    """Each of several workers computes on one core: two threads each on two cores take several times as long."""
+    """Each of several workers computes on one core: two threads each on two cores take several
+    times as long.
+    """
     if "PYTEST_XDIST_WORKER" in os.environ:
         os.environ["OMP_NUM_THREADS"] = "1"
         torch.set_num_threads(1)
@@ -40,7 +42,9 @@ def frozen(request: pytest.FixtureRequest) -> str:
 
 
 @pytest.fixture(scope="module")
-def host(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, frozen: str) -> Iterator[WebUI]:
+def host(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, frozen: str
+) -> Iterator[WebUI]:
     """The module's web UI, running."""
     server = WebUI(request.module.FOUND, tmp_path_factory.mktemp("webui"))
     server.put_the_mini_and_us()

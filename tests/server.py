@@ -1,4 +1,6 @@
-"""What the tests' host programs have in common: a process that serves JSON over HTTP on a free port."""
+"""What the tests' host programs have in common: a process that serves JSON over HTTP on a free
+port.
+"""
 
 from __future__ import annotations
 
@@ -26,11 +28,21 @@ class Server:
     log: Path
     process: subprocess.Popen[bytes]
 
-    def launch(self, command: list[str], port: int, ready: Callable[[], bool], *, cwd: Path, env: dict[str, str]) -> None:
+    def launch(
+        self,
+        command: list[str],
+        port: int,
+        ready: Callable[[], bool],
+        *,
+        cwd: Path,
+        env: dict[str, str],
+    ) -> None:
         """Errors: RuntimeError with the end of the log when it ends or takes five minutes."""
         self.address = f"http://127.0.0.1:{port}"
         with self.log.open("w") as log:
-            self.process = subprocess.Popen(command, cwd=cwd, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=env)
+            self.process = subprocess.Popen(
+                command, cwd=cwd, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=env
+            )
         deadline = time.monotonic() + 300
         while not ready():
             if self.process.poll() is not None or time.monotonic() > deadline:
@@ -55,7 +67,9 @@ class Server:
 
     def post(self, path: str, body: Any) -> Any:
         """Errors: RuntimeError with the status and the server's words."""
-        request = urllib.request.Request(self.address + path, json.dumps(body).encode(), {"Content-Type": "application/json"})
+        request = urllib.request.Request(
+            self.address + path, json.dumps(body).encode(), {"Content-Type": "application/json"}
+        )
         try:
             with urllib.request.urlopen(request, timeout=600) as answer:
                 return json.loads(answer.read() or b"{}")

@@ -14,14 +14,28 @@ from typing import Any
 import pytest
 from browser import CHROMIUM, page
 from conftest import save_concept
-from webui import API, PLACE, WebUI, copies_of, drawn, find_webui, freeze, learn, learns_and_draws, learns_in_a_browser
+from webui import (
+    API,
+    PLACE,
+    WebUI,
+    copies_of,
+    drawn,
+    find_webui,
+    freeze,
+    learn,
+    learns_and_draws,
+    learns_in_a_browser,
+)
 
 from comfy_continual_lora import pipeline
 
 FOUND = find_webui()
 pytestmark = [
     pytest.mark.slow,
-    pytest.mark.skipif(FOUND is None, reason="no AUTOMATIC1111 with a venv at WEBUI_PATH or ~/stable-diffusion-webui"),
+    pytest.mark.skipif(
+        FOUND is None,
+        reason="no AUTOMATIC1111 with a venv at WEBUI_PATH or ~/stable-diffusion-webui",
+    ),
 ]
 
 
@@ -44,7 +58,9 @@ def test_interrupt_stops_a_job_and_the_same_request_goes_on(host: WebUI, picture
     request = learn(pictures, "V1", "stopped", steps=3000, snapshot_every=1)
     host.post(f"{API}/learn", request)
     _until_it_learns(host)
-    while "learn step" not in str((shown := host.get("/sdapi/v1/progress?skip_current_image=true"))["textinfo"]):
+    while "learn step" not in str(
+        (shown := host.get("/sdapi/v1/progress?skip_current_image=true"))["textinfo"]
+    ):
         time.sleep(0.1)
     assert 0 < shown["progress"] < 1
     with pytest.raises(RuntimeError, match="409"):
@@ -65,7 +81,9 @@ def _until_it_learns(host: WebUI) -> dict[str, Any]:
     return job
 
 
-def test_a_generation_queued_meanwhile_waits_and_the_web_ui_survives_the_workers_death(host: WebUI, pictures: Path) -> None:
+def test_a_generation_queued_meanwhile_waits_and_the_web_ui_survives_the_workers_death(
+    host: WebUI, pictures: Path
+) -> None:
     host.post(f"{API}/learn", learn(pictures, "V1", "killed", steps=3000))
     _until_it_learns(host)
     with ThreadPoolExecutor() as pool:
@@ -81,8 +99,16 @@ def test_a_generation_queued_meanwhile_waits_and_the_web_ui_survives_the_workers
 
 def _worker(host: WebUI) -> int:
     """The process of the job under way."""
-    children = [int(child) for task in Path(f"/proc/{host.process.pid}/task").iterdir() for child in (task / "children").read_text().split()]
-    return next(pid for pid in children if b"comfy_continual_lora.worker" in Path(f"/proc/{pid}/cmdline").read_bytes())
+    children = [
+        int(child)
+        for task in Path(f"/proc/{host.process.pid}/task").iterdir()
+        for child in (task / "children").read_text().split()
+    ]
+    return next(
+        pid
+        for pid in children
+        if b"comfy_continual_lora.worker" in Path(f"/proc/{pid}/cmdline").read_bytes()
+    )
 
 
 def test_mistakes_are_refused_in_words(host: WebUI, pictures: Path, tmp_path: Path) -> None:
@@ -93,15 +119,21 @@ def test_mistakes_are_refused_in_words(host: WebUI, pictures: Path, tmp_path: Pa
     host.post(f"{API}/learn", {**good, "token": "v1", "noun": "box"})
     assert "taken" in host.ended()["message"]
     for change, message in (
-        ({"checkpoint": "../x"}, "no checkpoint"), ({"noun": " "}, "noun is missing"), ({"stack": "../up"}, "only letters"),
-        ({"images": str(tmp_path)}, "outside the folders"), ({"images": ["?"]}, "no base64"), ({"settings": 3}, "an object"),
+        ({"checkpoint": "../x"}, "no checkpoint"),
+        ({"noun": " "}, "noun is missing"),
+        ({"stack": "../up"}, "only letters"),
+        ({"images": str(tmp_path)}, "outside the folders"),
+        ({"images": ["?"]}, "no base64"),
+        ({"settings": 3}, "an object"),
         ({"token": "V2", "images": [broken]}, "can't be read as an image"),
-    ):  # fmt: skip
+    ):
         with pytest.raises(RuntimeError, match=f"422.*{message}"):
             host.post(f"{API}/learn", {**good, **change})
 
 
-def test_scores_evaluate_consolidate_and_forget(host: WebUI, pictures: Path, tmp_path: Path) -> None:
+def test_scores_evaluate_consolidate_and_forget(
+    host: WebUI, pictures: Path, tmp_path: Path
+) -> None:
     second = save_concept(tmp_path / "second", 1)
     for token, folder in (("V1", pictures), ("V2", second)):
         host.post(f"{API}/learn", learn(folder, token, "deeds"))
@@ -111,22 +143,36 @@ def test_scores_evaluate_consolidate_and_forget(host: WebUI, pictures: Path, tmp
     for deed, body, found in (
         ("scores", {"images": images[:1], "settings": {"trials": 2}}, "images"),
         ("evaluate", {"settings": {"pictures": 1, "steps": 2, "trials": 2}}, "kept"),
-        ("consolidate", {"images": images, "settings": {"dsc_steps": 2, "batch": 3, "fisher_samples": 3}}, "losses"),
-        ("closed_form", {}, "rank"), ("export", {"only": ["V1"]}, "lora"), ("forget", {"token": "V1"}, "token"), ("undo", {}, "token"),
-    ):  # fmt: skip
+        (
+            "consolidate",
+            {"images": images, "settings": {"dsc_steps": 2, "batch": 3, "fisher_samples": 3}},
+            "losses",
+        ),
+        ("closed_form", {}, "rank"),
+        ("export", {"only": ["V1"]}, "lora"),
+        ("forget", {"token": "V1"}, "token"),
+        ("undo", {}, "token"),
+    ):
         host.post(f"{API}/{deed}", {**place, **body})
         job = host.ended()
         assert job["state"] == "done", job
         assert job["results"][deed][found]
     where = "checkpoint=mini-sd.safetensors&stack=deeds"
-    assert [one["token"] for one in host.get(f"{API}/concepts?{where}")] == ["V1", "V2"]  # forgetting was undone
-    forgot = next(one for one in host.get(f"{API}/history?{where}") if one["change"].startswith("forgot"))
+    assert [one["token"] for one in host.get(f"{API}/concepts?{where}")] == [
+        "V1",
+        "V2",
+    ]  # forgetting was undone
+    forgot = next(
+        one for one in host.get(f"{API}/history?{where}") if one["change"].startswith("forgot")
+    )
     host.post(f"{API}/restore", {**place, "version": forgot["number"]})
     assert host.ended()["results"]["restore"]["tokens"] == ["V2"]
     assert copies_of(host, "deeds") == []
 
 
-def test_no_option_chooses_a_program_or_opens_a_folder(host: WebUI, pictures: Path, tmp_path: Path) -> None:
+def test_no_option_chooses_a_program_or_opens_a_folder(
+    host: WebUI, pictures: Path, tmp_path: Path
+) -> None:
     """As a hostile page would: the options route asks for no login and no content type."""
     script, mark = tmp_path / "x.sh", tmp_path / "ran"
     script.write_text(f"#!/bin/sh\ntouch {mark}\nexit 1\n")

@@ -44,9 +44,15 @@ def _imports(path: Path) -> set[str]:
     found = set()
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.ImportFrom):
-            assert node.level or not (node.module or "").startswith("comfy_continual_lora"), f"{path}: import relatively, ComfyUI renames the package"
+            assert node.level or not (node.module or "").startswith("comfy_continual_lora"), (
+                f"{path}: import relatively, ComfyUI renames the package"
+            )
             if node.level == depth:
-                found |= {node.module.split(".")[0]} if node.module else {alias.name for alias in node.names}
+                found |= (
+                    {node.module.split(".")[0]}
+                    if node.module
+                    else {alias.name for alias in node.names}
+                )
     return found
 
 
@@ -67,5 +73,13 @@ def test_every_module_says_what_it_is() -> None:
 @pytest.mark.parametrize("module", LIGHT[:-1])
 def test_light_modules_import_nothing_heavy(module: str) -> None:
     heavy = "{'torch', 'diffusers', 'transformers', 'peft', 'numpy', 'PIL', 'safetensors'}"
-    code = f"import sys, comfy_continual_lora.{module}; found = {heavy} & set(sys.modules); sys.exit(f'imports {{found}}' if found else 0)"
-    assert subprocess.run([sys.executable, "-c", code], cwd=PACKAGE.parent, capture_output=True, text=True).stderr == ""
+    code = (
+        f"import sys, comfy_continual_lora.{module}; found = {heavy} & set(sys.modules); "
+        f"sys.exit(f'imports {{found}}' if found else 0)"
+    )
+    assert (
+        subprocess.run(
+            [sys.executable, "-c", code], cwd=PACKAGE.parent, capture_output=True, text=True
+        ).stderr
+        == ""
+    )

@@ -1,4 +1,6 @@
-"""Stage 1: what loads, what is refused and why, and that names and shapes agree with diffusers' own converters."""
+"""Stage 1: what loads, what is refused and why, and that names and shapes agree with diffusers' own
+converters.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +11,10 @@ from typing import Any
 import pytest
 import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
-from diffusers.loaders.single_file_utils import convert_ldm_unet_checkpoint, convert_ldm_vae_checkpoint
+from diffusers.loaders.single_file_utils import (
+    convert_ldm_unet_checkpoint,
+    convert_ldm_vae_checkpoint,
+)
 from full_size import SD15_UNET, SD15_VAE, SD21_UNET, SDXL_UNET
 from safetensors.torch import load_file, save_file
 
@@ -27,19 +32,29 @@ UNETS = {
 
 @pytest.mark.parametrize(("config", "name"), UNETS.values(), ids=UNETS)
 def test_unet_names_and_config_agree_with_diffusers(config: dict[str, Any], name: str) -> None:
-    """`name` is a published one, with its shape there; K/V layers alone are named as all layers are."""
+    """`name` is a published one, with its shape there; K/V layers alone are named as all layers
+    are.
+    """
     with torch.device("meta"):
         unet = UNet2DConditionModel(**config)
     ours = keys.unet_names(unet.state_dict())
     ldm = {keys.UNET_PREFIX + ours[name]: tensor for name, tensor in unet.state_dict().items()}
     theirs = convert_ldm_unet_checkpoint(dict(ldm), dict(unet.config))
-    assert {name: id(tensor) for name, tensor in theirs.items()} == {name: id(ldm[keys.UNET_PREFIX + ours[name]]) for name in ours}
-    found = {name.removeprefix(keys.UNET_PREFIX): tuple(tensor.shape) for name, tensor in ldm.items()}
+    assert {name: id(tensor) for name, tensor in theirs.items()} == {
+        name: id(ldm[keys.UNET_PREFIX + ours[name]]) for name in ours
+    }
+    found = {
+        name.removeprefix(keys.UNET_PREFIX): tuple(tensor.shape) for name, tensor in ldm.items()
+    }
     assert shapes.unet_config(found) == config
     assert name in found
-    assert found["output_blocks.5.2.conv.weight"] == (640 if "addition_embed_type" in config else 1280,) * 2 + (3, 3)  # after an attention
+    assert found["output_blocks.5.2.conv.weight"] == (
+        640 if "addition_embed_type" in config else 1280,
+    ) * 2 + (3, 3)  # after an attention
     kv = [name.removesuffix(".weight") for name in ours if ".attn2.to_k." in name]
-    assert keys.unet_names(kv) == {name: ours[f"{name}.weight"].removesuffix(".weight") for name in kv}
+    assert keys.unet_names(kv) == {
+        name: ours[f"{name}.weight"].removesuffix(".weight") for name in kv
+    }
 
 
 def test_vae_names_and_config_agree_with_diffusers() -> None:
@@ -48,8 +63,12 @@ def test_vae_names_and_config_agree_with_diffusers() -> None:
     ours = keys.vae_names(vae.state_dict())
     ldm = {keys.VAE_PREFIX + ours[name]: tensor for name, tensor in vae.state_dict().items()}
     theirs = convert_ldm_vae_checkpoint(dict(ldm), dict(vae.config))
-    assert {name: id(tensor) for name, tensor in theirs.items()} == {name: id(ldm[keys.VAE_PREFIX + ours[name]]) for name in ours}
-    config = shapes.vae_config({name.removeprefix(keys.VAE_PREFIX): tuple(t.shape) for name, t in ldm.items()})
+    assert {name: id(tensor) for name, tensor in theirs.items()} == {
+        name: id(ldm[keys.VAE_PREFIX + ours[name]]) for name in ours
+    }
+    config = shapes.vae_config(
+        {name.removeprefix(keys.VAE_PREFIX): tuple(t.shape) for name, t in ldm.items()}
+    )
     assert {**config, "scaling_factor": 0.18215} == SD15_VAE
 
 
@@ -59,9 +78,15 @@ def test_a_diffusers_folder_loads_as_the_same_backbone(backbone: Backbone, tmp_p
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         pipe = StableDiffusionPipeline(
-            vae=backbone.vae, text_encoder=backbone.text_encoders[0].model, tokenizer=backbone.tokenizer, unet=backbone.unet,
-            scheduler=DDIMScheduler(), safety_checker=None, feature_extractor=None, requires_safety_checker=False,
-        )  # fmt: skip
+            vae=backbone.vae,
+            text_encoder=backbone.text_encoders[0].model,
+            tokenizer=backbone.tokenizer,
+            unet=backbone.unet,
+            scheduler=DDIMScheduler(),
+            safety_checker=None,
+            feature_extractor=None,
+            requires_safety_checker=False,
+        )
         pipe.save_pretrained(tmp_path / "folder")
     folder = load_backbone(tmp_path / "folder", device="cpu")
     assert folder.fingerprint == backbone.fingerprint
@@ -75,7 +100,9 @@ def test_a_word_vector_stands_where_its_token_stands(backbone: Backbone) -> None
     plain = backbone.encode_prompts(["a photo of a red mug"])
     for prompt in ("a photo of a V1 mug", "a photo of a v1 mug"):
         assert torch.equal(backbone.encode_prompts([prompt], {"V1": red}), plain)
-    assert not torch.equal(backbone.encode_prompts(["a photo of a V12 mug"], {"V1": red}), plain)  # V12 is another word
+    assert not torch.equal(
+        backbone.encode_prompts(["a photo of a V12 mug"], {"V1": red}), plain
+    )  # V12 is another word
 
 
 def test_a_word_of_several_vectors_takes_as_many_positions(backbone: Backbone) -> None:
@@ -103,12 +130,22 @@ def _with_channels(state: dict[str, torch.Tensor], count: int) -> dict[str, torc
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda s: _without(s, "middle_block"), "lacks .* weights of its model.diffusion_model, the first is model.diffusion_model.middle_block"),
+        (
+            lambda s: _without(s, "middle_block"),
+            "lacks .* weights of its model.diffusion_model, the first is "
+            "model.diffusion_model.middle_block",
+        ),
         (lambda s: _without(s, "time_embed.0.bias"), "lacks 1 weights"),
         (lambda s: _without(s, "taesd"), "first_stage_model. are incomplete"),
         (lambda s: {"double_blocks.0.img_attn.qkv.weight": torch.zeros(1)}, "look like Flux"),
         (lambda s: {"model.diffusion_model.joint_blocks.0.x": torch.zeros(1)}, "look like SD3"),
-        (lambda s: {**_without(s, "cond_stage"), "conditioner.embedders.0.model.ln_final.weight": torch.zeros(1)}, "the SDXL refiner.* base model"),
+        (
+            lambda s: {
+                **_without(s, "cond_stage"),
+                "conditioner.embedders.0.model.ln_final.weight": torch.zeros(1),
+            },
+            "the SDXL refiner.* base model",
+        ),
         (lambda s: _without(s, "cond_stage"), "a U-Net without its text encoder"),
         (lambda s: _with_channels(s, 9), "an inpainting model.*Teach the model it was made from"),
         (lambda s: _with_channels(s, 8), "an instruct-pix2pix model"),
@@ -117,7 +154,9 @@ def _with_channels(state: dict[str, torch.Tensor], count: int) -> dict[str, torc
         (lambda s: {"whatever": torch.zeros(1)}, "something else .first key: whatever"),
     ],
 )
-def test_what_can_not_be_taught_is_refused_with_the_reason(mini_file: Path, tmp_path: Path, change, message: str) -> None:
+def test_what_can_not_be_taught_is_refused_with_the_reason(
+    mini_file: Path, tmp_path: Path, change, message: str
+) -> None:
     path = tmp_path / "other.safetensors"
     save_file(change(load_file(mini_file)), path)
     with pytest.raises(CheckpointError, match=message):
@@ -139,10 +178,15 @@ def test_pickles_missing_and_damaged_files_are_refused(mini_file: Path, tmp_path
         load_backbone(tmp_path)
 
 
-def test_a_vae_without_room_beside_the_unet_is_given_it_once(mini_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_vae_without_room_beside_the_unet_is_given_it_once(
+    mini_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     backbone = load_backbone(mini_file, device="cpu")
     picture, encode, asked = torch.rand(3, 64, 64), backbone.vae.encode, []
-    latent, weights = backbone.encode_images([picture])[0], [p.clone() for p in backbone.unet.parameters()]
+    latent, weights = (
+        backbone.encode_images([picture])[0],
+        [p.clone() for p in backbone.unet.parameters()],
+    )
 
     def full(x: torch.Tensor) -> object:
         asked.append(x)

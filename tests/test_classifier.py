@@ -15,9 +15,11 @@ ALPHAS = alphas_cumprod()
 
 
 class Toy:
-    """A perfect denoiser of a world in which every concept has one picture, its mean: eps = (z_t - sqrt(a) mean) / sqrt(1 - a).
+    """A perfect denoiser of a world in which every concept has one picture, its mean: eps = (z_t -
+    sqrt(a) mean) / sqrt(1 - a).
 
-    The "text features" of a concept are its mean; the error of concept i on the picture of concept j is a / (1 - a) mean((mu_j - mu_i)^2), whatever
+    The "text features" of a concept are its mean; the error of concept i on the picture of concept
+    j is a / (1 - a) mean((mu_j - mu_i)^2), whatever
     the noise.
     """
 
@@ -42,23 +44,32 @@ def test_errors_and_posterior_of_a_known_net() -> None:
     picture, timestep = means[[1, 2]], torch.tensor([200, 700])
     noise = torch.randn(picture.shape, generator=generator)
     noisy = add_noise(picture, noise, timestep, ALPHAS)
-    error = classifier.errors(classifier.predictions(Toy(), noisy, timestep, _prompts(means)), noise)  # type: ignore[arg-type]
+    error = classifier.errors(
+        classifier.predictions(Toy(), noisy, timestep, _prompts(means)), noise
+    )  # type: ignore[arg-type]
     ratio = ALPHAS[timestep] / (1 - ALPHAS[timestep])
     exact = ratio[:, None] * (picture[:, None] - means).square().flatten(2).mean(2)
     assert torch.allclose(error, exact, atol=1e-4)
     for tau in (0.02, 1.0):
-        assert torch.allclose(classifier.log_posterior(error, tau).exp(), torch.softmax(-exact / tau, 1), atol=2e-3)
+        assert torch.allclose(
+            classifier.log_posterior(error, tau).exp(), torch.softmax(-exact / tau, 1), atol=2e-3
+        )
 
 
 def test_summed_errors_at_1_are_mean_errors_at_one_over_their_number() -> None:
     mean = torch.rand(4, 3, generator=torch.Generator().manual_seed(0))
-    assert torch.allclose(classifier.log_posterior(64 * mean, 1.0), classifier.log_posterior(mean, 1 / 64), atol=1e-5)
+    assert torch.allclose(
+        classifier.log_posterior(64 * mean, 1.0), classifier.log_posterior(mean, 1 / 64), atol=1e-5
+    )
 
 
 def test_the_order_of_concepts_does_not_matter(backbone: Backbone) -> None:
     text, order = FrozenText(backbone, {}), [2, 0, 1]
     features = text(["a red mug", "a blue cat on grass", "a star"])
-    latents, timestep = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(0)), torch.tensor([100, 600])
+    latents, timestep = (
+        torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(0)),
+        torch.tensor([100, 600]),
+    )
     with torch.no_grad():
         one = classifier.predictions(backbone, latents, timestep, features)
         other = classifier.predictions(backbone, latents, timestep, features[order])
@@ -78,7 +89,9 @@ def test_soft_cross_entropy() -> None:
     assert student.grad.abs().max() < 1e-6
     p, q = torch.softmax(-teacher / 0.1, 1), torch.softmax(-(teacher.flip(1)) / 0.1, 1)
     by_hand = (p * (p / q).log()).sum(1)
-    assert torch.allclose(classifier.soft_cross_entropy(teacher, teacher.flip(1), 0.1), by_hand, atol=1e-5)
+    assert torch.allclose(
+        classifier.soft_cross_entropy(teacher, teacher.flip(1), 0.1), by_hand, atol=1e-5
+    )
 
 
 @pytest.mark.parametrize("k", [2, 5])
@@ -91,7 +104,14 @@ def test_calibration_reaches_its_confidence(k: int) -> None:
 def test_calibration_is_the_same_whatever_goes_through_at_once() -> None:
     means, seen = _means(3), []
     one, many = (
-        classifier.calibration_errors(Toy(), list(means), _prompts(means), 20, rows, lambda p: seen.append((p.stage, p.step, p.steps)))  # type: ignore[arg-type]
+        classifier.calibration_errors(
+            Toy(),
+            list(means),
+            _prompts(means),
+            20,
+            rows,
+            lambda p: seen.append((p.stage, p.step, p.steps)),
+        )  # type: ignore[arg-type]
         for rows in (1, 100)
     )
     assert one.shape == (20, 3)
@@ -132,6 +152,8 @@ def test_classify_finds_the_concept_and_says_how_sure(weighting: str) -> None:
 
 def test_two_prompts_that_say_the_same_are_not_told_apart() -> None:
     means = _means(1)
-    found = classifier.classify(Toy(), means[0], {"a": _prompts(means)[0], "b": _prompts(means)[0]}, 0.5, ScoreSettings())  # type: ignore[arg-type]
+    found = classifier.classify(
+        Toy(), means[0], {"a": _prompts(means)[0], "b": _prompts(means)[0]}, 0.5, ScoreSettings()
+    )  # type: ignore[arg-type]
     assert not found.sure
     assert found.probabilities == pytest.approx([0.5, 0.5])

@@ -1,4 +1,6 @@
-"""The command line as a user types it: every command, Ctrl-C, kill -9, and mistakes without a traceback."""
+"""The command line as a user types it: every command, Ctrl-C, kill -9, and mistakes without a
+traceback.
+"""
 
 from __future__ import annotations
 
@@ -16,15 +18,36 @@ from conftest import save_concept
 from PIL import Image
 
 from comfy_continual_lora import cli, store
-from comfy_continual_lora.settings import ConsolidateSettings, DrawSettings, EvaluateSettings, LearnSettings, ScoreSettings
+from comfy_continual_lora.settings import (
+    ConsolidateSettings,
+    DrawSettings,
+    EvaluateSettings,
+    LearnSettings,
+    ScoreSettings,
+)
 
 COMMAND = [sys.executable, "-m", "comfy_continual_lora"]
 ROOT = Path(__file__).parents[1]
-QUICK = ["--steps", "4", "--batch", "2", "--rank", "4", "--device", "cpu", "--fisher-samples", "4", "--dsc-steps", "2"]
+QUICK = [
+    "--steps",
+    "4",
+    "--batch",
+    "2",
+    "--rank",
+    "4",
+    "--device",
+    "cpu",
+    "--fisher-samples",
+    "4",
+    "--dsc-steps",
+    "2",
+]
 
 
 def run(*arguments: object) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([*COMMAND, *map(str, arguments)], cwd=ROOT, capture_output=True, text=True, timeout=1200)
+    return subprocess.run(
+        [*COMMAND, *map(str, arguments)], cwd=ROOT, capture_output=True, text=True, timeout=1200
+    )
 
 
 def test_mini_learn_learn_info_draw_undo(tmp_path: Path) -> None:
@@ -32,10 +55,23 @@ def test_mini_learn_learn_info_draw_undo(tmp_path: Path) -> None:
     assert run("mini", checkpoint).returncode == 0
     for token, noun, index in (("V1", "ball", 0), ("V2", "fish", 6)):
         folder = save_concept(tmp_path / token, index)
-        done = run("learn", "--checkpoint", checkpoint, "--images", folder, "--token", token, "--noun", noun, *QUICK)
+        done = run(
+            "learn",
+            "--checkpoint",
+            checkpoint,
+            "--images",
+            folder,
+            "--token",
+            token,
+            "--noun",
+            noun,
+            *QUICK,
+        )
         assert (done.returncode, f"Learned {token}" in done.stdout) == (0, True), done.stderr
     found = json.loads(run("info", "--checkpoint", checkpoint, "--json").stdout)
-    assert [(c["token"], c["noun"], c["images"], c["steps"], c["method"]) for c in found["concepts"]] == [
+    assert [
+        (c["token"], c["noun"], c["images"], c["steps"], c["method"]) for c in found["concepts"]
+    ] == [
         ("V1", "ball", 4, 4, "retention"),
         ("V2", "fish", 4, 4, "retention"),
     ]
@@ -44,37 +80,119 @@ def test_mini_learn_learn_info_draw_undo(tmp_path: Path) -> None:
     assert len(found["fingerprint"]) == 64
     assert Path(found["stack_file"]).parent == checkpoint.parent
     both = ["--prompt", "a V1 ball", "--beside", "a V2 fish"]
-    drawn = run("draw", "--checkpoint", checkpoint, *both, "-n", 2, "--steps", 2, "--out", out, "--device", "cpu")
+    drawn = run(
+        "draw",
+        "--checkpoint",
+        checkpoint,
+        *both,
+        "-n",
+        2,
+        "--steps",
+        2,
+        "--out",
+        out,
+        "--device",
+        "cpu",
+    )
     assert drawn.returncode == 0, drawn.stderr
-    assert sorted(p.name for p in out.iterdir()) == ["a-V1-ball-a-V2-fish-0.png", "a-V1-ball-a-V2-fish-1.png", "grid.png"]
+    assert sorted(p.name for p in out.iterdir()) == [
+        "a-V1-ball-a-V2-fish-0.png",
+        "a-V1-ball-a-V2-fish-1.png",
+        "grid.png",
+    ]
     with Image.open(out / "a-V1-ball-a-V2-fish-0.png") as picture:
         assert picture.size == (224, 128)
     plot = ["--plot", out / "scores.png"]
-    scored = run("scores", "--checkpoint", checkpoint, "--images", tmp_path / "V1", "--trials", 4, "--json", *plot, "--device", "cpu")
+    scored = run(
+        "scores",
+        "--checkpoint",
+        checkpoint,
+        "--images",
+        tmp_path / "V1",
+        "--trials",
+        4,
+        "--json",
+        *plot,
+        "--device",
+        "cpu",
+    )
     assert scored.returncode == 0, scored.stderr
     rows = json.loads(scored.stdout)
     assert [row["label"] for row in rows["images"]] == ["V1"] * 4
     assert rows["accuracy"] == sum(row["right"] for row in rows["images"]) / 4
     assert (out / "scores.png").stat().st_size > 1000
     plot = ["--plot", out / "retention.png"]
-    kept = run("evaluate", "--checkpoint", checkpoint, "--pictures", 1, "--steps", 2, "--trials", 2, "--json", *plot, "--device", "cpu")
+    kept = run(
+        "evaluate",
+        "--checkpoint",
+        checkpoint,
+        "--pictures",
+        1,
+        "--steps",
+        2,
+        "--trials",
+        2,
+        "--json",
+        *plot,
+        "--device",
+        "cpu",
+    )
     assert kept.returncode == 0, kept.stderr
     assert json.loads(kept.stdout)["concepts"] == ["V1 ball", "V2 fish"]
     assert (out / "retention.png").stat().st_size > 1000
-    done = run("consolidate", "--checkpoint", checkpoint, "--images", tmp_path / "V2", "--batch", 3, "--dsc-steps", 2, "--fisher-samples", 4)
+    done = run(
+        "consolidate",
+        "--checkpoint",
+        checkpoint,
+        "--images",
+        tmp_path / "V2",
+        "--batch",
+        3,
+        "--dsc-steps",
+        2,
+        "--fisher-samples",
+        4,
+    )
     assert "Consolidated V2" in done.stdout, done.stderr
     listed = run("history", "--checkpoint", checkpoint).stdout.splitlines()
-    assert [line.split("MB  ")[1].split("  ")[0] for line in listed[:3]] == ["consolidated V2 fish", "learned V2 fish", "learned V1 ball"]
-    assert "Took back: consolidated V2 fish. The stack now holds V1, V2." in run("undo", "--checkpoint", checkpoint).stdout
-    assert "Took back: learned V2 fish. The stack now holds V1." in run("undo", "--checkpoint", checkpoint).stdout
+    assert [line.split("MB  ")[1].split("  ")[0] for line in listed[:3]] == [
+        "consolidated V2 fish",
+        "learned V2 fish",
+        "learned V1 ball",
+    ]
+    assert (
+        "Took back: consolidated V2 fish. The stack now holds V1, V2."
+        in run("undo", "--checkpoint", checkpoint).stdout
+    )
+    assert (
+        "Took back: learned V2 fish. The stack now holds V1."
+        in run("undo", "--checkpoint", checkpoint).stdout
+    )
     assert "holds V1, V2" in run("restore", "--checkpoint", checkpoint, 3).stdout
-    assert json.loads(run("undo", "--checkpoint", checkpoint, "--version", 3, "--json").stdout)["tokens"] == ["V1", "V2"]
+    assert json.loads(run("undo", "--checkpoint", checkpoint, "--version", 3, "--json").stdout)[
+        "tokens"
+    ] == ["V1", "V2"]
     assert not list(checkpoint.parent.glob("*.snapshot"))
 
 
 @pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGKILL])
-def test_a_run_stopped_by_ctrl_c_or_killed_goes_on(checkpoint: Path, pictures: Path, how: signal.Signals) -> None:
-    learn = [*["learn", "--checkpoint", checkpoint, "--images", pictures, "--token", "V1", "--noun", "ball"], *["--steps", "40", "--batch", "2"]]
+def test_a_run_stopped_by_ctrl_c_or_killed_goes_on(
+    checkpoint: Path, pictures: Path, how: signal.Signals
+) -> None:
+    learn = [
+        *[
+            "learn",
+            "--checkpoint",
+            checkpoint,
+            "--images",
+            pictures,
+            "--token",
+            "V1",
+            "--noun",
+            "ball",
+        ],
+        *["--steps", "40", "--batch", "2"],
+    ]
     learn = [*map(str, learn), "--snapshot-every", "4", "--device", "cpu"]
     process = subprocess.Popen([*COMMAND, *learn], cwd=ROOT, stderr=subprocess.PIPE, text=True)
     assert process.stderr
@@ -104,10 +222,24 @@ def test_a_run_stopped_by_ctrl_c_or_killed_goes_on(checkpoint: Path, pictures: P
         (["--lr", "7"], "rate is 7; the range is 0 to 1"),
     ],
 )
-def test_a_mistake_is_one_paragraph_and_status_2(checkpoint: Path, pictures: Path, tmp_path: Path, arguments: list[str], message: str) -> None:
+def test_a_mistake_is_one_paragraph_and_status_2(
+    checkpoint: Path, pictures: Path, tmp_path: Path, arguments: list[str], message: str
+) -> None:
     (tmp_path / "empty").mkdir()
     arguments = [str(tmp_path / "empty") if a == "EMPTY" else a for a in arguments]
-    done = run("learn", "--checkpoint", checkpoint, "--images", pictures, "--token", "V1", "--noun", "ball", *QUICK, *arguments)
+    done = run(
+        "learn",
+        "--checkpoint",
+        checkpoint,
+        "--images",
+        pictures,
+        "--token",
+        "V1",
+        "--noun",
+        "ball",
+        *QUICK,
+        *arguments,
+    )
     assert done.returncode == 2
     assert message in " ".join(done.stderr.split())
     assert "Traceback" not in done.stderr
@@ -116,7 +248,12 @@ def test_a_mistake_is_one_paragraph_and_status_2(checkpoint: Path, pictures: Pat
 
 def test_a_reader_that_leaves_early_meets_no_traceback(checkpoint: Path) -> None:
     command = shlex.join([*COMMAND, "info", "--checkpoint", str(checkpoint), "--json"])
-    assert subprocess.run(f"{command} | true", shell=True, cwd=ROOT, capture_output=True, text=True, timeout=600).stderr == ""
+    assert (
+        subprocess.run(
+            f"{command} | true", shell=True, cwd=ROOT, capture_output=True, text=True, timeout=600
+        ).stderr
+        == ""
+    )
 
 
 def test_an_unknown_flag_and_a_missing_one_end_with_2() -> None:
@@ -124,7 +261,21 @@ def test_an_unknown_flag_and_a_missing_one_end_with_2() -> None:
     assert run("draw", "--checkpoint", "x", "--prompt", "y", "--nonsense").returncode == 2
 
 
-@pytest.mark.parametrize("command", ["demo", "mini", "learn", "consolidate", "scores", "evaluate", "draw", "export", "info", "undo"])
+@pytest.mark.parametrize(
+    "command",
+    [
+        "demo",
+        "mini",
+        "learn",
+        "consolidate",
+        "scores",
+        "evaluate",
+        "draw",
+        "export",
+        "info",
+        "undo",
+    ],
+)
 def test_help(command: str) -> None:
     done = run(command, "--help")
     assert done.returncode == 0
@@ -134,8 +285,12 @@ def test_help(command: str) -> None:
 _VALUES = {int: 65, float: 0.5, str: None}
 
 
-@pytest.mark.parametrize("settings", [LearnSettings, ConsolidateSettings, ScoreSettings, EvaluateSettings, DrawSettings])
-def test_every_setting_has_a_flag_that_reaches_it(settings: type, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    "settings", [LearnSettings, ConsolidateSettings, ScoreSettings, EvaluateSettings, DrawSettings]
+)
+def test_every_setting_has_a_flag_that_reaches_it(
+    settings: type, monkeypatch: pytest.MonkeyPatch
+) -> None:
     command = {
         LearnSettings: "learn --checkpoint c --images i --token V1 --noun n",
         ConsolidateSettings: "consolidate --checkpoint c --images i",
@@ -151,12 +306,18 @@ def test_every_setting_has_a_flag_that_reaches_it(settings: type, monkeypatch: p
         flag = f"--{'lr' if f.name == 'rate' else f.name.replace('_', '-')}"
         words = [flag if value else flag.replace("--", "--no-")] if flips else [flag, str(value)]
         parsed = cli._parser().parse_args([*command.split(), *words])
-        assert settings(**cli._given(parsed, settings)) == dataclasses.replace(settings(), **{f.name: value})
+        assert settings(**cli._given(parsed, settings)) == dataclasses.replace(
+            settings(), **{f.name: value}
+        )
 
 
 @pytest.mark.slow
 def test_the_demo(tmp_path: Path) -> None:
-    done = run("demo", "--out", tmp_path / "demo") if os.environ.get("CI") else pytest.skip("takes minutes; CI runs it")
+    done = (
+        run("demo", "--out", tmp_path / "demo")
+        if os.environ.get("CI")
+        else pytest.skip("takes minutes; CI runs it")
+    )
     assert done.returncode == 0, done.stderr
     report = (tmp_path / "demo" / "report.html").read_text()
     assert report.count("<svg") == 2

@@ -1,4 +1,6 @@
-"""The nodes' declarations, without ComfyUI: a stand-in for the few names of its API they are declared with."""
+"""The nodes' declarations, without ComfyUI: a stand-in for the few names of its API they are
+declared with.
+"""
 
 from __future__ import annotations
 
@@ -17,9 +19,17 @@ import pytest
 REPOSITORY = Path(__file__).parents[1]
 WORKFLOWS = sorted((REPOSITORY / "workflows").glob("*.json"))
 CORE = {  # core nodes the workflows use: outputs
-    "CheckpointLoaderSimple": 3, "CLIPTextEncode": 1, "EmptyLatentImage": 1, "KSampler": 1, "VAEDecode": 1, "PreviewImage": 0, "PreviewAny": 0,
-    "MarkdownNote": 0, "ConditioningSetArea": 1, "ConditioningCombine": 1,
-}  # fmt: skip
+    "CheckpointLoaderSimple": 3,
+    "CLIPTextEncode": 1,
+    "EmptyLatentImage": 1,
+    "KSampler": 1,
+    "VAEDecode": 1,
+    "PreviewImage": 0,
+    "PreviewAny": 0,
+    "MarkdownNote": 0,
+    "ConditioningSetArea": 1,
+    "ConditioningCombine": 1,
+}
 
 
 class _Port:
@@ -36,25 +46,60 @@ def _type(io_type: str) -> Any:
 
 def _stand_in(schema_fields: list[str]) -> dict[str, types.ModuleType]:
     io: Any = types.ModuleType("io")
-    io.Schema = dataclasses.make_dataclass("Schema", [(name, Any, dataclasses.field(default=None)) for name in schema_fields])
+    io.Schema = dataclasses.make_dataclass(
+        "Schema", [(name, Any, dataclasses.field(default=None)) for name in schema_fields]
+    )
     io.ComfyNode, io.NodeOutput, io.Custom = object, tuple, _type
-    for name in ("Model", "Clip", "Image", "Mask", "String", "Int", "Float", "Boolean", "Combo", "LoraModel"):
+    for name in (
+        "Model",
+        "Clip",
+        "Image",
+        "Mask",
+        "String",
+        "Int",
+        "Float",
+        "Boolean",
+        "Combo",
+        "LoraModel",
+    ):
         setattr(io, name, _type(name.upper()))
     latest: Any = types.ModuleType("comfy_api.latest")
     latest.io, latest.ComfyExtension = io, object
-    memory, utils, folders = (types.ModuleType(name) for name in ("comfy.model_management", "comfy.utils", "folder_paths"))
+    memory, utils, folders = (
+        types.ModuleType(name) for name in ("comfy.model_management", "comfy.utils", "folder_paths")
+    )
     comfy: Any = types.ModuleType("comfy")
     comfy.model_management, comfy.utils = memory, utils
     utils.ProgressBar = object  # type: ignore[attr-defined]
-    folders.get_filename_list = lambda _kind: ["mini-sd.safetensors", "mini-sd.concepts.safetensors"]  # type: ignore[attr-defined]
-    names = {"comfy_api": types.ModuleType("comfy_api"), "comfy_api.latest": latest, "comfy": comfy, "folder_paths": folders}
+    folders.get_filename_list = lambda _kind: [
+        "mini-sd.safetensors",
+        "mini-sd.concepts.safetensors",
+    ]  # type: ignore[attr-defined]
+    names = {
+        "comfy_api": types.ModuleType("comfy_api"),
+        "comfy_api.latest": latest,
+        "comfy": comfy,
+        "folder_paths": folders,
+    }
     return {**names, "comfy.model_management": memory, "comfy.utils": utils}
 
 
-NEW = ["node_id", "display_name", "category", "inputs", "outputs", "description", "search_aliases", "is_input_list", "is_output_node"]
+NEW = [
+    "node_id",
+    "display_name",
+    "category",
+    "inputs",
+    "outputs",
+    "description",
+    "search_aliases",
+    "is_input_list",
+    "is_output_node",
+]
 
 
-@pytest.fixture(params=[NEW, [name for name in NEW if name != "search_aliases"]], ids=["new", "old"])
+@pytest.fixture(
+    params=[NEW, [name for name in NEW if name != "search_aliases"]], ids=["new", "old"]
+)
 def nodes(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     """comfy_nodes.nodes, imported against a newer and an older ComfyUI."""
     for name, module in _stand_in(request.param).items():
@@ -73,9 +118,10 @@ def test_ids_names_and_help(nodes: Any) -> None:
         assert s.description
         assert (REPOSITORY / "web" / "docs" / f"{s.node_id}.md").exists()
         for port in s.inputs:
-            assert port.io_type in ("CONCEPT_STACK", "MODEL", "CLIP", "IMAGE", "MASK") or port.rest["tooltip"], (
-                f"{s.node_id}.{port.id} has no tooltip"
-            )
+            assert (
+                port.io_type in ("CONCEPT_STACK", "MODEL", "CLIP", "IMAGE", "MASK")
+                or port.rest["tooltip"]
+            ), f"{s.node_id}.{port.id} has no tooltip"
 
 
 def test_with_defaults_a_user_sets_four_things(nodes: Any) -> None:
@@ -90,22 +136,41 @@ def test_our_own_files_are_not_offered_as_checkpoints(nodes: Any) -> None:
 
 
 def test_every_widget_reaches_its_setting(nodes: Any) -> None:
-    """The value of each widget, set to something else than its default, arrives in the settings, and the defaults are the settings' own."""
-    from comfy_continual_lora.settings import ConsolidateSettings, EvaluateSettings, LearnSettings, ScoreSettings
+    """The value of each widget, set to something else than its default, arrives in the settings,
+    and the defaults are the settings' own.
+    """
+    from comfy_continual_lora.settings import (
+        ConsolidateSettings,
+        EvaluateSettings,
+        LearnSettings,
+        ScoreSettings,
+    )
 
     for node, settings in (
-        (nodes.LearnConcept, LearnSettings), (nodes.Consolidate, ConsolidateSettings), (nodes.ComputeScores, ScoreSettings),
+        (nodes.LearnConcept, LearnSettings),
+        (nodes.Consolidate, ConsolidateSettings),
+        (nodes.ComputeScores, ScoreSettings),
         (nodes.EvaluateRetention, EvaluateSettings),
-    ):  # fmt: skip
+    ):
         known = {f.name for f in dataclasses.fields(settings)}
         ports = {port.id: port for port in node.define_schema().inputs if port.id in known}
         assert ports
-        assert nodes._settings(settings, {name: port.rest["default"] for name, port in ports.items()}) == settings()
+        assert (
+            nodes._settings(settings, {name: port.rest["default"] for name, port in ports.items()})
+            == settings()
+        )
         for name, port in ports.items():
             if port.io_type == "BOOLEAN":
-                assert getattr(nodes._settings(settings, {name: not port.rest["default"]}), name) is not port.rest["default"]
+                assert (
+                    getattr(nodes._settings(settings, {name: not port.rest["default"]}), name)
+                    is not port.rest["default"]
+                )
                 continue
-            other = next(o for o in port.rest["options"] if o != port.rest["default"]) if "options" in port.rest else port.rest["default"] + 1
+            other = (
+                next(o for o in port.rest["options"] if o != port.rest["default"])
+                if "options" in port.rest
+                else port.rest["default"] + 1
+            )
             found = getattr(nodes._settings(settings, {name: other}), name)
             assert found == {"yes": True, "no": False}.get(other, other)
 
@@ -131,9 +196,19 @@ def test_workflows_fit_the_nodes(nodes: Any, path: Path) -> None:
         if node["type"] in ours:
             schema = ours[node["type"]]
             assert {one["name"] for one in node["inputs"]} <= {port.id for port in schema.inputs}
-            assert [one["type"] for one in node["outputs"]] == [port.io_type.replace("LORAMODEL", "LORA_MODEL") for port in schema.outputs]
-            extra = sum(port.id == "seed" and bool(port.rest.get("control_after_generate")) for port in schema.inputs)
-            widgets = [p for p in schema.inputs if p.io_type in ("STRING", "INT", "FLOAT", "COMBO", "BOOLEAN") and not p.rest.get("force_input")]
+            assert [one["type"] for one in node["outputs"]] == [
+                port.io_type.replace("LORAMODEL", "LORA_MODEL") for port in schema.outputs
+            ]
+            extra = sum(
+                port.id == "seed" and bool(port.rest.get("control_after_generate"))
+                for port in schema.inputs
+            )
+            widgets = [
+                p
+                for p in schema.inputs
+                if p.io_type in ("STRING", "INT", "FLOAT", "COMBO", "BOOLEAN")
+                and not p.rest.get("force_input")
+            ]
             assert len(node["widgets_values"]) == len(widgets) + extra
     for number, source, slot, target, entry, kind in workflow["links"]:
         assert by_id[source]["outputs"][slot]["type"] == kind
@@ -149,10 +224,14 @@ def test_there_are_five_workflows() -> None:
 def test_registering_imports_nothing_heavy_of_ours() -> None:
     """Everything the nodes' modules import at the top is light, ComfyUI's own aside."""
     code = (
-        "import sys; sys.path.insert(0, 'tests'); from test_comfy_nodes import _stand_in, NEW; sys.modules.update(_stand_in(NEW));"
+        "import sys; sys.path.insert(0, 'tests'); from test_comfy_nodes import _stand_in, NEW; "
+        "sys.modules.update(_stand_in(NEW));"
         "before = set(sys.modules); import comfy_continual_lora.comfy_nodes.nodes;"
-        "found = {'torch', 'diffusers', 'transformers', 'peft', 'numpy', 'PIL', 'safetensors'} & (set(sys.modules) - before);"
+        "found = {'torch', 'diffusers', 'transformers', 'peft', 'numpy', 'PIL', 'safetensors'} & "
+        "(set(sys.modules) - before);"
         "sys.exit(f'imports {found}' if found else 0)"
     )
-    done = subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=REPOSITORY, capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stderr

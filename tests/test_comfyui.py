@@ -1,4 +1,7 @@
-"""The pack in a real ComfyUI, driven through its API. Found through COMFYUI_PATH, else comfy-cli's default workspace."""
+"""The pack in a real ComfyUI, driven through its API.
+
+Found through COMFYUI_PATH, else comfy-cli's default workspace.
+"""
 
 from __future__ import annotations
 
@@ -60,34 +63,61 @@ def quick(prompt: dict[str, Any], stack: str) -> dict[str, Any]:
 def learn(stack: str, token: str = "V1", which: int = 1, **change: Any) -> dict[str, Any]:
     """A graph that learns one concept and says what is on the stack."""
     return {
-        "1": {"class_type": "ContinualLora_LoadStack", "inputs": {"checkpoint": "mini-sd.safetensors", "stack_name": stack}},
+        "1": {
+            "class_type": "ContinualLora_LoadStack",
+            "inputs": {"checkpoint": "mini-sd.safetensors", "stack_name": stack},
+        },
         "2": {"class_type": "ContinualLora_Examples", "inputs": {"which": which, "count": 3}},
         "3": {
             "class_type": "ContinualLora_Learn",
-            "inputs": {"stack": ["1", 0], "images": ["2", 0], "token": token, "noun": ["2", 1], "method": "lora", **QUICK, **change},
+            "inputs": {
+                "stack": ["1", 0],
+                "images": ["2", 0],
+                "token": token,
+                "noun": ["2", 1],
+                "method": "lora",
+                **QUICK,
+                **change,
+            },
         },
         "4": {"class_type": "PreviewAny", "inputs": {"source": ["3", 3]}},
     }
 
 
 def draw(prompt: str, source: str) -> dict[str, Any]:
-    """Nodes 21 to 26: sample with the MODEL and CLIP of node `source`; node 20 loads the checkpoint."""
+    """Nodes 21 to 26: sample with the MODEL and CLIP of node `source`; node 20 loads the
+    checkpoint.
+    """
     return {
         "21": {"class_type": "CLIPTextEncode", "inputs": {"clip": [source, 1], "text": prompt}},
         "22": {"class_type": "CLIPTextEncode", "inputs": {"clip": [source, 1], "text": ""}},
-        "23": {"class_type": "EmptyLatentImage", "inputs": {"width": 128, "height": 128, "batch_size": 1}},
+        "23": {
+            "class_type": "EmptyLatentImage",
+            "inputs": {"width": 128, "height": 128, "batch_size": 1},
+        },
         "24": {
             "class_type": "KSampler",
-            "inputs": {"model": [source, 0], "positive": ["21", 0], "negative": ["22", 0], "latent_image": ["23", 0], "seed": 1, "steps": 4,
-                       "cfg": 4.0, "sampler_name": "dpmpp_2m", "scheduler": "normal", "denoise": 1.0},
+            "inputs": {
+                "model": [source, 0],
+                "positive": ["21", 0],
+                "negative": ["22", 0],
+                "latent_image": ["23", 0],
+                "seed": 1,
+                "steps": 4,
+                "cfg": 4.0,
+                "sampler_name": "dpmpp_2m",
+                "scheduler": "normal",
+                "denoise": 1.0,
+            },
         },
         "25": {"class_type": "VAEDecode", "inputs": {"samples": ["24", 0], "vae": ["20", 2]}},
         "26": {"class_type": "PreviewImage", "inputs": {"images": ["25", 0]}},
-    }  # fmt: skip
+    }
 
 
 def exported(host: ComfyUI, graph: dict[str, Any], stack: str) -> tuple[dict[str, Any], str, str]:
-    """Run a graph and export the stack of one of its nodes: outputs, the LoRA's name, V1's embedding.
+    """Run a graph and export the stack of one of its nodes: outputs, the LoRA's name, V1's
+    embedding.
 
     Another stack's V1 may lie in the embeddings folder: this one then has a name of its own.
     """
@@ -100,15 +130,30 @@ def exported(host: ComfyUI, graph: dict[str, Any], stack: str) -> tuple[dict[str
     return done, text_of(done, "91"), re.findall(r"embedding:([\w-]+)", text_of(done, "92"))[0]
 
 
-def draws(host: ComfyUI, stack: dict[str, Any], checkpoint: str, lora: str, word: str, kind: str) -> np.ndarray:
-    """The picture of a prompt with a weighted word: by Apply Concepts ("ours"), stock nodes or neither ("plain")."""
+def draws(
+    host: ComfyUI, stack: dict[str, Any], checkpoint: str, lora: str, word: str, kind: str
+) -> np.ndarray:
+    """The picture of a prompt with a weighted word: by Apply Concepts ("ours"), stock nodes or
+    neither ("plain").
+    """
     both = {"model": ["20", 0], "clip": ["20", 1]}
-    apply = {"class_type": "ContinualLora_Apply", "inputs": {**both, "stack": ["1", 0], "strength": 1.0}}
-    stock = {"class_type": "LoraLoader", "inputs": {**both, "lora_name": lora, "strength_model": 1.0, "strength_clip": 1.0}}
+    apply = {
+        "class_type": "ContinualLora_Apply",
+        "inputs": {**both, "stack": ["1", 0], "strength": 1.0},
+    }
+    stock = {
+        "class_type": "LoraLoader",
+        "inputs": {**both, "lora_name": lora, "strength_model": 1.0, "strength_clip": 1.0},
+    }
     node = {"ours": apply, "stock": stock, "plain": None}[kind]
     prompt = f"a photo of a ({f'embedding:{word}' if kind == 'stock' else 'V1'} ball:1.2), on grass"
-    load = {"1": stack, "20": {"class_type": "CheckpointLoaderSimple", "inputs": {"ckpt_name": checkpoint}}}
-    done = host.run({**load, **({"4": node} if node else {}), **draw(prompt, "4" if node else "20")})
+    load = {
+        "1": stack,
+        "20": {"class_type": "CheckpointLoaderSimple", "inputs": {"ckpt_name": checkpoint}},
+    }
+    done = host.run(
+        {**load, **({"4": node} if node else {}), **draw(prompt, "4" if node else "20")}
+    )
     return np.asarray(Image.open(host.pictures(done, "26")[0]).convert("RGB"), int)
 
 
@@ -132,13 +177,17 @@ def test_workflows_run_to_their_pictures(host: ComfyUI, known: dict[str, Any], p
 
 
 def test_the_templates_are_offered(host: ComfyUI) -> None:
-    assert sorted(host.get("/workflow_templates")["comfy-continual-lora"]) == [p.stem for p in WORKFLOWS]
+    assert sorted(host.get("/workflow_templates")["comfy-continual-lora"]) == [
+        p.stem for p in WORKFLOWS
+    ]
 
 
 def test_help_pages_and_their_pictures_are_served(host: ComfyUI) -> None:
     for page_file in sorted((host.pack / "web" / "docs").glob("*.md")):
         for name in (page_file.name, f"{page_file.stem}.jpg"):
-            with urllib.request.urlopen(f"{host.address}/extensions/comfy-continual-lora/docs/{name}") as answer:
+            with urllib.request.urlopen(
+                f"{host.address}/extensions/comfy-continual-lora/docs/{name}"
+            ) as answer:
                 assert answer.status == 200
         assert f"({page_file.stem}.jpg)" in page_file.read_text()
 
@@ -146,7 +195,10 @@ def test_help_pages_and_their_pictures_are_served(host: ComfyUI) -> None:
 def test_our_files_stay_out_of_our_list_and_the_mini_is_in_the_stock_one(host: ComfyUI) -> None:
     host.run(learn("listed"))
     known = host.get("/object_info")
-    assert "mini-sd.safetensors" in known["CheckpointLoaderSimple"]["input"]["required"]["ckpt_name"][0]
+    assert (
+        "mini-sd.safetensors"
+        in known["CheckpointLoaderSimple"]["input"]["required"]["ckpt_name"][0]
+    )
     ours = known["ContinualLora_LoadStack"]["input"]["required"]["checkpoint"]
     assert not [name for name in ours[1]["options"] if "concepts" in name]
 
@@ -161,7 +213,9 @@ def test_queued_twice_it_learns_once_and_other_pictures_are_refused(host: ComfyU
     with pytest.raises(RuntimeError, match="The word V1 is taken"):
         host.run(learn("twice", which=2))
     assert stack_of(host, "twice").read_bytes() == data
-    assert "Learned V1 fish" in text_of(host.run(learn("twice", which=7, if_word_exists="replace the newest")), "4")
+    assert "Learned V1 fish" in text_of(
+        host.run(learn("twice", which=7, if_word_exists="replace the newest")), "4"
+    )
 
 
 def test_cancel_keeps_and_queueing_again_goes_on(host: ComfyUI) -> None:
@@ -186,10 +240,17 @@ def test_cancel_keeps_and_queueing_again_goes_on(host: ComfyUI) -> None:
 
 
 def test_replacing_is_one_step(host: ComfyUI) -> None:
-    """A refused input and a cancel leave the old concept; then the new one takes its place, and undo brings the old one back."""
+    """A refused input and a cancel leave the old concept; then the new one takes its place, and
+    undo brings the old one back.
+    """
     host.run(learn("replace"))
-    before, replace = stack_of(host, "replace").read_bytes(), {"which": 7, "if_word_exists": "replace the newest"}
-    assert "class noun is empty" in error_of(host.finished(host.queue(learn("replace", noun="", **replace))))
+    before, replace = (
+        stack_of(host, "replace").read_bytes(),
+        {"which": 7, "if_word_exists": "replace the newest"},
+    )
+    assert "class noun is empty" in error_of(
+        host.finished(host.queue(learn("replace", noun="", **replace)))
+    )
     long = host.queue(learn("replace", steps=4000, **replace))
     while not snapshots_of(stack_of(host, "replace"), "V1"):
         time.sleep(0.1)
@@ -205,8 +266,14 @@ def test_replacing_is_one_step(host: ComfyUI) -> None:
 
 def undo_graph(stack: str, **inputs: Any) -> dict[str, Any]:
     return {
-        "1": {"class_type": "ContinualLora_LoadStack", "inputs": {"checkpoint": "mini-sd.safetensors", "stack_name": stack}},
-        "2": {"class_type": "ContinualLora_Undo", "inputs": {"stack": ["1", 0], "token": "", **inputs}},
+        "1": {
+            "class_type": "ContinualLora_LoadStack",
+            "inputs": {"checkpoint": "mini-sd.safetensors", "stack_name": stack},
+        },
+        "2": {
+            "class_type": "ContinualLora_Undo",
+            "inputs": {"stack": ["1", 0], "token": "", **inputs},
+        },
         "3": {"class_type": "PreviewAny", "inputs": {"source": ["2", 1]}},
     }
 
@@ -219,7 +286,10 @@ def undo(host: ComfyUI, stack: str, **inputs: Any) -> str:
 def history(host: ComfyUI, stack: str, **inputs: Any) -> str:
     """What Stack History says."""
     graph = {
-        "1": {"class_type": "ContinualLora_LoadStack", "inputs": {"checkpoint": "mini-sd.safetensors", "stack_name": stack}},
+        "1": {
+            "class_type": "ContinualLora_LoadStack",
+            "inputs": {"checkpoint": "mini-sd.safetensors", "stack_name": stack},
+        },
         "2": {"class_type": "ContinualLora_History", "inputs": {"stack": ["1", 0], **inputs}},
         "3": {"class_type": "PreviewAny", "inputs": {"source": ["2", 1]}},
     }
@@ -231,14 +301,19 @@ def test_undo_says_what_it_takes_back_and_history_brings_it_back(host: ComfyUI) 
     for token, which in (("V1", 1), ("V2", 2)):
         host.run(learn("history", token=token, which=which))
     forget = {
-        "1": {"class_type": "ContinualLora_LoadStack", "inputs": {"checkpoint": "mini-sd.safetensors", "stack_name": "history"}},
+        "1": {
+            "class_type": "ContinualLora_LoadStack",
+            "inputs": {"checkpoint": "mini-sd.safetensors", "stack_name": "history"},
+        },
         "2": {"class_type": "ContinualLora_Forget", "inputs": {"stack": ["1", 0], "token": "V1"}},
     }
     host.run(forget)
     data = stack_of(host, "history").read_bytes()
     assert "Undo takes back: forgot V1 ball" in (told := undo(host, "history"))
     assert "set version to 3" in told
-    assert "was not the last change" in error_of(host.finished(host.queue(undo_graph("history", token="V2"))))
+    assert "was not the last change" in error_of(
+        host.finished(host.queue(undo_graph("history", token="V2")))
+    )
     assert stack_of(host, "history").read_bytes() == data
     assert "Took back: forgot V1 ball" in undo(host, "history", version=3)
     assert "nothing was done" in undo(host, "history", version=3)
@@ -251,14 +326,24 @@ def test_undo_says_what_it_takes_back_and_history_brings_it_back(host: ComfyUI) 
 
 
 def test_exported_files_draw_what_apply_draws(host: ComfyUI) -> None:
-    """The stock LoRA loader takes every K/V module, and "embedding:V1" with it draws the picture that Apply Concepts draws with V1."""
+    """The stock LoRA loader takes every K/V module, and "embedding:V1" with it draws the picture
+    that Apply Concepts draws with V1.
+    """
     host.run(learn("export", rate=0.01, steps=20))
     load = {
-        "1": {"class_type": "ContinualLora_LoadStack", "inputs": {"checkpoint": "mini-sd.safetensors", "stack_name": "export"}},
+        "1": {
+            "class_type": "ContinualLora_LoadStack",
+            "inputs": {"checkpoint": "mini-sd.safetensors", "stack_name": "export"},
+        },
     }
     _, name, word = exported(host, load, "1")
-    assert len({key.split(".")[0] for key in load_file(host.base / "models" / "loras" / name)}) == 14
-    found = {kind: draws(host, load["1"], "mini-sd.safetensors", name, word, kind) for kind in ("ours", "stock", "plain")}
+    assert (
+        len({key.split(".")[0] for key in load_file(host.base / "models" / "loras" / name)}) == 14
+    )
+    found = {
+        kind: draws(host, load["1"], "mini-sd.safetensors", name, word, kind)
+        for kind in ("ours", "stock", "plain")
+    }
     assert np.abs(found["ours"] - found["stock"]).max() <= 2
     assert np.abs(found["ours"] - found["plain"]).mean() > 2
 
@@ -267,9 +352,13 @@ def test_mistakes_are_told_in_words_and_lose_nothing(host: ComfyUI) -> None:
     host.run(learn("mistakes"))
     data = stack_of(host, "mistakes").read_bytes()
     for change, message in (
-        ({"token": "dog"}, "knows already"), ({"token": ""}, "empty"), ({"token": "V2", "noun": ""}, "class noun is empty"),
-        ({"token": "v1"}, "taken"), ({"token": "V2", "rank": 8}, "rank is 8"), ({"token": "V2", "method": "custom_diffusion"}, "kind"),
-    ):  # fmt: skip
+        ({"token": "dog"}, "knows already"),
+        ({"token": ""}, "empty"),
+        ({"token": "V2", "noun": ""}, "class noun is empty"),
+        ({"token": "v1"}, "taken"),
+        ({"token": "V2", "rank": 8}, "rank is 8"),
+        ({"token": "V2", "method": "custom_diffusion"}, "kind"),
+    ):
         done = host.finished(host.queue(learn("mistakes", **change)))
         assert message in error_of(done)
     stack_of(host, "broken").write_bytes(data[: len(data) // 2])
@@ -284,20 +373,30 @@ def test_undo_is_safe_to_queue_twice(host: ComfyUI) -> None:
     assert "Took back: learned V2" in undo(host, "undo", token="V2")
     assert load_file(stack_of(host, "undo")).keys() == _tensors(before).keys()
     assert "nothing was done" in undo(host, "undo", token="V2")
-    assert all((load_file(stack_of(host, "undo"))[k] == t).all() for k, t in _tensors(before).items())
+    assert all(
+        (load_file(stack_of(host, "undo"))[k] == t).all() for k, t in _tensors(before).items()
+    )
 
 
 def test_closed_form_merge_forget_and_import(host: ComfyUI) -> None:
-    """What needs no picture; each is safe to queue twice but for selecting and the closed form, which give the same again."""
+    """What needs no picture; each is safe to queue twice but for selecting and the closed form,
+    which give the same again.
+    """
     for name, token, which in (("mine", "V1", 1), ("mine", "V2", 2), ("theirs", "V1", 3)):
         host.run(learn(name, token=token, which=which))
 
     def graph(kind: str, **inputs: Any) -> dict[str, Any]:
         found: dict[str, Any] = {
-            str(n): {"class_type": "ContinualLora_LoadStack", "inputs": {"checkpoint": "mini-sd.safetensors", "stack_name": name}}
+            str(n): {
+                "class_type": "ContinualLora_LoadStack",
+                "inputs": {"checkpoint": "mini-sd.safetensors", "stack_name": name},
+            }
             for n, name in ((1, "mine"), (2, "theirs"))
         }
-        found["3"] = {"class_type": f"ContinualLora_{kind}", "inputs": {"stack": ["1", 0], **inputs}}
+        found["3"] = {
+            "class_type": f"ContinualLora_{kind}",
+            "inputs": {"stack": ["1", 0], **inputs},
+        }
         found["4"] = {"class_type": "PreviewAny", "inputs": {"source": ["3", 1]}}
         return found
 
@@ -305,17 +404,28 @@ def test_closed_form_merge_forget_and_import(host: ComfyUI) -> None:
         return text_of(host.run(graph(kind, **inputs)), "4")
 
     assert "Solved for V2 teapot alone" in does("Select", tokens="v2")
-    assert "No concept 'V7'" in error_of(host.finished(host.queue(graph("Select", tokens="V1, V7"))))
+    assert "No concept 'V7'" in error_of(
+        host.finished(host.queue(graph("Select", tokens="V1, V7")))
+    )
     assert "Solved for 2 concepts" in does("ClosedForm")
     assert "Its V1 is V1_2 here" in does("Merge", other=["2", 0])
     assert "nothing was done" in does("Merge", other=["2", 0])
     assert "Forgot V2" in does("Forget", token="V2")
     assert "nothing was done" in does("Forget", token="V2")
     load = {
-        "1": {"class_type": "ContinualLora_LoadStack", "inputs": {"checkpoint": "mini-sd.safetensors", "stack_name": "theirs"}},
+        "1": {
+            "class_type": "ContinualLora_LoadStack",
+            "inputs": {"checkpoint": "mini-sd.safetensors", "stack_name": "theirs"},
+        },
     }
     _, lora, word = exported(host, load, "1")
-    words = {"token": "W1", "noun": "", "embedding": f"{word}.safetensors", "trigger": "", "strength": 1.0}
+    words = {
+        "token": "W1",
+        "noun": "",
+        "embedding": f"{word}.safetensors",
+        "trigger": "",
+        "strength": 1.0,
+    }
     assert f"{lora} is W1 now" in does("Import", lora=lora, **words)
     assert "nothing was done" in does("Import", lora=lora, **words)
     assert [record.token for record in read_records(stack_of(host, "mine"))] == ["V1", "V1_2", "W1"]
@@ -342,7 +452,10 @@ def test_a_renamed_checkpoint_is_told_about(host: ComfyUI) -> None:
     host.run(learn("renamed"))
     path = stack_of(host, "renamed")
     lone = path.rename(path.with_name("gone.concepts.safetensors"))
-    load = {"class_type": "ContinualLora_LoadStack", "inputs": {"checkpoint": "mini-sd.safetensors", "stack_name": "renamed"}}
+    load = {
+        "class_type": "ContinualLora_LoadStack",
+        "inputs": {"checkpoint": "mini-sd.safetensors", "stack_name": "renamed"},
+    }
     done = host.run({"1": load, "2": {"class_type": "PreviewAny", "inputs": {"source": ["1", 1]}}})
     assert "rename its stack too" in text_of(done, "2")
     assert lone.name in text_of(done, "2")
@@ -351,7 +464,16 @@ def test_a_renamed_checkpoint_is_told_about(host: ComfyUI) -> None:
 def test_two_stacks_at_once_and_a_list_of_pictures_of_mixed_sizes(host: ComfyUI) -> None:
     """Pictures of two sizes come as a list; a stack applied on top of another adds its words."""
     sizes = {
-        "5": {"class_type": "ImageScale", "inputs": {"image": ["2", 0], "upscale_method": "area", "width": 96, "height": 64, "crop": "center"}},
+        "5": {
+            "class_type": "ImageScale",
+            "inputs": {
+                "image": ["2", 0],
+                "upscale_method": "area",
+                "width": 96,
+                "height": 64,
+                "crop": "center",
+            },
+        },
         "6": {"class_type": "RebatchImages", "inputs": {"images": ["2", 0], "batch_size": 1}},
     }
     first = {**learn("left"), **sizes}
@@ -360,10 +482,18 @@ def test_two_stacks_at_once_and_a_list_of_pictures_of_mixed_sizes(host: ComfyUI)
     second = {**learn("right", token="W1", which=2), **sizes}
     second["3"]["inputs"]["images"] = ["5", 0]
     assert "Learned W1 teapot" in text_of(host.run(second), "4")
-    graph: dict[str, Any] = {"20": {"class_type": "CheckpointLoaderSimple", "inputs": {"ckpt_name": "mini-sd.safetensors"}}}
+    graph: dict[str, Any] = {
+        "20": {
+            "class_type": "CheckpointLoaderSimple",
+            "inputs": {"ckpt_name": "mini-sd.safetensors"},
+        }
+    }
     source = "20"
     for number, name in (("30", "left"), ("40", "right")):
-        graph[number] = {"class_type": "ContinualLora_LoadStack", "inputs": {"checkpoint": "mini-sd.safetensors", "stack_name": name}}
+        graph[number] = {
+            "class_type": "ContinualLora_LoadStack",
+            "inputs": {"checkpoint": "mini-sd.safetensors", "stack_name": name},
+        }
         both = {"model": [source, 0], "clip": [source, 1], "stack": [number, 0], "strength": 1.0}
         source = f"{number}1"
         graph[source] = {"class_type": "ContinualLora_Apply", "inputs": both}
@@ -372,22 +502,33 @@ def test_two_stacks_at_once_and_a_list_of_pictures_of_mixed_sizes(host: ComfyUI)
 
 
 def test_a_full_size_sd15_learns_and_stock_nodes_load_the_result(host: ComfyUI) -> None:
-    """Random weights in the real layout: two steps of learning, export, and the stock loader draws what Apply Concepts draws."""
-    name = full_size.write("sd1", host.base / "models" / "checkpoints" / "full-sd15.safetensors").name
+    """Random weights in the real layout: two steps of learning, export, and the stock loader draws
+    what Apply Concepts draws.
+    """
+    name = full_size.write(
+        "sd1", host.base / "models" / "checkpoints" / "full-sd15.safetensors"
+    ).name
     graph = learn("", size=64, steps=2, rate=0.01)
     graph["1"]["inputs"].update(checkpoint=name, stack_name="")
     done, lora, word = exported(host, graph, "3")
     assert "Learned V1 ball in 2 steps" in text_of(done, "4")
-    assert len({key.split(".")[0] for key in load_file(host.base / "models" / "loras" / lora)}) == 32
-    ours, stock, plain = (draws(host, graph["1"], name, lora, word, kind) for kind in ("ours", "stock", "plain"))
+    assert (
+        len({key.split(".")[0] for key in load_file(host.base / "models" / "loras" / lora)}) == 32
+    )
+    ours, stock, plain = (
+        draws(host, graph["1"], name, lora, word, kind) for kind in ("ours", "stock", "plain")
+    )
     assert np.abs(ours - stock).max() <= 2
     assert np.abs(ours - plain).max() > 2
 
 
 # the page's own first graph is there too: it would come over one that is loaded earlier
-READY = """() => window.app?.extensionManager && window.LiteGraph && Object.keys(LiteGraph.registered_node_types).length > 100
-    && app.graph?._nodes.length > 0"""
-MISSING = "() => app.graph._nodes.filter(n => n.has_errors || !LiteGraph.registered_node_types[n.type]).map(n => n.type)"
+READY = """() => window.app?.extensionManager && window.LiteGraph
+    && Object.keys(LiteGraph.registered_node_types).length > 100 && app.graph?._nodes.length > 0"""
+MISSING = (
+    "() => app.graph._nodes.filter(n => n.has_errors || "
+    "!LiteGraph.registered_node_types[n.type]).map(n => n.type)"
+)
 QUEUE = """() => new Promise(done => {
     app.api.addEventListener('execution_success', () => done('done'));
     app.api.addEventListener('execution_error', event => done(event.detail.exception_message));
@@ -397,16 +538,27 @@ QUEUE = """() => new Promise(done => {
 
 @pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this machine")
 def test_templates_open_and_run_in_a_browser(host: ComfyUI) -> None:
-    """Every workflow opens without a missing node; the first one, with few steps, runs to its end from the page."""
+    """Every workflow opens without a missing node; the first one, with few steps, runs to its end
+    from the page.
+    """
     host.post("/api/settings/Comfy.TutorialCompleted", True)
     with page(host.address) as opened:
         opened.wait_for_function(READY, timeout=120_000)
         for path in WORKFLOWS:
-            opened.evaluate("workflow => app.loadGraphData(workflow, true, true, 'test')", json.loads(path.read_text()))
+            opened.evaluate(
+                "workflow => app.loadGraphData(workflow, true, true, 'test')",
+                json.loads(path.read_text()),
+            )
             assert opened.evaluate(MISSING) == []
-        workflow = json.loads(next(p for p in WORKFLOWS if p.stem == "learn-one-concept").read_text())
+        workflow = json.loads(
+            next(p for p in WORKFLOWS if p.stem == "learn-one-concept").read_text()
+        )
         opened.evaluate("workflow => app.loadGraphData(workflow, true, true, 'test')", workflow)
         few = {**QUICK, "stack_name": "browser"}
-        opened.evaluate("few => app.graph._nodes.forEach(n => n.widgets?.forEach(w => { if (w.name in few) w.value = few[w.name] }))", few)
+        opened.evaluate(
+            "few => app.graph._nodes.forEach(n => n.widgets?.forEach(w => { if (w.name in few) "
+            "w.value = few[w.name] }))",
+            few,
+        )
         assert opened.evaluate(QUEUE) == "done"
     assert stack_of(host, "browser").exists()

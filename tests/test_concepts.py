@@ -66,8 +66,12 @@ def test_captions_lie_beside_the_pictures(tmp_path: Path) -> None:
     (tmp_path / "p" / "0.txt").write_text("V1 ball on a shelf\n")
     found = concepts.load_images(tmp_path / "p", 32)
     assert found.captions == ("V1 ball on a shelf", None)
-    assert concepts.prompts_for("V1", "ball", ["a photo of a {}"], found.captions[0]) == ["V1 ball on a shelf"]
-    assert concepts.prompts_for("V1", "ball", ["a photo of a {}"], "on a shelf") == ["a photo of a V1 ball, on a shelf"]
+    assert concepts.prompts_for("V1", "ball", ["a photo of a {}"], found.captions[0]) == [
+        "V1 ball on a shelf"
+    ]
+    assert concepts.prompts_for("V1", "ball", ["a photo of a {}"], "on a shelf") == [
+        "a photo of a V1 ball, on a shelf"
+    ]
     assert concepts.prompts_for("V1", "ball", ["a photo of a {}"], None) == ["a photo of a V1 ball"]
 
 
@@ -93,10 +97,17 @@ def test_a_truncated_picture_among_good_ones_is_named(tmp_path: Path) -> None:
 
 def test_a_header_of_60000_by_60000_is_refused_unread(tmp_path: Path) -> None:
     def chunk(kind: bytes, data: bytes) -> bytes:
-        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+        return (
+            struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+        )
 
     header = struct.pack(">IIBBBBB", 60_000, 60_000, 8, 2, 0, 0, 0)
-    (tmp_path / "bomb.png").write_bytes(b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"")) + chunk(b"IEND", b""))
+    (tmp_path / "bomb.png").write_bytes(
+        b"\x89PNG\r\n\x1a\n"
+        + chunk(b"IHDR", header)
+        + chunk(b"IDAT", zlib.compress(b""))
+        + chunk(b"IEND", b"")
+    )
     with pytest.raises(ConceptImagesError, match=r"too large|60000 x 60000"):
         concepts.load_images(tmp_path, 32)
 
@@ -119,7 +130,9 @@ def test_bad_tokens(token: str, message: str) -> None:
 
 
 @given(st.integers(20, 4000), st.integers(20, 4000), st.sampled_from([64, 128, 512, 768, 1024]))
-def test_buckets_keep_the_shape_and_never_cost_more_than_the_square(width: int, height: int, size: int) -> None:
+def test_buckets_keep_the_shape_and_never_cost_more_than_the_square(
+    width: int, height: int, size: int
+) -> None:
     step = min(64, size // 8)
     found = concepts.bucket(width, height, size)
     assert all(side % step == 0 and side > 0 for side in found)
@@ -134,8 +147,16 @@ def test_bucketed_pictures_keep_their_shapes_with_their_masks(tmp_path: Path) ->
         Image.new("RGB", shape, "red").save(tmp_path / f"{name}.png")
     Image.new("L", (300, 150), "white").save(tmp_path / "a.mask.png")
     found = concepts.load_images(tmp_path, 128, fit="bucket")
-    assert [tuple(image.shape) for image in found.images] == [(3, 80, 176), (3, 176, 80), (3, 128, 128)]
-    assert [tuple(mask.shape) for mask in found.masks or ()] == [(1, 80, 176), (1, 176, 80), (1, 128, 128)]
+    assert [tuple(image.shape) for image in found.images] == [
+        (3, 80, 176),
+        (3, 176, 80),
+        (3, 128, 128),
+    ]
+    assert [tuple(mask.shape) for mask in found.masks or ()] == [
+        (1, 80, 176),
+        (1, 176, 80),
+        (1, 128, 128),
+    ]
 
 
 @given(st.text(max_size=12))

@@ -1,4 +1,6 @@
-"""Copies of training pictures: written when a job starts, gone when it is over; compared by what lies on the disk."""
+"""Copies of training pictures: written when a job starts, gone when it is over; compared by what
+lies on the disk.
+"""
 
 from __future__ import annotations
 
@@ -41,9 +43,11 @@ def test_the_same_pictures_are_the_same_copies(tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
     assert copies.batch(pictures, ["a red one", ""], "s", "V1").paths == first.paths
     others = [
-        copies.batch(pictures[:1], ["a red one"], "s", "V1"), copies.batch(pictures, [], "s", "V1"),
-        copies.batch(pictures, ["a red one", ""], "t", "V1"), copies.batch(pictures, ["a red one", ""], "s", "V2"),
-    ]  # fmt: skip
+        copies.batch(pictures[:1], ["a red one"], "s", "V1"),
+        copies.batch(pictures, [], "s", "V1"),
+        copies.batch(pictures, ["a red one", ""], "t", "V1"),
+        copies.batch(pictures, ["a red one", ""], "s", "V2"),
+    ]
     assert len({other.folder for other in (first, *others)}) == 5
     copies.write(first)
     paths = [Path(path) for path in first.paths]
@@ -53,15 +57,32 @@ def test_the_same_pictures_are_the_same_copies(tmp_path: Path) -> None:
     assert not paths[1].with_suffix(".txt").exists()
 
 
-@pytest.mark.parametrize("data", [b"", b"no picture", b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", _picture("PCX"), _picture()[:30]])
-def test_what_is_no_picture_is_refused_before_anything_is_written(tmp_path: Path, data: bytes) -> None:
+@pytest.mark.parametrize(
+    "data",
+    [
+        b"",
+        b"no picture",
+        b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n",
+        _picture("PCX"),
+        _picture()[:30],
+    ],
+)
+def test_what_is_no_picture_is_refused_before_anything_is_written(
+    tmp_path: Path, data: bytes
+) -> None:
     with pytest.raises(ValueError, match=r"a\.png.*can't be read as an image"):
         Copies(tmp_path).batch([("b.png", _picture()), ("a.png", data)], [], "s")
     assert not list(tmp_path.iterdir())
 
 
 def test_a_picture_is_named_after_what_it_holds() -> None:
-    for kind, suffix in (("PNG", ".png"), ("JPEG", ".jpg"), ("WEBP", ".webp"), ("BMP", ".bmp"), ("TIFF", ".tif")):
+    for kind, suffix in (
+        ("PNG", ".png"),
+        ("JPEG", ".jpg"),
+        ("WEBP", ".webp"),
+        ("BMP", ".bmp"),
+        ("TIFF", ".tif"),
+    ):
         assert suffix_of("any.thing", _picture(kind)) == suffix
 
 
@@ -112,10 +133,14 @@ time.sleep(100)
 
 
 def test_another_programs_copies_are_left_alone_until_it_is_gone(tmp_path: Path) -> None:
-    """Two web UIs on one folder: the one that dies the hard way leaves what the other's next start removes."""
+    """Two web UIs on one folder: the one that dies the hard way leaves what the other's next start
+    removes.
+    """
     stack, folder = tmp_path / "a.concepts.safetensors", tmp_path / "work"
     code = ANOTHER.format(tests=str(ROOT / "tests"), folder=str(folder), stack=str(stack))
-    with subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, text=True) as another:
+    with subprocess.Popen(
+        [sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, text=True
+    ) as another:
         assert another.stdout
         assert another.stdout.readline() == "written\n"
         copies = Copies(folder)

@@ -1,4 +1,6 @@
-"""On a GPU: every method learns what it would on the CPU, in every number format; a run goes on after a stop; nothing stays on the device."""
+"""On a GPU: every method learns what it would on the CPU, in every number format; a run goes on
+after a stop; nothing stays on the device.
+"""
 
 from __future__ import annotations
 
@@ -15,14 +17,39 @@ from comfy_continual_lora.checkpoint.load import load_backbone
 from comfy_continual_lora.errors import Cancelled
 from comfy_continual_lora.methods import METHODS
 from comfy_continual_lora.progress import Progress
-from comfy_continual_lora.settings import DrawSettings, EvaluateSettings, LearnSettings, ScoreSettings
+from comfy_continual_lora.settings import (
+    DrawSettings,
+    EvaluateSettings,
+    LearnSettings,
+    ScoreSettings,
+)
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
-QUICK = LearnSettings(steps=3, batch=3, rank=4, fisher_samples=4, dsc_steps=2, c_lora_weight=1.0, ewc_strength=0.1, warmup=1, precision="fp32")
+QUICK = LearnSettings(
+    steps=3,
+    batch=3,
+    rank=4,
+    fisher_samples=4,
+    dsc_steps=2,
+    c_lora_weight=1.0,
+    ewc_strength=0.1,
+    warmup=1,
+    precision="fp32",
+)
 
 
-def _learn(checkpoint: Path, folder: Path, token: str, settings: LearnSettings, device: str = "cuda", **more: object) -> pipeline.LearnResult:
-    return pipeline.learn_concept(pipeline.LearnRequest(checkpoint, folder, token, NOUNS[token], settings, device=device), **more)  # type: ignore[arg-type]
+def _learn(
+    checkpoint: Path,
+    folder: Path,
+    token: str,
+    settings: LearnSettings,
+    device: str = "cuda",
+    **more: object,
+) -> pipeline.LearnResult:
+    return pipeline.learn_concept(
+        pipeline.LearnRequest(checkpoint, folder, token, NOUNS[token], settings, device=device),
+        **more,
+    )  # type: ignore[arg-type]
 
 
 def _copy(checkpoint: Path, name: str) -> Path:
@@ -35,29 +62,52 @@ def exact(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_learns_what_the_cpu_learns(checkpoint: Path, folders: dict[str, Path], method: str) -> None:
+def test_learns_what_the_cpu_learns(
+    checkpoint: Path, folders: dict[str, Path], method: str
+) -> None:
     found = {}
     for device in ("cpu", "cuda"):
         own = _copy(checkpoint, device)
-        losses = [_learn(own, folders[token], token, replace(QUICK, method=method), device).losses for token in ("V1", "V2")]
+        losses = [
+            _learn(own, folders[token], token, replace(QUICK, method=method), device).losses
+            for token in ("V1", "V2")
+        ]
         found[device] = losses, store.open_stack(store.stack_path(own))
     for cpu, cuda in zip(found["cpu"][0], found["cuda"][0], strict=True):
         torch.testing.assert_close(torch.tensor(cuda), torch.tensor(cpu), rtol=1e-3, atol=1e-5)
-    assert {t.device.type for t in (*found["cuda"][1].words.values(), *(found["cuda"][1].adapter or {}).values())} == {"cpu"}
+    assert {
+        t.device.type
+        for t in (*found["cuda"][1].words.values(), *(found["cuda"][1].adapter or {}).values())
+    } == {"cpu"}
 
 
-@pytest.mark.parametrize("change", [{"precision": "bf16"}, {"precision": "fp16"}, {"precision": "fp8"}, {"adapter": "vera"}, {"checkpointing": True}])
-def test_learns_in_every_number_format(checkpoint: Path, folders: dict[str, Path], change: dict[str, object]) -> None:
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"precision": "bf16"},
+        {"precision": "fp16"},
+        {"precision": "fp8"},
+        {"adapter": "vera"},
+        {"checkpointing": True},
+    ],
+)
+def test_learns_in_every_number_format(
+    checkpoint: Path, folders: dict[str, Path], change: dict[str, object]
+) -> None:
     settings = replace(QUICK, method="lora_ewc_dc", **change)  # type: ignore[arg-type]
     for token in ("V1", "V2"):
         done = _learn(checkpoint, folders[token], token, settings)
     exact = _copy(checkpoint, "exact")
     for token in ("V1", "V2"):
         wide = _learn(exact, folders[token], token, replace(settings, precision="fp32"))
-    torch.testing.assert_close(torch.tensor(done.losses), torch.tensor(wide.losses), rtol=0.1, atol=0.01)
+    torch.testing.assert_close(
+        torch.tensor(done.losses), torch.tensor(wide.losses), rtol=0.1, atol=0.01
+    )
 
 
-def test_goes_on_after_a_stop_as_if_there_had_been_none(checkpoint: Path, folders: dict[str, Path]) -> None:
+def test_goes_on_after_a_stop_as_if_there_had_been_none(
+    checkpoint: Path, folders: dict[str, Path]
+) -> None:
     whole = _learn(_copy(checkpoint, "whole"), folders["V1"], "V1", replace(QUICK, steps=6))
 
     def stop(progress: Progress) -> None:
@@ -67,35 +117,63 @@ def test_goes_on_after_a_stop_as_if_there_had_been_none(checkpoint: Path, folder
     with pytest.raises(Cancelled):
         _learn(checkpoint, folders["V1"], "V1", replace(QUICK, steps=6), on_progress=stop)
     resumed = _learn(checkpoint, folders["V1"], "V1", replace(QUICK, steps=6))
-    torch.testing.assert_close(torch.tensor(resumed.losses), torch.tensor(whole.losses), rtol=1e-3, atol=1e-5)
+    torch.testing.assert_close(
+        torch.tensor(resumed.losses), torch.tensor(whole.losses), rtol=1e-3, atol=1e-5
+    )
 
 
-def test_uses_changes_and_leaves_a_stack(checkpoint: Path, folders: dict[str, Path], tmp_path: Path) -> None:
+def test_uses_changes_and_leaves_a_stack(
+    checkpoint: Path, folders: dict[str, Path], tmp_path: Path
+) -> None:
     other = _copy(checkpoint, "other")
     for token, file in (("V1", checkpoint), ("V2", checkpoint), ("V3", other)):
         _learn(file, folders[token], token, replace(QUICK, preview_every=2))
-    scored = pipeline.dc_scores(pipeline.ScoreRequest(checkpoint, folders["V1"], settings=ScoreSettings(trials=4), device="cuda"))
-    on_cpu = pipeline.dc_scores(pipeline.ScoreRequest(checkpoint, folders["V1"], settings=ScoreSettings(trials=4), device="cpu"))
+    scored = pipeline.dc_scores(
+        pipeline.ScoreRequest(
+            checkpoint, folders["V1"], settings=ScoreSettings(trials=4), device="cuda"
+        )
+    )
+    on_cpu = pipeline.dc_scores(
+        pipeline.ScoreRequest(
+            checkpoint, folders["V1"], settings=ScoreSettings(trials=4), device="cpu"
+        )
+    )
     assert [one.scores.names for one in scored] == [one.scores.names for one in on_cpu]
     prompts = ["a photo of a V1 ball", ("a V1 ball", "a V2 fish")]
     for prompt in prompts:
-        drawn = pipeline.draw(pipeline.DrawRequest(checkpoint, [prompt], DrawSettings(steps=2), device="cuda"))
+        drawn = pipeline.draw(
+            pipeline.DrawRequest(checkpoint, [prompt], DrawSettings(steps=2), device="cuda")
+        )
         assert len(drawn[0].image.getcolors(1 << 20) or []) > 50
-    assert pipeline.evaluate(pipeline.EvaluateRequest(checkpoint, settings=EvaluateSettings(pictures=2, steps=2, trials=2), device="cuda"))
-    request = pipeline.ConsolidateRequest(checkpoint, folders["V2"], replace(QUICK, dsc_steps=2), device="cuda")
+    assert pipeline.evaluate(
+        pipeline.EvaluateRequest(
+            checkpoint, settings=EvaluateSettings(pictures=2, steps=2, trials=2), device="cuda"
+        )
+    )
+    request = pipeline.ConsolidateRequest(
+        checkpoint, folders["V2"], replace(QUICK, dsc_steps=2), device="cuda"
+    )
     pipeline.consolidate(request)
     solving = pipeline.SolveRequest(checkpoint, device="cuda")
     pipeline.consolidate_in_closed_form(solving)
     pipeline.merge(solving, store.stack_path(other))
     pipeline.forget(solving, "V1")
-    assert [record.token for record in store.open_stack(store.stack_path(checkpoint)).records] == ["V2", "V3"]
+    assert [record.token for record in store.open_stack(store.stack_path(checkpoint)).records] == [
+        "V2",
+        "V3",
+    ]
     del scored, drawn
     assert torch.cuda.memory_allocated() < 2**26  # a work space of cuBLAS may stay
 
 
-def test_the_unet_waits_in_main_memory_where_the_vae_has_no_room_beside_it(mini_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_unet_waits_in_main_memory_where_the_vae_has_no_room_beside_it(
+    mini_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     backbone = load_backbone(mini_file, device="cuda")
-    picture, encode = torch.rand(3, 128, 128, generator=torch.Generator().manual_seed(0)), backbone.vae.encode
+    picture, encode = (
+        torch.rand(3, 128, 128, generator=torch.Generator().manual_seed(0)),
+        backbone.vae.encode,
+    )
     latent, where = backbone.encode_images([picture])[0], []
 
     def full(x: torch.Tensor) -> object:

@@ -20,14 +20,38 @@ SETTINGS = LearnSettings(batch=3, dsc_steps=4, snapshot_every=2).resolved("mini"
 
 def _adapter(backbone: Backbone, seed: int) -> Adapter:
     generator = torch.Generator().manual_seed(seed)
-    return {name: t + torch.randn(t.shape, generator=generator) * 0.05 for name, t in new_adapter(backbone, 4, generator).items()}
+    return {
+        name: t + torch.randn(t.shape, generator=generator) * 0.05
+        for name, t in new_adapter(backbone, 4, generator).items()
+    }
 
 
-def _consolidate(backbone: Backbone, snapshot: Path, tau: float | None = 0.01, on_progress=ignore, past: int = 2, penalty=None):
+def _consolidate(
+    backbone: Backbone,
+    snapshot: Path,
+    tau: float | None = 0.01,
+    on_progress=ignore,
+    past: int = 2,
+    penalty=None,
+):
     latents = torch.randn(3, 4, 8, 8, generator=torch.Generator().manual_seed(0))
-    teachers = dsc.Teachers(("red mug", _adapter(backbone, 0)), [(f"blue {n}", _adapter(backbone, i + 1)) for i, n in enumerate("ab"[:past])], "mug")
+    teachers = dsc.Teachers(
+        ("red mug", _adapter(backbone, 0)),
+        [(f"blue {n}", _adapter(backbone, i + 1)) for i, n in enumerate("ab"[:past])],
+        "mug",
+    )
     before = [{k: v.clone() for k, v in a.items()} for _, a in (teachers.newest, *teachers.past)]
-    student, losses = dsc.consolidate(backbone, latents, teachers, FrozenText(backbone, {}), tau, penalty, SETTINGS, snapshot, on_progress)
+    student, losses = dsc.consolidate(
+        backbone,
+        latents,
+        teachers,
+        FrozenText(backbone, {}),
+        tau,
+        penalty,
+        SETTINGS,
+        snapshot,
+        on_progress,
+    )
     for (_, adapter), kept in zip((teachers.newest, *teachers.past), before, strict=True):
         assert all(torch.equal(adapter[name], t) for name, t in kept.items())
     return student, losses
@@ -38,7 +62,10 @@ def _predictions(seed: int) -> Tensor:
 
 
 def test_nothing_pulls_where_student_and_teachers_agree() -> None:
-    teacher, noise = _predictions(0), torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(9))
+    teacher, noise = (
+        _predictions(0),
+        torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(9)),
+    )
     student = teacher.clone().requires_grad_()
     terms = dsc.dsc_terms(student, teacher, teacher, noise, 0.05)
     assert set(terms) == {"a1", "a2", "b1", "b2"}
@@ -61,29 +88,55 @@ def test_each_teacher_speaks_for_its_own_concept() -> None:
 
 
 @pytest.mark.parametrize("tau", [None, 0.01])
-def test_only_the_student_changes_and_every_part_is_told(backbone: Backbone, tmp_path: Path, tau: float | None) -> None:
+def test_only_the_student_changes_and_every_part_is_told(
+    backbone: Backbone, tmp_path: Path, tau: float | None
+) -> None:
     said: list[Progress] = []
     student, losses = _consolidate(
-        backbone, tmp_path / "s", tau, said.append, penalty=lambda factors: sum(p.square().sum() for p in factors.values())
+        backbone,
+        tmp_path / "s",
+        tau,
+        said.append,
+        penalty=lambda factors: sum(p.square().sum() for p in factors.values()),
     )
     assert len(losses) == 4
     assert any(not torch.equal(t, _adapter(backbone, 0)[name]) for name, t in student.items())
     expected = {"b1", "b2", "penalty"} | ({"a1", "a2"} if tau else set())
-    assert all(set(p.parts) == expected and sum(p.parts.values()) == pytest.approx(p.loss, rel=1e-4) for p in said)
+    assert all(
+        set(p.parts) == expected and sum(p.parts.values()) == pytest.approx(p.loss, rel=1e-4)
+        for p in said
+    )
     assert said[-1].stage == "consolidate"
 
 
-def test_a_student_that_agrees_with_its_past_has_nothing_to_learn(backbone: Backbone, tmp_path: Path) -> None:
+def test_a_student_that_agrees_with_its_past_has_nothing_to_learn(
+    backbone: Backbone, tmp_path: Path
+) -> None:
     latents = torch.randn(3, 4, 8, 8, generator=torch.Generator().manual_seed(0))
     adapter = _adapter(backbone, 0)
     teachers = dsc.Teachers(("red mug", adapter), [("blue star", adapter)], "mug")
-    _, losses = dsc.consolidate(backbone, latents, teachers, FrozenText(backbone, {}), 0.01, None, SETTINGS, tmp_path / "s", ignore)
-    assert losses[0] < 1e-6  # later ones drift: Adam makes full steps of gradients that are rounding errors
+    _, losses = dsc.consolidate(
+        backbone,
+        latents,
+        teachers,
+        FrozenText(backbone, {}),
+        0.01,
+        None,
+        SETTINGS,
+        tmp_path / "s",
+        ignore,
+    )
+    assert (
+        losses[0] < 1e-6
+    )  # later ones drift: Adam makes full steps of gradients that are rounding errors
 
 
 def test_stop_and_resume_equals_no_stop(backbone: Backbone, tmp_path: Path) -> None:
     whole, losses = _consolidate(backbone, tmp_path / "a")
-    latents, prompt = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(1)), backbone.encode_prompts(["a mug"])
+    latents, prompt = (
+        torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(1)),
+        backbone.encode_prompts(["a mug"]),
+    )
     with torch.no_grad():
         before = backbone.predict(latents, torch.tensor([300]), prompt)
 

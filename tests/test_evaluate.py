@@ -1,4 +1,6 @@
-"""Stage 8: what a stack remembers of itself: the matrix, what it is measured against, and its pictures."""
+"""Stage 8: what a stack remembers of itself: the matrix, what it is measured against, and its
+pictures.
+"""
 
 from __future__ import annotations
 
@@ -24,18 +26,27 @@ QUICK = EvaluateSettings(pictures=2, steps=2, trials=2)
 def taught(mini_file: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     """A checkpoint with two concepts and the folder of their pictures."""
     root = tmp_path_factory.mktemp("taught")
-    checkpoint, settings = root / "mini.safetensors", LearnSettings(method="lora", steps=6, batch=2, rank=4, rate=0.02, token_rate=0.02)
+    checkpoint, settings = (
+        root / "mini.safetensors",
+        LearnSettings(method="lora", steps=6, batch=2, rank=4, rate=0.02, token_rate=0.02),
+    )
     checkpoint.write_bytes(mini_file.read_bytes())
     (root / "concepts").mkdir()
     for token, noun, index in (("V1", "ball", 0), ("V2", "teapot", 1)):
         folder = save_concept(root / "concepts" / token, index)
-        pipeline.learn_concept(pipeline.LearnRequest(checkpoint, folder, token, noun, settings, device="cpu"))
+        pipeline.learn_concept(
+            pipeline.LearnRequest(checkpoint, folder, token, noun, settings, device="cpu")
+        )
     return checkpoint, root / "concepts"
 
 
-def test_against_what_was_drawn_right_after_learning(taught: tuple[Path, Path], tmp_path: Path) -> None:
+def test_against_what_was_drawn_right_after_learning(
+    taught: tuple[Path, Path], tmp_path: Path
+) -> None:
     seen: list[Progress] = []
-    found = pipeline.evaluate(pipeline.EvaluateRequest(taught[0], settings=QUICK, device="cpu"), seen.append)
+    found = pipeline.evaluate(
+        pipeline.EvaluateRequest(taught[0], settings=QUICK, device="cpu"), seen.append
+    )
     assert found.names == ["V1 ball", "V2 teapot"]
     assert torch.allclose(found.likeness.diagonal(), torch.ones(2), atol=1e-5)
     assert found.likeness[0, 1].isnan()
@@ -44,18 +55,28 @@ def test_against_what_was_drawn_right_after_learning(taught: tuple[Path, Path], 
     assert torch.isclose(found.kept[0], expected)
     assert torch.isclose(found.kept[1], torch.tensor(1.0), atol=1e-4)
     assert ((found.recognised >= 0) & (found.recognised <= 1)).all()
-    assert {at: len(pictures) for at, pictures in found.pictures.items()} == {(0, 0): 2, (1, 0): 2, (1, 1): 2}
-    assert not np.array_equal(np.asarray(found.pictures[0, 0][0]), np.asarray(found.pictures[1, 0][0]))
+    assert {at: len(pictures) for at, pictures in found.pictures.items()} == {
+        (0, 0): 2,
+        (1, 0): 2,
+        (1, 1): 2,
+    }
+    assert not np.array_equal(
+        np.asarray(found.pictures[0, 0][0]), np.asarray(found.pictures[1, 0][0])
+    )
     assert {p.stage for p in seen} == {"load", "evaluate", "score"}
     report.retention_sheet(found).save(tmp_path / "sheet.png")
     assert len(report.retention_table(found).splitlines()) == 3
 
 
 def test_against_the_users_own_pictures(taught: tuple[Path, Path]) -> None:
-    found = pipeline.evaluate(pipeline.EvaluateRequest(taught[0], taught[1], settings=QUICK, device="cpu"))
+    found = pipeline.evaluate(
+        pipeline.EvaluateRequest(taught[0], taught[1], settings=QUICK, device="cpu")
+    )
     assert (found.likeness.diagonal() < 1).all()
     only = replace(QUICK, seed=5)
-    other = pipeline.evaluate(pipeline.EvaluateRequest(taught[0], taught[1], settings=only, device="cpu"))
+    other = pipeline.evaluate(
+        pipeline.EvaluateRequest(taught[0], taught[1], settings=only, device="cpu")
+    )
     assert not torch.equal(found.likeness.nan_to_num(), other.likeness.nan_to_num())
 
 
@@ -69,10 +90,18 @@ def test_a_concept_no_different_from_its_noun_has_nothing_to_keep() -> None:
 def test_features_of_a_clip_in_a_folder(backbone: Backbone, tmp_path: Path) -> None:
     torch.manual_seed(0)
     config = CLIPVisionConfig(
-        hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2, image_size=32, patch_size=8, projection_dim=16
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        image_size=32,
+        patch_size=8,
+        projection_dim=16,
     )
     CLIPVisionModelWithProjection(config).save_pretrained(tmp_path)
-    CLIPImageProcessor(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32}).save_pretrained(tmp_path)
+    CLIPImageProcessor(
+        size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32}
+    ).save_pretrained(tmp_path)
     embed = evaluate.features(backbone, tmp_path)
     pictures = torch.rand(3, 3, 64, 64) * 2 - 1
     assert embed(pictures).shape == (3, 16)
@@ -87,8 +116,12 @@ def test_mistakes(taught: tuple[Path, Path], checkpoint: Path, tmp_path: Path) -
     with pytest.raises(StackError, match="no concept yet"):
         pipeline.evaluate(pipeline.EvaluateRequest(checkpoint, settings=QUICK, device="cpu"))
     save_concept(tmp_path / "wrong", 0)
-    with pytest.raises(ConceptImagesError, match=r"named after a concept. Expected V1, V2; found wrong"):
-        pipeline.evaluate(pipeline.EvaluateRequest(taught[0], tmp_path, settings=QUICK, device="cpu"))
+    with pytest.raises(
+        ConceptImagesError, match=r"named after a concept. Expected V1, V2; found wrong"
+    ):
+        pipeline.evaluate(
+            pipeline.EvaluateRequest(taught[0], tmp_path, settings=QUICK, device="cpu")
+        )
 
 
 def test_the_stack_as_it_was(taught: tuple[Path, Path]) -> None:

@@ -20,7 +20,10 @@ from comfy_continual_lora.lora import KINDS, delta_weights, new_adapter
 
 def _stack(backbone: Backbone, kind: str) -> store.ConceptStack:
     generator = torch.Generator().manual_seed(3)
-    adapter = {k: t + 0.05 * torch.randn(t.shape, generator=generator) for k, t in new_adapter(backbone, 4, generator, kind).items()}
+    adapter = {
+        k: t + 0.05 * torch.randn(t.shape, generator=generator)
+        for k, t in new_adapter(backbone, 4, generator, kind).items()
+    }
     stack = store.ConceptStack("f", rank=4)
     stack.add(_record(1), torch.randn(3, 256, generator=generator), adapter)
     return stack
@@ -42,7 +45,10 @@ def test_the_file_holds_the_same_change(backbone: Backbone, tmp_path: Path, kind
         if kind == "full":
             found = tensors.pop(f"{name}.diff").float()
         else:
-            down, up, alpha = (tensors.pop(f"{name}.{leaf}").float() for leaf in ("lora_down.weight", "lora_up.weight", "alpha"))
+            down, up, alpha = (
+                tensors.pop(f"{name}.{leaf}").float()
+                for leaf in ("lora_down.weight", "lora_up.weight", "alpha")
+            )
             found = up @ down * alpha / len(down)
         assert torch.allclose(found, change, atol=2e-3)
     assert not tensors
@@ -95,7 +101,9 @@ def _owned(backbone: Backbone, identity: str, token: str = "V1") -> store.Concep
 
 THEIRS = {
     "V1.safetensors": save({"emb_params": torch.ones(1, 256)}),
-    "v1.safetensors": save({"lora_unet_x.lora_up.weight": torch.ones(2, 2)}, {"ss_output_name": "v1"}),
+    "v1.safetensors": save(
+        {"lora_unet_x.lora_up.weight": torch.ones(2, 2)}, {"ss_output_name": "v1"}
+    ),
     "V1.pt": b"a pickle that another program made",
     "V1.png": b"an embedding in a picture",
     "V1.SAFETENSORS": b"not even safetensors",
@@ -103,7 +111,9 @@ THEIRS = {
 
 
 @pytest.mark.parametrize("name", THEIRS)
-def test_a_users_file_is_left_alone_and_the_word_gets_another_name(backbone: Backbone, tmp_path: Path, name: str) -> None:
+def test_a_users_file_is_left_alone_and_the_word_gets_another_name(
+    backbone: Backbone, tmp_path: Path, name: str
+) -> None:
     theirs = tmp_path / "embeddings" / name
     theirs.parent.mkdir()
     theirs.write_bytes(THEIRS[name])
@@ -120,22 +130,33 @@ def test_a_users_file_is_left_alone_and_the_word_gets_another_name(backbone: Bac
     assert (again.embeddings, again.lora) == (done.embeddings, done.lora)
 
 
-def test_two_stacks_share_folders_and_each_keeps_its_own(backbone: Backbone, tmp_path: Path) -> None:
+def test_two_stacks_share_folders_and_each_keeps_its_own(
+    backbone: Backbone, tmp_path: Path
+) -> None:
     first, second = _owned(backbone, "a" * 16), _owned(backbone, "b" * 16)
     second.words = {"id1": second.words["id1"] + 1}
     one, two = _export(first, tmp_path), _export(second, tmp_path)
-    assert [one.embeddings[0].name, two.embeddings[0].name] == ["V1.safetensors", "V1-2.safetensors"]
+    assert [one.embeddings[0].name, two.embeddings[0].name] == [
+        "V1.safetensors",
+        "V1-2.safetensors",
+    ]
     before = one.embeddings[0].read_bytes()
     first.words = {"id1": first.words["id1"] - 1}
     assert _export(first, tmp_path).embeddings == one.embeddings  # its own is replaced
     assert one.embeddings[0].read_bytes() != before
-    assert torch.allclose(load_file(two.embeddings[0])["emb_params"].float(), second.words["id1"], atol=5e-3)
+    assert torch.allclose(
+        load_file(two.embeddings[0])["emb_params"].float(), second.words["id1"], atol=5e-3
+    )
 
 
-def test_what_an_earlier_program_exported_is_taken_for_its_own(backbone: Backbone, tmp_path: Path) -> None:
+def test_what_an_earlier_program_exported_is_taken_for_its_own(
+    backbone: Backbone, tmp_path: Path
+) -> None:
     stack = _owned(backbone, "a" * 16)
     (tmp_path / "embeddings").mkdir()
-    (tmp_path / "embeddings" / "V1.safetensors").write_bytes(save(export.embedding(stack.words["id1"], stack.base)))
+    (tmp_path / "embeddings" / "V1.safetensors").write_bytes(
+        save(export.embedding(stack.words["id1"], stack.base))
+    )
     assert not _export(stack, tmp_path).renamed
 
 
@@ -147,10 +168,14 @@ def test_a_checkpoint_in_the_folder_is_safe(backbone: Backbone, tmp_path: Path) 
     assert done.embeddings == [tmp_path / "sd15-2.safetensors"]
 
 
-def test_superseded_exports_are_listed_and_removed_when_asked(backbone: Backbone, tmp_path: Path) -> None:
+def test_superseded_exports_are_listed_and_removed_when_asked(
+    backbone: Backbone, tmp_path: Path
+) -> None:
     stack, other = _owned(backbone, "a" * 16), _owned(backbone, "b" * 16)
     theirs = _export(other, tmp_path / "shared")
-    alone = export.export_files(stack, tmp_path / "shared", tmp_path / "shared", "mini", only=["V1"])
+    alone = export.export_files(
+        stack, tmp_path / "shared", tmp_path / "shared", "mini", only=["V1"]
+    )
     assert stack.adapter
     made = []
     for _ in range(9):
@@ -161,12 +186,16 @@ def test_superseded_exports_are_listed_and_removed_when_asked(backbone: Backbone
     assert all(path.name in last.notes[-1] for path in last.superseded)
     mine = tmp_path / "shared" / "mine.safetensors"
     mine.write_bytes(save({"x": torch.ones(1)}, {"ss_output_name": "mine"}))
-    cleaned = export.export_files(stack, tmp_path / "shared", tmp_path / "shared" / "embeddings", "mini", remove=True)
+    cleaned = export.export_files(
+        stack, tmp_path / "shared", tmp_path / "shared" / "embeddings", "mini", remove=True
+    )
     assert set(cleaned.removed) == set(made[:-1])
     assert not cleaned.superseded
     left = {path for path in (tmp_path / "shared").iterdir() if path.suffix == ".safetensors"}
     assert left == {mine, cleaned.lora, theirs.lora, alone.lora, *alone.embeddings}
-    assert {p.stem for p in (tmp_path / "shared").glob("*.json")} == {p.stem for p in left if p not in (mine, *alone.embeddings)}
+    assert {p.stem for p in (tmp_path / "shared").glob("*.json")} == {
+        p.stem for p in left if p not in (mine, *alone.embeddings)
+    }
 
 
 def test_an_embedding_of_a_forgotten_word_is_listed(backbone: Backbone, tmp_path: Path) -> None:
@@ -183,7 +212,9 @@ def test_names_say_the_stack_and_what_is_on_it() -> None:
     assert len(export.lora_name("x" * 300, ["y" * 64] * 4, "0" * 64)) < 230
 
 
-def test_a_word_that_is_a_path_is_refused_where_files_are_written(backbone: Backbone, tmp_path: Path) -> None:
+def test_a_word_that_is_a_path_is_refused_where_files_are_written(
+    backbone: Backbone, tmp_path: Path
+) -> None:
     """A second time: the stack that was read was checked, this one was made in memory."""
     with pytest.raises(StackError, match="can't name a file"):
         _export(_owned(backbone, "a" * 16, token="../../victim"), tmp_path / "a" / "b")

@@ -1,4 +1,6 @@
-"""SD2.x and SDXL: what loads is what diffusers computes with, and everything that can be done with a checkpoint works on them."""
+"""SD2.x and SDXL: what loads is what diffusers computes with, and everything that can be done with
+a checkpoint works on them.
+"""
 
 from __future__ import annotations
 
@@ -25,7 +27,13 @@ from comfy_continual_lora.diffusion import alphas_cumprod, noised
 from comfy_continual_lora.errors import CheckpointError, StackError
 from comfy_continual_lora.export import export_files
 from comfy_continual_lora.lora import attached, delta_weights
-from comfy_continual_lora.settings import ConsolidateSettings, DrawSettings, EvaluateSettings, LearnSettings, ScoreSettings
+from comfy_continual_lora.settings import (
+    ConsolidateSettings,
+    DrawSettings,
+    EvaluateSettings,
+    LearnSettings,
+    ScoreSettings,
+)
 
 _WEIGHT = "model.diffusion_model.middle_block.1.proj_out.weight"
 PROMPTS = ["a photo of a red mug on wood", "", "a mug " * 90]
@@ -44,26 +52,39 @@ def loaded(files: dict[str, Path]) -> dict[str, Backbone]:
     return {kind: load_backbone(path, device="cpu") for kind, path in files.items()}
 
 
-def _theirs(pipe: Any, prompts: list[str], noisy: torch.Tensor, timestep: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor]:
+def _theirs(
+    pipe: Any, prompts: list[str], noisy: torch.Tensor, timestep: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor]:
     """Text features, pooled text and prediction as the pipeline itself computes them."""
-    features, _, *pooled = pipe.encode_prompt(prompts, device="cpu", num_images_per_prompt=1, do_classifier_free_guidance=False)
+    features, _, *pooled = pipe.encode_prompt(
+        prompts, device="cpu", num_images_per_prompt=1, do_classifier_free_guidance=False
+    )
     added = None
     if pooled:
         sizes = pipe._get_add_time_ids((64, 64), (0, 0), (64, 64), torch.float32, 96)
         added = {"text_embeds": pooled[0], "time_ids": sizes.repeat(len(prompts), 1)}
-    return features, pooled[0] if pooled else None, pipe.unet(noisy, timestep, features, added_cond_kwargs=added).sample
+    return (
+        features,
+        pooled[0] if pooled else None,
+        pipe.unet(noisy, timestep, features, added_cond_kwargs=added).sample,
+    )
 
 
 @pytest.mark.parametrize("layout", ["file", "folder"])
 @pytest.mark.parametrize("kind", KINDS)
 @torch.no_grad()
-def test_features_and_predictions_are_those_of_diffusers(loaded: dict[str, Backbone], tmp_path: Path, kind: str, layout: str) -> None:
+def test_features_and_predictions_are_those_of_diffusers(
+    loaded: dict[str, Backbone], tmp_path: Path, kind: str, layout: str
+) -> None:
     pipe, ours = families.pipeline(kind), loaded[kind]
     if layout == "folder":
         pipe.save_pretrained(tmp_path / "folder")
         ours = load_backbone(tmp_path / "folder", device="cpu")
         assert ours.fingerprint == loaded[kind].fingerprint
-    noisy, timestep = torch.randn(3, 4, 8, 8, generator=torch.Generator().manual_seed(0)), torch.tensor([20, 500, 980])
+    noisy, timestep = (
+        torch.randn(3, 4, 8, 8, generator=torch.Generator().manual_seed(0)),
+        torch.tensor([20, 500, 980]),
+    )
     expected, pooled, answer = _theirs(pipe, PROMPTS, noisy, timestep)
     features = ours.encode_prompts(PROMPTS)
     assert torch.allclose(ours.context(features), expected, atol=1e-5)
@@ -72,34 +93,67 @@ def test_features_and_predictions_are_those_of_diffusers(loaded: dict[str, Backb
         assert not features[:, 77, 96:].any()
     predicted = ours.predict(noisy, timestep, features)
     assert torch.allclose(predicted, answer, atol=1e-5)
-    assert not torch.allclose(predicted, ours.predict(noisy, timestep, features[[1, 0, 0]]), atol=1e-3)  # the text counts
+    assert not torch.allclose(
+        predicted, ours.predict(noisy, timestep, features[[1, 0, 0]]), atol=1e-3
+    )  # the text counts
     family, v = kind.split("-")[0], kind.endswith("-v")
-    assert (ours.preset, ours.prediction, ours.zero_snr) == (family, "v_prediction" if v else "epsilon", kind == "sdxl-v")
+    assert (ours.preset, ours.prediction, ours.zero_snr) == (
+        family,
+        "v_prediction" if v else "epsilon",
+        kind == "sdxl-v",
+    )
     assert ours.word_widths == ([64, 128] if family == "sdxl" else [64])
     assert ours.vae.config["scaling_factor"] == (0.13025 if family == "sdxl" else 0.18215)
 
 
-def test_sizes_suit_the_family_unless_the_file_says_otherwise(loaded: dict[str, Backbone], tmp_path: Path) -> None:
-    assert {kind: one.size for kind, one in loaded.items()} == {"sd2": 512, "sd2-v": 768, "sdxl": 1024, "sdxl-v": 1024}
-    said = families.write("sd2-v", tmp_path / "x.safetensors", **{"modelspec.resolution": "512x512", "modelspec.prediction_type": "epsilon"})
+def test_sizes_suit_the_family_unless_the_file_says_otherwise(
+    loaded: dict[str, Backbone], tmp_path: Path
+) -> None:
+    assert {kind: one.size for kind, one in loaded.items()} == {
+        "sd2": 512,
+        "sd2-v": 768,
+        "sdxl": 1024,
+        "sdxl-v": 1024,
+    }
+    said = families.write(
+        "sd2-v",
+        tmp_path / "x.safetensors",
+        **{"modelspec.resolution": "512x512", "modelspec.prediction_type": "epsilon"},
+    )
     backbone = load_backbone(said, device="cpu")
     assert (backbone.size, backbone.prediction) == (512, "epsilon")
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("kind", ["sd2", "sdxl"])
-def test_half_precision_and_weights_of_others_are_read_too(loaded: dict[str, Backbone], tmp_path: Path, kind: str, dtype: torch.dtype) -> None:
+def test_half_precision_and_weights_of_others_are_read_too(
+    loaded: dict[str, Backbone], tmp_path: Path, kind: str, dtype: torch.dtype
+) -> None:
     path = families.write(kind, tmp_path / "half.safetensors", dtype)
-    save_file({**load_file(path), "model_ema.decay": torch.ones(1), "cond_stage_model.logit_scale": torch.ones(1)}, path)
+    save_file(
+        {
+            **load_file(path),
+            "model_ema.decay": torch.ones(1),
+            "cond_stage_model.logit_scale": torch.ones(1),
+        },
+        path,
+    )
     half, whole = load_backbone(path, device="cpu"), loaded[kind]
     assert {p.dtype for part in half.parts for p in part.parameters()} == {torch.float32}
     features = whole.encode_prompts(PROMPTS)
-    assert torch.allclose(half.encode_prompts(PROMPTS), features, atol=0.05 * float(features.abs().max()))
+    assert torch.allclose(
+        half.encode_prompts(PROMPTS), features, atol=0.05 * float(features.abs().max())
+    )
 
 
-def test_the_unet_takes_the_format_asked_for_and_the_vae_stays_in_float32(files: dict[str, Path]) -> None:
+def test_the_unet_takes_the_format_asked_for_and_the_vae_stays_in_float32(
+    files: dict[str, Path],
+) -> None:
     backbone = load_backbone(files["sdxl"], device="cpu", precision="bf16")
-    assert [{p.dtype for p in part.parameters()} for part in backbone.parts] == [{torch.bfloat16}, *[{torch.float32}] * 3]
+    assert [{p.dtype for p in part.parameters()} for part in backbone.parts] == [
+        {torch.bfloat16},
+        *[{torch.float32}] * 3,
+    ]
     assert backbone.encode_images(torch.zeros(1, 3, 64, 64))[0].isfinite().all()
 
 
@@ -115,20 +169,60 @@ def _without(state: dict[str, torch.Tensor], part: str) -> dict[str, torch.Tenso
             lambda s: _without(s, "resblocks.1.attn.in_proj_weight"),
             "lacks 3 weights of its conditioner.embedders.1.model, the first is .*in_proj",
         ),
-        ("sdxl", lambda s: _without(s, "text_projection"), "the first is conditioner.embedders.1.model.text_projection"),
-        ("sdxl", lambda s: _without(s, "label_emb.0.2"), "lacks 2 weights .* model.diffusion_model.label_emb.0.2"),
+        (
+            "sdxl",
+            lambda s: _without(s, "text_projection"),
+            "the first is conditioner.embedders.1.model.text_projection",
+        ),
+        (
+            "sdxl",
+            lambda s: _without(s, "label_emb.0.2"),
+            "lacks 2 weights .* model.diffusion_model.label_emb.0.2",
+        ),
         ("sdxl", lambda s: _without(s, "embedders.1."), "a U-Net without its text encoder"),
         ("sdxl", lambda s: {**s, "edm_mean": torch.zeros(1)}, "Playground v2.5"),
         ("sdxl", lambda s: {**s, "edm_vpred.sigma_max": torch.zeros(1)}, "CosXL"),
-        ("sd2", lambda s: {**s, "embedder.model.visual.proj": torch.zeros(1)}, "SD2.x unCLIP.*take SD2.1"),
-        ("sd2", lambda s: {**s, _WEIGHT: s[_WEIGHT].to(torch.int8)}, "proj_out.weight holds torch.int8 numbers.*get the model in float32"),
-        ("sd2", lambda s: {**s, f"{_WEIGHT[:-7]}.scale_weight": torch.ones(1)}, "few bits with scales .*proj_out.scale_weight.*a quantised copy"),
-        ("sd2", lambda s: _without(s, "ln_final.bias"), "lacks 1 weights of its cond_stage_model.model, the first is .*ln_final.bias"),
-        ("sd2", lambda s: {**s, "model.diffusion_model.input_blocks.0.0.weight": torch.zeros(64, 9, 3, 3)}, "an inpainting model"),
-        ("sd2", lambda s: {**s, "model.diffusion_model.input_blocks.0.0.weight": torch.zeros(64, 5, 3, 3)}, "a depth model"),
+        (
+            "sd2",
+            lambda s: {**s, "embedder.model.visual.proj": torch.zeros(1)},
+            "SD2.x unCLIP.*take SD2.1",
+        ),
+        (
+            "sd2",
+            lambda s: {**s, _WEIGHT: s[_WEIGHT].to(torch.int8)},
+            "proj_out.weight holds torch.int8 numbers.*get the model in float32",
+        ),
+        (
+            "sd2",
+            lambda s: {**s, f"{_WEIGHT[:-7]}.scale_weight": torch.ones(1)},
+            "few bits with scales .*proj_out.scale_weight.*a quantised copy",
+        ),
+        (
+            "sd2",
+            lambda s: _without(s, "ln_final.bias"),
+            "lacks 1 weights of its cond_stage_model.model, the first is .*ln_final.bias",
+        ),
+        (
+            "sd2",
+            lambda s: {
+                **s,
+                "model.diffusion_model.input_blocks.0.0.weight": torch.zeros(64, 9, 3, 3),
+            },
+            "an inpainting model",
+        ),
+        (
+            "sd2",
+            lambda s: {
+                **s,
+                "model.diffusion_model.input_blocks.0.0.weight": torch.zeros(64, 5, 3, 3),
+            },
+            "a depth model",
+        ),
     ],
 )
-def test_what_is_incomplete_or_only_alike_is_refused_by_name(files: dict[str, Path], tmp_path: Path, kind: str, change: Any, message: str) -> None:
+def test_what_is_incomplete_or_only_alike_is_refused_by_name(
+    files: dict[str, Path], tmp_path: Path, kind: str, change: Any, message: str
+) -> None:
     save_file(change(load_file(files[kind])), tmp_path / "other.safetensors")
     with pytest.raises(CheckpointError, match=message):
         load_backbone(tmp_path / "other.safetensors")
@@ -137,28 +231,44 @@ def test_what_is_incomplete_or_only_alike_is_refused_by_name(files: dict[str, Pa
 def test_a_file_cut_in_the_middle_is_refused(files: dict[str, Path], tmp_path: Path) -> None:
     cut, whole = tmp_path / "cut.safetensors", files["sdxl"].read_bytes()
     cut.write_bytes(whole[: len(whole) // 2])
-    with pytest.raises(CheckpointError, match=r"can't be read as safetensors .* download or copy it again"):
+    with pytest.raises(
+        CheckpointError, match=r"can't be read as safetensors .* download or copy it again"
+    ):
         load_backbone(cut)
 
 
 def test_folders_of_other_pipelines_are_refused(tmp_path: Path) -> None:
-    (tmp_path / "model_index.json").write_text('{"_class_name": "StableDiffusionXLInpaintPipeline"}')
-    with pytest.raises(CheckpointError, match=r"holds a StableDiffusionXLInpaintPipeline\. Expected a StableDiffusionPipeline"):
+    (tmp_path / "model_index.json").write_text(
+        '{"_class_name": "StableDiffusionXLInpaintPipeline"}'
+    )
+    with pytest.raises(
+        CheckpointError,
+        match=r"holds a StableDiffusionXLInpaintPipeline\. Expected a StableDiffusionPipeline",
+    ):
         load_backbone(tmp_path)
 
 
-# --- what is learned from -----------------------------------------------------------------------------------------------------------
+# --- what is learned from
+# --------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_noising_and_target_are_those_of_the_scheduler(loaded: dict[str, Backbone], kind: str) -> None:
+def test_noising_and_target_are_those_of_the_scheduler(
+    loaded: dict[str, Backbone], kind: str
+) -> None:
     generator = torch.Generator().manual_seed(0)
     clean, noise = (torch.randn(3, 4, 8, 8, generator=generator) for _ in range(2))
     timestep, scheduler = torch.tensor([0, 500, 999]), families.pipeline(kind).scheduler
     noisy, target = noised(loaded[kind], clean, noise, timestep)
     assert torch.allclose(noisy, scheduler.add_noise(clean, noise, timestep), atol=1e-4)
-    assert torch.allclose(target, scheduler.get_velocity(clean, noise, timestep) if kind.endswith("-v") else noise, atol=1e-4)
-    if kind == "sdxl-v":  # at the last step nothing of the picture is left, and the picture is what is asked for
+    assert torch.allclose(
+        target,
+        scheduler.get_velocity(clean, noise, timestep) if kind.endswith("-v") else noise,
+        atol=1e-4,
+    )
+    if (
+        kind == "sdxl-v"
+    ):  # at the last step nothing of the picture is left, and the picture is what is asked for
         assert torch.equal(noisy[2], noise[2])
         assert torch.equal(target[2], -clean[2])
 
@@ -167,22 +277,31 @@ def test_a_velocity_by_hand(loaded: dict[str, Backbone]) -> None:
     clean, noise = torch.full((1, 4, 8, 8), 2.0), torch.full((1, 4, 8, 8), 3.0)
     alpha = float(alphas_cumprod()[700])
     _, target = noised(loaded["sd2-v"], clean, noise, torch.tensor([700]))
-    assert float(target[0, 0, 0, 0]) == pytest.approx(alpha**0.5 * 3 - (1 - alpha) ** 0.5 * 2, rel=1e-5)
+    assert float(target[0, 0, 0, 0]) == pytest.approx(
+        alpha**0.5 * 3 - (1 - alpha) ** 0.5 * 2, rel=1e-5
+    )
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_word_stands_in_every_encoder_and_gets_their_gradients(loaded: dict[str, Backbone], kind: str) -> None:
+def test_a_word_stands_in_every_encoder_and_gets_their_gradients(
+    loaded: dict[str, Backbone], kind: str
+) -> None:
     backbone = loaded[kind]
     red = backbone.word_of_vocabulary("red")
     assert red is not None
     plain = backbone.encode_prompts(["a photo of a red mug"])
-    assert torch.allclose(backbone.encode_prompts(["a photo of a V1 mug"], {"V1": red}), plain, atol=1e-6)
+    assert torch.allclose(
+        backbone.encode_prompts(["a photo of a V1 mug"], {"V1": red}), plain, atol=1e-6
+    )
     word = red.clone().requires_grad_()
     features = backbone.encode_prompts(["a V1 mug"], {"V1": word})
     features.square().sum().backward()
     assert word.grad is not None
     assert all(part.abs().sum() > 0 for part in word.grad.split(backbone.word_widths, 1))
-    assert backbone.word_start("mug", torch.Generator().manual_seed(0)).shape == (1, backbone.word_width)
+    assert backbone.word_start("mug", torch.Generator().manual_seed(0)).shape == (
+        1,
+        backbone.word_width,
+    )
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -190,24 +309,50 @@ def test_drawing_is_what_the_pipeline_draws(loaded: dict[str, Backbone], kind: s
     """The same noise, DDIM and guidance: the picture is that of diffusers."""
     settings = DrawSettings(steps=3, solver="ddim", guidance=3.0, size=64).resolved("sdxl")
     ours = sample.draw(loaded[kind], {}, ["a red mug"], [5], settings)
-    pipe, noise = families.pipeline(kind), torch.randn(4, 8, 8, generator=torch.Generator().manual_seed(5))
+    pipe, noise = (
+        families.pipeline(kind),
+        torch.randn(4, 8, 8, generator=torch.Generator().manual_seed(5)),
+    )
     pipe.set_progress_bar_config(disable=True)
-    given: dict[str, Any] = {"height": 64, "width": 64, "latents": noise[None], "num_inference_steps": 3, "guidance_scale": 3.0}
+    given: dict[str, Any] = {
+        "height": 64,
+        "width": 64,
+        "latents": noise[None],
+        "num_inference_steps": 3,
+        "guidance_scale": 3.0,
+    }
     theirs = pipe("a red mug", negative_prompt="", output_type="pt", **given).images
     assert torch.allclose(ours, theirs * 2 - 1, atol=1e-3)
 
 
-# --- from the first concept to the exported files ------------------------------------------------------------------------------------
+# --- from the first concept to the exported files
+# --------------------------------------------------------------------------------------------------
 
-QUICK = LearnSettings(method="lora_dsc_ewc_dc", steps=2, batch=3, rank=4, size=64, fisher_samples=3, dsc_steps=2, rate=0.01)
+QUICK = LearnSettings(
+    method="lora_dsc_ewc_dc",
+    steps=2,
+    batch=3,
+    rank=4,
+    size=64,
+    fisher_samples=3,
+    dsc_steps=2,
+    rate=0.01,
+)
 
 
 @pytest.fixture(scope="session", params=["sd2-v", "sdxl"])
-def taught(request: pytest.FixtureRequest, files: dict[str, Path], folders: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+def taught(
+    request: pytest.FixtureRequest,
+    files: dict[str, Path],
+    folders: dict[str, Path],
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Path:
     """A checkpoint that learned two concepts with the paper's method. Not to be changed."""
     path = Path(shutil.copy(files[request.param], tmp_path_factory.mktemp("taught")))
     for token in ("V1", "V2"):
-        pipeline.learn_concept(pipeline.LearnRequest(path, folders[token], token, NOUNS[token], QUICK, device="cpu"))
+        pipeline.learn_concept(
+            pipeline.LearnRequest(path, folders[token], token, NOUNS[token], QUICK, device="cpu")
+        )
     return path
 
 
@@ -221,22 +366,42 @@ def own(taught: Path, tmp_path: Path) -> Path:
 def test_every_stage_works(own: Path, folders: dict[str, Path]) -> None:
     stack = store.open_stack(store.stack_path(own))
     assert stack.fishers.keys() == {record.id for record in stack.records}
-    assert all(tensor.isfinite().all() for fisher in stack.fishers.values() for tensor in fisher.values())
-    assert (stack.base.preset, stack.base.prediction) == (own.stem.split("-")[0], "v_prediction" if own.stem.endswith("-v") else "epsilon")
-    drawn = pipeline.draw(pipeline.DrawRequest(own, ["a V1 ball and a V2 fish"], DrawSettings(steps=2, size=64), device="cpu"))
+    assert all(
+        tensor.isfinite().all() for fisher in stack.fishers.values() for tensor in fisher.values()
+    )
+    assert (stack.base.preset, stack.base.prediction) == (
+        own.stem.split("-")[0],
+        "v_prediction" if own.stem.endswith("-v") else "epsilon",
+    )
+    drawn = pipeline.draw(
+        pipeline.DrawRequest(
+            own, ["a V1 ball and a V2 fish"], DrawSettings(steps=2, size=64), device="cpu"
+        )
+    )
     assert drawn[0].image.size == (64, 64)
-    scores = pipeline.dc_scores(pipeline.ScoreRequest(own, folders["V1"], ScoreSettings(trials=4, size=64), device="cpu"))
+    scores = pipeline.dc_scores(
+        pipeline.ScoreRequest(own, folders["V1"], ScoreSettings(trials=4, size=64), device="cpu")
+    )
     assert all(sum(one.scores.probabilities) == pytest.approx(1) for one in scores)
     quick = ConsolidateSettings(batch=3, size=64, dsc_steps=2, fisher_samples=3)
     pipeline.consolidate(pipeline.ConsolidateRequest(own, folders["V2"], quick, device="cpu"))
     done = pipeline.consolidate_in_closed_form(pipeline.SolveRequest(own, device="cpu"))
     assert done.after["V1"] < done.before["V1"]
-    kept = pipeline.evaluate(pipeline.EvaluateRequest(own, settings=EvaluateSettings(pictures=1, steps=1, trials=2, size=64), device="cpu"))
+    kept = pipeline.evaluate(
+        pipeline.EvaluateRequest(
+            own, settings=EvaluateSettings(pictures=1, steps=1, trials=2, size=64), device="cpu"
+        )
+    )
     assert kept.likeness.shape == (2, 2)
     assert pipeline.undo(own).token == "V2"
     pipeline.learn_concept(
         pipeline.LearnRequest(
-            own, folders["V3"], "V3", "mug", replace(QUICK, method="retention", retention_weight=1.0, checkpointing=True), device="cpu"
+            own,
+            folders["V3"],
+            "V3",
+            "mug",
+            replace(QUICK, method="retention", retention_weight=1.0, checkpointing=True),
+            device="cpu",
         )
     )
     assert pipeline.forget(pipeline.SolveRequest(own, device="cpu"), "V1").token == "V1"
@@ -244,41 +409,75 @@ def test_every_stage_works(own: Path, folders: dict[str, Path]) -> None:
 
 def test_a_stack_of_another_family_is_refused(own: Path, mini_file: Path) -> None:
     with pytest.raises(StackError, match="made for another checkpoint"):
-        pipeline.draw(pipeline.DrawRequest(mini_file, ["a V1 ball"], stack=store.stack_path(own), device="cpu"))
+        pipeline.draw(
+            pipeline.DrawRequest(
+                mini_file, ["a V1 ball"], stack=store.stack_path(own), device="cpu"
+            )
+        )
 
 
-def test_diffusers_loads_the_exported_lora_and_words(taught: Path, tmp_path: Path, loaded: dict[str, Backbone]) -> None:
-    """Its net with the LoRA answers as ours with the adapter, and its prompts with the embeddings read as ours with the words."""
+def test_diffusers_loads_the_exported_lora_and_words(
+    taught: Path, tmp_path: Path, loaded: dict[str, Backbone]
+) -> None:
+    """Its net with the LoRA answers as ours with the adapter, and its prompts with the embeddings
+    read as ours with the words.
+    """
     done, backbone = pipeline.export(taught, tmp_path), loaded[taught.stem]
     stack = store.open_stack(store.stack_path(taught))
     assert done.lora
     assert stack.adapter
     pipe = copy.deepcopy(families.pipeline(taught.stem))
-    save_file({name: tensor.float() for name, tensor in load_file(done.lora).items()}, tmp_path / "lora.safetensors")
-    words = {token: _rounded(load_file(tmp_path / f"{token}.safetensors")) for token in stack.tokens}
+    save_file(
+        {name: tensor.float() for name, tensor in load_file(done.lora).items()},
+        tmp_path / "lora.safetensors",
+    )
+    words = {
+        token: _rounded(load_file(tmp_path / f"{token}.safetensors")) for token in stack.tokens
+    }
     for token, word in words.items():
         parts = word.split(backbone.word_widths, 1)
-        for encoder, tokenizer, part in zip(("text_encoder", "text_encoder_2"), ("tokenizer", "tokenizer_2"), parts, strict=False):
-            pipe.load_textual_inversion(part, token, text_encoder=getattr(pipe, encoder), tokenizer=getattr(pipe, tokenizer))
+        for encoder, tokenizer, part in zip(
+            ("text_encoder", "text_encoder_2"), ("tokenizer", "tokenizer_2"), parts, strict=False
+        ):
+            pipe.load_textual_inversion(
+                part, token, text_encoder=getattr(pipe, encoder), tokenizer=getattr(pipe, tokenizer)
+            )
     pipe.load_lora_weights(tmp_path, weight_name="lora.safetensors")
-    noisy, timestep = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(0)), torch.tensor([500])
+    noisy, timestep = (
+        torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(0)),
+        torch.tensor([500]),
+    )
     with torch.no_grad():
         expected, _, answer = _theirs(pipe, ["a photo of a V1 ball"], noisy, timestep)
         features = backbone.encode_prompts(["a photo of a V1 ball"], words)
         assert torch.allclose(backbone.context(features), expected, atol=1e-5)
         plain = backbone.predict(noisy, timestep, features)
-        with attached(backbone, {name: tensor.half().float() for name, tensor in stack.adapter.items()}):
+        with attached(
+            backbone, {name: tensor.half().float() for name, tensor in stack.adapter.items()}
+        ):
             changed = backbone.predict(noisy, timestep, features)
     assert torch.allclose(changed, answer, atol=1e-4)
     assert float((changed - plain).abs().max()) > 1e-3
 
 
 @pytest.mark.parametrize("format", ["diffusers", "peft"])
-def test_diffusers_and_peft_load_what_is_written_for_them(taught: Path, tmp_path: Path, loaded: dict[str, Backbone], format: str) -> None:
-    done, backbone, pipe = pipeline.export(taught, tmp_path, format=format), loaded[taught.stem], copy.deepcopy(families.pipeline(taught.stem))
-    adapter = {name: tensor.half().float() for name, tensor in (store.open_stack(store.stack_path(taught)).adapter or {}).items()}
+def test_diffusers_and_peft_load_what_is_written_for_them(
+    taught: Path, tmp_path: Path, loaded: dict[str, Backbone], format: str
+) -> None:
+    done, backbone, pipe = (
+        pipeline.export(taught, tmp_path, format=format),
+        loaded[taught.stem],
+        copy.deepcopy(families.pipeline(taught.stem)),
+    )
+    adapter = {
+        name: tensor.half().float()
+        for name, tensor in (store.open_stack(store.stack_path(taught)).adapter or {}).items()
+    }
     assert done.lora
-    noisy, timestep = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(0)), torch.tensor([500])
+    noisy, timestep = (
+        torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(0)),
+        torch.tensor([500]),
+    )
     features = backbone.encode_prompts(["a photo of a ball"])
     with torch.no_grad(), attached(backbone, adapter):
         wanted = backbone.predict(noisy, timestep, features)
@@ -291,12 +490,20 @@ def test_diffusers_and_peft_load_what_is_written_for_them(taught: Path, tmp_path
         plain = backbone.predict(noisy, timestep, features)
     assert torch.allclose(answer, wanted, atol=1e-4)
     assert float((answer - plain).abs().max()) > 1e-3
-    again = foreign.read_lora(done.lora / "adapter_model.safetensors" if format == "peft" else done.lora, backbone)
+    again = foreign.read_lora(
+        done.lora / "adapter_model.safetensors" if format == "peft" else done.lora, backbone
+    )
     assert all(torch.equal(again[name], adapter[name]) for name in adapter)
 
 
 def _rounded(embedding: dict[str, torch.Tensor]) -> torch.Tensor:
-    return torch.cat([embedding[name].float() for name in (("clip_l", "clip_g") if "clip_l" in embedding else ("emb_params",))], 1)
+    return torch.cat(
+        [
+            embedding[name].float()
+            for name in (("clip_l", "clip_g") if "clip_l" in embedding else ("emb_params",))
+        ],
+        1,
+    )
 
 
 def test_the_exported_files_say_what_they_are_for(taught: Path, tmp_path: Path) -> None:
@@ -309,24 +516,45 @@ def test_the_exported_files_say_what_they_are_for(taught: Path, tmp_path: Path) 
         with safe_open(done.lora, framework="pt") as file:
             metadata, names = file.metadata(), list(file.keys())
         card = json.loads(done.lora.with_suffix(".json").read_text())["sd version"]
-        said = (metadata["modelspec.architecture"], metadata["ss_base_model_version"], metadata.get("ss_v2"), card)
+        said = (
+            metadata["modelspec.architecture"],
+            metadata["ss_base_model_version"],
+            metadata.get("ss_v2"),
+            card,
+        )
         assert (
             said
             == {
                 ("sd2-v", "epsilon"): ("stable-diffusion-v2-512/lora", "sd_v2", "True", "SD2"),
-                ("sd2-v", "v_prediction"): ("stable-diffusion-v2-768-v/lora", "sd_v2_v", "True", "SD2"),
-                ("sdxl", "epsilon"): ("stable-diffusion-xl-v1-base/lora", "sdxl_base_v1-0", None, "SDXL"),
+                ("sd2-v", "v_prediction"): (
+                    "stable-diffusion-v2-768-v/lora",
+                    "sd_v2_v",
+                    "True",
+                    "SD2",
+                ),
+                ("sdxl", "epsilon"): (
+                    "stable-diffusion-xl-v1-base/lora",
+                    "sdxl_base_v1-0",
+                    None,
+                    "SDXL",
+                ),
             }[taught.stem, prediction]
         )
         first = "input_blocks_4_1" if card == "SDXL" else "down_blocks_0_attentions_0"
         assert f"lora_unet_{first}_transformer_blocks_0_attn2_to_k.lora_down.weight" in names
 
 
-def test_an_exported_lora_can_be_imported(own: Path, tmp_path: Path, loaded: dict[str, Backbone]) -> None:
+def test_an_exported_lora_can_be_imported(
+    own: Path, tmp_path: Path, loaded: dict[str, Backbone]
+) -> None:
     done, stack = pipeline.export(own, tmp_path / "out"), store.open_stack(store.stack_path(own))
     assert done.lora
     bare = tmp_path / "bare.concepts.safetensors"
-    pipeline.import_concept(pipeline.ImportRequest(own, done.lora, "W1", "ball", embedding=done.embeddings[0], stack=bare, device="cpu"))
+    pipeline.import_concept(
+        pipeline.ImportRequest(
+            own, done.lora, "W1", "ball", embedding=done.embeddings[0], stack=bare, device="cpu"
+        )
+    )
     found = store.open_stack(bare)
     assert found.base == stack.base
     assert torch.allclose(found.tokens["W1"], stack.tokens["V1"], atol=2e-3)

@@ -1,4 +1,6 @@
-"""Stage 4: per-sample gradients without a loop equal the loop's; the Fisher is right where it is known; EWC equals a second implementation."""
+"""Stage 4: per-sample gradients without a loop equal the loop's; the Fisher is right where it is
+known; EWC equals a second implementation.
+"""
 
 from __future__ import annotations
 
@@ -22,7 +24,10 @@ SETTINGS = LearnSettings(batch=6, fisher_samples=4).resolved("mini")
 
 def _adapter(backbone: Backbone, kind: str = "lora") -> Adapter:
     generator = torch.Generator().manual_seed(3)
-    return {name: t + torch.randn(t.shape, generator=generator) * 0.05 for name, t in new_adapter(backbone, 4, generator, kind).items()}
+    return {
+        name: t + torch.randn(t.shape, generator=generator) * 0.05
+        for name, t in new_adapter(backbone, 4, generator, kind).items()
+    }
 
 
 def _target(tau: float | None, n: int = 4) -> fishers.Target:
@@ -30,14 +35,28 @@ def _target(tau: float | None, n: int = 4) -> fishers.Target:
     return fishers.Target(latents, "red mug", "mug", ["blue star", "cat"], tau)
 
 
-def _by_loop(backbone: Backbone, factors: dict, target: fishers.Target, numbers: list[tuple[int, int]]) -> dict[str, Tensor]:
-    """Reference: gradients of one sample's loss after the other through autograd, squared, averaged."""
+def _by_loop(
+    backbone: Backbone, factors: dict, target: fishers.Target, numbers: list[tuple[int, int]]
+) -> dict[str, Tensor]:
+    """Reference: gradients of one sample's loss after the other through autograd, squared,
+    averaged.
+    """
     text, total, count = FrozenText(backbone, {}), {}, 0
     for number, n in numbers:
         for sample in range(n):
-            loss = fishers._loss_of_batch(backbone, target, text, SETTINGS.subset, n, generator_for(SETTINGS.seed, "fisher", number))
+            loss = fishers._loss_of_batch(
+                backbone,
+                target,
+                text,
+                SETTINGS.subset,
+                n,
+                generator_for(SETTINGS.seed, "fisher", number),
+            )
             gradients = torch.autograd.grad(loss()[sample], list(factors.values()))
-            total = {name: total.get(name, 0) + g.square() for name, g in zip(factors, gradients, strict=True)}
+            total = {
+                name: total.get(name, 0) + g.square()
+                for name, g in zip(factors, gradients, strict=True)
+            }
             count += 1
     return {name: t / count for name, t in total.items()}
 
@@ -46,9 +65,13 @@ def _by_loop(backbone: Backbone, factors: dict, target: fishers.Target, numbers:
 @pytest.mark.parametrize("kind", KINDS)
 def test_hooks_equal_the_loop(backbone: Backbone, kind: str, tau: float | None) -> None:
     target = _target(tau)
-    numbers = [(0, 4)] if tau is None else [(0, 1), (1, 1), (2, 1), (3, 1)]  # four prompts a sample: one sample a batch of six rows
+    numbers = (
+        [(0, 4)] if tau is None else [(0, 1), (1, 1), (2, 1), (3, 1)]
+    )  # four prompts a sample: one sample a batch of six rows
     with attached(backbone, _adapter(backbone, kind), trainable=True) as factors:
-        found = fishers.fisher(backbone, factors, target, FrozenText(backbone, {}), SETTINGS, ignore)
+        found = fishers.fisher(
+            backbone, factors, target, FrozenText(backbone, {}), SETTINGS, ignore
+        )
         expected = _by_loop(backbone, factors, target, numbers)
     mean = torch.cat([t.flatten() for t in expected.values()]).mean()
     assert torch.cat([t.flatten() for t in found.values()]).mean() == pytest.approx(1, rel=1e-5)
@@ -60,25 +83,37 @@ def test_several_samples_with_several_prompts_each(backbone: Backbone) -> None:
     target, text = _target(0.01), FrozenText(backbone, {})
     with attached(backbone, _adapter(backbone), trainable=True) as factors:
         loss = fishers._loss_of_batch(backbone, target, text, 4, 3, generator_for(1))
-        found = {f"{layer}.{k}": g for layer, parts in fishers.per_sample_gradients(backbone, factors, loss, 3) for k, g in parts.items()}
+        found = {
+            f"{layer}.{k}": g
+            for layer, parts in fishers.per_sample_gradients(backbone, factors, loss, 3)
+            for k, g in parts.items()
+        }
         for sample in range(3):
             expected = torch.autograd.grad(loss()[sample], list(factors.values()))
             for name, value in zip(factors, expected, strict=True):
-                assert torch.allclose(found[name][sample], value, rtol=1e-3, atol=1e-4 * float(value.abs().max())), (name, sample)
+                assert torch.allclose(
+                    found[name][sample], value, rtol=1e-3, atol=1e-4 * float(value.abs().max())
+                ), (name, sample)
 
 
 def test_the_fisher_of_two_is_the_mean_of_the_two(backbone: Backbone) -> None:
     target, text = _target(None, n=1), FrozenText(backbone, {})
     with attached(backbone, _adapter(backbone), trainable=True) as factors:
         losses = fishers._loss_of_batch(backbone, target, text, 2, 2, generator_for(7))
-        both = {f"{a}.{k}": g for a, p in fishers.per_sample_gradients(backbone, factors, losses, 2) for k, g in p.items()}
+        both = {
+            f"{a}.{k}": g
+            for a, p in fishers.per_sample_gradients(backbone, factors, losses, 2)
+            for k, g in p.items()
+        }
         mean_gradient = torch.autograd.grad(losses().mean(), list(factors.values()))
     first = {name: g[:1].square().mean(0) for name, g in both.items()}
     second = {name: g[1:].square().mean(0) for name, g in both.items()}
     for name, g in both.items():
         assert torch.allclose(g.square().mean(0), (first[name] + second[name]) / 2)
     classic_error = {name: g.square() for name, g in zip(factors, mean_gradient, strict=True)}
-    assert any(not torch.allclose(both[n].square().mean(0), classic_error[n], rtol=0.1) for n in both)
+    assert any(
+        not torch.allclose(both[n].square().mean(0), classic_error[n], rtol=0.1) for n in both
+    )
 
 
 def test_gradient_checkpointing_gives_the_same_fisher(backbone: Backbone) -> None:
@@ -89,11 +124,17 @@ def test_gradient_checkpointing_gives_the_same_fisher(backbone: Backbone) -> Non
                 backbone.unet.enable_gradient_checkpointing()
                 backbone.unet.train()
             try:
-                found.append(fishers.fisher(backbone, factors, _target(0.01), FrozenText(backbone, {}), SETTINGS, ignore))
+                found.append(
+                    fishers.fisher(
+                        backbone, factors, _target(0.01), FrozenText(backbone, {}), SETTINGS, ignore
+                    )
+                )
             finally:
                 backbone.unet.disable_gradient_checkpointing()
                 backbone.unet.eval()
-    assert all(torch.allclose(found[0][name], t, rtol=1e-3, atol=1e-4) for name, t in found[1].items())
+    assert all(
+        torch.allclose(found[0][name], t, rtol=1e-3, atol=1e-4) for name, t in found[1].items()
+    )
 
 
 def test_a_linear_gaussian_model_in_closed_form() -> None:
@@ -120,12 +161,15 @@ def test_eigenvalues_from_the_gram_matrix(backbone: Backbone) -> None:
     assert torch.allclose(fishers.top_eigenvalues(g, 3), whole[:3], rtol=1e-4)
     layer = next(iter(backbone.kv_layers))
     with attached(backbone, _adapter(backbone), trainable=True) as factors:
-        found = fishers.spectrum(backbone, factors, _target(None), FrozenText(backbone, {}), SETTINGS, [layer], 4)
+        found = fishers.spectrum(
+            backbone, factors, _target(None), FrozenText(backbone, {}), SETTINGS, [layer], 4
+        )
     assert found[layer].shape == (4,)
     assert (found[layer].diff() <= 0).all()
 
 
-# --- EWC -----------------------------------------------------------------------------------------------------------------------------
+# --- EWC
+# --------------------------------------------------------------------------------------------------
 
 
 def test_the_penalty_is_zero_and_flat_at_its_anchor() -> None:
@@ -151,7 +195,11 @@ def test_online_and_separate_by_hand(space: str) -> None:
         return {"l.A": torch.full((1, 1), value), "l.B": torch.ones(1, 1)}
 
     def importance(value: float) -> Adapter:
-        return {"l.A": torch.full((1, 1), value), "l.B": torch.zeros(1, 1)} if space == "factors" else {"l.W": torch.full((1, 1), value)}
+        return (
+            {"l.A": torch.full((1, 1), value), "l.B": torch.zeros(1, 1)}
+            if space == "factors"
+            else {"l.W": torch.full((1, 1), value)}
+        )
 
     stack = _stack([adapter(1.0), adapter(2.0)], [importance(3.0), importance(5.0)])
     settings = LearnSettings(ewc_strength=0.1, ewc_decay=0.5)
@@ -166,7 +214,9 @@ def test_online_and_separate_by_hand(space: str) -> None:
 
 
 def test_ewc_equals_avalanches_formula_on_a_small_net() -> None:
-    """Avalanche: importances += grad^2 for every batch (here of one), / batches; penalty = sum imp (param - saved)^2; loss += lambda penalty."""
+    """Avalanche: importances += grad^2 for every batch (here of one), / batches; penalty = sum imp
+    (param - saved)^2; loss += lambda penalty.
+    """
     torch.manual_seed(0)
     base, x, y = nn.Linear(4, 3, bias=False), torch.randn(7, 1, 4), torch.randn(7, 3)
     layer = ChangedLayer(base, {"D": nn.Parameter(0.1 * torch.randn(3, 4))})
@@ -190,4 +240,6 @@ def test_ewc_equals_avalanches_formula_on_a_small_net() -> None:
     assert torch.allclose(ours, importances, rtol=1e-4)
     saved, moved = weight.detach().clone(), weight.detach() + 0.3
     avalanche = 2.5 * (importances * (moved - saved).pow(2)).sum()
-    assert torch.allclose(Ewc(2.5, [({"k.D": saved}, {"k.D": ours})])({"k.D": moved}), avalanche, rtol=1e-4)
+    assert torch.allclose(
+        Ewc(2.5, [({"k.D": saved}, {"k.D": ours})])({"k.D": moved}), avalanche, rtol=1e-4
+    )

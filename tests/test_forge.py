@@ -1,4 +1,6 @@
-"""The extension in a real Forge, found through FORGE_PATH, else ~/stable-diffusion-webui-forge: what its own gradio and memory management touch."""
+"""The extension in a real Forge, found through FORGE_PATH, else ~/stable-diffusion-webui-forge:
+what its own gradio and memory management touch.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +13,9 @@ from webui import WebUI, find_webui, freeze, learns_and_draws, learns_in_a_brows
 FOUND = find_webui("FORGE_PATH", "stable-diffusion-webui-forge")
 pytestmark = [
     pytest.mark.slow,
-    pytest.mark.skipif(FOUND is None, reason="no Forge with a venv at FORGE_PATH or ~/stable-diffusion-webui-forge"),
+    pytest.mark.skipif(
+        FOUND is None, reason="no Forge with a venv at FORGE_PATH or ~/stable-diffusion-webui-forge"
+    ),
 ]
 
 

@@ -1,4 +1,5 @@
-"""Full-size SD1.5, SD2.1 and SDXL: what is learned on them does in diffusers, in a stock ComfyUI and in an AUTOMATIC1111 exactly what it does in
+"""Full-size SD1.5, SD2.1 and SDXL: what is learned on them does in diffusers, in a stock ComfyUI
+and in an AUTOMATIC1111 exactly what it does in
 our own net, and the learned word says in their prompts what it says in ours."""
 
 from __future__ import annotations
@@ -26,9 +27,13 @@ from comfy_continual_lora.lora import attached
 from comfy_continual_lora.settings import LearnSettings
 
 COMFYUI, A1111 = find_comfyui(), find_webui()
-LARGE = pytest.mark.skipif("FULL_SIZE" not in os.environ, reason="FULL_SIZE is not set; SDXL takes 16 GB of memory, 7 GB of disk and five minutes")
+LARGE = pytest.mark.skipif(
+    "FULL_SIZE" not in os.environ,
+    reason="FULL_SIZE is not set; SDXL takes 16 GB of memory, 7 GB of disk and five minutes",
+)
 PROMPT = "a photo of a red V1 ball on grass, and v1"
-# in ComfyUI's own Python: its text features of the prompt, and its net's answers to what ours was asked, without the LoRA and with it
+# in ComfyUI's own Python: its text features of the prompt, and its net's answers to what ours was
+# asked, without the LoRA and with it
 IN_COMFYUI = """
 import sys
 folder, checkpoint, repository, prompt, sys.argv = *sys.argv[1:5], ["main.py", "--cpu", "--force-fp32"]
@@ -40,23 +45,31 @@ from safetensors.torch import load_file, save_file
 asked = load_file(f"{folder}/asked.safetensors")
 sys.path.append(repository)
 from comfy_continual_lora.comfy_nodes.host import with_words
-clip = with_words(sd.load_checkpoint_guess_config(checkpoint, output_vae=False, output_model=False)[1], {"V1": asked["word"]})
+clip = sd.load_checkpoint_guess_config(checkpoint, output_vae=False, output_model=False)[1]
+clip = with_words(clip, {"V1": asked["word"]})
 context, pooled = clip.encode_from_tokens(clip.tokenize(prompt), return_pooled=True)
-answers = {"said": context.float().contiguous()} | ({"said_pooled": pooled.float().contiguous()} if "pooled" in asked else {})
+answers = {"said": context.float().contiguous()}
+if "pooled" in asked:
+    answers["said_pooled"] = pooled.float().contiguous()
 del clip
 plain = sd.load_checkpoint_guess_config(checkpoint, output_vae=False, output_clip=False)[0]
-taught, _ = sd.load_lora_for_models(plain, None, utils.load_torch_file(f"{folder}/lora.safetensors"), 1.0, 0.0)
+lora = utils.load_torch_file(f"{folder}/lora.safetensors")
+taught, _ = sd.load_lora_for_models(plain, None, lora, 1.0, 0.0)
 for name, patcher in (("plain", plain), ("taught", taught)):
     patcher.patch_model()
     net = patcher.model
-    added = {"y": net.encode_adm(pooled_output=asked["pooled"], width=64, height=64)} if "pooled" in asked else {}
+    added = {"context": asked["context"]}
+    if "pooled" in asked:
+        added["y"] = net.encode_adm(pooled_output=asked["pooled"], width=64, height=64)
     with torch.no_grad():
-        answers[name] = net.diffusion_model(asked["noisy"], asked["timestep"], context=asked["context"], **added).float().contiguous()
+        answer = net.diffusion_model(asked["noisy"], asked["timestep"], **added)
+    answers[name] = answer.float().contiguous()
     patched = len(patcher.patches)
     patcher.unpatch_model()
 save_file(answers, f"{folder}/answers.safetensors", {"patched": str(patched)})
 """
-# an extension that answers the same in AUTOMATIC1111, with its own loader of checkpoints, LoRAs and embeddings
+# an extension that answers the same in AUTOMATIC1111, with its own loader of checkpoints, LoRAs and
+# embeddings
 IN_A1111 = """
 import sys
 import torch
@@ -67,28 +80,47 @@ from safetensors.torch import load_file, save_file
 def answer(body: dict):
     asked = load_file(f"{body['folder']}/asked.safetensors")
     model, loras = shared.sd_model, sys.modules["networks"]
-    said = model.get_learned_conditioning(prompt_parser.SdConditioning([body["prompt"]], width=64, height=64))
+    prompt = prompt_parser.SdConditioning([body["prompt"]], width=64, height=64)
+    said = model.get_learned_conditioning(prompt)
     answers, added = {}, {}
     if "pooled" in asked:
         pooled, sizes = said["vector"].split([1280, 1536], 1)
-        answers["said_pooled"], added["y"], said = pooled, torch.cat([asked["pooled"], sizes], 1), said["crossattn"]
+        answers["said_pooled"] = pooled
+        added["y"] = torch.cat([asked["pooled"], sizes], 1)
+        said = said["crossattn"]
     answers["said"] = said
     net = model.model.diffusion_model
     for name, wanted in (("plain", []), ("taught", ["lora"])):
         loras.load_networks(wanted, [1.0], [1.0], [None])
         answers[name] = net(asked["noisy"], asked["timestep"], context=asked["context"], **added)
-    save_file({name: tensor.contiguous() for name, tensor in answers.items()}, f"{body['folder']}/answers.safetensors",
-              {"patched": str(len(loras.loaded_networks[0].modules))})
+    answers = {name: tensor.contiguous() for name, tensor in answers.items()}
+    patched = {"patched": str(len(loras.loaded_networks[0].modules))}
+    save_file(answers, f"{body['folder']}/answers.safetensors", patched)
 
 script_callbacks.on_app_started(lambda demo, app: app.add_api_route("/answer", answer, methods=["POST"]))
 """
-# what AUTOMATIC1111 asks transformers for by name: the shape of SD1's text encoder, whose weights the checkpoint has
-CLIP = {**full_size.SD15_TEXT, "model_type": "clip_text_model", "bos_token_id": 49406, "eos_token_id": 49407, "projection_dim": 768}
+# what AUTOMATIC1111 asks transformers for by name: the shape of SD1's text encoder, whose weights
+# the checkpoint has
+CLIP = {
+    **full_size.SD15_TEXT,
+    "model_type": "clip_text_model",
+    "bos_token_id": 49406,
+    "eos_token_id": 49407,
+    "projection_dim": 768,
+}
 
 
 def in_comfyui(comfyui: Path, folder: Path, checkpoint: Path) -> None:
     """Write answers.safetensors."""
-    command = [python_of(comfyui), "-c", IN_COMFYUI, str(folder), str(checkpoint), str(REPOSITORY), PROMPT]
+    command = [
+        python_of(comfyui),
+        "-c",
+        IN_COMFYUI,
+        str(folder),
+        str(checkpoint),
+        str(REPOSITORY),
+        PROMPT,
+    ]
     done = subprocess.run(command, cwd=comfyui, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
 
@@ -97,12 +129,25 @@ def in_a1111(webui: Path, folder: Path, checkpoint: Path) -> None:
     """Write answers.safetensors."""
     host = WebUI(webui, folder / "webui")
     host.put_extension("answer", IN_A1111)
-    places = {checkpoint: "models/Stable-diffusion", folder / "lora.safetensors": "models/Lora", folder / "V1.safetensors": "embeddings"}
+    places = {
+        checkpoint: "models/Stable-diffusion",
+        folder / "lora.safetensors": "models/Lora",
+        folder / "V1.safetensors": "embeddings",
+    }
     for file, place in places.items():
         (host.data / place).mkdir(parents=True)
         os.link(file, host.data / place / file.name)
-    if checkpoint.stem == "sd2":  # its own way to find out whether an SD2 predicts noise fails without a GPU
-        asked = webui / "repositories" / "stable-diffusion-stability-ai" / "configs" / "stable-diffusion" / "v2-inference.yaml"
+    if (
+        checkpoint.stem == "sd2"
+    ):  # its own way to find out whether an SD2 predicts noise fails without a GPU
+        asked = (
+            webui
+            / "repositories"
+            / "stable-diffusion-stability-ai"
+            / "configs"
+            / "stable-diffusion"
+            / "v2-inference.yaml"
+        )
         shutil.copy(asked, host.data / "models" / "Stable-diffusion" / "sd2.yaml")
     # its usual way keeps a copy of every weight, which is more than 24 GB for an SDXL in float32
     (host.data / "config.json").write_text(json.dumps({"lora_functional": "xl" in checkpoint.stem}))
@@ -119,20 +164,38 @@ def in_a1111(webui: Path, folder: Path, checkpoint: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("kind", "layers"), [("sd1", 32), ("sd2", 32), pytest.param("sdxl", 140, marks=LARGE)])
-def test_other_programs_nets_answer_as_ours(tmp_path: Path, folders: dict[str, Path], kind: str, layers: int) -> None:
+@pytest.mark.parametrize(
+    ("kind", "layers"), [("sd1", 32), ("sd2", 32), pytest.param("sdxl", 140, marks=LARGE)]
+)
+def test_other_programs_nets_answer_as_ours(
+    tmp_path: Path, folders: dict[str, Path], kind: str, layers: int
+) -> None:
     path = full_size.write(kind, tmp_path / f"{kind}.safetensors")
     settings = LearnSettings(method="lora", steps=2, size=64, rate=0.01, precision="fp32")
-    pipeline.learn_concept(pipeline.LearnRequest(path, folders["V1"], "V1", "ball", settings, device="cpu"))
+    pipeline.learn_concept(
+        pipeline.LearnRequest(path, folders["V1"], "V1", "ball", settings, device="cpu")
+    )
     exported = pipeline.export(path, tmp_path).lora
     assert exported
-    save_file({name: tensor.float() for name, tensor in load_file(exported).items()}, tmp_path / "lora.safetensors")
-    adapter = {name: tensor.half().float() for name, tensor in (store.open_stack(store.stack_path(path)).adapter or {}).items()}
+    save_file(
+        {name: tensor.float() for name, tensor in load_file(exported).items()},
+        tmp_path / "lora.safetensors",
+    )
+    adapter = {
+        name: tensor.half().float()
+        for name, tensor in (store.open_stack(store.stack_path(path)).adapter or {}).items()
+    }
     assert len(adapter) == 2 * layers
 
     backbone = load_backbone(path, device="cpu", precision="fp32")
-    noisy, timestep = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(0)), torch.tensor([500])
-    features, word = backbone.encode_prompts(["a photo of a red mug"]), store.open_stack(store.stack_path(path)).tokens["V1"].half().float()
+    noisy, timestep = (
+        torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(0)),
+        torch.tensor([500]),
+    )
+    features, word = (
+        backbone.encode_prompts(["a photo of a red mug"]),
+        store.open_stack(store.stack_path(path)).tokens["V1"].half().float(),
+    )
     with torch.no_grad():
         said = backbone.encode_prompts([PROMPT], {"V1": word})
         plain = backbone.predict(noisy, timestep, features)
@@ -142,18 +205,42 @@ def test_other_programs_nets_answer_as_ours(tmp_path: Path, folders: dict[str, P
         assert (taught - plain).abs().max() > 1e-3
         texts = [encoder.model for encoder in backbone.text_encoders]
         if kind == "sdxl":
-            pipe = StableDiffusionXLPipeline(backbone.vae, *texts, *[backbone.tokenizer] * 2, backbone.unet, None, add_watermarker=False)
+            pipe = StableDiffusionXLPipeline(
+                backbone.vae,
+                *texts,
+                *[backbone.tokenizer] * 2,
+                backbone.unet,
+                None,
+                add_watermarker=False,
+            )
         else:
-            pipe = StableDiffusionPipeline(backbone.vae, *texts, backbone.tokenizer, backbone.unet, None, None, None, requires_safety_checker=False)
+            pipe = StableDiffusionPipeline(
+                backbone.vae,
+                *texts,
+                backbone.tokenizer,
+                backbone.unet,
+                None,
+                None,
+                None,
+                requires_safety_checker=False,
+            )
         pipe.load_lora_weights(tmp_path, weight_name="lora.safetensors")
         assert sum(name.endswith("lora_A") for name, _ in backbone.unet.named_modules()) == layers
         assert (backbone.predict(noisy, timestep, features) - taught).abs().max() <= 1e-4
 
-    asked, wanted = {"noisy": noisy, "timestep": timestep, "context": backbone.context(features), "word": word}, {"said": backbone.context(said)}
+    asked, wanted = (
+        {"noisy": noisy, "timestep": timestep, "context": backbone.context(features), "word": word},
+        {"said": backbone.context(said)},
+    )
     if kind == "sdxl":
-        asked["pooled"], wanted["said_pooled"] = (text[:, -1, : backbone.text_encoders[-1].pooled_width] for text in (features, said))
+        asked["pooled"], wanted["said_pooled"] = (
+            text[:, -1, : backbone.text_encoders[-1].pooled_width] for text in (features, said)
+        )
     wanted |= {"plain": plain, "taught": taught}
-    save_file({name: tensor.contiguous() for name, tensor in asked.items()}, tmp_path / "asked.safetensors")
+    save_file(
+        {name: tensor.contiguous() for name, tensor in asked.items()},
+        tmp_path / "asked.safetensors",
+    )
     del backbone, pipe, texts
     gc.collect()
     getattr(ctypes.CDLL(None), "malloc_trim", int)(0)  # an SDXL fits only once
@@ -168,5 +255,11 @@ def test_other_programs_nets_answer_as_ours(tmp_path: Path, folders: dict[str, P
         assert answers.keys() == wanted.keys()
         for name, tensor in wanted.items():
             assert (answers[name] - tensor).abs().max() <= 1e-4, (ask.__name__, name)
-    if missing := [name for name, program in (("ComfyUI", COMFYUI), ("AUTOMATIC1111", A1111)) if program is None]:
-        pytest.skip(f"no {' and no '.join(missing)} on this machine; diffusers and what else is here agreed")
+    if missing := [
+        name
+        for name, program in (("ComfyUI", COMFYUI), ("AUTOMATIC1111", A1111))
+        if program is None
+    ]:
+        pytest.skip(
+            f"no {' and no '.join(missing)} on this machine; diffusers and what else is here agreed"
+        )

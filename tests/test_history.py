@@ -1,4 +1,6 @@
-"""Going back: undo takes the last change back whatever it was, and nothing that was learned is lost with it."""
+"""Going back: undo takes the last change back whatever it was, and nothing that was learned is lost
+with it.
+"""
 
 from __future__ import annotations
 
@@ -20,15 +22,34 @@ from hypothesis import strategies as st
 from test_store import FINGERPRINT, make_stack, same
 
 from comfy_continual_lora import files, pipeline, stackfile, store
-from comfy_continual_lora.errors import Cancelled, ConceptImagesError, ContinualLoraError, StackError, TokenError
+from comfy_continual_lora.errors import (
+    Cancelled,
+    ConceptImagesError,
+    ContinualLoraError,
+    StackError,
+    TokenError,
+)
 from comfy_continual_lora.progress import Progress
 from comfy_continual_lora.settings import ConsolidateSettings, LearnSettings
 
-QUICK = LearnSettings(method="lora", steps=2, batch=1, rank=2, size=64, fisher_samples=2, dsc_steps=2, snapshot_every=1)
+QUICK = LearnSettings(
+    method="lora",
+    steps=2,
+    batch=1,
+    rank=2,
+    size=64,
+    fisher_samples=2,
+    dsc_steps=2,
+    snapshot_every=1,
+)
 
 
-def _learn(checkpoint: Path, folders: dict[str, Path], token: str, **rest: object) -> pipeline.LearnRequest:
-    return pipeline.LearnRequest(checkpoint, folders[token], token, NOUNS[token], QUICK, device="cpu", **rest)  # type: ignore[arg-type]
+def _learn(
+    checkpoint: Path, folders: dict[str, Path], token: str, **rest: object
+) -> pipeline.LearnRequest:
+    return pipeline.LearnRequest(
+        checkpoint, folders[token], token, NOUNS[token], QUICK, device="cpu", **rest
+    )  # type: ignore[arg-type]
 
 
 def _tokens(checkpoint: Path) -> list[str]:
@@ -43,7 +64,9 @@ def two(checkpoint: Path, folders: dict[str, Path]) -> Path:
     return checkpoint
 
 
-def test_undo_takes_back_every_kind_of_change(two: Path, folders: dict[str, Path], tmp_path: Path) -> None:
+def test_undo_takes_back_every_kind_of_change(
+    two: Path, folders: dict[str, Path], tmp_path: Path
+) -> None:
     path, solving = store.stack_path(two), pipeline.SolveRequest(two, device="cpu")
     other = tmp_path / "other" / "mini.safetensors"
     other.parent.mkdir()
@@ -55,10 +78,18 @@ def test_undo_takes_back_every_kind_of_change(two: Path, folders: dict[str, Path
     changes = {
         "forgot V1 ball": lambda: pipeline.forget(solving, "V1"),
         "forgot V2 fish": lambda: pipeline.forget(solving, "V2"),
-        "consolidated V2 fish": lambda: pipeline.consolidate(pipeline.ConsolidateRequest(two, folders["V2"], consolidating, device="cpu")),
-        "consolidated all in closed form (V1 ball, V2 fish)": lambda: pipeline.consolidate_in_closed_form(solving),
-        "merged V3 mug from another stack": lambda: pipeline.merge(solving, store.stack_path(other)),
-        "imported W1 mug": lambda: pipeline.import_concept(pipeline.ImportRequest(two, lora, "W1", "mug", trigger="sks", device="cpu")),
+        "consolidated V2 fish": lambda: pipeline.consolidate(
+            pipeline.ConsolidateRequest(two, folders["V2"], consolidating, device="cpu")
+        ),
+        "consolidated all in closed form (V1 ball, V2 fish)": lambda: (
+            pipeline.consolidate_in_closed_form(solving)
+        ),
+        "merged V3 mug from another stack": lambda: pipeline.merge(
+            solving, store.stack_path(other)
+        ),
+        "imported W1 mug": lambda: pipeline.import_concept(
+            pipeline.ImportRequest(two, lora, "W1", "mug", trigger="sks", device="cpu")
+        ),
         "learned V3 mug": lambda: pipeline.learn_concept(_learn(two, folders, "V3")),
     }
     before = store.open_stack(path)
@@ -83,8 +114,10 @@ def test_undo_goes_back_step_by_step_and_not_to_and_fro(two: Path) -> None:
     with pytest.raises(StackError, match="nothing to undo"):
         pipeline.undo(two)
     assert [(one.number, one.change) for one in pipeline.history(two)][1:] == [
-        (3, "forgot V1 ball"), (2, "learned V2 fish"), (1, "learned V1 ball"),
-    ]  # fmt: skip
+        (3, "forgot V1 ball"),
+        (2, "learned V2 fish"),
+        (1, "learned V1 ball"),
+    ]
 
 
 def test_what_is_confirmed_is_what_is_undone(two: Path) -> None:
@@ -95,11 +128,18 @@ def test_what_is_confirmed_is_what_is_undone(two: Path) -> None:
 
 
 @settings(deadline=None)
-@given(st.integers(0, 4), st.lists(st.sampled_from("ssssur"), min_size=1, max_size=12), st.randoms(use_true_random=False))
+@given(
+    st.integers(0, 4),
+    st.lists(st.sampled_from("ssssur"), min_size=1, max_size=12),
+    st.randoms(use_true_random=False),
+)
 def test_any_sequence_of_changes_can_be_gone_back_through(
     tmp_path_factory: pytest.TempPathFactory, keep: int, steps: list[str], rnd: random.Random
 ) -> None:
-    """Against a model: what each number held. No more is kept than was said, the parent always is, and numbers are never given twice."""
+    """Against a model: what each number held.
+
+    No more is kept than was said, the parent always is, and numbers are never given twice.
+    """
     path = tmp_path_factory.mktemp("history") / "mini.concepts.safetensors"
     held: dict[int, int] = {}
     stack = make_stack(1)
@@ -114,7 +154,10 @@ def test_any_sequence_of_changes_can_be_gone_back_through(
             parent = stackfile.parent_of(path)
             left = store.undo(path)
             if parent:
-                assert (left.version, len(store.read_records(path))) == (next(n for n, one in now.items() if one.current), held[parent.number])
+                assert (left.version, len(store.read_records(path))) == (
+                    next(n for n, one in now.items() if one.current),
+                    held[parent.number],
+                )
             if not store.read_records(path):
                 return
         elif kind == "r":
@@ -133,7 +176,9 @@ def test_a_setting_says_how_many_versions_are_kept(two: Path, folders: dict[str,
     pipeline.keep_versions(two, 1)
     pipeline.learn_concept(_learn(two, folders, "V3"))
     assert [one.number for one in pipeline.history(two)] == [3, 2]
-    assert sum(one.size for one in pipeline.history(two)) == sum(p.stat().st_size for p in (store.stack_path(two), *two.parent.glob("*.history/*")))
+    assert sum(one.size for one in pipeline.history(two)) == sum(
+        p.stat().st_size for p in (store.stack_path(two), *two.parent.glob("*.history/*"))
+    )
     pipeline.keep_versions(two, 0)
     assert [one.number for one in pipeline.history(two)] == [3]
     assert not files.history_folder(store.stack_path(two)).exists()
@@ -158,7 +203,9 @@ def test_a_stack_from_elsewhere_takes_nothing_out_of_the_history(tmp_path: Path)
     shutil.copy(theirs, path)
     assert stackfile.parent_of(path) is None  # version 2 here is another stack's
     store.save_stack(make_stack(2), path)
-    held = sorted(len(store.read_records(one.file)) for one in stackfile.versions(path) if not one.current)
+    held = sorted(
+        len(store.read_records(one.file)) for one in stackfile.versions(path) if not one.current
+    )
     assert held == [1, 1, 3]
     assert store.undo(path).tokens == ["V1"]
 
@@ -167,7 +214,9 @@ def test_a_stack_from_elsewhere_takes_nothing_out_of_the_history(tmp_path: Path)
 
 
 def test_replacing_is_one_step(two: Path, folders: dict[str, Path]) -> None:
-    """A refused input, a cancel and a kill leave the old concept; then the new one takes its place, and undo brings the old one back."""
+    """A refused input, a cancel and a kill leave the old concept; then the new one takes its place,
+    and undo brings the old one back.
+    """
     path = store.stack_path(two)
     was = store.open_stack(path)
     new = _learn(two, {**folders, "V2": folders["V3"]}, "V2", replace=True)
@@ -202,14 +251,22 @@ def test_a_linked_stack_is_written_through_its_link(tmp_path: Path) -> None:
     real, link = tmp_path / "real" / "x.concepts.safetensors", tmp_path / "x.concepts.safetensors"
     real.parent.mkdir()
     link.symlink_to(real)
-    for use in (lambda: store.load_stack(link, FINGERPRINT), lambda: store.save_stack(make_stack(1), link), lambda: stackfile.versions(link)):
+    for use in (
+        lambda: store.load_stack(link, FINGERPRINT),
+        lambda: store.save_stack(make_stack(1), link),
+        lambda: stackfile.versions(link),
+    ):
         with pytest.raises(StackError, match=r"link to .*not there"):
             use()
     store.save_stack(make_stack(1), real)
     store.save_stack(make_stack(2), link)
     assert link.is_symlink()
     assert same(store.open_stack(real), make_stack(2))
-    with store.writing(real), pytest.raises(StackError, match="Another program"), store.writing(link):
+    with (
+        store.writing(real),
+        pytest.raises(StackError, match="Another program"),
+        store.writing(link),
+    ):
         pass
     assert store.undo(link).tokens == ["V1"]
     assert same(store.open_stack(real), make_stack(1))
@@ -241,7 +298,9 @@ def test_files_get_the_mode_the_umask_leaves_or_keep_theirs(tmp_path: Path, umas
     finally:
         os.umask(before)
     assert path.stat().st_mode & 0o777 == 0o664
-    assert {p.stat().st_mode & 0o777 for p in (tmp_path / "out").iterdir() if p.suffix != ".lock"} == {0o666 & ~umask}
+    assert {
+        p.stat().st_mode & 0o777 for p in (tmp_path / "out").iterdir() if p.suffix != ".lock"
+    } == {0o666 & ~umask}
 
 
 @pytest.mark.skipif(os.name != "posix" or os.geteuid() != 0, reason="two users, so root")
@@ -262,7 +321,9 @@ def test_another_user_is_told_that_it_is_about_permission(tmp_path: Path) -> Non
     assert "restore" not in str(told.value)
 
 
-def test_a_name_too_long_is_refused_before_training(mini_file: Path, folders: dict[str, Path], tmp_path: Path) -> None:
+def test_a_name_too_long_is_refused_before_training(
+    mini_file: Path, folders: dict[str, Path], tmp_path: Path
+) -> None:
     long = tmp_path / f"{'x' * 215}.safetensors"
     shutil.copy(mini_file, long)
     seen: list[Progress] = []
@@ -272,11 +333,20 @@ def test_a_name_too_long_is_refused_before_training(mini_file: Path, folders: di
     assert [p.name for p in tmp_path.iterdir()] == [long.name]
 
 
-def test_what_killed_writers_left_is_cleaned_up_and_what_living_ones_write_is_not(tmp_path: Path) -> None:
+def test_what_killed_writers_left_is_cleaned_up_and_what_living_ones_write_is_not(
+    tmp_path: Path,
+) -> None:
     path = tmp_path / "x.concepts.safetensors"
     store.save_stack(make_stack(1), path)
     dead, older = tmp_path / f".continual-lora-{'0' * 16}.tmp", tmp_path / f".{path.name}.ab_12xyz"
-    others = [tmp_path / name for name in (".continual-lora-notes.tmp", f".{path.name}.mine", ".y.concepts.safetensors.ab_12xyz")]
+    others = [
+        tmp_path / name
+        for name in (
+            ".continual-lora-notes.tmp",
+            f".{path.name}.mine",
+            ".y.concepts.safetensors.ab_12xyz",
+        )
+    ]
     for file in (dead, older, *others):
         file.write_bytes(b"half")
     with files._temporary(tmp_path) as living, store.writing(path):
@@ -290,12 +360,18 @@ def test_readers_see_one_version_while_another_program_writes(tmp_path: Path) ->
     """A thousand reads of a stack that is replaced all the time: each is whole, and none fails."""
     path = tmp_path / "x.concepts.safetensors"
     code = (
-        "import sys; from pathlib import Path; sys.path[:0] = ['tests']; from test_store import make_stack; from comfy_continual_lora import store\n"
+        "import sys; from pathlib import Path; sys.path[:0] = ['tests']; from test_store import "
+        "make_stack; from comfy_continual_lora import store\n"
         f"path = Path({str(path)!r}); stacks = [make_stack(n, 300) for n in (1, 2)]\n"
         "store.save_stack(stacks[0], path); print('ready', flush=True)\n"
         "while True: [store.save_stack(s, path) for s in stacks]"
     )
-    writer = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, cwd=Path(__file__).parents[1])
+    writer = subprocess.Popen(
+        [sys.executable, "-c", code],
+        stdout=subprocess.PIPE,
+        text=True,
+        cwd=Path(__file__).parents[1],
+    )
     assert writer.stdout
     assert writer.stdout.readline() == "ready\n"
     try:
@@ -322,10 +398,13 @@ def test_a_stack_that_was_read_is_not_mapped(tmp_path: Path) -> None:
 
 
 def test_kill_9_at_any_moment_leaves_a_whole_history(tmp_path: Path) -> None:
-    """While it saves, undoes and restores: the stack reads, so does every version, and none is another's."""
+    """While it saves, undoes and restores: the stack reads, so does every version, and none is
+    another's.
+    """
     path = tmp_path / "x.concepts.safetensors"
     code = (
-        "import sys; from pathlib import Path; sys.path[:0] = ['tests']; from test_store import make_stack\n"
+        "import sys; from pathlib import Path; sys.path[:0] = ['tests']; from test_store import "
+        "make_stack\n"
         "from comfy_continual_lora import stackfile, store\n"
         f"path = Path({str(path)!r}); stacks = [make_stack(n, 3000) for n in (1, 2, 3)]\n"
         "print('ready', flush=True)\n"
@@ -336,7 +415,12 @@ def test_kill_9_at_any_moment_leaves_a_whole_history(tmp_path: Path) -> None:
     )
     rnd = random.Random(0)
     for _ in range(12):
-        saver = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, cwd=Path(__file__).parents[1])
+        saver = subprocess.Popen(
+            [sys.executable, "-c", code],
+            stdout=subprocess.PIPE,
+            text=True,
+            cwd=Path(__file__).parents[1],
+        )
         assert saver.stdout
         assert saver.stdout.readline() == "ready\n"
         time.sleep(rnd.uniform(0, 0.3))

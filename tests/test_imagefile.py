@@ -14,7 +14,10 @@ from PIL import Image, features
 from comfy_continual_lora import concepts, imagefile
 from comfy_continual_lora.errors import ConceptImagesError, SettingError
 
-POSTSCRIPT = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\n%%EndComments\n(MARK) (w) file closefile\nshowpage\n%%EOF\n"
+POSTSCRIPT = (
+    b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\n%%EndComments\n(MARK) (w) file "
+    b"closefile\nshowpage\n%%EOF\n"
+)
 
 
 @pytest.mark.parametrize("name", ["a.png", "a.jpg", "a.tiff"])
@@ -33,20 +36,29 @@ def test_postscript_starts_no_interpreter(tmp_path: Path, name: str) -> None:
     )
     environment = {**os.environ, "PATH": f"{program.parent}{os.pathsep}{os.environ['PATH']}"}
     done = subprocess.run(
-        [sys.executable, "-c", code, str(tmp_path / name)], env=environment, cwd=Path(__file__).parents[1], capture_output=True, text=True, check=True
+        [sys.executable, "-c", code, str(tmp_path / name)],
+        env=environment,
+        cwd=Path(__file__).parents[1],
+        capture_output=True,
+        text=True,
+        check=True,
     )
     assert name in done.stdout
     assert "none of JPEG, PNG" in done.stdout
     assert not mark.exists()
 
 
-@pytest.mark.parametrize("kind", ["PCX", "TGA", "ICO", "PSD", "SGI", "IM", "DDS", "JPEG2000", "XBM"])
+@pytest.mark.parametrize(
+    "kind", ["PCX", "TGA", "ICO", "PSD", "SGI", "IM", "DDS", "JPEG2000", "XBM"]
+)
 def test_other_formats_are_refused_whatever_their_name(tmp_path: Path, kind: str) -> None:
     path = tmp_path / "a.png"
     if kind == "PSD":
         path.write_bytes(b"8BPS\0\1" + bytes(20))
     elif kind == "XBM":
-        path.write_bytes(b"#define a_width 1\n#define a_height 1\nstatic char a_bits[] = {\n0x01 };\n")
+        path.write_bytes(
+            b"#define a_width 1\n#define a_height 1\nstatic char a_bits[] = {\n0x01 };\n"
+        )
     else:
         Image.new("RGB", (64, 64), "red").save(path, kind)
     with pytest.raises(ConceptImagesError, match=r"a\.png can't be read"):
@@ -70,8 +82,12 @@ def test_avif_is_read_where_pillow_can(tmp_path: Path) -> None:
     assert concepts.read_image(tmp_path / "a.avif").size == (64, 48)
 
 
-@pytest.mark.parametrize(("brand", "said"), [(b"heic", "HEIC"), (b"mif1", "HEIC"), (b"avif", "AVIF")])
-def test_what_this_pillow_has_no_decoder_for_is_to_be_converted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, brand: bytes, said: str) -> None:
+@pytest.mark.parametrize(
+    ("brand", "said"), [(b"heic", "HEIC"), (b"mif1", "HEIC"), (b"avif", "AVIF")]
+)
+def test_what_this_pillow_has_no_decoder_for_is_to_be_converted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, brand: bytes, said: str
+) -> None:
     monkeypatch.setattr(imagefile, "FORMATS", ("JPEG", "PNG"))
     (tmp_path / "IMG_1.HEIC").write_bytes(b"\0\0\0\x18ftyp" + brand + bytes(100))
     with pytest.raises(ConceptImagesError, match=rf"IMG_1\.HEIC is an {said} image.*Convert it"):
@@ -98,8 +114,18 @@ def test_an_output_replaces_our_own_and_nothing_else(tmp_path: Path, ending: str
     for color in ("red", "green"):
         imagefile.save_own(Image.new("RGB", (8, 8), color), ours)
     with Image.open(ours) as image:
-        assert image.convert("RGB").getpixel((4, 4)) in {(0, 128, 0), (0, 127, 1), (0, 128, 1), (1, 128, 1), (0, 127, 0), (1, 127, 0)}
-    for refuse in (lambda: imagefile.check_output(theirs), lambda: imagefile.save_own(Image.new("RGB", (8, 8)), theirs)):
+        assert image.convert("RGB").getpixel((4, 4)) in {
+            (0, 128, 0),
+            (0, 127, 1),
+            (0, 128, 1),
+            (1, 128, 1),
+            (0, 127, 0),
+            (1, 127, 0),
+        }
+    for refuse in (
+        lambda: imagefile.check_output(theirs),
+        lambda: imagefile.save_own(Image.new("RGB", (8, 8)), theirs),
+    ):
         with pytest.raises(SettingError, match="did not write it"):
             refuse()
     assert theirs.read_bytes() == before

@@ -1,4 +1,6 @@
-"""A job always ends, whatever its worker and its host do: with real processes in the worker's place."""
+"""A job always ends, whatever its worker and its host do: with real processes in the worker's
+place.
+"""
 
 from __future__ import annotations
 
@@ -23,9 +25,16 @@ pytestmark = pytest.mark.skipif(os.name == "nt", reason="the workers here are sh
 
 START = json.dumps(
     {
-        "event": "progress", "stage": "start", "step": 0, "steps": 1, "loss": None, "rate": None, "seconds_left": None, "preview": None,
+        "event": "progress",
+        "stage": "start",
+        "step": 0,
+        "steps": 1,
+        "loss": None,
+        "rate": None,
+        "seconds_left": None,
+        "preview": None,
     }
-)  # fmt: skip
+)
 DONE = json.dumps({"event": "done", "results": {"undo": {"token": "V1", "noun": "ball"}}})
 HUGE = ("undo", {"checkpoint": "x" * 5_000_000})  # more than a pipe holds
 
@@ -61,8 +70,17 @@ def _short(monkeypatch: pytest.MonkeyPatch) -> None:
         ("trap '' TERM INT HUP; while :; do sleep 1; done", "failed", "said nothing"),
         ("head -c 3000000 /dev/zero", "failed", "did not start"),
         ("head -c 3000 /dev/urandom", "failed", "did not start"),
-        ("echo '{'; echo '[]'; echo null; echo 5; echo '{\"event\": 5}'; echo '{\"event\": \"dance\"}'", "failed", "dance"),
-        ("echo '{\"event\": \"progress\"}'; echo '{\"event\": \"done\", \"results\": 5}'", "failed", "did not start"),
+        (
+            "echo '{'; echo '[]'; echo null; echo 5; echo '{\"event\": 5}'; echo '{\"event\": "
+            '"dance"}\'',
+            "failed",
+            "dance",
+        ),
+        (
+            'echo \'{"event": "progress"}\'; echo \'{"event": "done", "results": 5}\'',
+            "failed",
+            "did not start",
+        ),
         (f"echo '{START}'; exit 0", "failed", "ended in the middle"),
         (f"echo '{START}'; kill -9 $$", "failed", "goes on from the last snapshot"),
         (f"echo '{START}'; exec >&-; sleep 20", "failed", "ended in the middle"),
@@ -71,8 +89,10 @@ def _short(monkeypatch: pytest.MonkeyPatch) -> None:
         (f"echo '{DONE}'; exec >&-; sleep 20", "done", ""),
         ('echo \'{"event": "failed", "message": "so"}\'', "failed", "so"),
     ],
-)  # fmt: skip
-def test_a_job_ends_whatever_the_worker_does(tmp_path: Path, script: str, state: str, message: str) -> None:
+)
+def test_a_job_ends_whatever_the_worker_does(
+    tmp_path: Path, script: str, state: str, message: str
+) -> None:
     program = _program(tmp_path, script)
     desk = Desk(lambda: program)
     job = desk.start(HUGE)
@@ -154,7 +174,9 @@ def _is_free(lock: threading.Lock) -> bool:
 
 
 @pytest.mark.parametrize("where", ["enter", "follow", "leave", "ended"])
-def test_what_goes_wrong_in_the_host_ends_no_job_and_keeps_no_lock(tmp_path: Path, where: str, caplog: pytest.LogCaptureFixture) -> None:
+def test_what_goes_wrong_in_the_host_ends_no_job_and_keeps_no_lock(
+    tmp_path: Path, where: str, caplog: pytest.LogCaptureFixture
+) -> None:
     host = threading.Lock()
     desk = Desk(lambda: _program(tmp_path, f"echo '{START}'; sleep 1; echo '{DONE}'"))
 
@@ -169,13 +191,19 @@ def test_what_goes_wrong_in_the_host_ends_no_job_and_keeps_no_lock(tmp_path: Pat
             yield
             fails("leave")
 
-    desk.around, desk.follow, desk.ended = around, lambda job: fails("follow"), lambda job: fails("ended")
+    desk.around, desk.follow, desk.ended = (
+        around,
+        lambda job: fails("follow"),
+        lambda job: fails("ended"),
+    )
     with caplog.at_level(logging.ERROR):
         job = desk.start(("undo", {}))
         assert job.wait(10)
         assert _is_free(host)
         host.release()
-    expected = ("failed", {}) if where == "enter" else ("done", {"undo": {"token": "V1", "noun": "ball"}})
+    expected = (
+        ("failed", {}) if where == "enter" else ("done", {"undo": {"token": "V1", "noun": "ball"}})
+    )
     assert (job.state, job.results) == expected
     assert desk.start(("undo", {})).wait(10)
 
@@ -203,7 +231,10 @@ def test_nothing_is_left_open(tmp_path: Path) -> None:
     desk = Desk(lambda: program)
     assert desk.start(HUGE).wait(10)
     time.sleep(1)
-    pipes, threads = len(os.listdir("/proc/self/fd")) if Path("/proc").exists() else 0, threading.active_count()
+    pipes, threads = (
+        len(os.listdir("/proc/self/fd")) if Path("/proc").exists() else 0,
+        threading.active_count(),
+    )
     for _ in range(30):
         assert desk.start(HUGE).wait(10)
     time.sleep(module.STOP + 1)

@@ -1,4 +1,6 @@
-"""Stage 3: the loop learns, stops, goes on, and ends bit for bit where it would have ended undisturbed."""
+"""Stage 3: the loop learns, stops, goes on, and ends bit for bit where it would have ended
+undisturbed.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +21,13 @@ from comfy_continual_lora import concepts, pipeline, store
 from comfy_continual_lora.checkpoint.backbone import Backbone
 from comfy_continual_lora.checkpoint.load import load_backbone
 from comfy_continual_lora.diffusion import add_noise, alphas_cumprod, loss_per_example
-from comfy_continual_lora.errors import Cancelled, SettingError, StackError, TokenError, TrainingError
+from comfy_continual_lora.errors import (
+    Cancelled,
+    SettingError,
+    StackError,
+    TokenError,
+    TrainingError,
+)
 from comfy_continual_lora.learn import Learned, Lesson, _step_in, learn
 from comfy_continual_lora.lora import attached, new_adapter
 from comfy_continual_lora.progress import Progress, ignore
@@ -37,12 +45,19 @@ def _stop_at(step: int):
 
 
 def _learn(
-    backbone: Backbone, folder: Path, snapshot: Path, settings: LearnSettings = QUICK, on_progress=ignore, space: torch.Tensor | None = None
-) -> Learned:  # fmt: skip
+    backbone: Backbone,
+    folder: Path,
+    snapshot: Path,
+    settings: LearnSettings = QUICK,
+    on_progress=ignore,
+    space: torch.Tensor | None = None,
+) -> Learned:
     pictures = concepts.load_images(folder, 64)
     generator = torch.Generator().manual_seed(0)
     word, adapter = backbone.word_start("ball", generator), new_adapter(backbone, 4, generator)
-    latents = backbone.encode_images([*pictures.images, *(image.flip(-1) for image in pictures.images)])
+    latents = backbone.encode_images(
+        [*pictures.images, *(image.flip(-1) for image in pictures.images)]
+    )
     prompts = [concepts.prompts_for("V1", "ball", TEMPLATES, None)]
     lesson = Lesson(latents, prompts, "V1", {}, adapter, word, space=space)
     return learn(backbone, lesson, settings.resolved("mini"), snapshot, on_progress)
@@ -51,17 +66,26 @@ def _learn(
 def _same(a: Learned, b: Learned) -> bool:
     assert a.adapter
     assert b.adapter
-    return torch.equal(a.word, b.word) and a.losses == b.losses and all(torch.equal(t, b.adapter[k]) for k, t in a.adapter.items())
+    return (
+        torch.equal(a.word, b.word)
+        and a.losses == b.losses
+        and all(torch.equal(t, b.adapter[k]) for k, t in a.adapter.items())
+    )
 
 
 def test_steps_in_other_coordinates_are_those_of_a_factor_learned_there() -> None:
     """Against autograd through p = p' P, where p' is what AdamW knows of."""
     generator = torch.Generator().manual_seed(0)
-    start, inputs, wanted = (torch.randn(size, generator=generator) for size in ((3, 5), (5, 40), (3, 40)))
+    start, inputs, wanted = (
+        torch.randn(size, generator=generator) for size in ((3, 5), (5, 40), (3, 40))
+    )
     space = torch.diag(torch.tensor([0.1, 0.5, 1.0, 2.0, 5.0])) + 0.05
     there = torch.nn.Parameter(start @ torch.linalg.inv(space))
     here, beside = torch.nn.Parameter(start.clone()), torch.nn.Parameter(torch.ones(2))
-    of_it, optimizer = torch.optim.AdamW([there], lr=0.05, weight_decay=0), torch.optim.AdamW([here, beside], lr=0.05, weight_decay=0)
+    of_it, optimizer = (
+        torch.optim.AdamW([there], lr=0.05, weight_decay=0),
+        torch.optim.AdamW([here, beside], lr=0.05, weight_decay=0),
+    )
     _step_in(space, optimizer, [here])
     for _ in range(5):
         for product, one, others in ((there @ space, of_it, 0.0), (here, optimizer, beside.sum())):
@@ -74,24 +98,33 @@ def test_steps_in_other_coordinates_are_those_of_a_factor_learned_there() -> Non
 
 
 @pytest.mark.parametrize(("stop", "turned"), [(1, False), (3, False), (3, True), (5, False)])
-def test_stop_and_resume_equals_no_stop(backbone: Backbone, pictures: Path, tmp_path: Path, stop: int, turned: bool) -> None:
+def test_stop_and_resume_equals_no_stop(
+    backbone: Backbone, pictures: Path, tmp_path: Path, stop: int, turned: bool
+) -> None:
     space = torch.eye(backbone.word_width) + 0.1 if turned else None
     whole = _learn(backbone, pictures, tmp_path / "a", space=space)
     with pytest.raises(Cancelled):
         _learn(backbone, pictures, tmp_path / "b", on_progress=_stop_at(stop), space=space)
     steps = []
-    resumed = _learn(backbone, pictures, tmp_path / "b", on_progress=lambda p: steps.append(p.step), space=space)
+    resumed = _learn(
+        backbone, pictures, tmp_path / "b", on_progress=lambda p: steps.append(p.step), space=space
+    )
     assert steps[0] == stop + 1
     assert _same(whole, resumed)
     if turned:
         assert not _same(whole, _learn(backbone, pictures, tmp_path / "c"))
 
 
-def test_a_snapshot_of_another_run_is_kept_and_not_used(backbone: Backbone, pictures: Path, tmp_path: Path) -> None:
+def test_a_snapshot_of_another_run_is_kept_and_not_used(
+    backbone: Backbone, pictures: Path, tmp_path: Path
+) -> None:
     with pytest.raises(Cancelled):
         _learn(backbone, pictures, tmp_path / "s", on_progress=_stop_at(3))
     before, other, notes = (tmp_path / "s").read_bytes(), replace(QUICK, seed=9), _Notes()
-    assert _same(_learn(backbone, pictures, tmp_path / "new", other), _learn(backbone, pictures, tmp_path / "s", other, notes))
+    assert _same(
+        _learn(backbone, pictures, tmp_path / "new", other),
+        _learn(backbone, pictures, tmp_path / "s", other, notes),
+    )
     assert "another run's, at step 3" in notes[0]
     (kept,) = (path for path in tmp_path.glob("s.*") if path.read_bytes() == before)
     assert kept.name in notes[0]
@@ -106,7 +139,9 @@ class _Notes(list[str]):
 
 
 @pytest.mark.parametrize("how", ["cut", "flip", "empty", "header", "earlier", "longer"])
-def test_a_damaged_snapshot_is_set_aside_with_the_reason(backbone: Backbone, pictures: Path, tmp_path: Path, how: str) -> None:
+def test_a_damaged_snapshot_is_set_aside_with_the_reason(
+    backbone: Backbone, pictures: Path, tmp_path: Path, how: str
+) -> None:
     path, notes = tmp_path / "s", _Notes()
     with pytest.raises(Cancelled):
         _learn(backbone, pictures, path, on_progress=_stop_at(3))
@@ -116,19 +151,26 @@ def test_a_damaged_snapshot_is_set_aside_with_the_reason(backbone: Backbone, pic
         "flip": data[:-9] + bytes([data[-9] ^ 1]) + data[-8:],
         "empty": b"",
         "header": data.replace(b'"step":"3"', b'"step":"5"'),
-        "earlier": save({"value.word": torch.zeros(1)}, {"identity": "x", "step": "3", "losses": "[1, 2, 3]"}),
+        "earlier": save(
+            {"value.word": torch.zeros(1)}, {"identity": "x", "step": "3", "losses": "[1, 2, 3]"}
+        ),
         "longer": data + b"0000",
     }
     assert changes[how] != data
     path.write_bytes(changes[how])
-    assert _same(_learn(backbone, pictures, path, on_progress=notes), _learn(backbone, pictures, tmp_path / "new"))
+    assert _same(
+        _learn(backbone, pictures, path, on_progress=notes),
+        _learn(backbone, pictures, tmp_path / "new"),
+    )
     assert "damaged" in notes[0]
     assert "begins at step 1" in notes[0]
     assert (tmp_path / "s.damaged").read_bytes() == changes[how]
 
 
 @pytest.mark.skipif(os.name != "posix" or os.geteuid() != 0, reason="two users, so root")
-def test_a_snapshot_that_may_not_be_read_is_not_overwritten(backbone: Backbone, pictures: Path, tmp_path: Path) -> None:
+def test_a_snapshot_that_may_not_be_read_is_not_overwritten(
+    backbone: Backbone, pictures: Path, tmp_path: Path
+) -> None:
     path = tmp_path / "s"
     path.write_bytes(b"another user's")
     path.chmod(0o600)
@@ -145,7 +187,11 @@ def test_a_snapshot_that_may_not_be_read_is_not_overwritten(backbone: Backbone, 
 
 def test_a_run_goes_on_whatever_the_number_of_threads(checkpoint: Path, pictures: Path) -> None:
     """Computed numbers differ in their last digits with it; what was asked for does not."""
-    before, settings, notes = torch.get_num_threads(), replace(QUICK, method="retention", size=64, snapshot_every=1), _Notes()
+    before, settings, notes = (
+        torch.get_num_threads(),
+        replace(QUICK, method="retention", size=64, snapshot_every=1),
+        _Notes(),
+    )
     request = pipeline.LearnRequest(checkpoint, pictures, "V1", "ball", settings, device="cpu")
     try:
         torch.set_num_threads(2)
@@ -159,8 +205,12 @@ def test_a_run_goes_on_whatever_the_number_of_threads(checkpoint: Path, pictures
     assert not list(checkpoint.parent.glob("*snapshot*"))
 
 
-def test_another_runs_snapshot_is_told_of_and_can_be_gone_on_with(checkpoint: Path, pictures: Path, folders: dict[str, Path]) -> None:
-    first = pipeline.LearnRequest(checkpoint, pictures, "V1", "ball", replace(QUICK, size=64, snapshot_every=1), device="cpu")
+def test_another_runs_snapshot_is_told_of_and_can_be_gone_on_with(
+    checkpoint: Path, pictures: Path, folders: dict[str, Path]
+) -> None:
+    first = pipeline.LearnRequest(
+        checkpoint, pictures, "V1", "ball", replace(QUICK, size=64, snapshot_every=1), device="cpu"
+    )
     others = {
         "steps (6, now 5)": replace(first, settings=replace(first.settings, steps=5)),
         "the class noun": replace(first, noun="box"),
@@ -197,19 +247,38 @@ def _loss(backbone: Backbone, folder: Path, learned: Learned) -> float:
     timestep = torch.linspace(20, 900, len(latents)).long()
     noise = torch.randn(latents.shape, generator=generator)
     with torch.no_grad(), attached(backbone, learned.adapter):
-        features = backbone.encode_prompts(["a photo of a V1 ball"], {"V1": learned.word}).expand(len(latents), -1, -1)
-        return float(loss_per_example(backbone.predict(add_noise(latents, noise, timestep, alphas_cumprod()), timestep, features), noise).mean())
+        features = backbone.encode_prompts(["a photo of a V1 ball"], {"V1": learned.word}).expand(
+            len(latents), -1, -1
+        )
+        return float(
+            loss_per_example(
+                backbone.predict(
+                    add_noise(latents, noise, timestep, alphas_cumprod()), timestep, features
+                ),
+                noise,
+            ).mean()
+        )
 
 
 @pytest.mark.parametrize(("method", "share"), [("lora", 0.98), ("textual_inversion", 0.995)])
-def test_learning_lowers_the_loss_on_the_concept(backbone: Backbone, pictures: Path, tmp_path: Path, method: str, share: float) -> None:
+def test_learning_lowers_the_loss_on_the_concept(
+    backbone: Backbone, pictures: Path, tmp_path: Path, method: str, share: float
+) -> None:
     settings = replace(QUICK, method=method, rate=1.5e-3)
-    early, late = (_learn(backbone, pictures, tmp_path / "s", replace(settings, steps=n, batch=4)) for n in (1, 60))
+    early, late = (
+        _learn(backbone, pictures, tmp_path / "s", replace(settings, steps=n, batch=4))
+        for n in (1, 60)
+    )
     assert _loss(backbone, pictures, late) < share * _loss(backbone, pictures, early)
 
 
-def test_weighting_decides_what_is_learned(backbone: Backbone, pictures: Path, tmp_path: Path) -> None:
-    uniform, debiased = (_learn(backbone, pictures, tmp_path / w, replace(QUICK, steps=2, weighting=w)) for w in ("uniform", "debiased"))
+def test_weighting_decides_what_is_learned(
+    backbone: Backbone, pictures: Path, tmp_path: Path
+) -> None:
+    uniform, debiased = (
+        _learn(backbone, pictures, tmp_path / w, replace(QUICK, steps=2, weighting=w))
+        for w in ("uniform", "debiased")
+    )
     assert 1.1 * uniform.losses[0] < debiased.losses[0]
     assert not torch.equal(uniform.word, debiased.word)
 
@@ -221,7 +290,13 @@ def test_the_words_gradient_is_the_same_every_time(backbone: Backbone) -> None:
     torch.set_num_threads(4)
     try:
         for _ in range(8):
-            features = backbone.encode_prompts([f"a photo of a V1 ball {place}" for place in ("", "on grass", "on wood", "in snow")], {"V1": word})
+            features = backbone.encode_prompts(
+                [
+                    f"a photo of a V1 ball {place}"
+                    for place in ("", "on grass", "on wood", "in snow")
+                ],
+                {"V1": word},
+            )
             found.add(torch.autograd.grad(features.square().sum(), word)[0].numpy().tobytes())
     finally:
         torch.set_num_threads(threads)
@@ -229,7 +304,9 @@ def test_the_words_gradient_is_the_same_every_time(backbone: Backbone) -> None:
 
 
 @pytest.mark.parametrize("means", ["checkpointing", "channels_last"])
-def test_how_it_is_computed_changes_no_result(backbone: Backbone, pictures: Path, tmp_path: Path, means: str) -> None:
+def test_how_it_is_computed_changes_no_result(
+    backbone: Backbone, pictures: Path, tmp_path: Path, means: str
+) -> None:
     strides = [parameter.stride() for parameter in backbone.unet.parameters()]
     plain = _learn(backbone, pictures, tmp_path / "a")
     other = _learn(backbone, pictures, tmp_path / "b", replace(QUICK, **{means: True}))
@@ -237,7 +314,9 @@ def test_how_it_is_computed_changes_no_result(backbone: Backbone, pictures: Path
     assert [parameter.stride() for parameter in backbone.unet.parameters()] == strides
 
 
-def test_bf16_runs_and_keeps_float32_factors(mini_file: Path, pictures: Path, tmp_path: Path) -> None:
+def test_bf16_runs_and_keeps_float32_factors(
+    mini_file: Path, pictures: Path, tmp_path: Path
+) -> None:
     own = load_backbone(mini_file, device="cpu")  # learning leaves its net in bf16
     learned = _learn(own, pictures, tmp_path / "s", replace(QUICK, precision="bf16"))
     assert own.unet.dtype == torch.bfloat16
@@ -247,7 +326,14 @@ def test_bf16_runs_and_keeps_float32_factors(mini_file: Path, pictures: Path, tm
 
 
 def test_a_loss_that_is_not_a_number_stores_nothing(checkpoint: Path, pictures: Path) -> None:
-    request = pipeline.LearnRequest(checkpoint, pictures, "V1", "ball", replace(QUICK, rate=1.0, token_rate=1.0, clip=1e30, steps=200), device="cpu")
+    request = pipeline.LearnRequest(
+        checkpoint,
+        pictures,
+        "V1",
+        "ball",
+        replace(QUICK, rate=1.0, token_rate=1.0, clip=1e30, steps=200),
+        device="cpu",
+    )
     request = replace(request, settings=replace(request.settings, warmup=0))
     pipeline.learn_concept(replace(request, settings=QUICK))
     stack_file = store.stack_path(checkpoint)
@@ -257,13 +343,17 @@ def test_a_loss_that_is_not_a_number_stores_nothing(checkpoint: Path, pictures: 
         tensor.fill_(1e30)
     store.save_stack(stack, stack_file)
     before = stack_file.read_bytes()
-    with pytest.raises(TrainingError, match=r"loss became (nan|inf|-inf) at step 1.*nothing was stored"):
+    with pytest.raises(
+        TrainingError, match=r"loss became (nan|inf|-inf) at step 1.*nothing was stored"
+    ):
         pipeline.learn_concept(replace(request, token="V2"))
     assert stack_file.read_bytes() == before
 
 
 @pytest.mark.skipif(os.name != "posix", reason="file size limits of POSIX")
-def test_a_full_disk_while_learning_is_told_and_harms_nothing(backbone: Backbone, pictures: Path, tmp_path: Path) -> None:
+def test_a_full_disk_while_learning_is_told_and_harms_nothing(
+    backbone: Backbone, pictures: Path, tmp_path: Path
+) -> None:
     with pytest.raises(Cancelled):
         _learn(backbone, pictures, tmp_path / "s", on_progress=_stop_at(1))
     before, limits = (tmp_path / "s").read_bytes(), resource.getrlimit(resource.RLIMIT_FSIZE)
@@ -276,35 +366,72 @@ def test_a_full_disk_while_learning_is_told_and_harms_nothing(backbone: Backbone
     assert (tmp_path / "s").read_bytes() == before
 
 
-@pytest.mark.parametrize(("method", "meanwhile", "at_last"), [("lora", 256, []), ("retention", 128, [256]), ("lora_dsc", 256, [256])])
+@pytest.mark.parametrize(
+    ("method", "meanwhile", "at_last"),
+    [("lora", 256, []), ("retention", 128, [256]), ("lora_dsc", 256, [256])],
+)
 def test_previews_show_both_and_change_nothing(
-    checkpoint: Path, pictures: Path, tmp_path: Path, method: str, meanwhile: int, at_last: list[int]
+    checkpoint: Path,
+    pictures: Path,
+    tmp_path: Path,
+    method: str,
+    meanwhile: int,
+    at_last: list[int],
 ) -> None:
-    """Both concepts where the earlier one is drawn as it will be: while learning, or after what changes the adapter once more."""
+    """Both concepts where the earlier one is drawn as it will be: while learning, or after what
+    changes the adapter once more.
+    """
     seen, quick = [], replace(QUICK, method=method, dsc_steps=2)
     first = pipeline.LearnRequest(checkpoint, pictures, "V1", "ball", quick, device="cpu")
     pipeline.learn_concept(first)
-    second = replace(first, token="V2", stack=Path(shutil.copy(first.stack_file, tmp_path / "other")))
-    pipeline.learn_concept(replace(second, settings=replace(quick, preview_every=2)), lambda p: seen.append(p.preview))
+    second = replace(
+        first, token="V2", stack=Path(shutil.copy(first.stack_file, tmp_path / "other"))
+    )
+    pipeline.learn_concept(
+        replace(second, settings=replace(quick, preview_every=2)), lambda p: seen.append(p.preview)
+    )
     pipeline.learn_concept(replace(second, stack=None))
-    assert [p.size for p in seen if p] == [(width, 128) for width in [meanwhile] * (QUICK.steps // 2) + at_last]
-    with_previews, without = (store.open_stack(path) for path in (second.stack_file, first.stack_file))
+    assert [p.size for p in seen if p] == [
+        (width, 128) for width in [meanwhile] * (QUICK.steps // 2) + at_last
+    ]
+    with_previews, without = (
+        store.open_stack(path) for path in (second.stack_file, first.stack_file)
+    )
     assert with_previews.adapter
     assert without.adapter
     assert all(torch.equal(with_previews.adapter[k], t) for k, t in without.adapter.items())
 
 
-def test_masks_weigh_the_loss(checkpoint: Path, pictures: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A white mask changes nothing; with the right half masked out, the loss is the left half's, in the pictures and in their mirror images."""
+def test_masks_weigh_the_loss(
+    checkpoint: Path, pictures: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A white mask changes nothing; with the right half masked out, the loss is the left half's, in
+    the pictures and in their mirror images.
+    """
     seen = []
 
-    def spy(predicted: torch.Tensor, noise: torch.Tensor, weight: torch.Tensor | None = None) -> torch.Tensor:
-        seen.append((loss_per_example(predicted, noise), loss_per_example(predicted[..., :8], noise[..., :8]),
-                     loss_per_example(predicted[..., 8:], noise[..., 8:]), loss_per_example(predicted, noise, weight)))  # fmt: skip
+    def spy(
+        predicted: torch.Tensor, noise: torch.Tensor, weight: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        seen.append(
+            (
+                loss_per_example(predicted, noise),
+                loss_per_example(predicted[..., :8], noise[..., :8]),
+                loss_per_example(predicted[..., 8:], noise[..., 8:]),
+                loss_per_example(predicted, noise, weight),
+            )
+        )
         return seen[-1][3]
 
     monkeypatch.setattr("comfy_continual_lora.learn.loss_per_example", spy)
-    request = pipeline.LearnRequest(checkpoint, pictures, "V1", "ball", replace(QUICK, batch=8, steps=2, flip=True), device="cpu")
+    request = pipeline.LearnRequest(
+        checkpoint,
+        pictures,
+        "V1",
+        "ball",
+        replace(QUICK, batch=8, steps=2, flip=True),
+        device="cpu",
+    )
     for path in list(pictures.iterdir()):
         Image.new("L", (128, 128), "white").save(path.with_suffix(".mask.png"))
     pipeline.learn_concept(request)
@@ -317,7 +444,11 @@ def test_masks_weigh_the_loss(checkpoint: Path, pictures: Path, monkeypatch: pyt
         mask.save(path)
     pipeline.learn_concept(request)
     for _, left, right, weighed in seen:
-        assert ((weighed - left).abs() < 0.02 * left).logical_or((weighed - right).abs() < 0.02 * right).all()
+        assert (
+            ((weighed - left).abs() < 0.02 * left)
+            .logical_or((weighed - right).abs() < 0.02 * right)
+            .all()
+        )
         assert not torch.allclose(weighed, left)  # a mirrored picture's mask is mirrored too
 
 
@@ -326,7 +457,12 @@ def test_the_same_request_is_known(checkpoint: Path, pictures: Path) -> None:
     assert pipeline.learned_before(request) is None
     record = pipeline.learn_concept(request).record
     assert pipeline.learned_before(request) == record
-    assert pipeline.learned_before(replace(request, settings=replace(QUICK, snapshot_every=3, preview_every=1))) == record
+    assert (
+        pipeline.learned_before(
+            replace(request, settings=replace(QUICK, snapshot_every=3, preview_every=1))
+        )
+        == record
+    )
     assert pipeline.learned_before(replace(request, settings=replace(QUICK, seed=3))) is None
 
     @dataclass(frozen=True)
@@ -334,12 +470,17 @@ def test_the_same_request_is_known(checkpoint: Path, pictures: Path) -> None:
         newer: float = 1.0
 
     assert pipeline.learned_before(replace(request, settings=Later(**asdict(QUICK)))) == record
-    assert pipeline.learned_before(replace(request, settings=Later(**asdict(QUICK), newer=2.0))) is None
+    assert (
+        pipeline.learned_before(replace(request, settings=Later(**asdict(QUICK), newer=2.0)))
+        is None
+    )
     (pictures / "0.txt").write_text("a ball")
     assert pipeline.learned_before(request) is None
 
 
-def test_two_concepts_in_sequence_then_undo(checkpoint: Path, pictures: Path, tmp_path: Path) -> None:
+def test_two_concepts_in_sequence_then_undo(
+    checkpoint: Path, pictures: Path, tmp_path: Path
+) -> None:
     first = pipeline.LearnRequest(checkpoint, pictures, "V1", "ball", QUICK, device="cpu")
     path = pipeline.learn_concept(first).stack_file
     fingerprint = store.read_header(path)["fingerprint"]
@@ -352,23 +493,34 @@ def test_two_concepts_in_sequence_then_undo(checkpoint: Path, pictures: Path, tm
     assert after_one.adapter
     assert after_two.adapter
     pool = after_two.pool[after_one.records[0].id]
-    assert all(torch.equal(pool[k], t) and not torch.equal(after_two.adapter[k], t) for k, t in after_one.adapter.items() if k.endswith("B"))
+    assert all(
+        torch.equal(pool[k], t) and not torch.equal(after_two.adapter[k], t)
+        for k, t in after_one.adapter.items()
+        if k.endswith("B")
+    )
     assert pipeline.undo(checkpoint).token == "V2"
     undone = store.load_stack(path, fingerprint)
     assert undone.adapter
     assert all(torch.equal(undone.adapter[k], t) for k, t in after_one.adapter.items())
-    assert pipeline.info(checkpoint)["trainable_parameters"] == sum(t.numel() for t in after_one.adapter.values()) + 4 * 256
+    assert (
+        pipeline.info(checkpoint)["trainable_parameters"]
+        == sum(t.numel() for t in after_one.adapter.values()) + 4 * 256
+    )
 
 
 def test_textual_inversion_learns_only_the_word(checkpoint: Path, pictures: Path) -> None:
-    request = pipeline.LearnRequest(checkpoint, pictures, "V1", "ball", replace(QUICK, method="textual_inversion"), device="cpu")
+    request = pipeline.LearnRequest(
+        checkpoint, pictures, "V1", "ball", replace(QUICK, method="textual_inversion"), device="cpu"
+    )
     path = pipeline.learn_concept(request).stack_file
     stack = store.load_stack(path, store.read_header(path)["fingerprint"])
     assert stack.adapter is None
     assert stack.tokens["V1"].shape == (4, 256)
 
 
-def test_mistakes_leave_the_stack_as_it_was(checkpoint: Path, pictures: Path, tmp_path: Path) -> None:
+def test_mistakes_leave_the_stack_as_it_was(
+    checkpoint: Path, pictures: Path, tmp_path: Path
+) -> None:
     request = pipeline.LearnRequest(checkpoint, pictures, "V1", "ball", QUICK, device="cpu")
     path = pipeline.learn_concept(request).stack_file
     before = path.read_bytes()
@@ -390,11 +542,15 @@ def test_mistakes_leave_the_stack_as_it_was(checkpoint: Path, pictures: Path, tm
 
 
 def test_a_picture_can_be_given_as_a_list(checkpoint: Path, pictures: Path) -> None:
-    request = pipeline.LearnRequest(checkpoint, sorted(pictures.glob("*.png"))[:2], "V1", "ball", QUICK, device="cpu")
+    request = pipeline.LearnRequest(
+        checkpoint, sorted(pictures.glob("*.png"))[:2], "V1", "ball", QUICK, device="cpu"
+    )
     assert pipeline.learn_concept(request).record.images == 2
 
 
-def test_pictures_of_several_shapes_keep_them_in_every_stage(checkpoint: Path, folders: dict[str, Path], tmp_path: Path, monkeypatch) -> None:
+def test_pictures_of_several_shapes_keep_them_in_every_stage(
+    checkpoint: Path, folders: dict[str, Path], tmp_path: Path, monkeypatch
+) -> None:
     from comfy_continual_lora import dsc, fisher
 
     seen: dict[str, set[tuple[int, ...]]] = {"learn": set(), "dsc": set(), "fisher": set()}
@@ -406,14 +562,33 @@ def test_pictures_of_several_shapes_keep_them_in_every_stage(checkpoint: Path, f
             return noised(*args)
 
         monkeypatch.setattr(module, "noised", spy)
-    settings = LearnSettings(method="lora_dsc_ewc_dc", steps=8, batch=3, rank=4, size=64, fit="bucket", flip=True, dsc_steps=8, fisher_samples=16)
+    settings = LearnSettings(
+        method="lora_dsc_ewc_dc",
+        steps=8,
+        batch=3,
+        rank=4,
+        size=64,
+        fit="bucket",
+        flip=True,
+        dsc_steps=8,
+        fisher_samples=16,
+    )
     for token in ("V1", "V2"):
         mixed = Path(shutil.copytree(folders[token], tmp_path / token))
         first, second = sorted(mixed.glob("*.png"))[:2]
         Image.open(first).crop((0, 32, 128, 96)).save(first)
         Image.open(second).crop((32, 0, 96, 128)).save(second)
         Image.new("L", (128, 64), "white").save(first.with_suffix(".mask.png"))
-        pipeline.learn_concept(pipeline.LearnRequest(checkpoint, mixed, token, "ball", settings, device="cpu"))
+        pipeline.learn_concept(
+            pipeline.LearnRequest(checkpoint, mixed, token, "ball", settings, device="cpu")
+        )
     assert seen == {name: {(5, 11), (11, 5)} for name in seen}
-    scored = pipeline.dc_scores(pipeline.ScoreRequest(checkpoint, tmp_path / "V1", ScoreSettings(trials=4, size=64, fit="bucket"), device="cpu"))
+    scored = pipeline.dc_scores(
+        pipeline.ScoreRequest(
+            checkpoint,
+            tmp_path / "V1",
+            ScoreSettings(trials=4, size=64, fit="bucket"),
+            device="cpu",
+        )
+    )
     assert len(scored) == 2

@@ -6,18 +6,32 @@ import pytest
 import torch
 
 from comfy_continual_lora.checkpoint.backbone import Backbone
-from comfy_continual_lora.lora import KINDS, Adapter, attached, delta_weights, holding, joined, kind_of, new_adapter
+from comfy_continual_lora.lora import (
+    KINDS,
+    Adapter,
+    attached,
+    delta_weights,
+    holding,
+    joined,
+    kind_of,
+    new_adapter,
+)
 
 
 def _random_adapter(backbone: Backbone, kind: str = "lora") -> Adapter:
     generator = torch.Generator().manual_seed(3)
-    return {name: t + torch.randn(t.shape, generator=generator) * 0.05 for name, t in new_adapter(backbone, 4, generator, kind).items()}
+    return {
+        name: t + torch.randn(t.shape, generator=generator) * 0.05
+        for name, t in new_adapter(backbone, 4, generator, kind).items()
+    }
 
 
 def _predict(backbone: Backbone) -> torch.Tensor:
     latents = torch.randn(1, 4, 16, 16, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
-        return backbone.predict(latents, torch.tensor([300]), backbone.encode_prompts(["a red mug"]))
+        return backbone.predict(
+            latents, torch.tensor([300]), backbone.encode_prompts(["a red mug"])
+        )
 
 
 def test_only_k_and_v_of_cross_attention(backbone: Backbone) -> None:
@@ -35,7 +49,10 @@ def test_a_new_adapter_changes_nothing(backbone: Backbone, kind: str) -> None:
 @pytest.mark.parametrize("kind", KINDS)
 def test_detach_restores_every_bit_also_after_an_exception(backbone: Backbone, kind: str) -> None:
     before, keys = _predict(backbone), list(backbone.unet.state_dict())
-    with pytest.raises(KeyboardInterrupt), attached(backbone, _random_adapter(backbone, kind), trainable=True):
+    with (
+        pytest.raises(KeyboardInterrupt),
+        attached(backbone, _random_adapter(backbone, kind), trainable=True),
+    ):
         assert not torch.equal(_predict(backbone), before)
         raise KeyboardInterrupt
     assert list(backbone.unet.state_dict()) == keys
@@ -64,18 +81,27 @@ def test_attached_is_w0_plus_delta(backbone: Backbone, kind: str) -> None:
     assert torch.allclose(carried, _folded(backbone, adapter), atol=1e-5)
 
 
-def test_every_attached_tensor_gets_a_gradient_and_a_frozen_lora_beneath_gets_none(backbone: Backbone) -> None:
+def test_every_attached_tensor_gets_a_gradient_and_a_frozen_lora_beneath_gets_none(
+    backbone: Backbone,
+) -> None:
     latents = torch.randn(1, 4, 16, 16, generator=torch.Generator().manual_seed(0))
     for kind in KINDS:
         beneath = _random_adapter(backbone) if kind == "lora" else None
-        with attached(backbone, _random_adapter(backbone, kind), trainable=True, beneath=beneath) as parameters:
-            backbone.predict(latents, torch.tensor([300]), backbone.encode_prompts(["a red mug"])).sum().backward()
+        with attached(
+            backbone, _random_adapter(backbone, kind), trainable=True, beneath=beneath
+        ) as parameters:
+            backbone.predict(
+                latents, torch.tensor([300]), backbone.encode_prompts(["a red mug"])
+            ).sum().backward()
             assert all(p.grad is not None and p.grad.abs().max() > 0 for p in parameters.values())
             assert sum(p.requires_grad for p in backbone.unet.parameters()) == len(parameters)
 
 
 def test_loras_add_up(backbone: Backbone) -> None:
-    first, second = _random_adapter(backbone), {k: -2 * v for k, v in _random_adapter(backbone).items()}
+    first, second = (
+        _random_adapter(backbone),
+        {k: -2 * v for k, v in _random_adapter(backbone).items()},
+    )
     with attached(backbone, second, beneath=first):
         both = _predict(backbone)
     with attached(backbone, joined(first, second)):
@@ -83,7 +109,10 @@ def test_loras_add_up(backbone: Backbone) -> None:
 
 
 def test_a_teacher_speaks_through_the_same_net(backbone: Backbone) -> None:
-    student, teacher = _random_adapter(backbone), {k: -v for k, v in _random_adapter(backbone).items() if k.endswith("A")}
+    student, teacher = (
+        _random_adapter(backbone),
+        {k: -v for k, v in _random_adapter(backbone).items() if k.endswith("A")},
+    )
     teacher = {**student, **teacher}
     with attached(backbone, teacher):
         said = _predict(backbone)

@@ -1,4 +1,6 @@
-"""Stage 5: one contract for all methods, run on the mini-SD through the pipeline with a few steps each."""
+"""Stage 5: one contract for all methods, run on the mini-SD through the pipeline with a few steps
+each.
+"""
 
 from __future__ import annotations
 
@@ -18,18 +20,37 @@ from comfy_continual_lora.methods.c_lora import hadamard_penalty
 from comfy_continual_lora.progress import Progress
 from comfy_continual_lora.settings import ConsolidateSettings, LearnSettings
 
-QUICK = LearnSettings(method="lora_dsc_ewc_dc", steps=2, batch=3, rank=4, size=64, fisher_samples=3, dsc_steps=2, c_lora_weight=1.0, ewc_strength=0.1)
+QUICK = LearnSettings(
+    method="lora_dsc_ewc_dc",
+    steps=2,
+    batch=3,
+    rank=4,
+    size=64,
+    fisher_samples=3,
+    dsc_steps=2,
+    c_lora_weight=1.0,
+    ewc_strength=0.1,
+)
 VARIANTS = {
     **{name: replace(QUICK, method=name) for name in METHODS},
     "c_lora published": replace(QUICK, method="c_lora", c_lora_variant="published"),
-    **{f"{name} vera": replace(QUICK, method=name, adapter="vera") for name in ("lora", "lora_ewc", "lora_ewc_dc")},
-    "lora_ewc separate, delta": replace(QUICK, method="lora_ewc", ewc_mode="separate", fisher_space="delta"),
+    **{
+        f"{name} vera": replace(QUICK, method=name, adapter="vera")
+        for name in ("lora", "lora_ewc", "lora_ewc_dc")
+    },
+    "lora_ewc separate, delta": replace(
+        QUICK, method="lora_ewc", ewc_mode="separate", fisher_space="delta"
+    ),
     "lora_dsc_ewc_dc once": replace(QUICK, dsc_redraw="once", dc_scale="sum"),
 }
 
 
-def _request(checkpoint: Path, folders: dict[str, Path], token: str, settings: LearnSettings) -> pipeline.LearnRequest:
-    return pipeline.LearnRequest(checkpoint, folders[token], token, NOUNS[token], settings, device="cpu")
+def _request(
+    checkpoint: Path, folders: dict[str, Path], token: str, settings: LearnSettings
+) -> pipeline.LearnRequest:
+    return pipeline.LearnRequest(
+        checkpoint, folders[token], token, NOUNS[token], settings, device="cpu"
+    )
 
 
 def _stack(checkpoint: Path) -> store.ConceptStack:
@@ -57,9 +78,19 @@ def test_the_table_is_the_one_users_see() -> None:
 def test_a_method_may_have_a_choice_of_its_own_on_a_checkpoint() -> None:
     for (preset, method), chosen in settings.METHOD_PRESETS.items():
         for name, value in chosen.items():
-            assert getattr(LearnSettings(method=method).resolved(preset), name) == value != settings.PRESETS[preset][name]
-            assert getattr(LearnSettings(method="lora").resolved(preset), name) == settings.PRESETS[preset][name]
-            assert getattr(LearnSettings(**{"method": method, name: 2 * value}).resolved(preset), name) == 2 * value
+            assert (
+                getattr(LearnSettings(method=method).resolved(preset), name)
+                == value
+                != settings.PRESETS[preset][name]
+            )
+            assert (
+                getattr(LearnSettings(method="lora").resolved(preset), name)
+                == settings.PRESETS[preset][name]
+            )
+            assert (
+                getattr(LearnSettings(**{"method": method, name: 2 * value}).resolved(preset), name)
+                == 2 * value
+            )
     for preset, chosen in settings.PRESETS.items():
         assert LearnSettings(adapter="vera").resolved(preset).rate == 30 * chosen["rate"]
         assert LearnSettings(adapter="vera", rate=0.5).resolved(preset).rate == 0.5
@@ -74,7 +105,9 @@ def test_every_method_has_its_card(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", VARIANTS)
-def test_three_concepts_without_any_earlier_picture_then_undo(checkpoint: Path, folders: dict[str, Path], tmp_path: Path, name: str) -> None:
+def test_three_concepts_without_any_earlier_picture_then_undo(
+    checkpoint: Path, folders: dict[str, Path], tmp_path: Path, name: str
+) -> None:
     chosen, states = VARIANTS[name], []
     for token in NOUNS:
         own = Path(shutil.copytree(folders[token], tmp_path / token))
@@ -92,9 +125,13 @@ def test_three_concepts_without_any_earlier_picture_then_undo(checkpoint: Path, 
     if third.adapter:
         grown = 3 if chosen.c_lora_variant == "published" else 1
         assert first.adapter
-        if method.consolidation == "closed form" and third.rank and first.rank:  # its energy rule may ask for more
+        if (
+            method.consolidation == "closed form" and third.rank and first.rank
+        ):  # its energy rule may ask for more
             grown = third.rank / first.rank
-        assert sum(t.numel() for t in third.adapter.values()) == grown * sum(t.numel() for t in first.adapter.values())
+        assert sum(t.numel() for t in third.adapter.values()) == grown * sum(
+            t.numel() for t in first.adapter.values()
+        )
         assert any(not torch.equal(t, first.adapter[k]) for k, t in third.adapter.items())
     assert not list(checkpoint.parent.glob("*.snapshot"))
     for before in (second, first):
@@ -102,12 +139,18 @@ def test_three_concepts_without_any_earlier_picture_then_undo(checkpoint: Path, 
         assert _same(_stack(checkpoint), before)
 
 
-LORA_KIND = [name for name, chosen in VARIANTS.items() if METHODS[chosen.method].adapter == "lora" and "vera" not in name and "published" not in name]
+LORA_KIND = [
+    name
+    for name, chosen in VARIANTS.items()
+    if METHODS[chosen.method].adapter == "lora" and "vera" not in name and "published" not in name
+]
 LORA_KIND.remove("retention")  # holds ordinary prompts from the first concept on
 
 
 @pytest.mark.parametrize("name", LORA_KIND)
-def test_without_memory_every_lora_method_is_plain_lora(checkpoint: Path, folders: dict[str, Path], tmp_path: Path, name: str) -> None:
+def test_without_memory_every_lora_method_is_plain_lora(
+    checkpoint: Path, folders: dict[str, Path], tmp_path: Path, name: str
+) -> None:
     plain = Path(shutil.copy(checkpoint, tmp_path / "plain.safetensors"))
     pipeline.learn_concept(_request(checkpoint, folders, "V1", VARIANTS[name]))
     pipeline.learn_concept(_request(plain, folders, "V1", VARIANTS["lora"]))
@@ -120,11 +163,18 @@ def test_without_memory_every_lora_method_is_plain_lora(checkpoint: Path, folder
 
 @pytest.mark.parametrize("name", METHODS)
 def test_no_penalty_on_an_empty_stack(name: str) -> None:
-    assert METHODS[name].penalty(store.ConceptStack("f"), VARIANTS[name].resolved("mini"), torch.device("cpu")) is None
+    assert (
+        METHODS[name].penalty(
+            store.ConceptStack("f"), VARIANTS[name].resolved("mini"), torch.device("cpu")
+        )
+        is None
+    )
 
 
 @pytest.mark.parametrize("name", [name for name in METHODS if METHODS[name].importance])
-def test_the_penalty_is_zero_where_the_next_concept_starts(checkpoint: Path, folders: dict[str, Path], name: str) -> None:
+def test_the_penalty_is_zero_where_the_next_concept_starts(
+    checkpoint: Path, folders: dict[str, Path], name: str
+) -> None:
     pipeline.learn_concept(_request(checkpoint, folders, "V1", VARIANTS[name]))
     stack = _stack(checkpoint)
     penalty = METHODS[name].penalty(stack, VARIANTS[name].resolved("mini"), torch.device("cpu"))
@@ -135,7 +185,9 @@ def test_the_penalty_is_zero_where_the_next_concept_starts(checkpoint: Path, fol
 
 
 @pytest.mark.parametrize("stage", ["learn", "consolidate", "fisher"])
-def test_a_run_stopped_in_any_stage_ends_as_an_undisturbed_one(checkpoint: Path, folders: dict[str, Path], tmp_path: Path, stage: str) -> None:
+def test_a_run_stopped_in_any_stage_ends_as_an_undisturbed_one(
+    checkpoint: Path, folders: dict[str, Path], tmp_path: Path, stage: str
+) -> None:
     pipeline.learn_concept(_request(checkpoint, folders, "V1", QUICK))
     other = Path(shutil.copy(checkpoint, tmp_path / "other.safetensors"))
     shutil.copy(store.stack_path(checkpoint), store.stack_path(other))
@@ -150,7 +202,9 @@ def test_a_run_stopped_in_any_stage_ends_as_an_undisturbed_one(checkpoint: Path,
         pipeline.learn_concept(_request(other, folders, "V2", QUICK), stop)
     assert store.stack_path(other).read_bytes() == before
     seen: list[tuple[str, int]] = []
-    pipeline.learn_concept(_request(other, folders, "V2", QUICK), lambda p: seen.append((p.stage, p.step)))
+    pipeline.learn_concept(
+        _request(other, folders, "V2", QUICK), lambda p: seen.append((p.stage, p.step))
+    )
     assert ("learn", 1) not in seen
     assert (("consolidate", 1) in seen) == (stage == "learn")
     one, two = _stack(checkpoint), _stack(other)
@@ -161,7 +215,9 @@ def test_a_run_stopped_in_any_stage_ends_as_an_undisturbed_one(checkpoint: Path,
     assert all(torch.equal(t, fishers[1][k]) for k, t in fishers[0].items())
 
 
-def test_a_run_stopped_while_calibrating_has_learned(checkpoint: Path, folders: dict[str, Path]) -> None:
+def test_a_run_stopped_while_calibrating_has_learned(
+    checkpoint: Path, folders: dict[str, Path]
+) -> None:
     def stop(progress: Progress) -> None:
         if progress.stage == "calibrate":
             raise Cancelled
@@ -170,7 +226,9 @@ def test_a_run_stopped_while_calibrating_has_learned(checkpoint: Path, folders: 
         pipeline.learn_concept(_request(checkpoint, folders, "V1", QUICK), stop)
     assert not store.stack_path(checkpoint).exists()
     seen: list[str] = []
-    pipeline.learn_concept(_request(checkpoint, folders, "V1", QUICK), lambda p: seen.append(p.stage))
+    pipeline.learn_concept(
+        _request(checkpoint, folders, "V1", QUICK), lambda p: seen.append(p.stage)
+    )
     assert "learn" not in seen
     assert _stack(checkpoint).tau
 
@@ -180,10 +238,14 @@ def test_consolidate_by_itself(checkpoint: Path, folders: dict[str, Path]) -> No
         pipeline.learn_concept(_request(checkpoint, folders, token, VARIANTS["lora_ewc"]))
     before = _stack(checkpoint)
     wanted = ConsolidateSettings(batch=3, size=64, fisher_samples=3, dsc_steps=3)
-    done = pipeline.consolidate(pipeline.ConsolidateRequest(checkpoint, folders["V2"], wanted, device="cpu"))
+    done = pipeline.consolidate(
+        pipeline.ConsolidateRequest(checkpoint, folders["V2"], wanted, device="cpu")
+    )
     after, (one, two) = _stack(checkpoint), before.records
     assert len(done.losses) == 3
-    wanted_digest = pipeline.ConsolidateRequest(checkpoint, folders["V2"], wanted, device="cpu").digest
+    wanted_digest = pipeline.ConsolidateRequest(
+        checkpoint, folders["V2"], wanted, device="cpu"
+    ).digest
     assert done.record == replace(two, consolidated=wanted_digest)
     assert after.records == [one, done.record]
     assert after.adapter
@@ -193,26 +255,40 @@ def test_consolidate_by_itself(checkpoint: Path, folders: dict[str, Path]) -> No
     unconsolidated = after.as_of(2, consolidated=False).adapter
     assert unconsolidated
     assert all(torch.equal(t, before.adapter[k]) for k, t in unconsolidated.items())
-    assert any(not torch.equal(t, before.fishers[two.id][k]) for k, t in after.fishers[two.id].items())
+    assert any(
+        not torch.equal(t, before.fishers[two.id][k]) for k, t in after.fishers[two.id].items()
+    )
     assert pipeline.undo(checkpoint).change == f"consolidated {two.name}"
     unchanged = _stack(checkpoint)
     assert unchanged.records == before.records
-    assert all(torch.equal(t, before.fishers[two.id][k]) for k, t in unchanged.fishers[two.id].items())
+    assert all(
+        torch.equal(t, before.fishers[two.id][k]) for k, t in unchanged.fishers[two.id].items()
+    )
     assert pipeline.undo(checkpoint).change == f"learned {two.name}"
     with pytest.raises(store.StackError, match="nothing to consolidate"):
-        pipeline.consolidate(pipeline.ConsolidateRequest(checkpoint, folders["V1"], wanted, device="cpu"))
+        pipeline.consolidate(
+            pipeline.ConsolidateRequest(checkpoint, folders["V1"], wanted, device="cpu")
+        )
 
 
 def test_kinds_of_adapters_do_not_mix(checkpoint: Path, folders: dict[str, Path]) -> None:
     pipeline.learn_concept(_request(checkpoint, folders, "V1", VARIANTS["custom_diffusion"]))
-    with pytest.raises(SettingError, match="trains an adapter of the kind lora, but this stack's is full"):
+    with pytest.raises(
+        SettingError, match="trains an adapter of the kind lora, but this stack's is full"
+    ):
         pipeline.learn_concept(_request(checkpoint, folders, "V2", VARIANTS["lora"]))
-    pipeline.learn_concept(_request(checkpoint, folders, "V2", VARIANTS["textual_inversion"]))  # changes no adapter
+    pipeline.learn_concept(
+        _request(checkpoint, folders, "V2", VARIANTS["textual_inversion"])
+    )  # changes no adapter
     with pytest.raises(SettingError, match="c_lora can't learn with VeRA"):
-        pipeline.learn_concept(_request(checkpoint, folders, "V3", replace(QUICK, method="c_lora", adapter="vera")))
+        pipeline.learn_concept(
+            _request(checkpoint, folders, "V3", replace(QUICK, method="c_lora", adapter="vera"))
+        )
 
 
-def test_a_lora_that_has_grown_does_not_go_with_ewc(checkpoint: Path, folders: dict[str, Path]) -> None:
+def test_a_lora_that_has_grown_does_not_go_with_ewc(
+    checkpoint: Path, folders: dict[str, Path]
+) -> None:
     for token in ("V1", "V2"):
         pipeline.learn_concept(_request(checkpoint, folders, token, VARIANTS["c_lora published"]))
     with pytest.raises(SettingError, match="this stack's LoRA has grown"):
@@ -220,20 +296,27 @@ def test_a_lora_that_has_grown_does_not_go_with_ewc(checkpoint: Path, folders: d
 
 
 def test_c_loras_penalty_by_hand() -> None:
-    factors = {"l.A": torch.tensor([[1.0, 2.0]]), "l.B": torch.tensor([[3.0], [0.5]])}  # B A = [[3, 6], [0.5, 1]]
+    factors = {
+        "l.A": torch.tensor([[1.0, 2.0]]),
+        "l.B": torch.tensor([[3.0], [0.5]]),
+    }  # B A = [[3, 6], [0.5, 1]]
     past = {"l": torch.tensor([[1.0, 0.0], [-2.0, 4.0]])}
     assert float(hadamard_penalty(factors, past)) == pytest.approx(3**2 + 0 + 1**2 + 4**2)
     nothing = {**factors, "l.B": torch.zeros(2, 1)}
     assert hadamard_penalty(nothing, past) == 0  # the degenerate minimum
 
 
-def test_scores_name_pictures_and_count_what_is_right(checkpoint: Path, folders: dict[str, Path]) -> None:
+def test_scores_name_pictures_and_count_what_is_right(
+    checkpoint: Path, folders: dict[str, Path]
+) -> None:
     with pytest.raises(store.StackError, match="learned no concept"):
         pipeline.dc_scores(pipeline.ScoreRequest(checkpoint, folders["V1"], device="cpu"))
     for token in ("V1", "V2"):
         pipeline.learn_concept(_request(checkpoint, folders, token, VARIANTS["lora"]))
     wanted = settings.ScoreSettings(trials=8, size=64)
-    found = pipeline.dc_scores(pipeline.ScoreRequest(checkpoint, folders["V1"].parent, wanted, device="cpu"))
+    found = pipeline.dc_scores(
+        pipeline.ScoreRequest(checkpoint, folders["V1"].parent, wanted, device="cpu")
+    )
     assert [one.label for one in found] == ["V1", "V1", "V2", "V2", None, None]
     assert all(set(one.scores.names) == {"V1", "V2", "c_0 ball", "c_0 fish"} for one in found)
     assert [one.right is None for one in found] == [False] * 4 + [True] * 2

@@ -1,4 +1,6 @@
-"""Stage 8: every metric by hand or against a second implementation; no metric changes its arguments."""
+"""Stage 8: every metric by hand or against a second implementation; no metric changes its
+arguments.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +13,9 @@ from torchmetrics.image.kid import poly_mmd
 from comfy_continual_lora import metrics
 
 
-def _sets(n: int = 20, m: int = 20, d: int = 8, shift: float = 0.0) -> tuple[torch.Tensor, torch.Tensor]:
+def _sets(
+    n: int = 20, m: int = 20, d: int = 8, shift: float = 0.0
+) -> tuple[torch.Tensor, torch.Tensor]:
     generator = torch.Generator().manual_seed(0)
     return torch.randn(n, d, generator=generator), torch.randn(m, d, generator=generator) + shift
 
@@ -29,7 +33,8 @@ def test_mmd_by_the_double_sum(kernel: metrics.Kernel) -> None:
         return float(kernel(a[None], b[None]))
 
     within = (
-        sum(k(x[a], x[b]) for a in range(4) for b in range(4) if a != b) / 12 + sum(k(y[a], y[b]) for a in range(5) for b in range(5) if a != b) / 20
+        sum(k(x[a], x[b]) for a in range(4) for b in range(4) if a != b) / 12
+        + sum(k(y[a], y[b]) for a in range(5) for b in range(5) if a != b) / 20
     )
     across = sum(k(a, b) for a in x for b in y) / 20
     assert metrics.mmd2(x, y, kernel) == pytest.approx(within - 2 * across, abs=1e-9)
@@ -37,7 +42,12 @@ def test_mmd_by_the_double_sum(kernel: metrics.Kernel) -> None:
 
 def test_mmd_is_unbiased_and_grows_with_distance() -> None:
     generator = torch.Generator().manual_seed(1)
-    same = [metrics.mmd2(torch.randn(10, 4, generator=generator), torch.randn(10, 4, generator=generator)) for _ in range(2000)]
+    same = [
+        metrics.mmd2(
+            torch.randn(10, 4, generator=generator), torch.randn(10, 4, generator=generator)
+        )
+        for _ in range(2000)
+    ]
     assert abs(sum(same) / len(same)) < 0.02
     near, far = (metrics.mmd2(*_sets(50, 60, shift=s)) for s in (0.2, 1.0))
     assert near < far
@@ -66,8 +76,12 @@ def test_summaries_by_hand_and_arguments_stay() -> None:
 
     assert math.isnan(matrix[0, 1])
     assert float(matrix[2, 0]) == pytest.approx(distance(real[0], drawn[2, 0]), abs=1e-6)
-    assert metrics.a_mmd(matrix) == pytest.approx(sum(distance(real[j], drawn[2, j]) for j in range(3)) / 3, abs=1e-6)
-    assert metrics.f_mmd(drawn, 3) == pytest.approx((distance(drawn[0, 0], drawn[2, 0]) + distance(drawn[1, 1], drawn[2, 1])) / 2, abs=1e-6)
+    assert metrics.a_mmd(matrix) == pytest.approx(
+        sum(distance(real[j], drawn[2, j]) for j in range(3)) / 3, abs=1e-6
+    )
+    assert metrics.f_mmd(drawn, 3) == pytest.approx(
+        (distance(drawn[0, 0], drawn[2, 0]) + distance(drawn[1, 1], drawn[2, 1])) / 2, abs=1e-6
+    )
     backward = [distance(real[j], drawn[j, j]) - distance(real[j], drawn[2, j]) for j in range(2)]
     assert metrics.bwt_mmd(matrix) == pytest.approx(sum(backward) / 2, abs=1e-6)
     assert all(torch.equal(a, b) for a, b in zip(before, (*real, *drawn.values()), strict=True))

@@ -31,7 +31,9 @@ def test_padding_the_slim_autoencoder_changes_nothing() -> None:
     assert all(torch.equal(back[name], tensor) for name, tensor in slim.state_dict().items())
 
 
-def test_shipped_weights_unpack_and_pack_to_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_shipped_weights_unpack_and_pack_to_the_same(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     weights.unpack(tmp_path)
     before = {path: load_file(path) for path in (weights.CHECKPOINT, weights.VISION)}
     for name in ("CHECKPOINT", "VISION"):
@@ -52,11 +54,19 @@ def test_the_stock_layout_computes_the_same(backbone: Backbone, tmp_path: Path) 
     stock = load_backbone(path, device="cpu")
     assert stock.unet.config["block_out_channels"][0] == 320
     assert stock.unet.config["cross_attention_dim"] == stock.word_width == 768
-    prompt, latents, timestep = ["a photo of a red striped mug on wood"], torch.randn(1, 4, 16, 16), torch.tensor([400])
+    prompt, latents, timestep = (
+        ["a photo of a red striped mug on wood"],
+        torch.randn(1, 4, 16, 16),
+        torch.tensor([400]),
+    )
     features, wide = backbone.encode_prompts(prompt), stock.encode_prompts(prompt)
     assert torch.allclose(features.repeat_interleave(3, 2), wide, atol=1e-4)
     with torch.no_grad():
-        assert torch.allclose(backbone.predict(latents, timestep, features), stock.predict(latents, timestep, wide), atol=1e-4)
+        assert torch.allclose(
+            backbone.predict(latents, timestep, features),
+            stock.predict(latents, timestep, wide),
+            atol=1e-4,
+        )
 
 
 @pytest.fixture
@@ -70,7 +80,12 @@ def test_the_layout_is_that_of_sd1(mini_file: Path) -> None:
 
     with safe_open(mini_file, framework="pt") as file:
         names = set(file.keys())
-        assert file.get_slice("cond_stage_model.transformer.text_model.embeddings.token_embedding.weight").get_shape()[0] == 49408
+        assert (
+            file.get_slice(
+                "cond_stage_model.transformer.text_model.embeddings.token_embedding.weight"
+            ).get_shape()[0]
+            == 49408
+        )
     assert f"{keys.UNET_PREFIX}input_blocks.0.0.weight" in names
     assert f"{keys.UNET_PREFIX}middle_block.1.transformer_blocks.0.attn2.to_k.weight" in names
     assert f"{keys.VAE_PREFIX}taesd_decoder.1.weight" in names

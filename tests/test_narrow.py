@@ -1,4 +1,6 @@
-"""Number formats: what is stored in fewer bits answers as it should, forward and backward, and loading holds nothing twice."""
+"""Number formats: what is stored in fewer bits answers as it should, forward and backward, and
+loading holds nothing twice.
+"""
 
 from __future__ import annotations
 
@@ -25,7 +27,11 @@ PROMPTS = ["a photo of a V1 mug on wood", ""]
 
 def _answer(backbone: Backbone) -> torch.Tensor:
     noisy = torch.randn(2, 4, 16, 16, generator=torch.Generator().manual_seed(0))
-    return backbone.predict(noisy, torch.tensor([100, 700]), backbone.encode_prompts(["a photo of a red mug", "a teapot"]))
+    return backbone.predict(
+        noisy,
+        torch.tensor([100, 700]),
+        backbone.encode_prompts(["a photo of a red mug", "a teapot"]),
+    )
 
 
 def _stored(module: nn.Module) -> int:
@@ -34,9 +40,13 @@ def _stored(module: nn.Module) -> int:
 
 
 @pytest.mark.parametrize("kind", ["sd2", "sdxl"])
-def test_text_encoders_stay_as_small_as_in_the_file_and_lose_no_digit(tmp_path: Path, kind: str) -> None:
+def test_text_encoders_stay_as_small_as_in_the_file_and_lose_no_digit(
+    tmp_path: Path, kind: str
+) -> None:
     path = families.write(kind, tmp_path / "half.safetensors", torch.float16)
-    whole, half = (load_backbone(path, device="cpu", precision=precision) for precision in ("fp32", "bf16"))
+    whole, half = (
+        load_backbone(path, device="cpu", precision=precision) for precision in ("fp32", "bf16")
+    )
     assert half.fingerprint == whole.fingerprint
     found = []
     for backbone in (whole, half):
@@ -58,7 +68,10 @@ def test_the_fingerprint_is_that_of_the_file_in_every_format(tmp_path: Path, lay
     if layout == "folder":
         path = tmp_path / "folder"
         families.pipeline("sdxl").save_pretrained(path)
-    found = {load_backbone(path, device="cpu", precision=precision).fingerprint for precision in ("fp32", "bf16", "fp16", "fp8")}
+    found = {
+        load_backbone(path, device="cpu", precision=precision).fingerprint
+        for precision in ("fp32", "bf16", "fp16", "fp8")
+    }
     assert found == {load.fingerprint(path)}
 
 
@@ -75,24 +88,32 @@ def test_a_folder_in_shards_and_in_half_precision_loads_too(tmp_path: Path) -> N
 
 
 def test_eight_bits_are_close_and_half_as_large(mini_file: Path) -> None:
-    whole, half, eighth = (load_backbone(mini_file, device="cpu", precision=precision) for precision in ("fp32", "bf16", "fp8"))
+    whole, half, eighth = (
+        load_backbone(mini_file, device="cpu", precision=precision)
+        for precision in ("fp32", "bf16", "fp8")
+    )
     assert eighth.unet.dtype == torch.bfloat16
     assert _stored(eighth.unet) < 0.6 * _stored(half.unet) < 0.32 * _stored(whole.unet)
     with torch.no_grad():
         expected = _answer(whole)
-        error = [float((_answer(one) - expected).square().mean() / expected.square().mean()) ** 0.5 for one in (half, eighth)]
+        error = [
+            float((_answer(one) - expected).square().mean() / expected.square().mean()) ** 0.5
+            for one in (half, eighth)
+        ]
     assert 0 < error[0] < error[1] < 0.05, error
     for name, layer in eighth.kv_layers.items():
         assert torch.equal(layer.weight, half.kv_layers[name].weight)
 
 
 @pytest.mark.parametrize("layer", [nn.Linear(6, 5), nn.Conv2d(4, 6, 3, 2, 1), nn.Conv2d(4, 6, 1)])
-def test_gradients_through_eight_bits_are_those_through_the_same_numbers_widened(layer: nn.Module) -> None:
+def test_gradients_through_eight_bits_are_those_through_the_same_numbers_widened(
+    layer: nn.Module,
+) -> None:
     torch.manual_seed(0)
     holder = nn.ModuleDict({"layer": layer})
-    weight = layer.weight.detach().clone() * torch.tensor([1e-4, 1.0, 30.0, 1.0, 1.0, 1.0])[: len(layer.weight)].view(
-        -1, *[1] * (layer.weight.ndim - 1)
-    )
+    weight = layer.weight.detach().clone() * torch.tensor([1e-4, 1.0, 30.0, 1.0, 1.0, 1.0])[
+        : len(layer.weight)
+    ].view(-1, *[1] * (layer.weight.ndim - 1))
     narrow.put(holder, "layer.weight", weight, torch.float32, narrow.FP8)
     stored = holder["layer"]
     assert isinstance(stored, narrow.Narrow)
@@ -105,7 +126,9 @@ def test_gradients_through_eight_bits_are_those_through_the_same_numbers_widened
     assert type(holder["layer"]) in (nn.Linear, nn.Conv2d)
     plain = holder["layer"](x)
     assert torch.equal(answer, plain)
-    assert torch.allclose(given, torch.autograd.grad(plain.square().sum(), x)[0], rtol=1e-5, atol=1e-6)
+    assert torch.allclose(
+        given, torch.autograd.grad(plain.square().sum(), x)[0], rtol=1e-5, atol=1e-6
+    )
 
 
 def test_recast_goes_from_any_format_to_any_other(mini_file: Path) -> None:
@@ -132,10 +155,15 @@ def test_an_adapter_learns_on_eight_bits(mini_file: Path, checkpointing: bool) -
         if checkpointing:
             own.unet.enable_gradient_checkpointing()
             own.unet.train()
-        adapter = {name: t + 0.01 for name, t in new_adapter(own, 4, torch.Generator().manual_seed(0)).items()}
+        adapter = {
+            name: t + 0.01
+            for name, t in new_adapter(own, 4, torch.Generator().manual_seed(0)).items()
+        }
         with attached(own, adapter, trainable=True) as factors:
             _answer(own).square().mean().backward()
-            found.append(torch.cat([p.grad.flatten() for p in factors.values() if p.grad is not None]))
+            found.append(
+                torch.cat([p.grad.flatten() for p in factors.values() if p.grad is not None])
+            )
     assert float(torch.cosine_similarity(*found, dim=0)) > 0.98
 
 
@@ -165,43 +193,62 @@ def test_every_weight_is_read_once(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert len(read) == len(set(read)) > 100
 
 
-def test_the_vae_is_on_the_device_only_while_it_works(mini_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_vae_is_on_the_device_only_while_it_works(
+    mini_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     own, went = load_backbone(mini_file, device="cpu"), []
     to = nn.Module.to
-    monkeypatch.setattr(nn.Module, "to", lambda self, *args: (went.append(str(args[0])) if self is own.vae else None, to(self, *args))[1])
+    monkeypatch.setattr(
+        nn.Module,
+        "to",
+        lambda self, *args: (
+            went.append(str(args[0])) if self is own.vae else None,
+            to(self, *args),
+        )[1],
+    )
     own.device = torch.device("cpu:0")
     own.decode_latents(torch.stack(own.encode_images(torch.zeros(1, 3, 64, 64))))
     assert went == ["cpu:0", "cpu"] * 2
 
 
-# --- full size -----------------------------------------------------------------------------------------------------------------------
+# --- full size
+# --------------------------------------------------------------------------------------------------
 
 # ru_maxrss would begin with the parent's
 MEASURE = """
 import json, sys, torch
 from comfy_continual_lora.checkpoint.load import load_backbone
-peak = lambda: 1024 * next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("VmHWM"))
+def peak():
+    lines = open("/proc/self/status")
+    return 1024 * next(int(line.split()[1]) for line in lines if line.startswith("VmHWM"))
 import diffusers.models, transformers.models.clip.modeling_clip
 before = peak()
 backbone = load_backbone(sys.argv[1], device="cpu", precision=sys.argv[2])
 loaded = peak() - before
-held = sum(t.numel() * t.element_size() for part in backbone.parts for t in (*part.parameters(), *part.buffers()))
+tensors = [t for part in backbone.parts for t in (*part.parameters(), *part.buffers())]
+held = sum(t.numel() * t.element_size() for t in tensors)
 with torch.no_grad():
-    answer = backbone.predict(torch.randn(1, 4, 8, 8), torch.tensor([500]), backbone.encode_prompts(["a photo of a red mug"]))
+    features = backbone.encode_prompts(["a photo of a red mug"])
+    answer = backbone.predict(torch.randn(1, 4, 8, 8), torch.tensor([500]), features)
 print(json.dumps({"loaded": loaded, "held": held, "finite": bool(answer.isfinite().all())}))
 """
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="peak memory as Linux tells it")
-def test_loading_a_full_size_sd15_takes_the_model_and_at_most_the_file_beside_it(tmp_path: Path) -> None:
+def test_loading_a_full_size_sd15_takes_the_model_and_at_most_the_file_beside_it(
+    tmp_path: Path,
+) -> None:
     """GB: 2.1 the file in float16, 4.3 the model in float32, 2.3 in bf16, 1.5 in 8 bits."""
     path = full_size.write("sd1", tmp_path / "sd15.safetensors")
     size = path.stat().st_size
     try:
         for precision, share in (("fp32", 2.05), ("bf16", 1.12), ("fp8", 0.75)):
             done = subprocess.run(
-                [sys.executable, "-c", MEASURE, str(path), precision], capture_output=True, text=True, cwd=Path(__file__).parents[1]
+                [sys.executable, "-c", MEASURE, str(path), precision],
+                capture_output=True,
+                text=True,
+                cwd=Path(__file__).parents[1],
             )
             assert done.returncode == 0, done.stderr
             found = json.loads(done.stdout)

@@ -20,12 +20,16 @@ from comfy_continual_lora.settings import LearnSettings
 
 ROOT = Path(__file__).parents[1]
 # `retention` has a penalty and `lora_dsc_ewc_dc` consolidates: both are taken in parts too
-QUICK = LearnSettings(method="lora", steps=4, batch=5, rank=4, dsc_steps=2, fisher_samples=4, snapshot_every=2)
+QUICK = LearnSettings(
+    method="lora", steps=4, batch=5, rank=4, dsc_steps=2, fisher_samples=4, snapshot_every=2
+)
 
 
 @pytest.mark.parametrize("n", [1, 2, 5, 8])
 @pytest.mark.parametrize(("accumulate", "count"), [(1, 1), (3, 1), (2, 2), (8, 3)])
-def test_shares_are_the_whole_once(monkeypatch: pytest.MonkeyPatch, n: int, accumulate: int, count: int) -> None:
+def test_shares_are_the_whole_once(
+    monkeypatch: pytest.MonkeyPatch, n: int, accumulate: int, count: int
+) -> None:
     values, seen, mean = torch.arange(n) + 1.0, [], 0.0
     for number in range(count):
         monkeypatch.setattr(parallel, "place", lambda number=number: (number, count))
@@ -36,24 +40,38 @@ def test_shares_are_the_whole_once(monkeypatch: pytest.MonkeyPatch, n: int, accu
     assert mean == pytest.approx(float(values.mean()))
 
 
-def _learned(checkpoint: Path, folder: Path, settings: LearnSettings, token: str) -> tuple[list[float], Adapter]:
-    done = pipeline.learn_concept(pipeline.LearnRequest(checkpoint, folder, token, "ball", settings, device="cpu"))
+def _learned(
+    checkpoint: Path, folder: Path, settings: LearnSettings, token: str
+) -> tuple[list[float], Adapter]:
+    done = pipeline.learn_concept(
+        pipeline.LearnRequest(checkpoint, folder, token, "ball", settings, device="cpu")
+    )
     adapter = store.open_stack(done.stack_file).adapter
     assert adapter
     return done.losses, adapter
 
 
 def _apart(first: Adapter, second: Adapter) -> float:
-    """How far B, which starts at zero, differs as a whole. Single numbers say little: AdamW steps as far for a small gradient."""
-    b, other = (torch.cat([t.flatten() for name, t in sorted(adapter.items()) if name.endswith(".B")]) for adapter in (first, second))
+    """How far B, which starts at zero, differs as a whole.
+
+    Single numbers say little: AdamW steps as far for a small gradient.
+    """
+    b, other = (
+        torch.cat([t.flatten() for name, t in sorted(adapter.items()) if name.endswith(".B")])
+        for adapter in (first, second)
+    )
     return float((b - other).norm() / other.norm())
 
 
 @pytest.mark.parametrize("method", ["lora", "retention"])
-def test_accumulating_parts_is_one_batch(checkpoint: Path, folders: dict[str, Path], method: str) -> None:
+def test_accumulating_parts_is_one_batch(
+    checkpoint: Path, folders: dict[str, Path], method: str
+) -> None:
     settings, found = replace(QUICK, method=method), []
     for accumulate in (1, 2, 5):
-        found.append(_learned(checkpoint, folders["V1"], replace(settings, accumulate=accumulate), "V1"))
+        found.append(
+            _learned(checkpoint, folders["V1"], replace(settings, accumulate=accumulate), "V1")
+        )
         pipeline.undo(checkpoint)
     for losses, adapter in found[1:]:
         assert losses == pytest.approx(found[0][0], rel=1e-4)
@@ -63,24 +81,72 @@ def test_accumulating_parts_is_one_batch(checkpoint: Path, folders: dict[str, Pa
     assert _apart(adapter, found[0][1]) > 0.2
 
 
-def _launch(launcher: list[str], checkpoint: Path, folder: Path, token: str) -> subprocess.CompletedProcess[str]:
-    learn = ["learn", "--checkpoint", checkpoint, "--images", folder, "--token", token, "--noun", "ball", "--device", "cpu", "--json"]
-    given = {"steps": 4, "batch": 5, "rank": 4, "dsc-steps": 2, "fisher-samples": 4, "method": "lora_dsc_ewc_dc"}
+def _launch(
+    launcher: list[str], checkpoint: Path, folder: Path, token: str
+) -> subprocess.CompletedProcess[str]:
+    learn = [
+        "learn",
+        "--checkpoint",
+        checkpoint,
+        "--images",
+        folder,
+        "--token",
+        token,
+        "--noun",
+        "ball",
+        "--device",
+        "cpu",
+        "--json",
+    ]
+    given = {
+        "steps": 4,
+        "batch": 5,
+        "rank": 4,
+        "dsc-steps": 2,
+        "fisher-samples": 4,
+        "method": "lora_dsc_ewc_dc",
+    }
     flags = [word for name, value in given.items() for word in (f"--{name}", value)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     command = [sys.executable, *launcher, "-m", "comfy_continual_lora", *map(str, [*learn, *flags])]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=1800, env=environment)
+    return subprocess.run(
+        command, cwd=ROOT, capture_output=True, text=True, timeout=1800, env=environment
+    )
 
 
 LAUNCHERS = {
-    "torchrun": ["-m", "torch.distributed.run", "--nproc_per_node", "2", "--rdzv_backend", "c10d", "--rdzv_endpoint", "localhost:0"],
-    "accelerate": ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1", "--mixed_precision", "no",
-                   "--dynamo_backend", "no", "--main_process_port", "0"],
-}  # fmt: skip
+    "torchrun": [
+        "-m",
+        "torch.distributed.run",
+        "--nproc_per_node",
+        "2",
+        "--rdzv_backend",
+        "c10d",
+        "--rdzv_endpoint",
+        "localhost:0",
+    ],
+    "accelerate": [
+        "-m",
+        "accelerate.commands.launch",
+        "--multi_gpu",
+        "--num_processes",
+        "2",
+        "--num_machines",
+        "1",
+        "--mixed_precision",
+        "no",
+        "--dynamo_backend",
+        "no",
+        "--main_process_port",
+        "0",
+    ],
+}
 
 
 @pytest.mark.parametrize("launcher", LAUNCHERS)
-def test_two_processes_learn_what_one_does(checkpoint: Path, folders: dict[str, Path], tmp_path: Path, launcher: str) -> None:
+def test_two_processes_learn_what_one_does(
+    checkpoint: Path, folders: dict[str, Path], tmp_path: Path, launcher: str
+) -> None:
     """Two concepts with everything in between: learning, consolidation, Fisher."""
     if launcher == "accelerate" and importlib.util.find_spec("accelerate") is None:
         pytest.skip("accelerate is not installed")
@@ -99,14 +165,18 @@ def test_two_processes_learn_what_one_does(checkpoint: Path, folders: dict[str, 
     assert not list(checkpoint.parent.glob("*.snapshot"))
 
 
-# --- memory runs out -----------------------------------------------------------------------------------------------------------------
+# --- memory runs out
+# --------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
     "error",
     [
         torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."),
-        RuntimeError("[enforce fail at alloc_cpu.cpp:124] DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes."),
+        RuntimeError(
+            "[enforce fail at alloc_cpu.cpp:124] DefaultCPUAllocator: can't allocate memory: you "
+            "tried to allocate 9 bytes."
+        ),
         RuntimeError("MPS backend out of memory (MPS allocated: 8.00 GB)"),
         MemoryError(),
     ],
@@ -117,7 +187,9 @@ def test_too_little_memory_says_what_to_lower_and_the_run_goes_on_with_less(
 ) -> None:
     from comfy_continual_lora import learn
 
-    request = pipeline.LearnRequest(checkpoint, pictures, "V1", "ball", replace(QUICK, steps=5), device="cpu")
+    request = pipeline.LearnRequest(
+        checkpoint, pictures, "V1", "ball", replace(QUICK, steps=5), device="cpu"
+    )
     noised, calls = learn.noised, []
 
     def short(*args: object) -> object:
@@ -127,7 +199,11 @@ def test_too_little_memory_says_what_to_lower_and_the_run_goes_on_with_less(
         return noised(*args)  # type: ignore[arg-type]
 
     monkeypatch.setattr(learn, "noised", short)
-    with pytest.raises(TrainingError, match=r"Memory ran out.*--checkpointing.*--accumulate.*--size.*--batch.*goes on from its snapshot"):
+    with pytest.raises(
+        TrainingError,
+        match=r"Memory ran out.*--checkpointing.*--accumulate.*--size.*--batch.*goes on from its "
+        r"snapshot",
+    ):
         pipeline.learn_concept(request)
     assert not store.stack_path(checkpoint).exists()
     steps: list[Progress] = []
@@ -136,14 +212,25 @@ def test_too_little_memory_says_what_to_lower_and_the_run_goes_on_with_less(
     assert steps[0].step == 4
 
 
-def test_another_runtime_error_is_not_taken_for_it(checkpoint: Path, pictures: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("comfy_continual_lora.learn.noised", lambda *_: (_ for _ in ()).throw(RuntimeError("shapes do not agree")))
+def test_another_runtime_error_is_not_taken_for_it(
+    checkpoint: Path, pictures: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(
+        "comfy_continual_lora.learn.noised",
+        lambda *_: (_ for _ in ()).throw(RuntimeError("shapes do not agree")),
+    )
     with pytest.raises(RuntimeError, match="shapes do not agree"):
-        pipeline.learn_concept(pipeline.LearnRequest(checkpoint, pictures, "V1", "ball", QUICK, device="cpu"))
+        pipeline.learn_concept(
+            pipeline.LearnRequest(checkpoint, pictures, "V1", "ball", QUICK, device="cpu")
+        )
 
 
-def test_an_optimizer_that_is_not_there_is_named(checkpoint: Path, pictures: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_optimizer_that_is_not_there_is_named(
+    checkpoint: Path, pictures: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setitem(sys.modules, "bitsandbytes.optim", None)
-    request = pipeline.LearnRequest(checkpoint, pictures, "V1", "ball", replace(QUICK, optimizer="adamw8bit"), device="cpu")
+    request = pipeline.LearnRequest(
+        checkpoint, pictures, "V1", "ball", replace(QUICK, optimizer="adamw8bit"), device="cpu"
+    )
     with pytest.raises(SettingError, match="adamw8bit needs bitsandbytes"):
         pipeline.learn_concept(request)

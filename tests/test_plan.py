@@ -28,14 +28,23 @@ NOWHERE = Path("nowhere.concepts.safetensors")
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "fp8"])
 @pytest.mark.parametrize("kind", ["mini", "sd2", "sdxl", "folder"])
-def test_weights_are_counted_as_they_will_be_held(mini_file: Path, tmp_path: Path, kind: str, precision: str) -> None:
+def test_weights_are_counted_as_they_will_be_held(
+    mini_file: Path, tmp_path: Path, kind: str, precision: str
+) -> None:
     path = mini_file
     if kind == "folder":
         families.pipeline("sdxl").save_pretrained(path := tmp_path / "folder")
     elif kind != "mini":
         path = families.write(kind, tmp_path / "x.safetensors", torch.float16)
-    found, own = plan(path, NOWHERE, replace(QUICK, precision=precision), "cpu"), load_backbone(path, device="cpu", precision=precision)
-    held = {"U-Net": [own.unet], "VAE": [own.vae], "text encoders": [encoder.model for encoder in own.text_encoders]}
+    found, own = (
+        plan(path, NOWHERE, replace(QUICK, precision=precision), "cpu"),
+        load_backbone(path, device="cpu", precision=precision),
+    )
+    held = {
+        "U-Net": [own.unet],
+        "VAE": [own.vae],
+        "text encoders": [encoder.model for encoder in own.text_encoders],
+    }
     for name, models in held.items():
         size = sum(p.numel() * p.element_size() for model in models for p in model.parameters())
         assert found.weights[name][0] == pytest.approx(size, rel=0.01)
@@ -43,7 +52,9 @@ def test_weights_are_counted_as_they_will_be_held(mini_file: Path, tmp_path: Pat
 
 @pytest.mark.parametrize("method", ["lora", "custom_diffusion", "textual_inversion", "lora_ewc"])
 @pytest.mark.parametrize("adapter", ["lora", "vera"])
-def test_files_are_as_large_as_said(checkpoint: Path, pictures: Path, tmp_path: Path, method: str, adapter: str) -> None:
+def test_files_are_as_large_as_said(
+    checkpoint: Path, pictures: Path, tmp_path: Path, method: str, adapter: str
+) -> None:
     if adapter == "vera" and method != "lora":
         pytest.skip("one method is enough")
     settings = replace(QUICK, method=method, adapter=adapter, fisher_samples=2, batch=2)
@@ -53,7 +64,9 @@ def test_files_are_as_large_as_said(checkpoint: Path, pictures: Path, tmp_path: 
     assert sum(t.numel() * 4 for t in load_file(done.stack_file).values()) == said.stack_file
     exported = pipeline.export(checkpoint, tmp_path / "out")
     files = [*exported.embeddings, *([exported.lora] if exported.lora else [])]
-    tensors = [t for file in files for name, t in load_file(file).items() if not name.endswith(".alpha")]
+    tensors = [
+        t for file in files for name, t in load_file(file).items() if not name.endswith(".alpha")
+    ]
     assert sum(t.numel() * 2 for t in tensors) == said.exported
     assert pipeline.plan(replace(request, token="V2")).stack_file > done.stack_file.stat().st_size
 
@@ -64,16 +77,27 @@ def test_what_lowers_memory_lowers_the_plan(mini_file: Path) -> None:
 
     assert peak(checkpointing=True) < 0.7 * peak()
     assert peak(accumulate=4) < 0.3 * peak()
-    assert peak(precision="bf16") < 0.7 * peak()  # the text encoders compute in float32 all the same
+    assert (
+        peak(precision="bf16") < 0.7 * peak()
+    )  # the text encoders compute in float32 all the same
     assert peak(size=64) < 0.5 * peak() < 0.3 * peak(size=256)
 
 
-@pytest.mark.parametrize("change", [{"batch": 1}, {"batch": 8, "accumulate": 2}, {"batch": 1, "method": "lora_dsc"}])
+@pytest.mark.parametrize(
+    "change", [{"batch": 1}, {"batch": 8, "accumulate": 2}, {"batch": 1, "method": "lora_dsc"}]
+)
 def test_rows_are_the_most_that_go_through_at_once(
-    checkpoint: Path, folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch, change: dict[str, Any]
+    checkpoint: Path,
+    folders: dict[str, Path],
+    monkeypatch: pytest.MonkeyPatch,
+    change: dict[str, Any],
 ) -> None:
     """DSC gives a picture three prompts, the Fisher up to k."""
-    settings, answer, seen = replace(QUICK, method="lora_dsc_ewc_dc", size=64, fisher_samples=2, dsc_steps=1), Backbone.predict, [0]
+    settings, answer, seen = (
+        replace(QUICK, method="lora_dsc_ewc_dc", size=64, fisher_samples=2, dsc_steps=1),
+        Backbone.predict,
+        [0],
+    )
 
     def predict(self: Backbone, noisy: Tensor, *others: Tensor) -> Tensor:
         seen.append(len(noisy) if torch.is_grad_enabled() else 0)
@@ -81,7 +105,9 @@ def test_rows_are_the_most_that_go_through_at_once(
 
     monkeypatch.setattr(Backbone, "predict", predict)
     for token in ("V1", "V2"):
-        request = pipeline.LearnRequest(checkpoint, folders[token], token, "thing", replace(settings, **change), device="cpu")
+        request = pipeline.LearnRequest(
+            checkpoint, folders[token], token, "thing", replace(settings, **change), device="cpu"
+        )
         said = pipeline.plan(request).rows
         pipeline.learn_concept(request)
         assert max(seen) == said
@@ -97,12 +123,15 @@ from comfy_continual_lora.learn import Lesson, learn
 from comfy_continual_lora.lora import new_adapter
 from comfy_continual_lora.settings import LearnSettings
 torch.set_num_threads(1)
-status = lambda name: 1024 * next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith(name))
+def status(name):
+    lines = open("/proc/self/status")
+    return 1024 * next(int(line.split()[1]) for line in lines if line.startswith(name))
 backbone, generator = load_backbone(sys.argv[1], device="cpu"), torch.Generator().manual_seed(0)
 adapter, word = new_adapter(backbone, 4, generator), backbone.word_start("", generator)
 lesson = Lesson(torch.randn(8, 4, 32, 32), [["a photo of a V1 ball"]], "V1", {}, adapter, word)
 settings = LearnSettings(**json.loads(sys.argv[2])).resolved("mini")
-with tempfile.TemporaryDirectory() as folder:  # what a first step imports, and the pages of the file, are there before
+with tempfile.TemporaryDirectory() as folder:
+    # what a first step imports, and the pages of the file, are there before
     small = replace(lesson, latents=lesson.latents[:1, :, :8, :8])
     learn(backbone, small, replace(settings, steps=1, batch=1), Path(folder) / "first", lambda _: None)
     before = status("VmRSS")
@@ -115,29 +144,74 @@ print(status("VmHWM") - before)
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="peak memory as Linux tells it")
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_the_peak_is_not_far_below_what_is_measured(mini_file: Path, checkpointing: bool) -> None:
-    settings = {"method": "lora", "steps": 2, "batch": 8, "rank": 4, "size": 256, "checkpointing": checkpointing, "precision": "fp32"}
-    done = subprocess.run([sys.executable, "-c", MEASURE, str(mini_file), json.dumps(settings)], capture_output=True, text=True,
-                          cwd=Path(__file__).parents[1])  # fmt: skip
+    settings = {
+        "method": "lora",
+        "steps": 2,
+        "batch": 8,
+        "rank": 4,
+        "size": 256,
+        "checkpointing": checkpointing,
+        "precision": "fp32",
+    }
+    done = subprocess.run(
+        [sys.executable, "-c", MEASURE, str(mini_file), json.dumps(settings)],
+        capture_output=True,
+        text=True,
+        cwd=Path(__file__).parents[1],
+    )
     assert done.returncode == 0, done.stderr
     said, measured = plan(mini_file, NOWHERE, LearnSettings(**settings), "cpu"), int(done.stdout)
     print(said.activations, measured)
-    share = (said.activations + said.learned + said.optimizer) / measured  # .72, and .42 with checkpointing, when this was written
+    share = (
+        said.activations + said.learned + said.optimizer
+    ) / measured  # .72, and .42 with checkpointing, when this was written
     assert (0.3 if checkpointing else 0.55) < share < 1.1
 
 
-def test_the_command_says_it_and_learns_nothing(mini_file: Path, pictures: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    command = ["learn", "--checkpoint", str(mini_file), "--images", str(pictures), "--token", "V1", "--noun", "ball", "--device", "cpu", "--plan"]
+def test_the_command_says_it_and_learns_nothing(
+    mini_file: Path, pictures: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = [
+        "learn",
+        "--checkpoint",
+        str(mini_file),
+        "--images",
+        str(pictures),
+        "--token",
+        "V1",
+        "--noun",
+        "ball",
+        "--device",
+        "cpu",
+        "--plan",
+    ]
     assert cli.main(command) == 0
     said = capsys.readouterr().out
-    assert all(word in said for word in ("U-Net", "VAE", "text encoders", "activations", "peak", "stack", "exported LoRA", "Time: "))
+    assert all(
+        word in said
+        for word in (
+            "U-Net",
+            "VAE",
+            "text encoders",
+            "activations",
+            "peak",
+            "stack",
+            "exported LoRA",
+            "Time: ",
+        )
+    )
     assert cli.main([*command, "--json", "--rank", "8"]) == 0
     found = json.loads(capsys.readouterr().out)
-    assert found["learned"] == 4 * (8 * (256 * 14 + 192 * 8 + 64 * 6) + 4 * 256)  # the factors, and a word of four vectors
+    assert found["learned"] == 4 * (
+        8 * (256 * 14 + 192 * 8 + 64 * 6) + 4 * 256
+    )  # the factors, and a word of four vectors
     assert 0 < found["seconds"][0] == pytest.approx(found["seconds"][1] * 0.3 / 0.85)
     assert not store.stack_path(mini_file).exists()
 
 
-def test_a_gpu_that_multiplies_in_no_time_still_waits_for_its_calls(mini_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_gpu_that_multiplies_in_no_time_still_waits_for_its_calls(
+    mini_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("comfy_continual_lora.plan.pick_device", torch.device)
     monkeypatch.setattr("comfy_continual_lora.plan._speed", lambda *_: 1e30)
 
@@ -152,12 +226,19 @@ def test_a_gpu_that_multiplies_in_no_time_still_waits_for_its_calls(mini_file: P
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
-def test_norms_take_more_on_a_gpu_in_half_precision(mini_file: Path, monkeypatch: pytest.MonkeyPatch, checkpointing: bool) -> None:
+def test_norms_take_more_on_a_gpu_in_half_precision(
+    mini_file: Path, monkeypatch: pytest.MonkeyPatch, checkpointing: bool
+) -> None:
     monkeypatch.setattr("comfy_continual_lora.plan.pick_device", torch.device)
     monkeypatch.setattr("comfy_continual_lora.plan._speed", lambda *_: 1e12)
 
     def kept(device: str, precision: str) -> int:
-        return plan(mini_file, NOWHERE, replace(QUICK, precision=precision, checkpointing=checkpointing), device).activations
+        return plan(
+            mini_file,
+            NOWHERE,
+            replace(QUICK, precision=precision, checkpointing=checkpointing),
+            device,
+        ).activations
 
     assert kept("cuda", "fp32") == kept("cpu", "fp32")
     assert kept("cpu", "bf16") < kept("cuda", "bf16") < kept("cuda", "fp32")

@@ -20,7 +20,9 @@ QUICK = DrawSettings(steps=3, size=64).resolved("mini")
 @pytest.mark.parametrize("solver", ["dpm++", "ddim"])
 def test_a_picture_does_not_depend_on_its_neighbours(backbone: Backbone, solver: str) -> None:
     settings = replace(QUICK, solver=solver)
-    many = sample.draw(backbone, {}, ["a red mug"] * 9 + ["a blue star"], range(10), settings)  # more than one batch
+    many = sample.draw(
+        backbone, {}, ["a red mug"] * 9 + ["a blue star"], range(10), settings
+    )  # more than one batch
     alone = sample.draw(backbone, {}, ["a blue star"], [9], settings)
     assert many.shape == (10, 3, 64, 64)
     assert torch.allclose(many[9], alone[0], atol=1e-3)
@@ -28,7 +30,10 @@ def test_a_picture_does_not_depend_on_its_neighbours(backbone: Backbone, solver:
 
 
 def test_guidance_of_one_is_the_conditional_prediction_alone(backbone: Backbone) -> None:
-    plain, nearly = (sample.draw(backbone, {}, ["a red mug"], [0], replace(QUICK, guidance=g)) for g in (1, 1.0001))
+    plain, nearly = (
+        sample.draw(backbone, {}, ["a red mug"], [0], replace(QUICK, guidance=g))
+        for g in (1, 1.0001)
+    )
     assert torch.allclose(plain, nearly, atol=5e-3)
 
 
@@ -45,12 +50,17 @@ def test_things_beside_each_other_keep_to_their_areas(backbone: Backbone) -> Non
 
 
 def test_pictures_with_unequally_many_areas_are_refused_before_anything_is_loaded() -> None:
-    with pytest.raises(SettingError, match=r"equally many prompts beside each other; these show \[1, 2\]"):
+    with pytest.raises(
+        SettingError, match=r"equally many prompts beside each other; these show \[1, 2\]"
+    ):
         pipeline.draw(pipeline.DrawRequest(Path("not there"), ["a mug", ("a mug", "a star")]))
 
 
 def test_one_area_is_the_whole_picture(backbone: Backbone) -> None:
-    one, listed = (sample.draw(backbone, {}, prompts, [0], QUICK) for prompts in (["a red mug"], [["a red mug"]]))
+    one, listed = (
+        sample.draw(backbone, {}, prompts, [0], QUICK)
+        for prompts in (["a red mug"], [["a red mug"]])
+    )
     assert torch.equal(one, listed)
 
 

@@ -1,4 +1,6 @@
-"""What is shown of a job and of a stack: in every field, words and files of strangers are shown and never obeyed."""
+"""What is shown of a job and of a stack: in every field, words and files of strangers are shown and
+never obeyed.
+"""
 
 from __future__ import annotations
 
@@ -57,8 +59,12 @@ DONE = {
     "restore": {"version": 2, "change": "learned V1 ball", "tokens": ["V1"]},
     "scores": {"images": [{"file": "/a/b.png", "best": "V1", "sure": False}]},
     "evaluate": {"table": "V1 ball  50 %"},
-    "export": {"lora": "/a/b.safetensors", "triggers": ["V1 ball"], "notes": ["One is still there."]},
-}  # fmt: skip
+    "export": {
+        "lora": "/a/b.safetensors",
+        "triggers": ["V1 ball"],
+        "notes": ["One is still there."],
+    },
+}
 
 
 class _Seen(html.parser.HTMLParser):
@@ -86,7 +92,9 @@ class _Seen(html.parser.HTMLParser):
 
 
 def _rendered(text: str) -> _Seen:
-    """As a renderer with raw HTML, tables and bare links does, which is the most that any gradio does."""
+    """As a renderer with raw HTML, tables and bare links does, which is the most that any gradio
+    does.
+    """
     renderer = markdown_it.MarkdownIt("gfm-like" if _linkifies() else "default", {"html": True})
     seen = _Seen(renderer.render(text))
     assert seen.tags <= PLAIN_TAGS, (seen.tags, text)
@@ -139,11 +147,17 @@ def test_every_result_is_shown_and_not_obeyed(path: tuple[Any, ...], text: str) 
 @pytest.mark.parametrize("text", HOSTILE)
 def test_messages_and_names_of_a_job(text: str) -> None:
     solved = Job(1, [("closed_form", {})])
-    solved.state, solved.results = "done", {"closed_form": {"rank": 4, "before": {text: 0.5}, "after": {text: 0.25}}}
+    solved.state, solved.results = (
+        "done",
+        {"closed_form": {"rank": 4, "before": {text: 0.5}, "after": {text: 0.25}}},
+    )
     assert _rendered(shown.status(solved)).tags <= {"p", "strong", "br"}
     for state in ("starting", "running", "stopping", "failed", "stopped"):
         job = Job(1, [(text, {})])
-        job.state, job.message = state, f'Traceback (most recent call last):\n  File "x.py", line 1\n{text}'
+        job.state, job.message = (
+            state,
+            f'Traceback (most recent call last):\n  File "x.py", line 1\n{text}',
+        )
         job.notes = [text, "Going on from step 3"]
         job.progress = {"stage": text, "step": 3, "steps": 9, "loss": 0.125, "seconds_left": 61.0}
         assert _rendered(shown.status(job)).tags <= {"p", "strong", "br"}
@@ -153,9 +167,15 @@ def _concept(**changes: Any) -> dict[str, Any]:
     buffer = io.BytesIO()
     Image.new("RGB", (8, 8)).save(buffer, "JPEG")
     plain = {
-        "token": "V1", "noun": "ball", "with_noun": True, "preview": base64.b64encode(buffer.getvalue()).decode(),
-        "learned": "2026-11-28T10:00:00", "method": "lora", "steps": 5, "images": 4,
-    }  # fmt: skip
+        "token": "V1",
+        "noun": "ball",
+        "with_noun": True,
+        "preview": base64.b64encode(buffer.getvalue()).decode(),
+        "learned": "2026-11-28T10:00:00",
+        "method": "lora",
+        "steps": 5,
+        "images": 4,
+    }
     return {**plain, **changes}
 
 
@@ -166,12 +186,19 @@ def test_the_table_shows_every_field_and_obeys_none(field: str, text: Any) -> No
     assert seen.tags <= {"table", "tr", "th", "td", "b", "img"}
     names = {one.split("=")[0] for one in seen.attributes}
     assert names <= {"align", "alt", "width", "src"}
-    assert all(one.startswith("src=data:image/jpeg;base64,/9j/") for one in seen.attributes if one.startswith("src"))
+    assert all(
+        one.startswith("src=data:image/jpeg;base64,/9j/")
+        for one in seen.attributes
+        if one.startswith("src")
+    )
 
 
 @pytest.mark.parametrize("text", HOSTILE)
 def test_the_history_shows_every_field_and_obeys_none(text: str) -> None:
-    versions = [Version(2, 1, text, text, [text, "V1"], 1_000_000, True, Path("x")), Version(1, None, text, "", [], 1, False, Path(text))]
+    versions = [
+        Version(2, 1, text, text, [text, "V1"], 1_000_000, True, Path("x")),
+        Version(1, None, text, "", [], 1, False, Path(text)),
+    ]
     seen = _Seen(shown.history(versions))
     assert seen.tags == {"table", "tr", "th", "td"}
     assert {one.split("=")[0] for one in seen.attributes} == {"align"}
@@ -179,7 +206,14 @@ def test_the_history_shows_every_field_and_obeys_none(text: str) -> None:
 
 def test_a_preview_is_a_jpeg_or_nothing() -> None:
     assert "<img" in shown.table([_concept()], {})
-    for bad in ("", '"onerror="alert(1)', base64.b64encode(b"<svg onload=alert(1)>").decode(), "/9j/\n", "ÿ", "x" * 9):
+    for bad in (
+        "",
+        '"onerror="alert(1)',
+        base64.b64encode(b"<svg onload=alert(1)>").decode(),
+        "/9j/\n",
+        "ÿ",
+        "x" * 9,
+    ):
         assert "<img" not in shown.table([_concept(preview=bad)], {})
         assert shown.picture_of(bad) is None
     assert shown.picture_of(_concept()["preview"]).size == (8, 8)

@@ -1,4 +1,6 @@
-"""The closed form: it is the least-squares solution it says it is, and consolidating, forgetting, merging and importing do what their names say."""
+"""The closed form: it is the least-squares solution it says it is, and consolidating, forgetting,
+merging and importing do what their names say.
+"""
 
 from __future__ import annotations
 
@@ -26,12 +28,24 @@ MODULE = "lora_unet_mid_block_attentions_0_transformer_blocks_0_attn2_to_k.lora_
 EXACT = SolveSettings(ridge=1e-7, energy=1.0)
 
 
-def _problem(backbone: Backbone, kind: str = "lora") -> tuple[list[torch.Tensor], list[Adapter | None], list[solve.Wish]]:
+def _problem(
+    backbone: Backbone, kind: str = "lora"
+) -> tuple[list[torch.Tensor], list[Adapter | None], list[solve.Wish]]:
     """Features (n, 256) of three concepts, of which the last asks for nothing."""
     generator = torch.Generator().manual_seed(5)
-    features = [torch.randn(300, 256, generator=generator) @ torch.randn(256, 256, generator=generator) / 16 for _ in range(3)]
+    features = [
+        torch.randn(300, 256, generator=generator) @ torch.randn(256, 256, generator=generator) / 16
+        for _ in range(3)
+    ]
     adapters = [_random(backbone, kind, 1, rank=3), _random(backbone, kind, 2, rank=3), None]
-    return features, adapters, [solve.Wish(str(i), f.T @ f / len(f), a) for i, (f, a) in enumerate(zip(features, adapters, strict=True))]
+    return (
+        features,
+        adapters,
+        [
+            solve.Wish(str(i), f.T @ f / len(f), a)
+            for i, (f, a) in enumerate(zip(features, adapters, strict=True))
+        ],
+    )
 
 
 @pytest.fixture
@@ -54,21 +68,35 @@ def test_it_is_the_least_squares_solution(backbone: Backbone, kind: str) -> None
     changes = [delta_weights(backbone, a) if a else {} for a in adapters]
     rows = torch.cat([f / len(f) ** 0.5 for f in features]).double()
     for layer, change in list(delta_weights(backbone, found).items())[:4]:
-        targets = [(f / len(f) ** 0.5).double() @ c.get(layer, torch.zeros_like(change)).T.double() for f, c in zip(features, changes, strict=True)]
+        targets = [
+            (f / len(f) ** 0.5).double() @ c.get(layer, torch.zeros_like(change)).T.double()
+            for f, c in zip(features, changes, strict=True)
+        ]
         expected = torch.linalg.lstsq(rows, torch.cat(targets)).solution.T
         assert torch.allclose(change.double(), expected, atol=1e-4)
 
 
 def test_a_small_rank_is_the_best_of_its_rank(backbone: Backbone) -> None:
-    """Gradient descent from it, and from the plain SVD's cut, finds nothing better; the energy rule says how much is lost."""
+    """Gradient descent from it, and from the plain SVD's cut, finds nothing better; the energy rule
+    says how much is lost.
+    """
     features, adapters, wishes = _problem(backbone)
     best, _ = solve.solve(wishes, replace(EXACT, rank=2))
     whole, _ = solve.solve(wishes, EXACT)
     layer = next(iter(layers_of(best)))
 
     def error(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
-        changes = [delta_weights(backbone, a)[layer] if a else torch.zeros(len(left), right.shape[1]) for a in adapters]
-        return sum((((left @ right - c) @ f.T).square().sum() / f.shape[0] for f, c in zip(features, changes, strict=True)), torch.tensor(0.0))
+        changes = [
+            delta_weights(backbone, a)[layer] if a else torch.zeros(len(left), right.shape[1])
+            for a in adapters
+        ]
+        return sum(
+            (
+                ((left @ right - c) @ f.T).square().sum() / f.shape[0]
+                for f, c in zip(features, changes, strict=True)
+            ),
+            torch.tensor(0.0),
+        )
 
     reached = float(error(best[f"{layer}.B"], best[f"{layer}.A"]))
     u, s, v = torch.linalg.svd(delta_weights(backbone, whole)[layer])
@@ -78,7 +106,9 @@ def test_a_small_rank_is_the_best_of_its_rank(backbone: Backbone) -> None:
         pair = [t.clone(memory_format=torch.contiguous_format).requires_grad_() for t in start]
         optimizer = torch.optim.LBFGS(pair, max_iter=300, line_search_fn="strong_wolfe")
 
-        def closure(pair: list[torch.Tensor] = pair, optimizer: torch.optim.Optimizer = optimizer) -> float:
+        def closure(
+            pair: list[torch.Tensor] = pair, optimizer: torch.optim.Optimizer = optimizer
+        ) -> float:
             optimizer.zero_grad()
             value = error(*pair)
             value.backward()
@@ -93,9 +123,17 @@ def test_what_is_lost_is_a_share_of_all_layers_together(backbone: Backbone) -> N
     wish = _problem(backbone)[2][0]
     assert wish.adapter
     layer = next(iter(layers_of(wish.adapter)))
-    faint = replace(wish, adapter={name: t * 1e-3 if name == f"{layer}.B" else t for name, t in wish.adapter.items()})
-    done, asked = ({k: (d @ wish.moment * d).sum() for k, d in delta_weights(backbone, a or {}).items()} for a in (wish.adapter, faint.adapter))
-    assert solve.lost(wish.adapter, faint) == pytest.approx(float(done[layer] * 0.999**2 / sum(asked.values())), rel=1e-4)
+    faint = replace(
+        wish,
+        adapter={name: t * 1e-3 if name == f"{layer}.B" else t for name, t in wish.adapter.items()},
+    )
+    done, asked = (
+        {k: (d @ wish.moment * d).sum() for k, d in delta_weights(backbone, a or {}).items()}
+        for a in (wish.adapter, faint.adapter)
+    )
+    assert solve.lost(wish.adapter, faint) == pytest.approx(
+        float(done[layer] * 0.999**2 / sum(asked.values())), rel=1e-4
+    )
     assert solve.lost(wish.adapter, faint) < 1 < 100 < float(done[layer] / asked[layer])
 
 
@@ -108,24 +146,35 @@ def test_the_energy_rule_and_the_least_rank(backbone: Backbone) -> None:
     for layer, change in delta_weights(backbone, one).items():
         assert torch.allclose(delta_weights(backbone, padded)[layer], change, atol=1e-6)
     assert solve.lost(one, wishes[0]) < 1e-4
-    assert all(float(t[3:].abs().sum()) > 0 for name, t in padded.items() if name.endswith("A"))  # rows that can learn
+    assert all(
+        float(t[3:].abs().sum()) > 0 for name, t in padded.items() if name.endswith("A")
+    )  # rows that can learn
     whole, rank = solve.solve(wishes, EXACT)
     low, few = solve.solve(wishes, replace(EXACT, energy=0.6))
     assert few < rank
     assert rank_of(low) == few
-    ample, again = solve.solve(wishes, replace(EXACT, energy=0.6), least_rank=rank)  # room that is there is used
+    ample, again = solve.solve(
+        wishes, replace(EXACT, energy=0.6), least_rank=rank
+    )  # room that is there is used
     assert again == few
     for layer, change in delta_weights(backbone, whole).items():
         assert torch.allclose(delta_weights(backbone, ample)[layer], change, atol=1e-5)
-    said, two = solve.solve(wishes, replace(EXACT, rank=2), least_rank=rank)  # unless a rank is said
+    said, two = solve.solve(
+        wishes, replace(EXACT, rank=2), least_rank=rank
+    )  # unless a rank is said
     assert (two, rank_of(said)) == (2, rank)
-    assert all(int(torch.linalg.matrix_rank(change, rtol=1e-4)) == 2 for change in delta_weights(backbone, said).values())
+    assert all(
+        int(torch.linalg.matrix_rank(change, rtol=1e-4)) == 2
+        for change in delta_weights(backbone, said).values()
+    )
 
 
 def test_vera_is_refused(checkpoint: Path, folders: dict[str, Path]) -> None:
     """By whatever has to write the solution into the stack."""
     for token in ("V1", "V2"):
-        pipeline.learn_concept(_request(checkpoint, folders, token, replace(QUICKER, adapter="vera")))
+        pipeline.learn_concept(
+            _request(checkpoint, folders, token, replace(QUICKER, adapter="vera"))
+        )
     with pytest.raises(StackError, match="can't be written as VeRA"):
         pipeline.consolidate_in_closed_form(pipeline.SolveRequest(checkpoint, device="cpu"))
     with pytest.raises(StackError, match="can't be written as VeRA"):
@@ -148,27 +197,44 @@ def test_consolidating_brings_back_what_was_lost(two: Path, folders: dict[str, P
     again = pipeline.consolidate_in_closed_form(pipeline.SolveRequest(two, device="cpu"))
     assert again.after == pytest.approx(found.after)
     assert _same(_stack(two), after)  # the same bytes
-    pipeline.learn_concept(_request(two, folders, "V3", replace(QUICK, rank=None)))  # other methods go on from there
+    pipeline.learn_concept(
+        _request(two, folders, "V3", replace(QUICK, rank=None))
+    )  # other methods go on from there
     assert list(_stack(two).tokens) == ["V1", "V2", "V3"]
 
 
-def test_retention_ends_at_the_closed_form(checkpoint: Path, folders: dict[str, Path], backbone: Backbone) -> None:
-    """Three concepts: each learning spoils the ones before, and what is stored is the solution of what the stack itself asks for."""
+def test_retention_ends_at_the_closed_form(
+    checkpoint: Path, folders: dict[str, Path], backbone: Backbone
+) -> None:
+    """Three concepts: each learning spoils the ones before, and what is stored is the solution of
+    what the stack itself asks for.
+    """
     seen = []
     for token in NOUNS:
         seen.clear()
         request = _request(checkpoint, folders, token, replace(QUICKER, method="retention"))
         pipeline.learn_concept(request, lambda p: seen.append((p.stage, p.step)))
     assert [step for stage, step in seen if stage == "solve"] == [0, 1, 2]
-    assert seen.index(("learn", 1)) < seen.index(("solve", 0))  # however many there are, learning begins at once
+    assert seen.index(("learn", 1)) < seen.index(
+        ("solve", 0)
+    )  # however many there are, learning begins at once
     stack = _stack(checkpoint)
-    wishes = solve.memory_of(backbone, stack, ignore).wishes(solve.adapters_of(stack), SolveSettings())
+    wishes = solve.memory_of(backbone, stack, ignore).wishes(
+        solve.adapters_of(stack), SolveSettings()
+    )
     solution, _ = solve.solve(wishes, SolveSettings(), stack.rank or 1)
     assert stack.adapter
-    assert all(torch.allclose(stack.adapter[name], tensor, atol=1e-5) for name, tensor in solution.items())
+    assert all(
+        torch.allclose(stack.adapter[name], tensor, atol=1e-5) for name, tensor in solution.items()
+    )
     first, second, _ = stack.records
-    assert stack.wishes.keys() == {record.id for record in stack.records[1:]}  # the first one's own adapter is in the pool
-    assert solve.lost(stack.pool[second.id], replace(wishes[2], adapter=stack.wishes[second.id])) > 1e-4  # a wish is not what was found for all
+    assert stack.wishes.keys() == {
+        record.id for record in stack.records[1:]
+    }  # the first one's own adapter is in the pool
+    assert (
+        solve.lost(stack.pool[second.id], replace(wishes[2], adapter=stack.wishes[second.id]))
+        > 1e-4
+    )  # a wish is not what was found for all
     assert rank_of(stack.wishes[second.id]) <= rank_of(stack.pool[second.id])
     undone = stack.as_of(1)
     assert not undone.wishes
@@ -181,17 +247,44 @@ def test_one_concept_has_nothing_to_consolidate(checkpoint: Path, folders: dict[
         pipeline.consolidate_in_closed_form(pipeline.SolveRequest(checkpoint, device="cpu"))
 
 
-def _does(backbone: Backbone, stack: store.ConceptStack, words: dict[str, torch.Tensor], prompt: str) -> torch.Tensor:
+def _does(
+    backbone: Backbone, stack: store.ConceptStack, words: dict[str, torch.Tensor], prompt: str
+) -> torch.Tensor:
     """What the stack's LoRA adds to K and V of a prompt, all layers side by side."""
     features = backbone.encode_prompts([prompt], words)[0]
-    return torch.cat([features @ change.T for change in delta_weights(backbone, stack.adapter or {}).values()], 1)
+    return torch.cat(
+        [features @ change.T for change in delta_weights(backbone, stack.adapter or {}).values()], 1
+    )
 
 
-def test_selected_concepts_get_what_their_own_adapters_did(checkpoint: Path, folders: dict[str, Path], backbone: Backbone) -> None:
-    """Of a stack that forgets: one by itself nearly exactly, two less so, and nothing of the third; the stack stays as it was."""
+def test_selected_concepts_get_what_their_own_adapters_did(
+    checkpoint: Path, folders: dict[str, Path], backbone: Backbone
+) -> None:
+    """Of a stack that forgets: one by itself nearly exactly, two less so, and nothing of the third;
+    the stack stays as it was.
+    """
     _learned(checkpoint, folders, *NOUNS)
-    stack, raw, request = _stack(checkpoint), store.stack_path(checkpoint).read_bytes(), pipeline.SolveRequest(checkpoint, device="cpu")
-    assert cli.main(["draw", "--checkpoint", str(checkpoint), "--prompt", "V1", "--only", "V9", "--device", "cpu"]) == 2
+    stack, raw, request = (
+        _stack(checkpoint),
+        store.stack_path(checkpoint).read_bytes(),
+        pipeline.SolveRequest(checkpoint, device="cpu"),
+    )
+    assert (
+        cli.main(
+            [
+                "draw",
+                "--checkpoint",
+                str(checkpoint),
+                "--prompt",
+                "V1",
+                "--only",
+                "V9",
+                "--device",
+                "cpu",
+            ]
+        )
+        == 2
+    )
     one, two = pipeline.select(request, ["v1"]), pipeline.select(request, ["V3", "V1"])
     assert (list(one.tokens), list(two.tokens)) == (["V1"], ["V1", "V3"])  # in the stack's order
     own, memory = stack.as_of(1), solve.memory_of(backbone, stack, ignore)
@@ -212,15 +305,21 @@ def test_selected_concepts_get_what_their_own_adapters_did(checkpoint: Path, fol
             pipeline.select(request, tokens)
 
 
-def test_of_words_alone_the_words_are_selected(checkpoint: Path, folders: dict[str, Path], tmp_path: Path) -> None:
+def test_of_words_alone_the_words_are_selected(
+    checkpoint: Path, folders: dict[str, Path], tmp_path: Path
+) -> None:
     for token in ("V1", "V2"):
-        pipeline.learn_concept(_request(checkpoint, folders, token, replace(QUICK, method="textual_inversion")))
+        pipeline.learn_concept(
+            _request(checkpoint, folders, token, replace(QUICK, method="textual_inversion"))
+        )
     done = pipeline.export(checkpoint, tmp_path / "out", only=["V2"], device="cpu")
     assert done.lora is None
     assert [path.name for path in done.embeddings] == ["V2.safetensors"]
 
 
-def test_forgetting_one_leaves_the_others(checkpoint: Path, folders: dict[str, Path], backbone: Backbone) -> None:
+def test_forgetting_one_leaves_the_others(
+    checkpoint: Path, folders: dict[str, Path], backbone: Backbone
+) -> None:
     _learned(checkpoint, folders, *NOUNS)
     before = _stack(checkpoint)
     pipeline.consolidate_in_closed_form(pipeline.SolveRequest(checkpoint, device="cpu"))
@@ -232,7 +331,10 @@ def test_forgetting_one_leaves_the_others(checkpoint: Path, folders: dict[str, P
     assert gone.id.encode() not in raw
     assert gone.preview.encode() not in raw
     for version in (after, after.as_of(2)):
-        assert _does(backbone, version, words, "a photo of a V2 fish").norm() < 0.2 * _does(backbone, held, words, "a photo of a V2 fish").norm()
+        assert (
+            _does(backbone, version, words, "a photo of a V2 fish").norm()
+            < 0.2 * _does(backbone, held, words, "a photo of a V2 fish").norm()
+        )
     for prompt in ("a photo of a V1 ball", "a photo of a V3 mug"):
         own = _does(backbone, held, words, prompt)
         assert (_does(backbone, after, words, prompt) - own).norm() < 0.4 * own.norm()
@@ -255,12 +357,19 @@ def test_forgetting_the_newest_is_undo(two: Path) -> None:
         pipeline.forget(pipeline.SolveRequest(two, device="cpu"), "V9")
 
 
-def test_merging_two_stacks(checkpoint: Path, folders: dict[str, Path], backbone: Backbone, tmp_path: Path) -> None:
+def test_merging_two_stacks(
+    checkpoint: Path, folders: dict[str, Path], backbone: Backbone, tmp_path: Path
+) -> None:
     """Two people with one checkpoint, both with a V1."""
     _learned(checkpoint, folders, "V1")
     mine, theirs = _stack(checkpoint), tmp_path / "theirs.concepts.safetensors"
     for token, images in (("V1", "V2"), ("V3", "V3")):
-        request = replace(_request(checkpoint, folders, token, QUICKER), images=folders[images], noun=NOUNS[images], stack=theirs)
+        request = replace(
+            _request(checkpoint, folders, token, QUICKER),
+            images=folders[images],
+            noun=NOUNS[images],
+            stack=theirs,
+        )
         pipeline.learn_concept(request)
     other = store.open_stack(theirs)
     renamed = pipeline.merge(pipeline.SolveRequest(checkpoint, device="cpu"), theirs)
@@ -269,7 +378,11 @@ def test_merging_two_stacks(checkpoint: Path, folders: dict[str, Path], backbone
     assert [record.name for record in both.records] == ["V1 ball", "V1_2 fish", "V3 mug"]
     assert all("V1_2" in prompt for prompt in both.records[1].prompts)
     assert torch.equal(both.tokens["V1_2"], other.tokens["V1"])
-    for prompt, stack, there in (("V1 ball", mine, "V1 ball"), ("V3 mug", other, "V3 mug"), ("V1_2 fish", other.as_of(1), "V1 fish")):
+    for prompt, stack, there in (
+        ("V1 ball", mine, "V1 ball"),
+        ("V3 mug", other, "V3 mug"),
+        ("V1_2 fish", other.as_of(1), "V1 fish"),
+    ):
         own = _does(backbone, stack, stack.tokens, f"a photo of a {there}")
         now = _does(backbone, both, both.tokens, f"a photo of a {prompt}")
         assert (now - own).norm() < 0.5 * own.norm()
@@ -279,7 +392,10 @@ def test_merging_two_stacks(checkpoint: Path, folders: dict[str, Path], backbone
 
 def test_an_empty_stack_takes_another_as_it_is(two: Path, tmp_path: Path) -> None:
     mine, fresh = _stack(two), tmp_path / "fresh.concepts.safetensors"
-    assert pipeline.merge(pipeline.SolveRequest(two, stack=fresh, device="cpu"), store.stack_path(two)) == {}
+    assert (
+        pipeline.merge(pipeline.SolveRequest(two, stack=fresh, device="cpu"), store.stack_path(two))
+        == {}
+    )
     assert list(store.open_stack(fresh).tokens) == list(mine.tokens)
     assert _same(store.open_stack(fresh), mine)
 
@@ -293,14 +409,22 @@ def test_importing_an_exported_lora_gives_it_back(
     done = pipeline.export(checkpoint, out)
     assert done.lora
     lora = _other_names(done.lora, mine, tmp_path, layout)
-    request = pipeline.ImportRequest(checkpoint, lora, "W1", "ball", embedding=done.embeddings[0], stack=bare, device="cpu")
+    request = pipeline.ImportRequest(
+        checkpoint, lora, "W1", "ball", embedding=done.embeddings[0], stack=bare, device="cpu"
+    )
     assert pipeline.import_concept(request).name == "W1 ball"
     found = store.open_stack(bare)
     assert [len(word) for word in found.words.values()] == [2]
     own = _does(backbone, mine, mine.tokens, "a photo of a V1 ball")
-    assert torch.allclose(_does(backbone, found, found.tokens, "a photo of a W1 ball"), own, atol=2e-3 * float(own.abs().max()))
+    assert torch.allclose(
+        _does(backbone, found, found.tokens, "a photo of a W1 ball"),
+        own,
+        atol=2e-3 * float(own.abs().max()),
+    )
     with pytest.raises(StackError, match="never calibrated"):
-        pipeline.dc_scores(pipeline.ScoreRequest(checkpoint, folders["V1"], stack=bare, device="cpu"))
+        pipeline.dc_scores(
+            pipeline.ScoreRequest(checkpoint, folders["V1"], stack=bare, device="cpu")
+        )
     pipeline.learn_concept(
         replace(_request(checkpoint, folders, "V2", replace(QUICK, rank=None)), stack=bare)
     )  # the default method goes on from there
@@ -310,27 +434,48 @@ def test_importing_an_exported_lora_gives_it_back(
 def _other_names(lora: Path, stack: store.ConceptStack, folder: Path, layout: str) -> Path:
     if layout == "kohya":
         return lora
-    prefix, down, up = ("unet.", "lora_A", "lora_B") if layout == "diffusers" else ("base_model.model.", "lora_A", "lora_B")
+    prefix, down, up = (
+        ("unet.", "lora_A", "lora_B")
+        if layout == "diffusers"
+        else ("base_model.model.", "lora_A", "lora_B")
+    )
     tensors = {}
     for layer, parts in layers_of(stack.adapter or {}).items():
-        tensors |= {f"{prefix}{layer}.{down}.weight": parts["A"].contiguous(), f"{prefix}{layer}.{up}.weight": parts["B"].contiguous()}
+        tensors |= {
+            f"{prefix}{layer}.{down}.weight": parts["A"].contiguous(),
+            f"{prefix}{layer}.{up}.weight": parts["B"].contiguous(),
+        }
     save_file(tensors, folder / "other.safetensors")
     return folder / "other.safetensors"
 
 
-def test_what_can_not_be_imported_is_refused(checkpoint: Path, folders: dict[str, Path], tmp_path: Path, backbone: Backbone) -> None:
+def test_what_can_not_be_imported_is_refused(
+    checkpoint: Path, folders: dict[str, Path], tmp_path: Path, backbone: Backbone
+) -> None:
     _learned(checkpoint, folders, "V1")
     lora = pipeline.export(checkpoint, tmp_path / "out").lora
     assert lora
     tensors, bad = load_file(lora), tmp_path / "bad.safetensors"
     first = next(name.split(".")[0] for name in tensors if name.split(".")[0].endswith("to_k"))
-    more = {"lora_unet_mid_block_ff.lora_down.weight": torch.zeros(2, 4), "lora_unet_mid_block_ff.lora_up.weight": torch.zeros(4, 2)}
+    more = {
+        "lora_unet_mid_block_ff.lora_down.weight": torch.zeros(2, 4),
+        "lora_unet_mid_block_ff.lora_up.weight": torch.zeros(4, 2),
+    }
     for change, message in (
         (tensors | more, "layers besides K and V"),
-        (tensors | {"lora_te_text_model_encoder_layers_0_mlp_fc1.alpha": torch.ones(1)}, "changes 1 layers besides .* lora_te_text_model"),
+        (
+            tensors | {"lora_te_text_model_encoder_layers_0_mlp_fc1.alpha": torch.ones(1)},
+            "changes 1 layers besides .* lora_te_text_model",
+        ),
         (tensors | {f"{first}.dora_scale": torch.ones(1)}, "changes 1 layers besides .*dora_scale"),
-        ({k: t for k, t in tensors.items() if k != f"{first}.lora_up.weight"}, r"damaged: .*attn2\.to_k has only one of its two matrices"),
-        ({k: t[:, :9] if k.endswith("down.weight") else t for k, t in tensors.items()}, "another kind of checkpoint"),
+        (
+            {k: t for k, t in tensors.items() if k != f"{first}.lora_up.weight"},
+            r"damaged: .*attn2\.to_k has only one of its two matrices",
+        ),
+        (
+            {k: t[:, :9] if k.endswith("down.weight") else t for k, t in tensors.items()},
+            "another kind of checkpoint",
+        ),
         ({"x": torch.zeros(1)}, "no LoRA this program can read"),
     ):
         save_file({k: t.contiguous() for k, t in change.items()}, bad)
@@ -351,7 +496,9 @@ def test_what_can_not_be_imported_is_refused(checkpoint: Path, folders: dict[str
     assert list(_stack(checkpoint).tokens) == ["V1"]
 
 
-def test_the_commands(two: Path, folders: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_commands(
+    two: Path, folders: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     place = ["--checkpoint", str(two), "--device", "cpu"]
     assert cli.main(["consolidate", *place]) == 2
     assert "--closed-form" in capsys.readouterr().err
@@ -359,11 +506,28 @@ def test_the_commands(two: Path, folders: dict[str, Path], tmp_path: Path, capsy
     assert "before" in capsys.readouterr().out
     assert cli.main(["export", *place, "--out", str(tmp_path / "some"), "--only", "V2"]) == 0
     assert "In prompts: V2 fish" in capsys.readouterr().out
-    whole, some = pipeline.export(two, tmp_path / "all").lora, next((tmp_path / "some").glob("mini-V2-*.safetensors"))
+    whole, some = (
+        pipeline.export(two, tmp_path / "all").lora,
+        next((tmp_path / "some").glob("mini-V2-*.safetensors")),
+    )
     assert whole
     assert not torch.equal(*(load_file(lora)[MODULE] for lora in (whole, some)))
-    drawing = ["draw", *place, "--prompt", "a photo of a V1 ball", "--steps", "2", "--size", "64", "--out"]
-    assert cli.main([*drawing, str(tmp_path / "one"), "--only", "V1"]) == cli.main([*drawing, str(tmp_path / "both")]) == 0
+    drawing = [
+        "draw",
+        *place,
+        "--prompt",
+        "a photo of a V1 ball",
+        "--steps",
+        "2",
+        "--size",
+        "64",
+        "--out",
+    ]
+    assert (
+        cli.main([*drawing, str(tmp_path / "one"), "--only", "V1"])
+        == cli.main([*drawing, str(tmp_path / "both")])
+        == 0
+    )
     first, second = (next((tmp_path / name).glob("*.png")).read_bytes() for name in ("one", "both"))
     assert first != second
     capsys.readouterr()
@@ -383,9 +547,14 @@ def test_prompts_about_two_are_shared_by_position(two: Path, backbone: Backbone)
     prompt = "a photo of a V1 ball and a V2 fish"
     features = backbone.encode_prompts([prompt], stack.tokens)[0]
     (first, of_first), (second, of_second) = memory.shares
-    both = backbone.encode_prompts([prompt, "a photo of a V2 fish and a V1 ball"], stack.tokens).flatten(0, 1)
+    both = backbone.encode_prompts(
+        [prompt, "a photo of a V2 fish and a V1 ball"], stack.tokens
+    ).flatten(0, 1)
     assert of_first + of_second == pytest.approx(2 * 77)
     assert torch.allclose(first + second, both.T @ both, rtol=1e-3, atol=1e-2)
     start = 1 + len(["a", "photo", "of", "a"]) + 2 + 2  # the start, V1 ball, and a
-    assert float((features[start] @ second @ features[start]) / features[start].square().sum() ** 2) > 0.9
+    assert (
+        float((features[start] @ second @ features[start]) / features[start].square().sum() ** 2)
+        > 0.9
+    )
     assert textspace.single_prompts(stack.records[0])[0].count("V1") == 1

@@ -1,4 +1,6 @@
-"""A stack file is data, whoever made it: what is not as `save_stack` writes it is refused by name, in every reader."""
+"""A stack file is data, whoever made it: what is not as `save_stack` writes it is refused by name,
+in every reader.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +21,9 @@ from test_store import make_stack
 from comfy_continual_lora import export, files, pipeline, solve, stackfile, store
 from comfy_continual_lora.errors import ContinualLoraError, StackError
 
-OLD = Path(__file__).parent / "data" / "stack-8a93aef.safetensors"  # three concepts by `retention`, on the mini-SD
+OLD = (
+    Path(__file__).parent / "data" / "stack-8a93aef.safetensors"
+)  # three concepts by `retention`, on the mini-SD
 
 
 def split(data: bytes) -> tuple[dict[str, Any], bytes]:
@@ -62,7 +66,9 @@ def every_reader(path: Path, out: Path) -> list[Callable[[], object]]:
     ]
 
 
-def refused(data: bytes, tmp_path: Path, match: str = "theirs", readers: slice = slice(None)) -> None:
+def refused(
+    data: bytes, tmp_path: Path, match: str = "theirs", readers: slice = slice(None)
+) -> None:
     """No reader takes the file, none writes anything, and the file stays as it was."""
     path, out = tmp_path / "theirs.concepts.safetensors", tmp_path / "a" / "b" / "out"
     path.write_bytes(data)
@@ -75,41 +81,66 @@ def refused(data: bytes, tmp_path: Path, match: str = "theirs", readers: slice =
     assert path.read_bytes() == data
 
 
-@pytest.mark.parametrize("token", ["../victim", "/abs/x", "..", "a/b", "a\\b", "", "V 1", "V1\n", "x" * 65, "ü", 7, None, ["V1"]])
-def test_a_token_that_is_a_path_is_refused_everywhere(whole: bytes, tmp_path: Path, token: object) -> None:
-    refused(changed(whole, lambda stack: stack["concepts"][0].update(token=token)), tmp_path, "concept 1: token is")
+@pytest.mark.parametrize(
+    "token",
+    ["../victim", "/abs/x", "..", "a/b", "a\\b", "", "V 1", "V1\n", "x" * 65, "ü", 7, None, ["V1"]],
+)
+def test_a_token_that_is_a_path_is_refused_everywhere(
+    whole: bytes, tmp_path: Path, token: object
+) -> None:
+    refused(
+        changed(whole, lambda stack: stack["concepts"][0].update(token=token)),
+        tmp_path,
+        "concept 1: token is",
+    )
 
 
 HTML = "<img src=x onerror=alert(1)>"
 FIELDS = [
-    ("preview", HTML), ("preview", "====" ), ("steps", HTML), ("steps", -1), ("steps", True), ("steps", 1.5), ("steps", 10**30), ("images", None),
-    ("seed", "0"), ("id", "a.b"), ("id", "../x"), ("noun", 3), ("noun", "a\0b"), ("noun", "\ud800"), ("method", HTML), ("method", "dance"),
-    ("prompts", "a photo"), ("prompts", [1]), ("hashes", [HTML]), ("learned", "yesterday"), ("learned", 5), ("loss", "low"), ("settings", []),
-    ("settings", {"rank": "16"}), ("settings", {"rank": 10**9}), ("settings", {"adapter": "../x"}), ("settings", {"a": [1]}), ("with_noun", 1),
+    ("preview", HTML), ("preview", "===="), ("steps", HTML), ("steps", -1), ("steps", True),
+    ("steps", 1.5), ("steps", 10**30), ("images", None), ("seed", "0"), ("id", "a.b"),
+    ("id", "../x"), ("noun", 3), ("noun", "a\0b"), ("noun", "\ud800"), ("method", HTML),
+    ("method", "dance"), ("prompts", "a photo"), ("prompts", [1]), ("hashes", [HTML]),
+    ("learned", "yesterday"), ("learned", 5), ("loss", "low"), ("settings", []),
+    ("settings", {"rank": "16"}), ("settings", {"rank": 10**9}),
+    ("settings", {"adapter": "../x"}), ("settings", {"a": [1]}), ("with_noun", 1),
     ("request", HTML), ("consolidated", 5),
 ]  # fmt: skip
 
 
 @pytest.mark.parametrize(("field", "value"), FIELDS, ids=lambda value: str(value)[:20])
-def test_a_field_of_another_type_is_refused_by_name(whole: bytes, tmp_path: Path, field: str, value: object) -> None:
-    refused(changed(whole, lambda stack: stack["concepts"][1].update({field: value})), tmp_path, f"concept 2: {field} is")
+def test_a_field_of_another_type_is_refused_by_name(
+    whole: bytes, tmp_path: Path, field: str, value: object
+) -> None:
+    refused(
+        changed(whole, lambda stack: stack["concepts"][1].update({field: value})),
+        tmp_path,
+        f"concept 2: {field} is",
+    )
 
 
 TOPS = [
-    ("fingerprint", "../x"), ("fingerprint", 5), ("rank", "2"), ("rank", 0), ("rank", True), ("tau", 0), ("tau", "1"), ("base", []),
-    ("base", {"preset": "../x"}), ("base", {"word_widths": [9]}), ("base", {"prediction": 1}), ("concepts", {}), ("concepts", [1]),
-    ("history", -1), ("history", 10**9), ("number", "1"), ("parent", -3), ("identity", HTML), ("change", {"kind": "x", "names": [], "when": ""}),
-    ("change", {"kind": "learned", "names": [HTML * 1000], "when": "2026-01-01T00:00:00+00:00"}), ("version", "1"), ("version", None),
+    ("fingerprint", "../x"), ("fingerprint", 5), ("rank", "2"), ("rank", 0), ("rank", True),
+    ("tau", 0), ("tau", "1"), ("base", []), ("base", {"preset": "../x"}),
+    ("base", {"word_widths": [9]}), ("base", {"prediction": 1}), ("concepts", {}),
+    ("concepts", [1]), ("history", -1), ("history", 10**9), ("number", "1"), ("parent", -3),
+    ("identity", HTML), ("change", {"kind": "x", "names": [], "when": ""}),
+    ("change", {"kind": "learned", "names": [HTML * 1000], "when": "2026-01-01T00:00:00+00:00"}),
+    ("version", "1"), ("version", None),
 ]  # fmt: skip
 
 
 @pytest.mark.parametrize(("field", "value"), TOPS, ids=lambda value: str(value)[:20])
-def test_the_stack_header_is_checked(whole: bytes, tmp_path: Path, field: str, value: object) -> None:
+def test_the_stack_header_is_checked(
+    whole: bytes, tmp_path: Path, field: str, value: object
+) -> None:
     refused(changed(whole, lambda stack: stack.update({field: value})), tmp_path)
 
 
 @pytest.mark.parametrize("where", ["concepts", "top"])
-def test_a_field_of_a_later_program_says_to_update(whole: bytes, tmp_path: Path, where: str) -> None:
+def test_a_field_of_a_later_program_says_to_update(
+    whole: bytes, tmp_path: Path, where: str
+) -> None:
     """It is never dropped in silence: the file would be stored without it at the next change."""
 
     def later(stack: dict[str, Any]) -> None:
@@ -119,20 +150,32 @@ def test_a_field_of_a_later_program_says_to_update(whole: bytes, tmp_path: Path,
 
 
 def test_two_concepts_of_one_word_or_id_are_refused(whole: bytes, tmp_path: Path) -> None:
-    refused(changed(whole, lambda stack: stack["concepts"][0].update(token="v2")), tmp_path, "two concepts have the token")
-    refused(changed(whole, lambda stack: stack["concepts"][0].update(id="id2")), tmp_path, "two concepts have the id")
+    refused(
+        changed(whole, lambda stack: stack["concepts"][0].update(token="v2")),
+        tmp_path,
+        "two concepts have the token",
+    )
+    refused(
+        changed(whole, lambda stack: stack["concepts"][0].update(id="id2")),
+        tmp_path,
+        "two concepts have the id",
+    )
 
 
 def test_numbers_that_are_none_are_refused(whole: bytes, tmp_path: Path) -> None:
     for number in ("NaN", "Infinity", "9" * 5000):
         header, body = split(whole)
-        header["__metadata__"]["stack"] = header["__metadata__"]["stack"].replace('"loss": 0.1', f'"loss": {number}')
+        header["__metadata__"]["stack"] = header["__metadata__"]["stack"].replace(
+            '"loss": 0.1', f'"loss": {number}'
+        )
         refused(joined(header, body), tmp_path)
 
 
 @pytest.mark.parametrize("name", ["word.id1", "adapter.layer.to_k.A", "adapter.layer.to_k.B"])
 @pytest.mark.parametrize("how", ["drop", "rename", "dtype", "shape"])
-def test_every_word_and_layer_is_there_and_fits(whole: bytes, tmp_path: Path, name: str, how: str) -> None:
+def test_every_word_and_layer_is_there_and_fits(
+    whole: bytes, tmp_path: Path, name: str, how: str
+) -> None:
     header, body = split(whole)
     one = header.pop(name)
     if how == "rename":
@@ -144,7 +187,9 @@ def test_every_word_and_layer_is_there_and_fits(whole: bytes, tmp_path: Path, na
     refused(joined(header, body), tmp_path)
 
 
-def test_numbers_that_are_not_finite_are_refused_where_tensors_are_read(whole: bytes, tmp_path: Path) -> None:
+def test_numbers_that_are_not_finite_are_refused_where_tensors_are_read(
+    whole: bytes, tmp_path: Path
+) -> None:
     for bad in (float("nan"), float("-inf")):
         header, body = split(whole)
         start, end = header["adapter.layer.to_k.B"]["data_offsets"]
@@ -154,10 +199,22 @@ def test_numbers_that_are_not_finite_are_refused_where_tensors_are_read(whole: b
 
 
 RAW = [
-    b"", b"{}", b"\x80\x04", b"PK\3\4", joined(b"[]", b""), joined(b"null", b""), joined(b"\xff\xfe", b""), joined(b'{"a":' + b"[" * 50_000, b""),
-    joined(b'{"__metadata__":{"format":"comfy-continual-lora"}}', b""), struct.pack("<Q", 2**63), joined(b'{"a":1}', b""),
-    joined(b'{"a":{"dtype":"F32","shape":[1],"data_offsets":[0,4]},"a":{"dtype":"F32","shape":[1],"data_offsets":[0,4]}}', b"1234"),
-]  # fmt: skip
+    b"",
+    b"{}",
+    b"\x80\x04",
+    b"PK\3\4",
+    joined(b"[]", b""),
+    joined(b"null", b""),
+    joined(b"\xff\xfe", b""),
+    joined(b'{"a":' + b"[" * 50_000, b""),
+    joined(b'{"__metadata__":{"format":"comfy-continual-lora"}}', b""),
+    struct.pack("<Q", 2**63),
+    joined(b'{"a":1}', b""),
+    joined(
+        b'{"a":{"dtype":"F32","shape":[1],"data_offsets":[0,4]},"a":{"dtype":"F32","shape":[1],"data_offsets":[0,4]}}',
+        b"1234",
+    ),
+]
 
 
 @pytest.mark.parametrize("data", RAW, ids=lambda data: repr(data[:24]))
@@ -167,7 +224,9 @@ def test_files_that_are_something_else(tmp_path: Path, data: bytes) -> None:
 
 @settings(deadline=None)
 @given(st.data())
-def test_a_damaged_byte_is_refused_or_harmless(tmp_path_factory: pytest.TempPathFactory, data: st.DataObject) -> None:
+def test_a_damaged_byte_is_refused_or_harmless(
+    tmp_path_factory: pytest.TempPathFactory, data: st.DataObject
+) -> None:
     """Never a traceback; and what is taken makes sense."""
     folder = tmp_path_factory.mktemp("damaged")
     path = folder / "s"
@@ -175,13 +234,18 @@ def test_a_damaged_byte_is_refused_or_harmless(tmp_path_factory: pytest.TempPath
     whole = bytearray(path.read_bytes())
     for _ in range(data.draw(st.integers(1, 4))):
         whole[data.draw(st.integers(0, len(whole) - 1))] = data.draw(st.integers(0, 255))
-    path.write_bytes(whole[: data.draw(st.sampled_from([len(whole), len(whole) // 2, len(whole) - 1]))])
+    path.write_bytes(
+        whole[: data.draw(st.sampled_from([len(whole), len(whole) // 2, len(whole) - 1]))]
+    )
     try:
         stack = store.open_stack(path)
     except ContinualLoraError:
         return
     assert {record.id for record in stack.records} == set(stack.words)
-    tensors = [*stack.words.values(), *(t for a in (stack.adapter, *stack.pool.values()) for t in (a or {}).values())]
+    tensors = [
+        *stack.words.values(),
+        *(t for a in (stack.adapter, *stack.pool.values()) for t in (a or {}).values()),
+    ]
     assert all(t.isfinite().all() for t in tensors)
     export.export_files(stack, folder / "a" / "out", folder / "a" / "out", "x")
     assert {p.name for p in folder.iterdir()} <= {"s", "a"}
@@ -195,7 +259,11 @@ def test_a_stack_of_an_earlier_program_opens_and_goes_on(checkpoint: Path, pictu
     shutil.copy(OLD, path)
     assert [record.token for record in store.read_records(path)] == ["V1", "V2", "V3"]
     assert stackfile.read_header(path)["identity"] == ""
-    drawn = pipeline.draw(pipeline.DrawRequest(checkpoint, ["a photo of a V2 fish"], pipeline.DrawSettings(steps=1), device="cpu"))
+    drawn = pipeline.draw(
+        pipeline.DrawRequest(
+            checkpoint, ["a photo of a V2 fish"], pipeline.DrawSettings(steps=1), device="cpu"
+        )
+    )
     assert len(drawn) == 1
     pipeline.forget(pipeline.SolveRequest(checkpoint, device="cpu"), "V1")
     assert [record.token for record in store.read_records(path)] == ["V2", "V3"]
@@ -213,11 +281,16 @@ def test_what_an_earlier_program_kept_can_be_gone_back_to(tmp_path: Path) -> Non
     store.save_stack(stack, path.with_name(path.name + ".previous"))
     assert [one.number for one in stackfile.versions(path)] == [1, 0]
     assert store.undo(path).tokens == ["V1", "V2"]
-    assert [(one.number, one.current) for one in stackfile.versions(path)] == [(1, False), (0, True)]
+    assert [(one.number, one.current) for one in stackfile.versions(path)] == [
+        (1, False),
+        (0, True),
+    ]
     assert store.restore(path, 1).tokens == ["V1", "V2", "V3"]
 
 
-def test_shapes_of_another_checkpoint_are_refused_whatever_the_fingerprint(checkpoint: Path, tmp_path: Path) -> None:
+def test_shapes_of_another_checkpoint_are_refused_whatever_the_fingerprint(
+    checkpoint: Path, tmp_path: Path
+) -> None:
     stack = make_stack(1)
     stack.fingerprint = pipeline.info(checkpoint)["fingerprint"]
     store.save_stack(stack, store.stack_path(checkpoint))

@@ -22,14 +22,33 @@ FINGERPRINT = "f" * 64
 
 
 def _record(number: int) -> store.ConceptRecord:
-    return store.ConceptRecord(f"id{number}", f"V{number}", "mug", "lora", 3, 10, 0, ["a photo"], ["h"], "2026-01-01T00:00:00+00:00", 0.1, "", {})
+    return store.ConceptRecord(
+        f"id{number}",
+        f"V{number}",
+        "mug",
+        "lora",
+        3,
+        10,
+        0,
+        ["a photo"],
+        ["h"],
+        "2026-01-01T00:00:00+00:00",
+        0.1,
+        "",
+        {},
+    )
 
 
 def make_stack(count: int, size: int = 4) -> store.ConceptStack:
     stack = store.ConceptStack(FINGERPRINT, rank=2, identity="ab" * 8)
     for n in range(1, count + 1):
         stack.add(
-            _record(n), torch.full((1, 8), float(n)), {"layer.to_k.A": torch.full((2, size), float(n)), "layer.to_k.B": torch.ones(size, 2) * n}
+            _record(n),
+            torch.full((1, 8), float(n)),
+            {
+                "layer.to_k.A": torch.full((2, size), float(n)),
+                "layer.to_k.B": torch.ones(size, 2) * n,
+            },
         )
     return stack
 
@@ -37,10 +56,17 @@ def make_stack(count: int, size: int = 4) -> store.ConceptStack:
 def same(a: store.ConceptStack, b: store.ConceptStack) -> bool:
     def flat(s: store.ConceptStack) -> dict[str, torch.Tensor]:
         parts = {"adapter": s.adapter or {}, "words": s.words, **s.pool}
-        return {f"{part}/{name}": t for part, tensors in parts.items() for name, t in tensors.items()}
+        return {
+            f"{part}/{name}": t for part, tensors in parts.items() for name, t in tensors.items()
+        }
 
     left, right = flat(a), flat(b)
-    return a.records == b.records and a.rank == b.rank and left.keys() == right.keys() and all(torch.equal(left[k], right[k]) for k in left)
+    return (
+        a.records == b.records
+        and a.rank == b.rank
+        and left.keys() == right.keys()
+        and all(torch.equal(left[k], right[k]) for k in left)
+    )
 
 
 def test_round_trip_and_undo(tmp_path: Path) -> None:
@@ -69,9 +95,10 @@ def test_words_of_old_stacks_have_one_vector(tmp_path: Path) -> None:
     stack = make_stack(2)
     words, stack.words = stack.words, {concept: word[0] for concept, word in stack.words.items()}
     store.save_stack(stack, tmp_path / "s")
-    assert {concept: word.tolist() for concept, word in store.load_stack(tmp_path / "s", FINGERPRINT).words.items()} == {
-        concept: word.tolist() for concept, word in words.items()
-    }
+    assert {
+        concept: word.tolist()
+        for concept, word in store.load_stack(tmp_path / "s", FINGERPRINT).words.items()
+    } == {concept: word.tolist() for concept, word in words.items()}
 
 
 def test_the_header_reads_without_tensors(tmp_path: Path) -> None:
@@ -108,7 +135,13 @@ def test_one_writer_at_a_time(tmp_path: Path) -> None:
         "import sys; from pathlib import Path; from comfy_continual_lora import store\n"
         f"with store.writing(Path({str(path)!r})): print('held', flush=True); sys.stdin.read()"
     )
-    holder = subprocess.Popen([sys.executable, "-c", other], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=Path(__file__).parents[1])
+    holder = subprocess.Popen(
+        [sys.executable, "-c", other],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        cwd=Path(__file__).parents[1],
+    )
     assert holder.stdout
     assert holder.stdout.readline() == "held\n"
     with pytest.raises(StackError, match="Another program"), store.writing(path):
@@ -154,13 +187,19 @@ def test_a_full_disk_keeps_the_old_version(tmp_path: Path) -> None:
 def test_kill_9_while_saving_leaves_a_whole_version(tmp_path: Path) -> None:
     path = tmp_path / "s"
     code = (
-        "import sys; from pathlib import Path; sys.path[:0] = ['tests']; from test_store import make_stack; from comfy_continual_lora import store\n"
+        "import sys; from pathlib import Path; sys.path[:0] = ['tests']; from test_store import "
+        "make_stack; from comfy_continual_lora import store\n"
         f"path = Path({str(path)!r}); stacks = [make_stack(n, 20000) for n in (1, 2)]\n"
         "store.save_stack(stacks[0], path); print('ready', flush=True)\n"
         "while True: [store.save_stack(s, path) for s in stacks]"
     )
     for delay in (0.0, 0.03, 0.07, 0.11):
-        saver = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, cwd=Path(__file__).parents[1])
+        saver = subprocess.Popen(
+            [sys.executable, "-c", code],
+            stdout=subprocess.PIPE,
+            text=True,
+            cwd=Path(__file__).parents[1],
+        )
         assert saver.stdout
         assert saver.stdout.readline() == "ready\n"
         time.sleep(delay)

@@ -1,4 +1,6 @@
-"""Text space: the drift is the mean over features it says it is, and what the prompts ask for is there."""
+"""Text space: the drift is the mean over features it says it is, and what the prompts ask for is
+there.
+"""
 
 from __future__ import annotations
 
@@ -18,12 +20,17 @@ from comfy_continual_lora.settings import LearnSettings, SolveSettings
 
 def _random(backbone: Backbone, kind: str, seed: int, rank: int = 4) -> dict[str, torch.Tensor]:
     generator = torch.Generator().manual_seed(seed)
-    return {k: 0.1 * torch.randn(t.shape, generator=generator) for k, t in new_adapter(backbone, rank, generator, kind).items()}
+    return {
+        k: 0.1 * torch.randn(t.shape, generator=generator)
+        for k, t in new_adapter(backbone, rank, generator, kind).items()
+    }
 
 
 @pytest.mark.parametrize("kind", ["lora", "vera", "full"])
 def test_drift_is_the_mean_over_all_features(backbone: Backbone, kind: str) -> None:
-    """The quadratic form against the sum it stands for: every prompt, position and layer one by one."""
+    """The quadratic form against the sum it stands for: every prompt, position and layer one by
+    one.
+    """
     prompts = ["", "a red ball on grass", "a photo of a fish"]
     text = FrozenText(backbone, {})
     features = text(prompts).flatten(0, 1)
@@ -32,19 +39,30 @@ def test_drift_is_the_mean_over_all_features(backbone: Backbone, kind: str) -> N
     sizes = {name: (features @ w.T).square().sum(1).mean() for name, w in plain.items()}
     changed, before = delta_weights(backbone, own), delta_weights(backbone, anchor)
     for fixed, target in ((anchor, before), (None, {name: 0 * w for name, w in plain.items()})):
-        expected = [(features @ (changed[n] - target[n]).T).square().sum(1).mean() / sizes[n] for n in plain]
+        expected = [
+            (features @ (changed[n] - target[n]).T).square().sum(1).mean() / sizes[n] for n in plain
+        ]
         found = textspace.drift(own, fixed, textspace.moment(backbone, {}, prompts), sizes)
         assert float(found) == pytest.approx(float(torch.stack(expected).mean()), rel=1e-4)
-    assert float(textspace.drift(anchor, anchor, textspace.moment(backbone, {}, prompts), sizes)) == pytest.approx(0, abs=1e-5)
+    assert float(
+        textspace.drift(anchor, anchor, textspace.moment(backbone, {}, prompts), sizes)
+    ) == pytest.approx(0, abs=1e-5)
 
 
 def test_words_and_padding_count_as_asked(backbone: Backbone) -> None:
     prompts = ["", "a red ball on grass", "a photo of a fish"]
-    behind, features = backbone.padding(prompts, {}).flatten(), backbone.encode_prompts(prompts).flatten(0, 1)
+    behind, features = (
+        backbone.padding(prompts, {}).flatten(),
+        backbone.encode_prompts(prompts).flatten(0, 1),
+    )
     assert behind.sum() == 3 * 77 - (2 + 7 + 7)
     for share in (0.25, 1.0):
         weight = torch.where(behind, (1 - share) / behind.sum(), share / (~behind).sum())
-        assert torch.allclose(textspace.moment(backbone, {}, prompts, share), (features * weight[:, None]).T @ features, atol=1e-4)
+        assert torch.allclose(
+            textspace.moment(backbone, {}, prompts, share),
+            (features * weight[:, None]).T @ features,
+            atol=1e-4,
+        )
 
 
 @pytest.mark.parametrize("kind", ["lora", "vera", "full"])
@@ -55,35 +73,60 @@ def test_factors_multiply_to_the_change(backbone: Backbone, kind: str) -> None:
         assert torch.allclose(left @ right, change, atol=1e-6)
 
 
-def test_ordinary_prompts_name_no_concept_and_concept_prompts_do(backbone: Backbone, checkpoint: Path, folders: dict[str, Path]) -> None:
+def test_ordinary_prompts_name_no_concept_and_concept_prompts_do(
+    backbone: Backbone, checkpoint: Path, folders: dict[str, Path]
+) -> None:
     pipeline.learn_concept(_request(checkpoint, folders, "V1", replace(QUICK, method="lora")))
     stack = _stack(checkpoint)
-    named, ordinary = textspace.single_prompts(stack.records[0]), textspace.ordinary_prompts(["ball", "fish"])
+    named, ordinary = (
+        textspace.single_prompts(stack.records[0]),
+        textspace.ordinary_prompts(["ball", "fish"]),
+    )
     assert all(p.count("V1 ball") == 1 for p in named)
     assert "" in ordinary
     assert not any("V1" in p for p in ordinary)
     end = int(backbone.tokenizer.eos_token_id)  # pyright: ignore[reportArgumentType]
-    for prompts in (named, ordinary):  # some as long as users write them, none longer than the encoder reads
+    for prompts in (
+        named,
+        ordinary,
+    ):  # some as long as users write them, none longer than the encoder reads
         lengths = [backbone.tokenize(prompt, stack.tokens)[0].index(end) for prompt in prompts]
         assert sum(length > 25 for length in lengths) > len(prompts) / 20
         assert max(lengths) < backbone.tokenizer.model_max_length - 1
 
 
-def test_it_holds_the_earlier_concepts_and_the_empty_prompt(backbone: Backbone, checkpoint: Path, folders: dict[str, Path]) -> None:
-    """Some steps at a high rate, with and without the penalty: K and V of the first concept's and the empty prompt move less with it."""
+def test_it_holds_the_earlier_concepts_and_the_empty_prompt(
+    backbone: Backbone, checkpoint: Path, folders: dict[str, Path]
+) -> None:
+    """Some steps at a high rate, with and without the penalty: K and V of the first concept's and
+    the empty prompt move less with it.
+    """
     moved = {}
     for weight in (0.0, 30.0):
         chosen = replace(QUICK, method="lora", retention_weight=weight, steps=12, rate=0.01)
         stack_file = checkpoint.with_name(f"weight{weight}.concepts.safetensors")
         for token in ("V1", "V2"):
-            pipeline.learn_concept(replace(_request(checkpoint, folders, token, chosen), stack=stack_file))
+            pipeline.learn_concept(
+                replace(_request(checkpoint, folders, token, chosen), stack=stack_file)
+            )
         held = store.open_stack(stack_file)
         first = held.pool[held.records[0].id]
         sizes = {name: torch.tensor(1.0) for name in backbone.kv_layers}
         assert held.adapter
         moved[weight] = (
-            float(textspace.drift(held.adapter, first, textspace.moment(backbone, held.tokens, ["a photo of a V1 ball"]), sizes)),
-            float(textspace.drift(held.adapter, None, textspace.moment(backbone, held.tokens, [""]), sizes)),
+            float(
+                textspace.drift(
+                    held.adapter,
+                    first,
+                    textspace.moment(backbone, held.tokens, ["a photo of a V1 ball"]),
+                    sizes,
+                )
+            ),
+            float(
+                textspace.drift(
+                    held.adapter, None, textspace.moment(backbone, held.tokens, [""]), sizes
+                )
+            ),
         )
     assert moved[30.0][0] < moved[0.0][0] / 2
     assert moved[30.0][1] < moved[0.0][1] / 2
@@ -91,22 +134,49 @@ def test_it_holds_the_earlier_concepts_and_the_empty_prompt(backbone: Backbone, 
 
 @pytest.mark.parametrize("kind", ["lora", "vera", "full"])
 def test_each_concept_is_held_at_its_own_adapter(backbone: Backbone, kind: str) -> None:
-    """Against the sum over concepts: between any two changes of K and V the penalty differs by what that sum does."""
+    """Against the sum over concepts: between any two changes of K and V the penalty differs by what
+    that sum does.
+    """
     stack = store.ConceptStack(backbone.fingerprint, rank=4)
     for number, noun in enumerate(("ball", "fish", "mug"), start=1):
         word = backbone.word_start(noun, torch.Generator().manual_seed(number))
-        record = store.ConceptRecord(f"{number}", f"V{number}", noun, "lora", 3, 10, 0, [], [], "2026-01-01T00:00:00+00:00", 0.1, "", {})
+        record = store.ConceptRecord(
+            f"{number}",
+            f"V{number}",
+            noun,
+            "lora",
+            3,
+            10,
+            0,
+            [],
+            [],
+            "2026-01-01T00:00:00+00:00",
+            0.1,
+            "",
+            {},
+        )
         stack.add(record, word, _random(backbone, kind, number))
     memory = solve.memory_of(backbone, stack, ignore, nouns=["cat"])
     held = solve.retention(memory, stack, LearnSettings(retention_ordinary=0.5), weight=2.0)
     sizes = textspace.sizes(backbone, memory.ordinary)
 
     def expected(factors: Adapter) -> float:
-        own = [textspace.drift(factors, w.adapter, w.moment, sizes) for w in memory.wishes(solve.adapters_of(stack), SolveSettings())[1:]]
-        return float(2.0 * (solve.HELD * torch.stack(own).mean() + 0.5 * textspace.drift(factors, None, memory.ordinary, sizes)))
+        own = [
+            textspace.drift(factors, w.adapter, w.moment, sizes)
+            for w in memory.wishes(solve.adapters_of(stack), SolveSettings())[1:]
+        ]
+        return float(
+            2.0
+            * (
+                solve.HELD * torch.stack(own).mean()
+                + 0.5 * textspace.drift(factors, None, memory.ordinary, sizes)
+            )
+        )
 
     one, other = _random(backbone, kind, 7), _random(backbone, kind, 2)
-    assert float(held(one) - held(other)) == pytest.approx(expected(one) - expected(other), rel=0.02)
+    assert float(held(one) - held(other)) == pytest.approx(
+        expected(one) - expected(other), rel=0.02
+    )
     assert abs(float(held(one) - held(other))) > 0.05 * expected(one)
 
 
@@ -115,7 +185,12 @@ def test_ordinary_prompts_weigh_what_is_asked(backbone: Backbone) -> None:
     found, factors = [], _random(backbone, "lora", 4)
     for share in (1.0, 0.25):
         settings = replace(QUICK, method="retention", retention_ordinary=share)
-        penalty = solve.retention(solve.Memory(backbone, ["ball"]), store.ConceptStack(backbone.fingerprint), settings, weight=1.0)
+        penalty = solve.retention(
+            solve.Memory(backbone, ["ball"]),
+            store.ConceptStack(backbone.fingerprint),
+            settings,
+            weight=1.0,
+        )
         found.append(float(penalty(factors)))
     assert found[1] == pytest.approx(found[0] / 4, rel=1e-5)
     assert found[0] > 0
@@ -124,52 +199,94 @@ def test_ordinary_prompts_weigh_what_is_asked(backbone: Backbone) -> None:
 def test_behind_the_end_of_its_prompts_nothing_may_change(backbone: Backbone) -> None:
     """Prompt by prompt and position by position, for a word of three vectors."""
     words = {"V1": backbone.word_start("mug", torch.Generator().manual_seed(0), 3)}
-    held = solve.retention(solve.Memory(backbone, ["mug"]), store.ConceptStack(backbone.fingerprint), LearnSettings(), weight=2.0)
-    prompts = {"a photo of a V1 mug": 1 + 4 + 3 + 1 + 1, "V1 mug on grass": 1 + 3 + 1 + 2 + 1, "red " * 90: 77}
+    held = solve.retention(
+        solve.Memory(backbone, ["mug"]),
+        store.ConceptStack(backbone.fingerprint),
+        LearnSettings(),
+        weight=2.0,
+    )
+    prompts = {
+        "a photo of a V1 mug": 1 + 4 + 3 + 1 + 1,
+        "V1 mug on grass": 1 + 3 + 1 + 2 + 1,
+        "red " * 90: 77,
+    }
     features, own = backbone.encode_prompts(list(prompts), words), _random(backbone, "lora", 2)
     padding = torch.cat([rows[end:] for rows, end in zip(features, prompts.values(), strict=True)])
-    drifts = [(padding @ change.T).square().sum(1).mean() / held.sizes[layer] for layer, change in delta_weights(backbone, own).items()]
+    drifts = [
+        (padding @ change.T).square().sum(1).mean() / held.sizes[layer]
+        for layer, change in delta_weights(backbone, own).items()
+    ]
     apart = textspace.Apart(backbone, 0.5, held.sizes)
-    assert float(apart(own, words, list(prompts), features)) == pytest.approx(0.5 * float(torch.stack(drifts).mean()), rel=1e-3)
+    assert float(apart(own, words, list(prompts), features)) == pytest.approx(
+        0.5 * float(torch.stack(drifts).mean()), rel=1e-3
+    )
     assert apart(own, words, ["red " * 90], features[2:]) == 0  # no padding
 
 
-def test_learning_leaves_the_padding_alone(backbone: Backbone, checkpoint: Path, folders: dict[str, Path]) -> None:
-    """With the penalty the adapter does less to the padding of a prompt about two, beside what it does to the word."""
+def test_learning_leaves_the_padding_alone(
+    backbone: Backbone, checkpoint: Path, folders: dict[str, Path]
+) -> None:
+    """With the penalty the adapter does less to the padding of a prompt about two, beside what it
+    does to the word.
+    """
     shares = []
     for weight in (0.0, 30.0):
         stack_file = checkpoint.with_name(f"apart{weight}.concepts.safetensors")
-        chosen = replace(QUICK, method="retention", vectors=4, retention_apart=weight, steps=12, rate=0.01)
-        pipeline.learn_concept(replace(_request(checkpoint, folders, "V1", chosen), stack=stack_file))
+        chosen = replace(
+            QUICK, method="retention", vectors=4, retention_apart=weight, steps=12, rate=0.01
+        )
+        pipeline.learn_concept(
+            replace(_request(checkpoint, folders, "V1", chosen), stack=stack_file)
+        )
         stack = store.open_stack(stack_file)
         assert stack.adapter
-        features = backbone.encode_prompts(["a photo of a V1 ball and a red mug on grass"], stack.tokens)[0]
+        features = backbone.encode_prompts(
+            ["a photo of a V1 ball and a red mug on grass"], stack.tokens
+        )[0]
         word, padding = features[5 : 5 + len(stack.tokens["V1"])], features[-30:]
         changes = delta_weights(backbone, stack.adapter).values()
-        shares.append(sum((padding @ c.T).square().mean() for c in changes) / sum((word @ c.T).square().mean() for c in changes))
+        shares.append(
+            sum((padding @ c.T).square().mean() for c in changes)
+            / sum((word @ c.T).square().mean() for c in changes)
+        )
     assert shares[1] < 0.7 * shares[0]
 
 
 def test_in_the_coordinates_of_a_moment_its_spread_is_the_root() -> None:
-    features = torch.randn(64, 8, generator=torch.Generator().manual_seed(0)) * torch.logspace(0, -2, 8) + 3.0
+    features = (
+        torch.randn(64, 8, generator=torch.Generator().manual_seed(0)) * torch.logspace(0, -2, 8)
+        + 3.0
+    )
     moment = features.T @ features / len(features)
     space = textspace.coordinates(moment, ridge=0.0)
     before, turned = torch.linalg.eigvalsh(moment), torch.linalg.eigvalsh(space @ moment @ space)
     assert torch.allclose(turned / turned[-1], (before / before[-1]).sqrt(), rtol=0.05)
     assert turned.sum() == pytest.approx(float(before.sum()), rel=1e-3)
     assert torch.allclose(space, space.T)
-    flat = torch.linalg.eigvalsh(textspace.coordinates(torch.diag(torch.tensor([1.0, 0.0, 0.0, 0.0])), ridge=0.01))
-    assert float(flat[-1] / flat[0]) == pytest.approx((1.0025 / 0.0025) ** 0.25, rel=1e-3)  # the ridge bounds it where there is nothing
+    flat = torch.linalg.eigvalsh(
+        textspace.coordinates(torch.diag(torch.tensor([1.0, 0.0, 0.0, 0.0])), ridge=0.01)
+    )
+    assert float(flat[-1] / flat[0]) == pytest.approx(
+        (1.0025 / 0.0025) ** 0.25, rel=1e-3
+    )  # the ridge bounds it where there is nothing
 
 
 def test_an_adapter_is_drawn_and_learned_in_these_coordinates(
     checkpoint: Path, folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch
-) -> None:  # fmt: skip
-    """Where they leave out half of text space, so does A; without a hold in text space nothing is turned."""
-    monkeypatch.setattr(textspace, "coordinates", lambda moment: torch.diag((torch.arange(len(moment)) % 2).float()))
+) -> None:
+    """Where they leave out half of text space, so does A; without a hold in text space nothing is
+    turned.
+    """
+    monkeypatch.setattr(
+        textspace, "coordinates", lambda moment: torch.diag((torch.arange(len(moment)) % 2).float())
+    )
     for method, left_out in (("retention", True), ("lora", False)):
         stack_file = checkpoint.with_name(f"{method}.concepts.safetensors")
-        pipeline.learn_concept(replace(_request(checkpoint, folders, "V1", replace(QUICK, method=method)), stack=stack_file))
+        pipeline.learn_concept(
+            replace(
+                _request(checkpoint, folders, "V1", replace(QUICK, method=method)), stack=stack_file
+            )
+        )
         adapter = store.open_stack(stack_file).adapter
         assert adapter
         for name, tensor in adapter.items():

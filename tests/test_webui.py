@@ -1,4 +1,6 @@
-"""The tab: what a click asks for, what is shown, and the whole path in a browser with `continual-lora ui`."""
+"""The tab: what a click asks for, what is shown, and the whole path in a browser with
+`continual-lora ui`.
+"""
 
 from __future__ import annotations
 
@@ -42,15 +44,25 @@ def test_the_environment_asks_for_what_the_package_does() -> None:
 
 def test_widgets_become_the_settings_that_differ() -> None:
     names = ("method", "steps", "flip", "rate", "checkpointing", "seed")
-    assert tab.settings_of(LearnSettings, names, ("lora", 0, "auto", 0, False, 0)) == {"method": "lora"}
-    assert tab.settings_of(LearnSettings, names, (LearnSettings().method, 40.0, "no", 0.001, True, 3.0)) == {
-        "steps": 40, "flip": False, "rate": 0.001, "checkpointing": True, "seed": 3,
-    }  # fmt: skip
+    assert tab.settings_of(LearnSettings, names, ("lora", 0, "auto", 0, False, 0)) == {
+        "method": "lora"
+    }
+    assert tab.settings_of(
+        LearnSettings, names, (LearnSettings().method, 40.0, "no", 0.001, True, 3.0)
+    ) == {
+        "steps": 40,
+        "flip": False,
+        "rate": 0.001,
+        "checkpointing": True,
+        "seed": 3,
+    }
 
 
 def test_the_table_reads_a_stack_without_torch(checkpoint: Path, pictures: Path) -> None:
     quick = LearnSettings(method="lora", steps=1, batch=1, rank=4, size=64)
-    pipeline.learn_concept(pipeline.LearnRequest(checkpoint, pictures, "V1", "<ball>", quick, device="cpu"))
+    pipeline.learn_concept(
+        pipeline.LearnRequest(checkpoint, pictures, "V1", "<ball>", quick, device="cpu")
+    )
     stack = tab.stack_file(checkpoint)
     assert stack == store.stack_path(checkpoint)
     told = shown.table(tab.concepts_of(stack), {"V1 <ball>": 0.5})
@@ -68,7 +80,10 @@ def test_the_table_reads_a_stack_without_torch(checkpoint: Path, pictures: Path)
 
 
 def test_captions_are_read_whatever_columns_there_are() -> None:
-    assert tab.typed([["0.png", "a ball", "more"], ["1.png", ""]]) == {"0.png": "a ball", "1.png": ""}
+    assert tab.typed([["0.png", "a ball", "more"], ["1.png", ""]]) == {
+        "0.png": "a ball",
+        "1.png": "",
+    }
     assert tab.typed([[]]) == {}  # gradio 3 after the pictures were cleared
 
 
@@ -85,17 +100,35 @@ def test_every_state_of_a_job_is_told() -> None:
     assert "kept" in shown.status(job)
     job.state, job.message = "failed", "no room"
     assert shown.status(job) == "**learn failed.** no room"
-    export = {"lora": "/x/a-1.safetensors", "triggers": ["V1 ball"], "notes": ["V1 is another file's name there."]}
+    export = {
+        "lora": "/x/a-1.safetensors",
+        "triggers": ["V1 ball"],
+        "notes": ["V1 is another file's name there."],
+    }
     job.state, job.results = "done", {"learn": {"token": "V1", "noun": "ball"}, "export": export}
     assert "a photo of a V1 ball* <lora:a-1:1>" in shown.status(job, str)
     assert "another file's name" in shown.status(job, str)
-    back = {"change": "forgot V1 ball", "token": "V1", "noun": "ball", "tokens": ["V1"], "version": 3}
-    job.results = {"undo": back, "restore": {"version": 2, "change": "learned V1 ball", "tokens": []}}
+    back = {
+        "change": "forgot V1 ball",
+        "token": "V1",
+        "noun": "ball",
+        "tokens": ["V1"],
+        "version": 3,
+    }
+    job.results = {
+        "undo": back,
+        "restore": {"version": 2, "change": "learned V1 ball", "tokens": []},
+    }
     assert "Took back: forgot V1 ball.** The stack holds V1 now." in shown.status(job, str)
-    assert "Went back to version 2: learned V1 ball.** The stack holds no concept now." in shown.status(job, str)
+    assert (
+        "Went back to version 2: learned V1 ball.** The stack holds no concept now."
+        in shown.status(job, str)
+    )
 
 
-def test_no_file_is_read_that_was_only_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_file_is_read_that_was_only_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """gradio 3 hands over a copy of whatever file of this machine a request names, and the name."""
     monkeypatch.setenv("GRADIO_TEMP_DIR", str(tmp_path / "uploads"))
     inside, outside = tmp_path / "uploads" / "a" / "0.png", tmp_path / "secret.txt"
@@ -109,14 +142,27 @@ def test_no_file_is_read_that_was_only_named(tmp_path: Path, monkeypatch: pytest
     assert tab.uploaded(None) == []
     copied = SimpleNamespace(name=str(inside), orig_name=str(outside))
     up = str(tmp_path / "uploads" / ".." / "secret.txt")
-    for bad in (str(outside), outside, copied, SimpleNamespace(name=str(inside), orig_name="secret.txt"), up, link, "secret.txt"):
+    for bad in (
+        str(outside),
+        outside,
+        copied,
+        SimpleNamespace(name=str(inside), orig_name="secret.txt"),
+        up,
+        link,
+        "secret.txt",
+    ):
         with pytest.raises(ValueError, match="not uploaded"):
             tab.uploaded([inside, bad])
 
 
-def test_environment_variables_choose_what_no_page_may(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_environment_variables_choose_what_no_page_may(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     host = tab.Host(tmp_path, tmp_path / "work")
-    assert (host.python(), host.picture_folders()) == (sys.executable, [tmp_path / "work" / "pictures"])
+    assert (host.python(), host.picture_folders()) == (
+        sys.executable,
+        [tmp_path / "work" / "pictures"],
+    )
     monkeypatch.setenv("CONTINUAL_LORA_PYTHON", "/opt/python")
     monkeypatch.setenv("CONTINUAL_LORA_FOLDERS", os.pathsep.join(["/a b;c", "", "/d"]))
     assert host.python() == "/opt/python"
@@ -130,9 +176,19 @@ def test_environment_variables_choose_what_no_page_may(tmp_path: Path, monkeypat
         (True, {"host": "127.0.0.1:7860"}),
         (True, {"host": "localhost"}),
         (True, {"host": "LOCALHOST:1"}),
-        (True, {"host": "[::1]:7860", "origin": "http://[::1]:7860", "sec-fetch-site": "same-origin"}),
+        (
+            True,
+            {"host": "[::1]:7860", "origin": "http://[::1]:7860", "sec-fetch-site": "same-origin"},
+        ),
         (True, {"host": "127.0.0.1:7860", "sec-fetch-site": "none"}),
-        (True, {"host": "127.0.0.1:7860", "sec-fetch-site": "cross-site", "sec-fetch-dest": "document"}),
+        (
+            True,
+            {
+                "host": "127.0.0.1:7860",
+                "sec-fetch-site": "cross-site",
+                "sec-fetch-dest": "document",
+            },
+        ),
         (False, {}),
         (False, {"host": ""}),
         (False, {"host": "evil.example"}),
@@ -147,8 +203,14 @@ def test_environment_variables_choose_what_no_page_may(tmp_path: Path, monkeypat
         (False, {"host": "127.0.0.1:7860", "origin": "http://127.0.0.1:8000"}),
         (False, {"host": "127.0.0.1:7860", "origin": ""}),
         (False, {"host": "127.0.0.1:7860", "sec-fetch-site": "cross-site"}),
-        (False, {"host": "127.0.0.1:7860", "sec-fetch-site": "same-site", "sec-fetch-dest": "empty"}),
-        (False, {"host": "127.0.0.1:7860", "sec-fetch-site": "cross-site", "sec-fetch-dest": "iframe"}),
+        (
+            False,
+            {"host": "127.0.0.1:7860", "sec-fetch-site": "same-site", "sec-fetch-dest": "empty"},
+        ),
+        (
+            False,
+            {"host": "127.0.0.1:7860", "sec-fetch-site": "cross-site", "sec-fetch-dest": "iframe"},
+        ),
     ],
 )
 def test_only_pages_of_this_machine_are_answered(answered: bool, headers: dict[str, str]) -> None:
@@ -163,9 +225,22 @@ def test_only_pages_of_this_machine_are_answered(answered: bool, headers: dict[s
 def _served(folder: Path) -> Iterator[str]:
     """The address of `continual-lora ui` on that folder of checkpoints."""
     port = free_port()
-    command = [sys.executable, "-m", "comfy_continual_lora", "ui", "--models", str(folder), "--port", str(port), "--no-browser"]
+    command = [
+        sys.executable,
+        "-m",
+        "comfy_continual_lora",
+        "ui",
+        "--models",
+        str(folder),
+        "--port",
+        str(port),
+        "--no-browser",
+    ]
     log = folder / "log"
-    with log.open("w") as said, subprocess.Popen(command, cwd=ROOT, stdout=said, stderr=said) as server:
+    with (
+        log.open("w") as said,
+        subprocess.Popen(command, cwd=ROOT, stdout=said, stderr=said) as server,
+    ):
         try:
             _wait_for(f"http://127.0.0.1:{port}", server, log)
             yield f"http://127.0.0.1:{port}"
@@ -183,10 +258,17 @@ def _status(address: str, path: str, data: bytes | None = None, **headers: str) 
 
 
 def test_the_tab_by_itself_serves_its_exports_to_its_own_pages(checkpoint: Path) -> None:
-    """By real requests: no checkpoint, stack, picture, program file or file of the system; nothing for other pages."""
+    """By real requests: no checkpoint, stack, picture, program file or file of the system; nothing
+    for other pages.
+    """
     folder = checkpoint.parent
     work = folder / "continual-lora"
-    files = [work / "exports" / "a.txt", work / "copies" / "a" / "b" / "000.png", work / "pictures" / "0.png", folder / "mini.concepts.safetensors"]
+    files = [
+        work / "exports" / "a.txt",
+        work / "copies" / "a" / "b" / "000.png",
+        work / "pictures" / "0.png",
+        folder / "mini.concepts.safetensors",
+    ]
     for file in files:
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_text("content")
@@ -194,39 +276,81 @@ def test_the_tab_by_itself_serves_its_exports_to_its_own_pages(checkpoint: Path)
         assert _status(address, "/") == 200
         root = "/gradio_api" if _status(address, "/gradio_api/info") == 200 else ""
         assert _status(address, f"{root}/file={files[0]}") == 200
-        hidden = [*map(str, files[1:]), str(checkpoint), str(ROOT / "pyproject.toml"), "pyproject.toml", "/etc/passwd", f"{files[0]}/../../../log"]
+        hidden = [
+            *map(str, files[1:]),
+            str(checkpoint),
+            str(ROOT / "pyproject.toml"),
+            "pyproject.toml",
+            "/etc/passwd",
+            f"{files[0]}/../../../log",
+        ]
         for path in hidden:
-            for prefix in ("/gradio_api/file=", "/file=", "/static/", "/assets/", "/gradio_api/file/", "/file/"):
+            for prefix in (
+                "/gradio_api/file=",
+                "/file=",
+                "/static/",
+                "/assets/",
+                "/gradio_api/file/",
+                "/file/",
+            ):
                 assert _status(address, f"{prefix}{path}") in (403, 404), prefix + path
         port = address.rpartition(":")[2]
-        assert _status(address, "/config", Host=f"localhost:{port}", Origin=f"http://localhost:{port}") == 200
+        assert (
+            _status(address, "/config", Host=f"localhost:{port}", Origin=f"http://localhost:{port}")
+            == 200
+        )
         body = json.dumps({"data": ["", ""], "fn_index": 1, "session_hash": "x"}).encode()
-        for path in ("/", "/config", f"{root}/queue/join", f"{root}/run/predict", f"{root}/upload", f"{root}/call/view"):
+        for path in (
+            "/",
+            "/config",
+            f"{root}/queue/join",
+            f"{root}/run/predict",
+            f"{root}/upload",
+            f"{root}/call/view",
+        ):
             for headers in (
-                {"Host": f"evil.example:{port}"}, {"Origin": "http://evil.example"}, {"Origin": "null"}, {"Sec_Fetch_Site": "cross-site"},
+                {"Host": f"evil.example:{port}"},
+                {"Origin": "http://evil.example"},
+                {"Origin": "null"},
+                {"Sec_Fetch_Site": "cross-site"},
                 {"Sec_Fetch_Site": "same-site", "Content_Type": "text/plain"},
-            ):  # fmt: skip
+            ):
                 assert _status(address, path, body, **headers) == 403
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this machine")
 def test_the_tab_by_itself_in_a_browser(tmp_path: Path) -> None:
-    """From an empty folder: example pictures, Learn, the loss, the table; an occupied word is refused; what takes away asks first."""
+    """From an empty folder: example pictures, Learn, the loss, the table; an occupied word is
+    refused; what takes away asks first.
+    """
     with _served(tmp_path) as address, page(address, height=1800) as opened:
         opened.click("#continual_lora_example")
-        opened.wait_for_function("document.querySelector('#continual_lora_noun input, #continual_lora_noun textarea').value === 'ball'")
+        opened.wait_for_function(
+            "document.querySelector('#continual_lora_noun input, #continual_lora_noun "
+            "textarea').value === 'ball'"
+        )
         opened.click("text=Captions, and settings for experts")
         opened.wait_for_function(SAID, arg=["#continual_lora_captions", ".png"])
         type_beside(opened, "#continual_lora_captions", "0.png", "a photo of V1 in a garden")
-        for name, value in (("steps", 40), ("batch", 2), ("rank", 4), ("fisher_samples", 4), ("preview_every", 20)):
+        for name, value in (
+            ("steps", 40),
+            ("batch", 2),
+            ("rank", 4),
+            ("fisher_samples", 4),
+            ("preview_every", 20),
+        ):
             opened.fill(f"#continual_lora_{name} input", str(value))
         opened.click("#continual_lora_learn")
         _expect(opened, "#continual_lora_status", "Learned V1 ball")
         _expect(opened, "#continual_lora_concepts", "40 steps, 5 pictures")
         stack = store.stack_path(next(tmp_path.glob("*.safetensors")))
         assert "a photo of V1 in a garden" in str(store.read_records(stack))
-        left = [p for p in (tmp_path / "continual-lora" / "copies").rglob("*") if p.is_file() and p.name != "lock"]
+        left = [
+            p
+            for p in (tmp_path / "continual-lora" / "copies").rglob("*")
+            if p.is_file() and p.name != "lock"
+        ]
         assert left == []
         opened.fill("#continual_lora_noun input, #continual_lora_noun textarea", "box")
         opened.click("#continual_lora_learn")
@@ -240,12 +364,16 @@ def test_the_tab_by_itself_in_a_browser(tmp_path: Path) -> None:
 
 
 def test_a_strangers_stack_runs_nothing_in_a_browser(checkpoint: Path, pictures: Path) -> None:
-    """Its noun is HTML and Markdown that would set a variable of the page's; every view of it is opened."""
+    """Its noun is HTML and Markdown that would set a variable of the page's; every view of it is
+    opened.
+    """
     if CHROMIUM is None:
         pytest.skip("no Chromium on this machine")
     noun = '<img src=x onerror="window.pwned=1">![](http://127.0.0.1/x)'
     quick = LearnSettings(method="lora", steps=1, batch=1, rank=4, size=64)
-    pipeline.learn_concept(pipeline.LearnRequest(checkpoint, pictures, "V1", noun, quick, device="cpu"))
+    pipeline.learn_concept(
+        pipeline.LearnRequest(checkpoint, pictures, "V1", noun, quick, device="cpu")
+    )
     with _served(checkpoint.parent) as address, page(address, height=1800) as opened:
         _expect(opened, "#continual_lora_concepts", "<img src=x")
         opened.click("text=History of the stack")
@@ -260,7 +388,12 @@ def test_a_strangers_stack_runs_nothing_in_a_browser(checkpoint: Path, pictures:
         opened.click("#continual_lora_yes")
         _expect(opened, "#continual_lora_status", "Took back: learned V1 <img src=x")
         assert opened.evaluate("window.pwned") is None
-        assert opened.evaluate("document.querySelectorAll('img[src=x], img[src=\"http://127.0.0.1/x\"]').length") == 0
+        assert (
+            opened.evaluate(
+                "document.querySelectorAll('img[src=x], img[src=\"http://127.0.0.1/x\"]').length"
+            )
+            == 0
+        )
 
 
 def _wait_for(address: str, server: subprocess.Popen, log: Path) -> None:

@@ -1,4 +1,6 @@
-"""The API's routes on a server of our own: logins, what a request has to be, the folders of pictures, what is left on disk."""
+"""The API's routes on a server of our own: logins, what a request has to be, the folders of
+pictures, what is left on disk.
+"""
 
 from __future__ import annotations
 
@@ -22,7 +24,17 @@ from comfy_continual_lora.webui import api
 from comfy_continual_lora.webui.environment import NotReady
 from comfy_continual_lora.webui.tab import Host
 
-POSTS = ("learn", "consolidate", "closed_form", "forget", "scores", "evaluate", "export", "undo", "jobs/stop")
+POSTS = (
+    "learn",
+    "consolidate",
+    "closed_form",
+    "forget",
+    "scores",
+    "evaluate",
+    "export",
+    "undo",
+    "jobs/stop",
+)
 WHERE = {"checkpoint": "mini.safetensors"}
 
 
@@ -62,10 +74,16 @@ def _encoded(color: str = "red") -> str:
 
 
 def _left(folder: Path) -> list[Path]:
-    return [p for p in folder.rglob("*") if p.is_file() and p.name != "lock"] if folder.exists() else []
+    return (
+        [p for p in folder.rglob("*") if p.is_file() and p.name != "lock"]
+        if folder.exists()
+        else []
+    )
 
 
-def test_logins_are_asked_for_and_a_missing_environment_is_told(checkpoint: Path, tmp_path: Path) -> None:
+def test_logins_are_asked_for_and_a_missing_environment_is_told(
+    checkpoint: Path, tmp_path: Path
+) -> None:
     client = _client(Guarded(checkpoint.parent, tmp_path / "work"))
     for login in (None, ("ann", "wrong"), ("bob", "secret"), ("", ""), ("ann", ""), ("", "secret")):
         assert client.get(f"{api.PREFIX}/jobs", auth=login).status_code == 401
@@ -73,7 +91,11 @@ def test_logins_are_asked_for_and_a_missing_environment_is_told(checkpoint: Path
             assert client.post(f"{api.PREFIX}/{path}", json={}, auth=login).status_code == 401
     right = ("ann", "secret")
     assert client.get(f"{api.PREFIX}/jobs", auth=right).json() == {"job": None, "state": "idle"}
-    answer = client.post(f"{api.PREFIX}/learn", json={**WHERE, "images": [_encoded()], "token": "V1", "noun": "ball"}, auth=right)
+    answer = client.post(
+        f"{api.PREFIX}/learn",
+        json={**WHERE, "images": [_encoded()], "token": "V1", "noun": "ball"},
+        auth=right,
+    )
     assert (answer.status_code, answer.json()["detail"]) == (503, "not prepared")
     assert not _left(tmp_path / "work")
 
@@ -98,27 +120,99 @@ def test_a_post_is_a_json_object_sent_as_one(host: Host, path: str) -> None:
         "text/json; application/json",
     ):
         headers = {} if kind is None else {"content-type": kind}
-        assert client.post(address, content=b'{"checkpoint": "mini.safetensors"}', headers=headers).status_code == 415
-    for body in (b"", b"{", b"[]", b"null", b"5", b'"x"', b"[" * 100_000, b'{"a":' * 100_000, b"\xff", b"{}{}"):
-        assert client.post(address, content=body, headers={"content-type": "application/json"}).status_code == 422
+        assert (
+            client.post(
+                address, content=b'{"checkpoint": "mini.safetensors"}', headers=headers
+            ).status_code
+            == 415
+        )
+    for body in (
+        b"",
+        b"{",
+        b"[]",
+        b"null",
+        b"5",
+        b'"x"',
+        b"[" * 100_000,
+        b'{"a":' * 100_000,
+        b"\xff",
+        b"{}{}",
+    ):
+        assert (
+            client.post(
+                address, content=body, headers={"content-type": "application/json"}
+            ).status_code
+            == 422
+        )
     assert host.desk.job is None
-    answer = client.post(address, content=b"{}", headers={"content-type": "Application/JSON; charset=utf-8"})
+    answer = client.post(
+        address, content=b"{}", headers={"content-type": "Application/JSON; charset=utf-8"}
+    )
     assert answer.status_code == (200 if path == "jobs/stop" else 422)
 
 
-@pytest.mark.parametrize("change", [
-    {"checkpoint": 5}, {"checkpoint": "\ud800"}, {"checkpoint": ["mini.safetensors"]}, {"checkpoint": "../mini.safetensors"},
-    {"stack": "../x"}, {"stack": 5}, {"stack": "\ud800"}, {"stack": {}}, {"stack": "a\0"}, {"stack": "x" * 65},
-    {"token": 5}, {"token": " "}, {"token": None}, {"noun": ["ball"]}, {"noun": ""},
-    {"settings": []}, {"settings": 3}, {"settings": {"stepz": 3}}, {"settings": {"steps": "many"}}, {"settings": {"steps": 0}},
-    {"settings": {"rate": [1]}}, {"settings": {"method": "magic"}}, {"settings": {"\ud800": 1}},
-    {"images": None}, {"images": []}, {"images": [5]}, {"images": ["?"]}, {"images": [[]]}, {"images": {"0": "x"}}, {"images": 5},
-    {"images": ["data:image/png;base64,"]}, {"images": [base64.b64encode(b"no picture").decode()]}, {"images": ["\ud800"]},
-    {"images": "\0"}, {"images": "x" * 5000}, {"images": "\ud800"}, {"images": "/"}, {"images": ""}, {"images": ".."}, {"images": "~"},
-])  # fmt: skip
-def test_what_cannot_be_meant_is_refused_and_leaves_nothing(host: Host, change: dict[str, Any]) -> None:
-    body = {**WHERE, "images": [_encoded()], "token": "V1", "noun": "ball", "settings": {"steps": 5}, "stack": "x", **change}
-    answer = _client(host).post(f"{api.PREFIX}/learn", content=json.dumps(body), headers={"content-type": "application/json"})
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"checkpoint": 5},
+        {"checkpoint": "\ud800"},
+        {"checkpoint": ["mini.safetensors"]},
+        {"checkpoint": "../mini.safetensors"},
+        {"stack": "../x"},
+        {"stack": 5},
+        {"stack": "\ud800"},
+        {"stack": {}},
+        {"stack": "a\0"},
+        {"stack": "x" * 65},
+        {"token": 5},
+        {"token": " "},
+        {"token": None},
+        {"noun": ["ball"]},
+        {"noun": ""},
+        {"settings": []},
+        {"settings": 3},
+        {"settings": {"stepz": 3}},
+        {"settings": {"steps": "many"}},
+        {"settings": {"steps": 0}},
+        {"settings": {"rate": [1]}},
+        {"settings": {"method": "magic"}},
+        {"settings": {"\ud800": 1}},
+        {"images": None},
+        {"images": []},
+        {"images": [5]},
+        {"images": ["?"]},
+        {"images": [[]]},
+        {"images": {"0": "x"}},
+        {"images": 5},
+        {"images": ["data:image/png;base64,"]},
+        {"images": [base64.b64encode(b"no picture").decode()]},
+        {"images": ["\ud800"]},
+        {"images": "\0"},
+        {"images": "x" * 5000},
+        {"images": "\ud800"},
+        {"images": "/"},
+        {"images": ""},
+        {"images": ".."},
+        {"images": "~"},
+    ],
+)
+def test_what_cannot_be_meant_is_refused_and_leaves_nothing(
+    host: Host, change: dict[str, Any]
+) -> None:
+    body = {
+        **WHERE,
+        "images": [_encoded()],
+        "token": "V1",
+        "noun": "ball",
+        "settings": {"steps": 5},
+        "stack": "x",
+        **change,
+    }
+    answer = _client(host).post(
+        f"{api.PREFIX}/learn",
+        content=json.dumps(body),
+        headers={"content-type": "application/json"},
+    )
     assert answer.status_code == 422, answer.text
     assert isinstance(answer.json()["detail"], str)
     assert host.desk.job is None
@@ -131,7 +225,12 @@ def test_copies_are_there_while_the_job_runs_and_not_after_it(host: Host, tmp_pa
     script.write_text(f"#!/bin/sh\nfind {host.folder} -name '*.png' > {seen}\nexec sleep 100\n")
     script.chmod(0o755)
     host.desk.python = lambda: str(script)
-    body = {**WHERE, "images": [_encoded("red"), "data:image/png;base64," + _encoded("blue")], "token": "V1", "noun": "ball"}
+    body = {
+        **WHERE,
+        "images": [_encoded("red"), "data:image/png;base64," + _encoded("blue")],
+        "token": "V1",
+        "noun": "ball",
+    }
     assert client.post(f"{api.PREFIX}/learn", json=body).status_code == 200
     busy = client.post(f"{api.PREFIX}/learn", json={**body, "images": [_encoded("green")]})
     assert busy.status_code == 409
@@ -159,25 +258,37 @@ def test_copies_stay_while_a_snapshot_needs_them(host: Host, checkpoint: Path) -
     assert not _left(host.folder)
 
 
-def test_pictures_come_from_the_hosts_folders_alone(host: Host, pictures: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_pictures_come_from_the_hosts_folders_alone(
+    host: Host, pictures: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     client = _client(host)
     inside = host.folder / "pictures" / "mine"
     inside.mkdir(parents=True)
     (inside / "out").symlink_to(pictures)
     asked = {**WHERE, "token": "V1", "noun": "ball"}
     for folder, message in (
-        (pictures, "outside"), (inside / ".." / ".." / "..", "outside"), (inside / "out", "outside"), (inside, "no pictures"),
-    ):  # fmt: skip
+        (pictures, "outside"),
+        (inside / ".." / ".." / "..", "outside"),
+        (inside / "out", "outside"),
+        (inside, "no pictures"),
+    ):
         answer = client.post(f"{api.PREFIX}/learn", json={**asked, "images": str(folder)})
         assert answer.status_code == 422
         assert message in answer.json()["detail"]
-    monkeypatch.setenv("CONTINUAL_LORA_FOLDERS", os.pathsep.join([str(inside / "none"), str(pictures)]))
-    assert client.post(f"{api.PREFIX}/learn", json={**asked, "images": str(pictures)}).status_code == 200
+    monkeypatch.setenv(
+        "CONTINUAL_LORA_FOLDERS", os.pathsep.join([str(inside / "none"), str(pictures)])
+    )
+    assert (
+        client.post(f"{api.PREFIX}/learn", json={**asked, "images": str(pictures)}).status_code
+        == 200
+    )
     assert not _left(host.folder)
 
 
 def test_what_a_strangers_stack_holds_can_be_sent(host: Host, checkpoint: Path) -> None:
-    """A header with half a character and with numbers that are none: refused in words, or sent as JSON."""
+    """A header with half a character and with numbers that are none: refused in words, or sent as
+    JSON.
+    """
     inner = {
         "concepts": [
             {
@@ -193,7 +304,9 @@ def test_what_a_strangers_stack_holds_can_be_sent(host: Host, checkpoint: Path) 
         ]
     }
     head = json.dumps({"__metadata__": {"format": "x", "stack": json.dumps(inner)}}).encode()
-    checkpoint.with_name("mini.concepts.safetensors").write_bytes(len(head).to_bytes(8, "little") + head)
+    checkpoint.with_name("mini.concepts.safetensors").write_bytes(
+        len(head).to_bytes(8, "little") + head
+    )
     answer = _client(host).get(f"{api.PREFIX}/concepts", params=WHERE)
     assert answer.status_code in (200, 422)
     answer.json()

@@ -1,4 +1,6 @@
-"""The worker process and the host's side of it: the protocol, the states of a job, how it ends when either side is killed."""
+"""The worker process and the host's side of it: the protocol, the states of a job, how it ends when
+either side is killed.
+"""
 
 from __future__ import annotations
 
@@ -24,7 +26,14 @@ QUICK = {"method": "lora", "steps": 2, "batch": 2, "rank": 4, "size": 64}
 
 def _request(checkpoint: Path, pictures: Path, **settings: object) -> dict[str, object]:
     chosen = {**QUICK, **settings}
-    return {"checkpoint": str(checkpoint), "images": str(pictures), "token": "V1", "noun": "ball", "settings": chosen, "device": "cpu"}
+    return {
+        "checkpoint": str(checkpoint),
+        "images": str(pictures),
+        "token": "V1",
+        "noun": "ball",
+        "settings": chosen,
+        "device": "cpu",
+    }
 
 
 def _done(job: Job) -> Job:
@@ -40,23 +49,39 @@ def desk() -> Iterator[Desk]:
         desk.job.process.kill()
 
 
-def test_a_job_learns_exports_and_tells_how_far_it_is(checkpoint: Path, pictures: Path, tmp_path: Path, desk: Desk) -> None:
+def test_a_job_learns_exports_and_tells_how_far_it_is(
+    checkpoint: Path, pictures: Path, tmp_path: Path, desk: Desk
+) -> None:
     out = tmp_path / "out"
-    job = _done(desk.start(("learn", _request(checkpoint, pictures)), ("export", {"checkpoint": str(checkpoint), "out": str(out)})))
+    job = _done(
+        desk.start(
+            ("learn", _request(checkpoint, pictures)),
+            ("export", {"checkpoint": str(checkpoint), "out": str(out)}),
+        )
+    )
     assert (job.state, job.message) == ("done", "")
     assert job.results["learn"]["token"] == "V1"
     assert len(job.losses) == 2
     assert Path(job.results["export"]["lora"]).parent == out
     assert job.process
     assert job.process.wait(10) == 0
-    alone = _done(desk.start(("export", {"checkpoint": str(checkpoint), "out": str(out), "only": ["V1"], "device": "cpu"})))
+    alone = _done(
+        desk.start(
+            (
+                "export",
+                {"checkpoint": str(checkpoint), "out": str(out), "only": ["V1"], "device": "cpu"},
+            )
+        )
+    )
     assert alone.results["export"]["triggers"] == ["V1 ball"]
     again = _done(desk.start(("learn", _request(checkpoint, pictures))))
     assert again.results["learn"]["again"]
     assert (again.number, again.losses) == (3, [])
 
 
-def test_one_job_at_a_time_and_stop_keeps_the_snapshot(checkpoint: Path, pictures: Path, desk: Desk) -> None:
+def test_one_job_at_a_time_and_stop_keeps_the_snapshot(
+    checkpoint: Path, pictures: Path, desk: Desk
+) -> None:
     job = desk.start(("learn", _request(checkpoint, pictures, steps=5000, snapshot_every=1)))
     with pytest.raises(Busy, match="under way"):
         desk.start(("undo", {"checkpoint": str(checkpoint)}))
@@ -90,8 +115,12 @@ def test_a_killed_worker_is_told_about(checkpoint: Path, pictures: Path, desk: D
         ({"checkpoint": "/nowhere.safetensors"}, "CheckpointError", "no checkpoint at"),
     ],
 )
-def test_mistakes_come_back_in_words(checkpoint: Path, pictures: Path, change: dict, kind: str, message: str) -> None:
-    status, last = _serve({"jobs": [{"job": "learn", "request": {**_request(checkpoint, pictures), **change}}]})
+def test_mistakes_come_back_in_words(
+    checkpoint: Path, pictures: Path, change: dict, kind: str, message: str
+) -> None:
+    status, last = _serve(
+        {"jobs": [{"job": "learn", "request": {**_request(checkpoint, pictures), **change}}]}
+    )
     assert (status, last["event"], last["kind"]) == (1, "failed", kind)
     assert message in last["message"]
 
@@ -103,7 +132,9 @@ def test_what_is_no_job_is_refused() -> None:
 
 
 def _serve(first: dict) -> tuple[int, dict]:
-    """Serve one line in this process, with the pipe left open as a living host leaves it: the exit status and the last event."""
+    """Serve one line in this process, with the pipe left open as a living host leaves it: the exit
+    status and the last event.
+    """
     read, write = os.pipe()
     with os.fdopen(read) as source, os.fdopen(write, "w") as host, io.StringIO() as target:
         host.write(json.dumps(first) + "\n")
@@ -134,8 +165,15 @@ time.sleep(1000)
 
 def test_the_worker_ends_with_its_host(checkpoint: Path, pictures: Path) -> None:
     """The host is killed the hard way, so it can tell nobody: the end of the pipe does."""
-    script = HOST.format(request=_request(checkpoint, pictures, steps=100_000, snapshot_every=100_000))
-    host = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True, cwd=Path(__file__).parents[1])
+    script = HOST.format(
+        request=_request(checkpoint, pictures, steps=100_000, snapshot_every=100_000)
+    )
+    host = subprocess.Popen(
+        [sys.executable, "-c", script],
+        stdout=subprocess.PIPE,
+        text=True,
+        cwd=Path(__file__).parents[1],
+    )
     assert host.stdout
     with host.stdout as said:
         worker_pid = int(said.readline())
@@ -154,7 +192,9 @@ def _alive(pid: int) -> bool:
     except ProcessLookupError:
         return False
     status = Path(f"/proc/{pid}/stat")
-    return not (status.exists() and status.read_text().rsplit(")", 1)[1].split()[0] == "Z")  # a zombie nobody has buried yet
+    return not (
+        status.exists() and status.read_text().rsplit(")", 1)[1].split()[0] == "Z"
+    )  # a zombie nobody has buried yet
 
 
 def test_what_runs_in_the_host_needs_the_standard_library_alone() -> None:
@@ -162,11 +202,19 @@ def test_what_runs_in_the_host_needs_the_standard_library_alone() -> None:
         "import sys; from comfy_continual_lora.webui import job, environment; "
         "print(any(m in sys.modules for m in ('torch', 'PIL', 'numpy', 'gradio')))"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=Path(__file__).parents[1], check=True)
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        cwd=Path(__file__).parents[1],
+        check=True,
+    )
     assert done.stdout.strip() == "False"
 
 
-def test_pictures_come_with_the_jobs_that_draw(checkpoint: Path, pictures: Path, tmp_path: Path, desk: Desk) -> None:
+def test_pictures_come_with_the_jobs_that_draw(
+    checkpoint: Path, pictures: Path, tmp_path: Path, desk: Desk
+) -> None:
     save_concept(tmp_path / "second", 1, count=2)
     first = _request(checkpoint, pictures)
     second = {**_request(checkpoint, tmp_path / "second"), "token": "V2", "noun": "fish"}
@@ -179,15 +227,27 @@ def test_pictures_come_with_the_jobs_that_draw(checkpoint: Path, pictures: Path,
     assert Path(job.results["scores"]["chart"]).exists()
     assert Path(job.results["evaluate"]["chart"]).exists()
     assert set(job.results["evaluate"]["kept"]) == {"V1 ball"}
-    assert _done(desk.start(("learn", second), ("undo", {"checkpoint": str(checkpoint)}))).results["undo"]["token"] == "V2"
+    assert (
+        _done(desk.start(("learn", second), ("undo", {"checkpoint": str(checkpoint)}))).results[
+            "undo"
+        ]["token"]
+        == "V2"
+    )
 
 
-def test_what_needs_no_picture(checkpoint: Path, pictures: Path, tmp_path: Path, desk: Desk) -> None:
+def test_what_needs_no_picture(
+    checkpoint: Path, pictures: Path, tmp_path: Path, desk: Desk
+) -> None:
     where = {"checkpoint": str(checkpoint), "device": "cpu"}
     second = {**_request(checkpoint, save_concept(tmp_path / "second", 1)), "token": "V2"}
-    both = [("learn", _request(checkpoint, pictures)), ("closed_form", {**where, "settings": {"energy": 0.99}})]
+    both = [
+        ("learn", _request(checkpoint, pictures)),
+        ("closed_form", {**where, "settings": {"energy": 0.99}}),
+    ]
     assert "two concepts at least" in _done(desk.start(*both)).message
-    job = _done(desk.start(("learn", second), ("closed_form", where), ("forget", {**where, "token": "V1"})))
+    job = _done(
+        desk.start(("learn", second), ("closed_form", where), ("forget", {**where, "token": "V1"}))
+    )
     assert job.state == "done", job.message
     assert set(job.results["closed_form"]["after"]) == {"V1", "V2"}
     assert job.results["forget"]["token"] == "V1"
@@ -195,8 +255,12 @@ def test_what_needs_no_picture(checkpoint: Path, pictures: Path, tmp_path: Path,
 
 
 @pytest.mark.skipif(os.name == "nt", reason="no limit on file sizes there")
-def test_a_full_disk_is_told_and_loses_nothing(checkpoint: Path, pictures: Path, tmp_path: Path, desk: Desk) -> None:
-    """No space for the second concept, here by a limit on the size of files: the first is still there, and the request goes through later."""
+def test_a_full_disk_is_told_and_loses_nothing(
+    checkpoint: Path, pictures: Path, tmp_path: Path, desk: Desk
+) -> None:
+    """No space for the second concept, here by a limit on the size of files: the first is still
+    there, and the request goes through later.
+    """
     assert _done(desk.start(("learn", _request(checkpoint, pictures)))).state == "done"
     small = tmp_path / "python"
     small.write_text(f'#!/bin/sh\nulimit -f 8\nexec {sys.executable} "$@"\n')

@@ -21,9 +21,13 @@ def test_a_scene_is_a_function_of_its_seed() -> None:
 def test_captions_say_what_is_drawn_and_every_word_has_a_trained_vector() -> None:
     rng = np.random.default_rng(1)
     scenes = [world.random_scene(rng) for _ in range(300)]
-    parts.Vocabulary().encode([s.caption for s in scenes])  # raises KeyError for a word without a vector
+    parts.Vocabulary().encode(
+        [s.caption for s in scenes]
+    )  # raises KeyError for a word without a vector
     for scene in scenes:
-        assert [t.look.shape for t in scene.things] == [w for w in scene.caption.split() if w in world.SHAPES]
+        assert [t.look.shape for t in scene.things] == [
+            w for w in scene.caption.split() if w in world.SHAPES
+        ]
     assert {len(s.things) for s in scenes} == {1, 2}
 
 
@@ -33,7 +37,9 @@ def test_sixty_concepts_the_world_does_not_contain() -> None:
     assert len(set(names)) == 60
     for concepts in found.values():
         assert len(concepts) == 30
-        assert all(c.noun in world.SHAPES and c.look.pattern not in world.PATTERNS for c in concepts)
+        assert all(
+            c.noun in world.SHAPES and c.look.pattern not in world.PATTERNS for c in concepts
+        )
     assert found["reporting"] == world.concepts("reporting")
 
 
@@ -49,7 +55,9 @@ def test_concept_pictures_are_reproducible_and_differ() -> None:
 @pytest.mark.parametrize("shape", world.SHAPES)
 def test_every_shape_and_pattern_draws(shape: str, pattern: str) -> None:
     picture = np.zeros((128, 128, 3), np.float32)
-    look = world.Look(shape, pattern, ((255, 0, 0), (0, 255, 0), (0, 0, 255)), eyes=True, extra="hat")
+    look = world.Look(
+        shape, pattern, ((255, 0, 0), (0, 255, 0), (0, 0, 255)), eyes=True, extra="hat"
+    )
     world.draw_look(picture, look, (64, 64), 40, np.random.default_rng(0))
     covered = (picture.max(-1) > 60).mean()
     assert 0.05 < covered < 0.6

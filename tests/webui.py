@@ -1,6 +1,7 @@
 """A real AUTOMATIC1111 or Forge for the tests.
 
-It is found, given the mini-SD, the extension and a neighbour in a data folder of its own, started, driven through its API and in a browser.
+It is found, given the mini-SD, the extension and a neighbour in a data folder of its own, started,
+driven through its API and in a browser.
 """
 
 from __future__ import annotations
@@ -30,8 +31,21 @@ from comfy_continual_lora.webui.install import install
 API = "/continual-lora/v1"
 QUICK = {"method": "lora", "steps": 6, "batch": 2, "rank": 4}
 PLACE = {"checkpoint": "mini-sd.safetensors"}
-_FLAGS = ["--skip-prepare-environment", "--skip-torch-cuda-test", "--api", "--server-name", "127.0.0.1"]
-_A1111 = ["--no-half", "--use-cpu", "all", "--no-download-sd-model", "--do-not-download-clip", "--skip-load-model-at-start"]
+_FLAGS = [
+    "--skip-prepare-environment",
+    "--skip-torch-cuda-test",
+    "--api",
+    "--server-name",
+    "127.0.0.1",
+]
+_A1111 = [
+    "--no-half",
+    "--use-cpu",
+    "all",
+    "--no-download-sd-model",
+    "--do-not-download-clip",
+    "--skip-load-model-at-start",
+]
 _NEIGHBOUR = """
 import gradio
 from modules import script_callbacks
@@ -48,25 +62,45 @@ script_callbacks.on_app_started(lambda demo, app: app.add_api_route("/neighbour"
 _NET = """model:
   target: ldm.models.diffusion.ddpm.LatentDiffusion
   params:
-    {{linear_start: 0.00085, linear_end: 0.012, timesteps: 1000, num_timesteps_cond: 1, first_stage_key: jpg, cond_stage_key: txt, image_size: 16,
-     channels: 4, cond_stage_trainable: false, conditioning_key: crossattn, scale_factor: 0.18215, use_ema: false,
-     unet_config: {{target: ldm.modules.diffusionmodules.openaimodel.UNetModel, params: {{image_size: 16, in_channels: 4, out_channels: 4,
-       model_channels: 64, attention_resolutions: [1, 2], num_res_blocks: 1, channel_mult: [1, 3], num_heads: 8, use_spatial_transformer: true,
-       transformer_depth: 1, context_dim: 256, use_checkpoint: false, legacy: false}}}},
-     first_stage_config: {{target: ldm.models.autoencoder.AutoencoderKL, params: {{embed_dim: 4, ddconfig: {{double_z: true, z_channels: 4,
-       resolution: 128, in_channels: 3, out_ch: 3, ch: 32, ch_mult: [1, 1, 1, 1], num_res_blocks: 1, attn_resolutions: [], dropout: 0.0}},
+    {{linear_start: 0.00085, linear_end: 0.012, timesteps: 1000, num_timesteps_cond: 1,
+     first_stage_key: jpg, cond_stage_key: txt, image_size: 16, channels: 4,
+     cond_stage_trainable: false, conditioning_key: crossattn, scale_factor: 0.18215, use_ema: false,
+     unet_config: {{target: ldm.modules.diffusionmodules.openaimodel.UNetModel, params:
+      {{image_size: 16, in_channels: 4, out_channels: 4, model_channels: 64,
+       attention_resolutions: [1, 2], num_res_blocks: 1, channel_mult: [1, 3], num_heads: 8,
+       use_spatial_transformer: true, transformer_depth: 1, context_dim: 256,
+       use_checkpoint: false, legacy: false}}}},
+     first_stage_config: {{target: ldm.models.autoencoder.AutoencoderKL, params:
+      {{embed_dim: 4, ddconfig: {{double_z: true, z_channels: 4, resolution: 128, in_channels: 3,
+        out_ch: 3, ch: 32, ch_mult: [1, 1, 1, 1], num_res_blocks: 1, attn_resolutions: [],
+        dropout: 0.0}},
        lossconfig: {{target: torch.nn.Identity}}}}}},
-     cond_stage_config: {{target: ldm.modules.encoders.modules.FrozenCLIPEmbedder, params: {{version: {text}}}}}}}
+     cond_stage_config: {{target: ldm.modules.encoders.modules.FrozenCLIPEmbedder, params:
+      {{version: {text}}}}}}}
 """
 _TEXT = {
-    "architectures": ["CLIPTextModel"], "model_type": "clip_text_model", "vocab_size": 49408, "hidden_size": 256, "intermediate_size": 1024,
-    "num_hidden_layers": 4, "num_attention_heads": 4, "max_position_embeddings": 77, "hidden_act": "quick_gelu", "projection_dim": 256,
-    "bos_token_id": 49406, "eos_token_id": 49407, "pad_token_id": 49407,
-}  # fmt: skip
+    "architectures": ["CLIPTextModel"],
+    "model_type": "clip_text_model",
+    "vocab_size": 49408,
+    "hidden_size": 256,
+    "intermediate_size": 1024,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 77,
+    "hidden_act": "quick_gelu",
+    "projection_dim": 256,
+    "bos_token_id": 49406,
+    "eos_token_id": 49407,
+    "pad_token_id": 49407,
+}
 
 
-def find_webui(variable: str = "WEBUI_PATH", default: str = "stable-diffusion-webui") -> Path | None:
-    """The folder the variable names, else the default one in the home folder, if a web UI with a venv is there."""
+def find_webui(
+    variable: str = "WEBUI_PATH", default: str = "stable-diffusion-webui"
+) -> Path | None:
+    """The folder the variable names, else the default one in the home folder, if a web UI with a
+    venv is there.
+    """
     path = Path(os.environ.get(variable) or Path.home() / default)
     return path if (path / "webui.py").exists() and _python(path).exists() else None
 
@@ -77,7 +111,9 @@ def _python(webui: Path) -> Path:
 
 def freeze(webui: Path) -> str:
     """What is installed in the web UI's own environment."""
-    return subprocess.run([str(_python(webui)), "-m", "pip", "freeze"], capture_output=True, text=True, check=True).stdout
+    return subprocess.run(
+        [str(_python(webui)), "-m", "pip", "freeze"], capture_output=True, text=True, check=True
+    ).stdout
 
 
 class WebUI(Server):
@@ -104,17 +140,38 @@ class WebUI(Server):
     def start(self, cache: Path | None = None) -> None:
         """`cache` holds what transformers would download."""
         port, cache = free_port(), cache or self.webui / "hf-home"
-        offline = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", **({"HF_HOME": str(cache)} if cache.exists() else {})}
-        flags = [*_FLAGS, *(("--always-cpu", "--gradio-allowed-path", str(self.webui)) if self.forge else _A1111)]
-        command = [str(_python(self.webui)), "launch.py", *flags, "--port", str(port), "--data-dir", str(self.data)]
+        offline = {
+            "HF_HUB_OFFLINE": "1",
+            "TRANSFORMERS_OFFLINE": "1",
+            **({"HF_HOME": str(cache)} if cache.exists() else {}),
+        }
+        flags = [
+            *_FLAGS,
+            *(("--always-cpu", "--gradio-allowed-path", str(self.webui)) if self.forge else _A1111),
+        ]
+        command = [
+            str(_python(self.webui)),
+            "launch.py",
+            *flags,
+            "--port",
+            str(port),
+            "--data-dir",
+            str(self.data),
+        ]
         # no request before it says so: it still adds middleware, and fails after one
         ready = lambda: "Startup time" in self.log.read_text()  # noqa: E731
-        self.launch(command, port, ready, cwd=self.webui, env={**os.environ, "PYTHONPATH": "", **offline})
+        self.launch(
+            command, port, ready, cwd=self.webui, env={**os.environ, "PYTHONPATH": "", **offline}
+        )
 
     def ended(self, timeout: float = 600) -> dict[str, Any]:
         """The job, once it ended."""
         deadline = time.monotonic() + timeout
-        while (job := self.get("/continual-lora/v1/jobs"))["state"] not in ("done", "failed", "stopped"):
+        while (job := self.get("/continual-lora/v1/jobs"))["state"] not in (
+            "done",
+            "failed",
+            "stopped",
+        ):
             if time.monotonic() > deadline:
                 raise TimeoutError(f"the job is still {job}")
             time.sleep(0.3)
@@ -124,17 +181,36 @@ class WebUI(Server):
 def learn(pictures: Path, token: str, stack: str, **settings: Any) -> dict[str, Any]:
     """The body of a quick request to learn."""
     images = [base64.b64encode(p.read_bytes()).decode() for p in sorted(pictures.glob("*.png"))]
-    return {**PLACE, "images": images, "token": token, "noun": "ball", "stack": stack, "settings": {**QUICK, **settings}}
+    return {
+        **PLACE,
+        "images": images,
+        "token": token,
+        "noun": "ball",
+        "stack": stack,
+        "settings": {**QUICK, **settings},
+    }
 
 
 def drawn(host: WebUI, prompt: str) -> np.ndarray:
-    asked = {"prompt": prompt, "seed": 1, "steps": 6, "width": 128, "height": 128, "cfg_scale": 4, "sampler_name": "DDIM"}
+    asked = {
+        "prompt": prompt,
+        "seed": 1,
+        "steps": 6,
+        "width": 128,
+        "height": 128,
+        "cfg_scale": 4,
+        "sampler_name": "DDIM",
+    }
     answer = host.post("/sdapi/v1/txt2img", asked)
-    return np.asarray(Image.open(io.BytesIO(base64.b64decode(answer["images"][0]))).convert("RGB"), int)
+    return np.asarray(
+        Image.open(io.BytesIO(base64.b64decode(answer["images"][0]))).convert("RGB"), int
+    )
 
 
 def learns_and_draws(host: WebUI, pictures: Path) -> None:
-    """Without a restart, and with the model loaded before: the LoRA changes the picture, the word changes it too, and the web UI's model is back."""
+    """Without a restart, and with the model loaded before: the LoRA changes the picture, the word
+    changes it too, and the web UI's model is back.
+    """
     before = drawn(host, "a photo of a V1 ball")
     host.post(f"{API}/learn", learn(pictures, "V1", "", rate=0.01, token_rate=0.05, steps=10))
     job = host.ended(1800)  # the stock mini-SD takes twenty times as long
@@ -146,11 +222,14 @@ def learns_and_draws(host: WebUI, pictures: Path) -> None:
     with_both = drawn(host, f"a photo of a V1 ball <lora:{lora.stem}:1>")
     assert np.abs(with_word - before).mean() > 1
     assert np.abs(with_both - with_word).mean() > 1
-    assert [one["token"] for one in host.get(f"{API}/concepts?checkpoint=mini-sd.safetensors")] == ["V1"]
+    assert [one["token"] for one in host.get(f"{API}/concepts?checkpoint=mini-sd.safetensors")] == [
+        "V1"
+    ]
 
 
 def learns_in_a_browser(host: WebUI, pictures: Path, screenshot: Path) -> None:
-    """From dropped pictures, one with a caption of its own, to the finished concept; a tab of another extension goes on beside it.
+    """From dropped pictures, one with a caption of its own, to the finished concept; a tab of
+    another extension goes on beside it.
 
     The first picture is dropped, cleared and dropped again."""
     with page(host.address, height=1600) as opened:
@@ -159,39 +238,64 @@ def learns_in_a_browser(host: WebUI, pictures: Path, screenshot: Path) -> None:
         files = sorted(pictures.glob("*.png"))
         files[0].with_suffix(".txt").write_text("a photo of B1 on sand")
         opened.set_input_files("#continual_lora_files input[type=file]", str(files[0]))
-        opened.click("#continual_lora_files button[aria-label='Clear']", timeout=60_000)  # as before the next concept
+        opened.click(
+            "#continual_lora_files button[aria-label='Clear']", timeout=60_000
+        )  # as before the next concept
         opened.wait_for_timeout(2_000)
-        opened.set_input_files("#continual_lora_files input[type=file]", [str(p) for p in (*files, files[0].with_suffix(".txt"))])
+        opened.set_input_files(
+            "#continual_lora_files input[type=file]",
+            [str(p) for p in (*files, files[0].with_suffix(".txt"))],
+        )
         opened.fill("#continual_lora_token textarea", "B1")
         opened.fill("#continual_lora_noun textarea", "ball")
         opened.click("text=Captions, and settings for experts")
-        opened.wait_for_function(SAID, arg=["#continual_lora_captions", "a photo of B1 on sand"], timeout=60_000)
+        opened.wait_for_function(
+            SAID, arg=["#continual_lora_captions", "a photo of B1 on sand"], timeout=60_000
+        )
         type_beside(opened, "#continual_lora_captions", files[1].name, "B1 ball in front of a wall")
-        for name, value in (("steps", 12), ("batch", 2), ("rank", 4), ("fisher_samples", 4), ("preview_every", 6)):
+        for name, value in (
+            ("steps", 12),
+            ("batch", 2),
+            ("rank", 4),
+            ("fisher_samples", 4),
+            ("preview_every", 6),
+        ):
             opened.fill(f"#continual_lora_{name} input", str(value))
         opened.fill("#continual_lora_stack textarea", "browser")
         opened.click("#continual_lora_learn")
-        opened.wait_for_function(SAID, arg=["#continual_lora_status", "Learned B1 ball"], timeout=1_800_000)
+        opened.wait_for_function(
+            SAID, arg=["#continual_lora_status", "Learned B1 ball"], timeout=1_800_000
+        )
         opened.wait_for_function(SAID, arg=["#continual_lora_concepts", "12 steps"], timeout=60_000)
         opened.screenshot(path=str(screenshot))
         stack = host.checkpoint.with_name("mini-sd.browser.concepts.safetensors")
-        assert {"a photo of B1 on sand", "B1 ball in front of a wall"} <= set(store.read_records(stack)[0].prompts)
+        assert {"a photo of B1 on sand", "B1 ball in front of a wall"} <= set(
+            store.read_records(stack)[0].prompts
+        )
         assert copies_of(host, "browser") == []
         asks_first(opened, stack, "B1")
         opened.click("button:has-text('Neighbour')")
         opened.click("#neighbour_button")
-        opened.wait_for_function("document.querySelector('#neighbour_word textarea, #neighbour_word input').value === 'still here'", timeout=60_000)
+        opened.wait_for_function(
+            "document.querySelector('#neighbour_word textarea, #neighbour_word input').value === "
+            "'still here'",
+            timeout=60_000,
+        )
     assert host.get("/neighbour") == {"still": "here"}
 
 
 def copies_of(host: WebUI, stack: str) -> list[Path]:
-    """The folders with copies of pictures that were learned for a named stack; other tests' unfinished runs keep theirs."""
+    """The folders with copies of pictures that were learned for a named stack; other tests'
+    unfinished runs keep theirs.
+    """
     found = (host.data / "continual-lora" / "copies").rglob("of.json")
     return [one.parent for one in found if f".{stack}." in json.loads(one.read_text())["stack"]]
 
 
 def asks_first(opened: Any, stack: Path, token: str = "V1") -> None:
-    """On a page whose stack holds one concept: forgetting, undoing and going back do nothing before they are confirmed."""
+    """On a page whose stack holds one concept: forgetting, undoing and going back do nothing before
+    they are confirmed.
+    """
 
     def said(where: str, text: str) -> None:
         opened.wait_for_function(SAID, arg=[f"#continual_lora_{where}", text], timeout=300_000)
@@ -239,9 +343,11 @@ def asks_first(opened: Any, stack: Path, token: str = "V1") -> None:
 
 
 def _put_mini(checkpoint: Path, data: Path, *, stock: bool) -> None:
-    """The mini-SD, for AUTOMATIC1111 narrow (20 times as fast) with a .yaml of its sizes; and its TAESD, since it has no KL autoencoder.
+    """The mini-SD, for AUTOMATIC1111 narrow (20 times as fast) with a .yaml of its sizes; and its
+    TAESD, since it has no KL autoencoder.
 
-    AUTOMATIC1111 finds a LoRA's layers by SD1.x's numbers of blocks, of which the narrow one has fewer: some of its layers go without.
+    AUTOMATIC1111 finds a LoRA's layers by SD1.x's numbers of blocks, of which the narrow one has
+    fewer: some of its layers go without.
     """
     write_checkpoint(checkpoint, stock=stock)
     if not stock:
@@ -252,8 +358,20 @@ def _put_mini(checkpoint: Path, data: Path, *, stock: bool) -> None:
     tensors = load_file(checkpoint)
     for half in ("encoder", "decoder"):
         prefix = f"first_stage_model.taesd_{half}."
-        state = {name.removeprefix(prefix): t.float() for name, t in tensors.items() if name.startswith(prefix)}
+        state = {
+            name.removeprefix(prefix): t.float()
+            for name, t in tensors.items()
+            if name.startswith(prefix)
+        }
         # its unpickler knows no newer format
-        torch.save(state, data / "models" / "VAE-taesd" / f"taesd_{half}.pth", _use_new_zipfile_serialization=False)
-    options = {"sd_vae_decode_method": "TAESD", "sd_vae_encode_method": "TAESD", "show_progress_type": "Approx cheap"}
+        torch.save(
+            state,
+            data / "models" / "VAE-taesd" / f"taesd_{half}.pth",
+            _use_new_zipfile_serialization=False,
+        )
+    options = {
+        "sd_vae_decode_method": "TAESD",
+        "sd_vae_encode_method": "TAESD",
+        "show_progress_type": "Approx cheap",
+    }
     (data / "config.json").write_text(json.dumps(options))

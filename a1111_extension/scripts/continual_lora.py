@@ -1,4 +1,7 @@
-"""The tab Continual LoRA in AUTOMATIC1111 and the Forge family. Run again at every "Reload UI"; what lasts is in webui/a1111.py."""
+"""The tab Continual LoRA in AUTOMATIC1111 and the Forge family.
+
+Run again at every "Reload UI"; what lasts is in webui/a1111.py.
+"""
 
 from __future__ import annotations
 

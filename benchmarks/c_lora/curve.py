@@ -1,8 +1,10 @@
 """C-LoRA's degenerate minimum: how large each concept's change B A is while it is learned.
 
-    python benchmarks/c_lora/curve.py benchmarks/c_lora [--concepts 3] [--variants sequential,published] [--weight 1e8]
+    python benchmarks/c_lora/curve.py benchmarks/c_lora [--concepts 3] [--variants
+    sequential,published] [--weight 1e8]
 
-in: nothing - out: OUT/curve.json and OUT/curve.png: the natural logarithm of the L1 norm of B A over all layers, at every step (Jha et al. 2025
+in: nothing - out: OUT/curve.json and OUT/curve.png: the natural logarithm of the L1 norm of B A
+over all layers, at every step (Jha et al. 2025
 report 7.7 -> 0.3 within the second task of SD1.4). Concepts of the reporting split, seed 0.
 """
 
@@ -35,13 +37,21 @@ EVERY = 5  # steps between two figures kept
 def log_norm(factors: Mapping[str, Tensor]) -> float:
     """ln of sum |B A| over all layers."""
     with torch.no_grad():
-        return float(torch.stack([(p["B"] @ p["A"]).abs().sum() for p in layers_of(factors).values()]).sum().clamp(min=1e-12).log())
+        return float(
+            torch.stack([(p["B"] @ p["A"]).abs().sum() for p in layers_of(factors).values()])
+            .sum()
+            .clamp(min=1e-12)
+            .log()
+        )
 
 
 def curves(variant: str, count: int, weight: float) -> list[list[float]]:
     """The norm at every step of every concept."""
     found: list[list[float]] = []
-    method, settings = METHODS["c_lora"], LearnSettings(method="c_lora", c_lora_variant=variant, c_lora_weight=weight)
+    method, settings = (
+        METHODS["c_lora"],
+        LearnSettings(method="c_lora", c_lora_variant=variant, c_lora_weight=weight),
+    )
     penalty_of = type(method).penalty
 
     def watched(self: object, stack: object, *rest: object) -> Penalty:
@@ -61,7 +71,11 @@ def curves(variant: str, count: int, weight: float) -> list[list[float]]:
             write_checkpoint(checkpoint)
             for number, concept in enumerate(world.concepts("reporting")[:count], start=1):
                 files = world.save_pictures(concept, Path(folder) / str(number))
-                pipeline.learn_concept(pipeline.LearnRequest(checkpoint, files, f"V{number}", concept.noun, settings, device="cpu"))
+                pipeline.learn_concept(
+                    pipeline.LearnRequest(
+                        checkpoint, files, f"V{number}", concept.noun, settings, device="cpu"
+                    )
+                )
     finally:
         type(method).penalty = penalty_of  # type: ignore[method-assign]
     return found
@@ -69,11 +83,15 @@ def curves(variant: str, count: int, weight: float) -> list[list[float]]:
 
 def draw(out: Path, kept: dict[str, list[list[float]]]) -> None:
     """Each variant's norms, concept after concept; where B is still 0 there is nothing to draw."""
-    figure, axes = plt.subplots(1, len(kept), figsize=(5.5 * len(kept), 3.6), sharey=True, squeeze=False)
+    figure, axes = plt.subplots(
+        1, len(kept), figsize=(5.5 * len(kept), 3.6), sharey=True, squeeze=False
+    )
     for axis, (variant, lines) in zip(axes[0], kept.items(), strict=True):
         start = 0
         for number, line in enumerate(lines, start=1):
-            axis.plot(range(start, start + EVERY * len(line), EVERY), line, label=f"concept {number}")
+            axis.plot(
+                range(start, start + EVERY * len(line), EVERY), line, label=f"concept {number}"
+            )
             start += EVERY * len(line)
         axis.set(title=f"C-LoRA, {variant}", xlabel="step", ylim=(0, None))
         axis.legend()
@@ -90,12 +108,25 @@ def main() -> None:
     parser.add_argument("--weight", type=float, default=1e8)
     arguments = parser.parse_args()
     torch.set_num_threads(1)
-    found = {variant: curves(variant, arguments.concepts, arguments.weight) for variant in arguments.variants.split(",")}
+    found = {
+        variant: curves(variant, arguments.concepts, arguments.weight)
+        for variant in arguments.variants.split(",")
+    }
     arguments.out.mkdir(parents=True, exist_ok=True)
-    kept = {variant: [[round(v, 3) for v in line[::EVERY]] for line in lines] for variant, lines in found.items()}
-    (arguments.out / "curve.json").write_text(json.dumps({"weight": arguments.weight, "every": EVERY, "log_l1_norm": kept}) + "\n")
+    kept = {
+        variant: [[round(v, 3) for v in line[::EVERY]] for line in lines]
+        for variant, lines in found.items()
+    }
+    (arguments.out / "curve.json").write_text(
+        json.dumps({"weight": arguments.weight, "every": EVERY, "log_l1_norm": kept}) + "\n"
+    )
     draw(arguments.out, kept)
-    print({variant: [(round(line[0], 2), round(line[-1], 2)) for line in lines] for variant, lines in found.items()})
+    print(
+        {
+            variant: [(round(line[0], 2), round(line[-1], 2)) for line in lines]
+            for variant, lines in found.items()
+        }
+    )
 
 
 if __name__ == "__main__":

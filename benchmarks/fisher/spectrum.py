@@ -1,9 +1,12 @@
-"""Does asking for DC scores give the Fisher more to say? The largest eigenvalues of single layers, with and without the cross-entropy of the scores.
+"""Does asking for DC scores give the Fisher more to say? The largest eigenvalues of single layers,
+with and without the cross-entropy of the scores.
 
     python benchmarks/fisher/spectrum.py benchmarks/fisher [--concepts 3] [--steps 200]
 
-in: nothing (reporting concepts, learned one after the other by plain `lora`) - out: OUT/spectrum.json and OUT/spectrum.png: three layers drawn at
-random, the top 20 eigenvalues of each one's whole Fisher (not only its diagonal) from 256 single gradients, falling. Sanity check 2 of Jha et al.
+in: nothing (reporting concepts, learned one after the other by plain `lora`) - out:
+OUT/spectrum.json and OUT/spectrum.png: three layers drawn at
+random, the top 20 eigenvalues of each one's whole Fisher (not only its diagonal) from 256 single
+gradients, falling. Sanity check 2 of Jha et al.
 2025, who compare the spectra of EWC's Fisher with and without DC scores.
 """
 
@@ -35,26 +38,46 @@ TOP, LOSSES = 20, {"denoising": False, "denoising and DC scores": True}
 
 
 def spectra(concepts: list[world.Concept], steps: int) -> dict[str, dict[str, list[float]]]:
-    """Eigenvalues by layer and loss, of the newest concept's Fisher where plain LoRA left the adapter."""
+    """Eigenvalues by layer and loss, of the newest concept's Fisher where plain LoRA left the
+    adapter.
+    """
     settings = LearnSettings(method="lora", steps=steps)
     with tempfile.TemporaryDirectory() as folder:
         checkpoint = Path(folder) / "mini.safetensors"
         write_checkpoint(checkpoint)
         for number, concept in enumerate(concepts, start=1):
             pictures = world.save_pictures(concept, Path(folder) / f"V{number}")
-            pipeline.learn_concept(pipeline.LearnRequest(checkpoint, pictures, f"V{number}", concept.noun, settings, device="cpu"))
+            pipeline.learn_concept(
+                pipeline.LearnRequest(
+                    checkpoint, pictures, f"V{number}", concept.noun, settings, device="cpu"
+                )
+            )
         backbone = load_backbone(checkpoint, device="cpu")
         stack = store.load_stack(store.stack_path(checkpoint), backbone.fingerprint)
         latents = backbone.encode_images(load_images(pictures, backbone.size).images)
     *previous, newest = stack.records
     assert stack.adapter is not None
     names = list(layers_of(stack.adapter))
-    layers = [names[int(i)] for i in torch.randperm(len(names), generator=torch.Generator().manual_seed(0))[:3]]
-    target, found = Target(latents, newest.name, newest.noun, [record.name for record in previous], stack.tau), {}
+    layers = [
+        names[int(i)]
+        for i in torch.randperm(len(names), generator=torch.Generator().manual_seed(0))[:3]
+    ]
+    target, found = (
+        Target(latents, newest.name, newest.noun, [record.name for record in previous], stack.tau),
+        {},
+    )
     with attached(backbone, stack.adapter, trainable=True) as factors:
         for loss, scores in LOSSES.items():
             chosen = target if scores else replace(target, tau=None)
-            values = spectrum(backbone, factors, chosen, FrozenText(backbone, stack.tokens), settings.resolved("mini"), layers, TOP)
+            values = spectrum(
+                backbone,
+                factors,
+                chosen,
+                FrozenText(backbone, stack.tokens),
+                settings.resolved("mini"),
+                layers,
+                TOP,
+            )
             found[loss] = {layer: value.tolist() for layer, value in values.items()}
     return {layer: {loss: found[loss][layer] for loss in LOSSES} for layer in layers}
 
@@ -65,7 +88,12 @@ def draw(out: Path, found: dict[str, dict[str, list[float]]]) -> None:
     for axis, (layer, by_loss) in zip(axes, found.items(), strict=True):
         for loss, values in by_loss.items():
             sizes = [value / values[0] for value in values]
-            axis.semilogy(range(1, len(values) + 1), sizes, marker=".", label=f"{loss} (largest {values[0]:.2g})")
+            axis.semilogy(
+                range(1, len(values) + 1),
+                sizes,
+                marker=".",
+                label=f"{loss} (largest {values[0]:.2g})",
+            )
         axis.set_title(layer, fontsize=7)
         axis.set(xlabel="eigenvalue, by size")
         axis.legend(fontsize=7)
@@ -75,7 +103,9 @@ def draw(out: Path, found: dict[str, dict[str, list[float]]]) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Spectra of the Fisher with and without DC scores.")
+    parser = argparse.ArgumentParser(
+        description="Spectra of the Fisher with and without DC scores."
+    )
     parser.add_argument("out", type=Path)
     parser.add_argument("--concepts", type=int, default=3)
     parser.add_argument("--steps", type=int, default=200, help="a concept")
@@ -86,7 +116,16 @@ def main() -> None:
     draw(arguments.out, found)
     for layer, by_loss in found.items():
         tops = {loss: values[0] for loss, values in by_loss.items()}
-        print(layer, {loss: f"largest {top:.3g}, half of it or more: {sum(v > top / 2 for v in by_loss[loss])}" for loss, top in tops.items()})
+        print(
+            layer,
+            {
+                loss: (
+                    f"largest {top:.3g}, half of it or more: "
+                    f"{sum(v > top / 2 for v in by_loss[loss])}"
+                )
+                for loss, top in tops.items()
+            },
+        )
 
 
 if __name__ == "__main__":

@@ -1,9 +1,12 @@
-"""How well the mini-SD draws what a caption asks for, judged by the attribute reader, which was trained on real pictures of the world only.
+"""How well the mini-SD draws what a caption asks for, judged by the attribute reader, which was
+trained on real pictures of the world only.
 
     python benchmarks/mini/quality.py benchmarks/mini [--captions 512]
 
-in: the shipped weights - out: OUT/quality.json, OUT/samples.png (the first 48 captions drawn) and OUT/captions.txt.
-Captions come from scenes the training never saw; only those are used that name shape, colours and background, so that there is something to judge.
+in: the shipped weights - out: OUT/quality.json, OUT/samples.png (the first 48 captions drawn) and
+OUT/captions.txt.
+Captions come from scenes the training never saw; only those are used that name shape, colours and
+background, so that there is something to judge.
 """
 
 from __future__ import annotations
@@ -30,23 +33,31 @@ SEED = 77
 
 
 def unseen_scenes(count: int) -> list[world.Scene]:
-    """Scenes whose captions name the background and the colours of every thing; one in three has two things."""
+    """Scenes whose captions name the background and the colours of every thing; one in three has
+    two things.
+    """
     rng, found = np.random.default_rng(SEED), []
     while len(found) < count:
         scene = world.random_scene(rng)
-        if world.BACKGROUNDS[scene.background] in scene.caption and all(t.color_names for t in scene.things):
+        if world.BACKGROUNDS[scene.background] in scene.caption and all(
+            t.color_names for t in scene.things
+        ):
             found.append(scene)
     return found
 
 
 def real_pictures(scenes: list[world.Scene]) -> Tensor:
-    """The same scenes as the world draws them: what a perfect net would do, and the reader's own ceiling."""
+    """The same scenes as the world draws them: what a perfect net would do, and the reader's own
+    ceiling.
+    """
     rng = np.random.default_rng(SEED + 1)
     return pretrain.to_tensor(np.stack([world.draw_scene(s, rng) for s in scenes]))
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Measure how well the mini-SD draws what captions ask for.")
+    parser = argparse.ArgumentParser(
+        description="Measure how well the mini-SD draws what captions ask for."
+    )
     parser.add_argument("out", type=Path)
     parser.add_argument("--captions", type=int, default=512)
     parser.add_argument("--guidance", type=float, default=None)
@@ -61,14 +72,23 @@ def main() -> None:
     def say(progress: Progress) -> None:
         print(f"\r{progress.step}/{progress.steps}", end="", file=sys.stderr, flush=True)
 
-    drawn = sample.draw(backbone, {}, [s.caption for s in scenes], range(SEED, SEED + len(scenes)), settings, say)
+    drawn = sample.draw(
+        backbone, {}, [s.caption for s in scenes], range(SEED, SEED + len(scenes)), settings, say
+    )
     real = real_pictures(scenes)
     through_vae = backbone.decode_latents(torch.stack(backbone.encode_images(real)))
     two = torch.tensor([len(s.things) == 2 for s in scenes])
-    row = {"captions": len(scenes), "with_two_things": int(two.sum()), "guidance": settings.guidance, "steps": settings.steps}
+    row = {
+        "captions": len(scenes),
+        "with_two_things": int(two.sum()),
+        "guidance": settings.guidance,
+        "steps": settings.steps,
+    }
     for name, pictures in (("real", real), ("autoencoder", through_vae), ("drawn", drawn)):
         row[name] = parts.read_accuracy(reader, pictures, scenes)
-        row[f"{name}_two_things"] = parts.read_accuracy(reader, pictures[two], [s for s in scenes if len(s.things) == 2])
+        row[f"{name}_two_things"] = parts.read_accuracy(
+            reader, pictures[two], [s for s in scenes if len(s.things) == 2]
+        )
     arguments.out.mkdir(parents=True, exist_ok=True)
     (arguments.out / "quality.json").write_text(json.dumps(row, indent=1) + "\n")
     (arguments.out / "captions.txt").write_text("\n".join(s.caption for s in scenes[:48]) + "\n")

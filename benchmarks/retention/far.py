@@ -1,12 +1,18 @@
-"""How far from the protected prompts does holding in text space reach? Drift of learned stacks over prompts nearer and further away.
+"""How far from the protected prompts does holding in text space reach? Drift of learned stacks over
+prompts nearer and further away.
 
-    python benchmarks/retention/far.py RUNS/retention-6-0-200 RUNS/lora-6-0-200 ... [--out benchmarks/retention/results/far.json]
+    python benchmarks/retention/far.py RUNS/retention-6-0-200 RUNS/lora-6-0-200 ... [--out
+    benchmarks/retention/results/far.json]
 
-in: folders of `run.py` with the mini-SD and its stack - out: a row for each folder. No picture and no call of the U-Net: what K and V do to a
-prompt is its text features times the adapter. All figures are thousandths of E || W0 c ||^2 over ordinary prompts, mean over layers (`textspace`):
+in: folders of `run.py` with the mini-SD and its stack - out: a row for each folder. No picture and
+no call of the U-Net: what K and V do to a
+prompt is its text features times the adapter. All figures are thousandths of E || W0 c ||^2 over
+ordinary prompts, mean over layers (`textspace`):
 
-    learned              what the adapter right after a concept was learned does to that concept's protected prompts: the size to compare with
-    protected ... long   how far prompts that name a concept have moved since it was learned; mean over all concepts but the newest
+    learned              what the adapter right after a concept was learned does to that concept's
+    protected prompts: the size to compare with
+    protected ... long   how far prompts that name a concept have moved since it was learned; mean
+    over all concepts but the newest
     the others           how far prompts that name none have moved since before the first concept
 """
 
@@ -27,22 +33,47 @@ from comfy_continual_lora.checkpoint.load import load_backbone
 from comfy_continual_lora.lora import Adapter
 from comfy_continual_lora.mini import world
 
-# {} is the concept. None of these is among the prompts that are protected, and few of their words are.
+# {} is the concept. None of these is among the prompts that are protected, and few of their words
+# are.
 REWORDED = (
-    "{}", "my {} yesterday", "this is the {} I told you about", "look, a {}!", "an oil painting of a {}", "a {} made of glass, studio light",
-    "the {}, seen from above", "a tiny {} in somebody's hand", "two {}s", "no {} here",
-)  # fmt: skip
-LONG = (
-    "a highly detailed photograph of a {} standing on an old wooden pier at sunrise, soft light, mist over the lake, 50 mm lens",
-    "once upon a time a {} travelled through seven kingdoms, met a dragon, a baker and three sisters, and came home before winter",
-    "in the middle of a crowded market between fruit, carpets and lamps, half hidden behind a blue curtain, there is a {}",
+    "{}",
+    "my {} yesterday",
+    "this is the {} I told you about",
+    "look, a {}!",
+    "an oil painting of a {}",
+    "a {} made of glass, studio light",
+    "the {}, seen from above",
+    "a tiny {} in somebody's hand",
+    "two {}s",
+    "no {} here",
 )
-WITH_ANOTHER = tuple(f"a photo of a {{}} and a {thing}" for thing in ("tractor", "violin", "ladder", "pizza", "lamp", "clock"))
+LONG = (
+    "a highly detailed photograph of a {} standing on an old wooden pier at sunrise, soft light, "
+    "mist over the lake, 50 mm lens",
+    "once upon a time a {} travelled through seven kingdoms, met a dragon, a baker and three "
+    "sisters, and came home before winter",
+    "in the middle of a crowded market between fruit, carpets and lamps, half hidden behind a "
+    "blue curtain, there is a {}",
+)
+WITH_ANOTHER = tuple(
+    f"a photo of a {{}} and a {thing}"
+    for thing in ("tractor", "violin", "ladder", "pizza", "lamp", "clock")
+)
 EVERYDAY = (
-    "a woman reading in a train", "sunset over a city skyline", "two children playing chess", "a bowl of ramen, food photography",
-    "portrait of an old fisherman, black and white", "an astronaut riding a horse", "abstract shapes", "a poster for a jazz concert",
-)  # fmt: skip
-NEGATIVE = ("blurry, low quality, jpeg artifacts, extra fingers, watermark", "ugly, deformed, bad anatomy", "text, logo, frame")
+    "a woman reading in a train",
+    "sunset over a city skyline",
+    "two children playing chess",
+    "a bowl of ramen, food photography",
+    "portrait of an old fisherman, black and white",
+    "an astronaut riding a horse",
+    "abstract shapes",
+    "a poster for a jazz concert",
+)
+NEGATIVE = (
+    "blurry, low quality, jpeg artifacts, extra fingers, watermark",
+    "ugly, deformed, bad anatomy",
+    "text, logo, frame",
+)
 
 
 def families(backbone: Backbone, stack: store.ConceptStack) -> dict[str, float]:
@@ -56,17 +87,39 @@ def families(backbone: Backbone, stack: store.ConceptStack) -> dict[str, float]:
         return textspace.moment(backbone, stack.tokens, prompts)
 
     def naming(templates: Sequence[str]) -> list[Tensor]:
-        return [moment([template.format(record.name) for template in templates]) for record in earlier]
+        return [
+            moment([template.format(record.name) for template in templates]) for record in earlier
+        ]
 
-    def moved(about: Sequence[Tensor], adapters: Sequence[Adapter | None], anchors: Sequence[Adapter | None]) -> float:
-        drifts = [textspace.drift(a or {}, anchor, m, sizes) for m, a, anchor in zip(about, adapters, anchors, strict=True)]
+    def moved(
+        about: Sequence[Tensor],
+        adapters: Sequence[Adapter | None],
+        anchors: Sequence[Adapter | None],
+    ) -> float:
+        drifts = [
+            textspace.drift(a or {}, anchor, m, sizes)
+            for m, a, anchor in zip(about, adapters, anchors, strict=True)
+        ]
         return round(1000 * float(torch.stack(drifts).mean()), 2)
 
-    own, plain = [moment(textspace.single_prompts(record)) for record in earlier], moment(textspace.ordinary_prompts([r.noun for r in stack.records]))
+    own, plain = (
+        [moment(textspace.single_prompts(record)) for record in earlier],
+        moment(textspace.ordinary_prompts([r.noun for r in stack.records])),
+    )
     sizes = textspace.sizes(backbone, plain)
-    concepts = {"protected": own, "with another thing": naming(WITH_ANOTHER), "reworded": naming(REWORDED), "long": naming(LONG)}
+    concepts = {
+        "protected": own,
+        "with another thing": naming(WITH_ANOTHER),
+        "reworded": naming(REWORDED),
+        "long": naming(LONG),
+    }
     captions = moment([world.random_scene(rng).caption for _ in range(64)])
-    ordinary = {"protected ordinary": plain, "captions of the world": captions, "everyday": moment(EVERYDAY), "negative": moment(NEGATIVE)}
+    ordinary = {
+        "protected ordinary": plain,
+        "captions of the world": captions,
+        "everyday": moment(EVERYDAY),
+        "negative": moment(NEGATIVE),
+    }
     return {
         "learned": moved(own, then, [None] * len(then)),
         **{kind: moved(about, [now] * len(then), then) for kind, about in concepts.items()},
@@ -75,7 +128,9 @@ def families(backbone: Backbone, stack: store.ConceptStack) -> dict[str, float]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Measure drift over prompts near to and far from the protected ones.")
+    parser = argparse.ArgumentParser(
+        description="Measure drift over prompts near to and far from the protected ones."
+    )
     parser.add_argument("runs", type=Path, nargs="+")
     parser.add_argument("--out", type=Path)
     arguments = parser.parse_args()
@@ -83,7 +138,10 @@ def main() -> None:
     rows = {}
     for folder in arguments.runs:
         backbone = load_backbone(folder / "mini.safetensors", device="cpu")
-        rows[str(folder)] = families(backbone, store.load_stack(store.stack_path(folder / "mini.safetensors"), backbone.fingerprint))
+        rows[str(folder)] = families(
+            backbone,
+            store.load_stack(store.stack_path(folder / "mini.safetensors"), backbone.fingerprint),
+        )
     if arguments.out:
         arguments.out.write_text(json.dumps(rows, indent=1) + "\n")
     columns = list(next(iter(rows.values())))

@@ -1,12 +1,17 @@
-"""Where in its prompt does the look of a learned thing lie: on its words, or in the padding behind them?
+"""Where in its prompt does the look of a learned thing lie: on its words, or in the padding behind
+them?
 
     python benchmarks/retention/where.py OUT RUN ...
 
-in: folders that run.py left (OUT/runs/METHOD-CONCEPTS-SEED-STEPS; reporting concepts), with their stacks - out: OUT/where.json, and two grids of
-pictures for each run and place. The adapter acts on all positions of the prompt, on those up to its end only, on those behind it only, or nowhere.
-"a photo of a V1 mug" for each concept, "a photo of a V1 mug and a V2 fish" for neighbours, four seeds each.
+in: folders that run.py left (OUT/runs/METHOD-CONCEPTS-SEED-STEPS; reporting concepts), with their
+stacks - out: OUT/where.json, and two grids of
+pictures for each run and place. The adapter acts on all positions of the prompt, on those up to its
+end only, on those behind it only, or nowhere.
+"a photo of a V1 mug" for each concept, "a photo of a V1 mug and a V2 fish" for neighbours, four
+seeds each.
 
-    i2i        likeness to real pictures, of each thing alone (mini-CLIP, mean cosine over all pairs)
+    i2i        likeness to real pictures, of each thing alone (mini-CLIP, mean cosine over all
+    pairs)
     shapes     share of things in pictures of two that have their shape, by the attribute reader
 """
 
@@ -38,7 +43,10 @@ def acting(backbone: Backbone, where: Tensor) -> Iterator[None]:
         plain = module.get_base_layer()(inputs[0])
         return plain + where[:, None] * (output - plain)
 
-    handles = [nn.Module.register_forward_hook(layer, hook) for layer in lora.adapted_layers(backbone).values()]
+    handles = [
+        nn.Module.register_forward_hook(layer, hook)
+        for layer in lora.adapted_layers(backbone).values()
+    ]
     try:
         yield
     finally:
@@ -48,13 +56,20 @@ def acting(backbone: Backbone, where: Tensor) -> Iterator[None]:
 
 def drawn(backbone: Backbone, stack: store.ConceptStack, prompt: str, place: str) -> Tensor:
     behind = backbone.padding([prompt], stack.tokens)[0].float()
-    masks = {"everywhere": torch.ones_like(behind), "up to the end": 1 - behind, "behind the end": behind, "nowhere": torch.zeros_like(behind)}
+    masks = {
+        "everywhere": torch.ones_like(behind),
+        "up to the end": 1 - behind,
+        "behind the end": behind,
+        "nowhere": torch.zeros_like(behind),
+    }
     with lora.attached(backbone, stack.adapter), acting(backbone, masks[place]):
         return sample.draw(backbone, stack.tokens, [prompt] * 4, range(4), retention.DRAWING)
 
 
 def likeness(concept: world.Concept, pictures: Tensor) -> float:
-    return metrics.similarity(retention.features_of(retention.real_pictures(concept, 16)), retention.features_of(pictures))
+    return metrics.similarity(
+        retention.features_of(retention.real_pictures(concept, 16)), retention.features_of(pictures)
+    )
 
 
 def measure(run: Path, out: Path) -> list[dict[str, Any]]:
@@ -63,22 +78,38 @@ def measure(run: Path, out: Path) -> list[dict[str, Any]]:
     pairs = [(n, n + 1) for n in range(len(names) - 1)]
     for place in PLACES:
         alone = [drawn(backbone, stack, f"a photo of a {name}", place) for name in names]
-        both = [drawn(backbone, stack, f"a photo of a {names[a]} and a {names[b]}", place) for a, b in pairs]
+        both = [
+            drawn(backbone, stack, f"a photo of a {names[a]} and a {names[b]}", place)
+            for a, b in pairs
+        ]
         i2i = [likeness(concept, own) for concept, own in zip(sequence, alone, strict=True)]
         right = [
             retention.shaped(pictures, f"shape_{side}", [sequence[pair[n]]] * len(pictures))
             for pictures, pair in zip(both, pairs, strict=True)
             for n, side in enumerate("ab")
         ]
-        rows.append({"run": run.name, "acts": place, "i2i": sum(i2i) / len(i2i), "shapes": float(torch.cat(right).mean())})
+        rows.append(
+            {
+                "run": run.name,
+                "acts": place,
+                "i2i": sum(i2i) / len(i2i),
+                "shapes": float(torch.cat(right).mean()),
+            }
+        )
         print(json.dumps(rows[-1]), flush=True)
-        report.grid([concepts.to_pil(p) for p in torch.cat(alone)], 8).save(out / f"{run.name}-{place.replace(' ', '-')}-alone.png")
-        report.grid([concepts.to_pil(p) for p in torch.cat(both)], 8).save(out / f"{run.name}-{place.replace(' ', '-')}-both.png")
+        report.grid([concepts.to_pil(p) for p in torch.cat(alone)], 8).save(
+            out / f"{run.name}-{place.replace(' ', '-')}-alone.png"
+        )
+        report.grid([concepts.to_pil(p) for p in torch.cat(both)], 8).save(
+            out / f"{run.name}-{place.replace(' ', '-')}-both.png"
+        )
     return rows
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Measure where in a prompt the look of a learned thing lies.")
+    parser = argparse.ArgumentParser(
+        description="Measure where in a prompt the look of a learned thing lies."
+    )
     parser.add_argument("out", type=Path)
     parser.add_argument("runs", type=Path, nargs="+")
     arguments = parser.parse_args()

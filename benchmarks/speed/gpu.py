@@ -1,16 +1,25 @@
-"""How fast and how small learning is on a GPU, at the full size of SD1.5 and SDXL with random weights.
+"""How fast and how small learning is on a GPU, at the full size of SD1.5 and SDXL with random
+weights.
 
     python benchmarks/speed/gpu.py [--jobs "sd1 bf16,sd1 diffusers"] [--keep FOLDER]
 
-in: nothing - out: results/<date>-gpu.json. A job is a kind of checkpoint and what is done, in a process of its own that has the GPU to itself.
-A step is one of method `lora`, rank 16, one picture of 512 pixels, or 1024 with SDXL; the first five are not counted.
+in: nothing - out: results/<date>-gpu.json. A job is a kind of checkpoint and what is done, in a
+process of its own that has the GPU to itself.
+A step is one of method `lora`, rank 16, one picture of 512 pixels, or 1024 with SDXL; the first
+five are not counted.
 
-    KIND [method=NAME] FORMAT...    `learn` by that method, with that --precision and what else is said: checkpointing, compile, channels_last;
-                                    within=8: with no more than a card of 8 GiB has, half a GiB of it for the driver. Seconds a step, peaks of memory
-                                    to the end of the first step (with loading and the VAE) and behind it, what `learn --plan` said, seconds of stages
-    KIND diffusers                  the loop of diffusers' train_text_to_image_lora.py with peft on K and V alone, bf16, without text encoder and
-                                    VAE: latents and text features are given to it, so it is as fast as that loop can be
-    KIND scores                     DC scores of one picture among 16 prompts as `scores` does by default
+    KIND [method=NAME] FORMAT...    `learn` by that method, with that --precision and what else is
+    said: checkpointing, compile, channels_last;
+                                    within=8: with no more than a card of 8 GiB has, half a GiB of
+                                    it for the driver. Seconds a step, peaks of memory
+                                    to the end of the first step (with loading and the VAE) and
+                                    behind it, what `learn --plan` said, seconds of stages
+    KIND diffusers                  the loop of diffusers' train_text_to_image_lora.py with peft on
+    K and V alone, bf16, without text encoder and
+                                    VAE: latents and text features are given to it, so it is as fast
+                                    as that loop can be
+    KIND scores                     DC scores of one picture among 16 prompts as `scores` does by
+    default
 """
 
 from __future__ import annotations
@@ -33,12 +42,28 @@ from PIL import Image
 ROOT = Path(__file__).parents[2]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
-FORMATS = ("fp32", "bf16", "fp16", "fp8", "bf16 checkpointing", "fp8 checkpointing", "bf16 channels_last")
+FORMATS = (
+    "fp32",
+    "bf16",
+    "fp16",
+    "fp8",
+    "bf16 checkpointing",
+    "fp8 checkpointing",
+    "bf16 channels_last",
+)
 JOBS = (
-    *(f"{kind} {rest}" for kind in ("sd1", "sdxl") for rest in (*FORMATS, "diffusers", "diffusers checkpointing", "scores")),
-    *(f"sd1 method={name} bf16" for name in ("retention", "lora_ewc_dc", "lora_dsc_ewc_dc")), "sdxl method=retention bf16", "sd1 bf16 compile",
-    "sd1 bf16 within=4", "sdxl fp8 checkpointing within=8", "sdxl fp8 checkpointing within=6",
-)  # fmt: skip
+    *(
+        f"{kind} {rest}"
+        for kind in ("sd1", "sdxl")
+        for rest in (*FORMATS, "diffusers", "diffusers checkpointing", "scores")
+    ),
+    *(f"sd1 method={name} bf16" for name in ("retention", "lora_ewc_dc", "lora_dsc_ewc_dc")),
+    "sdxl method=retention bf16",
+    "sd1 bf16 compile",
+    "sd1 bf16 within=4",
+    "sdxl fp8 checkpointing within=8",
+    "sdxl fp8 checkpointing within=6",
+)
 SKIPPED, STEPS, RANK, CUDA = 5, 20, 16, "cuda"
 
 
@@ -51,10 +76,22 @@ def learned(path: Path, words: list[str], size: int) -> dict[str, Any]:
     said = dict(word.split("=") for word in words if "=" in word)
     method = said.get("method", "lora")
     if "within" in said:
-        torch.cuda.set_per_process_memory_fraction((float(said["within"]) - 0.5) * 2**30 / torch.cuda.get_device_properties(0).total_memory)
-    switches = {word: True for word in words if word in ("checkpointing", "compile", "channels_last")}
+        torch.cuda.set_per_process_memory_fraction(
+            (float(said["within"]) - 0.5) * 2**30 / torch.cuda.get_device_properties(0).total_memory
+        )
+    switches = {
+        word: True for word in words if word in ("checkpointing", "compile", "channels_last")
+    }
     number = next(word for word in words if word in ("fp32", "bf16", "fp16", "fp8"))
-    settings = LearnSettings(method=method, steps=SKIPPED + STEPS, batch=1, rank=RANK, precision=number, snapshot_every=10**6, **switches)
+    settings = LearnSettings(
+        method=method,
+        steps=SKIPPED + STEPS,
+        batch=1,
+        rank=RANK,
+        precision=number,
+        snapshot_every=10**6,
+        **switches,
+    )
     marks: list[tuple[str, float]] = []
     before = [0]
 
@@ -68,10 +105,17 @@ def learned(path: Path, words: list[str], size: int) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as name:
         folder, file = Path(name), Path(name) / path.name
         file.symlink_to(path)
-        noise = torch.rand(size // 8, size // 8, 3, generator=torch.Generator().manual_seed(0)).mul(255).byte().numpy()
+        noise = (
+            torch.rand(size // 8, size // 8, 3, generator=torch.Generator().manual_seed(0))
+            .mul(255)
+            .byte()
+            .numpy()
+        )
         Image.fromarray(noise).resize((size, size)).save(folder / "picture.png")
         requests = [
-            pipeline.LearnRequest(file, [folder / "picture.png"], token, "mug", settings, device=CUDA)
+            pipeline.LearnRequest(
+                file, [folder / "picture.png"], token, "mug", settings, device=CUDA
+            )
             for token in ("V1", "V2")[: 1 if method == "lora" else 2]
         ]
         for request in requests:
@@ -85,10 +129,15 @@ def learned(path: Path, words: list[str], size: int) -> dict[str, Any]:
     for (_, began), (stage, ended) in pairwise(marks):
         stages[stage] = stages.get(stage, 0.0) + ended - began
     return {
-        "seconds": statistics.median(steps), "spread": [min(steps), max(steps)], "peak_gib": torch.cuda.max_memory_allocated() / 2**30,
-        "before_gib": before[0] / 2**30, "reserved_gib": torch.cuda.max_memory_reserved() / 2**30, "planned_gib": planned.peak / 2**30,
-        "planned_seconds": [t / (SKIPPED + STEPS) for t in planned.seconds], "stages": stages,
-    }  # fmt: skip
+        "seconds": statistics.median(steps),
+        "spread": [min(steps), max(steps)],
+        "peak_gib": torch.cuda.max_memory_allocated() / 2**30,
+        "before_gib": before[0] / 2**30,
+        "reserved_gib": torch.cuda.max_memory_reserved() / 2**30,
+        "planned_gib": planned.peak / 2**30,
+        "planned_seconds": [t / (SKIPPED + STEPS) for t in planned.seconds],
+        "stages": stages,
+    }
 
 
 def diffusers(path: Path, words: list[str], size: int) -> dict[str, Any]:
@@ -100,20 +149,29 @@ def diffusers(path: Path, words: list[str], size: int) -> dict[str, Any]:
     from comfy_continual_lora.checkpoint.load import load_backbone
 
     unet = load_backbone(path, device=CUDA, precision="bf16").unet  # the same modules and weights
-    unet.add_adapter(LoraConfig(r=RANK, lora_alpha=RANK, init_lora_weights="gaussian", target_modules=KV_MODULES))
+    unet.add_adapter(
+        LoraConfig(r=RANK, lora_alpha=RANK, init_lora_weights="gaussian", target_modules=KV_MODULES)
+    )
     lora = [p for p in unet.parameters() if p.requires_grad]
     for p in lora:
         p.data = p.data.float()
     if "checkpointing" in words:
         unet.enable_gradient_checkpointing()
     optimizer = torch.optim.AdamW(lora, lr=1e-4, weight_decay=1e-2)
-    scheduler = DDPMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", num_train_timesteps=1000)
+    scheduler = DDPMScheduler(
+        beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", num_train_timesteps=1000
+    )
     latents = torch.randn(1, 4, size // 8, size // 8, device=CUDA)
-    features = torch.randn(1, 77, unet.config["cross_attention_dim"], device=CUDA, dtype=torch.bfloat16)
+    features = torch.randn(
+        1, 77, unet.config["cross_attention_dim"], device=CUDA, dtype=torch.bfloat16
+    )
     added = None
     if unet.config["addition_embed_type"]:
         sizes = torch.tensor([[size, size, 0, 0, size, size]], device=CUDA)
-        added = {"text_embeds": torch.randn(1, 1280, device=CUDA, dtype=torch.bfloat16), "time_ids": sizes}
+        added = {
+            "text_embeds": torch.randn(1, 1280, device=CUDA, dtype=torch.bfloat16),
+            "time_ids": sizes,
+        }
     unet.train()
     marks = []
     torch.cuda.reset_peak_memory_stats()
@@ -121,7 +179,9 @@ def diffusers(path: Path, words: list[str], size: int) -> dict[str, Any]:
         noise, timesteps = torch.randn_like(latents), torch.randint(0, 1000, (1,), device=CUDA)
         noisy = scheduler.add_noise(latents, noise, timesteps)
         with torch.autocast(CUDA, torch.bfloat16):
-            predicted = unet(noisy.bfloat16(), timesteps, features, added_cond_kwargs=added, return_dict=False)[0]
+            predicted = unet(
+                noisy.bfloat16(), timesteps, features, added_cond_kwargs=added, return_dict=False
+            )[0]
         loss = F.mse_loss(predicted.float(), noise, reduction="mean")
         loss.backward()
         torch.nn.utils.clip_grad_norm_(lora, 1.0)
@@ -132,9 +192,11 @@ def diffusers(path: Path, words: list[str], size: int) -> dict[str, Any]:
         marks.append(time.perf_counter())
     steps = [b - a for a, b in pairwise(marks)][SKIPPED - 1 :]
     return {
-        "seconds": statistics.median(steps), "spread": [min(steps), max(steps)], "peak_gib": torch.cuda.max_memory_allocated() / 2**30,
+        "seconds": statistics.median(steps),
+        "spread": [min(steps), max(steps)],
+        "peak_gib": torch.cuda.max_memory_allocated() / 2**30,
         "reserved_gib": torch.cuda.max_memory_reserved() / 2**30,
-    }  # fmt: skip
+    }
 
 
 def scores(path: Path, _words: list[str], size: int) -> dict[str, Any]:
@@ -145,7 +207,13 @@ def scores(path: Path, _words: list[str], size: int) -> dict[str, Any]:
     from comfy_continual_lora.textspace import THINGS
 
     backbone = load_backbone(path, device=CUDA, precision="auto")
-    features = dict(zip(THINGS, FrozenText(backbone, {})([f"a photo of a {thing}" for thing in THINGS[:16]]), strict=False))
+    features = dict(
+        zip(
+            THINGS,
+            FrozenText(backbone, {})([f"a photo of a {thing}" for thing in THINGS[:16]]),
+            strict=False,
+        )
+    )
     latent, taken = torch.randn(4, size // 8, size // 8, device=CUDA), []
     for seed in range(4):
         torch.cuda.synchronize()
@@ -153,36 +221,70 @@ def scores(path: Path, _words: list[str], size: int) -> dict[str, Any]:
         said = classify(backbone, latent, features, 1e-3, ScoreSettings(seed=seed))
         taken.append(time.perf_counter() - began)
     calls = sum(said.trials)
-    return {"seconds": statistics.median(taken[1:]), "calls": calls, "peak_gib": torch.cuda.max_memory_allocated() / 2**30}
+    return {
+        "seconds": statistics.median(taken[1:]),
+        "calls": calls,
+        "peak_gib": torch.cuda.max_memory_allocated() / 2**30,
+    }
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Measure learning at full size on a GPU.")
     parser.add_argument("--jobs", default=",".join(JOBS))
-    parser.add_argument("--keep", type=Path, help="folder for the checkpoints (deleted at the end where none is given)")
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / f"{time.strftime('%Y-%m-%d')}-gpu.json")
+    parser.add_argument(
+        "--keep",
+        type=Path,
+        help="folder for the checkpoints (deleted at the end where none is given)",
+    )
+    parser.add_argument(
+        "--out",
+        type=Path,
+        default=Path(__file__).parent / "results" / f"{time.strftime('%Y-%m-%d')}-gpu.json",
+    )
     parser.add_argument("--one", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.one:
         kind, *words = arguments.one.split()
         work = {"diffusers": diffusers, "scores": scores}.get(words[0], learned)
-        print(json.dumps(work(arguments.keep.resolve() / f"{kind}.safetensors", words, 1024 if kind == "sdxl" else 512)))
+        print(
+            json.dumps(
+                work(
+                    arguments.keep.resolve() / f"{kind}.safetensors",
+                    words,
+                    1024 if kind == "sdxl" else 512,
+                )
+            )
+        )
         return
     import full_size
 
     card = torch.cuda.get_device_properties(0)
     found: dict[str, Any] = {
-        "card": card.name, "gib": card.total_memory / 2**30, "rank": RANK, "steps": STEPS,
-        "versions": {name: version(name) for name in ("torch", "diffusers", "transformers", "peft")}, "jobs": {},
-    }  # fmt: skip
+        "card": card.name,
+        "gib": card.total_memory / 2**30,
+        "rank": RANK,
+        "steps": STEPS,
+        "versions": {
+            name: version(name) for name in ("torch", "diffusers", "transformers", "peft")
+        },
+        "jobs": {},
+    }
     with tempfile.TemporaryDirectory() as folder:
         keep = arguments.keep or Path(folder)
         for job in arguments.jobs.split(","):
             path = keep / f"{job.split()[0]}.safetensors"
             if not path.exists():
                 full_size.write(job.split()[0], path)
-            done = subprocess.run([sys.executable, __file__, "--one", job, "--keep", str(keep)], capture_output=True, text=True)
-            row = json.loads(done.stdout.splitlines()[-1]) if done.returncode == 0 else {"failed": done.stderr.strip().splitlines()[-1]}
+            done = subprocess.run(
+                [sys.executable, __file__, "--one", job, "--keep", str(keep)],
+                capture_output=True,
+                text=True,
+            )
+            row = (
+                json.loads(done.stdout.splitlines()[-1])
+                if done.returncode == 0
+                else {"failed": done.stderr.strip().splitlines()[-1]}
+            )
             found["jobs"][job] = row
             print(job, row, flush=True)
             arguments.out.write_text(json.dumps(found, indent=1) + "\n")

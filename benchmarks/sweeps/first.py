@@ -1,13 +1,18 @@
 """How well one concept is learned alone: settings against what is drawn.
 
-    python benchmarks/sweeps/first.py OUT '{}' '{"token_rate": 2e-3, "weighting": "uniform"}' [--concepts 2,3]
+    python benchmarks/sweeps/first.py OUT '{}' '{"token_rate": 2e-3, "weighting": "uniform"}'
+    [--concepts 2,3]
 
-in: settings as JSON (method: retention where it is not said) - out: a row for each of them in OUT/first.jsonl, means over development concepts
-that are learned one by one on the bare mini-SD with seed 0; OUT/<number>.png: five real pictures of each, then ten drawn ones.
+in: settings as JSON (method: retention where it is not said) - out: a row for each of them in
+OUT/first.jsonl, means over development concepts
+that are learned one by one on the bare mini-SD with seed 0; OUT/<number>.png: five real pictures of
+each, then ten drawn ones.
 
-    gain     error of held-out pictures with the concept's prompt, taken from the bare checkpoint's with its noun (sweep.py)
+    gain     error of held-out pictures with the concept's prompt, taken from the bare checkpoint's
+    with its noun (sweep.py)
     prior    error added to ordinary pictures
-    look     mean absolute difference of the drawn thing from the real one, blurred, where real pictures agree; 0..2, and what real ones have
+    look     mean absolute difference of the drawn thing from the real one, blurred, where real
+    pictures agree; 0..2, and what real ones have
     i2i      cosine of drawn and real pictures' features (mini-CLIP)
 """
 
@@ -35,22 +40,38 @@ from comfy_continual_lora.mini import pretrain, weights, world
 from comfy_continual_lora.settings import DrawSettings, LearnSettings
 
 
-def learned(concept: world.Concept, settings: LearnSettings, folder: Path) -> tuple[dict[str, float], list[Tensor]]:
+def learned(
+    concept: world.Concept, settings: LearnSettings, folder: Path
+) -> tuple[dict[str, float], list[Tensor]]:
     """What one concept comes to, and its pictures: real ones and drawn ones."""
     checkpoint = folder / "mini.safetensors"
     weights.write_checkpoint(checkpoint)
     files = world.save_pictures(concept, folder / "pictures")
-    pipeline.learn_concept(pipeline.LearnRequest(checkpoint, files, "V1", concept.noun, settings, device="cpu"))
+    pipeline.learn_concept(
+        pipeline.LearnRequest(checkpoint, files, "V1", concept.noun, settings, device="cpu")
+    )
     backbone = load_backbone(checkpoint, device="cpu")
     stack = store.load_stack(store.stack_path(checkpoint), backbone.fingerprint)
     real = pretrain.to_tensor(np.stack(list(world.concept_pictures(concept, 10, seed=1))))
     latents, text = backbone.encode_images(real[:5]), FrozenText(backbone, stack.tokens)
-    own, bare = text([f"a photo of a V1 {concept.noun}"])[0], text([f"a photo of a {concept.noun}"])[0]
+    own, bare = (
+        text([f"a photo of a V1 {concept.noun}"])[0],
+        text([f"a photo of a {concept.noun}"])[0],
+    )
     with attached(backbone, stack.adapter):
-        prompts = [f"a photo of a V1 {concept.noun} {place}" for place in world.BACKGROUNDS.values()]
-        drawn = sample.draw(backbone, stack.tokens, prompts, range(50, 50 + len(prompts)), DrawSettings().resolved("mini"))
+        prompts = [
+            f"a photo of a V1 {concept.noun} {place}" for place in world.BACKGROUNDS.values()
+        ]
+        drawn = sample.draw(
+            backbone,
+            stack.tokens,
+            prompts,
+            range(50, 50 + len(prompts)),
+            DrawSettings().resolved("mini"),
+        )
     row = {
-        "gain": held_out_error(backbone, None, latents, bare) - held_out_error(backbone, stack.adapter, latents, own),
+        "gain": held_out_error(backbone, None, latents, bare)
+        - held_out_error(backbone, stack.adapter, latents, own),
         "prior": prior_error(backbone, stack.adapter) - prior_error(backbone, None),
         "look": unlike(drawn, real),
         "look_real": unlike(real, real),
@@ -60,7 +81,9 @@ def learned(concept: world.Concept, settings: LearnSettings, folder: Path) -> tu
 
 
 def unlike(pictures: Tensor, real: Tensor) -> float:
-    """Mean absolute difference from the mean real picture, (n, 3, h, w) in -1..1, where real ones agree: the thing, not what is around it."""
+    """Mean absolute difference from the mean real picture, (n, 3, h, w) in -1..1, where real ones
+    agree: the thing, not what is around it.
+    """
     blurred, wanted = (F.avg_pool2d(x, 9, 4) for x in (pictures, real))
     thing = wanted.std(0).mean(0) < 0.25
     return float((blurred - wanted.mean(0)).abs().mean(1)[:, thing].mean())
@@ -70,7 +93,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Measure how well a concept is learned alone.")
     parser.add_argument("out", type=Path)
     parser.add_argument("settings", nargs="+", type=json.loads)
-    parser.add_argument("--concepts", default="2,3", type=lambda said: [int(n) for n in said.split(",")])
+    parser.add_argument(
+        "--concepts", default="2,3", type=lambda said: [int(n) for n in said.split(",")]
+    )
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     arguments.out.mkdir(parents=True, exist_ok=True)
@@ -78,7 +103,11 @@ def main() -> None:
         rows, pictures = [], []
         for n in arguments.concepts:
             with tempfile.TemporaryDirectory() as folder:
-                row, seen = learned(world.concepts("development")[n], LearnSettings(**{"method": "retention", **chosen}), Path(folder))
+                row, seen = learned(
+                    world.concepts("development")[n],
+                    LearnSettings(**{"method": "retention", **chosen}),
+                    Path(folder),
+                )
             rows.append(row)
             pictures += seen
         found: dict[str, Any] = {"settings": chosen, "concepts": arguments.concepts}

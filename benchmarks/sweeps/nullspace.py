@@ -1,16 +1,24 @@
-"""Holding earlier prompts by a hard constraint instead of a penalty: the update may only act where nothing protected lies.
+"""Holding earlier prompts by a hard constraint instead of a penalty: the update may only act where
+nothing protected lies.
 
-    python benchmarks/sweeps/nullspace.py benchmarks/sweeps/nullspace.json [--energies 0.9,0.99,0.999,0.9999] [--steps 200]
+    python benchmarks/sweeps/nullspace.py benchmarks/sweeps/nullspace.json [--energies
+    0.9,0.99,0.999,0.9999] [--steps 200]
 
-in: nothing (the first two development concepts) - out: that file and a table on the screen. The first concept is learned by `retention`. The
-second is learned on top of it once with the penalty and, for every energy, once as a LoRA of its own whose A stays orthogonal to the leading
-eigenvectors of M = E c c^T, over ordinary prompts and those of the first concept, that hold this share of M: (delta - delta*) c = 0 there. Its A
-starts larger by what was taken from the second concept's features, so that rates mean the same. Same pictures, seed, rate and steps; gains as in
+in: nothing (the first two development concepts) - out: that file and a table on the screen. The
+first concept is learned by `retention`. The
+second is learned on top of it once with the penalty and, for every energy, once as a LoRA of its
+own whose A stays orthogonal to the leading
+eigenvectors of M = E c c^T, over ordinary prompts and those of the first concept, that hold this
+share of M: (delta - delta*) c = 0 there. Its A
+starts larger by what was taken from the second concept's features, so that rates mean the same.
+Same pictures, seed, rate and steps; gains as in
 `sweep.py`.
 
     closed, open     directions of text space the update may not use, and may
-    left             share of the energy of the second concept's own prompts that lies in the open ones
-    first, second    error on held-out pictures with the checkpoint alone minus after the second concept: larger is better
+    left             share of the energy of the second concept's own prompts that lies in the open
+    ones
+    first, second    error on held-out pictures with the checkpoint alone minus after the second
+    concept: larger is better
     prior            error added to ordinary pictures
 """
 
@@ -47,7 +55,9 @@ def closed_directions(moment: Tensor, energy: float) -> Tensor:
 
 
 class Constraint:
-    """Called as the penalty it sees the factors; called after every step it takes out of A what the step put into closed directions."""
+    """Called as the penalty it sees the factors; called after every step it takes out of A what the
+    step put into closed directions.
+    """
 
     def __init__(self, closed: Tensor) -> None:
         self.closed, self.factors = closed, {}
@@ -71,54 +81,95 @@ def measure(energies: list[float], steps: int, folder: Path) -> list[dict[str, A
     write_checkpoint(checkpoint)
     first, second = world.concepts("development")[:2]
     pictures = world.save_pictures(first, folder / "V1")
-    pipeline.learn_concept(pipeline.LearnRequest(checkpoint, pictures, "V1", first.noun, settings, device="cpu"))
+    pipeline.learn_concept(
+        pipeline.LearnRequest(checkpoint, pictures, "V1", first.noun, settings, device="cpu")
+    )
     backbone = load_backbone(checkpoint, device="cpu")
     stack = store.load_stack(store.stack_path(checkpoint), backbone.fingerprint)
     settings = settings.resolved("mini")
     images = concepts.load_images(world.save_pictures(second, folder / "V2"), backbone.size).images
-    latents, prompts = backbone.encode_images(images), concepts.prompts_for("V2", second.noun, TEMPLATES, None)
+    latents, prompts = (
+        backbone.encode_images(images),
+        concepts.prompts_for("V2", second.noun, TEMPLATES, None),
+    )
     word = backbone.word_start(second.noun, torch.Generator().manual_seed(0))
     lesson = Lesson(latents, [prompts], "V2", stack.tokens, stack.adapter, word)
 
-    def row(name: str, lesson: Lesson, after_step: Callable[[Progress], None] = lambda _: None) -> dict[str, Any]:
+    def row(
+        name: str, lesson: Lesson, after_step: Callable[[Progress], None] = lambda _: None
+    ) -> dict[str, Any]:
         learned = learn(backbone, lesson, settings, folder / f"{name}.snapshot", after_step)
         text = FrozenText(backbone, {**stack.tokens, "V2": learned.word})
-        gains = {"first": gain(backbone, learned.adapter, text, "V1", first), "second": gain(backbone, learned.adapter, text, "V2", second)}
-        return {"held by": name, **gains, "prior": prior_error(backbone, learned.adapter) - prior_error(backbone, None)}
+        gains = {
+            "first": gain(backbone, learned.adapter, text, "V1", first),
+            "second": gain(backbone, learned.adapter, text, "V2", second),
+        }
+        return {
+            "held by": name,
+            **gains,
+            "prior": prior_error(backbone, learned.adapter) - prior_error(backbone, None),
+        }
 
     ordinary = textspace.ordinary_prompts([first.noun, second.noun])
-    moment = textspace.moment(backbone, stack.tokens, [*ordinary, *textspace.single_prompts(stack.records[0])])
+    moment = textspace.moment(
+        backbone, stack.tokens, [*ordinary, *textspace.single_prompts(stack.records[0])]
+    )
     own = textspace.moment(backbone, {"V2": word}, prompts)
-    rows = [{"held by": "before", "first": gain(backbone, stack.adapter, FrozenText(backbone, stack.tokens), "V1", first)}]
+    rows = [
+        {
+            "held by": "before",
+            "first": gain(backbone, stack.adapter, FrozenText(backbone, stack.tokens), "V1", first),
+        }
+    ]
     memory = solve.memory_of(backbone, stack, ignore, nouns=[second.noun])
-    rows.append(row("penalty", replace(lesson, penalty=solve.retention(memory, stack, settings, 1.0))))
+    rows.append(
+        row("penalty", replace(lesson, penalty=solve.retention(memory, stack, settings, 1.0)))
+    )
     for energy in energies:
         constraint = Constraint(closed_directions(moment, energy))
         closed = constraint.closed.shape[1]
         left = 1 - float((constraint.closed.T @ own @ constraint.closed).trace() / own.trace())
         adapter = new_adapter(backbone, settings.rank or 1, torch.Generator().manual_seed(0))
-        adapter = {name: constraint.open_part(t) / left**0.5 if name.endswith("A") else t for name, t in adapter.items()}
+        adapter = {
+            name: constraint.open_part(t) / left**0.5 if name.endswith("A") else t
+            for name, t in adapter.items()
+        }
         held = replace(lesson, adapter=adapter, beneath=stack.adapter, penalty=constraint.penalty)
-        rows.append({**row(f"energy {energy:g}", held, constraint.after_step), "closed": closed, "open": len(moment) - closed, "left": left})
+        rows.append(
+            {
+                **row(f"energy {energy:g}", held, constraint.after_step),
+                "closed": closed,
+                "open": len(moment) - closed,
+                "left": left,
+            }
+        )
         print(rows[-1], flush=True)
     return rows
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Compare a hard null-space constraint with the penalty in text space.")
+    parser = argparse.ArgumentParser(
+        description="Compare a hard null-space constraint with the penalty in text space."
+    )
     parser.add_argument("out", type=Path)
     parser.add_argument("--energies", default="0.9,0.99,0.999,0.9999")
     parser.add_argument("--steps", type=int, default=200, help="a concept")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:
-        rows = measure([float(e) for e in arguments.energies.split(",")], arguments.steps, Path(folder))
+        rows = measure(
+            [float(e) for e in arguments.energies.split(",")], arguments.steps, Path(folder)
+        )
     arguments.out.write_text(json.dumps(rows, indent=1) + "\n")
     columns = ("held by", "closed", "open", "left", "first", "second", "prior")
     print("| " + " | ".join(columns) + " |\n" + "|---" * len(columns) + "|")
     for found in rows:
         cells = [found.get(c, "") for c in columns]
-        print("| " + " | ".join(f"{cell:.4f}" if isinstance(cell, float) else str(cell) for cell in cells) + " |")
+        print(
+            "| "
+            + " | ".join(f"{cell:.4f}" if isinstance(cell, float) else str(cell) for cell in cells)
+            + " |"
+        )
 
 
 if __name__ == "__main__":

@@ -1,17 +1,27 @@
-"""Which settings remember most and still learn: a sequence of development concepts, once for every combination of settings and seed.
+"""Which settings remember most and still learn: a sequence of development concepts, once for every
+combination of settings and seed.
 
-    python benchmarks/sweeps/sweep.py benchmarks/sweeps/lambda.jsonl --seeds 0,1 --set method=lora_ewc,lora_ewc_dc --set ewc_strength=1e-4,1e-3
+    python benchmarks/sweeps/sweep.py benchmarks/sweeps/lambda.jsonl --seeds 0,1 --set
+    method=lora_ewc,lora_ewc_dc --set ewc_strength=1e-4,1e-3
 
-in: nothing - out: a line of JSON for each run, appended; runs that are there already are skipped, so it goes on where it stopped. `--table` prints
-what the file holds. All figures are on pictures of the concepts that were not learned from, with one fixed set of noises: the error of the noise
-prediction (mean over c, h, w, 24 stratified timesteps), so that no drawing and no judge is between the method and its figure.
+in: nothing - out: a line of JSON for each run, appended; runs that are there already are skipped,
+so it goes on where it stopped. `--table` prints
+what the file holds. All figures are on pictures of the concepts that were not learned from, with
+one fixed set of noises: the error of the noise
+prediction (mean over c, h, w, 24 stratified timesteps), so that no drawing and no judge is between
+the method and its figure.
 
-    learned    error with the checkpoint alone minus error right after learning, mean over concepts       larger is better
-    kept       the same with the last adapter instead                                                   larger is better
+    learned    error with the checkpoint alone minus error right after learning, mean over concepts
+    larger is better
+    kept       the same with the last adapter instead
+    larger is better
     newest     learned, of the last concept alone: does protection stop learning?
-    prior      error on ordinary pictures of the world, with their captions and with the empty one: the last adapter's minus the checkpoint's;
-               smaller is better. Guidance subtracts the empty prompt, so what leaks into it comes out in its complement
-    accuracy   share of the held-out pictures whose likeliest concept by DC scores is the right one, after the last concept
+    prior      error on ordinary pictures of the world, with their captions and with the empty one:
+    the last adapter's minus the checkpoint's;
+               smaller is better. Guidance subtracts the empty prompt, so what leaks into it comes
+               out in its complement
+    accuracy   share of the held-out pictures whose likeliest concept by DC scores is the right one,
+    after the last concept
 """
 
 from __future__ import annotations
@@ -42,35 +52,65 @@ from comfy_continual_lora.mini.weights import write_checkpoint
 from comfy_continual_lora.settings import LearnSettings, ScoreSettings
 
 DRAWS = 24
-COLUMNS = ("learned", "kept", "learned_of_earlier", "kept_of_earlier", "newest", "prior", "accuracy", "seconds")
+COLUMNS = (
+    "learned",
+    "kept",
+    "learned_of_earlier",
+    "kept_of_earlier",
+    "newest",
+    "prior",
+    "accuracy",
+    "seconds",
+)
 
 
 def sequence(count: int, seed: int) -> list[world.Concept]:
     """`count` development concepts in the order of this seed."""
     concepts = world.concepts("development")
-    return [concepts[int(i)] for i in np.random.default_rng(seed).permutation(len(concepts))[:count]]
+    return [
+        concepts[int(i)] for i in np.random.default_rng(seed).permutation(len(concepts))[:count]
+    ]
 
 
 @torch.no_grad()
-def held_out_error(backbone: Backbone, adapter: Adapter | None, latents: Sequence[Tensor], features: Tensor) -> float:
+def held_out_error(
+    backbone: Backbone, adapter: Adapter | None, latents: Sequence[Tensor], features: Tensor
+) -> float:
     """Error on every latent (4, h, w) with the same timesteps and noises, for one prompt (77, d)."""
     timestep = stratified(DRAWS, generator_for("held out")).to(backbone.device)
-    noise = torch.randn((DRAWS, *latents[0].shape), generator=generator_for("held out noise")).to(backbone.device)
+    noise = torch.randn((DRAWS, *latents[0].shape), generator=generator_for("held out noise")).to(
+        backbone.device
+    )
     with attached(backbone, adapter):
-        found = [classifier.trial_errors(backbone, z.expand_as(noise), noise, timestep, features[None]) for z in latents]
+        found = [
+            classifier.trial_errors(backbone, z.expand_as(noise), noise, timestep, features[None])
+            for z in latents
+        ]
     return float(torch.cat(found).mean())
 
 
 def held_out(backbone: Backbone, concept: world.Concept) -> list[Tensor]:
     """Latents (4, h, w) of five pictures of the concept that are never learned from."""
-    return backbone.encode_images(pretrain.to_tensor(np.stack(list(world.concept_pictures(concept, 5, seed=1)))))
+    return backbone.encode_images(
+        pretrain.to_tensor(np.stack(list(world.concept_pictures(concept, 5, seed=1))))
+    )
 
 
-def gain(backbone: Backbone, adapter: Adapter | None, text: FrozenText, token: str, concept: world.Concept) -> float:
-    """Error on pictures that were not learned from: the checkpoint's with the bare noun minus the adapter's with the word."""
+def gain(
+    backbone: Backbone,
+    adapter: Adapter | None,
+    text: FrozenText,
+    token: str,
+    concept: world.Concept,
+) -> float:
+    """Error on pictures that were not learned from: the checkpoint's with the bare noun minus the
+    adapter's with the word.
+    """
     latents = held_out(backbone, concept)
     own, bare = text([f"a photo of a {token} {concept.noun}", f"a photo of a {concept.noun}"])
-    return held_out_error(backbone, None, latents, bare) - held_out_error(backbone, adapter, latents, own)
+    return held_out_error(backbone, None, latents, bare) - held_out_error(
+        backbone, adapter, latents, own
+    )
 
 
 def run(settings: dict[str, Any], count: int, seed: int, device: str = "cpu") -> dict[str, Any]:
@@ -86,38 +126,62 @@ def run(settings: dict[str, Any], count: int, seed: int, device: str = "cpu") ->
         for number, concept in enumerate(concepts, start=1):
             pictures = world.save_pictures(concept, Path(folder) / str(number))
             chosen = LearnSettings(**{"seed": seed, "precision": "fp32", **settings})
-            request = pipeline.LearnRequest(checkpoint, pictures, f"V{number}", concept.noun, chosen, device=device)
+            request = pipeline.LearnRequest(
+                checkpoint, pictures, f"V{number}", concept.noun, chosen, device=device
+            )
             pipeline.learn_concept(request)
             stack = store.load_stack(store.stack_path(checkpoint), backbone.fingerprint)
             text = FrozenText(backbone, stack.tokens)
-            prompt = text([f"a photo of a V{number} {concept.noun}", f"a photo of a {concept.noun}"])
+            prompt = text(
+                [f"a photo of a V{number} {concept.noun}", f"a photo of a {concept.noun}"]
+            )
             after.append(
-                (held_out_error(backbone, None, held[number - 1], prompt[1]), held_out_error(backbone, stack.adapter, held[number - 1], prompt[0]))
+                (
+                    held_out_error(backbone, None, held[number - 1], prompt[1]),
+                    held_out_error(backbone, stack.adapter, held[number - 1], prompt[0]),
+                )
             )
         prompts = {f"V{n}": f"a photo of a V{n} {c.noun}" for n, c in enumerate(concepts, start=1)}
         features = dict(zip(prompts, text(list(prompts.values())), strict=True))
-        end = [held_out_error(backbone, stack.adapter, z, features[name]) for z, name in zip(held, prompts, strict=True)]
+        end = [
+            held_out_error(backbone, stack.adapter, z, features[name])
+            for z, name in zip(held, prompts, strict=True)
+        ]
         prior = prior_error(backbone, stack.adapter) - prior_error(backbone, None)
         with attached(backbone, stack.adapter):
             right = [
-                classifier.classify(backbone, z, features, stack.tau or 1.0, ScoreSettings()).best == name
+                classifier.classify(backbone, z, features, stack.tau or 1.0, ScoreSettings()).best
+                == name
                 for latents, name in zip(held, prompts, strict=True)
                 for z in latents
             ]
-    learned, kept = [base - own for base, own in after], [base - last for (base, _), last in zip(after, end, strict=True)]
+    learned, kept = (
+        [base - own for base, own in after],
+        [base - last for (base, _), last in zip(after, end, strict=True)],
+    )
     return {
-        "settings": settings, "concepts": count, "seed": seed, "learned": _mean(learned), "kept": _mean(kept), "kept_of_earlier": _mean(kept[:-1]),
-        "learned_of_earlier": _mean(learned[:-1]), "newest": round(learned[-1], 5), "prior": round(prior, 5),
-        "accuracy": _mean([float(r) for r in right]), "tau": stack.tau,
+        "settings": settings,
+        "concepts": count,
+        "seed": seed,
+        "learned": _mean(learned),
+        "kept": _mean(kept),
+        "kept_of_earlier": _mean(kept[:-1]),
+        "learned_of_earlier": _mean(learned[:-1]),
+        "newest": round(learned[-1], 5),
+        "prior": round(prior, 5),
+        "accuracy": _mean([float(r) for r in right]),
+        "tau": stack.tau,
         "seconds": round(time.time() - started, 1),
-    }  # fmt: skip
+    }
 
 
 def prior_error(backbone: Backbone, adapter: Adapter | None) -> float:
     """Error on 12 ordinary pictures, each with its caption and with the empty one."""
     rng = np.random.default_rng(2025)
     scenes = [world.random_scene(rng) for _ in range(12)]
-    latents = backbone.encode_images(pretrain.to_tensor(np.stack([world.draw_scene(s, rng) for s in scenes])))
+    latents = backbone.encode_images(
+        pretrain.to_tensor(np.stack([world.draw_scene(s, rng) for s in scenes]))
+    )
     features = backbone.encode_prompts(["", *(s.caption for s in scenes)])
     pairs = [([z], features[row]) for n, z in enumerate(latents) for row in (0, n + 1)]
     return sum(held_out_error(backbone, adapter, z, f) for z, f in pairs) / len(pairs)
@@ -133,8 +197,14 @@ def _job(job: tuple[dict[str, Any], int, int]) -> dict[str, Any]:
 
 def combinations(given: list[str]) -> list[dict[str, Any]]:
     """ "name=a,b" of every --set, multiplied out; values take the setting's type."""
-    kinds = {f.name: {"int": int, "float": float}.get(str(f.type).split(" ")[0], str) for f in fields(LearnSettings)}
-    axes = [[(name, kinds[name](value)) for value in values.split(",")] for name, _, values in (g.partition("=") for g in given)]
+    kinds = {
+        f.name: {"int": int, "float": float}.get(str(f.type).split(" ")[0], str)
+        for f in fields(LearnSettings)
+    }
+    axes = [
+        [(name, kinds[name](value)) for value in values.split(",")]
+        for name, _, values in (g.partition("=") for g in given)
+    ]
     return [dict(choice) for choice in itertools.product(*axes)]
 
 
@@ -148,32 +218,60 @@ def table(path: Path, columns: Sequence[str] = COLUMNS) -> str:
     groups: dict[str, list[dict]] = {}
     for row in rows_of(path):
         groups.setdefault(json.dumps([row["settings"], row["concepts"]]), []).append(row)
-    lines = ["| settings | concepts | seeds | " + " | ".join(columns) + " |", "|---" * (len(columns) + 3) + "|"]
+    lines = [
+        "| settings | concepts | seeds | " + " | ".join(columns) + " |",
+        "|---" * (len(columns) + 3) + "|",
+    ]
     for key, rows in groups.items():
         settings, count = json.loads(key)
-        said = ", ".join(f"{k}={v:g}" if isinstance(v, float) else f"{k}={v}" for k, v in settings.items())
+        said = ", ".join(
+            f"{k}={v:g}" if isinstance(v, float) else f"{k}={v}" for k, v in settings.items()
+        )
         cells = []
         for column in columns:
             values = np.array([r[column] for r in rows])
-            cells.append(f"{values.mean():.4f} ± {values.std(ddof=1):.4f}" if len(values) > 1 else f"{values[0]:.4f}")
+            cells.append(
+                f"{values.mean():.4f} ± {values.std(ddof=1):.4f}"
+                if len(values) > 1
+                else f"{values[0]:.4f}"
+            )
         lines.append(f"| {said} | {count} | {len(rows)} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Try settings on sequences of development concepts.")
-    parser.add_argument("out", type=Path, help="file of JSON lines; runs it holds are not run again")
-    parser.add_argument("--set", action="append", default=[], metavar="NAME=A,B", help="values of one setting; several are multiplied out")
+    parser = argparse.ArgumentParser(
+        description="Try settings on sequences of development concepts."
+    )
+    parser.add_argument(
+        "out", type=Path, help="file of JSON lines; runs it holds are not run again"
+    )
+    parser.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="NAME=A,B",
+        help="values of one setting; several are multiplied out",
+    )
     parser.add_argument("--concepts", type=int, default=4)
     parser.add_argument("--seeds", default="0,1")
     parser.add_argument("--processes", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--table", action="store_true", help="only print what the file holds")
     arguments = parser.parse_args()
     if not arguments.table:
-        known = {json.dumps([r["settings"], r["concepts"], r["seed"]]) for r in rows_of(arguments.out)}
-        jobs = [(settings, arguments.concepts, int(seed)) for seed in arguments.seeds.split(",") for settings in combinations(arguments.set)]
+        known = {
+            json.dumps([r["settings"], r["concepts"], r["seed"]]) for r in rows_of(arguments.out)
+        }
+        jobs = [
+            (settings, arguments.concepts, int(seed))
+            for seed in arguments.seeds.split(",")
+            for settings in combinations(arguments.set)
+        ]
         jobs = [job for job in jobs if json.dumps(list(job)) not in known]
-        with get_context("spawn").Pool(arguments.processes) as pool, arguments.out.open("a") as file:
+        with (
+            get_context("spawn").Pool(arguments.processes) as pool,
+            arguments.out.open("a") as file,
+        ):
             for row in pool.imap_unordered(_job, jobs):
                 file.write(json.dumps(row) + "\n")
                 file.flush()

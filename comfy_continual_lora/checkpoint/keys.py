@@ -1,7 +1,10 @@
-"""Names of the same weights in two layouts: diffusers (what we run) and LDM (the single files people own). One table, both directions.
+"""Names of the same weights in two layouts: diffusers (what we run) and LDM (the single files
+people own). One table, both directions.
 
-Each function takes the diffusers names of a model and returns {diffusers name: LDM name}, a bijection but for OpenCLIP's fused q, k and v; levels and
-blocks are counted from the names themselves, so nets of any depth map. Source: the module order of LDM's `openaimodel.UNetModel` and
+Each function takes the diffusers names of a model and returns {diffusers name: LDM name}, a
+bijection but for OpenCLIP's fused q, k and v; levels and
+blocks are counted from the names themselves, so nets of any depth map. Source: the module order of
+LDM's `openaimodel.UNetModel` and
 `model.Encoder/Decoder`, and of OpenCLIP's text tower.
 """
 
@@ -15,21 +18,43 @@ VAE_PREFIX = "first_stage_model."
 TEXT_PREFIX = "cond_stage_model.transformer.text_model."
 
 _UNET_RESNET = {
-    "norm1": "in_layers.0", "conv1": "in_layers.2", "time_emb_proj": "emb_layers.1",
-    "norm2": "out_layers.0", "conv2": "out_layers.3", "conv_shortcut": "skip_connection",
-}  # fmt: skip
+    "norm1": "in_layers.0",
+    "conv1": "in_layers.2",
+    "time_emb_proj": "emb_layers.1",
+    "norm2": "out_layers.0",
+    "conv2": "out_layers.3",
+    "conv_shortcut": "skip_connection",
+}
 _UNET_OUTSIDE = {
-    "conv_in": "input_blocks.0.0", "time_embedding.linear_1": "time_embed.0", "time_embedding.linear_2": "time_embed.2",
-    "add_embedding.linear_1": "label_emb.0.0", "add_embedding.linear_2": "label_emb.0.2", "conv_norm_out": "out.0", "conv_out": "out.2",
-}  # fmt: skip
-_VAE_ATTENTION = {"group_norm": "norm", "to_q": "q", "to_k": "k", "to_v": "v", "to_out.0": "proj_out"}
+    "conv_in": "input_blocks.0.0",
+    "time_embedding.linear_1": "time_embed.0",
+    "time_embedding.linear_2": "time_embed.2",
+    "add_embedding.linear_1": "label_emb.0.0",
+    "add_embedding.linear_2": "label_emb.0.2",
+    "conv_norm_out": "out.0",
+    "conv_out": "out.2",
+}
+_VAE_ATTENTION = {
+    "group_norm": "norm",
+    "to_q": "q",
+    "to_k": "k",
+    "to_v": "v",
+    "to_out.0": "proj_out",
+}
 _OPENCLIP_LAYER = {
-    "layer_norm1": "ln_1", "layer_norm2": "ln_2", "mlp.fc1": "mlp.c_fc", "mlp.fc2": "mlp.c_proj", "self_attn.out_proj": "attn.out_proj",
-}  # fmt: skip
+    "layer_norm1": "ln_1",
+    "layer_norm2": "ln_2",
+    "mlp.fc1": "mlp.c_fc",
+    "mlp.fc2": "mlp.c_proj",
+    "self_attn.out_proj": "attn.out_proj",
+}
 _OPENCLIP_OUTSIDE = {
-    "embeddings.token_embedding.weight": "token_embedding.weight", "embeddings.position_embedding.weight": "positional_embedding",
-    "final_layer_norm.weight": "ln_final.weight", "final_layer_norm.bias": "ln_final.bias", "text_projection.weight": "text_projection",
-}  # fmt: skip
+    "embeddings.token_embedding.weight": "token_embedding.weight",
+    "embeddings.position_embedding.weight": "positional_embedding",
+    "final_layer_norm.weight": "ln_final.weight",
+    "final_layer_norm.bias": "ln_final.bias",
+    "text_projection.weight": "text_projection",
+}
 
 
 def _count(names: Iterable[str], pattern: str) -> int:
@@ -40,7 +65,9 @@ def unet_names(names: Iterable[str]) -> dict[str, str]:
     """{diffusers name: LDM name} of a U-Net's parameters, without a prefix; of its K/V layers too."""
     names = list(names)
     per_level = _count(names, r"down_blocks\.\d+\.(?:resnets|attentions)\.(\d+)\.")
-    with_attention = {m[0] for name in names if (m := re.match(r"up_blocks\.\d+\.attentions", name))}
+    with_attention = {
+        m[0] for name in names if (m := re.match(r"up_blocks\.\d+\.attentions", name))
+    }
 
     def ldm(name: str) -> str:
         module, leaf = name.rsplit(".", 1)
@@ -49,7 +76,9 @@ def unet_names(names: Iterable[str]) -> dict[str, str]:
         part, rest = name.split(".", 1)
         if part == "mid_block":
             kind, index, inner = rest.split(".", 2)
-            block = "middle_block." + ("1" if kind == "attentions" else "0" if index == "0" else "2")
+            block = "middle_block." + (
+                "1" if kind == "attentions" else "0" if index == "0" else "2"
+            )
         else:
             level, kind, index, inner = rest.split(".", 3)
             i, j = int(level), int(index)
@@ -72,7 +101,9 @@ def unet_names(names: Iterable[str]) -> dict[str, str]:
 
 
 def vae_names(names: Iterable[str]) -> dict[str, str]:
-    """{diffusers name: LDM name} of a KL autoencoder's parameters; the attention's matrices are 1x1 convolutions in LDM."""
+    """{diffusers name: LDM name} of a KL autoencoder's parameters; the attention's matrices are 1x1
+    convolutions in LDM.
+    """
     names = list(names)
     levels = _count(names, r"decoder\.up_blocks\.(\d+)\.")
 
@@ -85,10 +116,16 @@ def vae_names(names: Iterable[str]) -> dict[str, str]:
             return f"{half}.mid.attn_1.{_VAE_ATTENTION[match[1]]}.{match[2]}"
         if match := re.match(r"mid_block\.resnets\.(\d)\.(.+)$", rest):
             return f"{half}.mid.block_{int(match[1]) + 1}.{match[2]}"
-        if match := re.match(r"(down|up)_blocks\.(\d+)\.(resnets|downsamplers|upsamplers)\.(\d+)\.(.+)$", rest):
+        if match := re.match(
+            r"(down|up)_blocks\.(\d+)\.(resnets|downsamplers|upsamplers)\.(\d+)\.(.+)$", rest
+        ):
             way, level, kind, index, inner = match.groups()
             i = int(level) if way == "down" else levels - 1 - int(level)
-            place = f"block.{index}" if kind == "resnets" else kind.removesuffix("rs").removesuffix("e") + "e"
+            place = (
+                f"block.{index}"
+                if kind == "resnets"
+                else kind.removesuffix("rs").removesuffix("e") + "e"
+            )
             return f"{half}.{way}.{i}.{place}.{inner}"
         return f"{half}.{rest}"
 
@@ -96,7 +133,9 @@ def vae_names(names: Iterable[str]) -> dict[str, str]:
 
 
 def tiny_vae_names(names: Iterable[str]) -> dict[str, str]:
-    """{diffusers name: name in a checkpoint} of a TAESD; its decoder begins with a clamp that diffusers does not count."""
+    """{diffusers name: name in a checkpoint} of a TAESD; its decoder begins with a clamp that
+    diffusers does not count.
+    """
 
     def ldm(name: str) -> str:
         half, _, index, rest = name.split(".", 3)
@@ -106,7 +145,9 @@ def tiny_vae_names(names: Iterable[str]) -> dict[str, str]:
 
 
 def text_names(names: Iterable[str]) -> dict[str, str]:
-    """{transformers name: LDM name} of a CLIP text model; transformers 4 writes `text_model.` before every name, 5 does not."""
+    """{transformers name: LDM name} of a CLIP text model; transformers 4 writes `text_model.`
+    before every name, 5 does not.
+    """
     return {name: name.removeprefix("text_model.") for name in names}
 
 
@@ -118,7 +159,11 @@ def openclip_names(names: Iterable[str]) -> dict[str, str]:
         if not (match := re.match(r"encoder\.layers\.(\d+)\.(.+)\.(weight|bias)$", name)):
             return _OPENCLIP_OUTSIDE[name]
         layer, module, leaf = match.groups()
-        inner = f"{_OPENCLIP_LAYER[module]}.{leaf}" if module in _OPENCLIP_LAYER else f"attn.in_proj_{leaf}"
+        inner = (
+            f"{_OPENCLIP_LAYER[module]}.{leaf}"
+            if module in _OPENCLIP_LAYER
+            else f"attn.in_proj_{leaf}"
+        )
         return f"transformer.resblocks.{layer}.{inner}"
 
     return {name: openclip(name) for name in names}

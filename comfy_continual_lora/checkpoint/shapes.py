@@ -1,6 +1,8 @@
-"""Read a net's configuration off the shapes of its weights: no configuration file is asked for, and a net of any width or depth is understood.
+"""Read a net's configuration off the shapes of its weights: no configuration file is asked for, and
+a net of any width or depth is understood.
 
-in: {LDM name: shape}, without the part's prefix - out: keyword arguments of the diffusers or transformers class.
+in: {LDM name: shape}, without the part's prefix - out: keyword arguments of the diffusers or
+transformers class.
 """
 
 from __future__ import annotations
@@ -13,7 +15,10 @@ Shapes = Mapping[str, tuple[int, ...]]
 
 
 def unet_config(shapes: Shapes) -> dict[str, Any]:
-    """SD1.x: 8 heads at every level, convolutional projections around the transformers. SD2.x and SDXL: heads of 64, linear projections."""
+    """SD1.x: 8 heads at every level, convolutional projections around the transformers.
+
+    SD2.x and SDXL: heads of 64, linear projections.
+    """
     channels, attention, depths, resnets, first = [], [], [], 0, 0
     count = _count(shapes, r"input_blocks\.(\d+)\.")
     for index in range(1, count):
@@ -27,29 +32,46 @@ def unet_config(shapes: Shapes) -> dict[str, Any]:
             depths.append(max(1, _count(shapes, rf"{block}\.1\.transformer_blocks\.(\d+)\.")))
         resnets += 1
     context = next(shape[1] for name, shape in shapes.items() if name.endswith("attn2.to_k.weight"))
-    linear = next(len(shape) == 2 for name, shape in shapes.items() if name.endswith("1.proj_in.weight"))
+    linear = next(
+        len(shape) == 2 for name, shape in shapes.items() if name.endswith("1.proj_in.weight")
+    )
     config = {
         "in_channels": shapes["input_blocks.0.0.weight"][1],
         "out_channels": shapes["out.2.weight"][0],
         "block_out_channels": tuple(channels),
         "layers_per_block": first or resnets,
-        "down_block_types": tuple("CrossAttnDownBlock2D" if a else "DownBlock2D" for a in attention),
-        "up_block_types": tuple("CrossAttnUpBlock2D" if a else "UpBlock2D" for a in reversed(attention)),
+        "down_block_types": tuple(
+            "CrossAttnDownBlock2D" if a else "DownBlock2D" for a in attention
+        ),
+        "up_block_types": tuple(
+            "CrossAttnUpBlock2D" if a else "UpBlock2D" for a in reversed(attention)
+        ),
         "cross_attention_dim": context,
-        "attention_head_dim": tuple(max(1, c // 64) for c in channels) if linear else 8,  # diffusers says so to the number of heads
+        "attention_head_dim": tuple(max(1, c // 64) for c in channels)
+        if linear
+        else 8,  # diffusers says so to the number of heads
     }
     if linear:
         config |= {"use_linear_projection": True, "transformer_layers_per_block": tuple(depths)}
     if added := shapes.get("label_emb.0.0.weight"):
-        config |= {"addition_embed_type": "text_time", "addition_time_embed_dim": 256, "projection_class_embeddings_input_dim": added[1]}
+        config |= {
+            "addition_embed_type": "text_time",
+            "addition_time_embed_dim": 256,
+            "projection_class_embeddings_input_dim": added[1],
+        }
     return config
 
 
 def vae_config(shapes: Shapes) -> dict[str, Any]:
     """Without the scale of its latents, which no shape says."""
-    levels, blocks = _count(shapes, r"encoder\.down\.(\d+)\."), _count(shapes, r"encoder\.down\.0\.block\.(\d+)\.")
+    levels, blocks = (
+        _count(shapes, r"encoder\.down\.(\d+)\."),
+        _count(shapes, r"encoder\.down\.0\.block\.(\d+)\."),
+    )
     return {
-        "block_out_channels": tuple(shapes[f"encoder.down.{i}.block.0.conv2.weight"][0] for i in range(levels)),
+        "block_out_channels": tuple(
+            shapes[f"encoder.down.{i}.block.0.conv2.weight"][0] for i in range(levels)
+        ),
         "layers_per_block": blocks,
         "latent_channels": shapes["post_quant_conv.weight"][1],
         "down_block_types": ("DownEncoderBlock2D",) * levels,
@@ -59,24 +81,45 @@ def vae_config(shapes: Shapes) -> dict[str, Any]:
 
 def text_config(shapes: Shapes) -> dict[str, Any]:
     """OpenAI's CLIP text tower, with its quick GELU."""
-    layers, mlp = _count(shapes, r"encoder\.layers\.(\d+)\."), shapes["encoder.layers.0.mlp.fc1.weight"]
-    return _text_config(shapes["embeddings.token_embedding.weight"], shapes["embeddings.position_embedding.weight"], mlp, layers)
+    layers, mlp = (
+        _count(shapes, r"encoder\.layers\.(\d+)\."),
+        shapes["encoder.layers.0.mlp.fc1.weight"],
+    )
+    return _text_config(
+        shapes["embeddings.token_embedding.weight"],
+        shapes["embeddings.position_embedding.weight"],
+        mlp,
+        layers,
+    )
 
 
 def openclip_config(shapes: Shapes) -> dict[str, Any]:
     """OpenCLIP's text tower, with the exact GELU."""
-    layers, mlp = _count(shapes, r"transformer\.resblocks\.(\d+)\."), shapes["transformer.resblocks.0.mlp.c_fc.weight"]
-    config = _text_config(shapes["token_embedding.weight"], shapes["positional_embedding"], mlp, layers)
+    layers, mlp = (
+        _count(shapes, r"transformer\.resblocks\.(\d+)\."),
+        shapes["transformer.resblocks.0.mlp.c_fc.weight"],
+    )
+    config = _text_config(
+        shapes["token_embedding.weight"], shapes["positional_embedding"], mlp, layers
+    )
     return {**config, "hidden_act": "gelu", "projection_dim": shapes.get("text_projection", mlp)[1]}
 
 
-def _text_config(table: tuple[int, ...], positions: tuple[int, ...], mlp: tuple[int, ...], layers: int) -> dict[str, Any]:
+def _text_config(
+    table: tuple[int, ...], positions: tuple[int, ...], mlp: tuple[int, ...], layers: int
+) -> dict[str, Any]:
     """Heads of 64."""
     vocabulary, width = table
     return {
-        "vocab_size": vocabulary, "hidden_size": width, "intermediate_size": mlp[0], "num_hidden_layers": layers,
-        "num_attention_heads": width // 64, "max_position_embeddings": positions[0], "bos_token_id": vocabulary - 2, "eos_token_id": vocabulary - 1,
-    }  # fmt: skip
+        "vocab_size": vocabulary,
+        "hidden_size": width,
+        "intermediate_size": mlp[0],
+        "num_hidden_layers": layers,
+        "num_attention_heads": width // 64,
+        "max_position_embeddings": positions[0],
+        "bos_token_id": vocabulary - 2,
+        "eos_token_id": vocabulary - 1,
+    }
 
 
 def _count(shapes: Shapes, pattern: str) -> int:

@@ -1,4 +1,8 @@
-"""Front end: ComfyUI nodes (V3 API). Registering them imports nothing heavy of ours; nodes.py has the nodes, host.py what they need of ComfyUI."""
+"""Front end: ComfyUI nodes (V3 API).
+
+Registering them imports nothing heavy of ours; nodes.py has the nodes, host.py what they need of
+ComfyUI.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +11,10 @@ from typing import Any
 
 
 def make_extension() -> Any:
-    """What ComfyUI's `comfy_entrypoint` has to return. An exception in there would lose its traceback, so it is logged here."""
+    """What ComfyUI's `comfy_entrypoint` has to return.
+
+    An exception in there would lose its traceback, so it is logged here.
+    """
     try:
         from comfy_api.latest import ComfyExtension  # pyright: ignore[reportMissingImports] - only inside ComfyUI
 

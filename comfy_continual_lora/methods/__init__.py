@@ -17,6 +17,17 @@ from .retention import Retention
 from .textual_inversion import TextualInversion
 
 _ALL = (
-    TextualInversion, CustomDiffusion, CustomDiffusionEwc, Lora, CLora, LoraEwc, LoraEwcDc, LoraDsc, LoraDscEwc, LoraDscEwcDc, Retention, ClosedForm,
-)  # fmt: skip
+    TextualInversion,
+    CustomDiffusion,
+    CustomDiffusionEwc,
+    Lora,
+    CLora,
+    LoraEwc,
+    LoraEwcDc,
+    LoraDsc,
+    LoraDscEwc,
+    LoraDscEwcDc,
+    Retention,
+    ClosedForm,
+)
 METHODS: dict[str, Method] = {method.id: method() for method in _ALL}

@@ -4,9 +4,12 @@ source      Smith et al. 2023 (C-LoRA, arXiv 2304.06027)
 equation    the loss of `lora` + weight * || |sum_{i<n} B_i A_i| (Hadamard) B_n A_n ||^2
 remembers   the past LoRAs
 cost        two dense products a layer and step
-variants    "sequential" (as Jha et al. 2025 ran it): one adapter, LoRA_n starts from LoRA_{n-1}. "published": every concept has a LoRA of its own,
-            B = 0 at first, past ones frozen and summed; a random word, prompts without class noun; the stack's adapter grows by the rank
-deviations  none known. The penalty has a degenerate minimum, B_n A_n = 0 (Jha et al. 2025), reproduced: benchmarks/c_lora/curve.png; the published
+variants    "sequential" (as Jha et al. 2025 ran it): one adapter, LoRA_n starts from LoRA_{n-1}.
+"published": every concept has a LoRA of its own,
+            B = 0 at first, past ones frozen and summed; a random word, prompts without class noun;
+            the stack's adapter grows by the rank
+deviations  none known. The penalty has a degenerate minimum, B_n A_n = 0 (Jha et al. 2025),
+reproduced: benchmarks/c_lora/curve.png; the published
             numbers are not
 """
 
@@ -25,8 +28,15 @@ from .method import Method
 
 
 def hadamard_penalty(factors: Mapping[str, Tensor], past: Mapping[str, Tensor]) -> Tensor:
-    """|| past (Hadamard) B A ||^2 over all layers, a number: `past` is the summed change of each layer, (d_out, d_text)."""
-    return torch.stack([(past[layer] * (parts["B"] @ parts["A"])).square().sum() for layer, parts in layers_of(factors).items()]).sum()
+    """|| past (Hadamard) B A ||^2 over all layers, a number: `past` is the summed change of each
+    layer, (d_out, d_text).
+    """
+    return torch.stack(
+        [
+            (past[layer] * (parts["B"] @ parts["A"])).square().sum()
+            for layer, parts in layers_of(factors).items()
+        ]
+    ).sum()
 
 
 @dataclass(frozen=True)
@@ -43,9 +53,15 @@ class Hadamard:
 class CLora(Method):
     id = "c_lora"
 
-    def penalty(self, stack: ConceptStack, settings: LearnSettings, device: torch.device) -> Hadamard | None:
+    def penalty(
+        self, stack: ConceptStack, settings: LearnSettings, device: torch.device
+    ) -> Hadamard | None:
         # A "published" stack's one adapter is the sum already.
-        past = [stack.adapter] if self.starts_anew(settings) else [stack.adapter_after(record.id) for record in stack.records]
+        past = (
+            [stack.adapter]
+            if self.starts_anew(settings)
+            else [stack.adapter_after(record.id) for record in stack.records]
+        )
         past = [adapter for adapter in past if adapter is not None]
         return Hadamard(settings.c_lora_weight, _summed(past, device)) if past else None
 

@@ -1,10 +1,14 @@
 """`custom_diffusion_ewc`: Custom Diffusion, held by EWC.
 
-source      row "CD + EWC" of Jha et al. 2025; EWC: Kirkpatrick et al. 2017 (arXiv 1612.00796), online form Schwarz et al. 2018 (arXiv 1805.06370)
-equation    the loss of `custom_diffusion` + lambda sum F* (theta - theta*)^2;  F from the denoising loss
+source      row "CD + EWC" of Jha et al. 2025; EWC: Kirkpatrick et al. 2017 (arXiv 1612.00796),
+online form Schwarz et al. 2018 (arXiv 1805.06370)
+equation    the loss of `custom_diffusion` + lambda sum F* (theta - theta*)^2;  F from the denoising
+loss
 remembers   one Fisher a concept, as large as K and V
-cost        `custom_diffusion` + 256 gradients of single samples a concept; the penalty is a few elementwise operations a step
-deviations  as `custom_diffusion`; each Fisher is rescaled to mean 1; the published numbers are not reproduced yet
+cost        `custom_diffusion` + 256 gradients of single samples a concept; the penalty is a few
+elementwise operations a step
+deviations  as `custom_diffusion`; each Fisher is rescaled to mean 1; the published numbers are not
+reproduced yet
 """
 
 from __future__ import annotations
@@ -22,5 +26,7 @@ class CustomDiffusionEwc(Method):
     adapter = "full"
     importance = "denoising"
 
-    def penalty(self, stack: ConceptStack, settings: LearnSettings, device: torch.device) -> Ewc | None:
+    def penalty(
+        self, stack: ConceptStack, settings: LearnSettings, device: torch.device
+    ) -> Ewc | None:
         return ewc(stack, settings, device)

@@ -1,4 +1,5 @@
-"""`lora_dsc_ewc_dc`, the paper's proposal: LoRA held by EWC with DC scores, then the whole of Diffusion Scores Consolidation.
+"""`lora_dsc_ewc_dc`, the paper's proposal: LoRA held by EWC with DC scores, then the whole of
+Diffusion Scores Consolidation.
 
 source      row "LoRA + DMC + EWC + DC" of Jha et al. 2025, the paper's proposal
 equation    `lora_ewc_dc`; then L_DSC with all its terms (`dsc`)

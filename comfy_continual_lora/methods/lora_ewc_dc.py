@@ -1,10 +1,12 @@
 """`lora_ewc_dc`: sequential LoRA, held by EWC whose Fisher also asks what tells the concepts apart.
 
 source      row "LoRA + EWC + DC" of Jha et al. 2025
-equation    as `lora_ewc`, with F from  L_denoise(x, c_n) + CE(p(. | x) over c_k, one-hot c_n),  p the Diffusion Classifier's scores
+equation    as `lora_ewc`, with F from  L_denoise(x, c_n) + CE(p(. | x) over c_k, one-hot c_n),  p
+the Diffusion Classifier's scores
 remembers   one Fisher a concept, as large as the LoRA; tau, one number a stack
 cost        as `lora_ewc`, with k rows instead of one for each of the 256 samples
-deviations  the paper does not say its tau; ours is calibrated (`classifier`), because tau = 1 on mean errors makes the term vanish; c_0 is the class
+deviations  the paper does not say its tau; ours is calibrated (`classifier`), because tau = 1 on
+mean errors makes the term vanish; c_0 is the class
             noun; the published numbers are not reproduced yet
 """
 

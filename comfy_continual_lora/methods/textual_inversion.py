@@ -1,4 +1,5 @@
-"""`textual_inversion`: only the new word's vector is learned; the net never changes, so nothing is forgotten and little is learned.
+"""`textual_inversion`: only the new word's vector is learned; the net never changes, so nothing is
+forgotten and little is learned.
 
 source      Gal et al. 2022 (arXiv 2208.01618)
 equation    || eps - eps_theta(z_t, t, "a photo of a V_n <noun>") ||^2 over V_n alone

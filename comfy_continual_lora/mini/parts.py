@@ -1,7 +1,10 @@
-"""The parts of the mini-SD: text vocabulary, CLIP, autoencoder, U-Net, and the reader that judges its pictures.
+"""The parts of the mini-SD: text vocabulary, CLIP, autoencoder, U-Net, and the reader that judges
+its pictures.
 
-Shapes: n pictures, 77 tokens, latents (n, 4, 16, 16), pictures (n, 3, 128, 128) in -1..1. Every width divides the width SD1.5 has in the same
-place, so the net can be written in the stock layout without changing what it computes (`weights.widen`).
+Shapes: n pictures, 77 tokens, latents (n, 4, 16, 16), pictures (n, 3, 128, 128) in -1..1. Every
+width divides the width SD1.5 has in the same
+place, so the net can be written in the stock layout without changing what it computes
+(`weights.widen`).
 """
 
 from __future__ import annotations
@@ -28,11 +31,41 @@ def tokenizer() -> CLIPTokenizer:
 
 
 class Vocabulary:
-    """The tokens the world's captions use, numbered densely: only these rows of the embedding are trained and shipped."""
+    """The tokens the world's captions use, numbered densely: only these rows of the embedding are
+    trained and shipped.
+    """
 
     def __init__(self) -> None:
-        words = {w for p in (*world.SHAPES, *world.COLORS, *world.PATTERNS, *world.BACKGROUNDS.values(), *world.TEMPLATES) for w in p.split()}
-        text = " ".join([*sorted(words - {"{}"}), "and", "with", "eyes", "a", "an", ",", ".", "two", "front", "of", "posing", "next", "to", "the"])
+        words = {
+            w
+            for p in (
+                *world.SHAPES,
+                *world.COLORS,
+                *world.PATTERNS,
+                *world.BACKGROUNDS.values(),
+                *world.TEMPLATES,
+            )
+            for w in p.split()
+        }
+        text = " ".join(
+            [
+                *sorted(words - {"{}"}),
+                "and",
+                "with",
+                "eyes",
+                "a",
+                "an",
+                ",",
+                ".",
+                "two",
+                "front",
+                "of",
+                "posing",
+                "next",
+                "to",
+                "the",
+            ]
+        )
         begin, *ids, end = tokenizer()(text)["input_ids"]
         self.tokens: list[int] = [*sorted(set(ids)), begin, end]
         self.end = len(self.tokens) - 1
@@ -40,7 +73,9 @@ class Vocabulary:
 
     def encode(self, captions: Sequence[str]) -> Tensor:
         """Dense token numbers, (captions, 77), padded with the end token as SD1.x pads."""
-        found = tokenizer()(list(captions), padding="max_length", max_length=77, truncation=True)["input_ids"]
+        found = tokenizer()(list(captions), padding="max_length", max_length=77, truncation=True)[
+            "input_ids"
+        ]
         return torch.tensor([[self._dense[t] for t in row] for row in found])
 
 
@@ -48,12 +83,30 @@ TEXT_WIDTH, VISION_WIDTH = 256, 192
 
 
 def new_clip(*, vocab_size: int | None = None) -> CLIPModel:
-    """CLIP with a causal text transformer of 4 layers (256 wide, 4 heads) and a ViT/16 image tower (192 wide)."""
+    """CLIP with a causal text transformer of 4 layers (256 wide, 4 heads) and a ViT/16 image tower
+    (192 wide).
+    """
     size = vocab_size or len(Vocabulary().tokens)
-    text = {"vocab_size": size, "hidden_size": TEXT_WIDTH, "intermediate_size": 1024, "num_hidden_layers": 4, "num_attention_heads": 4,
-            "max_position_embeddings": 77, "eos_token_id": size - 1, "bos_token_id": size - 2, "projection_dim": 192}  # fmt: skip
-    vision = {"hidden_size": VISION_WIDTH, "intermediate_size": 768, "num_hidden_layers": 5, "num_attention_heads": 3, "image_size": 128,
-              "patch_size": 16, "projection_dim": 192}  # fmt: skip
+    text = {
+        "vocab_size": size,
+        "hidden_size": TEXT_WIDTH,
+        "intermediate_size": 1024,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 4,
+        "max_position_embeddings": 77,
+        "eos_token_id": size - 1,
+        "bos_token_id": size - 2,
+        "projection_dim": 192,
+    }
+    vision = {
+        "hidden_size": VISION_WIDTH,
+        "intermediate_size": 768,
+        "num_hidden_layers": 5,
+        "num_attention_heads": 3,
+        "image_size": 128,
+        "patch_size": 16,
+        "projection_dim": 192,
+    }
     return CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=192))
 
 
@@ -70,9 +123,11 @@ class _Block(nn.Module):
 
 
 class SlimAutoencoder(nn.Module):
-    """A slim TAESD: narrower, and with fewer blocks, than the layout it is written in (`weights.tiny_state` pads it exactly).
+    """A slim TAESD: narrower, and with fewer blocks, than the layout it is written in
+    (`weights.tiny_state` pads it exactly).
 
-    `stages` lists (width, blocks) from 16 x 16 to 128 x 128; a stage without blocks keeps the ReLU of the first one it leaves out.
+    `stages` lists (width, blocks) from 16 x 16 to 128 x 128; a stage without blocks keeps the ReLU
+    of the first one it leaves out.
     """
 
     encoder_stages = ((64, 3), (64, 2), (32, 2), (32, 0))
@@ -89,7 +144,11 @@ class SlimAutoencoder(nn.Module):
         (wide, first), *rest = self.decoder_stages
         layers = [nn.Conv2d(4, wide, 3, padding=1), nn.ReLU(), *self._blocks(wide, first)]
         for width, blocks in rest:
-            layers += [nn.Upsample(scale_factor=2), nn.Conv2d(wide, width, 3, padding=1, bias=False), *self._blocks(width, blocks)]
+            layers += [
+                nn.Upsample(scale_factor=2),
+                nn.Conv2d(wide, width, 3, padding=1, bias=False),
+                *self._blocks(width, blocks),
+            ]
             wide = width
         self.decoder = nn.Sequential(*layers, nn.Conv2d(wide, 3, 3, padding=1))
 
@@ -107,14 +166,24 @@ class SlimAutoencoder(nn.Module):
 
 def new_unet() -> UNet2DConditionModel:
     return UNet2DConditionModel(
-        sample_size=16, in_channels=4, out_channels=4, block_out_channels=(64, 192), layers_per_block=1, cross_attention_dim=256,
-        attention_head_dim=8, norm_num_groups=32, down_block_types=("CrossAttnDownBlock2D",) * 2, up_block_types=("CrossAttnUpBlock2D",) * 2,
-    )  # fmt: skip
+        sample_size=16,
+        in_channels=4,
+        out_channels=4,
+        block_out_channels=(64, 192),
+        layers_per_block=1,
+        cross_attention_dim=256,
+        attention_head_dim=8,
+        norm_num_groups=32,
+        down_block_types=("CrossAttnDownBlock2D",) * 2,
+        up_block_types=("CrossAttnUpBlock2D",) * 2,
+    )
 
 
 @torch.no_grad()
 def normalise_latents(model: SlimAutoencoder, images: Tensor) -> None:
-    """Fold the spread of the latents into the convolutions around them, so that every channel has mean 0 and variance 1."""
+    """Fold the spread of the latents into the convolutions around them, so that every channel has
+    mean 0 and variance 1.
+    """
     latents = torch.cat([model.encode(chunk) for chunk in images.split(32)])
     shift, scale = latents.mean((0, 2, 3)), 1 / latents.std((0, 2, 3))
     last, first = model.encoder[-1], model.decoder[0]
@@ -126,15 +195,23 @@ def normalise_latents(model: SlimAutoencoder, images: Tensor) -> None:
     first.weight /= scale.view(1, -1, 1, 1)
 
 
-# --- the reader ----------------------------------------------------------------------------------------------------------------------
+# --- the reader
+# --------------------------------------------------------------------------------------------------
 
 _SIZES = {"background": len(world.BACKGROUNDS), "count": 2}
 for _slot in "ab":
-    _SIZES |= {f"shape_{_slot}": len(world.SHAPES), f"pattern_{_slot}": len(world.PATTERNS), f"colors_{_slot}": len(world.COLORS), f"eyes_{_slot}": 2}
+    _SIZES |= {
+        f"shape_{_slot}": len(world.SHAPES),
+        f"pattern_{_slot}": len(world.PATTERNS),
+        f"colors_{_slot}": len(world.COLORS),
+        f"eyes_{_slot}": 2,
+    }
 
 
 class AttributeHeads(nn.Module):
-    """One linear layer an attribute: background, count, and shape, pattern, colours, eyes of the left (or only) thing `a` and the right thing `b`."""
+    """One linear layer an attribute: background, count, and shape, pattern, colours, eyes of the
+    left (or only) thing `a` and the right thing `b`.
+    """
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -145,7 +222,9 @@ class AttributeHeads(nn.Module):
 
 
 class Reader(nn.Module):
-    """A small CNN that reads the attributes off a picture; it is trained on pictures of the world and never on drawn ones."""
+    """A small CNN that reads the attributes off a picture; it is trained on pictures of the world
+    and never on drawn ones.
+    """
 
     def __init__(self) -> None:
         super().__init__()
@@ -155,7 +234,9 @@ class Reader(nn.Module):
             blocks += [nn.Conv2d(before, after, 4, 2, 1), nn.BatchNorm2d(after), nn.ReLU()]
             if index:
                 blocks += [nn.Conv2d(after, after, 3, 1, 1), nn.BatchNorm2d(after), nn.ReLU()]
-        self.body = nn.Sequential(*blocks, nn.Flatten(), nn.Linear(160 * 16, 320), nn.BatchNorm1d(320), nn.ReLU())
+        self.body = nn.Sequential(
+            *blocks, nn.Flatten(), nn.Linear(160 * 16, 320), nn.BatchNorm1d(320), nn.ReLU()
+        )
         self.attributes = AttributeHeads(320)
 
     def forward(self, images: Tensor) -> dict[str, Tensor]:
@@ -163,7 +244,9 @@ class Reader(nn.Module):
 
 
 def labels(scenes: Sequence[world.Scene]) -> dict[str, Tensor]:
-    """What is in each scene, as numbers: (n,) a key, colours (n, 10); -1 where a scene has no such thing or no named colour."""
+    """What is in each scene, as numbers: (n,) a key, colours (n, 10); -1 where a scene has no such
+    thing or no named colour.
+    """
     backgrounds, shapes = list(world.BACKGROUNDS), list(world.SHAPES)
     found: dict[str, list] = {key: [] for key in _SIZES}
     for scene in scenes:
@@ -171,16 +254,24 @@ def labels(scenes: Sequence[world.Scene]) -> dict[str, Tensor]:
         found["count"].append(len(scene.things) - 1)
         for slot, thing in zip("ab", (*scene.things, None)[:2], strict=False):
             found[f"shape_{slot}"].append(shapes.index(thing.look.shape) if thing else -1)
-            found[f"pattern_{slot}"].append(world.PATTERNS.index(thing.look.pattern) if thing else -1)
+            found[f"pattern_{slot}"].append(
+                world.PATTERNS.index(thing.look.pattern) if thing else -1
+            )
             found[f"eyes_{slot}"].append(int(thing.look.eyes) if thing else -1)
             named = thing.color_names if thing else ()
-            found[f"colors_{slot}"].append([float(c in named) if named else -1.0 for c in world.COLORS])
+            found[f"colors_{slot}"].append(
+                [float(c in named) if named else -1.0 for c in world.COLORS]
+            )
     return {key: torch.tensor(np.array(rows)) for key, rows in found.items()}
 
 
 @torch.no_grad()
-def read_accuracy(reader: Reader, images: Tensor, scenes: Sequence[world.Scene]) -> dict[str, float]:
-    """Share of things (and pictures) whose attribute the reader reads as the scene says; colours count when the whole set is right."""
+def read_accuracy(
+    reader: Reader, images: Tensor, scenes: Sequence[world.Scene]
+) -> dict[str, float]:
+    """Share of things (and pictures) whose attribute the reader reads as the scene says; colours
+    count when the whole set is right.
+    """
     reader.eval()
     chunks = [reader(chunk) for chunk in images.split(64)]
     logits = {key: torch.cat([c[key] for c in chunks]).float() for key in _SIZES}

@@ -1,21 +1,28 @@
 """The recipe that made the mini-SD: one command, resumable, stage after stage.
 
-    python -m comfy_continual_lora.mini.pretrain OUT --processes 2       on CPUs: several one-thread processes train the large parts together
+    python -m comfy_continual_lora.mini.pretrain OUT --processes 2       on CPUs: several one-thread
+    processes train the large parts together
     python -m comfy_continual_lora.mini.pretrain OUT --device cuda
 
-in: nothing (the world is drawn) - out: OUT/*.safetensors, the parts of the mini-SD, and OUT/log.jsonl.
+in: nothing (the world is drawn) - out: OUT/*.safetensors, the parts of the mini-SD, and
+OUT/log.jsonl.
 
 stages   pictures     64,000 captioned pictures of the world
-         reader       a small CNN that reads shape, pattern, colours and background off a picture: the judge, trained on real pictures only
-         clip         image and text tower (contrastive, with an attribute loss on both); the text tower is the text encoder
+         reader       a small CNN that reads shape, pattern, colours and background off a picture:
+         the judge, trained on real pictures only
+         clip         image and text tower (contrastive, with an attribute loss on both); the text
+         tower is the text encoder
          autoencoder  a slim TAESD, f = 8, 4 channels of unit variance
          latents      every picture encoded once
          features     every caption encoded once
-         unet         eps-prediction, scaled-linear betas, errors weighed as those of v, caption dropout 0.1, EMA
+         unet         eps-prediction, scaled-linear betas, errors weighed as those of v, caption
+         dropout 0.1, EMA
          pack         the shipped files
 
-Each stage keeps a snapshot and goes on from it; a finished stage (OUT/<stage>.safetensors is there) is skipped. The order of the data is a function
-of seed and step, so a resumed run sees what an undisturbed one would. To train a finished U-Net longer, remove OUT/unet.safetensors and raise
+Each stage keeps a snapshot and goes on from it; a finished stage (OUT/<stage>.safetensors is there)
+is skipped. The order of the data is a function
+of seed and step, so a resumed run sees what an undisturbed one would. To train a finished U-Net
+longer, remove OUT/unet.safetensors and raise
 --unet-steps.
 """
 
@@ -62,7 +69,8 @@ def log(out: Path, **row: object) -> None:
         file.write(json.dumps(row) + "\n")
 
 
-# --- pictures ------------------------------------------------------------------------------------------------------------------------
+# --- pictures
+# --------------------------------------------------------------------------------------------------
 
 
 def _draw_range(path: str, start: int, stop: int) -> None:
@@ -76,10 +84,14 @@ def stage_pictures(out: Path, processes: int) -> None:
     if path.exists():
         return
     partial = out / "pictures.partial.npy"
-    np.lib.format.open_memmap(partial, "w+", np.uint8, (PICTURES, world.SIZE, world.SIZE, 3)).flush()
+    np.lib.format.open_memmap(
+        partial, "w+", np.uint8, (PICTURES, world.SIZE, world.SIZE, 3)
+    ).flush()
     bounds = np.linspace(0, PICTURES, processes + 1).astype(int)
     context = torch.multiprocessing.get_context("spawn")
-    workers = [context.Process(target=_draw_range, args=(str(partial), a, b)) for a, b in pairwise(bounds)]
+    workers = [
+        context.Process(target=_draw_range, args=(str(partial), a, b)) for a, b in pairwise(bounds)
+    ]
     for worker in workers:
         worker.start()
     for worker in workers:
@@ -91,13 +103,17 @@ def stage_pictures(out: Path, processes: int) -> None:
 
 
 class Pictures:
-    """The drawn training set; `batch(step, n)` is a function of its arguments, so order survives a resume."""
+    """The drawn training set; `batch(step, n)` is a function of its arguments, so order survives a
+    resume.
+    """
 
     def __init__(self, out: Path) -> None:
         self.array = np.load(out / "pictures.npy", mmap_mode="r")
 
     def indices(self, step: int, n: int, stream: int = 0) -> np.ndarray:
-        return np.sort(np.random.default_rng((SEED, stream, step)).choice(PICTURES, n, replace=False))
+        return np.sort(
+            np.random.default_rng((SEED, stream, step)).choice(PICTURES, n, replace=False)
+        )
 
     def images(self, indices: np.ndarray) -> Tensor:
         """(n, 3, 128, 128) in -1..1."""
@@ -106,14 +122,22 @@ class Pictures:
 
 def to_tensor(pictures: np.ndarray) -> Tensor:
     """uint8 (n, h, w, 3) -> float32 (n, 3, h, w) in -1..1."""
-    return torch.from_numpy(np.ascontiguousarray(pictures)).to(DEVICE).permute(0, 3, 1, 2).float().div_(127.5).sub_(1)
+    return (
+        torch.from_numpy(np.ascontiguousarray(pictures))
+        .to(DEVICE)
+        .permute(0, 3, 1, 2)
+        .float()
+        .div_(127.5)
+        .sub_(1)
+    )
 
 
 def fast() -> torch.autocast:
     return torch.autocast(DEVICE.type, torch.bfloat16)
 
 
-# --- the loop all stages share -------------------------------------------------------------------------------------------------------
+# --- the loop all stages share
+# --------------------------------------------------------------------------------------------------
 
 
 def fit(
@@ -129,12 +153,16 @@ def fit(
     snapshot_every: int = 250,
     weight_decay: float = 0.01,
 ) -> None:
-    """Train `model` in place on `loss(step)`: warm-up, constant rate, linear decay over the last two fifths; ends with the EMA weights if asked for.
+    """Train `model` in place on `loss(step)`: warm-up, constant rate, linear decay over the last
+    two fifths; ends with the EMA weights if asked for.
 
-    Several processes (torch.distributed is initialised) average their parameters every `average_every` steps.
+    Several processes (torch.distributed is initialised) average their parameters every
+    `average_every` steps.
     """
     model = model.to(DEVICE)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=rate, betas=(0.9, 0.98), weight_decay=weight_decay, fused=True)
+    optimizer = torch.optim.AdamW(
+        model.parameters(), lr=rate, betas=(0.9, 0.98), weight_decay=weight_decay, fused=True
+    )
     parallel = dist.is_initialized()
     main = not parallel or dist.get_rank() == 0
     path, step, averaged = out / f"{name}.snapshot.pt", 0, None
@@ -149,13 +177,20 @@ def fit(
 
     def save() -> None:
         if main:
-            state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": step, "averaged": averaged}
+            state = {
+                "model": model.state_dict(),
+                "optimizer": optimizer.state_dict(),
+                "step": step,
+                "averaged": averaged,
+            }
             torch.save(state, path.with_suffix(".tmp"))
             path.with_suffix(".tmp").replace(path)
 
     while step < steps:
         for group in optimizer.param_groups:
-            group["lr"] = rate * min((step + 1) / 100, 1.0, max(0.02, (steps - step) / (0.4 * steps)))
+            group["lr"] = rate * min(
+                (step + 1) / 100, 1.0, max(0.02, (steps - step) / (0.4 * steps))
+            )
         value, parts_of_it = loss(step)
         optimizer.zero_grad(set_to_none=True)
         value.backward()
@@ -165,12 +200,23 @@ def fit(
         if parallel and (step % average_every == 0 or step == steps):
             _average(list(model.parameters()))
         if averaged is not None and step % 4 == 0:
-            torch._foreach_lerp_(averaged, [p.detach() for p in model.parameters()], 1 - min(ema, (1 + step) / (10 + step)) ** 4)
+            torch._foreach_lerp_(
+                averaged,
+                [p.detach() for p in model.parameters()],
+                1 - min(ema, (1 + step) / (10 + step)) ** 4,
+            )
         for key, part in {"loss": float(value.detach()), **parts_of_it}.items():
             sums.setdefault(key, []).append(part)
         if step % 100 == 0 and main:
             means = {k: round(float(np.mean(v)), 4) for k, v in sums.items()}
-            log(out, stage=name, step=step, of=steps, **means, seconds_per_step=round((time.time() - started) / (step - first), 3))
+            log(
+                out,
+                stage=name,
+                step=step,
+                of=steps,
+                **means,
+                seconds_per_step=round((time.time() - started) / (step - first), 3),
+            )
             sums = {}
         if step % snapshot_every == 0:
             save()
@@ -187,15 +233,22 @@ def _average(parameters: list[nn.Parameter]) -> None:
     """Every process gets the mean of all processes' parameters."""
     flat = torch.cat([p.reshape(-1) for p in parameters])
     dist.all_reduce(flat)
-    for p, mean in zip(parameters, (flat / dist.get_world_size()).split([p.numel() for p in parameters]), strict=True):
+    for p, mean in zip(
+        parameters,
+        (flat / dist.get_world_size()).split([p.numel() for p in parameters]),
+        strict=True,
+    ):
         p.copy_(mean.view(p.shape))
 
 
 def keep(out: Path, name: str, model: nn.Module) -> None:
-    save_file({k: v.contiguous() for k, v in model.state_dict().items()}, out / f"{name}.safetensors")
+    save_file(
+        {k: v.contiguous() for k, v in model.state_dict().items()}, out / f"{name}.safetensors"
+    )
 
 
-# --- reader --------------------------------------------------------------------------------------------------------------------------
+# --- reader
+# --------------------------------------------------------------------------------------------------
 
 
 def attribute_loss(logits: dict[str, Tensor], labels: dict[str, Tensor]) -> Tensor:
@@ -204,7 +257,9 @@ def attribute_loss(logits: dict[str, Tensor], labels: dict[str, Tensor]) -> Tens
     for key, target in labels.items():
         if key.startswith("colors"):
             known = target[:, 0] >= 0
-            total = total + 10 * F.binary_cross_entropy_with_logits(logits[key][known].float(), target[known].float())
+            total = total + 10 * F.binary_cross_entropy_with_logits(
+                logits[key][known].float(), target[known].float()
+            )
         else:
             total = total + F.cross_entropy(logits[key].float(), target, ignore_index=-1)
     return total
@@ -218,7 +273,11 @@ def stage_reader(out: Path, steps: int = 3400, n: int = 96) -> None:
         indices = pictures.indices(step, n, stream=1)
         images, generator = pictures.images(indices), torch.Generator().manual_seed(step)
         if step % 2:  # a drawn picture is a little soft and noisy; a judge must not mind
-            images = F.interpolate(F.avg_pool2d(images, 2), scale_factor=2, mode="bilinear") if step % 4 == 1 else images
+            images = (
+                F.interpolate(F.avg_pool2d(images, 2), scale_factor=2, mode="bilinear")
+                if step % 4 == 1
+                else images
+            )
             images = images + 0.08 * torch.randn(images.shape, generator=generator).to(DEVICE)
         with fast():
             logits = model(images.contiguous(memory_format=torch.channels_last))
@@ -232,26 +291,37 @@ def stage_reader(out: Path, steps: int = 3400, n: int = 96) -> None:
     keep(out, "reader", model)
 
 
-# --- clip ----------------------------------------------------------------------------------------------------------------------------
+# --- clip
+# --------------------------------------------------------------------------------------------------
 
 
 def stage_clip(out: Path, steps: int = 1500, n: int = 128) -> None:
-    """Contrastive, and both towers name the attributes too: with contrast alone background and colours win, and the shapes stay unlearned."""
+    """Contrastive, and both towers name the attributes too: with contrast alone background and
+    colours win, and the shapes stay unlearned.
+    """
     pictures, model, vocabulary = Pictures(out), parts.new_clip(), parts.Vocabulary()
     if (out / "clip.start.safetensors").exists():
         model.load_state_dict(load_file(out / "clip.start.safetensors"))
     shown = scenes()
     labels, ids = parts.labels(shown), vocabulary.encode([s.caption for s in shown])
     end = (ids == vocabulary.end).int().argmax(1)
-    longest = int(end.max()) + 2  # causal: what follows changes nothing before it; the features of all padding are much alike
+    longest = (
+        int(end.max()) + 2
+    )  # causal: what follows changes nothing before it; the features of all padding are much alike
     seen, said = parts.AttributeHeads(parts.VISION_WIDTH), parts.AttributeHeads(parts.TEXT_WIDTH)
     both = nn.ModuleList([model, seen, said])
 
     def loss(step: int) -> tuple[Tensor, dict[str, float]]:
         indices = pictures.indices(step, n, stream=2)
-        truth, rows = {k: v[indices].to(DEVICE) for k, v in labels.items()}, torch.arange(n, device=DEVICE)
+        truth, rows = (
+            {k: v[indices].to(DEVICE) for k, v in labels.items()},
+            torch.arange(n, device=DEVICE),
+        )
         with fast():
-            text = model.text_model(input_ids=ids[indices, :longest].to(DEVICE), position_ids=_positions(longest).to(DEVICE))
+            text = model.text_model(
+                input_ids=ids[indices, :longest].to(DEVICE),
+                position_ids=_positions(longest).to(DEVICE),
+            )
             padding = (end[indices] + (torch.rand(n) * (longest - end[indices])).long()).to(
                 DEVICE
             )  # the end or some padding: the U-Net sees all of it
@@ -275,11 +345,14 @@ def stage_clip(out: Path, steps: int = 1500, n: int = 128) -> None:
 
 
 def _positions(longest: int) -> Tensor:
-    """0, 1, 2, ..., but the last one is any later place of the 77, so that padding is learned in all of them."""
+    """0, 1, 2, ..., but the last one is any later place of the 77, so that padding is learned in
+    all of them.
+    """
     return torch.cat([torch.arange(longest - 1), torch.randint(longest - 1, 77, (1,))])[None]
 
 
-# --- autoencoder ---------------------------------------------------------------------------------------------------------------------
+# --- autoencoder
+# --------------------------------------------------------------------------------------------------
 
 
 def stage_autoencoder(out: Path, steps: int, n: int = 8) -> None:
@@ -288,18 +361,32 @@ def stage_autoencoder(out: Path, steps: int, n: int = 8) -> None:
     model = model.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
 
     def loss(step: int) -> tuple[Tensor, dict[str, float]]:
-        indices, rng = pictures.indices(step, n - n // 4, stream=30 + rank), np.random.default_rng((SEED, 30 + rank, step))
+        indices, rng = (
+            pictures.indices(step, n - n // 4, stream=30 + rank),
+            np.random.default_rng((SEED, 30 + rank, step)),
+        )
         abstract = to_tensor(np.stack([world.draw_abstract(rng) for _ in range(n // 4)]))
-        images = torch.cat([pictures.images(indices), abstract]).contiguous(memory_format=torch.channels_last)
+        images = torch.cat([pictures.images(indices), abstract]).contiguous(
+            memory_format=torch.channels_last
+        )
         with fast():
             latents = model.encode(images).float()
-            noise = torch.randn(latents.shape, generator=torch.Generator().manual_seed(2 * step + rank))
+            noise = torch.randn(
+                latents.shape, generator=torch.Generator().manual_seed(2 * step + rank)
+            )
             drawn = model.decode(latents + 0.05 * noise.to(DEVICE)).float()
         error = F.smooth_l1_loss(drawn, images, beta=0.1)
         edges = sum(((drawn - images).diff(dim=d)).abs().mean() for d in (2, 3))
-        spread = latents.var((0, 2, 3)).sub(1).square().mean() + latents.mean((0, 2, 3)).square().mean()
-        psnr = float(-10 * torch.log10((drawn.detach() - images)[: len(indices)].square().mean() / 4))
-        return error + 0.25 * edges + 0.01 * spread, {"psnr": psnr, "spread": float(spread.detach())}
+        spread = (
+            latents.var((0, 2, 3)).sub(1).square().mean() + latents.mean((0, 2, 3)).square().mean()
+        )
+        psnr = float(
+            -10 * torch.log10((drawn.detach() - images)[: len(indices)].square().mean() / 4)
+        )
+        return error + 0.25 * edges + 0.01 * spread, {
+            "psnr": psnr,
+            "spread": float(spread.detach()),
+        }
 
     fit(out, "autoencoder", model, loss, steps=steps, rate=1e-3, average_every=4, weight_decay=0.0)
     if rank:
@@ -308,7 +395,8 @@ def stage_autoencoder(out: Path, steps: int, n: int = 8) -> None:
     keep(out, "autoencoder", model)
 
 
-# --- latents and unet ----------------------------------------------------------------------------------------------------------------
+# --- latents and unet
+# --------------------------------------------------------------------------------------------------
 
 
 @torch.no_grad()
@@ -322,7 +410,9 @@ def stage_latents(out: Path) -> None:
     model = model.to(DEVICE, memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
     with fast():
         for start in range(0, PICTURES, 64):
-            images = pictures.images(np.arange(start, start + 64)).contiguous(memory_format=torch.channels_last)
+            images = pictures.images(np.arange(start, start + 64)).contiguous(
+                memory_format=torch.channels_last
+            )
             latents[start : start + 64] = model.encode(images)
     save_file({"latents": latents}, path)
     log(out, stage="latents", mean=float(latents.float().mean()), std=float(latents.float().std()))
@@ -343,7 +433,9 @@ def stage_features(out: Path) -> None:
     features = torch.empty(len(ids), 77, parts.TEXT_WIDTH, dtype=torch.float16)
     with fast():
         for start in range(0, len(ids), 128):
-            features[start : start + 128] = clip.text_model(input_ids=ids[start : start + 128].to(DEVICE)).last_hidden_state
+            features[start : start + 128] = clip.text_model(
+                input_ids=ids[start : start + 128].to(DEVICE)
+            ).last_hidden_state
     save_file({"features": features}, out / "features.safetensors")
     log(out, stage="features", captions=len(ids))
 
@@ -358,29 +450,45 @@ def stage_unet(out: Path, steps: int, n: int = 32) -> None:
     rows = torch.tensor([row_of[c] for c in text])
     model = parts.new_unet().to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
     nn.Module.to(model, DEVICE)
-    if DEVICE.type == "cpu":  # plain matrix products are faster there than the fused attention's bf16 backward
+    if (
+        DEVICE.type == "cpu"
+    ):  # plain matrix products are faster there than the fused attention's bf16 backward
         model.set_attn_processor(AttnProcessor())
     predict = torch.compile(model)
     alphas = alphas_cumprod().to(DEVICE)
     together = np.array([i for i, s in enumerate(shown) if len(s.things) == 2])
-    place = torch.stack([_weight_of_place(((64, 66),), 46), _weight_of_place(((33, 66), (95, 66)), 32)]).to(DEVICE)
+    place = torch.stack(
+        [_weight_of_place(((64, 66),), 46), _weight_of_place(((33, 66), (95, 66)), 32)]
+    ).to(DEVICE)
     count = torch.tensor([len(s.things) for s in shown])
 
     def loss(step: int) -> tuple[Tensor, dict[str, float]]:
         rng = np.random.default_rng((SEED, 4 + rank, step))
         generator = torch.Generator().manual_seed(int(rng.integers(2**31)))
         index = rng.integers(0, PICTURES, n)
-        index = np.where(rng.random(n) < 0.5, rng.choice(together, n), index)  # two pictures in three have two things
+        index = np.where(
+            rng.random(n) < 0.5, rng.choice(together, n), index
+        )  # two pictures in three have two things
         index = torch.from_numpy(index)
-        part = (np.arange(n) + rng.random(n)) / n  # stratified, and more often where the noise still hides what the picture shows
+        part = (
+            np.arange(n) + rng.random(n)
+        ) / n  # stratified, and more often where the noise still hides what the picture shows
         timestep = torch.from_numpy(part**0.7 * 1000).long().to(DEVICE)
-        clean, noise = latents[index].to(DEVICE).float(), torch.randn(n, 4, 16, 16, generator=generator).to(DEVICE)
+        clean, noise = (
+            latents[index].to(DEVICE).float(),
+            torch.randn(n, 4, 16, 16, generator=generator).to(DEVICE),
+        )
         noisy = add_noise(clean, noise, timestep, alphas)
         caption = torch.where(torch.rand(n, generator=generator) < 0.1, rows[0], rows[index + 1])
         with fast():
-            predicted = predict(noisy.contiguous(memory_format=torch.channels_last), timestep, features[caption].to(DEVICE).float()).sample
+            predicted = predict(
+                noisy.contiguous(memory_format=torch.channels_last),
+                timestep,
+                features[caption].to(DEVICE).float(),
+            ).sample
         error = loss_per_example(predicted, noise, place[count[index] - 1])
-        # What a thing is gets decided at high noise, where this error is small; 1 / alpha weighs it as the error of v would be.
+        # What a thing is gets decided at high noise, where this error is small; 1 / alpha weighs it
+        # as the error of v would be.
         return (error / alphas[timestep]).mean() * 0.4, {"mse": float(error.detach().mean())}
 
     if (out / "unet.start.safetensors").exists():
@@ -391,39 +499,76 @@ def stage_unet(out: Path, steps: int, n: int = 32) -> None:
 
 
 def _weight_of_place(centers: Sequence[tuple[int, int]], radius: int) -> Tensor:
-    """(1, 16, 16): 1 where the things stand, less on the background, which is learned long before them and is mostly texture nobody can predict."""
-    grid = torch.stack(torch.meshgrid(torch.arange(16), torch.arange(16), indexing="xy"), -1) * 8.0 + 4.0
+    """(1, 16, 16): 1 where the things stand, less on the background, which is learned long before
+    them and is mostly texture nobody can predict.
+    """
+    grid = (
+        torch.stack(torch.meshgrid(torch.arange(16), torch.arange(16), indexing="xy"), -1) * 8.0
+        + 4.0
+    )
     inside = [(grid - torch.tensor(c)).norm(dim=-1) < radius + 4 for c in centers]
     return torch.where(torch.stack(inside).any(0), 1.0, 0.3)[None]
 
 
-def _process(rank: int, stage: Callable[[Path, int], None], processes: int, out: Path, steps: int) -> None:
+def _process(
+    rank: int, stage: Callable[[Path, int], None], processes: int, out: Path, steps: int
+) -> None:
     torch.set_num_threads(1)
     torch.manual_seed(SEED)  # every process starts from the same weights
-    dist.init_process_group("gloo", init_method=f"file://{(out / 'rendezvous').absolute()}", rank=rank, world_size=processes)
+    dist.init_process_group(
+        "gloo",
+        init_method=f"file://{(out / 'rendezvous').absolute()}",
+        rank=rank,
+        world_size=processes,
+    )
     stage(out, steps)
 
 
 def _together(stage: Callable[[Path, int], None], processes: int, out: Path, steps: int) -> None:
-    """Train one stage in several one-thread processes, each on its own pictures, averaging their weights: faster than one process with threads."""
+    """Train one stage in several one-thread processes, each on its own pictures, averaging their
+    weights: faster than one process with threads.
+    """
     if processes == 1:
         return stage(out, steps)
     (out / "rendezvous").unlink(missing_ok=True)
     torch.multiprocessing.spawn(_process, (stage, processes, out, steps), processes)
 
 
-# --- the command ---------------------------------------------------------------------------------------------------------------------
+# --- the command
+# --------------------------------------------------------------------------------------------------
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Make the mini-SD from nothing; run again to go on where it stopped.")
+    parser = argparse.ArgumentParser(
+        description="Make the mini-SD from nothing; run again to go on where it stopped."
+    )
     parser.add_argument("out", type=Path, help="folder for data, snapshots and results")
-    parser.add_argument("--processes", type=int, default=1, help="CPU processes that draw pictures and train the U-Net together")
-    parser.add_argument("--autoencoder-steps", type=int, default=5000, help="autoencoder steps of 8 pictures per process")
-    parser.add_argument("--unet-steps", type=int, default=9000, help="U-Net steps of 32 pictures per process")
+    parser.add_argument(
+        "--processes",
+        type=int,
+        default=1,
+        help="CPU processes that draw pictures and train the U-Net together",
+    )
+    parser.add_argument(
+        "--autoencoder-steps",
+        type=int,
+        default=5000,
+        help="autoencoder steps of 8 pictures per process",
+    )
+    parser.add_argument(
+        "--unet-steps", type=int, default=9000, help="U-Net steps of 32 pictures per process"
+    )
     parser.add_argument("--device", default="cpu", help="cpu, or cuda with one process")
-    parser.add_argument("--continue-shipped", action="store_true", help="in an empty folder: train the shipped U-Net further, in the shipped latents")
-    parser.add_argument("--stages", default="pictures,reader,clip,autoencoder,latents,features,unet,pack", help="which stages, in this order")
+    parser.add_argument(
+        "--continue-shipped",
+        action="store_true",
+        help="in an empty folder: train the shipped U-Net further, in the shipped latents",
+    )
+    parser.add_argument(
+        "--stages",
+        default="pictures,reader,clip,autoencoder,latents,features,unet,pack",
+        help="which stages, in this order",
+    )
     args = parser.parse_args()
     global DEVICE
     DEVICE = torch.device(args.device)
@@ -448,7 +593,12 @@ def main() -> None:
             case "pack":
                 weights.pack(out)
             case _:
-                {"reader": stage_reader, "clip": stage_clip, "latents": stage_latents, "features": stage_features}[stage](out)
+                {
+                    "reader": stage_reader,
+                    "clip": stage_clip,
+                    "latents": stage_latents,
+                    "features": stage_features,
+                }[stage](out)
 
 
 if __name__ == "__main__":

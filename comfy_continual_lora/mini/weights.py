@@ -1,8 +1,12 @@
-"""The shipped weights of the mini-SD <-> a checkpoint file, narrow (as trained) or stock (as wide as SD1.5, computing the same).
+"""The shipped weights of the mini-SD <-> a checkpoint file, narrow (as trained) or stock (as wide
+as SD1.5, computing the same).
 
-Widening: a hidden channel is repeated m times side by side, and whoever reads it divides by m. GroupNorm and LayerNorm see the same
-statistics, so nothing changes. Heads of an attention grow with their channels (the dot product grows m-fold, the scale shrinks by sqrt(m),
-to_q takes the rest); the text tower's heads keep their 64 channels and are repeated whole; its added layers have zero outputs.
+Widening: a hidden channel is repeated m times side by side, and whoever reads it divides by m.
+GroupNorm and LayerNorm see the same
+statistics, so nothing changes. Heads of an attention grow with their channels (the dot product
+grows m-fold, the scale shrinks by sqrt(m),
+to_q takes the rest); the text tower's heads keep their 64 channels and are repeated whole; its
+added layers have zero outputs.
 Differences are rounding errors: a test holds them below 1e-4.
 """
 
@@ -29,7 +33,11 @@ from ..files import write_whole
 from . import parts
 
 SHIPPED = Path(__file__).parent / "weights"
-CHECKPOINT, VISION, READER = SHIPPED / "mini-sd.safetensors", SHIPPED / "clip-vision.safetensors", SHIPPED / "reader.safetensors"
+CHECKPOINT, VISION, READER = (
+    SHIPPED / "mini-sd.safetensors",
+    SHIPPED / "clip-vision.safetensors",
+    SHIPPED / "reader.safetensors",
+)
 VOCABULARY = 49408
 _TABLE = keys.TEXT_PREFIX + "embeddings.token_embedding.weight"
 _LATENT_FACTOR = 0.18215  # SD1.x' factor: U-Net latents = 0.18215 * VAE latents
@@ -37,26 +45,55 @@ _LATENT_FACTOR = 0.18215  # SD1.x' factor: U-Net latents = 0.18215 * VAE latents
 
 def pack(out: Path) -> None:
     """Trained parts in `out` -> the shipped files, float16."""
-    unet, tiny = load_file(out / "unet.safetensors"), tiny_state(load_file(out / "autoencoder.safetensors"))
+    unet, tiny = (
+        load_file(out / "unet.safetensors"),
+        tiny_state(load_file(out / "autoencoder.safetensors")),
+    )
     state = {keys.UNET_PREFIX + ldm: unet[name] for name, ldm in keys.unet_names(unet).items()}
-    state |= {keys.VAE_PREFIX + name: tiny[ours] for ours, name in keys.tiny_vae_names(tiny).items()}
+    state |= {
+        keys.VAE_PREFIX + name: tiny[ours] for ours, name in keys.tiny_vae_names(tiny).items()
+    }
     clip = load_file(out / "clip.safetensors")
-    text = {k.removeprefix("text_model."): v for k, v in clip.items() if k.startswith("text_model.")}
+    text = {
+        k.removeprefix("text_model."): v for k, v in clip.items() if k.startswith("text_model.")
+    }
     state |= {keys.TEXT_PREFIX + k: v for k, v in text.items()}
     SHIPPED.mkdir(exist_ok=True)
-    save_file({k: v.half().contiguous() for k, v in state.items()}, CHECKPOINT, {"tokens": json.dumps(parts.Vocabulary().tokens)})
-    save_file({k: v.half().contiguous() for k, v in clip.items() if not k.startswith("text_model.")}, VISION)
+    save_file(
+        {k: v.half().contiguous() for k, v in state.items()},
+        CHECKPOINT,
+        {"tokens": json.dumps(parts.Vocabulary().tokens)},
+    )
+    save_file(
+        {k: v.half().contiguous() for k, v in clip.items() if not k.startswith("text_model.")},
+        VISION,
+    )
     if (out / "reader.safetensors").exists():
         reader = load_file(out / "reader.safetensors")
-        save_file({k: v.half().contiguous() if v.is_floating_point() else v for k, v in reader.items()}, READER)
+        save_file(
+            {k: v.half().contiguous() if v.is_floating_point() else v for k, v in reader.items()},
+            READER,
+        )
 
 
 def unpack(out: Path) -> None:
-    """The shipped files -> the parts in `out`, so that training can go on from them (without the optimizer's state)."""
+    """The shipped files -> the parts in `out`, so that training can go on from them (without the
+    optimizer's state).
+    """
     state, clip = load_file(CHECKPOINT), load_file(VISION)
-    unet = {ours: state[keys.UNET_PREFIX + name] for ours, name in keys.unet_names(parts.new_unet().state_dict()).items()}
-    tiny = {ours: state[keys.VAE_PREFIX + name] for ours, name in keys.tiny_vae_names(AutoencoderTiny().state_dict()).items()}
-    clip |= {"text_model." + k.removeprefix(keys.TEXT_PREFIX): v for k, v in state.items() if k.startswith(keys.TEXT_PREFIX)}
+    unet = {
+        ours: state[keys.UNET_PREFIX + name]
+        for ours, name in keys.unet_names(parts.new_unet().state_dict()).items()
+    }
+    tiny = {
+        ours: state[keys.VAE_PREFIX + name]
+        for ours, name in keys.tiny_vae_names(AutoencoderTiny().state_dict()).items()
+    }
+    clip |= {
+        "text_model." + k.removeprefix(keys.TEXT_PREFIX): v
+        for k, v in state.items()
+        if k.startswith(keys.TEXT_PREFIX)
+    }
     for name, part in (("unet", unet), ("autoencoder", slim_state(tiny)), ("clip", clip)):
         save_file({k: v.float().contiguous() for k, v in part.items()}, out / f"{name}.safetensors")
 
@@ -66,7 +103,9 @@ def _slim_layers() -> Iterator[tuple[str, str]]:
     for half, stages, head, between, counts in (
         ("encoder", parts.SlimAutoencoder.encoder_stages[::-1], 1, 1, (1, 3, 3, 3)),
         ("decoder", parts.SlimAutoencoder.decoder_stages, 2, 2, (3, 3, 3, 1)),
-    ):  # `head` layers come before the first stage, `between` (the last a convolution) before each further one
+        # `head` layers come before the first stage, `between` (the last a convolution) before each
+        # further one
+    ):
         yield f"{half}.0", f"{half}.layers.0"
         slim = stock = head
         for index, ((_, blocks), count) in enumerate(zip(stages, counts, strict=True)):
@@ -74,13 +113,18 @@ def _slim_layers() -> Iterator[tuple[str, str]]:
                 slim, stock = slim + between, stock + between
                 yield f"{half}.{slim - 1}", f"{half}.layers.{stock - 1}"
             for block in range(blocks):
-                yield from ((f"{half}.{slim + block}.conv.{c}", f"{half}.layers.{stock + block}.conv.{c}") for c in (0, 2, 4))
+                yield from (
+                    (f"{half}.{slim + block}.conv.{c}", f"{half}.layers.{stock + block}.conv.{c}")
+                    for c in (0, 2, 4)
+                )
             slim, stock = slim + max(1, blocks), stock + count
         yield f"{half}.{slim}", f"{half}.layers.{stock}"
 
 
 def tiny_state(slim: dict[str, Tensor]) -> dict[str, Tensor]:
-    """A slim autoencoder's weights, zero-padded to the stock TAESD: missing channels stay zero, missing blocks are identities."""
+    """A slim autoencoder's weights, zero-padded to the stock TAESD: missing channels stay zero,
+    missing blocks are identities.
+    """
     full = {k: torch.zeros_like(v) for k, v in AutoencoderTiny().state_dict().items()}
     for source, target in _slim_layers():
         for leaf in ("weight", "bias"):
@@ -100,32 +144,51 @@ def slim_state(full: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def checkpoint_state() -> dict[str, Tensor]:
-    """The narrow checkpoint, float16, LDM names; words the world does not use get random vectors like the others' (seed 0)."""
+    """The narrow checkpoint, float16, LDM names; words the world does not use get random vectors
+    like the others' (seed 0).
+    """
     with safe_open(CHECKPOINT, framework="pt") as file:
         tokens = json.loads(file.metadata()["tokens"])
     state = load_file(CHECKPOINT)
     rows = state[_TABLE].float()
-    table = rows.mean(0) + rows.std(0) * torch.randn(VOCABULARY, rows.shape[1], generator=torch.Generator().manual_seed(0))
+    table = rows.mean(0) + rows.std(0) * torch.randn(
+        VOCABULARY, rows.shape[1], generator=torch.Generator().manual_seed(0)
+    )
     table[tokens] = rows
     state[_TABLE] = table.half()
-    state |= {keys.VAE_PREFIX + "vae_scale": torch.tensor(_LATENT_FACTOR), keys.VAE_PREFIX + "vae_shift": torch.tensor(0.0)}
+    state |= {
+        keys.VAE_PREFIX + "vae_scale": torch.tensor(_LATENT_FACTOR),
+        keys.VAE_PREFIX + "vae_shift": torch.tensor(0.0),
+    }
     return state
 
 
 def write_checkpoint(path: Path, *, stock: bool = False) -> None:
-    """Write the mini-SD as one file in the SD1.x layout, and beside the stock one the .yaml that A1111 wants.
+    """Write the mini-SD as one file in the SD1.x layout, and beside the stock one the .yaml that
+    A1111 wants.
 
     Errors: SettingError where another file has the name; an earlier mini-SD is replaced.
     """
     if os.path.lexists(path) and not is_mini(path):
-        raise SettingError(f"{path} is there already and is no mini-SD, so it is left alone. Name another file, or move that one away.")
+        raise SettingError(
+            f"{path} is there already and is no mini-SD, so it is left alone. Name another file, "
+            "or move that one away."
+        )
     config = path.with_suffix(".yaml")
     if stock and config.exists() and config.read_bytes() != _YAML.encode():
-        raise SettingError(f"{config} is there already and is no mini-SD's, so it is left alone. Name another file, or move that one away.")
+        raise SettingError(
+            f"{config} is there already and is no mini-SD's, so it is left alone. Name another "
+            "file, or move that one away."
+        )
     state = checkpoint_state()
     if stock:
         state = widen(state)
-    metadata = {"format": "pt", "modelspec.architecture": MINI_ARCHITECTURE, "modelspec.resolution": "128x128", "modelspec.title": "mini-SD"}
+    metadata = {
+        "format": "pt",
+        "modelspec.architecture": MINI_ARCHITECTURE,
+        "modelspec.resolution": "128x128",
+        "modelspec.title": "mini-SD",
+    }
     path.parent.mkdir(parents=True, exist_ok=True)
     write_whole(path, save(state, metadata))
     if stock:
@@ -144,14 +207,23 @@ def is_mini(path: Path) -> bool:
 def load_reader() -> parts.Reader:
     """The attribute reader: what the world's things in a picture look like, by name."""
     reader = parts.Reader()
-    reader.load_state_dict({k: v.float() if v.is_floating_point() else v for k, v in load_file(READER).items()})
+    reader.load_state_dict(
+        {k: v.float() if v.is_floating_point() else v for k, v in load_file(READER).items()}
+    )
     return reader.eval()
 
 
 @torch.no_grad()
 def vision_features(pictures: Tensor) -> Tensor:
-    """The image tower of the mini-SD's CLIP: pictures (n, 3, 128, 128) in -1..1 -> (n, 192). Other sizes are scaled."""
-    scaled = F.interpolate(pictures, size=(128, 128), mode="bilinear", antialias=True) if pictures.shape[-1] != 128 else pictures
+    """The image tower of the mini-SD's CLIP: pictures (n, 3, 128, 128) in -1..1 -> (n, 192).
+
+    Other sizes are scaled.
+    """
+    scaled = (
+        F.interpolate(pictures, size=(128, 128), mode="bilinear", antialias=True)
+        if pictures.shape[-1] != 128
+        else pictures
+    )
     clip = _clip()
     return clip.visual_projection(clip.vision_model(pixel_values=scaled).pooler_output)
 
@@ -165,21 +237,37 @@ def text_features(prompts: Sequence[str]) -> Tensor:
 
 @cache
 def _clip() -> CLIPModel:
-    text = {"text_model." + k.removeprefix(keys.TEXT_PREFIX): v for k, v in load_file(CHECKPOINT).items() if k.startswith(keys.TEXT_PREFIX)}
+    text = {
+        "text_model." + k.removeprefix(keys.TEXT_PREFIX): v
+        for k, v in load_file(CHECKPOINT).items()
+        if k.startswith(keys.TEXT_PREFIX)
+    }
     clip = parts.new_clip().eval()
     clip.load_state_dict({k: v.float() for k, v in (load_file(VISION) | text).items()})
     return clip
 
 
-# --- widening ------------------------------------------------------------------------------------------------------------------------
+# --- widening
+# --------------------------------------------------------------------------------------------------
 
 
 def widen(state: dict[str, Tensor]) -> dict[str, Tensor]:
     """Narrow -> stock: U-Net 320 wide, text tower 768 wide with 12 layers. float16."""
     wide = {k: v for k, v in state.items() if k.startswith(keys.VAE_PREFIX)}
-    unet = {k.removeprefix(keys.UNET_PREFIX): v.float() for k, v in state.items() if k.startswith(keys.UNET_PREFIX)}
-    text = {k.removeprefix(keys.TEXT_PREFIX): v.float() for k, v in state.items() if k.startswith(keys.TEXT_PREFIX)}
-    m, words = 320 // unet["input_blocks.0.0.weight"].shape[0], 768 // text["final_layer_norm.weight"].shape[0]
+    unet = {
+        k.removeprefix(keys.UNET_PREFIX): v.float()
+        for k, v in state.items()
+        if k.startswith(keys.UNET_PREFIX)
+    }
+    text = {
+        k.removeprefix(keys.TEXT_PREFIX): v.float()
+        for k, v in state.items()
+        if k.startswith(keys.TEXT_PREFIX)
+    }
+    m, words = (
+        320 // unet["input_blocks.0.0.weight"].shape[0],
+        768 // text["final_layer_norm.weight"].shape[0],
+    )
     wide |= {keys.UNET_PREFIX + k: _wide_unet(k, v, m, words).half() for k, v in unet.items()}
     wide |= {keys.TEXT_PREFIX + k: v.half() for k, v in _wide_text(text, words).items()}
     return wide
@@ -192,7 +280,12 @@ def _repeat(tensor: Tensor, out: int, into: int) -> Tensor:
 
 
 def _wide_unet(name: str, tensor: Tensor, m: int, words: int) -> Tensor:
-    if name == "time_embed.0.weight":  # its input is the sinusoids of the timestep: the narrow net's frequencies are every m-th of the wide net's
+    if (
+        name == "time_embed.0.weight"
+        # its input is the sinusoids of the timestep: the narrow net's frequencies are every m-th of
+        # the
+        # wide net's
+    ):
         wide = torch.zeros(tensor.shape[0] * m, tensor.shape[1] * m)
         wide[:, ::m] = tensor.repeat_interleave(m, 0)
         return wide
@@ -232,7 +325,8 @@ def _wide_text(text: dict[str, Tensor], m: int) -> dict[str, Tensor]:
 
 
 _YAML = """\
-# The mini-SD in the stock layout, for AUTOMATIC1111's web UI: keep this file beside the checkpoint, under the same name.
+# The mini-SD in the stock layout, for AUTOMATIC1111's web UI: keep this file beside the checkpoint,
+# under the same name.
 model:
   target: ldm.models.diffusion.ddpm.LatentDiffusion
   params:
@@ -268,8 +362,8 @@ model:
       target: ldm.models.autoencoder.AutoencoderKL
       params:
         embed_dim: 4
-        ddconfig: {double_z: true, z_channels: 4, resolution: 128, in_channels: 3, out_ch: 3, ch: 128, ch_mult: [1, 2, 4, 4],
-                   num_res_blocks: 2, attn_resolutions: [], dropout: 0.0}
+        ddconfig: {double_z: true, z_channels: 4, resolution: 128, in_channels: 3, out_ch: 3,
+                   ch: 128, ch_mult: [1, 2, 4, 4], num_res_blocks: 2, attn_resolutions: [], dropout: 0.0}
         lossconfig:
           target: torch.nn.Identity
     cond_stage_config:

@@ -1,10 +1,15 @@
-"""The world of the mini-SD: captioned pictures of things, drawn from a seed, and the concepts it does not contain.
+"""The world of the mini-SD: captioned pictures of things, drawn from a seed, and the concepts it
+does not contain.
 
-in: a seed - out: a `Scene` (what is in the picture), its caption, the picture as uint8 (128, 128, 3).
+in: a seed - out: a `Scene` (what is in the picture), its caption, the picture as uint8 (128, 128,
+3).
 
-The world is made of 16 shapes, 6 patterns, 10 colours and 10 backgrounds, one or two things to a picture. In a caption the left thing
-comes first. A quarter of the pictures has free hues and no colour words, which keeps the prior over looks broad. A `Concept` is a thing the
-world never draws: one of 7 further patterns, up to three free colours, perhaps a hat or antennae, on a shape whose noun the world knows.
+The world is made of 16 shapes, 6 patterns, 10 colours and 10 backgrounds, one or two things to a
+picture. In a caption the left thing
+comes first. A quarter of the pictures has free hues and no colour words, which keeps the prior over
+looks broad. A `Concept` is a thing the
+world never draws: one of 7 further patterns, up to three free colours, perhaps a hat or antennae,
+on a shape whose noun the world knows.
 """
 
 from __future__ import annotations
@@ -24,22 +29,28 @@ Color = tuple[int, int, int]
 Points = list[tuple[float, float]]
 
 COLORS: dict[str, Color] = {
-    "red": (208, 38, 40), "orange": (240, 132, 28), "yellow": (246, 220, 56), "green": (48, 156, 60), "teal": (32, 178, 176),
-    "blue": (38, 76, 212), "purple": (128, 48, 170), "pink": (246, 150, 192), "white": (246, 246, 246), "black": (34, 34, 40),
+    "red": (208, 38, 40), "orange": (240, 132, 28), "yellow": (246, 220, 56),
+    "green": (48, 156, 60), "teal": (32, 178, 176), "blue": (38, 76, 212),
+    "purple": (128, 48, 170), "pink": (246, 150, 192), "white": (246, 246, 246),
+    "black": (34, 34, 40),
 }  # fmt: skip
 PATTERNS = ("plain", "striped", "dotted", "checkered", "ringed", "split")
 CONCEPT_PATTERNS = ("zigzag", "plaid", "tricolour", "patches", "quartered", "diagonal", "target")
 BACKGROUNDS: dict[str, str] = {
-    "wood": "on wood", "grass": "on grass", "sand": "on sand", "water": "in water", "sky": "in the sky",
-    "brick": "on brick", "snow": "in snow", "gravel": "on gravel", "night": "at night", "carpet": "on carpet",
+    "wood": "on wood", "grass": "on grass", "sand": "on sand", "water": "in water",
+    "sky": "in the sky", "brick": "on brick", "snow": "in snow", "gravel": "on gravel",
+    "night": "at night", "carpet": "on carpet",
 }  # fmt: skip
 TEMPLATES = ("a photo of {}", "a photo of {}", "photo of {}", "a picture of {}", "{}")
 
 
-# --- shapes: polygons in object coordinates, x right and y down, within [-1, 1]; a part is (points, solid or hole) -------------------
+# --- shapes: polygons in object coordinates, x right and y down, within [-1, 1]; a part is (points,
+# solid or hole) -------------------
 
 
-def _ellipse(x: float, y: float, rx: float, ry: float, start: float = 0.0, stop: float = 360.0, n: int = 28) -> Points:
+def _ellipse(
+    x: float, y: float, rx: float, ry: float, start: float = 0.0, stop: float = 360.0, n: int = 28
+) -> Points:
     angles = (math.radians(start + (stop - start) * i / n) for i in range(n + 1))
     return [(x + rx * math.cos(a), y + ry * math.sin(a)) for a in angles]
 
@@ -50,12 +61,22 @@ def _box(x0: float, y0: float, x1: float, y1: float) -> Points:
 
 def _star() -> Points:
     radii = (1.0, 0.44)
-    return [(radii[i % 2] * math.sin(i * math.pi / 5), -radii[i % 2] * math.cos(i * math.pi / 5)) for i in range(10)]
+    return [
+        (radii[i % 2] * math.sin(i * math.pi / 5), -radii[i % 2] * math.cos(i * math.pi / 5))
+        for i in range(10)
+    ]
 
 
 def _heart() -> Points:
     ts = [2 * math.pi * i / 40 for i in range(40)]
-    return [(math.sin(t) ** 3, -(13 * math.cos(t) - 5 * math.cos(2 * t) - 2 * math.cos(3 * t) - math.cos(4 * t)) / 16 - 0.1) for t in ts]
+    return [
+        (
+            math.sin(t) ** 3,
+            -(13 * math.cos(t) - 5 * math.cos(2 * t) - 2 * math.cos(3 * t) - math.cos(4 * t)) / 16
+            - 0.1,
+        )
+        for t in ts
+    ]
 
 
 SHAPES: dict[str, list[tuple[Points, bool]]] = {
@@ -63,41 +84,138 @@ SHAPES: dict[str, list[tuple[Points, bool]]] = {
     "box": [(_box(-0.85, -0.75, 0.85, 0.85), True)],
     "star": [(_star(), True)],
     "heart": [(_heart(), True)],
-    "cross": [([(-.32, -.95), (.32, -.95), (.32, -.32), (.95, -.32), (.95, .32), (.32, .32), (.32, .95), (-.32, .95), (-.32, .32),
-                (-.95, .32), (-.95, -.32), (-.32, -.32)], True)],
+    "cross": [
+        (
+            [
+                (-0.32, -0.95),
+                (0.32, -0.95),
+                (0.32, -0.32),
+                (0.95, -0.32),
+                (0.95, 0.32),
+                (0.32, 0.32),
+                (0.32, 0.95),
+                (-0.32, 0.95),
+                (-0.32, 0.32),
+                (-0.95, 0.32),
+                (-0.95, -0.32),
+                (-0.32, -0.32),
+            ],
+            True,
+        )
+    ],
     "moon": [(_ellipse(0, 0, 0.95, 0.95, 40, 320) + _ellipse(0.38, 0, 0.7, 0.62, 300, 60), True)],
-    "mug": [(_ellipse(0.42, 0.05, 0.52, 0.5), True), (_ellipse(0.42, 0.05, 0.3, 0.28), False), (_box(-0.85, -0.75, 0.42, 0.85), True)],
-    "teapot": [(_ellipse(-0.6, 0.1, 0.38, 0.42), True), (_ellipse(-0.6, 0.1, 0.2, 0.24), False),
-               ([(.3, .5), (.98, -.38), (.76, -.48), (.3, -.05)], True), (_ellipse(0, 0.25, 0.64, 0.58), True),
-               (_ellipse(0, -0.36, 0.34, 0.15), True), (_ellipse(0, -0.6, 0.13, 0.13), True)],
-    "vase": [([(-.42, -.98), (.42, -.98), (.2, -.5), (.66, .05), (.62, .45), (.36, .95), (-.36, .95), (-.62, .45), (-.66, .05), (-.2, -.5)],
-              True)],
-    "house": [(_box(-0.68, -0.12, 0.68, 0.9), True), ([(-.95, -.1), (0, -.98), (.95, -.1)], True), (_box(-0.18, 0.35, 0.18, 0.9), False)],
-    "fish": [([(.4, 0), (.98, -.52), (.98, .52)], True), (_ellipse(-0.18, 0, 0.78, 0.5), True), (_ellipse(-0.6, -0.12, 0.1, 0.1), False)],
-    "cat": [([(.3, .7), (.8, .6), (.68, -.1), (.9, -.2), (.98, .8), (.5, .95)], True), (_ellipse(0, 0.48, 0.52, 0.5), True),
-            ([(-.46, -.3), (-.44, -.95), (-.08, -.6)], True), ([(.46, -.3), (.44, -.95), (.08, -.6)], True),
-            (_ellipse(0, -0.32, 0.48, 0.42), True)],
-    "dog": [(_box(-0.5, 0.2, -0.24, 0.9), True), (_box(0.3, 0.2, 0.56, 0.9), True), ([(.5, -.1), (.92, -.55), (.98, -.4), (.62, .15)], True),
-            (_box(-0.55, -0.15, 0.62, 0.42), True), (_ellipse(-0.6, -0.35, 0.38, 0.33), True),
-            ([(-.48, -.68), (-.22, -.5), (-.28, .1), (-.44, -.1)], True)],
-    "sneaker": [([(-.92, .42), (-.88, -.55), (-.6, -.45), (-.35, -.55), (-.1, -.15), (.5, 0), (.9, .18), (.95, .42)], True),
-                (_box(-0.96, 0.42, 0.98, 0.68), True)],
-    "backpack": [(_ellipse(0, -0.62, 0.3, 0.32), True), (_ellipse(0, -0.62, 0.17, 0.18), False),
-                 (_ellipse(0, -0.2, 0.68, 0.5, 180, 360) + [(.68, .92), (-.68, .92)], True), (_box(-0.42, 0.3, 0.42, 0.78), True),
-                 (_box(-0.9, 0.05, -0.66, 0.75), True), (_box(0.66, 0.05, 0.9, 0.75), True)],
-    "mushroom": [(_box(-0.26, -0.1, 0.26, 0.92), True), (_ellipse(0, 0.05, 0.95, 0.95, 180, 360), True)],
+    "mug": [
+        (_ellipse(0.42, 0.05, 0.52, 0.5), True),
+        (_ellipse(0.42, 0.05, 0.3, 0.28), False),
+        (_box(-0.85, -0.75, 0.42, 0.85), True),
+    ],
+    "teapot": [
+        (_ellipse(-0.6, 0.1, 0.38, 0.42), True),
+        (_ellipse(-0.6, 0.1, 0.2, 0.24), False),
+        ([(0.3, 0.5), (0.98, -0.38), (0.76, -0.48), (0.3, -0.05)], True),
+        (_ellipse(0, 0.25, 0.64, 0.58), True),
+        (_ellipse(0, -0.36, 0.34, 0.15), True),
+        (_ellipse(0, -0.6, 0.13, 0.13), True),
+    ],
+    "vase": [
+        (
+            [
+                (-0.42, -0.98),
+                (0.42, -0.98),
+                (0.2, -0.5),
+                (0.66, 0.05),
+                (0.62, 0.45),
+                (0.36, 0.95),
+                (-0.36, 0.95),
+                (-0.62, 0.45),
+                (-0.66, 0.05),
+                (-0.2, -0.5),
+            ],
+            True,
+        )
+    ],
+    "house": [
+        (_box(-0.68, -0.12, 0.68, 0.9), True),
+        ([(-0.95, -0.1), (0, -0.98), (0.95, -0.1)], True),
+        (_box(-0.18, 0.35, 0.18, 0.9), False),
+    ],
+    "fish": [
+        ([(0.4, 0), (0.98, -0.52), (0.98, 0.52)], True),
+        (_ellipse(-0.18, 0, 0.78, 0.5), True),
+        (_ellipse(-0.6, -0.12, 0.1, 0.1), False),
+    ],
+    "cat": [
+        ([(0.3, 0.7), (0.8, 0.6), (0.68, -0.1), (0.9, -0.2), (0.98, 0.8), (0.5, 0.95)], True),
+        (_ellipse(0, 0.48, 0.52, 0.5), True),
+        ([(-0.46, -0.3), (-0.44, -0.95), (-0.08, -0.6)], True),
+        ([(0.46, -0.3), (0.44, -0.95), (0.08, -0.6)], True),
+        (_ellipse(0, -0.32, 0.48, 0.42), True),
+    ],
+    "dog": [
+        (_box(-0.5, 0.2, -0.24, 0.9), True),
+        (_box(0.3, 0.2, 0.56, 0.9), True),
+        ([(0.5, -0.1), (0.92, -0.55), (0.98, -0.4), (0.62, 0.15)], True),
+        (_box(-0.55, -0.15, 0.62, 0.42), True),
+        (_ellipse(-0.6, -0.35, 0.38, 0.33), True),
+        ([(-0.48, -0.68), (-0.22, -0.5), (-0.28, 0.1), (-0.44, -0.1)], True),
+    ],
+    "sneaker": [
+        (
+            [
+                (-0.92, 0.42),
+                (-0.88, -0.55),
+                (-0.6, -0.45),
+                (-0.35, -0.55),
+                (-0.1, -0.15),
+                (0.5, 0),
+                (0.9, 0.18),
+                (0.95, 0.42),
+            ],
+            True,
+        ),
+        (_box(-0.96, 0.42, 0.98, 0.68), True),
+    ],
+    "backpack": [
+        (_ellipse(0, -0.62, 0.3, 0.32), True),
+        (_ellipse(0, -0.62, 0.17, 0.18), False),
+        (_ellipse(0, -0.2, 0.68, 0.5, 180, 360) + [(0.68, 0.92), (-0.68, 0.92)], True),
+        (_box(-0.42, 0.3, 0.42, 0.78), True),
+        (_box(-0.9, 0.05, -0.66, 0.75), True),
+        (_box(0.66, 0.05, 0.9, 0.75), True),
+    ],
+    "mushroom": [
+        (_box(-0.26, -0.1, 0.26, 0.92), True),
+        (_ellipse(0, 0.05, 0.95, 0.95, 180, 360), True),
+    ],
+}
+_FACE = {
+    "mug": (-0.2, 0.0), "cat": (0.0, -0.32), "dog": (-0.62, -0.38), "fish": (-0.35, -0.1),
+    "moon": (-0.62, 0.0), "sneaker": (-0.3, 0.05), "house": (0.0, 0.1), "mushroom": (0.0, -0.35),
+    "teapot": (0.0, 0.25), "vase": (0.0, 0.2), "backpack": (0.0, -0.1),
 }  # fmt: skip
-_FACE = {"mug": (-0.2, 0.0), "cat": (0.0, -0.32), "dog": (-0.62, -0.38), "fish": (-0.35, -0.1), "moon": (-0.62, 0.0), "sneaker": (-0.3, 0.05),
-         "house": (0.0, 0.1), "mushroom": (0.0, -0.35), "teapot": (0.0, 0.25), "vase": (0.0, 0.2), "backpack": (0.0, -0.1)}  # fmt: skip
-_TOP = {"mug": (-0.2, -0.75), "teapot": (0.0, -0.7), "fish": (-0.2, -0.48), "cat": (0.0, -0.72), "dog": (-0.6, -0.66), "sneaker": (-0.62, -0.5),
-        "heart": (0.0, -0.55), "box": (0.0, -0.75), "backpack": (0.0, -0.85), "moon": (-0.3, -0.85)}  # fmt: skip
+_TOP = {
+    "mug": (-0.2, -0.75), "teapot": (0.0, -0.7), "fish": (-0.2, -0.48), "cat": (0.0, -0.72),
+    "dog": (-0.6, -0.66), "sneaker": (-0.62, -0.5), "heart": (0.0, -0.55), "box": (0.0, -0.75),
+    "backpack": (0.0, -0.85), "moon": (-0.3, -0.85),
+}  # fmt: skip
 
 
-# --- patterns: object coordinates -> which colour, 0, 1 or 2 -------------------------------------------------------------------------
+# --- patterns: object coordinates -> which colour, 0, 1 or 2
+# --------------------------------------------------------------------------------------------------
 
 
 def _patches(u: np.ndarray, v: np.ndarray) -> np.ndarray:
-    seeds = np.array([(-0.6, -0.5), (0.5, -0.6), (0.0, 0.0), (-0.55, 0.45), (0.6, 0.35), (0.05, 0.8), (0.0, -0.9)])
+    seeds = np.array(
+        [
+            (-0.6, -0.5),
+            (0.5, -0.6),
+            (0.0, 0.0),
+            (-0.55, 0.45),
+            (0.6, 0.35),
+            (0.05, 0.8),
+            (0.0, -0.9),
+        ]
+    )
     return ((u[..., None] - seeds[:, 0]) ** 2 + (v[..., None] - seeds[:, 1]) ** 2).argmin(-1) % 3
 
 
@@ -118,7 +236,8 @@ _PAINT: dict[str, Callable[[np.ndarray, np.ndarray], np.ndarray]] = {
 }
 
 
-# --- what is in a picture ------------------------------------------------------------------------------------------------------------
+# --- what is in a picture
+# --------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -152,7 +271,9 @@ class Scene:
 
 @dataclass(frozen=True)
 class Concept:
-    """A thing the world does not contain; `name` is unique, `noun` is the class noun the world knows."""
+    """A thing the world does not contain; `name` is unique, `noun` is the class noun the world
+    knows.
+    """
 
     name: str
     noun: str
@@ -184,13 +305,17 @@ def random_thing(rng: np.random.Generator) -> Thing:
         colors = [_free_color(rng) for _ in range(3)]
         said = rng.random() < 0.7
     else:
-        names = tuple(str(c) for c in rng.choice(list(COLORS), 1 if pattern == "plain" else 2, replace=False))
+        names = tuple(
+            str(c) for c in rng.choice(list(COLORS), 1 if pattern == "plain" else 2, replace=False)
+        )
         colors = [_jitter(COLORS[n], rng) for n in names]
         words.append(" and ".join(names))
         said = True
     if said and (pattern != "plain" or rng.random() < 0.3):
         words.append(pattern)
-    phrase = _article(" ".join([*words, shape])) + (" with eyes" if eyes and rng.random() < 0.8 else "")
+    phrase = _article(" ".join([*words, shape])) + (
+        " with eyes" if eyes and rng.random() < 0.8 else ""
+    )
     padded = (*colors, *colors[:1] * 3)[:3]
     return Thing(Look(shape, pattern, (padded[0], padded[1], padded[2]), eyes), names, phrase)
 
@@ -206,7 +331,8 @@ def random_scene(rng: np.random.Generator, things: int | None = None) -> Scene:
     return Scene(drawn, background, text)
 
 
-# --- drawing -------------------------------------------------------------------------------------------------------------------------
+# --- drawing
+# --------------------------------------------------------------------------------------------------
 
 _GRID = np.stack(np.meshgrid(np.arange(SIZE) + 0.5, np.arange(SIZE) + 0.5), -1).astype(np.float32)
 
@@ -214,7 +340,11 @@ _GRID = np.stack(np.meshgrid(np.arange(SIZE) + 0.5, np.arange(SIZE) + 0.5), -1).
 def _noise(rng: np.random.Generator, rows: int, columns: int) -> np.ndarray:
     """Smooth noise in [-1, 1] with about `rows` x `columns` bumps, (128, 128)."""
     small = Image.fromarray(rng.uniform(-1, 1, (rows + 2, columns + 2)).astype(np.float32))
-    return np.asarray(small.resize((SIZE, SIZE), Image.Resampling.BICUBIC, box=(0.5, 0.5, columns + 1.5, rows + 1.5)))
+    return np.asarray(
+        small.resize(
+            (SIZE, SIZE), Image.Resampling.BICUBIC, box=(0.5, 0.5, columns + 1.5, rows + 1.5)
+        )
+    )
 
 
 def _mix(a: Color, b: Color, weight: np.ndarray) -> np.ndarray:
@@ -228,14 +358,26 @@ def draw_background(name: str, rng: np.random.Generator) -> np.ndarray:
     phase = rng.uniform(0, 2 * math.pi)
     match name:
         case "wood":
-            picture = _mix((150, 100, 58), (112, 70, 38), 0.5 + 0.5 * np.sin(y / 3.2 + 3 * _noise(rng, 3, 2) + phase))
+            picture = _mix(
+                (150, 100, 58),
+                (112, 70, 38),
+                0.5 + 0.5 * np.sin(y / 3.2 + 3 * _noise(rng, 3, 2) + phase),
+            )
             picture *= np.where((y + rng.integers(0, 42)) % 42 < 2, 0.55, 1.0)[..., None]
         case "grass":
             picture = _mix((62, 128, 44), (108, 172, 62), 0.5 + 0.5 * _noise(rng, 8, 14))
         case "sand":
-            picture = _mix((226, 200, 150), (206, 176, 122), 0.5 + 0.4 * np.sin(y / 4.5 + 2.5 * _noise(rng, 3, 3) + phase))
+            picture = _mix(
+                (226, 200, 150),
+                (206, 176, 122),
+                0.5 + 0.4 * np.sin(y / 4.5 + 2.5 * _noise(rng, 3, 3) + phase),
+            )
         case "water":
-            picture = _mix((28, 104, 158), (96, 176, 208), 0.45 + 0.45 * np.sin(y / 4.5 + 2 * _noise(rng, 4, 3) + phase))
+            picture = _mix(
+                (28, 104, 158),
+                (96, 176, 208),
+                0.45 + 0.45 * np.sin(y / 4.5 + 2 * _noise(rng, 4, 3) + phase),
+            )
         case "sky":
             picture = _mix((98, 164, 232), (176, 214, 246), y / SIZE)
             clouds = np.clip(2 * _noise(rng, 4, 4) + 0.5 * _noise(rng, 7, 6) - 0.5, 0, 1)[..., None]
@@ -244,7 +386,11 @@ def draw_background(name: str, rng: np.random.Generator) -> np.ndarray:
             down = y + rng.integers(0, 20)
             row = np.floor(down / 20)
             along = x + 20 * (row % 2) + rng.integers(0, 40)
-            picture = _mix((158, 70, 54), (186, 94, 70), np.sin(row * 12.9 + np.floor(along / 40) * 78.2) * 0.5 + 0.5)
+            picture = _mix(
+                (158, 70, 54),
+                (186, 94, 70),
+                np.sin(row * 12.9 + np.floor(along / 40) * 78.2) * 0.5 + 0.5,
+            )
             mortar = (down % 20 < 3) | (along % 40 < 3)
             picture = np.where(mortar[..., None], np.array((196, 186, 174), np.float32), picture)
         case "snow":
@@ -257,20 +403,36 @@ def draw_background(name: str, rng: np.random.Generator) -> np.ndarray:
                 picture += 210 * np.exp(-((x - cx) ** 2 + (y - cy) ** 2) / radius**2)[..., None]
         case "carpet":
             u, v = (x + y + 40 * phase) % 34, (x - y) % 34
-            picture = np.where(((u < 6) | (v < 6))[..., None], np.array((206, 160, 92), np.float32), np.array((122, 34, 62), np.float32))
+            picture = np.where(
+                ((u < 6) | (v < 6))[..., None],
+                np.array((206, 160, 92), np.float32),
+                np.array((122, 34, 62), np.float32),
+            )
         case _:
             raise ValueError(f"no background {name!r}; known: {', '.join(BACKGROUNDS)}")
     return picture * rng.uniform(0.9, 1.08)
 
 
-def _place(points: Points, matrix: np.ndarray, center: np.ndarray, scale: int) -> list[tuple[float, float]]:
+def _place(
+    points: Points, matrix: np.ndarray, center: np.ndarray, scale: int
+) -> list[tuple[float, float]]:
     return [(float(x) * scale, float(y) * scale) for x, y in np.asarray(points) @ matrix.T + center]
 
 
-def draw_look(picture: np.ndarray, look: Look, center: tuple[float, float], radius: float, rng: np.random.Generator) -> None:
-    """Draw one thing into `picture` (float32 (128, 128, 3), changed in place), `radius` pixels from its middle to its edge."""
+def draw_look(
+    picture: np.ndarray,
+    look: Look,
+    center: tuple[float, float],
+    radius: float,
+    rng: np.random.Generator,
+) -> None:
+    """Draw one thing into `picture` (float32 (128, 128, 3), changed in place), `radius` pixels from
+    its middle to its edge.
+    """
     angle = rng.normal(0, 0.04)
-    matrix = radius * np.array([[math.cos(angle), -math.sin(angle)], [math.sin(angle), math.cos(angle)]])
+    matrix = radius * np.array(
+        [[math.cos(angle), -math.sin(angle)], [math.sin(angle), math.cos(angle)]]
+    )
     middle = np.asarray(center)
     solid, lines = (Image.new("L", (2 * SIZE, 2 * SIZE)) for _ in range(2))
     draw_solid, draw_lines = ImageDraw.Draw(solid), ImageDraw.Draw(lines)
@@ -278,7 +440,10 @@ def draw_look(picture: np.ndarray, look: Look, center: tuple[float, float], radi
         placed = _place(points, matrix, middle, 2)
         draw_solid.polygon(placed, fill=255 if filled else 0)
         draw_lines.polygon(placed, fill=0, outline=255, width=4)
-    mask, edge = (np.asarray(m.resize((SIZE, SIZE), Image.Resampling.BOX), np.float32)[..., None] / 255 for m in (solid, lines))
+    mask, edge = (
+        np.asarray(m.resize((SIZE, SIZE), Image.Resampling.BOX), np.float32)[..., None] / 255
+        for m in (solid, lines)
+    )
 
     shadow = ((_GRID - middle - (0, 0.88 * radius)) / (0.95 * radius, 0.26 * radius)) ** 2
     picture *= 1 - 0.4 * np.clip(1.2 - shadow.sum(-1), 0, 1)[..., None] * (1 - mask)
@@ -293,16 +458,42 @@ def draw_look(picture: np.ndarray, look: Look, center: tuple[float, float], radi
     draw = ImageDraw.Draw(top)
     tx, ty = _TOP.get(look.shape, (0.0, -0.92))
     if look.extra == "hat":
-        draw.polygon(_place([(tx - 0.3, ty + 0.12), (tx, ty - 0.55), (tx + 0.3, ty + 0.12)], matrix, middle, 2), look.colors[2], (30, 30, 30), 2)
+        draw.polygon(
+            _place(
+                [(tx - 0.3, ty + 0.12), (tx, ty - 0.55), (tx + 0.3, ty + 0.12)], matrix, middle, 2
+            ),
+            look.colors[2],
+            (30, 30, 30),
+            2,
+        )
     elif look.extra == "antennae":
         for side in (-1, 1):
-            draw.line(_place([(tx + 0.1 * side, ty + 0.1), (tx + 0.32 * side, ty - 0.4)], matrix, middle, 2), (30, 30, 30), 5)
-            draw.polygon(_place(_ellipse(tx + 0.32 * side, ty - 0.4, 0.13, 0.13), matrix, middle, 2), look.colors[2], (30, 30, 30), 2)
+            draw.line(
+                _place(
+                    [(tx + 0.1 * side, ty + 0.1), (tx + 0.32 * side, ty - 0.4)], matrix, middle, 2
+                ),
+                (30, 30, 30),
+                5,
+            )
+            draw.polygon(
+                _place(_ellipse(tx + 0.32 * side, ty - 0.4, 0.13, 0.13), matrix, middle, 2),
+                look.colors[2],
+                (30, 30, 30),
+                2,
+            )
     if look.eyes:
         fx, fy = _FACE.get(look.shape, (0.0, -0.12))
         for side in (-1, 1):
-            draw.polygon(_place(_ellipse(fx + 0.2 * side, fy, 0.17, 0.19), matrix, middle, 2), (250, 250, 250), (30, 30, 30), 2)
-            draw.polygon(_place(_ellipse(fx + 0.2 * side, fy + 0.04, 0.08, 0.09), matrix, middle, 2), (20, 20, 20))
+            draw.polygon(
+                _place(_ellipse(fx + 0.2 * side, fy, 0.17, 0.19), matrix, middle, 2),
+                (250, 250, 250),
+                (30, 30, 30),
+                2,
+            )
+            draw.polygon(
+                _place(_ellipse(fx + 0.2 * side, fy + 0.04, 0.08, 0.09), matrix, middle, 2),
+                (20, 20, 20),
+            )
     if look.extra or look.eyes:
         over = np.asarray(top.resize((SIZE, SIZE), Image.Resampling.BOX), np.float32)
         alpha = over[..., 3:] / 255
@@ -321,27 +512,41 @@ def draw_scene(scene: Scene, rng: np.random.Generator) -> np.ndarray:
 
 
 def draw_abstract(rng: np.random.Generator) -> np.ndarray:
-    """A picture of no thing at all (overlapping textured leaves): it teaches the autoencoder textures, edges and colours the world lacks."""
-    picture = _mix(_free_color(rng), _free_color(rng), 0.5 + 0.8 * _noise(rng, *rng.integers(1, 12, 2)))
+    """A picture of no thing at all (overlapping textured leaves): it teaches the autoencoder
+    textures, edges and colours the world lacks.
+    """
+    picture = _mix(
+        _free_color(rng), _free_color(rng), 0.5 + 0.8 * _noise(rng, *rng.integers(1, 12, 2))
+    )
     for _ in range(int(rng.integers(6, 30))):
         mask = Image.new("L", (SIZE, SIZE))
         cx, cy, rx, ry = rng.uniform((0, 0, 4, 4), (SIZE, SIZE, 46, 46))
         corners = int(rng.choice([3, 4, 5, 28]))
-        ImageDraw.Draw(mask).polygon(_ellipse(cx, cy, rx, ry, *(rng.uniform(0, 90) + np.array([0, 360])), n=corners), fill=255)
+        ImageDraw.Draw(mask).polygon(
+            _ellipse(cx, cy, rx, ry, *(rng.uniform(0, 90) + np.array([0, 360])), n=corners),
+            fill=255,
+        )
         weight = np.asarray(mask, np.float32)[..., None] / 255
-        leaf = _mix(_free_color(rng), _free_color(rng), 0.5 + rng.uniform(0, 0.8) * _noise(rng, *rng.integers(1, 16, 2)))
+        leaf = _mix(
+            _free_color(rng),
+            _free_color(rng),
+            0.5 + rng.uniform(0, 0.8) * _noise(rng, *rng.integers(1, 16, 2)),
+        )
         picture += weight * (leaf - picture)
     return np.clip(picture, 0, 255).astype(np.uint8)
 
 
-# --- concepts ------------------------------------------------------------------------------------------------------------------------
+# --- concepts
+# --------------------------------------------------------------------------------------------------
 
 SPLITS = ("development", "reporting")
 CONCEPTS_PER_SPLIT = 30
 
 
 def concepts(split: str, count: int = CONCEPTS_PER_SPLIT) -> list[Concept]:
-    """The concepts of a split ("development": tune on these; "reporting": report on these), the same at every call; more go on where fewer end."""
+    """The concepts of a split ("development": tune on these; "reporting": report on these), the
+    same at every call; more go on where fewer end.
+    """
     rng = np.random.default_rng((2410, SPLITS.index(split)))
     nouns = list(SHAPES)
     found = []
@@ -349,7 +554,13 @@ def concepts(split: str, count: int = CONCEPTS_PER_SPLIT) -> list[Concept]:
         noun = nouns[(index * 7 + 3 * SPLITS.index(split)) % len(nouns)]
         pattern = CONCEPT_PATTERNS[index % len(CONCEPT_PATTERNS)]
         colors = _distinct_colors(rng)
-        look = Look(noun, pattern, colors, eyes=bool(rng.random() < 0.3), extra=str(rng.choice(("", "", "hat", "antennae"))))
+        look = Look(
+            noun,
+            pattern,
+            colors,
+            eyes=bool(rng.random() < 0.3),
+            extra=str(rng.choice(("", "", "hat", "antennae"))),
+        )
         found.append(Concept(f"{split[:3]}{index:02d}-{pattern}-{noun}", noun, look))
     return found
 

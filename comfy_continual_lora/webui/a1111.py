@@ -1,4 +1,7 @@
-"""What the tab needs of AUTOMATIC1111, reForge, Forge or Forge Neo. Only they import this module, once: its state outlives "Reload UI"."""
+"""What the tab needs of AUTOMATIC1111, reForge, Forge or Forge Neo.
+
+Only they import this module, once: its state outlives "Reload UI".
+"""
 
 from __future__ import annotations
 
@@ -43,7 +46,11 @@ class WebuiHost(Host):
 
     def checkpoints(self) -> dict[str, Path]:
         known = {info.name: Path(info.filename) for info in sd_models.checkpoints_list.values()}
-        return {name: path for name, path in known.items() if path.suffix == ".safetensors" and not path.name.endswith(STACKS)}
+        return {
+            name: path
+            for name, path in known.items()
+            if path.suffix == ".safetensors" and not path.name.endswith(STACKS)
+        }
 
     def exports(self) -> tuple[Path, Path]:
         return Path(shared.cmd_opts.lora_dir), Path(shared.cmd_opts.embeddings_dir)
@@ -53,24 +60,34 @@ class WebuiHost(Host):
         return chosen if isinstance(chosen, str) and chosen in PLANS else super().default_plan()
 
     def add_settings(self) -> None:
-        """What may be chosen on a page or through the web UI's API: nothing that names a program or a path."""
+        """What may be chosen on a page or through the web UI's API: nothing that names a program or
+        a path.
+        """
         choices = {"choices": list(PLANS)}
-        plan = shared.OptionInfo(next(iter(PLANS)), "Method the tab begins with", gr.Dropdown, choices, section=_SECTION)
+        plan = shared.OptionInfo(
+            next(iter(PLANS)), "Method the tab begins with", gr.Dropdown, choices, section=_SECTION
+        )
         shared.opts.add_option("continual_lora_plan", plan)
 
-    # --- the API -----------------------------------------------------------------------------------------------------------------
+    # --- the API
+    # ----------------------------------------------------------------------------------------------
 
     @property
     def serves_api(self) -> bool:
         return bool(shared.cmd_opts.api or getattr(shared.cmd_opts, "nowebui", False))
 
     def logins(self) -> dict[str, str] | None:
-        """As the web UI reads its --api-auth, "user:password" after a comma; what can't be read lets nobody in."""
+        """As the web UI reads its --api-auth, "user:password" after a comma; what can't be read
+        lets nobody in.
+        """
         if shared.cmd_opts.api_auth is None:
             return None
-        return dict(one.split(":") for one in shared.cmd_opts.api_auth.split(",") if one.count(":") == 1)
+        return dict(
+            one.split(":") for one in shared.cmd_opts.api_auth.split(",") if one.count(":") == 1
+        )
 
-    # --- while a job runs --------------------------------------------------------------------------------------------------------
+    # --- while a job runs
+    # ----------------------------------------------------------------------------------------------
 
     @contextmanager
     def around(self, job: Job) -> Iterator[None]:
@@ -85,7 +102,9 @@ class WebuiHost(Host):
                 yield
             finally:
                 try:
-                    if loaded and not hasattr(sd_models, "FakeInitialModel"):  # the Forge family brings its model back by itself
+                    if loaded and not hasattr(
+                        sd_models, "FakeInitialModel"
+                    ):  # the Forge family brings its model back by itself
                         sd_models.send_model_to_device(shared.sd_model)
                 finally:
                     self._has_queue = False
@@ -105,7 +124,8 @@ class WebuiHost(Host):
                 state.assign_current_image(picture)
 
     def outlive_reload(self) -> None:
-        """Let "Reload UI" leave a job of ours alone: it interrupts whatever runs, and ours runs in a process of its own.
+        """Let "Reload UI" leave a job of ours alone: it interrupts whatever runs, and ours runs in
+        a process of its own.
 
         While one runs it has the host's queue, so there is nothing else to interrupt.
         """
@@ -128,7 +148,10 @@ class WebuiHost(Host):
             try:
                 _reload_embeddings(sd_models.model_data.sd_model)
             except Exception:
-                logging.exception("continual-lora: the new words could not be shown to the web UI; Reload UI does it")
+                logging.exception(
+                    "continual-lora: the new words could not be shown to the web UI; Reload UI "
+                    "does it"
+                )
         for name in ("cached_c", "cached_uc"):
             getattr(processing.StableDiffusionProcessing, name)[:] = [None, None]
 

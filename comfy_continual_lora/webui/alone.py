@@ -1,7 +1,10 @@
-"""The tab by itself, `continual-lora ui`: a page for this machine, which no other page can speak to.
+"""The tab by itself, `continual-lora ui`: a page for this machine, which no other page can speak
+to.
 
-A page of a stranger's, open in the same browser, reaches every server on this machine: by forms and requests it is
-not shown the answers of, and, once its name is made to point here, with the answers too (DNS rebinding).
+A page of a stranger's, open in the same browser, reaches every server on this machine: by forms and
+requests it is
+not shown the answers of, and, once its name is made to point here, with the answers too (DNS
+rebinding).
 """
 
 from __future__ import annotations
@@ -20,29 +23,49 @@ _DAY = 86_400
 
 
 class OwnPagesOnly:
-    """ASGI: refuses what is not asked of this machine by one of its own names, from a page of this very server."""
+    """ASGI: refuses what is not asked of this machine by one of its own names, from a page of this
+    very server.
+    """
 
     def __init__(self, app: Any) -> None:
         self.app = app
 
     async def __call__(self, scope: dict[str, Any], receive: Any, send: Any) -> None:
-        if scope["type"] == "lifespan" or (scope["type"] == "http" and is_own(scope["method"], scope["headers"])):
+        if scope["type"] == "lifespan" or (
+            scope["type"] == "http" and is_own(scope["method"], scope["headers"])
+        ):
             await self.app(scope, receive, send)
         elif scope["type"] == "http":
-            await send({"type": "http.response.start", "status": 403, "headers": [(b"content-type", b"text/plain")]})
-            await send({"type": "http.response.body", "body": b"This page is for this machine, at 127.0.0.1 or localhost."})
+            await send(
+                {
+                    "type": "http.response.start",
+                    "status": 403,
+                    "headers": [(b"content-type", b"text/plain")],
+                }
+            )
+            await send(
+                {
+                    "type": "http.response.body",
+                    "body": b"This page is for this machine, at 127.0.0.1 or localhost.",
+                }
+            )
         else:
             await send({"type": "websocket.close", "code": 1008})  # the tab opens none
 
 
 def is_own(method: str, headers: list[tuple[bytes, bytes]]) -> bool:
-    """Whether a request comes from a page of ours, or from its user; every browser says so since 2023."""
+    """Whether a request comes from a page of ours, or from its user; every browser says so since
+    2023.
+    """
     values = [(name.lower().decode("latin-1"), value.decode("latin-1")) for name, value in headers]
     found = dict(values)
     host = found.get("host", "")
     if len([name for name, _ in values if name == "host"]) != 1 or _name(host) not in NAMES:
         return False
-    if "origin" in found and found["origin"].lower() not in (f"http://{host}".lower(), f"https://{host}".lower()):
+    if "origin" in found and found["origin"].lower() not in (
+        f"http://{host}".lower(),
+        f"https://{host}".lower(),
+    ):
         return False
     if found.get("sec-fetch-site", "none") in ("none", "same-origin"):
         return True
@@ -63,10 +86,16 @@ def launch(models: Path, port: int | None, browser: bool) -> None:
     """Serve the tab for the checkpoints of a folder, until Ctrl-C."""
     host = Host(models, models / "continual-lora")
     with gr.Blocks(title="Continual LoRA", delete_cache=(3600, _DAY)) as page:
-        gr.Markdown("# Continual LoRA\nTeach a checkpoint one thing after another, without old pictures and without forgetting.")
+        gr.Markdown(
+            "# Continual LoRA\nTeach a checkpoint one thing after another, without old pictures "
+            "and without forgetting."
+        )
         build(host, page)
     page.queue().launch(
-        server_name="127.0.0.1", server_port=port, share=False, inbrowser=browser,
+        server_name="127.0.0.1",
+        server_port=port,
+        share=False,
+        inbrowser=browser,
         allowed_paths=[str(folder.resolve()) for folder in host.exports()],
         app_kwargs={"middleware": [Middleware(OwnPagesOnly)]},
-    )  # fmt: skip
+    )

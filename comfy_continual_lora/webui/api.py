@@ -1,21 +1,27 @@
-"""/continual-lora/v1/...: the tab's deeds as plain JSON, on the web UI's own server. Paths outside the host's picture folders are refused.
+"""/continual-lora/v1/...: the tab's deeds as plain JSON, on the web UI's own server. Paths outside
+the host's picture folders are refused.
 
     GET  concepts?checkpoint=NAME&stack=NAME     the stack's concepts
     GET  jobs                                    the job under way, or the last one
-    POST jobs/stop    {}                         stop it between two steps; told so once more, at once
-    POST learn        {checkpoint, images, token, noun, settings, stack}         -> {"job": number}; it is exported too
+    POST jobs/stop    {}                         stop it between two steps; told so once more, at
+    once
+    POST learn        {checkpoint, images, token, noun, settings, stack}         -> {"job": number};
+    it is exported too
     POST consolidate  {checkpoint, images, settings, stack}
     POST scores       {checkpoint, images, settings, stack}
     POST evaluate     {checkpoint, settings, stack}
     POST export       {checkpoint, stack, only}      only: words, for a LoRA solved for these alone
     GET  history?checkpoint=NAME&stack=NAME      the stack's versions, the newest first
-    POST undo         {checkpoint, stack, version}   version: of the history, if it has to be the one in use
+    POST undo         {checkpoint, stack, version}   version: of the history, if it has to be the
+    one in use
     POST restore      {checkpoint, stack, version}
 
 images: pictures in base64 (with or without "data:...;base64,"), or the path of a folder.
 
-A POST takes a JSON object, sent as application/json. Answers 409 while another job runs, 415 and 422 for a request
-that can't be meant, 503 where the worker's environment is not prepared; how a job ended is in GET jobs.
+A POST takes a JSON object, sent as application/json. Answers 409 while another job runs, 415 and
+422 for a request
+that can't be meant, 503 where the worker's environment is not prepared; how a job ended is in GET
+jobs.
 """
 
 from __future__ import annotations
@@ -34,7 +40,13 @@ from fastapi.security import HTTPBasic, HTTPBasicCredentials
 
 from ..errors import SettingError
 from ..files import PICTURES
-from ..settings import ConsolidateSettings, EvaluateSettings, LearnSettings, ScoreSettings, SolveSettings
+from ..settings import (
+    ConsolidateSettings,
+    EvaluateSettings,
+    LearnSettings,
+    ScoreSettings,
+    SolveSettings,
+)
 from .copies import Batch
 from .environment import NotReady
 from .job import Busy, Job
@@ -52,14 +64,19 @@ def add_routes(app: FastAPI, host: Host) -> None:
     def login(given: HTTPBasicCredentials = Depends(HTTPBasic())) -> None:  # noqa: B008 - FastAPI's way
         known = logins.get(given.username) if logins else None
         if known is None or not secrets.compare_digest(given.password.encode(), known.encode()):
-            raise HTTPException(401, "Incorrect username or password", {"WWW-Authenticate": "Basic"})
+            raise HTTPException(
+                401, "Incorrect username or password", {"WWW-Authenticate": "Basic"}
+            )
 
     def where(body: dict[str, Any]) -> dict[str, str]:
         known, name = host.checkpoints(), _text(body, "checkpoint")
         if name not in known:
             raise refused(f"There is no checkpoint {name!r}. Known: {', '.join(known) or 'none'}.")
         try:
-            return {"checkpoint": str(known[name]), "stack": str(stack_file(known[name], _text(body, "stack")))}
+            return {
+                "checkpoint": str(known[name]),
+                "stack": str(stack_file(known[name], _text(body, "stack"))),
+            }
         except ValueError as error:
             raise refused(error) from None
 
@@ -71,11 +88,15 @@ def add_routes(app: FastAPI, host: Host) -> None:
         except NotReady as error:
             raise refused(error, 503) from None
         except OSError as error:
-            raise refused(f"The pictures can't be copied: {error.strerror or error}.", 507) from None
+            raise refused(
+                f"The pictures can't be copied: {error.strerror or error}.", 507
+            ) from None
 
     def concepts(checkpoint: str, stack: str = "") -> Any:
         try:
-            return _plain(concepts_of(Path(where({"checkpoint": checkpoint, "stack": stack})["stack"])))
+            return _plain(
+                concepts_of(Path(where({"checkpoint": checkpoint, "stack": stack})["stack"]))
+            )
         except ValueError as error:
             raise refused(error) from None
 
@@ -84,7 +105,10 @@ def add_routes(app: FastAPI, host: Host) -> None:
             found = versions_of(Path(where({"checkpoint": checkpoint, "stack": stack})["stack"]))
         except ValueError as error:
             raise refused(error) from None
-        return [{name: value for name, value in dataclasses.asdict(one).items() if name != "file"} for one in found]
+        return [
+            {name: value for name, value in dataclasses.asdict(one).items() if name != "file"}
+            for one in found
+        ]
 
     def jobs() -> dict[str, Any]:
         return _told(host.desk.job)
@@ -108,14 +132,25 @@ def add_routes(app: FastAPI, host: Host) -> None:
         except ValueError as error:
             raise refused(error) from None
         images, batch = _images(body, host, place["stack"], newest[0]["token"] if newest else "")
-        return start(("consolidate", {**place, "images": images, "settings": settings}), export_job(host, place), batch=batch)
+        return start(
+            ("consolidate", {**place, "images": images, "settings": settings}),
+            export_job(host, place),
+            batch=batch,
+        )
 
     def closed_form(body: dict[str, Any]) -> dict[str, Any]:
         place = where(body)
-        return start(("closed_form", {**place, "settings": _settings(body, SolveSettings)}), export_job(host, place))
+        return start(
+            ("closed_form", {**place, "settings": _settings(body, SolveSettings)}),
+            export_job(host, place),
+        )
 
     def forget(body: dict[str, Any]) -> dict[str, Any]:
-        request = {**where(body), "token": _given(body, "token"), "settings": _settings(body, SolveSettings)}
+        request = {
+            **where(body),
+            "token": _given(body, "token"),
+            "settings": _settings(body, SolveSettings),
+        }
         return start(("forget", request))
 
     def scores(body: dict[str, Any]) -> dict[str, Any]:
@@ -125,7 +160,11 @@ def add_routes(app: FastAPI, host: Host) -> None:
         return start(("scores", request), batch=batch)
 
     def evaluate(body: dict[str, Any]) -> dict[str, Any]:
-        request = {**where(body), "settings": _settings(body, EvaluateSettings), "out": host.copies.charts()}
+        request = {
+            **where(body),
+            "settings": _settings(body, EvaluateSettings),
+            "out": host.copies.charts(),
+        }
         return start(("evaluate", request))
 
     def export(body: dict[str, Any]) -> dict[str, Any]:
@@ -148,21 +187,36 @@ def add_routes(app: FastAPI, host: Host) -> None:
 
     guard = [] if logins is None else [Depends(login)]
     for ask in (concepts, history, jobs):
-        app.add_api_route(f"{PREFIX}/{ask.__name__}", ask, methods=["GET"], dependencies=guard, response_model=None)
+        app.add_api_route(
+            f"{PREFIX}/{ask.__name__}",
+            ask,
+            methods=["GET"],
+            dependencies=guard,
+            response_model=None,
+        )
     deeds = (learn, consolidate, closed_form, forget, scores, evaluate, export, undo, restore)
     for path, deed in (("jobs/stop", stop), *((deed.__name__, deed) for deed in deeds)):
-        app.add_api_route(f"{PREFIX}/{path}", _with_body(deed), methods=["POST"], dependencies=guard, response_model=None)
+        app.add_api_route(
+            f"{PREFIX}/{path}",
+            _with_body(deed),
+            methods=["POST"],
+            dependencies=guard,
+            response_model=None,
+        )
 
 
 def refused(why: object, status: int = 422) -> HTTPException:
-    """What a caller is told; a string that can't be sent, such as half a character, is made one that can."""
+    """What a caller is told; a string that can't be sent, such as half a character, is made one
+    that can.
+    """
     return HTTPException(status, _plain(str(why)))
 
 
 async def _body(request: Request) -> dict[str, Any]:
     """The JSON object that was sent as one.
 
-    A page of a stranger's can make a browser send anything but this content type without asking us first.
+    A page of a stranger's can make a browser send anything but this content type without asking us
+    first.
     """
     kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if kind != "application/json":
@@ -178,7 +232,9 @@ async def _body(request: Request) -> dict[str, Any]:
     except (ValueError, RecursionError):
         raise refused("The body is no JSON.") from None
     if not isinstance(body, dict):
-        raise refused('The body has to be a JSON object, such as {"checkpoint": "name.safetensors"}.')
+        raise refused(
+            'The body has to be a JSON object, such as {"checkpoint": "name.safetensors"}.'
+        )
     return body
 
 
@@ -204,7 +260,14 @@ def _plain(value: Any) -> Any:
 def _told(job: Job | None) -> dict[str, Any]:
     if job is None:
         return {"job": None, "state": "idle"}
-    told = {"job": job.number, "name": job.name, "state": job.state, "message": job.message, "notes": job.notes, "text": status(job, str)}
+    told = {
+        "job": job.number,
+        "name": job.name,
+        "state": job.state,
+        "message": job.message,
+        "notes": job.notes,
+        "text": status(job, str),
+    }
     return _plain({**told, "progress": job.progress, "results": job.results})
 
 
@@ -227,7 +290,9 @@ def _settings(body: dict[str, Any], kind: type) -> dict[str, Any]:
         raise refused('settings has to be an object, such as {"steps": 500}.')
     known = {f.name for f in dataclasses.fields(kind)}
     if unknown := sorted(settings.keys() - known):
-        raise refused(f"There is no setting {', '.join(unknown)}. There are {', '.join(sorted(known))}.")
+        raise refused(
+            f"There is no setting {', '.join(unknown)}. There are {', '.join(sorted(known))}."
+        )
     try:
         kind(**settings).check()
     except (SettingError, TypeError, ValueError) as error:
@@ -235,7 +300,9 @@ def _settings(body: dict[str, Any], kind: type) -> dict[str, Any]:
     return settings
 
 
-def _images(body: dict[str, Any], host: Host, stack: str, token: str = "") -> tuple[list[str], Batch | None]:
+def _images(
+    body: dict[str, Any], host: Host, stack: str, token: str = ""
+) -> tuple[list[str], Batch | None]:
     """Paths of the pictures that are meant, and what has to be copied there first."""
     given = body.get("images")
     if isinstance(given, str):
@@ -262,8 +329,14 @@ def _pictures_in(given: str, host: Host) -> list[str]:
     try:
         folder, allowed = Path(given).resolve(), [one.resolve() for one in host.picture_folders()]
         if not any(folder.is_relative_to(one) for one in allowed):
-            raise refused(f"{given} is outside the folders the API may read: {', '.join(map(str, allowed))}.")
-        found = sorted(str(p) for p in folder.glob("*") if p.suffix.lower() in PICTURES and not p.stem.endswith(".mask"))
+            raise refused(
+                f"{given} is outside the folders the API may read: {', '.join(map(str, allowed))}."
+            )
+        found = sorted(
+            str(p)
+            for p in folder.glob("*")
+            if p.suffix.lower() in PICTURES and not p.stem.endswith(".mask")
+        )
     except (OSError, ValueError, RuntimeError):  # no path, too long, a ring of links
         raise refused(f"{given!r:.200} is no folder.") from None
     if not found:

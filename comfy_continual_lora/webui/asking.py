@@ -1,4 +1,7 @@
-"""What a click that takes something away will do, in a sentence that is shown before it is done. Light: it reads headers alone."""
+"""What a click that takes something away will do, in a sentence that is shown before it is done.
+
+Light: it reads headers alone.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +15,9 @@ from .. import stackfile
 
 @dataclass(frozen=True)
 class Question:
-    """`sentence`: all that will be done; `yes`: the words of the button that does it; `job`: for the worker."""
+    """`sentence`: all that will be done; `yes`: the words of the button that does it; `job`: for
+    the worker.
+    """
 
     sentence: str
     yes: str
@@ -21,12 +26,15 @@ class Question:
 
 def undo(checkpoint: Path, stack: Path, _: object = None) -> Question:
     """Errors: ValueError and StackError where there is nothing to undo."""
-    # Its number first: should the stack change in between, the worker refuses, rather than undo what was not told.
+    # Its number first: should the stack change in between, the worker refuses, rather than undo
+    # what was not told.
     now = stackfile.in_use(stack)
     sentence = stackfile.undo_preview(stack)
     if now is None or sentence.startswith("There is nothing"):
         raise ValueError(sentence)
-    return Question(sentence, "Yes, undo it", ("undo", {**_where(checkpoint, stack), "version": now.number}))
+    return Question(
+        sentence, "Yes, undo it", ("undo", {**_where(checkpoint, stack), "version": now.number})
+    )
 
 
 def forget(checkpoint: Path, stack: Path, token: object) -> Question:
@@ -39,10 +47,14 @@ def forget(checkpoint: Path, stack: Path, token: object) -> Question:
         raise ValueError(f"{said}; it holds {', '.join(known) or 'no concept'}.")
     rest = ", ".join(other for other in known if other != token) or "no concept"
     sentence = (
-        f"This takes {token} {one['noun']} off, learned on {one['learned'][:10]} from {one['images']} pictures, and what later "
-        f"adapters know of it. The stack then holds {rest}. It can be undone as long as the history keeps this version."
+        f"This takes {token} {one['noun']} off, learned on {one['learned'][:10]} from "
+        f"{one['images']} pictures, and what later "
+        f"adapters know of it. The stack then holds {rest}. It can be undone as long as the "
+        "history keeps this version."
     )
-    return Question(sentence, "Yes, forget it", ("forget", {**_where(checkpoint, stack), "token": token}))
+    return Question(
+        sentence, "Yes, forget it", ("forget", {**_where(checkpoint, stack), "token": token})
+    )
 
 
 def restore(checkpoint: Path, stack: Path, number: object) -> Question:
@@ -52,7 +64,9 @@ def restore(checkpoint: Path, stack: Path, number: object) -> Question:
     now = next((one for one in known if one.current), None)
     if one is None:
         numbers = ", ".join(str(other.number) for other in known if not other.current)
-        raise ValueError(f"There is no version {number} in the history. There are: {numbers or 'none'}.")
+        raise ValueError(
+            f"There is no version {number} in the history. There are: {numbers or 'none'}."
+        )
     if one.current:
         raise ValueError(f"Version {number} is the one in use.")
     kept = f" Version {now.number}, which is in use now, stays in the history." if now else ""
@@ -60,10 +74,18 @@ def restore(checkpoint: Path, stack: Path, number: object) -> Question:
         f"This goes back to version {one.number} of {one.when[:10]}: {one.change}. "
         f"The stack then holds {', '.join(one.tokens) or 'no concept'}.{kept}"
     )
-    return Question(sentence, "Yes, go back to it", ("restore", {**_where(checkpoint, stack), "version": one.number}))
+    return Question(
+        sentence,
+        "Yes, go back to it",
+        ("restore", {**_where(checkpoint, stack), "version": one.number}),
+    )
 
 
-QUESTIONS: dict[str, Callable[[Path, Path, object], Question]] = {"undo": undo, "forget": forget, "restore": restore}
+QUESTIONS: dict[str, Callable[[Path, Path, object], Question]] = {
+    "undo": undo,
+    "forget": forget,
+    "restore": restore,
+}
 
 
 def _where(checkpoint: Path, stack: Path) -> dict[str, str]:

@@ -1,12 +1,15 @@
-"""Copies of the pictures that jobs learn from, and the charts they draw: where they lie, and when they go.
+"""Copies of the pictures that jobs learn from, and the charts they draw: where they lie, and when
+they go.
 
     <folder>/copies/<process>/lock                held as long as the process lives
     <folder>/copies/<process>/<digest>/000.png    a copy, with its caption beside it as 000.txt
     <folder>/copies/<process>/<digest>/of.json    the stack and the word it is for
     <folder>/copies/<process>/charts-<number>/    what a job has drawn
 
-A copy goes when its job is over, unless a snapshot of an unfinished run beside the stack still needs it.
-Charts go when the next job is over. What a process that is gone has left is judged by the same rule.
+A copy goes when its job is over, unless a snapshot of an unfinished run beside the stack still
+needs it.
+Charts go when the next job is over. What a process that is gone has left is judged by the same
+rule.
 """
 
 from __future__ import annotations
@@ -28,9 +31,16 @@ from ..errors import ConceptImagesError
 from ..files import snapshots_of
 
 _SUFFIXES = {
-    "PNG": ".png", "GIF": ".png", "PPM": ".png", "WEBP": ".webp", "BMP": ".bmp", "DIB": ".bmp", "TIFF": ".tif",
-    "AVIF": ".avif", "HEIF": ".heic",
-}  # fmt: skip
+    "PNG": ".png",
+    "GIF": ".png",
+    "PPM": ".png",
+    "WEBP": ".webp",
+    "BMP": ".bmp",
+    "DIB": ".bmp",
+    "TIFF": ".tif",
+    "AVIF": ".avif",
+    "HEIF": ".heic",
+}
 _OF = "of.json"
 
 
@@ -48,11 +58,17 @@ class Batch:
     @property
     def paths(self) -> list[str]:
         """Where the pictures will be."""
-        return [str(self.folder / f"{number:03d}{suffix}") for number, suffix in enumerate(self.suffixes)]
+        return [
+            str(self.folder / f"{number:03d}{suffix}")
+            for number, suffix in enumerate(self.suffixes)
+        ]
 
 
 class Copies:
-    """Those that this process makes. Its lock tells other programs that share the folder that it lives."""
+    """Those that this process makes.
+
+    Its lock tells other programs that share the folder that it lives.
+    """
 
     def __init__(self, folder: Path) -> None:
         self.root = folder / "copies"
@@ -60,7 +76,13 @@ class Copies:
         self._alive: FileLock | None = None
         self._numbers = itertools.count(1)
 
-    def batch(self, pictures: Sequence[tuple[str, bytes]], captions: Sequence[str], stack: str | Path, token: str = "") -> Batch:
+    def batch(
+        self,
+        pictures: Sequence[tuple[str, bytes]],
+        captions: Sequence[str],
+        stack: str | Path,
+        token: str = "",
+    ) -> Batch:
         """Named pictures as a request's, with a caption or "" for each. Nothing is written yet.
 
         Errors: ValueError for what is no picture.
@@ -78,7 +100,9 @@ class Copies:
         self.live()
         batch.folder.mkdir(exist_ok=True)
         (batch.folder / _OF).write_text(json.dumps({"stack": batch.stack, "token": batch.token}))
-        for path, data, caption in zip(map(Path, batch.paths), batch.pictures, batch.captions, strict=True):
+        for path, data, caption in zip(
+            map(Path, batch.paths), batch.pictures, batch.captions, strict=True
+        ):
             path.write_bytes(data)
             if caption:
                 path.with_suffix(".txt").write_text(caption, encoding="utf-8", errors="replace")
@@ -88,7 +112,8 @@ class Copies:
         return str(self.mine / f"charts-{next(self._numbers)}")
 
     def tidy(self, shown: Collection[str] = ()) -> None:
-        """Remove what no job and no snapshot needs; `shown` are folders of charts that are still looked at.
+        """Remove what no job and no snapshot needs; `shown` are folders of charts that are still
+        looked at.
 
         Call it while no job of this process is under way.
         """
@@ -120,7 +145,10 @@ class Copies:
 
 
 def suffix_of(name: str, data: bytes) -> str:
-    """The ending that fits what a picture holds. Errors: ValueError for what is none; the pixels are not decoded."""
+    """The ending that fits what a picture holds.
+
+    Errors: ValueError for what is none; the pixels are not decoded.
+    """
     try:
         with imagefile.opened(io.BytesIO(data)) as picture:
             picture.verify()
@@ -128,7 +156,10 @@ def suffix_of(name: str, data: bytes) -> str:
     except ConceptImagesError as error:
         raise ValueError(f"{name}: {error}") from None
     except Exception as error:  # Pillow raises what it likes
-        raise ValueError(f"{name} can't be read as an image ({error}). It may be cut short; replace it or take it out.") from None
+        raise ValueError(
+            f"{name} can't be read as an image ({error}). It may be cut short; replace it or take "
+            "it out."
+        ) from None
 
 
 def _is_needed(folder: Path) -> bool:

@@ -1,7 +1,10 @@
-"""The worker's Python environment: made once, beside the host's own, in which nothing is installed. Standard library alone.
+"""The worker's Python environment: made once, beside the host's own, in which nothing is installed.
+Standard library alone.
 
-The environment is a venv of the host's Python. The host's torch, with the GPU libraries that came with it, is linked into it if it is new enough, so
-that gigabytes are not downloaded again; everything else is installed here. (Showing the environment all of the host's packages does not work: their
+The environment is a venv of the host's Python. The host's torch, with the GPU libraries that came
+with it, is linked into it if it is new enough, so
+that gigabytes are not downloaded again; everything else is installed here. (Showing the environment
+all of the host's packages does not work: their
 versions satisfy what ours ask for on paper, and fail on import.)
 """
 
@@ -19,10 +22,23 @@ from importlib import metadata
 from pathlib import Path
 
 REQUIREMENTS = (
-    "torch>=2.1", "numpy>=1.26", "pillow>=10", "safetensors>=0.4", "diffusers>=0.31", "transformers>=4.46", "peft>=0.13", "filelock>=3.12",
-)  # fmt: skip
+    "torch>=2.1",
+    "numpy>=1.26",
+    "pillow>=10",
+    "safetensors>=0.4",
+    "diffusers>=0.31",
+    "transformers>=4.46",
+    "peft>=0.13",
+    "filelock>=3.12",
+)
 OLDEST_TORCH = (2, 1)
-CAUTIOUS = ("transformers<4.50", "diffusers<0.33", "peft<0.15", "accelerate<1.3", "huggingface_hub<0.30")  # newer ones ask for a torch newer than 2.5
+CAUTIOUS = (
+    "transformers<4.50",
+    "diffusers<0.33",
+    "peft<0.15",
+    "accelerate<1.3",
+    "huggingface_hub<0.30",
+)  # newer ones ask for a torch newer than 2.5
 _READY = "ready.json"
 
 
@@ -31,7 +47,9 @@ class NotReady(Exception):
 
 
 def home_of(extension: Path) -> Path:
-    """Where a web UI keeps what is ours beside its extensions; a link to the extension is not followed, so each web UI has its own."""
+    """Where a web UI keeps what is ours beside its extensions; a link to the extension is not
+    followed, so each web UI has its own.
+    """
     return extension.parent.parent / "continual-lora"
 
 
@@ -42,7 +60,10 @@ def environment_of(home: Path) -> Path:
 def python_of(folder: Path) -> str:
     """The environment's Python. Errors: NotReady."""
     if not _is_ready(folder):
-        raise NotReady(f"The worker's environment in {folder} is not prepared yet. Prepare it (this needs the package index once), then try again.")
+        raise NotReady(
+            f"The worker's environment in {folder} is not prepared yet. Prepare it (this needs "
+            "the package index once), then try again."
+        )
     return str(_python(folder))
 
 
@@ -53,16 +74,39 @@ def prepare(folder: Path, say: Callable[[str], object] = print) -> None:
     """
     if _is_ready(folder):
         return
-    say(f"Preparing the environment for learning in {folder}; nothing is installed into this program's own. This is done once.")
+    say(
+        f"Preparing the environment for learning in {folder}; nothing is installed into this "
+        "program's own. This is done once."
+    )
     _run([sys.executable, "-m", "venv", "--clear", str(folder)], say)
     code = "import sysconfig; print(sysconfig.get_path('purelib'))"
-    packages = Path(subprocess.run([str(_python(folder)), "-c", code], capture_output=True, text=True, check=True).stdout.strip())
+    packages = Path(
+        subprocess.run(
+            [str(_python(folder)), "-c", code], capture_output=True, text=True, check=True
+        ).stdout.strip()
+    )
     bounds: list[str] = []
     torch = _version_of("torch")
     if torch >= OLDEST_TORCH and _link(["torch"], packages):
-        bounds = [f"torch=={metadata.version('torch')}", *(CAUTIOUS if torch < (2, 6) else ()), *_same_numpy()]
+        bounds = [
+            f"torch=={metadata.version('torch')}",
+            *(CAUTIOUS if torch < (2, 6) else ()),
+            *_same_numpy(),
+        ]
         say(f"Its torch {metadata.version('torch')} is used.")
-    _run([str(_python(folder)), "-m", "pip", "install", "--disable-pip-version-check", "--prefer-binary", *REQUIREMENTS, *bounds], say)
+    _run(
+        [
+            str(_python(folder)),
+            "-m",
+            "pip",
+            "install",
+            "--disable-pip-version-check",
+            "--prefer-binary",
+            *REQUIREMENTS,
+            *bounds,
+        ],
+        say,
+    )
     (folder / _READY).write_text(json.dumps(_wanted()))
     say("The environment for learning is ready.")
 
@@ -97,7 +141,9 @@ class Preparation:
 
 
 def _version_of(name: str) -> tuple[int, ...]:
-    """The first two numbers of the version that is installed in this Python; nothing where it is not."""
+    """The first two numbers of the version that is installed in this Python; nothing where it is
+    not.
+    """
     try:
         return tuple(int(part) for part in re.findall(r"\d+", metadata.version(name))[:2])
     except metadata.PackageNotFoundError:
@@ -110,7 +156,9 @@ def _same_numpy() -> list[str]:
 
 
 def _link(names: list[str], packages: Path) -> bool:
-    """Link these packages and the GPU libraries they ask for into the folder `packages`; whether that was possible."""
+    """Link these packages and the GPU libraries they ask for into the folder `packages`; whether
+    that was possible.
+    """
     known, waiting, entries = set(), list(names), {}
     while waiting:
         name = waiting.pop()
@@ -119,9 +167,19 @@ def _link(names: list[str], packages: Path) -> bool:
             found = metadata.distribution(name)
         except metadata.PackageNotFoundError:
             continue  # for another system
-        entries |= {part: Path(str(found.locate_file(part))) for file in found.files or () if (part := file.parts[0]) not in ("..", "__pycache__")}
+        entries |= {
+            part: Path(str(found.locate_file(part)))
+            for file in found.files or ()
+            if (part := file.parts[0]) not in ("..", "__pycache__")
+        }
         asked = (re.match(r"[\w.-]+", one) for one in found.requires or ())
-        waiting += [m[0] for m in asked if m and m[0].startswith(("nvidia", "triton", "pytorch-triton", "cuda", "intel-")) and m[0] not in known]
+        waiting += [
+            m[0]
+            for m in asked
+            if m
+            and m[0].startswith(("nvidia", "triton", "pytorch-triton", "cuda", "intel-"))
+            and m[0] not in known
+        ]
     try:
         for part, source in entries.items():
             _link_one(source, packages / part)
@@ -160,9 +218,13 @@ def _is_ready(folder: Path) -> bool:
 
 def _run(command: list[str], say: Callable[[str], object]) -> None:
     lines = []
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace") as process:
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace"
+    ) as process:
         for line in process.stdout or ():
             lines.append(line.rstrip())
             say(lines[-1])
     if process.returncode:
-        raise NotReady(f"{' '.join(command[:4])} ... failed; its last lines:\n" + "\n".join(lines[-8:]))
+        raise NotReady(
+            f"{' '.join(command[:4])} ... failed; its last lines:\n" + "\n".join(lines[-8:])
+        )

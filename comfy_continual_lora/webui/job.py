@@ -5,7 +5,8 @@ Standard library alone: this runs inside the host.
 starting -> running -> done | failed | stopped
 stopping: `stop` was called, and the worker finishes its step
 
-A job always ends, whatever the worker does or fails to do: no call waits for it, and each silence has a limit.
+A job always ends, whatever the worker does or fails to do: no call waits for it, and each silence
+has a limit.
 """
 
 from __future__ import annotations
@@ -33,7 +34,10 @@ STOP = 600.0  # from Stop to its end; one step of a large model on a CPU takes m
 AGAIN = 5.0  # from Stop to a second one that means it
 LEAVE = 20.0  # from its last word to its end
 _LINE = 64_000_000  # bytes of its longest line; a preview takes a hundred thousand
-_KILLED = "It was killed, most often because memory ran out: take a smaller batch or size, or another program off the machine."
+_KILLED = (
+    "It was killed, most often because memory ran out: take a smaller batch or size, or another "
+    "program off the machine."
+)
 _AGAIN = "Give the same request again: it goes on from the last snapshot."
 
 
@@ -46,12 +50,18 @@ def _nothing(job: Job) -> None:
 
 
 class Job:
-    """One worker process. Its attributes are what it told so far; `message` says in words how it ended.
+    """One worker process. Its attributes are what it told so far; `message` says in words how it
+    ended.
 
     `tidy` is called once, just before the end is shown.
     """
 
-    def __init__(self, number: int, jobs: Sequence[tuple[str, Mapping[str, Any]]], tidy: Callable[[Job], object] = _nothing) -> None:
+    def __init__(
+        self,
+        number: int,
+        jobs: Sequence[tuple[str, Mapping[str, Any]]],
+        tidy: Callable[[Job], object] = _nothing,
+    ) -> None:
         self.number, self.jobs, self.state, self.message = number, list(jobs), "starting", ""
         self.progress: dict[str, Any] = {}
         self.losses: list[float] = []
@@ -73,21 +83,33 @@ class Job:
         return self.jobs[0][0]
 
     def start(self, python: str) -> None:
-        """Start the worker with this Python, whose packages it uses; nothing where it was stopped before.
+        """Start the worker with this Python, whose packages it uses; nothing where it was stopped
+        before.
 
         Errors: OSError where there is no such program.
         """
         self._python = python
-        self._tell({"jobs": [{"job": name, "request": dict(request)} for name, request in self.jobs]})
-        environment = {**os.environ, "PYTHONPATH": str(PACKAGE_ROOT), "PYTHONUNBUFFERED": "1", "PYTHONSAFEPATH": "1"}
+        self._tell(
+            {"jobs": [{"job": name, "request": dict(request)} for name, request in self.jobs]}
+        )
+        environment = {
+            **os.environ,
+            "PYTHONPATH": str(PACKAGE_ROOT),
+            "PYTHONUNBUFFERED": "1",
+            "PYTHONSAFEPATH": "1",
+        }
         with self._lock:
             if self._ended.is_set():
                 return
             # Unbuffered, so that closing the pipe never waits for a worker that reads no more.
             self.process = process = subprocess.Popen(
                 [python, "-m", "comfy_continual_lora.worker"],
-                stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, bufsize=0, env=environment,
-            )  # fmt: skip
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                bufsize=0,
+                env=environment,
+            )
             self.state = "running"
         self._later(START, lambda: not self._spoke, "it said nothing for five minutes")
         _in_background(self._write, process)
@@ -96,7 +118,8 @@ class Job:
     def stop(self) -> None:
         """Stop between two steps; what was learned is kept.
 
-        A worker that has not begun is stopped at once, and so is one that is told again a few seconds later.
+        A worker that has not begun is stopped at once, and so is one that is told again a few
+        seconds later.
         """
         with self._lock:
             if self._ended.is_set():
@@ -144,7 +167,9 @@ class Job:
         self._to_tell.put(json.dumps(message).encode() + b"\n")
 
     def _write(self, process: subprocess.Popen[bytes]) -> None:
-        """Only this thread may wait for a worker that does not read; the pipe's end tells it that we are gone."""
+        """Only this thread may wait for a worker that does not read; the pipe's end tells it that
+        we are gone.
+        """
         assert process.stdin
         with process.stdin as pipe:
             while (data := self._to_tell.get()) is not None:
@@ -164,11 +189,16 @@ class Job:
     # --- what it tells ---------------------------------------------------------------------------
 
     def _watch(self, process: subprocess.Popen[bytes]) -> None:
-        """Wait for its end; the job has ended when the process has, because only then the GPU is free."""
+        """Wait for its end; the job has ended when the process has, because only then the GPU is
+        free.
+        """
         try:
             assert process.stdout
             assert process.stderr
-            hearing = [_in_background(self._hear, process.stdout), _in_background(self._overhear, process.stderr)]
+            hearing = [
+                _in_background(self._hear, process.stdout),
+                _in_background(self._overhear, process.stderr),
+            ]
             while process.poll() is None and hearing[0].is_alive():
                 hearing[0].join(0.2)
             if _gone(process, LEAVE):
@@ -206,7 +236,9 @@ class Job:
         self.preview = event["preview"] or self.preview
         if event["note"] and event["note"] not in self.notes:
             self.notes = [*self.notes[-9:], event["note"]]
-        self.progress = {name: value for name, value in event.items() if name not in ("event", "preview", "note")}
+        self.progress = {
+            name: value for name, value in event.items() if name not in ("event", "preview", "note")
+        }
 
     def _conclude(self, process: subprocess.Popen[bytes]) -> None:
         """What it said last, else what became of it."""
@@ -222,9 +254,15 @@ class Job:
         else:
             why = _KILLED if status in (-9, 137) else said or "It said nothing."
         if self._spoke:
-            self._end("failed", f"The worker process ended in the middle (exit status {status}). {why} {_AGAIN}")
+            self._end(
+                "failed",
+                f"The worker process ended in the middle (exit status {status}). {why} {_AGAIN}",
+            )
         else:
-            self._end("failed", f"{self._python} did not start the worker process (exit status {status}). {why}")
+            self._end(
+                "failed",
+                f"{self._python} did not start the worker process (exit status {status}). {why}",
+            )
 
 
 def _in_background(work: Callable[..., object], *given: Any) -> threading.Thread:
@@ -256,7 +294,9 @@ def _event(line: bytes) -> dict[str, Any] | None:
         if event["event"] not in ENDED:
             return None
         message, results = event.get("message", ""), event.get("results", {})
-        if not isinstance(message, str) or not all(isinstance(one, dict) for one in results.values()):
+        if not isinstance(message, str) or not all(
+            isinstance(one, dict) for one in results.values()
+        ):
             return None
         return {"event": event["event"], "message": message, "results": results}
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
@@ -267,12 +307,20 @@ def _progress(event: dict[str, Any]) -> dict[str, Any] | None:
     numbers = {name: event[name] for name in ("loss", "rate", "seconds_left")}
     if not all(value is None or _is_number(value) for value in numbers.values()):
         return None
-    if not _is_number(event["step"]) or not _is_number(event["steps"]) or not isinstance(event["stage"], str):
+    if (
+        not _is_number(event["step"])
+        or not _is_number(event["steps"])
+        or not isinstance(event["stage"], str)
+    ):
         return None
     note = event.get("note", "")
     if not isinstance(event["preview"], str | None) or not isinstance(note, str):
         return None
-    return {**{name: event[name] for name in ("event", "stage", "step", "steps", "preview")}, **numbers, "note": note}
+    return {
+        **{name: event[name] for name in ("event", "stage", "step", "steps", "preview")},
+        **numbers,
+        "note": note,
+    }
 
 
 def _is_number(value: object) -> bool:
@@ -282,8 +330,10 @@ def _is_number(value: object) -> bool:
 class Desk:
     """Where jobs are handed in: one at a time.
 
-    `around` brackets each (the host's GPU lock), `follow` is called a few times a second meanwhile, `ended` after it.
-    `tidy` is called when a job is over, before it is told so, and after one that could not be handed in.
+    `around` brackets each (the host's GPU lock), `follow` is called a few times a second meanwhile,
+    `ended` after it.
+    `tidy` is called when a job is over, before it is told so, and after one that could not be
+    handed in.
     """
 
     def __init__(self, python: Callable[[], str]) -> None:
@@ -299,7 +349,9 @@ class Desk:
     def is_busy(self) -> bool:
         return bool(self.job and not self.job.wait(0))
 
-    def start(self, *jobs: tuple[str, Mapping[str, Any]], before: Callable[[], object] = lambda: None) -> Job:
+    def start(
+        self, *jobs: tuple[str, Mapping[str, Any]], before: Callable[[], object] = lambda: None
+    ) -> Job:
         """Hand in; returns at once. `before` is called first, if no other job is under way.
 
         Errors: Busy while another job runs; those of `before`.
@@ -324,7 +376,9 @@ class Desk:
                     job.start(self.python())
                 while not job.wait(0.3):
                     self._quietly(self.follow, job)
-        except Exception as error:  # the tab has to say it, whatever it is; what is stored stays stored
+        except (
+            Exception
+        ) as error:  # the tab has to say it, whatever it is; what is stored stays stored
             if job.wait(0):
                 logging.exception("continual-lora: after the job")
             job.fail(str(error) or type(error).__name__)

@@ -1,6 +1,8 @@
-"""The tab: pictures in, a word and a class noun, Learn; what is on the stack; consolidate, score, evaluate, export, undo. gradio 3.41 to 6.
+"""The tab: pictures in, a word and a class noun, Learn; what is on the stack; consolidate, score,
+evaluate, export, undo. gradio 3.41 to 6.
 
-`build(host)` makes the components inside an open `gr.Blocks`. What it needs of the program around it is `Host`; this one is no program at all.
+`build(host)` makes the components inside an open `gr.Blocks`. What it needs of the program around
+it is `Host`; this one is no program at all.
 """
 
 from __future__ import annotations
@@ -34,11 +36,32 @@ PLANS = {
     "The paper's: EWC, DC scores, consolidation": "lora_dsc_ewc_dc",
     "No protection (forgets; for comparison)": "lora",
 }
-ADVANCED = ("method", "steps", "rank", "rate", "vectors", "token_rate", "batch", "size", "fit", "flip", "seed", "adapter", "ewc_strength",
-            "retention_weight", "dsc_steps", "fisher_samples", "precision", "checkpointing", "preview_every")  # fmt: skip
+ADVANCED = (
+    "method",
+    "steps",
+    "rank",
+    "rate",
+    "vectors",
+    "token_rate",
+    "batch",
+    "size",
+    "fit",
+    "flip",
+    "seed",
+    "adapter",
+    "ewc_strength",
+    "retention_weight",
+    "dsc_steps",
+    "fisher_samples",
+    "precision",
+    "checkpointing",
+    "preview_every",
+)
 REFUSED = (ValueError, OSError, StackError, Busy, NotReady)  # what a click can ask for in vain
-# gradio 3 has no timer, so a script presses a button while it says that something runs and is in sight. No handler
-# runs long: there, one whose page was left keeps the server from closing, so that "Reload UI" hangs.
+# gradio 3 has no timer, so a script presses a button while it says that something runs and is in
+# sight. No handler
+# runs long: there, one whose page was left keeps the server from closing, so that "Reload UI"
+# hangs.
 _PULSE = """() => {
   const button = () => document.querySelector("#continual_lora_pulse");
   button().style.display = "none";
@@ -49,17 +72,25 @@ SHOWN: dict[str, Any] = {"preview_every": 50}  # here pictures while learning ar
 
 
 class Host:
-    """What the tab needs of the program it is in; here there is none, and checkpoints lie in one folder.
+    """What the tab needs of the program it is in; here there is none, and checkpoints lie in one
+    folder.
 
-    Environment variables choose what no page may: CONTINUAL_LORA_PYTHON, the Python that learns, and
+    Environment variables choose what no page may: CONTINUAL_LORA_PYTHON, the Python that learns,
+    and
     CONTINUAL_LORA_FOLDERS, more folders the API may read pictures from, separated as in PATH.
     """
 
     def __init__(self, models: Path, folder: Path) -> None:
         """`folder`: pictures the API may read, copies and exports of the tab."""
         self.models, self.folder = models, folder
-        self.copies, self.desk, self.preparation = Copies(folder), Desk(self.python), Preparation(self.prepare)
-        self.desk.tidy = lambda job: self.copies.tidy(shown=[request.get("out", "") for _, request in job.jobs])
+        self.copies, self.desk, self.preparation = (
+            Copies(folder),
+            Desk(self.python),
+            Preparation(self.prepare),
+        )
+        self.desk.tidy = lambda job: self.copies.tidy(
+            shown=[request.get("out", "") for _, request in job.jobs]
+        )
         self.copies.tidy()
 
     def python(self) -> str:
@@ -79,7 +110,9 @@ class Host:
         return self.folder / "exports", self.folder / "exports"
 
     def prepare(self, say: Callable[[str], object]) -> None:
-        """Make the worker's environment, saying how far it is; nothing where there is nothing to make."""
+        """Make the worker's environment, saying how far it is; nothing where there is nothing to
+        make.
+        """
 
     def default_plan(self) -> str:
         return next(iter(PLANS))
@@ -94,7 +127,9 @@ class Host:
         return [self.folder / "pictures", *(Path(one) for one in named if one)]
 
     def example(self, token: str) -> tuple[list[str], str]:
-        """Pictures of a thing that the mini-SD does not know, another for each word, and its class noun."""
+        """Pictures of a thing that the mini-SD does not know, another for each word, and its class
+        noun.
+        """
         from ..mini import world
 
         number = int(re.sub(r"[^0-9]", "", token or "")[:9] or 1)
@@ -103,7 +138,10 @@ class Host:
         return [str(file) for file in world.save_pictures(concept, folder)], concept.noun
 
     def hand_in(self, *jobs: tuple[str, dict[str, Any]], batch: Batch | None = None) -> Job:
-        """Start jobs, with copies of the pictures they need. Errors: NotReady, Busy, OSError; then no copy is left."""
+        """Start jobs, with copies of the pictures they need.
+
+        Errors: NotReady, Busy, OSError; then no copy is left.
+        """
         self.python()
 
         def before() -> None:
@@ -120,7 +158,8 @@ def _examples() -> tempfile.TemporaryDirectory[str]:
     return tempfile.TemporaryDirectory(prefix="continual-lora-examples-")
 
 
-# --- what a click asks for -----------------------------------------------------------------------------------------------------------
+# --- what a click asks for
+# --------------------------------------------------------------------------------------------------
 
 
 def stack_file(checkpoint: Path, name: str = "") -> Path:
@@ -132,7 +171,10 @@ def stack_file(checkpoint: Path, name: str = "") -> Path:
 
 
 def concepts_of(stack: Path) -> list[dict[str, Any]]:
-    """The concepts of a stack file, from its header; none where there is no file. Errors: ValueError for a file that is none."""
+    """The concepts of a stack file, from its header; none where there is no file.
+
+    Errors: ValueError for a file that is none.
+    """
     try:
         return stackfile.read_header(stack)["concepts"] if stack.exists() else []
     except (StackError, OSError) as error:
@@ -150,13 +192,22 @@ def versions_of(stack: Path) -> list[stackfile.Version]:
 def uploaded(files: Sequence[Any] | None) -> list[Path]:
     """What gr.File gives: paths in newer versions, open files in older ones.
 
-    Errors: ValueError for a file that a request only named: older versions would open any file of this machine.
+    Errors: ValueError for a file that a request only named: older versions would open any file of
+    this machine.
     """
-    folder = Path(os.environ.get("GRADIO_TEMP_DIR") or Path(tempfile.gettempdir()) / "gradio").resolve()
+    folder = Path(
+        os.environ.get("GRADIO_TEMP_DIR") or Path(tempfile.gettempdir()) / "gradio"
+    ).resolve()
     found = []
     for file in files or ():
         is_path = isinstance(file, (str, Path))
-        named = [Path(file)] if is_path else [Path(getattr(file, name)) for name in ("name", "orig_name") if hasattr(file, name)]
+        named = (
+            [Path(file)]
+            if is_path
+            else [
+                Path(getattr(file, name)) for name in ("name", "orig_name") if hasattr(file, name)
+            ]
+        )
         if not named or not all(path.resolve().is_relative_to(folder) for path in named):
             raise ValueError("A file was named that was not uploaded to this page.")
         found.append(named[0])
@@ -180,33 +231,54 @@ def caption_in(path: Path) -> str:
 
 
 def typed(captions: Sequence[Sequence[Any]] | None) -> dict[str, str]:
-    """The captions' table by picture; a user may have added columns, and without pictures older versions have a row of no columns."""
+    """The captions' table by picture; a user may have added columns, and without pictures older
+    versions have a row of no columns.
+    """
     return {str(row[0]): str(row[1] or "") for row in captions or () if len(row) > 1}
 
 
 def settings_of(kind: type, names: Sequence[str], values: Sequence[Any]) -> dict[str, Any]:
-    """Widgets' values -> what differs from the defaults; 0 and "auto" stand for what suits the checkpoint."""
+    """Widgets' values -> what differs from the defaults; 0 and "auto" stand for what suits the
+    checkpoint.
+    """
     known = {f.name: f for f in dataclasses.fields(kind)}
-    chosen = {name: from_widget(known[name], value) for name, value in zip(names, values, strict=True)}
+    chosen = {
+        name: from_widget(known[name], value) for name, value in zip(names, values, strict=True)
+    }
     return {name: value for name, value in chosen.items() if value != known[name].default}
 
 
 def learn_jobs(
-    host: Host, checkpoint: Path, stack: Path, images: Sequence[str], token: str, noun: str, settings: dict[str, Any]
+    host: Host,
+    checkpoint: Path,
+    stack: Path,
+    images: Sequence[str],
+    token: str,
+    noun: str,
+    settings: dict[str, Any],
 ) -> list[tuple[str, dict[str, Any]]]:
     """Learn, then export, so that prompts know the word at once."""
     where = {"checkpoint": str(checkpoint), "stack": str(stack)}
-    request = {**where, "images": list(images), "token": token.strip(), "noun": noun.strip(), "settings": settings}
+    request = {
+        **where,
+        "images": list(images),
+        "token": token.strip(),
+        "noun": noun.strip(),
+        "settings": settings,
+    }
     return [("learn", request), export_job(host, where)]
 
 
-def export_job(host: Host, where: dict[str, str], only: Sequence[str] = ()) -> tuple[str, dict[str, Any]]:
+def export_job(
+    host: Host, where: dict[str, str], only: Sequence[str] = ()
+) -> tuple[str, dict[str, Any]]:
     """`only`: words, for a LoRA solved for these alone."""
     loras, embeddings = host.exports()
     return "export", {**where, "out": str(loras), "embeddings": str(embeddings), "only": list(only)}
 
 
-# --- the components ------------------------------------------------------------------------------------------------------------------
+# --- the components
+# --------------------------------------------------------------------------------------------------
 
 
 def _widget(kind: type, name: str) -> Any:
@@ -214,7 +286,11 @@ def _widget(kind: type, name: str) -> Any:
     f = next(f for f in dataclasses.fields(kind) if f.name == name)
     meta, base = f.metadata, str(f.type).split(" ")[0]
     default = SHOWN.get(name, f.default)
-    said: dict[str, Any] = {"label": name.replace("_", " "), "info": explained(f), "elem_id": f"continual_lora_{name}"}
+    said: dict[str, Any] = {
+        "label": name.replace("_", " "),
+        "info": explained(f),
+        "elem_id": f"continual_lora_{name}",
+    }
     if meta["choices"]:
         return gr.Dropdown(list(meta["choices"]), value=default, **said)
     if base == "bool" and default is None:
@@ -231,14 +307,21 @@ def build(host: Host, page: gr.Blocks) -> None:
     def where(checkpoint: str, name: str) -> tuple[Path, Path]:
         path = host.checkpoints().get(checkpoint)
         if path is None:
-            raise ValueError("Choose a checkpoint first." if not checkpoint else f"The checkpoint {checkpoint} is gone; press Refresh.")
+            raise ValueError(
+                "Choose a checkpoint first."
+                if not checkpoint
+                else f"The checkpoint {checkpoint} is gone; press Refresh."
+            )
         return path, stack_file(path, (name or "").strip())
 
     def shown(checkpoint: str, name: str) -> list[str]:
         """The concepts and the history of a stack."""
         try:
             stack = where(checkpoint, name)[1]
-            return [table(concepts_of(stack), kept.get(str(stack), {})), history(versions_of(stack))]
+            return [
+                table(concepts_of(stack), kept.get(str(stack), {})),
+                history(versions_of(stack)),
+            ]
         except ValueError as error:
             return [f"<p>{html(error)}</p>", ""]
 
@@ -279,25 +362,44 @@ def build(host: Host, page: gr.Blocks) -> None:
             gr.update(value=chart, visible=bool(chart)),
             *shown(checkpoint, name),
             environment_said(),
-            gr.update(active=is_busy()) if _TIMER else gr.update(value="busy" if is_busy() else "idle"),
+            gr.update(active=is_busy())
+            if _TIMER
+            else gr.update(value="busy" if is_busy() else "idle"),
             now,
         ]
 
     def look(checkpoint: str, name: str, before: str) -> list[Any]:
-        return [*(gr.update() for _ in outputs[1:]), before] if before == mark() else view(checkpoint, name)
+        return (
+            [*(gr.update() for _ in outputs[1:]), before]
+            if before == mark()
+            else view(checkpoint, name)
+        )
 
     def say(error: Exception) -> list[Any]:
         return [f"**{markdown(error)}**", *(gr.update() for _ in outputs[2:]), mark()]
 
-    def pictures(files: Sequence[Any] | None, captions: Sequence[Sequence[Any]], stack: Path, token: str) -> Batch:
+    def pictures(
+        files: Sequence[Any] | None, captions: Sequence[Sequence[Any]], stack: Path, token: str
+    ) -> Batch:
         paths = [path for path in uploaded(files) if path.suffix.lower() != ".txt"]
         if not paths:
             raise ValueError("No pictures yet: drop 3 to 15 pictures of the thing.")
         said = typed(captions)
         captioned = [said.get(path.name, "").strip() for path in paths]
-        return host.copies.batch([(path.name, path.read_bytes()) for path in paths], captioned, stack, token)
+        return host.copies.batch(
+            [(path.name, path.read_bytes()) for path in paths], captioned, stack, token
+        )
 
-    def learn(checkpoint: str, name: str, files: Any, captions: Any, token: str, noun: str, plan: str, *values: Any) -> list[Any]:
+    def learn(
+        checkpoint: str,
+        name: str,
+        files: Any,
+        captions: Any,
+        token: str,
+        noun: str,
+        plan: str,
+        *values: Any,
+    ) -> list[Any]:
         try:
             path, stack = where(checkpoint, name)
             settings = settings_of(LearnSettings, ADVANCED, values)
@@ -311,7 +413,9 @@ def build(host: Host, page: gr.Blocks) -> None:
             return say(error)
         return view(checkpoint, name)
 
-    def act(kind: str, needs_pictures: bool = False, then_export: bool = False) -> Callable[..., list[Any]]:
+    def act(
+        kind: str, needs_pictures: bool = False, then_export: bool = False
+    ) -> Callable[..., list[Any]]:
         def handler(checkpoint: str, name: str, *given: Any) -> list[Any]:
             try:
                 path, stack = where(checkpoint, name)
@@ -319,7 +423,9 @@ def build(host: Host, page: gr.Blocks) -> None:
                 batch = None
                 if needs_pictures:
                     newest = [one["token"] for one in concepts_of(stack)[-1:]]
-                    batch = pictures(given[0], (), stack, newest[0] if newest and kind == "consolidate" else "")
+                    batch = pictures(
+                        given[0], (), stack, newest[0] if newest and kind == "consolidate" else ""
+                    )
                     request["images"] = batch.paths
                 if kind in ("scores", "evaluate"):
                     request["out"] = host.copies.charts()
@@ -327,9 +433,15 @@ def build(host: Host, page: gr.Blocks) -> None:
                 if kind == "export" and given:
                     only = str(given[0] or "").replace(",", " ").split()
                     if not only:
-                        raise ValueError("No word is on the left: type those to export, such as V1, V3.")
+                        raise ValueError(
+                            "No word is on the left: type those to export, such as V1, V3."
+                        )
                 first = export_job(host, request, only) if kind == "export" else (kind, request)
-                more = [export_job(host, {k: request[k] for k in ("checkpoint", "stack")})] if then_export else []
+                more = (
+                    [export_job(host, {k: request[k] for k in ("checkpoint", "stack")})]
+                    if then_export
+                    else []
+                )
                 host.hand_in(first, *more, batch=batch)
             except REFUSED as error:
                 return say(error)
@@ -348,7 +460,13 @@ def build(host: Host, page: gr.Blocks) -> None:
                 return [*say(error), *not_asked()]
             pending = {"ask": (kind, checkpoint, name, given), "sentence": asked.sentence}
             texts = [f"**{markdown(asked.sentence)}**", gr.update(value=asked.yes)]
-            return [*(gr.update() for _ in outputs[1:]), mark(), gr.update(visible=True), *texts, pending]
+            return [
+                *(gr.update() for _ in outputs[1:]),
+                mark(),
+                gr.update(visible=True),
+                *texts,
+                pending,
+            ]
 
         return handler
 
@@ -378,15 +496,25 @@ def build(host: Host, page: gr.Blocks) -> None:
         host.preparation.start()
         return view(checkpoint, name)
 
-    def thumbnails(files: Sequence[Any] | None, captions: Sequence[Sequence[Any]]) -> tuple[list[tuple[Image.Image, str]], list[list[str]]]:
-        """Thumbnails, and a row for each: what was typed for that name before, else the text file dropped with it, else nothing."""
+    def thumbnails(
+        files: Sequence[Any] | None, captions: Sequence[Sequence[Any]]
+    ) -> tuple[list[tuple[Image.Image, str]], list[list[str]]]:
+        """Thumbnails, and a row for each: what was typed for that name before, else the text file
+        dropped with it, else nothing.
+        """
         try:
             paths, said = uploaded(files), typed(captions)
         except ValueError as error:
             raise gr.Error(str(error)) from None
         texts = {path.stem: caption_in(path) for path in paths if path.suffix.lower() == ".txt"}
-        seen = [(path, picture) for path in paths if path.suffix.lower() in PICTURES and (picture := picture_at(path, 400))]
-        return [(picture, path.name) for path, picture in seen], [[p.name, said.get(p.name) or texts.get(p.stem, "")] for p, _ in seen]
+        seen = [
+            (path, picture)
+            for path in paths
+            if path.suffix.lower() in PICTURES and (picture := picture_at(path, 400))
+        ]
+        return [(picture, path.name) for path, picture in seen], [
+            [p.name, said.get(p.name) or texts.get(p.stem, "")] for p, _ in seen
+        ]
 
     names = list(host.checkpoints())
     ready = environment_said()
@@ -398,43 +526,85 @@ def build(host: Host, page: gr.Blocks) -> None:
                 environment = gr.Markdown(ready, latex_delimiters=[])
                 make = gr.Button("Prepare environment")
             with gr.Row():
-                checkpoint = gr.Dropdown(names, value=names[0] if names else None, label="Checkpoint", elem_id="continual_lora_checkpoint")
+                checkpoint = gr.Dropdown(
+                    names,
+                    value=names[0] if names else None,
+                    label="Checkpoint",
+                    elem_id="continual_lora_checkpoint",
+                )
                 refresh = gr.Button("Refresh", scale=0)
-            files = gr.File(file_count="multiple", label="Pictures of the thing, 3 to 15", elem_id="continual_lora_files")
+            files = gr.File(
+                file_count="multiple",
+                label="Pictures of the thing, 3 to 15",
+                elem_id="continual_lora_files",
+            )
             gallery = gr.Gallery(label="Pictures", columns=5, height=160)
-            example = gr.Button("Example pictures, for trying it on the mini-SD", elem_id="continual_lora_example")
+            example = gr.Button(
+                "Example pictures, for trying it on the mini-SD", elem_id="continual_lora_example"
+            )
             with gr.Row():
-                token = gr.Textbox("V1", label="Word", info="new; prompts use it from now on", elem_id="continual_lora_token")
-                noun = gr.Textbox("", label="Class noun", info="what kind of thing it is, such as teapot or dog", elem_id="continual_lora_noun")
+                token = gr.Textbox(
+                    "V1",
+                    label="Word",
+                    info="new; prompts use it from now on",
+                    elem_id="continual_lora_token",
+                )
+                noun = gr.Textbox(
+                    "",
+                    label="Class noun",
+                    info="what kind of thing it is, such as teapot or dog",
+                    elem_id="continual_lora_noun",
+                )
             plan = gr.Radio(list(PLANS), value=host.default_plan(), label="Method")
             with gr.Row():
                 go = gr.Button("Learn", variant="primary", elem_id="continual_lora_learn")
                 halt = gr.Button("Stop", elem_id="continual_lora_stop")
             with gr.Accordion("Captions, and settings for experts", open=False):
                 captions = gr.Dataframe(
-                    headers=["picture", "caption"], type="array", interactive=True, elem_id="continual_lora_captions",
-                    label="Captions: type one beside a picture, or drop its .txt with it; where there is none, prompts are made up",
-                )  # fmt: skip
+                    headers=["picture", "caption"],
+                    type="array",
+                    interactive=True,
+                    elem_id="continual_lora_captions",
+                    label="Captions: type one beside a picture, or drop its .txt with it; where "
+                    "there is none, prompts are made up",
+                )
                 stack_name = gr.Textbox(
-                    "", label="Stack", info="empty: the checkpoint's own; a name: another one, kept apart from it", elem_id="continual_lora_stack"
+                    "",
+                    label="Stack",
+                    info="empty: the checkpoint's own; a name: another one, kept apart from it",
+                    elem_id="continual_lora_stack",
                 )
                 advanced = []
                 for start in range(0, len(ADVANCED), 3):
                     with gr.Row():
-                        advanced += [_widget(LearnSettings, name) for name in ADVANCED[start : start + 3]]
+                        advanced += [
+                            _widget(LearnSettings, name) for name in ADVANCED[start : start + 3]
+                        ]
         with gr.Column():
-            told = gr.Markdown(status(host.desk.job), elem_id="continual_lora_status", latex_delimiters=[])
-            preview = gr.Image(label="Preview: the new concept, and the first one", type="pil", height=220)
+            told = gr.Markdown(
+                status(host.desk.job), elem_id="continual_lora_status", latex_delimiters=[]
+            )
+            preview = gr.Image(
+                label="Preview: the new concept, and the first one", type="pil", height=220
+            )
             losses = gr.Image(label="Loss", type="pil", height=220)
             chart = gr.Image(label="Chart", type="pil", visible=False)
             concepts = gr.HTML(first[0], elem_id="continual_lora_concepts")
             with gr.Row():
-                consolidate, solve = gr.Button("Consolidate (DSC)"), gr.Button("Consolidate (closed form)")
+                consolidate, solve = (
+                    gr.Button("Consolidate (DSC)"),
+                    gr.Button("Consolidate (closed form)"),
+                )
                 scores, evaluate = gr.Button("Compute DC scores"), gr.Button("Evaluate retention")
             with gr.Row():
-                export, some = gr.Button("Export"), gr.Button("Export the words on the left alone", elem_id="continual_lora_some")
+                export, some = (
+                    gr.Button("Export"),
+                    gr.Button("Export the words on the left alone", elem_id="continual_lora_some"),
+                )
                 undo = gr.Button("Undo the last change ...", elem_id="continual_lora_undo")
-                forget = gr.Button("Forget the word on the left ...", elem_id="continual_lora_forget")
+                forget = gr.Button(
+                    "Forget the word on the left ...", elem_id="continual_lora_forget"
+                )
             with gr.Group(visible=False, elem_id="continual_lora_asking") as asking:
                 question = gr.Markdown("", latex_delimiters=[], elem_id="continual_lora_question")
                 with gr.Row():
@@ -443,11 +613,17 @@ def build(host: Host, page: gr.Blocks) -> None:
             with gr.Accordion("History of the stack", open=False):
                 past = gr.HTML(first[1], elem_id="continual_lora_history")
                 with gr.Row():
-                    number = gr.Number(value=1, precision=0, label="Version", elem_id="continual_lora_version")
-                    restore = gr.Button("Go back to the version ...", elem_id="continual_lora_restore")
+                    number = gr.Number(
+                        value=1, precision=0, label="Version", elem_id="continual_lora_version"
+                    )
+                    restore = gr.Button(
+                        "Go back to the version ...", elem_id="continual_lora_restore"
+                    )
 
     marked, pending = gr.State(""), gr.State(None)
-    pulse = gr.Timer(1, active=False) if _TIMER else gr.Button("idle", elem_id="continual_lora_pulse")
+    pulse = (
+        gr.Timer(1, active=False) if _TIMER else gr.Button("idle", elem_id="continual_lora_pulse")
+    )
 
     place = [checkpoint, stack_name]
     outputs += [told, losses, preview, chart, concepts, past, environment, pulse, marked]
@@ -480,4 +656,8 @@ def build(host: Host, page: gr.Blocks) -> None:
     files.change(thumbnails, [files, captions], [gallery, captions])
     refresh.click(lambda: gr.update(choices=list(host.checkpoints())), None, checkpoint)
     for changed in place:
-        changed.change(lambda *given: [*shown(*given), *not_asked()], place, [concepts, past, *confirmed[len(outputs) :]])
+        changed.change(
+            lambda *given: [*shown(*given), *not_asked()],
+            place,
+            [concepts, past, *confirmed[len(outputs) :]],
+        )
