@@ -26,7 +26,7 @@ from .checkpoint.backbone import Backbone, FrozenText
 from .diffusion import TIMESTEPS, generator_for, loss_per_example, noised, random_batch, stratified
 from .progress import OnProgress, Progress, ignore
 from .settings import ScoreSettings
-from .store import ConceptRecord
+from .stack import ConceptRecord
 
 CONFIDENCE = (
     0.7  # what tau is calibrated to: the mean probability of the likeliest concept, one trial

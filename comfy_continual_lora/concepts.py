@@ -197,6 +197,21 @@ def caption_of(path: Path) -> str | None:
     )
 
 
+def groups(source: Path | list[Path]) -> list[tuple[str, list[Path]]]:
+    """(name of the folder, its pictures): the folder itself, or the folders in it."""
+    if isinstance(source, Path) and source.is_dir():
+        folders = sorted(p for p in source.iterdir() if p.is_dir() and not p.name.startswith("."))
+        return [(folder.name, find_images(folder)) for folder in folders or [source]]
+    return [("", find_images(source))]
+
+
+def content_of(path: Path) -> bytes:
+    """What a picture file, its caption and its mask hold: what a digest of a concept is made of."""
+    mask = mask_file(path)
+    caption = (caption_of(path) or "").encode()
+    return path.read_bytes() + caption + (mask.read_bytes() if mask else b"")
+
+
 def from_pil(
     pictures: Sequence[Image.Image], captions: Sequence[str | None], hashes: Sequence[str]
 ) -> ConceptImages:

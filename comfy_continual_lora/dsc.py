@@ -26,14 +26,15 @@ from pathlib import Path
 
 from torch import Tensor
 
+from .adapters.adapter import Adapter, attached, swapped_in
 from .checkpoint.backbone import Backbone, FrozenText
 from .classifier import errors, predictions, soft_cross_entropy
 from .diffusion import generator_for, loss_per_example, noised, one_of, random_batch
-from .learn import Run, asked_for, number_format, optimizer_for
-from .lora import Adapter, attached, holding
-from .methods.method import Penalty
+from .penalty import Penalty, Step
+from .presets import TEMPLATES
 from .progress import OnProgress
-from .settings import TEMPLATES, LearnSettings
+from .settings import ResolvedSettings
+from .training import Run, asked_for, compute_dtype, optimizer_for
 
 
 @dataclass(frozen=True)
@@ -77,81 +78,82 @@ def consolidate(
     teachers: Teachers,
     text: FrozenText,
     tau: float | None,
-    penalty: Penalty | None,
-    settings: LearnSettings,
+    penalties: Mapping[str, Penalty],
+    settings: ResolvedSettings,
     snapshot: Path,
     on_progress: OnProgress,
     source: Mapping[str, str] | None = None,
 ) -> tuple[Adapter, list[float]]:
-    """Run DSC; returns the student and the loss of every step. Without `tau` the two score terms
-    are left out. The teachers are not changed.
+    """Run DSC; returns the student and the loss of every step.
 
-    Stopped, it leaves a snapshot and goes on from it like learning does.
+    Without `tau` the two score terms are left out. The teachers are not changed. Stopped, it leaves
+    a snapshot and goes on from it like learning does.
     """
-    assert settings.rate is not None
-    assert settings.dsc_steps is not None
-    newest, adapter = teachers.newest
-    n = max(1, (settings.batch or 1) // 3)
-    weights = {
-        "a1": settings.dsc_a1,
-        "a2": settings.dsc_a2,
-        "b1": settings.dsc_b1,
-        "b2": settings.dsc_b2,
-    }
-    with number_format(backbone, settings), attached(backbone, adapter, trainable=True) as factors:
-        optimizer = optimizer_for(
-            [
-                {
-                    "params": list(factors.values()),
-                    "lr": settings.rate * settings.dsc_rate,
-                    "weight_decay": 0.0,
-                }
-            ],
-            settings,
-        )
-        asked = asked_for(backbone, settings, source or {})
+    pictures = max(1, settings.batch // 3)
+    adapter = teachers.newest[1]
+    with compute_dtype(backbone, settings), attached(backbone, adapter, trainable=True) as factors:
+        rate = settings.rate * settings.dsc_rate
+        group = {"params": list(factors.values()), "lr": rate, "weight_decay": 0.0}
         run = Run(
             "consolidate",
             factors,
-            optimizer,
+            optimizer_for([group], settings),
             settings,
             settings.dsc_steps,
             backbone.gradient_scale,
             snapshot,
-            asked,
+            asked_for(backbone, settings, source or {}),
         )
+        step_terms = _Terms(backbone, latents, teachers, text, tau, settings, factors, pictures)
 
         def terms(step: int, rows: slice) -> dict[str, Tensor]:
-            generator = generator_for(settings.seed, "dsc", step)
-            chosen = (
-                generator if settings.dsc_redraw == "step" else generator_for(settings.seed, "dsc")
-            )
-            old, past = one_of(teachers.past, chosen)
-            _, clean, timestep, noise = (
-                drawn[rows] for drawn in random_batch(latents, n, generator)
-            )
-            template = one_of(TEMPLATES, generator)
-            features = text(
-                [template.format(name) for name in (newest, old, *([teachers.noun] if tau else []))]
-            )
-            noisy, target = noised(backbone, clean, noise, timestep)
+            own = step_terms(step, rows)
+            return {**own, **{name: one(Step(factors)) for name, one in penalties.items()}}
 
-            def spoken(values: Mapping[str, Tensor], prompts: slice) -> Tensor:
-                with holding(factors, values):
-                    return predictions(backbone, noisy, timestep, features[prompts])
-
-            if tau:
-                first, second = spoken(adapter, slice(None)), spoken(past, slice(None))
-                found = dsc_terms(
-                    predictions(backbone, noisy, timestep, features), first, second, target, tau
-                )
-            else:
-                first, second = spoken(adapter, slice(0, 1))[:, 0], spoken(past, slice(1, 2))[:, 0]
-                found = distillation_terms(
-                    predictions(backbone, noisy, timestep, features), first, second
-                )
-            found = {name: weights[name] * value.mean() for name, value in found.items()}
-            return {**found, "penalty": penalty(factors)} if penalty else found
-
-        run.train(terms, n, on_progress)
+        run.train(terms, pictures, on_progress)
         return {name: p.detach().cpu().clone() for name, p in factors.items()}, run.losses
+
+
+@dataclass(frozen=True)
+class _Terms:
+    """The weighted terms of L_DSC, a number each."""
+
+    backbone: Backbone
+    latents: Sequence[Tensor]
+    teachers: Teachers
+    text: FrozenText
+    tau: float | None
+    settings: ResolvedSettings
+    factors: Mapping[str, Tensor]
+    pictures: int  # a step
+
+    def __call__(self, step: int, rows: slice) -> dict[str, Tensor]:
+        settings = self.settings
+        generator = generator_for(settings.seed, "dsc", step)
+        of_past = generator
+        if settings.dsc_redraw == "once":
+            of_past = generator_for(settings.seed, "dsc")
+        old, past = one_of(self.teachers.past, of_past)
+        drawn = random_batch(self.latents, self.pictures, generator)
+        _, clean, timestep, noise = (part[rows] for part in drawn)
+        template = one_of(TEMPLATES, generator)
+        newest, adapter = self.teachers.newest
+        names = [newest, old, *([self.teachers.noun] if self.tau else [])]
+        features = self.text([template.format(name) for name in names])
+        noisy, target = noised(self.backbone, clean, noise, timestep)
+
+        def predict_as(values: Mapping[str, Tensor], prompts: slice) -> Tensor:
+            with swapped_in(self.factors, values):
+                return predictions(self.backbone, noisy, timestep, features[prompts])
+
+        if self.tau:
+            first, second = predict_as(adapter, slice(None)), predict_as(past, slice(None))
+            student = predictions(self.backbone, noisy, timestep, features)
+            terms = dsc_terms(student, first, second, target, self.tau)
+        else:
+            first = predict_as(adapter, slice(0, 1))[:, 0]
+            second = predict_as(past, slice(1, 2))[:, 0]
+            student = predictions(self.backbone, noisy, timestep, features)
+            terms = distillation_terms(student, first, second)
+        weights = {name: getattr(settings, f"dsc_{name}") for name in ("a1", "a2", "b1", "b2")}
+        return {name: weights[name] * value.mean() for name, value in terms.items()}

@@ -7,16 +7,29 @@ ContinualLoraError
 ├── TokenError            the concept's word: empty, taken, a known word, with spaces or slashes
 ├── SettingError          a setting out of its range
 ├── StackError            the concept stack: truncated, foreign, newer, made for another checkpoint,
-locked, not writable
+│                         locked, not writable
 └── TrainingError         training itself: the loss is not a number, out of memory
 Cancelled                 not an error: the user stopped, and the snapshot is kept
 """
 
 from __future__ import annotations
 
+import re
+from collections.abc import Callable
+
 
 class ContinualLoraError(Exception):
-    """A user can act on it: front ends show the message alone, without a traceback."""
+    """A user can act on it: front ends show the message alone, without a traceback.
+
+    The message names settings and fields of requests in backquotes: `rate`. As text they are plain.
+    """
+
+    def spelled(self, spell: Callable[[str], str]) -> str:
+        """The message with settings named as a front end shows them, such as "--lr"."""
+        return re.sub(r"`(\w+)`", lambda match: spell(match[1]), str(self.args[0]))
+
+    def __str__(self) -> str:
+        return self.spelled(str) if self.args else ""
 
 
 class CheckpointError(ContinualLoraError):

@@ -7,7 +7,7 @@ every concept, so its whole history can be drawn.
     learned; 0: as if it had never been
     floor   = likeness of what the checkpoint without the stack draws for the class noun
 
-in: a backbone and its stack - out: `Retention`. The reference is the concept's own pictures where
+in: a backbone and its stack - out: `RetentionReport`. The reference is the concept's own pictures where
 the user still has them (likeness: mean cosine over
 all pairs), else what was drawn when it had just been learned (mean cosine of pictures with the same
 seed). Features: `features`.
@@ -18,27 +18,28 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from PIL.Image import Image
 from torch import Tensor
 
 from . import classifier, sample
+from .adapters.adapter import attached
 from .checkpoint.backbone import Backbone, FrozenText
 from .concepts import to_pil
 from .errors import CheckpointError
-from .lora import attached
 from .metrics import paired_similarity, similarity
 from .progress import OnProgress, Progress
 from .settings import DrawSettings, EvaluateSettings, ScoreSettings
-from .store import ConceptStack
+from .stack import ConceptStack
 
 Features = Callable[[Tensor], Tensor]  # pictures (n, 3, h, w) in -1..1 -> (n, d)
 PROMPTS = ("a photo of a {}", "a good photo of a {}")
 
 
 @dataclass(frozen=True)
-class Retention:
+class RetentionReport:
     """n concepts: how prompts name them; likeness R (n, n), NaN where i < j; floor, kept (n,); DC
     scores of the references (n,), NaN without.
 
@@ -50,6 +51,36 @@ class Retention:
     floor: Tensor
     recognised: Tensor
     pictures: dict[tuple[int, int], list[Image]]
+    chart: Path | None = None
+
+    def summary(self) -> str:
+        """A line a concept: how alike when just learned and now, the class noun's likeness, how
+        much is kept, the DC score now.
+        """
+        lines = ["concept                  learned   now   noun   kept   DC score"]
+        for j, name in enumerate(self.names):
+            kept, score = self.kept[j], self.recognised[j]
+            kept_text = "     -" if kept.isnan() else f"{100 * float(kept):5.0f} %"
+            score_text = "      -" if score.isnan() else f"{float(score):7.2f}"
+            learned, now, noun = (
+                float(x) for x in (self.likeness[j, j], self.likeness[-1, j], self.floor[j])
+            )
+            lines.append(
+                f"{name[:24]:<24} {learned:7.2f} {now:6.2f} {noun:6.2f} {kept_text}  {score_text}"
+            )
+        return "\n".join(lines)
+
+    def as_json(self) -> dict[str, Any]:
+        """`kept`: a share for each concept in order, null where nothing can be told."""
+        values = {
+            "likeness": self.likeness,
+            "floor": self.floor,
+            "kept": self.kept,
+            "recognised": self.recognised,
+        }
+        plain = {name: _without_nan(tensor.tolist()) for name, tensor in values.items()}
+        chart = str(self.chart) if self.chart else None
+        return {"concepts": self.names, **plain, "table": self.summary(), "chart": chart}
 
     @property
     def kept(self) -> Tensor:
@@ -58,6 +89,13 @@ class Retention:
         return torch.where(
             learned > 0.01, share, torch.nan
         )  # no difference from the noun: nothing that could be kept
+
+
+def _without_nan(value: Any) -> Any:
+    """JSON has no NaN."""
+    if isinstance(value, list):
+        return [_without_nan(one) for one in value]
+    return None if value != value else value
 
 
 def features(backbone: Backbone, clip: Path | None) -> Features:
@@ -107,7 +145,7 @@ def evaluate(
     embed: Features,
     settings: EvaluateSettings,
     on_progress: OnProgress,
-) -> Retention:
+) -> RetentionReport:
     """Draw and compare; `given` holds the users' own pictures by token, (n, 3, size, size) in
     -1..1. `settings` are resolved.
     """
@@ -148,7 +186,7 @@ def evaluate(
         matrix[i, j] = likeness(pictures, j)
     floor = torch.tensor([likeness(pictures, j) for j, pictures in enumerate(plain)])
     recognised = torch.tensor(_recognised(backbone, stack, reference, settings, on_progress))
-    return Retention(
+    return RetentionReport(
         [r.name for r in records],
         matrix,
         floor,

@@ -18,9 +18,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .lora import Adapter, delta, layers_of
-from .settings import LearnSettings
-from .store import ConceptStack
+from .adapters.adapter import Adapter, delta, layers_of
+from .penalty import Step
+from .settings import ResolvedSettings
+from .stack import ConceptStack
 
 
 def ewc_penalty(
@@ -34,19 +35,20 @@ def ewc_penalty(
 
 @dataclass(frozen=True)
 class Ewc:
-    """EWC in the training loop: called with the factors, it gives the penalty."""
+    """EWC in the training loop."""
 
     strength: float  # lambda
-    memories: Sequence[tuple[Adapter, Adapter]]  # (anchor, importance)
+    anchors: Sequence[tuple[Adapter, Adapter]]  # (anchor, importance)
 
-    def __call__(self, factors: Mapping[str, Tensor]) -> Tensor:
-        total = torch.stack(
-            [ewc_penalty(_in_space_of(f, factors), anchor, f) for anchor, f in self.memories]
-        ).sum()
-        return self.strength * total
+    def __call__(self, step: Step) -> Tensor:
+        terms = [
+            ewc_penalty(_in_space_of(importance, step.factors), anchor, importance)
+            for anchor, importance in self.anchors
+        ]
+        return self.strength * torch.stack(terms).sum()
 
 
-def ewc(stack: ConceptStack, settings: LearnSettings, device: torch.device) -> Ewc | None:
+def ewc(stack: ConceptStack, settings: ResolvedSettings, device: torch.device) -> Ewc | None:
     """EWC as the stack's Fishers ask for it; None where there is none yet."""
     known = [
         (record.id, stack.fishers[record.id])
@@ -56,7 +58,7 @@ def ewc(stack: ConceptStack, settings: LearnSettings, device: torch.device) -> E
     if not known or stack.adapter is None:
         return None
     if settings.ewc_mode == "separate":
-        memories = [(stack.adapter_after(concept) or stack.adapter, f) for concept, f in known]
+        anchors = [(stack.adapter_after(concept) or stack.adapter, f) for concept, f in known]
     else:
         merged: Adapter = {}
         for _, f in known:
@@ -64,15 +66,14 @@ def ewc(stack: ConceptStack, settings: LearnSettings, device: torch.device) -> E
                 name: t + settings.ewc_decay * merged[name] if merged else t
                 for name, t in f.items()
             }
-        memories = [(stack.adapter, merged)]
+        anchors = [(stack.adapter, merged)]
 
     def there(adapter: Mapping[str, Tensor]) -> Adapter:
         return {name: t.to(device, torch.float32) for name, t in adapter.items()}
 
-    assert settings.ewc_strength is not None
     return Ewc(
         settings.ewc_strength,
-        [(there(_in_space_of(f, anchor)), there(f)) for anchor, f in memories],
+        [(there(_in_space_of(f, anchor)), there(f)) for anchor, f in anchors],
     )
 
 

@@ -34,12 +34,12 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save
 from torch import Tensor
 
+from .adapters.adapter import Adapter, factored, layers_of
 from .checkpoint import keys
 from .concepts import name_of
 from .errors import StackError
 from .files import TOKEN, clean_temporary, write_whole
-from .lora import Adapter, factored, layers_of
-from .store import Base, ConceptRecord, ConceptStack
+from .stack import CheckpointInfo, ConceptRecord, ConceptStack
 
 _PREFIXES = {"diffusers": "unet.", "peft": "base_model.model."}
 # Whose a file is: the stack's identity, the word of an embedding, the concepts a LoRA was solved
@@ -112,7 +112,7 @@ class Exported:
         return notes
 
 
-def kohya_lora(adapter: Adapter, width: int, base: Base) -> dict[str, Tensor]:
+def kohya_lora(adapter: Adapter, width: int, base: CheckpointInfo) -> dict[str, Tensor]:
     """The adapter under kohya's names, float16; `width` is that of the text features.
 
     A full-size change becomes ".diff".
@@ -159,13 +159,13 @@ def stock_lora(stack: ConceptStack, format: str = "kohya") -> dict[str, Tensor]:
         return {}
     width = next(iter(stack.words.values())).shape[1]
     return (
-        kohya_lora(stack.adapter, width, stack.base)
+        kohya_lora(stack.adapter, width, stack.checkpoint)
         if format == "kohya"
         else plain_lora(stack.adapter, width, _PREFIXES[format])
     )
 
 
-def embedding(word: Tensor, base: Base) -> dict[str, Tensor]:
+def embedding(word: Tensor, base: CheckpointInfo) -> dict[str, Tensor]:
     """A word's vectors as a textual inversion, float16: one (k, d), or one for each of SDXL's text
     encoders.
     """
@@ -280,7 +280,7 @@ def _write_word(
     """
     tensors = {
         name: tensor.contiguous()
-        for name, tensor in embedding(stack.words[record.id], stack.base).items()
+        for name, tensor in embedding(stack.words[record.id], stack.checkpoint).items()
     }
     data = save(tensors, {_STACK: stack.owner, _TOKEN: record.token})
     for number in range(1, 10_000):
@@ -411,7 +411,7 @@ def _write_lora(
 
 def _card(stack: ConceptStack, triggers: list[str]) -> dict[str, bytes]:
     """What A1111 shows of a LoRA, by the files' endings."""
-    version = _SPOKEN_OF.get(stack.base.preset, _SD1)[2]
+    version = _SPOKEN_OF.get(stack.checkpoint.preset, _SD1)[2]
     card = {
         "description": "",
         "sd version": version,
@@ -426,7 +426,11 @@ def _card(stack: ConceptStack, triggers: list[str]) -> dict[str, bytes]:
 
 def _metadata(stack: ConceptStack, name: str, triggers: list[str]) -> dict[str, str]:
     """What web UIs, kohya's programs and model sites read in a LoRA's file."""
-    rank, preset, v = str(stack.rank), stack.base.preset, stack.base.prediction == "v_prediction"
+    rank, preset, v = (
+        str(stack.rank),
+        stack.checkpoint.preset,
+        stack.checkpoint.prediction == "v_prediction",
+    )
     architecture, version, _ = _SPOKEN_OF.get(preset, _SD1)
     if preset == "sd2" and v:
         architecture, version = "stable-diffusion-v2-768-v", "sd_v2_v"

@@ -75,6 +75,11 @@ def history_folder(stack: Path) -> Path:
     return stack.with_name(f"{stack.name.removesuffix('.safetensors')}.history")
 
 
+def cache_folder(stack: Path) -> Path:
+    """Where what is known of a stack's prompts lies; it may be deleted at any time."""
+    return stack.with_name(f"{stack.name.removesuffix('.safetensors')}.cache")
+
+
 def snapshot_path(stack: Path, token: str, run: str, part: str = "") -> Path:
     """Where an unfinished run waits; the ending keeps it out of the hosts' checkpoint lists.
 

@@ -23,16 +23,17 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from .adapters.adapter import Adapter, adapted_layers, delta, layers_of
 from .checkpoint.backbone import Backbone, FrozenText
 from .classifier import errors, log_posterior, predictions, subset
 from .diffusion import generator_for, noised, one_of, random_batch
-from .lora import Adapter, adapted_layers, delta, layers_of
+from .presets import TEMPLATES
 from .progress import OnProgress, Progress
-from .settings import TEMPLATES, LearnSettings
+from .settings import ResolvedSettings
 
 
 @dataclass(frozen=True)
-class Target:
+class FisherInputs:
     """What the Fisher is taken of: latents (4, h, w) of the newest concept, its name ("V2 mug") and
     class noun, the names of earlier concepts.
 
@@ -49,9 +50,9 @@ class Target:
 def fisher(
     backbone: Backbone,
     factors: Mapping[str, Tensor],
-    target: Target,
+    target: FisherInputs,
     text: FrozenText,
-    settings: LearnSettings,
+    settings: ResolvedSettings,
     on_progress: OnProgress,
 ) -> Adapter:
     """F_n for the attached, trainable `factors`, rescaled to mean 1: named as they are, or
@@ -69,9 +70,9 @@ def fisher(
 def spectrum(
     backbone: Backbone,
     factors: Mapping[str, Tensor],
-    target: Target,
+    target: FisherInputs,
     text: FrozenText,
-    settings: LearnSettings,
+    settings: ResolvedSettings,
     layers: Sequence[str],
     top: int,
 ) -> dict[str, Tensor]:
@@ -97,13 +98,12 @@ def top_eigenvalues(gradients: Tensor, top: int) -> Tensor:
 def _sampled(
     backbone: Backbone,
     factors: Mapping[str, Tensor],
-    target: Target,
+    target: FisherInputs,
     text: FrozenText,
-    settings: LearnSettings,
+    settings: ResolvedSettings,
     on_progress: OnProgress,
 ) -> Iterator[tuple[str, dict[str, Tensor]]]:
     """The gradients of `settings.fisher_samples` samples, batch after batch, layer after layer."""
-    assert settings.batch
     prompts = 1 if target.tau is None else 2 + min(len(target.previous), settings.subset - 2)
     n, done, number = max(1, settings.batch // prompts), 0, 0
     while done < settings.fisher_samples:
@@ -118,7 +118,12 @@ def _sampled(
 
 
 def _loss_of_batch(
-    backbone: Backbone, target: Target, text: FrozenText, k: int, n: int, generator: torch.Generator
+    backbone: Backbone,
+    target: FisherInputs,
+    text: FrozenText,
+    k: int,
+    n: int,
+    generator: torch.Generator,
 ) -> Callable[[], Tensor]:
     """L_F of n samples drawn with `generator`, (n,): the first prompt names c_n, the others are c_0
     and a random few of the previous.
@@ -184,7 +189,7 @@ def per_sample_gradients(
 
 def _pulled_back(parts: dict[str, Tensor], gradient: Tensor) -> dict[str, Tensor]:
     """From gradients in delta, (n, d_out, d_text), to gradients in the factors: the chain rule
-    through `lora.delta`, for all samples at once.
+    through `adapter.delta`, for all samples at once.
     """
     back = torch.func.vjp(lambda p: delta(p, gradient.shape[1:]), parts)[1]
     return torch.func.vmap(lambda g: back(g)[0])(gradient)

@@ -8,7 +8,9 @@ refused, not dropped.
 
 from __future__ import annotations
 
+import hashlib
 import re
+from datetime import datetime, timezone
 from pathlib import Path
 
 import torch
@@ -16,11 +18,14 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
+from .adapters.adapter import Adapter
+from .adapters.lora import padded_to_rank
 from .checkpoint import keys
 from .checkpoint.backbone import Backbone
-from .errors import StackError
-from .lora import Adapter, grown
+from .errors import SettingError, StackError
+from .requests import ImportRequest
 from .settings import MOST_VECTORS
+from .stack import ConceptRecord
 
 _DOWN = (
     ".lora_down.weight",
@@ -89,7 +94,7 @@ def read_lora(path: Path, backbone: Backbone, strength: float = 1.0) -> Adapter:
             float(found["alpha"].get(layer, len(down))) / len(down) if len(down) else 1.0
         )
         adapter |= {f"{layer}.A": down, f"{layer}.B": up * scale}
-    return grown(adapter, max(len(down) for down in downs.values()))
+    return padded_to_rank(adapter, max(len(down) for down in downs.values()))
 
 
 def read_word(path: Path, backbone: Backbone) -> Tensor:
@@ -127,6 +132,44 @@ def word_of_vocabulary(trigger: str, backbone: Backbone) -> Tensor:
             "noun apart, or give --embedding."
         )
     return word
+
+
+def imported_concept(
+    backbone: Backbone, request: ImportRequest
+) -> tuple[Tensor, Adapter, ConceptRecord]:
+    """Word, adapter and record of what another program made. Its id follows from the file and the
+    word.
+
+    Errors: SettingError where its word is not said, or said twice; StackError as in `read_lora`.
+    """
+    if bool(request.embedding) == bool(request.trigger):
+        raise SettingError(
+            "An imported concept needs its word: either an `embedding` or a `trigger`, and not "
+            "both."
+        )
+    if request.embedding:
+        word = read_word(request.embedding, backbone)
+    else:
+        word = word_of_vocabulary(request.trigger, backbone)
+    adapter = read_lora(request.lora, backbone, request.strength)
+    content = request.lora.read_bytes() + request.token.encode()
+    record = ConceptRecord(
+        id=hashlib.sha256(content).hexdigest()[:12],
+        token=request.token,
+        noun=request.noun.strip(),
+        method="import",
+        images=0,
+        steps=0,
+        seed=0,
+        prompts=[],
+        hashes=[],
+        learned=datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        loss=0.0,
+        preview="",
+        settings={},
+        with_noun=bool(request.noun.strip()),
+    )
+    return word, adapter, record
 
 
 def _plain(name: str) -> str:

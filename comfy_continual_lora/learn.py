@@ -1,30 +1,25 @@
-"""Stage 3: the one training loop.
+"""Stage 3: the denoising objective.
 
-    minimise over LoRA_n and V_n   E || eps - eps_theta(z_t, t, prompt with V_n) ||^2  +  the
-    method's penalty        (Jha et al. 2025)
+    minimise over LoRA_n and V_n   E || eps - eps_theta(z_t, t, prompt with V_n) ||^2  +  penalties
+                                                                              (Jha et al. 2025)
 
-in: a backbone and a `Lesson` (latents and prompts of the pictures, where the adapter and the word
-start) - out: `Learned`.
-Every draw is a function of (seed, step), so a run that was stopped and goes on from its snapshot
-ends bit for bit where an undisturbed one ends.
+in: a backbone and `TrainingInputs` (latents and prompts of the pictures, where the adapter and the word
+start) - out: `Trained`.
 """
 
 from __future__ import annotations
 
-import math
-import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from PIL.Image import Image
 from torch import Tensor, nn
 
+from .adapters.adapter import Adapter, attached, kind_of
+from .adapters.lora import joined
 from .checkpoint.backbone import Backbone
-from .checkpoint.narrow import number_for, recast
 from .concepts import to_pil
 from .diffusion import (
     generator_for,
@@ -34,27 +29,19 @@ from .diffusion import (
     random_batch,
     timestep_weight,
 )
-from .errors import SettingError, TrainingError
-from .files import set_aside
-from .lora import Adapter, attached, joined
-from .methods import METHODS
-from .methods.method import Penalty
-from .parallel import average, is_first, shares
+from .penalty import Penalty, Step
 from .progress import OnProgress, Progress
 from .sample import draw
-from .settings import MEANS, ConsolidateSettings, DrawSettings, LearnSettings
-from .snapshot import DamagedSnapshot, Snapshot, identity, read_snapshot, write_snapshot
-from .textspace import Apart
+from .settings import DrawSettings, ResolvedSettings
+from .training import Run, asked_for, compute_dtype, optimizer_for, precondition
 
 
 @dataclass(frozen=True)
-class Lesson:
-    """What is learned, and from where: latents (4, h, w), their pictures' prompts (picture i has
-    prompts[i % len(prompts)]), the new token.
+class TrainingInputs:
+    """What is learned, and from where.
 
-    `words` are the earlier ones (frozen); `adapter` and `word` the starting point; `beneath` a
-    frozen LoRA that stays below a new one; `space` the
-    coordinates of text space (`textspace.coordinates`) that a LoRA's A is learned in.
+    latents (4, h, w) and their pictures' prompts (picture i has prompts[i % len(prompts)]), the new
+    token; `words` are the earlier ones (frozen); `adapter` and `word` the starting point.
     """
 
     latents: Sequence[Tensor]
@@ -63,23 +50,19 @@ class Lesson:
     words: Mapping[str, Tensor]
     adapter: Adapter | None
     word: Tensor
-    penalty: Penalty | None = None
-    apart: Apart | None = None
-    beneath: Adapter | None = None
-    shown: Sequence[str] = ()  # names of what the preview pictures show
-    weights: Sequence[Tensor] | None = (
-        None  # (1, h, w): what of each latent is learned from; None: all of it alike
-    )
-    space: Tensor | None = None  # (d, d); None: those of the text features themselves
-    source: Mapping[str, str] = field(
-        default_factory=dict
-    )  # what it is learned from, by name: words, hashes
+    trains_adapter: bool = True
+    penalties: Mapping[str, Penalty] = field(default_factory=dict)
+    frozen_adapter: Adapter | None = None  # a LoRA that stays below a new one
+    preview_names: Sequence[str] = ()  # of what the preview pictures show
+    masks: Sequence[Tensor] | None = None  # (1, h, w): what of each latent is learned from
+    preconditioner: Tensor | None = None  # (d, d): coordinates of text space that A steps in
+    source: Mapping[str, str] = field(default_factory=dict)  # what a run learns from, by name
 
 
 @dataclass(frozen=True)
-class Learned:
+class Trained:
     """What a run ends with: the adapter (None if the method has none and none was there), the
-    word's vector, the loss of every step.
+    word's vectors, the loss of every step.
     """
 
     adapter: Adapter | None
@@ -89,363 +72,97 @@ class Learned:
 
 def learn(
     backbone: Backbone,
-    lesson: Lesson,
-    settings: LearnSettings,
+    inputs: TrainingInputs,
+    settings: ResolvedSettings,
     snapshot: Path,
     on_progress: OnProgress,
-) -> Learned:
-    """Learn one concept; `settings` are resolved.
+) -> Trained:
+    """Learn one concept.
 
-    Stopped by `on_progress`, it leaves a snapshot and lets the exception through. The net stays in
-    the number format it learned with.
-    Errors: TrainingError when the loss is not a number.
+    Stopped by `on_progress`, it leaves a snapshot and lets the exception through. The net keeps the
+    dtype it learned with. Errors: TrainingError when the loss is not a number.
     """
-    trains_adapter = bool(METHODS[settings.method].adapter)
-    latents = lesson.latents
-    with (
-        number_format(backbone, settings),
-        attached(
-            backbone, lesson.adapter, trainable=trains_adapter, beneath=lesson.beneath
-        ) as factors,
-    ):
-        vector = nn.Parameter(lesson.word.to(backbone.device, torch.float32, copy=True))
-        groups = [{"params": [vector], "lr": settings.token_rate, "weight_decay": 0.0}]
-        if trains_adapter:
-            groups.append(
-                {"params": list(factors.values()), "lr": settings.rate, "weight_decay": 0.01}
-            )
-        trained = {"word": vector, **(factors if trains_adapter else {})}
-        assert settings.steps
-        optimizer = optimizer_for(groups, settings)
-        if lesson.space is not None:
-            _step_in(
-                lesson.space.to(backbone.device),
-                optimizer,
-                [p for name, p in factors.items() if name.endswith(".A")],
-            )
-        asked = asked_for(backbone, settings, lesson.source, lesson.prompts)
-        run = Run(
-            "learn",
-            trained,
-            optimizer,
-            settings,
-            settings.steps,
-            backbone.gradient_scale,
-            snapshot,
-            asked,
-        )
+    adapter = attached(
+        backbone,
+        inputs.adapter,
+        trainable=inputs.trains_adapter,
+        frozen_adapter=inputs.frozen_adapter,
+    )
+    with compute_dtype(backbone, settings), adapter as factors:
+        word = nn.Parameter(inputs.word.to(backbone.device, torch.float32, copy=True))
+        run = _run(backbone, inputs, settings, snapshot, factors, word)
 
         def terms(step: int, rows: slice) -> dict[str, Tensor]:
-            generator = generator_for(settings.seed, step)
-            drawn = random_batch(latents, settings.batch or 1, generator)
-            chosen = [
-                one_of(lesson.prompts[int(i) % len(lesson.prompts)], generator) for i in drawn[0]
-            ][rows]
-            pick, clean, timestep, noise = (part[rows] for part in drawn)
-            noisy, target = noised(backbone, clean, noise, timestep)
-            words = {**lesson.words, lesson.token: vector}
-            features = _features(backbone, chosen, words)
-            weight = (
-                None
-                if lesson.weights is None
-                else torch.stack([lesson.weights[int(i)] for i in pick])
-            )
-            error = loss_per_example(backbone.predict(noisy, timestep, features), target, weight)
-            found = {
-                "denoising": (
-                    error * timestep_weight(backbone, timestep, settings.weighting)
-                ).mean()
-            }
-            if lesson.penalty:
-                found["penalty"] = lesson.penalty(factors)
-            if lesson.apart:
-                found["apart"] = lesson.apart(factors, words, chosen, features)
-            return found
+            return _terms(backbone, inputs, settings, factors, word, step, rows)
 
-        def tell(progress: Progress) -> None:
+        def report(progress: Progress) -> None:
             if settings.preview_every and progress.step % settings.preview_every == 0:
-                progress = replace(
-                    progress,
-                    preview=preview(backbone, {**lesson.words, lesson.token: vector}, lesson.shown),
-                )
+                words = {**inputs.words, inputs.token: word}
+                progress = replace(progress, preview=preview(backbone, words, inputs.preview_names))
             on_progress(progress)
 
-        run.train(terms, settings.batch or 1, tell)
-        kept = (
-            {k: v.detach().cpu().clone() for k, v in factors.items()} if factors else lesson.adapter
-        )
-        if lesson.beneath and kept:
-            kept = joined(lesson.beneath, kept)
-        return Learned(kept, vector.detach().cpu().clone(), run.losses)
+        run.train(terms, settings.batch, report)
+        learned = inputs.adapter
+        if factors:
+            learned = {name: value.detach().cpu().clone() for name, value in factors.items()}
+        if inputs.frozen_adapter and learned:
+            learned = joined(inputs.frozen_adapter, learned)
+        return Trained(learned, word.detach().cpu().clone(), run.losses)
 
 
-@contextmanager
-def number_format(backbone: Backbone, settings: ConsolidateSettings) -> Iterator[None]:
-    """Put the frozen net into the number format of `settings`, where it stays; inside the block
-    checkpoint, compile, go channels-last if wanted.
-
-    Factors, optimizer and loss stay in float32. Checkpointing asks for training mode; there is no
-    dropout in the net.
-    """
-    recast(backbone.unet, number_for(settings.precision, backbone.device))
-    if settings.checkpointing:
-        backbone.unet.enable_gradient_checkpointing()
-        backbone.unet.train()
-    if settings.channels_last:
-        nn.Module.to(backbone.unet, memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
-    if settings.compile:
-        backbone.unet.compile()
-    try:
-        yield
-    finally:
-        backbone.unet._compiled_call_impl = None
-        if settings.channels_last:
-            nn.Module.to(backbone.unet, memory_format=torch.contiguous_format)  # pyright: ignore[reportCallIssue]
-        if settings.checkpointing:
-            backbone.unet.disable_gradient_checkpointing()
-            backbone.unet.eval()
-
-
-class Run:
-    """Parameters, optimizer, step and losses of one run, and their snapshot on disk."""
-
-    def __init__(
-        self,
-        stage: str,
-        parameters: Mapping[str, nn.Parameter],
-        optimizer: torch.optim.Optimizer,
-        settings: ConsolidateSettings,
-        steps: int,
-        scale: float,
-        path: Path,
-        asked: dict[str, Any],
-    ) -> None:
-        self.stage, self.parameters, self.optimizer, self.settings = (
-            stage,
-            parameters,
-            optimizer,
-            settings,
-        )
-        self.steps, self.scale, self.path = steps, scale, path
-        self.asked, self.identity = asked, identity(asked)
-        self.step, self.losses, self.whole = 0, [], True
-
-    def train(
-        self, terms: Callable[[int, slice], dict[str, Tensor]], n: int, on_progress: OnProgress
-    ) -> None:
-        """Go on from the snapshot to the last step, minimising the sum of `terms(step, rows)`,
-        means over these of the step's n pictures.
-
-        Whatever stops it between two steps leaves a snapshot, want of memory too. Errors:
-        TrainingError when the loss is not a number.
-        """
-        note = self.resume()
-        rates = [group["lr"] for group in self.optimizer.param_groups]
-        started, first = time.monotonic(), self.step
-        try:
-            while self.step < self.steps:
-                for group, rate in zip(self.optimizer.param_groups, rates, strict=True):
-                    group["lr"] = rate * min(1.0, (self.step + 1) / max(1, self.settings.warmup))
-                found = self.update(terms, n)
-                if self.step % self.settings.snapshot_every == 0 or self.step == self.steps:
-                    self.save()
-                left = (time.monotonic() - started) / (self.step - first) * (self.steps - self.step)
-                parts = found if len(found) > 1 else {}
-                rate, note_now, note = self.optimizer.param_groups[-1]["lr"], note, ""
-                on_progress(
-                    Progress(
-                        self.stage,
-                        self.step,
-                        self.steps,
-                        self.losses[-1],
-                        rate,
-                        left,
-                        parts,
-                        note=note_now,
-                    )
-                )
-        except TrainingError:
-            raise
-        except BaseException:
-            if self.whole:
-                self.save()
-            raise
-
-    def update(self, terms: Callable[[int, slice], dict[str, Tensor]], n: int) -> dict[str, float]:
-        """One optimizer step, `settings.accumulate` parts of it one after the other; returns the
-        terms of its loss.
-
-        The gradient travels `scale` times larger (`Backbone.gradient_scale`). Errors: TrainingError
-        for a loss that is not a number.
-        """
-        self.optimizer.zero_grad(set_to_none=True)
-        found, value, parameters = {}, 0.0, list(self.parameters.values())
-        for rows, share in shares(n, self.settings.accumulate):
-            means = terms(self.step, rows)
-            loss = torch.stack(list(means.values())).sum()
-            value += share * loss.item()
-            if not math.isfinite(value):
-                raise TrainingError(
-                    f"The loss became {value} at step {self.step + 1}, so learning stopped; "
-                    "nothing was stored. "
-                    "A lower --lr or --precision fp32 usually helps."
-                )
-            (loss * share * self.scale).backward()
-            for name, mean in means.items():
-                found[name] = found.get(name, 0.0) + share * float(mean.detach())
-        for p in parameters:
-            p.grad = None if p.grad is None else p.grad / self.scale
-        value = average(parameters, value)
-        nn.utils.clip_grad_norm_(parameters, self.settings.clip)
-        self.whole = False
-        self.optimizer.step()
-        self.step += 1
-        self.losses.append(value)
-        self.whole = True
-        return found
-
-    def save(self) -> None:
-        if not is_first():
-            return
-        tensors = {f"value.{name}": p.detach().cpu() for name, p in self.parameters.items()}
-        for name, p in self.parameters.items():
-            for key, value in self.optimizer.state.get(p, {}).items():
-                tensors[f"state.{key}.{name}"] = (
-                    value.cpu() if isinstance(value, Tensor) else torch.tensor(value)
-                )
-        try:
-            write_snapshot(
-                self.path, Snapshot(self.identity, self.step, self.losses, self.asked, tensors)
-            )
-        except OSError as error:
-            raise TrainingError(
-                f"The snapshot {self.path} can't be written ({error.strerror or error}): no room "
-                "or no permission there. "
-                f"Learning stopped at step {self.step}; the concepts stored before are untouched. "
-                "Make room and give the same command again."
-            ) from None
-
-    def resume(self) -> str:
-        """Go on from the snapshot if there is one of this very run; what there is to say about it.
-
-        One that is damaged, or of another run, is renamed and so kept. Errors: TrainingError for
-        one that this user may not read.
-        """
-        if not self.path.exists():
-            return ""
-        try:
-            found = read_snapshot(self.path)
-            if found.identity != self.identity:
-                other = self.path.with_name(f"{self.path.name}.{found.identity[:12]}")
-                return (
-                    f"The snapshot that was here is another run's, at step {found.step}. It is "
-                    f"{self._moved(other).name} now."
-                )
-            self._go_on_from(found)
-        except OSError as error:
-            raise TrainingError(
-                f"The snapshot {self.path} can't be read ({error.strerror or error}), and "
-                "starting from scratch would overwrite it. "
-                "Allow reading it, or move it away."
-            ) from None
-        except DamagedSnapshot as error:
-            return (
-                f"The snapshot {self.path.name} is damaged ({error}). It is {self._moved().name} "
-                "now, and the run begins at step 1."
-            )
-        return f"Going on from step {self.step} of {self.steps}."
-
-    def _moved(self, target: Path | None = None) -> Path:
-        """Where the snapshot that can't be used is kept; one of several processes moves it."""
-        if is_first():
-            if target is None:
-                return set_aside(self.path)
-            self.path.replace(target)
-        return target or self.path
-
-    def _go_on_from(self, found: Snapshot) -> None:
-        """Errors: DamagedSnapshot, with nothing changed, where it does not fit this run."""
-        values = {name: found.tensors.get(f"value.{name}") for name in self.parameters}
-        fits = all(
-            value is not None and value.shape == self.parameters[name].shape
-            for name, value in values.items()
-        )
-        if not fits or not 0 <= found.step <= self.steps or len(found.losses) != found.step:
-            raise DamagedSnapshot("it does not fit this run")
-        self.step, self.losses = found.step, found.losses
-        with torch.no_grad():
-            for name, p in self.parameters.items():
-                p.copy_(found.tensors[f"value.{name}"])
-                state = {
-                    k.split(".", 2)[1]: v
-                    for k, v in found.tensors.items()
-                    if k.startswith("state.") and k.split(".", 2)[2] == name
-                }
-                self.optimizer.state[p] = {k: _as_it_was(k, v, p.device) for k, v in state.items()}
-
-
-def _as_it_was(name: str, value: Tensor, device: torch.device) -> Tensor | int:
-    """A piece of an optimizer's state out of a snapshot: AdamW counts steps in a tensor of the CPU,
-    bitsandbytes in a plain number.
-    """
-    return (
-        value.to(device) if name != "step" else value if value.is_floating_point() else int(value)
-    )
-
-
-def optimizer_for(
-    groups: list[dict[str, Any]], settings: ConsolidateSettings
-) -> torch.optim.Optimizer:
-    """Errors: SettingError where bitsandbytes is asked for and not there."""
-    if settings.optimizer == "adamw":
-        return torch.optim.AdamW(groups)
-    try:
-        from bitsandbytes.optim import AdamW8bit  # pyright: ignore[reportMissingImports]
-    except ImportError as error:
-        raise SettingError(
-            f"optimizer adamw8bit needs bitsandbytes ({error}). Install it (pip install "
-            "bitsandbytes), or take adamw."
-        ) from None
-    return AdamW8bit(groups)
-
-
-def _step_in(space: Tensor, optimizer: torch.optim.Optimizer, rows: Sequence[nn.Parameter]) -> None:
-    """Let each step for these (k, d) parameters be taken in other coordinates: of p = p' P, with P
-    (d, d) symmetric, it is p' that learns.
-
-    What AdamW does with a gradient does not depend on where it is, so p' itself is not needed: the
-    step starts from 0 there, without weight decay.
-    """
-    before: list[Tensor] = []
-
-    @torch.no_grad()
-    def turn(*_: object) -> None:
-        before[:] = [p.clone() for p in rows]
-        for p in rows:
-            assert p.grad is not None
-            p.grad = p.grad @ space
-            p.zero_()
-
-    @torch.no_grad()
-    def turn_back(*_: object) -> None:
-        for p, was in zip(rows, before, strict=True):
-            p.copy_(was + p @ space)
-
-    optimizer.register_step_pre_hook(turn)
-    optimizer.register_step_post_hook(turn_back)
-
-
-def asked_for(
+def _run(
     backbone: Backbone,
-    settings: ConsolidateSettings,
-    source: Mapping[str, Any],
-    prompts: Sequence[Sequence[str]] = (),
-) -> dict[str, Any]:
-    """What a run is asked for, which its snapshot remembers: `source`, the checkpoint, the prompts,
-    the settings that decide how it goes.
-    """
-    choices = {name: value for name, value in asdict(settings).items() if name not in MEANS}
-    return {**source, "checkpoint": backbone.fingerprint, "prompts": prompts, "settings": choices}
+    inputs: TrainingInputs,
+    settings: ResolvedSettings,
+    snapshot: Path,
+    factors: Mapping[str, nn.Parameter],
+    word: nn.Parameter,
+) -> Run:
+    """What is trained, and at which rates."""
+    groups = [{"params": [word], "lr": settings.token_rate, "weight_decay": 0.0}]
+    trained = {"word": word}
+    if inputs.trains_adapter:
+        adapter = {"params": list(factors.values()), "lr": settings.rate, "weight_decay": 0.01}
+        groups.append(adapter)
+        trained |= factors
+    optimizer = optimizer_for(groups, settings)
+    if inputs.preconditioner is not None and inputs.adapter:
+        part = f".{kind_of(inputs.adapter).preconditioned}"
+        rows = [value for name, value in factors.items() if name.endswith(part)]
+        precondition(inputs.preconditioner.to(backbone.device), optimizer, rows)
+    asked = asked_for(backbone, settings, inputs.source, inputs.prompts)
+    scale = backbone.gradient_scale
+    return Run("learn", trained, optimizer, settings, settings.steps, scale, snapshot, asked)
+
+
+def _terms(
+    backbone: Backbone,
+    inputs: TrainingInputs,
+    settings: ResolvedSettings,
+    factors: Mapping[str, Tensor],
+    word: Tensor,
+    step: int,
+    rows: slice,
+) -> dict[str, Tensor]:
+    """The terms of a step's loss, means over these of its pictures."""
+    generator = generator_for(settings.seed, step)
+    drawn = random_batch(inputs.latents, settings.batch, generator)
+    prompts = [
+        one_of(inputs.prompts[int(picture) % len(inputs.prompts)], generator)
+        for picture in drawn[0]
+    ][rows]
+    pictures, clean, timestep, noise = (part[rows] for part in drawn)
+    noisy, target = noised(backbone, clean, noise, timestep)
+    words = {**inputs.words, inputs.token: word}
+    features = _features(backbone, prompts, words)
+    mask = None
+    if inputs.masks is not None:
+        mask = torch.stack([inputs.masks[int(picture)] for picture in pictures])
+    error = loss_per_example(backbone.predict(noisy, timestep, features), target, mask)
+    weight = timestep_weight(backbone, timestep, settings.weighting)
+    now = Step(factors, words, prompts, features)
+    penalties = {name: penalty(now) for name, penalty in inputs.penalties.items()}
+    return {"denoising": (error * weight).mean(), **penalties}
 
 
 def preview(backbone: Backbone, words: Mapping[str, Tensor], names: Sequence[str]) -> Image:

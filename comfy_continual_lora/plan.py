@@ -21,7 +21,6 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from math import ceil
 from pathlib import Path
 from typing import Any
 
@@ -30,12 +29,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from .adapters import count
 from .checkpoint.backbone import kv_layers
 from .checkpoint.load import Layout, described, pick_device
 from .checkpoint.narrow import FP8, NUMBERS, computed_in, is_large, number_for
 from .methods import METHODS
-from .settings import LearnSettings
-from .store import read_header
+from .settings import LearnSettings, ResolvedSettings
+from .stackfile import read_header
 
 _SAID = {number: name for name, number in NUMBERS.items()}
 # The share of a large product's speed that learning reaches: on CPUs measured (benchmarks/LOG.md),
@@ -74,39 +74,40 @@ class Plan:
     ]  # of the training steps, at best and at worst; what a method does after them is not in it
 
 
-def plan(checkpoint: Path, stack: Path, settings: LearnSettings, device: str) -> Plan:
+def plan(checkpoint: Path, stack: Path, asked: LearnSettings, device: str) -> Plan:
     """What this run takes.
 
     Errors: CheckpointError as in `load_backbone`, SettingError for a setting out of its range.
     """
     here = pick_device(device)
     with described(checkpoint) as (layout, file):
-        settings = settings.resolved(layout.preset)
+        settings = asked.resolved(layout.preset)
         number, header = (
             number_for(settings.precision, here),
             read_header(stack) if stack.exists() else {},
         )
-        rank, size = header.get("rank") or settings.rank or 1, settings.size or layout.size
-        step, rows = _rows(settings, len(header.get("concepts", ())))
+        rank, size = header.get("rank") or settings.rank, settings.size or layout.size
+        method = METHODS[settings.method]
+        kind = method.adapter_kind(settings)
+        step, rows = method.rows(settings, len(header.get("concepts", ())))
         weights = _weights(layout, file, number, here)
-        adapter, exported = _adapter(layout, settings, rank)
+        adapter, exported = _adapter(layout, kind, rank)
         width = sum(
             model.get_input_embeddings().weight.shape[1]
             for model in (part.module for part in layout.texts)
         )
-        word = width * (settings.vectors or 1)
+        word = width * settings.vectors
         wide = computed_in(number, here)
         norms = wide if here.type == "cpu" else torch.float32  # autocast has them so
         kept, flops, calls = _activations(layout, settings, wide, norms, step, rows, size // 8)
-    learned, method = 4 * (adapter + word), METHODS[settings.method]
-    optimizer = (adapter if method.adapter else 0) + word
+    learned, optimizer = 4 * (adapter + word), adapter + word
     optimizer *= 4 + (2 if settings.optimizer == "adamw8bit" else 8)
     on_device = sum(
         bytes for name, (bytes, _) in weights.items() if name != "VAE" or here.type == "cpu"
     )
-    memories = 4 * adapter * bool(method.importance)
+    fisher = 4 * adapter * method.keeps_fisher
     times = (
-        (settings.steps or 1) * settings.accumulate * (3 if settings.checkpointing else 2)
+        settings.steps * settings.accumulate * (3 if settings.checkpointing else 2)
     )  # forward, back, and forward again for checkpoints
     speed = _speed(here, wide)
     shares, waits = (_CPU_SHARES, (0.0, 0.0)) if here.type == "cpu" else (_GPU_SHARES, _GPU_CALLS)
@@ -124,21 +125,10 @@ def plan(checkpoint: Path, stack: Path, settings: LearnSettings, device: str) ->
         optimizer,
         kept,
         on_device + learned + optimizer + kept,
-        (stack.stat().st_size if stack.exists() else 0) + learned + memories,
+        (stack.stat().st_size if stack.exists() else 0) + learned + fisher,
         2 * (exported + word),
         (least, most),
     )
-
-
-def _rows(settings: LearnSettings, earlier: int) -> tuple[int, int]:
-    """Pairs of picture and prompt at once: in a step of learning; and at most, as DSC and the
-    Fisher give a picture several prompts.
-    """
-    method, batch = METHODS[settings.method], settings.batch or 1
-    step = ceil(batch / settings.accumulate)
-    prompts = {"scores": 3, "distillation": 2}.get(method.consolidation, 0) if earlier else 0
-    compared = 2 + min(earlier, settings.subset - 2) if method.importance == "scores" else 0
-    return step, max(step, prompts * ceil(max(1, batch // 3) / settings.accumulate), compared)
 
 
 def _speed(here: torch.device, number: torch.dtype) -> float:
@@ -186,20 +176,14 @@ def _stored_format(layout: Layout, file: Any) -> torch.dtype:
     return said.get(file.get_slice(next(iter(names))).get_dtype(), torch.float32)
 
 
-def _adapter(layout: Layout, settings: LearnSettings, rank: int) -> tuple[int, int]:
-    """How many numbers the adapter has, and the LoRA that is exported of it."""
-    layers = [layer.weight.shape for layer in kv_layers(layout.unet.module).values()]
-    factors = sum(rank * (out + width) for out, width in layers)
-    kind = METHODS[settings.method].adapter
-    kind = settings.adapter if kind == "lora" else kind
+def _adapter(layout: Layout, kind: str, rank: int) -> tuple[int, int]:
+    """How many numbers an adapter of this kind has, and what is exported of it: LoRA or all."""
     if not kind:
         return 0, 0
-    numbers = {
-        "lora": factors,
-        "vera": sum(rank + out for out, _ in layers),
-        "full": sum(out * width for out, width in layers),
-    }[kind]
-    return numbers, numbers if kind == "full" else factors
+    shapes = [layer.weight.shape for layer in kv_layers(layout.unet.module).values()]
+    numbers = sum(count(kind, out, width, rank) for out, width in shapes)
+    as_lora = sum(count("lora", out, width, rank) for out, width in shapes)
+    return numbers, numbers if kind == "full" else as_lora
 
 
 # --- activations
@@ -208,7 +192,7 @@ def _adapter(layout: Layout, settings: LearnSettings, rank: int) -> tuple[int, i
 
 def _activations(
     layout: Layout,
-    settings: LearnSettings,
+    settings: ResolvedSettings,
     number: torch.dtype,
     norms: torch.dtype,
     step: int,

@@ -16,9 +16,9 @@ from PIL import Image, ImageDraw
 
 from .concepts import fitted, read_image
 from .curves import smoothed
-from .evaluate import Retention
+from .evaluate import RetentionReport
 from .imagefile import is_own, save_own
-from .pipeline import Drawn, Scored
+from .results import Drawn, Scored
 
 _STYLE = """
 body { font: 16px/1.5 system-ui, sans-serif; max-width: 1080px; margin: 2rem auto; padding: 0 1rem;
@@ -92,22 +92,7 @@ def score_sheet(scored: Sequence[Scored], *, side: int = 96, bars: int = 5) -> I
     return sheet
 
 
-def retention_table(found: Retention) -> str:
-    """A line a concept: how alike when just learned and now, the class noun's likeness, how much is
-    kept, the DC score now.
-    """
-    lines = ["concept                  learned   now   noun   kept   DC score"]
-    for j, name in enumerate(found.names):
-        kept = "     -" if found.kept[j].isnan() else f"{100 * float(found.kept[j]):5.0f} %"
-        score = "      -" if found.recognised[j].isnan() else f"{float(found.recognised[j]):7.2f}"
-        learned, now, noun = (
-            float(x) for x in (found.likeness[j, j], found.likeness[-1, j], found.floor[j])
-        )
-        lines.append(f"{name[:24]:<24} {learned:7.2f} {now:6.2f} {noun:6.2f} {kept}  {score}")
-    return "\n".join(lines)
-
-
-def retention_sheet(found: Retention, *, side: int = 96, shown: int = 2) -> Image.Image:
+def retention_sheet(found: RetentionReport, *, side: int = 96, shown: int = 2) -> Image.Image:
     """The heat map of R with pictures: a row for each concept, a column for each concept learned
     since; green is alike, red is not.
     """

@@ -1,8 +1,7 @@
 """Every choice a user has, declared once: default, range, unit, help. Every front end makes its
-widgets, flags and checks from here.
+widgets, flags and checks from here. Light.
 
-A default of None means "what suits the checkpoint": `LearnSettings.resolved` fills it from PRESETS
-and METHOD_PRESETS.
+A default of None means "what suits the checkpoint": `resolved` fills it from presets.py.
 """
 
 from __future__ import annotations
@@ -11,22 +10,9 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Any
 
-from .errors import SettingError
+from .fields import Settings, setting
+from .presets import ADAPTERS, METHODS
 
-METHODS = (
-    "textual_inversion",
-    "custom_diffusion",
-    "custom_diffusion_ewc",
-    "lora",
-    "c_lora",
-    "lora_ewc",
-    "lora_ewc_dc",
-    "lora_dsc",
-    "lora_dsc_ewc",
-    "lora_dsc_ewc_dc",
-    "retention",
-    "closed_form",
-)
 SOLVERS = ("dpm++", "ddim")
 MOST_VECTORS = 16  # of a word: prompts about two have to fit into 77 positions
 FITS = ("crop", "pad", "bucket")
@@ -35,8 +21,8 @@ FIT_HELP = (
     "pictures that are not square are cropped to the middle, padded with their edge, or keep "
     "their shape (aspect buckets)"
 )
-# Settings that say how the same numbers are come to: a run may go on with others of them.
-MEANS = (
+# Settings that change how a result is computed, not the result: a run may resume with others of them
+EXECUTION_SETTINGS = (
     "snapshot_every",
     "preview_every",
     "checkpointing",
@@ -44,171 +30,11 @@ MEANS = (
     "compile",
     "channels_last",
 )
-TEMPLATES = (
-    "a photo of a {}",
-    "photo of a {}",
-    "a picture of a {}",
-    "a photo of the {}",
-    "a good photo of a {}",
-    "a close-up photo of a {}",
-    "{}",
-)
-
-_STOCK = {
-    "rank": 16, "vectors": 1, "steps": 1000, "batch": 1, "rate": 2e-4, "token_rate": 1e-3,
-    "weighting": "uniform", "flip": True, "ewc_strength": 1e-2, "dsc_steps": 200, "guidance": 7.5,
-}  # fmt: skip
-PRESETS: dict[str, dict[str, Any]] = {  # only the mini-SD's were measured
-    "sd1": _STOCK,
-    "sd2": _STOCK,
-    "sdxl": {**_STOCK, "rate": 1e-4, "guidance": 7.0},
-    "mini": {
-        "rank": 16,
-        "vectors": 4,
-        "steps": 300,
-        "batch": 8,
-        "rate": 3e-4,
-        "token_rate": 1e-2,
-        "weighting": "debiased",
-        "flip": False,
-        "ewc_strength": 1e-2,
-        "dsc_steps": 60,
-        "guidance": 4.0,
-    },
-}
-# What suits a method on a checkpoint better than the checkpoint's row; measured ones only
-# (benchmarks/LOG.md).
-METHOD_PRESETS: dict[tuple[str, str], dict[str, Any]] = {
-    ("mini", "lora_dsc_ewc"): {"ewc_strength": 3e-3},
-    ("mini", "lora_dsc_ewc_dc"): {"ewc_strength": 3e-3},
-    ("mini", "retention"): {"rate": 1e-3},
-}
-# its few numbers scale fixed random matrices: at the rate of LoRA's they stay about where they are
-# (measured on the mini-SD)
-VERA_SPEED = 30
-WITH_VERA = (
-    "lora",
-    "lora_ewc",
-    "lora_ewc_dc",
-    "lora_dsc",
-    "lora_dsc_ewc",
-    "lora_dsc_ewc_dc",
-    "retention",
-)
-
-
-def setting(
-    default: Any,
-    help: str,
-    *,
-    low: float | None = None,
-    high: float | None = None,
-    choices: tuple[str, ...] = (),
-    multiple: int = 1,
-    unit: str = "",
-    group: str = "",
-) -> Any:
-    """A dataclass field that knows its range, what to tell the user, and under which heading."""
-    meta = {
-        "help": help,
-        "low": low,
-        "high": high,
-        "choices": choices,
-        "multiple": multiple,
-        "unit": unit,
-        "group": group,
-    }
-    return dataclasses.field(default=default, metadata=meta)
-
-
-def explained(f: dataclasses.Field) -> str:
-    """A setting's help; where its default is "what suits the checkpoint", also how a widget says
-    that, and what it comes to.
-    """
-    if f.default is not None:
-        return f.metadata["help"]
-    nothing = "Auto" if str(f.type).startswith("bool") else "0"
-    return f"{f.metadata['help']}. {nothing}: what suits the checkpoint" + (
-        f" ({suits})" if (suits := suiting(f)) else ""
-    )
-
-
-def suiting(f: dataclasses.Field) -> str:
-    """What suits the checkpoint, in words: "2e-4, sdxl 1e-4, mini 3e-4"; nothing where that is the
-    checkpoint's own.
-    """
-    values = {preset: chosen[f.name] for preset, chosen in PRESETS.items() if f.name in chosen}
-    others = [
-        f"{preset} {said(value)}" for preset, value in values.items() if value != values["sd1"]
-    ]
-    others += [
-        f"{method} on {preset} {said(chosen[f.name])}"
-        for (preset, method), chosen in METHOD_PRESETS.items()
-        if f.name in chosen
-    ]
-    others += [f"VeRA {VERA_SPEED} times as much"] if f.name == "rate" else []
-    return ", ".join([said(values["sd1"]), *others]) if values else ""
-
-
-def said(value: Any) -> str:
-    """A value as users read it."""
-    return (
-        {True: "yes", False: "no", "": "nothing"}.get(value, str(value))
-        if isinstance(value, (bool, str))
-        else str(value)
-    )
-
-
-def from_widget(f: dataclasses.Field, value: Any) -> Any:
-    """A widget's value -> the setting's; 0 and "auto" become None again where None is the default."""
-    if str(f.type) == "bool | None":
-        return {"auto": None, "yes": True, "no": False}.get(value, value)
-    if f.default is None and not value:
-        return None
-    return int(value) if str(f.type).startswith("int") and value is not None else value
-
-
-class Settings:
-    """Checks shared by all settings: `check()` raises SettingError for the first value out of its
-    range.
-    """
-
-    def check(self) -> None:
-        for f in dataclasses.fields(self):  # type: ignore[arg-type]
-            value, meta = getattr(self, f.name), f.metadata
-            if value is None or not meta:
-                continue
-            if meta["choices"]:
-                if value not in meta["choices"]:
-                    raise SettingError(
-                        f"{f.name} is {value!r}; it has to be one of {', '.join(meta['choices'])}."
-                    )
-                continue
-            low, high, unit = meta["low"], meta["high"], f" {meta['unit']}" if meta["unit"] else ""
-            if (low is not None and not value >= low) or (high is not None and not value <= high):
-                raise SettingError(
-                    f"{f.name} is {value:g}; the range is "
-                    f"{low:g}{' and more' if high is None else f' to {high:g}'}{unit}."
-                )
-            if meta["multiple"] > 1 and value % meta["multiple"]:
-                raise SettingError(
-                    f"{f.name} is {value:g}; it has to be a multiple of {meta['multiple']}{unit}."
-                )
-
-    def resolved(self, preset: str) -> Any:
-        """A copy in which every None is what suits the checkpoint; checked."""
-        suits = PRESETS[preset] | METHOD_PRESETS.get((preset, getattr(self, "method", "")), {})
-        if getattr(self, "adapter", "") == "vera":
-            suits["rate"] = VERA_SPEED * PRESETS[preset]["rate"]
-        fill = {k: v for k, v in suits.items() if getattr(self, k, 0) is None}
-        done = dataclasses.replace(self, **fill)  # type: ignore[type-var]
-        done.check()
-        return done
 
 
 @dataclass(frozen=True)
-class ConsolidateSettings(Settings):
-    """What learning and consolidating have in common."""
+class LoopSettings(Settings):
+    """The training loop."""
 
     batch: int | None = setting(None, "pictures a step", low=1, high=256)
     rate: float | None = setting(None, "learning rate of the LoRA", low=0, high=1)
@@ -259,6 +85,12 @@ class ConsolidateSettings(Settings):
     snapshot_every: int = setting(
         50, "steps between snapshots; an interrupted run goes on from the last", low=1
     )
+
+
+@dataclass(frozen=True)
+class EwcSettings(Settings):
+    """DC scores, and what holds concepts by their Fisher."""
+
     dc_scale: str = setting(
         "calibrated",
         "temperature of the DC scores: calibrated on the first concept, or 1 on mean or on "
@@ -302,6 +134,12 @@ class ConsolidateSettings(Settings):
         choices=("factors", "delta"),
         group="DC scores, EWC",
     )
+
+
+@dataclass(frozen=True)
+class RetentionSettings(Settings):
+    """What holds prompts in text space."""
+
     retention_weight: float = setting(
         0.0,
         "weight of holding what is done to ordinary prompts, and to earlier concepts' where the "
@@ -332,6 +170,12 @@ class ConsolidateSettings(Settings):
         low=0,
         group="retention",
     )
+
+
+@dataclass(frozen=True)
+class DscSettings(Settings):
+    """Diffusion Scores Consolidation."""
+
     dsc_steps: int | None = setting(
         None, "steps of Diffusion Scores Consolidation", low=1, high=1_000_000, group="DSC"
     )
@@ -355,7 +199,14 @@ class ConsolidateSettings(Settings):
 
 
 @dataclass(frozen=True)
-class LearnSettings(ConsolidateSettings):
+class TrainSettings(DscSettings, RetentionSettings, EwcSettings, LoopSettings):
+    """What learning and consolidating have in common."""
+
+
+@dataclass(frozen=True)
+class LearnSettings(TrainSettings):
+    """How to learn one concept."""
+
     method: str = setting("retention", "how to learn; README has the table", choices=METHODS)
     steps: int | None = setting(None, "training steps", low=1, high=1_000_000)
     weighting: str | None = setting(
@@ -373,7 +224,7 @@ class LearnSettings(ConsolidateSettings):
     adapter: str = setting(
         "lora",
         "kind of adapter for the lora methods: lora, or the smaller vera",
-        choices=("lora", "vera"),
+        choices=ADAPTERS,
     )
     rank: int | None = setting(
         None,
@@ -396,13 +247,29 @@ class LearnSettings(ConsolidateSettings):
         group="C-LoRA",
     )
 
-    def check(self) -> None:
-        super().check()
-        if self.adapter == "vera" and self.method not in WITH_VERA:
-            raise SettingError(
-                f"{self.method} can't learn with VeRA. Leave adapter out, or take one of "
-                f"{', '.join(WITH_VERA)}."
-            )
+    def resolved(self, preset: str) -> ResolvedSettings:
+        """Every None is what suits the checkpoint; checked."""
+        return ResolvedSettings(**dataclasses.asdict(super().resolved(preset)))
+
+
+def _required() -> Any:
+    return dataclasses.field()
+
+
+@dataclass(frozen=True, kw_only=True)
+class ResolvedSettings(LearnSettings):
+    """Settings in which nothing is left open: what training takes."""
+
+    batch: int = _required()
+    rate: float = _required()
+    flip: bool = _required()
+    ewc_strength: float = _required()
+    dsc_steps: int = _required()
+    steps: int = _required()
+    weighting: str = _required()
+    rank: int = _required()
+    vectors: int = _required()
+    token_rate: float = _required()
 
 
 @dataclass(frozen=True)
@@ -428,6 +295,8 @@ class SolveSettings(Settings):
 
 @dataclass(frozen=True)
 class ScoreSettings(Settings):
+    """How pictures are compared with concepts."""
+
     trials: int = setting(
         32,
         "noisy versions of a picture that the likeliest concepts are compared on",
@@ -456,6 +325,8 @@ class ScoreSettings(Settings):
 
 @dataclass(frozen=True)
 class EvaluateSettings(Settings):
+    """How what is kept is measured."""
+
     pictures: int = setting(4, "pictures of each concept and version", low=1, high=1000)
     steps: int = setting(20, "sampling steps", low=1, high=1000)
     guidance: float | None = setting(
@@ -472,6 +343,8 @@ class EvaluateSettings(Settings):
 
 @dataclass(frozen=True)
 class DrawSettings(Settings):
+    """How pictures are drawn."""
+
     count: int = setting(1, "pictures per prompt", low=1, high=10_000)
     steps: int = setting(25, "sampling steps", low=1, high=1000)
     guidance: float | None = setting(

@@ -23,10 +23,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from .adapters.adapter import Adapter, factored, layers_of
 from .checkpoint.backbone import Backbone
-from .lora import Adapter, factored, layers_of
-from .settings import TEMPLATES
-from .store import ConceptRecord
+from .penalty import Step
+from .presets import TEMPLATES
+from .stack import ConceptRecord
 
 PLACES = (
     "on grass",
@@ -269,9 +270,9 @@ def drift(
 
 
 @dataclass(frozen=True)
-class Retention:
+class RetentionPenalty:
     """The penalty in the training loop: how far the factors are, over all protected prompts, from
-    what was there (`solve.retention`).
+    what was there (`targets.retention_penalty`).
     """
 
     weight: float
@@ -279,12 +280,12 @@ class Retention:
     anchor: Adapter  # empty where nothing was learned yet
     sizes: Mapping[str, Tensor]  # tr[W0 M W0^T] of each layer, over ordinary prompts
 
-    def __call__(self, factors: Mapping[str, Tensor]) -> Tensor:
-        return self.weight * drift(factors, self.anchor, self.moment, self.sizes)
+    def __call__(self, step: Step) -> Tensor:
+        return self.weight * drift(step.factors, self.anchor, self.moment, self.sizes)
 
 
 @dataclass(frozen=True)
-class Apart:
+class PaddingPenalty:
     """The penalty that keeps two things in one picture apart: behind the end of the concept's own
     prompts the adapter does nothing.
 
@@ -296,17 +297,11 @@ class Apart:
 
     backbone: Backbone
     weight: float
-    sizes: Mapping[str, Tensor]  # as in `Retention`
+    sizes: Mapping[str, Tensor]  # as in `RetentionPenalty`
 
-    def __call__(
-        self,
-        factors: Mapping[str, Tensor],
-        words: Mapping[str, Tensor],
-        prompts: Sequence[str],
-        features: Tensor,
-    ) -> Tensor:
-        """`features` (n, 77, d) are the prompts' (n,)."""
-        rows = (
-            self.backbone.context(features).detach().float()[self.backbone.padding(prompts, words)]
-        )
-        return self.weight * drift(factors, None, rows.T @ rows / max(1, len(rows)), self.sizes)
+    def __call__(self, step: Step) -> Tensor:
+        assert step.features is not None
+        features = self.backbone.context(step.features).detach().float()
+        rows = features[self.backbone.padding(step.prompts, step.words)]
+        moment = rows.T @ rows / max(1, len(rows))
+        return self.weight * drift(step.factors, None, moment, self.sizes)

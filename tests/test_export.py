@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from comfy_continual_lora.lora import KINDS, delta_weights, new_adapter
 from safetensors import safe_open
 from safetensors.torch import load_file, save
 from test_store import _record
@@ -15,7 +16,6 @@ from test_store import _record
 from comfy_continual_lora import export, store
 from comfy_continual_lora.checkpoint.backbone import Backbone
 from comfy_continual_lora.errors import StackError
-from comfy_continual_lora.lora import KINDS, delta_weights, new_adapter
 
 
 def _stack(backbone: Backbone, kind: str) -> store.ConceptStack:

@@ -14,6 +14,7 @@ from typing import Any
 import families
 import pytest
 import torch
+from comfy_continual_lora.lora import attached, delta_weights
 from conftest import NOUNS
 from families import KINDS
 from peft import PeftModel
@@ -26,7 +27,6 @@ from comfy_continual_lora.checkpoint.load import load_backbone
 from comfy_continual_lora.diffusion import alphas_cumprod, noised
 from comfy_continual_lora.errors import CheckpointError, StackError
 from comfy_continual_lora.export import export_files
-from comfy_continual_lora.lora import attached, delta_weights
 from comfy_continual_lora.settings import (
     ConsolidateSettings,
     DrawSettings,

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import pytest
 import torch
-
-from comfy_continual_lora.checkpoint.backbone import Backbone
 from comfy_continual_lora.lora import (
     KINDS,
     Adapter,
@@ -16,6 +14,8 @@ from comfy_continual_lora.lora import (
     kind_of,
     new_adapter,
 )
+
+from comfy_continual_lora.checkpoint.backbone import Backbone
 
 
 def _random_adapter(backbone: Backbone, kind: str = "lora") -> Adapter:

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from comfy_continual_lora.lora import Adapter, delta_weights, layers_of, rank_of
 from conftest import NOUNS
 from safetensors.torch import load_file, save_file
 from test_methods import QUICK, _request, _same, _stack
@@ -19,7 +20,6 @@ from test_textspace import _random
 from comfy_continual_lora import cli, foreign, pipeline, solve, store, textspace
 from comfy_continual_lora.checkpoint.backbone import Backbone
 from comfy_continual_lora.errors import SettingError, StackError
-from comfy_continual_lora.lora import Adapter, delta_weights, layers_of, rank_of
 from comfy_continual_lora.progress import ignore
 from comfy_continual_lora.settings import SolveSettings
 

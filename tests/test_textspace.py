@@ -9,11 +9,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from comfy_continual_lora.lora import Adapter, delta_weights, factored, layers_of, new_adapter
 from test_methods import QUICK, _request, _stack
 
 from comfy_continual_lora import pipeline, solve, store, textspace
 from comfy_continual_lora.checkpoint.backbone import Backbone, FrozenText
-from comfy_continual_lora.lora import Adapter, delta_weights, factored, layers_of, new_adapter
 from comfy_continual_lora.progress import ignore
 from comfy_continual_lora.settings import LearnSettings, SolveSettings
 

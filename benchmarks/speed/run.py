@@ -114,10 +114,10 @@ class Meter:
 
 def ours(path: str, job: dict[str, int], compile: bool = False) -> dict[str, float]:
     import torch
+    from comfy_continual_lora.lora import new_adapter
 
     from comfy_continual_lora.checkpoint.load import load_backbone
     from comfy_continual_lora.learn import Lesson, learn
-    from comfy_continual_lora.lora import new_adapter
     from comfy_continual_lora.settings import LearnSettings
 
     meter = Meter(job["skipped"])

@@ -21,9 +21,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..lora import Adapter, layers_of
-from ..settings import LearnSettings
-from ..store import ConceptStack
+from ..adapters.adapter import Adapter, layers_of
+from ..penalty import Penalty, Step
+from ..session import Session
+from ..settings import LearnSettings, ResolvedSettings
+from ..textspace import RetentionPenalty
 from .method import Method
 
 
@@ -46,27 +48,33 @@ class Hadamard:
     weight: float
     past: Mapping[str, Tensor]
 
-    def __call__(self, factors: Mapping[str, Tensor]) -> Tensor:
-        return self.weight * hadamard_penalty(factors, self.past)
+    def __call__(self, step: Step) -> Tensor:
+        return self.weight * hadamard_penalty(step.factors, self.past)
 
 
 class CLora(Method):
     id = "c_lora"
 
-    def penalty(
-        self, stack: ConceptStack, settings: LearnSettings, device: torch.device
-    ) -> Hadamard | None:
-        # A "published" stack's one adapter is the sum already.
-        past = (
-            [stack.adapter]
-            if self.starts_anew(settings)
-            else [stack.adapter_after(record.id) for record in stack.records]
-        )
-        past = [adapter for adapter in past if adapter is not None]
-        return Hadamard(settings.c_lora_weight, _summed(past, device)) if past else None
+    def takes(self, kind: str) -> bool:
+        return kind == "lora"  # the penalty is about A and B
 
-    def starts_anew(self, settings: LearnSettings) -> bool:
+    def fresh_adapter(self, settings: LearnSettings) -> bool:
         return settings.c_lora_variant == "published"
+
+    def penalties(
+        self, session: Session, settings: ResolvedSettings, held: RetentionPenalty | None
+    ) -> dict[str, Penalty]:
+        stack = session.stack
+        # a "published" stack's one adapter is the sum already
+        past = [stack.adapter]
+        if not self.fresh_adapter(settings):
+            past = [stack.adapter_after(record.id) for record in stack.records]
+        known = [adapter for adapter in past if adapter is not None]
+        own: dict[str, Penalty] = {}
+        if known:
+            summed = _summed(known, session.backbone.device)
+            own["c_lora"] = Hadamard(settings.c_lora_weight, summed)
+        return {**own, **super().penalties(session, settings, held)}
 
 
 def _summed(adapters: Sequence[Adapter], device: torch.device) -> dict[str, Tensor]:

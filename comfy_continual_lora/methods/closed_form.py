@@ -13,9 +13,37 @@ does, which the ten systems of the paper do not
 
 from __future__ import annotations
 
-from .method import Method
+from ..adapters.adapter import KINDS, Adapter
+from ..consolidation import consolidated
+from ..session import Session
+from ..settings import ResolvedSettings, SolveSettings
+from ..stack import ConceptStack
+from ..targets import PromptBank
+from .method import Lesson, Method
 
 
 class ClosedForm(Method):
     id = "closed_form"
-    consolidation = "closed form"
+    previews_earlier = False  # what becomes of earlier concepts is solved for afterwards
+
+    def takes(self, kind: str) -> bool:
+        return KINDS[kind].solvable
+
+    def prompt_bank(
+        self, session: Session, noun: str, settings: ResolvedSettings
+    ) -> PromptBank | None:
+        """Of no concept yet: earlier ones are solved for in the end and need not be held."""
+        return self.bank_of(session, noun, settings, 0)
+
+    def remember(self, lesson: Lesson, adapter: Adapter | None) -> ConceptStack:
+        stack = super().remember(lesson, adapter)
+        if len(stack.records) == 1:
+            return stack
+        session, bank = lesson.session, lesson.bank
+        solved, _ = consolidated(
+            session.backbone, stack, SolveSettings(), session.on_progress, bank
+        )
+        if bank is not None:
+            bank.moments.drop_unused()
+        solved.unconsolidated = None  # this is how it was learned
+        return solved

@@ -8,14 +8,20 @@ cost        as `lora`; the stored change is as large as K and V (19 M numbers fo
 kept for undo)
 deviations  no prior-preservation pictures (nothing but the concept's own pictures is used); weight
 decay pulls towards the checkpoint's weights,
-            because delta is trained; the published numbers are not reproduced yet
+            because delta is trained
 """
 
 from __future__ import annotations
 
+from ..settings import LearnSettings
 from .method import Method
 
 
 class CustomDiffusion(Method):
     id = "custom_diffusion"
-    adapter = "full"
+
+    def adapter_kind(self, settings: LearnSettings) -> str:
+        return "full"
+
+    def takes(self, kind: str) -> bool:
+        return kind == "lora"  # the setting's default, which it does not use

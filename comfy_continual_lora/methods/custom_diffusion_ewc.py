@@ -13,20 +13,9 @@ reproduced yet
 
 from __future__ import annotations
 
-import torch
-
-from ..ewc import Ewc, ewc
-from ..settings import LearnSettings
-from ..store import ConceptStack
-from .method import Method
+from .custom_diffusion import CustomDiffusion
+from .lora_ewc import LoraEwc
 
 
-class CustomDiffusionEwc(Method):
+class CustomDiffusionEwc(LoraEwc, CustomDiffusion):
     id = "custom_diffusion_ewc"
-    adapter = "full"
-    importance = "denoising"
-
-    def penalty(
-        self, stack: ConceptStack, settings: LearnSettings, device: torch.device
-    ) -> Ewc | None:
-        return ewc(stack, settings, device)

@@ -12,9 +12,32 @@ without scores; the published numbers are not
 
 from __future__ import annotations
 
-from .method import Method
+from typing import ClassVar
+
+from ..adapters.adapter import Adapter
+from ..settings import LearnSettings, ResolvedSettings
+from .lora_ewc import check_one_size
+from .method import Lesson, Method, Rows, StackSummary
+from .stages import distilled, past_adapters
 
 
 class LoraDsc(Method):
     id = "lora_dsc"
-    consolidation = "distillation"
+    with_score_terms: ClassVar[bool] = False  # whether DSC has a1 and a2 besides b1 and b2
+
+    def check(self, settings: LearnSettings, stack: StackSummary) -> None:
+        super().check(settings, stack)
+        check_one_size(self, stack)
+
+    def consolidate(self, lesson: Lesson, adapter: Adapter | None) -> Adapter | None:
+        if not adapter or not past_adapters(lesson):
+            return adapter
+        student, _ = distilled(lesson, adapter, lesson.penalties, with_scores=self.with_score_terms)
+        return student
+
+    def rows(self, settings: ResolvedSettings, earlier: int) -> Rows:
+        """DSC gives each picture two or three prompts, and takes a third of the pictures."""
+        step, most = super().rows(settings, earlier)
+        prompts = 3 if self.with_score_terms else 2
+        pictures = -(-max(1, settings.batch // 3) // settings.accumulate)
+        return Rows(step, max(most, prompts * pictures) if earlier else most)

@@ -9,9 +9,9 @@ deviations  those of both
 
 from __future__ import annotations
 
+from .lora_dsc import LoraDsc
 from .lora_ewc import LoraEwc
 
 
-class LoraDscEwc(LoraEwc):
+class LoraDscEwc(LoraDsc, LoraEwc):
     id = "lora_dsc_ewc"
-    consolidation = "distillation"

@@ -10,9 +10,10 @@ deviations  those of `lora_ewc_dc`
 
 from __future__ import annotations
 
+from .lora_dsc import LoraDsc
 from .lora_ewc_dc import LoraEwcDc
 
 
-class LoraDscEwcDc(LoraEwcDc):
+class LoraDscEwcDc(LoraDsc, LoraEwcDc):
     id = "lora_dsc_ewc_dc"
-    consolidation = "scores"
+    with_score_terms = True

@@ -7,24 +7,48 @@ equation    the loss of `lora` + lambda sum F* (theta - theta*)^2;  F from the d
 remembers   one Fisher a concept, as large as the LoRA
 cost        `lora` + 256 gradients of single samples a concept; the penalty is a few elementwise
 operations a step
-deviations  each Fisher is rescaled to mean 1; the published numbers are not reproduced yet
+deviations  each Fisher is rescaled to mean 1
 """
 
 from __future__ import annotations
 
-import torch
+from typing import ClassVar
 
-from ..ewc import Ewc, ewc
-from ..settings import LearnSettings
-from ..store import ConceptStack
-from .method import Method
+from ..adapters.adapter import Adapter
+from ..errors import SettingError
+from ..ewc import ewc
+from ..penalty import Penalty
+from ..session import Session
+from ..settings import LearnSettings, ResolvedSettings
+from ..textspace import RetentionPenalty
+from .method import Lesson, Method, StackSummary
+from .stages import fisher_of
 
 
 class LoraEwc(Method):
     id = "lora_ewc"
-    importance = "denoising"
+    keeps_fisher = True
+    with_scores: ClassVar[bool] = False  # whether the Fisher is of the DC scores too
 
-    def penalty(
-        self, stack: ConceptStack, settings: LearnSettings, device: torch.device
-    ) -> Ewc | None:
-        return ewc(stack, settings, device)
+    def check(self, settings: LearnSettings, stack: StackSummary) -> None:
+        super().check(settings, stack)
+        check_one_size(self, stack)
+
+    def penalties(
+        self, session: Session, settings: ResolvedSettings, held: RetentionPenalty | None
+    ) -> dict[str, Penalty]:
+        penalty = ewc(session.stack, settings, session.backbone.device)
+        own: dict[str, Penalty] = {} if penalty is None else {"ewc": penalty}
+        return {**own, **super().penalties(session, settings, held)}
+
+    def fisher(self, lesson: Lesson, adapter: Adapter) -> Adapter | None:
+        return fisher_of(lesson, adapter, with_scores=self.with_scores)
+
+
+def check_one_size(method: Method, stack: StackSummary) -> None:
+    """Errors: SettingError for a method that compares adapters, on a stack whose adapter grows."""
+    if stack.kind == "lora" and (stack.adapter_rank or 0) > (stack.rank or 0):
+        raise SettingError(
+            f"{method.id} compares adapters of one size, but this stack's LoRA has grown (c_lora, "
+            "published). Go on with that, or start another `stack`."
+        )

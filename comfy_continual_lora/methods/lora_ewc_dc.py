@@ -7,14 +7,21 @@ remembers   one Fisher a concept, as large as the LoRA; tau, one number a stack
 cost        as `lora_ewc`, with k rows instead of one for each of the 256 samples
 deviations  the paper does not say its tau; ours is calibrated (`classifier`), because tau = 1 on
 mean errors makes the term vanish; c_0 is the class
-            noun; the published numbers are not reproduced yet
+            noun
 """
 
 from __future__ import annotations
 
+from ..settings import ResolvedSettings
 from .lora_ewc import LoraEwc
+from .method import Rows
 
 
 class LoraEwcDc(LoraEwc):
     id = "lora_ewc_dc"
-    importance = "scores"
+    with_scores = True
+
+    def rows(self, settings: ResolvedSettings, earlier: int) -> Rows:
+        """The Fisher compares several concepts for each picture."""
+        step, most = super().rows(settings, earlier)
+        return Rows(step, max(most, 2 + min(earlier, settings.subset - 2)))

@@ -1,42 +1,260 @@
-"""What the pipeline asks of a method.
+"""What a method says of itself, stage by stage; here is what plain sequential learning (`lora`) does.
 
-What a method does not say is what plain sequential learning (`lora`) does.
+check       refuse what does not go together, before anything is loaded
+start       where adapter and word begin
+penalties   what is added to the loss
+consolidate what is trained after that (DSC)
+remember    the stack with the concept on it, and what later concepts need to know of it
+rows        how many rows go through the net at once, for the plan
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
 
-from ..settings import LearnSettings
-from ..store import ConceptStack
+from ..adapters import kind_with
+from ..adapters.adapter import KINDS, Adapter, kind_of, new_adapter, rank_of
+from ..concept import Concept
+from ..errors import SettingError
+from ..files import real_file
+from ..learn import TrainingInputs
+from ..penalty import Penalty
+from ..presets import ADAPTERS
+from ..session import Session, Snapshots
+from ..settings import LearnSettings, ResolvedSettings
+from ..stack import ConceptRecord, ConceptStack
+from ..stackfile import read_shapes
+from ..targets import PromptBank, prompt_bank, retention_penalty
+from ..textspace import PaddingPenalty, RetentionPenalty, coordinates
 
-Penalty = Callable[[Mapping[str, Tensor]], Tensor]  # factors -> a number, added to the loss
+
+@dataclass(frozen=True)
+class StackSummary:
+    """What a stack's header says that decides which methods go on with it."""
+
+    kind: str = ""  # of its adapter; empty where there is none yet
+    rank: int | None = None  # what its concepts are learned with
+    adapter_rank: int | None = None  # what its adapter has by now
+
+
+@dataclass(frozen=True)
+class Start:
+    """Where learning begins.
+
+    `adapter` None where none was learned yet and the method has none; `retention` is what holds
+    prompts in text space, `bank` what is known of them.
+    """
+
+    adapter: Adapter | None
+    word: Tensor
+    frozen_adapter: Adapter | None = None
+    preconditioner: Tensor | None = None
+    retention: RetentionPenalty | None = None
+    bank: PromptBank | None = None
+
+
+@dataclass(frozen=True)
+class Lesson:
+    """All that the stages after learning may look at."""
+
+    session: Session
+    settings: ResolvedSettings
+    concept: Concept
+    record: ConceptRecord
+    word: Tensor  # as learned
+    penalties: Mapping[str, Penalty]
+    snapshots: Snapshots
+    bank: PromptBank | None = None
+
+
+class Rows(NamedTuple):
+    """Pairs of picture and prompt that go through the net at once: in a step, and at most."""
+
+    step: int
+    most: int
 
 
 class Method:
-    id: str
-    # the kind of adapter it trains besides the word: "lora" (or "vera", a setting), "full", or ""
-    # for the word alone
-    adapter = "lora"
-    # the loss its Fisher is taken of: "" no Fisher, "denoising", or "scores" for denoising and DC
-    # scores
-    importance = ""
-    retention_weight = 0.0  # weight of the drift in text space, where the settings leave it at 0
-    # afterwards: "" none, DSC by "distillation" (b1, b2) or with "scores" (a1, a2 too), or "closed
-    # form"
-    consolidation = ""
+    id: ClassVar[str]
+    retention_weight: ClassVar[float] = (
+        0.0  # of the drift in text space, unless a setting says more
+    )
+    previews_earlier: ClassVar[bool] = True  # whether previews show what becomes of an earlier one
+    keeps_fisher: ClassVar[bool] = False  # whether the stack keeps what a concept found important
 
-    def penalty(
-        self, stack: ConceptStack, settings: LearnSettings, device: torch.device
-    ) -> Penalty | None:
-        """What is added to the loss for the sake of the stack's concepts; None for nothing."""
-        return None
+    # --- before anything is loaded ----------------------------------------------------------------
 
-    def starts_anew(self, settings: LearnSettings) -> bool:
+    def adapter_kind(self, settings: LearnSettings) -> str:
+        """The kind of adapter it trains besides the word, "" for the word alone."""
+        return settings.adapter
+
+    def takes(self, kind: str) -> bool:
+        """Whether it can learn with this kind of adapter, if the user chooses it."""
+        return True
+
+    def check(self, settings: LearnSettings, stack: StackSummary) -> None:
+        """Errors: SettingError for settings that do not go together, or not with the stack."""
+        kind = self.adapter_kind(settings)
+        if not self.takes(settings.adapter):
+            others = " or ".join(one for one in ADAPTERS if self.takes(one))
+            raise SettingError(
+                f"{self.id} can't learn with the `adapter` {settings.adapter}. Choose {others}, or "
+                f"another `method` with {settings.adapter}."
+            )
+        if kind and stack.kind and kind != stack.kind:
+            raise SettingError(
+                f"The `method` {self.id} trains an adapter of the kind {kind}, but this stack's is "
+                f"{stack.kind}. Go on with a method of that kind, or start another `stack`."
+            )
+
+    def fresh_adapter(self, settings: LearnSettings) -> bool:
         """Whether every concept gets a LoRA of its own on top of the frozen earlier ones, and a
         random word without class noun.
         """
         return False
+
+    def rows(self, settings: ResolvedSettings, earlier: int) -> Rows:
+        """`earlier`: how many concepts are on the stack."""
+        step = -(-settings.batch // settings.accumulate)
+        return Rows(step, step)
+
+    # --- learning ---------------------------------------------------------------------------------
+
+    def start(self, session: Session, concept: Concept, settings: ResolvedSettings) -> Start:
+        """Sequential: the adapter starts from the stack's, the word from its class noun."""
+        stack, backbone = session.stack, session.backbone
+        generator = torch.Generator().manual_seed(settings.seed)
+        fresh = self.fresh_adapter(settings)
+        noun = concept.noun if concept.with_noun else ""
+        word = backbone.word_start(noun, generator, settings.vectors)
+        bank = self.prompt_bank(session, concept.noun, settings)
+        held = self.retention(session, settings, bank)
+        kind = self.adapter_kind(settings)
+        preconditioner = None
+        if held is not None and kind and KINDS[kind].preconditioned:
+            preconditioner = coordinates(held.moment.cpu())
+        adapter = stack.adapter
+        if kind and (adapter is None or fresh):
+            adapter = new_adapter(backbone, settings.rank, generator, kind, preconditioner)
+        below = stack.adapter if fresh else None
+        return Start(adapter, word, below, preconditioner, held, bank)
+
+    def held_weight(self, settings: LearnSettings) -> float:
+        """Weight of what is held in text space."""
+        if not self.adapter_kind(settings):
+            return 0.0
+        return settings.retention_weight or self.retention_weight
+
+    def prompt_bank(
+        self, session: Session, noun: str, settings: ResolvedSettings
+    ) -> PromptBank | None:
+        """What has to be known of prompts; None where nothing is held."""
+        if not self.held_weight(settings):
+            return None
+        return self.bank_of(session, noun, settings, None)
+
+    def bank_of(
+        self, session: Session, noun: str, settings: ResolvedSettings, count: int | None
+    ) -> PromptBank:
+        """Of the stack's first `count` concepts, or of all."""
+        return prompt_bank(
+            session.backbone,
+            session.stack,
+            session.on_progress,
+            count,
+            [noun],
+            settings.retention_words,
+            session.cache,
+        )
+
+    def retention(
+        self, session: Session, settings: ResolvedSettings, bank: PromptBank | None
+    ) -> RetentionPenalty | None:
+        """What holds prompts while something is learned."""
+        weight = self.held_weight(settings)
+        if bank is None or not weight:
+            return None
+        return retention_penalty(bank, session.stack, settings, weight)
+
+    def penalties(
+        self, session: Session, settings: ResolvedSettings, held: RetentionPenalty | None
+    ) -> dict[str, Penalty]:
+        """What is added to the loss for the sake of the stack's concepts, of the factors alone."""
+        return {} if held is None else {"retention": held}
+
+    def word_penalties(
+        self, session: Session, settings: ResolvedSettings, held: RetentionPenalty | None
+    ) -> dict[str, Penalty]:
+        """What is added while the word is learned too."""
+        if held is None or not settings.retention_apart:
+            return {}
+        weight = held.weight * settings.retention_apart
+        return {"padding": PaddingPenalty(session.backbone, weight, held.sizes)}
+
+    def training_inputs(
+        self,
+        session: Session,
+        concept: Concept,
+        settings: ResolvedSettings,
+        start: Start,
+        penalties: Mapping[str, Penalty],
+    ) -> TrainingInputs:
+        """What the training loop takes."""
+        names = [concept.name]
+        if self.previews_earlier:
+            names += [record.name for record in session.stack.records[:1]]
+        return TrainingInputs(
+            concept.latents,
+            concept.prompts,
+            concept.token,
+            session.stack.tokens,
+            start.adapter,
+            start.word,
+            trains_adapter=bool(self.adapter_kind(settings)),
+            penalties={**penalties, **self.word_penalties(session, settings, start.retention)},
+            frozen_adapter=start.frozen_adapter,
+            preview_names=names,
+            masks=concept.masks,
+            preconditioner=start.preconditioner,
+            source=concept.source,
+        )
+
+    # --- afterwards -------------------------------------------------------------------------------
+
+    def consolidate(self, lesson: Lesson, adapter: Adapter | None) -> Adapter | None:
+        """The adapter after what is trained once more; by every process that learns."""
+        return adapter
+
+    def remember(self, lesson: Lesson, adapter: Adapter | None) -> ConceptStack:
+        """The stack with the concept on it; by the first process alone."""
+        fisher = self.fisher(lesson, adapter) if adapter else None
+        return lesson.session.stack.learned(lesson.record, lesson.word, adapter, fisher=fisher)
+
+    def fisher(self, lesson: Lesson, adapter: Adapter) -> Adapter | None:
+        """What of the adapter the concept needs, if later concepts are to be held by that."""
+        return None
+
+
+def summary_of(stack: ConceptStack) -> StackSummary:
+    """Of a stack in memory."""
+    if not stack.adapter:
+        return StackSummary(rank=stack.rank)
+    kind = kind_of(stack.adapter).name
+    return StackSummary(kind, stack.rank, rank_of(stack.adapter) if kind == "lora" else None)
+
+
+def summary_of_file(path: Path) -> StackSummary:
+    """Of a stack file, from its header alone; an empty one where there is no file."""
+    if not real_file(path).exists():
+        return StackSummary()
+    header, shapes = read_shapes(path)
+    sizes = {name: shape.sizes for name, shape in shapes.items() if name.startswith("adapter.")}
+    kind = kind_with({name.rpartition(".")[2] for name in sizes}) or ""
+    ranks = [shape[0] for name, shape in sizes.items() if kind == "lora" and name.endswith(".A")]
+    return StackSummary(kind, header["rank"], next(iter(ranks), None))

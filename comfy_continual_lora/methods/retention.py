@@ -22,10 +22,9 @@ systems of the paper do not. The solution has
 
 from __future__ import annotations
 
-from .method import Method
+from .closed_form import ClosedForm
 
 
-class Retention(Method):
+class Retention(ClosedForm):
     id = "retention"
     retention_weight = 1.0
-    consolidation = "closed form"

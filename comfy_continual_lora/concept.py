@@ -1,0 +1,133 @@
+"""Stage 2: the concept that is being learned - pictures, captions and masks as training takes them."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from datetime import datetime, timezone
+from pathlib import Path
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from . import concepts
+from .presets import TEMPLATES
+from .session import Session
+from .settings import ResolvedSettings
+from .stack import ConceptRecord, ConceptStack
+
+
+@dataclass(frozen=True)
+class Concept:
+    """What is learned.
+
+    latents (4, h, w); prompts and masks (1, h, w; None: all counts alike) of their pictures: latent
+    i has prompts[i % len(prompts)] and masks[i]. Mirrored pictures come behind the others.
+    """
+
+    token: str
+    noun: str  # as the user says it
+    with_noun: bool  # whether prompts say it too
+    images: concepts.ConceptImages
+    latents: Sequence[Tensor]
+    prompts: Sequence[Sequence[str]]
+    masks: Sequence[Tensor] | None
+    source: Mapping[str, str]  # what a run learns from, and where it starts, by name
+
+    @property
+    def name(self) -> str:
+        """How prompts name it."""
+        return concepts.name_of(self.token, self.noun if self.with_noun else "")
+
+
+def load_concept(
+    session: Session,
+    images: Path | list[Path],
+    token: str,
+    noun: str,
+    settings: ResolvedSettings,
+    *,
+    with_noun: bool = True,
+) -> Concept:
+    """Errors: ConceptImagesError for pictures that can't be used, all in one message."""
+    backbone = session.backbone
+    size = settings.size or backbone.size
+    loaded = concepts.load_images(images, size, fit=settings.fit)
+    pictures, masks = loaded.images, loaded.masks
+    if settings.flip:
+        pictures = (*pictures, *(image.flip(-1) for image in pictures))
+        masks = masks and (*masks, *(mask.flip(-1) for mask in masks))
+    latents = backbone.encode_images(pictures)
+    said = noun if with_noun else ""
+    prompts = [concepts.prompts_for(token, said, TEMPLATES, one) for one in loaded.captions]
+    small = None
+    if masks is not None:
+        small = [
+            F.interpolate(mask[None], latent.shape[-2:], mode="area")[0].to(latent.device)
+            for mask, latent in zip(masks, latents, strict=True)
+        ]
+    source = source_of(session.stack, images, token=token, noun=noun)
+    return Concept(token, noun, with_noun, loaded, latents, prompts, small, source)
+
+
+def source_of(
+    stack: ConceptStack, images: Path | list[Path], *, token: str, noun: str
+) -> dict[str, str]:
+    """What a run learns from, and where it starts: words, a hash of the files, a hash of the stack
+    as it is stored.
+    """
+    pictures, start = hashlib.sha256(), hashlib.sha256()
+    for path in concepts.find_images(images):
+        pictures.update(concepts.content_of(path))
+    held = {"adapter": stack.adapter, "before": stack.unconsolidated}
+    for part, adapters in (
+        ("pool", stack.pool),
+        ("wishes", stack.targets),
+        ("fishers", stack.fishers),
+    ):
+        held |= {f"{part}.{concept}": adapter for concept, adapter in adapters.items()}
+    tensors = dict(stack.words)
+    for part, adapter in held.items():
+        tensors |= {f"{part}.{name}": tensor for name, tensor in (adapter or {}).items()}
+    for name, tensor in sorted(tensors.items(), key=lambda item: item[0]):
+        start.update(name.encode() + tensor.contiguous().numpy().tobytes())
+    return {
+        "token": token,
+        "noun": noun,
+        "pictures": pictures.hexdigest(),
+        "start": start.hexdigest(),
+    }
+
+
+def record_of(
+    concept: Concept,
+    stack: ConceptStack,
+    settings: ResolvedSettings,
+    losses: Sequence[float],
+    request: str,
+) -> ConceptRecord:
+    """What the stack will keep of it; `request` is the digest of what was asked for."""
+    now = datetime.now(timezone.utc).isoformat(timespec="seconds")
+    begun = f"{stack.fingerprint}/{concept.token}/{now}/{len(stack.records)}"
+    tail = losses[-max(1, len(losses) // 10) :]
+    prompts: list[str] = []
+    for own in dict.fromkeys(map(tuple, concept.prompts)):
+        prompts += own
+    return ConceptRecord(
+        id=hashlib.sha256(begun.encode()).hexdigest()[:12],
+        token=concept.token,
+        noun=concept.noun,
+        method=settings.method,
+        images=len(concept.images.images),
+        steps=settings.steps,
+        seed=settings.seed,
+        prompts=prompts,
+        hashes=list(concept.images.hashes),
+        learned=now,
+        loss=sum(tail) / len(tail),
+        preview=concept.images.preview,
+        settings=asdict(settings),
+        with_noun=concept.with_noun,
+        request=request,
+    )

@@ -1,0 +1,216 @@
+"""Stage 5: the closed form on a stack - consolidate all concepts, select, forget or merge some.
+
+in: a stack - out: a new one; the one given stays as it is. Consolidating, and learning by `retention`,
+ask for every concept; forgetting one asks for nothing there; merging asks for the concepts of two
+stacks.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import replace
+
+from torch import Tensor
+
+from .adapters.adapter import Adapter, kind_of
+from .checkpoint.backbone import Backbone
+from .errors import StackError
+from .progress import OnProgress, Progress
+from .results import SolveResult
+from .settings import SolveSettings
+from .solve import solve
+from .stack import ConceptRecord, ConceptStack
+from .targets import PromptBank, own_adapters, prompt_bank, relative_drift, small_target
+
+
+def consolidated(
+    backbone: Backbone,
+    stack: ConceptStack,
+    settings: SolveSettings,
+    on_progress: OnProgress,
+    bank: PromptBank | None = None,
+) -> tuple[ConceptStack, SolveResult]:
+    """One LoRA for all concepts of the stack; what it was before stays as `unconsolidated`.
+
+    What `bank` has encoded, of none or some of the first concepts, is not encoded again.
+    Errors: StackError where the stack's adapter is of a kind that can't be solved for.
+    """
+    assert stack.adapter
+    check_solvable(stack)
+    bank = bank or prompt_bank(backbone, stack, on_progress, count=0)
+    bank.extend(stack, on_progress)
+    newest = stack.records[-1].id
+    targets = bank.targets(own_adapters(stack), settings)
+    targets[-1] = small_target(stack, newest, targets[-1])
+    adapter, rank = solve(targets, settings, stack.rank or 1)
+    shares = [
+        {target.name: relative_drift(one, target) for target in bank.about_one(targets)}
+        for one in (stack.adapter, adapter)
+    ]
+    return stack.solved(adapter, targets[-1].adapter), SolveResult(rank, *shares)
+
+
+def selected(
+    backbone: Backbone,
+    stack: ConceptStack,
+    tokens: Sequence[str],
+    settings: SolveSettings,
+    on_progress: OnProgress,
+) -> ConceptStack:
+    """A stack of these concepts alone, and one LoRA solved for them: what the others ask for takes
+    nothing from it.
+
+    Errors: StackError for a token that is not on the stack, for none at all, and for VeRA.
+    """
+    chosen = sorted({stack.index_of(token) for token in tokens})
+    if not chosen:
+        known = ", ".join(record.token for record in stack.records) or "none"
+        raise StackError(f"No concept was named. The stack knows {known}.")
+    check_solvable(stack)
+    part = ConceptStack(
+        stack.fingerprint, tau=stack.tau, checkpoint=stack.checkpoint, identity=stack.identity
+    )
+    bank = PromptBank(backbone, [stack.records[n].noun for n in chosen])
+    for done, number in enumerate(chosen):
+        on_progress(Progress("solve", done, len(chosen)))
+        record = stack.records[number]
+        bank.add(record, stack.words[record.id])
+        part = part.learned(record, stack.words[record.id], None)
+    own = own_adapters(stack)
+    wanted = [own[n] for n in chosen]
+    if any(wanted):
+        part.adapter, part.rank = solve(bank.targets(wanted, settings), settings)
+        part.targets = {stack.records[n].id: one for n in chosen if (one := own[n])}
+    on_progress(Progress("solve", len(chosen), len(chosen)))
+    return part
+
+
+def without(
+    backbone: Backbone,
+    stack: ConceptStack,
+    token: str,
+    settings: SolveSettings,
+    on_progress: OnProgress,
+) -> ConceptStack:
+    """The stack without one concept: its word, record and pool entry, and what every later adapter
+    knows of it.
+
+    Errors: StackError for a token that is not on the stack.
+    """
+    number = stack.index_of(token)
+    if number == len(stack.records) - 1:
+        return stack.undone()
+    check_solvable(stack)
+    bank = prompt_bank(backbone, stack, on_progress, number + 1)
+    wanted, later = own_adapters(stack), {}
+    wanted[number] = None
+    after = stack
+    for index in range(number + 1, len(stack.records)):  # each version that knew it
+        record = stack.records[index]
+        on_progress(Progress("solve", index, len(stack.records)))
+        bank.add(record, stack.words[record.id])
+        if wanted[index] is None:
+            continue
+        targets = bank.targets(wanted[: index + 1], settings)
+        targets[-1] = small_target(after, record.id, targets[-1])
+        wanted[index] = small = targets[-1].adapter
+        if small is not None:
+            after = after.with_target(record.id, small)
+        later[record.id], _ = solve(targets, settings, stack.rank or 1)
+    return after.without(stack.records[number].id, later)
+
+
+def merged(
+    backbone: Backbone,
+    stack: ConceptStack,
+    other: ConceptStack,
+    settings: SolveSettings,
+    on_progress: OnProgress,
+) -> tuple[ConceptStack, dict[str, str]]:
+    """The stack with those concepts of the other that it has not on top; the new names of words that
+    both have.
+
+    Every version from then on is solved for, so that undo, and drawing older versions, go on
+    working. Errors: StackError where one holds a LoRA and the other does not, and for VeRA.
+    """
+    if not stack.records:
+        return stack.in_place_of_nothing(other), {}
+    known = {record.id for record in stack.records}  # of a beginning that both have in common
+    pairs = zip(other.records, own_adapters(other), strict=True)
+    new = [(record, adapter) for record, adapter in pairs if record.id not in known]
+    renamed = _new_names(stack, [record.token for record, _ in new])
+    if len({kind_of(one).name for one in (stack.adapter, other.adapter) if one}) > 1:
+        raise StackError(
+            "One of the stacks holds a LoRA, the other an adapter of another kind; only two of a "
+            "kind can be merged."
+        )
+    check_solvable(stack)
+    records = [_with_word(record, renamed.get(record.token, record.token)) for record, _ in new]
+    targets = {one.id: other.targets[one.id] for one in records if one.id in other.targets}
+    after = stack.ready_to_merge(other, targets)
+    bank = PromptBank(backbone, [record.noun for record in [*stack.records, *records]])
+    bank.extend(stack, on_progress)
+    wanted = own_adapters(stack)
+    for number, (record, (_, own)) in enumerate(zip(records, new, strict=True)):
+        on_progress(Progress("solve", number, len(records)))
+        word = other.words[record.id]
+        bank.add(record, word)
+        wanted.append(own)
+        after = _with_one_more(after, record, word, bank, wanted, settings)
+    after.rank = after.records[-1].settings["rank"]
+    return after, renamed
+
+
+def _with_one_more(
+    stack: ConceptStack,
+    record: ConceptRecord,
+    word: Tensor,
+    bank: PromptBank,
+    wanted: list[Adapter | None],
+    settings: SolveSettings,
+) -> ConceptStack:
+    """`wanted` ends with the new concept's own adapter, which is replaced by its small target."""
+    own, rank = wanted[-1], stack.rank
+    adapter = stack.adapter or own
+    if stack.adapter and own:
+        targets = bank.targets(wanted, settings)
+        targets[-1] = small_target(stack, record.id, targets[-1])
+        wanted[-1] = small = targets[-1].adapter
+        if small is not None:
+            stack = stack.with_target(record.id, small)
+        adapter, _ = solve(targets, settings, rank or 1)
+    after = stack.learned(record.with_rank_of(adapter), word, adapter)
+    after.rank = rank  # of all versions the same, until the last is known
+    return after
+
+
+def check_solvable(stack: ConceptStack) -> None:
+    """Errors: StackError for an adapter that the closed form can't be written as."""
+    if stack.adapter and not kind_of(stack.adapter).solvable:
+        raise StackError(
+            f"The closed form can't be written as {kind_of(stack.adapter).name}, which this stack "
+            "was learned with. Use DSC, or learn with LoRA."
+        )
+
+
+def _new_names(stack: ConceptStack, tokens: Sequence[str]) -> dict[str, str]:
+    """V1 that both have becomes V1_2."""
+    known = {token.lower() for token in stack.tokens}
+    taken = known | {token.lower() for token in tokens}
+    renamed: dict[str, str] = {}
+    for token in tokens:
+        if token.lower() in known:
+            names = (f"{token[:59]}_{n}" for n in range(2, 10_000))
+            renamed[token] = next(name for name in names if name.lower() not in taken)
+            taken.add(renamed[token].lower())
+    return renamed
+
+
+def _with_word(record: ConceptRecord, token: str) -> ConceptRecord:
+    """The same concept under another word."""
+    if token == record.token:
+        return record
+    word = re.compile(rf"(?<!\w){re.escape(record.token)}(?!\w)", re.IGNORECASE)
+    prompts = [word.sub(token, prompt) for prompt in record.prompts]
+    return replace(record, token=token, prompts=prompts, request="")

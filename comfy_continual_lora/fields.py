@@ -1,0 +1,173 @@
+"""How a setting or a field of a request is declared and checked. Light.
+
+A field's metadata says help, range, unit and group; front ends make widgets and flags from that.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Sequence
+from dataclasses import MISSING
+from typing import Any
+
+from typing_extensions import Self
+
+from .errors import SettingError
+from .presets import ADAPTER_RATES, METHOD_PRESETS, PRESETS
+
+
+def setting(
+    default: Any,
+    help: str,
+    *,
+    low: float | None = None,
+    high: float | None = None,
+    choices: Sequence[str] = (),
+    multiple: int = 1,
+    unit: str = "",
+    group: str = "",
+) -> Any:
+    """A dataclass field that knows its range, what to tell the user, and under which heading."""
+    metadata = {
+        "help": help,
+        "low": low,
+        "high": high,
+        "choices": choices,
+        "multiple": multiple,
+        "unit": unit,
+        "group": group,
+    }
+    return dataclasses.field(default=default, metadata=metadata)
+
+
+def option(
+    help: str, default: Any = MISSING, *, low: float | None = None, choices: Sequence[str] = ()
+) -> Any:
+    """A field of a request: required where it has no default."""
+    return setting(default, help, low=low, choices=choices)
+
+
+def help_of(field: dataclasses.Field) -> str:
+    """A setting's help.
+
+    Where its default is what suits the checkpoint: also how a widget says that, and what it is.
+    """
+    if field.default is not None:
+        return field.metadata["help"]
+    nothing = "Auto" if str(field.type).startswith("bool") else "0"
+    suits = suiting(field)
+    values = f" ({suits})" if suits else ""
+    return f"{field.metadata['help']}. {nothing}: what suits the checkpoint{values}"
+
+
+def suiting(field: dataclasses.Field) -> str:
+    """What suits the checkpoint, in words: "2e-4, sdxl 1e-4, mini 3e-4".
+
+    Empty where that is the checkpoint's own.
+    """
+    name = field.name
+    values = {preset: row[name] for preset, row in PRESETS.items() if name in row}
+    if not values:
+        return ""
+    words = [in_words(values["sd1"])]
+    for preset, value in values.items():
+        if value != values["sd1"]:
+            words.append(f"{preset} {in_words(value)}")
+    for (preset, method), row in METHOD_PRESETS.items():
+        if name in row:
+            words.append(f"{method} on {preset} {in_words(row[name])}")
+    if name == "rate":
+        words += [f"{kind} {factor} times as much" for kind, factor in ADAPTER_RATES.items()]
+    return ", ".join(words)
+
+
+def in_words(value: Any) -> str:
+    """A value as users read it."""
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    return "nothing" if value == "" else str(value)
+
+
+def from_widget(field: dataclasses.Field, value: Any) -> Any:
+    """A widget's value -> the setting's; 0 and "auto" become None again where None is the default."""
+    if str(field.type) == "bool | None":
+        return {"auto": None, "yes": True, "no": False}.get(value, value)
+    if field.default is None and not value:
+        return None
+    return int(value) if str(field.type).startswith("int") and value is not None else value
+
+
+_TYPES = {
+    "bool": (bool, "true or false"),
+    "int": (int, "a whole number"),
+    "float": ((int, float), "a number"),
+    "str": (str, "text"),
+    "Path": (str, "a path"),
+}
+
+
+def check_type(field: dataclasses.Field, value: Any) -> None:
+    """Errors: SettingError for a value that is not of the field's declared type, or not finite."""
+    declared = str(field.type)
+    kinds = [kind for kind in _TYPES if kind in declared.replace("Sequence[str]", "")]
+    if "Sequence[" in declared or "list[" in declared:
+        if _is_list_of_text(value, nested="Sequence[str | Sequence" in declared):
+            return
+        if not kinds or not isinstance(value, str) or "Path" not in kinds:
+            raise SettingError(f"`{field.name}` has to be a list of texts.")
+    for kind in kinds:
+        accepted, _ = _TYPES[kind]
+        if isinstance(value, accepted) and (kind == "bool" or not isinstance(value, bool)):
+            if isinstance(value, float) and not math.isfinite(value):
+                raise SettingError(f"`{field.name}` is {value}; it has to be a finite number.")
+            return
+    wanted = " or ".join(_TYPES[kind][1] for kind in kinds)
+    raise SettingError(f"`{field.name}` is {value!r:.100}; it has to be {wanted}.")
+
+
+def _is_list_of_text(value: Any, nested: bool) -> bool:
+    if not isinstance(value, (list, tuple)):
+        return False
+    return all(isinstance(one, str) or (nested and _is_list_of_text(one, False)) for one in value)
+
+
+class Settings:
+    """What all settings share."""
+
+    def check(self) -> None:
+        """Errors: SettingError for the first value of another type or out of its range."""
+        for field in dataclasses.fields(self):  # type: ignore[arg-type]
+            value = getattr(self, field.name)
+            if field.metadata and not (value is None and "None" in str(field.type)):
+                check_type(field, value)
+                check_range(field, value)
+
+    def resolved(self, preset: str) -> Self:
+        """A copy in which every None is what suits the checkpoint; checked."""
+        row = PRESETS[preset] | METHOD_PRESETS.get((preset, getattr(self, "method", "")), {})
+        if factor := ADAPTER_RATES.get(getattr(self, "adapter", "")):
+            row["rate"] = factor * PRESETS[preset]["rate"]
+        open_ = {name: value for name, value in row.items() if getattr(self, name, 0) is None}
+        done = dataclasses.replace(self, **open_)  # type: ignore[type-var]
+        done.check()
+        return done
+
+
+def check_range(field: dataclasses.Field, value: Any) -> None:
+    """Errors: SettingError for a value that is no choice, out of its range or no multiple."""
+    meta, name = field.metadata, field.name
+    if meta["choices"]:
+        if value not in meta["choices"]:
+            known = ", ".join(meta["choices"])
+            raise SettingError(f"`{name}` is {value!r}; it has to be one of {known}.")
+        return
+    low, high = meta["low"], meta["high"]
+    unit = f" {meta['unit']}" if meta["unit"] else ""
+    if (low is not None and value < low) or (high is not None and value > high):
+        upper = " and more" if high is None else f" to {high:g}"
+        raise SettingError(f"`{name}` is {value:g}; the range is {low:g}{upper}{unit}.")
+    if meta["multiple"] > 1 and value % meta["multiple"]:
+        raise SettingError(
+            f"`{name}` is {value:g}; it has to be a multiple of {meta['multiple']}{unit}."
+        )

@@ -1,0 +1,25 @@
+"""Stage 3: what may be added to the loss for the sake of what was learned before."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Step:
+    """What a penalty may look at in a step of training.
+
+    The adapter's factors; while a concept is learned also the words by token, the step's prompts
+    (n,) and their features (n, 77, d).
+    """
+
+    factors: Mapping[str, Tensor]
+    words: Mapping[str, Tensor] = field(default_factory=dict)
+    prompts: Sequence[str] = ()
+    features: Tensor | None = None
+
+
+Penalty = Callable[[Step], Tensor]  # -> a number, added to the loss

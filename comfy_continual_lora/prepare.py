@@ -1,0 +1,138 @@
+"""Stage 2: what learning and consolidating need before a step is taken: checks, room, settings."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, replace
+
+from . import concepts
+from .adapters.adapter import Adapter, attached
+from .concept import load_concept
+from .errors import SettingError, StackError, TokenError
+from .files import check_names
+from .learn import preview
+from .methods import METHODS
+from .methods.method import Lesson, Method, StackSummary, summary_of, summary_of_file
+from .methods.stages import past_adapters
+from .progress import Progress
+from .requests import ConsolidateRequest, LearnRequest
+from .session import Session, Snapshots
+from .settings import LearnSettings, ResolvedSettings
+from .stack import ConceptStack
+
+
+def checked_method(request: LearnRequest) -> Method:
+    """The method, where nothing stands against it that can be known without the checkpoint."""
+    request.check()
+    concepts.find_images(request.images)
+    concepts.check_spelling(request.token)
+    concepts.check_noun(request.noun)
+    if not request.noun.strip():
+        raise SettingError(
+            "The class noun is empty. Say in one or two words what the thing is, such as teapot or "
+            "cat."
+        )
+    check_names(request.stack_file, request.token)
+    method = METHODS[request.settings.method]
+    # what is replaced does not count; it is looked at again once the stack is read
+    stack = StackSummary() if request.replace else summary_of_file(request.stack_file)
+    method.check(request.settings, stack)
+    return method
+
+
+def make_room(session: Session, request: LearnRequest) -> str:
+    """See that the word is free, and say what the change is called in the history.
+
+    A concept that is replaced is taken off in memory; on disk it stays until the new one is stored.
+    """
+    change = "learned"
+    if request.replace and session.stack.find(request.token) is not None:
+        session.stack = _without_newest(session.stack, request.token)
+        change = "replaced"
+    concepts.check_token(request.token, session.stack.tokens, session.backbone.is_known_word)
+    return change
+
+
+def _without_newest(stack: ConceptStack, token: str) -> ConceptStack:
+    """Errors: TokenError where the newest concept is not the one of this word."""
+    newest = stack.records[-1]
+    if newest.token.lower() != token.lower():
+        raise TokenError(
+            f"{token} can't be replaced: {newest.token} was learned after it and builds on it. "
+            f"Forget {token} first, or choose another word."
+        )
+    return stack.undone()
+
+
+def settings_for(session: Session, request: LearnRequest, method: Method) -> ResolvedSettings:
+    """The settings, with nothing left open. Errors: SettingError where they do not suit the stack."""
+    method.check(request.settings, summary_of(session.stack))
+    settings = _with_rank_of(session.stack, request.settings)
+    return settings.resolved(session.backbone.preset)
+
+
+def _with_rank_of(stack: ConceptStack, settings: LearnSettings) -> LearnSettings:
+    if stack.rank is None or settings.rank == stack.rank:
+        return settings
+    # the closed form may have made more of the rank that was asked for
+    asked = {record.settings.get("rank") for record in stack.records}
+    if settings.rank is not None and settings.rank not in asked:
+        raise SettingError(
+            f"`rank` is {settings.rank}, but the concepts of this stack were learned with rank "
+            f"{stack.rank}. Leave it out, or start another `stack`."
+        )
+    return replace(settings, rank=stack.rank)
+
+
+def newest_again(session: Session, request: ConsolidateRequest) -> tuple[Lesson, Adapter, Method]:
+    """The newest concept as it was just after learning: its lesson, adapter and method.
+
+    The lesson's stack is the one before it. Errors: StackError where there is none before it.
+    """
+    stack, path = session.stack, session.path
+    if len(stack.records) < 2 or stack.adapter is None:
+        raise StackError(
+            f"There is nothing to consolidate: {path} needs a newest concept and an earlier one, "
+            "both learned with a LoRA."
+        )
+    record = stack.records[-1]
+    earlier = replace(session, stack=stack.undone(), writes=False)
+    settings = _settings_again(request, session)
+    method = METHODS[settings.method]
+    concept = load_concept(
+        earlier, request.images, record.token, record.noun, settings, with_noun=record.with_noun
+    )
+    bank = None
+    if method.held_weight(settings):
+        bank = method.bank_of(earlier, record.noun, settings, None)
+    held = method.retention(earlier, settings, bank)
+    penalties = method.penalties(earlier, settings, held)
+    snapshots = Snapshots.of(earlier, concept, settings)
+    lesson = Lesson(
+        earlier, settings, concept, record, stack.words[record.id], penalties, snapshots
+    )
+    if not past_adapters(lesson):
+        raise StackError(
+            f"There is nothing to consolidate: no concept before {record.token} in {path} has a "
+            "LoRA."
+        )
+    return lesson, stack.adapter, method
+
+
+def _settings_again(request: ConsolidateRequest, session: Session) -> ResolvedSettings:
+    """What is asked for now, with method, adapter and rank as the concept was learned."""
+    record = session.stack.records[-1]
+    same = {
+        "method": record.method,
+        "adapter": record.settings.get("adapter", "lora"),
+        "rank": session.stack.undone().rank,
+    }
+    settings = LearnSettings(**{**asdict(request.settings), **same})
+    return settings.resolved(session.backbone.preset)
+
+
+def preview_both(session: Session, stack: ConceptStack) -> None:
+    """Show the new concept and the first one as they are drawn now."""
+    names = [stack.records[-1].name, stack.records[0].name]
+    with attached(session.backbone, stack.adapter):
+        image = preview(session.backbone, stack.tokens, names)
+    session.on_progress(Progress("preview", 1, 1, preview=image))

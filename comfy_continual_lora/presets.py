@@ -1,0 +1,66 @@
+"""Tables: the methods' names, what suits each checkpoint, and the prompts that training uses. Light.
+
+Only the mini-SD's row and its exceptions were measured (benchmarks/LOG.md).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+METHODS = [  # lists, so that an extension can add to them
+    "textual_inversion",
+    "custom_diffusion",
+    "custom_diffusion_ewc",
+    "lora",
+    "c_lora",
+    "lora_ewc",
+    "lora_ewc_dc",
+    "lora_dsc",
+    "lora_dsc_ewc",
+    "lora_dsc_ewc_dc",
+    "retention",
+    "closed_form",
+]
+ADAPTERS = ["lora", "vera"]
+TEMPLATES = (
+    "a photo of a {}",
+    "photo of a {}",
+    "a picture of a {}",
+    "a photo of the {}",
+    "a good photo of a {}",
+    "a close-up photo of a {}",
+    "{}",
+)
+
+_STOCK = {
+    "rank": 16, "vectors": 1, "steps": 1000, "batch": 1, "rate": 2e-4, "token_rate": 1e-3,
+    "weighting": "uniform", "flip": True, "ewc_strength": 1e-2, "dsc_steps": 200, "guidance": 7.5,
+}  # fmt: skip
+PRESETS: dict[str, dict[str, Any]] = {  # only the mini-SD's were measured
+    "sd1": _STOCK,
+    "sd2": _STOCK,
+    "sdxl": {**_STOCK, "rate": 1e-4, "guidance": 7.0},
+    "mini": {
+        "rank": 16,
+        "vectors": 4,
+        "steps": 300,
+        "batch": 8,
+        "rate": 3e-4,
+        "token_rate": 1e-2,
+        "weighting": "debiased",
+        "flip": False,
+        "ewc_strength": 1e-2,
+        "dsc_steps": 60,
+        "guidance": 4.0,
+    },
+}
+# What suits a method on a checkpoint better than the checkpoint's row; measured ones only
+# (benchmarks/LOG.md).
+METHOD_PRESETS: dict[tuple[str, str], dict[str, Any]] = {
+    ("mini", "lora_dsc_ewc"): {"ewc_strength": 3e-3},
+    ("mini", "lora_dsc_ewc_dc"): {"ewc_strength": 3e-3},
+    ("mini", "retention"): {"rate": 1e-3},
+}
+# An adapter's learning rate as a multiple of LoRA's, measured on the mini-SD. VeRA's few numbers scale
+# fixed random matrices: at LoRA's rate they stay about where they are.
+ADAPTER_RATES = {"vera": 30}

@@ -1,0 +1,301 @@
+"""What front ends ask for: a dataclass for each operation, whose fields carry their help. Light.
+
+`parse` makes a request from JSON, checked. Errors name fields and settings in backquotes; a front end
+spells them in its own way (`ContinualLoraError.spelled`).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import KW_ONLY, MISSING, dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+from .errors import SettingError
+from .fields import Settings, check_range, check_type, option
+from .files import stack_path
+from .settings import (
+    EXECUTION_SETTINGS,
+    FORMATS,
+    DrawSettings,
+    EvaluateSettings,
+    LearnSettings,
+    ScoreSettings,
+    SolveSettings,
+    TrainSettings,
+)
+
+CHECKPOINT_HELP = "a .safetensors checkpoint or a diffusers folder"
+STACK_HELP = "the concept stack, if not the file beside the checkpoint"
+DEVICE_HELP = "auto, cpu, cuda, cuda:1 or mps"
+IMAGES_HELP = (
+    "folder with 3 to 15 pictures; name.txt beside name.jpg is its caption, name.mask.png its mask"
+)
+ONLY_HELP = (
+    "solve for a LoRA of these concepts alone: of a stack of many it draws them closer than the "
+    "one LoRA for all"
+)
+PLOT_HELP = "also draw the result to this file"
+
+
+# --- requests ------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Request:
+    """What every operation is about."""
+
+    checkpoint: Path = option(CHECKPOINT_HELP)
+    _: KW_ONLY
+    stack: Path | None = option(STACK_HELP, None)
+    device: str = option(DEVICE_HELP, "auto")
+
+    @property
+    def stack_file(self) -> Path:
+        return self.stack or stack_path(self.checkpoint)
+
+    def check(self) -> None:
+        """Errors: SettingError for the first field or setting that can't be meant."""
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if isinstance(value, Settings):
+                value.check()
+            elif value is not None and field.metadata:
+                check_range(field, value)
+
+
+@dataclass(frozen=True)
+class LearnRequest(Request):
+    """Teach one concept: `images` is a folder or a list of files."""
+
+    images: Path | list[Path] = option(IMAGES_HELP)
+    token: str = option("the new word, such as V1")
+    noun: str = option("what kind of thing it is, such as teapot")
+    settings: LearnSettings = LearnSettings()
+    replace: bool = option(
+        "learn in place of the newest concept, if that has this word; until then it stays", False
+    )
+
+    @property
+    def digest(self) -> str:
+        """A hash of what is asked for, wherever the pictures lie; a stack remembers it."""
+        return _digest(self.images, self.settings, self.token, self.noun)
+
+
+@dataclass(frozen=True)
+class ConsolidateRequest(Request):
+    """Consolidate the newest concept once more."""
+
+    images: Path | list[Path] = option("the pictures the newest concept was learned from")
+    settings: TrainSettings = TrainSettings()
+
+    @property
+    def digest(self) -> str:
+        return _digest(self.images, self.settings)
+
+
+@dataclass(frozen=True)
+class SolveRequest(Request):
+    """What asks for the closed form and nothing else."""
+
+    settings: SolveSettings = SolveSettings()
+
+
+@dataclass(frozen=True)
+class SelectRequest(SolveRequest):
+    """Some concepts with a LoRA solved for them alone."""
+
+    only: Sequence[str] = option(ONLY_HELP, ())
+
+
+@dataclass(frozen=True)
+class ForgetRequest(Request):
+    """Take one concept off the stack."""
+
+    token: str = option("its word")
+    settings: SolveSettings = SolveSettings()
+
+
+@dataclass(frozen=True)
+class MergeRequest(Request):
+    """Put another stack's concepts on this one."""
+
+    other: Path = option("the other stack, a .concepts.safetensors file; it stays as it is")
+    settings: SolveSettings = SolveSettings()
+
+
+@dataclass(frozen=True)
+class ImportRequest(Request):
+    """A K/V LoRA from elsewhere as one more concept.
+
+    Its word is an embedding's vectors, or a trigger that the tokenizer knows.
+    """
+
+    lora: Path = option("its .safetensors file, in kohya's, diffusers' or PEFT's names")
+    token: str = option("its word from now on")
+    noun: str = option("what kind of thing it is; empty: prompts name it by its word alone", "")
+    embedding: Path | None = option("the embedding its prompts used, if there is one", None)
+    trigger: str = option("else the word its prompts used, if it is one token, such as sks", "")
+    strength: float = option("strength it is used at", 1.0)
+    settings: SolveSettings = SolveSettings()
+
+
+@dataclass(frozen=True)
+class ScoreRequest(Request):
+    """Which concepts do these pictures show? `images` may be a list of files."""
+
+    images: Path | list[Path] = option(
+        "folder with pictures, or with folders named after tokens to count what is right"
+    )
+    settings: ScoreSettings = ScoreSettings()
+    plot: Path | None = option(PLOT_HELP, None)
+
+
+@dataclass(frozen=True)
+class EvaluateRequest(Request):
+    """How much of each concept is kept?"""
+
+    images: Path | None = option(
+        "folder with folders named after tokens, with their pictures, if you still have them", None
+    )
+    clip: Path | None = option(
+        "folder with a CLIP vision model (as transformers saves it) to compare pictures with", None
+    )
+    settings: EvaluateSettings = EvaluateSettings()
+    plot: Path | None = option(PLOT_HELP, None)
+
+
+@dataclass(frozen=True)
+class DrawRequest(Request):
+    """Draw prompts; learned tokens stand for their concepts.
+
+    Several prompts in place of one are drawn beside each other, equally many each time.
+    """
+
+    prompts: Sequence[str | Sequence[str]] = option("what to draw, such as a photo of a V1 teapot")
+    settings: DrawSettings = DrawSettings()
+    only: Sequence[str] = option(ONLY_HELP, ())
+    out: Path | None = option("folder for the pictures", None)
+
+
+@dataclass(frozen=True)
+class ExportRequest(Request):
+    """Write the stack as one LoRA and one embedding a word."""
+
+    out: Path = option("folder for the LoRA, such as the program's Lora folder")
+    embeddings: Path | None = option("folder for the embeddings, if it is another", None)
+    format: str = option(
+        "whose names the LoRA has; kohya's load everywhere", "kohya", choices=FORMATS
+    )
+    only: Sequence[str] = option(ONLY_HELP, ())
+    remove_superseded: bool = option(
+        "also remove this stack's earlier exports of the same concepts, which are listed otherwise",
+        False,
+    )
+
+
+@dataclass(frozen=True)
+class UndoRequest(Request):
+    """Take the last change back."""
+
+    version: int | None = option("do it only if this is the version in use (see history)", None)
+
+
+@dataclass(frozen=True)
+class RestoreRequest(Request):
+    """Go to another version of the stack."""
+
+    version: int = option("its number in history")
+
+
+@dataclass(frozen=True)
+class HistoryRequest(Request):
+    """List the stack's versions."""
+
+    keep: int | None = option(
+        "keep this many earlier versions of this stack from now on (a new stack: 5)", None, low=0
+    )
+
+
+@dataclass(frozen=True)
+class InfoRequest(Request):
+    """What a checkpoint has learned."""
+
+
+def _digest(images: Path | list[Path], settings: TrainSettings, *words: str) -> str:
+    """Settings left alone are left out, so a later version with more settings knows it again."""
+    import hashlib
+
+    from .concepts import content_of, find_images
+
+    defaults = dataclasses.asdict(type(settings)())
+    chosen = {
+        name: value
+        for name, value in dataclasses.asdict(settings).items()
+        if name not in EXECUTION_SETTINGS and value != defaults[name]
+    }
+    digest = hashlib.sha256(json.dumps([*words, chosen], sort_keys=True).encode())
+    for path in find_images(images):
+        digest.update(content_of(path))
+    return digest.hexdigest()
+
+
+# --- JSON -> request -----------------------------------------------------------------------------
+
+_Request = TypeVar("_Request", bound=Request)
+
+
+def parse(kind: type[_Request], given: Mapping[str, Any]) -> _Request:
+    """A request from JSON: paths as strings, `settings` as an object of those not at their default.
+
+    Errors: SettingError for a field or setting that is unknown, missing, of another type or out of
+    its range.
+    """
+    known = {field.name: field for field in dataclasses.fields(kind)}
+    if unknown := sorted(set(given) - set(known)):
+        raise SettingError(
+            f"There is no field {', '.join(unknown)} in this request. It has {', '.join(known)}."
+        )
+    values: dict[str, Any] = {}
+    for name, field in known.items():
+        if given.get(name) is not None:
+            values[name] = _value(field, given[name])
+        elif field.default is MISSING and field.default_factory is MISSING:
+            raise SettingError(f"`{name}` is missing: {field.metadata['help']}.")
+    request = kind(**values)
+    request.check()
+    return request
+
+
+def settings_of(kind: type[Request]) -> type[Settings] | None:
+    """The class of the request's settings, if it has any."""
+    field = next((f for f in dataclasses.fields(kind) if f.name == "settings"), None)
+    return type(field.default) if field else None  # type: ignore[return-value]
+
+
+def _value(field: dataclasses.Field, value: Any) -> Any:
+    if isinstance(field.default, Settings):
+        return parse_settings(type(field.default), value)
+    check_type(field, value)
+    if "Path" not in str(field.type):
+        return value
+    return [Path(one) for one in value] if isinstance(value, list) else Path(value)
+
+
+_Settings = TypeVar("_Settings", bound=Settings)
+
+
+def parse_settings(kind: type[_Settings], given: Any) -> _Settings:
+    """Settings from a JSON object of those not at their default, checked. Errors: SettingError."""
+    if not isinstance(given, Mapping):
+        raise SettingError('`settings` has to be an object, such as {"steps": 500}.')
+    known = [field.name for field in dataclasses.fields(kind)]  # type: ignore[arg-type]
+    if unknown := sorted(set(map(str, given)) - set(known)):
+        raise SettingError(
+            f"There is no setting {', '.join(unknown)}. There are {', '.join(known)}."
+        )
+    settings = kind(**given)
+    settings.check()
+    return settings

@@ -1,0 +1,328 @@
+"""What operations give back: `summary()` for people, `as_json()` for programs. Light."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+    from .classifier import Scores
+    from .stack import ConceptRecord
+    from .versions import Version
+
+
+class Result(Protocol):
+    """What an operation gives back."""
+
+    def summary(self) -> str:
+        """For people, a sentence a line."""
+        ...
+
+    def as_json(self) -> Any:
+        """For programs: paths as text, null where there is no number."""
+        ...
+
+
+@dataclass(frozen=True)
+class LearnResult:
+    """`again`: this very request was learned before, so nothing was done now."""
+
+    record: ConceptRecord
+    losses: list[float]
+    stack_file: Path
+    again: bool = False
+
+    def summary(self) -> str:
+        name, images = self.record.name, self.record.images
+        if self.again:
+            return (
+                f"{name} is on the stack already, learned from these very pictures and settings on "
+                f"{self.record.learned[:10]}; nothing was done."
+            )
+        return f"Learned {name} from {images} pictures; stored in {self.stack_file}"
+
+    def as_json(self) -> dict[str, Any]:
+        return {**_concept(self), "noun": self.record.noun, "loss": self.record.loss}
+
+
+@dataclass(frozen=True)
+class ConsolidateResult:
+    """`again` as in `LearnResult`; `earlier`: how many concepts came before."""
+
+    record: ConceptRecord
+    losses: list[float]
+    stack_file: Path
+    earlier: int = 0
+    again: bool = False
+
+    def summary(self) -> str:
+        if self.again:
+            return (
+                f"{self.record.name} was consolidated with these very pictures and settings "
+                "already; nothing was done."
+            )
+        return (
+            f"Consolidated {self.record.name} with the {self.earlier} before it in "
+            f"{len(self.losses)} steps; stored in {self.stack_file}"
+        )
+
+    def as_json(self) -> dict[str, Any]:
+        return _concept(self)
+
+
+def _concept(result: LearnResult | ConsolidateResult) -> dict[str, Any]:
+    return {
+        "token": result.record.token,
+        "losses": result.losses,
+        "stack_file": str(result.stack_file),
+        "again": result.again,
+    }
+
+
+@dataclass(frozen=True)
+class SolveResult:
+    """By concept: the share of what its own adapter did to its prompts that is lost.
+
+    Prompts that name another concept too are left out: two ask for different things there.
+    """
+
+    rank: int  # that the energy rule asked for; the stack's LoRA may have more
+    before: dict[str, float]
+    after: dict[str, float]
+
+    def summary(self) -> str:
+        lines = [f"Solved for {len(self.after)} concepts at once; rank {self.rank} holds them."]
+        for name, after in self.after.items():
+            lines.append(
+                f"{name}: {self.before[name]:.2%} of what it did was lost, now {after:.2%}"
+            )
+        return "\n".join(lines)
+
+    def as_json(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)
+
+
+@dataclass(frozen=True)
+class ForgetResult:
+    record: ConceptRecord
+    stack_file: Path
+
+    def summary(self) -> str:
+        return (
+            f"Forgot {self.record.name}: its word, its preview and what the LoRA knew of it are "
+            f"gone from {self.stack_file}\n"
+            "Files exported before still know it. Undo brings it back; keeping no earlier version "
+            "in the history removes it for good."
+        )
+
+    def as_json(self) -> dict[str, Any]:
+        return {"token": self.record.token, "noun": self.record.noun}
+
+
+@dataclass(frozen=True)
+class MergeResult:
+    """`added`: how prompts name the new concepts; `renamed`: the new names of words both had."""
+
+    added: list[str]
+    renamed: dict[str, str]
+    stack_file: Path
+
+    def summary(self) -> str:
+        if not self.added:
+            return f"{self.stack_file} has all concepts of the other already; nothing was done."
+        lines = [f"Put {', '.join(self.added)} on {self.stack_file}"]
+        lines += [
+            f"Its {old} is {new} here, since {old} was taken." for old, new in self.renamed.items()
+        ]
+        return "\n".join(lines)
+
+    def as_json(self) -> dict[str, Any]:
+        return {**dataclasses.asdict(self), "stack_file": str(self.stack_file)}
+
+
+@dataclass(frozen=True)
+class ImportResult:
+    record: ConceptRecord
+    lora: Path
+    again: bool = False
+
+    def summary(self) -> str:
+        if self.again:
+            return f"{self.lora} is {self.record.name} on the stack already; nothing was done."
+        return f"{self.lora} is {self.record.name} on the stack now."
+
+    def as_json(self) -> dict[str, Any]:
+        return {"token": self.record.token, "noun": self.record.noun, "again": self.again}
+
+
+@dataclass(frozen=True)
+class Scored:
+    """One picture's scores; `label` is the token its folder is named after, if it is one."""
+
+    file: Path
+    label: str | None
+    scores: Scores
+
+    @property
+    def right(self) -> bool | None:
+        return None if self.label is None else self.scores.best == self.label
+
+    @property
+    def probabilities(self) -> dict[str, float]:
+        return dict(zip(self.scores.names, self.scores.probabilities, strict=True))
+
+
+@dataclass(frozen=True)
+class ScoreResult:
+    images: list[Scored]
+    chart: Path | None = None
+
+    @property
+    def accuracy(self) -> float | None:
+        """Share of the labelled pictures whose best concept is their label."""
+        judged = [one.right for one in self.images if one.right is not None]
+        return sum(judged) / len(judged) if judged else None
+
+    def summary(self) -> str:
+        lines = []
+        for one in self.images:
+            shares = "  ".join(f"{name} {p:.2f}" for name, p in one.probabilities.items())
+            unsure = "" if one.scores.sure else "(not sure)"
+            lines.append(f"{one.file.name:<24} {shares}  {unsure}".rstrip())
+        judged = [one.right for one in self.images if one.right is not None]
+        if judged:
+            lines.append(f"right: {sum(judged)} of {len(judged)} ({self.accuracy:.0%})")
+        return "\n".join(lines)
+
+    def as_json(self) -> dict[str, Any]:
+        return {
+            "images": [
+                {
+                    "file": str(one.file),
+                    "label": one.label,
+                    "best": one.scores.best,
+                    "right": one.right,
+                    "sure": one.scores.sure,
+                    "probabilities": one.probabilities,
+                    "margin": [one.scores.margin, one.scores.margin_low, one.scores.margin_high],
+                }
+                for one in self.images
+            ],
+            "accuracy": self.accuracy,
+            "chart": str(self.chart) if self.chart else None,
+        }
+
+
+@dataclass(frozen=True)
+class Drawn:
+    prompt: str
+    seed: int
+    image: Image
+
+
+@dataclass(frozen=True)
+class DrawResult:
+    """`files`: where the pictures are, and a grid of several; empty where no folder was given."""
+
+    pictures: list[Drawn]
+    files: list[Path]
+
+    def summary(self) -> str:
+        return "\n".join(map(str, self.files)) or f"Drew {len(self.pictures)} pictures."
+
+    def as_json(self) -> dict[str, Any]:
+        return {"files": [str(path) for path in self.files]}
+
+
+@dataclass(frozen=True)
+class UndoResult:
+    """What was taken back: the change, the concept it was about, the tokens on the stack now, the
+    number of the version that was left.
+    """
+
+    change: str
+    token: str
+    noun: str
+    tokens: list[str]
+    version: int
+
+    def summary(self) -> str:
+        return (
+            f"Took back: {self.change}. The stack now holds "
+            f"{', '.join(self.tokens) or 'no concept'}.\n"
+            f"What was taken back is version {self.version} of the history, which can restore it."
+        )
+
+    def as_json(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)
+
+
+@dataclass(frozen=True)
+class RestoreResult:
+    version: Version
+
+    def summary(self) -> str:
+        tokens = ", ".join(self.version.tokens) or "no concept"
+        return (
+            f"The stack is at version {self.version.number} ({self.version.change}) and holds "
+            f"{tokens}."
+        )
+
+    def as_json(self) -> dict[str, Any]:
+        one = self.version
+        return {"version": one.number, "change": one.change, "tokens": one.tokens}
+
+
+@dataclass(frozen=True)
+class HistoryResult:
+    """The versions that are kept, the newest first."""
+
+    versions: list[Version]
+
+    def summary(self) -> str:
+        if not self.versions:
+            return "Nothing was learned yet."
+        lines = []
+        for one in self.versions:
+            mark = "*" if one.current else " "
+            lines.append(
+                f"{mark} {one.number:>4}  {one.when[:16]:<16}  {one.size / 1e6:>8.1f} MB  "
+                f"{one.change}  [{', '.join(one.tokens)}]"
+            )
+        earlier = [one.size for one in self.versions if not one.current]
+        taken = f"{len(earlier)} other versions take {sum(earlier) / 1e6:.1f} MB"
+        return "\n".join([*lines, f"* is in use. {taken}; each can be restored by its number."])
+
+    def as_json(self) -> list[dict[str, Any]]:
+        return [{**dataclasses.asdict(one), "file": str(one.file)} for one in self.versions]
+
+
+@dataclass(frozen=True)
+class InfoResult:
+    """`concepts`: the records as the stack's header holds them."""
+
+    concepts: list[dict[str, Any]]
+    stack_file: Path
+    fingerprint: str
+    rank: int | None
+    trainable_parameters: int
+
+    def summary(self) -> str:
+        lines = [
+            str(self.stack_file),
+            f"fingerprint {self.fingerprint[:12]}, rank {self.rank}, "
+            f"{self.trainable_parameters:,} trainable parameters",
+        ]
+        for one in self.concepts:
+            how = (
+                f"{one['images']} pictures, {one['steps']} steps, {one['method']}, {one['learned']}"
+            )
+            lines.append(f"  {one['token']:<12} {one['noun']:<16} {how}")
+        return "\n".join(lines if self.concepts else [*lines, "  no concepts yet"])
+
+    def as_json(self) -> dict[str, Any]:
+        return {**dataclasses.asdict(self), "stack_file": str(self.stack_file)}

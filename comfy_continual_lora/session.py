@@ -1,0 +1,163 @@
+"""What an operation works with: the checkpoint, its stack, where that lies, and whom to tell."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from torch import Tensor
+
+from .adapters import DENSE, PARTS, kind_with
+from .adapters.adapter import layers_of
+from .checkpoint.backbone import Backbone
+from .checkpoint.load import load_backbone
+from .errors import StackError, TrainingError
+from .files import cache_folder, check_names, real_file, snapshot_path, snapshots_of
+from .parallel import is_first
+from .progress import OnProgress, Progress
+from .requests import Request
+from .settings import ResolvedSettings
+from .snapshot import identity, other_runs
+from .stack import CheckpointInfo, ConceptRecord, ConceptStack
+from .store import change, load_stack, save_stack, writing
+from .training import asked_for
+
+if TYPE_CHECKING:
+    from .concept import Concept
+
+
+@dataclass
+class Session:
+    """An open checkpoint and its stack; while `writes`, no other program can change the stack."""
+
+    path: Path  # of the stack
+    backbone: Backbone
+    stack: ConceptStack
+    on_progress: OnProgress
+    writes: bool
+
+    @property
+    def cache(self) -> Path:
+        """A folder for text moments."""
+        return cache_folder(real_file(self.path))
+
+    def load(self, path: Path) -> ConceptStack:
+        """Another stack of the same checkpoint. Errors: StackError."""
+        return fitting(load_stack(path, self.backbone.fingerprint), path, self.backbone)
+
+    def commit(self, stack: ConceptStack, kind: str, records: Sequence[ConceptRecord]) -> None:
+        """Make this the stack's newest version; `kind` is a key of `stackschema.CHANGES`."""
+        assert self.writes
+        save_stack(stack, self.path, change(kind, records))
+        self.stack = stack
+
+
+@contextmanager
+def open_session(
+    request: Request, on_progress: OnProgress, *, precision: str = "auto", writes: bool = False
+) -> Iterator[Session]:
+    """Errors: CheckpointError, StackError; TrainingError where memory runs out, then or later."""
+    request.check()
+    path = request.stack_file
+    if writes:
+        check_names(path)
+    with explain_oom():
+        on_progress(Progress("load", 0, 1))
+        backbone = load_backbone(request.checkpoint, device=request.device, precision=precision)
+        with writing(path) if writes and is_first() else nullcontext():
+            stack = fitting(load_stack(path, backbone.fingerprint), path, backbone)
+            stack.checkpoint = CheckpointInfo(
+                backbone.preset, backbone.prediction, backbone.word_widths
+            )
+            yield Session(path, backbone, stack, on_progress, writes)
+
+
+@contextmanager
+def explain_oom() -> Iterator[None]:
+    """Where memory runs out, say what needs less. Errors: TrainingError."""
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        known = r"out of memory|can't allocate memory|not enough memory"
+        if not isinstance(error, MemoryError) and not re.search(known, str(error), re.IGNORECASE):
+            raise
+        lines = str(error).strip().splitlines()
+        raise TrainingError(
+            f"Out of memory ({lines[0] if lines else 'main memory'}). Less is needed with "
+            "`checkpointing`, a larger `accumulate`, `precision` fp8, or a smaller `size` or "
+            "`batch`; to draw and to score, with a smaller `size` or fewer `rows`. What was stored "
+            "is untouched, and learning goes on from its snapshot, with another `checkpointing` "
+            "and `accumulate` too."
+        ) from None
+
+
+def fitting(stack: ConceptStack, path: Path, backbone: Backbone) -> ConceptStack:
+    """The same stack.
+
+    Errors: StackError where its words or layers are not those of the checkpoint, whatever its
+    fingerprint says.
+    """
+    shapes = {name: tuple(layer.weight.shape) for name, layer in backbone.kv_layers.items()}
+    fits = all(word.shape[1] == backbone.word_width for word in stack.words.values())
+    for adapter in stack.adapters:
+        layers = layers_of(adapter)
+        fits = fits and layers.keys() == shapes.keys()
+        fits = fits and all(_layer_fits(parts, *shapes[name]) for name, parts in layers.items())
+    if not fits:
+        raise StackError(
+            f"The concept stack {path} does not fit this checkpoint, whatever its header says. "
+            "Get it again, or restore an earlier version."
+        )
+    return stack
+
+
+def _layer_fits(parts: Mapping[str, Tensor], out: int, width: int) -> bool:
+    """Whether a layer's tensors have the layer's numbers of outputs and inputs."""
+    kind = kind_with(set(parts))
+    wanted = {"out": out, "width": width}
+    for part, dimensions in (PARTS[kind] if kind else DENSE).items():
+        for dimension, size in zip(dimensions, parts[part].shape, strict=True):
+            if wanted.get(dimension, size) != size:
+                return False
+    return True
+
+
+@dataclass(frozen=True)
+class Snapshots:
+    """Those of one run that learns or consolidates a concept."""
+
+    stack_file: Path
+    token: str
+    asked: Mapping[str, object]
+
+    @classmethod
+    def of(
+        cls,
+        session: Session,
+        concept: Concept,
+        settings: ResolvedSettings,
+        prompts: Sequence[Sequence[str]] = (),
+    ) -> Snapshots:
+        """Of the run that is asked for; `prompts` are those it learns from."""
+        asked = asked_for(session.backbone, settings, concept.source, prompts)
+        return cls(real_file(session.path), concept.token, asked)
+
+    def path(self, part: str = "") -> Path:
+        return snapshot_path(self.stack_file, self.token, identity(dict(self.asked))[:12], part)
+
+    def tell_of_others(self, on_progress: OnProgress) -> None:
+        """Unfinished runs of the same word are kept, and the user hears of them."""
+        if is_first():
+            own = (self.path(), self.path("dsc"))
+            files = [p for p in snapshots_of(self.stack_file, self.token) if p not in own]
+            for note in other_runs(files, dict(self.asked)):
+                on_progress(Progress("load", 1, 1, note=note))
+
+    def remove(self) -> None:
+        """What was unfinished is stored."""
+        for part in ("", "dsc"):
+            self.path(part).unlink(missing_ok=True)

@@ -1,0 +1,250 @@
+"""Stage 6: the concepts a checkpoint has learned, and the only functions that change them.
+
+Every change gives a new stack; the one it was made from stays as it is.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from torch import Tensor
+
+from .adapters.adapter import Adapter, kind_of, rank_of
+from .concepts import name_of
+from .errors import StackError
+from .stackschema import HISTORY
+
+
+@dataclass(frozen=True)
+class ConceptRecord:
+    """What the header keeps of one concept."""
+
+    id: str
+    token: str
+    noun: str
+    method: str
+    images: int
+    steps: int
+    seed: int
+    prompts: list[str]
+    hashes: list[str]  # SHA-256 of the training pictures' files
+    learned: str  # ISO 8601 date and time, UTC
+    loss: float  # mean over the last tenth of the steps
+    preview: str  # JPEG, base64
+    settings: dict[str, Any]
+    with_noun: bool = True  # whether prompts name it "V1 mug" or "V1"
+    request: str = ""  # hash of what was asked for: pictures, captions, words, settings
+    consolidated: str = ""  # the same of the last consolidation by itself
+
+    @property
+    def name(self) -> str:
+        """How prompts name it."""
+        return name_of(self.token, self.noun if self.with_noun else "")
+
+    def with_rank_of(self, adapter: Adapter | None) -> ConceptRecord:
+        """The record with the rank the stack's LoRA has from this concept on."""
+        if not adapter or kind_of(adapter).name != "lora":
+            return self
+        return replace(self, settings={**self.settings, "rank": rank_of(adapter)})
+
+
+@dataclass(frozen=True)
+class CheckpointInfo:
+    """What a stack remembers of its checkpoint, so that it can be exported without loading that."""
+
+    preset: str = "sd1"
+    prediction: str = "epsilon"
+    word_widths: Sequence[int] = ()  # how many numbers of a word's vector each text encoder takes
+
+
+@dataclass
+class ConceptStack:
+    """The concepts a checkpoint has learned, in order.
+
+    `adapter` draws all of them; `pool` holds what it was after each earlier concept.
+    """
+
+    fingerprint: str
+    records: list[ConceptRecord] = field(default_factory=list)
+    words: dict[str, Tensor] = field(default_factory=dict)  # by concept id
+    adapter: Adapter | None = None
+    pool: dict[str, Adapter] = field(default_factory=dict)  # by id; none where no adapter was yet
+    targets: dict[str, Adapter] = field(default_factory=dict)  # by id; a concept's own adapter
+    # where a solution for all took its place
+    rank: int | None = None
+    fishers: dict[str, Adapter] = field(default_factory=dict)  # by id; none for methods without EWC
+    tau: float | None = None  # temperature of the DC scores, calibrated on the first concept
+    unconsolidated: Adapter | None = None  # the newest adapter before it was consolidated by itself
+    checkpoint: CheckpointInfo = field(default_factory=CheckpointInfo)
+    identity: str = ""  # whose the exported files are; set when the stack is first stored
+    history: int = HISTORY  # how many earlier versions are kept
+
+    @property
+    def tokens(self) -> dict[str, Tensor]:
+        """Word vectors by token, for `Backbone.encode_prompts`."""
+        return {record.token: self.words[record.id] for record in self.records}
+
+    @property
+    def owner(self) -> str:
+        """Its identity.
+
+        Of a stack that an earlier program wrote, or that was never stored, one that follows from how
+        it began.
+        """
+        if self.identity or not self.records:
+            return self.identity
+        beginning = f"{self.fingerprint}/{self.records[0].id}"
+        return hashlib.sha256(beginning.encode()).hexdigest()[:16]
+
+    @property
+    def adapters(self) -> list[Adapter]:
+        """All that it holds."""
+        single = [adapter for adapter in (self.adapter, self.unconsolidated) if adapter]
+        return [*single, *self.pool.values(), *self.targets.values(), *self.fishers.values()]
+
+    def find(self, token: str) -> ConceptRecord | None:
+        """The concept with this word, in any case."""
+        return next((r for r in self.records if r.token.lower() == token.lower()), None)
+
+    def index_of(self, token: str) -> int:
+        """Errors: StackError for a token that is not on the stack."""
+        record = self.find(token)
+        if record is None:
+            known = ", ".join(one.token for one in self.records) or "none"
+            raise StackError(f"No concept {token!r} is on the stack. It knows {known}.")
+        return self.records.index(record)
+
+    def adapter_after(self, concept: str) -> Adapter | None:
+        """The adapter as it was when this concept had been learned."""
+        newest = self.records and concept == self.records[-1].id
+        return self.adapter if newest else self.pool.get(concept)
+
+    # --- changes ------------------------------------------------------------------------------
+
+    def learned(
+        self,
+        record: ConceptRecord,
+        word: Tensor,
+        adapter: Adapter | None,
+        *,
+        fisher: Adapter | None = None,
+    ) -> ConceptStack:
+        """With one more concept on top; the adapter so far goes into the pool."""
+        after = self._copy()
+        if self.records and self.adapter is not None:
+            after.pool[self.records[-1].id] = self.adapter
+        after.records.append(record)
+        after.words[record.id] = word
+        after.adapter, after.unconsolidated = adapter, None
+        if adapter is not None:
+            after.rank = record.settings.get("rank", self.rank)
+        if fisher is not None:
+            after.fishers[record.id] = fisher
+        return after
+
+    def consolidated(self, adapter: Adapter, request: str, fisher: Adapter | None) -> ConceptStack:
+        """With the newest concept's adapter replaced by training (DSC); `request`: its digest."""
+        after = self._copy()
+        after.records[-1] = replace(self.records[-1], consolidated=request)
+        after.adapter, after.unconsolidated = adapter, self.adapter
+        if fisher is not None:
+            after.fishers[self.records[-1].id] = fisher
+        return after
+
+    def solved(self, adapter: Adapter, target: Adapter | None) -> ConceptStack:
+        """With one LoRA for all concepts; `target`: what the newest one asks for from now on.
+
+        Fishers are dropped: their factors are gone.
+        """
+        after = self._copy()
+        after.unconsolidated = self.unconsolidated or self.adapter
+        after.adapter, after.fishers = adapter, {}
+        after.records[-1] = self.records[-1].with_rank_of(adapter)
+        after.rank = after.records[-1].settings["rank"]
+        if target is not None:
+            after.targets[self.records[-1].id] = target
+        return after
+
+    def with_target(self, concept: str, target: Adapter) -> ConceptStack:
+        """With what a concept asks for from now on."""
+        after = self._copy()
+        after.targets[concept] = target
+        return after
+
+    def undone(self) -> ConceptStack:
+        """Without the newest concept, its word, record and Fisher; the adapter is as it was before.
+
+        Errors: StackError for an empty stack.
+        """
+        if not self.records:
+            raise StackError("There is no concept to undo: the stack is empty.")
+        after = self._copy()
+        gone = after.records.pop()
+        del after.words[gone.id]
+        after.fishers.pop(gone.id, None)
+        after.targets.pop(gone.id, None)
+        after.unconsolidated = None
+        if not after.records:
+            after.tau = after.rank = after.adapter = None
+            return after
+        newest = after.records[-1]
+        after.rank = newest.settings.get("rank", self.rank)  # the closed form may have raised it
+        after.adapter = after.pool.pop(newest.id, None)
+        return after
+
+    def as_of(self, count: int, *, consolidated: bool = True) -> ConceptStack:
+        """As this one was with its first `count` concepts.
+
+        `consolidated` false: before the newest of them was consolidated by itself.
+        """
+        past = self._copy()
+        while len(past.records) > max(count, 0):
+            past = past.undone()
+        if not consolidated and past.unconsolidated is not None:
+            past.adapter = past.unconsolidated
+        return past
+
+    def without(self, concept: str, later: Mapping[str, Adapter]) -> ConceptStack:
+        """Without one concept that is not the newest; `later`: the adapters after each later one,
+        by id, solved anew without it.
+        """
+        after = self._copy()
+        after.records = [record for record in self.records if record.id != concept]
+        del after.words[concept]
+        after.pool.pop(concept, None)
+        after.targets.pop(concept, None)
+        newest = after.records[-1].id
+        after.adapter, after.unconsolidated = later.get(newest, self.adapter), None
+        after.fishers = {}
+        after.pool |= {one: adapter for one, adapter in later.items() if one != newest}
+        after.records = [r.with_rank_of(after.adapter_after(r.id)) for r in after.records]
+        after.rank = after.records[-1].settings["rank"]
+        return after
+
+    def in_place_of_nothing(self, other: ConceptStack) -> ConceptStack:
+        """The other stack's concepts, as this stack's own."""
+        return replace(
+            other._copy(),
+            checkpoint=self.checkpoint,
+            identity=self.identity,
+            history=self.history,
+        )
+
+    def ready_to_merge(self, other: ConceptStack, targets: Mapping[str, Adapter]) -> ConceptStack:
+        """With what the other's concepts ask for, before they are put on top one by one."""
+        after = self._copy()
+        after.targets |= targets
+        after.fishers = {}
+        after.tau = self.tau or other.tau
+        after.rank = max(filter(None, (self.rank, other.rank)), default=None)
+        return after
+
+    def _copy(self) -> ConceptStack:
+        containers = ("records", "words", "pool", "targets", "fishers")
+        return dataclasses.replace(
+            self, **{name: getattr(self, name).copy() for name in containers}
+        )

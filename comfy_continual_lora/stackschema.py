@@ -1,0 +1,392 @@
+"""Stage 6: what has to be true of a stack file's header and tensors. Light.
+
+A stack file may come from a stranger, so everything in it is data: `checked` stands between it and all
+else, and refuses by name what is not as `store.save_stack` writes it.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+from .adapters import DENSE, PARTS, kind_with
+from .errors import StackError
+from .files import TOKEN, history_folder
+from .presets import ADAPTERS, METHODS, PRESETS
+from .settings import MOST_VECTORS
+
+FORMAT = "comfy-continual-lora"
+VERSION = 1
+HISTORY = 5  # earlier versions kept, where the stack does not say otherwise
+# What a change is called, with the words it is about
+CHANGES = {
+    "learned": "learned {}",
+    "replaced": "replaced {} by learning it again",
+    "consolidated": "consolidated {}",
+    "solved": "consolidated all in closed form ({})",
+    "forgot": "forgot {}",
+    "merged": "merged {} from another stack",
+    "imported": "imported {}",
+    "undone": "took back what was newest; left: {}",
+}
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A tensor as the header describes it; `start` is its first byte in the file."""
+
+    dtype: str
+    sizes: tuple[int, ...]
+    start: int
+
+
+def refuse_number(name: str) -> None:
+    """For `json.loads`: NaN and infinity are no JSON."""
+    raise ValueError(f"{name} is no number")
+
+
+def unique_pairs(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """For `json.loads`: a name that is there twice could mean two things."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        raise ValueError("a name is there twice")
+    return found
+
+
+def history_files(path: Path) -> dict[int, Path]:
+    """The files of the history by number, the newest first."""
+    folder = history_folder(path)
+    try:
+        names = [p for p in folder.iterdir() if re.fullmatch(r"[0-9]{1,9}\.stack", p.name)]
+    except FileNotFoundError:
+        return {}
+    except OSError as error:
+        raise unreadable(folder, error) from None
+    return dict(sorted(((int(p.stem), p) for p in names), reverse=True))
+
+
+def previous_file(path: Path) -> Path:
+    """What earlier programs kept: the one version before."""
+    return path.with_name(path.name + ".previous")
+
+
+def unreadable(path: Path, error: OSError) -> StackError:
+    """The error for a file that this user may not read, or that is not there."""
+    why = error.strerror or str(error)
+    if isinstance(error, FileNotFoundError):
+        return StackError(f"There is no concept stack at {path}. Learn a concept first.")
+    return StackError(
+        f"The concept stack {path} can't be read ({why}). See that this user may read it; nothing "
+        "in it was changed."
+    )
+
+
+def damaged(path: Path, why: str) -> StackError:
+    """The error for a file that is no whole stack; it names the newest version to go back to."""
+    earlier = [p for p in (*history_files(path).values(), previous_file(path)) if p.exists()]
+    rescue = f" The version before it is {earlier[0]}: restore goes back to it." if earlier else ""
+    return StackError(
+        f"The concept stack {path} can't be read ({why}): it is cut short or was changed by "
+        f"something else.{rescue}"
+    )
+
+
+# --- the schema ----------------------------------------------------------------------------------
+
+Check = Callable[[Any], bool]
+
+
+def _text(pattern: str = r"[^\x00-\x1f\ud800-\udfff]*", most: int = 1000) -> Check:
+    expression = re.compile(pattern)
+    return lambda value: (
+        isinstance(value, str) and len(value) <= most and bool(expression.fullmatch(value))
+    )
+
+
+def _number(low: float, high: float = math.inf) -> Check:
+    return lambda value: (
+        type(value) in (int, float) and math.isfinite(value) and low <= value <= high
+    )
+
+
+def _count(low: int, high: int) -> Check:
+    return lambda value: type(value) is int and low <= value <= high
+
+
+def _or_none(check: Check) -> Check:
+    return lambda value: value is None or check(value)
+
+
+def _list(check: Check, most: int = 100_000) -> Check:
+    return lambda value: isinstance(value, list) and len(value) <= most and all(map(check, value))
+
+
+def _one_of(choices: Sequence[str]) -> Check:
+    return lambda value: isinstance(value, str) and value in choices
+
+
+def _date(value: Any) -> bool:
+    try:
+        return isinstance(value, str) and bool(datetime.fromisoformat(value)) and len(value) <= 40
+    except ValueError:
+        return False
+
+
+def _settings(value: Any) -> bool:
+    """What a concept was learned with: names and plain values."""
+    if not isinstance(value, dict) or not all(map(_text(r"\w*", 64), value)):
+        return False
+    plain = all(
+        v is None or type(v) is bool or _LINE(v) or _number(-math.inf)(v) for v in value.values()
+    )
+    return plain and _or_none(_RANK)(value.get("rank")) and value.get("adapter", "lora") in ADAPTERS
+
+
+_LINE = _text()
+_ANY = _text(r"[^\ud800-\udfff]*", 100_000)
+_RANK = _count(1, 4096)
+_ID = _text(r"[A-Za-z0-9_-]{1,64}")
+_DIGEST = _text(r"[0-9A-Za-z]*", 128)
+_WHOLE = _count(0, 2**63 - 1)
+
+_RECORD: dict[str, tuple[Check, str]] = {
+    "id": (_ID, "letters, digits, - and _"),
+    "token": (_text(TOKEN.pattern), "letters, digits, - and _, at most 64"),
+    "noun": (_LINE, "one line of text"),
+    "method": (lambda value: value in (*METHODS, "import"), "a method this version knows"),
+    "images": (_WHOLE, "a count"),
+    "steps": (_WHOLE, "a count"),
+    "seed": (_WHOLE, "a count"),
+    "prompts": (_list(_ANY), "a list of prompts"),
+    "hashes": (_list(_DIGEST), "a list of hashes"),
+    "learned": (_date, "a date and time"),
+    "loss": (_number(-math.inf), "a finite number"),
+    "preview": (
+        _text(r"(?:[A-Za-z0-9+/]{4})*(?:[A-Za-z0-9+/]{2}==|[A-Za-z0-9+/]{3}=)?", 1_000_000),
+        "a picture in base64",
+    ),
+    "settings": (_settings, "settings by name"),
+    "with_noun": (lambda value: type(value) is bool, "true or false"),
+    "request": (_DIGEST, "a hash"),
+    "consolidated": (_DIGEST, "a hash"),
+}
+_RECORD_DEFAULTS = {"with_noun": True, "request": "", "consolidated": ""}
+_BASE: dict[str, tuple[Check, str]] = {
+    "preset": (_one_of(tuple(PRESETS)), f"one of {', '.join(PRESETS)}"),
+    "prediction": (_one_of(("epsilon", "v_prediction")), "a prediction type this version knows"),
+    "word_widths": (_list(_count(1, 100_000), 4), "a list of widths"),
+}
+_CHANGE: dict[str, tuple[Check, str]] = {
+    "kind": (_one_of(tuple(CHANGES)), "a change this version knows"),
+    "names": (_list(_LINE), "a list of names"),
+    "when": (_date, "a date and time"),
+}
+_HEADER: dict[str, tuple[Check, str]] = {
+    "version": (_WHOLE, "a format version"),
+    "fingerprint": (_text(r"[0-9a-f]{8,128}"), "a hash"),
+    "rank": (_or_none(_RANK), "a rank"),
+    "tau": (_or_none(_number(1e-30)), "a temperature above 0"),
+    "base": (lambda value: isinstance(value, dict), "what it knows of its checkpoint"),
+    "concepts": (_list(lambda value: isinstance(value, dict), 10_000), "a list of concepts"),
+    "identity": (_text(r"[0-9a-f]{0,64}"), "a hash"),
+    "number": (_or_none(_WHOLE), "a number"),
+    "parent": (_or_none(_WHOLE), "a number"),
+    "change": (_or_none(lambda value: isinstance(value, dict)), "a change"),
+    "history": (_count(0, 1000), "a number of versions"),
+}
+_HEADER_DEFAULTS = {
+    "tau": None,
+    "base": {},
+    "identity": "",
+    "number": None,
+    "parent": None,
+    "change": None,
+    "history": HISTORY,
+}
+_LAYER = r"[A-Za-z0-9_]+(?:\.[A-Za-z0-9_]+)*"
+_PART = r"[A-Za-z]\w*"
+_NAMES = re.compile(
+    rf"(?P<word>word)\.(?P<of>[A-Za-z0-9_-]+)"
+    rf"|(?P<part>adapter|before)\.(?P<layer>{_LAYER})\.(?P<tensor>{_PART})"
+    rf"|(?P<held>pool|wish|fisher)\.(?P<concept>[A-Za-z0-9_-]+)"
+    rf"\.(?P<held_layer>{_LAYER})\.(?P<held_tensor>{_PART})"
+)
+
+
+def checked(path: Path, metadata: Any, shapes: Mapping[str, Shape]) -> dict[str, Any]:
+    """The header of a stack file, every field there and of its type, and tensors that fit it and
+    each other.
+
+    Errors: StackError that names what is not as it has to be.
+    """
+    if not isinstance(metadata, dict) or metadata.get("format") != FORMAT:
+        raise StackError(
+            f"{path} is a safetensors file but no concept stack. Move it away, or name another "
+            "stack."
+        )
+    try:
+        header = json.loads(
+            metadata["stack"], parse_constant=refuse_number, object_pairs_hook=unique_pairs
+        )
+        if not isinstance(header, dict):
+            raise ValueError("its header is no object")
+    except (ValueError, TypeError, KeyError, RecursionError) as error:
+        raise damaged(path, str(error)) from None
+    version = header.get("version")
+    if type(version) is int and version > VERSION:
+        raise StackError(
+            f"{path} has format version {version}, this program reads up to {VERSION}. Update "
+            "comfy-continual-lora."
+        )
+    header = _fields(path, "", {**_HEADER_DEFAULTS, **header}, _HEADER)
+    header["base"] = _fields(
+        path,
+        "base: ",
+        {"preset": "sd1", "prediction": "epsilon", "word_widths": [], **header["base"]},
+        _BASE,
+    )
+    if header["change"] is not None:
+        header["change"] = _fields(path, "change: ", header["change"], _CHANGE)
+    header["concepts"] = [
+        _fields(path, f"concept {number}: ", {**_RECORD_DEFAULTS, **record}, _RECORD)
+        for number, record in enumerate(header["concepts"], start=1)
+    ]
+    for name in ("id", "token"):
+        values = [record[name].lower() for record in header["concepts"]]
+        if twice := next((value for value in values if values.count(value) > 1), None):
+            raise _wrong(path, f"two concepts have the {name} {twice!r}")
+    _tensors_fit(path, header, shapes)
+    return header
+
+
+def _fields(
+    path: Path, where: str, given: dict[str, Any], schema: Mapping[str, tuple[Check, str]]
+) -> dict[str, Any]:
+    if unknown := sorted(given.keys() - schema.keys()):
+        raise StackError(
+            f"The concept stack {path} has a field this version does not know "
+            f"({where}{unknown[0][:64]!r}): "
+            "a newer one wrote it. Update comfy-continual-lora."
+        )
+    for name, (check, expected) in schema.items():
+        if name not in given:
+            raise _wrong(path, f"{where}{name} is missing")
+        if not check(given[name]):
+            raise _wrong(path, f"{where}{name} is {given[name]!r:.80}, expected {expected}")
+    return given
+
+
+def _wrong(path: Path, what: str) -> StackError:
+    return StackError(
+        f"The concept stack {path} can't be used: {what}. It is damaged or was tampered with; get "
+        "it again, or restore an earlier version."
+    )
+
+
+def _tensors_fit(path: Path, header: Mapping[str, Any], shapes: Mapping[str, Shape]) -> None:
+    """Every word and layer is there, and their shapes fit each other."""
+    ids = [record["id"] for record in header["concepts"]]
+    words: dict[str, tuple[int, ...]] = {}
+    adapters: dict[str, dict[str, dict[str, tuple[int, ...]]]] = {}  # by part, layer, tensor
+    for name, shape in shapes.items():
+        found = _NAMES.fullmatch(name)
+        if found is None:
+            raise _wrong(path, f"it holds a tensor {name[:100]!r}, which belongs to nothing")
+        if shape.dtype != "F32":
+            raise _wrong(path, f"its tensor {name} is {shape.dtype}, expected F32")
+        concept = found["of"] or found["concept"]
+        if concept and concept not in ids:
+            raise _wrong(path, f"its tensor {name} belongs to no concept")
+        if found["word"]:
+            words[concept] = shape.sizes
+            continue
+        part = found["part"] or f"{found['held']}.{concept}"
+        layer, tensor = (
+            found["layer"] or found["held_layer"],
+            found["tensor"] or found["held_tensor"],
+        )
+        adapters.setdefault(part, {}).setdefault(layer, {})[tensor] = shape.sizes
+    _words_fit(path, header, words)
+    ends: dict[str, dict[str, tuple[int | None, int | None]]] = {}
+    for part, layers in adapters.items():
+        ends[part] = _layers_fit(path, part, layers)
+    first = next(iter(ends.values()), {})
+    for part, layers in ends.items():
+        if layers.keys() != first.keys():
+            raise _wrong(path, f"{part} changes other layers than the rest")
+        for layer, sizes in layers.items():
+            if any(a != b for a, b in zip(sizes, first[layer], strict=True) if a and b):
+                raise _wrong(path, f"{part} does not fit the rest in its layer {layer}")
+    if any(part != "adapter" for part in ends) and "adapter" not in ends and not ids:
+        raise _wrong(path, "it holds adapters but no concept")
+
+
+def _words_fit(path: Path, header: Mapping[str, Any], words: Mapping[str, tuple[int, ...]]) -> None:
+    widths = set()
+    for record in header["concepts"]:
+        sizes = words.get(record["id"])
+        if sizes is None:
+            raise _wrong(path, f"the word of {record['token']} is missing")
+        if (
+            len(sizes) not in (1, 2)
+            or not all(sizes)
+            or (len(sizes) == 2 and sizes[0] > MOST_VECTORS)
+        ):
+            raise _wrong(
+                path,
+                f"the word of {record['token']} has the shape {sizes}, expected 1 to "
+                f"{MOST_VECTORS} vectors",
+            )
+        widths.add(sizes[-1])
+    told = sum(header["base"]["word_widths"])
+    if len(widths | ({told} if told else set())) > 1 and widths:
+        raise _wrong(
+            path,
+            f"its words have different widths ({', '.join(map(str, sorted(widths)))}; "
+            f"{told or 'none'} by its header)",
+        )
+
+
+def _layers_fit(
+    path: Path, part: str, layers: Mapping[str, Mapping[str, tuple[int, ...]]]
+) -> dict[str, tuple[int | None, int | None]]:
+    """Of each layer the numbers of outputs and inputs, as far as its tensors say."""
+    ends: dict[str, tuple[int | None, int | None]] = {}
+    ranks, kinds = set(), set()
+    for layer, tensors in layers.items():
+        sizes = _sizes(tensors, dense=part.startswith("fisher"))
+        if sizes is None:
+            held = ", ".join(f"{name} {shape}" for name, shape in tensors.items())
+            raise _wrong(path, f"{part} is not whole in its layer {layer}: {held}")
+        if 0 in sizes.values():
+            raise _wrong(path, f"{part} is empty in its layer {layer}")
+        ends[layer] = sizes.get("out"), sizes.get("width")
+        ranks.add(sizes.get("rank"))
+        kinds.add(frozenset(tensors))
+    if len(kinds) > 1 or len(ranks) > 1:
+        raise _wrong(path, f"the layers of {part} are of different kinds or ranks")
+    if len({width for _, width in ends.values()}) > 1:
+        raise _wrong(path, f"the layers of {part} have different widths of text features")
+    return ends
+
+
+def _sizes(tensors: Mapping[str, tuple[int, ...]], dense: bool) -> dict[str, int] | None:
+    """rank, out and width as the tensors of a layer agree on them; None where they do not."""
+    kind = kind_with(set(tensors))
+    names = PARTS[kind] if kind else DENSE if dense and tensors.keys() == DENSE.keys() else None
+    if names is None:
+        return None
+    found: dict[str, int] = {}
+    for name, shape in tensors.items():
+        if len(shape) != len(names[name]):
+            return None
+        for dimension, size in zip(names[name], shape, strict=True):
+            if found.setdefault(dimension, size) != size:
+                return None
+    return found

@@ -1,0 +1,202 @@
+"""Stage 4: what each concept's prompts are to be mapped to.
+
+    prompts of a stack -> `PromptBank`: their second moments -> `Target`s for `solve`, or a penalty
+
+A concept's target is what its own adapter, right after it was learned, did to its own prompts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from .adapters.adapter import Adapter, layers_of
+from .checkpoint.backbone import Backbone
+from .moments import MomentCache
+from .progress import OnProgress, Progress
+from .settings import RetentionSettings, SolveSettings
+from .solve import Target, solve
+from .stack import ConceptRecord, ConceptStack
+from .textspace import RetentionPenalty, drift, ordinary_prompts, single_prompts, sizes
+
+# The most that all earlier concepts weigh together where a penalty holds them; until then each
+# weighs 1.
+MAX_EARLIER_WEIGHT = 3.0
+
+
+class PromptBank:
+    """What the prompts about a growing list of concepts look like, each encoded once.
+
+    In a prompt about two, the positions from the second one's word on are the second's, those before
+    are the first's, the padding is both's.
+    """
+
+    def __init__(
+        self,
+        backbone: Backbone,
+        nouns: Sequence[str],
+        share: float | None = None,
+        cache: Path | None = None,
+    ) -> None:
+        """`nouns` are what ordinary prompts are about above all; `share` as in `textspace.moment`,
+        for all prompts but those about two; `cache` is a folder of moments.
+        """
+        self.backbone, self.words, self.share = backbone, {}, share
+        self.moments = MomentCache(backbone, cache)
+        self.ordinary = self.moments({}, ordinary_prompts(list(dict.fromkeys(nouns))), share)
+        self.records: list[ConceptRecord] = []
+        self.alone: list[Tensor] = []
+        # of prompts about two, by concept: sum of c c^T, and how many c
+        self.shared: list[tuple[Tensor, float]] = []
+
+    def add(self, record: ConceptRecord, word: Tensor) -> None:
+        """One more concept, alone and together with the two before it."""
+        self.records.append(record)
+        self.words[record.token] = word
+        self.alone.append(self.moments(self.words, single_prompts(record), self.share))
+        self.shared.append((torch.zeros_like(self.ordinary), 0.0))
+        newest = len(self.records) - 1
+        for other in range(max(0, newest - 2), newest):
+            self._add_pair(other, newest)
+            self._add_pair(newest, other)
+
+    def extend(
+        self, stack: ConceptStack, on_progress: OnProgress, count: int | None = None
+    ) -> None:
+        """Add the concepts of a stack that come behind those that are here, up to its first
+        `count`.
+        """
+        first = len(self.records)
+        for number, record in enumerate(stack.records[first:count], start=first):
+            on_progress(Progress("solve", number, len(stack.records)))
+            self.add(record, stack.words[record.id])
+
+    def _add_pair(self, first: int, second: int) -> None:
+        prompt = f"a photo of a {self.records[first].name} and a {self.records[second].name}"
+        encoded = self.backbone.encode_prompts([prompt], self.words)
+        features = self.backbone.context(encoded)[0].float().cpu()
+        start, end = self._second_word(prompt, self.records[second].token)
+        for concept, rows, weight in (
+            (first, features[:start], 1.0),
+            (second, features[start:end], 1.0),
+            (first, features[end:], 0.5),
+            (second, features[end:], 0.5),
+        ):
+            total, count = self.shared[concept]
+            self.shared[concept] = (total + weight * rows.T @ rows, count + weight * len(rows))
+
+    def _second_word(self, prompt: str, token: str) -> tuple[int, int]:
+        """Where the last word of a prompt begins, and where its padding does."""
+        ids, slots = self.backbone.tokenize(prompt, self.words)
+        words = [k for k, slot in enumerate(slots) if slot >= 0]
+        said = [
+            k
+            for k, (one, slot) in enumerate(zip(ids, slots, strict=True))
+            if slot >= 0 or one != ids[-1]
+        ]
+        return max(words) + 1 - len(self.words[token]), max(said) + 1
+
+    def targets(self, adapters: Sequence[Adapter | None], settings: SolveSettings) -> list[Target]:
+        """Every concept's prompts shall get what its adapter does, ordinary prompts nothing."""
+        weight = settings.ordinary_weight * len(self.records)
+        found = [Target("ordinary prompts", self.ordinary, None, weight)]
+        for record, alone, (total, count), adapter in zip(
+            self.records, self.alone, self.shared, adapters, strict=True
+        ):
+            mean = (alone + total / count) / 2 if count else alone
+            found.append(Target(record.token, mean, adapter))
+        return found
+
+    def about_one(self, targets: Sequence[Target]) -> list[Target]:
+        """Of such targets those of concepts that ask for something, over prompts that name no
+        other.
+        """
+        return [
+            replace(target, moment=alone)
+            for target, alone in zip(targets[1:], self.alone, strict=True)
+            if target.adapter
+        ]
+
+
+def prompt_bank(
+    backbone: Backbone,
+    stack: ConceptStack,
+    on_progress: OnProgress,
+    count: int | None = None,
+    nouns: Sequence[str] = (),
+    share: float | None = None,
+    cache: Path | None = None,
+) -> PromptBank:
+    """Of the first `count` concepts of a stack, or of all; `nouns` are those of concepts to come."""
+    bank = PromptBank(backbone, [*(r.noun for r in stack.records), *nouns], share, cache)
+    bank.extend(stack, on_progress, count)
+    return bank
+
+
+def own_adapters(stack: ConceptStack) -> list[Adapter | None]:
+    """What each concept asks for: its adapter right after it was learned, before any consolidation
+    that is known of.
+    """
+    own = [stack.targets.get(one.id) or stack.adapter_after(one.id) for one in stack.records]
+    if stack.unconsolidated and stack.records[-1].id not in stack.targets:
+        own[-1] = stack.unconsolidated
+    return own
+
+
+def small_target(stack: ConceptStack, concept: str, target: Target) -> Target:
+    """The same target by a small adapter, which the stack keeps from then on: it does to the
+    concept's own prompts what its adapter did, and little else.
+
+    Were the solution for all the next solve's target, each solve would take the same share of it
+    again.
+    """
+    small = stack.targets.get(concept)
+    if target.adapter and small is None:
+        small, _ = solve([target], SolveSettings(energy=0.9999, ridge=1e-6))
+    return replace(target, adapter=small)
+
+
+def relative_drift(adapter: Adapter, target: Target) -> float:
+    """E || (delta - delta_j) c ||^2 / E || delta_j c ||^2, the layers together: one in which
+    delta_j does next to nothing counts as little.
+    """
+    assert target.adapter
+    alike = dict.fromkeys(layers_of(target.adapter), torch.ones(()))
+    lost = drift(adapter, target.adapter, target.moment, alike)
+    whole = drift(target.adapter, None, target.moment, alike)
+    return float(lost / whole.clamp(min=1e-12))
+
+
+def retention_penalty(
+    bank: PromptBank, stack: ConceptStack, settings: RetentionSettings, weight: float
+) -> RetentionPenalty:
+    """What learning one more concept is held at: the closed form's targets, as a penalty.
+
+        sum_j w_j E_{c of j} || (delta - delta_j) c ||^2
+            = E || (delta - anchor) c ||^2 + what no delta can help        anchor: the closed form
+
+    Each concept in the bank is held at what its own adapter did, and a step costs the same however
+    many there are. They weigh MAX_EARLIER_WEIGHT together at most, ordinary prompts
+    `settings.retention_ordinary`.
+    """
+    device = bank.backbone.device
+    own = bank.targets(own_adapters(stack)[: len(bank.records)], SolveSettings())[1:]
+    each = min(1.0, MAX_EARLIER_WEIGHT / max(1, len(own)))
+    targets = [Target("ordinary prompts", bank.ordinary, None, settings.retention_ordinary)]
+    targets += [replace(target, weight=each) for target in own]
+    total = torch.zeros_like(bank.ordinary)
+    for target in targets:
+        total = total + target.weight * target.moment
+    anchor: Adapter = {}
+    if any(target.adapter for target in targets):
+        anchor, _ = solve(targets, SolveSettings(energy=0.9999))
+    return RetentionPenalty(
+        weight,
+        total.to(device),
+        {name: tensor.to(device) for name, tensor in anchor.items()},
+        sizes(bank.backbone, bank.ordinary.to(device)),
+    )

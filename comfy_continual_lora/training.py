@@ -1,0 +1,300 @@
+"""Stage 3: the training loop, whatever is minimised: steps, gradients, snapshots.
+
+Every draw is a function of (seed, step), so a run that was stopped and goes on from its snapshot ends
+bit for bit where an undisturbed one ends.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .checkpoint.backbone import Backbone
+from .checkpoint.narrow import number_for, recast
+from .errors import SettingError, TrainingError
+from .files import set_aside
+from .parallel import average, is_first, shares
+from .progress import OnProgress, Progress
+from .settings import EXECUTION_SETTINGS, ResolvedSettings
+from .snapshot import DamagedSnapshot, Snapshot, identity, read_snapshot, write_snapshot
+
+
+@contextmanager
+def compute_dtype(backbone: Backbone, settings: ResolvedSettings) -> Iterator[None]:
+    """Put the frozen net into the number format of `settings`, where it stays; inside the block
+    checkpoint, compile, go channels-last if wanted.
+
+    Factors, optimizer and loss stay in float32. Checkpointing asks for training mode; there is no
+    dropout in the net.
+    """
+    recast(backbone.unet, number_for(settings.precision, backbone.device))
+    if settings.checkpointing:
+        backbone.unet.enable_gradient_checkpointing()
+        backbone.unet.train()
+    if settings.channels_last:
+        nn.Module.to(backbone.unet, memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
+    if settings.compile:
+        backbone.unet.compile()
+    try:
+        yield
+    finally:
+        backbone.unet._compiled_call_impl = None
+        if settings.channels_last:
+            nn.Module.to(backbone.unet, memory_format=torch.contiguous_format)  # pyright: ignore[reportCallIssue]
+        if settings.checkpointing:
+            backbone.unet.disable_gradient_checkpointing()
+            backbone.unet.eval()
+
+
+class Run:
+    """Parameters, optimizer, step and losses of one run, and their snapshot on disk."""
+
+    def __init__(
+        self,
+        stage: str,
+        parameters: Mapping[str, nn.Parameter],
+        optimizer: torch.optim.Optimizer,
+        settings: ResolvedSettings,
+        steps: int,
+        scale: float,
+        path: Path,
+        asked: dict[str, Any],
+    ) -> None:
+        self.stage, self.parameters, self.optimizer, self.settings = (
+            stage,
+            parameters,
+            optimizer,
+            settings,
+        )
+        self.steps, self.scale, self.path = steps, scale, path
+        self.asked, self.identity = asked, identity(asked)
+        self.step, self.losses, self.whole = 0, [], True
+
+    def train(
+        self, terms: Callable[[int, slice], dict[str, Tensor]], n: int, on_progress: OnProgress
+    ) -> None:
+        """Go on from the snapshot to the last step, minimising the sum of `terms(step, rows)`,
+        means over these of the step's n pictures.
+
+        Whatever stops it between two steps leaves a snapshot, running out of memory too. Errors:
+        TrainingError when the loss is not a number.
+        """
+        note = self.resume()
+        rates = [group["lr"] for group in self.optimizer.param_groups]
+        started, first = time.monotonic(), self.step
+        try:
+            while self.step < self.steps:
+                for group, rate in zip(self.optimizer.param_groups, rates, strict=True):
+                    group["lr"] = rate * min(1.0, (self.step + 1) / max(1, self.settings.warmup))
+                found = self.update(terms, n)
+                if self.step % self.settings.snapshot_every == 0 or self.step == self.steps:
+                    self.save()
+                left = (time.monotonic() - started) / (self.step - first) * (self.steps - self.step)
+                parts = found if len(found) > 1 else {}
+                rate, note_now, note = self.optimizer.param_groups[-1]["lr"], note, ""
+                on_progress(
+                    Progress(
+                        self.stage,
+                        self.step,
+                        self.steps,
+                        self.losses[-1],
+                        rate,
+                        left,
+                        parts,
+                        note=note_now,
+                    )
+                )
+        except TrainingError:
+            raise
+        except BaseException:
+            if self.whole:
+                self.save()
+            raise
+
+    def update(self, terms: Callable[[int, slice], dict[str, Tensor]], n: int) -> dict[str, float]:
+        """One optimizer step, `settings.accumulate` parts of it one after the other; returns the
+        terms of its loss.
+
+        The gradient travels `scale` times larger (`Backbone.gradient_scale`). Errors: TrainingError
+        for a loss that is not a number.
+        """
+        self.optimizer.zero_grad(set_to_none=True)
+        found, value, parameters = {}, 0.0, list(self.parameters.values())
+        for rows, share in shares(n, self.settings.accumulate):
+            means = terms(self.step, rows)
+            loss = torch.stack(list(means.values())).sum()
+            value += share * loss.item()
+            if not math.isfinite(value):
+                raise TrainingError(
+                    f"The loss became {value} at step {self.step + 1}, so learning stopped; "
+                    "nothing was stored. "
+                    "A lower --lr or --precision fp32 usually helps."
+                )
+            (loss * share * self.scale).backward()
+            for name, mean in means.items():
+                found[name] = found.get(name, 0.0) + share * float(mean.detach())
+        for p in parameters:
+            p.grad = None if p.grad is None else p.grad / self.scale
+        value = average(parameters, value)
+        nn.utils.clip_grad_norm_(parameters, self.settings.clip)
+        self.whole = False
+        self.optimizer.step()
+        self.step += 1
+        self.losses.append(value)
+        self.whole = True
+        return found
+
+    def save(self) -> None:
+        if not is_first():
+            return
+        tensors = {f"value.{name}": p.detach().cpu() for name, p in self.parameters.items()}
+        for name, p in self.parameters.items():
+            for key, value in self.optimizer.state.get(p, {}).items():
+                tensors[f"state.{key}.{name}"] = (
+                    value.cpu() if isinstance(value, Tensor) else torch.tensor(value)
+                )
+        try:
+            write_snapshot(
+                self.path, Snapshot(self.identity, self.step, self.losses, self.asked, tensors)
+            )
+        except OSError as error:
+            raise TrainingError(
+                f"The snapshot {self.path} can't be written ({error.strerror or error}): no room "
+                "or no permission there. "
+                f"Learning stopped at step {self.step}; the concepts stored before are untouched. "
+                "Make room and give the same command again."
+            ) from None
+
+    def resume(self) -> str:
+        """Go on from the snapshot if there is one of this very run; what there is to say about it.
+
+        One that is damaged, or of another run, is renamed and so kept. Errors: TrainingError for
+        one that this user may not read.
+        """
+        if not self.path.exists():
+            return ""
+        try:
+            found = read_snapshot(self.path)
+            if found.identity != self.identity:
+                other = self.path.with_name(f"{self.path.name}.{found.identity[:12]}")
+                return (
+                    f"The snapshot that was here is another run's, at step {found.step}. It is "
+                    f"{self._moved(other).name} now."
+                )
+            self._go_on_from(found)
+        except OSError as error:
+            raise TrainingError(
+                f"The snapshot {self.path} can't be read ({error.strerror or error}), and "
+                "starting from scratch would overwrite it. "
+                "Allow reading it, or move it away."
+            ) from None
+        except DamagedSnapshot as error:
+            return (
+                f"The snapshot {self.path.name} is damaged ({error}). It is {self._moved().name} "
+                "now, and the run begins at step 1."
+            )
+        return f"Going on from step {self.step} of {self.steps}."
+
+    def _moved(self, target: Path | None = None) -> Path:
+        """Where the snapshot that can't be used is kept; one of several processes moves it."""
+        if is_first():
+            if target is None:
+                return set_aside(self.path)
+            self.path.replace(target)
+        return target or self.path
+
+    def _go_on_from(self, found: Snapshot) -> None:
+        """Errors: DamagedSnapshot, with nothing changed, where it does not fit this run."""
+        values = {name: found.tensors.get(f"value.{name}") for name in self.parameters}
+        fits = all(
+            value is not None and value.shape == self.parameters[name].shape
+            for name, value in values.items()
+        )
+        if not fits or not 0 <= found.step <= self.steps or len(found.losses) != found.step:
+            raise DamagedSnapshot("it does not fit this run")
+        self.step, self.losses = found.step, found.losses
+        with torch.no_grad():
+            for name, p in self.parameters.items():
+                p.copy_(found.tensors[f"value.{name}"])
+                state = {
+                    k.split(".", 2)[1]: v
+                    for k, v in found.tensors.items()
+                    if k.startswith("state.") and k.split(".", 2)[2] == name
+                }
+                self.optimizer.state[p] = {k: _as_it_was(k, v, p.device) for k, v in state.items()}
+
+
+def _as_it_was(name: str, value: Tensor, device: torch.device) -> Tensor | int:
+    """A piece of an optimizer's state out of a snapshot: AdamW counts steps in a tensor of the CPU,
+    bitsandbytes in a plain number.
+    """
+    return (
+        value.to(device) if name != "step" else value if value.is_floating_point() else int(value)
+    )
+
+
+def optimizer_for(
+    groups: list[dict[str, Any]], settings: ResolvedSettings
+) -> torch.optim.Optimizer:
+    """Errors: SettingError where bitsandbytes is asked for and not there."""
+    if settings.optimizer == "adamw":
+        return torch.optim.AdamW(groups)
+    try:
+        from bitsandbytes.optim import AdamW8bit  # pyright: ignore[reportMissingImports]
+    except ImportError as error:
+        raise SettingError(
+            f"`optimizer` adamw8bit needs bitsandbytes ({error}). Install it (pip install "
+            "bitsandbytes), or take adamw."
+        ) from None
+    return AdamW8bit(groups)
+
+
+def precondition(
+    preconditioner: Tensor, optimizer: torch.optim.Optimizer, rows: Sequence[nn.Parameter]
+) -> None:
+    """Let each step for these (k, d) parameters be taken in other coordinates: of p = p' P, with P
+    (d, d) symmetric, it is p' that learns.
+
+    What AdamW does with a gradient does not depend on where it is, so p' itself is not needed: the
+    step starts from 0 there, without weight decay.
+    """
+    kept: list[Tensor] = []
+
+    @torch.no_grad()
+    def turn(*_: object) -> None:
+        kept[:] = [p.clone() for p in rows]
+        for p in rows:
+            assert p.grad is not None
+            p.grad = p.grad @ preconditioner
+            p.zero_()
+
+    @torch.no_grad()
+    def turn_back(*_: object) -> None:
+        for p, was in zip(rows, kept, strict=True):
+            p.copy_(was + p @ preconditioner)
+
+    optimizer.register_step_pre_hook(turn)
+    optimizer.register_step_post_hook(turn_back)
+
+
+def asked_for(
+    backbone: Backbone,
+    settings: ResolvedSettings,
+    source: Mapping[str, Any],
+    prompts: Sequence[Sequence[str]] = (),
+) -> dict[str, Any]:
+    """What a run is asked for, which its snapshot remembers: `source`, the checkpoint, the prompts,
+    the settings that decide how it goes.
+    """
+    choices = {
+        name: value for name, value in asdict(settings).items() if name not in EXECUTION_SETTINGS
+    }
+    return {**source, "checkpoint": backbone.fingerprint, "prompts": prompts, "settings": choices}

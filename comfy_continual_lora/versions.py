@@ -1,0 +1,162 @@
+"""Stage 6: the versions of a stack that are kept, read from their headers. Light.
+
+Each version is a whole stack file that knows its number, the change that made it and the version that
+was changed (its parent): undoing is going back to the parent, and what was undone can be gone back to
+as well.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from .errors import StackError
+from .files import real_file
+from .stackfile import read_header
+from .stackschema import CHANGES, history_files, previous_file
+
+
+@dataclass(frozen=True)
+class Change:
+    """What made a version of a stack: kind, a key of CHANGES; how prompts name the concepts it is
+    about; when, ISO 8601 in UTC.
+    """
+
+    kind: str
+    names: Sequence[str]
+    when: str
+
+    def __str__(self) -> str:
+        return CHANGES[self.kind].format(", ".join(self.names) or "nothing")
+
+
+@dataclass(frozen=True)
+class Version:
+    """One version of a stack.
+
+    `parent` is the number of the version that was changed, None where it is not known; `size` in
+    bytes.
+    """
+
+    number: int
+    parent: int | None
+    change: str
+    when: str
+    tokens: list[str]
+    size: int
+    current: bool
+    file: Path
+
+
+def versions(path: Path) -> list[Version]:
+    """All versions of a stack that are kept, the newest first; files among them that can't be read
+    are left out.
+
+    Errors: StackError where the version in use can't be read.
+    """
+    path = real_file(path)
+    found = earlier(path)
+    if path.exists():
+        now = _version(path, next((one.number + 1 for one in found), 1), current=True)
+        found = [now, *(one for one in found if one.number != now.number)]
+    return sorted(found, key=lambda one: one.number, reverse=True)
+
+
+def in_use(path: Path) -> Version | None:
+    """The version that is the stack now; None where there is no stack.
+
+    Errors: StackError where it can't be read.
+    """
+    return next((one for one in versions(path) if one.current), None)
+
+
+def earlier(path: Path) -> list[Version]:
+    """The versions that are kept beside the one in use, the newest first, those that can be read."""
+    files = [*history_files(path).items(), (0, previous_file(path))]
+    return [one for number, file in files if (one := _readable(file, number)) is not None]
+
+
+def _readable(file: Path, number: int) -> Version | None:
+    try:
+        return _version(file, number, current=False)
+    except StackError:
+        return None
+
+
+def _version(file: Path, number: int, *, current: bool) -> Version:
+    header = read_header(file)
+    number = header["number"] if current and header["number"] is not None else number
+    parent = header["parent"]
+    if (
+        header["number"] is None and number
+    ):  # an earlier program wrote it, over the version before it
+        parent = number - 1
+    told, records = change_of(header), header["concepts"]
+    when = told.when if told else records[-1]["learned"] if records else ""
+    tokens = [record["token"] for record in records]
+    text = (
+        str(told)
+        if told
+        else f"a change that an earlier program made; newest: {tokens[-1] if tokens else 'none'}"
+    )
+    return Version(number, parent, text, when, tokens, file.stat().st_size, current, file)
+
+
+def parent_of(path: Path) -> Version | None:
+    """The version that undoing goes back to, if it is kept.
+
+    Errors: StackError where there is no stack.
+    """
+    path = real_file(path)
+    now, found = read_header(path), versions(path)
+    current = next(one for one in found if one.current)
+    parent = next((one for one in found if one.number == current.parent and not one.current), None)
+    if parent is None:
+        return None
+    theirs = read_header(parent.file)["identity"]
+    return parent if not (now["identity"] and theirs and now["identity"] != theirs) else None
+
+
+def undo_preview(path: Path) -> str:
+    """What undoing would do, in one sentence; or that there is nothing to undo.
+
+    Errors: StackError for a file that can't be read.
+    """
+    current = in_use(path)
+    if current is None:
+        return "There is nothing to undo: no concept was learned yet."
+    parent, change = parent_of(path), change_of(read_header(path))
+    was_added = parent is None and change is not None and change.kind in ("learned", "imported")
+    if parent is not None or was_added:
+        tokens = parent.tokens if parent else current.tokens[:-1]
+        return f"Undo takes back: {current.change} ({current.when[:10]}). {_then(tokens)}"
+    if not current.tokens:
+        return "There is nothing to undo: the stack is empty, and no earlier version of it is kept."
+    if not takes_off_newest(path):
+        return (
+            f"There is nothing to undo: the version before this change ({current.change}) is no "
+            "longer kept."
+        )
+    return f"Undo takes {current.tokens[-1]} off. {_then(current.tokens[:-1])}"
+
+
+def _then(tokens: Sequence[str]) -> str:
+    return f"The stack then holds {', '.join(tokens) or 'no concept'}."
+
+
+def takes_off_newest(path: Path) -> bool:
+    """Whether, without the version before, the last change can be taken back: what was learned last
+    lies on top of the pool.
+    """
+    header = read_header(path)
+    change = change_of(header)
+    return bool(header["concepts"]) and (
+        change is None or change.kind in ("learned", "imported", "undone")
+    )
+
+
+def change_of(header: Mapping[str, Any]) -> Change | None:
+    """What made this version; None where an earlier program wrote it."""
+    return Change(**header["change"]) if header["change"] else None
