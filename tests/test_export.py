@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers_store import make_record
 from safetensors import safe_open
 from safetensors.torch import load_file, save
-from test_store import _record
 
 from comfy_continual_lora import export, store
 from comfy_continual_lora.checkpoint.backbone import Backbone
@@ -25,7 +25,7 @@ def _stack(backbone: Backbone, kind: str) -> store.ConceptStack:
         for k, t in new_adapter(backbone, 4, generator, kind).items()
     }
     stack = store.ConceptStack("f", rank=4)
-    stack.add(_record(1), torch.randn(3, 256, generator=generator), adapter)
+    stack.add(make_record(1), torch.randn(3, 256, generator=generator), adapter)
     return stack
 
 

@@ -11,11 +11,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import families
+import helpers_families as families
 import pytest
 import torch
-from conftest import NOUNS
-from families import KINDS
+from helpers_families import KINDS
+from helpers_learn import NOUNS
 from peft import PeftModel
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file

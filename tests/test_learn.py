@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import save_concept
+from helpers_learn import save_concept
 from PIL import Image
 from safetensors.torch import save
 

@@ -10,8 +10,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import families
-import full_size
+import helpers_families as families
+import helpers_full_size as full_size
 import pytest
 import torch
 from safetensors import safe_open
