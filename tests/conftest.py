@@ -9,14 +9,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from webui import WebUI, freeze
+from helpers_learn import NOUNS, save_concept
+from helpers_webui import WebUI, freeze
 
 from comfy_continual_lora.checkpoint.backbone import Backbone
 from comfy_continual_lora.checkpoint.load import load_backbone
-from comfy_continual_lora.mini import world
 from comfy_continual_lora.mini.weights import write_checkpoint
-
-NOUNS = {"V1": "ball", "V2": "fish", "V3": "mug"}
 
 
 def pytest_configure() -> None:
@@ -75,8 +73,3 @@ def backbone(mini_file: Path) -> Backbone:
 @pytest.fixture
 def pictures(tmp_path: Path) -> Path:
     return save_concept(tmp_path / "pictures", 0)
-
-
-def save_concept(folder: Path, index: int, count: int = 4) -> Path:
-    world.save_pictures(world.concepts("development")[index], folder, count)
-    return folder

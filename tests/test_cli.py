@@ -14,7 +14,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import save_concept
+from helpers_learn import save_concept
 from PIL import Image
 
 from comfy_continual_lora import cli, store

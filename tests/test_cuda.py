@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import NOUNS
+from helpers_learn import NOUNS
 
 from comfy_continual_lora import pipeline, store
 from comfy_continual_lora.checkpoint.load import load_backbone

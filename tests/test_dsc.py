@@ -6,12 +6,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from comfy_continual_lora.lora import Adapter, new_adapter
 from torch import Tensor
 
 from comfy_continual_lora import dsc
 from comfy_continual_lora.checkpoint.backbone import Backbone, FrozenText
 from comfy_continual_lora.errors import Cancelled
+from comfy_continual_lora.lora import Adapter, new_adapter
 from comfy_continual_lora.progress import Progress, ignore
 from comfy_continual_lora.settings import LearnSettings
 

@@ -8,14 +8,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from comfy_continual_lora.lora import KINDS, delta_weights, new_adapter
+from helpers_store import make_record
 from safetensors import safe_open
 from safetensors.torch import load_file, save
-from test_store import _record
 
 from comfy_continual_lora import export, store
 from comfy_continual_lora.checkpoint.backbone import Backbone
 from comfy_continual_lora.errors import StackError
+from comfy_continual_lora.lora import KINDS, delta_weights, new_adapter
 
 
 def _stack(backbone: Backbone, kind: str) -> store.ConceptStack:
@@ -25,7 +25,7 @@ def _stack(backbone: Backbone, kind: str) -> store.ConceptStack:
         for k, t in new_adapter(backbone, 4, generator, kind).items()
     }
     stack = store.ConceptStack("f", rank=4)
-    stack.add(_record(1), torch.randn(3, 256, generator=generator), adapter)
+    stack.add(make_record(1), torch.randn(3, 256, generator=generator), adapter)
     return stack
 
 

@@ -11,12 +11,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import families
+import helpers_families as families
 import pytest
 import torch
-from comfy_continual_lora.lora import attached, delta_weights
-from conftest import NOUNS
-from families import KINDS
+from helpers_families import KINDS
+from helpers_learn import NOUNS
 from peft import PeftModel
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
@@ -27,6 +26,7 @@ from comfy_continual_lora.checkpoint.load import load_backbone
 from comfy_continual_lora.diffusion import alphas_cumprod, noised
 from comfy_continual_lora.errors import CheckpointError, StackError
 from comfy_continual_lora.export import export_files
+from comfy_continual_lora.lora import attached, delta_weights
 from comfy_continual_lora.settings import (
     ConsolidateSettings,
     DrawSettings,

@@ -8,13 +8,13 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from comfy_continual_lora.lora import KINDS, Adapter, ChangedLayer, attached, new_adapter
 from torch import Tensor, nn
 
 from comfy_continual_lora import fisher as fishers
 from comfy_continual_lora.checkpoint.backbone import Backbone, FrozenText
 from comfy_continual_lora.diffusion import generator_for
 from comfy_continual_lora.ewc import Ewc, ewc, ewc_penalty
+from comfy_continual_lora.lora import KINDS, Adapter, ChangedLayer, attached, new_adapter
 from comfy_continual_lora.progress import ignore
 from comfy_continual_lora.settings import LearnSettings
 from comfy_continual_lora.store import ConceptStack

@@ -12,18 +12,18 @@ import shutil
 import subprocess
 from pathlib import Path
 
-import full_size
+import helpers_full_size as full_size
 import pytest
 import torch
-from comfy_continual_lora.lora import attached
-from comfyui import REPOSITORY, find_comfyui, python_of
 from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline
+from helpers_comfyui import REPOSITORY, find_comfyui, python_of
+from helpers_webui import WebUI, find_webui
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from webui import WebUI, find_webui
 
 from comfy_continual_lora import pipeline, store
 from comfy_continual_lora.checkpoint.load import TOKENIZER, load_backbone
+from comfy_continual_lora.lora import attached
 from comfy_continual_lora.settings import LearnSettings
 
 COMFYUI, A1111 = find_comfyui(), find_webui()

@@ -16,10 +16,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import NOUNS
+from helpers_learn import NOUNS
+from helpers_store import FINGERPRINT, make_stack, same
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_store import FINGERPRINT, make_stack, same
 
 from comfy_continual_lora import files, pipeline, stackfile, store
 from comfy_continual_lora.errors import (
@@ -360,7 +360,7 @@ def test_readers_see_one_version_while_another_program_writes(tmp_path: Path) ->
     """A thousand reads of a stack that is replaced all the time: each is whole, and none fails."""
     path = tmp_path / "x.concepts.safetensors"
     code = (
-        "import sys; from pathlib import Path; sys.path[:0] = ['tests']; from test_store import "
+        "import sys; from pathlib import Path; sys.path[:0] = ['tests']; from helpers_store import "
         "make_stack; from comfy_continual_lora import store\n"
         f"path = Path({str(path)!r}); stacks = [make_stack(n, 300) for n in (1, 2)]\n"
         "store.save_stack(stacks[0], path); print('ready', flush=True)\n"
@@ -403,7 +403,7 @@ def test_kill_9_at_any_moment_leaves_a_whole_history(tmp_path: Path) -> None:
     """
     path = tmp_path / "x.concepts.safetensors"
     code = (
-        "import sys; from pathlib import Path; sys.path[:0] = ['tests']; from test_store import "
+        "import sys; from pathlib import Path; sys.path[:0] = ['tests']; from helpers_store import "
         "make_stack\n"
         "from comfy_continual_lora import stackfile, store\n"
         f"path = Path({str(path)!r}); stacks = [make_stack(n, 3000) for n in (1, 2, 3)]\n"

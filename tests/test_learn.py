@@ -13,8 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from comfy_continual_lora.lora import attached, new_adapter
-from conftest import save_concept
+from helpers_learn import save_concept
 from PIL import Image
 from safetensors.torch import save
 
@@ -30,6 +29,7 @@ from comfy_continual_lora.errors import (
     TrainingError,
 )
 from comfy_continual_lora.learn import Learned, Lesson, _step_in, learn
+from comfy_continual_lora.lora import attached, new_adapter
 from comfy_continual_lora.progress import Progress, ignore
 from comfy_continual_lora.settings import TEMPLATES, LearnSettings, ScoreSettings
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
+
+from comfy_continual_lora.checkpoint.backbone import Backbone
 from comfy_continual_lora.lora import (
     KINDS,
     Adapter,
@@ -14,8 +16,6 @@ from comfy_continual_lora.lora import (
     kind_of,
     new_adapter,
 )
-
-from comfy_continual_lora.checkpoint.backbone import Backbone
 
 
 def _random_adapter(backbone: Backbone, kind: str = "lora") -> Adapter:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import NOUNS
+from helpers_learn import NOUNS, QUICK, learn_request, same_stack, stack_of, tensors_of
 
 from comfy_continual_lora import pipeline, settings, store
 from comfy_continual_lora.errors import Cancelled, SettingError
@@ -20,17 +20,6 @@ from comfy_continual_lora.methods.c_lora import hadamard_penalty
 from comfy_continual_lora.progress import Progress
 from comfy_continual_lora.settings import ConsolidateSettings, LearnSettings
 
-QUICK = LearnSettings(
-    method="lora_dsc_ewc_dc",
-    steps=2,
-    batch=3,
-    rank=4,
-    size=64,
-    fisher_samples=3,
-    dsc_steps=2,
-    c_lora_weight=1.0,
-    ewc_strength=0.1,
-)
 VARIANTS = {
     **{name: replace(QUICK, method=name) for name in METHODS},
     "c_lora published": replace(QUICK, method="c_lora", c_lora_variant="published"),
@@ -43,31 +32,6 @@ VARIANTS = {
     ),
     "lora_dsc_ewc_dc once": replace(QUICK, dsc_redraw="once", dc_scale="sum"),
 }
-
-
-def _request(
-    checkpoint: Path, folders: dict[str, Path], token: str, settings: LearnSettings
-) -> pipeline.LearnRequest:
-    return pipeline.LearnRequest(
-        checkpoint, folders[token], token, NOUNS[token], settings, device="cpu"
-    )
-
-
-def _stack(checkpoint: Path) -> store.ConceptStack:
-    path = store.stack_path(checkpoint)
-    return store.load_stack(path, store.read_header(path)["fingerprint"])
-
-
-def _tensors(stack: store.ConceptStack) -> dict[str, torch.Tensor]:
-    parts = {"adapter": stack.adapter or {}, "words": stack.words}
-    for part, held in (("pool", stack.pool), ("wish", stack.wishes), ("fisher", stack.fishers)):
-        parts |= {f"{part} {k}": v for k, v in held.items()}
-    return {f"{part}/{name}": t for part, tensors in parts.items() for name, t in tensors.items()}
-
-
-def _same(a: store.ConceptStack, b: store.ConceptStack) -> bool:
-    left, right = _tensors(a), _tensors(b)
-    return left.keys() == right.keys() and all(torch.equal(left[k], right[k]) for k in left)
 
 
 def test_the_table_is_the_one_users_see() -> None:
@@ -111,13 +75,15 @@ def test_three_concepts_without_any_earlier_picture_then_undo(
     chosen, states = VARIANTS[name], []
     for token in NOUNS:
         own = Path(shutil.copytree(folders[token], tmp_path / token))
-        pipeline.learn_concept(replace(_request(checkpoint, folders, token, chosen), images=own))
+        pipeline.learn_concept(
+            replace(learn_request(checkpoint, folders, token, chosen), images=own)
+        )
         shutil.rmtree(own)  # the next concept is learned without it
-        states.append(_stack(checkpoint))
+        states.append(stack_of(checkpoint))
     first, second, third = states
     assert list(third.tokens) == list(NOUNS)
     assert all(torch.equal(third.tokens[t], second.tokens[t]) for t in ("V1", "V2"))
-    assert all(tensor.isfinite().all() for tensor in _tensors(third).values())
+    assert all(tensor.isfinite().all() for tensor in tensors_of(third).values())
     method = METHODS[chosen.method]
     assert (third.adapter is None) == (not method.adapter)
     assert len(third.fishers) == (3 if method.importance else 0)
@@ -136,7 +102,7 @@ def test_three_concepts_without_any_earlier_picture_then_undo(
     assert not list(checkpoint.parent.glob("*.snapshot"))
     for before in (second, first):
         pipeline.undo(checkpoint)
-        assert _same(_stack(checkpoint), before)
+        assert same_stack(stack_of(checkpoint), before)
 
 
 LORA_KIND = [
@@ -152,9 +118,9 @@ def test_without_memory_every_lora_method_is_plain_lora(
     checkpoint: Path, folders: dict[str, Path], tmp_path: Path, name: str
 ) -> None:
     plain = Path(shutil.copy(checkpoint, tmp_path / "plain.safetensors"))
-    pipeline.learn_concept(_request(checkpoint, folders, "V1", VARIANTS[name]))
-    pipeline.learn_concept(_request(plain, folders, "V1", VARIANTS["lora"]))
-    ours, theirs = _stack(checkpoint), _stack(plain)
+    pipeline.learn_concept(learn_request(checkpoint, folders, "V1", VARIANTS[name]))
+    pipeline.learn_concept(learn_request(plain, folders, "V1", VARIANTS["lora"]))
+    ours, theirs = stack_of(checkpoint), stack_of(plain)
     assert ours.adapter
     assert theirs.adapter
     assert all(torch.equal(t, theirs.adapter[k]) for k, t in ours.adapter.items())
@@ -175,8 +141,8 @@ def test_no_penalty_on_an_empty_stack(name: str) -> None:
 def test_the_penalty_is_zero_where_the_next_concept_starts(
     checkpoint: Path, folders: dict[str, Path], name: str
 ) -> None:
-    pipeline.learn_concept(_request(checkpoint, folders, "V1", VARIANTS[name]))
-    stack = _stack(checkpoint)
+    pipeline.learn_concept(learn_request(checkpoint, folders, "V1", VARIANTS[name]))
+    stack = stack_of(checkpoint)
     penalty = METHODS[name].penalty(stack, VARIANTS[name].resolved("mini"), torch.device("cpu"))
     assert penalty
     assert stack.adapter
@@ -188,10 +154,10 @@ def test_the_penalty_is_zero_where_the_next_concept_starts(
 def test_a_run_stopped_in_any_stage_ends_as_an_undisturbed_one(
     checkpoint: Path, folders: dict[str, Path], tmp_path: Path, stage: str
 ) -> None:
-    pipeline.learn_concept(_request(checkpoint, folders, "V1", QUICK))
+    pipeline.learn_concept(learn_request(checkpoint, folders, "V1", QUICK))
     other = Path(shutil.copy(checkpoint, tmp_path / "other.safetensors"))
     shutil.copy(store.stack_path(checkpoint), store.stack_path(other))
-    pipeline.learn_concept(_request(checkpoint, folders, "V2", QUICK))
+    pipeline.learn_concept(learn_request(checkpoint, folders, "V2", QUICK))
 
     def stop(progress: Progress) -> None:
         if progress.stage == stage and progress.step == 1:
@@ -199,15 +165,15 @@ def test_a_run_stopped_in_any_stage_ends_as_an_undisturbed_one(
 
     before = store.stack_path(other).read_bytes()
     with pytest.raises(Cancelled):
-        pipeline.learn_concept(_request(other, folders, "V2", QUICK), stop)
+        pipeline.learn_concept(learn_request(other, folders, "V2", QUICK), stop)
     assert store.stack_path(other).read_bytes() == before
     seen: list[tuple[str, int]] = []
     pipeline.learn_concept(
-        _request(other, folders, "V2", QUICK), lambda p: seen.append((p.stage, p.step))
+        learn_request(other, folders, "V2", QUICK), lambda p: seen.append((p.stage, p.step))
     )
     assert ("learn", 1) not in seen
     assert (("consolidate", 1) in seen) == (stage == "learn")
-    one, two = _stack(checkpoint), _stack(other)
+    one, two = stack_of(checkpoint), stack_of(other)
     assert one.adapter
     assert two.adapter
     assert all(torch.equal(t, two.adapter[k]) for k, t in one.adapter.items())
@@ -223,25 +189,25 @@ def test_a_run_stopped_while_calibrating_has_learned(
             raise Cancelled
 
     with pytest.raises(Cancelled):
-        pipeline.learn_concept(_request(checkpoint, folders, "V1", QUICK), stop)
+        pipeline.learn_concept(learn_request(checkpoint, folders, "V1", QUICK), stop)
     assert not store.stack_path(checkpoint).exists()
     seen: list[str] = []
     pipeline.learn_concept(
-        _request(checkpoint, folders, "V1", QUICK), lambda p: seen.append(p.stage)
+        learn_request(checkpoint, folders, "V1", QUICK), lambda p: seen.append(p.stage)
     )
     assert "learn" not in seen
-    assert _stack(checkpoint).tau
+    assert stack_of(checkpoint).tau
 
 
 def test_consolidate_by_itself(checkpoint: Path, folders: dict[str, Path]) -> None:
     for token in ("V1", "V2"):
-        pipeline.learn_concept(_request(checkpoint, folders, token, VARIANTS["lora_ewc"]))
-    before = _stack(checkpoint)
+        pipeline.learn_concept(learn_request(checkpoint, folders, token, VARIANTS["lora_ewc"]))
+    before = stack_of(checkpoint)
     wanted = ConsolidateSettings(batch=3, size=64, fisher_samples=3, dsc_steps=3)
     done = pipeline.consolidate(
         pipeline.ConsolidateRequest(checkpoint, folders["V2"], wanted, device="cpu")
     )
-    after, (one, two) = _stack(checkpoint), before.records
+    after, (one, two) = stack_of(checkpoint), before.records
     assert len(done.losses) == 3
     wanted_digest = pipeline.ConsolidateRequest(
         checkpoint, folders["V2"], wanted, device="cpu"
@@ -259,7 +225,7 @@ def test_consolidate_by_itself(checkpoint: Path, folders: dict[str, Path]) -> No
         not torch.equal(t, before.fishers[two.id][k]) for k, t in after.fishers[two.id].items()
     )
     assert pipeline.undo(checkpoint).change == f"consolidated {two.name}"
-    unchanged = _stack(checkpoint)
+    unchanged = stack_of(checkpoint)
     assert unchanged.records == before.records
     assert all(
         torch.equal(t, before.fishers[two.id][k]) for k, t in unchanged.fishers[two.id].items()
@@ -272,17 +238,19 @@ def test_consolidate_by_itself(checkpoint: Path, folders: dict[str, Path]) -> No
 
 
 def test_kinds_of_adapters_do_not_mix(checkpoint: Path, folders: dict[str, Path]) -> None:
-    pipeline.learn_concept(_request(checkpoint, folders, "V1", VARIANTS["custom_diffusion"]))
+    pipeline.learn_concept(learn_request(checkpoint, folders, "V1", VARIANTS["custom_diffusion"]))
     with pytest.raises(
         SettingError, match="trains an adapter of the kind lora, but this stack's is full"
     ):
-        pipeline.learn_concept(_request(checkpoint, folders, "V2", VARIANTS["lora"]))
+        pipeline.learn_concept(learn_request(checkpoint, folders, "V2", VARIANTS["lora"]))
     pipeline.learn_concept(
-        _request(checkpoint, folders, "V2", VARIANTS["textual_inversion"])
+        learn_request(checkpoint, folders, "V2", VARIANTS["textual_inversion"])
     )  # changes no adapter
     with pytest.raises(SettingError, match="c_lora can't learn with VeRA"):
         pipeline.learn_concept(
-            _request(checkpoint, folders, "V3", replace(QUICK, method="c_lora", adapter="vera"))
+            learn_request(
+                checkpoint, folders, "V3", replace(QUICK, method="c_lora", adapter="vera")
+            )
         )
 
 
@@ -290,9 +258,11 @@ def test_a_lora_that_has_grown_does_not_go_with_ewc(
     checkpoint: Path, folders: dict[str, Path]
 ) -> None:
     for token in ("V1", "V2"):
-        pipeline.learn_concept(_request(checkpoint, folders, token, VARIANTS["c_lora published"]))
+        pipeline.learn_concept(
+            learn_request(checkpoint, folders, token, VARIANTS["c_lora published"])
+        )
     with pytest.raises(SettingError, match="this stack's LoRA has grown"):
-        pipeline.learn_concept(_request(checkpoint, folders, "V3", VARIANTS["lora_ewc"]))
+        pipeline.learn_concept(learn_request(checkpoint, folders, "V3", VARIANTS["lora_ewc"]))
 
 
 def test_c_loras_penalty_by_hand() -> None:
@@ -312,7 +282,7 @@ def test_scores_name_pictures_and_count_what_is_right(
     with pytest.raises(store.StackError, match="learned no concept"):
         pipeline.dc_scores(pipeline.ScoreRequest(checkpoint, folders["V1"], device="cpu"))
     for token in ("V1", "V2"):
-        pipeline.learn_concept(_request(checkpoint, folders, token, VARIANTS["lora"]))
+        pipeline.learn_concept(learn_request(checkpoint, folders, token, VARIANTS["lora"]))
     wanted = settings.ScoreSettings(trials=8, size=64)
     found = pipeline.dc_scores(
         pipeline.ScoreRequest(checkpoint, folders["V1"].parent, wanted, device="cpu")

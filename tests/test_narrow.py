@@ -10,17 +10,17 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import families
-import full_size
+import helpers_families as families
+import helpers_full_size as full_size
 import pytest
 import torch
-from comfy_continual_lora.lora import attached, new_adapter
 from safetensors import safe_open
 from torch import nn
 
 from comfy_continual_lora.checkpoint import load, narrow
 from comfy_continual_lora.checkpoint.backbone import Backbone
 from comfy_continual_lora.checkpoint.load import load_backbone
+from comfy_continual_lora.lora import attached, new_adapter
 
 PROMPTS = ["a photo of a V1 mug on wood", ""]
 

@@ -11,10 +11,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from comfy_continual_lora.lora import Adapter
 
 from comfy_continual_lora import parallel, pipeline, store
 from comfy_continual_lora.errors import SettingError, TrainingError
+from comfy_continual_lora.lora import Adapter
 from comfy_continual_lora.progress import Progress
 from comfy_continual_lora.settings import LearnSettings
 

@@ -9,7 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import families
+import helpers_families as families
 import pytest
 import torch
 from safetensors.torch import load_file

@@ -9,7 +9,6 @@ import os
 import shutil
 import subprocess
 import sys
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -76,8 +75,7 @@ def test_it_writes_its_tables_and_pictures_and_does_nothing_twice(alone: Path) -
 def test_a_table_of_what_is_done_runs_nothing(alone: Path, tmp_path: Path) -> None:
     whole = figures(alone, "--processes", "1")
     out = shutil.copytree(alone, tmp_path / "out")
-    lines = (out / "rows.jsonl").read_text().splitlines(keepends=True)
-    (out / "rows.jsonl").write_text("".join(line for line in lines if "joint-2-1-" not in line))
+    next(out.glob("runs/joint-2-1-*")).joinpath("row.json").unlink()
     assert figures(out, "--done", "--seeds", "0,1,2", "--processes", "1") == [
         row for row in whole if (row["method"], row["seed"]) != ("joint", 1)
     ]
@@ -87,23 +85,6 @@ def test_a_table_of_what_is_done_runs_nothing(alone: Path, tmp_path: Path) -> No
     ]
     with pytest.raises(subprocess.CalledProcessError):
         figures(tmp_path / "empty", "--done")
-
-
-def test_rows_survive_a_killed_process_and_appends_at_once(tmp_path: Path) -> None:
-    assert run.read_rows(tmp_path) == {}
-    run.append_row(tmp_path, "lora-2-0-1", {"a_mmd": 0.1})
-    whole = (tmp_path / "rows.jsonl").read_text()
-    for left in range(len(whole) - 1):  # the part of a second line that a killed process leaves
-        (tmp_path / "rows.jsonl").write_text(whole + whole[:left])
-        assert run.read_rows(tmp_path) == {"lora-2-0-1": {"a_mmd": 0.1}}
-        run.append_row(tmp_path, "joint-2-0-1", {"a_mmd": 0.2})
-        assert (tmp_path / "rows.jsonl").read_text().count("\n") == 2
-        assert run.read_rows(tmp_path)["joint-2-0-1"] == {"a_mmd": 0.2}
-    (tmp_path / "rows.jsonl").unlink()
-    long = {"matrix": [0.123456789] * 5_000}  # more than one write of a buffered file
-    with get_context("spawn").Pool(4) as pool:
-        pool.starmap(run.append_row, [(tmp_path, f"run-{n}", long) for n in range(40)], chunksize=1)
-    assert run.read_rows(tmp_path) == {f"run-{n}": long for n in range(40)}
 
 
 def test_methods_are_compared_at_the_seeds_that_both_have() -> None:

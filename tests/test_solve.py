@@ -11,15 +11,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from comfy_continual_lora.lora import Adapter, delta_weights, layers_of, rank_of
-from conftest import NOUNS
+from helpers_learn import NOUNS, QUICK, learn_request, random_adapter, same_stack, stack_of
 from safetensors.torch import load_file, save_file
-from test_methods import QUICK, _request, _same, _stack
-from test_textspace import _random
 
 from comfy_continual_lora import cli, foreign, pipeline, solve, store, textspace
 from comfy_continual_lora.checkpoint.backbone import Backbone
 from comfy_continual_lora.errors import SettingError, StackError
+from comfy_continual_lora.lora import Adapter, delta_weights, layers_of, rank_of
 from comfy_continual_lora.progress import ignore
 from comfy_continual_lora.settings import SolveSettings
 
@@ -37,7 +35,11 @@ def _problem(
         torch.randn(300, 256, generator=generator) @ torch.randn(256, 256, generator=generator) / 16
         for _ in range(3)
     ]
-    adapters = [_random(backbone, kind, 1, rank=3), _random(backbone, kind, 2, rank=3), None]
+    adapters = [
+        random_adapter(backbone, kind, 1, rank=3),
+        random_adapter(backbone, kind, 2, rank=3),
+        None,
+    ]
     return (
         features,
         adapters,
@@ -56,7 +58,7 @@ def two(checkpoint: Path, folders: dict[str, Path]) -> Path:
 
 def _learned(checkpoint: Path, folders: dict[str, Path], *tokens: str) -> Path:
     for token in tokens:
-        pipeline.learn_concept(_request(checkpoint, folders, token, QUICKER))
+        pipeline.learn_concept(learn_request(checkpoint, folders, token, QUICKER))
     return checkpoint
 
 
@@ -173,7 +175,7 @@ def test_vera_is_refused(checkpoint: Path, folders: dict[str, Path]) -> None:
     """By whatever has to write the solution into the stack."""
     for token in ("V1", "V2"):
         pipeline.learn_concept(
-            _request(checkpoint, folders, token, replace(QUICKER, adapter="vera"))
+            learn_request(checkpoint, folders, token, replace(QUICKER, adapter="vera"))
         )
     with pytest.raises(StackError, match="can't be written as VeRA"):
         pipeline.consolidate_in_closed_form(pipeline.SolveRequest(checkpoint, device="cpu"))
@@ -181,26 +183,28 @@ def test_vera_is_refused(checkpoint: Path, folders: dict[str, Path]) -> None:
         pipeline.select(pipeline.SolveRequest(checkpoint, device="cpu"), ["V1"])
     with pytest.raises(StackError, match="can't be written as VeRA"):
         pipeline.forget(pipeline.SolveRequest(checkpoint, device="cpu"), "V1")
-    assert list(_stack(checkpoint).tokens) == ["V1", "V2"]
+    assert list(stack_of(checkpoint).tokens) == ["V1", "V2"]
 
 
 def test_consolidating_brings_back_what_was_lost(two: Path, folders: dict[str, Path]) -> None:
-    before = _stack(two)
+    before = stack_of(two)
     found = pipeline.consolidate_in_closed_form(pipeline.SolveRequest(two, device="cpu"))
     assert found.before["V1"] > 0.3
     assert found.before["V2"] == pytest.approx(0, abs=1e-6)
     assert found.after["V1"] < found.before["V1"] / 3
-    after = _stack(two)
+    after = stack_of(two)
     assert after.rank == max(4, found.rank)
     assert after.before is not None
-    assert _same(after.as_of(1), replace(before.as_of(1), pool={})) or after.rank != before.rank
+    assert (
+        same_stack(after.as_of(1), replace(before.as_of(1), pool={})) or after.rank != before.rank
+    )
     again = pipeline.consolidate_in_closed_form(pipeline.SolveRequest(two, device="cpu"))
     assert again.after == pytest.approx(found.after)
-    assert _same(_stack(two), after)  # the same bytes
+    assert same_stack(stack_of(two), after)  # the same bytes
     pipeline.learn_concept(
-        _request(two, folders, "V3", replace(QUICK, rank=None))
+        learn_request(two, folders, "V3", replace(QUICK, rank=None))
     )  # other methods go on from there
-    assert list(_stack(two).tokens) == ["V1", "V2", "V3"]
+    assert list(stack_of(two).tokens) == ["V1", "V2", "V3"]
 
 
 def test_retention_ends_at_the_closed_form(
@@ -212,13 +216,13 @@ def test_retention_ends_at_the_closed_form(
     seen = []
     for token in NOUNS:
         seen.clear()
-        request = _request(checkpoint, folders, token, replace(QUICKER, method="retention"))
+        request = learn_request(checkpoint, folders, token, replace(QUICKER, method="retention"))
         pipeline.learn_concept(request, lambda p: seen.append((p.stage, p.step)))
     assert [step for stage, step in seen if stage == "solve"] == [0, 1, 2]
     assert seen.index(("learn", 1)) < seen.index(
         ("solve", 0)
     )  # however many there are, learning begins at once
-    stack = _stack(checkpoint)
+    stack = stack_of(checkpoint)
     wishes = solve.memory_of(backbone, stack, ignore).wishes(
         solve.adapters_of(stack), SolveSettings()
     )
@@ -265,7 +269,7 @@ def test_selected_concepts_get_what_their_own_adapters_did(
     """
     _learned(checkpoint, folders, *NOUNS)
     stack, raw, request = (
-        _stack(checkpoint),
+        stack_of(checkpoint),
         store.stack_path(checkpoint).read_bytes(),
         pipeline.SolveRequest(checkpoint, device="cpu"),
     )
@@ -310,7 +314,7 @@ def test_of_words_alone_the_words_are_selected(
 ) -> None:
     for token in ("V1", "V2"):
         pipeline.learn_concept(
-            _request(checkpoint, folders, token, replace(QUICK, method="textual_inversion"))
+            learn_request(checkpoint, folders, token, replace(QUICK, method="textual_inversion"))
         )
     done = pipeline.export(checkpoint, tmp_path / "out", only=["V2"], device="cpu")
     assert done.lora is None
@@ -321,11 +325,11 @@ def test_forgetting_one_leaves_the_others(
     checkpoint: Path, folders: dict[str, Path], backbone: Backbone
 ) -> None:
     _learned(checkpoint, folders, *NOUNS)
-    before = _stack(checkpoint)
+    before = stack_of(checkpoint)
     pipeline.consolidate_in_closed_form(pipeline.SolveRequest(checkpoint, device="cpu"))
-    held, words = _stack(checkpoint), before.tokens
+    held, words = stack_of(checkpoint), before.tokens
     gone = pipeline.forget(pipeline.SolveRequest(checkpoint, device="cpu"), "v2")
-    after, raw = _stack(checkpoint), store.stack_path(checkpoint).read_bytes()
+    after, raw = stack_of(checkpoint), store.stack_path(checkpoint).read_bytes()
     assert gone.token == "V2"
     assert list(after.tokens) == ["V1", "V3"]
     assert gone.id.encode() not in raw
@@ -339,7 +343,7 @@ def test_forgetting_one_leaves_the_others(
         own = _does(backbone, held, words, prompt)
         assert (_does(backbone, after, words, prompt) - own).norm() < 0.4 * own.norm()
     assert pipeline.undo(checkpoint).token == "V2"
-    back = _stack(checkpoint)
+    back = stack_of(checkpoint)
     assert held.adapter
     assert back.adapter
     assert back.records == held.records
@@ -352,7 +356,7 @@ def test_forgetting_the_newest_is_undo(two: Path) -> None:
     shutil.copy(store.stack_path(two), store.stack_path(other))
     pipeline.forget(pipeline.SolveRequest(two, device="cpu"), "V2")
     pipeline.undo(other)
-    assert _same(_stack(two), _stack(other))
+    assert same_stack(stack_of(two), stack_of(other))
     with pytest.raises(StackError, match="It knows V1"):
         pipeline.forget(pipeline.SolveRequest(two, device="cpu"), "V9")
 
@@ -362,10 +366,10 @@ def test_merging_two_stacks(
 ) -> None:
     """Two people with one checkpoint, both with a V1."""
     _learned(checkpoint, folders, "V1")
-    mine, theirs = _stack(checkpoint), tmp_path / "theirs.concepts.safetensors"
+    mine, theirs = stack_of(checkpoint), tmp_path / "theirs.concepts.safetensors"
     for token, images in (("V1", "V2"), ("V3", "V3")):
         request = replace(
-            _request(checkpoint, folders, token, QUICKER),
+            learn_request(checkpoint, folders, token, QUICKER),
             images=folders[images],
             noun=NOUNS[images],
             stack=theirs,
@@ -374,7 +378,7 @@ def test_merging_two_stacks(
     other = store.open_stack(theirs)
     renamed = pipeline.merge(pipeline.SolveRequest(checkpoint, device="cpu"), theirs)
     assert renamed == {"V1": "V1_2"}
-    both = _stack(checkpoint)
+    both = stack_of(checkpoint)
     assert [record.name for record in both.records] == ["V1 ball", "V1_2 fish", "V3 mug"]
     assert all("V1_2" in prompt for prompt in both.records[1].prompts)
     assert torch.equal(both.tokens["V1_2"], other.tokens["V1"])
@@ -386,26 +390,26 @@ def test_merging_two_stacks(
         own = _does(backbone, stack, stack.tokens, f"a photo of a {there}")
         now = _does(backbone, both, both.tokens, f"a photo of a {prompt}")
         assert (now - own).norm() < 0.5 * own.norm()
-    assert _same(both.as_of(1), mine) or both.rank != mine.rank
+    assert same_stack(both.as_of(1), mine) or both.rank != mine.rank
     assert store.open_stack(theirs).records == other.records
 
 
 def test_an_empty_stack_takes_another_as_it_is(two: Path, tmp_path: Path) -> None:
-    mine, fresh = _stack(two), tmp_path / "fresh.concepts.safetensors"
+    mine, fresh = stack_of(two), tmp_path / "fresh.concepts.safetensors"
     assert (
         pipeline.merge(pipeline.SolveRequest(two, stack=fresh, device="cpu"), store.stack_path(two))
         == {}
     )
     assert list(store.open_stack(fresh).tokens) == list(mine.tokens)
-    assert _same(store.open_stack(fresh), mine)
+    assert same_stack(store.open_stack(fresh), mine)
 
 
 @pytest.mark.parametrize("layout", ["kohya", "diffusers", "peft"])
 def test_importing_an_exported_lora_gives_it_back(
     checkpoint: Path, folders: dict[str, Path], tmp_path: Path, backbone: Backbone, layout: str
 ) -> None:
-    pipeline.learn_concept(_request(checkpoint, folders, "V1", replace(QUICKER, vectors=2)))
-    mine, out, bare = _stack(checkpoint), tmp_path / "out", tmp_path / "bare.concepts.safetensors"
+    pipeline.learn_concept(learn_request(checkpoint, folders, "V1", replace(QUICKER, vectors=2)))
+    mine, out, bare = stack_of(checkpoint), tmp_path / "out", tmp_path / "bare.concepts.safetensors"
     done = pipeline.export(checkpoint, out)
     assert done.lora
     lora = _other_names(done.lora, mine, tmp_path, layout)
@@ -426,7 +430,7 @@ def test_importing_an_exported_lora_gives_it_back(
             pipeline.ScoreRequest(checkpoint, folders["V1"], stack=bare, device="cpu")
         )
     pipeline.learn_concept(
-        replace(_request(checkpoint, folders, "V2", replace(QUICK, rank=None)), stack=bare)
+        replace(learn_request(checkpoint, folders, "V2", replace(QUICK, rank=None)), stack=bare)
     )  # the default method goes on from there
     assert list(store.open_stack(bare).tokens) == ["W1", "V2"]
 
@@ -493,7 +497,7 @@ def test_what_can_not_be_imported_is_refused(
     ):
         with pytest.raises(kind, match=message):
             pipeline.import_concept(request)
-    assert list(_stack(checkpoint).tokens) == ["V1"]
+    assert list(stack_of(checkpoint).tokens) == ["V1"]
 
 
 def test_the_commands(
@@ -537,12 +541,12 @@ def test_the_commands(
     assert "Forgot V1 (ball)" in capsys.readouterr().out
     assert cli.main(["merge", str(copy_of), *place]) == 0
     assert "Merged" in capsys.readouterr().out
-    assert list(_stack(two).tokens) == ["V2", "V1"]  # V2 is the same concept in both
+    assert list(stack_of(two).tokens) == ["V2", "V1"]  # V2 is the same concept in both
 
 
 def test_prompts_about_two_are_shared_by_position(two: Path, backbone: Backbone) -> None:
     """The second concept's moment holds nothing of the positions before its word."""
-    stack = _stack(two)
+    stack = stack_of(two)
     memory = solve.memory_of(backbone, copy.deepcopy(stack), lambda p: None)
     prompt = "a photo of a V1 ball and a V2 fish"
     features = backbone.encode_prompts([prompt], stack.tokens)[0]

@@ -14,9 +14,9 @@ from typing import Any
 
 import pytest
 import torch
+from helpers_store import make_stack
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_store import make_stack
 
 from comfy_continual_lora import export, files, pipeline, solve, stackfile, store
 from comfy_continual_lora.errors import ContinualLoraError, StackError

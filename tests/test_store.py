@@ -13,60 +13,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers_store import FINGERPRINT, make_record, make_stack, same
 from safetensors.torch import save_file
 
 from comfy_continual_lora import store
 from comfy_continual_lora.errors import StackError
-
-FINGERPRINT = "f" * 64
-
-
-def _record(number: int) -> store.ConceptRecord:
-    return store.ConceptRecord(
-        f"id{number}",
-        f"V{number}",
-        "mug",
-        "lora",
-        3,
-        10,
-        0,
-        ["a photo"],
-        ["h"],
-        "2026-01-01T00:00:00+00:00",
-        0.1,
-        "",
-        {},
-    )
-
-
-def make_stack(count: int, size: int = 4) -> store.ConceptStack:
-    stack = store.ConceptStack(FINGERPRINT, rank=2, identity="ab" * 8)
-    for n in range(1, count + 1):
-        stack.add(
-            _record(n),
-            torch.full((1, 8), float(n)),
-            {
-                "layer.to_k.A": torch.full((2, size), float(n)),
-                "layer.to_k.B": torch.ones(size, 2) * n,
-            },
-        )
-    return stack
-
-
-def same(a: store.ConceptStack, b: store.ConceptStack) -> bool:
-    def flat(s: store.ConceptStack) -> dict[str, torch.Tensor]:
-        parts = {"adapter": s.adapter or {}, "words": s.words, **s.pool}
-        return {
-            f"{part}/{name}": t for part, tensors in parts.items() for name, t in tensors.items()
-        }
-
-    left, right = flat(a), flat(b)
-    return (
-        a.records == b.records
-        and a.rank == b.rank
-        and left.keys() == right.keys()
-        and all(torch.equal(left[k], right[k]) for k in left)
-    )
 
 
 def test_round_trip_and_undo(tmp_path: Path) -> None:
@@ -83,8 +34,8 @@ def test_round_trip_and_undo(tmp_path: Path) -> None:
 
 def test_a_concept_without_adapter_can_lie_under_one_with(tmp_path: Path) -> None:
     stack = store.ConceptStack(FINGERPRINT)
-    stack.add(_record(1), torch.ones(1, 8), None)
-    stack.add(_record(2), torch.ones(1, 8), {"l.A": torch.ones(2, 2), "l.B": torch.ones(2, 2)})
+    stack.add(make_record(1), torch.ones(1, 8), None)
+    stack.add(make_record(2), torch.ones(1, 8), {"l.A": torch.ones(2, 2), "l.B": torch.ones(2, 2)})
     store.save_stack(stack, tmp_path / "s")
     loaded = store.load_stack(tmp_path / "s", FINGERPRINT)
     loaded.undo()
@@ -187,7 +138,7 @@ def test_a_full_disk_keeps_the_old_version(tmp_path: Path) -> None:
 def test_kill_9_while_saving_leaves_a_whole_version(tmp_path: Path) -> None:
     path = tmp_path / "s"
     code = (
-        "import sys; from pathlib import Path; sys.path[:0] = ['tests']; from test_store import "
+        "import sys; from pathlib import Path; sys.path[:0] = ['tests']; from helpers_store import "
         "make_stack; from comfy_continual_lora import store\n"
         f"path = Path({str(path)!r}); stacks = [make_stack(n, 20000) for n in (1, 2)]\n"
         "store.save_stack(stacks[0], path); print('ready', flush=True)\n"

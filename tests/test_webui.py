@@ -20,9 +20,9 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from browser import CHROMIUM, SAID, page, type_beside
-from server import free_port
-from webui import asks_first
+from helpers_browser import CHROMIUM, SAID, page, type_beside
+from helpers_server import free_port
+from helpers_webui import asks_first
 
 gradio = pytest.importorskip("gradio")
 

@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from conftest import save_concept
+from helpers_learn import save_concept
 
 from comfy_continual_lora import store, worker
 from comfy_continual_lora.files import snapshots_of

@@ -18,10 +18,10 @@ from pathlib import Path
 
 import matplotlib
 import torch
-from comfy_continual_lora.lora import layers_of
 from torch import Tensor
 
 from comfy_continual_lora import pipeline
+from comfy_continual_lora.lora import layers_of
 from comfy_continual_lora.methods import METHODS
 from comfy_continual_lora.methods.method import Penalty
 from comfy_continual_lora.mini import world

@@ -22,7 +22,6 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from comfy_continual_lora.lora import attached, new_adapter
 
 from comfy_continual_lora import fisher as fishers
 from comfy_continual_lora import pipeline
@@ -30,6 +29,7 @@ from comfy_continual_lora.checkpoint.backbone import FrozenText
 from comfy_continual_lora.checkpoint.load import load_backbone
 from comfy_continual_lora.diffusion import generator_for
 from comfy_continual_lora.ewc import Ewc
+from comfy_continual_lora.lora import attached, new_adapter
 from comfy_continual_lora.mini import world
 from comfy_continual_lora.mini.weights import write_checkpoint
 from comfy_continual_lora.settings import METHODS, LearnSettings

@@ -20,13 +20,13 @@ from pathlib import Path
 
 import matplotlib
 import torch
-from comfy_continual_lora.lora import attached, layers_of
 
 from comfy_continual_lora import pipeline, store
 from comfy_continual_lora.checkpoint.backbone import FrozenText
 from comfy_continual_lora.checkpoint.load import load_backbone
 from comfy_continual_lora.concepts import load_images
 from comfy_continual_lora.fisher import Target, spectrum
+from comfy_continual_lora.lora import attached, layers_of
 from comfy_continual_lora.mini import world
 from comfy_continual_lora.mini.weights import write_checkpoint
 from comfy_continual_lora.settings import LearnSettings

@@ -25,12 +25,12 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from comfy_continual_lora.lora import Adapter
 from torch import Tensor
 
 from comfy_continual_lora import store, textspace
 from comfy_continual_lora.checkpoint.backbone import Backbone
 from comfy_continual_lora.checkpoint.load import load_backbone
+from comfy_continual_lora.lora import Adapter
 from comfy_continual_lora.mini import world
 
 # {} is the concept. None of these is among the prompts that are protected, and few of their words

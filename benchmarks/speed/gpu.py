@@ -256,7 +256,7 @@ def main() -> None:
             )
         )
         return
-    import full_size
+    import helpers_full_size as full_size
 
     card = torch.cuda.get_device_properties(0)
     found: dict[str, Any] = {

@@ -28,7 +28,6 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from comfy_continual_lora.lora import attached
 from sweep import held_out_error, prior_error
 from torch import Tensor
 
@@ -36,6 +35,7 @@ from comfy_continual_lora import metrics, pipeline, report, sample, store
 from comfy_continual_lora.checkpoint.backbone import FrozenText
 from comfy_continual_lora.checkpoint.load import load_backbone
 from comfy_continual_lora.concepts import to_pil
+from comfy_continual_lora.lora import attached
 from comfy_continual_lora.mini import pretrain, weights, world
 from comfy_continual_lora.settings import DrawSettings, LearnSettings
 

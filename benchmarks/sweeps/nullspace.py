@@ -33,7 +33,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from comfy_continual_lora.lora import new_adapter
 from sweep import gain, prior_error
 from torch import Tensor
 
@@ -41,6 +40,7 @@ from comfy_continual_lora import concepts, pipeline, solve, store, textspace
 from comfy_continual_lora.checkpoint.backbone import FrozenText
 from comfy_continual_lora.checkpoint.load import load_backbone
 from comfy_continual_lora.learn import Lesson, learn
+from comfy_continual_lora.lora import new_adapter
 from comfy_continual_lora.mini import world
 from comfy_continual_lora.mini.weights import write_checkpoint
 from comfy_continual_lora.progress import Progress, ignore

@@ -40,13 +40,13 @@ from typing import Any
 
 import numpy as np
 import torch
-from comfy_continual_lora.lora import Adapter, attached
 from torch import Tensor
 
 from comfy_continual_lora import classifier, pipeline, store
 from comfy_continual_lora.checkpoint.backbone import Backbone, FrozenText
 from comfy_continual_lora.checkpoint.load import load_backbone
 from comfy_continual_lora.diffusion import generator_for, stratified
+from comfy_continual_lora.lora import Adapter, attached
 from comfy_continual_lora.mini import pretrain, world
 from comfy_continual_lora.mini.weights import write_checkpoint
 from comfy_continual_lora.settings import LearnSettings, ScoreSettings

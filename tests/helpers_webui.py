@@ -18,10 +18,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from browser import SAID, page, type_beside
+from helpers_browser import SAID, page, type_beside
+from helpers_server import Server, free_port
 from PIL import Image
 from safetensors.torch import load_file
-from server import Server, free_port
 
 from comfy_continual_lora import stackfile, store
 from comfy_continual_lora.checkpoint.load import TOKENIZER

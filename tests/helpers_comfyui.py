@@ -11,7 +11,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from server import Server, free_port
+from helpers_server import Server, free_port
 
 REPOSITORY = Path(__file__).parents[1]
 PACK = (
