@@ -8,9 +8,9 @@ from pathlib import Path
 
 import torch
 
-from comfy_continual_lora import pipeline, store
+from comfy_continual_lora import requests, store
+from comfy_continual_lora.adapters.adapter import new_adapter
 from comfy_continual_lora.checkpoint.backbone import Backbone
-from comfy_continual_lora.lora import new_adapter
 from comfy_continual_lora.mini import world
 from comfy_continual_lora.settings import LearnSettings
 
@@ -36,8 +36,8 @@ def save_concept(folder: Path, index: int, count: int = 4) -> Path:
 
 def learn_request(
     checkpoint: Path, folders: dict[str, Path], token: str, settings: LearnSettings
-) -> pipeline.LearnRequest:
-    return pipeline.LearnRequest(
+) -> requests.LearnRequest:
+    return requests.LearnRequest(
         checkpoint, folders[token], token, NOUNS[token], settings, device="cpu"
     )
 
@@ -49,7 +49,7 @@ def stack_of(checkpoint: Path) -> store.ConceptStack:
 
 def tensors_of(stack: store.ConceptStack) -> dict[str, torch.Tensor]:
     parts = {"adapter": stack.adapter or {}, "words": stack.words}
-    for part, held in (("pool", stack.pool), ("wish", stack.wishes), ("fisher", stack.fishers)):
+    for part, held in (("pool", stack.pool), ("wish", stack.targets), ("fisher", stack.fishers)):
         parts |= {f"{part} {k}": v for k, v in held.items()}
     return {f"{part}/{name}": t for part, tensors in parts.items() for name, t in tensors.items()}
 

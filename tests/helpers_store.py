@@ -30,7 +30,7 @@ def make_record(number: int) -> store.ConceptRecord:
 def make_stack(count: int, size: int = 4) -> store.ConceptStack:
     stack = store.ConceptStack(FINGERPRINT, rank=2, identity="ab" * 8)
     for n in range(1, count + 1):
-        stack.add(
+        stack = stack.learned(
             make_record(n),
             torch.full((1, 8), float(n)),
             {

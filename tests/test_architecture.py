@@ -12,24 +12,50 @@ import pytest
 import comfy_continual_lora
 
 PACKAGE = Path(comfy_continual_lora.__file__).parent
-LIGHT = ("settings", "files", "stackfile", "errors", "progress", "cli", "worker", "__main__")
+LIGHT = (
+    "adapters",
+    "cli",
+    "errors",
+    "fields",
+    "files",
+    "operations",
+    "presets",
+    "progress",
+    "requests",
+    "results",
+    "settings",
+    "stackfile",
+    "stackschema",
+    "versions",
+    "worker",
+    "__main__",
+)
 # Every module may import from its own layer and the ones after it.
 LAYERS = (
     ("__main__",),
     ("cli", "comfy_nodes"),
     ("demo", "webui", "worker"),
-    ("report",),
+    ("operations",),
     ("pipeline",),
-    ("dsc", "export", "evaluate", "plan"),
-    ("learn", "sample", "fisher", "solve", "foreign"),
+    ("views",),
+    ("plan", "prepare", "report"),
+    ("methods",),
+    ("consolidation", "dsc", "evaluate", "export", "fisher", "foreign", "history"),
+    ("concept", "session"),
+    ("learn", "requests", "targets"),
+    ("moments", "results", "sample", "solve", "training"),
     ("classifier",),
     ("mini",),
-    ("methods",),
     ("ewc", "textspace"),
-    ("store", "concepts", "diffusion", "lora", "metrics", "parallel", "snapshot"),
+    ("penalty", "store"),
+    ("concepts", "diffusion", "metrics", "parallel", "snapshot", "stack"),
+    ("stackfile", "versions"),
+    ("stackschema",),
+    ("adapters",),
     ("checkpoint",),
-    ("stackfile", "imagefile"),
-    ("progress", "settings", "files", "curves"),
+    ("imagefile",),
+    ("settings",),
+    ("curves", "fields", "files", "presets", "progress"),
     ("errors",),
 )
 

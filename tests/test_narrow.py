@@ -17,10 +17,10 @@ import torch
 from safetensors import safe_open
 from torch import nn
 
+from comfy_continual_lora.adapters.adapter import attached, new_adapter
 from comfy_continual_lora.checkpoint import load, narrow
 from comfy_continual_lora.checkpoint.backbone import Backbone
 from comfy_continual_lora.checkpoint.load import load_backbone
-from comfy_continual_lora.lora import attached, new_adapter
 
 PROMPTS = ["a photo of a V1 mug on wood", ""]
 

@@ -16,7 +16,7 @@ import torch
 from helpers_store import FINGERPRINT, make_record, make_stack, same
 from safetensors.torch import save_file
 
-from comfy_continual_lora import store
+from comfy_continual_lora import history, store
 from comfy_continual_lora.errors import StackError
 
 
@@ -26,19 +26,21 @@ def test_round_trip_and_undo(tmp_path: Path) -> None:
     store.save_stack(stack, path)
     assert same(store.load_stack(path, FINGERPRINT), stack)
     for left in (2, 1, 0):
-        stack.undo()
+        stack = stack.undone()
         assert same(stack, make_stack(left)) or left == 0
     with pytest.raises(StackError, match="stack is empty"):
-        stack.undo()
+        stack = stack.undone()
 
 
 def test_a_concept_without_adapter_can_lie_under_one_with(tmp_path: Path) -> None:
     stack = store.ConceptStack(FINGERPRINT)
-    stack.add(make_record(1), torch.ones(1, 8), None)
-    stack.add(make_record(2), torch.ones(1, 8), {"l.A": torch.ones(2, 2), "l.B": torch.ones(2, 2)})
+    stack = stack.learned(make_record(1), torch.ones(1, 8), None)
+    stack = stack.learned(
+        make_record(2), torch.ones(1, 8), {"l.A": torch.ones(2, 2), "l.B": torch.ones(2, 2)}
+    )
     store.save_stack(stack, tmp_path / "s")
     loaded = store.load_stack(tmp_path / "s", FINGERPRINT)
-    loaded.undo()
+    loaded = loaded.undone()
     assert loaded.adapter is None
 
 
@@ -68,7 +70,7 @@ def test_stack_files_that_cannot_be_used(tmp_path: Path) -> None:
     with pytest.raises(StackError, match=r"cut short.*s\.history/1\.stack: restore goes back"):
         store.load_stack(path, FINGERPRINT)
     assert same(store.load_stack(tmp_path / "s.history" / "1.stack", FINGERPRINT), make_stack(1))
-    store.restore(path, 1)
+    history.restore(path, 1)
     assert same(store.load_stack(path, FINGERPRINT), make_stack(1))
     assert (tmp_path / "s.damaged").read_bytes() == whole[: len(whole) // 2]
     save_file({"a": torch.zeros(1)}, path)

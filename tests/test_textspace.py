@@ -11,9 +11,11 @@ import pytest
 import torch
 from helpers_learn import QUICK, learn_request, random_adapter, stack_of
 
-from comfy_continual_lora import pipeline, solve, store, textspace
+from comfy_continual_lora import pipeline, store, targets, textspace
+from comfy_continual_lora.adapters.adapter import Adapter, delta_weights, factored, layers_of
 from comfy_continual_lora.checkpoint.backbone import Backbone, FrozenText
-from comfy_continual_lora.lora import Adapter, delta_weights, factored, layers_of
+from comfy_continual_lora.methods import method as base_method
+from comfy_continual_lora.penalty import Step
 from comfy_continual_lora.progress import ignore
 from comfy_continual_lora.settings import LearnSettings, SolveSettings
 
@@ -147,29 +149,31 @@ def test_each_concept_is_held_at_its_own_adapter(backbone: Backbone, kind: str) 
             "",
             {},
         )
-        stack.add(record, word, random_adapter(backbone, kind, number))
-    memory = solve.memory_of(backbone, stack, ignore, nouns=["cat"])
-    held = solve.retention(memory, stack, LearnSettings(retention_ordinary=0.5), weight=2.0)
+        stack = stack.learned(record, word, random_adapter(backbone, kind, number))
+    memory = targets.prompt_bank(backbone, stack, ignore, nouns=["cat"])
+    held = targets.retention_penalty(
+        memory, stack, LearnSettings(retention_ordinary=0.5), weight=2.0
+    )
     sizes = textspace.sizes(backbone, memory.ordinary)
 
     def expected(factors: Adapter) -> float:
         own = [
             textspace.drift(factors, w.adapter, w.moment, sizes)
-            for w in memory.wishes(solve.adapters_of(stack), SolveSettings())[1:]
+            for w in memory.targets(targets.own_adapters(stack), SolveSettings())[1:]
         ]
         return float(
             2.0
             * (
-                solve.HELD * torch.stack(own).mean()
+                targets.MAX_EARLIER_WEIGHT * torch.stack(own).mean()
                 + 0.5 * textspace.drift(factors, None, memory.ordinary, sizes)
             )
         )
 
     one, other = random_adapter(backbone, kind, 7), random_adapter(backbone, kind, 2)
-    assert float(held(one) - held(other)) == pytest.approx(
+    assert float(held(Step(one)) - held(Step(other))) == pytest.approx(
         expected(one) - expected(other), rel=0.02
     )
-    assert abs(float(held(one) - held(other))) > 0.05 * expected(one)
+    assert abs(float(held(Step(one)) - held(Step(other)))) > 0.05 * expected(one)
 
 
 def test_ordinary_prompts_weigh_what_is_asked(backbone: Backbone) -> None:
@@ -177,13 +181,13 @@ def test_ordinary_prompts_weigh_what_is_asked(backbone: Backbone) -> None:
     found, factors = [], random_adapter(backbone, "lora", 4)
     for share in (1.0, 0.25):
         settings = replace(QUICK, method="retention", retention_ordinary=share)
-        penalty = solve.retention(
-            solve.Memory(backbone, ["ball"]),
+        penalty = targets.retention_penalty(
+            targets.PromptBank(backbone, ["ball"]),
             store.ConceptStack(backbone.fingerprint),
             settings,
             weight=1.0,
         )
-        found.append(float(penalty(factors)))
+        found.append(float(penalty(Step(factors))))
     assert found[1] == pytest.approx(found[0] / 4, rel=1e-5)
     assert found[0] > 0
 
@@ -191,8 +195,8 @@ def test_ordinary_prompts_weigh_what_is_asked(backbone: Backbone) -> None:
 def test_behind_the_end_of_its_prompts_nothing_may_change(backbone: Backbone) -> None:
     """Prompt by prompt and position by position, for a word of three vectors."""
     words = {"V1": backbone.word_start("mug", torch.Generator().manual_seed(0), 3)}
-    held = solve.retention(
-        solve.Memory(backbone, ["mug"]),
+    held = targets.retention_penalty(
+        targets.PromptBank(backbone, ["mug"]),
         store.ConceptStack(backbone.fingerprint),
         LearnSettings(),
         weight=2.0,
@@ -211,11 +215,11 @@ def test_behind_the_end_of_its_prompts_nothing_may_change(backbone: Backbone) ->
         (padding @ change.T).square().sum(1).mean() / held.sizes[layer]
         for layer, change in delta_weights(backbone, own).items()
     ]
-    apart = textspace.Apart(backbone, 0.5, held.sizes)
-    assert float(apart(own, words, list(prompts), features)) == pytest.approx(
+    apart = textspace.PaddingPenalty(backbone, 0.5, held.sizes)
+    assert float(apart(Step(own, words, list(prompts), features))) == pytest.approx(
         0.5 * float(torch.stack(drifts).mean()), rel=1e-3
     )
-    assert apart(own, words, ["red " * 90], features[2:]) == 0  # no padding
+    assert apart(Step(own, words, ["red " * 90], features[2:])) == 0  # no padding
 
 
 def test_learning_leaves_the_padding_alone(
@@ -273,7 +277,9 @@ def test_an_adapter_is_drawn_and_learned_in_these_coordinates(
     turned.
     """
     monkeypatch.setattr(
-        textspace, "coordinates", lambda moment: torch.diag((torch.arange(len(moment)) % 2).float())
+        base_method,
+        "coordinates",
+        lambda moment: torch.diag((torch.arange(len(moment)) % 2).float()),
     )
     for method, left_out in (("retention", True), ("lora", False)):
         stack_file = checkpoint.with_name(f"{method}.concepts.safetensors")

@@ -46,6 +46,7 @@ from comfy_continual_lora import (
     metrics,
     pipeline,
     report,
+    requests,
     sample,
     store,
 )
@@ -131,7 +132,7 @@ def forget(out: Path, run: Run, token: str) -> list[dict[str, Any]]:
     )
     shutil.copy(store.stack_path(run.checkpoint), path)
     before = store.load_stack(path, backbone.fingerprint)
-    pipeline.forget(pipeline.SolveRequest(run.checkpoint, stack=path, device="cpu"), token)
+    pipeline.forget(requests.ForgetRequest(run.checkpoint, token, stack=path, device="cpu"))
     after = store.load_stack(path, backbone.fingerprint)
     rows, shown = [], []
     for number, concept in enumerate(run.job.sequence, start=1):
@@ -170,8 +171,8 @@ def merge(out: Path, runs: Sequence[Run]) -> list[dict[str, Any]]:
     for half, path in zip(halves, paths, strict=True):
         store.save_stack(half, path)
     renamed = pipeline.merge(
-        pipeline.SolveRequest(checkpoint, stack=paths[0], device="cpu"), paths[1]
-    )
+        requests.MergeRequest(checkpoint, paths[1], stack=paths[0], device="cpu")
+    ).renamed
     both = store.load_stack(paths[0], backbone.fingerprint)
     rows, shown, pairs = [], [], []
     for number in range(3):

@@ -66,6 +66,7 @@ from comfy_continual_lora import (
     metrics,
     pipeline,
     report,
+    requests,
     sample,
     solve,
     store,
@@ -332,7 +333,7 @@ def _in_sequence(job: Job) -> tuple[dict[tuple[int, int], store.ConceptStack], f
     seconds = json.loads(spent.read_text()) if spent.exists() else {}
     for number, concept in enumerate(job.sequence, start=1):
         files = world.save_pictures(concept, job.folder / "pictures" / f"V{number}")
-        request = pipeline.LearnRequest(
+        request = requests.LearnRequest(
             checkpoint, files, f"V{number}", concept.noun, job.settings, device=job.device
         )
         if pipeline.learned_before(request) is None:
@@ -359,7 +360,7 @@ def _separate(job: Job) -> tuple[dict[tuple[int, int], store.ConceptStack], floa
         if not stack_file.exists():
             files = world.save_pictures(concept, job.folder / "pictures" / f"V{j + 1}")
             started = time.process_time()
-            request = pipeline.LearnRequest(
+            request = requests.LearnRequest(
                 checkpoint,
                 files,
                 f"V{j + 1}",

@@ -115,9 +115,9 @@ class Meter:
 def ours(path: str, job: dict[str, int], compile: bool = False) -> dict[str, float]:
     import torch
 
+    from comfy_continual_lora.adapters.adapter import new_adapter
     from comfy_continual_lora.checkpoint.load import load_backbone
-    from comfy_continual_lora.learn import Lesson, learn
-    from comfy_continual_lora.lora import new_adapter
+    from comfy_continual_lora.learn import TrainingInputs, learn
     from comfy_continual_lora.settings import LearnSettings
 
     meter = Meter(job["skipped"])
@@ -141,7 +141,7 @@ def ours(path: str, job: dict[str, int], compile: bool = False) -> dict[str, flo
         meter.begin()
         learn(
             backbone,
-            Lesson(latents, [[PROMPT]], "V1", {}, adapter, word),
+            TrainingInputs(latents, [[PROMPT]], "V1", {}, adapter, word),
             settings.resolved("sd1"),
             Path(folder) / "snapshot",
             meter.step,

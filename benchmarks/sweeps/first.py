@@ -31,11 +31,11 @@ import torch.nn.functional as F
 from sweep import held_out_error, prior_error
 from torch import Tensor
 
-from comfy_continual_lora import metrics, pipeline, report, sample, store
+from comfy_continual_lora import metrics, pipeline, report, requests, sample, store
+from comfy_continual_lora.adapters.adapter import attached
 from comfy_continual_lora.checkpoint.backbone import FrozenText
 from comfy_continual_lora.checkpoint.load import load_backbone
 from comfy_continual_lora.concepts import to_pil
-from comfy_continual_lora.lora import attached
 from comfy_continual_lora.mini import pretrain, weights, world
 from comfy_continual_lora.settings import DrawSettings, LearnSettings
 
@@ -48,7 +48,7 @@ def learned(
     weights.write_checkpoint(checkpoint)
     files = world.save_pictures(concept, folder / "pictures")
     pipeline.learn_concept(
-        pipeline.LearnRequest(checkpoint, files, "V1", concept.noun, settings, device="cpu")
+        requests.LearnRequest(checkpoint, files, "V1", concept.noun, settings, device="cpu")
     )
     backbone = load_backbone(checkpoint, device="cpu")
     stack = store.load_stack(store.stack_path(checkpoint), backbone.fingerprint)

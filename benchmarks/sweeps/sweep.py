@@ -42,11 +42,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from comfy_continual_lora import classifier, pipeline, store
+from comfy_continual_lora import classifier, pipeline, requests, store
+from comfy_continual_lora.adapters.adapter import Adapter, attached
 from comfy_continual_lora.checkpoint.backbone import Backbone, FrozenText
 from comfy_continual_lora.checkpoint.load import load_backbone
 from comfy_continual_lora.diffusion import generator_for, stratified
-from comfy_continual_lora.lora import Adapter, attached
 from comfy_continual_lora.mini import pretrain, world
 from comfy_continual_lora.mini.weights import write_checkpoint
 from comfy_continual_lora.settings import LearnSettings, ScoreSettings
@@ -126,7 +126,7 @@ def run(settings: dict[str, Any], count: int, seed: int, device: str = "cpu") ->
         for number, concept in enumerate(concepts, start=1):
             pictures = world.save_pictures(concept, Path(folder) / str(number))
             chosen = LearnSettings(**{"seed": seed, "precision": "fp32", **settings})
-            request = pipeline.LearnRequest(
+            request = requests.LearnRequest(
                 checkpoint, pictures, f"V{number}", concept.noun, chosen, device=device
             )
             pipeline.learn_concept(request)
