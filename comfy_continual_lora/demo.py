@@ -11,14 +11,15 @@ from pathlib import Path
 
 from PIL import Image
 
-from . import pipeline, report, store
+from . import pipeline, report
 from .concepts import read_image
 from .errors import SettingError
-from .files import history_folder
+from .files import history_folder, stack_path
 from .mini import world
 from .mini.weights import write_checkpoint
 from .progress import OnProgress
-from .settings import DrawSettings, LearnSettings
+from .requests import DrawRequest, LearnRequest
+from .settings import DrawSettings
 
 PICKED = (2, 6)  # which development concepts
 PLACES = ("on grass", "on sand", "in snow", "on wood")
@@ -27,7 +28,7 @@ PLACES = ("on grass", "on sand", "in snow", "on wood")
 def run_demo(out: Path, on_progress: OnProgress, say: Callable[[str], object]) -> Path:
     """Leave checkpoint, pictures and report.html in `out`; returns the report.
 
-    Runs again from nothing each time.
+    Every run starts from scratch.
     """
     started = time.monotonic()
     _begin(out)
@@ -38,65 +39,64 @@ def run_demo(out: Path, on_progress: OnProgress, say: Callable[[str], object]) -
     ]
     sections, sheet = [], []
     for step, (token, concept) in enumerate(taught, start=1):
-        folder = out / f"pictures-{token}"
-        pictures = [read_image(file) for file in world.save_pictures(concept, folder)]
-        say(f"Learning {token}, a {concept.noun}, from {len(pictures)} pictures ...")
-        result = pipeline.learn_concept(
-            pipeline.LearnRequest(checkpoint, folder, token, concept.noun, LearnSettings()),
-            on_progress,
-        )
-        sheet.append(pictures[: len(PLACES)])
-        parts = [
-            report.figure(
-                pictures,
-                f"The {len(pictures)} pictures {token} was learned from; they are not needed "
-                "again.",
-            )
-        ]
-        for known, thing in taught[:step]:
-            drawn = _draw(
-                checkpoint,
-                [f"a photo of a {known} {thing.noun} {place}" for place in PLACES],
-                on_progress,
-            )
-            parts.append(
-                report.figure(
-                    drawn, f"Drawn now: a photo of a {known} {thing.noun} {', '.join(PLACES)}"
-                )
-            )
-            sheet.append(drawn)
-        parts.append(report.curve(result.losses, f"Loss while learning {token}"))
+        parts, rows = _learned(checkpoint, taught[:step], on_progress, say)
         sections.append((f"Step {step}: learn {token} {concept.noun}", parts))
-    names = [f"{token} {concept.noun}" for token, concept in taught]
-    left, right = (f"a photo of a {name}" for name in names)
-    together = f"a photo of a {' and a '.join(names)}"
-    beside = _draw(
-        checkpoint, [(f"{left} {place}", f"{right} {place}") for place in PLACES], on_progress
-    )
-    mixed = _draw(checkpoint, [f"{together} {place}" for place in PLACES], on_progress)
-    parts = [
-        report.figure(
-            beside,
-            f"Beside each other, each in an area of its own: {left}, and {right}, "
-            f"{', '.join(PLACES)}",
-            width=224,
-        ),
-        report.figure(
-            mixed, f"Asked for in one prompt, where their looks mix: {together} {', '.join(PLACES)}"
-        ),
-    ]
+        sheet += rows
+    parts, beside = _both(checkpoint, taught, on_progress)
     sections.append(("Both in one picture", parts))
     say("Writing the report ...")
-    _sheet([p for row in sheet for p in row], beside).save(out / "sheet.png")
+    _sheet([picture for row in sheet for picture in row], beside).save(out / "sheet.png")
     path = out / "report.html"
     intro = (
         "One small Stable Diffusion, two things it had never seen, learned one after the other "
         f"in {time.monotonic() - started:.0f} seconds."
     )
-    path.write_text(
-        report.page("Two concepts, one after the other", intro, sections), encoding="utf-8"
-    )
+    page = report.page("Two concepts, one after the other", intro, sections)
+    path.write_text(page, encoding="utf-8")
     return path
+
+
+def _learned(
+    checkpoint: Path,
+    taught: Sequence[tuple[str, world.Concept]],
+    on_progress: OnProgress,
+    say: Callable[[str], object],
+) -> tuple[list[str], list[list[Image.Image]]]:
+    """Learn the last of these and draw all: parts of the report, rows of the sheet."""
+    token, concept = taught[-1]
+    folder = checkpoint.parent / f"pictures-{token}"
+    pictures = [read_image(file) for file in world.save_pictures(concept, folder)]
+    say(f"Learning {token}, a {concept.noun}, from {len(pictures)} pictures ...")
+    request = LearnRequest(checkpoint, folder, token, concept.noun)
+    result = pipeline.learn_concept(request, on_progress)
+    rows = [pictures[: len(PLACES)]]
+    caption = (
+        f"The {len(pictures)} pictures {token} was learned from; they are not needed from now on."
+    )
+    parts = [report.figure(pictures, caption)]
+    for known, thing in taught:
+        prompts = [f"a photo of a {known} {thing.noun} {place}" for place in PLACES]
+        rows.append(_draw(checkpoint, prompts, on_progress))
+        caption = f"Drawn now: a photo of a {known} {thing.noun} {', '.join(PLACES)}"
+        parts.append(report.figure(rows[-1], caption))
+    parts.append(report.curve(result.losses, f"Loss while learning {token}"))
+    return parts, rows
+
+
+def _both(
+    checkpoint: Path, taught: Sequence[tuple[str, world.Concept]], on_progress: OnProgress
+) -> tuple[list[str], list[Image.Image]]:
+    """Both things in one picture: parts of the report, and the pictures of areas of their own."""
+    names = [f"{token} {concept.noun}" for token, concept in taught]
+    left, right = (f"a photo of a {name}" for name in names)
+    together = f"a photo of a {' and a '.join(names)}"
+    pairs = [(f"{left} {place}", f"{right} {place}") for place in PLACES]
+    beside = _draw(checkpoint, pairs, on_progress)
+    mixed = _draw(checkpoint, [f"{together} {place}" for place in PLACES], on_progress)
+    places = ", ".join(PLACES)
+    apart = f"Beside each other, each in an area of its own: {left}, and {right}, {places}"
+    blended = f"Asked for in one prompt, where their looks mix: {together} {places}"
+    return [report.figure(beside, apart, width=224), report.figure(mixed, blended)], beside
 
 
 def _begin(out: Path) -> None:
@@ -107,12 +107,12 @@ def _begin(out: Path) -> None:
     mark = out / ".continual-lora-demo"
     if out.exists() and not mark.exists() and (not out.is_dir() or any(out.iterdir())):
         raise SettingError(
-            f"{out} is there already and is not the demo's, which begins from nothing. Name "
-            "another folder with --out."
+            f"{out} is there already and is not the demo's, which starts from scratch. Name "
+            "another folder as `out`."
         )
     out.mkdir(parents=True, exist_ok=True)
     mark.touch()
-    stack = store.stack_path(out / "mini.safetensors")
+    stack = stack_path(out / "mini.safetensors")
     stack.unlink(missing_ok=True)
     shutil.rmtree(history_folder(stack), ignore_errors=True)
 
@@ -120,12 +120,8 @@ def _begin(out: Path) -> None:
 def _draw(
     checkpoint: Path, prompts: Sequence[str | Sequence[str]], on_progress: OnProgress
 ) -> list[Image.Image]:
-    return [
-        d.image
-        for d in pipeline.draw(
-            pipeline.DrawRequest(checkpoint, prompts, DrawSettings(seed=1)), on_progress
-        )
-    ]
+    request = DrawRequest(checkpoint, prompts, DrawSettings(seed=1))
+    return [one.image for one in pipeline.draw(request, on_progress).pictures]
 
 
 def _sheet(alone: Sequence[Image.Image], beside: Sequence[Image.Image]) -> Image.Image:

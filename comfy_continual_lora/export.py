@@ -76,6 +76,14 @@ class Exported:
     superseded: list[Path]  # earlier exports of the same stack, still there
     removed: list[Path]  # earlier exports of the same stack, removed as was asked for
 
+    def summary(self) -> str:
+        """The files, how prompts name the concepts, and the notes."""
+        lines = [str(path) for path in (self.lora, *self.embeddings) if path]
+        if self.triggers:
+            words = ", ".join(f"embedding:{path.stem}" for path in self.embeddings)
+            lines.append(f"In prompts: {', '.join(self.triggers)} (ComfyUI: {words})")
+        return "\n".join([*lines, *self.notes]) or "There is no concept to export."
+
     def as_json(self) -> dict[str, Any]:
         """Paths as text."""
         return {
@@ -143,7 +151,7 @@ def plain_lora(adapter: Adapter, width: int, prefix: str) -> dict[str, Tensor]:
         if "D" in parts:
             raise StackError(
                 "All of K and V was learned (custom_diffusion), which is no LoRA: only kohya's "
-                "format can hold it. Leave --format out."
+                "format can hold it. Leave `format` out."
             )
         up, down = factored(parts, width)
         found |= {f"{prefix}{layer}.lora_A.weight": down, f"{prefix}{layer}.lora_B.weight": up}

@@ -129,7 +129,7 @@ def word_of_vocabulary(trigger: str, backbone: Backbone) -> Tensor:
     if (word := backbone.word_of_vocabulary(trigger)) is None:
         raise StackError(
             f"The trigger {trigger!r} is several tokens, a concept's word is one. Name the class "
-            "noun apart, or give --embedding."
+            "noun apart, or give its `embedding`."
         )
     return word
 

@@ -136,7 +136,7 @@ class Run:
                 raise TrainingError(
                     f"The loss became {value} at step {self.step + 1}, so learning stopped; "
                     "nothing was stored. "
-                    "A lower --lr or --precision fp32 usually helps."
+                    "A lower `rate` or `precision` fp32 usually helps."
                 )
             (loss * share * self.scale).backward()
             for name, mean in means.items():

@@ -4,27 +4,26 @@ piece of work; its end frees the GPU.
     python -m comfy_continual_lora.worker
 
 in, the first line    {"jobs": [{"job": NAME, "request": {...}}, ...]}     done one after the other
-in, later             {"stop": true}                                       stop between two steps;
-what was learned is kept
+in, later             {"stop": true}         stop between two steps; what was learned is kept
 in, the end           the host is gone: stop likewise, then leave
 out, any number of    {"event": "progress", "stage", "step", "steps", "loss", "rate",
-"seconds_left", "preview", "note"}
+                       "seconds_left", "preview", "note"}
                       preview: JPEG in base64, or null; note: a sentence for the user, or nothing
+out, after each job   {"event": "result", "job": NAME, "result": {...}}
 out, the last         {"event": "done", "results": {NAME: {...}}}
-                      {"event": "failed", "message": ..., "kind": ...}     kind: a class of
-                      `errors`, else "Bug" with the traceback as message
+                      {"event": "failed", "message": ..., "marked": ..., "kind": ...}
+                      marked: the message with fields and settings in backquotes, as `errors` has
+                      them; kind: a class of `errors`, else "Bug" with the traceback as message
                       {"event": "stopped", "message": ...}
 
-NAME is a key of JOBS. A request has the fields of the pipeline's request of that name: paths as
-strings, settings as an object of those that are not
-at their default. Jobs that draw also take "out", a folder for their pictures, which come back as
-paths.
+NAME is a key of JOBS. A request has the fields of the operation's request (`requests`): paths as
+strings, settings as an object of those that are not at their default. A result is the operation's
+`as_json()`; what an evaluation kept is by the concept's name.
 """
 
 from __future__ import annotations
 
 import base64
-import dataclasses
 import io
 import json
 import os
@@ -32,232 +31,43 @@ import sys
 import threading
 import traceback
 from collections.abc import Callable, Mapping
-from pathlib import Path
+from functools import partial
 from typing import IO, Any
 
-from .errors import Cancelled, ContinualLoraError, SettingError
+from .errors import Cancelled, ContinualLoraError
+from .operations import OPERATIONS
 from .progress import OnProgress, Progress
+from .requests import parse
 
 GRACE = 20.0  # seconds between the host's end and ours, for the snapshot
+_LIGHT = ("history", "info")  # read from headers alone, which a host does by itself
 
 
-def learn(given: Mapping[str, Any], on_progress: OnProgress) -> dict[str, Any]:
-    from . import pipeline
-    from .settings import LearnSettings
+def run_job(name: str, given: Mapping[str, Any], on_progress: OnProgress) -> dict[str, Any]:
+    """One operation, from the JSON of its request to the JSON of its result.
 
-    request = _request(pipeline.LearnRequest, LearnSettings, given)
-    if known := pipeline.learned_before(request):
-        return {
-            "token": known.token,
-            "noun": known.noun,
-            "loss": known.loss,
-            "stack_file": str(request.stack_file),
-            "again": True,
-        }
-    done = pipeline.learn_concept(request, on_progress)
-    record = done.record
-    return {
-        "token": record.token,
-        "noun": record.noun,
-        "loss": record.loss,
-        "losses": done.losses,
-        "stack_file": str(done.stack_file),
-    }
-
-
-def consolidate(given: Mapping[str, Any], on_progress: OnProgress) -> dict[str, Any]:
-    from . import pipeline
-    from .settings import ConsolidateSettings
-
-    done = pipeline.consolidate(
-        _request(pipeline.ConsolidateRequest, ConsolidateSettings, given), on_progress
-    )
-    return {"token": done.record.token, "losses": done.losses, "stack_file": str(done.stack_file)}
-
-
-def closed_form(given: Mapping[str, Any], on_progress: OnProgress) -> dict[str, Any]:
-    """`rank`, and `before` and `after`: the share of what each concept's own LoRA did that is lost."""
-    from . import pipeline
-    from .settings import SolveSettings
-
-    return dataclasses.asdict(
-        pipeline.consolidate_in_closed_form(
-            _request(pipeline.SolveRequest, SolveSettings, given), on_progress
-        )
-    )
-
-
-def forget(given: Mapping[str, Any], on_progress: OnProgress) -> dict[str, Any]:
-    """`token`: the word of the concept to forget."""
-    from . import pipeline
-    from .settings import SolveSettings
-
-    rest = {name: value for name, value in given.items() if name != "token"}
-    record = pipeline.forget(
-        _request(pipeline.SolveRequest, SolveSettings, rest), str(given["token"]), on_progress
-    )
-    return {"token": record.token, "noun": record.noun}
-
-
-def scores(given: Mapping[str, Any], on_progress: OnProgress) -> dict[str, Any]:
-    """`chart`: a picture of the probabilities, in the folder `out`."""
-    from . import pipeline, report
-    from .settings import ScoreSettings
-
-    scored = pipeline.dc_scores(_request(pipeline.ScoreRequest, ScoreSettings, given), on_progress)
-    rows = [
-        {
-            "file": str(one.file),
-            "best": one.scores.best,
-            "sure": one.scores.sure,
-            "label": one.label,
-            "probabilities": dict(zip(one.scores.names, one.scores.probabilities, strict=True)),
-        }
-        for one in scored
-    ]
-    return {"images": rows, "chart": _saved(report.score_sheet(scored), given, "scores.png")}
-
-
-def evaluate(given: Mapping[str, Any], on_progress: OnProgress) -> dict[str, Any]:
-    """`kept`: a share for each concept, null where nothing can be told; `chart`: the heat map, in
-    the folder `out`.
+    Errors: those of `parse` and of the operation.
     """
-    from . import pipeline, report
-    from .settings import EvaluateSettings
-
-    found = pipeline.evaluate(
-        _request(pipeline.EvaluateRequest, EvaluateSettings, given), on_progress
-    )
-    kept = {
-        name: None if share != share else share
-        for name, share in zip(found.names, found.kept.tolist(), strict=True)
-    }
-    return {
-        "kept": kept,
-        "table": report.retention_table(found),
-        "chart": _saved(report.retention_sheet(found), given, "retention.png"),
-    }
+    operation = OPERATIONS[name]
+    result = operation(parse(operation.request, given), on_progress).as_json()
+    if name == "evaluate":
+        result["kept"] = dict(zip(result["concepts"], result["kept"], strict=True))
+    return result
 
 
-def draw(given: Mapping[str, Any], on_progress: OnProgress) -> dict[str, Any]:
-    from . import pipeline, report
-    from .settings import DrawSettings
-
-    drawn = pipeline.draw(_request(pipeline.DrawRequest, DrawSettings, given), on_progress)
-    return {"files": [str(file) for file in report.save_pictures(drawn, Path(given["out"]))]}
+Work = Callable[[Mapping[str, Any], OnProgress], dict[str, Any]]
+JOBS: dict[str, Work] = {name: partial(run_job, name) for name in OPERATIONS if name not in _LIGHT}
 
 
-def export(given: Mapping[str, Any], on_progress: OnProgress) -> dict[str, Any]:
-    """`out`: folder of the LoRA, `embeddings`: of the words, if it is another; `only`: the words to
-    solve a LoRA for, if not all.
-
-    `remove_superseded`: remove this stack's earlier exports of the same concepts, which are listed
-    otherwise.
-    """
-    from . import pipeline
-
-    done = pipeline.export(
-        Path(given["checkpoint"]),
-        Path(given["out"]),
-        embeddings=_path(given, "embeddings"),
-        stack=_path(given, "stack"),
-        only=given.get("only") or (),
-        remove_superseded=bool(given.get("remove_superseded")),
-        device=given.get("device", "auto"),
-        on_progress=on_progress,
-    )
-    return done.as_json()
-
-
-def undo(given: Mapping[str, Any], on_progress: OnProgress) -> dict[str, Any]:
-    """`version`: the number of the version that is meant, if the stack may have changed since the
-    user saw it.
-    """
-    from . import pipeline
-
-    return dataclasses.asdict(
-        pipeline.undo(Path(given["checkpoint"]), _path(given, "stack"), given.get("version"))
-    )
-
-
-def restore(given: Mapping[str, Any], on_progress: OnProgress) -> dict[str, Any]:
-    """`version`: the number of the version to go to."""
-    from . import pipeline
-
-    done = pipeline.restore(Path(given["checkpoint"]), int(given["version"]), _path(given, "stack"))
-    return {"version": done.number, "change": done.change, "tokens": done.tokens}
-
-
-JOBS: dict[str, Callable[[Mapping[str, Any], OnProgress], dict[str, Any]]] = {
-    job.__name__: job
-    for job in (
-        learn,
-        consolidate,
-        closed_form,
-        forget,
-        scores,
-        evaluate,
-        draw,
-        export,
-        undo,
-        restore,
-    )
-}
-
-
-def _path(given: Mapping[str, Any], name: str) -> Path | None:
-    return Path(given[name]) if given.get(name) else None
-
-
-def _request(kind: type, settings: type, given: Mapping[str, Any]) -> Any:
-    """The pipeline's request; "out" is not part of it.
-
-    Errors: SettingError for a field it has not.
-    """
-    known = {f.name for f in dataclasses.fields(kind)}
-    chosen = given.get("settings") or {}
-    if unknown := (set(given) - known - {"out"}) | (
-        set(chosen) - {f.name for f in dataclasses.fields(settings)}
-    ):
-        raise SettingError(
-            f"{kind.__name__} has no {', '.join(sorted(unknown))}. It has "
-            f"{', '.join(sorted(known))}."
-        )
-    values: dict[str, Any] = {
-        name: value for name, value in given.items() if name in known and value is not None
-    }
-    for name in {"checkpoint", "stack", "images", "clip"} & values.keys():
-        values[name] = (
-            [Path(p) for p in values[name]]
-            if isinstance(values[name], list)
-            else Path(values[name])
-        )
-    return kind(**{**values, "settings": settings(**chosen)})
-
-
-def _saved(picture: Any, given: Mapping[str, Any], name: str) -> str | None:
-    if not given.get("out"):
-        return None
-    path = Path(given["out"]) / name
-    path.parent.mkdir(parents=True, exist_ok=True)
-    picture.save(path)
-    return str(path)
-
-
-# --- the process
-# --------------------------------------------------------------------------------------------------
+# --- the process ---------------------------------------------------------------------------------
 
 
 class _Wire:
     """Both ends of the pipes: says events, and knows whether to stop."""
 
     def __init__(self, source: IO[str], target: IO[str], host_gone: Callable[[], object]) -> None:
-        self.source, self.target, self.host_gone, self.stop = (
-            source,
-            target,
-            host_gone,
-            threading.Event(),
-        )
+        self.source, self.target, self.host_gone = source, target, host_gone
+        self.stop = threading.Event()
 
     def say(self, event: str, **rest: Any) -> None:
         self.target.write(json.dumps({"event": event, **rest}) + "\n")
@@ -268,7 +78,7 @@ class _Wire:
             for line in self.source:
                 if json.loads(line).get("stop"):
                     self.stop.set()
-        except ValueError:
+        except (ValueError, AttributeError, RecursionError):
             pass  # no line of ours, or closed
         self.stop.set()
         self.host_gone()
@@ -278,11 +88,9 @@ class _Wire:
             raise Cancelled(
                 f"stopped in {progress.stage} at step {progress.step} of {progress.steps}"
             )
-        preview = None
-        if progress.preview is not None:
-            buffer = io.BytesIO()
-            progress.preview.save(buffer, "JPEG", quality=90)
-            preview = base64.b64encode(buffer.getvalue()).decode()
+        self.tell(progress)
+
+    def tell(self, progress: Progress) -> None:
         self.say(
             "progress",
             stage=progress.stage,
@@ -291,9 +99,17 @@ class _Wire:
             loss=progress.loss,
             rate=progress.rate,
             seconds_left=progress.seconds_left,
-            preview=preview,
+            preview=_encoded(progress),
             note=progress.note,
         )
+
+
+def _encoded(progress: Progress) -> str | None:
+    if progress.preview is None:
+        return None
+    buffer = io.BytesIO()
+    progress.preview.save(buffer, "JPEG", quality=90)
+    return base64.b64encode(buffer.getvalue()).decode()
 
 
 def serve(source: IO[str], target: IO[str], host_gone: Callable[[], object] = lambda: None) -> int:
@@ -303,34 +119,24 @@ def serve(source: IO[str], target: IO[str], host_gone: Callable[[], object] = la
     """
     wire = _Wire(source, target, host_gone)
     try:
-        jobs = [(JOBS[one["job"]], one["request"]) for one in json.loads(source.readline())["jobs"]]
-    except (ValueError, KeyError, TypeError) as error:
-        wire.say(
-            "failed",
-            kind="Bug",
-            message=f"The first line is no list of jobs this worker knows ({error!r}); it knows "
-            f"{', '.join(JOBS)}.",
-        )
+        jobs = _jobs_in(source.readline())
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        known = ", ".join(JOBS)
+        why = f"The first line is no list of jobs this worker knows ({error!r:.200}); it knows "
+        wire.say("failed", kind="Bug", message=f"{why}{known}.")
         return 2
     threading.Thread(target=wire.listen, daemon=True).start()
-    wire.say(
-        "progress",
-        stage="start",
-        step=0,
-        steps=1,
-        loss=None,
-        rate=None,
-        seconds_left=None,
-        preview=None,
-        note="",
-    )
+    wire.tell(Progress("start", 0, 1))
+    results = {}
     try:
-        wire.say(
-            "done", results={job.__name__: job(request, wire.on_progress) for job, request in jobs}
-        )
+        for name, request in jobs:
+            results[name] = JOBS[name](request, wire.on_progress)
+            wire.say("result", job=name, result=results[name])
+        wire.say("done", results=results)
         return 0
     except ContinualLoraError as error:
-        wire.say("failed", kind=type(error).__name__, message=str(error))
+        marked = str(error.args[0]) if error.args else ""
+        wire.say("failed", kind=type(error).__name__, message=str(error), marked=marked)
     except Cancelled as stopped:
         wire.say("stopped", message=str(stopped))
     except BrokenPipeError:
@@ -338,6 +144,15 @@ def serve(source: IO[str], target: IO[str], host_gone: Callable[[], object] = la
     except Exception:
         wire.say("failed", kind="Bug", message=traceback.format_exc())
     return 1
+
+
+def _jobs_in(line: str) -> list[tuple[str, Any]]:
+    """Names and requests. Errors: ValueError, KeyError, TypeError, RecursionError."""
+    jobs = [(one["job"], one["request"]) for one in json.loads(line)["jobs"]]
+    for name, _ in jobs:
+        if name not in JOBS:
+            raise KeyError(name)
+    return jobs
 
 
 def main() -> int:

@@ -12,18 +12,22 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 from helpers_learn import save_concept
 from PIL import Image
 
-from comfy_continual_lora import cli, store
+from comfy_continual_lora import cli, cliflags
+from comfy_continual_lora.files import stack_path
+from comfy_continual_lora.operations import OPERATIONS
 from comfy_continual_lora.settings import (
-    ConsolidateSettings,
     DrawSettings,
     EvaluateSettings,
     LearnSettings,
     ScoreSettings,
+    SolveSettings,
+    TrainSettings,
 )
 
 COMMAND = [sys.executable, "-m", "comfy_continual_lora"]
@@ -205,7 +209,7 @@ def test_a_run_stopped_by_ctrl_c_or_killed_goes_on(
     process.wait(60)
     assert process.returncode == (130 if how == signal.SIGINT else -signal.SIGKILL)
     assert ("the same command goes on" in rest) == (how == signal.SIGINT)
-    assert not store.stack_path(checkpoint).exists()
+    assert not stack_path(checkpoint).exists()
     done = run(*learn)
     assert done.returncode == 0, done.stderr
     first = next(line for line in done.stderr.splitlines() if "learn" in line)
@@ -219,7 +223,8 @@ def test_a_run_stopped_by_ctrl_c_or_killed_goes_on(
         (["--token", "dog"], "a word the checkpoint knows"),
         (["--images", "EMPTY"], "it is empty"),
         (["--checkpoint", "missing.safetensors"], "There is no checkpoint"),
-        (["--lr", "7"], "rate is 7; the range is 0 to 1"),
+        (["--lr", "7"], "--lr is 7; the range is 0 to 1"),
+        (["--method", "retention", "--adapter", "vera"], "--adapter"),
     ],
 )
 def test_a_mistake_is_one_paragraph_and_status_2(
@@ -243,7 +248,7 @@ def test_a_mistake_is_one_paragraph_and_status_2(
     assert done.returncode == 2
     assert message in " ".join(done.stderr.split())
     assert "Traceback" not in done.stderr
-    assert not store.stack_path(checkpoint).exists()
+    assert not stack_path(checkpoint).exists()
 
 
 def test_a_reader_that_leaves_early_meets_no_traceback(checkpoint: Path) -> None:
@@ -283,21 +288,39 @@ def test_help(command: str) -> None:
 
 
 _VALUES = {int: 65, float: 0.5, str: None}
+_COMMANDS = {
+    "learn": "learn --checkpoint c --images i --token V1 --noun n",
+    "consolidate": "consolidate --checkpoint c --images i",
+    "closed_form": "consolidate --checkpoint c --closed-form",
+    "forget": "forget --checkpoint c --token V1",
+    "merge": "merge --checkpoint c o",
+    "import": "import --checkpoint c --lora l --token W1",
+    "scores": "scores --checkpoint c --images i",
+    "evaluate": "evaluate --checkpoint c",
+    "draw": "draw --checkpoint c --prompt p",
+    "export": "export --checkpoint c --out o",
+    "undo": "undo --checkpoint c",
+    "history": "history --checkpoint c",
+    "restore": "restore --checkpoint c 3",
+    "info": "info --checkpoint c",
+}
 
 
 @pytest.mark.parametrize(
-    "settings", [LearnSettings, ConsolidateSettings, ScoreSettings, EvaluateSettings, DrawSettings]
+    ("name", "settings"),
+    [
+        ("learn", LearnSettings),
+        ("consolidate", TrainSettings),
+        ("closed_form", SolveSettings),
+        ("forget", SolveSettings),
+        ("merge", SolveSettings),
+        ("import", SolveSettings),
+        ("scores", ScoreSettings),
+        ("evaluate", EvaluateSettings),
+        ("draw", DrawSettings),
+    ],
 )
-def test_every_setting_has_a_flag_that_reaches_it(
-    settings: type, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    command = {
-        LearnSettings: "learn --checkpoint c --images i --token V1 --noun n",
-        ConsolidateSettings: "consolidate --checkpoint c --images i",
-        ScoreSettings: "scores --checkpoint c --images i",
-        EvaluateSettings: "evaluate --checkpoint c",
-        DrawSettings: "draw --checkpoint c --prompt p",
-    }[settings]
+def test_every_setting_has_a_flag_that_reaches_it(name: str, settings: type) -> None:
     for f in dataclasses.fields(settings):
         kind = {"int": int, "float": float}.get(str(f.type).split(" ")[0], str)
         choices = [c for c in f.metadata["choices"] if c != f.default] or ["text"]
@@ -305,10 +328,81 @@ def test_every_setting_has_a_flag_that_reaches_it(
         value = (not f.default) if flips else choices[0] if kind is str else kind(_VALUES[kind])
         flag = f"--{'lr' if f.name == 'rate' else f.name.replace('_', '-')}"
         words = [flag if value else flag.replace("--", "--no-")] if flips else [flag, str(value)]
-        parsed = cli._parser().parse_args([*command.split(), *words])
-        assert settings(**cli._given(parsed, settings)) == dataclasses.replace(
-            settings(), **{f.name: value}
-        )
+        parsed = cli.parser().parse_args([*_COMMANDS[name].split(), *words])
+        request: Any = cliflags.request_of(OPERATIONS[name], parsed)
+        assert request.settings == dataclasses.replace(settings(), **{f.name: value})
+
+
+@pytest.mark.parametrize("name", OPERATIONS)
+def test_every_operation_is_a_command_with_the_defaults_of_its_request(name: str) -> None:
+    words = _COMMANDS[name].split()
+    request = cliflags.request_of(OPERATIONS[name], cli.parser().parse_args(words))
+    for field in dataclasses.fields(request):
+        value = getattr(request, field.name)
+        if field.default is not dataclasses.MISSING and (name, field.name) != ("draw", "out"):
+            assert value == field.default, field.name
+        else:
+            assert value, field.name
+    request = cliflags.request_of(
+        OPERATIONS[name], cli.parser().parse_args([*words, "--stack", "s", "--json"])
+    )
+    assert request.stack == Path("s")
+
+
+@pytest.mark.parametrize(
+    ("command", "fields"),
+    [
+        ("learn --checkpoint c --images i --token V1 --noun n --replace", {"replace": True}),
+        ("draw --checkpoint c --prompt a --prompt b --only V1 V2 -n 3", {"only": ["V1", "V2"]}),
+        ("draw --checkpoint c --prompt a", {"prompts": ["a"], "out": Path("drawn")}),
+        (
+            "evaluate --checkpoint c --concepts f --clip g --plot p.png",
+            {"images": Path("f"), "clip": Path("g"), "plot": Path("p.png")},
+        ),
+        ("merge --checkpoint c o --device cpu", {"other": Path("o"), "device": "cpu"}),
+        ("restore --checkpoint c 3", {"version": 3}),
+        ("history --checkpoint c --keep 0", {"keep": 0}),
+        ("undo --checkpoint c --version 2", {"version": 2}),
+        (
+            "export --checkpoint c --out o --embeddings e --format peft --remove-superseded",
+            {"embeddings": Path("e"), "format": "peft", "remove_superseded": True},
+        ),
+        (
+            "import --checkpoint c --lora l --token W1 --trigger sks --strength 0.5",
+            {"lora": Path("l"), "trigger": "sks", "strength": 0.5, "noun": ""},
+        ),
+    ],
+)
+def test_flags_reach_the_fields_of_requests(command: str, fields: dict[str, object]) -> None:
+    parsed = cli.parser().parse_args(command.split())
+    request = cliflags.request_of(OPERATIONS[parsed.command], parsed)
+    assert {name: getattr(request, name) for name in fields} == fields
+
+
+def test_the_same_request_again_is_no_mistake(checkpoint: Path, pictures: Path) -> None:
+    learn = ["learn", "--checkpoint", checkpoint, "--images", pictures, "--token", "V1"]
+    learn += ["--noun", "ball", "--method", "lora", *QUICK]
+    assert run(*learn).returncode == 0
+    before = stack_path(checkpoint).read_bytes()
+    again = run(*learn)
+    assert again.returncode == 0
+    assert "V1 ball is on the stack already" in again.stdout
+    assert "nothing was done" in again.stdout
+    assert json.loads(run(*learn, "--json").stdout)["again"] is True
+    assert stack_path(checkpoint).read_bytes() == before
+
+
+def test_errors_name_flags(checkpoint: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for words, flags in (
+        (["draw", "--prompt", "a", "--guidance", "500"], ["--guidance"]),
+        (["consolidate"], ["--images", "--closed-form"]),
+        (["history", "--keep", "-1"], ["--keep"]),
+    ):
+        assert cli.main([words[0], "--checkpoint", str(checkpoint), *words[1:]]) == 2
+        message = capsys.readouterr().err
+        assert "`" not in message
+        for flag in flags:
+            assert flag in message
 
 
 @pytest.mark.slow

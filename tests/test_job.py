@@ -19,7 +19,8 @@ from pathlib import Path
 import pytest
 
 from comfy_continual_lora.webui import job as module
-from comfy_continual_lora.webui.job import Busy, Desk, Job
+from comfy_continual_lora.webui.job import Job
+from comfy_continual_lora.webui.runner import Busy, JobRunner
 
 pytestmark = pytest.mark.skipif(os.name == "nt", reason="the workers here are shell scripts")
 
@@ -58,7 +59,7 @@ def _short(monkeypatch: pytest.MonkeyPatch) -> None:
     [
         ("exit 0", "failed", "did not start"),
         ("exit 3", "failed", "exit status 3"),
-        ("kill -9 $$", "failed", "memory ran out"),
+        ("kill -9 $$", "failed", "out of memory"),
         ("echo no worker here >&2; exit 1", "failed", "no worker here"),
         ("sleep 20", "failed", "said nothing"),
         ("exec sleep 20 <&- >&- 2>&-", "failed", "did not start"),
@@ -94,23 +95,43 @@ def test_a_job_ends_whatever_the_worker_does(
     tmp_path: Path, script: str, state: str, message: str
 ) -> None:
     program = _program(tmp_path, script)
-    desk = Desk(lambda: program)
-    job = desk.start(HUGE)
+    runner = JobRunner(lambda: program)
+    job = runner.start(HUGE)
     assert job.wait(15), job.state
     assert (job.state, message in job.message) == (state, True), job.message
-    assert desk.start(("undo", {})).wait(15)
+    assert runner.start(("undo", {})).wait(15)
+
+
+def test_what_was_done_before_a_failure_is_known(tmp_path: Path) -> None:
+    """Also where the worker is killed in the middle of a later job."""
+    result = json.dumps({"event": "result", "job": "learn", "result": {"token": "V1"}})
+    failed = json.dumps({"event": "failed", "message": "out is 3", "marked": "`out` is 3"})
+    for last, message, marked in (
+        (f"echo '{failed}'", "out is 3", "`out` is 3"),
+        ("kill -9 $$", "out of memory", "out of memory"),
+    ):
+        program = _program(tmp_path, f"echo '{START}'; echo '{result}'; {last}")
+        job = JobRunner(lambda program=program: program).start(("learn", {}), ("export", {}))
+        assert job.wait(10)
+        assert (job.state, job.results, job.unfinished) == (
+            "failed",
+            {"learn": {"token": "V1"}},
+            "export",
+        )
+        assert message in job.message
+        assert marked in job.marked
 
 
 def test_a_job_whose_program_is_not_there_ends() -> None:
     for program in ("/nowhere/python", "/", "", "nul\0", __file__):
-        job = Desk(lambda program=program: program).start(("undo", {}))
+        job = JobRunner(lambda program=program: program).start(("undo", {}))
         assert job.wait(10)
         assert (job.state, bool(job.message)) == ("failed", True)
 
 
 @pytest.mark.parametrize("words", ["", f"echo '{START}';"], ids=["silent", "speaking"])
 def test_stop_ends_a_worker_that_does_not_listen(tmp_path: Path, words: str) -> None:
-    job = Desk(lambda: _program(tmp_path, f"{words} exec sleep 20")).start(HUGE)
+    job = JobRunner(lambda: _program(tmp_path, f"{words} exec sleep 20")).start(HUGE)
     while job.process is None or (words and not job.progress):
         time.sleep(0.01)
     began = time.monotonic()
@@ -122,7 +143,9 @@ def test_stop_ends_a_worker_that_does_not_listen(tmp_path: Path, words: str) -> 
 
 def test_a_second_stop_means_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "STOP", 100.0)
-    job = Desk(lambda: _program(tmp_path, f"echo '{START}'; exec sleep 20")).start(("undo", {}))
+    job = JobRunner(lambda: _program(tmp_path, f"echo '{START}'; exec sleep 20")).start(
+        ("undo", {})
+    )
     while not job.progress:
         time.sleep(0.01)
     job.stop()
@@ -149,20 +172,20 @@ def test_killed_and_stopped_at_about_the_same_time() -> None:
 def test_stopped_before_it_began_it_never_starts(tmp_path: Path) -> None:
     """As while a generation of the host's runs."""
     host, left = threading.Lock(), tmp_path / "started"
-    desk = Desk(lambda: _program(tmp_path, f"touch {left}"))
+    runner = JobRunner(lambda: _program(tmp_path, f"touch {left}"))
 
     @contextmanager
     def around(job: Job) -> Iterator[None]:
         with host:
             yield
 
-    desk.around = around
+    runner.around = around
     with host:
-        job = desk.start(("undo", {}))
+        job = runner.start(("undo", {}))
         job.stop()
         assert job.wait(1)
         assert job.state == "stopped"
-        following = desk.start(("undo", {}))
+        following = runner.start(("undo", {}))
     assert following.wait(10)
     assert left.exists()  # by the second
     assert job.process is None
@@ -178,7 +201,7 @@ def test_what_goes_wrong_in_the_host_ends_no_job_and_keeps_no_lock(
     tmp_path: Path, where: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     host = threading.Lock()
-    desk = Desk(lambda: _program(tmp_path, f"echo '{START}'; sleep 1; echo '{DONE}'"))
+    runner = JobRunner(lambda: _program(tmp_path, f"echo '{START}'; sleep 1; echo '{DONE}'"))
 
     def fails(at: str) -> None:
         if at == where:
@@ -191,13 +214,13 @@ def test_what_goes_wrong_in_the_host_ends_no_job_and_keeps_no_lock(
             yield
             fails("leave")
 
-    desk.around, desk.follow, desk.ended = (
+    runner.around, runner.follow, runner.ended = (
         around,
         lambda job: fails("follow"),
         lambda job: fails("ended"),
     )
     with caplog.at_level(logging.ERROR):
-        job = desk.start(("undo", {}))
+        job = runner.start(("undo", {}))
         assert job.wait(10)
         assert _is_free(host)
         host.release()
@@ -205,22 +228,22 @@ def test_what_goes_wrong_in_the_host_ends_no_job_and_keeps_no_lock(
         ("failed", {}) if where == "enter" else ("done", {"undo": {"token": "V1", "noun": "ball"}})
     )
     assert (job.state, job.results) == expected
-    assert desk.start(("undo", {})).wait(10)
+    assert runner.start(("undo", {})).wait(10)
 
 
-def test_what_could_not_be_prepared_leaves_the_desk_free(tmp_path: Path) -> None:
-    desk, tidied = Desk(lambda: _program(tmp_path, "sleep 1")), []
-    desk.tidy = tidied.append
+def test_what_could_not_be_prepared_leaves_the_runner_free(tmp_path: Path) -> None:
+    runner, tidied = JobRunner(lambda: _program(tmp_path, "sleep 1")), []
+    runner.tidy = tidied.append
 
     def before() -> None:
         raise OSError("no room")
 
     with pytest.raises(OSError, match="no room"):
-        desk.start(("undo", {}), before=before)
+        runner.start(("undo", {}), before=before)
     assert len(tidied) == 1
-    job = desk.start(("undo", {}))
+    job = runner.start(("undo", {}))
     with pytest.raises(Busy):
-        desk.start(("undo", {}), before=before)
+        runner.start(("undo", {}), before=before)
     assert job.wait(15)
     assert len(tidied) == 2
 
@@ -228,15 +251,15 @@ def test_what_could_not_be_prepared_leaves_the_desk_free(tmp_path: Path) -> None
 def test_nothing_is_left_open(tmp_path: Path) -> None:
     """Pipes and threads of a hundred jobs."""
     program = _program(tmp_path, f"echo '{DONE}'")
-    desk = Desk(lambda: program)
-    assert desk.start(HUGE).wait(10)
+    runner = JobRunner(lambda: program)
+    assert runner.start(HUGE).wait(10)
     time.sleep(1)
     pipes, threads = (
         len(os.listdir("/proc/self/fd")) if Path("/proc").exists() else 0,
         threading.active_count(),
     )
     for _ in range(30):
-        assert desk.start(HUGE).wait(10)
+        assert runner.start(HUGE).wait(10)
     time.sleep(module.STOP + 1)
     if Path("/proc").exists():
         assert len(os.listdir("/proc/self/fd")) <= pipes

@@ -17,9 +17,11 @@ from pathlib import Path
 import pytest
 from helpers_learn import save_concept
 
-from comfy_continual_lora import store, worker
-from comfy_continual_lora.files import snapshots_of
-from comfy_continual_lora.webui.job import Busy, Desk, Job
+from comfy_continual_lora import worker
+from comfy_continual_lora.files import snapshots_of, stack_path
+from comfy_continual_lora.store import read_records
+from comfy_continual_lora.webui.job import Job
+from comfy_continual_lora.webui.runner import Busy, JobRunner
 
 QUICK = {"method": "lora", "steps": 2, "batch": 2, "rank": 4, "size": 64}
 
@@ -42,19 +44,19 @@ def _done(job: Job) -> Job:
 
 
 @pytest.fixture
-def desk() -> Iterator[Desk]:
-    desk = Desk(lambda: sys.executable)
-    yield desk
-    if desk.job and desk.job.process:
-        desk.job.process.kill()
+def runner() -> Iterator[JobRunner]:
+    runner = JobRunner(lambda: sys.executable)
+    yield runner
+    if runner.job and runner.job.process:
+        runner.job.process.kill()
 
 
 def test_a_job_learns_exports_and_tells_how_far_it_is(
-    checkpoint: Path, pictures: Path, tmp_path: Path, desk: Desk
+    checkpoint: Path, pictures: Path, tmp_path: Path, runner: JobRunner
 ) -> None:
     out = tmp_path / "out"
     job = _done(
-        desk.start(
+        runner.start(
             ("learn", _request(checkpoint, pictures)),
             ("export", {"checkpoint": str(checkpoint), "out": str(out)}),
         )
@@ -66,7 +68,7 @@ def test_a_job_learns_exports_and_tells_how_far_it_is(
     assert job.process
     assert job.process.wait(10) == 0
     alone = _done(
-        desk.start(
+        runner.start(
             (
                 "export",
                 {"checkpoint": str(checkpoint), "out": str(out), "only": ["V1"], "device": "cpu"},
@@ -74,36 +76,36 @@ def test_a_job_learns_exports_and_tells_how_far_it_is(
         )
     )
     assert alone.results["export"]["triggers"] == ["V1 ball"]
-    again = _done(desk.start(("learn", _request(checkpoint, pictures))))
+    again = _done(runner.start(("learn", _request(checkpoint, pictures))))
     assert again.results["learn"]["again"]
     assert (again.number, again.losses) == (3, [])
 
 
 def test_one_job_at_a_time_and_stop_keeps_the_snapshot(
-    checkpoint: Path, pictures: Path, desk: Desk
+    checkpoint: Path, pictures: Path, runner: JobRunner
 ) -> None:
-    job = desk.start(("learn", _request(checkpoint, pictures, steps=5000, snapshot_every=1)))
+    job = runner.start(("learn", _request(checkpoint, pictures, steps=5000, snapshot_every=1)))
     with pytest.raises(Busy, match="under way"):
-        desk.start(("undo", {"checkpoint": str(checkpoint)}))
+        runner.start(("undo", {"checkpoint": str(checkpoint)}))
     while not job.losses:
         assert job.state in ("starting", "running"), job.message
         time.sleep(0.05)
     job.stop()
     assert job.state == "stopping"
     assert _done(job).state == "stopped"
-    assert snapshots_of(store.stack_path(checkpoint), "V1")
-    assert not store.stack_path(checkpoint).exists()
+    assert snapshots_of(stack_path(checkpoint), "V1")
+    assert not stack_path(checkpoint).exists()
 
 
-def test_a_killed_worker_is_told_about(checkpoint: Path, pictures: Path, desk: Desk) -> None:
-    job = desk.start(("learn", _request(checkpoint, pictures, steps=5000)))
+def test_a_killed_worker_is_told_about(checkpoint: Path, pictures: Path, runner: JobRunner) -> None:
+    job = runner.start(("learn", _request(checkpoint, pictures, steps=5000)))
     while not job.losses:
         time.sleep(0.05)
     assert job.process
     job.process.send_signal(signal.SIGKILL)
     assert _done(job).state == "failed"
     assert "exit status -9" in job.message
-    assert "memory ran out" in job.message
+    assert "out of memory" in job.message
 
 
 @pytest.mark.parametrize(
@@ -111,7 +113,7 @@ def test_a_killed_worker_is_told_about(checkpoint: Path, pictures: Path, desk: D
     [
         ({"noun": ""}, "SettingError", "class noun is empty"),
         ({"images": "/nowhere"}, "ConceptImagesError", "no folder /nowhere"),
-        ({"settings": {"stepz": 3}}, "SettingError", "has no stepz"),
+        ({"settings": {"stepz": 3}}, "SettingError", "no setting stepz"),
         ({"checkpoint": "/nowhere.safetensors"}, "CheckpointError", "no checkpoint at"),
     ],
 )
@@ -147,15 +149,15 @@ def test_an_environment_that_is_missing_fails_the_job_in_words() -> None:
     def missing() -> str:
         raise OSError("no Python here")
 
-    job = Desk(missing).start(("undo", {}))
+    job = JobRunner(missing).start(("undo", {}))
     assert job.wait(10)
     assert (job.state, job.message) == ("failed", "no Python here")
 
 
 HOST = """
 import sys, time
-from comfy_continual_lora.webui.job import Desk
-job = Desk(lambda: sys.executable).start(("learn", {request!r}))
+from comfy_continual_lora.webui.runner import JobRunner
+job = JobRunner(lambda: sys.executable).start(("learn", {request!r}))
 while not job.losses:
     time.sleep(0.05)
 print(job.process.pid, flush=True)
@@ -183,7 +185,7 @@ def test_the_worker_ends_with_its_host(checkpoint: Path, pictures: Path) -> None
     while _alive(worker_pid):
         assert time.monotonic() < deadline, "the worker goes on without its host"
         time.sleep(0.2)
-    assert snapshots_of(store.stack_path(checkpoint), "V1")
+    assert snapshots_of(stack_path(checkpoint), "V1")
 
 
 def _alive(pid: int) -> bool:
@@ -199,7 +201,7 @@ def _alive(pid: int) -> bool:
 
 def test_what_runs_in_the_host_needs_the_standard_library_alone() -> None:
     code = (
-        "import sys; from comfy_continual_lora.webui import job, environment; "
+        "import sys; from comfy_continual_lora.webui import job, runner, environment; "
         "print(any(m in sys.modules for m in ('torch', 'PIL', 'numpy', 'gradio')))"
     )
     done = subprocess.run(
@@ -213,22 +215,35 @@ def test_what_runs_in_the_host_needs_the_standard_library_alone() -> None:
 
 
 def test_pictures_come_with_the_jobs_that_draw(
-    checkpoint: Path, pictures: Path, tmp_path: Path, desk: Desk
+    checkpoint: Path, pictures: Path, tmp_path: Path, runner: JobRunner
 ) -> None:
     save_concept(tmp_path / "second", 1, count=2)
     first = _request(checkpoint, pictures)
     second = {**_request(checkpoint, tmp_path / "second"), "token": "V2", "noun": "fish"}
-    both = {"checkpoint": str(checkpoint), "device": "cpu", "out": str(tmp_path / "charts")}
-    scoring = {**both, "images": str(pictures), "settings": {"trials": 2, "size": 64}}
-    evaluating = {**both, "settings": {"pictures": 1, "steps": 2, "trials": 2, "size": 64}}
+    where, charts = {"checkpoint": str(checkpoint), "device": "cpu"}, tmp_path / "charts"
+    scoring = {
+        **where,
+        "images": str(pictures),
+        "settings": {"trials": 2, "size": 64},
+        "plot": str(charts / "scores.png"),
+    }
+    evaluating = {
+        **where,
+        "settings": {"pictures": 1, "steps": 2, "trials": 2, "size": 64},
+        "plot": str(charts / "retention.png"),
+    }
     jobs = [("learn", first), ("evaluate", evaluating), ("scores", scoring)]
-    job = _done(desk.start(*jobs))
+    job = _done(runner.start(*jobs))
     assert job.state == "done", job.message
     assert Path(job.results["scores"]["chart"]).exists()
     assert Path(job.results["evaluate"]["chart"]).exists()
     assert set(job.results["evaluate"]["kept"]) == {"V1 ball"}
+    drawing = {**where, "prompts": ["a V1 ball"], "out": str(charts)}
+    drawing["settings"] = {"steps": 2, "size": 64}
+    (picture,) = _done(runner.start(("draw", drawing))).results["draw"]["files"]
+    assert Path(picture).parent == charts
     assert (
-        _done(desk.start(("learn", second), ("undo", {"checkpoint": str(checkpoint)}))).results[
+        _done(runner.start(("learn", second), ("undo", {"checkpoint": str(checkpoint)}))).results[
             "undo"
         ]["token"]
         == "V2"
@@ -236,7 +251,7 @@ def test_pictures_come_with_the_jobs_that_draw(
 
 
 def test_what_needs_no_picture(
-    checkpoint: Path, pictures: Path, tmp_path: Path, desk: Desk
+    checkpoint: Path, pictures: Path, tmp_path: Path, runner: JobRunner
 ) -> None:
     where = {"checkpoint": str(checkpoint), "device": "cpu"}
     second = {**_request(checkpoint, save_concept(tmp_path / "second", 1)), "token": "V2"}
@@ -244,33 +259,35 @@ def test_what_needs_no_picture(
         ("learn", _request(checkpoint, pictures)),
         ("closed_form", {**where, "settings": {"energy": 0.99}}),
     ]
-    assert "two concepts at least" in _done(desk.start(*both)).message
+    assert "two concepts at least" in _done(runner.start(*both)).message
     job = _done(
-        desk.start(("learn", second), ("closed_form", where), ("forget", {**where, "token": "V1"}))
+        runner.start(
+            ("learn", second), ("closed_form", where), ("forget", {**where, "token": "V1"})
+        )
     )
     assert job.state == "done", job.message
     assert set(job.results["closed_form"]["after"]) == {"V1", "V2"}
     assert job.results["forget"]["token"] == "V1"
-    assert [one.token for one in store.read_records(store.stack_path(checkpoint))] == ["V2"]
+    assert [one.token for one in read_records(stack_path(checkpoint))] == ["V2"]
 
 
 @pytest.mark.skipif(os.name == "nt", reason="no limit on file sizes there")
 def test_a_full_disk_is_told_and_loses_nothing(
-    checkpoint: Path, pictures: Path, tmp_path: Path, desk: Desk
+    checkpoint: Path, pictures: Path, tmp_path: Path, runner: JobRunner
 ) -> None:
     """No space for the second concept, here by a limit on the size of files: the first is still
     there, and the request goes through later.
     """
-    assert _done(desk.start(("learn", _request(checkpoint, pictures)))).state == "done"
+    assert _done(runner.start(("learn", _request(checkpoint, pictures)))).state == "done"
     small = tmp_path / "python"
     small.write_text(f'#!/bin/sh\nulimit -f 8\nexec {sys.executable} "$@"\n')
     small.chmod(0o755)
     second = {**_request(checkpoint, save_concept(tmp_path / "second", 1)), "token": "V2"}
-    job = _done(Desk(lambda: str(small)).start(("learn", second)))
+    job = _done(JobRunner(lambda: str(small)).start(("learn", second)))
     assert job.state == "failed"
     assert "File too large" in job.message
-    stack = store.stack_path(checkpoint)
-    assert [one.token for one in store.read_records(stack)] == ["V1"]
+    stack = stack_path(checkpoint)
+    assert [one.token for one in read_records(stack)] == ["V1"]
     assert not list(tmp_path.glob("*.tmp*"))
-    assert _done(desk.start(("learn", second))).state == "done"
-    assert [one.token for one in store.read_records(stack)] == ["V1", "V2"]
+    assert _done(runner.start(("learn", second))).state == "done"
+    assert [one.token for one in read_records(stack)] == ["V1", "V2"]

@@ -22,7 +22,7 @@ import subprocess
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext, suppress
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -35,34 +35,33 @@ AGAIN = 5.0  # from Stop to a second one that means it
 LEAVE = 20.0  # from its last word to its end
 _LINE = 64_000_000  # bytes of its longest line; a preview takes a hundred thousand
 _KILLED = (
-    "It was killed, most often because memory ran out: take a smaller batch or size, or another "
+    "It was killed, most often because it ran out of memory: take a smaller batch or size, or another "
     "program off the machine."
 )
 _AGAIN = "Give the same request again: it goes on from the last snapshot."
 
 
-class Busy(Exception):
-    """One job at a time: the GPU is one too."""
-
-
-def _nothing(job: Job) -> None:
+def nothing(job: Job) -> None:
     pass
 
 
 class Job:
-    """One worker process. Its attributes are what it told so far; `message` says in words how it
+    """One worker process. Its attributes are what it has reported; `message` says in words how it
     ended.
 
-    `tidy` is called once, just before the end is shown.
+    `results` are those of the jobs that are done, by name, also where a later one fails. `marked` is
+    the message with settings in backquotes (`errors`). `tidy` is called once, just before the end is
+    shown.
     """
 
     def __init__(
         self,
         number: int,
         jobs: Sequence[tuple[str, Mapping[str, Any]]],
-        tidy: Callable[[Job], object] = _nothing,
+        tidy: Callable[[Job], object] = nothing,
     ) -> None:
-        self.number, self.jobs, self.state, self.message = number, list(jobs), "starting", ""
+        self.number, self.jobs = number, list(jobs)
+        self.state, self.message, self.marked = "starting", "", ""
         self.progress: dict[str, Any] = {}
         self.losses: list[float] = []
         self.notes: list[str] = []  # sentences for the user, such as where a stopped run goes on
@@ -81,6 +80,11 @@ class Job:
     @property
     def name(self) -> str:
         return self.jobs[0][0]
+
+    @property
+    def unfinished(self) -> str:
+        """The name of the first of its jobs that has no result: that one failed, where it failed."""
+        return next((name for name, _ in self.jobs if name not in self.results), self.jobs[-1][0])
 
     def start(self, python: str) -> None:
         """Start the worker with this Python, whose packages it uses; nothing where it was stopped
@@ -112,8 +116,8 @@ class Job:
             )
             self.state = "running"
         self._later(START, lambda: not self._spoke, "it said nothing for five minutes")
-        _in_background(self._write, process)
-        _in_background(self._watch, process)
+        in_background(self._write, process)
+        in_background(self._watch, process)
 
     def stop(self) -> None:
         """Stop between two steps; what was learned is kept.
@@ -147,7 +151,13 @@ class Job:
             _gone(self.process)
         self._end("failed", message)
 
-    def _end(self, state: str, message: str, results: dict[str, Any] | None = None) -> None:
+    def _end(
+        self,
+        state: str,
+        message: str,
+        marked: str = "",
+        results: dict[str, dict[str, Any]] | None = None,
+    ) -> None:
         """The first end counts."""
         with self._lock:
             if self._ended.is_set():
@@ -156,8 +166,8 @@ class Job:
                 self._tidy(self)
             except Exception:
                 logging.exception("continual-lora: could not tidy up")
-            self.results, self.message = results or {}, message
-            self.state = state
+            self.results = results or self.results
+            self.message, self.marked, self.state = message, marked or message, state
             self._to_tell.put(None)
             self._ended.set()
 
@@ -184,7 +194,7 @@ class Job:
 
     def _later(self, seconds: float, when: Callable[[], bool], why: str) -> None:
         """Kill it after a time in which it has not ended, if it must be."""
-        _in_background(lambda: self._ended.wait(seconds) or (when() and self._kill(why)))
+        in_background(lambda: self._ended.wait(seconds) or (when() and self._kill(why)))
 
     # --- what it tells ---------------------------------------------------------------------------
 
@@ -196,8 +206,8 @@ class Job:
             assert process.stdout
             assert process.stderr
             hearing = [
-                _in_background(self._hear, process.stdout),
-                _in_background(self._overhear, process.stderr),
+                in_background(self._hear, process.stdout),
+                in_background(self._overhear, process.stderr),
             ]
             while process.poll() is None and hearing[0].is_alive():
                 hearing[0].join(0.2)
@@ -219,6 +229,8 @@ class Job:
                 self._spoke = True
                 if event["event"] == "progress":
                     self._take(event)
+                elif event["event"] == "result":
+                    self.results = {**self.results, event["job"]: event["result"]}
                 else:
                     self._last = event
                     return
@@ -241,18 +253,20 @@ class Job:
         }
 
     def _conclude(self, process: subprocess.Popen[bytes]) -> None:
-        """What it said last, else what became of it."""
+        """Its last event, else what became of it."""
         if self._last:
-            self._end(self._last["event"], self._last["message"], self._last["results"])
+            last = self._last
+            self._end(last["event"], last["message"], last["marked"], last["results"])
             return
-        status, said = process.poll(), "\n".join(word for word in self._last_words if word)
+        status = process.poll()
+        words = "\n".join(line for line in self._last_words if line)
         if self._killed:
             if self._asked is not None:
                 self._end("stopped", f"The worker was ended, because {self._killed}")
                 return
-            why = f"It was ended, because {self._killed}. {said}".strip()
+            why = f"It was ended, because {self._killed}. {words}".strip()
         else:
-            why = _KILLED if status in (-9, 137) else said or "It said nothing."
+            why = _KILLED if status in (-9, 137) else words or "It said nothing."
         if self._spoke:
             self._end(
                 "failed",
@@ -265,7 +279,7 @@ class Job:
             )
 
 
-def _in_background(work: Callable[..., object], *given: Any) -> threading.Thread:
+def in_background(work: Callable[..., object], *given: Any) -> threading.Thread:
     thread = threading.Thread(target=work, args=given, daemon=True)
     thread.start()
     return thread
@@ -291,16 +305,22 @@ def _event(line: bytes) -> dict[str, Any] | None:
         event = json.loads(line)
         if event["event"] == "progress":
             return _progress(event)
-        if event["event"] not in ENDED:
-            return None
-        message, results = event.get("message", ""), event.get("results", {})
-        if not isinstance(message, str) or not all(
-            isinstance(one, dict) for one in results.values()
-        ):
-            return None
-        return {"event": event["event"], "message": message, "results": results}
+        if event["event"] == "result":
+            fits = isinstance(event["job"], str) and isinstance(event["result"], dict)
+            return event if fits else None
+        return _last_event(event) if event["event"] in ENDED else None
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
         return None
+
+
+def _last_event(event: dict[str, Any]) -> dict[str, Any] | None:
+    message, marked = event.get("message", ""), event.get("marked", "")
+    results = event.get("results", {})
+    if not isinstance(message, str) or not isinstance(marked, str):
+        return None
+    if not all(isinstance(one, dict) for one in results.values()):
+        return None
+    return {"event": event["event"], "message": message, "marked": marked, "results": results}
 
 
 def _progress(event: dict[str, Any]) -> dict[str, Any] | None:
@@ -325,71 +345,3 @@ def _progress(event: dict[str, Any]) -> dict[str, Any] | None:
 
 def _is_number(value: object) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-
-
-class Desk:
-    """Where jobs are handed in: one at a time.
-
-    `around` brackets each (the host's GPU lock), `follow` is called a few times a second meanwhile,
-    `ended` after it.
-    `tidy` is called when a job is over, before it is told so, and after one that could not be
-    handed in.
-    """
-
-    def __init__(self, python: Callable[[], str]) -> None:
-        self.python = python
-        self.around: Callable[[Job], AbstractContextManager[Any]] = nullcontext
-        self.follow: Callable[[Job], object] = _nothing
-        self.ended: Callable[[Job], object] = _nothing
-        self.tidy: Callable[[Job], object] = _nothing
-        self.job: Job | None = None
-        self._lock, self._complaint = threading.Lock(), ""
-
-    @property
-    def is_busy(self) -> bool:
-        return bool(self.job and not self.job.wait(0))
-
-    def start(
-        self, *jobs: tuple[str, Mapping[str, Any]], before: Callable[[], object] = lambda: None
-    ) -> Job:
-        """Hand in; returns at once. `before` is called first, if no other job is under way.
-
-        Errors: Busy while another job runs; those of `before`.
-        """
-        with self._lock:
-            if self.job and self.is_busy:
-                raise Busy(f"A job is under way ({self.job.name}); wait for its end, or stop it.")
-            job = Job(self.job.number + 1 if self.job else 1, jobs, self.tidy)
-            try:
-                before()
-            except BaseException:
-                self.tidy(job)
-                raise
-            self.job = job
-        _in_background(self._work, job)
-        return job
-
-    def _work(self, job: Job) -> None:
-        try:
-            with self.around(job):
-                if not job.wait(0):
-                    job.start(self.python())
-                while not job.wait(0.3):
-                    self._quietly(self.follow, job)
-        except (
-            Exception
-        ) as error:  # the tab has to say it, whatever it is; what is stored stays stored
-            if job.wait(0):
-                logging.exception("continual-lora: after the job")
-            job.fail(str(error) or type(error).__name__)
-        finally:
-            self._quietly(self.ended, job)
-
-    def _quietly(self, call: Callable[[Job], object], job: Job) -> None:
-        """What the host does with a job must not be its end; what is wrong with that is said once."""
-        try:
-            call(job)
-        except Exception as error:
-            if repr(error) != self._complaint:
-                self._complaint = repr(error)
-                logging.exception("continual-lora: the host could not follow the job")

@@ -1,0 +1,135 @@
+"""The command line's flags, made from the fields of requests and settings. Light.
+
+A flag is named as its field, with the exceptions of FLAGS; help, type, choices and heading come from
+the field's declaration.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+from dataclasses import MISSING
+from pathlib import Path
+from typing import Any
+
+from .fields import Settings, in_words, suiting
+from .operations import Operation
+from .requests import Request, settings_of
+
+FLAGS = {"rate": "--lr", "prompts": "--prompt"}
+FLAGS_OF = {  # of one command
+    ("evaluate", "images"): "--concepts",
+    ("merge", "other"): "other",
+    ("restore", "version"): "version",
+}
+SHORT = {("draw", "count"): "-n"}
+DEFAULTS: dict[tuple[str, str], Any] = {("draw", "out"): Path("drawn")}
+_PROMPT_HELP = 'what to draw, such as "a photo of a V1 teapot"; may be given several times'
+_METAVARS = {"only": "WORD", "keep": "N"}
+_WITHOUT_DEVICE = ("undo", "restore", "history", "info")  # they compute nothing
+_NUMBERS = {"int": int, "float": float}
+
+
+def flag_of(name: str, command: str = "") -> str:
+    """How the command line spells a field or a setting; a name without dashes has a place instead."""
+    return FLAGS_OF.get((command, name)) or FLAGS.get(name) or f"--{name.replace('_', '-')}"
+
+
+def add_fields(
+    parser: argparse.ArgumentParser, operation: Operation, optional: tuple[str, ...] = ()
+) -> None:
+    """Flags for all fields of the operation's request and for its settings.
+
+    `optional`: fields that this command can do without.
+    """
+    for field in dataclasses.fields(operation.request):
+        if isinstance(field.default, Settings):
+            add_settings(parser, type(field.default), operation.name)
+        elif field.name != "device" or operation.name not in _WITHOUT_DEVICE:
+            _add_field(parser, operation.name, field, field.name in optional)
+
+
+def _add_field(
+    parser: argparse.ArgumentParser, command: str, field: dataclasses.Field, optional: bool
+) -> None:
+    name, declared = field.name, str(field.type)
+    flag = flag_of(name, command)
+    default = DEFAULTS.get((command, name), None if field.default is MISSING else field.default)
+    required = field.default is MISSING and not optional
+    help = _PROMPT_HELP if name == "prompts" else str(field.metadata["help"])
+    if default not in (None, "", (), False):
+        help += f" (default: {default})"
+    rest: dict[str, Any] = {"help": help.replace("%", "%%"), "default": default}
+    if declared == "bool":
+        parser.add_argument(flag, dest=name, action="store_true", help=rest["help"])
+        return
+    kind = declared.split(" ")[0]
+    rest["type"] = Path if "Path" in declared else _NUMBERS.get(kind, str)
+    rest["metavar"] = _METAVARS.get(name)
+    if field.metadata["choices"]:
+        rest["choices"] = field.metadata["choices"]
+    if declared.startswith("Sequence["):
+        rest |= {"action": "append"} if name == "prompts" else {"nargs": "+"}
+    if flag.startswith("-"):
+        parser.add_argument(flag, dest=name, required=required, **rest)
+    else:
+        parser.add_argument(flag, help=rest["help"], type=rest["type"])
+
+
+def add_settings(
+    parser: argparse.ArgumentParser, settings: type[Settings], command: str, heading: str = ""
+) -> None:
+    """One flag a setting, under its own heading or this one."""
+    groups: dict[str, Any] = {"": parser}
+    for field in dataclasses.fields(settings):  # type: ignore[arg-type]
+        title = heading or field.metadata["group"]
+        if title not in groups:
+            groups[title] = parser.add_argument_group(title)
+        _add_setting(groups[title], command, field)
+
+
+def _add_setting(group: Any, command: str, field: dataclasses.Field) -> None:
+    name = field.name
+    names = [flag_of(name, command)]
+    if short := SHORT.get((command, name)):
+        names.insert(0, short)
+    help = f"{field.metadata['help']} (default: {_default(field)})".replace("%", "%%")
+    kind = str(field.type).split(" ")[0]
+    if kind == "bool":
+        action = argparse.BooleanOptionalAction
+        group.add_argument(*names, dest=name, action=action, default=None, help=help)
+        return
+    choices = field.metadata["choices"] or None
+    metavar = None if choices else name.upper()
+    group.add_argument(
+        *names, dest=name, type=_NUMBERS.get(kind, str), choices=choices, help=help, metavar=metavar
+    )
+
+
+def _default(field: dataclasses.Field) -> str:
+    """What happens without the flag, in words."""
+    if field.default is not None:
+        return in_words(field.default)
+    return suiting(field) or "the checkpoint's own"
+
+
+# --- flags -> request ----------------------------------------------------------------------------
+
+
+def request_of(operation: Operation, arguments: argparse.Namespace, **other: Any) -> Request:
+    """The request the flags make; `other`: fields that are said otherwise."""
+    values: dict[str, Any] = {}
+    for field in dataclasses.fields(operation.request):
+        value = getattr(arguments, field.name, None)
+        if value is not None:
+            values[field.name] = value
+    if (kind := settings_of(operation.request)) is not None:
+        values["settings"] = settings_from(arguments, kind)
+    return operation.request(**{**values, **other})
+
+
+def settings_from(arguments: argparse.Namespace, kind: type[Settings]) -> Settings:
+    """The settings the user gave; the others keep their defaults."""
+    names = [field.name for field in dataclasses.fields(kind)]  # type: ignore[arg-type]
+    values = {name: getattr(arguments, name) for name in names}
+    return kind(**{name: value for name, value in values.items() if value is not None})

@@ -1,0 +1,85 @@
+"""Where a host hands in jobs: one at a time, each in a worker process (`job`).
+
+Standard library alone: this runs inside the host.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+from .job import Job, in_background, nothing
+
+
+class Busy(Exception):
+    """One job at a time: the GPU is one too."""
+
+
+class JobRunner:
+    """Where jobs are handed in: one at a time.
+
+    `around` brackets each (the host's GPU lock), `follow` is called a few times a second meanwhile,
+    `ended` after it.
+    `tidy` is called when a job is over, before its end is shown, and after one that could not be
+    handed in.
+    """
+
+    def __init__(self, python: Callable[[], str]) -> None:
+        self.python = python
+        self.around: Callable[[Job], AbstractContextManager[Any]] = nullcontext
+        self.follow: Callable[[Job], object] = nothing
+        self.ended: Callable[[Job], object] = nothing
+        self.tidy: Callable[[Job], object] = nothing
+        self.job: Job | None = None
+        self._lock, self._complaint = threading.Lock(), ""
+
+    @property
+    def is_busy(self) -> bool:
+        return bool(self.job and not self.job.wait(0))
+
+    def start(
+        self, *jobs: tuple[str, Mapping[str, Any]], before: Callable[[], object] = lambda: None
+    ) -> Job:
+        """Hand in; returns at once. `before` is called first, if no other job is under way.
+
+        Errors: Busy while another job runs; those of `before`.
+        """
+        with self._lock:
+            if self.job and self.is_busy:
+                raise Busy(f"A job is under way ({self.job.name}); wait for its end, or stop it.")
+            job = Job(self.job.number + 1 if self.job else 1, jobs, self.tidy)
+            try:
+                before()
+            except BaseException:
+                self.tidy(job)
+                raise
+            self.job = job
+        in_background(self._work, job)
+        return job
+
+    def _work(self, job: Job) -> None:
+        try:
+            with self.around(job):
+                if not job.wait(0):
+                    job.start(self.python())
+                while not job.wait(0.3):
+                    self._quietly(self.follow, job)
+        except Exception as error:
+            # the tab has to say it, whatever it is; what is stored stays stored
+            if job.wait(0):
+                logging.exception("continual-lora: after the job")
+            job.fail(str(error) or type(error).__name__)
+        finally:
+            self._quietly(self.ended, job)
+
+    def _quietly(self, call: Callable[[Job], object], job: Job) -> None:
+        """What the host does with a job must not end it; what is wrong with that is logged once."""
+        try:
+            call(job)
+        except Exception as error:
+            if repr(error) != self._complaint:
+                self._complaint = repr(error)
+                logging.exception("continual-lora: the host could not follow the job")
