@@ -21,7 +21,7 @@ from helpers_store import FINGERPRINT, make_stack, same
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from comfy_continual_lora import files, history, pipeline, requests, stackfile, store, versions
+from comfy_continual_lora import files, history, pipeline, requests, stackschema, store, versions
 from comfy_continual_lora.errors import (
     Cancelled,
     ConceptImagesError,
@@ -227,12 +227,14 @@ def test_replacing_is_one_step(two: Path, folders: dict[str, Path]) -> None:
         if progress.stage == "learn":
             raise Cancelled("stopped")
 
+    others = {**folders, "V1": folders["V3"], "V2": folders["V3"]}
     with pytest.raises(TokenError, match="taken"):
-        pipeline.learn_concept(_learn(two, folders, "V2"))
+        pipeline.learn_concept(_learn(two, others, "V2"))
     with pytest.raises(ConceptImagesError):
         pipeline.learn_concept(_learn(two, {"V2": two.parent / "nothing"}, "V2", replace=True))
     with pytest.raises(TokenError, match="V2 was learned after it"):
-        pipeline.learn_concept(_learn(two, folders, "V1", replace=True))
+        pipeline.learn_concept(_learn(two, others, "V1", replace=True))
+    assert pipeline.learn_concept(_learn(two, folders, "V1", replace=True)).again
     with pytest.raises(Cancelled):
         pipeline.learn_concept(new, cancel)
     assert same(store.open_stack(path), was)
@@ -409,7 +411,7 @@ def test_kill_9_at_any_moment_leaves_a_whole_history(tmp_path: Path) -> None:
     code = (
         "import sys; from pathlib import Path; sys.path[:0] = ['tests']; from helpers_store import "
         "make_stack\n"
-        "from comfy_continual_lora import stackfile, store\n"
+        "from comfy_continual_lora import history, store, versions\n"
         f"path = Path({str(path)!r}); stacks = [make_stack(n, 3000) for n in (1, 2, 3)]\n"
         "print('ready', flush=True)\n"
         "while True:\n"
@@ -440,7 +442,7 @@ def test_kill_9_at_any_moment_leaves_a_whole_history(tmp_path: Path) -> None:
             stack = store.open_stack(file)
             assert same(stack, make_stack(len(stack.records), 3000))
         assert not [p for p in tmp_path.rglob(".*") if p.suffix != ".lock"]
-        assert len(left) <= stackfile.HISTORY + 2
+        assert len(left) <= stackschema.HISTORY + 2
 
 
 def test_errors_of_going_back_leave_everything(two: Path) -> None:

@@ -519,7 +519,7 @@ def test_the_commands(
     assert cli.main(["consolidate", *place]) == 2
     assert "--closed-form" in capsys.readouterr().err
     assert cli.main(["consolidate", *place, "--closed-form"]) == 0
-    assert "before" in capsys.readouterr().out
+    assert "was lost" in capsys.readouterr().out
     assert cli.main(["export", *place, "--out", str(tmp_path / "some"), "--only", "V2"]) == 0
     assert "In prompts: V2 fish" in capsys.readouterr().out
     whole, some = (
@@ -562,7 +562,7 @@ def test_prompts_about_two_are_shared_by_position(two: Path, backbone: Backbone)
     memory = targets.prompt_bank(backbone, copy.deepcopy(stack), lambda p: None)
     prompt = "a photo of a V1 ball and a V2 fish"
     features = backbone.encode_prompts([prompt], stack.tokens)[0]
-    (first, of_first), (second, of_second) = memory.shares
+    (first, of_first), (second, of_second) = memory.shared
     both = backbone.encode_prompts(
         [prompt, "a photo of a V2 fish and a V1 ball"], stack.tokens
     ).flatten(0, 1)
