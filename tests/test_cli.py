@@ -4,7 +4,6 @@ traceback.
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import os
 import shlex
@@ -17,14 +16,7 @@ import pytest
 from helpers_learn import save_concept
 from PIL import Image
 
-from comfy_continual_lora import cli, store
-from comfy_continual_lora.settings import (
-    ConsolidateSettings,
-    DrawSettings,
-    EvaluateSettings,
-    LearnSettings,
-    ScoreSettings,
-)
+from comfy_continual_lora import store
 
 COMMAND = [sys.executable, "-m", "comfy_continual_lora"]
 ROOT = Path(__file__).parents[1]
@@ -280,35 +272,6 @@ def test_help(command: str) -> None:
     done = run(command, "--help")
     assert done.returncode == 0
     assert "usage: continual-lora" in done.stdout
-
-
-_VALUES = {int: 65, float: 0.5, str: None}
-
-
-@pytest.mark.parametrize(
-    "settings", [LearnSettings, ConsolidateSettings, ScoreSettings, EvaluateSettings, DrawSettings]
-)
-def test_every_setting_has_a_flag_that_reaches_it(
-    settings: type, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    command = {
-        LearnSettings: "learn --checkpoint c --images i --token V1 --noun n",
-        ConsolidateSettings: "consolidate --checkpoint c --images i",
-        ScoreSettings: "scores --checkpoint c --images i",
-        EvaluateSettings: "evaluate --checkpoint c",
-        DrawSettings: "draw --checkpoint c --prompt p",
-    }[settings]
-    for f in dataclasses.fields(settings):
-        kind = {"int": int, "float": float}.get(str(f.type).split(" ")[0], str)
-        choices = [c for c in f.metadata["choices"] if c != f.default] or ["text"]
-        flips = str(f.type).startswith("bool")
-        value = (not f.default) if flips else choices[0] if kind is str else kind(_VALUES[kind])
-        flag = f"--{'lr' if f.name == 'rate' else f.name.replace('_', '-')}"
-        words = [flag if value else flag.replace("--", "--no-")] if flips else [flag, str(value)]
-        parsed = cli._parser().parse_args([*command.split(), *words])
-        assert settings(**cli._given(parsed, settings)) == dataclasses.replace(
-            settings(), **{f.name: value}
-        )
 
 
 @pytest.mark.slow
