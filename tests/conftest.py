@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -24,6 +25,29 @@ def pytest_configure() -> None:
     if "PYTEST_XDIST_WORKER" in os.environ:
         os.environ["OMP_NUM_THREADS"] = "1"
         torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _prompts_are_encoded_once() -> Iterator[None]:
+    """The hundreds of ordinary prompts that a concept is held at are the same in all tests, and
+    took most of their time. A batch that was encoded without gradients is not encoded again.
+    """
+    encode, known = Backbone.encode_prompts, dict[Any, torch.Tensor]()
+
+    def remembered(self: Backbone, prompts: Sequence[str], words: Any = None) -> torch.Tensor:
+        if words or torch.is_grad_enabled() or len(prompts) < 16 or self.device.type != "cpu":
+            return encode(self, prompts, words)
+        dtypes = [next(part.parameters()).dtype for part in self.parts]
+        key = (self.fingerprint, *dtypes, torch.get_num_threads(), *prompts)
+        if key not in known:
+            if len(known) == 128:
+                del known[next(iter(known))]  # the oldest: 1.3 MB each
+            known[key] = encode(self, prompts, words)
+        return known[key].clone()
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Backbone, "encode_prompts", remembered)
+        yield
 
 
 @pytest.fixture(scope="session")
