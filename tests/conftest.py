@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from helpers_learn import NOUNS, save_concept
+from helpers_learn import NOUNS, learn_request, save_concept
 from helpers_webui import WebUI, freeze
 
+from comfy_continual_lora import pipeline
 from comfy_continual_lora.checkpoint.backbone import Backbone
 from comfy_continual_lora.checkpoint.load import load_backbone
 from comfy_continual_lora.mini.weights import write_checkpoint
+from comfy_continual_lora.settings import LearnSettings
 
 
 def pytest_configure() -> None:
@@ -86,6 +88,41 @@ def mini_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def checkpoint(mini_file: Path, tmp_path: Path) -> Path:
     """A mini-SD of this test's own, so that its stack is too."""
     return Path(shutil.copy(mini_file, tmp_path / "mini.safetensors"))
+
+
+@pytest.fixture(scope="session")
+def _learned_before(
+    mini_file: Path, folders: dict[str, Path], tmp_path_factory: pytest.TempPathFactory
+) -> Callable[..., Path]:
+    """The folder of a mini-SD that learned these concepts with these settings, once a session."""
+    known: dict[Any, Path] = {}
+
+    def folder_of(settings: LearnSettings, *tokens: str) -> Path:
+        if (settings, tokens) not in known:
+            folder = tmp_path_factory.mktemp("learned") / "models"
+            if tokens[:-1]:
+                shutil.copytree(folder_of(settings, *tokens[:-1]), folder)
+            else:
+                folder.mkdir()
+                shutil.copy(mini_file, folder)
+            request = learn_request(folder / mini_file.name, folders, tokens[-1], settings)
+            pipeline.learn_concept(request)
+            known[settings, tokens] = folder
+        return known[settings, tokens]
+
+    return folder_of
+
+
+@pytest.fixture
+def learned(_learned_before: Callable[..., Path], tmp_path: Path) -> Callable[..., Path]:
+    """`learned(settings, "V1", "V2")`: a mini-SD of this test's own that learned these concepts."""
+
+    def own(settings: LearnSettings, *tokens: str) -> Path:
+        folder = tmp_path / "-".join(("learned", *tokens))
+        shutil.copytree(_learned_before(settings, *tokens), folder)
+        return folder / "mini.safetensors"
+
+    return own
 
 
 @pytest.fixture(scope="session")

@@ -12,6 +12,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -57,11 +58,9 @@ def _tokens(checkpoint: Path) -> list[str]:
 
 
 @pytest.fixture
-def two(checkpoint: Path, folders: dict[str, Path]) -> Path:
+def two(learned: Callable[..., Path]) -> Path:
     """A mini-SD that knows V1 and V2."""
-    for token in ("V1", "V2"):
-        pipeline.learn_concept(_learn(checkpoint, folders, token))
-    return checkpoint
+    return learned(QUICK, "V1", "V2")
 
 
 def test_undo_takes_back_every_kind_of_change(
