@@ -396,38 +396,52 @@ def test_a_stack_that_was_read_is_not_mapped(tmp_path: Path) -> None:
     assert torch.equal(stack.words["id1"], torch.ones(1, 8))
 
 
+@pytest.mark.skipif(os.name != "posix", reason="forks")
 def test_kill_9_at_any_moment_leaves_a_whole_history(tmp_path: Path) -> None:
     """While it saves, undoes and restores: the stack reads, so does every version, and none is
     another's.
     """
     path = tmp_path / "x.concepts.safetensors"
-    code = (
-        "import sys; from pathlib import Path; sys.path[:0] = ['tests']; from helpers_store import "
-        "make_stack\n"
+    code = (  # one process imports, and each that is killed is a copy of it
+        "import os, sys; from pathlib import Path; sys.path[:0] = ['tests']\n"
+        "from helpers_store import make_stack\n"
         "from comfy_continual_lora import stackfile, store\n"
         f"path = Path({str(path)!r}); stacks = [make_stack(n, 3000) for n in (1, 2, 3)]\n"
-        "print('ready', flush=True)\n"
-        "while True:\n"
-        "    for s in stacks:\n"
-        "        store.save_stack(s, path, store.change('learned', s.records[-1:]))\n"
-        "    store.undo(path); store.restore(path, stackfile.versions(path)[-1].number)\n"
+        "def work():\n"
+        "    while True:\n"
+        "        for s in stacks:\n"
+        "            store.save_stack(s, path, store.change('learned', s.records[-1:]))\n"
+        "        store.undo(path); store.restore(path, stackfile.versions(path)[-1].number)\n"
+        "for _ in sys.stdin:\n"
+        "    saver = os.fork()\n"
+        "    if not saver:\n"
+        "        try:\n"
+        "            work()\n"
+        "        finally:\n"
+        "            os._exit(1)\n"
+        "    print(saver, flush=True)\n"
+        "    print(os.waitstatus_to_exitcode(os.waitpid(saver, 0)[1]), flush=True)\n"
     )
-    rnd = random.Random(0)
+    rnd, killed = random.Random(0), 0
+    parent = subprocess.Popen(
+        [sys.executable, "-c", code],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        cwd=Path(__file__).parents[1],
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    assert parent.stdin
+    assert parent.stdout
     for _ in range(12):
-        saver = subprocess.Popen(
-            [sys.executable, "-c", code],
-            stdout=subprocess.PIPE,
-            text=True,
-            cwd=Path(__file__).parents[1],
-        )
-        assert saver.stdout
-        assert saver.stdout.readline() == "ready\n"
+        print(file=parent.stdin, flush=True)
+        saver = int(parent.stdout.readline())
         time.sleep(rnd.uniform(0, 0.3))
-        saver.send_signal(signal.SIGKILL)
-        saver.wait()
-        saver.stdout.close()
+        os.kill(saver, signal.SIGKILL)
+        assert int(parent.stdout.readline()) == -signal.SIGKILL
         if not path.exists():
             continue
+        killed += 1
         with store.writing(path):
             pass
         left = [path, *files.history_folder(path).glob("*")]
@@ -436,6 +450,9 @@ def test_kill_9_at_any_moment_leaves_a_whole_history(tmp_path: Path) -> None:
             assert same(stack, make_stack(len(stack.records), 3000))
         assert not [p for p in tmp_path.rglob(".*") if p.suffix != ".lock"]
         assert len(left) <= stackfile.HISTORY + 2
+    assert killed > 6
+    parent.communicate()
+    assert parent.returncode == 0
 
 
 def test_errors_of_going_back_leave_everything(two: Path) -> None:
