@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -118,8 +119,8 @@ def learned(_learned_before: Callable[..., Path], tmp_path: Path) -> Callable[..
     """`learned(settings, "V1", "V2")`: a mini-SD of this test's own that learned these concepts."""
 
     def own(settings: LearnSettings, *tokens: str) -> Path:
-        folder = tmp_path / "-".join(("learned", *tokens))
-        shutil.copytree(_learned_before(settings, *tokens), folder)
+        folder = Path(tempfile.mkdtemp(prefix="learned", dir=tmp_path))
+        shutil.copytree(_learned_before(settings, *tokens), folder, dirs_exist_ok=True)
         return folder / "mini.safetensors"
 
     return own

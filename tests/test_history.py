@@ -8,17 +8,15 @@ import dataclasses
 import os
 import random
 import shutil
-import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 from helpers_learn import NOUNS
-from helpers_store import FINGERPRINT, make_stack, same
+from helpers_store import FINGERPRINT, make_stack, same, writer
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -402,57 +400,26 @@ def test_kill_9_at_any_moment_leaves_a_whole_history(tmp_path: Path) -> None:
     another's.
     """
     path = tmp_path / "x.concepts.safetensors"
-    code = (  # one process imports, and each that is killed is a copy of it
-        "import os, sys; from pathlib import Path; sys.path[:0] = ['tests']\n"
-        "from helpers_store import make_stack\n"
-        "from comfy_continual_lora import stackfile, store\n"
-        f"path = Path({str(path)!r}); stacks = [make_stack(n, 3000) for n in (1, 2, 3)]\n"
-        "def work():\n"
-        "    while True:\n"
-        "        for s in stacks:\n"
-        "            store.save_stack(s, path, store.change('learned', s.records[-1:]))\n"
-        "        store.undo(path); store.restore(path, stackfile.versions(path)[-1].number)\n"
-        "for _ in sys.stdin:\n"
-        "    saver = os.fork()\n"
-        "    if not saver:\n"
-        "        try:\n"
-        "            work()\n"
-        "        finally:\n"
-        "            os._exit(1)\n"
-        "    print(saver, flush=True)\n"
-        "    print(os.waitstatus_to_exitcode(os.waitpid(saver, 0)[1]), flush=True)\n"
+    work = (
+        "[store.save_stack(s, path, store.change('learned', s.records[-1:])) for s in stacks]; "
+        "store.undo(path); store.restore(path, stackfile.versions(path)[-1].number)"
     )
     rnd, killed = random.Random(0), 0
-    parent = subprocess.Popen(
-        [sys.executable, "-c", code],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
-        cwd=Path(__file__).parents[1],
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )
-    assert parent.stdin
-    assert parent.stdout
-    for _ in range(12):
-        print(file=parent.stdin, flush=True)
-        saver = int(parent.stdout.readline())
-        time.sleep(rnd.uniform(0, 0.3))
-        os.kill(saver, signal.SIGKILL)
-        assert int(parent.stdout.readline()) == -signal.SIGKILL
-        if not path.exists():
-            continue
-        killed += 1
-        with store.writing(path):
-            pass
-        left = [path, *files.history_folder(path).glob("*")]
-        for file in left:
-            stack = store.open_stack(file)
-            assert same(stack, make_stack(len(stack.records), 3000))
-        assert not [p for p in tmp_path.rglob(".*") if p.suffix != ".lock"]
-        assert len(left) <= stackfile.HISTORY + 2
+    with writer(path, "[make_stack(n, 3000) for n in (1, 2, 3)]", work) as kill_after:
+        for _ in range(12):
+            kill_after(rnd.uniform(0, 0.3))
+            if not path.exists():
+                continue
+            killed += 1
+            with store.writing(path):
+                pass
+            left = [path, *files.history_folder(path).glob("*")]
+            for file in left:
+                stack = store.open_stack(file)
+                assert same(stack, make_stack(len(stack.records), 3000))
+            assert not [p for p in tmp_path.rglob(".*") if p.suffix != ".lock"]
+            assert len(left) <= stackfile.HISTORY + 2
     assert killed > 6
-    parent.communicate()
-    assert parent.returncode == 0
 
 
 def test_errors_of_going_back_leave_everything(two: Path) -> None:
