@@ -30,6 +30,14 @@ def pytest_configure() -> None:
         torch.set_num_threads(1)
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Files that hold slow tests come first: a worker that took one last would end long after the
+    other.
+    """
+    slow = {item.path for item in items if item.get_closest_marker("slow")}
+    items.sort(key=lambda item: item.path not in slow)
+
+
 @pytest.fixture(scope="session", autouse=True)
 def _prompts_are_encoded_once() -> Iterator[None]:
     """The hundreds of ordinary prompts that a concept is held at are the same in all tests, and
