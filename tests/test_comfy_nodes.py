@@ -144,6 +144,7 @@ def test_every_widget_reaches_its_setting(nodes: Any) -> None:
         EvaluateSettings,
         LearnSettings,
         ScoreSettings,
+        SolveSettings,
     )
 
     for node, settings in (
@@ -151,10 +152,16 @@ def test_every_widget_reaches_its_setting(nodes: Any) -> None:
         (nodes.Consolidate, ConsolidateSettings),
         (nodes.ComputeScores, ScoreSettings),
         (nodes.EvaluateRetention, EvaluateSettings),
+        (nodes.SelectConcepts, SolveSettings),
+        (nodes.ConsolidateInClosedForm, SolveSettings),
+        (nodes.ForgetConcept, SolveSettings),
+        (nodes.MergeStacks, SolveSettings),
     ):
         known = {f.name for f in dataclasses.fields(settings)}
         ports = {port.id: port for port in node.define_schema().inputs if port.id in known}
         assert ports
+        if settings is SolveSettings:
+            assert ports.keys() == known
         assert (
             nodes._settings(settings, {name: port.rest["default"] for name, port in ports.items()})
             == settings()

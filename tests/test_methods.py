@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import shutil
 import sys
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -121,12 +122,10 @@ LORA_KIND.remove("retention")  # holds ordinary prompts from the first concept o
 
 @pytest.mark.parametrize("name", LORA_KIND)
 def test_without_memory_every_lora_method_is_plain_lora(
-    checkpoint: Path, folders: dict[str, Path], tmp_path: Path, name: str
+    learned: Callable[..., Path], name: str
 ) -> None:
-    plain = Path(shutil.copy(checkpoint, tmp_path / "plain.safetensors"))
-    pipeline.learn_concept(learn_request(checkpoint, folders, "V1", VARIANTS[name]))
-    pipeline.learn_concept(learn_request(plain, folders, "V1", VARIANTS["lora"]))
-    ours, theirs = stack_of(checkpoint), stack_of(plain)
+    ours, theirs = (stack_of(learned(VARIANTS[one], "V1")) for one in (name, "lora"))
+    assert ours.records[0].method == VARIANTS[name].method
     assert ours.adapter
     assert theirs.adapter
     assert all(torch.equal(t, theirs.adapter[k]) for k, t in ours.adapter.items())
@@ -146,10 +145,9 @@ def test_no_penalty_on_an_empty_stack(name: str) -> None:
 
 @pytest.mark.parametrize("name", [name for name in METHODS if METHODS[name].keeps_fisher])
 def test_the_penalty_is_zero_where_the_next_concept_starts(
-    checkpoint: Path, folders: dict[str, Path], name: str
+    learned: Callable[..., Path], name: str
 ) -> None:
-    pipeline.learn_concept(learn_request(checkpoint, folders, "V1", VARIANTS[name]))
-    stack = stack_of(checkpoint)
+    stack = stack_of(learned(VARIANTS[name], "V1"))
     penalty = _penalties(name, stack)["ewc"]
     assert stack.adapter
     assert penalty(Step(stack.adapter)) == 0
@@ -158,12 +156,9 @@ def test_the_penalty_is_zero_where_the_next_concept_starts(
 
 @pytest.mark.parametrize("stage", ["learn", "consolidate", "fisher"])
 def test_a_run_stopped_in_any_stage_ends_as_an_undisturbed_one(
-    checkpoint: Path, folders: dict[str, Path], tmp_path: Path, stage: str
+    learned: Callable[..., Path], folders: dict[str, Path], stage: str
 ) -> None:
-    pipeline.learn_concept(learn_request(checkpoint, folders, "V1", QUICK))
-    other = Path(shutil.copy(checkpoint, tmp_path / "other.safetensors"))
-    shutil.copy(store.stack_path(checkpoint), store.stack_path(other))
-    pipeline.learn_concept(learn_request(checkpoint, folders, "V2", QUICK))
+    checkpoint, other = learned(QUICK, "V1", "V2"), learned(QUICK, "V1")
 
     def stop(progress: Progress) -> None:
         if progress.stage == stage and progress.step == 1:
@@ -205,9 +200,8 @@ def test_a_run_stopped_while_calibrating_has_learned(
     assert stack_of(checkpoint).tau
 
 
-def test_consolidate_by_itself(checkpoint: Path, folders: dict[str, Path]) -> None:
-    for token in ("V1", "V2"):
-        pipeline.learn_concept(learn_request(checkpoint, folders, token, VARIANTS["lora_ewc"]))
+def test_consolidate_by_itself(learned: Callable[..., Path], folders: dict[str, Path]) -> None:
+    checkpoint = learned(VARIANTS["lora_ewc"], "V1", "V2")
     before = stack_of(checkpoint)
     wanted = TrainSettings(batch=3, size=64, fisher_samples=3, dsc_steps=3)
     done = pipeline.consolidate(
@@ -243,8 +237,10 @@ def test_consolidate_by_itself(checkpoint: Path, folders: dict[str, Path]) -> No
         )
 
 
-def test_kinds_of_adapters_do_not_mix(checkpoint: Path, folders: dict[str, Path]) -> None:
-    pipeline.learn_concept(learn_request(checkpoint, folders, "V1", VARIANTS["custom_diffusion"]))
+def test_kinds_of_adapters_do_not_mix(
+    learned: Callable[..., Path], folders: dict[str, Path]
+) -> None:
+    checkpoint = learned(VARIANTS["custom_diffusion"], "V1")
     with pytest.raises(
         SettingError, match="trains an adapter of the kind lora, but this stack's is full"
     ):
@@ -261,12 +257,9 @@ def test_kinds_of_adapters_do_not_mix(checkpoint: Path, folders: dict[str, Path]
 
 
 def test_a_lora_that_has_grown_does_not_go_with_ewc(
-    checkpoint: Path, folders: dict[str, Path]
+    learned: Callable[..., Path], folders: dict[str, Path]
 ) -> None:
-    for token in ("V1", "V2"):
-        pipeline.learn_concept(
-            learn_request(checkpoint, folders, token, VARIANTS["c_lora published"])
-        )
+    checkpoint = learned(VARIANTS["c_lora published"], "V1", "V2")
     with pytest.raises(SettingError, match="this stack's LoRA has grown"):
         pipeline.learn_concept(learn_request(checkpoint, folders, "V3", VARIANTS["lora_ewc"]))
 
@@ -283,12 +276,11 @@ def test_c_loras_penalty_by_hand() -> None:
 
 
 def test_scores_name_pictures_and_count_what_is_right(
-    checkpoint: Path, folders: dict[str, Path]
+    checkpoint: Path, folders: dict[str, Path], learned: Callable[..., Path]
 ) -> None:
     with pytest.raises(store.StackError, match="learned no concept"):
         pipeline.dc_scores(requests.ScoreRequest(checkpoint, folders["V1"], device="cpu"))
-    for token in ("V1", "V2"):
-        pipeline.learn_concept(learn_request(checkpoint, folders, token, VARIANTS["lora"]))
+    checkpoint = learned(VARIANTS["lora"], "V1", "V2")
     wanted = settings.ScoreSettings(trials=8, size=64)
     found = pipeline.dc_scores(
         requests.ScoreRequest(checkpoint, folders["V1"].parent, wanted, device="cpu")

@@ -21,7 +21,14 @@ from comfy_continual_lora.settings import LearnSettings
 ROOT = Path(__file__).parents[1]
 # `retention` has a penalty and `lora_dsc_ewc_dc` consolidates: both are taken in parts too
 QUICK = LearnSettings(
-    method="lora", steps=4, batch=5, rank=4, dsc_steps=2, fisher_samples=4, snapshot_every=2
+    method="lora",
+    steps=4,
+    batch=5,
+    rank=4,
+    size=64,
+    dsc_steps=2,
+    fisher_samples=4,
+    snapshot_every=2,
 )
 
 
@@ -102,6 +109,7 @@ def _launch(
         "steps": 4,
         "batch": 5,
         "rank": 4,
+        "size": 64,
         "dsc-steps": 2,
         "fisher-samples": 4,
         "method": "lora_dsc_ewc_dc",
@@ -143,6 +151,7 @@ LAUNCHERS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("launcher", LAUNCHERS)
 def test_two_processes_learn_what_one_does(
     checkpoint: Path, folders: dict[str, Path], tmp_path: Path, launcher: str

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import copy
 import shutil
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -51,15 +52,9 @@ def _problem(
 
 
 @pytest.fixture
-def two(checkpoint: Path, folders: dict[str, Path]) -> Path:
+def two(learned: Callable[..., Path]) -> Path:
     """A checkpoint that learned two concepts, the second at a rate that spoils the first."""
-    return _learned(checkpoint, folders, "V1", "V2")
-
-
-def _learned(checkpoint: Path, folders: dict[str, Path], *tokens: str) -> Path:
-    for token in tokens:
-        pipeline.learn_concept(learn_request(checkpoint, folders, token, QUICKER))
-    return checkpoint
+    return learned(QUICKER, "V1", "V2")
 
 
 @pytest.mark.parametrize("kind", ["lora", "full"])
@@ -169,12 +164,9 @@ def test_the_energy_rule_and_the_least_rank(backbone: Backbone) -> None:
     )
 
 
-def test_vera_is_refused(checkpoint: Path, folders: dict[str, Path]) -> None:
+def test_vera_is_refused(learned: Callable[..., Path]) -> None:
     """By whatever has to write the solution into the stack."""
-    for token in ("V1", "V2"):
-        pipeline.learn_concept(
-            learn_request(checkpoint, folders, token, replace(QUICKER, adapter="vera"))
-        )
+    checkpoint = learned(replace(QUICKER, adapter="vera"), "V1", "V2")
     with pytest.raises(StackError, match="can't be written as vera"):
         pipeline.consolidate_in_closed_form(requests.SolveRequest(checkpoint, device="cpu"))
     with pytest.raises(StackError, match="can't be written as vera"):
@@ -245,8 +237,8 @@ def test_retention_ends_at_the_closed_form(
     assert undone.adapter is stack.pool[first.id]
 
 
-def test_one_concept_has_nothing_to_consolidate(checkpoint: Path, folders: dict[str, Path]) -> None:
-    _learned(checkpoint, folders, "V1")
+def test_one_concept_has_nothing_to_consolidate(learned: Callable[..., Path]) -> None:
+    checkpoint = learned(QUICKER, "V1")
     with pytest.raises(StackError, match="two concepts at least"):
         pipeline.consolidate_in_closed_form(requests.SolveRequest(checkpoint, device="cpu"))
 
@@ -262,12 +254,12 @@ def _does(
 
 
 def test_selected_concepts_get_what_their_own_adapters_did(
-    checkpoint: Path, folders: dict[str, Path], backbone: Backbone
+    learned: Callable[..., Path], backbone: Backbone
 ) -> None:
     """Of a stack that forgets: one by itself nearly exactly, two less so, and nothing of the third;
     the stack stays as it was.
     """
-    _learned(checkpoint, folders, *NOUNS)
+    checkpoint = learned(QUICKER, *NOUNS)
     stack, raw, request = (
         stack_of(checkpoint),
         store.stack_path(checkpoint).read_bytes(),
@@ -318,12 +310,9 @@ def test_selected_concepts_get_what_their_own_adapters_did(
 
 
 def test_of_words_alone_the_words_are_selected(
-    checkpoint: Path, folders: dict[str, Path], tmp_path: Path
+    learned: Callable[..., Path], tmp_path: Path
 ) -> None:
-    for token in ("V1", "V2"):
-        pipeline.learn_concept(
-            learn_request(checkpoint, folders, token, replace(QUICK, method="textual_inversion"))
-        )
+    checkpoint = learned(replace(QUICK, method="textual_inversion"), "V1", "V2")
     done = pipeline.export(
         requests.ExportRequest(checkpoint, tmp_path / "out", only=["V2"], device="cpu")
     )
@@ -331,10 +320,8 @@ def test_of_words_alone_the_words_are_selected(
     assert [path.name for path in done.embeddings] == ["V2.safetensors"]
 
 
-def test_forgetting_one_leaves_the_others(
-    checkpoint: Path, folders: dict[str, Path], backbone: Backbone
-) -> None:
-    _learned(checkpoint, folders, *NOUNS)
+def test_forgetting_one_leaves_the_others(learned: Callable[..., Path], backbone: Backbone) -> None:
+    checkpoint = learned(QUICKER, *NOUNS)
     before = stack_of(checkpoint)
     pipeline.consolidate_in_closed_form(requests.SolveRequest(checkpoint, device="cpu"))
     held, words = stack_of(checkpoint), before.tokens
@@ -372,10 +359,10 @@ def test_forgetting_the_newest_is_undo(two: Path) -> None:
 
 
 def test_merging_two_stacks(
-    checkpoint: Path, folders: dict[str, Path], backbone: Backbone, tmp_path: Path
+    learned: Callable[..., Path], folders: dict[str, Path], backbone: Backbone, tmp_path: Path
 ) -> None:
     """Two people with one checkpoint, both with a V1."""
-    _learned(checkpoint, folders, "V1")
+    checkpoint = learned(QUICKER, "V1")
     mine, theirs = stack_of(checkpoint), tmp_path / "theirs.concepts.safetensors"
     for token, images in (("V1", "V2"), ("V3", "V3")):
         request = replace(
@@ -418,9 +405,13 @@ def test_an_empty_stack_takes_another_as_it_is(two: Path, tmp_path: Path) -> Non
 
 @pytest.mark.parametrize("layout", ["kohya", "diffusers", "peft"])
 def test_importing_an_exported_lora_gives_it_back(
-    checkpoint: Path, folders: dict[str, Path], tmp_path: Path, backbone: Backbone, layout: str
+    learned: Callable[..., Path],
+    folders: dict[str, Path],
+    tmp_path: Path,
+    backbone: Backbone,
+    layout: str,
 ) -> None:
-    pipeline.learn_concept(learn_request(checkpoint, folders, "V1", replace(QUICKER, vectors=2)))
+    checkpoint = learned(replace(QUICKER, vectors=2), "V1")
     mine, out, bare = stack_of(checkpoint), tmp_path / "out", tmp_path / "bare.concepts.safetensors"
     done = pipeline.export(requests.ExportRequest(checkpoint, out))
     assert done.lora
@@ -466,9 +457,9 @@ def _other_names(lora: Path, stack: store.ConceptStack, folder: Path, layout: st
 
 
 def test_what_can_not_be_imported_is_refused(
-    checkpoint: Path, folders: dict[str, Path], tmp_path: Path, backbone: Backbone
+    learned: Callable[..., Path], tmp_path: Path, backbone: Backbone
 ) -> None:
-    _learned(checkpoint, folders, "V1")
+    checkpoint = learned(QUICKER, "V1")
     lora = pipeline.export(requests.ExportRequest(checkpoint, tmp_path / "out")).lora
     assert lora
     tensors, bad = load_file(lora), tmp_path / "bad.safetensors"
