@@ -45,6 +45,7 @@ from torch import Tensor, nn
 
 from ..diffusion import add_noise, alphas_cumprod, loss_per_example
 from . import parts, weights, world
+from .drawing import SIZE, draw_abstract
 
 PICTURES = 64_000
 SEED = 20
@@ -84,9 +85,7 @@ def stage_pictures(out: Path, processes: int) -> None:
     if path.exists():
         return
     partial = out / "pictures.partial.npy"
-    np.lib.format.open_memmap(
-        partial, "w+", np.uint8, (PICTURES, world.SIZE, world.SIZE, 3)
-    ).flush()
+    np.lib.format.open_memmap(partial, "w+", np.uint8, (PICTURES, SIZE, SIZE, 3)).flush()
     bounds = np.linspace(0, PICTURES, processes + 1).astype(int)
     context = torch.multiprocessing.get_context("spawn")
     workers = [
@@ -365,7 +364,7 @@ def stage_autoencoder(out: Path, steps: int, n: int = 8) -> None:
             pictures.indices(step, n - n // 4, stream=30 + rank),
             np.random.default_rng((SEED, 30 + rank, step)),
         )
-        abstract = to_tensor(np.stack([world.draw_abstract(rng) for _ in range(n // 4)]))
+        abstract = to_tensor(np.stack([draw_abstract(rng) for _ in range(n // 4)]))
         images = torch.cat([pictures.images(indices), abstract]).contiguous(
             memory_format=torch.channels_last
         )
