@@ -24,7 +24,7 @@ from PIL.Image import Image
 from torch import Tensor, nn
 
 from .checkpoint.backbone import Backbone
-from .checkpoint.narrow import number_for, recast
+from .checkpoint.narrow import dtype_for, recast
 from .concepts import to_pil
 from .diffusion import (
     generator_for,
@@ -187,7 +187,7 @@ def number_format(backbone: Backbone, settings: ConsolidateSettings) -> Iterator
     Factors, optimizer and loss stay in float32. Checkpointing asks for training mode; there is no
     dropout in the net.
     """
-    recast(backbone.unet, number_for(settings.precision, backbone.device))
+    recast(backbone.unet, dtype_for(settings.precision, backbone.device))
     if settings.checkpointing:
         backbone.unet.enable_gradient_checkpointing()
         backbone.unet.train()

@@ -22,7 +22,8 @@ from safetensors.torch import load_file, save_file
 from webui import WebUI, find_webui
 
 from comfy_continual_lora import pipeline, store
-from comfy_continual_lora.checkpoint.load import TOKENIZER, load_backbone
+from comfy_continual_lora.checkpoint.load import load_backbone
+from comfy_continual_lora.checkpoint.single_file import TOKENIZER
 from comfy_continual_lora.lora import attached
 from comfy_continual_lora.settings import LearnSettings
 
