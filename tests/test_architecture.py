@@ -21,7 +21,7 @@ LAYERS = (
     ("report",),
     ("pipeline",),
     ("dsc", "export", "evaluate", "plan"),
-    ("learn", "sample", "fisher", "solve", "foreign"),
+    ("learn", "sample", "fisher", "solve", "foreign", "stock"),
     ("classifier",),
     ("mini",),
     ("methods",),
