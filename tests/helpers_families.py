@@ -26,7 +26,7 @@ from torch import Tensor
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 from comfy_continual_lora.checkpoint import keys
-from comfy_continual_lora.checkpoint.load import TOKENIZER
+from comfy_continual_lora.checkpoint.single_file import TOKENIZER
 from comfy_continual_lora.diffusion import BETA_END, BETA_START
 
 KINDS = ("sd2", "sd2-v", "sdxl", "sdxl-v")

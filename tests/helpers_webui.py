@@ -24,7 +24,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from comfy_continual_lora import stackfile, store
-from comfy_continual_lora.checkpoint.load import TOKENIZER
+from comfy_continual_lora.checkpoint.single_file import TOKENIZER
 from comfy_continual_lora.mini.weights import write_checkpoint
 from comfy_continual_lora.webui.install import install
 

@@ -40,7 +40,7 @@ LAYERS = (
     ("views",),
     ("plan", "prepare", "report"),
     ("methods",),
-    ("consolidation", "dsc", "evaluate", "export", "fisher", "foreign", "history"),
+    ("consolidation", "dsc", "evaluate", "export", "fisher", "foreign", "history", "stock"),
     ("concept", "session"),
     ("learn", "requests", "targets"),
     ("moments", "results", "sample", "solve", "training"),

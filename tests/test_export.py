@@ -12,7 +12,7 @@ from helpers_store import make_record
 from safetensors import safe_open
 from safetensors.torch import load_file, save
 
-from comfy_continual_lora import export, store
+from comfy_continual_lora import export, stock, store
 from comfy_continual_lora.adapters.adapter import KINDS, delta_weights, new_adapter
 from comfy_continual_lora.checkpoint.backbone import Backbone
 from comfy_continual_lora.errors import StackError
@@ -154,7 +154,7 @@ def test_what_an_earlier_program_exported_is_taken_for_its_own(
     stack = _owned(backbone, "a" * 16)
     (tmp_path / "embeddings").mkdir()
     (tmp_path / "embeddings" / "V1.safetensors").write_bytes(
-        save(export.embedding(stack.words["id1"], stack.checkpoint))
+        save(stock.embedding(stack.words["id1"], stack.checkpoint))
     )
     assert not _export(stack, tmp_path).renamed
 

@@ -195,7 +195,7 @@ def _without(state: dict[str, torch.Tensor], part: str) -> dict[str, torch.Tenso
         (
             "sd2",
             lambda s: {**s, f"{_WEIGHT[:-7]}.scale_weight": torch.ones(1)},
-            "few bits with scales .*proj_out.scale_weight.*a quantised copy",
+            "quantised weights and their scales .*proj_out.scale_weight.*a quantised copy",
         ),
         (
             "sd2",

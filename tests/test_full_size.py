@@ -23,7 +23,8 @@ from safetensors.torch import load_file, save_file
 
 from comfy_continual_lora import pipeline, requests, store
 from comfy_continual_lora.adapters.adapter import attached
-from comfy_continual_lora.checkpoint.load import TOKENIZER, load_backbone
+from comfy_continual_lora.checkpoint.load import load_backbone
+from comfy_continual_lora.checkpoint.single_file import TOKENIZER
 from comfy_continual_lora.settings import LearnSettings
 
 COMFYUI, A1111 = find_comfyui(), find_webui()

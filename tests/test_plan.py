@@ -245,7 +245,7 @@ def test_norms_take_more_on_a_gpu_in_half_precision(
 
 
 def test_a_plan_reads_no_weights(mini_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from comfy_continual_lora.checkpoint.load import Part
+    from comfy_continual_lora.checkpoint.layout import Part
 
     monkeypatch.setattr(Part, "read", lambda *_: pytest.fail("a weight was read"))
     assert plan(mini_file, NOWHERE, QUICK, "cpu").peak > 0

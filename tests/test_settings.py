@@ -14,12 +14,12 @@ from comfy_continual_lora import cli, pipeline, worker
 from comfy_continual_lora.errors import Cancelled
 from comfy_continual_lora.progress import ignore
 from comfy_continual_lora.settings import (
-    TrainSettings,
     DrawSettings,
     EvaluateSettings,
     LearnSettings,
     ScoreSettings,
     SolveSettings,
+    TrainSettings,
 )
 
 # what is typed, which function of the pipeline gets the settings

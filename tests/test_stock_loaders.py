@@ -17,7 +17,7 @@ from helpers_full_size import SD15_UNET, SD21_UNET, SDXL_UNET
 from safetensors.torch import save_file
 
 from comfy_continual_lora.checkpoint import keys
-from comfy_continual_lora.export import kohya_lora
+from comfy_continual_lora.stock import kohya_lora
 from comfy_continual_lora.store import Base
 
 FOUND = find_comfyui()

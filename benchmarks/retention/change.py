@@ -52,7 +52,7 @@ from comfy_continual_lora import (
 )
 from comfy_continual_lora.checkpoint.backbone import Backbone, FrozenText
 from comfy_continual_lora.checkpoint.load import load_backbone
-from comfy_continual_lora.mini import pretrain, world
+from comfy_continual_lora.mini import trainset, world
 from comfy_continual_lora.settings import ScoreSettings
 
 
@@ -113,7 +113,7 @@ def named(
     word, noun = FrozenText(backbone, stack.tokens)(prompts)
     features = {"word": word, "noun": noun}
     latents = backbone.encode_images(
-        pretrain.to_tensor(np.stack(list(world.concept_pictures(concept, 5))))
+        trainset.to_tensor(np.stack(list(world.concept_pictures(concept, 5))))
     )
     with lora.attached(backbone, stack.adapter):
         found = [

@@ -75,7 +75,7 @@ from comfy_continual_lora import (
 from comfy_continual_lora.checkpoint.backbone import Backbone, FrozenText
 from comfy_continual_lora.checkpoint.load import load_backbone
 from comfy_continual_lora.errors import SettingError
-from comfy_continual_lora.mini import pretrain, weights, world
+from comfy_continual_lora.mini import trainset, weights, world
 from comfy_continual_lora.settings import (
     METHODS,
     TEMPLATES,
@@ -395,7 +395,7 @@ def _joint(job: Job) -> tuple[dict[tuple[int, int], store.ConceptStack], float, 
         token: torch.nn.Parameter(start.to(backbone.device)) for token, start in starts.items()
     }
     for token, concept in zip(words, job.sequence, strict=True):
-        pictures = pretrain.to_tensor(np.stack(list(world.concept_pictures(concept, 5))))
+        pictures = trainset.to_tensor(np.stack(list(world.concept_pictures(concept, 5))))
         latents += backbone.encode_images(pictures)
         prompts += [concepts.prompts_for(token, concept.noun, TEMPLATES, None)] * len(pictures)
     with lora.attached(backbone, adapter, trainable=True) as factors:
@@ -465,7 +465,7 @@ def real_pictures(concept: world.Concept, count: int) -> Tensor:
         for seed in range(1, 2 + count // 10)
         for p in world.concept_pictures(concept, 10, seed=seed)
     ][:count]
-    return pretrain.to_tensor(np.stack(pictures))
+    return trainset.to_tensor(np.stack(pictures))
 
 
 def left_by(folder: Path) -> tuple[Backbone, store.ConceptStack, list[world.Concept]]:
@@ -523,7 +523,7 @@ def _accuracy(job: Job, backbone: Backbone, stack: store.ConceptStack) -> float 
         for token, concept in list(zip(prompts, job.sequence, strict=True))[
             :: -(-job.concepts // 50)
         ]:
-            pictures = pretrain.to_tensor(np.stack(list(world.concept_pictures(concept, 5))))
+            pictures = trainset.to_tensor(np.stack(list(world.concept_pictures(concept, 5))))
             for latent in backbone.encode_images(pictures[: max(1, 30 // job.concepts)]):
                 found = classifier.classify(
                     backbone, latent, features, stack.tau, ScoreSettings(trials=16)
@@ -578,8 +578,8 @@ def bleeding(pictures: Tensor, asked: Sequence[tuple[world.Concept, world.Concep
         things = tuple(world.Thing(c.look, (), "") for c in (left, right))
         return world.draw_scene(world.Scene(things, place, ""), np.random.default_rng(0))
 
-    in_order = pretrain.to_tensor(np.stack([real(a, b, place) for a, b, place in asked]))
-    turned = pretrain.to_tensor(np.stack([real(b, a, place) for a, b, place in asked]))
+    in_order = trainset.to_tensor(np.stack([real(a, b, place) for a, b, place in asked]))
+    turned = trainset.to_tensor(np.stack([real(b, a, place) for a, b, place in asked]))
     found = []
     for columns in (
         slice(0, 66),

@@ -36,7 +36,7 @@ from comfy_continual_lora.adapters.adapter import attached
 from comfy_continual_lora.checkpoint.backbone import FrozenText
 from comfy_continual_lora.checkpoint.load import load_backbone
 from comfy_continual_lora.concepts import to_pil
-from comfy_continual_lora.mini import pretrain, weights, world
+from comfy_continual_lora.mini import trainset, weights, world
 from comfy_continual_lora.settings import DrawSettings, LearnSettings
 
 
@@ -52,7 +52,7 @@ def learned(
     )
     backbone = load_backbone(checkpoint, device="cpu")
     stack = store.load_stack(store.stack_path(checkpoint), backbone.fingerprint)
-    real = pretrain.to_tensor(np.stack(list(world.concept_pictures(concept, 10, seed=1))))
+    real = trainset.to_tensor(np.stack(list(world.concept_pictures(concept, 10, seed=1))))
     latents, text = backbone.encode_images(real[:5]), FrozenText(backbone, stack.tokens)
     own, bare = (
         text([f"a photo of a V1 {concept.noun}"])[0],

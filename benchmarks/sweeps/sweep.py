@@ -47,7 +47,7 @@ from comfy_continual_lora.adapters.adapter import Adapter, attached
 from comfy_continual_lora.checkpoint.backbone import Backbone, FrozenText
 from comfy_continual_lora.checkpoint.load import load_backbone
 from comfy_continual_lora.diffusion import generator_for, stratified
-from comfy_continual_lora.mini import pretrain, world
+from comfy_continual_lora.mini import trainset, world
 from comfy_continual_lora.mini.weights import write_checkpoint
 from comfy_continual_lora.settings import LearnSettings, ScoreSettings
 
@@ -92,7 +92,7 @@ def held_out_error(
 def held_out(backbone: Backbone, concept: world.Concept) -> list[Tensor]:
     """Latents (4, h, w) of five pictures of the concept that are never learned from."""
     return backbone.encode_images(
-        pretrain.to_tensor(np.stack(list(world.concept_pictures(concept, 5, seed=1))))
+        trainset.to_tensor(np.stack(list(world.concept_pictures(concept, 5, seed=1))))
     )
 
 
@@ -180,7 +180,7 @@ def prior_error(backbone: Backbone, adapter: Adapter | None) -> float:
     rng = np.random.default_rng(2025)
     scenes = [world.random_scene(rng) for _ in range(12)]
     latents = backbone.encode_images(
-        pretrain.to_tensor(np.stack([world.draw_scene(s, rng) for s in scenes]))
+        trainset.to_tensor(np.stack([world.draw_scene(s, rng) for s in scenes]))
     )
     features = backbone.encode_prompts(["", *(s.caption for s in scenes)])
     pairs = [([z], features[row]) for n, z in enumerate(latents) for row in (0, n + 1)]
