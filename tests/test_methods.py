@@ -278,7 +278,7 @@ def test_c_loras_penalty_by_hand() -> None:
 def test_scores_name_pictures_and_count_what_is_right(
     checkpoint: Path, folders: dict[str, Path], learned: Callable[..., Path]
 ) -> None:
-    with pytest.raises(store.StackError, match="learned no concept"):
+    with pytest.raises(store.StackError, match="holds no concept yet"):
         pipeline.dc_scores(requests.ScoreRequest(checkpoint, folders["V1"], device="cpu"))
     checkpoint = learned(VARIANTS["lora"], "V1", "V2")
     wanted = settings.ScoreSettings(trials=8, size=64)
