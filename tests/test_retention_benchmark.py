@@ -13,11 +13,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 from benchmarks.retention import run
-from comfy_continual_lora import store, textspace
-from comfy_continual_lora.checkpoint.backbone import Backbone
+from comfy_continual_lora import store
 
 SCRIPT = Path(__file__).parents[1] / "benchmarks" / "retention" / "run.py"
 pytestmark = pytest.mark.slow
@@ -130,21 +128,6 @@ def test_methods_are_compared_at_the_seeds_that_both_have() -> None:
         *pairs,
     ]
     assert run._beside_paper(rows)[2] == "* a_mmd (1): here c_lora, lora; in the paper c_lora, lora"
-
-
-def test_prompts_are_encoded_again_only_where_one_of_their_words_is_another(
-    backbone: Backbone,
-) -> None:
-    moments, words = (
-        run.Moments(),
-        {"V1": torch.randn(1, backbone.word_width), "V2": torch.randn(2, backbone.word_width)},
-    )
-    first = moments(backbone, words, prompts := ["a photo of a V1 ball", "a V1 ball on grass"])
-    assert torch.equal(first, textspace.moment(backbone, words, prompts))
-    assert moments(backbone, {**words, "V2": words["V2"] + 1}, prompts) is first
-    assert not torch.equal(moments(backbone, {**words, "V1": words["V1"] + 1}, prompts), first)
-    assert not torch.equal(moments(backbone, words, prompts[:1]), first)
-    assert not torch.equal(moments(backbone, words, prompts, 0.5), first)
 
 
 @pytest.mark.parametrize(

@@ -15,6 +15,7 @@ import json
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import matplotlib
 import torch
@@ -23,9 +24,9 @@ from torch import Tensor
 from comfy_continual_lora import pipeline, requests
 from comfy_continual_lora.adapters.adapter import layers_of
 from comfy_continual_lora.methods import METHODS
-from comfy_continual_lora.methods.method import Penalty
 from comfy_continual_lora.mini import world
 from comfy_continual_lora.mini.weights import write_checkpoint
+from comfy_continual_lora.penalty import Penalty, Step
 from comfy_continual_lora.settings import LearnSettings
 
 matplotlib.use("Agg")
@@ -52,19 +53,19 @@ def curves(variant: str, count: int, weight: float) -> list[list[float]]:
         METHODS["c_lora"],
         LearnSettings(method="c_lora", c_lora_variant=variant, c_lora_weight=weight),
     )
-    penalty_of = type(method).penalty
+    penalties_of = type(method).penalties
 
-    def watched(self: object, stack: object, *rest: object) -> Penalty:
-        own = penalty_of(self, stack, *rest)  # type: ignore[arg-type]
+    def watched(self: object, session: Any, *rest: Any) -> dict[str, Penalty]:
+        own = penalties_of(self, session, *rest)  # type: ignore[arg-type]
         found.append([])
 
-        def penalty(factors: Mapping[str, Tensor]) -> Tensor:
-            found[-1].append(log_norm(factors))
-            return own(factors) if own else torch.zeros(())
+        def watch(step: Step) -> Tensor:
+            found[-1].append(log_norm(step.factors))
+            return torch.zeros(())
 
-        return penalty
+        return {**own, "watch": watch}
 
-    type(method).penalty = watched  # type: ignore[method-assign]
+    type(method).penalties = watched  # type: ignore[method-assign]
     try:
         with tempfile.TemporaryDirectory() as folder:
             checkpoint = Path(folder) / "mini.safetensors"
@@ -77,7 +78,7 @@ def curves(variant: str, count: int, weight: float) -> list[list[float]]:
                     )
                 )
     finally:
-        type(method).penalty = penalty_of  # type: ignore[method-assign]
+        type(method).penalties = penalties_of  # type: ignore[method-assign]
     return found
 
 

@@ -32,7 +32,8 @@ from comfy_continual_lora.diffusion import generator_for
 from comfy_continual_lora.ewc import Ewc
 from comfy_continual_lora.mini import world
 from comfy_continual_lora.mini.weights import write_checkpoint
-from comfy_continual_lora.settings import METHODS, LearnSettings
+from comfy_continual_lora.presets import METHODS
+from comfy_continual_lora.settings import LearnSettings
 
 
 def _learn_second(folder: str, method: str, steps: int, answer: multiprocessing.Queue) -> None:

@@ -26,7 +26,7 @@ from comfy_continual_lora.adapters.adapter import attached, layers_of
 from comfy_continual_lora.checkpoint.backbone import FrozenText
 from comfy_continual_lora.checkpoint.load import load_backbone
 from comfy_continual_lora.concepts import load_images
-from comfy_continual_lora.fisher import Target, spectrum
+from comfy_continual_lora.fisher import FisherInputs, spectrum
 from comfy_continual_lora.mini import world
 from comfy_continual_lora.mini.weights import write_checkpoint
 from comfy_continual_lora.settings import LearnSettings
@@ -63,7 +63,9 @@ def spectra(concepts: list[world.Concept], steps: int) -> dict[str, dict[str, li
         for i in torch.randperm(len(names), generator=torch.Generator().manual_seed(0))[:3]
     ]
     target, found = (
-        Target(latents, newest.name, newest.noun, [record.name for record in previous], stack.tau),
+        FisherInputs(
+            latents, newest.name, newest.noun, [record.name for record in previous], stack.tau
+        ),
         {},
     )
     with attached(backbone, stack.adapter, trainable=True) as factors:

@@ -29,7 +29,8 @@ import run as retention
 import torch
 from torch import Tensor
 
-from comfy_continual_lora import concepts, lora, report, sample
+from comfy_continual_lora import concepts, report, sample
+from comfy_continual_lora.adapters.adapter import attached
 from comfy_continual_lora.checkpoint.backbone import Backbone
 from comfy_continual_lora.mini import drawing, trainset, world
 from comfy_continual_lora.store import ConceptStack
@@ -88,7 +89,7 @@ def drawn(
         "beside": [parts],
         "alone": [[pair[n] for pair in parts] for n in (0, 1)],
     }
-    with lora.attached(backbone, stack.adapter):
+    with attached(backbone, stack.adapter):
         pictures = torch.cat(
             [
                 sample.draw(backbone, stack.tokens, ps, range(len(ps)), retention.DRAWING)

@@ -42,7 +42,6 @@ from torch import Tensor
 from comfy_continual_lora import (
     classifier,
     concepts,
-    lora,
     metrics,
     pipeline,
     report,
@@ -50,6 +49,7 @@ from comfy_continual_lora import (
     sample,
     store,
 )
+from comfy_continual_lora.adapters.adapter import attached
 from comfy_continual_lora.checkpoint.backbone import Backbone, FrozenText
 from comfy_continual_lora.checkpoint.load import load_backbone
 from comfy_continual_lora.mini import trainset, world
@@ -90,7 +90,7 @@ class Run:
         checkpoint.
         """
         prompts = [prompt.format(name) for prompt in self.job.prompts]
-        with lora.attached(backbone, stack.adapter if stack else None):
+        with attached(backbone, stack.adapter if stack else None):
             return sample.draw(
                 backbone,
                 stack.tokens if stack else {},
@@ -115,7 +115,7 @@ def named(
     latents = backbone.encode_images(
         trainset.to_tensor(np.stack(list(world.concept_pictures(concept, 5))))
     )
-    with lora.attached(backbone, stack.adapter):
+    with attached(backbone, stack.adapter):
         found = [
             classifier.classify(
                 backbone, z, features, stack.tau or 1.0, ScoreSettings(stages=1)
@@ -203,7 +203,7 @@ def merge(out: Path, runs: Sequence[Run]) -> list[dict[str, Any]]:
             for place in list(world.BACKGROUNDS.values())[:4]
         ]
     report.grid([concepts.to_pil(picture) for picture in shown], 7).save(out / "merged.png")
-    with lora.attached(backbone, both.adapter):
+    with attached(backbone, both.adapter):
         pictures = sample.draw(backbone, both.tokens, pairs, range(len(pairs)), retention.DRAWING)
     report.grid([concepts.to_pil(picture) for picture in pictures], 4).save(out / "both.png")
     return rows

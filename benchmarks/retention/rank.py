@@ -27,7 +27,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from comfy_continual_lora import lora, solve, store
+from comfy_continual_lora import solve, store, targets
+from comfy_continual_lora.adapters.adapter import Adapter, factored, layers_of
 from comfy_continual_lora.checkpoint.load import load_backbone
 from comfy_continual_lora.settings import SolveSettings
 
@@ -41,8 +42,8 @@ def measure(run: Path) -> list[dict[str, Any]]:
         store.open_stack(run / "mini.concepts.safetensors"),
     )
     memory, adapters, rows = (
-        solve.Memory(backbone, [record.noun for record in stack.records]),
-        solve.adapters_of(stack),
+        targets.PromptBank(backbone, [record.noun for record in stack.records]),
+        targets.own_adapters(stack),
         [],
     )
     for count, record in enumerate(stack.records, start=1):
@@ -53,23 +54,23 @@ def measure(run: Path) -> list[dict[str, Any]]:
             stack.adapter_after(stack.records[max(0, n)].id) for n in (count - 1, count - 2)
         )
         assert newest
-        wishes = memory.targets(adapters[:count], SolveSettings())
+        goals = memory.targets(adapters[:count], SolveSettings())
         earlier = [
-            solve.relative_drift(newest, solve.Target(w.name, w.moment, before))
-            for w in wishes[1:-1]
+            targets.relative_drift(newest, solve.Target(w.name, w.moment, before))
+            for w in goals[1:-1]
         ]
-        held, _ = solve.solve(wishes, SolveSettings(rank=stack.rank))
+        held, _ = solve.solve(goals, SolveSettings(rank=stack.rank))
         rows.append(
             {
                 "run": run.name,
                 "concepts": count,
                 "rank": stack.rank,
-                "used": used(newest, sum((w.moment for w in wishes[1:]), memory.ordinary.clone())),
+                "used": used(newest, sum((w.moment for w in goals[1:]), memory.ordinary.clone())),
                 "moved": sum(earlier) / len(earlier) if earlier else 0.0,
                 "asked": [
-                    solve.solve(wishes, SolveSettings(energy=energy))[1] for energy in ENERGIES
+                    solve.solve(goals, SolveSettings(energy=energy))[1] for energy in ENERGIES
                 ],
-                "lost": sum(solve.relative_drift(held, wish) for wish in memory.about_one(wishes))
+                "lost": sum(targets.relative_drift(held, goal) for goal in memory.about_one(goals))
                 / count,
             }
         )
@@ -77,13 +78,13 @@ def measure(run: Path) -> list[dict[str, Any]]:
     return rows
 
 
-def used(adapter: lora.Adapter, moment: Tensor) -> list[int]:
+def used(adapter: Adapter, moment: Tensor) -> list[int]:
     lower = torch.linalg.cholesky(
         moment.double() + 1e-6 * moment.trace() / len(moment) * torch.eye(len(moment))
     )
     kept = []
-    for parts in lora.layers_of(adapter).values():
-        left, right = lora.factored(parts, len(moment))
+    for parts in layers_of(adapter).values():
+        left, right = factored(parts, len(moment))
         energy = torch.linalg.svdvals(left.double() @ (right.double() @ lower))[
             : right.shape[0]
         ].square()

@@ -61,24 +61,21 @@ from comfy_continual_lora import (
     classifier,
     concepts,
     diffusion,
-    learn,
-    lora,
     metrics,
     pipeline,
     report,
     requests,
     sample,
-    solve,
     store,
-    textspace,
+    training,
 )
+from comfy_continual_lora.adapters.adapter import attached, new_adapter
 from comfy_continual_lora.checkpoint.backbone import Backbone, FrozenText
 from comfy_continual_lora.checkpoint.load import load_backbone
 from comfy_continual_lora.errors import SettingError
 from comfy_continual_lora.mini import trainset, weights, world
+from comfy_continual_lora.presets import METHODS, TEMPLATES
 from comfy_continual_lora.settings import (
-    METHODS,
-    TEMPLATES,
     DrawSettings,
     LearnSettings,
     ScoreSettings,
@@ -212,7 +209,6 @@ def run(job: Job) -> dict[str, Any]:
         return done[job.folder.name]
     torch.set_num_threads(1)
     torch.backends.cudnn.allow_tf32 = False  # a GPU's row is to stand beside a CPU's
-    solve.moment = Moments()
     job.folder.mkdir(parents=True, exist_ok=True)
     versions, seconds, size = {"joint": _joint, "separate": _separate}.get(
         job.row.split()[0], _in_sequence
@@ -299,32 +295,6 @@ def _whole_lines(text: str) -> list[str]:
     return lines
 
 
-class Moments:
-    """`textspace.moment` that encodes the same prompts once: the 200th concept of a sequence would
-    else take longer to prepare than to learn.
-    """
-
-    def __init__(self) -> None:
-        self.known: dict[Any, Tensor] = {}
-
-    def __call__(
-        self,
-        backbone: Backbone,
-        words: Mapping[str, Tensor],
-        prompts: Sequence[str],
-        share: float | None = None,
-    ) -> Tensor:
-        named = tuple(
-            word.cpu().numpy().tobytes()
-            for token, word in words.items()
-            if any(token in prompt for prompt in prompts)
-        )
-        key = (tuple(prompts), named, share)
-        if key not in self.known:
-            self.known[key] = textspace.moment(backbone, words, prompts, share)
-        return self.known[key]
-
-
 def _in_sequence(job: Job) -> tuple[dict[tuple[int, int], store.ConceptStack], float, int]:
     """The stack after every concept, the CPU seconds it took (other jobs on the machine do not
     count), the bytes it has on disk.
@@ -383,12 +353,10 @@ def _joint(job: Job) -> tuple[dict[tuple[int, int], store.ConceptStack], float, 
     checkpoint = _checkpoint(job)
     backbone, settings = load_backbone(checkpoint, device=job.device), job.settings.resolved("mini")
     generator, started = torch.Generator().manual_seed(job.seed), time.process_time()
-    assert settings.rank
-    assert settings.steps
-    adapter = lora.new_adapter(backbone, settings.rank, generator)
+    adapter = new_adapter(backbone, settings.rank, generator)
     latents, prompts = [], []
     starts = {
-        f"V{n}": backbone.word_start(c.noun, generator, settings.vectors or 1)
+        f"V{n}": backbone.word_start(c.noun, generator, settings.vectors)
         for n, c in enumerate(job.sequence, start=1)
     }
     words = {
@@ -398,13 +366,13 @@ def _joint(job: Job) -> tuple[dict[tuple[int, int], store.ConceptStack], float, 
         pictures = trainset.to_tensor(np.stack(list(world.concept_pictures(concept, 5))))
         latents += backbone.encode_images(pictures)
         prompts += [concepts.prompts_for(token, concept.noun, TEMPLATES, None)] * len(pictures)
-    with lora.attached(backbone, adapter, trainable=True) as factors:
+    with attached(backbone, adapter, trainable=True) as factors:
         groups = [{"params": list(words.values()), "lr": settings.token_rate, "weight_decay": 0.0}]
         optimizer = torch.optim.AdamW(
             [*groups, {"params": list(factors.values()), "lr": settings.rate, "weight_decay": 0.01}]
         )
         trained = {**{f"word {token}": word for token, word in words.items()}, **factors}
-        run = learn.Run(
+        run = training.Run(
             "joint",
             trained,
             optimizer,
@@ -418,7 +386,7 @@ def _joint(job: Job) -> tuple[dict[tuple[int, int], store.ConceptStack], float, 
         def terms(step: int, rows: slice) -> dict[str, Tensor]:
             draw = diffusion.generator_for(job.seed, step)
             pick, clean, timestep, noise = (
-                drawn[rows] for drawn in diffusion.random_batch(latents, settings.batch or 1, draw)
+                drawn[rows] for drawn in diffusion.random_batch(latents, settings.batch, draw)
             )
             chosen = [diffusion.one_of(prompts[int(i)], draw) for i in pick]
             noisy, target = diffusion.noised(backbone, clean, noise, timestep)
@@ -426,7 +394,7 @@ def _joint(job: Job) -> tuple[dict[tuple[int, int], store.ConceptStack], float, 
             weight = diffusion.timestep_weight(backbone, timestep, settings.weighting)
             return {"denoising": (weight * diffusion.loss_per_example(predicted, target)).mean()}
 
-        run.train(terms, settings.batch or 1, lambda _progress: None)
+        run.train(terms, settings.batch, lambda _progress: None)
         stack = store.ConceptStack(backbone.fingerprint, rank=settings.rank, tau=0.01)
         for n, (token, concept) in enumerate(zip(words, job.sequence, strict=True)):
             record = store.ConceptRecord(
@@ -487,7 +455,7 @@ def _drawn(job: Job, backbone: Backbone, stack: store.ConceptStack, name: str, k
     files = [folder / f"{n}.png" for n in range(job.pictures)]
     if not all(file.exists() for file in files):
         folder.mkdir(parents=True, exist_ok=True)
-        with lora.attached(backbone, stack.adapter):
+        with attached(backbone, stack.adapter):
             pictures = sample.draw(
                 backbone,
                 stack.tokens,
@@ -519,7 +487,7 @@ def _accuracy(job: Job, backbone: Backbone, stack: store.ConceptStack) -> float 
         dict(zip(prompts, FrozenText(backbone, stack.tokens)(list(prompts.values())), strict=True)),
         [],
     )
-    with lora.attached(backbone, stack.adapter):
+    with attached(backbone, stack.adapter):
         for token, concept in list(zip(prompts, job.sequence, strict=True))[
             :: -(-job.concepts // 50)
         ]:
@@ -545,7 +513,7 @@ def _two(job: Job, backbone: Backbone, stack: store.ConceptStack) -> tuple[float
         for a, b in pairs
         for place in places
     ]
-    with lora.attached(backbone, stack.adapter):
+    with attached(backbone, stack.adapter):
         pictures = sample.draw(backbone, stack.tokens, prompts, range(len(prompts)), DRAWING)
     report.grid([concepts.to_pil(p) for p in pictures], len(places)).save(job.folder / "both.png")
     right = [

@@ -7,7 +7,7 @@ in: folders that run.py left, with their stacks - out: OUT/selected.json, and OU
 for every so many concepts: a real picture, then
 as drawn by LoRAs solved for so many, all at last). For each size the stack is cut into groups of so
 many concepts in the order they were learned,
-and each group has a LoRA solved for it (`solve.selected`). Prompts, seeds, solver, guidance and
+and each group has a LoRA solved for it (`consolidation.selected`). Prompts, seeds, solver, guidance and
 distances as in `run.py`; pictures are kept and not
 drawn again.
 
@@ -30,7 +30,7 @@ import torch
 from change import Run
 from PIL import Image
 
-from comfy_continual_lora import concepts, metrics, report, solve, store
+from comfy_continual_lora import concepts, consolidation, metrics, report, store, targets
 from comfy_continual_lora.checkpoint.load import load_backbone
 from comfy_continual_lora.progress import ignore
 from comfy_continual_lora.settings import SolveSettings
@@ -58,7 +58,7 @@ def measure(run: Run, out: Path, sizes: list[int], every: int) -> list[dict[str,
             part = (
                 stack
                 if size == count
-                else solve.selected(
+                else consolidation.selected(
                     backbone, stack, [record.token for record in group], SolveSettings(), ignore
                 )
             )
@@ -102,9 +102,9 @@ def measure(run: Run, out: Path, sizes: list[int], every: int) -> list[dict[str,
 
 def _lost(backbone: Any, stack: ConceptStack) -> list[float]:
     assert stack.adapter
-    memory = solve.memory_of(backbone, stack, ignore)
-    wishes = memory.about_one(memory.targets(solve.adapters_of(stack), SolveSettings()))
-    return [solve.relative_drift(stack.adapter, wish) for wish in wishes]
+    memory = targets.prompt_bank(backbone, stack, ignore)
+    goals = memory.about_one(memory.targets(targets.own_adapters(stack), SolveSettings()))
+    return [targets.relative_drift(stack.adapter, goal) for goal in goals]
 
 
 def main() -> None:

@@ -28,7 +28,8 @@ import run as retention
 import torch
 from torch import Tensor, nn
 
-from comfy_continual_lora import concepts, lora, metrics, report, sample, store
+from comfy_continual_lora import concepts, metrics, report, sample, store
+from comfy_continual_lora.adapters.adapter import adapted_layers, attached
 from comfy_continual_lora.checkpoint.backbone import Backbone
 from comfy_continual_lora.mini import world
 
@@ -44,8 +45,7 @@ def acting(backbone: Backbone, where: Tensor) -> Iterator[None]:
         return plain + where[:, None] * (output - plain)
 
     handles = [
-        nn.Module.register_forward_hook(layer, hook)
-        for layer in lora.adapted_layers(backbone).values()
+        nn.Module.register_forward_hook(layer, hook) for layer in adapted_layers(backbone).values()
     ]
     try:
         yield
@@ -62,7 +62,7 @@ def drawn(backbone: Backbone, stack: store.ConceptStack, prompt: str, place: str
         "behind the end": behind,
         "nowhere": torch.zeros_like(behind),
     }
-    with lora.attached(backbone, stack.adapter), acting(backbone, masks[place]):
+    with attached(backbone, stack.adapter), acting(backbone, masks[place]):
         return sample.draw(backbone, stack.tokens, [prompt] * 4, range(4), retention.DRAWING)
 
 

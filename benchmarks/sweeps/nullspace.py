@@ -27,7 +27,7 @@ from __future__ import annotations
 import argparse
 import json
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -36,13 +36,14 @@ import torch
 from sweep import gain, prior_error
 from torch import Tensor
 
-from comfy_continual_lora import concepts, pipeline, requests, solve, store, textspace
+from comfy_continual_lora import concepts, pipeline, requests, store, targets, textspace
 from comfy_continual_lora.adapters.adapter import new_adapter
 from comfy_continual_lora.checkpoint.backbone import FrozenText
 from comfy_continual_lora.checkpoint.load import load_backbone
 from comfy_continual_lora.learn import TrainingInputs, learn
 from comfy_continual_lora.mini import world
 from comfy_continual_lora.mini.weights import write_checkpoint
+from comfy_continual_lora.penalty import Step
 from comfy_continual_lora.presets import TEMPLATES
 from comfy_continual_lora.progress import Progress, ignore
 from comfy_continual_lora.settings import LearnSettings
@@ -63,8 +64,8 @@ class Constraint:
     def __init__(self, closed: Tensor) -> None:
         self.closed, self.factors = closed, {}
 
-    def penalty(self, factors: Mapping[str, Tensor]) -> Tensor:
-        self.factors = factors
+    def penalty(self, step: Step) -> Tensor:
+        self.factors = step.factors
         return torch.zeros(())
 
     @torch.no_grad()
@@ -122,9 +123,15 @@ def measure(energies: list[float], steps: int, folder: Path) -> list[dict[str, A
             "first": gain(backbone, stack.adapter, FrozenText(backbone, stack.tokens), "V1", first),
         }
     ]
-    memory = solve.memory_of(backbone, stack, ignore, nouns=[second.noun])
+    memory = targets.prompt_bank(backbone, stack, ignore, nouns=[second.noun])
     rows.append(
-        row("penalty", replace(lesson, penalty=solve.retention(memory, stack, settings, 1.0)))
+        row(
+            "penalty",
+            replace(
+                lesson,
+                penalties={"retention": targets.retention_penalty(memory, stack, settings, 1.0)},
+            ),
+        )
     )
     for energy in energies:
         constraint = Constraint(closed_directions(moment, energy))
@@ -136,7 +143,10 @@ def measure(energies: list[float], steps: int, folder: Path) -> list[dict[str, A
             for name, t in adapter.items()
         }
         held = replace(
-            lesson, adapter=adapter, frozen_adapter=stack.adapter, penalty=constraint.penalty
+            lesson,
+            adapter=adapter,
+            frozen_adapter=stack.adapter,
+            penalties={"open": constraint.penalty},
         )
         rows.append(
             {
