@@ -16,7 +16,8 @@ from urllib.parse import urlsplit
 import gradio as gr
 from starlette.middleware import Middleware
 
-from .tab import Host, build
+from .host import Host
+from .tab import build
 
 NAMES = ("127.0.0.1", "localhost", "::1")
 _DAY = 86_400
