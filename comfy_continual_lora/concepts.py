@@ -303,7 +303,7 @@ def check_token(token: str, taken: Iterable[str], is_known_word: Callable[[str],
     if token.lower() in {t.lower() for t in taken}:
         raise TokenError(
             f"The token {token!r} is taken by a concept of this stack. Choose another, replace "
-            "that concept, or undo it first."
+            "that concept (`replace`) if it is the newest, or undo it first."
         )
     if is_known_word(token):
         raise TokenError(
