@@ -22,6 +22,7 @@ from comfy_continual_lora.files import snapshots_of, stack_path
 from comfy_continual_lora.store import read_records
 from comfy_continual_lora.webui.job import Job
 from comfy_continual_lora.webui.runner import Busy, JobRunner
+from comfy_continual_lora.webui.shown import status
 
 QUICK = {"method": "lora", "steps": 2, "batch": 2, "rank": 4, "size": 64}
 
@@ -125,6 +126,57 @@ def test_mistakes_come_back_in_words(
     )
     assert (status, last["event"], last["kind"]) == (1, "failed", kind)
     assert message in last["message"]
+
+
+@pytest.mark.parametrize(
+    ("job", "request_", "marked"),
+    [
+        ("learn", {"token": 5}, "`token` is 5; it has to be text."),
+        ("learn", {"settings": {"steps": "many"}}, "`steps` is 'many'"),
+        ("learn", {"settings": {"rate": True}}, "`rate` is True"),
+        ("learn", {"settings": []}, "`settings` has to be an object"),
+        ("learn", {"images": 5}, "`images` has to be a list of texts"),
+        ("learn", {"images": ["a\0b"]}, "which is no path"),
+        ("learn", {"checkpoint": ""}, "`checkpoint` is '', which is no path"),
+        ("learn", {"checkpoint": None}, "`checkpoint` is missing"),
+        ("learn", {"replace": "yes"}, "`replace` is 'yes'; it has to be true or false."),
+        ("learn", {"out": "x"}, "There is no field out in this request"),
+        ("learn", {"stack": "x" * 5000}, "which is no path"),
+        ("undo", {"version": 1.5}, "`version` is 1.5; it has to be a whole number."),
+        ("draw", {"prompts": "a"}, "`prompts` has to be a list of texts"),
+        ("closed_form", {"settings": {"energy": float("nan")}}, "`energy` is nan"),
+    ],
+)
+def test_wrong_types_and_fields_are_refused_in_words(
+    checkpoint: Path, pictures: Path, job: str, request_: dict, marked: str
+) -> None:
+    """The message names fields plainly; `marked` has them in backquotes, for a host's own names."""
+    place = {"checkpoint": str(checkpoint), "device": "cpu"}
+    request = _request(checkpoint, pictures) if job == "learn" else place
+    status, last = _serve({"jobs": [{"job": job, "request": {**request, **request_}}]})
+    assert (status, last["event"], last["kind"]) == (1, "failed", "SettingError")
+    assert marked in last["marked"]
+    assert last["message"] == last["marked"].replace("`", "")
+
+
+@pytest.mark.parametrize("line", ["", "{", "[]", "null", '{"jobs": 5}', "[" * 100_000])
+def test_a_first_line_that_is_none_is_refused(line: str) -> None:
+    target = io.StringIO()
+    assert worker.serve(io.StringIO(line + "\n"), target) == 2
+    assert "no list of jobs" in json.loads(target.getvalue())["message"]
+
+
+def test_what_is_done_is_told_before_what_fails(
+    checkpoint: Path, pictures: Path, tmp_path: Path, runner: JobRunner
+) -> None:
+    (tmp_path / "file").touch()
+    export = {"checkpoint": str(checkpoint), "out": str(tmp_path / "file" / "out")}
+    job = _done(runner.start(("learn", _request(checkpoint, pictures)), ("export", export)))
+    assert (job.state, job.unfinished) == ("failed", "export")
+    assert job.results["learn"]["token"] == "V1"
+    assert [one.token for one in read_records(stack_path(checkpoint))] == ["V1"]
+    assert "Learned V1 ball" in status(job, str)
+    assert "export failed" in status(job, str)
 
 
 def test_what_is_no_job_is_refused() -> None:

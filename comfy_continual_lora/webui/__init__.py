@@ -4,7 +4,7 @@
     job.py, runner.py   a worker process and its reports; one job at a time     standard library alone
     environment.py      the worker's Python environment, made once              standard library alone
     host.py             the program around, stacks, jobs: for tab and API       no gradio
-    shown.py, labels.py what is said of a job and of a stack, and how           no gradio
+    shown.py, labels.py how a job and a stack are described; names of things    no gradio
     copies.py           copies of the pictures that jobs learn from             no gradio
     asking.py           what a click that takes something away will do          no gradio
     api.py              what the tab does, as JSON over HTTP                    fastapi alone

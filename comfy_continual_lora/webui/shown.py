@@ -42,11 +42,11 @@ def markdown(text: object) -> str:
     heading.
     """
     lines = [
-        _PUNCTUATION.sub(lambda found: f"&#{ord(found[0])};", visible(line.rstrip()))
+        _PUNCTUATION.sub(lambda match: f"&#{ord(match[0])};", visible(line.rstrip()))
         for line in str(text).splitlines()
     ]
     return "<br>".join(
-        re.sub("^ +", lambda found: "&nbsp;" * len(found[0]), line)
+        re.sub("^ +", lambda match: "&nbsp;" * len(match[0]), line)
         for line in lines
         if line.strip()
     )
