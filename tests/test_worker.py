@@ -4,6 +4,7 @@ either side is killed.
 
 from __future__ import annotations
 
+import dataclasses
 import io
 import json
 import os
@@ -13,12 +14,16 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from conftest import save_concept
 
-from comfy_continual_lora import worker
+from comfy_continual_lora import pipeline, worker
+from comfy_continual_lora.errors import StackError
 from comfy_continual_lora.files import snapshots_of, stack_path
+from comfy_continual_lora.operations import OPERATIONS
+from comfy_continual_lora.requests import settings_of
 from comfy_continual_lora.store import read_records
 from comfy_continual_lora.webui.job import Job
 from comfy_continual_lora.webui.runner import Busy, JobRunner
@@ -157,6 +162,50 @@ def test_wrong_types_and_fields_are_refused_in_words(
     assert (status, last["event"], last["kind"]) == (1, "failed", "SettingError")
     assert marked in last["marked"]
     assert last["message"] == last["marked"].replace("`", "")
+
+
+def _other(field: dataclasses.Field) -> object:
+    """A value in its range that is not the setting's default."""
+    meta, default, kind = field.metadata, field.default, str(field.type).split(" ")[0]
+    if meta["choices"]:
+        return next(one for one in meta["choices"] if one != default)
+    if kind == "bool":
+        return not default
+    if kind == "str":
+        return "other"
+    start = default if default is not None else meta["low"]
+    if kind == "int":
+        return start + meta["multiple"]
+    return start + 1.0 if meta["high"] is None else (meta["low"] + meta["high"]) / 2
+
+
+@pytest.mark.parametrize("name", [n for n in OPERATIONS if settings_of(OPERATIONS[n].request)])
+def test_every_setting_reaches_the_operation(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """From the JSON of a request, through the worker, into the request the pipeline gets."""
+    asked: list[Any] = []
+
+    def operate(request: Any, _: object) -> None:
+        asked.append(request)
+        raise StackError("far enough")
+
+    monkeypatch.setattr(pipeline, OPERATIONS[name].function, operate)
+    given = {
+        "checkpoint": "c",
+        "images": "i",
+        "token": "V1",
+        "noun": "n",
+        "other": "o",
+        "lora": "l",
+    }
+    given |= {"prompts": ["p"], "out": "o"}
+    fields = {f.name for f in dataclasses.fields(OPERATIONS[name].request)}
+    kind: Any = settings_of(OPERATIONS[name].request)
+    for field in dataclasses.fields(kind):
+        chosen = {field.name: _other(field)}
+        request = {key: value for key, value in given.items() if key in fields}
+        with pytest.raises(StackError, match="far enough"):
+            worker.JOBS[name]({**request, "settings": chosen}, lambda _: None)
+        assert asked[-1].settings == kind(**chosen) != kind()
 
 
 @pytest.mark.parametrize("line", ["", "{", "[]", "null", '{"jobs": 5}', "[" * 100_000])
