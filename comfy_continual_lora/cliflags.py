@@ -117,7 +117,7 @@ def _default(field: dataclasses.Field) -> str:
 
 
 def request_of(operation: Operation, arguments: argparse.Namespace, **other: Any) -> Request:
-    """The request the flags make; `other`: fields that are said otherwise."""
+    """The request the flags make; `other`: fields given otherwise."""
     values: dict[str, Any] = {}
     for field in dataclasses.fields(operation.request):
         value = getattr(arguments, field.name, None)

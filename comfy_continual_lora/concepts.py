@@ -48,9 +48,16 @@ class ConceptImages:
 
 
 def find_images(source: str | Path | Iterable[str | Path]) -> list[Path]:
-    """The picture files of a folder (not its sub-folders), or of a list, in name order."""
+    """The picture files of a folder (not its sub-folders), in name order, or of a list as given.
+
+    Errors: ConceptImagesError where there is none, or one of a list is not there.
+    """
     if not isinstance(source, (str, Path)):
-        return [Path(p) for p in source]
+        files = [Path(p) for p in source]
+        missing = [str(path) for path in files if not path.is_file()]
+        if missing or not files:
+            raise ConceptImagesError(f"There is no picture {', '.join(missing)}".strip() + ".")
+        return files
     folder = Path(source)
     if folder.is_file():
         return [folder]
@@ -296,7 +303,7 @@ def check_token(token: str, taken: Iterable[str], is_known_word: Callable[[str],
     if token.lower() in {t.lower() for t in taken}:
         raise TokenError(
             f"The token {token!r} is taken by a concept of this stack. Choose another, replace "
-            "that concept, or undo it first."
+            "that concept (`replace`) if it is the newest, or undo it first."
         )
     if is_known_word(token):
         raise TokenError(

@@ -93,7 +93,7 @@ def from_widget(field: dataclasses.Field, value: Any) -> Any:
     """A widget's value -> the setting's; 0 and "auto" become None again where None is the default."""
     if str(field.type) == "bool | None":
         return {"auto": None, "yes": True, "no": False}.get(value, value)
-    if field.default is None and not value:
+    if field.default is None and (not value or value == "auto"):
         return None
     return int(value) if str(field.type).startswith("int") and value is not None else value
 

@@ -47,9 +47,11 @@ def stack_path(checkpoint: str | Path, name: str = "") -> Path:
 
     A checkpoint may have several stacks, told apart by `name`. A linked checkpoint has its target's
     stack, unless there is one beside the link.
-    Errors: StackError for a name that can't be part of a file's.
+    Errors: StackError for a name that can't be part of a file's, or no checkpoint's.
     """
     checkpoint = Path(checkpoint)
+    if not checkpoint.name:
+        raise StackError(f"{str(checkpoint)!r} is no checkpoint. Name its file or its folder.")
     if name and not re.fullmatch(r"[\w-]{1,64}", name):
         raise StackError(
             f"The stack's name {name!r} may hold only letters, digits, - and _ (at most 64): it "

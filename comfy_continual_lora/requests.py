@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import KW_ONLY, MISSING, dataclass
 from pathlib import Path
@@ -253,6 +254,10 @@ def parse(kind: type[_Request], given: Mapping[str, Any]) -> _Request:
     Errors: SettingError for a field or setting that is unknown, missing, of another type or out of
     its range.
     """
+    if not isinstance(given, Mapping):
+        raise SettingError(
+            'A request has to be an object, such as {"checkpoint": "a.safetensors"}.'
+        )
     known = {field.name: field for field in dataclasses.fields(kind)}
     if unknown := sorted(set(given) - set(known)):
         raise SettingError(
@@ -281,7 +286,19 @@ def _value(field: dataclasses.Field, value: Any) -> Any:
     check_type(field, value)
     if "Path" not in str(field.type):
         return value
-    return [Path(one) for one in value] if isinstance(value, list) else Path(value)
+    if isinstance(value, list):
+        return [_path(field.name, one) for one in value]
+    return _path(field.name, value)
+
+
+def _path(name: str, text: str) -> Path:
+    """Errors: SettingError for what can't be a path on this system."""
+    try:
+        os.lstat(text or "\0")
+    except (OSError, ValueError) as error:  # empty, too long, not to be written in bytes
+        if not isinstance(error, (FileNotFoundError, NotADirectoryError, PermissionError)):
+            raise SettingError(f"`{name}` is {text!r:.100}, which is no path.") from None
+    return Path(text)
 
 
 _Settings = TypeVar("_Settings", bound=Settings)

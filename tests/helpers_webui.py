@@ -23,9 +23,11 @@ from helpers_server import Server, free_port
 from PIL import Image
 from safetensors.torch import load_file
 
-from comfy_continual_lora import stackfile, store
+from comfy_continual_lora import history
 from comfy_continual_lora.checkpoint.single_file import TOKENIZER
 from comfy_continual_lora.mini.weights import write_checkpoint
+from comfy_continual_lora.store import read_records
+from comfy_continual_lora.versions import versions
 from comfy_continual_lora.webui.install import install
 
 API = "/continual-lora/v1"
@@ -272,7 +274,7 @@ def learns_in_a_browser(host: WebUI, pictures: Path, screenshot: Path) -> None:
         opened.screenshot(path=str(screenshot))
         stack = host.checkpoint.with_name("mini-sd.browser.concepts.safetensors")
         assert {"a photo of B1 on sand", "B1 ball in front of a wall"} <= set(
-            store.read_records(stack)[0].prompts
+            read_records(stack)[0].prompts
         )
         assert copies_of(host, "browser") == []
         asks_first(opened, stack, "B1")
@@ -303,7 +305,7 @@ def asks_first(opened: Any, stack: Path, token: str = "V1") -> None:
         opened.wait_for_function(SAID, arg=[f"#continual_lora_{where}", text], timeout=300_000)
 
     def holds(*tokens: str) -> None:
-        assert [one.token for one in store.read_records(stack)] == list(tokens)
+        assert [one.token for one in read_records(stack)] == list(tokens)
 
     field = "#continual_lora_token input, #continual_lora_token textarea"
     opened.fill(field, "V9")
@@ -318,11 +320,11 @@ def asks_first(opened: Any, stack: Path, token: str = "V1") -> None:
     holds(token)
     opened.click("#continual_lora_undo")
     said("question", f"Undo takes back: learned {token} ball")
-    number = next(one.number for one in stackfile.versions(stack) if one.current)
-    store.undo(stack)  # by another program, meanwhile
+    number = next(one.number for one in versions(stack) if one.current)
+    history.undo(stack)  # by another program, meanwhile
     opened.click("#continual_lora_yes")
     said("status", "There is nothing to undo")
-    store.restore(stack, number)
+    history.restore(stack, number)
     opened.click("#continual_lora_undo")
     said("question", f"Undo takes back: learned {token} ball")
     holds(token)
@@ -334,7 +336,7 @@ def asks_first(opened: Any, stack: Path, token: str = "V1") -> None:
     opened.fill("#continual_lora_version input", "77")
     opened.click("#continual_lora_restore")
     said("status", "There is no version 77")
-    number = next(one.number for one in stackfile.versions(stack) if one.tokens == [token])
+    number = next(one.number for one in versions(stack) if one.tokens == [token])
     opened.fill("#continual_lora_version input", str(number))
     opened.click("#continual_lora_restore")
     said("question", f"This goes back to version {number}")

@@ -28,6 +28,7 @@ from helpers_webui import (
 )
 
 from comfy_continual_lora import pipeline
+from comfy_continual_lora.requests import InfoRequest
 
 FOUND = find_webui()
 pytestmark = [
@@ -51,7 +52,8 @@ def test_the_same_stack_opens_on_the_command_line(host: WebUI, pictures: Path) -
     host.post(f"{API}/learn", learn(pictures, "V1", "shared"))
     assert host.ended()["state"] == "done"
     stack = host.checkpoint.with_name("mini-sd.shared.concepts.safetensors")
-    assert [one["token"] for one in pipeline.info(host.checkpoint, stack)["concepts"]] == ["V1"]
+    found = pipeline.info(InfoRequest(host.checkpoint, stack=stack))
+    assert [one["token"] for one in found.concepts] == ["V1"]
 
 
 def test_interrupt_stops_a_job_and_the_same_request_goes_on(host: WebUI, pictures: Path) -> None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 import dataclasses
 import importlib
 import json
+import re
 import subprocess
 import sys
 import types
@@ -15,6 +16,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
+from comfy_continual_lora.errors import SettingError, StackError
+from comfy_continual_lora.progress import Progress
+from comfy_continual_lora.settings import (
+    EvaluateSettings,
+    LearnSettings,
+    ScoreSettings,
+    SolveSettings,
+    TrainSettings,
+)
+from comfy_continual_lora.stack import ConceptStack
 
 REPOSITORY = Path(__file__).parents[1]
 WORKFLOWS = sorted((REPOSITORY / "workflows").glob("*.json"))
@@ -105,8 +117,10 @@ def nodes(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> It
     for name, module in _stand_in(request.param).items():
         monkeypatch.setitem(sys.modules, name, module)
     yield importlib.import_module("comfy_continual_lora.comfy_nodes.nodes")
-    for name in [n for n in sys.modules if n.startswith("comfy_continual_lora.comfy_nodes.")]:
+    package = sys.modules["comfy_continual_lora.comfy_nodes"]
+    for name in [n for n in sys.modules if n.startswith(f"{package.__name__}.")]:
         del sys.modules[name]
+        delattr(package, name.rpartition(".")[2])
 
 
 def test_ids_names_and_help(nodes: Any) -> None:
@@ -139,21 +153,14 @@ def test_every_widget_reaches_its_setting(nodes: Any) -> None:
     """The value of each widget, set to something else than its default, arrives in the settings,
     and the defaults are the settings' own.
     """
-    from comfy_continual_lora.settings import (
-        ConsolidateSettings,
-        EvaluateSettings,
-        LearnSettings,
-        ScoreSettings,
-        SolveSettings,
-    )
-
+    settings_from = importlib.import_module("comfy_continual_lora.comfy_nodes.schema").settings_from
     for node, settings in (
         (nodes.LearnConcept, LearnSettings),
-        (nodes.Consolidate, ConsolidateSettings),
+        (nodes.Consolidate, TrainSettings),
         (nodes.ComputeScores, ScoreSettings),
         (nodes.EvaluateRetention, EvaluateSettings),
-        (nodes.SelectConcepts, SolveSettings),
         (nodes.ConsolidateInClosedForm, SolveSettings),
+        (nodes.SelectConcepts, SolveSettings),
         (nodes.ForgetConcept, SolveSettings),
         (nodes.MergeStacks, SolveSettings),
     ):
@@ -163,13 +170,13 @@ def test_every_widget_reaches_its_setting(nodes: Any) -> None:
         if settings is SolveSettings:
             assert ports.keys() == known
         assert (
-            nodes._settings(settings, {name: port.rest["default"] for name, port in ports.items()})
+            settings_from(settings, {name: port.rest["default"] for name, port in ports.items()})
             == settings()
         )
         for name, port in ports.items():
             if port.io_type == "BOOLEAN":
                 assert (
-                    getattr(nodes._settings(settings, {name: not port.rest["default"]}), name)
+                    getattr(settings_from(settings, {name: not port.rest["default"]}), name)
                     is not port.rest["default"]
                 )
                 continue
@@ -178,18 +185,161 @@ def test_every_widget_reaches_its_setting(nodes: Any) -> None:
                 if "options" in port.rest
                 else port.rest["default"] + 1
             )
-            found = getattr(nodes._settings(settings, {name: other}), name)
+            found = getattr(settings_from(settings, {name: other}), name)
             assert found == {"yes": True, "no": False}.get(other, other)
 
 
 def test_a_selection_is_not_merged(nodes: Any) -> None:
     """Only files are merged, and what Select Concepts solved for has none."""
-    from comfy_continual_lora.errors import StackError
-    from comfy_continual_lora.store import ConceptStack
-
-    stack = nodes.StackHandle(Path("mini-sd.safetensors"), Path("mini-sd.concepts.safetensors"), 0)
+    handle = importlib.import_module("comfy_continual_lora.comfy_nodes.handle")
+    stack = handle.StackHandle(Path("mini-sd.safetensors"), Path("mini-sd.concepts.safetensors"), 0)
     with pytest.raises(StackError, match="Connect the other's Load Concept Stack"):
         nodes.MergeStacks.execute(stack, dataclasses.replace(stack, selected=ConceptStack("")))
+
+
+@pytest.fixture
+def closed_stack(nodes: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
+    """A stack of a checkpoint that is not there, in a host that computes on the CPU."""
+    host = importlib.import_module("comfy_continual_lora.comfy_nodes.host")
+    for name in (
+        "unload_all_models",
+        "soft_empty_cache",
+        "throw_exception_if_processing_interrupted",
+    ):
+        monkeypatch.setattr(host.model_management, name, lambda: None, raising=False)
+    monkeypatch.setattr(host.model_management, "get_torch_device", lambda: "cpu", raising=False)
+    handle = importlib.import_module("comfy_continual_lora.comfy_nodes.handle")
+    return handle.StackHandle(
+        tmp_path / "none.safetensors", tmp_path / "none.concepts.safetensors", 0
+    )
+
+
+def test_what_was_chosen_reaches_the_request(
+    nodes: Any, closed_stack: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each node hands the table's operation a request about its stack, with its widgets' values."""
+    operations = importlib.import_module("comfy_continual_lora.operations").OPERATIONS
+    asked: dict[str, Any] = {}
+
+    def spy(name: str) -> Any:
+        def run(request: Any, *_: Any) -> Any:
+            assert isinstance(request, type_of[name])
+            request.check()
+            asked[name] = request
+            raise StackError("far enough")
+
+        return run
+
+    type_of = {name: operation.request for name, operation in operations.items()}
+    for name in type_of:
+        monkeypatch.setitem(operations, name, spy(name))
+    lists = {"stack": [closed_stack], "images": [_Picture()]}
+    replace = {"if_word_exists": ["replace the newest"], "rank": [8], "flip": ["no"]}
+    host = importlib.import_module("comfy_continual_lora.comfy_nodes.host")
+    monkeypatch.setattr(host, "save_pictures", lambda *_: [Path("a/0.png")])
+    monkeypatch.setattr(host, "file_of", lambda _kind, name: Path(name))
+    for node, given, name, expected in (
+        (
+            nodes.LearnConcept,
+            {**lists, "token": [" V1 "], "noun": ["ball"], **replace},
+            "learn",
+            {"token": "V1", "noun": "ball", "replace": True},
+        ),
+        (nodes.Consolidate, {**lists, "dsc_steps": [7]}, "consolidate", {}),
+        (nodes.ComputeScores, {**lists, "trials": [7]}, "scores", {}),
+        (nodes.ConsolidateInClosedForm, {"stack": closed_stack, "energy": 0.9}, "closed_form", {}),
+        (
+            nodes.EvaluateRetention,
+            {"stack": closed_stack, "clip_folder": "c", "pictures": 2},
+            "evaluate",
+            {"clip": Path("c")},
+        ),
+        (
+            nodes.MergeStacks,
+            {"stack": closed_stack, "other": closed_stack},
+            "merge",
+            {"other": closed_stack.file},
+        ),
+        (
+            nodes.ImportLora,
+            {
+                "stack": closed_stack,
+                "lora": "l",
+                "token": "W1",
+                "noun": "",
+                "embedding": "e",
+                "trigger": "",
+                "strength": 0.5,
+            },
+            "import",
+            {"lora": Path("l"), "embedding": Path("e"), "strength": 0.5},
+        ),
+        (nodes.StackHistory, {"stack": closed_stack, "restore": 3}, "restore", {"version": 3}),
+        (nodes.StackHistory, {"stack": closed_stack, "keep": 0}, "history", {"keep": 0}),
+        (nodes.StackHistory, {"stack": closed_stack}, "history", {"keep": None}),
+    ):
+        with pytest.raises(StackError, match="far enough"):
+            node.execute(**given)
+        request = asked[name]
+        assert (request.checkpoint, request.stack) == (closed_stack.checkpoint, closed_stack.file)
+        assert request.device == "cpu"
+        assert {field: getattr(request, field) for field in expected} == expected
+    assert asked["learn"].settings == LearnSettings(rank=8, flip=False)
+    assert asked["consolidate"].settings == TrainSettings(dsc_steps=7)
+    assert asked["scores"].settings == ScoreSettings(trials=7)
+    assert asked["closed_form"].settings == SolveSettings(energy=0.9)
+    assert asked["evaluate"].settings == EvaluateSettings(pictures=2)
+
+
+class _Picture(list):
+    """Stands for an IMAGE."""
+
+
+def test_errors_name_widgets(nodes: Any, closed_stack: Any) -> None:
+    schema = importlib.import_module("comfy_continual_lora.comfy_nodes.schema")
+
+    @schema.in_widget_names
+    def execute() -> None:
+        raise StackError("Leave `rank` out, or start another `stack`; or `replace` it.")
+
+    with pytest.raises(StackError) as caught:
+        execute()
+    assert str(caught.value) == (
+        "Leave rank out, or start another stack_name of Load Concept Stack; or if_word_exists it."
+    )
+    with pytest.raises(SettingError, match="energy is 3; the range is"):
+        nodes.ConsolidateInClosedForm.execute(closed_stack, energy=3.0)
+    for node in nodes.NODES:
+        assert hasattr(node.execute, "__wrapped__") or node is nodes.ExamplePictures, node
+
+
+def test_no_message_of_the_nodes_speaks_of_flags() -> None:
+    for path in (REPOSITORY / "comfy_continual_lora" / "comfy_nodes").glob("*.py"):
+        assert not re.findall(r"(?<![\w-])--[a-z]+", path.read_text()), path
+
+
+def test_nothing_to_do_leaves_the_models_in_place(
+    nodes: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The GPU is emptied when work begins, not where a request was done before."""
+    host = importlib.import_module("comfy_continual_lora.comfy_nodes.host")
+    calls: list[str] = []
+    for name in (
+        "unload_all_models",
+        "soft_empty_cache",
+        "throw_exception_if_processing_interrupted",
+    ):
+        call = lambda name=name: calls.append(name)  # noqa: E731
+        monkeypatch.setattr(host.model_management, name, call, raising=False)
+    bar = type("Bar", (), {"__init__": lambda *_: None, "update_absolute": lambda *_: None})
+    monkeypatch.setattr(host, "ProgressBar", bar)
+    with host.at_work():
+        pass
+    assert "unload_all_models" not in calls
+    with host.at_work() as on_progress:
+        for step in (0, 1):
+            on_progress(Progress("load", step, 1))
+    assert calls.count("unload_all_models") == 1
 
 
 @pytest.mark.parametrize("path", WORKFLOWS, ids=lambda p: p.stem)

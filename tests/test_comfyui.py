@@ -205,12 +205,12 @@ def test_our_files_stay_out_of_our_list_and_the_mini_is_in_the_stock_one(host: C
 
 def test_queued_twice_it_learns_once_and_other_pictures_are_refused(host: ComfyUI) -> None:
     first = host.run(learn("twice"))
-    assert "Learned V1 ball in 6 steps" in text_of(first, "4")
+    assert "Learned V1 ball" in text_of(first, "4")
     data = stack_of(host, "twice").read_bytes()
     again = host.run(learn("twice"))
     assert "nothing was done" in text_of(again, "4")
     assert not executed(host.run(learn("twice")))  # and now even the cache knows
-    with pytest.raises(RuntimeError, match="The word V1 is taken"):
+    with pytest.raises(RuntimeError, match="'V1' is taken"):
         host.run(learn("twice", which=2))
     assert stack_of(host, "twice").read_bytes() == data
     assert "Learned V1 fish" in text_of(
@@ -318,9 +318,10 @@ def test_undo_says_what_it_takes_back_and_history_brings_it_back(host: ComfyUI) 
     assert "Took back: forgot V1 ball" in undo(host, "history", version=3)
     assert "nothing was done" in undo(host, "history", version=3)
     assert [record.token for record in read_records(stack_of(host, "history"))] == ["V1", "V2"]
-    assert "* 2: learned V2" in (listed := history(host, "history"))
-    assert "3: forgot V1 ball" in listed
-    assert "* 3: forgot V1 ball" in history(host, "history", restore=3)
+    versions = history(host, "history")
+    assert re.search(r"\* +2 .*learned V2", versions)
+    assert re.search(r"\n? +3 .*forgot V1 ball", versions)
+    assert re.search(r"\* +3 .*forgot V1 ball", history(host, "history", restore=3))
     assert [record.token for record in read_records(stack_of(host, "history"))] == ["V2"]
     assert len(history(host, "history", keep=0).splitlines()) == 2
 
@@ -426,7 +427,7 @@ def test_closed_form_merge_forget_and_import(host: ComfyUI) -> None:
         "trigger": "",
         "strength": 1.0,
     }
-    assert f"{lora} is W1 now" in does("Import", lora=lora, **words)
+    assert f"{lora} is W1 on the stack now" in does("Import", lora=lora, **words)
     assert "nothing was done" in does("Import", lora=lora, **words)
     assert [record.token for record in read_records(stack_of(host, "mine"))] == ["V1", "V1_2", "W1"]
 
@@ -444,7 +445,7 @@ def test_a_server_killed_in_the_middle_goes_on_after_a_restart(host: ComfyUI) ->
         time.sleep(0.1)
     host.stop(kill=True)
     host.start()
-    assert "Learned V1 ball in 120 steps" in text_of(host.run(long), "4")
+    assert "after 120 steps" in text_of(host.run(long), "4")
     assert not snapshots_of(stack_of(host, "killed"), "V1")
 
 
@@ -511,7 +512,7 @@ def test_a_full_size_sd15_learns_and_stock_nodes_load_the_result(host: ComfyUI) 
     graph = learn("", size=64, steps=2, rate=0.01)
     graph["1"]["inputs"].update(checkpoint=name, stack_name="")
     done, lora, word = exported(host, graph, "3")
-    assert "Learned V1 ball in 2 steps" in text_of(done, "4")
+    assert "after 2 steps" in text_of(done, "4")
     assert (
         len({key.split(".")[0] for key in load_file(host.base / "models" / "loras" / lora)}) == 32
     )

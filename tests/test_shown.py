@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from comfy_continual_lora.stackfile import Version
+from comfy_continual_lora.versions import Version
 from comfy_continual_lora.webui import shown
 from comfy_continual_lora.webui.job import Job
 

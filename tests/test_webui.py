@@ -5,6 +5,8 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
+import html
 import http.client
 import json
 import os
@@ -26,11 +28,18 @@ from helpers_webui import asks_first
 
 gradio = pytest.importorskip("gradio")
 
-from comfy_continual_lora import pipeline, store  # noqa: E402
+from comfy_continual_lora import pipeline  # noqa: E402
+from comfy_continual_lora.errors import SettingError  # noqa: E402
+from comfy_continual_lora.files import stack_path  # noqa: E402
+from comfy_continual_lora.operations import OPERATIONS  # noqa: E402
+from comfy_continual_lora.requests import LearnRequest, parse  # noqa: E402
 from comfy_continual_lora.settings import LearnSettings  # noqa: E402
-from comfy_continual_lora.webui import alone, shown, tab  # noqa: E402
+from comfy_continual_lora.store import read_records  # noqa: E402
+from comfy_continual_lora.webui import alone, host, shown, uploads  # noqa: E402
 from comfy_continual_lora.webui.environment import REQUIREMENTS  # noqa: E402
+from comfy_continual_lora.webui.handlers import ADVANCED, ASKING, OUTPUTS, Handlers  # noqa: E402
 from comfy_continual_lora.webui.job import Job  # noqa: E402
+from comfy_continual_lora.webui.labels import METHOD_LABELS, label_of  # noqa: E402
 
 ROOT = Path(__file__).parents[1]
 
@@ -44,10 +53,10 @@ def test_the_environment_asks_for_what_the_package_does() -> None:
 
 def test_widgets_become_the_settings_that_differ() -> None:
     names = ("method", "steps", "flip", "rate", "checkpointing", "seed")
-    assert tab.settings_of(LearnSettings, names, ("lora", 0, "auto", 0, False, 0)) == {
+    assert uploads.settings_of(LearnSettings, names, ("lora", 0, "auto", 0, False, 0)) == {
         "method": "lora"
     }
-    assert tab.settings_of(
+    assert uploads.settings_of(
         LearnSettings, names, (LearnSettings().method, 40.0, "no", 0.001, True, 3.0)
     ) == {
         "steps": 40,
@@ -60,31 +69,29 @@ def test_widgets_become_the_settings_that_differ() -> None:
 
 def test_the_table_reads_a_stack_without_torch(checkpoint: Path, pictures: Path) -> None:
     quick = LearnSettings(method="lora", steps=1, batch=1, rank=4, size=64)
-    pipeline.learn_concept(
-        pipeline.LearnRequest(checkpoint, pictures, "V1", "<ball>", quick, device="cpu")
-    )
-    stack = tab.stack_file(checkpoint)
-    assert stack == store.stack_path(checkpoint)
-    told = shown.table(tab.concepts_of(stack), {"V1 <ball>": 0.5})
+    pipeline.learn_concept(LearnRequest(checkpoint, pictures, "V1", "<ball>", quick, device="cpu"))
+    stack = host.stack_file(checkpoint)
+    assert stack == stack_path(checkpoint)
+    told = shown.table(host.concepts_of(stack), {"V1 <ball>": 0.5})
     assert "&lt;ball&gt;" in told
     assert "50 %" in told
-    assert "learned V1 &lt;ball&gt;" in shown.history(tab.versions_of(stack))
-    assert tab.versions_of(stack.with_name("none")) == []
-    assert tab.concepts_of(stack.with_name("none")) == []
+    assert "learned V1 &lt;ball&gt;" in shown.history(host.versions_of(stack))
+    assert host.versions_of(stack.with_name("none")) == []
+    assert host.concepts_of(stack.with_name("none")) == []
     stack.write_bytes(stack.read_bytes()[:100])
-    for read in (tab.concepts_of, tab.versions_of):
+    for read in (host.concepts_of, host.versions_of):
         with pytest.raises(ValueError, match=r"can't be (read|used)|damaged"):
             read(stack)
     with pytest.raises(ValueError, match="only letters"):
-        tab.stack_file(checkpoint, "../up")
+        host.stack_file(checkpoint, "../up")
 
 
 def test_captions_are_read_whatever_columns_there_are() -> None:
-    assert tab.typed([["0.png", "a ball", "more"], ["1.png", ""]]) == {
+    assert uploads.typed([["0.png", "a ball", "more"], ["1.png", ""]]) == {
         "0.png": "a ball",
         "1.png": "",
     }
-    assert tab.typed([[]]) == {}  # gradio 3 after the pictures were cleared
+    assert uploads.typed([[]]) == {}  # gradio 3 after the pictures were cleared
 
 
 def test_every_state_of_a_job_is_told() -> None:
@@ -100,6 +107,9 @@ def test_every_state_of_a_job_is_told() -> None:
     assert "kept" in shown.status(job)
     job.state, job.message = "failed", "no room"
     assert shown.status(job) == "**learn failed.** no room"
+    job.message, job.marked = "stack is 3, token_rate is 5", "`stack` is 3, `token_rate` is 5"
+    assert shown.status(job, str) == "**learn failed.** Stack is 3, token rate is 5"
+    assert shown.status(job, str, str) == "**learn failed.** stack is 3, token_rate is 5"
     export = {
         "lora": "/x/a-1.safetensors",
         "triggers": ["V1 ball"],
@@ -126,6 +136,116 @@ def test_every_state_of_a_job_is_told() -> None:
     )
 
 
+def test_a_failed_export_hides_no_concept() -> None:
+    job = Job(1, [("learn", {}), ("export", {})])
+    job.results = {"learn": {"token": "V1", "noun": "ball", "losses": [], "again": False}}
+    job.state, job.message, job.marked = "failed", "out is full", "`out` is full"
+    assert shown.status(job, str).split("\n\n") == [
+        "**Learned V1 ball**.",
+        "What was done so far is stored.",
+        "**export failed.** out is full",
+    ]
+
+
+@pytest.fixture
+def handlers(checkpoint: Path, tmp_path: Path) -> Iterator[Handlers]:
+    """Of a page whose worker is no Python, so that its jobs fail at once."""
+    alone = host.Host(checkpoint.parent, tmp_path / "work")
+    alone.runner.python = lambda: os.devnull
+    yield Handlers(alone)
+    if alone.runner.job:
+        alone.runner.job.fail("over")
+
+
+def _request(handlers: Handlers, name: str) -> dict[str, Any]:
+    """What the job was handed in with; it is one the worker takes."""
+    job = handlers.host.runner.job
+    assert job
+    requests = dict(job.jobs)
+    for one, request in job.jobs:
+        parse(OPERATIONS[one].request, request)
+    return dict(requests[name])
+
+
+def test_what_is_clicked_reaches_the_worker(
+    handlers: Handlers, pictures: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("GRADIO_TEMP_DIR", str(pictures.parent))
+    place = ("mini.safetensors", "")
+    files = [str(path) for path in sorted(pictures.glob("*.png"))]
+    defaults = {f.name: f.default for f in dataclasses.fields(LearnSettings)}
+    values = ["auto" if name == "flip" else defaults[name] or 0 for name in ADVANCED]
+    paper = next(label for label, name in METHOD_LABELS.items() if name == "lora_dsc_ewc_dc")
+    words = (" V1 ", "ball", paper)
+    for replace in (False, True):
+        told = handlers.learn(*place, files, [], *words, replace, *values)
+        assert len(told) == len(OUTPUTS)
+        request = _request(handlers, "learn")
+        assert (request["token"], request["noun"], request["replace"]) == ("V1", "ball", replace)
+        assert request["settings"] == {"method": "lora_dsc_ewc_dc"}
+        assert handlers.host.runner.job
+        assert handlers.host.runner.job.wait(20)
+    for remove in (False, True):
+        handlers.export(*place, remove)
+        assert _request(handlers, "export")["remove_superseded"] is remove
+        assert handlers.host.runner.job.wait(20)
+        handlers.export_some(*place, remove, "V1, V2")
+        request = _request(handlers, "export")
+        assert (request["only"], request["remove_superseded"]) == (["V1", "V2"], remove)
+        assert handlers.host.runner.job.wait(20)
+    for click, given, name in (
+        (handlers.consolidate, (files,), "consolidate"),
+        (handlers.closed_form, (), "closed_form"),
+        (handlers.scores, (files,), "scores"),
+        (handlers.evaluate, (), "evaluate"),
+    ):
+        click(*place, *given)
+        assert _request(handlers, name)["checkpoint"].endswith("mini.safetensors")
+        assert handlers.host.runner.job.wait(20)
+
+
+def test_what_cannot_be_meant_is_refused_with_labels(
+    handlers: Handlers, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert "Choose a checkpoint first" in handlers.export("", "", False)[0]
+    assert "No pictures yet" in handlers.scores("mini.safetensors", "", [])[0]
+
+    def refuses(*_: object, **__: object) -> None:
+        raise SettingError("Start another `stack`; `ewc_strength` is 3.")
+
+    monkeypatch.setattr(handlers.host, "hand_in", refuses)
+    message = html.unescape(handlers.export("mini.safetensors", "", False)[0])
+    assert message == "**Start another Stack; ewc strength is 3.**"
+    assert len(handlers.ask("undo")("mini.safetensors", "")) == len(OUTPUTS) + len(ASKING)
+
+
+def test_the_page_has_every_part_and_label(tmp_path: Path) -> None:
+    """In a process of its own: gradio leaves event loops open."""
+    code = (
+        "import sys, pathlib, gradio; from comfy_continual_lora.webui import host, tab\n"
+        "folder = pathlib.Path(sys.argv[1])\n"
+        "with gradio.Blocks() as page:\n"
+        "    tab.build(host.Host(folder, folder / 'work'), page)\n"
+        "for part in page.blocks.values():\n"
+        "    print(getattr(part, 'label', None))\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", code, str(tmp_path)],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+    )
+    labels = done.stdout.splitlines()
+    for name in ("replace", "remove_superseded", "token", "noun", "stack", *ADVANCED):
+        assert label_of(name) in labels, done.stderr
+
+
+def test_no_message_of_the_tab_speaks_of_flags() -> None:
+    for path in (ROOT / "comfy_continual_lora" / "webui").glob("*.py"):
+        if path.name not in ("environment.py", "install.py", "a1111.py"):
+            assert not re.findall(r"(?<![\w-])--[a-z]+", path.read_text()), path
+
+
 def test_no_file_is_read_that_was_only_named(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -138,8 +258,8 @@ def test_no_file_is_read_that_was_only_named(
     link = tmp_path / "uploads" / "link.txt"
     link.symlink_to(outside)
     old = SimpleNamespace(name=str(inside), orig_name=str(inside))
-    assert tab.uploaded([str(inside), inside, old]) == [inside] * 3
-    assert tab.uploaded(None) == []
+    assert uploads.uploaded([str(inside), inside, old]) == [inside] * 3
+    assert uploads.uploaded(None) == []
     copied = SimpleNamespace(name=str(inside), orig_name=str(outside))
     up = str(tmp_path / "uploads" / ".." / "secret.txt")
     for bad in (
@@ -152,21 +272,21 @@ def test_no_file_is_read_that_was_only_named(
         "secret.txt",
     ):
         with pytest.raises(ValueError, match="not uploaded"):
-            tab.uploaded([inside, bad])
+            uploads.uploaded([inside, bad])
 
 
 def test_environment_variables_choose_what_no_page_may(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    host = tab.Host(tmp_path, tmp_path / "work")
-    assert (host.python(), host.picture_folders()) == (
+    alone = host.Host(tmp_path, tmp_path / "work")
+    assert (alone.python(), alone.picture_folders()) == (
         sys.executable,
         [tmp_path / "work" / "pictures"],
     )
     monkeypatch.setenv("CONTINUAL_LORA_PYTHON", "/opt/python")
     monkeypatch.setenv("CONTINUAL_LORA_FOLDERS", os.pathsep.join(["/a b;c", "", "/d"]))
-    assert host.python() == "/opt/python"
-    assert host.picture_folders()[1:] == [Path("/a b;c"), Path("/d")]
+    assert alone.python() == "/opt/python"
+    assert alone.picture_folders()[1:] == [Path("/a b;c"), Path("/d")]
     assert list(tmp_path.iterdir()) == []
 
 
@@ -344,8 +464,8 @@ def test_the_tab_by_itself_in_a_browser(tmp_path: Path) -> None:
         opened.click("#continual_lora_learn")
         _expect(opened, "#continual_lora_status", "Learned V1 ball")
         _expect(opened, "#continual_lora_concepts", "6 steps, 5 pictures")
-        stack = store.stack_path(next(tmp_path.glob("*.safetensors")))
-        assert "a photo of V1 in a garden" in str(store.read_records(stack))
+        stack = stack_path(next(tmp_path.glob("*.safetensors")))
+        assert "a photo of V1 in a garden" in str(read_records(stack))
         left = [
             p
             for p in (tmp_path / "continual-lora" / "copies").rglob("*")
@@ -371,9 +491,7 @@ def test_a_strangers_stack_runs_nothing_in_a_browser(checkpoint: Path, pictures:
     """
     noun = '<img src=x onerror="window.pwned=1">![](http://127.0.0.1/x)'
     quick = LearnSettings(method="lora", steps=1, batch=1, rank=4, size=64)
-    pipeline.learn_concept(
-        pipeline.LearnRequest(checkpoint, pictures, "V1", noun, quick, device="cpu")
-    )
+    pipeline.learn_concept(LearnRequest(checkpoint, pictures, "V1", noun, quick, device="cpu"))
     with _served(checkpoint.parent) as address, page(address, height=1800) as opened:
         _expect(opened, "#continual_lora_concepts", "<img src=x")
         opened.click("text=History of the stack")
@@ -382,7 +500,7 @@ def test_a_strangers_stack_runs_nothing_in_a_browser(checkpoint: Path, pictures:
             opened.click(f"#continual_lora_{button}")
             _expect(opened, "#continual_lora_question", "<img src=x")
             opened.click("#continual_lora_no")
-        opened.click("text=Export >> nth=0")
+        opened.click("#continual_lora_export")
         _expect(opened, "#continual_lora_status", "<img src=x")
         opened.click("#continual_lora_undo")
         opened.click("#continual_lora_yes")

@@ -8,21 +8,26 @@ import base64
 import io
 import json
 import os
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-pytest.importorskip("gradio")
+pytest.importorskip("fastapi")
 
 from fastapi import FastAPI
 from fastapi.testclient import TestClient
 from PIL import Image
 
+from comfy_continual_lora.operations import OPERATIONS
+from comfy_continual_lora.requests import parse
 from comfy_continual_lora.webui import api
 from comfy_continual_lora.webui.environment import NotReady
-from comfy_continual_lora.webui.tab import Host
+from comfy_continual_lora.webui.host import Host
+from comfy_continual_lora.webui.job import Job
 
 POSTS = (
     "learn",
@@ -33,6 +38,7 @@ POSTS = (
     "evaluate",
     "export",
     "undo",
+    "restore",
     "jobs/stop",
 )
 WHERE = {"checkpoint": "mini.safetensors"}
@@ -61,10 +67,10 @@ def _client(host: Host) -> TestClient:
 def host(checkpoint: Path, tmp_path: Path) -> Iterator[Host]:
     """One whose worker is no Python, so that its jobs fail at once."""
     host = Host(checkpoint.parent, tmp_path / "work")
-    host.desk.python = lambda: os.devnull
+    host.runner.python = lambda: os.devnull
     yield host
-    if host.desk.job:
-        host.desk.job.fail("over")
+    if host.runner.job:
+        host.runner.job.fail("over")
 
 
 def _encoded(color: str = "red") -> str:
@@ -144,7 +150,7 @@ def test_a_post_is_a_json_object_sent_as_one(host: Host, path: str) -> None:
             ).status_code
             == 422
         )
-    assert host.desk.job is None
+    assert host.runner.job is None
     answer = client.post(
         address, content=b"{}", headers={"content-type": "Application/JSON; charset=utf-8"}
     )
@@ -177,6 +183,11 @@ def test_a_post_is_a_json_object_sent_as_one(host: Host, path: str) -> None:
         {"settings": {"rate": [1]}},
         {"settings": {"method": "magic"}},
         {"settings": {"\ud800": 1}},
+        {"settings": {"flip": "yes"}},
+        {"settings": {"steps": True}},
+        {"settings": {"rate": float("nan")}},
+        {"replace": "yes"},
+        {"replace": 1},
         {"images": None},
         {"images": []},
         {"images": [5]},
@@ -215,8 +226,86 @@ def test_what_cannot_be_meant_is_refused_and_leaves_nothing(
     )
     assert answer.status_code == 422, answer.text
     assert isinstance(answer.json()["detail"], str)
-    assert host.desk.job is None
+    assert host.runner.job is None
     assert not _left(host.folder)
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "message"),
+    [
+        ("export", {"only": "V1"}, "only has to be a list of texts"),
+        ("export", {"remove_superseded": "yes"}, "remove_superseded is 'yes'"),
+        ("undo", {"version": "3"}, "version is '3'; it has to be a whole number"),
+        ("restore", {}, "version is missing"),
+        ("evaluate", {"settings": {"pictures": 0}}, "pictures is 0; the range is 1 to"),
+        ("closed_form", {"settings": {"energy": 2}}, "energy is 2"),
+    ],
+)
+def test_fields_are_named_as_in_json(
+    host: Host, path: str, body: dict[str, Any], message: str
+) -> None:
+    answer = _client(host).post(f"{api.PREFIX}/{path}", json={**WHERE, **body})
+    assert (answer.status_code, message in answer.json()["detail"]) == (422, True), answer.text
+    assert host.runner.job is None
+
+
+@pytest.mark.parametrize(
+    ("path", "chosen", "job"),
+    [
+        ("learn", {"replace": True, "settings": {"steps": 5}}, "learn"),
+        ("learn", {}, "learn"),
+        ("export", {"only": ["V1"], "remove_superseded": True}, "export"),
+        ("undo", {"version": 3}, "undo"),
+        ("restore", {"version": 3}, "restore"),
+        ("closed_form", {"settings": {"energy": 0.9}}, "closed_form"),
+        ("forget", {"settings": {"rank": 4}}, "forget"),
+        ("evaluate", {"settings": {"pictures": 1}}, "evaluate"),
+        ("scores", {"settings": {"trials": 1}}, "scores"),
+        ("consolidate", {"settings": {"dsc_steps": 1}}, "consolidate"),
+    ],
+)
+def test_what_is_asked_for_reaches_the_worker(
+    host: Host, path: str, chosen: dict[str, Any], job: str
+) -> None:
+    body = {**WHERE, "images": [_encoded()], "token": "V1", "noun": "ball", **chosen}
+    answer = _client(host).post(f"{api.PREFIX}/{path}", json=body)
+    assert answer.status_code == 200, answer.text
+    assert host.runner.job
+    name, request = host.runner.job.jobs[0]
+    assert name == job
+    assert {key: request[key] for key in chosen} == chosen
+    followed = [name for name, _ in host.runner.job.jobs[1:]]
+    assert followed == (["export"] if path in ("learn", "consolidate", "closed_form") else [])
+    for name, request in host.runner.job.jobs:
+        parse(OPERATIONS[name].request, request)
+
+
+def test_what_was_learned_is_told_where_the_export_fails(host: Host) -> None:
+    client = _client(host)
+    job = Job(4, [("learn", {}), ("export", {})])
+    job.results = {"learn": {"token": "V1", "noun": "ball", "losses": [], "again": False}}
+    job.fail("out can't be written")
+    host.runner.job = job
+    answer = client.get(f"{api.PREFIX}/jobs").json()
+    assert (answer["state"], answer["failed"]) == ("failed", "export")
+    assert answer["results"]["learn"]["token"] == "V1"
+    for words in ("Learned V1 ball", "is stored", "export failed", "out can't be written"):
+        assert words in answer["text"]
+
+
+def test_the_api_needs_no_gradio() -> None:
+    code = (
+        "import sys; sys.modules['gradio'] = None; "
+        "from comfy_continual_lora.webui import api; "
+        "sys.exit(str({'torch', 'diffusers', 'transformers'} & set(sys.modules) or ''))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        cwd=Path(__file__).parents[1],
+    )
+    assert done.stderr.strip() == ""
 
 
 def test_copies_are_there_while_the_job_runs_and_not_after_it(host: Host, tmp_path: Path) -> None:
@@ -224,7 +313,7 @@ def test_copies_are_there_while_the_job_runs_and_not_after_it(host: Host, tmp_pa
     script = tmp_path / "python"
     script.write_text(f"#!/bin/sh\nfind {host.folder} -name '*.png' > {seen}\nexec sleep 100\n")
     script.chmod(0o755)
-    host.desk.python = lambda: str(script)
+    host.runner.python = lambda: str(script)
     body = {
         **WHERE,
         "images": [_encoded("red"), "data:image/png;base64," + _encoded("blue")],
@@ -238,8 +327,8 @@ def test_copies_are_there_while_the_job_runs_and_not_after_it(host: Host, tmp_pa
         pass
     assert len(seen.read_text().splitlines()) == 2
     assert len(_left(host.folder)) == 3
-    assert host.desk.job
-    host.desk.job.fail("killed")
+    assert host.runner.job
+    host.runner.job.fail("killed")
     assert not _left(host.folder)
 
 
@@ -249,12 +338,12 @@ def test_copies_stay_while_a_snapshot_needs_them(host: Host, checkpoint: Path) -
     snapshot.touch()
     body = {**WHERE, "stack": "x", "images": [_encoded()], "token": "V1", "noun": "ball"}
     client.post(f"{api.PREFIX}/learn", json=body)
-    assert host.desk.job
-    assert host.desk.job.wait(10)
+    assert host.runner.job
+    assert host.runner.job.wait(10)
     assert [p.suffix for p in sorted(_left(host.folder))] == [".png", ".json"]
     snapshot.unlink()
     client.post(f"{api.PREFIX}/undo", json=WHERE)
-    assert host.desk.job.wait(10)
+    assert host.runner.job.wait(10)
     assert not _left(host.folder)
 
 

@@ -4,6 +4,7 @@ either side is killed.
 
 from __future__ import annotations
 
+import dataclasses
 import io
 import json
 import os
@@ -13,15 +14,20 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from helpers_learn import save_concept
 
-from comfy_continual_lora import worker
+from comfy_continual_lora import pipeline, worker
+from comfy_continual_lora.errors import StackError
 from comfy_continual_lora.files import snapshots_of, stack_path
+from comfy_continual_lora.operations import OPERATIONS
+from comfy_continual_lora.requests import settings_of
 from comfy_continual_lora.store import read_records
 from comfy_continual_lora.webui.job import Job
 from comfy_continual_lora.webui.runner import Busy, JobRunner
+from comfy_continual_lora.webui.shown import status
 
 QUICK = {"method": "lora", "steps": 2, "batch": 2, "rank": 4, "size": 64}
 
@@ -125,6 +131,101 @@ def test_mistakes_come_back_in_words(
     )
     assert (status, last["event"], last["kind"]) == (1, "failed", kind)
     assert message in last["message"]
+
+
+@pytest.mark.parametrize(
+    ("job", "request_", "marked"),
+    [
+        ("learn", {"token": 5}, "`token` is 5; it has to be text."),
+        ("learn", {"settings": {"steps": "many"}}, "`steps` is 'many'"),
+        ("learn", {"settings": {"rate": True}}, "`rate` is True"),
+        ("learn", {"settings": []}, "`settings` has to be an object"),
+        ("learn", {"images": 5}, "`images` has to be a list of texts"),
+        ("learn", {"images": ["a\0b"]}, "which is no path"),
+        ("learn", {"checkpoint": ""}, "`checkpoint` is '', which is no path"),
+        ("learn", {"checkpoint": None}, "`checkpoint` is missing"),
+        ("learn", {"replace": "yes"}, "`replace` is 'yes'; it has to be true or false."),
+        ("learn", {"out": "x"}, "There is no field out in this request"),
+        ("learn", {"stack": "x" * 5000}, "which is no path"),
+        ("undo", {"version": 1.5}, "`version` is 1.5; it has to be a whole number."),
+        ("draw", {"prompts": "a"}, "`prompts` has to be a list of texts"),
+        ("closed_form", {"settings": {"energy": float("nan")}}, "`energy` is nan"),
+    ],
+)
+def test_wrong_types_and_fields_are_refused_in_words(
+    checkpoint: Path, pictures: Path, job: str, request_: dict, marked: str
+) -> None:
+    """The message names fields plainly; `marked` has them in backquotes, for a host's own names."""
+    place = {"checkpoint": str(checkpoint), "device": "cpu"}
+    request = _request(checkpoint, pictures) if job == "learn" else place
+    status, last = _serve({"jobs": [{"job": job, "request": {**request, **request_}}]})
+    assert (status, last["event"], last["kind"]) == (1, "failed", "SettingError")
+    assert marked in last["marked"]
+    assert last["message"] == last["marked"].replace("`", "")
+
+
+def _other(field: dataclasses.Field) -> object:
+    """A value in its range that is not the setting's default."""
+    meta, default, kind = field.metadata, field.default, str(field.type).split(" ")[0]
+    if meta["choices"]:
+        return next(one for one in meta["choices"] if one != default)
+    if kind == "bool":
+        return not default
+    if kind == "str":
+        return "other"
+    start = default if default is not None else meta["low"]
+    if kind == "int":
+        return start + meta["multiple"]
+    return start + 1.0 if meta["high"] is None else (meta["low"] + meta["high"]) / 2
+
+
+@pytest.mark.parametrize("name", [n for n in OPERATIONS if settings_of(OPERATIONS[n].request)])
+def test_every_setting_reaches_the_operation(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """From the JSON of a request, through the worker, into the request the pipeline gets."""
+    asked: list[Any] = []
+
+    def operate(request: Any, _: object) -> None:
+        asked.append(request)
+        raise StackError("far enough")
+
+    monkeypatch.setattr(pipeline, OPERATIONS[name].function, operate)
+    given = {
+        "checkpoint": "c",
+        "images": "i",
+        "token": "V1",
+        "noun": "n",
+        "other": "o",
+        "lora": "l",
+    }
+    given |= {"prompts": ["p"], "out": "o"}
+    fields = {f.name for f in dataclasses.fields(OPERATIONS[name].request)}
+    kind: Any = settings_of(OPERATIONS[name].request)
+    for field in dataclasses.fields(kind):
+        chosen = {field.name: _other(field)}
+        request = {key: value for key, value in given.items() if key in fields}
+        with pytest.raises(StackError, match="far enough"):
+            worker.JOBS[name]({**request, "settings": chosen}, lambda _: None)
+        assert asked[-1].settings == kind(**chosen) != kind()
+
+
+@pytest.mark.parametrize("line", ["", "{", "[]", "null", '{"jobs": 5}', "[" * 100_000])
+def test_a_first_line_that_is_none_is_refused(line: str) -> None:
+    target = io.StringIO()
+    assert worker.serve(io.StringIO(line + "\n"), target) == 2
+    assert "no list of jobs" in json.loads(target.getvalue())["message"]
+
+
+def test_what_is_done_is_told_before_what_fails(
+    checkpoint: Path, pictures: Path, tmp_path: Path, runner: JobRunner
+) -> None:
+    (tmp_path / "file").touch()
+    export = {"checkpoint": str(checkpoint), "out": str(tmp_path / "file" / "out")}
+    job = _done(runner.start(("learn", _request(checkpoint, pictures)), ("export", export)))
+    assert (job.state, job.unfinished) == ("failed", "export")
+    assert job.results["learn"]["token"] == "V1"
+    assert [one.token for one in read_records(stack_path(checkpoint))] == ["V1"]
+    assert "Learned V1 ball" in status(job, str)
+    assert "export failed" in status(job, str)
 
 
 def test_what_is_no_job_is_refused() -> None:

@@ -1,7 +1,11 @@
 """Front end: ComfyUI nodes (V3 API).
 
-Registering them imports nothing heavy of ours; nodes.py has the nodes, host.py what they need of
-ComfyUI.
+Registering them imports nothing heavy of ours.
+
+    nodes.py                          the table of nodes
+    learning.py, using.py, stacks.py  the nodes: learn; draw, judge, export; undo, merge, import
+    schema.py, handle.py              how they are declared; what travels along their wires
+    host.py, words.py, mini.py        what they need of ComfyUI: files, progress, prompts, the mini-SD
 """
 
 from __future__ import annotations
@@ -18,12 +22,12 @@ def make_extension() -> Any:
     try:
         from comfy_api.latest import ComfyExtension  # pyright: ignore[reportMissingImports] - only inside ComfyUI
 
-        from . import host
+        from .mini import offer_mini
         from .nodes import NODES
 
         class ContinualLora(ComfyExtension):
             async def get_node_list(self) -> list:
-                host.offer_mini()  # not in on_load, which ComfyUI 0.8 does not call
+                offer_mini()  # not in on_load, which ComfyUI 0.8 does not call
                 return NODES
 
         return ContinualLora()

@@ -17,9 +17,10 @@ from modules import call_queue, processing, sd_models, shared  # pyright: ignore
 
 from ..files import STACKS
 from .environment import environment_of, home_of, prepare, python_of
+from .host import Host
 from .job import Job
+from .labels import METHOD_LABELS
 from .shown import picture_of, status
-from .tab import PLANS, Host
 
 _SECTION = ("continual_lora", "Continual LoRA")
 
@@ -33,7 +34,9 @@ def host(extension: Path) -> WebuiHost:
 class WebuiHost(Host):
     def __init__(self, extension: Path) -> None:
         super().__init__(Path(), home_of(extension))
-        self.desk.around, self.desk.follow, self.desk.ended = self.around, self.follow, self.ended
+        self.runner.around = self.around
+        self.runner.follow = self.follow
+        self.runner.ended = self.ended
         self._shown: str | None = None
         self._interrupted = self._has_queue = False
         self.outlive_reload()
@@ -55,19 +58,27 @@ class WebuiHost(Host):
     def exports(self) -> tuple[Path, Path]:
         return Path(shared.cmd_opts.lora_dir), Path(shared.cmd_opts.embeddings_dir)
 
-    def default_plan(self) -> str:
+    def default_method(self) -> str:
         chosen = shared.opts.data.get("continual_lora_plan")
-        return chosen if isinstance(chosen, str) and chosen in PLANS else super().default_plan()
+        return (
+            chosen
+            if isinstance(chosen, str) and chosen in METHOD_LABELS
+            else super().default_method()
+        )
 
     def add_settings(self) -> None:
         """What may be chosen on a page or through the web UI's API: nothing that names a program or
         a path.
         """
-        choices = {"choices": list(PLANS)}
-        plan = shared.OptionInfo(
-            next(iter(PLANS)), "Method the tab begins with", gr.Dropdown, choices, section=_SECTION
+        choices = {"choices": list(METHOD_LABELS)}
+        option = shared.OptionInfo(
+            next(iter(METHOD_LABELS)),
+            "Method the tab begins with",
+            gr.Dropdown,
+            choices,
+            section=_SECTION,
         )
-        shared.opts.add_option("continual_lora_plan", plan)
+        shared.opts.add_option("continual_lora_plan", option)
 
     # --- the API
     # ----------------------------------------------------------------------------------------------

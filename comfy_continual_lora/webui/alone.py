@@ -16,7 +16,8 @@ from urllib.parse import urlsplit
 import gradio as gr
 from starlette.middleware import Middleware
 
-from .tab import Host, build
+from .host import Host
+from .tab import build
 
 NAMES = ("127.0.0.1", "localhost", "::1")
 _DAY = 86_400
@@ -54,23 +55,21 @@ class OwnPagesOnly:
 
 
 def is_own(method: str, headers: list[tuple[bytes, bytes]]) -> bool:
-    """Whether a request comes from a page of ours, or from its user; every browser says so since
-    2023.
-    """
-    values = [(name.lower().decode("latin-1"), value.decode("latin-1")) for name, value in headers]
-    found = dict(values)
-    host = found.get("host", "")
-    if len([name for name, _ in values if name == "host"]) != 1 or _name(host) not in NAMES:
+    """Whether a request comes from a page of ours, or from its user; browsers since 2023 say so."""
+    pairs = [(name.lower().decode("latin-1"), value.decode("latin-1")) for name, value in headers]
+    sent = dict(pairs)
+    host, origin = sent.get("host", ""), sent.get("origin")
+    if len([name for name, _ in pairs if name == "host"]) != 1 or _name(host) not in NAMES:
         return False
-    if "origin" in found and found["origin"].lower() not in (
+    if origin is not None and origin.lower() not in (
         f"http://{host}".lower(),
         f"https://{host}".lower(),
     ):
         return False
-    if found.get("sec-fetch-site", "none") in ("none", "same-origin"):
+    if sent.get("sec-fetch-site", "none") in ("none", "same-origin"):
         return True
     # A link to the page may be followed, in a window of its own.
-    return method == "GET" and found.get("sec-fetch-dest") == "document"
+    return method == "GET" and sent.get("sec-fetch-dest") == "document"
 
 
 def _name(host: str) -> str | None:

@@ -1,27 +1,30 @@
-"""/continual-lora/v1/...: the tab's deeds as plain JSON, on the web UI's own server. Paths outside
-the host's picture folders are refused.
+"""/continual-lora/v1/...: what the tab does, as plain JSON on the web UI's own server. Paths outside
+the host's picture folders are refused. No gradio: fastapi alone.
 
     GET  concepts?checkpoint=NAME&stack=NAME     the stack's concepts
+    GET  history?checkpoint=NAME&stack=NAME      the stack's versions, the newest first
     GET  jobs                                    the job under way, or the last one
-    POST jobs/stop    {}                         stop it between two steps; told so once more, at
-    once
-    POST learn        {checkpoint, images, token, noun, settings, stack}         -> {"job": number};
-    it is exported too
+    POST jobs/stop    {}                         stop it between two steps; once more: at once
+    POST learn        {checkpoint, images, token, noun, settings, replace, stack}
     POST consolidate  {checkpoint, images, settings, stack}
+    POST closed_form  {checkpoint, settings, stack}
+    POST forget       {checkpoint, token, settings, stack}
     POST scores       {checkpoint, images, settings, stack}
     POST evaluate     {checkpoint, settings, stack}
-    POST export       {checkpoint, stack, only}      only: words, for a LoRA solved for these alone
-    GET  history?checkpoint=NAME&stack=NAME      the stack's versions, the newest first
-    POST undo         {checkpoint, stack, version}   version: of the history, if it has to be the
-    one in use
+    POST export       {checkpoint, stack, only, remove_superseded}
+    POST undo         {checkpoint, stack, version}
     POST restore      {checkpoint, stack, version}
 
-images: pictures in base64 (with or without "data:...;base64,"), or the path of a folder.
+A POST that starts a job answers {"job": number}. learn, consolidate and closed_form also export.
 
-A POST takes a JSON object, sent as application/json. Answers 409 while another job runs, 415 and
-422 for a request
-that can't be meant, 503 where the worker's environment is not prepared; how a job ended is in GET
-jobs.
+images: pictures in base64 (with or without "data:...;base64,"), or the path of a folder; replace:
+learn in place of the newest concept, if that has this word; only: words, for a LoRA solved for these
+alone; remove_superseded: also remove this stack's earlier exports of the same concepts; version: a
+number of the history, with undo the one that has to be in use.
+
+A POST takes a JSON object, sent as application/json. Answers 409 while another job runs, 415 and 422
+for a request that can't be meant, 503 where the worker's environment is not prepared. How a job
+ended is in GET jobs: `results` by job, also of those that were done before one that failed.
 """
 
 from __future__ import annotations
@@ -38,23 +41,20 @@ from typing import Any
 from fastapi import Depends, FastAPI, HTTPException, Request
 from fastapi.security import HTTPBasic, HTTPBasicCredentials
 
-from ..errors import SettingError
+from ..errors import ContinualLoraError
 from ..files import PICTURES
-from ..settings import (
-    ConsolidateSettings,
-    EvaluateSettings,
-    LearnSettings,
-    ScoreSettings,
-    SolveSettings,
-)
+from ..operations import OPERATIONS
+from ..requests import parse
 from .copies import Batch
 from .environment import NotReady
-from .job import Busy, Job
+from .host import Host, JobRequest, concepts_of, newest_word, place_of, stack_file, versions_of
+from .job import Job
+from .runner import Busy
 from .shown import status
-from .tab import Host, concepts_of, export_job, stack_file, versions_of
 
 PREFIX = "/continual-lora/v1"
 _MOST = 500_000_000  # bytes of a request
+Body = dict[str, Any]
 
 
 def add_routes(app: FastAPI, host: Host) -> None:
@@ -68,141 +68,133 @@ def add_routes(app: FastAPI, host: Host) -> None:
                 401, "Incorrect username or password", {"WWW-Authenticate": "Basic"}
             )
 
-    def where(body: dict[str, Any]) -> dict[str, str]:
-        known, name = host.checkpoints(), _text(body, "checkpoint")
+    guard = [] if logins is None else [Depends(login)]
+
+    def add(path: str, endpoint: Callable[..., Any], method: str) -> None:
+        app.add_api_route(
+            f"{PREFIX}/{path}",
+            endpoint,
+            methods=[method],
+            dependencies=guard,
+            response_model=None,
+        )
+
+    endpoints = Endpoints(host)
+    for name in ("concepts", "history", "jobs"):
+        add(name, getattr(endpoints, name), "GET")
+    add("jobs/stop", _with_body(endpoints.stop), "POST")
+    for name in STARTS:
+        add(name, _with_body(getattr(endpoints, name)), "POST")
+
+
+STARTS = (  # a job each
+    "learn",
+    "consolidate",
+    "closed_form",
+    "forget",
+    "scores",
+    "evaluate",
+    "export",
+    "undo",
+    "restore",
+)
+
+
+class Endpoints:
+    """What each route does; errors are HTTPException."""
+
+    def __init__(self, host: Host) -> None:
+        self.host = host
+
+    # --- GET -----------------------------------------------------------------------------------
+
+    def concepts(self, checkpoint: str, stack: str = "") -> Any:
+        return _plain(_asked(concepts_of, self._stack(checkpoint, stack)))
+
+    def history(self, checkpoint: str, stack: str = "") -> Any:
+        versions = _asked(versions_of, self._stack(checkpoint, stack))
+        rows = [dataclasses.asdict(one) for one in versions]
+        return [{name: row[name] for name in row if name != "file"} for row in rows]
+
+    def jobs(self) -> Body:
+        return _described(self.host.runner.job)
+
+    def _stack(self, checkpoint: str, stack: str) -> Path:
+        return Path(self._place({"checkpoint": checkpoint, "stack": stack})["stack"])
+
+    # --- POST ----------------------------------------------------------------------------------
+
+    def stop(self, body: Body) -> Body:
+        if self.host.runner.job:
+            self.host.runner.job.stop()
+        return _described(self.host.runner.job)
+
+    def learn(self, body: Body) -> Body:
+        place, token = self._place(body), _given(body, "token")
+        images, batch = _images(body, self.host, place["stack"], token)
+        request = {**place, "images": images, "token": token, "noun": _given(body, "noun")}
+        learning = _checked("learn", {**request, **_chosen(body, "settings", "replace")})
+        return self._start(learning, self.host.export_job(place), batch=batch)
+
+    def consolidate(self, body: Body) -> Body:
+        place = self._place(body)
+        newest = _asked(newest_word, Path(place["stack"]))
+        images, batch = _images(body, self.host, place["stack"], newest)
+        request = {**place, "images": images, **_chosen(body, "settings")}
+        consolidating = _checked("consolidate", request)
+        return self._start(consolidating, self.host.export_job(place), batch=batch)
+
+    def closed_form(self, body: Body) -> Body:
+        place = self._place(body)
+        solving = _checked("closed_form", {**place, **_chosen(body, "settings")})
+        return self._start(solving, self.host.export_job(place))
+
+    def forget(self, body: Body) -> Body:
+        request = {**self._place(body), "token": _given(body, "token")}
+        return self._start(_checked("forget", {**request, **_chosen(body, "settings")}))
+
+    def scores(self, body: Body) -> Body:
+        place = self._place(body)
+        images, batch = _images(body, self.host, place["stack"])
+        request = {**place, "images": images, **_chosen(body, "settings")}
+        job = _checked("scores", {**request, "plot": self.host.chart("scores")})
+        return self._start(job, batch=batch)
+
+    def evaluate(self, body: Body) -> Body:
+        request = {**self._place(body), **_chosen(body, "settings")}
+        return self._start(_checked("evaluate", {**request, "plot": self.host.chart("retention")}))
+
+    def export(self, body: Body) -> Body:
+        name, request = self.host.export_job(self._place(body))
+        chosen = _chosen(body, "only", "remove_superseded")
+        return self._start(_checked(name, {**request, **chosen}))
+
+    def undo(self, body: Body) -> Body:
+        return self._start(_checked("undo", {**self._place(body), **_chosen(body, "version")}))
+
+    def restore(self, body: Body) -> Body:
+        return self._start(_checked("restore", {**self._place(body), **_chosen(body, "version")}))
+
+    def _place(self, body: Body) -> dict[str, str]:
+        known, name = self.host.checkpoints(), _text(body, "checkpoint")
         if name not in known:
             raise refused(f"There is no checkpoint {name!r}. Known: {', '.join(known) or 'none'}.")
-        try:
-            return {
-                "checkpoint": str(known[name]),
-                "stack": str(stack_file(known[name], _text(body, "stack"))),
-            }
-        except ValueError as error:
-            raise refused(error) from None
+        stack = _asked(stack_file, known[name], _text(body, "stack"))
+        return place_of(known[name], stack)
 
-    def start(*jobs: tuple[str, dict[str, Any]], batch: Batch | None = None) -> dict[str, Any]:
+    def _start(self, *jobs: JobRequest, batch: Batch | None = None) -> Body:
         try:
-            return {"job": host.hand_in(*jobs, batch=batch).number}
+            return {"job": self.host.hand_in(*jobs, batch=batch).number}
         except Busy as error:
             raise refused(error, 409) from None
         except NotReady as error:
             raise refused(error, 503) from None
         except OSError as error:
-            raise refused(
-                f"The pictures can't be copied: {error.strerror or error}.", 507
-            ) from None
+            why = error.strerror or error
+            raise refused(f"The pictures can't be copied: {why}.", 507) from None
 
-    def concepts(checkpoint: str, stack: str = "") -> Any:
-        try:
-            return _plain(
-                concepts_of(Path(where({"checkpoint": checkpoint, "stack": stack})["stack"]))
-            )
-        except ValueError as error:
-            raise refused(error) from None
 
-    def history(checkpoint: str, stack: str = "") -> Any:
-        try:
-            found = versions_of(Path(where({"checkpoint": checkpoint, "stack": stack})["stack"]))
-        except ValueError as error:
-            raise refused(error) from None
-        return [
-            {name: value for name, value in dataclasses.asdict(one).items() if name != "file"}
-            for one in found
-        ]
-
-    def jobs() -> dict[str, Any]:
-        return _told(host.desk.job)
-
-    def stop(body: dict[str, Any]) -> dict[str, Any]:
-        if host.desk.job:
-            host.desk.job.stop()
-        return _told(host.desk.job)
-
-    def learn(body: dict[str, Any]) -> dict[str, Any]:
-        place, settings = where(body), _settings(body, LearnSettings)
-        token, noun = _given(body, "token"), _given(body, "noun")
-        images, batch = _images(body, host, place["stack"], token)
-        request = {**place, "images": images, "token": token, "noun": noun, "settings": settings}
-        return start(("learn", request), export_job(host, place), batch=batch)
-
-    def consolidate(body: dict[str, Any]) -> dict[str, Any]:
-        place, settings = where(body), _settings(body, ConsolidateSettings)
-        try:
-            newest = concepts_of(Path(place["stack"]))[-1:]
-        except ValueError as error:
-            raise refused(error) from None
-        images, batch = _images(body, host, place["stack"], newest[0]["token"] if newest else "")
-        return start(
-            ("consolidate", {**place, "images": images, "settings": settings}),
-            export_job(host, place),
-            batch=batch,
-        )
-
-    def closed_form(body: dict[str, Any]) -> dict[str, Any]:
-        place = where(body)
-        return start(
-            ("closed_form", {**place, "settings": _settings(body, SolveSettings)}),
-            export_job(host, place),
-        )
-
-    def forget(body: dict[str, Any]) -> dict[str, Any]:
-        request = {
-            **where(body),
-            "token": _given(body, "token"),
-            "settings": _settings(body, SolveSettings),
-        }
-        return start(("forget", request))
-
-    def scores(body: dict[str, Any]) -> dict[str, Any]:
-        place, settings = where(body), _settings(body, ScoreSettings)
-        images, batch = _images(body, host, place["stack"])
-        request = {**place, "images": images, "settings": settings, "out": host.copies.charts()}
-        return start(("scores", request), batch=batch)
-
-    def evaluate(body: dict[str, Any]) -> dict[str, Any]:
-        request = {
-            **where(body),
-            "settings": _settings(body, EvaluateSettings),
-            "out": host.copies.charts(),
-        }
-        return start(("evaluate", request))
-
-    def export(body: dict[str, Any]) -> dict[str, Any]:
-        only = [] if body.get("only") is None else body["only"]
-        if not isinstance(only, list) or not all(isinstance(word, str) for word in only):
-            raise refused("only is no list of words.")
-        return start(export_job(host, where(body), only))
-
-    def undo(body: dict[str, Any]) -> dict[str, Any]:
-        place, version = where(body), body.get("version")
-        if version is not None and type(version) is not int:
-            raise refused("version has to be a number, as in GET history.")
-        return start(("undo", {**place, "version": version}))
-
-    def restore(body: dict[str, Any]) -> dict[str, Any]:
-        place, version = where(body), body.get("version")
-        if type(version) is not int:
-            raise refused("version has to be a number, as in GET history.")
-        return start(("restore", {**place, "version": version}))
-
-    guard = [] if logins is None else [Depends(login)]
-    for ask in (concepts, history, jobs):
-        app.add_api_route(
-            f"{PREFIX}/{ask.__name__}",
-            ask,
-            methods=["GET"],
-            dependencies=guard,
-            response_model=None,
-        )
-    deeds = (learn, consolidate, closed_form, forget, scores, evaluate, export, undo, restore)
-    for path, deed in (("jobs/stop", stop), *((deed.__name__, deed) for deed in deeds)):
-        app.add_api_route(
-            f"{PREFIX}/{path}",
-            _with_body(deed),
-            methods=["POST"],
-            dependencies=guard,
-            response_model=None,
-        )
+# --- requests ------------------------------------------------------------------------------------
 
 
 def refused(why: object, status: int = 422) -> HTTPException:
@@ -212,7 +204,7 @@ def refused(why: object, status: int = 422) -> HTTPException:
     return HTTPException(status, _plain(str(why)))
 
 
-async def _body(request: Request) -> dict[str, Any]:
+async def _body(request: Request) -> Body:
     """The JSON object that was sent as one.
 
     A page of a stranger's can make a browser send anything but this content type without asking us
@@ -238,71 +230,50 @@ async def _body(request: Request) -> dict[str, Any]:
     return body
 
 
-def _with_body(deed: Callable[[dict[str, Any]], dict[str, Any]]) -> Callable[..., dict[str, Any]]:
-    def route(body: dict = Depends(_body)) -> dict[str, Any]:  # noqa: B008
-        return deed(body)
+def _with_body(endpoint: Callable[[Body], Body]) -> Callable[..., Body]:
+    def route(body: dict = Depends(_body)) -> Body:  # noqa: B008
+        return endpoint(body)
 
-    route.__name__ = deed.__name__
+    route.__name__ = endpoint.__name__
     return route
 
 
-def _plain(value: Any) -> Any:
-    """As JSON can send it: numbers that are none become null, half characters are replaced."""
-    if isinstance(value, dict):
-        return {_plain(name): _plain(one) for name, one in value.items()}
-    if isinstance(value, list):
-        return [_plain(one) for one in value]
-    if isinstance(value, str):
-        return value.encode("utf-8", "replace").decode()
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+def _asked(function: Callable[..., Any], *given: Any) -> Any:
+    """What it returns; its ValueError refuses the request."""
+    try:
+        return function(*given)
+    except ValueError as error:
+        raise refused(error) from None
 
 
-def _told(job: Job | None) -> dict[str, Any]:
-    if job is None:
-        return {"job": None, "state": "idle"}
-    told = {
-        "job": job.number,
-        "name": job.name,
-        "state": job.state,
-        "message": job.message,
-        "notes": job.notes,
-        "text": status(job, str),
-    }
-    return _plain({**told, "progress": job.progress, "results": job.results})
+def _checked(name: str, request: Body) -> JobRequest:
+    """A job for the worker, whose request it will take."""
+    try:
+        parse(OPERATIONS[name].request, request)
+    except (ContinualLoraError, OSError, ValueError) as error:
+        raise refused(error) from None
+    return name, request
 
 
-def _text(body: dict[str, Any], name: str) -> str:
+def _chosen(body: Body, *names: str) -> Body:
+    """Those of these fields that are in the body; null is left out."""
+    return {name: body[name] for name in names if body.get(name) is not None}
+
+
+def _text(body: Body, name: str) -> str:
     value = body.get(name)
     if not isinstance(value, str | None):
         raise refused(f"{name} has to be a string.")
     return value or ""
 
 
-def _given(body: dict[str, Any], name: str) -> str:
+def _given(body: Body, name: str) -> str:
     if not (value := _text(body, name).strip()):
         raise refused(f"{name} is missing or empty.")
     return value
 
 
-def _settings(body: dict[str, Any], kind: type) -> dict[str, Any]:
-    settings = {} if body.get("settings") is None else body["settings"]
-    if not isinstance(settings, dict):
-        raise refused('settings has to be an object, such as {"steps": 500}.')
-    known = {f.name for f in dataclasses.fields(kind)}
-    if unknown := sorted(settings.keys() - known):
-        raise refused(
-            f"There is no setting {', '.join(unknown)}. There are {', '.join(sorted(known))}."
-        )
-    try:
-        kind(**settings).check()
-    except (SettingError, TypeError, ValueError) as error:
-        raise refused(error) from None
-    return settings
-
-
-def _images(
-    body: dict[str, Any], host: Host, stack: str, token: str = ""
-) -> tuple[list[str], Batch | None]:
+def _images(body: Body, host: Host, stack: str, token: str = "") -> tuple[list[str], Batch | None]:
     """Paths of the pictures that are meant, and what has to be copied there first."""
     given = body.get("images")
     if isinstance(given, str):
@@ -310,10 +281,7 @@ def _images(
     if not isinstance(given, list) or not given or not all(isinstance(one, str) for one in given):
         raise refused("images has to be a list of pictures in base64, or the path of a folder.")
     pictures = [(f"Picture {number}", _decoded(number, one)) for number, one in enumerate(given)]
-    try:
-        batch = host.copies.batch(pictures, (), stack, token)
-    except ValueError as error:
-        raise refused(error) from None
+    batch = _asked(host.copies.batch, pictures, (), stack, token)
     return batch.paths, batch
 
 
@@ -332,13 +300,41 @@ def _pictures_in(given: str, host: Host) -> list[str]:
             raise refused(
                 f"{given} is outside the folders the API may read: {', '.join(map(str, allowed))}."
             )
-        found = sorted(
-            str(p)
-            for p in folder.glob("*")
-            if p.suffix.lower() in PICTURES and not p.stem.endswith(".mask")
-        )
+        files = sorted(path for path in folder.glob("*") if path.suffix.lower() in PICTURES)
     except (OSError, ValueError, RuntimeError):  # no path, too long, a ring of links
         raise refused(f"{given!r:.200} is no folder.") from None
-    if not found:
+    pictures = [str(path) for path in files if not path.stem.endswith(".mask")]
+    if not pictures:
         raise refused(f"There are no pictures in {given}.")
-    return found
+    return pictures
+
+
+# --- answers -------------------------------------------------------------------------------------
+
+
+def _plain(value: Any) -> Any:
+    """As JSON can send it: numbers that are none become null, half characters are replaced."""
+    if isinstance(value, dict):
+        return {_plain(name): _plain(one) for name, one in value.items()}
+    if isinstance(value, list):
+        return [_plain(one) for one in value]
+    if isinstance(value, str):
+        return value.encode("utf-8", "replace").decode()
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _described(job: Job | None) -> Body:
+    if job is None:
+        return {"job": None, "state": "idle"}
+    described = {
+        "job": job.number,
+        "name": job.name,
+        "state": job.state,
+        "message": job.message,
+        "notes": job.notes,
+        "text": status(job, str, str),
+        "failed": job.unfinished if job.state == "failed" else None,
+        "progress": job.progress,
+        "results": job.results,
+    }
+    return _plain(described)

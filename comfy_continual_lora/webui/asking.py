@@ -8,9 +8,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-from .. import stackfile
+from .. import versions
+from ..stackfile import read_header
+from .host import JobRequest, place_of
 
 
 @dataclass(frozen=True)
@@ -21,45 +22,44 @@ class Question:
 
     sentence: str
     yes: str
-    job: tuple[str, dict[str, Any]]
+    job: JobRequest
 
 
 def undo(checkpoint: Path, stack: Path, _: object = None) -> Question:
     """Errors: ValueError and StackError where there is nothing to undo."""
     # Its number first: should the stack change in between, the worker refuses, rather than undo
-    # what was not told.
-    now = stackfile.in_use(stack)
-    sentence = stackfile.undo_preview(stack)
+    # something else.
+    now = versions.in_use(stack)
+    sentence = versions.undo_preview(stack)
     if now is None or sentence.startswith("There is nothing"):
         raise ValueError(sentence)
     return Question(
-        sentence, "Yes, undo it", ("undo", {**_where(checkpoint, stack), "version": now.number})
+        sentence, "Yes, undo it", ("undo", {**place_of(checkpoint, stack), "version": now.number})
     )
 
 
 def forget(checkpoint: Path, stack: Path, token: object) -> Question:
     """Errors: ValueError for a word that is not on the stack; StackError."""
-    concepts = stackfile.read_header(stack)["concepts"] if stack.exists() else []
+    concepts = read_header(stack)["concepts"] if stack.exists() else []
     known = [one["token"] for one in concepts]
     one = next((one for one in concepts if one["token"] == token), None)
     if one is None:
-        said = f"The word {token} is not on the stack" if token else "No word is on the left"
-        raise ValueError(f"{said}; it holds {', '.join(known) or 'no concept'}.")
+        problem = f"The word {token} is not on the stack" if token else "No word is on the left"
+        raise ValueError(f"{problem}; it holds {', '.join(known) or 'no concept'}.")
     rest = ", ".join(other for other in known if other != token) or "no concept"
     sentence = (
         f"This takes {token} {one['noun']} off, learned on {one['learned'][:10]} from "
-        f"{one['images']} pictures, and what later "
-        f"adapters know of it. The stack then holds {rest}. It can be undone as long as the "
-        "history keeps this version."
+        f"{one['images']} pictures, and what later adapters know of it. "
+        f"The stack then holds {rest}. It can be undone as long as the history keeps this version."
     )
     return Question(
-        sentence, "Yes, forget it", ("forget", {**_where(checkpoint, stack), "token": token})
+        sentence, "Yes, forget it", ("forget", {**place_of(checkpoint, stack), "token": token})
     )
 
 
 def restore(checkpoint: Path, stack: Path, number: object) -> Question:
     """Errors: ValueError for a number that is not kept, or is in use; StackError."""
-    known = stackfile.versions(stack)
+    known = versions.versions(stack)
     one = next((one for one in known if one.number == number), None)
     now = next((one for one in known if one.current), None)
     if one is None:
@@ -77,7 +77,7 @@ def restore(checkpoint: Path, stack: Path, number: object) -> Question:
     return Question(
         sentence,
         "Yes, go back to it",
-        ("restore", {**_where(checkpoint, stack), "version": one.number}),
+        ("restore", {**place_of(checkpoint, stack), "version": one.number}),
     )
 
 
@@ -86,7 +86,3 @@ QUESTIONS: dict[str, Callable[[Path, Path, object], Question]] = {
     "forget": forget,
     "restore": restore,
 }
-
-
-def _where(checkpoint: Path, stack: Path) -> dict[str, str]:
-    return {"checkpoint": str(checkpoint), "stack": str(stack)}

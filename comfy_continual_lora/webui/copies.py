@@ -88,12 +88,12 @@ class Copies:
         Errors: ValueError for what is no picture.
         """
         suffixes = [suffix_of(name, data) for name, data in pictures]
-        said = [*captions, *[""] * len(pictures)][: len(pictures)]
-        digest = hashlib.sha256(repr((str(stack), token, suffixes, said)).encode())
+        texts = [*captions, *[""] * len(pictures)][: len(pictures)]
+        digest = hashlib.sha256(repr((str(stack), token, suffixes, texts)).encode())
         for _, data in pictures:
             digest.update(hashlib.sha256(data).digest())
         folder = self.mine / digest.hexdigest()[:24]
-        return Batch(folder, [data for _, data in pictures], suffixes, said, str(stack), token)
+        return Batch(folder, [data for _, data in pictures], suffixes, texts, str(stack), token)
 
     def write(self, batch: Batch) -> None:
         """Errors: OSError, after which `tidy` removes what was begun."""

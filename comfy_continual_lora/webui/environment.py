@@ -164,15 +164,15 @@ def _link(names: list[str], packages: Path) -> bool:
         name = waiting.pop()
         known.add(name)
         try:
-            found = metadata.distribution(name)
+            package = metadata.distribution(name)
         except metadata.PackageNotFoundError:
             continue  # for another system
         entries |= {
-            part: Path(str(found.locate_file(part)))
-            for file in found.files or ()
+            part: Path(str(package.locate_file(part)))
+            for file in package.files or ()
             if (part := file.parts[0]) not in ("..", "__pycache__")
         }
-        asked = (re.match(r"[\w.-]+", one) for one in found.requires or ())
+        asked = (re.match(r"[\w.-]+", one) for one in package.requires or ())
         waiting += [
             m[0]
             for m in asked

@@ -52,13 +52,13 @@ def install(webui: Path, *, copy: bool) -> str:
             target / PACKAGE.name,
             ignore=shutil.ignore_patterns("__pycache__", "a1111_extension"),
         )
-    said = (
+    done = (
         f"Linked {source} as {target}; updating the clone updates the tab."
         if linked
         else f"Copied the extension to {target}."
     )
     return (
-        f"{said}\nStart the web UI: the first start prepares an environment for learning in "
+        f"{done}\nStart the web UI: the first start prepares an environment for learning in "
         f"{webui / NAME}, nothing is installed into its own."
     )
 

@@ -115,14 +115,14 @@ class Job:
                 env=environment,
             )
             self.state = "running"
-        self._later(START, lambda: not self._spoke, "it said nothing for five minutes")
+        self._later(START, lambda: not self._spoke, "it reported nothing for five minutes")
         in_background(self._write, process)
         in_background(self._watch, process)
 
     def stop(self) -> None:
         """Stop between two steps; what was learned is kept.
 
-        A worker that has not begun is stopped at once, and so is one that is told again a few
+        A worker that has not begun is stopped at once, and so is one that is stopped once more a few
         seconds later.
         """
         with self._lock:
@@ -134,7 +134,7 @@ class Job:
                 self.state, self._asked = "stopping", time.monotonic()
                 self._tell({"stop": True})
                 self._later(AGAIN, lambda: not self._spoke, "it had not begun")
-                self._later(STOP, lambda: True, "it did not stop when it was told to")
+                self._later(STOP, lambda: True, "it did not stop when it was asked to")
             elif time.monotonic() - self._asked > AGAIN:
                 self._kill("Stop was pressed again")
 
@@ -171,7 +171,7 @@ class Job:
             self._to_tell.put(None)
             self._ended.set()
 
-    # --- what it is told -------------------------------------------------------------------------
+    # --- to the worker ---------------------------------------------------------------------------
 
     def _tell(self, message: Mapping[str, Any]) -> None:
         self._to_tell.put(json.dumps(message).encode() + b"\n")
@@ -196,7 +196,7 @@ class Job:
         """Kill it after a time in which it has not ended, if it must be."""
         in_background(lambda: self._ended.wait(seconds) or (when() and self._kill(why)))
 
-    # --- what it tells ---------------------------------------------------------------------------
+    # --- from the worker -------------------------------------------------------------------------
 
     def _watch(self, process: subprocess.Popen[bytes]) -> None:
         """Wait for its end; the job has ended when the process has, because only then the GPU is
@@ -266,7 +266,7 @@ class Job:
                 return
             why = f"It was ended, because {self._killed}. {words}".strip()
         else:
-            why = _KILLED if status in (-9, 137) else words or "It said nothing."
+            why = _KILLED if status in (-9, 137) else words or "It reported nothing."
         if self._spoke:
             self._end(
                 "failed",
@@ -300,7 +300,7 @@ def _text(line: bytes) -> str:
 
 
 def _event(line: bytes) -> dict[str, Any] | None:
-    """What the worker told, with the types that `worker` says; None for a line that is no event."""
+    """A worker's event, with the types that `worker` declares; None for a line that is none."""
     try:
         event = json.loads(line)
         if event["event"] == "progress":

@@ -1,8 +1,7 @@
 """What the tab and the API say of a job and of a stack.
 
 Words, names and messages come from users, from files of strangers and from programs: `html` and
-`markdown`
-stand between them and a page, so that a page shows them and never obeys them.
+`markdown` stand between them and a page, so that a page shows them and never obeys them.
 """
 
 from __future__ import annotations
@@ -17,8 +16,10 @@ from typing import Any
 
 from PIL import Image
 
-from ..stackfile import Version
+from ..errors import ContinualLoraError
+from ..versions import Version
 from .job import Job
+from .labels import label_of
 
 _PUNCTUATION = re.compile(r"[!-/:-@\[-`{-~]")  # all of ASCII's: Markdown gives a meaning to most
 _JOINERS = "\u200c\u200d"  # several scripts and emoji are written with them
@@ -41,11 +42,11 @@ def markdown(text: object) -> str:
     heading.
     """
     lines = [
-        _PUNCTUATION.sub(lambda found: f"&#{ord(found[0])};", visible(line.rstrip()))
+        _PUNCTUATION.sub(lambda match: f"&#{ord(match[0])};", visible(line.rstrip()))
         for line in str(text).splitlines()
     ]
     return "<br>".join(
-        re.sub("^ +", lambda found: "&nbsp;" * len(found[0]), line)
+        re.sub("^ +", lambda match: "&nbsp;" * len(match[0]), line)
         for line in lines
         if line.strip()
     )
@@ -58,102 +59,138 @@ def code(text: object) -> str:
     return "\n".join([fence, *lines, fence])
 
 
-def status(job: Job | None, say: Callable[[object], str] = markdown) -> str:
+Say = Callable[[object], str]
+
+
+def status(job: Job | None, say: Say = markdown, spell: Callable[[str], str] = label_of) -> str:
     """What goes on, how far, how long still; or how it ended.
 
-    `say` is str where no Markdown is wanted of what is told.
+    `say` is str where no Markdown is wanted of words from outside; `spell` says how fields and
+    settings are called in an error, str for their own names.
     """
     if job is None:
         return "Ready."
-    return "\n\n".join([_state(job, say), *map(say, job.notes)])
+    return "\n\n".join([_state(job, say, spell), *map(say, job.notes)])
 
 
-def _state(job: Job, say: Callable[[object], str]) -> str:
-    state, told = job.state, job.progress
-    if state == "failed":
-        return f"**{say(job.name)} failed.** {say(job.message)}"
-    if state == "stopped":
-        return (
+def _state(job: Job, say: Say, spell: Callable[[str], str]) -> str:
+    if job.state == "failed":
+        return _failure(job, say, spell)
+    if job.state == "stopped":
+        stopped = (
             f"**Stopped.** {say(job.message)}. What was learned so far is kept: the same request "
             "goes on from here."
         )
-    if state == "done":
-        return _ending(job.results, say)
-    if not told or told["stage"] == "start":
-        return "Starting the worker ..." if state != "stopping" else "Stopping ..."
-    line = f"**{say(told['stage'])}** step {told['step']} of {told['steps']}"
-    if told["loss"] is not None:
-        line += f", loss {told['loss']:.4f}"
-    if told["seconds_left"] is not None:
-        line += f", {int(told['seconds_left']) // 60}:{int(told['seconds_left']) % 60:02d} left"
-    return line + (
-        " - stopping after this step ... (Stop once more ends it at once)"
-        if state == "stopping"
-        else ""
+        return "\n\n".join([*_endings(job.results, say), stopped])
+    if job.state == "done":
+        return "\n\n".join(_endings(job.results, say))
+    now, is_stopping = job.progress, job.state == "stopping"
+    if not now or now["stage"] == "start":
+        return "Stopping ..." if is_stopping else "Starting the worker ..."
+    line = f"**{say(now['stage'])}** step {now['step']} of {now['steps']}"
+    if now["loss"] is not None:
+        line += f", loss {now['loss']:.4f}"
+    if now["seconds_left"] is not None:
+        minutes, seconds = divmod(int(now["seconds_left"]), 60)
+        line += f", {minutes}:{seconds:02d} left"
+    if is_stopping:
+        line += " - stopping after this step ... (Stop once more ends it at once)"
+    return line
+
+
+def _failure(job: Job, say: Say, spell: Callable[[str], str]) -> str:
+    """What failed, and before it what was done and is stored all the same."""
+    message = ContinualLoraError(job.marked or job.message).spelled(spell)
+    failed = f"**{say(job.unfinished)} failed.** {say(message)}"
+    if not job.results:
+        return failed
+    return "\n\n".join([*_endings(job.results, say), "What was done so far is stored.", failed])
+
+
+def _endings(results: Mapping[str, Any], say: Say) -> list[str]:
+    """What each job that is done has to say."""
+    paragraphs = []
+    for name, sentences in _ENDINGS.items():
+        if name in results:
+            paragraphs += sentences(results[name], say)
+    return paragraphs
+
+
+def _learned(result: Mapping[str, Any], say: Say) -> list[str]:
+    word = say(f"{result['token']} {result['noun']}")
+    if result.get("again"):
+        return [f"**{word} is on the stack already**, from these very pictures and settings."]
+    return [f"**Learned {word}**."]
+
+
+def _consolidated(result: Mapping[str, Any], say: Say) -> list[str]:
+    word = say(result["token"])
+    if result.get("again"):
+        return [f"**{word} was consolidated already** with these very pictures and settings."]
+    return [f"**Consolidated {word}** in {len(result['losses'])} steps."]
+
+
+def _solved(result: Mapping[str, Any], say: Say) -> list[str]:
+    shares = ", ".join(
+        f"{say(name)} {share:.0%} (before {result['before'][name]:.0%})"
+        for name, share in result["after"].items()
     )
+    return [
+        f"**Consolidated in closed form**, rank {result['rank']}. Lost of what each concept's own "
+        f"LoRA did: {shares}."
+    ]
 
 
-def _ending(done: Mapping[str, Any], say: Callable[[object], str]) -> str:
-    lines = []
-    if "learn" in done:
-        known = done["learn"]
-        word = say(f"{known['token']} {known['noun']}")
-        again = f"**{word} is on the stack already**, from these very pictures and settings."
-        lines.append(again if known.get("again") else f"**Learned {word}**.")
-    if "consolidate" in done:
-        lines.append(
-            f"**Consolidated {say(done['consolidate']['token'])}** in "
-            f"{len(done['consolidate']['losses'])} steps."
-        )
-    if "closed_form" in done:
-        found = done["closed_form"]
-        shares = ", ".join(
-            f"{say(name)} {share:.0%} (before {found['before'][name]:.0%})"
-            for name, share in found["after"].items()
-        )
-        lines.append(
-            f"**Consolidated in closed form**, rank {found['rank']}. Lost of what each concept's "
-            f"own LoRA did: {shares}."
-        )
-    if "forget" in done:
-        lines.append(
-            f"**Forgot {say(done['forget']['token'])} {say(done['forget']['noun'])}.** LoRAs "
-            "exported before still know it."
-        )
-    if "undo" in done:
-        lines.append(f"**Took back: {say(done['undo']['change'])}.** {_holds(done['undo'], say)}")
-    if "restore" in done:
-        back = done["restore"]
-        lines.append(
-            f"**Went back to version {say(back['version'])}: {say(back['change'])}.** "
-            f"{_holds(back, say)}"
-        )
-    if "scores" in done:
-        best = [
-            (Path(one["file"]).name, one["best"], "" if one["sure"] else " (not sure)")
-            for one in done["scores"]["images"]
-        ]
-        lines.append(
-            "**DC scores.** "
-            + ", ".join(f"{say(name)}: {say(word)}{unsure}" for name, word, unsure in best)
-        )
-    if "evaluate" in done:
-        lines.append(f"**Retention.**\n\n{code(done['evaluate']['table'])}")
-    if "export" in done:
-        out = done["export"]
-        lora = say(f"<lora:{Path(out['lora']).stem}:1>") if out["lora"] else ""
-        prompt = say(f"a photo of a {out['triggers'][-1]}") if out["triggers"] else ""
-        lines.append(
-            f"Prompts know it now: *{prompt}* {lora}".rstrip()
-            if out["triggers"]
-            else "No concept is left to export."
-        )
-        lines += [say(note) for note in out.get("notes", ())]
-    return "\n\n".join(lines)
+def _forgotten(result: Mapping[str, Any], say: Say) -> list[str]:
+    word = say(f"{result['token']} {result['noun']}")
+    return [f"**Forgot {word}.** LoRAs exported before still know it."]
 
 
-def _holds(done: Mapping[str, Any], say: Callable[[object], str]) -> str:
-    return f"The stack holds {say(', '.join(done['tokens']) or 'no concept')} now."
+def _undone(result: Mapping[str, Any], say: Say) -> list[str]:
+    return [f"**Took back: {say(result['change'])}.** {_holds(result, say)}"]
+
+
+def _restored(result: Mapping[str, Any], say: Say) -> list[str]:
+    version, change = say(result["version"]), say(result["change"])
+    return [f"**Went back to version {version}: {change}.** {_holds(result, say)}"]
+
+
+def _scored(result: Mapping[str, Any], say: Say) -> list[str]:
+    best = []
+    for one in result["images"]:
+        unsure = "" if one["sure"] else " (not sure)"
+        best.append(f"{say(Path(one['file']).name)}: {say(one['best'])}{unsure}")
+    return [f"**DC scores.** {', '.join(best)}"]
+
+
+def _evaluated(result: Mapping[str, Any], _: Say) -> list[str]:
+    return [f"**Retention.**\n\n{code(result['table'])}"]
+
+
+def _exported(result: Mapping[str, Any], say: Say) -> list[str]:
+    notes = [say(note) for note in result.get("notes", ())]
+    if not result["triggers"]:
+        return ["No concept is left to export.", *notes]
+    lora = say(f"<lora:{Path(result['lora']).stem}:1>") if result["lora"] else ""
+    prompt = say(f"a photo of a {result['triggers'][-1]}")
+    return [f"Prompts know it now: *{prompt}* {lora}".rstrip(), *notes]
+
+
+_ENDINGS: dict[str, Callable[[Mapping[str, Any], Say], list[str]]] = {
+    "learn": _learned,
+    "consolidate": _consolidated,
+    "closed_form": _solved,
+    "forget": _forgotten,
+    "undo": _undone,
+    "restore": _restored,
+    "scores": _scored,
+    "evaluate": _evaluated,
+    "export": _exported,
+}
+
+
+def _holds(result: Mapping[str, Any], say: Say) -> str:
+    return f"The stack holds {say(', '.join(result['tokens']) or 'no concept')} now."
 
 
 def history(versions: Sequence[Version]) -> str:
@@ -167,8 +204,8 @@ def history(versions: Sequence[Version]) -> str:
             ", ".join(one.tokens) or "no concept",
             f"{one.size / 1e6:.1f} MB",
         )
-        told = "".join(f"<td>{html(cell)}</td>" for cell in cells)
-        rows.append(f"<tr>{told}<td>{'in use' if one.current else ''}</td></tr>")
+        line = "".join(f"<td>{html(cell)}</td>" for cell in cells)
+        rows.append(f"<tr>{line}<td>{'in use' if one.current else ''}</td></tr>")
     head = "".join(
         f"<th align='left'>{name}</th>"
         for name in ("version", "date", "change", "holds", "size", "")

@@ -1,0 +1,78 @@
+"""What travels along a CONCEPT_STACK wire, and how nodes describe it."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from . import host
+
+if TYPE_CHECKING:
+    from ..stack import ConceptRecord, ConceptStack
+
+
+@dataclass(frozen=True)
+class StackHandle:
+    """Where the stack lies, and which of its versions is meant (its first `count` concepts).
+
+    Learning always goes on from the newest concept on disk; drawing and exporting take the version
+    meant. `consolidated` false: as it was before the newest concept was consolidated by itself.
+    `selected`: some of its concepts, with a LoRA solved for them alone (Select Concepts).
+    """
+
+    checkpoint: Path
+    file: Path
+    count: int
+    consolidated: bool = True
+    selected: ConceptStack | None = None
+
+    @property
+    def records(self) -> list[ConceptRecord]:
+        """The concepts meant, without their tensors."""
+        from ..store import read_records
+
+        return self.selected.records if self.selected else read_records(self.file)[: self.count]
+
+    @property
+    def place(self) -> dict[str, Any]:
+        """What every request about it has."""
+        return {"checkpoint": self.checkpoint, "stack": self.file, "device": host.device()}
+
+    def read(self) -> ConceptStack | None:
+        """The stack meant; None while there is none yet."""
+        from ..store import open_stack
+
+        if self.selected:
+            return self.selected
+        if not self.file.exists():
+            return None
+        return open_stack(self.file).as_of(self.count, consolidated=self.consolidated)
+
+    def as_of(self, count: int) -> StackHandle:
+        """The version with its first `count` concepts."""
+        return dataclasses.replace(self, count=count, consolidated=True, selected=None)
+
+    def now(self) -> StackHandle:
+        """The version that is on disk now."""
+        from ..store import read_records
+
+        return self.as_of(len(read_records(self.file)))
+
+    def described(self) -> str:
+        """Its concepts, a line each, and its file."""
+        records, file = self.records, self.file
+        if not records:
+            lone = host.stacks_without_checkpoint(file.parent)
+            hint = (
+                f"\nIf the checkpoint was renamed, rename its stack too, to {file.name}. Stacks "
+                f"here without a checkpoint: {', '.join(lone)}"
+            )
+            return f"No concept learned yet. The stack will be {file}.{hint if lone else ''}"
+        lines = [
+            f"{n}. {one.name}   {one.method}, {one.steps} steps, {one.images} pictures, "
+            f"{one.learned[:10]}"
+            for n, one in enumerate(records, start=1)
+        ]
+        return "\n".join([*lines, f"in {file}"])

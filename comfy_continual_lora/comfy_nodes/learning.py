@@ -1,0 +1,274 @@
+"""Nodes that learn: a concept from pictures; consolidate by training or in closed form."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+from comfy_api.latest import io  # pyright: ignore[reportMissingImports] - only inside ComfyUI
+
+from ..operations import OPERATIONS
+from ..requests import ConsolidateRequest, LearnRequest, ScoreRequest, SolveRequest
+from ..settings import LearnSettings, ScoreSettings, SolveSettings, TrainSettings
+from . import host
+from .handle import StackHandle
+from .schema import (
+    ADVANCED,
+    Stack,
+    in_widget_names,
+    schema,
+    settings_from,
+    solving_widgets,
+    widgets,
+)
+from .using import scores_table
+
+
+class LearnConcept(io.ComfyNode):
+    MAIN = ("method", "steps", "rank", "rate", "seed", "preview_every")
+    ADVANCED = (
+        "token_rate",
+        "batch",
+        "size",
+        "fit",
+        "flip",
+        "adapter",
+        "ewc_strength",
+        "retention_weight",
+        "dsc_steps",
+        "fisher_samples",
+        "precision",
+        "checkpointing",
+    )
+
+    @classmethod
+    def define_schema(cls) -> Any:
+        return schema(
+            "Learn",
+            "Learn Concept (continual LoRA)",
+            "Teach the checkpoint one more thing from 3 to 15 pictures, without forgetting what "
+            "it learned before. Cancel keeps what was learned so far; queue again to go on. The "
+            "same request is never learned twice.",
+            ["train lora", "dreambooth", "textual inversion", "personalize", "learn"],
+            is_input_list=True,
+            is_output_node=True,
+            inputs=[
+                Stack.Input("stack"),
+                io.Image.Input(
+                    "images",
+                    tooltip="3 to 15 pictures of the thing, as a batch or a list (sizes may differ).",
+                ),
+                io.String.Input(
+                    "token",
+                    default="V1",
+                    tooltip="The new word, such as V1. Prompts use it from now on.",
+                ),
+                io.String.Input(
+                    "noun", default="", tooltip="What kind of thing it is, such as teapot or dog."
+                ),
+                io.String.Input(
+                    "captions",
+                    optional=True,
+                    force_input=True,
+                    tooltip="A caption for each picture (a list), or one for all; prompts are made "
+                    "up where there is none.",
+                ),
+                io.Mask.Input(
+                    "masks",
+                    optional=True,
+                    tooltip="A mask for each picture: white is learned from, black is not.",
+                ),
+                *widgets(LearnSettings, cls.MAIN, cls.ADVANCED),
+                io.Combo.Input(
+                    "if_word_exists",
+                    options=["refuse", "replace the newest"],
+                    default="refuse",
+                    optional=True,
+                    extra_dict=ADVANCED,
+                    tooltip="What to do when the word is on the stack already, learned from other "
+                    "pictures or with other settings: refuse, or learn it again in place of that "
+                    "one (if it is the newest), which stays until the new one is stored.",
+                ),
+                # last: saved workflows know widgets by their place
+                *widgets(LearnSettings, (), ("vectors",)),
+            ],
+            outputs=[
+                Stack.Output(display_name="stack"),
+                io.LoraModel.Output(display_name="lora"),
+                io.Image.Output(display_name="loss curve"),
+                io.String.Output(display_name="report"),
+            ],
+        )
+
+    @classmethod
+    @in_widget_names
+    def execute(
+        cls, images: list, captions: list | None = None, masks: list | None = None, **given: list
+    ) -> Any:
+        from ..curves import curve_picture
+        from ..export import stock_lora
+
+        values = {name: value[0] for name, value in given.items()}
+        stack: StackHandle = values["stack"]
+        with (
+            host.saved_pictures(images, captions or (), masks or ()) as files,
+            host.at_work() as on_progress,
+        ):
+            request = LearnRequest(
+                **stack.place,
+                images=files,
+                token=values["token"].strip(),
+                noun=values["noun"].strip(),
+                settings=settings_from(LearnSettings, values),
+                replace=values.get("if_word_exists", "refuse") != "refuse",
+            )
+            result: Any = OPERATIONS["learn"](request, on_progress)
+            report = result.summary()
+            if not result.again:
+                report += f"\nLoss {result.record.loss:.4f} after {result.record.steps} steps."
+                report += f"\nDC scores of its pictures:\n{cls._scores(request, on_progress)}"
+        number = [one.id for one in stack.now().records].index(result.record.id) + 1
+        after = dataclasses.replace(stack.as_of(number), consolidated=False)
+        learned = after.read()
+        assert learned  # it was just stored
+        curve = curve_picture(result.losses, f"Loss while learning {result.record.token}")
+        return io.NodeOutput(
+            after,
+            stock_lora(learned),
+            host.to_image([curve]),
+            f"{on_progress.with_notes(report)}\n\n{after.described()}",
+        )
+
+    @staticmethod
+    def _scores(learned: LearnRequest, on_progress: host.Reporter) -> str:
+        settings = ScoreSettings(trials=8, size=learned.settings.size, fit=learned.settings.fit)
+        request = ScoreRequest(
+            learned.checkpoint,
+            learned.images,
+            settings,
+            stack=learned.stack,
+            device=learned.device,
+        )
+        result: Any = OPERATIONS["scores"](request, on_progress)
+        return scores_table(result)
+
+
+class Consolidate(io.ComfyNode):
+    MAIN = ("dsc_steps", "dsc_rate", "seed")
+    ADVANCED = (
+        "rate",
+        "batch",
+        "size",
+        "fit",
+        "flip",
+        "dsc_a1",
+        "dsc_a2",
+        "dsc_b1",
+        "dsc_b2",
+        "dsc_redraw",
+        "ewc_strength",
+        "retention_weight",
+        "precision",
+        "fisher_samples",
+    )
+
+    @classmethod
+    def define_schema(cls) -> Any:
+        return schema(
+            "Consolidate",
+            "Consolidate (DSC)",
+            "Strengthen the earlier concepts once more against the newest one (Diffusion Scores "
+            "Consolidation). Needs the newest concept's pictures. "
+            "The same request is never done twice.",
+            ["DSC", "distill", "consolidate", "forgetting"],
+            is_input_list=True,
+            is_output_node=True,
+            inputs=[
+                Stack.Input("stack"),
+                io.Image.Input(
+                    "images", tooltip="The pictures the newest concept was learned from."
+                ),
+                *widgets(TrainSettings, cls.MAIN, cls.ADVANCED),
+            ],
+            outputs=[
+                Stack.Output(display_name="stack"),
+                io.Image.Output(display_name="loss curve"),
+                io.String.Output(display_name="report"),
+            ],
+        )
+
+    @classmethod
+    @in_widget_names
+    def execute(cls, images: list, **given: list) -> Any:
+        from ..curves import curve_picture
+
+        values = {name: value[0] for name, value in given.items()}
+        stack: StackHandle = values["stack"]
+        settings = settings_from(TrainSettings, values)
+        with host.saved_pictures(images) as files, host.at_work() as on_progress:
+            request = ConsolidateRequest(**stack.place, images=files, settings=settings)
+            result: Any = OPERATIONS["consolidate"](request, on_progress)
+        curve = curve_picture(result.losses, "Loss while consolidating")
+        report = on_progress.with_notes(result.summary())
+        return io.NodeOutput(stack.now(), host.to_image([curve]), report)
+
+
+class ConsolidateInClosedForm(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> Any:
+        return schema(
+            "ClosedForm",
+            "Consolidate (closed form)",
+            "Bring back what later concepts took from earlier ones: the one LoRA closest to what "
+            "each concept's own did to its prompts. Seconds, "
+            "without pictures, the same result every time.",
+            ["consolidate", "forgetting", "merge", "restore"],
+            is_output_node=True,
+            inputs=[Stack.Input("stack"), *solving_widgets()],
+            outputs=[Stack.Output(display_name="stack"), io.String.Output(display_name="report")],
+        )
+
+    @classmethod
+    @in_widget_names
+    def execute(cls, stack: StackHandle, **given: Any) -> Any:
+        request = SolveRequest(**stack.place, settings=settings_from(SolveSettings, given))
+        with host.at_work() as on_progress:
+            result = OPERATIONS["closed_form"](request, on_progress)
+        return io.NodeOutput(stack.now(), result.summary())
+
+
+class ExamplePictures(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> Any:
+        return schema(
+            "Examples",
+            "Mini-SD Example Pictures",
+            "Pictures of a thing the mini-SD has never seen, to try learning with.",
+            ["test images", "demo"],
+            inputs=[
+                io.Int.Input(
+                    "which", default=1, min=1, max=30, tooltip="Which of the 30 example things."
+                ),
+                io.Int.Input(
+                    "count",
+                    default=5,
+                    min=1,
+                    max=10,
+                    tooltip="How many pictures of it, each in another place.",
+                ),
+            ],
+            outputs=[io.Image.Output(display_name="images"), io.String.Output(display_name="noun")],
+        )
+
+    @classmethod
+    @in_widget_names
+    def execute(cls, which: int, count: int) -> Any:
+        from PIL import Image
+
+        from ..mini import world
+
+        concept = world.concepts("development")[which - 1]
+        return io.NodeOutput(
+            host.to_image([Image.fromarray(p) for p in world.concept_pictures(concept, count)]),
+            concept.noun,
+        )

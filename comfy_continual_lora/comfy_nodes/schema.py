@@ -1,0 +1,119 @@
+"""How nodes are declared: schemas, widgets made from settings, errors in the words of widgets.
+
+Defaults, ranges and help come from settings.py.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
+
+from comfy_api.latest import io  # pyright: ignore[reportMissingImports] - only inside ComfyUI
+
+from ..errors import ContinualLoraError
+from ..fields import from_widget, help_of
+from ..settings import SolveSettings
+
+CATEGORY = "Continual LoRA"
+Stack = io.Custom("CONCEPT_STACK")
+ADVANCED = {"advanced": True}  # collapsed where the host knows how
+_WIDGETS = {  # of a request's fields, where they have other names
+    "stack": "stack_name of Load Concept Stack",
+    "only": "tokens of Select Concepts",
+    "replace": "if_word_exists",
+    "remove_superseded": "remove_superseded of Export Concepts",
+}
+
+
+def schema(name: str, title: str, description: str, aliases: Sequence[str], **rest: Any) -> Any:
+    """io.Schema of this host's version: what an older one does not know is left out."""
+    known = {f.name for f in dataclasses.fields(io.Schema)}
+    values = {
+        "node_id": f"ContinualLora_{name}",
+        "display_name": title,
+        "category": CATEGORY,
+        "description": description,
+        "search_aliases": ["continual lora", *aliases],
+        **rest,
+    }
+    return io.Schema(**{key: value for key, value in values.items() if key in known})
+
+
+def widgets(settings: type, main: Sequence[str], advanced: Sequence[str] = ()) -> list[Any]:
+    return [_widget(settings, name, name in advanced) for name in (*main, *advanced)]
+
+
+def _widget(settings: type, name: str, advanced: bool) -> Any:
+    """A setting's widget.
+
+    Where the setting's default is "what suits the checkpoint", 0 (or auto) stands for it.
+    """
+    f = next(f for f in dataclasses.fields(settings) if f.name == name)
+    meta, kind = f.metadata, str(f.type).split(" ")[0]
+    help = help_of(f)
+    help = help[0].upper() + help[1:]
+    rest: dict[str, Any] = {
+        "optional": True,
+        "tooltip": help + ".",
+        "extra_dict": ADVANCED if advanced else None,
+    }
+    if meta["choices"]:
+        options = [*(() if f.default is not None else ("auto",)), *meta["choices"]]
+        return io.Combo.Input(name, options=options, default=f.default or "auto", **rest)
+    if kind == "bool" and f.default is None:
+        return io.Combo.Input(name, options=["auto", "yes", "no"], default="auto", **rest)
+    if kind == "bool":
+        return io.Boolean.Input(name, default=f.default, **rest)
+    low = 0 if f.default is None else meta["low"]
+    high = min(meta["high"] or 1_000_000, 2**63 - 1)
+    if kind == "int":
+        if name == "seed":
+            # ComfyUI would change it at every queue, and each would be another request
+            rest["control_after_generate"] = False
+        return io.Int.Input(
+            name, default=f.default or 0, min=int(low), max=int(high), step=meta["multiple"], **rest
+        )
+    return io.Float.Input(
+        name, default=f.default or 0.0, min=low, max=high, step=1e-6, round=1e-7, **rest
+    )
+
+
+def settings_from(settings: type, given: dict[str, Any]) -> Any:
+    """Widgets' values -> settings; 0 and auto become None again where None is the default."""
+    return settings(
+        **{
+            f.name: from_widget(f, given.get(f.name, f.default))
+            for f in dataclasses.fields(settings)
+        }
+    )
+
+
+def solving_widgets() -> list[Any]:
+    """Those of the closed form."""
+    return widgets(SolveSettings, (), ("energy", "rank", "ridge", "ordinary_weight"))
+
+
+# --- errors --------------------------------------------------------------------------------------
+
+_Execute = TypeVar("_Execute", bound=Callable[..., Any])
+
+
+def widget_of(name: str) -> str:
+    """How the nodes call a field or a setting."""
+    return _WIDGETS.get(name, name)
+
+
+def in_widget_names(execute: _Execute) -> _Execute:
+    """`execute`, whose errors name widgets."""
+
+    @functools.wraps(execute)
+    def wrapped(*args: Any, **given: Any) -> Any:
+        try:
+            return execute(*args, **given)
+        except ContinualLoraError as error:
+            error.args = (error.spelled(widget_of),)
+            raise
+
+    return wrapped  # type: ignore[return-value]

@@ -1,0 +1,334 @@
+"""Nodes about whole stacks: load, undo, history, forget, merge, import."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from comfy_api.latest import io  # pyright: ignore[reportMissingImports] - only inside ComfyUI
+
+from ..errors import StackError
+from ..operations import OPERATIONS
+from ..requests import (
+    ForgetRequest,
+    HistoryRequest,
+    ImportRequest,
+    MergeRequest,
+    RestoreRequest,
+    UndoRequest,
+)
+from ..settings import SolveSettings
+from ..versions import Version, in_use, takes_off_newest, undo_preview
+from . import host
+from .handle import StackHandle
+from .schema import ADVANCED, Stack, in_widget_names, schema, settings_from, solving_widgets
+
+
+class LoadConceptStack(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> Any:
+        return schema(
+            "LoadStack",
+            "Load Concept Stack",
+            "What a checkpoint has learned so far: one file beside it.",
+            ["concepts", "checkpoint", "open stack"],
+            inputs=[
+                io.Combo.Input(
+                    "checkpoint",
+                    options=host.checkpoints(),
+                    tooltip="The checkpoint that learns. It never changes itself.",
+                ),
+                io.String.Input(
+                    "stack_name",
+                    default="",
+                    optional=True,
+                    extra_dict=ADVANCED,
+                    tooltip="Empty for the checkpoint's own stack; a name for another one, kept "
+                    "apart from it.",
+                ),
+            ],
+            outputs=[Stack.Output(display_name="stack"), io.String.Output(display_name="concepts")],
+        )
+
+    @classmethod
+    @in_widget_names
+    def fingerprint_inputs(cls, checkpoint: str, stack_name: str = "") -> str:
+        file = host.stack_file(host.checkpoint_path(checkpoint), stack_name)
+        if not file.exists():
+            return f"{file} {host.stacks_without_checkpoint(file.parent)}"
+        return f"{file} {file.stat().st_mtime_ns} {file.stat().st_size}"
+
+    @classmethod
+    @in_widget_names
+    def execute(cls, checkpoint: str, stack_name: str = "") -> Any:
+        path = host.checkpoint_path(checkpoint)
+        stack = StackHandle(path, host.stack_file(path, stack_name), 0).now()
+        return io.NodeOutput(stack, stack.described())
+
+
+class UndoConcept(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> Any:
+        return schema(
+            "Undo",
+            "Undo Concept",
+            "Take the last change of the stack back, whatever it was: the stack is again exactly "
+            "what it was before. With no word and no version "
+            "it only says what it would take back.",
+            ["remove concept", "forget", "undo"],
+            is_output_node=True,
+            inputs=[
+                Stack.Input("stack"),
+                io.String.Input(
+                    "token",
+                    default="",
+                    tooltip="The word of the newest concept, if learning it was the last change. If "
+                    "it is gone, nothing is done.",
+                ),
+                io.Int.Input(
+                    "version",
+                    default=0,
+                    min=0,
+                    max=1_000_000_000,
+                    optional=True,
+                    tooltip="The number of the version to leave, as the report names it, whatever "
+                    "made it. If it is left already, nothing is done.",
+                ),
+            ],
+            outputs=[Stack.Output(display_name="stack"), io.String.Output(display_name="report")],
+        )
+
+    @classmethod
+    @in_widget_names
+    def execute(cls, stack: StackHandle, token: str, version: int = 0) -> Any:
+        current = in_use(stack.file)
+        if current is None or not (token.strip() or version):
+            number = "" if current is None else f" To do that, set version to {current.number}."
+            return _output(stack, f"{undo_preview(stack.file)}{number}")
+        if version and version != current.number:
+            now = f"The stack is at version {current.number} now, no longer at {version}"
+            return io.NodeOutput(stack.now(), f"{now}; nothing was done.")
+        if not version and not cls._is_newest(stack, current, token.strip()):
+            return _not_there(stack, token)
+        result = OPERATIONS["undo"](UndoRequest(**stack.place, version=current.number))
+        return _output(stack, result.summary())
+
+    @staticmethod
+    def _is_newest(stack: StackHandle, current: Version, token: str) -> bool:
+        """Whether learning the concept of this word was the last change; false for a word that is
+        not on the stack.
+
+        Errors: StackError where something else was the last change.
+        """
+        known = [one.lower() for one in current.tokens]
+        if token.lower() not in known:
+            return False
+        if known[-1] != token.lower():
+            raise StackError(
+                f"{token} is not the newest concept; {current.tokens[-1]} is, and builds on it. "
+                "Undo that one first, or use Forget Concept."
+            )
+        if not takes_off_newest(stack.file):
+            raise StackError(
+                f"Learning {token} was not the last change: {current.change} was. To take that "
+                f"back, set version to {current.number}."
+            )
+        return True
+
+
+class StackHistory(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> Any:
+        return schema(
+            "History",
+            "Stack History",
+            "The versions of the stack that are kept, what made each and what it takes on disk; "
+            "go to one of them. The one in use now is kept.",
+            ["undo", "versions", "restore", "go back"],
+            is_output_node=True,
+            inputs=[
+                Stack.Input("stack"),
+                io.Int.Input(
+                    "restore",
+                    default=0,
+                    min=0,
+                    max=1_000_000_000,
+                    optional=True,
+                    tooltip="The number of the version to go to, as the report lists it. 0: only "
+                    "list them.",
+                ),
+                io.Int.Input(
+                    "keep",
+                    default=-1,
+                    min=-1,
+                    max=1000,
+                    optional=True,
+                    extra_dict=ADVANCED,
+                    tooltip="How many earlier versions this stack keeps from now on (5 in a new "
+                    "stack). -1: leave that as it is.",
+                ),
+            ],
+            outputs=[Stack.Output(display_name="stack"), io.String.Output(display_name="report")],
+        )
+
+    @classmethod
+    def fingerprint_inputs(cls, **_: Any) -> float:
+        return float("nan")  # what is listed is on disk, so it is read at every run
+
+    @classmethod
+    @in_widget_names
+    def execute(cls, stack: StackHandle, restore: int = 0, keep: int = -1) -> Any:
+        if restore:
+            OPERATIONS["restore"](RestoreRequest(**stack.place, version=restore))
+        request = HistoryRequest(**stack.place, keep=keep if keep >= 0 else None)
+        result = OPERATIONS["history"](request)
+        return io.NodeOutput(stack.now(), result.summary())
+
+
+class ForgetConcept(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> Any:
+        return schema(
+            "Forget",
+            "Forget Concept",
+            "Take any one concept off the stack: its word, its previews, and what the LoRA knows "
+            "of it. The others stay. (The newest one: Undo.)",
+            ["remove concept", "unlearn", "delete"],
+            is_output_node=True,
+            inputs=[
+                Stack.Input("stack"),
+                io.String.Input(
+                    "token", default="", tooltip="Its word. If it is gone already, nothing is done."
+                ),
+                *solving_widgets(),
+            ],
+            outputs=[Stack.Output(display_name="stack"), io.String.Output(display_name="report")],
+        )
+
+    @classmethod
+    @in_widget_names
+    def execute(cls, stack: StackHandle, token: str, **given: Any) -> Any:
+        known = [one.token.lower() for one in stack.now().records]
+        if token.strip().lower() not in known:
+            return _not_there(stack, token)
+        settings = settings_from(SolveSettings, given)
+        request = ForgetRequest(**stack.place, token=token.strip(), settings=settings)
+        with host.at_work() as on_progress:
+            result = OPERATIONS["forget"](request, on_progress)
+        return _output(stack, result.summary())
+
+
+class MergeStacks(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> Any:
+        return schema(
+            "Merge",
+            "Merge Concept Stacks",
+            "Put the concepts of another stack of the same checkpoint on this one. A word that "
+            "both have gets a new name. Concepts it has already "
+            "are left alone.",
+            ["combine", "join", "share concepts"],
+            is_output_node=True,
+            inputs=[
+                Stack.Input("stack", tooltip="Takes the other's concepts."),
+                Stack.Input("other", tooltip="Stays as it is."),
+                *solving_widgets(),
+            ],
+            outputs=[Stack.Output(display_name="stack"), io.String.Output(display_name="report")],
+        )
+
+    @classmethod
+    @in_widget_names
+    def execute(cls, stack: StackHandle, other: StackHandle, **given: Any) -> Any:
+        if other.selected:
+            raise StackError(
+                "Select Concepts is for drawing and exporting; whole stacks are merged. Connect "
+                "the other's Load Concept Stack."
+            )
+        settings = settings_from(SolveSettings, given)
+        request = MergeRequest(**stack.place, other=other.file, settings=settings)
+        with host.at_work() as on_progress:
+            result = OPERATIONS["merge"](request, on_progress)
+        return _output(stack, result.summary())
+
+
+class ImportLora(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> Any:
+        return schema(
+            "Import",
+            "Import LoRA as Concept",
+            "Put a K/V LoRA that another program made on the stack, as one more concept with a "
+            "word of its own.",
+            ["foreign lora", "convert lora", "custom diffusion"],
+            is_output_node=True,
+            inputs=[
+                Stack.Input("stack"),
+                io.Combo.Input(
+                    "lora",
+                    options=host.files("loras"),
+                    tooltip="It may change K and V of cross-attention only.",
+                ),
+                io.String.Input("token", default="W1", tooltip="Its word from now on."),
+                io.String.Input(
+                    "noun",
+                    default="",
+                    tooltip="What kind of thing it is; empty: prompts name it by its word alone.",
+                ),
+                io.Combo.Input(
+                    "embedding",
+                    options=["", *host.files("embeddings")],
+                    default="",
+                    tooltip="The embedding its prompts used.",
+                ),
+                io.String.Input(
+                    "trigger",
+                    default="",
+                    tooltip="Else the word its prompts used, if it is one token, such as sks.",
+                ),
+                io.Float.Input(
+                    "strength",
+                    default=1.0,
+                    min=-10.0,
+                    max=10.0,
+                    step=0.01,
+                    tooltip="Strength it is used at.",
+                ),
+            ],
+            outputs=[Stack.Output(display_name="stack"), io.String.Output(display_name="report")],
+        )
+
+    @classmethod
+    @in_widget_names
+    def execute(
+        cls,
+        stack: StackHandle,
+        lora: str,
+        token: str,
+        noun: str,
+        embedding: str,
+        trigger: str,
+        strength: float,
+    ) -> Any:
+        request = ImportRequest(
+            **stack.place,
+            lora=host.file_of("loras", lora),
+            token=token.strip(),
+            noun=noun,
+            embedding=host.file_of("embeddings", embedding) if embedding else None,
+            trigger=trigger.strip(),
+            strength=strength,
+        )
+        with host.at_work() as on_progress:
+            result = OPERATIONS["import"](request, on_progress)
+        return _output(stack, result.summary())
+
+
+def _output(stack: StackHandle, report: str) -> Any:
+    """The stack as it is now, and the report with what it holds."""
+    now = stack.now()
+    return io.NodeOutput(now, f"{report}\n\n{now.described()}")
+
+
+def _not_there(stack: StackHandle, token: str) -> Any:
+    report = f"No concept named {token!r} is on the stack; nothing was done."
+    return io.NodeOutput(stack.now(), report)

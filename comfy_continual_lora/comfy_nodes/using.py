@@ -1,0 +1,298 @@
+"""Nodes that use what was learned: apply, select, score, export, evaluate."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from comfy_api.latest import io  # pyright: ignore[reportMissingImports] - only inside ComfyUI
+
+from ..errors import StackError
+from ..files import STACKS
+from ..operations import OPERATIONS
+from ..requests import EvaluateRequest, ScoreRequest, SelectRequest
+from ..settings import EvaluateSettings, ScoreSettings, SolveSettings
+from . import host
+from .handle import StackHandle
+from .schema import (
+    ADVANCED,
+    Stack,
+    in_widget_names,
+    schema,
+    settings_from,
+    solving_widgets,
+    widgets,
+)
+from .words import with_words
+
+if TYPE_CHECKING:
+    from ..results import ScoreResult
+
+
+def scores_table(result: ScoreResult) -> str:
+    """A line a picture: its concept, and the likeliest ones."""
+    rows = []
+    for number, one in enumerate(result.images, start=1):
+        likely = ", ".join(f"{name} {p:.2f}" for name, p in list(one.probabilities.items())[:4])
+        unsure = "" if one.scores.sure else " (not sure)"
+        rows.append(f"picture {number}: {one.scores.best}{unsure}   {likely}")
+    return "\n".join(rows)
+
+
+class ApplyConcepts(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> Any:
+        return schema(
+            "Apply",
+            "Apply Concepts",
+            "MODEL and CLIP that know the learned concepts: write V1, V2, ... into ordinary "
+            "prompts. Sample with KSampler as ever.",
+            ["load lora", "use concepts", "apply stack"],
+            inputs=[
+                io.Model.Input("model"),
+                io.Clip.Input("clip"),
+                Stack.Input("stack"),
+                io.Float.Input(
+                    "strength",
+                    default=1.0,
+                    min=-10.0,
+                    max=10.0,
+                    step=0.01,
+                    tooltip="Strength of the LoRA; 1 is as learned.",
+                ),
+                io.Int.Input(
+                    "version",
+                    default=0,
+                    min=0,
+                    max=10_000,
+                    optional=True,
+                    extra_dict=ADVANCED,
+                    tooltip="The stack as it was after its first so many concepts; 0: the version "
+                    "that comes in.",
+                ),
+            ],
+            outputs=[io.Model.Output(display_name="model"), io.Clip.Output(display_name="clip")],
+        )
+
+    @classmethod
+    @in_widget_names
+    def execute(
+        cls, model: Any, clip: Any, stack: StackHandle, strength: float, version: int = 0
+    ) -> Any:
+        held = (stack.as_of(version) if version else stack).read()
+        if held is None or not held.records:
+            return io.NodeOutput(model, clip)
+        if strength:
+            model = cls._patched(model, stack, held, strength)
+        return io.NodeOutput(model, with_words(clip, held.tokens))
+
+    @staticmethod
+    def _patched(model: Any, stack: StackHandle, held: Any, strength: float) -> Any:
+        """Errors: StackError where the model is not of the stack's kind."""
+        import comfy.sd  # pyright: ignore[reportMissingImports]
+
+        from ..export import stock_lora
+
+        lora = stock_lora(held)
+        if not lora:
+            return model
+        patched, _ = comfy.sd.load_lora_for_models(model, None, lora, strength, 0.0)
+        layers = {key.split(".")[0] for key in lora}
+        before, after = (sum(map(len, one.patches.values())) for one in (model, patched))
+        if after - before < len(layers):
+            raise StackError(
+                f"The stack {stack.file.name} changes {len(layers)} layers, but {after - before} "
+                "of them are in this MODEL: it belongs to another kind of checkpoint. Load "
+                f"{stack.checkpoint.name}."
+            )
+        return patched
+
+
+class SelectConcepts(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> Any:
+        return schema(
+            "Select",
+            "Select Concepts",
+            "Some concepts of the stack, with a LoRA solved for them alone: of a stack of many "
+            "it draws them closer than the one LoRA for all. For "
+            "Apply Concepts and Export Concepts; the stack on disk stays as it is.",
+            ["choose concepts", "subset", "filter"],
+            inputs=[
+                Stack.Input("stack"),
+                io.String.Input(
+                    "tokens",
+                    default="V1",
+                    tooltip="Words of the concepts, such as V1, V3: those that the prompts name.",
+                ),
+                *solving_widgets(),
+            ],
+            outputs=[Stack.Output(display_name="stack"), io.String.Output(display_name="report")],
+        )
+
+    @classmethod
+    @in_widget_names
+    def execute(cls, stack: StackHandle, tokens: str, **given: Any) -> Any:
+        from .. import pipeline
+
+        only, settings = tokens.replace(",", " ").split(), settings_from(SolveSettings, given)
+        request = SelectRequest(**stack.place, only=only, settings=settings)
+        with host.at_work() as on_progress:
+            selected = pipeline.select(request, on_progress)
+        names = ", ".join(record.name for record in selected.records)
+        report = f"Solved for {names} alone; rank {selected.rank}."
+        return io.NodeOutput(dataclasses.replace(stack, selected=selected), report)
+
+
+class ComputeScores(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> Any:
+        return schema(
+            "Scores",
+            "Compute DC Scores",
+            "Which of the learned concepts, or which class noun without one (c_0), does each "
+            "picture show, and how sure is that?",
+            ["classify", "diffusion classifier", "which concept"],
+            is_input_list=True,
+            inputs=[
+                Stack.Input("stack"),
+                io.Image.Input("images", tooltip="Pictures to judge, as a batch or a list."),
+                *widgets(
+                    ScoreSettings,
+                    ("trials", "seed"),
+                    ("stages", "weighting", "rows", "size", "fit"),
+                ),
+            ],
+            outputs=[
+                io.String.Output(display_name="scores"),
+                io.Image.Output(display_name="chart"),
+                io.String.Output(display_name="best concept"),
+                io.String.Output(
+                    display_name="probabilities",
+                    tooltip="JSON: for each picture the probability of every concept.",
+                ),
+            ],
+        )
+
+    @classmethod
+    @in_widget_names
+    def execute(cls, images: list, **given: list) -> Any:
+        from .. import report
+
+        values = {name: value[0] for name, value in given.items()}
+        stack: StackHandle = values["stack"]
+        settings = settings_from(ScoreSettings, values)
+        with host.saved_pictures(images) as files, host.at_work() as on_progress:
+            request = ScoreRequest(**stack.place, images=files, settings=settings)
+            result: Any = OPERATIONS["scores"](request, on_progress)
+            chart = report.score_sheet(result.images)
+        best = [one.scores.best for one in result.images]
+        probabilities = [one.probabilities for one in result.images]
+        return io.NodeOutput(
+            scores_table(result),
+            host.to_image([chart]),
+            max(best, key=best.count),
+            json.dumps(probabilities),
+        )
+
+
+class ExportConcepts(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> Any:
+        return schema(
+            "Export",
+            "Export Concepts",
+            "Write the stack as one stock LoRA (kohya layout) into ComfyUI's loras folder and "
+            "one embedding a word into its embeddings folder: they "
+            "load in any program.",
+            ["save lora", "export lora"],
+            is_output_node=True,
+            inputs=[
+                Stack.Input("stack"),
+                io.Boolean.Input(
+                    "remove_superseded",
+                    default=False,
+                    optional=True,
+                    extra_dict=ADVANCED,
+                    tooltip="Also remove this stack's earlier exports of the same concepts; "
+                    "otherwise they are listed.",
+                ),
+            ],
+            outputs=[
+                io.String.Output(display_name="lora name"),
+                io.String.Output(display_name="report"),
+            ],
+        )
+
+    @classmethod
+    @in_widget_names
+    def execute(cls, stack: StackHandle, remove_superseded: bool = False) -> Any:
+        import folder_paths  # pyright: ignore[reportMissingImports]
+
+        from ..export import export_files
+
+        held = stack.read()
+        if held is None:
+            raise StackError(
+                f"There is nothing to export: no concept stack at {stack.file}. Learn a concept "
+                "first."
+            )
+        loras, embeddings = (
+            Path(folder_paths.get_folder_paths(kind)[0]) for kind in ("loras", "embeddings")
+        )
+        result = export_files(
+            held,
+            loras,
+            embeddings,
+            stack.file.name.removesuffix(STACKS),
+            only=[record.token for record in held.records] if stack.selected else [],
+            remove=remove_superseded,
+        )
+        return io.NodeOutput(result.lora.name if result.lora else "", result.summary())
+
+
+class EvaluateRetention(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> Any:
+        return schema(
+            "Evaluate",
+            "Evaluate Retention",
+            "Is a concept fading? Draws every concept with every version of the stack since it "
+            "was learned, and compares: a heat map, and how much "
+            "is kept.",
+            ["forgetting", "heat map", "retention"],
+            inputs=[
+                Stack.Input("stack"),
+                *widgets(
+                    EvaluateSettings, ("pictures", "steps", "seed"), ("guidance", "trials", "size")
+                ),
+                io.String.Input(
+                    "clip_folder",
+                    default="",
+                    optional=True,
+                    extra_dict=ADVANCED,
+                    tooltip="A folder with a CLIP vision model, as transformers saves it, to compare "
+                    "with; empty: the mini-SD's own, or latents.",
+                ),
+            ],
+            outputs=[
+                io.Image.Output(display_name="heat map"),
+                io.String.Output(display_name="report"),
+            ],
+        )
+
+    @classmethod
+    @in_widget_names
+    def execute(cls, stack: StackHandle, clip_folder: str = "", **given: Any) -> Any:
+        from .. import report
+
+        request = EvaluateRequest(
+            **stack.place,
+            clip=Path(clip_folder) if clip_folder.strip() else None,
+            settings=settings_from(EvaluateSettings, given),
+        )
+        with host.at_work() as on_progress:
+            result: Any = OPERATIONS["evaluate"](request, on_progress)
+        return io.NodeOutput(host.to_image([report.retention_sheet(result)]), result.summary())

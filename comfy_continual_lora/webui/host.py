@@ -1,0 +1,170 @@
+"""What the tab and the API have in common: the program around them, stacks, the jobs they hand in.
+
+No gradio, no torch: the API is served where there is no tab, and this runs inside the host.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+import re
+import sys
+import tempfile
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from ..errors import StackError
+from ..files import STACKS, stack_path
+from ..stackfile import read_header
+from ..versions import Version, versions
+from .copies import Batch, Copies
+from .environment import Preparation
+from .job import Job
+from .labels import METHOD_LABELS
+from .runner import JobRunner
+
+JobRequest = tuple[str, dict[str, Any]]  # for `worker`
+
+
+class Host:
+    """What the tab needs of the program it is in; here there is none, and checkpoints lie in one
+    folder.
+
+    Environment variables choose what no page may: CONTINUAL_LORA_PYTHON, the Python that learns,
+    and CONTINUAL_LORA_FOLDERS, more folders the API may read pictures from, separated as in PATH.
+    """
+
+    def __init__(self, models: Path, folder: Path) -> None:
+        """`folder`: pictures the API may read, copies and exports of the tab."""
+        self.models, self.folder = models, folder
+        self.copies = Copies(folder)
+        self.runner = JobRunner(self.python)
+        self.preparation = Preparation(self.prepare)
+        self.runner.tidy = lambda job: self.copies.tidy(shown=_chart_folders(job))
+        self.copies.tidy()
+
+    def python(self) -> str:
+        """The worker's Python. Errors: NotReady."""
+        return os.environ.get("CONTINUAL_LORA_PYTHON") or self.own_python()
+
+    def own_python(self) -> str:
+        return sys.executable
+
+    def checkpoints(self) -> dict[str, Path]:
+        """By the name the user knows."""
+        files = sorted(p for p in self.models.rglob("*.safetensors") if not p.name.endswith(STACKS))
+        return {str(p.relative_to(self.models)): p for p in files}
+
+    def exports(self) -> tuple[Path, Path]:
+        """Folders for LoRAs and for embeddings."""
+        return self.folder / "exports", self.folder / "exports"
+
+    def prepare(self, say: Callable[[str], object]) -> None:
+        """Make the worker's environment, saying how far it is; nothing where there is nothing to
+        make.
+        """
+
+    def default_method(self) -> str:
+        """A key of METHOD_LABELS."""
+        return next(iter(METHOD_LABELS))
+
+    def logins(self) -> dict[str, str] | None:
+        """Who may use the API, and with which password; None: everybody."""
+        return None
+
+    def picture_folders(self) -> list[Path]:
+        """Where the API may read pictures."""
+        named = os.environ.get("CONTINUAL_LORA_FOLDERS", "").split(os.pathsep)
+        return [self.folder / "pictures", *(Path(one) for one in named if one)]
+
+    def example(self, token: str) -> tuple[list[str], str]:
+        """Pictures of a thing that the mini-SD does not know, another for each word, and its class
+        noun.
+        """
+        from ..mini import world
+
+        number = int(re.sub(r"[^0-9]", "", token or "")[:9] or 1)
+        concept = world.concepts("development")[(number - 1) % world.CONCEPTS_PER_SPLIT]
+        folder = Path(_examples().name) / concept.name
+        return [str(file) for file in world.save_pictures(concept, folder)], concept.noun
+
+    def hand_in(self, *jobs: JobRequest, batch: Batch | None = None) -> Job:
+        """Start jobs, with copies of the pictures they need.
+
+        Errors: NotReady, Busy, OSError; then no copy is left.
+        """
+        self.python()
+
+        def before() -> None:
+            self.copies.live()
+            if batch:
+                self.copies.write(batch)
+
+        return self.runner.start(*jobs, before=before)
+
+    # --- jobs -------------------------------------------------------------------------------------
+
+    def chart(self, name: str) -> str:
+        """A file for what a job draws, in a folder of its own; the job makes both."""
+        return str(Path(self.copies.charts()) / f"{name}.png")
+
+    def export_job(
+        self, place: dict[str, str], only: Sequence[str] = (), *, remove_superseded: bool = False
+    ) -> JobRequest:
+        """`only`: words, for a LoRA solved for these alone."""
+        loras, embeddings = self.exports()
+        request = {**place, "out": str(loras), "embeddings": str(embeddings), "only": list(only)}
+        return "export", {**request, "remove_superseded": remove_superseded}
+
+
+def _chart_folders(job: Job) -> list[str]:
+    """Where the charts lie that a job draws, and that are shown after it."""
+    return [str(Path(request["plot"]).parent) for _, request in job.jobs if request.get("plot")]
+
+
+@functools.cache
+def _examples() -> tempfile.TemporaryDirectory[str]:
+    """A folder of this process, in the temporary one: from there gradio shows files."""
+    return tempfile.TemporaryDirectory(prefix="continual-lora-examples-")
+
+
+# --- stacks --------------------------------------------------------------------------------------
+
+
+def place_of(checkpoint: Path, stack: Path) -> dict[str, str]:
+    """What every request has."""
+    return {"checkpoint": str(checkpoint), "stack": str(stack)}
+
+
+def stack_file(checkpoint: Path, name: str = "") -> Path:
+    """`files.stack_path`. Errors: ValueError, like all that a click can ask for in vain."""
+    try:
+        return stack_path(checkpoint, name)
+    except StackError as error:
+        raise ValueError(str(error)) from None
+
+
+def concepts_of(stack: Path) -> list[dict[str, Any]]:
+    """The concepts of a stack file, from its header; none where there is no file.
+
+    Errors: ValueError for a file that is none.
+    """
+    try:
+        return read_header(stack)["concepts"] if stack.exists() else []
+    except (StackError, OSError) as error:
+        raise ValueError(str(error)) from None
+
+
+def newest_word(stack: Path) -> str:
+    """The newest concept's; empty without one. Errors: ValueError."""
+    concepts = concepts_of(stack)
+    return concepts[-1]["token"] if concepts else ""
+
+
+def versions_of(stack: Path) -> list[Version]:
+    """The versions of a stack that are kept, the newest first. Errors: ValueError."""
+    try:
+        return versions(stack)
+    except (StackError, OSError) as error:
+        raise ValueError(str(error)) from None
