@@ -141,14 +141,9 @@ def _text(width: int, layers: int, **others: Any) -> CLIPTextConfig:
 def single_file(kind: str) -> dict[str, Tensor]:
     """The same weights under the names of a single file."""
     pipe = pipeline(kind)
-    found = {
-        keys.UNET_PREFIX + ldm: pipe.unet.state_dict()[name]
-        for name, ldm in keys.unet_names(pipe.unet.state_dict()).items()
-    }
-    found |= {
-        keys.VAE_PREFIX + ldm: pipe.vae.state_dict()[name]
-        for name, ldm in keys.vae_names(pipe.vae.state_dict()).items()
-    }
+    unet, vae = pipe.unet.state_dict(), pipe.vae.state_dict()
+    found = {keys.UNET_PREFIX + ldm: unet[name] for name, ldm in keys.unet_names(unet).items()}
+    found |= {keys.VAE_PREFIX + ldm: vae[name] for name, ldm in keys.vae_names(vae).items()}
     if kind.startswith("sdxl"):
         inner = {
             name.removeprefix("text_model."): tensor
