@@ -33,17 +33,13 @@ from .settings import TEMPLATES, LearnSettings
 
 @dataclass(frozen=True)
 class Target:
-    """What the Fisher is taken of: latents (4, h, w) of the newest concept, its name ("V2 mug") and
-    class noun, the names of earlier concepts.
+    """What the Fisher is taken of: the newest concept among the earlier ones."""
 
-    `tau` is the temperature of the cross-entropy term; None leaves that term out.
-    """
-
-    latents: Sequence[Tensor]
-    name: str
+    latents: Sequence[Tensor]  # of the newest concept, (4, h, w) each
+    name: str  # "V2 mug"
     noun: str
-    previous: Sequence[str]
-    tau: float | None
+    previous: Sequence[str]  # the names of earlier concepts
+    tau: float | None  # temperature of the cross-entropy term; None leaves that term out
 
 
 def fisher(
@@ -54,8 +50,9 @@ def fisher(
     settings: LearnSettings,
     on_progress: OnProgress,
 ) -> Adapter:
-    """F_n for the attached, trainable `factors`, rescaled to mean 1: named as they are, or
-    "<layer>.W" in the space of delta.
+    """F_n for the attached, trainable `factors`, rescaled to mean 1.
+
+    It has the names of the factors, or "<layer>.W" in the space of delta.
     """
     total: Adapter = {}
     for layer, gradients in _sampled(backbone, factors, target, text, settings, on_progress):
@@ -75,20 +72,18 @@ def spectrum(
     layers: Sequence[str],
     top: int,
 ) -> dict[str, Tensor]:
-    """The largest eigenvalues of the whole (not only diagonal) Fisher matrix of single layers,
-    falling, (top,) each.
-    """
+    """The largest eigenvalues of the full Fisher matrix of single layers, descending, (top,) each."""
     rows: dict[str, list[Tensor]] = {layer: [] for layer in layers}
     for layer, gradients in _sampled(backbone, factors, target, text, settings, lambda _: None):
         if layer in rows:
             rows[layer].append(torch.cat([g.flatten(1) for g in gradients.values()], 1))
-    return {layer: top_eigenvalues(torch.cat(found), top) for layer, found in rows.items()}
+    return {layer: top_eigenvalues(torch.cat(gradients), top) for layer, gradients in rows.items()}
 
 
 def top_eigenvalues(gradients: Tensor, top: int) -> Tensor:
-    """Largest eigenvalues of mean(g g^T) over samples, falling: gradients (n, p) -> (top,).
+    """Largest eigenvalues of mean(g g^T) over samples, descending: gradients (n, p) -> (top,).
 
-    The small Gram matrix (n, n) has the same ones.
+    The smaller Gram matrix (n, n) has the same ones.
     """
     gram = gradients @ gradients.T / len(gradients)
     return torch.linalg.eigvalsh(gram).flip(0)[:top]
@@ -120,32 +115,28 @@ def _sampled(
 def _loss_of_batch(
     backbone: Backbone, target: Target, text: FrozenText, k: int, n: int, generator: torch.Generator
 ) -> Callable[[], Tensor]:
-    """L_F of n samples drawn with `generator`, (n,): the first prompt names c_n, the others are c_0
-    and a random few of the previous.
+    """L_F of n samples drawn with `generator`, (n,).
+
+    The first prompt names c_n, the others are c_0 and a random few of the previous concepts.
     """
     _, clean, timestep, noise = random_batch(target.latents, n, generator)
     template = one_of(TEMPLATES, generator)
-    names = (
-        [target.name]
-        if target.tau is None
-        else [target.name, target.noun, *subset(target.previous, k, generator)]
-    )
+    names = [target.name]
+    if target.tau is not None:
+        names += [target.noun, *subset(target.previous, k, generator)]
     features = text([template.format(name) for name in names])
-    noisy, wanted = noised(backbone, clean, noise, timestep)
+    noisy, true = noised(backbone, clean, noise, timestep)
 
     def loss() -> Tensor:
-        error = errors(predictions(backbone, noisy, timestep, features), wanted)
-        return (
-            error[:, 0]
-            if target.tau is None
-            else error[:, 0] - log_posterior(error, target.tau)[:, 0]
-        )
+        error = errors(predictions(backbone, noisy, timestep, features), true)
+        if target.tau is None:
+            return error[:, 0]
+        return error[:, 0] - log_posterior(error, target.tau)[:, 0]
 
     return loss
 
 
 # --- per-sample gradients
-# --------------------------------------------------------------------------------------------------
 
 
 def per_sample_gradients(
@@ -156,11 +147,10 @@ def per_sample_gradients(
     *,
     in_delta: bool = False,
 ) -> Iterator[tuple[str, dict[str, Tensor]]]:
-    """Yield (layer, gradients of that layer's factors by letter, (n, ...) each), one layer after
-    another; `in_delta` those of delta, as "W".
+    """Yield each layer with the gradients of its factors by letter, (n, ...) each.
 
-    `loss` returns one number per sample, (n,), from one U-Net call whose rows belong to the samples
-    in order, equally many each.
+    With `in_delta` it is the gradient of delta, as "W". `loss` returns one number per sample, (n,),
+    from one U-Net call whose rows belong to the samples in order, equally many each.
     """
     seen: dict[str, tuple[Tensor, list[Tensor]]] = {}
     scale = backbone.gradient_scale
@@ -172,28 +162,26 @@ def per_sample_gradients(
             t.detach().float().unflatten(0, (n, -1)).flatten(1, 2) for t in (inputs, outputs[0])
         )
         gradient = torch.einsum("nto,nti->noi", g / scale, c)
-        yield (
-            layer,
-            {"W": gradient}
-            if in_delta
-            else _pulled_back({k: p.detach() for k, p in parts.items()}, gradient),
-        )
+        if in_delta:
+            yield layer, {"W": gradient}
+        else:
+            values = {letter: p.detach() for letter, p in parts.items()}
+            yield layer, _pulled_back(values, gradient)
     for parameter in factors.values():
         parameter.grad = None
 
 
 def _pulled_back(parts: dict[str, Tensor], gradient: Tensor) -> dict[str, Tensor]:
-    """From gradients in delta, (n, d_out, d_text), to gradients in the factors: the chain rule
-    through `lora.delta`, for all samples at once.
-    """
+    """Gradients of the factors from those of delta, (n, d_out, d_text), by the chain rule."""
     back = torch.func.vjp(lambda p: delta(p, gradient.shape[1:]), parts)[1]
     return torch.func.vmap(lambda g: back(g)[0])(gradient)
 
 
 @contextmanager
 def _watched(backbone: Backbone, seen: dict[str, tuple[Tensor, list[Tensor]]]) -> Iterator[None]:
-    """While inside, every adapted projection notes its input and the gradient of its output (of the
-    first call: checkpointing calls twice).
+    """Inside, every adapted projection records its input and the gradient of its output.
+
+    Only the first call is recorded: checkpointing calls twice.
     """
     handles = []
     for layer, module in adapted_layers(backbone).items():
