@@ -1,16 +1,14 @@
-"""Stage 4: which numbers of the adapter a concept needs - the diagonal of the Fisher information,
-from per-sample gradients.
+"""Stage 4: which values of the adapter a concept needs: the diagonal of the Fisher information, from
+per-sample gradients.
 
-    L_F = L_denoise(x, c_n) + CE( p(. | x) over c_k, one-hot c_n )        F_n = mean over samples of
-    (dL_F / dtheta)^2, rescaled to mean 1
+    L_F = L_denoise(x, c_n) + CE( p(. | x) over c_k, one-hot c_n )
+    F_n = mean over samples of (dL_F / dtheta)^2, rescaled to mean 1
 
-One sample is one (picture, timestep, noise), its template and c_k those of its batch. Gradients are
-squared sample by sample, then averaged;
-squaring the mean gradient of a batch is the classic error. No loop over samples is needed: a K or V
-projection turns text features c
-(rows, 77, d_text) into (W0 + delta) c, so a sample's gradient in delta is the sum over its rows and
-tokens of (dL / d output) c^T, and the chain
-rule takes it to A and B.
+One sample is one (picture, timestep, noise), with the template and c_k of its batch. Gradients are
+squared sample by sample, then averaged; squaring the mean gradient of a batch is the classic error.
+No loop over samples is needed: a K or V projection turns text features c (rows, 77, d_text) into
+(W0 + delta) c, so a sample's gradient with respect to delta is the sum over its rows and tokens of
+(dL / d output) c^T, and the chain rule takes it to A and B.
 Source: Kirkpatrick et al. 2017 (EWC, arXiv 1612.00796); Jha et al. 2025 for L_F.
 """
 
