@@ -175,7 +175,7 @@ def _stored_format(layout: Layout, file: Any) -> torch.dtype:
 
 
 def _adapter(layout: Layout, settings: LearnSettings, rank: int) -> tuple[int, int]:
-    """The dtype of parameters of the adapter, and of the LoRA exported from it."""
+    """The number of parameters of the adapter, and of the LoRA exported from it."""
     layers = [layer.weight.shape for layer in kv_layers(layout.unet.module).values()]
     factors = sum(rank * (out + width) for out, width in layers)
     kind = METHODS[settings.method].adapter
