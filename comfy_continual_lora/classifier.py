@@ -1,17 +1,17 @@
-"""Stage 4: Diffusion Classifier (DC) scores - which concept a picture shows, read off the net's own
-noise predictions.
+"""Stage 4: Diffusion Classifier (DC) scores: which concept a picture shows, from the net's own noise
+predictions.
 
-    e_i(x; t, eps) = || eps - eps_theta(z_t, t, prompt_i) ||^2             one z_t for all prompts
-    of a picture: the comparison is paired
+    e_i(x; t, eps) = || eps - eps_theta(z_t, t, prompt_i) ||^2     with one z_t for all prompts, so
+                                                                   that the comparison is paired
     p(c_i | x)     = softmax_i( - E_{t,eps}[e_i] / tau )
 
 Shapes: n pictures (latents (n, 4, h, w)), k prompts, s draws of (t, eps). Errors are means over c,
-h, w; of v where the net predicts v.
+h, w; of v where the net predicts v. tau is calibrated: the gaps between mean errors are 1e-3 to 1e-2,
+so tau = 1 would make p uniform, and summed errors would saturate it.
+
 Source: Li et al. 2023 (Diffusion Classifier, arXiv 2303.16203) for scores, pairing and staged
-elimination; Jha et al. 2025 for their use in
-learning (`log_posterior`, `subset`, `soft_cross_entropy`). tau is calibrated: the gaps between mean
-errors are 1e-3 to 1e-2, so
-that tau = 1 would make p uniform, and summed errors saturate it.
+elimination; Jha et al. 2025 for their use in learning (`log_posterior`, `subset`,
+`soft_cross_entropy`).
 """
 
 from __future__ import annotations
@@ -28,18 +28,17 @@ from .progress import OnProgress, Progress, ignore
 from .settings import ScoreSettings
 from .stack import ConceptRecord
 
-CONFIDENCE = (
-    0.7  # what tau is calibrated to: the mean probability of the likeliest concept, one trial
-)
+# what tau is calibrated to: the mean probability of the likeliest concept after one trial
+CONFIDENCE = 0.7
 
 
 # --- scores as pure functions
-# --------------------------------------------------------------------------------------------------
 
 
 def predictions(backbone: Backbone, noisy: Tensor, timestep: Tensor, features: Tensor) -> Tensor:
-    """The net's answer for every picture and prompt, all as one batch: noisy (n, 4, h, w), timestep
-    (n,), features (k, 77, d) -> (n, k, 4, h, w).
+    """The net's predictions for every picture and prompt, in one batch.
+
+    noisy (n, 4, h, w), timestep (n,), features (k, 77, d) -> (n, k, 4, h, w).
     """
     n, k = len(noisy), len(features)
     rows = backbone.predict(
@@ -58,8 +57,9 @@ def errors(predicted: Tensor, target: Tensor) -> Tensor:
 def trial_errors(
     backbone: Backbone, latents: Tensor, noise: Tensor, timestep: Tensor, features: Tensor
 ) -> Tensor:
-    """e_i of every picture at its own draw: latents and noise (n, 4, h, w), timestep (n,), features
-    (k, 77, d) -> (n, k).
+    """e_i of every picture at its own draw, (n, k).
+
+    latents and noise (n, 4, h, w), timestep (n,), features (k, 77, d).
     """
     noisy, target = noised(backbone, latents, noise, timestep)
     return errors(predictions(backbone, noisy, timestep, features), target)
@@ -71,17 +71,16 @@ def log_posterior(error: Tensor, tau: float) -> Tensor:
 
 
 def soft_cross_entropy(teacher: Tensor, student: Tensor, tau: float) -> Tensor:
-    """H(p_T, p_S) - H(p_T), which has H's gradient and is zero where both agree: errors (n, k) of
-    both -> (n,).
+    """H(p_T, p_S) - H(p_T): errors (n, k) of both -> (n,).
+
+    It has the gradient of H and is zero where both agree.
     """
-    wanted = log_posterior(teacher.detach(), tau)
-    return (wanted.exp() * (wanted - log_posterior(student, tau))).sum(-1)
+    target = log_posterior(teacher.detach(), tau)
+    return (target.exp() * (target - log_posterior(student, tau))).sum(-1)
 
 
 def subset(previous: Sequence[str], k: int, generator: torch.Generator) -> list[str]:
-    """c_k without its fixed members: at most k - 2 of the previous concepts, in random order (c_0
-    and c_n are always in).
-    """
+    """At most k - 2 of the previous concepts, in random order; c_0 and c_n make it k."""
     order = torch.randperm(len(previous), generator=generator)[: max(0, k - 2)]
     return [previous[int(i)] for i in order]
 
@@ -90,7 +89,7 @@ def calibrate(error: Tensor) -> float:
     """The tau at which the likeliest concept has probability 0.7 on average over one-trial errors
     (n, k).
 
-    The mean falls from 1 to 1/k, at most a half, as tau grows, so halving finds it.
+    The mean falls from 1 to 1/k, at most a half, as tau grows, so bisection finds it.
     """
     low, high = 1e-8, 1e4
     for _ in range(100):
@@ -111,23 +110,24 @@ def calibration_errors(
     rows: int,
     on_progress: OnProgress = ignore,
 ) -> Tensor:
-    """One-trial errors (draws, k) of the concept's own pictures against prompts (k, 77, d), `rows`
-    at once; what `calibrate` wants.
+    """One-trial errors (draws, k) of the concept's own pictures, for `calibrate`.
+
+    features: prompts (k, 77, d); the net sees at most `rows` rows at once.
     """
-    found, done = [], 0
+    trials = []
+    done = 0
     for number, start in enumerate(range(0, draws, 8)):  # eight of one shape
         drawn = random_batch(latents, min(8, draws - start), generator_for("calibrate", number))[1:]
         for clean, timestep, noise in zip(
             *(part.split(max(1, rows // len(features))) for part in drawn), strict=True
         ):
-            found.append(trial_errors(backbone, clean, noise, timestep, features))
+            trials.append(trial_errors(backbone, clean, noise, timestep, features))
             done += len(clean)
             on_progress(Progress("calibrate", done, draws))
-    return torch.cat(found)
+    return torch.cat(trials)
 
 
 # --- which of my concepts is in this picture?
-# --------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -147,14 +147,12 @@ class Scores:
 
     @property
     def sure(self) -> bool:
-        """Whether the interval of the margin leaves out zero."""
+        """Whether the margin's interval excludes zero."""
         return self.margin_low > 0
 
 
 def candidates(records: Sequence[ConceptRecord], text: FrozenText) -> dict[str, Tensor]:
-    """What `classify` compares: a prompt (77, d) for each concept, by token, and for each class
-    noun without one, by "c_0 noun".
-    """
+    """The prompts (77, d) that `classify` compares: each concept's by token, each noun's by "c_0 noun"."""
     prompts = {record.token: f"a photo of a {record.name}" for record in records}
     prompts |= {f"c_0 {record.noun}": f"a photo of a {record.noun}" for record in records}
     return dict(zip(prompts, text(list(prompts.values())), strict=True))
@@ -169,40 +167,37 @@ def classify(
     settings: ScoreSettings,
     on_progress: OnProgress = ignore,
 ) -> Scores:
-    """Score one picture (4, h, w) against named prompts (77, d): all share timesteps and noise;
-    after each stage the worse half drops out.
+    """Score one picture (4, h, w) against named prompts (77, d) with the attached adapter.
 
-    The adapter is attached already. A candidate that dropped out keeps the mean of the trials it
-    had, measured against the best on the same trials.
+    All share timesteps and noise; after each stage the worse half drops out. A candidate that
+    dropped out keeps the mean of its trials, relative to the best one's on the same trials.
     """
     generator = torch.Generator().manual_seed(settings.seed)
     names, trials = list(features), settings.trials
     timestep = stratified(trials, generator)
     noise = torch.randn((trials, *latent.shape), generator=generator)
     weight = (1 - timestep / TIMESTEPS) if settings.weighting == "linear" else torch.ones(trials)
-    found = torch.full((trials, len(names)), torch.nan)
-    alive, done = list(range(len(names))), 0
+    error = torch.full((trials, len(names)), torch.nan)
+    alive = list(range(len(names)))
+    done = 0
     for stop in _stages(trials, len(names), settings.stages):
-        wanted = torch.stack([features[names[i]] for i in alive])
+        prompts = torch.stack([features[names[i]] for i in alive])
         per_call = max(1, settings.rows // len(alive))
         for start in range(done, stop, per_call):
             part = slice(start, min(stop, start + per_call))
             t, eps = timestep[part].to(backbone.device), noise[part].to(backbone.device)
-            found[part, alive] = trial_errors(
-                backbone, latent.to(backbone.device).expand_as(eps), eps, t, wanted
-            ).cpu()
+            clean = latent.to(backbone.device).expand_as(eps)
+            error[part, alive] = trial_errors(backbone, clean, eps, t, prompts).cpu()
             on_progress(Progress("score", part.stop, trials))
         done = stop
-        means = _weighted(found[:done, alive], weight[:done])
+        means = _weighted(error[:done, alive], weight[:done])
         keep = means.argsort()[: max(2, (len(alive) + 1) // 2)]
         alive = sorted(alive[int(i)] for i in keep) if done < trials else alive
-    return _scores(names, found, weight, tau)
+    return _scores(names, error, weight, tau)
 
 
 def _stages(trials: int, candidates: int, stages: int) -> list[int]:
-    """After how many trials candidates are dropped: trials/2^j, at least 4, as long as more than
-    two are left to compare.
-    """
+    """After how many trials candidates drop out: trials / 2^j, at least 4, then all trials."""
     stops = [trials]
     while len(stops) < stages and candidates > 2 and stops[0] // 2 >= 4:
         stops.insert(0, stops[0] // 2)
@@ -214,20 +209,19 @@ def _weighted(error: Tensor, weight: Tensor) -> Tensor:
     return (weight[:, None] * error).sum(0) / weight.sum()
 
 
-def _scores(names: list[str], found: Tensor, weight: Tensor, tau: float) -> Scores:
-    trials = found.isfinite().sum(0)
-    best = int(torch.where(trials == len(found), _weighted(found, weight), torch.inf).argmin())
-    gap = torch.stack(
-        [
-            _weighted((found[:n, [i]] - found[:n, [best]]), weight[:n])[0]
-            for i, n in enumerate(trials.tolist())
-        ]
-    )
+def _scores(names: list[str], error: Tensor, weight: Tensor, tau: float) -> Scores:
+    """error (s, k), NaN where a candidate was not tried any more; weight (s,)."""
+    trials = error.isfinite().sum(0)
+    best = int(torch.where(trials == len(error), _weighted(error, weight), torch.inf).argmin())
+    gaps = []
+    for i, n in enumerate(trials.tolist()):
+        gaps.append(_weighted((error[:n, [i]] - error[:n, [best]]), weight[:n])[0])
+    gap = torch.stack(gaps)
     probability = torch.softmax(-gap / tau, 0)
     order = sorted(range(len(names)), key=lambda i: float(gap[i]) if i != best else -torch.inf)
-    margin = (
-        _margin(found[:, order[1]] - found[:, best], weight) if len(names) > 1 else (0.0, 0.0, 0.0)
-    )
+    margin = (0.0, 0.0, 0.0)
+    if len(names) > 1:
+        margin = _margin(error[:, order[1]] - error[:, best], weight)
     return Scores(
         [names[i] for i in order],
         [float(probability[i]) for i in order],
@@ -237,8 +231,9 @@ def _scores(names: list[str], found: Tensor, weight: Tensor, tau: float) -> Scor
 
 
 def _margin(difference: Tensor, weight: Tensor) -> tuple[float, float, float]:
-    """Weighted mean of the paired differences (s,), NaN where not tried, and its 95 % bootstrap
-    interval: they are skewed, so no normal one.
+    """Weighted mean of the paired differences (s,), NaN where not tried, and its 95 % interval.
+
+    The interval is a bootstrap's, because the differences are skewed.
     """
     n = int(difference.isfinite().sum())
     pick = torch.randint(n, (2000, n), generator=torch.Generator().manual_seed(0))

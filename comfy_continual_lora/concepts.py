@@ -1,11 +1,9 @@
 """Stage 2: pictures on disk -> `ConceptImages`, ready to learn from.
 
 in: a folder or a list of JPEG, PNG, WebP, BMP, TIFF, AVIF or HEIC files, each with an optional
-caption (name.txt) and
-mask (name.mask.png: white is learned from, black is not) beside it - out: pictures of the wanted
-size, captions, masks, hashes.
-EXIF orientation is applied, transparency is laid on white, palettes, greyscale and 16-bit pictures
-become 8-bit RGB.
+caption (name.txt) and mask (name.mask.png: white is learned from, black is not) beside it - out:
+pictures of the wanted size, captions, masks, hashes. EXIF orientation is applied, transparency is
+laid on white; palettes, greyscale and 16-bit pictures become 8-bit RGB.
 """
 
 from __future__ import annotations
@@ -34,16 +32,13 @@ PREVIEW = 96
 
 @dataclass(frozen=True)
 class ConceptImages:
-    """The pictures of one concept: images (3, h, w) in -1..1, one caption (or None) and one SHA-256
-    each, a small JPEG preview in base64.
+    """The pictures of one concept."""
 
-    masks (1, h, w) in 0..1, ones where a picture has none; None where no picture has one.
-    """
-
-    images: tuple[Tensor, ...]
+    images: tuple[Tensor, ...]  # (3, h, w) each, in -1..1
     captions: tuple[str | None, ...]
-    hashes: tuple[str, ...]
-    preview: str
+    hashes: tuple[str, ...]  # SHA-256
+    preview: str  # a small JPEG in base64
+    # (1, h, w) each, in 0..1, all ones for a picture without mask; None if no picture has one
     masks: tuple[Tensor, ...] | None = None
 
 
@@ -258,9 +253,7 @@ def name_of(token: str, noun: str) -> str:
 
 
 def prompts_for(token: str, noun: str, templates: Sequence[str], caption: str | None) -> list[str]:
-    """What a picture may be called while learning: its own caption (naming the token), else every
-    template.
-    """
+    """The prompts of a picture in training: its own caption (with the token), else every template."""
     name = name_of(token, noun)
     if caption is None:
         return [template.format(name) for template in templates]

@@ -1,10 +1,8 @@
-"""Stage 3: noise schedule, noising, the random draws of a batch, and the loss, one number per
-example.
+"""Stage 3: the noise schedule, noising, the random draws of a batch, and the loss of each example.
 
 T = 1000, betas linear in their square roots from 0.00085 to 0.012 (Rombach et al. 2022, arXiv
-2112.10752). A net predicts the noise eps, or
-v = sqrt(a_t) eps - sqrt(1 - a_t) z_0 (Salimans & Ho 2022, arXiv 2202.00512); some fine-tunes that
-predict v learned on a schedule that ends in pure
+2112.10752). A net predicts the noise eps, or v = sqrt(a_t) eps - sqrt(1 - a_t) z_0 (Salimans & Ho
+2022, arXiv 2202.00512); some fine-tunes that predict v were trained on a schedule that ends in pure
 noise (Lin et al. 2023, arXiv 2305.08891).
 """
 
@@ -28,14 +26,15 @@ BETA_START, BETA_END = 0.00085, 0.012
 
 @cache
 def alphas_cumprod(zero_snr: bool = False, device: torch.device | None = None) -> Tensor:
-    """a_t, the share of the signal's variance left at each timestep, (1000,) float32; `zero_snr`:
-    none at the last. Not to be changed in place.
+    """a_t, the share of the signal's variance left at each timestep, (1000,) float32.
+
+    With `zero_snr` none is left at the last. Cached: not to be changed in place.
     """
     betas = torch.linspace(BETA_START**0.5, BETA_END**0.5, TIMESTEPS, dtype=torch.float64) ** 2
     alphas = torch.cumprod(1 - betas, 0)
-    # sqrt(a_t) is shifted to 0 at the end and stretched so that its beginning stays (Lin et al.
-    # 2023, algorithm 1)
     if zero_snr:
+        # shift sqrt(a_t) to 0 at the end and rescale it to keep its start (Lin et al. 2023,
+        # algorithm 1)
         roots = alphas.sqrt()
         alphas = ((roots - roots[-1]) * roots[0] / (roots[0] - roots[-1])) ** 2
     return alphas.float().to(device)
@@ -50,7 +49,7 @@ def add_noise(clean: Tensor, noise: Tensor, timestep: Tensor, alphas: Tensor) ->
 def noised(
     backbone: Backbone, clean: Tensor, noise: Tensor, timestep: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """z_t and what the net should answer to it, eps or v; all (n, 4, h, w), timestep (n,)."""
+    """z_t and the target of the prediction, eps or v; all (n, 4, h, w), timestep (n,)."""
     alphas = alphas_cumprod(backbone.zero_snr, clean.device)
     noisy = add_noise(clean, noise, timestep, alphas)
     if backbone.prediction == "epsilon":
@@ -71,13 +70,11 @@ def loss_per_example(predicted: Tensor, target: Tensor, weight: Tensor | None = 
 
 
 def timestep_weight(backbone: Backbone, timestep: Tensor, weighting: str | None) -> Tensor:
-    """What an error counts at each timestep, (n,): "uniform" 1; "debiased" 1 / sqrt(a_t), more
-    where the noise hides the picture.
+    """The weight of an error at each timestep, (n,): 1 if "uniform", 1 / sqrt(a_t) if "debiased".
 
-    There a picture's shapes and colours are decided, and there the error of eps is smallest. After
-    Yu et al. 2023 (arXiv 2310.08442), whose
-    1 / sqrt(SNR) gives next to nothing to the details. A v-prediction error counts more there by
-    itself and is left alone.
+    The latter weighs high noise more, where a picture's shapes and colours are decided and the error
+    of eps is smallest. After Yu et al. 2023 (arXiv 2310.08442), whose 1 / sqrt(SNR) gives next to
+    nothing to the details. The error of v is larger there anyway and is left alone.
     """
     if weighting != "debiased" or backbone.prediction != "epsilon":
         return torch.ones(len(timestep), device=timestep.device)
@@ -85,8 +82,9 @@ def timestep_weight(backbone: Backbone, timestep: Tensor, weighting: str | None)
 
 
 def generator_for(*keys: object) -> torch.Generator:
-    """A generator that is a function of its keys, such as (seed, step): a run that goes on draws
-    what an undisturbed one would.
+    """A generator that is a function of its keys, such as (seed, step).
+
+    A resumed run therefore draws what an uninterrupted one would.
     """
     digest = hashlib.sha256("/".join(map(str, keys)).encode()).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
@@ -97,8 +95,9 @@ def one_of(choices: Sequence[T], generator: torch.Generator) -> T:
 
 
 def stratified(n: int, generator: torch.Generator) -> Tensor:
-    """One timestep from each of `n` equal parts of 0..T-1, in random order, (n,): uniform, with
-    less variance than single draws.
+    """One timestep from each of `n` equal parts of 0..T-1, in random order, (n,).
+
+    They are uniform, with less variance than independent draws.
     """
     parts = (torch.arange(n) + torch.rand(n, generator=generator)) / n
     return (parts * TIMESTEPS).long()[torch.randperm(n, generator=generator)]
@@ -107,10 +106,10 @@ def stratified(n: int, generator: torch.Generator) -> Tensor:
 def random_batch(
     latents: Sequence[Tensor], n: int, generator: torch.Generator
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Which of the latents (n,), they themselves (n, 4, h, w), at which timesteps (n,), with which
-    noise (n, 4, h, w); all on the latents' device.
+    """Draw n of the latents: their indices (n,), latents (n, 4, h, w), timesteps (n,), noise.
 
-    A batch has latents (4, h, w) of one shape; every one of them comes up equally often.
+    All are on the latents' device. A batch has latents (4, h, w) of one shape; every latent is drawn
+    equally often.
     """
     first = torch.randint(len(latents), (1,), generator=generator)
     alike = torch.tensor(

@@ -1,10 +1,11 @@
-"""Stage 8: how much of a user's own stack is remembered. The stack holds the LoRA as it was after
-every concept, so its whole history can be drawn.
+"""Stage 8: how much of a user's own stack is remembered.
+
+The stack holds the LoRA as it was after every concept, so its whole history can be drawn.
 
     R[i, j] = likeness of concept j, drawn after concept i was learned, to its reference (i >= j;
-    same prompts, same seeds)
-    kept[j] = (R[N, j] - floor[j]) / (R[j, j] - floor[j])          1: as when it had just been
-    learned; 0: as if it had never been
+              same prompts, same seeds)
+    kept[j] = (R[N, j] - floor[j]) / (R[j, j] - floor[j])   1: as when it had just been learned
+                                                            0: as if it had never been learned
     floor   = likeness of what the checkpoint without the stack draws for the class noun
 
 in: a backbone and its stack - out: `RetentionReport`. The reference is the concept's own pictures where
@@ -86,9 +87,8 @@ class RetentionReport:
     def kept(self) -> Tensor:
         learned = self.likeness.diagonal() - self.floor
         share = (self.likeness[-1] - self.floor) / learned
-        return torch.where(
-            learned > 0.01, share, torch.nan
-        )  # no difference from the noun: nothing that could be kept
+        # where a concept never differed from its noun, there is nothing to keep
+        return torch.where(learned > 0.01, share, torch.nan)
 
 
 def _without_nan(value: Any) -> Any:
@@ -99,8 +99,7 @@ def _without_nan(value: Any) -> Any:
 
 
 def features(backbone: Backbone, clip: Path | None) -> Features:
-    """Image features: of a CLIP in a local folder; else of the mini-SD's own CLIP; else the
-    autoencoder's latents.
+    """Image features: of a CLIP in a local folder, else the mini-SD's own CLIP, else latents.
 
     Errors: CheckpointError for a folder that holds no CLIP vision model.
     """
@@ -141,17 +140,19 @@ def _clip_features(folder: Path, device: torch.device) -> Features:
 def evaluate(
     backbone: Backbone,
     stack: ConceptStack,
-    given: Mapping[str, Tensor],
+    own: Mapping[str, Tensor],
     embed: Features,
     settings: EvaluateSettings,
     on_progress: OnProgress,
 ) -> RetentionReport:
-    """Draw and compare; `given` holds the users' own pictures by token, (n, 3, size, size) in
+    """Draw and compare; `own` holds the users' own pictures by token, (n, 3, size, size) in
     -1..1. `settings` are resolved.
     """
-    count, records = len(stack.records), stack.records
+    records = stack.records
+    count = len(records)
     drawing = DrawSettings(steps=settings.steps, guidance=settings.guidance, size=settings.size)
-    total, done = count + count * (count + 1) // 2, 0
+    total = count + count * (count + 1) // 2
+    done = 0
 
     def drawn(name: str, version: ConceptStack | None) -> Tensor:
         nonlocal done
@@ -171,18 +172,19 @@ def evaluate(
         return pictures
 
     versions = [stack.as_of(i + 1) for i in range(count)]
-    found = {
-        (i, j): drawn(records[j].name, versions[i]) for i in range(count) for j in range(i + 1)
-    }
+    after: dict[tuple[int, int], Tensor] = {}
+    for i in range(count):
+        for j in range(i + 1):
+            after[i, j] = drawn(records[j].name, versions[i])
     plain = [drawn(record.noun, None) for record in records]
-    reference = [given.get(record.token, found[j, j]) for j, record in enumerate(records)]
+    reference = [own.get(record.token, after[j, j]) for j, record in enumerate(records)]
 
     def likeness(pictures: Tensor, j: int) -> float:
-        compare = similarity if records[j].token in given else paired_similarity
+        compare = similarity if records[j].token in own else paired_similarity
         return compare(embed(pictures), embed(reference[j]))
 
     matrix = torch.full((count, count), torch.nan)
-    for (i, j), pictures in found.items():
+    for (i, j), pictures in after.items():
         matrix[i, j] = likeness(pictures, j)
     floor = torch.tensor([likeness(pictures, j) for j, pictures in enumerate(plain)])
     recognised = torch.tensor(_recognised(backbone, stack, reference, settings, on_progress))
@@ -191,7 +193,7 @@ def evaluate(
         matrix,
         floor,
         recognised,
-        {at: [to_pil(p) for p in pictures] for at, pictures in found.items()},
+        {at: [to_pil(p) for p in pictures] for at, pictures in after.items()},
     )
 
 
@@ -202,21 +204,18 @@ def _recognised(
     settings: EvaluateSettings,
     on_progress: OnProgress,
 ) -> list[float]:
-    """The mean DC score of each concept for its own reference pictures, under the stack as it is
-    now; without other concepts, against its noun.
-    """
+    """The mean DC score of each concept for its own reference pictures, under the current stack."""
     if stack.tau is None:
         return [float("nan")] * len(reference)
-    wanted = classifier.candidates(stack.records, FrozenText(backbone, stack.tokens))
-    scoring, means = ScoreSettings(trials=settings.trials, seed=settings.seed), []
+    prompts = classifier.candidates(stack.records, FrozenText(backbone, stack.tokens))
+    scoring = ScoreSettings(trials=settings.trials, seed=settings.seed)
+    means = []
     with attached(backbone, stack.adapter):
         for record, pictures in zip(stack.records, reference, strict=True):
             scores = [
-                classifier.classify(backbone, latent, wanted, stack.tau, scoring, on_progress)
+                classifier.classify(backbone, latent, prompts, stack.tau, scoring, on_progress)
                 for latent in backbone.encode_images(pictures)
             ]
-            means.append(
-                sum(dict(zip(s.names, s.probabilities, strict=True))[record.token] for s in scores)
-                / len(scores)
-            )
+            own = [s.probabilities[s.names.index(record.token)] for s in scores]
+            means.append(sum(own) / len(own))
     return means

@@ -1,9 +1,8 @@
 """Stage 1: a K/V LoRA or an embedding that another program made -> our adapter and word.
 
 in: a safetensors file in kohya's, diffusers' or PEFT's names - out: an `Adapter` of the
-checkpoint's layers; an embedding's vectors.
-Only what changes K and V of cross-attention can become a concept: anything else in the file is
-refused, not dropped.
+checkpoint's layers; an embedding's vectors. Only what changes K and V of cross-attention can become a
+concept: anything else in the file is refused, not dropped.
 """
 
 from __future__ import annotations

@@ -1,18 +1,18 @@
-"""Stage 8: how much is remembered - distances between sets of image features, and their summaries
+"""Stage 8: how much is remembered: distances between sets of image features, and their summaries
 over a sequence of concepts.
 
 Shapes: x (n, d) and y (m, d) features of two sets of pictures; no argument is changed. X_{D,j} are
-the features of concept j's real pictures, X_{i,j}
-those of concept j drawn after concept i was learned (j <= i <= N, counted from 1).
+the features of concept j's real pictures, X_{i,j} those of concept j drawn after concept i was
+learned (j <= i <= N, counted from 1).
 
     MMD^2(x, y)  = mean k(x_a, x_b), a != b  +  mean k(y_a, y_b), a != b  -  2 mean k(x_a, y_b)
-    unbiased, may be negative
+                   unbiased, may be negative
     A_MMD        = 1/N     sum_j      MMD(X_{D,j}, X_{N,j})
-    how far from the real ones at the end
+                   how far from the real pictures at the end
     F_MMD        = 1/(N-1) sum_{j<N}  MMD(X_{j,j}, X_{N,j})
-    how far from what was first drawn
+                   how far from what was drawn first
     BwT_MMD      = 1/(N-1) sum_{j<N}  MMD(X_{D,j}, X_{j,j}) - MMD(X_{D,j}, X_{N,j})
-    negative: it got worse
+                   negative: it got worse
 
 Source: Gretton et al. 2012 (MMD); Binkowski et al. 2018 (KID, arXiv 1801.01401); Jha et al. 2025
 (the summaries, whose MMD is MMD^2 here).
@@ -40,8 +40,9 @@ def cubic(x: Tensor, y: Tensor) -> Tensor:
 
 
 def gaussian(x: Tensor, y: Tensor, width: float = 0.5) -> Tensor:
-    """exp(- ||x - y||^2 / (2 width^2)), to check that a result does not hang on the kernel; `width`
-    suits features of length 1.
+    """exp(- ||x - y||^2 / (2 width^2)), to check that a result does not depend on the kernel.
+
+    The default `width` suits features of length 1.
     """
     return torch.exp(-torch.cdist(x, y).square() / (2 * width**2))
 
@@ -60,9 +61,7 @@ def mmd2(x: Tensor, y: Tensor, kernel: Kernel = quadratic) -> float:
 
 
 def kid(x: Tensor, y: Tensor) -> float:
-    """Kernel Inception Distance over the whole sets (no random subsets), with whatever features
-    these are.
-    """
+    """Kernel Inception Distance over the whole sets (no random subsets), with any features."""
     return mmd2(x, y, cubic)
 
 
@@ -79,8 +78,9 @@ def paired_similarity(x: Tensor, y: Tensor) -> float:
 def retention_matrix(
     real: Sequence[Tensor], drawn: Mapping[tuple[int, int], Tensor], kernel: Kernel = quadratic
 ) -> Tensor:
-    """R[i, j] = MMD^2(X_{D,j}, X_{i,j}) on features of length 1: real[j] and drawn[i, j] -> (N, N),
-    counted from 0; NaN where nothing was drawn.
+    """R[i, j] = MMD^2(X_{D,j}, X_{i,j}) on features of length 1: real[j], drawn[i, j] -> (N, N).
+
+    Concepts are counted from 0; NaN where nothing was drawn.
     """
     count = len(real)
     matrix = torch.full((count, count), torch.nan)
@@ -95,15 +95,16 @@ def a_mmd(matrix: Tensor) -> float:
 
 
 def f_mmd(drawn: Mapping[tuple[int, int], Tensor], count: int, kernel: Kernel = quadratic) -> float:
-    """Mean distance of the earlier concepts, as drawn at the end, from what was drawn right after
-    learning; NaN for one concept.
+    """Mean distance of earlier concepts, as drawn at the end, from what was drawn after learning.
+
+    NaN for one concept.
     """
     last = count - 1
-    found = [
+    distances = [
         mmd2(F.normalize(drawn[j, j], dim=1), F.normalize(drawn[last, j], dim=1), kernel)
         for j in range(last)
     ]
-    return sum(found) / len(found) if found else float("nan")
+    return sum(distances) / len(distances) if distances else float("nan")
 
 
 def bwt_mmd(matrix: Tensor) -> float:

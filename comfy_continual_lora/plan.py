@@ -1,18 +1,15 @@
-"""What learning will take, told before a weight is read: memory by part, the sizes of the files,
-and how long about.
+"""What learning will take, before a weight is read: memory by part, file sizes, and time.
 
 in: the header of a checkpoint (or a folder's configurations), settings, a device - out: `Plan`, all
 sizes in bytes.
 
-Weights, adapter and optimizer are counted. Activations are too: the net goes through one step on
-the meta device, where tensors have shapes and no
-numbers, and what autograd would keep for the way back is added up. What only passes through (work
-space, holes of the allocator) is not: the peak is
-a lower bound, and benchmarks/LOG.md says how far below what was measured it was. Time is the step's
-multiplications, counted on the way, over what
-the device does of them in one product of two large matrices, times the share of that which learning
-reaches - or what the processor takes to call a
-GPU for each of them, which is longer for one small picture at a time.
+Weights, adapter and optimizer are counted. Activations are too: the net runs one step on the meta
+device, where tensors have shapes and no data, and what autograd would keep for the backward pass is
+added up. Temporary memory (workspaces, fragmentation) is not, so the peak is a lower bound;
+benchmarks/LOG.md says how far below the measured one it was. Time is the step's floating-point
+operations over the speed of one product of two large matrices on this device, times the share of
+that speed which learning reaches; or, for one small picture at a time, the time the CPU takes to
+launch the GPU's kernels, if that is longer.
 """
 
 from __future__ import annotations
@@ -39,40 +36,31 @@ from .settings import LearnSettings, ResolvedSettings
 from .stackfile import read_header
 
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
-# The share of a large product's speed that learning reaches: on CPUs measured (benchmarks/LOG.md),
-# on GPUs what kohya's steps of an SDXL come to
-_CPU_SHARES, _GPU_SHARES = (0.3, 0.85), (0.08, 0.3)
-_GPU_CALLS = (
-    1.2e-5,
-    3.6e-5,
-    # seconds a torch call takes the processor, which a fast GPU waits for: 21 to 28 millionths
-    # beside
-    # an H200
-)
+# The share of a large product's speed that learning reaches: on CPUs as measured
+# (benchmarks/LOG.md), on GPUs what kohya's steps of an SDXL amount to
+_CPU_SHARES = (0.3, 0.85)
+_GPU_SHARES = (0.08, 0.3)
+# Seconds of CPU time per torch call, which a fast GPU waits for: 21 to 28 microseconds beside an H200
+_GPU_CALLS = (1.2e-5, 3.6e-5)
 
 
 @dataclass(frozen=True)
 class Plan:
-    """Sizes in bytes.
-
-    `weights` by part, each with its number format. `peak` is the device's: beside a GPU the VAE
-    waits in main memory.
-    """
+    """Sizes in bytes."""
 
     family: str
     device: str
     size: int  # pixels a side
     rows: int  # pairs of picture and prompt that go through the net at once, at most
-    weights: dict[str, tuple[int, str]]
+    weights: dict[str, tuple[int, str]]  # by part, each with its dtype
     learned: int  # adapter and word
     optimizer: int  # its state and the gradient
     activations: int
-    peak: int
+    peak: int  # of the device; beside a GPU the VAE stays in main memory
     stack_file: int
     exported: int  # the LoRA and the embedding
-    seconds: tuple[
-        float, float
-    ]  # of the training steps, at best and at worst; what a method does after them is not in it
+    # of the training steps, at best and at worst, without what a method does after them
+    seconds: tuple[float, float]
 
 
 def plan(checkpoint: Path, stack: Path, asked: LearnSettings, device: str) -> Plan:
@@ -83,7 +71,7 @@ def plan(checkpoint: Path, stack: Path, asked: LearnSettings, device: str) -> Pl
     here = pick_device(device)
     with open_checkpoint(checkpoint) as (layout, file):
         settings = asked.resolved(layout.preset)
-        number, header = (
+        dtype, header = (
             dtype_for(settings.precision, here),
             read_header(stack) if stack.exists() else {},
         )
@@ -91,14 +79,14 @@ def plan(checkpoint: Path, stack: Path, asked: LearnSettings, device: str) -> Pl
         method = METHODS[settings.method]
         kind = method.adapter_kind(settings)
         step, rows = method.rows(settings, len(header.get("concepts", ())))
-        weights = _weights(layout, file, number, here)
+        weights = _weights(layout, file, dtype, here)
         adapter, exported = _adapter(layout, kind, rank)
         width = sum(
             model.get_input_embeddings().weight.shape[1]
             for model in (part.module for part in layout.texts)
         )
         word = width * settings.vectors
-        wide = compute_dtype_of(number, here)
+        wide = compute_dtype_of(dtype, here)
         norms = wide if here.type == "cpu" else torch.float32  # autocast has them so
         kept, flops, calls = _activations(layout, settings, wide, norms, step, rows, size // 8)
     learned, optimizer = 4 * (adapter + word), adapter + word
@@ -132,14 +120,14 @@ def plan(checkpoint: Path, stack: Path, asked: LearnSettings, device: str) -> Pl
     )
 
 
-def _speed(here: torch.device, number: torch.dtype) -> float:
+def _speed(here: torch.device, dtype: torch.dtype) -> float:
     """Floating-point operations a second in a product of two matrices, large enough to take a
     fiftieth of a second; the best of three.
     """
     side, best = 128, 0.0
     while best < 0.02 and side < 8192:
         side *= 2
-        one, taken = torch.randn(side, side, device=here).to(number), []
+        one, taken = torch.randn(side, side, device=here).to(dtype), []
         for _ in range(3):
             began = time.perf_counter()
             (one @ one)[0, 0].item()  # waits for it
@@ -149,18 +137,18 @@ def _speed(here: torch.device, number: torch.dtype) -> float:
 
 
 def _weights(
-    layout: Layout, file: Any, number: torch.dtype, here: torch.device
+    layout: Layout, file: Any, dtype: torch.dtype, here: torch.device
 ) -> dict[str, tuple[int, str]]:
-    """Bytes and format of each part as it will be held."""
-    wide = compute_dtype_of(number, here)
+    """Bytes and dtype of each part in memory."""
+    wide = compute_dtype_of(dtype, here)
     unet = sum(
-        p.numel() * (FP8 if number == FP8 and is_large(name, p) else wide).itemsize
+        p.numel() * (FP8 if dtype == FP8 and is_large(name, p) else wide).itemsize
         for name, p in layout.unet.module.named_parameters()
     )
-    held = {"U-Net": (unet, _NAMES[number]), "VAE": (_bytes([layout.vae.module]), "fp32")}
+    weights = {"U-Net": (unet, _NAMES[dtype]), "VAE": (_bytes([layout.vae.module]), "fp32")}
     texts = [part.module for part in layout.texts]
-    stored = _stored_format(layout, file) if number != torch.float32 else torch.float32
-    return {**held, "text encoders": (_bytes(texts) * stored.itemsize // 4, _NAMES[stored])}
+    stored = _stored_format(layout, file) if dtype != torch.float32 else torch.float32
+    return {**weights, "text encoders": (_bytes(texts) * stored.itemsize // 4, _NAMES[stored])}
 
 
 def _bytes(models: Sequence[nn.Module]) -> int:
@@ -169,12 +157,11 @@ def _bytes(models: Sequence[nn.Module]) -> int:
 
 
 def _stored_format(layout: Layout, file: Any) -> torch.dtype:
-    """The format the text encoders have in the file."""
-    said = {"F16": torch.float16, "BF16": torch.bfloat16}
-    names = (
-        layout.texts[0].names.values() or layout.unet.names.values()
-    )  # a folder's parts are alike
-    return said.get(file.get_slice(next(iter(names))).get_dtype(), torch.float32)
+    """The dtype of the text encoders in the file."""
+    dtypes = {"F16": torch.float16, "BF16": torch.bfloat16}
+    # the parts of a folder have the same dtype
+    names = layout.texts[0].names.values() or layout.unet.names.values()
+    return dtypes.get(file.get_slice(next(iter(names))).get_dtype(), torch.float32)
 
 
 def _adapter(layout: Layout, kind: str, rank: int) -> tuple[int, int]:
@@ -188,25 +175,23 @@ def _adapter(layout: Layout, kind: str, rank: int) -> tuple[int, int]:
 
 
 # --- activations
-# --------------------------------------------------------------------------------------------------
 
 
 def _activations(
     layout: Layout,
     settings: ResolvedSettings,
-    number: torch.dtype,
+    dtype: torch.dtype,
     norms: torch.dtype,
     step: int,
     rows: int,
     side: int,
 ) -> tuple[int, float, int]:
-    """What is kept for the way back, in bytes: that of the U-Net for `rows` and of the text
-    encoders for a step, the largest passing piece on top.
+    """The bytes kept for the backward pass, and a step's forward operations and torch calls.
 
-    And the floating-point operations and torch calls of a step's way forward. The net computes in
-    `number`, its norms in `norms`.
+    The bytes are the U-Net's for `rows` and the text encoders' for a step, plus the largest
+    checkpointed piece. The net computes in `dtype`, its norms in `norms`.
     """
-    unet: Any = nn.Module.to(layout.unet.module, number).requires_grad_(False)
+    unet: Any = nn.Module.to(layout.unet.module, dtype).requires_grad_(False)
     texts = [part.module.requires_grad_(False) for part in layout.texts]
     prompts = min(step, 7)  # each distinct one is encoded once; after learning, words stand still
     with torch.device("meta"):
@@ -219,43 +204,41 @@ def _activations(
             rows,
             77,
             width if isinstance(width, int) else width[0],
-            dtype=number,
+            dtype=dtype,
             requires_grad=True,
         )
-        noisy, timestep, added = (
-            torch.zeros(rows, 4, side, side, dtype=number),
-            torch.zeros(rows, dtype=torch.long),
-            None,
-        )
+        noisy = torch.zeros(rows, 4, side, side, dtype=dtype)
+        timestep = torch.zeros(rows, dtype=torch.long)
+        added = None
         if unet.config["addition_embed_type"] == "text_time":
             pooled = texts[-1].config.projection_dim
             added = {
-                "text_embeds": torch.zeros(rows, pooled, dtype=number),
+                "text_embeds": torch.zeros(rows, pooled, dtype=dtype),
                 "time_ids": torch.zeros(rows, 6),
             }
 
-        def answer(kept: _Kept) -> list[int]:
+        def run_unet(kept: _Kept) -> list[int]:
             sizes: list[int] = []
-            with _sized(unet, kept, sizes), _computing_in(unet, number, norms):
+            with _sized(unet, kept, sizes), _computing_in(unet, dtype, norms):
                 unet(noisy, timestep, features, added_cond_kwargs=added)
             return sizes
 
         with _kept(unet) as whole:
-            pieces = answer(whole)
+            pieces = run_unet(whole)
         flops, calls = of_text.flops + whole.flops * step / rows, of_text.calls + whole.calls
         if not settings.checkpointing:
             return of_text.bytes + whole.bytes, flops, calls
         unet.enable_gradient_checkpointing()
         unet.train()
         with _kept(unet) as of_unet:
-            answer(of_unet)
+            run_unet(of_unet)
     return of_text.bytes + of_unet.bytes + max(pieces, default=0), flops, calls
 
 
 class _Kept(TorchDispatchMode):
-    """Adds up what autograd keeps; a storage counts once, a weight not at all.
+    """Adds up what autograd keeps: a storage counts once, a weight not at all.
 
-    Operations of linear layers, convolutions and attention; all calls.
+    Also counts all torch calls, and the operations of linear layers, convolutions and attention.
     """
 
     def __init__(self, models: Sequence[nn.Module]) -> None:
@@ -294,8 +277,10 @@ class _Kept(TorchDispatchMode):
 
 @contextmanager
 def _kept(*models: nn.Module) -> Iterator[_Kept]:
-    """Attention is taken for a fused one, as every device but the meta device computes it: it keeps
-    its ends, not its weights.
+    """Inside, what these models' autograd keeps is counted.
+
+    Attention is counted as a fused one, as every device but the meta device computes it: it keeps
+    its inputs and output, not its weights.
     """
     kept, plain = _Kept(models), F.scaled_dot_product_attention
     layers = [
@@ -320,16 +305,14 @@ class _Fused(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        found = torch.empty_like(q)
-        ctx.save_for_backward(q, k, v, found)
-        return found
+        output = torch.empty_like(q)
+        ctx.save_for_backward(q, k, v, output)
+        return output
 
 
 @contextmanager
-def _computing_in(unet: nn.Module, number: torch.dtype, norms: torch.dtype) -> Iterator[None]:
-    """Inside, what autocast does: norms compute in a format of their own, and what comes of them
-    goes into the next layer as `number`.
-    """
+def _computing_in(unet: nn.Module, dtype: torch.dtype, norms: torch.dtype) -> Iterator[None]:
+    """Inside, what autocast does: norms compute in `norms`, and the next layer reads `dtype`."""
 
     def cast(to: torch.dtype) -> Any:
         return lambda _module, inputs: (inputs[0].to(to), *inputs[1:])
@@ -339,7 +322,7 @@ def _computing_in(unet: nn.Module, number: torch.dtype, norms: torch.dtype) -> I
         if isinstance(module, (nn.GroupNorm, nn.LayerNorm)):
             handles.append(nn.Module.to(module, norms).register_forward_pre_hook(cast(norms)))
         elif isinstance(module, (nn.Linear, nn.Conv2d)):
-            handles.append(module.register_forward_pre_hook(cast(number)))
+            handles.append(module.register_forward_pre_hook(cast(dtype)))
     try:
         yield
     finally:
@@ -349,9 +332,7 @@ def _computing_in(unet: nn.Module, number: torch.dtype, norms: torch.dtype) -> I
 
 @contextmanager
 def _sized(unet: nn.Module, kept: _Kept, sizes: list[int]) -> Iterator[None]:
-    """Inside, every piece of the net that checkpointing goes through again notes how much of it was
-    kept.
-    """
+    """Inside, every piece of the net that checkpointing recomputes records how much it kept."""
     handles, began = [], {}
     for module in unet.modules():
         if type(module).__name__ in ("ResnetBlock2D", "BasicTransformerBlock"):

@@ -1,4 +1,4 @@
-"""What a long job tells while it runs.
+"""What a long job reports while it runs.
 
 `on_progress` may raise `Cancelled` (or anything else) to stop the job.
 """
@@ -15,19 +15,17 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Progress:
-    """One report: step of steps; what is done; loss, its parts and rate while learning; seconds
-    still to go, as far as can be told; a preview.
-    """
+    """One report of a job."""
 
     stage: str
     step: int
     steps: int
-    loss: float | None = None
-    rate: float | None = None
-    seconds_left: float | None = None
-    parts: dict[str, float] = field(default_factory=dict)
+    loss: float | None = None  # while learning, as are rate and parts
+    rate: float | None = None  # learning rate
+    seconds_left: float | None = None  # an estimate, if there is one
+    parts: dict[str, float] = field(default_factory=dict)  # of the loss
     preview: Image | None = None
-    note: str = ""  # a sentence for the user, such as where a stopped run goes on
+    note: str = ""  # a sentence for the user, such as where a stopped run resumes
 
 
 OnProgress = Callable[[Progress], None]

@@ -1,10 +1,8 @@
-"""Stage 8: draw pictures with a backbone, its adapter and its words. The solvers are diffusers'
-own.
+"""Stage 8: draw pictures with a backbone, its adapter and its words, with diffusers' solvers.
 
 Two learned things named in one prompt mix their looks, because text features mix. Prompts beside
-each other do not meet: each has an area of the
-picture, as large as one picture, and where areas overlap their predictions fade into one another at
-every step, so that they grow into one scene.
+each other do not: each has an area of the picture, as large as one picture, and where areas overlap
+their predictions are blended at every step, so that they become one scene.
 Source: Bar-Tal et al. 2023 (MultiDiffusion, arXiv 2302.08113).
 """
 
@@ -33,7 +31,7 @@ def make_solver(name: str, backbone: Backbone) -> DDIMScheduler | DPMSolverMulti
         "beta_schedule": "scaled_linear",
         "prediction_type": backbone.prediction,
     }
-    if backbone.zero_snr:  # drawing has to begin where nothing is left of a picture
+    if backbone.zero_snr:  # sampling has to start at the last timestep, in pure noise
         schedule |= {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
     if name == "ddim":
         return DDIMScheduler(**schedule, clip_sample=False, set_alpha_to_one=False, steps_offset=1)
@@ -49,17 +47,16 @@ def draw(
     settings: DrawSettings,
     on_progress: OnProgress = ignore,
 ) -> Tensor:
-    """One picture for each prompt and its seed, (n, 3, size, size) in -1..1; it does not depend on
-    what is drawn beside it. `settings` are resolved.
+    """One picture for each prompt and its seed, (n, 3, size, size) in -1..1; `settings` are resolved.
 
-    Several prompts for a picture (equally many for all) are drawn from left to right, each in an
-    area of its own: (n, 3, size, width).
+    A picture does not depend on the others in the batch. Several prompts for a picture (equally many
+    for all) are drawn from left to right, each in an area of its own: (n, 3, size, width).
     Classifier-free guidance (Ho & Salimans 2022): eps = eps(negative) + g (eps(prompt) -
     eps(negative)).
     """
     assert settings.guidance is not None
-    asked = [[prompt] if isinstance(prompt, str) else prompt for prompt in prompts]
-    size, count = (settings.size or backbone.size) // 8, len(asked[0])
+    areas = [[prompt] if isinstance(prompt, str) else prompt for prompt in prompts]
+    size, count = (settings.size or backbone.size) // 8, len(areas[0])
     shares, sides = _areas(size, count)
     noise = torch.stack(
         [
@@ -68,24 +65,25 @@ def draw(
         ]
     )
     text = FrozenText(backbone, words)
-    unwanted, shares = text([settings.negative]), shares.to(backbone.device)
+    negative = text([settings.negative])
+    shares = shares.to(backbone.device)
     batch = max(1, BATCH // count)
-    pictures, total = [], settings.steps * -(-len(seeds) // batch)
+    pictures = []
+    total = settings.steps * -(-len(seeds) // batch)
     for start in range(0, len(seeds), batch):
         solver = make_solver(settings.solver, backbone)
         solver.set_timesteps(settings.steps)
         latents = noise[start : start + batch].to(backbone.device) * solver.init_noise_sigma
-        wanted = text([parts[k] for k in range(count) for parts in asked[start : start + batch]])
+        positive = text([parts[k] for k in range(count) for parts in areas[start : start + batch]])
         for index, timestep in enumerate(solver.timesteps):
             seen = torch.cat([latents[..., side] for side in sides])
             t = timestep.to(backbone.device).expand(len(seen))
             if settings.guidance == 1:
-                predicted = backbone.predict(seen, t, wanted)
+                predicted = backbone.predict(seen, t, positive)
             else:
-                both = torch.cat([unwanted.expand_as(wanted), wanted])
-                low, high = backbone.predict(torch.cat([seen] * 2), torch.cat([t] * 2), both).chunk(
-                    2
-                )
+                both = torch.cat([negative.expand_as(positive), positive])
+                rows = backbone.predict(torch.cat([seen] * 2), torch.cat([t] * 2), both)
+                low, high = rows.chunk(2)
                 predicted = low + settings.guidance * (high - low)
             joined = torch.zeros_like(latents)
             for share, side, own in zip(shares, sides, predicted.chunk(count), strict=True):
@@ -97,8 +95,9 @@ def draw(
 
 
 def _areas(size: int, count: int) -> tuple[Tensor, list[slice]]:
-    """What each area says at each column of the latents, (count, width), summing to 1, and which
-    columns it has.
+    """Each area's weight at each column of the latents, (count, width), and the columns it has.
+
+    The weights of a column sum to 1.
     """
     overlap = int(size * OVERLAP)
     sides = [slice(k * (size - overlap), k * (size - overlap) + size) for k in range(count)]

@@ -1,14 +1,12 @@
-"""Stage 3: what an unfinished run has so far, in a file beside the stack, so that the same request
-goes on from there.
+"""Stage 3: the state of an unfinished run, in a file beside the stack, from which the same request
+resumes.
 
-    <stack>.<token>.<run>.snapshot         while learning          <run>: the first digits of the
-    run's identity
+    <stack>.<token>.<run>.snapshot         while learning
     <stack>.<token>.<run>.dsc.snapshot     while consolidating
 
-Tensors are the values that learn and the optimizer's state; the header holds identity, step,
-losses, what was
-asked for, and a checksum of all that. Each run has a file of its own, so no run overwrites
-another's.
+<run> is the first digits of the run's identity, so no run overwrites another's file. Tensors are the
+trained values and the optimizer's state; the header holds identity, step, losses, the request, and a
+checksum of everything.
 """
 
 from __future__ import annotations
@@ -42,21 +40,19 @@ class DamagedSnapshot(Exception):
 
 @dataclass(frozen=True)
 class Snapshot:
-    """`identity` is the run's; `asked` what it was asked for: settings by name, and hashes of the
-    rest.
-    """
+    """The state of a run after a step."""
 
-    identity: str
+    identity: str  # of the run
     step: int
     losses: list[float]
-    asked: dict[str, Any]
+    asked: dict[str, Any]  # the request: settings by name, and hashes of the rest
     tensors: dict[str, Tensor]
 
 
 def identity(asked: Mapping[str, Any]) -> str:
-    """A hash of all that decides how a run goes, as it was asked for.
+    """A hash of everything in the request that decides how a run goes.
 
-    Computed numbers are no part of it: their last digits differ with the number of threads.
+    Computed numbers are not part of it: their last digits depend on the number of threads.
     """
     return hashlib.sha256(json.dumps(dict(asked), sort_keys=True).encode()).hexdigest()
 
@@ -74,9 +70,7 @@ def write_snapshot(path: Path, snapshot: Snapshot) -> None:
 
 
 def read_snapshot(path: Path) -> Snapshot:
-    """Errors: OSError for a file that can't be read; DamagedSnapshot for one that is not as it was
-    written.
-    """
+    """Errors: OSError for a file that can't be read; DamagedSnapshot for one that was changed."""
     try:
         data = path.read_bytes()
         tensors = load(data)
@@ -111,27 +105,25 @@ def _checksum(tensors: Mapping[str, Tensor], header: Mapping[str, str]) -> str:
 
 
 def other_runs(files: Iterable[Path], asked: Mapping[str, Any]) -> list[str]:
-    """A sentence on each unfinished run of the same word that is not the one asked for: where it
-    is, how far, how to go on with it.
-    """
-    found = []
+    """For each other unfinished run of the same word: where it is, how far, and how to resume it."""
+    notes = []
     for path in files:
         try:
             other = read_snapshot(path)
         except (OSError, DamagedSnapshot) as error:
-            found.append(
+            notes.append(
                 f"{path} is what another run left, and can't be used ({error}). It is not "
                 "touched; delete it if it is not wanted."
             )
             continue
         if other.identity != identity(asked):
             differs = _differences(other.asked, asked)
-            found.append(
+            notes.append(
                 f"Another run of {asked.get('token', 'this word')} was stopped at step "
                 f"{other.step} and is kept in {path}. It differs in {differs}. "
                 "To go on with it, ask for it as it was; delete the file if it is not wanted."
             )
-    return found
+    return notes
 
 
 def _differences(theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> str:

@@ -1,12 +1,9 @@
-"""What every stage sees of a checkpoint: encode pictures, encode prompts, predict what was asked.
-Never a model family.
+"""What every stage sees of a checkpoint: encode pictures, encode prompts, predict; no model family.
 
 Shapes: n pictures, latents (n, 4, h/8, w/8), text features (n, 77, d); pictures are float32 in
--1..1. A word is k vectors in a row, (k, d)
-float32: with two text encoders a vector is both encoders' vectors end to end, as their features
-are. Where the net also wants the pooled text (SDXL),
-it travels as a 78th row of the features, padded with zeros; `Backbone.context` are the rows that
-cross-attention sees.
+-1..1. A word is k vectors, (k, d) float32; with two text encoders a vector is both encoders' vectors
+concatenated, as their features are. The pooled text that SDXL's net takes too is a 78th row of the
+features, padded with zeros; `Backbone.context` gives the rows that cross-attention sees.
 """
 
 from __future__ import annotations
@@ -42,8 +39,7 @@ def kv_layers(unet: nn.Module) -> dict[str, nn.Linear]:
 class Backbone:
     """A loaded checkpoint.
 
-    All parts are frozen; `unet` may carry adapters; the VAE waits in main memory while it is not
-    asked.
+    All parts are frozen; `unet` may carry adapters; the VAE stays in main memory while not in use.
     """
 
     path: Path
@@ -53,11 +49,8 @@ class Backbone:
     tokenizer: CLIPTokenizer
     preset: str  # which row of settings.PRESETS suits it
     size: int  # pixels a side it was trained at
-    # SHA-256 of the K/V weights as the file has them: says whether a stack was made for this
-    # checkpoint
-    fingerprint: str
-    # what the net answers, in diffusers' words: "epsilon", the noise, or "v_prediction"
-    prediction: str = "epsilon"
+    fingerprint: str  # SHA-256 of the file's K/V weights: which checkpoint a stack was made for
+    prediction: str = "epsilon"  # what the net predicts, in diffusers' words, or "v_prediction"
     zero_snr: bool = False  # whether nothing of the picture is left at the last timestep
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
 
@@ -71,21 +64,20 @@ class Backbone:
 
     @cached_property
     def kv_layers(self) -> dict[str, nn.Linear]:
-        """The layers an adapter changes, by their diffusers names: K and V of every
-        cross-attention. Taken before any adapter is attached.
+        """The layers an adapter changes, K and V of every cross-attention, by their diffusers names.
+
+        To be read before any adapter is attached.
         """
         return kv_layers(self.unet)
 
     @property
     def gradient_scale(self) -> float:
-        """How many times larger gradients travel through the net, so that fp16 does not lose small
-        ones.
-        """
+        """The factor by which losses are scaled, so that small gradients do not underflow in fp16."""
         return 1024.0 if self.unet.dtype == torch.float16 else 1.0
 
     @property
     def word_widths(self) -> list[int]:
-        """How many numbers of a word's vector are for each text encoder."""
+        """How many values of a word's vector belong to each text encoder."""
         return [encoder.width for encoder in self.text_encoders]
 
     @property
@@ -94,8 +86,9 @@ class Backbone:
 
     @torch.no_grad()
     def encode_images(self, images: Iterable[Tensor]) -> list[Tensor]:
-        """Pictures (3, h, w) -> latents (4, h/8, w/8), scaled; the mean of the posterior, so the
-        same picture gives the same latent.
+        """Pictures (3, h, w) -> latents (4, h/8, w/8), scaled.
+
+        They are the mean of the posterior, so the same picture gives the same latent.
         """
         pictures = list(images)
         encoded = self._with_vae(
@@ -111,26 +104,23 @@ class Backbone:
     def decode_latents(self, latents: Tensor) -> Tensor:
         """Latents (n, 4, h, w) -> pictures (n, 3, 8h, 8w) in -1..1 on the CPU."""
         scaled = latents / self.vae.config["scaling_factor"]
-        return self._with_vae(
-            lambda vae: (
-                torch.cat([vae.decode(one[None]).sample for one in scaled])
-                .clamp(-1, 1)
-                .float()
-                .cpu()
-            )
-        )
+
+        def decode(vae: Any) -> Tensor:
+            images = torch.cat([vae.decode(latent[None]).sample for latent in scaled])
+            return images.clamp(-1, 1).float().cpu()
+
+        return self._with_vae(decode)
 
     def _with_vae(self, work: Callable[[Any], Any]) -> Any:
-        """The VAE is on the device for this work only: learning needs the memory, and pictures are
-        few.
+        """Run `work` with the VAE on the device; it goes there for this work only.
 
-        A picture of 1024 pixels takes more than a step of learning does. Where that does not fit
-        beside the U-Net, the U-Net waits in main memory.
+        Learning needs the memory, and pictures are few. A picture of 1024 pixels takes more memory
+        than a training step; if it does not fit beside the U-Net, the U-Net is moved to main memory.
         """
         try:
             return work(nn.Module.to(self.vae, self.device))
         except torch.cuda.OutOfMemoryError:
-            pass  # what the attempt holds is free again behind this block
+            pass  # what the attempt allocated is free after this block
         finally:
             nn.Module.to(self.vae, "cpu")
         try:
@@ -146,14 +136,13 @@ class Backbone:
     ) -> Tensor:
         """Text features (n, 77, d), or (n, 78, d) with pooled text.
 
-        Each token of `words` found in a prompt (whole word, any case) stands for its vectors (k,
-        d); gradients flow into them.
+        Each token of `words` that a prompt contains (as a whole word, in any case) is replaced by its
+        vectors (k, d); gradients flow into them.
         """
         words = words or {}
-        ids, slot = torch.tensor(
-            [self.tokenize(prompt, words) for prompt in prompts], device=self.device
-        ).unbind(1)
-        behind = self._behind(ids)
+        tokens = [self.tokenize(prompt, words) for prompt in prompts]
+        ids, slot = torch.tensor(tokens, device=self.device).unbind(1)
+        padding = self._after_end(ids)
         vectors = torch.cat(
             [word.to(self.device) for word in words.values()]
             or [torch.zeros(1, self.word_width, device=self.device)]
@@ -161,7 +150,7 @@ class Backbone:
         encoders = zip(self.text_encoders, vectors.split(self.word_widths, 1), strict=True)
         features, pooled = zip(
             *(
-                encoder.encode(ids.masked_fill(behind, encoder.pad), slot, part)
+                encoder.encode(ids.masked_fill(padding, encoder.pad), slot, part)
                 for encoder, part in encoders
             ),
             strict=True,
@@ -174,14 +163,11 @@ class Backbone:
         return torch.cat([torch.cat(features, 2), *rows], 1)
 
     def padding(self, prompts: Sequence[str], words: Mapping[str, Tensor]) -> Tensor:
-        """Which positions lie behind the end of each prompt, (n, 77) bool."""
-        return self._behind(
-            torch.tensor(
-                [self.tokenize(prompt, words)[0] for prompt in prompts], device=self.device
-            )
-        )
+        """Which positions come after the end of each prompt, (n, 77) bool."""
+        ids = [self.tokenize(prompt, words)[0] for prompt in prompts]
+        return self._after_end(torch.tensor(ids, device=self.device))
 
-    def _behind(self, ids: Tensor) -> Tensor:
+    def _after_end(self, ids: Tensor) -> Tensor:
         return ids.eq(int(self.tokenizer.eos_token_id)).cumsum(1) > 1  # type: ignore[arg-type]
 
     def context(self, features: Tensor) -> Tensor:
@@ -189,36 +175,40 @@ class Backbone:
         return features[:, : self.tokenizer.model_max_length]
 
     def tokenize(self, prompt: str, words: Mapping[str, Tensor]) -> tuple[list[int], list[int]]:
-        """77 token numbers, padded with the end's, and for each position which of all the words'
-        vectors replaces it (-1: none).
+        """77 token ids, padded with the end token, and which of the words' vectors replaces each.
+
+        The latter counts over the vectors of all words; it is -1 where none does.
         """
-        slots, count = {}, 0
+        slots = {}
+        count = 0
         for token, word in words.items():
-            slots[token.lower()] = range(count, count := count + len(word))
-        longest, end = self.tokenizer.model_max_length, int(self.tokenizer.eos_token_id)  # type: ignore[arg-type]
-        ids, slot = [int(self.tokenizer.bos_token_id)], [-1]  # type: ignore[arg-type]
-        for piece in (
-            re.split(
-                rf"(?<!\w)({'|'.join(map(re.escape, words))})(?!\w)", prompt, flags=re.IGNORECASE
-            )
-            if words
-            else [prompt]
-        ):
-            if found := slots.get(piece.lower()):
-                ids, slot = (
-                    [*ids, *[0] * len(found)],
-                    [*slot, *found],
-                )  # any number but the end's, where the pooled text is taken
+            slots[token.lower()] = range(count, count + len(word))
+            count += len(word)
+        longest = self.tokenizer.model_max_length
+        end = int(self.tokenizer.eos_token_id)  # type: ignore[arg-type]
+        pieces = [prompt]
+        if words:
+            names = "|".join(map(re.escape, words))
+            pieces = re.split(rf"(?<!\w)({names})(?!\w)", prompt, flags=re.IGNORECASE)
+        ids = [int(self.tokenizer.bos_token_id)]  # type: ignore[arg-type]
+        slot = [-1]
+        for piece in pieces:
+            if vectors := slots.get(piece.lower()):
+                # any id but the end token's, which is where the pooled text is taken
+                ids += [0] * len(vectors)
+                slot += vectors
             elif piece.strip():
-                new = self._ids(piece)
-                ids, slot = [*ids, *new], [*slot, *[-1] * len(new)]
+                piece_ids = self._ids(piece)
+                ids += piece_ids
+                slot += [-1] * len(piece_ids)
         ids, slot = ids[: longest - 1], slot[: longest - 1]
         rest = longest - len(ids)
         return [*ids, *[end] * rest], [*slot, *[-1] * rest]
 
     def word_start(self, noun: str, generator: torch.Generator, count: int = 1) -> Tensor:
-        """Where a new word begins, (count, d) float32: the mean vector of the class noun's tokens
-        plus a little noise; without a noun random.
+        """The initial vectors of a new word, (count, d) float32.
+
+        They are the mean vector of the class noun's tokens plus a little noise, random without noun.
         """
         ids = self._ids(noun) if noun else []
         return torch.cat(
@@ -226,17 +216,13 @@ class Backbone:
         )
 
     def word_of_vocabulary(self, word: str) -> Tensor | None:
-        """The vector of a word that is one token, (1, d) float32; None for another."""
-        return (
-            torch.cat([encoder.vectors(self._ids(word)) for encoder in self.text_encoders], 1)
-            if self.is_known_word(word)
-            else None
-        )
+        """The vector of a word that is one token, (1, d) float32; None for any other."""
+        if not self.is_known_word(word):
+            return None
+        return torch.cat([encoder.vectors(self._ids(word)) for encoder in self.text_encoders], 1)
 
     def is_known_word(self, token: str) -> bool:
-        """Whether the tokenizer has this word as one token of its own, so that ordinary prompts may
-        use it.
-        """
+        """Whether the tokenizer has a token of its own for this word: ordinary prompts may use it."""
         return len(self._ids(token)) == 1
 
     def _ids(self, text: str) -> list[int]:
@@ -247,17 +233,16 @@ class Backbone:
 
         timestep (n,), features as `encode_prompts` gives them.
         """
-        dtype, added = self.unet.dtype, None
-        if (
-            pooled := self.text_encoders[-1].pooled_width
-        ):  # SDXL wants to know the picture's size, where it was cut out, and the size to draw
+        dtype = self.unet.dtype
+        added = None
+        if pooled := self.text_encoders[-1].pooled_width:
+            # SDXL is conditioned on the picture's size, its crop's position, and the size to draw
             height, width = (8 * side for side in noisy.shape[-2:])
             sizes = torch.tensor([height, width, 0, 0, height, width], device=self.device).expand(
                 len(noisy), -1
             )
             added = {"text_embeds": features[:, -1, :pooled].to(dtype), "time_ids": sizes}
-        # adapters stay in float32; torch before 2.3 refuses to hear of autocast to float32, even
-        # when it is off
+        # adapters stay in float32; torch before 2.3 rejects autocast to float32, even disabled
         with torch.autocast(self.device.type, dtype) if dtype != torch.float32 else nullcontext():
             return self.unet(
                 noisy.to(dtype), timestep, self.context(features).to(dtype), added_cond_kwargs=added
@@ -265,16 +250,18 @@ class Backbone:
 
 
 class FrozenText:
-    """Text features of prompts whose words do not change any more, each encoded once: prompts (k,)
-    -> (k, 77 or 78, d).
+    """Text features of prompts whose words do not change any more: prompts (k,) -> (k, 77 or 78, d).
+
+    Each prompt is encoded once.
     """
 
     def __init__(self, backbone: Backbone, words: Mapping[str, Tensor]) -> None:
-        self.backbone, self.words, self.known = backbone, words, {}
+        self.backbone, self.words = backbone, words
+        self.cache: dict[str, Tensor] = {}
 
     @torch.no_grad()
     def __call__(self, prompts: Sequence[str]) -> Tensor:
         for prompt in prompts:
-            if prompt not in self.known:
-                self.known[prompt] = self.backbone.encode_prompts([prompt], self.words)[0]
-        return torch.stack([self.known[prompt] for prompt in prompts])
+            if prompt not in self.cache:
+                self.cache[prompt] = self.backbone.encode_prompts([prompt], self.words)[0]
+        return torch.stack([self.cache[prompt] for prompt in prompts])

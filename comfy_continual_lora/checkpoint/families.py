@@ -1,15 +1,12 @@
-"""The families of checkpoints, told apart by the names of their weights, and what no weight's shape
-says of them.
+"""The families of checkpoints: told apart by the names of their weights, and what no shape says.
 
-    family  text encoders                              text features
-    trained at
-    SD1.x   CLIP-L                                     the last layer, normed
-    512
-    SD2.x   OpenCLIP-H                                 the last layer but one, normed
-    512, predicting v 768
-    SDXL    CLIP-L, OpenCLIP-bigG (its pooled text     each one's last layer but one, side by
-    1024
-            conditions the U-Net too)                  side, not normed
+    family  text encoders           text features                            trained at
+    SD1.x   CLIP-L                  the last layer, normed                   512
+    SD2.x   OpenCLIP-H              the last layer but one, normed           512; predicting v 768
+    SDXL    CLIP-L, OpenCLIP-bigG   each one's last layer but one,           1024
+            (its pooled text        concatenated, not normed
+            conditions the U-Net
+            too)
 
 Source: the inference configurations of CompVis/stable-diffusion, Stability-AI/stablediffusion and
 Stability-AI/generative-models.
@@ -32,17 +29,14 @@ UNET_STEM = f"{UNET_PREFIX}input_blocks.0.0.weight"
 
 @dataclass(frozen=True)
 class TextPart:
-    """One text encoder: where it lies in a single file and in a diffusers folder, and how it is
-    read.
-    """
+    """One text encoder: where it is stored, and how its features are taken."""
 
-    prefix: str
-    folder: str = "text_encoder"
-    # OpenCLIP's names and activation, padding with 0; else OpenAI CLIP's, padding with the end
-    # token
+    prefix: str  # in a single file
+    folder: str = "text_encoder"  # in a diffusers folder
+    # OpenCLIP's names and activation, padded with 0; else OpenAI CLIP's, padded with the end token
     openclip: bool = False
-    layers: int = 1000  # at most so many are used
-    penultimate: bool = False  # the last layer but one speaks, not normed
+    layers: int = 1000  # at most this many are used
+    penultimate: bool = False  # the last layer but one is used, not normed
     kind: type[CLIPTextModel | CLIPTextModelWithProjection] = CLIPTextModel
 
     @property
@@ -53,16 +47,14 @@ class TextPart:
 
 @dataclass(frozen=True)
 class Family:
-    """`id` is also its row of settings.PRESETS; `size` the pixels a side it was trained at, `scale`
-    latents times this have variance 1.
-    """
+    """What the checkpoints of a family have in common."""
 
-    id: str
+    id: str  # also its row of settings.PRESETS
     name: str
     pipeline: str  # what diffusers calls its folders
     texts: tuple[TextPart, ...]
-    size: int = 512
-    scale: float = 0.18215
+    size: int = 512  # pixels a side it was trained at
+    scale: float = 0.18215  # latents times this have variance 1
 
 
 SD1 = Family("sd1", "SD1.x", "StableDiffusionPipeline", (TextPart(TEXT_PREFIX),))
@@ -92,7 +84,7 @@ SDXL = Family(
     scale=0.13025,
 )
 
-# a part of a name that only they have: what it is, and what to do
+# {a part of a name that only these have: what it is, and what to do}
 _OTHERS = {
     "conditioner.embedders.0.model.": (
         "the SDXL refiner",
@@ -136,27 +128,24 @@ def family_of(path: Path, shapes: Mapping[str, tuple[int, ...]]) -> Family:
 
     Errors: CheckpointError for what is none of them, by its name, with what to do.
     """
-    family = next(
-        (
-            family
-            for family in (SD1, SD2, SDXL)
-            if all(text.table in shapes for text in family.texts)
-        ),
-        None,
-    )
+    family = None
+    for candidate in (SD1, SD2, SDXL):
+        if all(text.table in shapes for text in candidate.texts):
+            family = candidate
+            break
     stem = shapes.get(UNET_STEM)
-    known = _RELATIVES if family and stem else _OTHERS
-    kind, advice = next(
-        (said for part, said in known.items() if any(part in name for name in shapes)), ("", "")
-    )
+    kind, advice = "", ""
+    for part, kind_and_advice in (_RELATIVES if family and stem else _OTHERS).items():
+        if any(part in name for name in shapes):
+            kind, advice = kind_and_advice
+            break
     if family and stem and not kind:
         check_channels(path, stem[1])
         return family
     raise CheckpointError(
         f"{path} can't be taught: its weights look like {kind or 'something else'} (first key: "
-        f"{next(iter(shapes), 'none')}). "
-        f"{advice or 'Get the full model.'} Expected SD1.x, SD2.x or SDXL in one file: U-Net, "
-        "text encoders and VAE."
+        f"{next(iter(shapes), 'none')}). {advice or 'Get the full model.'} Expected SD1.x, SD2.x "
+        "or SDXL in one file: U-Net, text encoders and VAE."
     )
 
 

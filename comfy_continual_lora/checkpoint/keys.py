@@ -1,10 +1,8 @@
-"""Names of the same weights in two layouts: diffusers (what we run) and LDM (the single files
-people own). One table, both directions.
+"""Names of the same weights in two layouts: diffusers' (what we run) and LDM's (single files).
 
-Each function takes the diffusers names of a model and returns {diffusers name: LDM name}, a
-bijection but for OpenCLIP's fused q, k and v; levels and
-blocks are counted from the names themselves, so nets of any depth map. Source: the module order of
-LDM's `openaimodel.UNetModel` and
+Each function takes the diffusers names of a model and returns {diffusers name: LDM name}, a bijection
+except for OpenCLIP's fused q, k and v. Levels and blocks are counted from the names themselves, so
+nets of any depth are mapped. Source: the module order of LDM's `openaimodel.UNetModel` and
 `model.Encoder/Decoder`, and of OpenCLIP's text tower.
 """
 
@@ -101,8 +99,9 @@ def unet_names(names: Iterable[str]) -> dict[str, str]:
 
 
 def vae_names(names: Iterable[str]) -> dict[str, str]:
-    """{diffusers name: LDM name} of a KL autoencoder's parameters; the attention's matrices are 1x1
-    convolutions in LDM.
+    """{diffusers name: LDM name} of a KL autoencoder's parameters.
+
+    The attention's matrices are 1x1 convolutions in LDM.
     """
     names = list(names)
     levels = _count(names, r"decoder\.up_blocks\.(\d+)\.")
@@ -133,8 +132,9 @@ def vae_names(names: Iterable[str]) -> dict[str, str]:
 
 
 def tiny_vae_names(names: Iterable[str]) -> dict[str, str]:
-    """{diffusers name: name in a checkpoint} of a TAESD; its decoder begins with a clamp that
-    diffusers does not count.
+    """{diffusers name: name in a checkpoint} of a TAESD.
+
+    Its decoder begins with a clamp, which diffusers does not count.
     """
 
     def ldm(name: str) -> str:
@@ -145,14 +145,15 @@ def tiny_vae_names(names: Iterable[str]) -> dict[str, str]:
 
 
 def text_names(names: Iterable[str]) -> dict[str, str]:
-    """{transformers name: LDM name} of a CLIP text model; transformers 4 writes `text_model.`
-    before every name, 5 does not.
+    """{transformers name: LDM name} of a CLIP text model.
+
+    transformers 4 writes `text_model.` before every name, 5 does not.
     """
     return {name: name.removeprefix("text_model.") for name in names}
 
 
 def openclip_names(names: Iterable[str]) -> dict[str, str]:
-    """{transformers name: OpenCLIP name} of a text model; q, k and v lie in one tensor, stacked."""
+    """{transformers name: OpenCLIP name} of a text model; q, k and v are stacked in one tensor."""
 
     def openclip(name: str) -> str:
         name = name.removeprefix("text_model.")

@@ -1,5 +1,5 @@
-"""Read a net's configuration off the shapes of its weights: no configuration file is asked for, and
-a net of any width or depth is understood.
+"""Read a net's configuration from the shapes of its weights: no configuration file is needed, and
+nets of any width and depth are understood.
 
 in: {LDM name: shape}, without the part's prefix - out: keyword arguments of the diffusers or
 transformers class.
@@ -47,9 +47,8 @@ def unet_config(shapes: Shapes) -> dict[str, Any]:
             "CrossAttnUpBlock2D" if a else "UpBlock2D" for a in reversed(attention)
         ),
         "cross_attention_dim": context,
-        "attention_head_dim": tuple(max(1, c // 64) for c in channels)
-        if linear
-        else 8,  # diffusers says so to the number of heads
+        # the number of heads, despite diffusers' name for it
+        "attention_head_dim": tuple(max(1, c // 64) for c in channels) if linear else 8,
     }
     if linear:
         config |= {"use_linear_projection": True, "transformer_layers_per_block": tuple(depths)}
@@ -63,11 +62,9 @@ def unet_config(shapes: Shapes) -> dict[str, Any]:
 
 
 def vae_config(shapes: Shapes) -> dict[str, Any]:
-    """Without the scale of its latents, which no shape says."""
-    levels, blocks = (
-        _count(shapes, r"encoder\.down\.(\d+)\."),
-        _count(shapes, r"encoder\.down\.0\.block\.(\d+)\."),
-    )
+    """A KL autoencoder's, without the scale of its latents, which no shape says."""
+    levels = _count(shapes, r"encoder\.down\.(\d+)\.")
+    blocks = _count(shapes, r"encoder\.down\.0\.block\.(\d+)\.")
     return {
         "block_out_channels": tuple(
             shapes[f"encoder.down.{i}.block.0.conv2.weight"][0] for i in range(levels)
@@ -81,10 +78,8 @@ def vae_config(shapes: Shapes) -> dict[str, Any]:
 
 def text_config(shapes: Shapes) -> dict[str, Any]:
     """OpenAI's CLIP text tower, with its quick GELU."""
-    layers, mlp = (
-        _count(shapes, r"encoder\.layers\.(\d+)\."),
-        shapes["encoder.layers.0.mlp.fc1.weight"],
-    )
+    layers = _count(shapes, r"encoder\.layers\.(\d+)\.")
+    mlp = shapes["encoder.layers.0.mlp.fc1.weight"]
     return _text_config(
         shapes["embeddings.token_embedding.weight"],
         shapes["embeddings.position_embedding.weight"],
@@ -95,10 +90,8 @@ def text_config(shapes: Shapes) -> dict[str, Any]:
 
 def openclip_config(shapes: Shapes) -> dict[str, Any]:
     """OpenCLIP's text tower, with the exact GELU."""
-    layers, mlp = (
-        _count(shapes, r"transformer\.resblocks\.(\d+)\."),
-        shapes["transformer.resblocks.0.mlp.c_fc.weight"],
-    )
+    layers = _count(shapes, r"transformer\.resblocks\.(\d+)\.")
+    mlp = shapes["transformer.resblocks.0.mlp.c_fc.weight"]
     config = _text_config(
         shapes["token_embedding.weight"], shapes["positional_embedding"], mlp, layers
     )

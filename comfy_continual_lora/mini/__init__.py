@@ -1,6 +1,7 @@
-"""The mini-SD: a miniature Stable Diffusion pretrained here on a drawn world, shipped with the
-package.
+"""The mini-SD: a miniature Stable Diffusion, pretrained on a drawn world and shipped with the package.
 
-world.py what it has seen - parts.py its nets - pretrain.py the recipe - weights.py the shipped
-files <-> a checkpoint file.
+world (looks, drawing)                    what it has seen
+parts                                     its nets
+pretrain (trainset, training, stages)     the recipe
+weights                                   the shipped files <-> a checkpoint file
 """

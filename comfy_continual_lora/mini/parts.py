@@ -2,9 +2,8 @@
 its pictures.
 
 Shapes: n pictures, 77 tokens, latents (n, 4, 16, 16), pictures (n, 3, 128, 128) in -1..1. Every
-width divides the width SD1.5 has in the same
-place, so the net can be written in the stock layout without changing what it computes
-(`weights.widen`).
+width divides SD1.5's in the same place, so the net can be written in the stock layout without
+changing what it computes (`weights.widen`).
 """
 
 from __future__ import annotations
@@ -29,61 +28,32 @@ def tokenizer() -> CLIPTokenizer:
 
 
 class Vocabulary:
-    """The tokens the world's captions use, numbered densely: only these rows of the embedding are
-    trained and shipped.
+    """The tokens that the world's captions use, numbered densely.
+
+    Only these rows of the embedding are trained and shipped.
     """
 
     def __init__(self) -> None:
-        words = {
-            w
-            for p in (
-                *world.SHAPES,
-                *world.COLORS,
-                *world.PATTERNS,
-                *world.BACKGROUNDS.values(),
-                *world.TEMPLATES,
-            )
-            for w in p.split()
-        }
-        text = " ".join(
-            [
-                *sorted(words - {"{}"}),
-                "and",
-                "with",
-                "eyes",
-                "a",
-                "an",
-                ",",
-                ".",
-                "two",
-                "front",
-                "of",
-                "posing",
-                "next",
-                "to",
-                "the",
-            ]
-        )
+        nouns = (*world.SHAPES, *world.COLORS, *world.PATTERNS)
+        phrases = " ".join((*nouns, *world.BACKGROUNDS.values(), *world.TEMPLATES))
+        words = set(phrases.split()) - {"{}"}
+        text = " ".join(sorted(words)) + " and with eyes a an , . two front of posing next to the"
         begin, *ids, end = tokenizer()(text)["input_ids"]
         self.tokens: list[int] = [*sorted(set(ids)), begin, end]
         self.end = len(self.tokens) - 1
         self._dense = {token: row for row, token in enumerate(self.tokens)}
 
     def encode(self, captions: Sequence[str]) -> Tensor:
-        """Dense token numbers, (captions, 77), padded with the end token as SD1.x pads."""
-        found = tokenizer()(list(captions), padding="max_length", max_length=77, truncation=True)[
-            "input_ids"
-        ]
-        return torch.tensor([[self._dense[t] for t in row] for row in found])
+        """Dense token ids, (captions, 77), padded with the end token as SD1.x pads."""
+        tokens = tokenizer()(list(captions), padding="max_length", max_length=77, truncation=True)
+        return torch.tensor([[self._dense[t] for t in row] for row in tokens["input_ids"]])
 
 
 TEXT_WIDTH, VISION_WIDTH = 256, 192
 
 
 def new_clip(*, vocab_size: int | None = None) -> CLIPModel:
-    """CLIP with a causal text transformer of 4 layers (256 wide, 4 heads) and a ViT/16 image tower
-    (192 wide).
-    """
+    """CLIP: a causal text transformer (4 layers, 256 wide, 4 heads), a ViT/16 (5 layers, 192 wide)."""
     size = vocab_size or len(Vocabulary().tokens)
     text = {
         "vocab_size": size,
@@ -121,11 +91,10 @@ class _Block(nn.Module):
 
 
 class SlimAutoencoder(nn.Module):
-    """A slim TAESD: narrower, and with fewer blocks, than the layout it is written in
-    (`weights.tiny_state` pads it exactly).
+    """A slim TAESD, narrower and with fewer blocks than the stock one.
 
-    `stages` lists (width, blocks) from 16 x 16 to 128 x 128; a stage without blocks keeps the ReLU
-    of the first one it leaves out.
+    `weights.tiny_state` pads it to the stock layout exactly. The stages are (width, blocks) from
+    16 x 16 to 128 x 128; a stage without blocks keeps the ReLU of the first block it omits.
     """
 
     encoder_stages = ((64, 3), (64, 2), (32, 2), (32, 0))
@@ -179,9 +148,7 @@ def new_unet() -> UNet2DConditionModel:
 
 @torch.no_grad()
 def normalise_latents(model: SlimAutoencoder, images: Tensor) -> None:
-    """Fold the spread of the latents into the convolutions around them, so that every channel has
-    mean 0 and variance 1.
-    """
+    """Rescale the convolutions around the latents so that every channel has mean 0 and variance 1."""
     latents = torch.cat([model.encode(chunk) for chunk in images.split(32)])
     shift, scale = latents.mean((0, 2, 3)), 1 / latents.std((0, 2, 3))
     last, first = model.encoder[-1], model.decoder[0]
@@ -194,7 +161,6 @@ def normalise_latents(model: SlimAutoencoder, images: Tensor) -> None:
 
 
 # --- the reader
-# --------------------------------------------------------------------------------------------------
 
 _SIZES = {"background": len(world.BACKGROUNDS), "count": 2}
 for _slot in "ab":
@@ -207,8 +173,10 @@ for _slot in "ab":
 
 
 class AttributeHeads(nn.Module):
-    """One linear layer an attribute: background, count, and shape, pattern, colours, eyes of the
-    left (or only) thing `a` and the right thing `b`.
+    """One linear layer per attribute.
+
+    They are background and count, and shape, pattern, colours and eyes of the left (or only) thing
+    `a` and the right thing `b`.
     """
 
     def __init__(self, width: int) -> None:
@@ -220,8 +188,9 @@ class AttributeHeads(nn.Module):
 
 
 class Reader(nn.Module):
-    """A small CNN that reads the attributes off a picture; it is trained on pictures of the world
-    and never on drawn ones.
+    """A small CNN that reads the attributes of a picture.
+
+    It is trained on pictures of the world, never on pictures that a net generated.
     """
 
     def __init__(self) -> None:
@@ -242,33 +211,35 @@ class Reader(nn.Module):
 
 
 def labels(scenes: Sequence[world.Scene]) -> dict[str, Tensor]:
-    """What is in each scene, as numbers: (n,) a key, colours (n, 10); -1 where a scene has no such
-    thing or no named colour.
+    """The attributes of each scene: indices (n,) for each, for colours 0 or 1 (n, 10).
+
+    They are -1 where a scene has no such thing or no named colour.
     """
     backgrounds, shapes = list(world.BACKGROUNDS), list(world.SHAPES)
-    found: dict[str, list] = {key: [] for key in _SIZES}
+    values: dict[str, list] = {key: [] for key in _SIZES}
     for scene in scenes:
-        found["background"].append(backgrounds.index(scene.background))
-        found["count"].append(len(scene.things) - 1)
+        values["background"].append(backgrounds.index(scene.background))
+        values["count"].append(len(scene.things) - 1)
         for slot, thing in zip("ab", (*scene.things, None)[:2], strict=False):
-            found[f"shape_{slot}"].append(shapes.index(thing.look.shape) if thing else -1)
-            found[f"pattern_{slot}"].append(
+            values[f"shape_{slot}"].append(shapes.index(thing.look.shape) if thing else -1)
+            values[f"pattern_{slot}"].append(
                 world.PATTERNS.index(thing.look.pattern) if thing else -1
             )
-            found[f"eyes_{slot}"].append(int(thing.look.eyes) if thing else -1)
+            values[f"eyes_{slot}"].append(int(thing.look.eyes) if thing else -1)
             named = thing.color_names if thing else ()
-            found[f"colors_{slot}"].append(
+            values[f"colors_{slot}"].append(
                 [float(c in named) if named else -1.0 for c in world.COLORS]
             )
-    return {key: torch.tensor(np.array(rows)) for key, rows in found.items()}
+    return {key: torch.tensor(np.array(rows)) for key, rows in values.items()}
 
 
 @torch.no_grad()
 def read_accuracy(
     reader: Reader, images: Tensor, scenes: Sequence[world.Scene]
 ) -> dict[str, float]:
-    """Share of things (and pictures) whose attribute the reader reads as the scene says; colours
-    count when the whole set is right.
+    """The share of things (and pictures) whose attribute the reader gets right.
+
+    Colours are right if the whole set of them is.
     """
     reader.eval()
     chunks = [reader(chunk) for chunk in images.split(64)]

@@ -1,13 +1,11 @@
-"""The shipped weights of the mini-SD <-> a checkpoint file, narrow (as trained) or stock (as wide
-as SD1.5, computing the same).
+"""The shipped weights of the mini-SD <-> a checkpoint file, narrow (as trained) or stock (as wide as
+SD1.5, computing the same).
 
-Widening: a hidden channel is repeated m times side by side, and whoever reads it divides by m.
-GroupNorm and LayerNorm see the same
-statistics, so nothing changes. Heads of an attention grow with their channels (the dot product
-grows m-fold, the scale shrinks by sqrt(m),
-to_q takes the rest); the text tower's heads keep their 64 channels and are repeated whole; its
-added layers have zero outputs.
-Differences are rounding errors: a test holds them below 1e-4.
+Widening: a hidden channel is repeated m times side by side, and the layer that reads it divides by m.
+GroupNorm and LayerNorm see the same statistics, so nothing changes. An attention's heads grow with
+their channels (the dot product grows m-fold, its scale shrinks by sqrt(m), to_q makes up for the
+rest); the text tower's heads keep their 64 channels and are repeated whole; its added layers have
+zero outputs. Differences are rounding errors: a test holds them below 1e-4.
 """
 
 from __future__ import annotations
@@ -33,11 +31,9 @@ from ..files import write_whole
 from . import parts
 
 SHIPPED = Path(__file__).parent / "weights"
-CHECKPOINT, VISION, READER = (
-    SHIPPED / "mini-sd.safetensors",
-    SHIPPED / "clip-vision.safetensors",
-    SHIPPED / "reader.safetensors",
-)
+CHECKPOINT = SHIPPED / "mini-sd.safetensors"
+VISION = SHIPPED / "clip-vision.safetensors"
+READER = SHIPPED / "reader.safetensors"
 VOCABULARY = 49408
 _TABLE = keys.TEXT_PREFIX + "embeddings.token_embedding.weight"
 _LATENT_FACTOR = 0.18215  # SD1.x' factor: U-Net latents = 0.18215 * VAE latents
@@ -45,10 +41,8 @@ _LATENT_FACTOR = 0.18215  # SD1.x' factor: U-Net latents = 0.18215 * VAE latents
 
 def pack(out: Path) -> None:
     """Trained parts in `out` -> the shipped files, float16."""
-    unet, tiny = (
-        load_file(out / "unet.safetensors"),
-        tiny_state(load_file(out / "autoencoder.safetensors")),
-    )
+    unet = load_file(out / "unet.safetensors")
+    tiny = tiny_state(load_file(out / "autoencoder.safetensors"))
     state = {keys.UNET_PREFIX + ldm: unet[name] for name, ldm in keys.unet_names(unet).items()}
     state |= {
         keys.VAE_PREFIX + name: tiny[ours] for ours, name in keys.tiny_vae_names(tiny).items()
@@ -77,9 +71,7 @@ def pack(out: Path) -> None:
 
 
 def unpack(out: Path) -> None:
-    """The shipped files -> the parts in `out`, so that training can go on from them (without the
-    optimizer's state).
-    """
+    """The shipped files -> the parts in `out`, to train them further (without optimizer state)."""
     state, clip = load_file(CHECKPOINT), load_file(VISION)
     unet = {
         ours: state[keys.UNET_PREFIX + name]
@@ -122,8 +114,9 @@ def _slim_layers() -> Iterator[tuple[str, str]]:
 
 
 def tiny_state(slim: dict[str, Tensor]) -> dict[str, Tensor]:
-    """A slim autoencoder's weights, zero-padded to the stock TAESD: missing channels stay zero,
-    missing blocks are identities.
+    """A slim autoencoder's weights, zero-padded to the stock TAESD.
+
+    Missing channels stay zero, missing blocks are identities.
     """
     full = {k: torch.zeros_like(v) for k, v in AutoencoderTiny().state_dict().items()}
     for source, target in _slim_layers():
@@ -144,8 +137,9 @@ def slim_state(full: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def checkpoint_state() -> dict[str, Tensor]:
-    """The narrow checkpoint, float16, LDM names; words the world does not use get random vectors
-    like the others' (seed 0).
+    """The narrow checkpoint, float16, LDM names.
+
+    Words that the world does not use get random vectors like the others' (seed 0).
     """
     with safe_open(CHECKPOINT, framework="pt") as file:
         tokens = json.loads(file.metadata()["tokens"])
@@ -171,13 +165,13 @@ def write_checkpoint(path: Path, *, stock: bool = False) -> None:
     """
     if os.path.lexists(path) and not is_mini(path):
         raise SettingError(
-            f"{path} is there already and is no mini-SD, so it is left alone. Name another file, "
+            f"{path} exists already and is not a mini-SD, so it is left alone. Name another file, "
             "or move that one away."
         )
     config = path.with_suffix(".yaml")
     if stock and config.exists() and config.read_bytes() != _YAML.encode():
         raise SettingError(
-            f"{config} is there already and is no mini-SD's, so it is left alone. Name another "
+            f"{config} exists already and is not a mini-SD's, so it is left alone. Name another "
             "file, or move that one away."
         )
     state = checkpoint_state()
@@ -248,7 +242,6 @@ def _clip() -> CLIPModel:
 
 
 # --- widening
-# --------------------------------------------------------------------------------------------------
 
 
 def widen(state: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -264,10 +257,8 @@ def widen(state: dict[str, Tensor]) -> dict[str, Tensor]:
         for k, v in state.items()
         if k.startswith(keys.TEXT_PREFIX)
     }
-    m, words = (
-        320 // unet["input_blocks.0.0.weight"].shape[0],
-        768 // text["final_layer_norm.weight"].shape[0],
-    )
+    m = 320 // unet["input_blocks.0.0.weight"].shape[0]
+    words = 768 // text["final_layer_norm.weight"].shape[0]
     wide |= {keys.UNET_PREFIX + k: _wide_unet(k, v, m, words).half() for k, v in unet.items()}
     wide |= {keys.TEXT_PREFIX + k: v.half() for k, v in _wide_text(text, words).items()}
     return wide
@@ -280,12 +271,8 @@ def _repeat(tensor: Tensor, out: int, into: int) -> Tensor:
 
 
 def _wide_unet(name: str, tensor: Tensor, m: int, words: int) -> Tensor:
-    if (
-        name == "time_embed.0.weight"
-        # its input is the sinusoids of the timestep: the narrow net's frequencies are every m-th of
-        # the
-        # wide net's
-    ):
+    if name == "time_embed.0.weight":
+        # its input is the sinusoids of the timestep, of which the narrow net has every m-th
         wide = torch.zeros(tensor.shape[0] * m, tensor.shape[1] * m)
         wide[:, ::m] = tensor.repeat_interleave(m, 0)
         return wide
