@@ -10,7 +10,7 @@ import threading
 from .errors import Cancelled
 from .progress import Progress
 
-FIRST = os.environ.get("RANK", "0") == "0"  # of several processes (`parallel`) one speaks
+FIRST = os.environ.get("RANK", "0") == "0"  # of several processes (`parallel`) one prints
 _RESUMED = ("learn", "calibrate", "consolidate", "fisher")  # stages a stopped run goes on from
 
 

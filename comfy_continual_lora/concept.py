@@ -59,8 +59,8 @@ def load_concept(
         pictures = (*pictures, *(image.flip(-1) for image in pictures))
         masks = masks and (*masks, *(mask.flip(-1) for mask in masks))
     latents = backbone.encode_images(pictures)
-    said = noun if with_noun else ""
-    prompts = [concepts.prompts_for(token, said, TEMPLATES, one) for one in loaded.captions]
+    prompt_noun = noun if with_noun else ""
+    prompts = [concepts.prompts_for(token, prompt_noun, TEMPLATES, one) for one in loaded.captions]
     small = None
     if masks is not None:
         small = [

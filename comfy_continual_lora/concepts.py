@@ -142,7 +142,7 @@ def fitted(image: Image.Image, size: int, fit: str) -> Image.Image:
 def load_images(
     source: str | Path | Iterable[str | Path], size: int, *, fit: str = "crop"
 ) -> ConceptImages:
-    """Read every picture of `source`; all problems are told in one message."""
+    """Read every picture of `source`; all problems come in one message."""
     paths, pictures, captions, hashes, masks, problems = find_images(source), [], [], [], [], []
     for path in paths:
         try:
@@ -156,12 +156,12 @@ def load_images(
         captions.append(caption_of(path))
     if problems:
         raise ConceptImagesError("\n".join(problems))
-    found = from_pil(pictures, captions, hashes)
+    loaded = from_pil(pictures, captions, hashes)
     masked = tuple(
         torch.ones_like(image[:1]) if mask is None else mask
-        for image, mask in zip(found.images, masks, strict=True)
+        for image, mask in zip(loaded.images, masks, strict=True)
     )
-    return replace(found, masks=masked if any(mask is not None for mask in masks) else None)
+    return replace(loaded, masks=masked if any(mask is not None for mask in masks) else None)
 
 
 def mask_file(path: Path) -> Path | None:

@@ -72,7 +72,7 @@ class RetentionReport:
         return "\n".join(lines)
 
     def as_json(self) -> dict[str, Any]:
-        """`kept`: a share for each concept in order, null where nothing can be told."""
+        """`kept`: a share for each concept in order, null where there is no share."""
         values = {
             "likeness": self.likeness,
             "floor": self.floor,

@@ -261,8 +261,8 @@ def clean_temporary(folder: Path) -> None:
     if not folder.is_dir():
         return
     with os.scandir(folder) as entries:
-        found = list(entries)
-    for entry in found:
+        names = list(entries)
+    for entry in names:
         if not _TEMPORARY.fullmatch(entry.name):
             continue
         with suppress(OSError):

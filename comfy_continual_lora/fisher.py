@@ -83,7 +83,7 @@ def spectrum(
     for layer, gradients in _sampled(backbone, factors, target, text, settings, lambda _: None):
         if layer in rows:
             rows[layer].append(torch.cat([g.flatten(1) for g in gradients.values()], 1))
-    return {layer: top_eigenvalues(torch.cat(found), top) for layer, found in rows.items()}
+    return {layer: top_eigenvalues(torch.cat(parts), top) for layer, parts in rows.items()}
 
 
 def top_eigenvalues(gradients: Tensor, top: int) -> Tensor:

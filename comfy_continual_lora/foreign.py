@@ -55,15 +55,15 @@ def read_lora(path: Path, backbone: Backbone, strength: float = 1.0) -> Adapter:
         for layer, ldm in keys.unet_names(backbone.kv_layers).items()
         for name in (layer, ldm)
     }
-    found, others = {"down": {}, "up": {}, "alpha": {}}, set()
+    matrices, others = {"down": {}, "up": {}, "alpha": {}}, set()
     for name, tensor in tensors.items():
         ending = next((e for e in _ENDINGS if name.endswith(e)), "")
         layer = known.get(_plain(name.removesuffix(ending)))
         if not ending or layer is None:
             others.add(name.removesuffix(ending))
         else:
-            found[_ENDINGS[ending]][layer] = tensor.float()
-    downs, ups = found["down"], found["up"]
+            matrices[_ENDINGS[ending]][layer] = tensor.float()
+    downs, ups = matrices["down"], matrices["up"]
     if not any(name.endswith(_DOWN) for name in tensors):
         raise StackError(
             f"{path} is no LoRA this program can read: no pair of lora_down and lora_up (or "
@@ -90,7 +90,7 @@ def read_lora(path: Path, backbone: Backbone, strength: float = 1.0) -> Adapter:
                 f"{len(up)}, this one's {width} by {out}."
             )
         scale = strength * (
-            float(found["alpha"].get(layer, len(down))) / len(down) if len(down) else 1.0
+            float(matrices["alpha"].get(layer, len(down))) / len(down) if len(down) else 1.0
         )
         adapter |= {f"{layer}.A": down, f"{layer}.B": up * scale}
     return padded_to_rank(adapter, max(len(down) for down in downs.values()))
@@ -107,17 +107,17 @@ def read_word(path: Path, backbone: Backbone) -> Tensor:
         "clip_g",
     }:  # SDXL's, a vector for each text encoder
         tensors = {"": torch.cat([tensors["clip_l"], tensors["clip_g"]], -1)}
-    found = [
+    vectors = [
         tensor
         for tensor in tensors.values()
         if tensor.dim() in (1, 2) and tensor.shape[-1] == backbone.word_width
     ]
-    if len(found) != 1 or not 0 < found[0].numel() <= MOST_VECTORS * backbone.word_width:
+    if len(vectors) != 1 or not 0 < vectors[0].numel() <= MOST_VECTORS * backbone.word_width:
         raise StackError(
             f"{path} is no embedding of 1 to {MOST_VECTORS} vectors with {backbone.word_width} "
             "numbers each, which is what a concept's word is here."
         )
-    return found[0].reshape(-1, backbone.word_width).float()
+    return vectors[0].reshape(-1, backbone.word_width).float()
 
 
 def word_of_vocabulary(trigger: str, backbone: Backbone) -> Tensor:

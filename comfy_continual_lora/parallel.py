@@ -18,7 +18,7 @@ import torch.distributed as dist
 from torch import nn
 
 
-def place() -> tuple[int, int]:
+def rank_and_world_size() -> tuple[int, int]:
     """This process's number, from 0, and how many there are."""
     return (
         (dist.get_rank(), dist.get_world_size())
@@ -28,12 +28,12 @@ def place() -> tuple[int, int]:
 
 
 def is_first() -> bool:
-    return place()[0] == 0
+    return rank_and_world_size()[0] == 0
 
 
 def wait() -> None:
     """Until all processes are here."""
-    if place()[1] > 1:
+    if rank_and_world_size()[1] > 1:
         dist.barrier()
 
 
@@ -64,7 +64,7 @@ def shares(n: int, accumulate: int) -> list[tuple[slice, float]]:
     The sum of the weighted means, averaged over the processes (`average`), is the mean over all
     rows.
     """
-    number, count = place()
+    number, count = rank_and_world_size()
     bounds = [n * i // (accumulate * count) for i in range(accumulate * count + 1)]
     parts = [
         slice(*ends)
@@ -78,12 +78,12 @@ def average(parameters: Sequence[nn.Parameter], value: float) -> float:
     """Give every parameter its mean gradient over all processes, one that is missing counting as
     zero; returns the mean of `value`.
     """
-    if place()[1] == 1:
+    if rank_and_world_size()[1] == 1:
         return value
     gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
     whole = torch.cat([*(g.flatten() for g in gradients), gradients[0].new_tensor([value])])
     dist.all_reduce(whole)
-    whole /= place()[1]
+    whole /= rank_and_world_size()[1]
     for p, part in zip(parameters, whole[:-1].split([p.numel() for p in parameters]), strict=True):
         p.grad = part.view_as(p).clone()
     return float(whole[-1])

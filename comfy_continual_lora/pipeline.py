@@ -29,7 +29,7 @@ from .concept import load_concept, record_of
 from .errors import StackError
 from .foreign import imported_concept
 from .learn import learn
-from .methods.method import Lesson
+from .methods.method import LearnedConcept
 from .methods.stages import calibrated, distilled
 from .prepare import checked_method, make_room, newest_again, preview_both, settings_for
 from .progress import OnProgress, ignore
@@ -96,15 +96,15 @@ def learn_concept(request: LearnRequest, on_progress: OnProgress = ignore) -> Le
             snapshots.tell_of_others(on_progress)
             trained = learn(session.backbone, inputs, settings, snapshots.path(), on_progress)
             record = record_of(concept, session.stack, settings, trained.losses, request.digest)
-            lesson = Lesson(
+            learned = LearnedConcept(
                 session, settings, concept, record, trained.word, penalties, snapshots, start.bank
             )
             if session.stack.tau is None:
-                session.stack.tau = calibrated(lesson, trained.adapter)
-            adapter = method.consolidate(lesson, trained.adapter)
+                session.stack.tau = calibrated(learned, trained.adapter)
+            adapter = method.consolidate(learned, trained.adapter)
             parallel.wait()  # until all have read the stack that is to be written now
             if parallel.is_first():
-                stack = method.remember(lesson, adapter)
+                stack = method.remember(learned, adapter)
                 if settings.preview_every and stack.adapter is not trained.adapter:
                     preview_both(session, stack)
                 session.commit(stack, change, [record])
@@ -123,15 +123,15 @@ def consolidate(request: ConsolidateRequest, on_progress: OnProgress = ignore) -
         return ConsolidateResult(known[-1], [], request.stack_file, len(known) - 1, again=True)
     precision = request.settings.precision
     with open_session(request, on_progress, precision=precision, writes=True) as session:
-        lesson, adapter, method = newest_again(session, request)
-        lesson.snapshots.tell_of_others(on_progress)
-        student, losses = distilled(lesson, adapter, lesson.penalties, with_scores=True)
+        learned, adapter, method = newest_again(session, request)
+        learned.snapshots.tell_of_others(on_progress)
+        student, losses = distilled(learned, adapter, learned.penalties, with_scores=True)
         fisher = None
-        if lesson.record.id in session.stack.fishers:
-            fisher = method.fisher(lesson, student)
+        if learned.record.id in session.stack.fishers:
+            fisher = method.fisher(learned, student)
         stack = session.stack.consolidated(student, request.digest, fisher)
         session.commit(stack, "consolidated", stack.records[-1:])
-        lesson.snapshots.remove()
+        learned.snapshots.remove()
     return ConsolidateResult(stack.records[-1], losses, request.stack_file, len(stack.records) - 1)
 
 

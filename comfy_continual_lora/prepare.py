@@ -11,7 +11,7 @@ from .errors import SettingError, StackError, TokenError
 from .files import check_names
 from .learn import preview
 from .methods import METHODS
-from .methods.method import Lesson, Method, StackSummary, summary_of, summary_of_file
+from .methods.method import LearnedConcept, Method, StackSummary, summary_of, summary_of_file
 from .methods.stages import past_adapters
 from .progress import Progress
 from .requests import ConsolidateRequest, LearnRequest
@@ -83,10 +83,12 @@ def _with_rank_of(stack: ConceptStack, settings: LearnSettings) -> LearnSettings
     return replace(settings, rank=stack.rank)
 
 
-def newest_again(session: Session, request: ConsolidateRequest) -> tuple[Lesson, Adapter, Method]:
-    """The newest concept as it was just after learning: its lesson, adapter and method.
+def newest_again(
+    session: Session, request: ConsolidateRequest
+) -> tuple[LearnedConcept, Adapter, Method]:
+    """The newest concept as it was just after learning: its learned, adapter and method.
 
-    The lesson's stack is the one before it. Errors: StackError where there is none before it.
+    The learned's stack is the one before it. Errors: StackError where there is none before it.
     """
     stack, path = session.stack, session.path
     if len(stack.records) < 2 or stack.adapter is None:
@@ -107,15 +109,15 @@ def newest_again(session: Session, request: ConsolidateRequest) -> tuple[Lesson,
     held = method.retention(earlier, settings, bank)
     penalties = method.penalties(earlier, settings, held)
     snapshots = Snapshots.of(earlier, concept, settings)
-    lesson = Lesson(
+    learned = LearnedConcept(
         earlier, settings, concept, record, stack.words[record.id], penalties, snapshots
     )
-    if not past_adapters(lesson):
+    if not past_adapters(learned):
         raise StackError(
             f"There is nothing to consolidate: no concept before {record.token} in {path} has a "
             "LoRA."
         )
-    return lesson, stack.adapter, method
+    return learned, stack.adapter, method
 
 
 def _settings_again(request: ConsolidateRequest, session: Session) -> ResolvedSettings:

@@ -92,28 +92,29 @@ def score_sheet(scored: Sequence[Scored], *, side: int = 96, bars: int = 5) -> I
     return sheet
 
 
-def retention_sheet(found: RetentionReport, *, side: int = 96, shown: int = 2) -> Image.Image:
+def retention_sheet(result: RetentionReport, *, side: int = 96, per_cell: int = 2) -> Image.Image:
     """The heat map of R with pictures: a row for each concept, a column for each concept learned
     since; green is alike, red is not.
     """
-    count, margin = len(found.names), 130
-    width = shown * side + 8
+    count, margin = len(result.names), 130
+    width = per_cell * side + 8
     sheet = Image.new("RGB", (margin + count * width, 24 + count * (side + 26)), "white")
     draw = ImageDraw.Draw(sheet)
-    for i, name in enumerate(found.names):
+    for i, name in enumerate(result.names):
         draw.text((margin + i * width + 4, 6), f"after {name}", fill="black")
-    for (i, j), pictures in found.pictures.items():
+    for (i, j), pictures in result.pictures.items():
         left, top = margin + i * width, 24 + j * (side + 26)
-        low = min(float(found.floor[j]), float(found.likeness[j, j]) - 0.05)
+        low = min(float(result.floor[j]), float(result.likeness[j, j]) - 0.05)
         share = min(
-            1.0, max(0.0, (float(found.likeness[i, j]) - low) / (float(found.likeness[j, j]) - low))
+            1.0,
+            max(0.0, (float(result.likeness[i, j]) - low) / (float(result.likeness[j, j]) - low)),
         )
         color = (int(220 - 120 * share), int(110 + 90 * share), 110)
         draw.rectangle((left, top, left + width - 3, top + side + 23), fill=color)
-        for place, picture in enumerate(pictures[:shown]):
+        for place, picture in enumerate(pictures[:per_cell]):
             sheet.paste(picture.resize((side, side)), (left + 3 + place * side, top + 3))
-        draw.text((left + 6, top + side + 7), f"{float(found.likeness[i, j]):.2f}", fill="black")
-        draw.text((4, top + side // 2), found.names[j], fill="black")
+        draw.text((left + 6, top + side + 7), f"{float(result.likeness[i, j]):.2f}", fill="black")
+        draw.text((4, top + side // 2), result.names[j], fill="black")
     return sheet
 
 

@@ -281,7 +281,7 @@ class SolveSettings(Settings):
     )
     rank: int | None = setting(
         None,
-        "rank of the solution; where it is not said what the LoRA has, or more for the energy",
+        "rank of the solution; if not given what the LoRA has, or more for the energy",
         low=1,
         high=1024,
     )

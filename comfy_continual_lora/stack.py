@@ -210,7 +210,7 @@ class ConceptStack:
 
     def without(self, concept: str, later: Mapping[str, Adapter]) -> ConceptStack:
         """Without one concept that is not the newest; `later`: the adapters after each later one,
-        by id, solved anew without it.
+        by id, solved again without it.
         """
         after = self._copy()
         after.records = [record for record in self.records if record.id != concept]

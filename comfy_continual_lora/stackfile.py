@@ -88,18 +88,18 @@ def _shapes(entries: Mapping[str, Any], first: int, end_of_file: int) -> dict[st
 
     Errors: ValueError.
     """
-    found, spans, size = {}, [], end_of_file - first
+    shapes, spans, size = {}, [], end_of_file - first
     for name, one in entries.items():
         dtype, sizes, (start, end) = one["dtype"], one["shape"], one["data_offsets"]
         if not isinstance(dtype, str) or not all(
             type(n) is int and 0 <= n < 2**40 for n in (*sizes, start, end)
         ):
             raise ValueError(f"its tensor {name} has no proper size")
-        found[name] = Shape(dtype, tuple(sizes), first + start)
+        shapes[name] = Shape(dtype, tuple(sizes), first + start)
         spans.append((start, end))
         if dtype == "F32" and end - start != 4 * math.prod(sizes):
             raise ValueError(f"its tensor {name} does not fill its place")
     spans = sorted([(0, 0), *spans, (size, size)])
     if any(a[1] != b[0] for a, b in pairwise(spans)):
         raise ValueError("it is cut short, or its tensors overlap")
-    return found
+    return shapes

@@ -53,10 +53,10 @@ def refuse_number(name: str) -> None:
 
 def unique_pairs(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     """For `json.loads`: a name that is there twice could mean two things."""
-    found = dict(pairs)
-    if len(found) < len(pairs):
+    unique = dict(pairs)
+    if len(unique) < len(pairs):
         raise ValueError("a name is there twice")
-    return found
+    return unique
 
 
 def history_files(path: Path) -> dict[int, Path]:
@@ -295,21 +295,21 @@ def _tensors_fit(path: Path, header: Mapping[str, Any], shapes: Mapping[str, Sha
     words: dict[str, tuple[int, ...]] = {}
     adapters: dict[str, dict[str, dict[str, tuple[int, ...]]]] = {}  # by part, layer, tensor
     for name, shape in shapes.items():
-        found = _NAMES.fullmatch(name)
-        if found is None:
+        match = _NAMES.fullmatch(name)
+        if match is None:
             raise _wrong(path, f"it holds a tensor {name[:100]!r}, which belongs to nothing")
         if shape.dtype != "F32":
             raise _wrong(path, f"its tensor {name} is {shape.dtype}, expected F32")
-        concept = found["of"] or found["concept"]
+        concept = match["of"] or match["concept"]
         if concept and concept not in ids:
             raise _wrong(path, f"its tensor {name} belongs to no concept")
-        if found["word"]:
+        if match["word"]:
             words[concept] = shape.sizes
             continue
-        part = found["part"] or f"{found['held']}.{concept}"
+        part = match["part"] or f"{match['held']}.{concept}"
         layer, tensor = (
-            found["layer"] or found["held_layer"],
-            found["tensor"] or found["held_tensor"],
+            match["layer"] or match["held_layer"],
+            match["tensor"] or match["held_tensor"],
         )
         adapters.setdefault(part, {}).setdefault(layer, {})[tensor] = shape.sizes
     _words_fit(path, header, words)
@@ -344,12 +344,12 @@ def _words_fit(path: Path, header: Mapping[str, Any], words: Mapping[str, tuple[
                 f"{MOST_VECTORS} vectors",
             )
         widths.add(sizes[-1])
-    told = sum(header["base"]["word_widths"])
-    if len(widths | ({told} if told else set())) > 1 and widths:
+    declared = sum(header["base"]["word_widths"])
+    if len(widths | ({declared} if declared else set())) > 1 and widths:
         raise _wrong(
             path,
             f"its words have different widths ({', '.join(map(str, sorted(widths)))}; "
-            f"{told or 'none'} by its header)",
+            f"{declared or 'none'} by its header)",
         )
 
 
@@ -382,11 +382,11 @@ def _sizes(tensors: Mapping[str, tuple[int, ...]], dense: bool) -> dict[str, int
     names = PARTS[kind] if kind else DENSE if dense and tensors.keys() == DENSE.keys() else None
     if names is None:
         return None
-    found: dict[str, int] = {}
+    sizes: dict[str, int] = {}
     for name, shape in tensors.items():
         if len(shape) != len(names[name]):
             return None
         for dimension, size in zip(names[name], shape, strict=True):
-            if found.setdefault(dimension, size) != size:
+            if sizes.setdefault(dimension, size) != size:
                 return None
-    return found
+    return sizes

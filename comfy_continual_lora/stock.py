@@ -1,4 +1,4 @@
-"""Stage 7: the stack's weights under the names that other programs read, and what they are told of it.
+"""Stage 7: the stack's weights under the names that other programs read, and what they read about it.
 
 in: a stack - out: {name: float16 tensor} of its LoRA and of each embedding, a LoRA file's metadata,
 and A1111's card.

@@ -221,9 +221,9 @@ def write(
 
 def prune(path: Path, most: int) -> None:
     """Keep the newest `most` earlier versions, and of the others the one that undoing goes back to."""
-    found = [one for one in versions(path) if not one.current]
+    earlier = [one for one in versions(path) if not one.current]
     parent = parent_of(path) if most else None
-    spare = [one for one in found if parent is None or one.number != parent.number]
+    spare = [one for one in earlier if parent is None or one.number != parent.number]
     for one in spare[max(0, most - (parent is not None)) :]:
         one.file.unlink(missing_ok=True)
     if not most:

@@ -93,23 +93,23 @@ class PromptBank:
         """Where the last word of a prompt begins, and where its padding does."""
         ids, slots = self.backbone.tokenize(prompt, self.words)
         words = [k for k, slot in enumerate(slots) if slot >= 0]
-        said = [
+        in_use = [
             k
             for k, (one, slot) in enumerate(zip(ids, slots, strict=True))
             if slot >= 0 or one != ids[-1]
         ]
-        return max(words) + 1 - len(self.words[token]), max(said) + 1
+        return max(words) + 1 - len(self.words[token]), max(in_use) + 1
 
     def targets(self, adapters: Sequence[Adapter | None], settings: SolveSettings) -> list[Target]:
         """Every concept's prompts shall get what its adapter does, ordinary prompts nothing."""
         weight = settings.ordinary_weight * len(self.records)
-        found = [Target("ordinary prompts", self.ordinary, None, weight)]
+        targets = [Target("ordinary prompts", self.ordinary, None, weight)]
         for record, alone, (total, count), adapter in zip(
             self.records, self.alone, self.shared, adapters, strict=True
         ):
             mean = (alone + total / count) / 2 if count else alone
-            found.append(Target(record.token, mean, adapter))
-        return found
+            targets.append(Target(record.token, mean, adapter))
+        return targets
 
     def about_one(self, targets: Sequence[Target]) -> list[Target]:
         """Of such targets those of concepts that ask for something, over prompts that name no

@@ -128,9 +128,9 @@ def ordinary_prompts(nouns: Sequence[str]) -> list[str]:
     class noun without their words.
     """
     things = list(dict.fromkeys([*nouns, *THINGS]))
-    found = ["", *(f"a photo of a {thing}" for thing in things)]
+    prompts = ["", *(f"a photo of a {thing}" for thing in things)]
     for number, place in enumerate(PLACES):
-        found += [
+        prompts += [
             prompt
             for noun in nouns
             for prompt in (
@@ -142,24 +142,24 @@ def ordinary_prompts(nouns: Sequence[str]) -> list[str]:
         for turn in range(3):
             own, others = _look(number + 31 * turn), _look(3 * number + 17 * turn + 5)
             other, place = things[number - 1 - turn], PLACES[(number + 5 * turn) % len(PLACES)]
-            found += [
+            prompts += [
                 f"a photo of a {own} {thing} {place}",
                 f"a {thing} {place}",
                 f"a photo of a {own} {thing} and a {others} {other}",
             ]
-    found += [
+    prompts += [
         prompt
         for number, thing in enumerate(things)
         for prompt in _long(f"a photo of a {thing} {PLACES[number % len(PLACES)]}", number)
     ]
-    return list(dict.fromkeys(found))
+    return list(dict.fromkeys(prompts))
 
 
 def single_prompts(record: ConceptRecord) -> list[str]:
     """Prompts about one concept: in every template and place, with the captions it was learned
     with, and some as long as users write them.
     """
-    told = [
+    short = [
         *record.prompts,
         *(template.format(record.name) for template in TEMPLATES),
         *(f"a photo of a {record.name} {place}" for place in PLACES),
@@ -169,7 +169,7 @@ def single_prompts(record: ConceptRecord) -> list[str]:
         for number in range(4)
         for prompt in _long(f"a photo of a {record.name} {PLACES[5 * number]}", 3 * number)
     ]
-    return list(dict.fromkeys([*told, *long]))
+    return list(dict.fromkeys([*short, *long]))
 
 
 def _look(number: int) -> str:
@@ -216,8 +216,10 @@ def moment(
         for kind, rows in enumerate((features[~behind], features[behind])):
             sums[kind] += rows.T @ rows
             counts[kind] += len(rows)
-    said, padding = (total / max(1, count) for total, count in zip(sums, counts, strict=True))
-    return said if share is None else share * said + (1 - share) * padding
+    words_moment, padding = (
+        total / max(1, count) for total, count in zip(sums, counts, strict=True)
+    )
+    return words_moment if share is None else share * words_moment + (1 - share) * padding
 
 
 def coordinates(moment: Tensor, ridge: float = 0.001) -> Tensor:

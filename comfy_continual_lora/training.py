@@ -94,11 +94,11 @@ class Run:
             while self.step < self.steps:
                 for group, rate in zip(self.optimizer.param_groups, rates, strict=True):
                     group["lr"] = rate * min(1.0, (self.step + 1) / max(1, self.settings.warmup))
-                found = self.update(terms, n)
+                values = self.update(terms, n)
                 if self.step % self.settings.snapshot_every == 0 or self.step == self.steps:
                     self.save()
                 left = (time.monotonic() - started) / (self.step - first) * (self.steps - self.step)
-                parts = found if len(found) > 1 else {}
+                parts = values if len(values) > 1 else {}
                 rate, note_now, note = self.optimizer.param_groups[-1]["lr"], note, ""
                 on_progress(
                     Progress(
@@ -127,7 +127,7 @@ class Run:
         for a loss that is not a number.
         """
         self.optimizer.zero_grad(set_to_none=True)
-        found, value, parameters = {}, 0.0, list(self.parameters.values())
+        values, value, parameters = {}, 0.0, list(self.parameters.values())
         for rows, share in shares(n, self.settings.accumulate):
             means = terms(self.step, rows)
             loss = torch.stack(list(means.values())).sum()
@@ -140,7 +140,7 @@ class Run:
                 )
             (loss * share * self.scale).backward()
             for name, mean in means.items():
-                found[name] = found.get(name, 0.0) + share * float(mean.detach())
+                values[name] = values.get(name, 0.0) + share * float(mean.detach())
         for p in parameters:
             p.grad = None if p.grad is None else p.grad / self.scale
         value = average(parameters, value)
@@ -150,7 +150,7 @@ class Run:
         self.step += 1
         self.losses.append(value)
         self.whole = True
-        return found
+        return values
 
     def save(self) -> None:
         if not is_first():
@@ -182,14 +182,14 @@ class Run:
         if not self.path.exists():
             return ""
         try:
-            found = read_snapshot(self.path)
-            if found.identity != self.identity:
-                other = self.path.with_name(f"{self.path.name}.{found.identity[:12]}")
+            snapshot = read_snapshot(self.path)
+            if snapshot.identity != self.identity:
+                other = self.path.with_name(f"{self.path.name}.{snapshot.identity[:12]}")
                 return (
-                    f"The snapshot that was here is another run's, at step {found.step}. It is "
+                    f"The snapshot that was here is another run's, at step {snapshot.step}. It is "
                     f"{self._moved(other).name} now."
                 )
-            self._go_on_from(found)
+            self._go_on_from(snapshot)
         except OSError as error:
             raise TrainingError(
                 f"The snapshot {self.path} can't be read ({error.strerror or error}), and "
@@ -211,22 +211,26 @@ class Run:
             self.path.replace(target)
         return target or self.path
 
-    def _go_on_from(self, found: Snapshot) -> None:
+    def _go_on_from(self, snapshot: Snapshot) -> None:
         """Errors: DamagedSnapshot, with nothing changed, where it does not fit this run."""
-        values = {name: found.tensors.get(f"value.{name}") for name in self.parameters}
+        values = {name: snapshot.tensors.get(f"value.{name}") for name in self.parameters}
         fits = all(
             value is not None and value.shape == self.parameters[name].shape
             for name, value in values.items()
         )
-        if not fits or not 0 <= found.step <= self.steps or len(found.losses) != found.step:
+        if (
+            not fits
+            or not 0 <= snapshot.step <= self.steps
+            or len(snapshot.losses) != snapshot.step
+        ):
             raise DamagedSnapshot("it does not fit this run")
-        self.step, self.losses = found.step, found.losses
+        self.step, self.losses = snapshot.step, snapshot.losses
         with torch.no_grad():
             for name, p in self.parameters.items():
-                p.copy_(found.tensors[f"value.{name}"])
+                p.copy_(snapshot.tensors[f"value.{name}"])
                 state = {
                     k.split(".", 2)[1]: v
-                    for k, v in found.tensors.items()
+                    for k, v in snapshot.tensors.items()
                     if k.startswith("state.") and k.split(".", 2)[2] == name
                 }
                 self.optimizer.state[p] = {k: _as_it_was(k, v, p.device) for k, v in state.items()}

@@ -57,11 +57,11 @@ def versions(path: Path) -> list[Version]:
     Errors: StackError where the version in use can't be read.
     """
     path = real_file(path)
-    found = earlier(path)
+    kept = earlier(path)
     if path.exists():
-        now = _version(path, next((one.number + 1 for one in found), 1), current=True)
-        found = [now, *(one for one in found if one.number != now.number)]
-    return sorted(found, key=lambda one: one.number, reverse=True)
+        now = _version(path, next((one.number + 1 for one in kept), 1), current=True)
+        kept = [now, *(one for one in kept if one.number != now.number)]
+    return sorted(kept, key=lambda one: one.number, reverse=True)
 
 
 def in_use(path: Path) -> Version | None:
@@ -93,12 +93,12 @@ def _version(file: Path, number: int, *, current: bool) -> Version:
         header["number"] is None and number
     ):  # an earlier program wrote it, over the version before it
         parent = number - 1
-    told, records = change_of(header), header["concepts"]
-    when = told.when if told else records[-1]["learned"] if records else ""
+    change, records = change_of(header), header["concepts"]
+    when = change.when if change else records[-1]["learned"] if records else ""
     tokens = [record["token"] for record in records]
     text = (
-        str(told)
-        if told
+        str(change)
+        if change
         else f"a change that an earlier program made; newest: {tokens[-1] if tokens else 'none'}"
     )
     return Version(number, parent, text, when, tokens, file.stat().st_size, current, file)
@@ -110,9 +110,9 @@ def parent_of(path: Path) -> Version | None:
     Errors: StackError where there is no stack.
     """
     path = real_file(path)
-    now, found = read_header(path), versions(path)
-    current = next(one for one in found if one.current)
-    parent = next((one for one in found if one.number == current.parent and not one.current), None)
+    now, known = read_header(path), versions(path)
+    current = next(one for one in known if one.current)
+    parent = next((one for one in known if one.number == current.parent and not one.current), None)
     if parent is None:
         return None
     theirs = read_header(parent.file)["identity"]

@@ -19,7 +19,7 @@ from ..session import Session
 from ..settings import ResolvedSettings, SolveSettings
 from ..stack import ConceptStack
 from ..targets import PromptBank
-from .method import Lesson, Method
+from .method import LearnedConcept, Method
 
 
 class ClosedForm(Method):
@@ -35,11 +35,11 @@ class ClosedForm(Method):
         """Of no concept yet: earlier ones are solved for in the end and need not be held."""
         return self.bank_of(session, noun, settings, 0)
 
-    def remember(self, lesson: Lesson, adapter: Adapter | None) -> ConceptStack:
-        stack = super().remember(lesson, adapter)
+    def remember(self, learned: LearnedConcept, adapter: Adapter | None) -> ConceptStack:
+        stack = super().remember(learned, adapter)
         if len(stack.records) == 1:
             return stack
-        session, bank = lesson.session, lesson.bank
+        session, bank = learned.session, learned.bank
         solved, _ = consolidated(
             session.backbone, stack, SolveSettings(), session.on_progress, bank
         )

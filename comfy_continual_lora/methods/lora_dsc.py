@@ -17,7 +17,7 @@ from typing import ClassVar
 from ..adapters.adapter import Adapter
 from ..settings import LearnSettings, ResolvedSettings
 from .lora_ewc import check_one_size
-from .method import Lesson, Method, Rows, StackSummary
+from .method import LearnedConcept, Method, Rows, StackSummary
 from .stages import distilled, past_adapters
 
 
@@ -29,10 +29,12 @@ class LoraDsc(Method):
         super().check(settings, stack)
         check_one_size(self, stack)
 
-    def consolidate(self, lesson: Lesson, adapter: Adapter | None) -> Adapter | None:
-        if not adapter or not past_adapters(lesson):
+    def consolidate(self, learned: LearnedConcept, adapter: Adapter | None) -> Adapter | None:
+        if not adapter or not past_adapters(learned):
             return adapter
-        student, _ = distilled(lesson, adapter, lesson.penalties, with_scores=self.with_score_terms)
+        student, _ = distilled(
+            learned, adapter, learned.penalties, with_scores=self.with_score_terms
+        )
         return student
 
     def rows(self, settings: ResolvedSettings, earlier: int) -> Rows:

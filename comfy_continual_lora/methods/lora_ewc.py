@@ -21,7 +21,7 @@ from ..penalty import Penalty
 from ..session import Session
 from ..settings import LearnSettings, ResolvedSettings
 from ..textspace import RetentionPenalty
-from .method import Lesson, Method, StackSummary
+from .method import LearnedConcept, Method, StackSummary
 from .stages import fisher_of
 
 
@@ -41,8 +41,8 @@ class LoraEwc(Method):
         own: dict[str, Penalty] = {} if penalty is None else {"ewc": penalty}
         return {**own, **super().penalties(session, settings, held)}
 
-    def fisher(self, lesson: Lesson, adapter: Adapter) -> Adapter | None:
-        return fisher_of(lesson, adapter, with_scores=self.with_scores)
+    def fisher(self, learned: LearnedConcept, adapter: Adapter) -> Adapter | None:
+        return fisher_of(learned, adapter, with_scores=self.with_scores)
 
 
 def check_one_size(method: Method, stack: StackSummary) -> None:

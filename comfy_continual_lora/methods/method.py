@@ -60,7 +60,7 @@ class Start:
 
 
 @dataclass(frozen=True)
-class Lesson:
+class LearnedConcept:
     """All that the stages after learning may look at."""
 
     session: Session
@@ -227,16 +227,16 @@ class Method:
 
     # --- afterwards -------------------------------------------------------------------------------
 
-    def consolidate(self, lesson: Lesson, adapter: Adapter | None) -> Adapter | None:
+    def consolidate(self, learned: LearnedConcept, adapter: Adapter | None) -> Adapter | None:
         """The adapter after what is trained once more; by every process that learns."""
         return adapter
 
-    def remember(self, lesson: Lesson, adapter: Adapter | None) -> ConceptStack:
+    def remember(self, learned: LearnedConcept, adapter: Adapter | None) -> ConceptStack:
         """The stack with the concept on it; by the first process alone."""
-        fisher = self.fisher(lesson, adapter) if adapter else None
-        return lesson.session.stack.learned(lesson.record, lesson.word, adapter, fisher=fisher)
+        fisher = self.fisher(learned, adapter) if adapter else None
+        return learned.session.stack.learned(learned.record, learned.word, adapter, fisher=fisher)
 
-    def fisher(self, lesson: Lesson, adapter: Adapter) -> Adapter | None:
+    def fisher(self, learned: LearnedConcept, adapter: Adapter) -> Adapter | None:
         """What of the adapter the concept needs, if later concepts are to be held by that."""
         return None
 

@@ -14,18 +14,18 @@ from ..fisher import FisherInputs, fisher
 from ..penalty import Penalty
 from ..settings import ResolvedSettings
 from ..training import compute_dtype
-from .method import Lesson
+from .method import LearnedConcept
 
 
-def text_of(lesson: Lesson) -> FrozenText:
+def text_of(learned: LearnedConcept) -> FrozenText:
     """Text features with the learned word."""
-    words = {**lesson.session.stack.tokens, lesson.concept.token: lesson.word}
-    return FrozenText(lesson.session.backbone, words)
+    words = {**learned.session.stack.tokens, learned.concept.token: learned.word}
+    return FrozenText(learned.session.backbone, words)
 
 
-def past_adapters(lesson: Lesson) -> list[tuple[str, Adapter]]:
+def past_adapters(learned: LearnedConcept) -> list[tuple[str, Adapter]]:
     """The teachers of DSC: how prompts name each concept so far, and the adapter as it was then."""
-    stack = lesson.session.stack
+    stack = learned.session.stack
     past = [(record.name, stack.adapter_after(record.id)) for record in stack.records]
     return [(name, adapter) for name, adapter in past if adapter is not None]
 
@@ -35,23 +35,23 @@ def rows_at_once(settings: ResolvedSettings) -> int:
     return max(1, settings.batch // settings.accumulate)
 
 
-def temperature(lesson: Lesson) -> float:
+def temperature(learned: LearnedConcept) -> float:
     """For mean errors; summed errors at 1 are mean errors at 1 / (4 h w)."""
-    tau = lesson.session.stack.tau
+    tau = learned.session.stack.tau
     assert tau is not None
-    scales = {"calibrated": tau, "mean": 1.0, "sum": 1 / lesson.concept.latents[0].numel()}
-    return scales[lesson.settings.dc_scale]
+    scales = {"calibrated": tau, "mean": 1.0, "sum": 1 / learned.concept.latents[0].numel()}
+    return scales[learned.settings.dc_scale]
 
 
-def calibrated(lesson: Lesson, adapter: Adapter | None) -> float:
+def calibrated(learned: LearnedConcept, adapter: Adapter | None) -> float:
     """The temperature of a stack that has none yet, from 128 draws, or as many as learning had.
 
     Twice a step's rows at once, as nothing is kept for a way back.
     """
-    backbone, settings, concept = lesson.session.backbone, lesson.settings, lesson.concept
+    backbone, settings, concept = learned.session.backbone, learned.settings, learned.concept
     draws = min(128, settings.steps * settings.batch)
-    names = (lesson.record.name, lesson.record.noun)
-    features = text_of(lesson)([f"a photo of a {name}" for name in names])
+    names = (learned.record.name, learned.record.noun)
+    features = text_of(learned)([f"a photo of a {name}" for name in names])
     with attached(backbone, adapter):
         errors = classifier.calibration_errors(
             backbone,
@@ -59,50 +59,54 @@ def calibrated(lesson: Lesson, adapter: Adapter | None) -> float:
             features,
             draws,
             2 * rows_at_once(settings),
-            lesson.session.on_progress,
+            learned.session.on_progress,
         )
     return classifier.calibrate(errors)
 
 
 def distilled(
-    lesson: Lesson, adapter: Adapter, penalties: Mapping[str, Penalty], *, with_scores: bool
+    learned: LearnedConcept,
+    adapter: Adapter,
+    penalties: Mapping[str, Penalty],
+    *,
+    with_scores: bool,
 ) -> tuple[Adapter, list[float]]:
     """The student of DSC, and the loss of every step."""
-    past = past_adapters(lesson)
+    past = past_adapters(learned)
     if kind_of(adapter).name == "lora":
         past = [(name, padded_to_rank(one, rank_of(adapter))) for name, one in past]
-    record, session = lesson.record, lesson.session
+    record, session = learned.record, learned.session
     return dsc.consolidate(
         session.backbone,
-        lesson.concept.latents,
+        learned.concept.latents,
         dsc.Teachers((record.name, adapter), past, record.noun),
-        text_of(lesson),
-        temperature(lesson) if with_scores else None,
+        text_of(learned),
+        temperature(learned) if with_scores else None,
         penalties,
-        lesson.settings,
-        lesson.snapshots.path("dsc"),
+        learned.settings,
+        learned.snapshots.path("dsc"),
         session.on_progress,
-        lesson.concept.source,
+        learned.concept.source,
     )
 
 
-def fisher_of(lesson: Lesson, adapter: Adapter, *, with_scores: bool) -> Adapter:
+def fisher_of(learned: LearnedConcept, adapter: Adapter, *, with_scores: bool) -> Adapter:
     """What of the adapter the concept needs."""
-    session, record = lesson.session, lesson.record
+    session, record = learned.session, learned.record
     inputs = FisherInputs(
-        lesson.concept.latents,
+        learned.concept.latents,
         record.name,
         record.noun,
         [one.name for one in session.stack.records],
-        temperature(lesson) if with_scores else None,
+        temperature(learned) if with_scores else None,
     )
     # its samples are single ones, so it takes fewer at a time; it watches layers, which a compiled
     # net has not
-    changes: dict[str, Any] = {"batch": rows_at_once(lesson.settings), "compile": False}
-    settings = replace(lesson.settings, **changes)
+    changes: dict[str, Any] = {"batch": rows_at_once(learned.settings), "compile": False}
+    settings = replace(learned.settings, **changes)
     backbone = session.backbone
     with (
         compute_dtype(backbone, settings),
         attached(backbone, adapter, trainable=True) as factors,
     ):
-        return fisher(backbone, factors, inputs, text_of(lesson), settings, session.on_progress)
+        return fisher(backbone, factors, inputs, text_of(learned), settings, session.on_progress)
