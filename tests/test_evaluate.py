@@ -19,7 +19,7 @@ from comfy_continual_lora.errors import CheckpointError, ConceptImagesError, Sta
 from comfy_continual_lora.progress import Progress
 from comfy_continual_lora.settings import EvaluateSettings, LearnSettings
 
-QUICK = EvaluateSettings(pictures=2, steps=2, trials=2)
+QUICK = EvaluateSettings(pictures=2, steps=2, trials=2, size=64)
 
 
 @pytest.fixture(scope="module")
@@ -28,7 +28,7 @@ def taught(mini_file: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[P
     root = tmp_path_factory.mktemp("taught")
     checkpoint, settings = (
         root / "mini.safetensors",
-        LearnSettings(method="lora", steps=6, batch=2, rank=4, rate=0.02, token_rate=0.02),
+        LearnSettings(method="lora", steps=6, batch=2, rank=4, size=64, rate=0.02, token_rate=0.02),
     )
     checkpoint.write_bytes(mini_file.read_bytes())
     (root / "concepts").mkdir()

@@ -73,7 +73,10 @@ def test_every_method_has_its_card(name: str) -> None:
         assert f"\n{line}" in card, line
 
 
-@pytest.mark.parametrize("name", VARIANTS)
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(one, marks=[] if one in METHODS else pytest.mark.slow) for one in VARIANTS],
+)
 def test_three_concepts_without_any_earlier_picture_then_undo(
     checkpoint: Path, folders: dict[str, Path], tmp_path: Path, name: str
 ) -> None:
