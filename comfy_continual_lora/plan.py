@@ -31,13 +31,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from .adapters import count
 from .checkpoint.backbone import kv_layers
-from .checkpoint.load import Layout, described, pick_device
-from .checkpoint.narrow import FP8, NUMBERS, computed_in, is_large, number_for
+from .checkpoint.layout import Layout
+from .checkpoint.load import open_checkpoint, pick_device
+from .checkpoint.narrow import DTYPES, FP8, compute_dtype_of, dtype_for, is_large
 from .methods import METHODS
 from .settings import LearnSettings, ResolvedSettings
 from .stackfile import read_header
 
-_SAID = {number: name for name, number in NUMBERS.items()}
+_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 # The share of a large product's speed that learning reaches: on CPUs measured (benchmarks/LOG.md),
 # on GPUs what kohya's steps of an SDXL come to
 _CPU_SHARES, _GPU_SHARES = (0.3, 0.85), (0.08, 0.3)
@@ -80,10 +81,10 @@ def plan(checkpoint: Path, stack: Path, asked: LearnSettings, device: str) -> Pl
     Errors: CheckpointError as in `load_backbone`, SettingError for a setting out of its range.
     """
     here = pick_device(device)
-    with described(checkpoint) as (layout, file):
+    with open_checkpoint(checkpoint) as (layout, file):
         settings = asked.resolved(layout.preset)
         number, header = (
-            number_for(settings.precision, here),
+            dtype_for(settings.precision, here),
             read_header(stack) if stack.exists() else {},
         )
         rank, size = header.get("rank") or settings.rank, settings.size or layout.size
@@ -97,7 +98,7 @@ def plan(checkpoint: Path, stack: Path, asked: LearnSettings, device: str) -> Pl
             for model in (part.module for part in layout.texts)
         )
         word = width * settings.vectors
-        wide = computed_in(number, here)
+        wide = compute_dtype_of(number, here)
         norms = wide if here.type == "cpu" else torch.float32  # autocast has them so
         kept, flops, calls = _activations(layout, settings, wide, norms, step, rows, size // 8)
     learned, optimizer = 4 * (adapter + word), adapter + word
@@ -151,15 +152,15 @@ def _weights(
     layout: Layout, file: Any, number: torch.dtype, here: torch.device
 ) -> dict[str, tuple[int, str]]:
     """Bytes and format of each part as it will be held."""
-    wide = computed_in(number, here)
+    wide = compute_dtype_of(number, here)
     unet = sum(
         p.numel() * (FP8 if number == FP8 and is_large(name, p) else wide).itemsize
         for name, p in layout.unet.module.named_parameters()
     )
-    held = {"U-Net": (unet, _SAID[number]), "VAE": (_bytes([layout.vae.module]), "fp32")}
+    held = {"U-Net": (unet, _NAMES[number]), "VAE": (_bytes([layout.vae.module]), "fp32")}
     texts = [part.module for part in layout.texts]
     stored = _stored_format(layout, file) if number != torch.float32 else torch.float32
-    return {**held, "text encoders": (_bytes(texts) * stored.itemsize // 4, _SAID[stored])}
+    return {**held, "text encoders": (_bytes(texts) * stored.itemsize // 4, _NAMES[stored])}
 
 
 def _bytes(models: Sequence[nn.Module]) -> int:

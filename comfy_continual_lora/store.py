@@ -32,6 +32,7 @@ from torch import Tensor
 
 from .errors import StackError
 from .files import check_names, clean_temporary, copy_whole, history_folder, real_file, write_whole
+from .files import stack_path as stack_path
 from .stack import CheckpointInfo, ConceptRecord, ConceptStack
 from .stackfile import opened, read_header
 from .stackschema import FORMAT, VERSION, Shape, checked

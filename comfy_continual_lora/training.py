@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from .checkpoint.backbone import Backbone
-from .checkpoint.narrow import number_for, recast
+from .checkpoint.narrow import dtype_for, recast
 from .errors import SettingError, TrainingError
 from .files import set_aside
 from .parallel import average, is_first, shares
@@ -35,7 +35,7 @@ def compute_dtype(backbone: Backbone, settings: ResolvedSettings) -> Iterator[No
     Factors, optimizer and loss stay in float32. Checkpointing asks for training mode; there is no
     dropout in the net.
     """
-    recast(backbone.unet, number_for(settings.precision, backbone.device))
+    recast(backbone.unet, dtype_for(settings.precision, backbone.device))
     if settings.checkpointing:
         backbone.unet.enable_gradient_checkpointing()
         backbone.unet.train()

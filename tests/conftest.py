@@ -4,19 +4,21 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Iterator
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from webui import WebUI, freeze
+from helpers_learn import NOUNS, learn_request, save_concept
+from helpers_webui import WebUI, freeze
 
+from comfy_continual_lora import pipeline
 from comfy_continual_lora.checkpoint.backbone import Backbone
 from comfy_continual_lora.checkpoint.load import load_backbone
-from comfy_continual_lora.mini import world
 from comfy_continual_lora.mini.weights import write_checkpoint
-
-NOUNS = {"V1": "ball", "V2": "fish", "V3": "mug"}
+from comfy_continual_lora.settings import LearnSettings
 
 
 def pytest_configure() -> None:
@@ -26,6 +28,37 @@ def pytest_configure() -> None:
     if "PYTEST_XDIST_WORKER" in os.environ:
         os.environ["OMP_NUM_THREADS"] = "1"
         torch.set_num_threads(1)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Files that hold slow tests come first: a worker that took one last would end long after the
+    other.
+    """
+    slow = {item.path for item in items if item.get_closest_marker("slow")}
+    items.sort(key=lambda item: item.path not in slow)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _prompts_are_encoded_once() -> Iterator[None]:
+    """The hundreds of ordinary prompts that a concept is held at are the same in all tests, and
+    took most of their time. A batch that was encoded without gradients is not encoded again.
+    """
+    encode, known = Backbone.encode_prompts, dict[Any, torch.Tensor]()
+
+    def remembered(self: Backbone, prompts: Sequence[str], words: Any = None) -> torch.Tensor:
+        if words or torch.is_grad_enabled() or len(prompts) < 16 or self.device.type != "cpu":
+            return encode(self, prompts, words)
+        dtypes = [next(part.parameters()).dtype for part in self.parts]
+        key = (self.fingerprint, *dtypes, torch.get_num_threads(), *prompts)
+        if key not in known:
+            if len(known) == 128:
+                del known[next(iter(known))]  # the oldest: 1.3 MB each
+            known[key] = encode(self, prompts, words)
+        return known[key].clone()
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Backbone, "encode_prompts", remembered)
+        yield
 
 
 @pytest.fixture(scope="session")
@@ -67,6 +100,41 @@ def checkpoint(mini_file: Path, tmp_path: Path) -> Path:
 
 
 @pytest.fixture(scope="session")
+def _learned_before(
+    mini_file: Path, folders: dict[str, Path], tmp_path_factory: pytest.TempPathFactory
+) -> Callable[..., Path]:
+    """The folder of a mini-SD that learned these concepts with these settings, once a session."""
+    known: dict[Any, Path] = {}
+
+    def folder_of(settings: LearnSettings, *tokens: str) -> Path:
+        if (settings, tokens) not in known:
+            folder = tmp_path_factory.mktemp("learned") / "models"
+            if tokens[:-1]:
+                shutil.copytree(folder_of(settings, *tokens[:-1]), folder)
+            else:
+                folder.mkdir()
+                shutil.copy(mini_file, folder)
+            request = learn_request(folder / mini_file.name, folders, tokens[-1], settings)
+            pipeline.learn_concept(request)
+            known[settings, tokens] = folder
+        return known[settings, tokens]
+
+    return folder_of
+
+
+@pytest.fixture
+def learned(_learned_before: Callable[..., Path], tmp_path: Path) -> Callable[..., Path]:
+    """`learned(settings, "V1", "V2")`: a mini-SD of this test's own that learned these concepts."""
+
+    def own(settings: LearnSettings, *tokens: str) -> Path:
+        folder = Path(tempfile.mkdtemp(prefix="learned", dir=tmp_path))
+        shutil.copytree(_learned_before(settings, *tokens), folder, dirs_exist_ok=True)
+        return folder / "mini.safetensors"
+
+    return own
+
+
+@pytest.fixture(scope="session")
 def backbone(mini_file: Path) -> Backbone:
     """Shared: a test that attaches something takes it out again."""
     return load_backbone(mini_file, device="cpu")
@@ -75,8 +143,3 @@ def backbone(mini_file: Path) -> Backbone:
 @pytest.fixture
 def pictures(tmp_path: Path) -> Path:
     return save_concept(tmp_path / "pictures", 0)
-
-
-def save_concept(folder: Path, index: int, count: int = 4) -> Path:
-    world.save_pictures(world.concepts("development")[index], folder, count)
-    return folder

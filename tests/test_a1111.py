@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from browser import CHROMIUM, page
-from conftest import save_concept
-from webui import (
+from helpers_browser import CHROMIUM, page
+from helpers_learn import save_concept
+from helpers_webui import (
     API,
     PLACE,
     WebUI,

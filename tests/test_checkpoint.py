@@ -15,7 +15,7 @@ from diffusers.loaders.single_file_utils import (
     convert_ldm_unet_checkpoint,
     convert_ldm_vae_checkpoint,
 )
-from full_size import SD15_UNET, SD15_VAE, SD21_UNET, SDXL_UNET
+from helpers_full_size import SD15_UNET, SD15_VAE, SD21_UNET, SDXL_UNET
 from safetensors.torch import load_file, save_file
 
 from comfy_continual_lora.checkpoint import keys, shapes

@@ -11,11 +11,12 @@ import shlex
 import signal
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import save_concept
+from helpers_learn import save_concept
 from PIL import Image
 
 from comfy_continual_lora import cli, cliflags
@@ -54,7 +55,22 @@ def run(*arguments: object) -> subprocess.CompletedProcess[str]:
     )
 
 
-def test_mini_learn_learn_info_draw_undo(tmp_path: Path) -> None:
+@pytest.fixture
+def run_here(capsys: pytest.CaptureFixture[str]) -> Callable[..., subprocess.CompletedProcess[str]]:
+    """The same without the seconds that a process needs to begin."""
+
+    def run(*arguments: object) -> subprocess.CompletedProcess[str]:
+        words = [*map(str, arguments)]
+        capsys.readouterr()
+        return subprocess.CompletedProcess(words, cli.main(words), *capsys.readouterr())
+
+    return run
+
+
+def test_mini_learn_learn_info_draw_undo(
+    tmp_path: Path, run_here: Callable[..., subprocess.CompletedProcess[str]]
+) -> None:
+    run = run_here
     checkpoint, out = tmp_path / "models" / "mini.safetensors", tmp_path / "drawn"
     assert run("mini", checkpoint).returncode == 0
     for token, noun, index in (("V1", "ball", 0), ("V2", "fish", 6)):
@@ -179,6 +195,7 @@ def test_mini_learn_learn_info_draw_undo(tmp_path: Path) -> None:
     assert not list(checkpoint.parent.glob("*.snapshot"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGKILL])
 def test_a_run_stopped_by_ctrl_c_or_killed_goes_on(
     checkpoint: Path, pictures: Path, how: signal.Signals
@@ -195,7 +212,7 @@ def test_a_run_stopped_by_ctrl_c_or_killed_goes_on(
             "--noun",
             "ball",
         ],
-        *["--steps", "40", "--batch", "2"],
+        *["--method", "lora", "--steps", "40", "--batch", "2"],
     ]
     learn = [*map(str, learn), "--snapshot-every", "4", "--device", "cpu"]
     process = subprocess.Popen([*COMMAND, *learn], cwd=ROOT, stderr=subprocess.PIPE, text=True)
@@ -228,11 +245,16 @@ def test_a_run_stopped_by_ctrl_c_or_killed_goes_on(
     ],
 )
 def test_a_mistake_is_one_paragraph_and_status_2(
-    checkpoint: Path, pictures: Path, tmp_path: Path, arguments: list[str], message: str
+    checkpoint: Path,
+    pictures: Path,
+    tmp_path: Path,
+    arguments: list[str],
+    message: str,
+    run_here: Callable[..., subprocess.CompletedProcess[str]],
 ) -> None:
     (tmp_path / "empty").mkdir()
     arguments = [str(tmp_path / "empty") if a == "EMPTY" else a for a in arguments]
-    done = run(
+    done = run_here(
         "learn",
         "--checkpoint",
         checkpoint,

@@ -167,6 +167,8 @@ def test_every_widget_reaches_its_setting(nodes: Any) -> None:
         known = {f.name for f in dataclasses.fields(settings)}
         ports = {port.id: port for port in node.define_schema().inputs if port.id in known}
         assert ports
+        if settings is SolveSettings:
+            assert ports.keys() == known
         assert (
             settings_from(settings, {name: port.rest["default"] for name, port in ports.items()})
             == settings()

@@ -13,11 +13,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import full_size
+import helpers_full_size as full_size
 import numpy as np
 import pytest
-from browser import CHROMIUM, page
-from comfyui import ComfyUI, error_of, executed, find_comfyui, to_prompt
+from helpers_browser import CHROMIUM, page
+from helpers_comfyui import ComfyUI, error_of, executed, find_comfyui, to_prompt
 from PIL import Image
 from safetensors.torch import load_file
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import save_concept
+from helpers_learn import save_concept
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image

@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import NOUNS
+from helpers_learn import NOUNS
 
-from comfy_continual_lora import pipeline, store
+from comfy_continual_lora import pipeline, requests, store
 from comfy_continual_lora.checkpoint.load import load_backbone
 from comfy_continual_lora.errors import Cancelled
 from comfy_continual_lora.methods import METHODS
@@ -47,7 +47,7 @@ def _learn(
     **more: object,
 ) -> pipeline.LearnResult:
     return pipeline.learn_concept(
-        pipeline.LearnRequest(checkpoint, folder, token, NOUNS[token], settings, device=device),
+        requests.LearnRequest(checkpoint, folder, token, NOUNS[token], settings, device=device),
         **more,
     )  # type: ignore[arg-type]
 
@@ -129,35 +129,35 @@ def test_uses_changes_and_leaves_a_stack(
     for token, file in (("V1", checkpoint), ("V2", checkpoint), ("V3", other)):
         _learn(file, folders[token], token, replace(QUICK, preview_every=2))
     scored = pipeline.dc_scores(
-        pipeline.ScoreRequest(
+        requests.ScoreRequest(
             checkpoint, folders["V1"], settings=ScoreSettings(trials=4), device="cuda"
         )
-    )
+    ).images
     on_cpu = pipeline.dc_scores(
-        pipeline.ScoreRequest(
+        requests.ScoreRequest(
             checkpoint, folders["V1"], settings=ScoreSettings(trials=4), device="cpu"
         )
-    )
+    ).images
     assert [one.scores.names for one in scored] == [one.scores.names for one in on_cpu]
     prompts = ["a photo of a V1 ball", ("a V1 ball", "a V2 fish")]
     for prompt in prompts:
         drawn = pipeline.draw(
-            pipeline.DrawRequest(checkpoint, [prompt], DrawSettings(steps=2), device="cuda")
-        )
+            requests.DrawRequest(checkpoint, [prompt], DrawSettings(steps=2), device="cuda")
+        ).pictures
         assert len(drawn[0].image.getcolors(1 << 20) or []) > 50
     assert pipeline.evaluate(
-        pipeline.EvaluateRequest(
+        requests.EvaluateRequest(
             checkpoint, settings=EvaluateSettings(pictures=2, steps=2, trials=2), device="cuda"
         )
     )
-    request = pipeline.ConsolidateRequest(
+    request = requests.ConsolidateRequest(
         checkpoint, folders["V2"], replace(QUICK, dsc_steps=2), device="cuda"
     )
     pipeline.consolidate(request)
-    solving = pipeline.SolveRequest(checkpoint, device="cuda")
+    solving = requests.SolveRequest(checkpoint, device="cuda")
     pipeline.consolidate_in_closed_form(solving)
-    pipeline.merge(solving, store.stack_path(other))
-    pipeline.forget(solving, "V1")
+    pipeline.merge(requests.MergeRequest(checkpoint, store.stack_path(other), device="cuda"))
+    pipeline.forget(requests.ForgetRequest(checkpoint, "V1", device="cuda"))
     assert [record.token for record in store.open_stack(store.stack_path(checkpoint)).records] == [
         "V2",
         "V3",

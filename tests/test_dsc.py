@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from comfy_continual_lora.lora import Adapter, new_adapter
 from torch import Tensor
 
 from comfy_continual_lora import dsc
+from comfy_continual_lora.adapters.adapter import Adapter, new_adapter
 from comfy_continual_lora.checkpoint.backbone import Backbone, FrozenText
 from comfy_continual_lora.errors import Cancelled
 from comfy_continual_lora.progress import Progress, ignore
@@ -32,7 +32,7 @@ def _consolidate(
     tau: float | None = 0.01,
     on_progress=ignore,
     past: int = 2,
-    penalty=None,
+    penalties=(),
 ):
     latents = torch.randn(3, 4, 8, 8, generator=torch.Generator().manual_seed(0))
     teachers = dsc.Teachers(
@@ -47,7 +47,7 @@ def _consolidate(
         teachers,
         FrozenText(backbone, {}),
         tau,
-        penalty,
+        dict(penalties),
         SETTINGS,
         snapshot,
         on_progress,
@@ -97,11 +97,11 @@ def test_only_the_student_changes_and_every_part_is_told(
         tmp_path / "s",
         tau,
         said.append,
-        penalty=lambda factors: sum(p.square().sum() for p in factors.values()),
+        penalties={"size": lambda step: sum(p.square().sum() for p in step.factors.values())},
     )
     assert len(losses) == 4
     assert any(not torch.equal(t, _adapter(backbone, 0)[name]) for name, t in student.items())
-    expected = {"b1", "b2", "penalty"} | ({"a1", "a2"} if tau else set())
+    expected = {"b1", "b2", "size"} | ({"a1", "a2"} if tau else set())
     assert all(
         set(p.parts) == expected and sum(p.parts.values()) == pytest.approx(p.loss, rel=1e-4)
         for p in said
@@ -121,7 +121,7 @@ def test_a_student_that_agrees_with_its_past_has_nothing_to_learn(
         teachers,
         FrozenText(backbone, {}),
         0.01,
-        None,
+        {},
         SETTINGS,
         tmp_path / "s",
         ignore,

@@ -10,10 +10,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import save_concept
+from helpers_learn import save_concept
 from transformers import CLIPImageProcessor, CLIPVisionConfig, CLIPVisionModelWithProjection
 
-from comfy_continual_lora import evaluate, pipeline, report, store
+from comfy_continual_lora import evaluate, pipeline, report, requests, store
 from comfy_continual_lora.checkpoint.backbone import Backbone
 from comfy_continual_lora.errors import CheckpointError, ConceptImagesError, StackError
 from comfy_continual_lora.progress import Progress
@@ -35,7 +35,7 @@ def taught(mini_file: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[P
     for token, noun, index in (("V1", "ball", 0), ("V2", "teapot", 1)):
         folder = save_concept(root / "concepts" / token, index)
         pipeline.learn_concept(
-            pipeline.LearnRequest(checkpoint, folder, token, noun, settings, device="cpu")
+            requests.LearnRequest(checkpoint, folder, token, noun, settings, device="cpu")
         )
     return checkpoint, root / "concepts"
 
@@ -45,7 +45,7 @@ def test_against_what_was_drawn_right_after_learning(
 ) -> None:
     seen: list[Progress] = []
     found = pipeline.evaluate(
-        pipeline.EvaluateRequest(taught[0], settings=QUICK, device="cpu"), seen.append
+        requests.EvaluateRequest(taught[0], settings=QUICK, device="cpu"), seen.append
     )
     assert found.names == ["V1 ball", "V2 teapot"]
     assert torch.allclose(found.likeness.diagonal(), torch.ones(2), atol=1e-5)
@@ -65,24 +65,26 @@ def test_against_what_was_drawn_right_after_learning(
     )
     assert {p.stage for p in seen} == {"load", "evaluate", "score"}
     report.retention_sheet(found).save(tmp_path / "sheet.png")
-    assert len(report.retention_table(found).splitlines()) == 3
+    assert len(found.summary().splitlines()) == 3
 
 
 def test_against_the_users_own_pictures(taught: tuple[Path, Path]) -> None:
     found = pipeline.evaluate(
-        pipeline.EvaluateRequest(taught[0], taught[1], settings=QUICK, device="cpu")
+        requests.EvaluateRequest(taught[0], taught[1], settings=QUICK, device="cpu")
     )
     assert (found.likeness.diagonal() < 1).all()
     only = replace(QUICK, seed=5)
     other = pipeline.evaluate(
-        pipeline.EvaluateRequest(taught[0], taught[1], settings=only, device="cpu")
+        requests.EvaluateRequest(taught[0], taught[1], settings=only, device="cpu")
     )
     assert not torch.equal(found.likeness.nan_to_num(), other.likeness.nan_to_num())
 
 
 def test_a_concept_no_different_from_its_noun_has_nothing_to_keep() -> None:
     likeness = torch.tensor([[0.5, torch.nan], [0.4, 0.9]])
-    found = evaluate.Retention(["a", "b"], likeness, torch.tensor([0.495, 0.5]), torch.zeros(2), {})
+    found = evaluate.RetentionReport(
+        ["a", "b"], likeness, torch.tensor([0.495, 0.5]), torch.zeros(2), {}
+    )
     assert found.kept[0].isnan()
     assert found.kept[1] == 1
 
@@ -114,13 +116,13 @@ def test_features_of_a_clip_in_a_folder(backbone: Backbone, tmp_path: Path) -> N
 
 def test_mistakes(taught: tuple[Path, Path], checkpoint: Path, tmp_path: Path) -> None:
     with pytest.raises(StackError, match="no concept yet"):
-        pipeline.evaluate(pipeline.EvaluateRequest(checkpoint, settings=QUICK, device="cpu"))
+        pipeline.evaluate(requests.EvaluateRequest(checkpoint, settings=QUICK, device="cpu"))
     save_concept(tmp_path / "wrong", 0)
     with pytest.raises(
         ConceptImagesError, match=r"named after a concept. Expected V1, V2; found wrong"
     ):
         pipeline.evaluate(
-            pipeline.EvaluateRequest(taught[0], tmp_path, settings=QUICK, device="cpu")
+            requests.EvaluateRequest(taught[0], tmp_path, settings=QUICK, device="cpu")
         )
 
 

@@ -8,12 +8,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from comfy_continual_lora.lora import KINDS, delta_weights, new_adapter
+from helpers_store import make_record
 from safetensors import safe_open
 from safetensors.torch import load_file, save
-from test_store import _record
 
-from comfy_continual_lora import export, store
+from comfy_continual_lora import export, stock, store
+from comfy_continual_lora.adapters.adapter import KINDS, delta_weights, new_adapter
 from comfy_continual_lora.checkpoint.backbone import Backbone
 from comfy_continual_lora.errors import StackError
 
@@ -25,8 +25,7 @@ def _stack(backbone: Backbone, kind: str) -> store.ConceptStack:
         for k, t in new_adapter(backbone, 4, generator, kind).items()
     }
     stack = store.ConceptStack("f", rank=4)
-    stack.add(_record(1), torch.randn(3, 256, generator=generator), adapter)
-    return stack
+    return stack.learned(make_record(1), torch.randn(3, 256, generator=generator), adapter)
 
 
 def _export(stack: store.ConceptStack, out: Path) -> export.Exported:
@@ -155,7 +154,7 @@ def test_what_an_earlier_program_exported_is_taken_for_its_own(
     stack = _owned(backbone, "a" * 16)
     (tmp_path / "embeddings").mkdir()
     (tmp_path / "embeddings" / "V1.safetensors").write_bytes(
-        save(export.embedding(stack.words["id1"], stack.base))
+        save(stock.embedding(stack.words["id1"], stack.checkpoint))
     )
     assert not _export(stack, tmp_path).renamed
 

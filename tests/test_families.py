@@ -11,28 +11,28 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import families
+import helpers_families as families
 import pytest
 import torch
-from comfy_continual_lora.lora import attached, delta_weights
-from conftest import NOUNS
-from families import KINDS
+from helpers_families import KINDS
+from helpers_learn import NOUNS
 from peft import PeftModel
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from comfy_continual_lora import foreign, pipeline, sample, store
+from comfy_continual_lora import foreign, pipeline, requests, sample, store
+from comfy_continual_lora.adapters.adapter import attached, delta_weights
 from comfy_continual_lora.checkpoint.backbone import Backbone
 from comfy_continual_lora.checkpoint.load import load_backbone
 from comfy_continual_lora.diffusion import alphas_cumprod, noised
 from comfy_continual_lora.errors import CheckpointError, StackError
 from comfy_continual_lora.export import export_files
 from comfy_continual_lora.settings import (
-    ConsolidateSettings,
     DrawSettings,
     EvaluateSettings,
     LearnSettings,
     ScoreSettings,
+    TrainSettings,
 )
 
 _WEIGHT = "model.diffusion_model.middle_block.1.proj_out.weight"
@@ -195,7 +195,7 @@ def _without(state: dict[str, torch.Tensor], part: str) -> dict[str, torch.Tenso
         (
             "sd2",
             lambda s: {**s, f"{_WEIGHT[:-7]}.scale_weight": torch.ones(1)},
-            "few bits with scales .*proj_out.scale_weight.*a quantised copy",
+            "quantised weights and their scales .*proj_out.scale_weight.*a quantised copy",
         ),
         (
             "sd2",
@@ -351,7 +351,7 @@ def taught(
     path = Path(shutil.copy(files[request.param], tmp_path_factory.mktemp("taught")))
     for token in ("V1", "V2"):
         pipeline.learn_concept(
-            pipeline.LearnRequest(path, folders[token], token, NOUNS[token], QUICK, device="cpu")
+            requests.LearnRequest(path, folders[token], token, NOUNS[token], QUICK, device="cpu")
         )
     return path
 
@@ -369,33 +369,33 @@ def test_every_stage_works(own: Path, folders: dict[str, Path]) -> None:
     assert all(
         tensor.isfinite().all() for fisher in stack.fishers.values() for tensor in fisher.values()
     )
-    assert (stack.base.preset, stack.base.prediction) == (
+    assert (stack.checkpoint.preset, stack.checkpoint.prediction) == (
         own.stem.split("-")[0],
         "v_prediction" if own.stem.endswith("-v") else "epsilon",
     )
     drawn = pipeline.draw(
-        pipeline.DrawRequest(
+        requests.DrawRequest(
             own, ["a V1 ball and a V2 fish"], DrawSettings(steps=2, size=64), device="cpu"
         )
-    )
+    ).pictures
     assert drawn[0].image.size == (64, 64)
     scores = pipeline.dc_scores(
-        pipeline.ScoreRequest(own, folders["V1"], ScoreSettings(trials=4, size=64), device="cpu")
-    )
+        requests.ScoreRequest(own, folders["V1"], ScoreSettings(trials=4, size=64), device="cpu")
+    ).images
     assert all(sum(one.scores.probabilities) == pytest.approx(1) for one in scores)
-    quick = ConsolidateSettings(batch=3, size=64, dsc_steps=2, fisher_samples=3)
-    pipeline.consolidate(pipeline.ConsolidateRequest(own, folders["V2"], quick, device="cpu"))
-    done = pipeline.consolidate_in_closed_form(pipeline.SolveRequest(own, device="cpu"))
+    quick = TrainSettings(batch=3, size=64, dsc_steps=2, fisher_samples=3)
+    pipeline.consolidate(requests.ConsolidateRequest(own, folders["V2"], quick, device="cpu"))
+    done = pipeline.consolidate_in_closed_form(requests.SolveRequest(own, device="cpu"))
     assert done.after["V1"] < done.before["V1"]
     kept = pipeline.evaluate(
-        pipeline.EvaluateRequest(
+        requests.EvaluateRequest(
             own, settings=EvaluateSettings(pictures=1, steps=1, trials=2, size=64), device="cpu"
         )
     )
     assert kept.likeness.shape == (2, 2)
-    assert pipeline.undo(own).token == "V2"
+    assert pipeline.undo(requests.UndoRequest(own)).token == "V2"
     pipeline.learn_concept(
-        pipeline.LearnRequest(
+        requests.LearnRequest(
             own,
             folders["V3"],
             "V3",
@@ -404,13 +404,13 @@ def test_every_stage_works(own: Path, folders: dict[str, Path]) -> None:
             device="cpu",
         )
     )
-    assert pipeline.forget(pipeline.SolveRequest(own, device="cpu"), "V1").token == "V1"
+    assert pipeline.forget(requests.ForgetRequest(own, "V1", device="cpu")).record.token == "V1"
 
 
 def test_a_stack_of_another_family_is_refused(own: Path, mini_file: Path) -> None:
     with pytest.raises(StackError, match="made for another checkpoint"):
         pipeline.draw(
-            pipeline.DrawRequest(
+            requests.DrawRequest(
                 mini_file, ["a V1 ball"], stack=store.stack_path(own), device="cpu"
             )
         )
@@ -422,7 +422,7 @@ def test_diffusers_loads_the_exported_lora_and_words(
     """Its net with the LoRA answers as ours with the adapter, and its prompts with the embeddings
     read as ours with the words.
     """
-    done, backbone = pipeline.export(taught, tmp_path), loaded[taught.stem]
+    done, backbone = pipeline.export(requests.ExportRequest(taught, tmp_path)), loaded[taught.stem]
     stack = store.open_stack(store.stack_path(taught))
     assert done.lora
     assert stack.adapter
@@ -465,7 +465,7 @@ def test_diffusers_and_peft_load_what_is_written_for_them(
     taught: Path, tmp_path: Path, loaded: dict[str, Backbone], format: str
 ) -> None:
     done, backbone, pipe = (
-        pipeline.export(taught, tmp_path, format=format),
+        pipeline.export(requests.ExportRequest(taught, tmp_path, format=format)),
         loaded[taught.stem],
         copy.deepcopy(families.pipeline(taught.stem)),
     )
@@ -547,11 +547,14 @@ def test_the_exported_files_say_what_they_are_for(taught: Path, tmp_path: Path) 
 def test_an_exported_lora_can_be_imported(
     own: Path, tmp_path: Path, loaded: dict[str, Backbone]
 ) -> None:
-    done, stack = pipeline.export(own, tmp_path / "out"), store.open_stack(store.stack_path(own))
+    done, stack = (
+        pipeline.export(requests.ExportRequest(own, tmp_path / "out")),
+        store.open_stack(store.stack_path(own)),
+    )
     assert done.lora
     bare = tmp_path / "bare.concepts.safetensors"
     pipeline.import_concept(
-        pipeline.ImportRequest(
+        requests.ImportRequest(
             own, done.lora, "W1", "ball", embedding=done.embeddings[0], stack=bare, device="cpu"
         )
     )

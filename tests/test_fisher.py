@@ -5,19 +5,27 @@ known; EWC equals a second implementation.
 from __future__ import annotations
 
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
-from comfy_continual_lora.lora import KINDS, Adapter, ChangedLayer, attached, new_adapter
 from torch import Tensor, nn
 
 from comfy_continual_lora import fisher as fishers
+from comfy_continual_lora.adapters.adapter import (
+    KINDS,
+    Adapter,
+    ChangedLayer,
+    attached,
+    new_adapter,
+)
 from comfy_continual_lora.checkpoint.backbone import Backbone, FrozenText
 from comfy_continual_lora.diffusion import generator_for
 from comfy_continual_lora.ewc import Ewc, ewc, ewc_penalty
+from comfy_continual_lora.penalty import Step
 from comfy_continual_lora.progress import ignore
 from comfy_continual_lora.settings import LearnSettings
-from comfy_continual_lora.store import ConceptStack
+from comfy_continual_lora.stack import ConceptStack
 
 SETTINGS = LearnSettings(batch=6, fisher_samples=4).resolved("mini")
 
@@ -30,13 +38,13 @@ def _adapter(backbone: Backbone, kind: str = "lora") -> Adapter:
     }
 
 
-def _target(tau: float | None, n: int = 4) -> fishers.Target:
+def _target(tau: float | None, n: int = 4) -> fishers.FisherInputs:
     latents = torch.randn(n, 4, 8, 8, generator=torch.Generator().manual_seed(0))
-    return fishers.Target(latents, "red mug", "mug", ["blue star", "cat"], tau)
+    return fishers.FisherInputs(latents, "red mug", "mug", ["blue star", "cat"], tau)
 
 
 def _by_loop(
-    backbone: Backbone, factors: dict, target: fishers.Target, numbers: list[tuple[int, int]]
+    backbone: Backbone, factors: dict, target: fishers.FisherInputs, numbers: list[tuple[int, int]]
 ) -> dict[str, Tensor]:
     """Reference: gradients of one sample's loss after the other through autograd, squared,
     averaged.
@@ -141,7 +149,7 @@ def test_a_linear_gaussian_model_in_closed_form() -> None:
     """y = W c + noise of unit variance: the Fisher of W_ij is c_j^2, whatever W."""
     generator, n = torch.Generator().manual_seed(0), 20_000
     base = nn.Linear(3, 2, bias=False)
-    layer = ChangedLayer(base, {"D": nn.Parameter(torch.zeros(2, 3))})
+    layer = ChangedLayer(base, {"D": nn.Parameter(torch.zeros(2, 3))}, KINDS["full"])
     toy = SimpleNamespace(unet=nn.ModuleDict({"k": layer}), gradient_scale=1.0)
     toy.unet.dtype = torch.float32
     c = torch.tensor([0.5, -1.0, 2.0])
@@ -185,7 +193,8 @@ def _stack(adapters: list[Adapter], importances: list[Adapter]) -> ConceptStack:
     stack = ConceptStack("f")
     for i, (adapter, importance) in enumerate(zip(adapters, importances, strict=True)):
         stack.fishers[f"id{i}"] = importance
-        stack.add(SimpleNamespace(id=f"id{i}", token=f"V{i}"), torch.zeros(1), adapter)  # type: ignore[arg-type]
+        record: Any = SimpleNamespace(id=f"id{i}", token=f"V{i}", settings={})
+        stack = stack.learned(record, torch.zeros(1), adapter)
     return stack
 
 
@@ -208,8 +217,8 @@ def test_online_and_separate_by_hand(space: str) -> None:
     assert isinstance(online, Ewc)
     assert isinstance(separate, Ewc)
     at = adapter(4.0)
-    assert float(online(at)) == pytest.approx(0.1 * (5 + 0.5 * 3) * (4 - 2) ** 2)
-    assert float(separate(at)) == pytest.approx(0.1 * (3 * (4 - 1) ** 2 + 5 * (4 - 2) ** 2))
+    assert float(online(Step(at))) == pytest.approx(0.1 * (5 + 0.5 * 3) * (4 - 2) ** 2)
+    assert float(separate(Step(at))) == pytest.approx(0.1 * (3 * (4 - 1) ** 2 + 5 * (4 - 2) ** 2))
     assert ewc(ConceptStack("f"), settings, torch.device("cpu")) is None
 
 
@@ -219,7 +228,7 @@ def test_ewc_equals_avalanches_formula_on_a_small_net() -> None:
     """
     torch.manual_seed(0)
     base, x, y = nn.Linear(4, 3, bias=False), torch.randn(7, 1, 4), torch.randn(7, 3)
-    layer = ChangedLayer(base, {"D": nn.Parameter(0.1 * torch.randn(3, 4))})
+    layer = ChangedLayer(base, {"D": nn.Parameter(0.1 * torch.randn(3, 4))}, KINDS["full"])
     toy = SimpleNamespace(unet=nn.ModuleDict({"k": layer}), gradient_scale=1.0)
     toy.unet.dtype = torch.float32
 
@@ -241,5 +250,5 @@ def test_ewc_equals_avalanches_formula_on_a_small_net() -> None:
     saved, moved = weight.detach().clone(), weight.detach() + 0.3
     avalanche = 2.5 * (importances * (moved - saved).pow(2)).sum()
     assert torch.allclose(
-        Ewc(2.5, [({"k.D": saved}, {"k.D": ours})])({"k.D": moved}), avalanche, rtol=1e-4
+        Ewc(2.5, [({"k.D": saved}, {"k.D": ours})])(Step({"k.D": moved})), avalanche, rtol=1e-4
     )

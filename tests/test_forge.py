@@ -7,8 +7,8 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from browser import CHROMIUM
-from webui import WebUI, find_webui, freeze, learns_and_draws, learns_in_a_browser
+from helpers_browser import CHROMIUM
+from helpers_webui import WebUI, find_webui, freeze, learns_and_draws, learns_in_a_browser
 
 FOUND = find_webui("FORGE_PATH", "stable-diffusion-webui-forge")
 pytestmark = [

@@ -12,18 +12,19 @@ import shutil
 import subprocess
 from pathlib import Path
 
-import full_size
+import helpers_full_size as full_size
 import pytest
 import torch
-from comfy_continual_lora.lora import attached
-from comfyui import REPOSITORY, find_comfyui, python_of
 from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline
+from helpers_comfyui import REPOSITORY, find_comfyui, python_of
+from helpers_webui import WebUI, find_webui
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from webui import WebUI, find_webui
 
-from comfy_continual_lora import pipeline, store
-from comfy_continual_lora.checkpoint.load import TOKENIZER, load_backbone
+from comfy_continual_lora import pipeline, requests, store
+from comfy_continual_lora.adapters.adapter import attached
+from comfy_continual_lora.checkpoint.load import load_backbone
+from comfy_continual_lora.checkpoint.single_file import TOKENIZER
 from comfy_continual_lora.settings import LearnSettings
 
 COMFYUI, A1111 = find_comfyui(), find_webui()
@@ -173,9 +174,9 @@ def test_other_programs_nets_answer_as_ours(
     path = full_size.write(kind, tmp_path / f"{kind}.safetensors")
     settings = LearnSettings(method="lora", steps=2, size=64, rate=0.01, precision="fp32")
     pipeline.learn_concept(
-        pipeline.LearnRequest(path, folders["V1"], "V1", "ball", settings, device="cpu")
+        requests.LearnRequest(path, folders["V1"], "V1", "ball", settings, device="cpu")
     )
-    exported = pipeline.export(path, tmp_path).lora
+    exported = pipeline.export(requests.ExportRequest(path, tmp_path)).lora
     assert exported
     save_file(
         {name: tensor.float() for name, tensor in load_file(exported).items()},

@@ -8,20 +8,19 @@ import dataclasses
 import os
 import random
 import shutil
-import signal
 import subprocess
 import sys
-import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import NOUNS
+from helpers_learn import NOUNS
+from helpers_store import FINGERPRINT, make_stack, same, writer
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_store import FINGERPRINT, make_stack, same
 
-from comfy_continual_lora import files, pipeline, stackfile, store
+from comfy_continual_lora import files, history, pipeline, requests, stackschema, store, versions
 from comfy_continual_lora.errors import (
     Cancelled,
     ConceptImagesError,
@@ -30,7 +29,7 @@ from comfy_continual_lora.errors import (
     TokenError,
 )
 from comfy_continual_lora.progress import Progress
-from comfy_continual_lora.settings import ConsolidateSettings, LearnSettings
+from comfy_continual_lora.settings import LearnSettings, TrainSettings
 
 QUICK = LearnSettings(
     method="lora",
@@ -46,8 +45,8 @@ QUICK = LearnSettings(
 
 def _learn(
     checkpoint: Path, folders: dict[str, Path], token: str, **rest: object
-) -> pipeline.LearnRequest:
-    return pipeline.LearnRequest(
+) -> requests.LearnRequest:
+    return requests.LearnRequest(
         checkpoint, folders[token], token, NOUNS[token], QUICK, device="cpu", **rest
     )  # type: ignore[arg-type]
 
@@ -57,38 +56,36 @@ def _tokens(checkpoint: Path) -> list[str]:
 
 
 @pytest.fixture
-def two(checkpoint: Path, folders: dict[str, Path]) -> Path:
+def two(learned: Callable[..., Path]) -> Path:
     """A mini-SD that knows V1 and V2."""
-    for token in ("V1", "V2"):
-        pipeline.learn_concept(_learn(checkpoint, folders, token))
-    return checkpoint
+    return learned(QUICK, "V1", "V2")
 
 
 def test_undo_takes_back_every_kind_of_change(
     two: Path, folders: dict[str, Path], tmp_path: Path
 ) -> None:
-    path, solving = store.stack_path(two), pipeline.SolveRequest(two, device="cpu")
+    path, solving = store.stack_path(two), requests.SolveRequest(two, device="cpu")
     other = tmp_path / "other" / "mini.safetensors"
     other.parent.mkdir()
     shutil.copy(two, other)
     pipeline.learn_concept(_learn(other, folders, "V3"))
-    lora = pipeline.export(other, tmp_path / "theirs").lora
+    lora = pipeline.export(requests.ExportRequest(other, tmp_path / "theirs")).lora
     assert lora
-    consolidating = ConsolidateSettings(batch=1, size=64, dsc_steps=2, fisher_samples=2)
+    consolidating = TrainSettings(batch=1, size=64, dsc_steps=2, fisher_samples=2)
     changes = {
-        "forgot V1 ball": lambda: pipeline.forget(solving, "V1"),
-        "forgot V2 fish": lambda: pipeline.forget(solving, "V2"),
+        "forgot V1 ball": lambda: pipeline.forget(requests.ForgetRequest(two, "V1", device="cpu")),
+        "forgot V2 fish": lambda: pipeline.forget(requests.ForgetRequest(two, "V2", device="cpu")),
         "consolidated V2 fish": lambda: pipeline.consolidate(
-            pipeline.ConsolidateRequest(two, folders["V2"], consolidating, device="cpu")
+            requests.ConsolidateRequest(two, folders["V2"], consolidating, device="cpu")
         ),
         "consolidated all in closed form (V1 ball, V2 fish)": lambda: (
             pipeline.consolidate_in_closed_form(solving)
         ),
         "merged V3 mug from another stack": lambda: pipeline.merge(
-            solving, store.stack_path(other)
+            requests.MergeRequest(two, store.stack_path(other), device="cpu")
         ),
         "imported W1 mug": lambda: pipeline.import_concept(
-            pipeline.ImportRequest(two, lora, "W1", "mug", trigger="sks", device="cpu")
+            requests.ImportRequest(two, lora, "W1", "mug", trigger="sks", device="cpu")
         ),
         "learned V3 mug": lambda: pipeline.learn_concept(_learn(two, folders, "V3")),
     }
@@ -97,23 +94,25 @@ def test_undo_takes_back_every_kind_of_change(
         change()
         changed = store.open_stack(path)
         assert not same(changed, before)
-        assert told in stackfile.undo_preview(path)
-        undone = pipeline.undo(two)
+        assert told in versions.undo_preview(path)
+        undone = pipeline.undo(requests.UndoRequest(two))
         assert (undone.change, undone.tokens) == (told, ["V1", "V2"])
         assert same(store.open_stack(path), before)
-        pipeline.restore(two, undone.version)
+        pipeline.restore(requests.RestoreRequest(two, undone.version))
         assert same(store.open_stack(path), changed)
-        pipeline.undo(two)
+        pipeline.undo(requests.UndoRequest(two))
 
 
 def test_undo_goes_back_step_by_step_and_not_to_and_fro(two: Path) -> None:
-    pipeline.forget(pipeline.SolveRequest(two, device="cpu"), "V1")
-    seen = [pipeline.undo(two).tokens for _ in range(3)]
+    pipeline.forget(requests.ForgetRequest(two, "V1", device="cpu"))
+    seen = [pipeline.undo(requests.UndoRequest(two)).tokens for _ in range(3)]
     assert seen == [["V1", "V2"], ["V1"], []]
-    assert "nothing to undo" in stackfile.undo_preview(store.stack_path(two))
+    assert "nothing to undo" in versions.undo_preview(store.stack_path(two))
     with pytest.raises(StackError, match="nothing to undo"):
-        pipeline.undo(two)
-    assert [(one.number, one.change) for one in pipeline.history(two)][1:] == [
+        pipeline.undo(requests.UndoRequest(two))
+    assert [
+        (one.number, one.change) for one in pipeline.history(requests.HistoryRequest(two)).versions
+    ][1:] == [
         (3, "forgot V1 ball"),
         (2, "learned V2 fish"),
         (1, "learned V1 ball"),
@@ -122,9 +121,9 @@ def test_undo_goes_back_step_by_step_and_not_to_and_fro(two: Path) -> None:
 
 def test_what_is_confirmed_is_what_is_undone(two: Path) -> None:
     with pytest.raises(StackError, match="at version 2 now"):
-        pipeline.undo(two, version=1)
+        pipeline.undo(requests.UndoRequest(two, version=1))
     assert _tokens(two) == ["V1", "V2"]
-    assert pipeline.undo(two, version=2).tokens == ["V1"]
+    assert pipeline.undo(requests.UndoRequest(two, version=2)).tokens == ["V1"]
 
 
 @settings(deadline=None)
@@ -145,14 +144,14 @@ def test_any_sequence_of_changes_can_be_gone_back_through(
     stack = make_stack(1)
     stack.history = keep
     for step, kind in enumerate(["s", *steps]):
-        now = {one.number: one for one in stackfile.versions(path)}
+        now = {one.number: one for one in versions.versions(path)}
         if kind == "s":
             stack = make_stack(step % 3 + 1)
             stack.history = keep
             store.save_stack(stack, path, store.change("learned", stack.records[-1:]))
         elif kind == "u":
-            parent = stackfile.parent_of(path)
-            left = store.undo(path)
+            parent = versions.parent_of(path)
+            left = history.undo(path)
             if parent:
                 assert (left.version, len(store.read_records(path))) == (
                     next(n for n, one in now.items() if one.current),
@@ -162,34 +161,34 @@ def test_any_sequence_of_changes_can_be_gone_back_through(
                 return
         elif kind == "r":
             number = rnd.choice(list(now))
-            assert store.restore(path, number).number == number
+            assert history.restore(path, number).number == number
             assert len(store.read_records(path)) == held[number]
-        found = stackfile.versions(path)
+        found = versions.versions(path)
         current = next(one for one in found if one.current)
         held[current.number] = len(current.tokens)
         assert len(found) <= keep + 1
         assert all(len(one.tokens) == held[one.number] for one in found)
-        assert keep == 0 or kind != "s" or not now or stackfile.parent_of(path) is not None
+        assert keep == 0 or kind != "s" or not now or versions.parent_of(path) is not None
 
 
 def test_a_setting_says_how_many_versions_are_kept(two: Path, folders: dict[str, Path]) -> None:
-    pipeline.keep_versions(two, 1)
+    pipeline.history(requests.HistoryRequest(two, keep=1))
     pipeline.learn_concept(_learn(two, folders, "V3"))
-    assert [one.number for one in pipeline.history(two)] == [3, 2]
-    assert sum(one.size for one in pipeline.history(two)) == sum(
+    assert [one.number for one in pipeline.history(requests.HistoryRequest(two)).versions] == [3, 2]
+    assert sum(one.size for one in pipeline.history(requests.HistoryRequest(two)).versions) == sum(
         p.stat().st_size for p in (store.stack_path(two), *two.parent.glob("*.history/*"))
     )
-    pipeline.keep_versions(two, 0)
-    assert [one.number for one in pipeline.history(two)] == [3]
+    pipeline.history(requests.HistoryRequest(two, keep=0))
+    assert [one.number for one in pipeline.history(requests.HistoryRequest(two)).versions] == [3]
     assert not files.history_folder(store.stack_path(two)).exists()
-    assert "takes back: learned V3 mug" in stackfile.undo_preview(store.stack_path(two))
-    assert pipeline.undo(two).tokens == ["V1", "V2"]
-    pipeline.forget(pipeline.SolveRequest(two, device="cpu"), "V1")
+    assert "takes back: learned V3 mug" in versions.undo_preview(store.stack_path(two))
+    assert pipeline.undo(requests.UndoRequest(two)).tokens == ["V1", "V2"]
+    pipeline.forget(requests.ForgetRequest(two, "V1", device="cpu"))
     with pytest.raises(StackError, match="no longer kept"):
-        pipeline.undo(two)
+        pipeline.undo(requests.UndoRequest(two))
     assert _tokens(two) == ["V2"]
     with pytest.raises(StackError, match="0 to 1000"):
-        pipeline.keep_versions(two, -1)
+        pipeline.history(requests.HistoryRequest(two, keep=-1))
 
 
 def test_a_stack_from_elsewhere_takes_nothing_out_of_the_history(tmp_path: Path) -> None:
@@ -197,17 +196,17 @@ def test_a_stack_from_elsewhere_takes_nothing_out_of_the_history(tmp_path: Path)
     path, theirs = tmp_path / "a.concepts.safetensors", tmp_path / "b.concepts.safetensors"
     for count in (1, 2, 3):
         store.save_stack(make_stack(count), path)
-    store.undo(path)
+    history.undo(path)
     for count in (3, 2, 1):
         store.save_stack(dataclasses.replace(make_stack(count), identity="cd" * 8), theirs)
     shutil.copy(theirs, path)
-    assert stackfile.parent_of(path) is None  # version 2 here is another stack's
+    assert versions.parent_of(path) is None  # version 2 here is another stack's
     store.save_stack(make_stack(2), path)
     held = sorted(
-        len(store.read_records(one.file)) for one in stackfile.versions(path) if not one.current
+        len(store.read_records(one.file)) for one in versions.versions(path) if not one.current
     )
     assert held == [1, 1, 3]
-    assert store.undo(path).tokens == ["V1"]
+    assert history.undo(path).tokens == ["V1"]
 
 
 # --- replacing -----------------------------------------------------------------------------------
@@ -225,12 +224,14 @@ def test_replacing_is_one_step(two: Path, folders: dict[str, Path]) -> None:
         if progress.stage == "learn":
             raise Cancelled("stopped")
 
+    others = {**folders, "V1": folders["V3"], "V2": folders["V3"]}
     with pytest.raises(TokenError, match="taken"):
-        pipeline.learn_concept(_learn(two, folders, "V2"))
+        pipeline.learn_concept(_learn(two, others, "V2"))
     with pytest.raises(ConceptImagesError):
         pipeline.learn_concept(_learn(two, {"V2": two.parent / "nothing"}, "V2", replace=True))
     with pytest.raises(TokenError, match="V2 was learned after it"):
-        pipeline.learn_concept(_learn(two, folders, "V1", replace=True))
+        pipeline.learn_concept(_learn(two, others, "V1", replace=True))
+    assert pipeline.learn_concept(_learn(two, folders, "V1", replace=True)).again
     with pytest.raises(Cancelled):
         pipeline.learn_concept(new, cancel)
     assert same(store.open_stack(path), was)
@@ -239,7 +240,7 @@ def test_replacing_is_one_step(two: Path, folders: dict[str, Path]) -> None:
     assert _tokens(two) == ["V1", "V2"]
     assert now.records[1].hashes != was.records[1].hashes
     assert same(now.as_of(1), was.as_of(1))
-    undone = pipeline.undo(two)
+    undone = pipeline.undo(requests.UndoRequest(two))
     assert undone.change == "replaced V2 fish by learning it again"
     assert same(store.open_stack(path), was)
 
@@ -254,7 +255,7 @@ def test_a_linked_stack_is_written_through_its_link(tmp_path: Path) -> None:
     for use in (
         lambda: store.load_stack(link, FINGERPRINT),
         lambda: store.save_stack(make_stack(1), link),
-        lambda: stackfile.versions(link),
+        lambda: versions.versions(link),
     ):
         with pytest.raises(StackError, match=r"link to .*not there"):
             use()
@@ -268,7 +269,7 @@ def test_a_linked_stack_is_written_through_its_link(tmp_path: Path) -> None:
         store.writing(link),
     ):
         pass
-    assert store.undo(link).tokens == ["V1"]
+    assert history.undo(link).tokens == ["V1"]
     assert same(store.open_stack(real), make_stack(1))
     assert not files.history_folder(link).exists()
 
@@ -293,8 +294,10 @@ def test_files_get_the_mode_the_umask_leaves_or_keep_theirs(tmp_path: Path, umas
         assert path.stat().st_mode & 0o777 == 0o666 & ~umask
         path.chmod(0o664)
         store.save_stack(make_stack(2), path)
-        store.undo(path)
-        pipeline.export(tmp_path / "x.safetensors", tmp_path / "out", stack=path)
+        history.undo(path)
+        pipeline.export(
+            requests.ExportRequest(tmp_path / "x.safetensors", tmp_path / "out", stack=path)
+        )
     finally:
         os.umask(before)
     assert path.stat().st_mode & 0o777 == 0o664
@@ -360,7 +363,7 @@ def test_readers_see_one_version_while_another_program_writes(tmp_path: Path) ->
     """A thousand reads of a stack that is replaced all the time: each is whole, and none fails."""
     path = tmp_path / "x.concepts.safetensors"
     code = (
-        "import sys; from pathlib import Path; sys.path[:0] = ['tests']; from test_store import "
+        "import sys; from pathlib import Path; sys.path[:0] = ['tests']; from helpers_store import "
         "make_stack; from comfy_continual_lora import store\n"
         f"path = Path({str(path)!r}); stacks = [make_stack(n, 300) for n in (1, 2)]\n"
         "store.save_stack(stacks[0], path); print('ready', flush=True)\n"
@@ -397,56 +400,42 @@ def test_a_stack_that_was_read_is_not_mapped(tmp_path: Path) -> None:
     assert torch.equal(stack.words["id1"], torch.ones(1, 8))
 
 
+@pytest.mark.skipif(os.name != "posix", reason="forks")
 def test_kill_9_at_any_moment_leaves_a_whole_history(tmp_path: Path) -> None:
     """While it saves, undoes and restores: the stack reads, so does every version, and none is
     another's.
     """
     path = tmp_path / "x.concepts.safetensors"
-    code = (
-        "import sys; from pathlib import Path; sys.path[:0] = ['tests']; from test_store import "
-        "make_stack\n"
-        "from comfy_continual_lora import stackfile, store\n"
-        f"path = Path({str(path)!r}); stacks = [make_stack(n, 3000) for n in (1, 2, 3)]\n"
-        "print('ready', flush=True)\n"
-        "while True:\n"
-        "    for s in stacks:\n"
-        "        store.save_stack(s, path, store.change('learned', s.records[-1:]))\n"
-        "    store.undo(path); store.restore(path, stackfile.versions(path)[-1].number)\n"
+    work = (
+        "[store.save_stack(s, path, store.change('learned', s.records[-1:])) for s in stacks]; "
+        "history.undo(path); history.restore(path, versions.versions(path)[-1].number)"
     )
-    rnd = random.Random(0)
-    for _ in range(12):
-        saver = subprocess.Popen(
-            [sys.executable, "-c", code],
-            stdout=subprocess.PIPE,
-            text=True,
-            cwd=Path(__file__).parents[1],
-        )
-        assert saver.stdout
-        assert saver.stdout.readline() == "ready\n"
-        time.sleep(rnd.uniform(0, 0.3))
-        saver.send_signal(signal.SIGKILL)
-        saver.wait()
-        saver.stdout.close()
-        if not path.exists():
-            continue
-        with store.writing(path):
-            pass
-        left = [path, *files.history_folder(path).glob("*")]
-        for file in left:
-            stack = store.open_stack(file)
-            assert same(stack, make_stack(len(stack.records), 3000))
-        assert not [p for p in tmp_path.rglob(".*") if p.suffix != ".lock"]
-        assert len(left) <= stackfile.HISTORY + 2
+    rnd, killed = random.Random(0), 0
+    with writer(path, "[make_stack(n, 3000) for n in (1, 2, 3)]", work) as kill_after:
+        for _ in range(12):
+            kill_after(rnd.uniform(0, 0.3))
+            if not path.exists():
+                continue
+            killed += 1
+            with store.writing(path):
+                pass
+            left = [path, *files.history_folder(path).glob("*")]
+            for file in left:
+                stack = store.open_stack(file)
+                assert same(stack, make_stack(len(stack.records), 3000))
+            assert not [p for p in tmp_path.rglob(".*") if p.suffix != ".lock"]
+            assert len(left) <= stackschema.HISTORY + 2
+    assert killed > 6
 
 
 def test_errors_of_going_back_leave_everything(two: Path) -> None:
     path = store.stack_path(two)
     before = path.read_bytes()
     with pytest.raises(StackError, match=r"no version 9.*Kept are: 2, 1"):
-        pipeline.restore(two, 9)
+        pipeline.restore(requests.RestoreRequest(two, 9))
     broken = files.history_folder(path) / "1.stack"
     broken.write_bytes(broken.read_bytes()[:-8])
-    for wrong in (lambda: pipeline.restore(two, 1),):
+    for wrong in (lambda: pipeline.restore(requests.RestoreRequest(two, 1)),):
         with pytest.raises(ContinualLoraError):
             wrong()
     assert path.read_bytes() == before

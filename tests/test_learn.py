@@ -13,12 +13,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from comfy_continual_lora.lora import attached, new_adapter
-from conftest import save_concept
+from helpers_learn import save_concept
 from PIL import Image
 from safetensors.torch import save
 
-from comfy_continual_lora import concepts, pipeline, store
+from comfy_continual_lora import concepts, pipeline, requests, store
+from comfy_continual_lora.adapters.adapter import attached, new_adapter
 from comfy_continual_lora.checkpoint.backbone import Backbone
 from comfy_continual_lora.checkpoint.load import load_backbone
 from comfy_continual_lora.diffusion import add_noise, alphas_cumprod, loss_per_example
@@ -29,9 +29,10 @@ from comfy_continual_lora.errors import (
     TokenError,
     TrainingError,
 )
-from comfy_continual_lora.learn import Learned, Lesson, _step_in, learn
+from comfy_continual_lora.learn import Trained, TrainingInputs, learn, precondition
+from comfy_continual_lora.presets import TEMPLATES
 from comfy_continual_lora.progress import Progress, ignore
-from comfy_continual_lora.settings import TEMPLATES, LearnSettings, ScoreSettings
+from comfy_continual_lora.settings import LearnSettings, ScoreSettings
 
 QUICK = LearnSettings(method="lora", steps=6, batch=2, rank=4, snapshot_every=2)
 
@@ -51,7 +52,7 @@ def _learn(
     settings: LearnSettings = QUICK,
     on_progress=ignore,
     space: torch.Tensor | None = None,
-) -> Learned:
+) -> Trained:
     pictures = concepts.load_images(folder, 64)
     generator = torch.Generator().manual_seed(0)
     word, adapter = backbone.word_start("ball", generator), new_adapter(backbone, 4, generator)
@@ -59,11 +60,11 @@ def _learn(
         [*pictures.images, *(image.flip(-1) for image in pictures.images)]
     )
     prompts = [concepts.prompts_for("V1", "ball", TEMPLATES, None)]
-    lesson = Lesson(latents, prompts, "V1", {}, adapter, word, space=space)
+    lesson = TrainingInputs(latents, prompts, "V1", {}, adapter, word, preconditioner=space)
     return learn(backbone, lesson, settings.resolved("mini"), snapshot, on_progress)
 
 
-def _same(a: Learned, b: Learned) -> bool:
+def _same(a: Trained, b: Trained) -> bool:
     assert a.adapter
     assert b.adapter
     return (
@@ -86,7 +87,7 @@ def test_steps_in_other_coordinates_are_those_of_a_factor_learned_there() -> Non
         torch.optim.AdamW([there], lr=0.05, weight_decay=0),
         torch.optim.AdamW([here, beside], lr=0.05, weight_decay=0),
     )
-    _step_in(space, optimizer, [here])
+    precondition(space, optimizer, [here])
     for _ in range(5):
         for product, one, others in ((there @ space, of_it, 0.0), (here, optimizer, beside.sum())):
             one.zero_grad()
@@ -102,12 +103,16 @@ def test_stop_and_resume_equals_no_stop(
     backbone: Backbone, pictures: Path, tmp_path: Path, stop: int, turned: bool
 ) -> None:
     space = torch.eye(backbone.word_width) + 0.1 if turned else None
-    whole = _learn(backbone, pictures, tmp_path / "a", space=space)
+    whole = _learn(backbone, pictures, tmp_path / "a", preconditioner=space)
     with pytest.raises(Cancelled):
-        _learn(backbone, pictures, tmp_path / "b", on_progress=_stop_at(stop), space=space)
+        _learn(backbone, pictures, tmp_path / "b", on_progress=_stop_at(stop), preconditioner=space)
     steps = []
     resumed = _learn(
-        backbone, pictures, tmp_path / "b", on_progress=lambda p: steps.append(p.step), space=space
+        backbone,
+        pictures,
+        tmp_path / "b",
+        on_progress=lambda p: steps.append(p.step),
+        preconditioner=space,
     )
     assert steps[0] == stop + 1
     assert _same(whole, resumed)
@@ -192,7 +197,7 @@ def test_a_run_goes_on_whatever_the_number_of_threads(checkpoint: Path, pictures
         replace(QUICK, method="retention", size=64, snapshot_every=1),
         _Notes(),
     )
-    request = pipeline.LearnRequest(checkpoint, pictures, "V1", "ball", settings, device="cpu")
+    request = requests.LearnRequest(checkpoint, pictures, "V1", "ball", settings, device="cpu")
     try:
         torch.set_num_threads(2)
         with pytest.raises(Cancelled):
@@ -208,7 +213,7 @@ def test_a_run_goes_on_whatever_the_number_of_threads(checkpoint: Path, pictures
 def test_another_runs_snapshot_is_told_of_and_can_be_gone_on_with(
     checkpoint: Path, pictures: Path, folders: dict[str, Path]
 ) -> None:
-    first = pipeline.LearnRequest(
+    first = requests.LearnRequest(
         checkpoint, pictures, "V1", "ball", replace(QUICK, size=64, snapshot_every=1), device="cpu"
     )
     others = {
@@ -240,7 +245,7 @@ def test_another_runs_snapshot_is_told_of_and_can_be_gone_on_with(
     assert len(list(checkpoint.parent.glob("*.snapshot"))) == len(others)
 
 
-def _loss(backbone: Backbone, folder: Path, learned: Learned) -> float:
+def _loss(backbone: Backbone, folder: Path, learned: Trained) -> float:
     """Mean loss on the concept over fixed timesteps and noises."""
     pictures, generator = concepts.load_images(folder, 64), torch.Generator().manual_seed(1)
     latents = torch.stack(backbone.encode_images(pictures.images) * 8)
@@ -326,7 +331,7 @@ def test_bf16_runs_and_keeps_float32_factors(
 
 
 def test_a_loss_that_is_not_a_number_stores_nothing(checkpoint: Path, pictures: Path) -> None:
-    request = pipeline.LearnRequest(
+    request = requests.LearnRequest(
         checkpoint,
         pictures,
         "V1",
@@ -382,7 +387,7 @@ def test_previews_show_both_and_change_nothing(
     changes the adapter once more.
     """
     seen, quick = [], replace(QUICK, method=method, dsc_steps=2)
-    first = pipeline.LearnRequest(checkpoint, pictures, "V1", "ball", quick, device="cpu")
+    first = requests.LearnRequest(checkpoint, pictures, "V1", "ball", quick, device="cpu")
     pipeline.learn_concept(first)
     second = replace(
         first, token="V2", stack=Path(shutil.copy(first.stack_file, tmp_path / "other"))
@@ -424,7 +429,7 @@ def test_masks_weigh_the_loss(
         return seen[-1][3]
 
     monkeypatch.setattr("comfy_continual_lora.learn.loss_per_example", spy)
-    request = pipeline.LearnRequest(
+    request = requests.LearnRequest(
         checkpoint,
         pictures,
         "V1",
@@ -436,7 +441,7 @@ def test_masks_weigh_the_loss(
         Image.new("L", (128, 128), "white").save(path.with_suffix(".mask.png"))
     pipeline.learn_concept(request)
     assert all(torch.allclose(whole, weighed) for whole, _, _, weighed in seen)
-    pipeline.undo(checkpoint)
+    pipeline.undo(requests.UndoRequest(checkpoint))
     seen.clear()
     for path in pictures.glob("*.mask.png"):
         mask = Image.new("L", (128, 128))
@@ -453,7 +458,7 @@ def test_masks_weigh_the_loss(
 
 
 def test_the_same_request_is_known(checkpoint: Path, pictures: Path) -> None:
-    request = pipeline.LearnRequest(checkpoint, pictures, "V1", "ball", QUICK, device="cpu")
+    request = requests.LearnRequest(checkpoint, pictures, "V1", "ball", QUICK, device="cpu")
     assert pipeline.learned_before(request) is None
     record = pipeline.learn_concept(request).record
     assert pipeline.learned_before(request) == record
@@ -481,7 +486,7 @@ def test_the_same_request_is_known(checkpoint: Path, pictures: Path) -> None:
 def test_two_concepts_in_sequence_then_undo(
     checkpoint: Path, pictures: Path, tmp_path: Path
 ) -> None:
-    first = pipeline.LearnRequest(checkpoint, pictures, "V1", "ball", QUICK, device="cpu")
+    first = requests.LearnRequest(checkpoint, pictures, "V1", "ball", QUICK, device="cpu")
     path = pipeline.learn_concept(first).stack_file
     fingerprint = store.read_header(path)["fingerprint"]
     after_one = store.load_stack(path, fingerprint)
@@ -498,18 +503,18 @@ def test_two_concepts_in_sequence_then_undo(
         for k, t in after_one.adapter.items()
         if k.endswith("B")
     )
-    assert pipeline.undo(checkpoint).token == "V2"
+    assert pipeline.undo(requests.UndoRequest(checkpoint)).token == "V2"
     undone = store.load_stack(path, fingerprint)
     assert undone.adapter
     assert all(torch.equal(undone.adapter[k], t) for k, t in after_one.adapter.items())
     assert (
-        pipeline.info(checkpoint)["trainable_parameters"]
+        pipeline.info(requests.InfoRequest(checkpoint)).trainable_parameters
         == sum(t.numel() for t in after_one.adapter.values()) + 4 * 256
     )
 
 
 def test_textual_inversion_learns_only_the_word(checkpoint: Path, pictures: Path) -> None:
-    request = pipeline.LearnRequest(
+    request = requests.LearnRequest(
         checkpoint, pictures, "V1", "ball", replace(QUICK, method="textual_inversion"), device="cpu"
     )
     path = pipeline.learn_concept(request).stack_file
@@ -521,7 +526,7 @@ def test_textual_inversion_learns_only_the_word(checkpoint: Path, pictures: Path
 def test_mistakes_leave_the_stack_as_it_was(
     checkpoint: Path, pictures: Path, tmp_path: Path
 ) -> None:
-    request = pipeline.LearnRequest(checkpoint, pictures, "V1", "ball", QUICK, device="cpu")
+    request = requests.LearnRequest(checkpoint, pictures, "V1", "ball", QUICK, device="cpu")
     path = pipeline.learn_concept(request).stack_file
     before = path.read_bytes()
     with pytest.raises(TokenError, match="taken"):
@@ -542,7 +547,7 @@ def test_mistakes_leave_the_stack_as_it_was(
 
 
 def test_a_picture_can_be_given_as_a_list(checkpoint: Path, pictures: Path) -> None:
-    request = pipeline.LearnRequest(
+    request = requests.LearnRequest(
         checkpoint, sorted(pictures.glob("*.png"))[:2], "V1", "ball", QUICK, device="cpu"
     )
     assert pipeline.learn_concept(request).record.images == 2
@@ -580,15 +585,15 @@ def test_pictures_of_several_shapes_keep_them_in_every_stage(
         Image.open(second).crop((32, 0, 96, 128)).save(second)
         Image.new("L", (128, 64), "white").save(first.with_suffix(".mask.png"))
         pipeline.learn_concept(
-            pipeline.LearnRequest(checkpoint, mixed, token, "ball", settings, device="cpu")
+            requests.LearnRequest(checkpoint, mixed, token, "ball", settings, device="cpu")
         )
     assert seen == {name: {(5, 11), (11, 5)} for name in seen}
     scored = pipeline.dc_scores(
-        pipeline.ScoreRequest(
+        requests.ScoreRequest(
             checkpoint,
             tmp_path / "V1",
             ScoreSettings(trials=4, size=64, fit="bucket"),
             device="cpu",
         )
-    )
+    ).images
     assert len(scored) == 2

@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import pytest
 import torch
-from comfy_continual_lora.lora import (
+
+from comfy_continual_lora.adapters.adapter import (
     KINDS,
     Adapter,
     attached,
     delta_weights,
-    holding,
-    joined,
     kind_of,
     new_adapter,
+    swapped_in,
 )
-
+from comfy_continual_lora.adapters.lora import joined
 from comfy_continual_lora.checkpoint.backbone import Backbone
 
 
@@ -74,21 +74,21 @@ def _folded(backbone: Backbone, adapter: Adapter) -> torch.Tensor:
 @pytest.mark.parametrize("kind", KINDS)
 def test_attached_is_w0_plus_delta(backbone: Backbone, kind: str) -> None:
     adapter = _random_adapter(backbone, kind)
-    assert kind_of(adapter) == kind
+    assert kind_of(adapter).name == kind
     with attached(backbone, adapter) as parameters:
         assert all(torch.equal(parameters[name], tensor) for name, tensor in adapter.items())
         carried = _predict(backbone)
     assert torch.allclose(carried, _folded(backbone, adapter), atol=1e-5)
 
 
-def test_every_attached_tensor_gets_a_gradient_and_a_frozen_lora_beneath_gets_none(
+def test_every_attached_tensor_gets_a_gradient_and_a_frozen_lora_below_gets_none(
     backbone: Backbone,
 ) -> None:
     latents = torch.randn(1, 4, 16, 16, generator=torch.Generator().manual_seed(0))
     for kind in KINDS:
-        beneath = _random_adapter(backbone) if kind == "lora" else None
+        frozen = _random_adapter(backbone) if kind == "lora" else None
         with attached(
-            backbone, _random_adapter(backbone, kind), trainable=True, beneath=beneath
+            backbone, _random_adapter(backbone, kind), trainable=True, frozen_adapter=frozen
         ) as parameters:
             backbone.predict(
                 latents, torch.tensor([300]), backbone.encode_prompts(["a red mug"])
@@ -102,7 +102,7 @@ def test_loras_add_up(backbone: Backbone) -> None:
         _random_adapter(backbone),
         {k: -2 * v for k, v in _random_adapter(backbone).items()},
     )
-    with attached(backbone, second, beneath=first):
+    with attached(backbone, second, frozen_adapter=first):
         both = _predict(backbone)
     with attached(backbone, joined(first, second)):
         assert torch.allclose(_predict(backbone), both, atol=1e-5)
@@ -117,6 +117,6 @@ def test_a_teacher_speaks_through_the_same_net(backbone: Backbone) -> None:
     with attached(backbone, teacher):
         said = _predict(backbone)
     with attached(backbone, student, trainable=True) as parameters:
-        with holding(parameters, teacher):
+        with swapped_in(parameters, teacher):
             assert torch.equal(_predict(backbone), said)
         assert all(torch.equal(parameters[name], tensor) for name, tensor in student.items())

@@ -6,31 +6,25 @@ from __future__ import annotations
 
 import shutil
 import sys
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
-from conftest import NOUNS
+from helpers_learn import NOUNS, QUICK, learn_request, same_stack, stack_of, tensors_of
 
-from comfy_continual_lora import pipeline, settings, store
+from comfy_continual_lora import pipeline, presets, requests, settings, store
 from comfy_continual_lora.errors import Cancelled, SettingError
 from comfy_continual_lora.methods import METHODS
 from comfy_continual_lora.methods.c_lora import hadamard_penalty
+from comfy_continual_lora.methods.closed_form import ClosedForm
+from comfy_continual_lora.penalty import Penalty, Step
 from comfy_continual_lora.progress import Progress
-from comfy_continual_lora.settings import ConsolidateSettings, LearnSettings
+from comfy_continual_lora.settings import LearnSettings, TrainSettings
 
-QUICK = LearnSettings(
-    method="lora_dsc_ewc_dc",
-    steps=2,
-    batch=3,
-    rank=4,
-    size=64,
-    fisher_samples=3,
-    dsc_steps=2,
-    c_lora_weight=1.0,
-    ewc_strength=0.1,
-)
 VARIANTS = {
     **{name: replace(QUICK, method=name) for name in METHODS},
     "c_lora published": replace(QUICK, method="c_lora", c_lora_variant="published"),
@@ -45,53 +39,28 @@ VARIANTS = {
 }
 
 
-def _request(
-    checkpoint: Path, folders: dict[str, Path], token: str, settings: LearnSettings
-) -> pipeline.LearnRequest:
-    return pipeline.LearnRequest(
-        checkpoint, folders[token], token, NOUNS[token], settings, device="cpu"
-    )
-
-
-def _stack(checkpoint: Path) -> store.ConceptStack:
-    path = store.stack_path(checkpoint)
-    return store.load_stack(path, store.read_header(path)["fingerprint"])
-
-
-def _tensors(stack: store.ConceptStack) -> dict[str, torch.Tensor]:
-    parts = {"adapter": stack.adapter or {}, "words": stack.words}
-    for part, held in (("pool", stack.pool), ("wish", stack.wishes), ("fisher", stack.fishers)):
-        parts |= {f"{part} {k}": v for k, v in held.items()}
-    return {f"{part}/{name}": t for part, tensors in parts.items() for name, t in tensors.items()}
-
-
-def _same(a: store.ConceptStack, b: store.ConceptStack) -> bool:
-    left, right = _tensors(a), _tensors(b)
-    return left.keys() == right.keys() and all(torch.equal(left[k], right[k]) for k in left)
-
-
 def test_the_table_is_the_one_users_see() -> None:
-    assert tuple(METHODS) == settings.METHODS
+    assert list(METHODS) == presets.METHODS
     assert settings.LearnSettings().method == "retention"
 
 
 def test_a_method_may_have_a_choice_of_its_own_on_a_checkpoint() -> None:
-    for (preset, method), chosen in settings.METHOD_PRESETS.items():
+    for (preset, method), chosen in presets.METHOD_PRESETS.items():
         for name, value in chosen.items():
             assert (
                 getattr(LearnSettings(method=method).resolved(preset), name)
                 == value
-                != settings.PRESETS[preset][name]
+                != presets.PRESETS[preset][name]
             )
             assert (
                 getattr(LearnSettings(method="lora").resolved(preset), name)
-                == settings.PRESETS[preset][name]
+                == presets.PRESETS[preset][name]
             )
             assert (
                 getattr(LearnSettings(**{"method": method, name: 2 * value}).resolved(preset), name)
                 == 2 * value
             )
-    for preset, chosen in settings.PRESETS.items():
+    for preset, chosen in presets.PRESETS.items():
         assert LearnSettings(adapter="vera").resolved(preset).rate == 30 * chosen["rate"]
         assert LearnSettings(adapter="vera", rate=0.5).resolved(preset).rate == 0.5
 
@@ -111,22 +80,24 @@ def test_three_concepts_without_any_earlier_picture_then_undo(
     chosen, states = VARIANTS[name], []
     for token in NOUNS:
         own = Path(shutil.copytree(folders[token], tmp_path / token))
-        pipeline.learn_concept(replace(_request(checkpoint, folders, token, chosen), images=own))
+        pipeline.learn_concept(
+            replace(learn_request(checkpoint, folders, token, chosen), images=own)
+        )
         shutil.rmtree(own)  # the next concept is learned without it
-        states.append(_stack(checkpoint))
+        states.append(stack_of(checkpoint))
     first, second, third = states
     assert list(third.tokens) == list(NOUNS)
     assert all(torch.equal(third.tokens[t], second.tokens[t]) for t in ("V1", "V2"))
-    assert all(tensor.isfinite().all() for tensor in _tensors(third).values())
+    assert all(tensor.isfinite().all() for tensor in tensors_of(third).values())
     method = METHODS[chosen.method]
-    assert (third.adapter is None) == (not method.adapter)
-    assert len(third.fishers) == (3 if method.importance else 0)
+    assert (third.adapter is None) == (not method.adapter_kind(chosen))
+    assert len(third.fishers) == (3 if method.keeps_fisher else 0)
     assert third.tau is not None
     if third.adapter:
         grown = 3 if chosen.c_lora_variant == "published" else 1
         assert first.adapter
         if (
-            method.consolidation == "closed form" and third.rank and first.rank
+            isinstance(method, ClosedForm) and third.rank and first.rank
         ):  # its energy rule may ask for more
             grown = third.rank / first.rank
         assert sum(t.numel() for t in third.adapter.values()) == grown * sum(
@@ -135,63 +106,59 @@ def test_three_concepts_without_any_earlier_picture_then_undo(
         assert any(not torch.equal(t, first.adapter[k]) for k, t in third.adapter.items())
     assert not list(checkpoint.parent.glob("*.snapshot"))
     for before in (second, first):
-        pipeline.undo(checkpoint)
-        assert _same(_stack(checkpoint), before)
+        pipeline.undo(requests.UndoRequest(checkpoint))
+        assert same_stack(stack_of(checkpoint), before)
 
 
 LORA_KIND = [
     name
     for name, chosen in VARIANTS.items()
-    if METHODS[chosen.method].adapter == "lora" and "vera" not in name and "published" not in name
+    if METHODS[chosen.method].adapter_kind(chosen) == "lora"
+    and "vera" not in name
+    and "published" not in name
 ]
 LORA_KIND.remove("retention")  # holds ordinary prompts from the first concept on
 
 
 @pytest.mark.parametrize("name", LORA_KIND)
 def test_without_memory_every_lora_method_is_plain_lora(
-    checkpoint: Path, folders: dict[str, Path], tmp_path: Path, name: str
+    learned: Callable[..., Path], name: str
 ) -> None:
-    plain = Path(shutil.copy(checkpoint, tmp_path / "plain.safetensors"))
-    pipeline.learn_concept(_request(checkpoint, folders, "V1", VARIANTS[name]))
-    pipeline.learn_concept(_request(plain, folders, "V1", VARIANTS["lora"]))
-    ours, theirs = _stack(checkpoint), _stack(plain)
+    ours, theirs = (stack_of(learned(VARIANTS[one], "V1")) for one in (name, "lora"))
+    assert ours.records[0].method == VARIANTS[name].method
     assert ours.adapter
     assert theirs.adapter
     assert all(torch.equal(t, theirs.adapter[k]) for k, t in ours.adapter.items())
     assert torch.equal(ours.tokens["V1"], theirs.tokens["V1"])
 
 
+def _penalties(name: str, stack: store.ConceptStack) -> dict[str, Penalty]:
+    backbone = SimpleNamespace(device=torch.device("cpu"))
+    session: Any = SimpleNamespace(stack=stack, backbone=backbone)
+    return METHODS[name].penalties(session, VARIANTS[name].resolved("mini"), None)
+
+
 @pytest.mark.parametrize("name", METHODS)
 def test_no_penalty_on_an_empty_stack(name: str) -> None:
-    assert (
-        METHODS[name].penalty(
-            store.ConceptStack("f"), VARIANTS[name].resolved("mini"), torch.device("cpu")
-        )
-        is None
-    )
+    assert _penalties(name, store.ConceptStack("f")) == {}
 
 
-@pytest.mark.parametrize("name", [name for name in METHODS if METHODS[name].importance])
+@pytest.mark.parametrize("name", [name for name in METHODS if METHODS[name].keeps_fisher])
 def test_the_penalty_is_zero_where_the_next_concept_starts(
-    checkpoint: Path, folders: dict[str, Path], name: str
+    learned: Callable[..., Path], name: str
 ) -> None:
-    pipeline.learn_concept(_request(checkpoint, folders, "V1", VARIANTS[name]))
-    stack = _stack(checkpoint)
-    penalty = METHODS[name].penalty(stack, VARIANTS[name].resolved("mini"), torch.device("cpu"))
-    assert penalty
+    stack = stack_of(learned(VARIANTS[name], "V1"))
+    penalty = _penalties(name, stack)["ewc"]
     assert stack.adapter
-    assert penalty(stack.adapter) == 0
-    assert penalty({k: v + 0.1 for k, v in stack.adapter.items()}) > 0
+    assert penalty(Step(stack.adapter)) == 0
+    assert penalty(Step({k: v + 0.1 for k, v in stack.adapter.items()})) > 0
 
 
 @pytest.mark.parametrize("stage", ["learn", "consolidate", "fisher"])
 def test_a_run_stopped_in_any_stage_ends_as_an_undisturbed_one(
-    checkpoint: Path, folders: dict[str, Path], tmp_path: Path, stage: str
+    learned: Callable[..., Path], folders: dict[str, Path], stage: str
 ) -> None:
-    pipeline.learn_concept(_request(checkpoint, folders, "V1", QUICK))
-    other = Path(shutil.copy(checkpoint, tmp_path / "other.safetensors"))
-    shutil.copy(store.stack_path(checkpoint), store.stack_path(other))
-    pipeline.learn_concept(_request(checkpoint, folders, "V2", QUICK))
+    checkpoint, other = learned(QUICK, "V1", "V2"), learned(QUICK, "V1")
 
     def stop(progress: Progress) -> None:
         if progress.stage == stage and progress.step == 1:
@@ -199,15 +166,15 @@ def test_a_run_stopped_in_any_stage_ends_as_an_undisturbed_one(
 
     before = store.stack_path(other).read_bytes()
     with pytest.raises(Cancelled):
-        pipeline.learn_concept(_request(other, folders, "V2", QUICK), stop)
+        pipeline.learn_concept(learn_request(other, folders, "V2", QUICK), stop)
     assert store.stack_path(other).read_bytes() == before
     seen: list[tuple[str, int]] = []
     pipeline.learn_concept(
-        _request(other, folders, "V2", QUICK), lambda p: seen.append((p.stage, p.step))
+        learn_request(other, folders, "V2", QUICK), lambda p: seen.append((p.stage, p.step))
     )
     assert ("learn", 1) not in seen
     assert (("consolidate", 1) in seen) == (stage == "learn")
-    one, two = _stack(checkpoint), _stack(other)
+    one, two = stack_of(checkpoint), stack_of(other)
     assert one.adapter
     assert two.adapter
     assert all(torch.equal(t, two.adapter[k]) for k, t in one.adapter.items())
@@ -223,27 +190,26 @@ def test_a_run_stopped_while_calibrating_has_learned(
             raise Cancelled
 
     with pytest.raises(Cancelled):
-        pipeline.learn_concept(_request(checkpoint, folders, "V1", QUICK), stop)
+        pipeline.learn_concept(learn_request(checkpoint, folders, "V1", QUICK), stop)
     assert not store.stack_path(checkpoint).exists()
     seen: list[str] = []
     pipeline.learn_concept(
-        _request(checkpoint, folders, "V1", QUICK), lambda p: seen.append(p.stage)
+        learn_request(checkpoint, folders, "V1", QUICK), lambda p: seen.append(p.stage)
     )
     assert "learn" not in seen
-    assert _stack(checkpoint).tau
+    assert stack_of(checkpoint).tau
 
 
-def test_consolidate_by_itself(checkpoint: Path, folders: dict[str, Path]) -> None:
-    for token in ("V1", "V2"):
-        pipeline.learn_concept(_request(checkpoint, folders, token, VARIANTS["lora_ewc"]))
-    before = _stack(checkpoint)
-    wanted = ConsolidateSettings(batch=3, size=64, fisher_samples=3, dsc_steps=3)
+def test_consolidate_by_itself(learned: Callable[..., Path], folders: dict[str, Path]) -> None:
+    checkpoint = learned(VARIANTS["lora_ewc"], "V1", "V2")
+    before = stack_of(checkpoint)
+    wanted = TrainSettings(batch=3, size=64, fisher_samples=3, dsc_steps=3)
     done = pipeline.consolidate(
-        pipeline.ConsolidateRequest(checkpoint, folders["V2"], wanted, device="cpu")
+        requests.ConsolidateRequest(checkpoint, folders["V2"], wanted, device="cpu")
     )
-    after, (one, two) = _stack(checkpoint), before.records
+    after, (one, two) = stack_of(checkpoint), before.records
     assert len(done.losses) == 3
-    wanted_digest = pipeline.ConsolidateRequest(
+    wanted_digest = requests.ConsolidateRequest(
         checkpoint, folders["V2"], wanted, device="cpu"
     ).digest
     assert done.record == replace(two, consolidated=wanted_digest)
@@ -258,41 +224,44 @@ def test_consolidate_by_itself(checkpoint: Path, folders: dict[str, Path]) -> No
     assert any(
         not torch.equal(t, before.fishers[two.id][k]) for k, t in after.fishers[two.id].items()
     )
-    assert pipeline.undo(checkpoint).change == f"consolidated {two.name}"
-    unchanged = _stack(checkpoint)
+    assert pipeline.undo(requests.UndoRequest(checkpoint)).change == f"consolidated {two.name}"
+    unchanged = stack_of(checkpoint)
     assert unchanged.records == before.records
     assert all(
         torch.equal(t, before.fishers[two.id][k]) for k, t in unchanged.fishers[two.id].items()
     )
-    assert pipeline.undo(checkpoint).change == f"learned {two.name}"
+    assert pipeline.undo(requests.UndoRequest(checkpoint)).change == f"learned {two.name}"
     with pytest.raises(store.StackError, match="nothing to consolidate"):
         pipeline.consolidate(
-            pipeline.ConsolidateRequest(checkpoint, folders["V1"], wanted, device="cpu")
+            requests.ConsolidateRequest(checkpoint, folders["V1"], wanted, device="cpu")
         )
 
 
-def test_kinds_of_adapters_do_not_mix(checkpoint: Path, folders: dict[str, Path]) -> None:
-    pipeline.learn_concept(_request(checkpoint, folders, "V1", VARIANTS["custom_diffusion"]))
+def test_kinds_of_adapters_do_not_mix(
+    learned: Callable[..., Path], folders: dict[str, Path]
+) -> None:
+    checkpoint = learned(VARIANTS["custom_diffusion"], "V1")
     with pytest.raises(
         SettingError, match="trains an adapter of the kind lora, but this stack's is full"
     ):
-        pipeline.learn_concept(_request(checkpoint, folders, "V2", VARIANTS["lora"]))
+        pipeline.learn_concept(learn_request(checkpoint, folders, "V2", VARIANTS["lora"]))
     pipeline.learn_concept(
-        _request(checkpoint, folders, "V2", VARIANTS["textual_inversion"])
+        learn_request(checkpoint, folders, "V2", VARIANTS["textual_inversion"])
     )  # changes no adapter
-    with pytest.raises(SettingError, match="c_lora can't learn with VeRA"):
+    with pytest.raises(SettingError, match="c_lora can't learn with the adapter vera"):
         pipeline.learn_concept(
-            _request(checkpoint, folders, "V3", replace(QUICK, method="c_lora", adapter="vera"))
+            learn_request(
+                checkpoint, folders, "V3", replace(QUICK, method="c_lora", adapter="vera")
+            )
         )
 
 
 def test_a_lora_that_has_grown_does_not_go_with_ewc(
-    checkpoint: Path, folders: dict[str, Path]
+    learned: Callable[..., Path], folders: dict[str, Path]
 ) -> None:
-    for token in ("V1", "V2"):
-        pipeline.learn_concept(_request(checkpoint, folders, token, VARIANTS["c_lora published"]))
+    checkpoint = learned(VARIANTS["c_lora published"], "V1", "V2")
     with pytest.raises(SettingError, match="this stack's LoRA has grown"):
-        pipeline.learn_concept(_request(checkpoint, folders, "V3", VARIANTS["lora_ewc"]))
+        pipeline.learn_concept(learn_request(checkpoint, folders, "V3", VARIANTS["lora_ewc"]))
 
 
 def test_c_loras_penalty_by_hand() -> None:
@@ -307,16 +276,15 @@ def test_c_loras_penalty_by_hand() -> None:
 
 
 def test_scores_name_pictures_and_count_what_is_right(
-    checkpoint: Path, folders: dict[str, Path]
+    checkpoint: Path, folders: dict[str, Path], learned: Callable[..., Path]
 ) -> None:
-    with pytest.raises(store.StackError, match="learned no concept"):
-        pipeline.dc_scores(pipeline.ScoreRequest(checkpoint, folders["V1"], device="cpu"))
-    for token in ("V1", "V2"):
-        pipeline.learn_concept(_request(checkpoint, folders, token, VARIANTS["lora"]))
+    with pytest.raises(store.StackError, match="holds no concept yet"):
+        pipeline.dc_scores(requests.ScoreRequest(checkpoint, folders["V1"], device="cpu"))
+    checkpoint = learned(VARIANTS["lora"], "V1", "V2")
     wanted = settings.ScoreSettings(trials=8, size=64)
     found = pipeline.dc_scores(
-        pipeline.ScoreRequest(checkpoint, folders["V1"].parent, wanted, device="cpu")
-    )
+        requests.ScoreRequest(checkpoint, folders["V1"].parent, wanted, device="cpu")
+    ).images
     assert [one.label for one in found] == ["V1", "V1", "V2", "V2", None, None]
     assert all(set(one.scores.names) == {"V1", "V2", "c_0 ball", "c_0 fish"} for one in found)
     assert [one.right is None for one in found] == [False] * 4 + [True] * 2

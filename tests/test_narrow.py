@@ -10,15 +10,15 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import families
-import full_size
+import helpers_families as families
+import helpers_full_size as full_size
 import pytest
 import torch
-from comfy_continual_lora.lora import attached, new_adapter
 from safetensors import safe_open
 from torch import nn
 
-from comfy_continual_lora.checkpoint import load, narrow
+from comfy_continual_lora.adapters.adapter import attached, new_adapter
+from comfy_continual_lora.checkpoint import layout, load, narrow
 from comfy_continual_lora.checkpoint.backbone import Backbone
 from comfy_continual_lora.checkpoint.load import load_backbone
 
@@ -188,7 +188,7 @@ def test_every_weight_is_read_once(tmp_path: Path, monkeypatch: pytest.MonkeyPat
             read.append(name)
             return self.file.get_tensor(name)
 
-    monkeypatch.setattr(load, "safe_open", Spy)
+    monkeypatch.setattr(layout, "safe_open", Spy)
     load_backbone(path, device="cpu", precision="bf16")
     assert len(read) == len(set(read)) > 100
 

@@ -11,9 +11,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from comfy_continual_lora.lora import Adapter
 
-from comfy_continual_lora import parallel, pipeline, store
+from comfy_continual_lora import parallel, pipeline, requests, store
+from comfy_continual_lora.adapters.adapter import Adapter
 from comfy_continual_lora.errors import SettingError, TrainingError
 from comfy_continual_lora.progress import Progress
 from comfy_continual_lora.settings import LearnSettings
@@ -21,7 +21,14 @@ from comfy_continual_lora.settings import LearnSettings
 ROOT = Path(__file__).parents[1]
 # `retention` has a penalty and `lora_dsc_ewc_dc` consolidates: both are taken in parts too
 QUICK = LearnSettings(
-    method="lora", steps=4, batch=5, rank=4, dsc_steps=2, fisher_samples=4, snapshot_every=2
+    method="lora",
+    steps=4,
+    batch=5,
+    rank=4,
+    size=64,
+    dsc_steps=2,
+    fisher_samples=4,
+    snapshot_every=2,
 )
 
 
@@ -44,7 +51,7 @@ def _learned(
     checkpoint: Path, folder: Path, settings: LearnSettings, token: str
 ) -> tuple[list[float], Adapter]:
     done = pipeline.learn_concept(
-        pipeline.LearnRequest(checkpoint, folder, token, "ball", settings, device="cpu")
+        requests.LearnRequest(checkpoint, folder, token, "ball", settings, device="cpu")
     )
     adapter = store.open_stack(done.stack_file).adapter
     assert adapter
@@ -72,7 +79,7 @@ def test_accumulating_parts_is_one_batch(
         found.append(
             _learned(checkpoint, folders["V1"], replace(settings, accumulate=accumulate), "V1")
         )
-        pipeline.undo(checkpoint)
+        pipeline.undo(requests.UndoRequest(checkpoint))
     for losses, adapter in found[1:]:
         assert losses == pytest.approx(found[0][0], rel=1e-4)
         assert _apart(adapter, found[0][1]) < 0.02
@@ -102,6 +109,7 @@ def _launch(
         "steps": 4,
         "batch": 5,
         "rank": 4,
+        "size": 64,
         "dsc-steps": 2,
         "fisher-samples": 4,
         "method": "lora_dsc_ewc_dc",
@@ -143,6 +151,7 @@ LAUNCHERS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("launcher", LAUNCHERS)
 def test_two_processes_learn_what_one_does(
     checkpoint: Path, folders: dict[str, Path], tmp_path: Path, launcher: str
@@ -187,7 +196,7 @@ def test_too_little_memory_says_what_to_lower_and_the_run_goes_on_with_less(
 ) -> None:
     from comfy_continual_lora import learn
 
-    request = pipeline.LearnRequest(
+    request = requests.LearnRequest(
         checkpoint, pictures, "V1", "ball", replace(QUICK, steps=5), device="cpu"
     )
     noised, calls = learn.noised, []
@@ -221,7 +230,7 @@ def test_another_runtime_error_is_not_taken_for_it(
     )
     with pytest.raises(RuntimeError, match="shapes do not agree"):
         pipeline.learn_concept(
-            pipeline.LearnRequest(checkpoint, pictures, "V1", "ball", QUICK, device="cpu")
+            requests.LearnRequest(checkpoint, pictures, "V1", "ball", QUICK, device="cpu")
         )
 
 
@@ -229,7 +238,7 @@ def test_an_optimizer_that_is_not_there_is_named(
     checkpoint: Path, pictures: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, "bitsandbytes.optim", None)
-    request = pipeline.LearnRequest(
+    request = requests.LearnRequest(
         checkpoint, pictures, "V1", "ball", replace(QUICK, optimizer="adamw8bit"), device="cpu"
     )
     with pytest.raises(SettingError, match="adamw8bit needs bitsandbytes"):

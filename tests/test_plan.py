@@ -9,13 +9,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import families
+import helpers_families as families
 import pytest
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from comfy_continual_lora import cli, pipeline, store
+from comfy_continual_lora import cli, pipeline, requests, store
 from comfy_continual_lora.checkpoint.backbone import Backbone
 from comfy_continual_lora.checkpoint.load import load_backbone
 from comfy_continual_lora.errors import CheckpointError, SettingError
@@ -58,11 +58,11 @@ def test_files_are_as_large_as_said(
     if adapter == "vera" and method != "lora":
         pytest.skip("one method is enough")
     settings = replace(QUICK, method=method, adapter=adapter, fisher_samples=2, batch=2)
-    request = pipeline.LearnRequest(checkpoint, pictures, "V1", "ball", settings, device="cpu")
+    request = requests.LearnRequest(checkpoint, pictures, "V1", "ball", settings, device="cpu")
     said = pipeline.plan(request)
     done = pipeline.learn_concept(request)
     assert sum(t.numel() * 4 for t in load_file(done.stack_file).values()) == said.stack_file
-    exported = pipeline.export(checkpoint, tmp_path / "out")
+    exported = pipeline.export(requests.ExportRequest(checkpoint, tmp_path / "out"))
     files = [*exported.embeddings, *([exported.lora] if exported.lora else [])]
     tensors = [
         t for file in files for name, t in load_file(file).items() if not name.endswith(".alpha")
@@ -105,7 +105,7 @@ def test_rows_are_the_most_that_go_through_at_once(
 
     monkeypatch.setattr(Backbone, "predict", predict)
     for token in ("V1", "V2"):
-        request = pipeline.LearnRequest(
+        request = requests.LearnRequest(
             checkpoint, folders[token], token, "thing", replace(settings, **change), device="cpu"
         )
         said = pipeline.plan(request).rows
@@ -119,8 +119,8 @@ import json, sys, tempfile, torch
 from dataclasses import replace
 from pathlib import Path
 from comfy_continual_lora.checkpoint.load import load_backbone
-from comfy_continual_lora.learn import Lesson, learn
-from comfy_continual_lora.lora import new_adapter
+from comfy_continual_lora.learn import TrainingInputs, learn
+from comfy_continual_lora.adapters.adapter import new_adapter
 from comfy_continual_lora.settings import LearnSettings
 torch.set_num_threads(1)
 def status(name):
@@ -128,7 +128,7 @@ def status(name):
     return 1024 * next(int(line.split()[1]) for line in lines if line.startswith(name))
 backbone, generator = load_backbone(sys.argv[1], device="cpu"), torch.Generator().manual_seed(0)
 adapter, word = new_adapter(backbone, 4, generator), backbone.word_start("", generator)
-lesson = Lesson(torch.randn(8, 4, 32, 32), [["a photo of a V1 ball"]], "V1", {}, adapter, word)
+lesson = TrainingInputs(torch.randn(8, 4, 32, 32), [["a photo of a V1 ball"]], "V1", {}, adapter, word)
 settings = LearnSettings(**json.loads(sys.argv[2])).resolved("mini")
 with tempfile.TemporaryDirectory() as folder:
     # what a first step imports, and the pages of the file, are there before
@@ -245,7 +245,7 @@ def test_norms_take_more_on_a_gpu_in_half_precision(
 
 
 def test_a_plan_reads_no_weights(mini_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from comfy_continual_lora.checkpoint.load import Part
+    from comfy_continual_lora.checkpoint.layout import Part
 
     monkeypatch.setattr(Part, "read", lambda *_: pytest.fail("a weight was read"))
     assert plan(mini_file, NOWHERE, QUICK, "cpu").peak > 0

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from comfy_continual_lora import pipeline, sample
+from comfy_continual_lora import pipeline, requests, sample
 from comfy_continual_lora.checkpoint.backbone import Backbone
 from comfy_continual_lora.errors import Cancelled, SettingError
 from comfy_continual_lora.progress import Progress
@@ -53,7 +53,7 @@ def test_pictures_with_unequally_many_areas_are_refused_before_anything_is_loade
     with pytest.raises(
         SettingError, match=r"equally many prompts beside each other; these show \[1, 2\]"
     ):
-        pipeline.draw(pipeline.DrawRequest(Path("not there"), ["a mug", ("a mug", "a star")]))
+        pipeline.draw(requests.DrawRequest(Path("not there"), ["a mug", ("a mug", "a star")]))
 
 
 def test_one_area_is_the_whole_picture(backbone: Backbone) -> None:

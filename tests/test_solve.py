@@ -6,18 +6,17 @@ from __future__ import annotations
 
 import copy
 import shutil
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
-from comfy_continual_lora.lora import Adapter, delta_weights, layers_of, rank_of
-from conftest import NOUNS
+from helpers_learn import NOUNS, QUICK, learn_request, random_adapter, same_stack, stack_of
 from safetensors.torch import load_file, save_file
-from test_methods import QUICK, _request, _same, _stack
-from test_textspace import _random
 
-from comfy_continual_lora import cli, foreign, pipeline, solve, store, textspace
+from comfy_continual_lora import cli, foreign, pipeline, requests, solve, store, targets, textspace
+from comfy_continual_lora.adapters.adapter import Adapter, delta_weights, layers_of, rank_of
 from comfy_continual_lora.checkpoint.backbone import Backbone
 from comfy_continual_lora.errors import SettingError, StackError
 from comfy_continual_lora.progress import ignore
@@ -30,49 +29,47 @@ EXACT = SolveSettings(ridge=1e-7, energy=1.0)
 
 def _problem(
     backbone: Backbone, kind: str = "lora"
-) -> tuple[list[torch.Tensor], list[Adapter | None], list[solve.Wish]]:
+) -> tuple[list[torch.Tensor], list[Adapter | None], list[solve.Target]]:
     """Features (n, 256) of three concepts, of which the last asks for nothing."""
     generator = torch.Generator().manual_seed(5)
     features = [
         torch.randn(300, 256, generator=generator) @ torch.randn(256, 256, generator=generator) / 16
         for _ in range(3)
     ]
-    adapters = [_random(backbone, kind, 1, rank=3), _random(backbone, kind, 2, rank=3), None]
+    adapters = [
+        random_adapter(backbone, kind, 1, rank=3),
+        random_adapter(backbone, kind, 2, rank=3),
+        None,
+    ]
     return (
         features,
         adapters,
         [
-            solve.Wish(str(i), f.T @ f / len(f), a)
+            solve.Target(str(i), f.T @ f / len(f), a)
             for i, (f, a) in enumerate(zip(features, adapters, strict=True))
         ],
     )
 
 
 @pytest.fixture
-def two(checkpoint: Path, folders: dict[str, Path]) -> Path:
+def two(learned: Callable[..., Path]) -> Path:
     """A checkpoint that learned two concepts, the second at a rate that spoils the first."""
-    return _learned(checkpoint, folders, "V1", "V2")
-
-
-def _learned(checkpoint: Path, folders: dict[str, Path], *tokens: str) -> Path:
-    for token in tokens:
-        pipeline.learn_concept(_request(checkpoint, folders, token, QUICKER))
-    return checkpoint
+    return learned(QUICKER, "V1", "V2")
 
 
 @pytest.mark.parametrize("kind", ["lora", "full"])
 def test_it_is_the_least_squares_solution(backbone: Backbone, kind: str) -> None:
     """Against lstsq over all features, each row by itself, without any moment."""
-    features, adapters, wishes = _problem(backbone, kind)
-    found, _ = solve.solve(wishes, EXACT)
+    features, adapters, goals = _problem(backbone, kind)
+    found, _ = solve.solve(goals, EXACT)
     changes = [delta_weights(backbone, a) if a else {} for a in adapters]
     rows = torch.cat([f / len(f) ** 0.5 for f in features]).double()
     for layer, change in list(delta_weights(backbone, found).items())[:4]:
-        targets = [
+        wanted = [
             (f / len(f) ** 0.5).double() @ c.get(layer, torch.zeros_like(change)).T.double()
             for f, c in zip(features, changes, strict=True)
         ]
-        expected = torch.linalg.lstsq(rows, torch.cat(targets)).solution.T
+        expected = torch.linalg.lstsq(rows, torch.cat(wanted)).solution.T
         assert torch.allclose(change.double(), expected, atol=1e-4)
 
 
@@ -80,9 +77,9 @@ def test_a_small_rank_is_the_best_of_its_rank(backbone: Backbone) -> None:
     """Gradient descent from it, and from the plain SVD's cut, finds nothing better; the energy rule
     says how much is lost.
     """
-    features, adapters, wishes = _problem(backbone)
-    best, _ = solve.solve(wishes, replace(EXACT, rank=2))
-    whole, _ = solve.solve(wishes, EXACT)
+    features, adapters, goals = _problem(backbone)
+    best, _ = solve.solve(goals, replace(EXACT, rank=2))
+    whole, _ = solve.solve(goals, EXACT)
     layer = next(iter(layers_of(best)))
 
     def error(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
@@ -131,37 +128,35 @@ def test_what_is_lost_is_a_share_of_all_layers_together(backbone: Backbone) -> N
         {k: (d @ wish.moment * d).sum() for k, d in delta_weights(backbone, a or {}).items()}
         for a in (wish.adapter, faint.adapter)
     )
-    assert solve.lost(wish.adapter, faint) == pytest.approx(
+    assert targets.relative_drift(wish.adapter, faint) == pytest.approx(
         float(done[layer] * 0.999**2 / sum(asked.values())), rel=1e-4
     )
-    assert solve.lost(wish.adapter, faint) < 1 < 100 < float(done[layer] / asked[layer])
+    assert targets.relative_drift(wish.adapter, faint) < 1 < 100 < float(done[layer] / asked[layer])
 
 
 def test_the_energy_rule_and_the_least_rank(backbone: Backbone) -> None:
-    _, _, wishes = _problem(backbone)
-    one, rank = solve.solve(wishes[:1], replace(EXACT, energy=0.9999))
+    _, _, goals = _problem(backbone)
+    one, rank = solve.solve(goals[:1], replace(EXACT, energy=0.9999))
     assert rank == 3  # one wish, of rank 3, without contradiction
-    padded, again = solve.solve(wishes[:1], replace(EXACT, energy=0.9999), least_rank=5)
+    padded, again = solve.solve(goals[:1], replace(EXACT, energy=0.9999), least_rank=5)
     assert (again, rank_of(padded)) == (3, 5)
     for layer, change in delta_weights(backbone, one).items():
         assert torch.allclose(delta_weights(backbone, padded)[layer], change, atol=1e-6)
-    assert solve.lost(one, wishes[0]) < 1e-4
+    assert targets.relative_drift(one, goals[0]) < 1e-4
     assert all(
         float(t[3:].abs().sum()) > 0 for name, t in padded.items() if name.endswith("A")
     )  # rows that can learn
-    whole, rank = solve.solve(wishes, EXACT)
-    low, few = solve.solve(wishes, replace(EXACT, energy=0.6))
+    whole, rank = solve.solve(goals, EXACT)
+    low, few = solve.solve(goals, replace(EXACT, energy=0.6))
     assert few < rank
     assert rank_of(low) == few
     ample, again = solve.solve(
-        wishes, replace(EXACT, energy=0.6), least_rank=rank
+        goals, replace(EXACT, energy=0.6), least_rank=rank
     )  # room that is there is used
     assert again == few
     for layer, change in delta_weights(backbone, whole).items():
         assert torch.allclose(delta_weights(backbone, ample)[layer], change, atol=1e-5)
-    said, two = solve.solve(
-        wishes, replace(EXACT, rank=2), least_rank=rank
-    )  # unless a rank is said
+    said, two = solve.solve(goals, replace(EXACT, rank=2), least_rank=rank)  # unless a rank is said
     assert (two, rank_of(said)) == (2, rank)
     assert all(
         int(torch.linalg.matrix_rank(change, rtol=1e-4)) == 2
@@ -169,38 +164,37 @@ def test_the_energy_rule_and_the_least_rank(backbone: Backbone) -> None:
     )
 
 
-def test_vera_is_refused(checkpoint: Path, folders: dict[str, Path]) -> None:
+def test_vera_is_refused(learned: Callable[..., Path]) -> None:
     """By whatever has to write the solution into the stack."""
-    for token in ("V1", "V2"):
-        pipeline.learn_concept(
-            _request(checkpoint, folders, token, replace(QUICKER, adapter="vera"))
-        )
-    with pytest.raises(StackError, match="can't be written as VeRA"):
-        pipeline.consolidate_in_closed_form(pipeline.SolveRequest(checkpoint, device="cpu"))
-    with pytest.raises(StackError, match="can't be written as VeRA"):
-        pipeline.select(pipeline.SolveRequest(checkpoint, device="cpu"), ["V1"])
-    with pytest.raises(StackError, match="can't be written as VeRA"):
-        pipeline.forget(pipeline.SolveRequest(checkpoint, device="cpu"), "V1")
-    assert list(_stack(checkpoint).tokens) == ["V1", "V2"]
+    checkpoint = learned(replace(QUICKER, adapter="vera"), "V1", "V2")
+    with pytest.raises(StackError, match="can't be written as vera"):
+        pipeline.consolidate_in_closed_form(requests.SolveRequest(checkpoint, device="cpu"))
+    with pytest.raises(StackError, match="can't be written as vera"):
+        pipeline.select(requests.SelectRequest(checkpoint, only=["V1"], device="cpu"))
+    with pytest.raises(StackError, match="can't be written as vera"):
+        pipeline.forget(requests.ForgetRequest(checkpoint, "V1", device="cpu"))
+    assert list(stack_of(checkpoint).tokens) == ["V1", "V2"]
 
 
 def test_consolidating_brings_back_what_was_lost(two: Path, folders: dict[str, Path]) -> None:
-    before = _stack(two)
-    found = pipeline.consolidate_in_closed_form(pipeline.SolveRequest(two, device="cpu"))
+    before = stack_of(two)
+    found = pipeline.consolidate_in_closed_form(requests.SolveRequest(two, device="cpu"))
     assert found.before["V1"] > 0.3
     assert found.before["V2"] == pytest.approx(0, abs=1e-6)
     assert found.after["V1"] < found.before["V1"] / 3
-    after = _stack(two)
+    after = stack_of(two)
     assert after.rank == max(4, found.rank)
-    assert after.before is not None
-    assert _same(after.as_of(1), replace(before.as_of(1), pool={})) or after.rank != before.rank
-    again = pipeline.consolidate_in_closed_form(pipeline.SolveRequest(two, device="cpu"))
+    assert after.unconsolidated is not None
+    assert (
+        same_stack(after.as_of(1), replace(before.as_of(1), pool={})) or after.rank != before.rank
+    )
+    again = pipeline.consolidate_in_closed_form(requests.SolveRequest(two, device="cpu"))
     assert again.after == pytest.approx(found.after)
-    assert _same(_stack(two), after)  # the same bytes
+    assert same_stack(stack_of(two), after)  # the same bytes
     pipeline.learn_concept(
-        _request(two, folders, "V3", replace(QUICK, rank=None))
+        learn_request(two, folders, "V3", replace(QUICK, rank=None))
     )  # other methods go on from there
-    assert list(_stack(two).tokens) == ["V1", "V2", "V3"]
+    assert list(stack_of(two).tokens) == ["V1", "V2", "V3"]
 
 
 def test_retention_ends_at_the_closed_form(
@@ -212,39 +206,41 @@ def test_retention_ends_at_the_closed_form(
     seen = []
     for token in NOUNS:
         seen.clear()
-        request = _request(checkpoint, folders, token, replace(QUICKER, method="retention"))
+        request = learn_request(checkpoint, folders, token, replace(QUICKER, method="retention"))
         pipeline.learn_concept(request, lambda p: seen.append((p.stage, p.step)))
     assert [step for stage, step in seen if stage == "solve"] == [0, 1, 2]
     assert seen.index(("learn", 1)) < seen.index(
         ("solve", 0)
     )  # however many there are, learning begins at once
-    stack = _stack(checkpoint)
-    wishes = solve.memory_of(backbone, stack, ignore).wishes(
-        solve.adapters_of(stack), SolveSettings()
+    stack = stack_of(checkpoint)
+    goals = targets.prompt_bank(backbone, stack, ignore).targets(
+        targets.own_adapters(stack), SolveSettings()
     )
-    solution, _ = solve.solve(wishes, SolveSettings(), stack.rank or 1)
+    solution, _ = solve.solve(goals, SolveSettings(), stack.rank or 1)
     assert stack.adapter
     assert all(
         torch.allclose(stack.adapter[name], tensor, atol=1e-5) for name, tensor in solution.items()
     )
     first, second, _ = stack.records
-    assert stack.wishes.keys() == {
+    assert stack.targets.keys() == {
         record.id for record in stack.records[1:]
     }  # the first one's own adapter is in the pool
     assert (
-        solve.lost(stack.pool[second.id], replace(wishes[2], adapter=stack.wishes[second.id]))
+        targets.relative_drift(
+            stack.pool[second.id], replace(goals[2], adapter=stack.targets[second.id])
+        )
         > 1e-4
     )  # a wish is not what was found for all
-    assert rank_of(stack.wishes[second.id]) <= rank_of(stack.pool[second.id])
+    assert rank_of(stack.targets[second.id]) <= rank_of(stack.pool[second.id])
     undone = stack.as_of(1)
-    assert not undone.wishes
+    assert not undone.targets
     assert undone.adapter is stack.pool[first.id]
 
 
-def test_one_concept_has_nothing_to_consolidate(checkpoint: Path, folders: dict[str, Path]) -> None:
-    _learned(checkpoint, folders, "V1")
+def test_one_concept_has_nothing_to_consolidate(learned: Callable[..., Path]) -> None:
+    checkpoint = learned(QUICKER, "V1")
     with pytest.raises(StackError, match="two concepts at least"):
-        pipeline.consolidate_in_closed_form(pipeline.SolveRequest(checkpoint, device="cpu"))
+        pipeline.consolidate_in_closed_form(requests.SolveRequest(checkpoint, device="cpu"))
 
 
 def _does(
@@ -258,16 +254,16 @@ def _does(
 
 
 def test_selected_concepts_get_what_their_own_adapters_did(
-    checkpoint: Path, folders: dict[str, Path], backbone: Backbone
+    learned: Callable[..., Path], backbone: Backbone
 ) -> None:
     """Of a stack that forgets: one by itself nearly exactly, two less so, and nothing of the third;
     the stack stays as it was.
     """
-    _learned(checkpoint, folders, *NOUNS)
+    checkpoint = learned(QUICKER, *NOUNS)
     stack, raw, request = (
-        _stack(checkpoint),
+        stack_of(checkpoint),
         store.stack_path(checkpoint).read_bytes(),
-        pipeline.SolveRequest(checkpoint, device="cpu"),
+        requests.SolveRequest(checkpoint, device="cpu"),
     )
     assert (
         cli.main(
@@ -285,14 +281,22 @@ def test_selected_concepts_get_what_their_own_adapters_did(
         )
         == 2
     )
-    one, two = pipeline.select(request, ["v1"]), pipeline.select(request, ["V3", "V1"])
+    one, two = (
+        pipeline.select(requests.SelectRequest(request.checkpoint, only=["v1"], device="cpu")),
+        pipeline.select(
+            requests.SelectRequest(request.checkpoint, only=["V3", "V1"], device="cpu")
+        ),
+    )
     assert (list(one.tokens), list(two.tokens)) == (["V1"], ["V1", "V3"])  # in the stack's order
-    own, memory = stack.as_of(1), solve.memory_of(backbone, stack, ignore)
-    wish = memory.about_one(memory.wishes(solve.adapters_of(stack), SolveSettings()))[0]
+    own, memory = stack.as_of(1), targets.prompt_bank(backbone, stack, ignore)
+    wish = memory.about_one(memory.targets(targets.own_adapters(stack), SolveSettings()))[0]
     assert one.adapter
     assert two.adapter
     assert stack.adapter
-    shares = [solve.lost(adapter, wish) for adapter in (one.adapter, two.adapter, stack.adapter)]
+    shares = [
+        targets.relative_drift(adapter, wish)
+        for adapter in (one.adapter, two.adapter, stack.adapter)
+    ]
     assert shares == sorted(shares)
     assert shares[0] < 0.1 < 0.3 < shares[2]
     prompt = "a photo of a V1 ball on grass"
@@ -302,30 +306,27 @@ def test_selected_concepts_get_what_their_own_adapters_did(
     assert store.stack_path(checkpoint).read_bytes() == raw
     for tokens, message in ((["V9"], "It knows V1, V2, V3"), ([], "No concept was named")):
         with pytest.raises(StackError, match=message):
-            pipeline.select(request, tokens)
+            pipeline.select(requests.SelectRequest(request.checkpoint, only=tokens, device="cpu"))
 
 
 def test_of_words_alone_the_words_are_selected(
-    checkpoint: Path, folders: dict[str, Path], tmp_path: Path
+    learned: Callable[..., Path], tmp_path: Path
 ) -> None:
-    for token in ("V1", "V2"):
-        pipeline.learn_concept(
-            _request(checkpoint, folders, token, replace(QUICK, method="textual_inversion"))
-        )
-    done = pipeline.export(checkpoint, tmp_path / "out", only=["V2"], device="cpu")
+    checkpoint = learned(replace(QUICK, method="textual_inversion"), "V1", "V2")
+    done = pipeline.export(
+        requests.ExportRequest(checkpoint, tmp_path / "out", only=["V2"], device="cpu")
+    )
     assert done.lora is None
     assert [path.name for path in done.embeddings] == ["V2.safetensors"]
 
 
-def test_forgetting_one_leaves_the_others(
-    checkpoint: Path, folders: dict[str, Path], backbone: Backbone
-) -> None:
-    _learned(checkpoint, folders, *NOUNS)
-    before = _stack(checkpoint)
-    pipeline.consolidate_in_closed_form(pipeline.SolveRequest(checkpoint, device="cpu"))
-    held, words = _stack(checkpoint), before.tokens
-    gone = pipeline.forget(pipeline.SolveRequest(checkpoint, device="cpu"), "v2")
-    after, raw = _stack(checkpoint), store.stack_path(checkpoint).read_bytes()
+def test_forgetting_one_leaves_the_others(learned: Callable[..., Path], backbone: Backbone) -> None:
+    checkpoint = learned(QUICKER, *NOUNS)
+    before = stack_of(checkpoint)
+    pipeline.consolidate_in_closed_form(requests.SolveRequest(checkpoint, device="cpu"))
+    held, words = stack_of(checkpoint), before.tokens
+    gone = pipeline.forget(requests.ForgetRequest(checkpoint, "v2", device="cpu")).record
+    after, raw = stack_of(checkpoint), store.stack_path(checkpoint).read_bytes()
     assert gone.token == "V2"
     assert list(after.tokens) == ["V1", "V3"]
     assert gone.id.encode() not in raw
@@ -338,8 +339,8 @@ def test_forgetting_one_leaves_the_others(
     for prompt in ("a photo of a V1 ball", "a photo of a V3 mug"):
         own = _does(backbone, held, words, prompt)
         assert (_does(backbone, after, words, prompt) - own).norm() < 0.4 * own.norm()
-    assert pipeline.undo(checkpoint).token == "V2"
-    back = _stack(checkpoint)
+    assert pipeline.undo(requests.UndoRequest(checkpoint)).token == "V2"
+    back = stack_of(checkpoint)
     assert held.adapter
     assert back.adapter
     assert back.records == held.records
@@ -350,31 +351,31 @@ def test_forgetting_one_leaves_the_others(
 def test_forgetting_the_newest_is_undo(two: Path) -> None:
     other = Path(shutil.copy(two, two.with_name("other.safetensors")))
     shutil.copy(store.stack_path(two), store.stack_path(other))
-    pipeline.forget(pipeline.SolveRequest(two, device="cpu"), "V2")
-    pipeline.undo(other)
-    assert _same(_stack(two), _stack(other))
+    pipeline.forget(requests.ForgetRequest(two, "V2", device="cpu"))
+    pipeline.undo(requests.UndoRequest(other))
+    assert same_stack(stack_of(two), stack_of(other))
     with pytest.raises(StackError, match="It knows V1"):
-        pipeline.forget(pipeline.SolveRequest(two, device="cpu"), "V9")
+        pipeline.forget(requests.ForgetRequest(two, "V9", device="cpu"))
 
 
 def test_merging_two_stacks(
-    checkpoint: Path, folders: dict[str, Path], backbone: Backbone, tmp_path: Path
+    learned: Callable[..., Path], folders: dict[str, Path], backbone: Backbone, tmp_path: Path
 ) -> None:
     """Two people with one checkpoint, both with a V1."""
-    _learned(checkpoint, folders, "V1")
-    mine, theirs = _stack(checkpoint), tmp_path / "theirs.concepts.safetensors"
+    checkpoint = learned(QUICKER, "V1")
+    mine, theirs = stack_of(checkpoint), tmp_path / "theirs.concepts.safetensors"
     for token, images in (("V1", "V2"), ("V3", "V3")):
         request = replace(
-            _request(checkpoint, folders, token, QUICKER),
+            learn_request(checkpoint, folders, token, QUICKER),
             images=folders[images],
             noun=NOUNS[images],
             stack=theirs,
         )
         pipeline.learn_concept(request)
     other = store.open_stack(theirs)
-    renamed = pipeline.merge(pipeline.SolveRequest(checkpoint, device="cpu"), theirs)
+    renamed = pipeline.merge(requests.MergeRequest(checkpoint, theirs, device="cpu")).renamed
     assert renamed == {"V1": "V1_2"}
-    both = _stack(checkpoint)
+    both = stack_of(checkpoint)
     assert [record.name for record in both.records] == ["V1 ball", "V1_2 fish", "V3 mug"]
     assert all("V1_2" in prompt for prompt in both.records[1].prompts)
     assert torch.equal(both.tokens["V1_2"], other.tokens["V1"])
@@ -386,33 +387,39 @@ def test_merging_two_stacks(
         own = _does(backbone, stack, stack.tokens, f"a photo of a {there}")
         now = _does(backbone, both, both.tokens, f"a photo of a {prompt}")
         assert (now - own).norm() < 0.5 * own.norm()
-    assert _same(both.as_of(1), mine) or both.rank != mine.rank
+    assert same_stack(both.as_of(1), mine) or both.rank != mine.rank
     assert store.open_stack(theirs).records == other.records
 
 
 def test_an_empty_stack_takes_another_as_it_is(two: Path, tmp_path: Path) -> None:
-    mine, fresh = _stack(two), tmp_path / "fresh.concepts.safetensors"
+    mine, fresh = stack_of(two), tmp_path / "fresh.concepts.safetensors"
     assert (
-        pipeline.merge(pipeline.SolveRequest(two, stack=fresh, device="cpu"), store.stack_path(two))
+        pipeline.merge(
+            requests.MergeRequest(two, store.stack_path(two), stack=fresh, device="cpu")
+        ).renamed
         == {}
     )
     assert list(store.open_stack(fresh).tokens) == list(mine.tokens)
-    assert _same(store.open_stack(fresh), mine)
+    assert same_stack(store.open_stack(fresh), mine)
 
 
 @pytest.mark.parametrize("layout", ["kohya", "diffusers", "peft"])
 def test_importing_an_exported_lora_gives_it_back(
-    checkpoint: Path, folders: dict[str, Path], tmp_path: Path, backbone: Backbone, layout: str
+    learned: Callable[..., Path],
+    folders: dict[str, Path],
+    tmp_path: Path,
+    backbone: Backbone,
+    layout: str,
 ) -> None:
-    pipeline.learn_concept(_request(checkpoint, folders, "V1", replace(QUICKER, vectors=2)))
-    mine, out, bare = _stack(checkpoint), tmp_path / "out", tmp_path / "bare.concepts.safetensors"
-    done = pipeline.export(checkpoint, out)
+    checkpoint = learned(replace(QUICKER, vectors=2), "V1")
+    mine, out, bare = stack_of(checkpoint), tmp_path / "out", tmp_path / "bare.concepts.safetensors"
+    done = pipeline.export(requests.ExportRequest(checkpoint, out))
     assert done.lora
     lora = _other_names(done.lora, mine, tmp_path, layout)
-    request = pipeline.ImportRequest(
+    request = requests.ImportRequest(
         checkpoint, lora, "W1", "ball", embedding=done.embeddings[0], stack=bare, device="cpu"
     )
-    assert pipeline.import_concept(request).name == "W1 ball"
+    assert pipeline.import_concept(request).record.name == "W1 ball"
     found = store.open_stack(bare)
     assert [len(word) for word in found.words.values()] == [2]
     own = _does(backbone, mine, mine.tokens, "a photo of a V1 ball")
@@ -423,10 +430,10 @@ def test_importing_an_exported_lora_gives_it_back(
     )
     with pytest.raises(StackError, match="never calibrated"):
         pipeline.dc_scores(
-            pipeline.ScoreRequest(checkpoint, folders["V1"], stack=bare, device="cpu")
+            requests.ScoreRequest(checkpoint, folders["V1"], stack=bare, device="cpu")
         )
     pipeline.learn_concept(
-        replace(_request(checkpoint, folders, "V2", replace(QUICK, rank=None)), stack=bare)
+        replace(learn_request(checkpoint, folders, "V2", replace(QUICK, rank=None)), stack=bare)
     )  # the default method goes on from there
     assert list(store.open_stack(bare).tokens) == ["W1", "V2"]
 
@@ -450,10 +457,10 @@ def _other_names(lora: Path, stack: store.ConceptStack, folder: Path, layout: st
 
 
 def test_what_can_not_be_imported_is_refused(
-    checkpoint: Path, folders: dict[str, Path], tmp_path: Path, backbone: Backbone
+    learned: Callable[..., Path], tmp_path: Path, backbone: Backbone
 ) -> None:
-    _learned(checkpoint, folders, "V1")
-    lora = pipeline.export(checkpoint, tmp_path / "out").lora
+    checkpoint = learned(QUICKER, "V1")
+    lora = pipeline.export(requests.ExportRequest(checkpoint, tmp_path / "out")).lora
     assert lora
     tensors, bad = load_file(lora), tmp_path / "bad.safetensors"
     first = next(name.split(".")[0] for name in tensors if name.split(".")[0].endswith("to_k"))
@@ -484,7 +491,7 @@ def test_what_can_not_be_imported_is_refused(
     bad.write_bytes(b"PK")
     with pytest.raises(StackError, match="no safetensors file"):
         foreign.read_lora(bad, backbone)
-    good = pipeline.ImportRequest(checkpoint, lora, "W1", "ball", trigger="red", device="cpu")
+    good = requests.ImportRequest(checkpoint, lora, "W1", "ball", trigger="red", device="cpu")
     for request, kind, message in (
         (replace(good, trigger=""), SettingError, "needs its word"),
         (replace(good, trigger="red ball"), StackError, "several tokens"),
@@ -493,7 +500,7 @@ def test_what_can_not_be_imported_is_refused(
     ):
         with pytest.raises(kind, match=message):
             pipeline.import_concept(request)
-    assert list(_stack(checkpoint).tokens) == ["V1"]
+    assert list(stack_of(checkpoint).tokens) == ["V1"]
 
 
 def test_the_commands(
@@ -503,11 +510,11 @@ def test_the_commands(
     assert cli.main(["consolidate", *place]) == 2
     assert "--closed-form" in capsys.readouterr().err
     assert cli.main(["consolidate", *place, "--closed-form"]) == 0
-    assert "before" in capsys.readouterr().out
+    assert "was lost" in capsys.readouterr().out
     assert cli.main(["export", *place, "--out", str(tmp_path / "some"), "--only", "V2"]) == 0
     assert "In prompts: V2 fish" in capsys.readouterr().out
     whole, some = (
-        pipeline.export(two, tmp_path / "all").lora,
+        pipeline.export(requests.ExportRequest(two, tmp_path / "all")).lora,
         next((tmp_path / "some").glob("mini-V2-*.safetensors")),
     )
     assert whole
@@ -537,16 +544,16 @@ def test_the_commands(
     assert "Forgot V1 (ball)" in capsys.readouterr().out
     assert cli.main(["merge", str(copy_of), *place]) == 0
     assert "Merged" in capsys.readouterr().out
-    assert list(_stack(two).tokens) == ["V2", "V1"]  # V2 is the same concept in both
+    assert list(stack_of(two).tokens) == ["V2", "V1"]  # V2 is the same concept in both
 
 
 def test_prompts_about_two_are_shared_by_position(two: Path, backbone: Backbone) -> None:
     """The second concept's moment holds nothing of the positions before its word."""
-    stack = _stack(two)
-    memory = solve.memory_of(backbone, copy.deepcopy(stack), lambda p: None)
+    stack = stack_of(two)
+    memory = targets.prompt_bank(backbone, copy.deepcopy(stack), lambda p: None)
     prompt = "a photo of a V1 ball and a V2 fish"
     features = backbone.encode_prompts([prompt], stack.tokens)[0]
-    (first, of_first), (second, of_second) = memory.shares
+    (first, of_first), (second, of_second) = memory.shared
     both = backbone.encode_prompts(
         [prompt, "a photo of a V2 fish and a V1 ball"], stack.tokens
     ).flatten(0, 1)

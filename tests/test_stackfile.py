@@ -14,12 +14,23 @@ from typing import Any
 
 import pytest
 import torch
+from helpers_store import make_stack
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_store import make_stack
 
-from comfy_continual_lora import export, files, pipeline, solve, stackfile, store
+from comfy_continual_lora import (
+    consolidation,
+    export,
+    files,
+    history,
+    pipeline,
+    requests,
+    stackfile,
+    store,
+    versions,
+)
 from comfy_continual_lora.errors import ContinualLoraError, StackError
+from comfy_continual_lora.settings import DrawSettings
 
 OLD = (
     Path(__file__).parent / "data" / "stack-8a93aef.safetensors"
@@ -57,12 +68,12 @@ def every_reader(path: Path, out: Path) -> list[Callable[[], object]]:
     checkpoint = path.with_name("mini.safetensors")
     return [
         lambda: stackfile.read_header(path),
-        lambda: stackfile.versions(path),
+        lambda: versions.versions(path),
         lambda: store.read_records(path),
         lambda: store.open_stack(path),
-        lambda: pipeline.info(checkpoint, path),
-        lambda: pipeline.export(checkpoint, out, stack=path),
-        lambda: pipeline.undo(checkpoint, path),
+        lambda: pipeline.info(requests.InfoRequest(checkpoint, stack=path)),
+        lambda: pipeline.export(requests.ExportRequest(checkpoint, out, stack=path)),
+        lambda: pipeline.undo(requests.UndoRequest(checkpoint, stack=path)),
     ]
 
 
@@ -260,14 +271,14 @@ def test_a_stack_of_an_earlier_program_opens_and_goes_on(checkpoint: Path, pictu
     assert [record.token for record in store.read_records(path)] == ["V1", "V2", "V3"]
     assert stackfile.read_header(path)["identity"] == ""
     drawn = pipeline.draw(
-        pipeline.DrawRequest(
-            checkpoint, ["a photo of a V2 fish"], pipeline.DrawSettings(steps=1), device="cpu"
+        requests.DrawRequest(
+            checkpoint, ["a photo of a V2 fish"], DrawSettings(steps=1), device="cpu"
         )
-    )
+    ).pictures
     assert len(drawn) == 1
-    pipeline.forget(pipeline.SolveRequest(checkpoint, device="cpu"), "V1")
+    pipeline.forget(requests.ForgetRequest(checkpoint, "V1", device="cpu"))
     assert [record.token for record in store.read_records(path)] == ["V2", "V3"]
-    assert pipeline.undo(checkpoint).change == "forgot V1 ball"
+    assert pipeline.undo(requests.UndoRequest(checkpoint)).change == "forgot V1 ball"
     before, after = store.open_stack(OLD), store.open_stack(path)
     assert before.records == after.records
     assert all(torch.equal(before.words[one], after.words[one]) for one in before.words)
@@ -277,25 +288,25 @@ def test_what_an_earlier_program_kept_can_be_gone_back_to(tmp_path: Path) -> Non
     path = tmp_path / "mini.concepts.safetensors"
     shutil.copy(OLD, path)
     stack = store.open_stack(path)
-    stack.undo()
+    stack = stack.undone()
     store.save_stack(stack, path.with_name(path.name + ".previous"))
-    assert [one.number for one in stackfile.versions(path)] == [1, 0]
-    assert store.undo(path).tokens == ["V1", "V2"]
-    assert [(one.number, one.current) for one in stackfile.versions(path)] == [
+    assert [one.number for one in versions.versions(path)] == [1, 0]
+    assert history.undo(path).tokens == ["V1", "V2"]
+    assert [(one.number, one.current) for one in versions.versions(path)] == [
         (1, False),
         (0, True),
     ]
-    assert store.restore(path, 1).tokens == ["V1", "V2", "V3"]
+    assert history.restore(path, 1).tokens == ["V1", "V2", "V3"]
 
 
 def test_shapes_of_another_checkpoint_are_refused_whatever_the_fingerprint(
     checkpoint: Path, tmp_path: Path
 ) -> None:
     stack = make_stack(1)
-    stack.fingerprint = pipeline.info(checkpoint)["fingerprint"]
+    stack.fingerprint = pipeline.info(requests.InfoRequest(checkpoint)).fingerprint
     store.save_stack(stack, store.stack_path(checkpoint))
     with pytest.raises(StackError, match="does not fit this checkpoint"):
-        pipeline.draw(pipeline.DrawRequest(checkpoint, ["a V1 mug"], device="cpu"))
+        pipeline.draw(requests.DrawRequest(checkpoint, ["a V1 mug"], device="cpu"))
 
 
 def test_what_could_not_be_read_again_is_not_stored(tmp_path: Path) -> None:
@@ -314,8 +325,8 @@ def test_what_could_not_be_read_again_is_not_stored(tmp_path: Path) -> None:
 
 
 def test_a_word_that_both_stacks_have_stays_a_word_when_it_is_long() -> None:
-    assert solve._new_names(make_stack(1), ["V1"]) == {"V1": "V1_2"}
+    assert consolidation._new_names(make_stack(1), ["V1"]) == {"V1": "V1_2"}
     first = make_stack(1)
     first.records = [dataclasses.replace(first.records[0], token="x" * 64)]
-    (name,) = solve._new_names(first, ["x" * 64]).values()
+    (name,) = consolidation._new_names(first, ["x" * 64]).values()
     assert files.TOKEN.fullmatch(name)

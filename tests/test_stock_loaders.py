@@ -11,13 +11,13 @@ from typing import Any
 
 import pytest
 import torch
-from comfyui import find_comfyui, python_of
 from diffusers import UNet2DConditionModel
-from full_size import SD15_UNET, SD21_UNET, SDXL_UNET
+from helpers_comfyui import find_comfyui, python_of
+from helpers_full_size import SD15_UNET, SD21_UNET, SDXL_UNET
 from safetensors.torch import save_file
 
 from comfy_continual_lora.checkpoint import keys
-from comfy_continual_lora.export import kohya_lora
+from comfy_continual_lora.stock import kohya_lora
 from comfy_continual_lora.store import Base
 
 FOUND = find_comfyui()

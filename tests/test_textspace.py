@@ -9,21 +9,15 @@ from pathlib import Path
 
 import pytest
 import torch
-from comfy_continual_lora.lora import Adapter, delta_weights, factored, layers_of, new_adapter
-from test_methods import QUICK, _request, _stack
+from helpers_learn import QUICK, learn_request, random_adapter, stack_of
 
-from comfy_continual_lora import pipeline, solve, store, textspace
+from comfy_continual_lora import pipeline, store, targets, textspace
+from comfy_continual_lora.adapters.adapter import Adapter, delta_weights, factored, layers_of
 from comfy_continual_lora.checkpoint.backbone import Backbone, FrozenText
+from comfy_continual_lora.methods import method as base_method
+from comfy_continual_lora.penalty import Step
 from comfy_continual_lora.progress import ignore
 from comfy_continual_lora.settings import LearnSettings, SolveSettings
-
-
-def _random(backbone: Backbone, kind: str, seed: int, rank: int = 4) -> dict[str, torch.Tensor]:
-    generator = torch.Generator().manual_seed(seed)
-    return {
-        k: 0.1 * torch.randn(t.shape, generator=generator)
-        for k, t in new_adapter(backbone, rank, generator, kind).items()
-    }
 
 
 @pytest.mark.parametrize("kind", ["lora", "vera", "full"])
@@ -34,7 +28,7 @@ def test_drift_is_the_mean_over_all_features(backbone: Backbone, kind: str) -> N
     prompts = ["", "a red ball on grass", "a photo of a fish"]
     text = FrozenText(backbone, {})
     features = text(prompts).flatten(0, 1)
-    own, anchor = _random(backbone, kind, 1), _random(backbone, kind, 2)
+    own, anchor = random_adapter(backbone, kind, 1), random_adapter(backbone, kind, 2)
     plain = {name: layer.weight for name, layer in backbone.kv_layers.items()}
     sizes = {name: (features @ w.T).square().sum(1).mean() for name, w in plain.items()}
     changed, before = delta_weights(backbone, own), delta_weights(backbone, anchor)
@@ -67,7 +61,7 @@ def test_words_and_padding_count_as_asked(backbone: Backbone) -> None:
 
 @pytest.mark.parametrize("kind", ["lora", "vera", "full"])
 def test_factors_multiply_to_the_change(backbone: Backbone, kind: str) -> None:
-    adapter = _random(backbone, kind, 3)
+    adapter = random_adapter(backbone, kind, 3)
     for layer, change in delta_weights(backbone, adapter).items():
         left, right = factored(layers_of(adapter)[layer], change.shape[1])
         assert torch.allclose(left @ right, change, atol=1e-6)
@@ -76,8 +70,8 @@ def test_factors_multiply_to_the_change(backbone: Backbone, kind: str) -> None:
 def test_ordinary_prompts_name_no_concept_and_concept_prompts_do(
     backbone: Backbone, checkpoint: Path, folders: dict[str, Path]
 ) -> None:
-    pipeline.learn_concept(_request(checkpoint, folders, "V1", replace(QUICK, method="lora")))
-    stack = _stack(checkpoint)
+    pipeline.learn_concept(learn_request(checkpoint, folders, "V1", replace(QUICK, method="lora")))
+    stack = stack_of(checkpoint)
     named, ordinary = (
         textspace.single_prompts(stack.records[0]),
         textspace.ordinary_prompts(["ball", "fish"]),
@@ -107,7 +101,7 @@ def test_it_holds_the_earlier_concepts_and_the_empty_prompt(
         stack_file = checkpoint.with_name(f"weight{weight}.concepts.safetensors")
         for token in ("V1", "V2"):
             pipeline.learn_concept(
-                replace(_request(checkpoint, folders, token, chosen), stack=stack_file)
+                replace(learn_request(checkpoint, folders, token, chosen), stack=stack_file)
             )
         held = store.open_stack(stack_file)
         first = held.pool[held.records[0].id]
@@ -155,43 +149,45 @@ def test_each_concept_is_held_at_its_own_adapter(backbone: Backbone, kind: str) 
             "",
             {},
         )
-        stack.add(record, word, _random(backbone, kind, number))
-    memory = solve.memory_of(backbone, stack, ignore, nouns=["cat"])
-    held = solve.retention(memory, stack, LearnSettings(retention_ordinary=0.5), weight=2.0)
+        stack = stack.learned(record, word, random_adapter(backbone, kind, number))
+    memory = targets.prompt_bank(backbone, stack, ignore, nouns=["cat"])
+    held = targets.retention_penalty(
+        memory, stack, LearnSettings(retention_ordinary=0.5), weight=2.0
+    )
     sizes = textspace.sizes(backbone, memory.ordinary)
 
     def expected(factors: Adapter) -> float:
         own = [
             textspace.drift(factors, w.adapter, w.moment, sizes)
-            for w in memory.wishes(solve.adapters_of(stack), SolveSettings())[1:]
+            for w in memory.targets(targets.own_adapters(stack), SolveSettings())[1:]
         ]
         return float(
             2.0
             * (
-                solve.HELD * torch.stack(own).mean()
+                targets.MAX_EARLIER_WEIGHT * torch.stack(own).mean()
                 + 0.5 * textspace.drift(factors, None, memory.ordinary, sizes)
             )
         )
 
-    one, other = _random(backbone, kind, 7), _random(backbone, kind, 2)
-    assert float(held(one) - held(other)) == pytest.approx(
+    one, other = random_adapter(backbone, kind, 7), random_adapter(backbone, kind, 2)
+    assert float(held(Step(one)) - held(Step(other))) == pytest.approx(
         expected(one) - expected(other), rel=0.02
     )
-    assert abs(float(held(one) - held(other))) > 0.05 * expected(one)
+    assert abs(float(held(Step(one)) - held(Step(other)))) > 0.05 * expected(one)
 
 
 def test_ordinary_prompts_weigh_what_is_asked(backbone: Backbone) -> None:
     """Without an earlier concept they are all there is, so the penalty is in proportion."""
-    found, factors = [], _random(backbone, "lora", 4)
+    found, factors = [], random_adapter(backbone, "lora", 4)
     for share in (1.0, 0.25):
         settings = replace(QUICK, method="retention", retention_ordinary=share)
-        penalty = solve.retention(
-            solve.Memory(backbone, ["ball"]),
+        penalty = targets.retention_penalty(
+            targets.PromptBank(backbone, ["ball"]),
             store.ConceptStack(backbone.fingerprint),
             settings,
             weight=1.0,
         )
-        found.append(float(penalty(factors)))
+        found.append(float(penalty(Step(factors))))
     assert found[1] == pytest.approx(found[0] / 4, rel=1e-5)
     assert found[0] > 0
 
@@ -199,8 +195,8 @@ def test_ordinary_prompts_weigh_what_is_asked(backbone: Backbone) -> None:
 def test_behind_the_end_of_its_prompts_nothing_may_change(backbone: Backbone) -> None:
     """Prompt by prompt and position by position, for a word of three vectors."""
     words = {"V1": backbone.word_start("mug", torch.Generator().manual_seed(0), 3)}
-    held = solve.retention(
-        solve.Memory(backbone, ["mug"]),
+    held = targets.retention_penalty(
+        targets.PromptBank(backbone, ["mug"]),
         store.ConceptStack(backbone.fingerprint),
         LearnSettings(),
         weight=2.0,
@@ -210,17 +206,20 @@ def test_behind_the_end_of_its_prompts_nothing_may_change(backbone: Backbone) ->
         "V1 mug on grass": 1 + 3 + 1 + 2 + 1,
         "red " * 90: 77,
     }
-    features, own = backbone.encode_prompts(list(prompts), words), _random(backbone, "lora", 2)
+    features, own = (
+        backbone.encode_prompts(list(prompts), words),
+        random_adapter(backbone, "lora", 2),
+    )
     padding = torch.cat([rows[end:] for rows, end in zip(features, prompts.values(), strict=True)])
     drifts = [
         (padding @ change.T).square().sum(1).mean() / held.sizes[layer]
         for layer, change in delta_weights(backbone, own).items()
     ]
-    apart = textspace.Apart(backbone, 0.5, held.sizes)
-    assert float(apart(own, words, list(prompts), features)) == pytest.approx(
+    apart = textspace.PaddingPenalty(backbone, 0.5, held.sizes)
+    assert float(apart(Step(own, words, list(prompts), features))) == pytest.approx(
         0.5 * float(torch.stack(drifts).mean()), rel=1e-3
     )
-    assert apart(own, words, ["red " * 90], features[2:]) == 0  # no padding
+    assert apart(Step(own, words, ["red " * 90], features[2:])) == 0  # no padding
 
 
 def test_learning_leaves_the_padding_alone(
@@ -236,7 +235,7 @@ def test_learning_leaves_the_padding_alone(
             QUICK, method="retention", vectors=4, retention_apart=weight, steps=12, rate=0.01
         )
         pipeline.learn_concept(
-            replace(_request(checkpoint, folders, "V1", chosen), stack=stack_file)
+            replace(learn_request(checkpoint, folders, "V1", chosen), stack=stack_file)
         )
         stack = store.open_stack(stack_file)
         assert stack.adapter
@@ -278,13 +277,16 @@ def test_an_adapter_is_drawn_and_learned_in_these_coordinates(
     turned.
     """
     monkeypatch.setattr(
-        textspace, "coordinates", lambda moment: torch.diag((torch.arange(len(moment)) % 2).float())
+        base_method,
+        "coordinates",
+        lambda moment: torch.diag((torch.arange(len(moment)) % 2).float()),
     )
     for method, left_out in (("retention", True), ("lora", False)):
         stack_file = checkpoint.with_name(f"{method}.concepts.safetensors")
         pipeline.learn_concept(
             replace(
-                _request(checkpoint, folders, "V1", replace(QUICK, method=method)), stack=stack_file
+                learn_request(checkpoint, folders, "V1", replace(QUICK, method=method)),
+                stack=stack_file,
             )
         )
         adapter = store.open_stack(stack_file).adapter

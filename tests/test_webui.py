@@ -22,9 +22,9 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from browser import CHROMIUM, SAID, page, type_beside
-from server import free_port
-from webui import asks_first
+from helpers_browser import CHROMIUM, SAID, page, type_beside
+from helpers_server import free_port
+from helpers_webui import asks_first
 
 gradio = pytest.importorskip("gradio")
 
@@ -454,16 +454,16 @@ def test_the_tab_by_itself_in_a_browser(tmp_path: Path) -> None:
         opened.wait_for_function(SAID, arg=["#continual_lora_captions", ".png"])
         type_beside(opened, "#continual_lora_captions", "0.png", "a photo of V1 in a garden")
         for name, value in (
-            ("steps", 40),
+            ("steps", 6),
             ("batch", 2),
             ("rank", 4),
             ("fisher_samples", 4),
-            ("preview_every", 20),
+            ("preview_every", 3),
         ):
             opened.fill(f"#continual_lora_{name} input", str(value))
         opened.click("#continual_lora_learn")
         _expect(opened, "#continual_lora_status", "Learned V1 ball")
-        _expect(opened, "#continual_lora_concepts", "40 steps, 5 pictures")
+        _expect(opened, "#continual_lora_concepts", "6 steps, 5 pictures")
         stack = stack_path(next(tmp_path.glob("*.safetensors")))
         assert "a photo of V1 in a garden" in str(read_records(stack))
         left = [
@@ -478,17 +478,17 @@ def test_the_tab_by_itself_in_a_browser(tmp_path: Path) -> None:
         opened.screenshot(path=str(tmp_path / "tab.png"))
         asks_first(opened, stack)
         opened.reload()
-        _expect(opened, "#continual_lora_concepts", "40 steps, 5 pictures")
+        _expect(opened, "#continual_lora_concepts", "6 steps, 5 pictures")
         with urllib.request.urlopen(f"{address}/config") as answer:
             assert json.load(answer)["version"] == gradio.__version__
 
 
+@pytest.mark.slow
+@pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this machine")
 def test_a_strangers_stack_runs_nothing_in_a_browser(checkpoint: Path, pictures: Path) -> None:
     """Its noun is HTML and Markdown that would set a variable of the page's; every view of it is
     opened.
     """
-    if CHROMIUM is None:
-        pytest.skip("no Chromium on this machine")
     noun = '<img src=x onerror="window.pwned=1">![](http://127.0.0.1/x)'
     quick = LearnSettings(method="lora", steps=1, batch=1, rank=4, size=64)
     pipeline.learn_concept(LearnRequest(checkpoint, pictures, "V1", noun, quick, device="cpu"))

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import save_concept
+from helpers_learn import save_concept
 
 from comfy_continual_lora import pipeline, worker
 from comfy_continual_lora.errors import StackError

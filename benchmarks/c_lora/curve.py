@@ -18,10 +18,10 @@ from pathlib import Path
 
 import matplotlib
 import torch
-from comfy_continual_lora.lora import layers_of
 from torch import Tensor
 
-from comfy_continual_lora import pipeline
+from comfy_continual_lora import pipeline, requests
+from comfy_continual_lora.adapters.adapter import layers_of
 from comfy_continual_lora.methods import METHODS
 from comfy_continual_lora.methods.method import Penalty
 from comfy_continual_lora.mini import world
@@ -72,7 +72,7 @@ def curves(variant: str, count: int, weight: float) -> list[list[float]]:
             for number, concept in enumerate(world.concepts("reporting")[:count], start=1):
                 files = world.save_pictures(concept, Path(folder) / str(number))
                 pipeline.learn_concept(
-                    pipeline.LearnRequest(
+                    requests.LearnRequest(
                         checkpoint, files, f"V{number}", concept.noun, settings, device="cpu"
                     )
                 )

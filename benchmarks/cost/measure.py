@@ -22,10 +22,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from comfy_continual_lora.lora import attached, new_adapter
 
 from comfy_continual_lora import fisher as fishers
-from comfy_continual_lora import pipeline
+from comfy_continual_lora import pipeline, requests
+from comfy_continual_lora.adapters.adapter import attached, new_adapter
 from comfy_continual_lora.checkpoint.backbone import FrozenText
 from comfy_continual_lora.checkpoint.load import load_backbone
 from comfy_continual_lora.diffusion import generator_for
@@ -50,7 +50,7 @@ def _learn_second(folder: str, method: str, steps: int, answer: multiprocessing.
         seen: dict[str, list[float]] = {}
         started = time.process_time()
         pipeline.learn_concept(
-            pipeline.LearnRequest(checkpoint, pictures, token, concept.noun, first, device="cpu"),
+            requests.LearnRequest(checkpoint, pictures, token, concept.noun, first, device="cpu"),
             lambda p, seen=seen: seen.setdefault(p.stage, []).append(time.process_time()),
         )
         stages = {

@@ -20,9 +20,9 @@ from pathlib import Path
 
 import matplotlib
 import torch
-from comfy_continual_lora.lora import attached, layers_of
 
-from comfy_continual_lora import pipeline, store
+from comfy_continual_lora import pipeline, requests, store
+from comfy_continual_lora.adapters.adapter import attached, layers_of
 from comfy_continual_lora.checkpoint.backbone import FrozenText
 from comfy_continual_lora.checkpoint.load import load_backbone
 from comfy_continual_lora.concepts import load_images
@@ -48,7 +48,7 @@ def spectra(concepts: list[world.Concept], steps: int) -> dict[str, dict[str, li
         for number, concept in enumerate(concepts, start=1):
             pictures = world.save_pictures(concept, Path(folder) / f"V{number}")
             pipeline.learn_concept(
-                pipeline.LearnRequest(
+                requests.LearnRequest(
                     checkpoint, pictures, f"V{number}", concept.noun, settings, device="cpu"
                 )
             )

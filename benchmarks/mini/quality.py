@@ -24,7 +24,7 @@ from torch import Tensor
 from comfy_continual_lora import sample
 from comfy_continual_lora.checkpoint.load import load_backbone
 from comfy_continual_lora.concepts import to_pil
-from comfy_continual_lora.mini import parts, pretrain, weights, world
+from comfy_continual_lora.mini import parts, trainset, weights, world
 from comfy_continual_lora.progress import Progress
 from comfy_continual_lora.report import grid
 from comfy_continual_lora.settings import DrawSettings
@@ -51,7 +51,7 @@ def real_pictures(scenes: list[world.Scene]) -> Tensor:
     ceiling.
     """
     rng = np.random.default_rng(SEED + 1)
-    return pretrain.to_tensor(np.stack([world.draw_scene(s, rng) for s in scenes]))
+    return trainset.to_tensor(np.stack([world.draw_scene(s, rng) for s in scenes]))
 
 
 def main() -> None:

@@ -31,7 +31,7 @@ from torch import Tensor
 
 from comfy_continual_lora import concepts, lora, report, sample
 from comfy_continual_lora.checkpoint.backbone import Backbone
-from comfy_continual_lora.mini import pretrain, world
+from comfy_continual_lora.mini import drawing, trainset, world
 from comfy_continual_lora.store import ConceptStack
 
 WAYS = ("one prompt", "beside", "alone")
@@ -119,7 +119,7 @@ def judged_beside(
 ) -> tuple[float, float]:
     """The same of pictures (n, 3, 128, width), whose ends are pictures of one thing."""
     bled, right = [], []
-    for n, end in enumerate((pictures[..., : world.SIZE], pictures[..., -world.SIZE :])):
+    for n, end in enumerate((pictures[..., : drawing.SIZE], pictures[..., -drawing.SIZE :])):
         own, other = (
             retention.unit(
                 retention.features_of(
@@ -136,7 +136,7 @@ def judged_beside(
 
 def _alone(concept: world.Concept, place: str) -> Tensor:
     scene = world.Scene((world.Thing(concept.look, (), ""),), place, "")
-    return pretrain.to_tensor(world.draw_scene(scene, np.random.default_rng(0))[None])
+    return trainset.to_tensor(world.draw_scene(scene, np.random.default_rng(0))[None])
 
 
 def main() -> None:

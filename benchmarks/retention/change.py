@@ -46,12 +46,13 @@ from comfy_continual_lora import (
     metrics,
     pipeline,
     report,
+    requests,
     sample,
     store,
 )
 from comfy_continual_lora.checkpoint.backbone import Backbone, FrozenText
 from comfy_continual_lora.checkpoint.load import load_backbone
-from comfy_continual_lora.mini import pretrain, world
+from comfy_continual_lora.mini import trainset, world
 from comfy_continual_lora.settings import ScoreSettings
 
 
@@ -112,7 +113,7 @@ def named(
     word, noun = FrozenText(backbone, stack.tokens)(prompts)
     features = {"word": word, "noun": noun}
     latents = backbone.encode_images(
-        pretrain.to_tensor(np.stack(list(world.concept_pictures(concept, 5))))
+        trainset.to_tensor(np.stack(list(world.concept_pictures(concept, 5))))
     )
     with lora.attached(backbone, stack.adapter):
         found = [
@@ -131,7 +132,7 @@ def forget(out: Path, run: Run, token: str) -> list[dict[str, Any]]:
     )
     shutil.copy(store.stack_path(run.checkpoint), path)
     before = store.load_stack(path, backbone.fingerprint)
-    pipeline.forget(pipeline.SolveRequest(run.checkpoint, stack=path, device="cpu"), token)
+    pipeline.forget(requests.ForgetRequest(run.checkpoint, token, stack=path, device="cpu"))
     after = store.load_stack(path, backbone.fingerprint)
     rows, shown = [], []
     for number, concept in enumerate(run.job.sequence, start=1):
@@ -170,8 +171,8 @@ def merge(out: Path, runs: Sequence[Run]) -> list[dict[str, Any]]:
     for half, path in zip(halves, paths, strict=True):
         store.save_stack(half, path)
     renamed = pipeline.merge(
-        pipeline.SolveRequest(checkpoint, stack=paths[0], device="cpu"), paths[1]
-    )
+        requests.MergeRequest(checkpoint, paths[1], stack=paths[0], device="cpu")
+    ).renamed
     both = store.load_stack(paths[0], backbone.fingerprint)
     rows, shown, pairs = [], [], []
     for number in range(3):

@@ -1,4 +1,4 @@
-"""How far from the protected prompts does holding in text space reach? Drift of learned stacks over
+"""How far from the protected prompts does swapped_in in text space reach? Drift of learned stacks over
 prompts nearer and further away.
 
     python benchmarks/retention/far.py RUNS/retention-6-0-200 RUNS/lora-6-0-200 ... [--out
@@ -25,10 +25,10 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from comfy_continual_lora.lora import Adapter
 from torch import Tensor
 
 from comfy_continual_lora import store, textspace
+from comfy_continual_lora.adapters.adapter import Adapter
 from comfy_continual_lora.checkpoint.backbone import Backbone
 from comfy_continual_lora.checkpoint.load import load_backbone
 from comfy_continual_lora.mini import world

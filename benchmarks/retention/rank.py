@@ -53,8 +53,11 @@ def measure(run: Path) -> list[dict[str, Any]]:
             stack.adapter_after(stack.records[max(0, n)].id) for n in (count - 1, count - 2)
         )
         assert newest
-        wishes = memory.wishes(adapters[:count], SolveSettings())
-        earlier = [solve.lost(newest, solve.Wish(w.name, w.moment, before)) for w in wishes[1:-1]]
+        wishes = memory.targets(adapters[:count], SolveSettings())
+        earlier = [
+            solve.relative_drift(newest, solve.Target(w.name, w.moment, before))
+            for w in wishes[1:-1]
+        ]
         held, _ = solve.solve(wishes, SolveSettings(rank=stack.rank))
         rows.append(
             {
@@ -66,7 +69,8 @@ def measure(run: Path) -> list[dict[str, Any]]:
                 "asked": [
                     solve.solve(wishes, SolveSettings(energy=energy))[1] for energy in ENERGIES
                 ],
-                "lost": sum(solve.lost(held, wish) for wish in memory.about_one(wishes)) / count,
+                "lost": sum(solve.relative_drift(held, wish) for wish in memory.about_one(wishes))
+                / count,
             }
         )
         print(json.dumps(rows[-1]), flush=True)

@@ -12,8 +12,8 @@ looks like after every later one is measured.
     python benchmarks/retention/run.py OUT --split development --methods "lora,lora rank=4
     rate=1e-3"         settings beside each other
 
-in: nothing (concepts of the reporting split, in an order drawn from the seed) - out: OUT/table.json
-(a row for each method and seed), table.csv,
+in: nothing (concepts of the reporting split, in an order drawn from the seed) - out: OUT/rows.jsonl
+(a line for each job that is done), table.json (a row for each method and seed), table.csv,
 table.md (and a paired test of each method against `retention`), matrices.json (R[i, j]), heat maps,
 A_MMD and F_MMD over the number
 of concepts, and a strip of pictures for each method. A job that is done is not done again, and one
@@ -38,6 +38,7 @@ for each concept.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import csv
 import itertools
 import json
@@ -52,6 +53,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from filelock import FileLock
 from PIL import Image
 from torch import Tensor
 
@@ -64,6 +66,7 @@ from comfy_continual_lora import (
     metrics,
     pipeline,
     report,
+    requests,
     sample,
     solve,
     store,
@@ -72,7 +75,7 @@ from comfy_continual_lora import (
 from comfy_continual_lora.checkpoint.backbone import Backbone, FrozenText
 from comfy_continual_lora.checkpoint.load import load_backbone
 from comfy_continual_lora.errors import SettingError
-from comfy_continual_lora.mini import pretrain, weights, world
+from comfy_continual_lora.mini import trainset, weights, world
 from comfy_continual_lora.settings import (
     METHODS,
     TEMPLATES,
@@ -204,9 +207,9 @@ def _value(text: str) -> Any:
 
 def run(job: Job) -> dict[str, Any]:
     """The row of one method and seed."""
-    done = job.folder / "row.json"
-    if done.exists():
-        return json.loads(done.read_text())
+    done = read_rows(job.out)
+    if job.folder.name in done:
+        return done[job.folder.name]
     torch.set_num_threads(1)
     torch.backends.cudnn.allow_tf32 = False  # a GPU's row is to stand beside a CPU's
     solve.moment = Moments()
@@ -261,8 +264,39 @@ def run(job: Job) -> dict[str, Any]:
     report.grid([concepts.to_pil(real_pictures(job.sequence[0], 2)[1]), *seen], len(seen) + 1).save(
         job.folder / "first-concept.jpg", quality=90
     )
-    done.write_text(json.dumps(row))
+    append_row(job.out, job.folder.name, row)
     return row
+
+
+# --- the rows that are done: OUT/rows.jsonl, one JSON object a line, named by its run's folder
+# --------------------------------------------------------------------------------------------------
+
+
+def read_rows(out: Path) -> dict[str, dict[str, Any]]:
+    """Every row of a results folder by the name of its run's folder; none where none is done yet."""
+    path = out / "rows.jsonl"
+    lines = _whole_lines(path.read_text()) if path.exists() else []
+    return {row.pop("run"): row for row in map(json.loads, lines)}
+
+
+def append_row(out: Path, run: str, row: Mapping[str, Any]) -> None:
+    """One process at a time; what a killed one left of its line is cut off first."""
+    with FileLock(out / ".rows.jsonl.lock"), (out / "rows.jsonl").open("a+b") as file:
+        file.seek(0)
+        lines = _whole_lines(file.read().decode())
+        whole = "\n".join(lines).encode()
+        file.truncate(len(whole))
+        start = "\n" if lines else ""
+        file.write(f"{start}{json.dumps({'run': run, **row})}\n".encode())
+
+
+def _whole_lines(text: str) -> list[str]:
+    """The lines of a file of rows, without the part of one that a killed process leaves."""
+    *lines, last = text.split("\n")
+    with contextlib.suppress(ValueError):
+        json.loads(last)
+        lines.append(last)
+    return lines
 
 
 class Moments:
@@ -299,7 +333,7 @@ def _in_sequence(job: Job) -> tuple[dict[tuple[int, int], store.ConceptStack], f
     seconds = json.loads(spent.read_text()) if spent.exists() else {}
     for number, concept in enumerate(job.sequence, start=1):
         files = world.save_pictures(concept, job.folder / "pictures" / f"V{number}")
-        request = pipeline.LearnRequest(
+        request = requests.LearnRequest(
             checkpoint, files, f"V{number}", concept.noun, job.settings, device=job.device
         )
         if pipeline.learned_before(request) is None:
@@ -326,7 +360,7 @@ def _separate(job: Job) -> tuple[dict[tuple[int, int], store.ConceptStack], floa
         if not stack_file.exists():
             files = world.save_pictures(concept, job.folder / "pictures" / f"V{j + 1}")
             started = time.process_time()
-            request = pipeline.LearnRequest(
+            request = requests.LearnRequest(
                 checkpoint,
                 files,
                 f"V{j + 1}",
@@ -361,7 +395,7 @@ def _joint(job: Job) -> tuple[dict[tuple[int, int], store.ConceptStack], float, 
         token: torch.nn.Parameter(start.to(backbone.device)) for token, start in starts.items()
     }
     for token, concept in zip(words, job.sequence, strict=True):
-        pictures = pretrain.to_tensor(np.stack(list(world.concept_pictures(concept, 5))))
+        pictures = trainset.to_tensor(np.stack(list(world.concept_pictures(concept, 5))))
         latents += backbone.encode_images(pictures)
         prompts += [concepts.prompts_for(token, concept.noun, TEMPLATES, None)] * len(pictures)
     with lora.attached(backbone, adapter, trainable=True) as factors:
@@ -431,14 +465,14 @@ def real_pictures(concept: world.Concept, count: int) -> Tensor:
         for seed in range(1, 2 + count // 10)
         for p in world.concept_pictures(concept, 10, seed=seed)
     ][:count]
-    return pretrain.to_tensor(np.stack(pictures))
+    return trainset.to_tensor(np.stack(pictures))
 
 
 def left_by(folder: Path) -> tuple[Backbone, store.ConceptStack, list[world.Concept]]:
     """What a finished run of a method left in its folder: the checkpoint, its stack and the
     concepts on it.
     """
-    row = json.loads((folder / "row.json").read_text())
+    row = read_rows(folder.absolute().parents[1])[folder.name]
     sequence = Job(row["method"], row["seed"], row["concepts"], PICTURES, folder, 0).sequence
     return (
         load_backbone(folder / "mini.safetensors", device="cpu"),
@@ -489,7 +523,7 @@ def _accuracy(job: Job, backbone: Backbone, stack: store.ConceptStack) -> float 
         for token, concept in list(zip(prompts, job.sequence, strict=True))[
             :: -(-job.concepts // 50)
         ]:
-            pictures = pretrain.to_tensor(np.stack(list(world.concept_pictures(concept, 5))))
+            pictures = trainset.to_tensor(np.stack(list(world.concept_pictures(concept, 5))))
             for latent in backbone.encode_images(pictures[: max(1, 30 // job.concepts)]):
                 found = classifier.classify(
                     backbone, latent, features, stack.tau, ScoreSettings(trials=16)
@@ -544,8 +578,8 @@ def bleeding(pictures: Tensor, asked: Sequence[tuple[world.Concept, world.Concep
         things = tuple(world.Thing(c.look, (), "") for c in (left, right))
         return world.draw_scene(world.Scene(things, place, ""), np.random.default_rng(0))
 
-    in_order = pretrain.to_tensor(np.stack([real(a, b, place) for a, b, place in asked]))
-    turned = pretrain.to_tensor(np.stack([real(b, a, place) for a, b, place in asked]))
+    in_order = trainset.to_tensor(np.stack([real(a, b, place) for a, b, place in asked]))
+    turned = trainset.to_tensor(np.stack([real(b, a, place) for a, b, place in asked]))
     found = []
     for columns in (
         slice(0, 66),
@@ -862,7 +896,8 @@ def main() -> None:
         except (TypeError, SettingError) as error:
             parser.error(f"{job.row}: {error}")
     if arguments.done:
-        jobs = [job for job in jobs if (job.folder / "row.json").exists()] or parser.error(
+        done = read_rows(arguments.out)
+        jobs = [job for job in jobs if job.folder.name in done] or parser.error(
             f"no row is done in {arguments.out}"
         )
     rows = run_all(jobs, arguments.processes, arguments.ray)

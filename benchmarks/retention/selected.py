@@ -103,8 +103,8 @@ def measure(run: Run, out: Path, sizes: list[int], every: int) -> list[dict[str,
 def _lost(backbone: Any, stack: ConceptStack) -> list[float]:
     assert stack.adapter
     memory = solve.memory_of(backbone, stack, ignore)
-    wishes = memory.about_one(memory.wishes(solve.adapters_of(stack), SolveSettings()))
-    return [solve.lost(stack.adapter, wish) for wish in wishes]
+    wishes = memory.about_one(memory.targets(solve.adapters_of(stack), SolveSettings()))
+    return [solve.relative_drift(stack.adapter, wish) for wish in wishes]
 
 
 def main() -> None:

@@ -69,7 +69,7 @@ SKIPPED, STEPS, RANK, CUDA = 5, 20, 16, "cuda"
 
 def learned(path: Path, words: list[str], size: int) -> dict[str, Any]:
     """One concept, and by a method that protects an earlier one two, of which the second counts."""
-    from comfy_continual_lora import pipeline
+    from comfy_continual_lora import pipeline, requests
     from comfy_continual_lora.progress import Progress
     from comfy_continual_lora.settings import LearnSettings
 
@@ -113,7 +113,7 @@ def learned(path: Path, words: list[str], size: int) -> dict[str, Any]:
         )
         Image.fromarray(noise).resize((size, size)).save(folder / "picture.png")
         requests = [
-            pipeline.LearnRequest(
+            requests.LearnRequest(
                 file, [folder / "picture.png"], token, "mug", settings, device=CUDA
             )
             for token in ("V1", "V2")[: 1 if method == "lora" else 2]
@@ -256,7 +256,7 @@ def main() -> None:
             )
         )
         return
-    import full_size
+    import helpers_full_size as full_size
 
     card = torch.cuda.get_device_properties(0)
     found: dict[str, Any] = {

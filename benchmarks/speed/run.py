@@ -114,10 +114,10 @@ class Meter:
 
 def ours(path: str, job: dict[str, int], compile: bool = False) -> dict[str, float]:
     import torch
-    from comfy_continual_lora.lora import new_adapter
 
+    from comfy_continual_lora.adapters.adapter import new_adapter
     from comfy_continual_lora.checkpoint.load import load_backbone
-    from comfy_continual_lora.learn import Lesson, learn
+    from comfy_continual_lora.learn import TrainingInputs, learn
     from comfy_continual_lora.settings import LearnSettings
 
     meter = Meter(job["skipped"])
@@ -141,7 +141,7 @@ def ours(path: str, job: dict[str, int], compile: bool = False) -> dict[str, flo
         meter.begin()
         learn(
             backbone,
-            Lesson(latents, [[PROMPT]], "V1", {}, adapter, word),
+            TrainingInputs(latents, [[PROMPT]], "V1", {}, adapter, word),
             settings.resolved("sd1"),
             Path(folder) / "snapshot",
             meter.step,
@@ -546,7 +546,7 @@ def _checkout(program: str) -> Path:
 
 
 def _ask(peer: str, path: Path, name: str, threads: int) -> dict[str, Any]:
-    from comfyui import python_of
+    from helpers_comfyui import python_of
 
     program = peer.removesuffix(" kv")
     try:
@@ -671,7 +671,7 @@ def main() -> None:
             torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
         print(json.dumps(work(str(arguments.keep), JOBS[arguments.job])))
         return
-    import full_size
+    import helpers_full_size as full_size
     import torch
 
     from comfy_continual_lora.mini.weights import write_checkpoint

@@ -30,12 +30,12 @@ from typing import Any
 import torch
 from sweep import combinations, gain, prior_error, rows_of, sequence, table
 
-from comfy_continual_lora import pipeline, store
+from comfy_continual_lora import pipeline, requests, store
 from comfy_continual_lora.checkpoint.backbone import FrozenText
 from comfy_continual_lora.checkpoint.load import load_backbone
 from comfy_continual_lora.mini import world
 from comfy_continual_lora.mini.weights import write_checkpoint
-from comfy_continual_lora.settings import ConsolidateSettings, LearnSettings
+from comfy_continual_lora.settings import LearnSettings, TrainSettings
 
 STEPS = 200  # a concept
 COLUMNS = ("earlier", "newest", "prior", "seconds")
@@ -47,7 +47,7 @@ def learned(checkpoint: Path, concepts: list[world.Concept], settings: LearnSett
     """
     for number, concept in enumerate(concepts, start=1):
         files = world.save_pictures(concept, checkpoint.parent / f"V{number}")
-        request = pipeline.LearnRequest(
+        request = requests.LearnRequest(
             checkpoint, files, f"V{number}", concept.noun, settings, device="cpu"
         )
         if pipeline.learned_before(request) is None:
@@ -80,9 +80,9 @@ def run(
         return {**measured(checkpoint, kept, concepts), "seconds": 0.0}
     with tempfile.TemporaryDirectory() as place:
         copy = Path(shutil.copy(kept, place))
-        chosen = ConsolidateSettings(**settings, fisher_samples=1)  # nothing is learned after it
+        chosen = TrainSettings(**settings, fisher_samples=1)  # nothing is learned after it
         pipeline.consolidate(
-            pipeline.ConsolidateRequest(
+            requests.ConsolidateRequest(
                 checkpoint, folder / f"V{len(concepts)}", chosen, stack=copy, device="cpu"
             )
         )

@@ -28,15 +28,15 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from comfy_continual_lora.lora import attached
 from sweep import held_out_error, prior_error
 from torch import Tensor
 
-from comfy_continual_lora import metrics, pipeline, report, sample, store
+from comfy_continual_lora import metrics, pipeline, report, requests, sample, store
+from comfy_continual_lora.adapters.adapter import attached
 from comfy_continual_lora.checkpoint.backbone import FrozenText
 from comfy_continual_lora.checkpoint.load import load_backbone
 from comfy_continual_lora.concepts import to_pil
-from comfy_continual_lora.mini import pretrain, weights, world
+from comfy_continual_lora.mini import trainset, weights, world
 from comfy_continual_lora.settings import DrawSettings, LearnSettings
 
 
@@ -48,11 +48,11 @@ def learned(
     weights.write_checkpoint(checkpoint)
     files = world.save_pictures(concept, folder / "pictures")
     pipeline.learn_concept(
-        pipeline.LearnRequest(checkpoint, files, "V1", concept.noun, settings, device="cpu")
+        requests.LearnRequest(checkpoint, files, "V1", concept.noun, settings, device="cpu")
     )
     backbone = load_backbone(checkpoint, device="cpu")
     stack = store.load_stack(store.stack_path(checkpoint), backbone.fingerprint)
-    real = pretrain.to_tensor(np.stack(list(world.concept_pictures(concept, 10, seed=1))))
+    real = trainset.to_tensor(np.stack(list(world.concept_pictures(concept, 10, seed=1))))
     latents, text = backbone.encode_images(real[:5]), FrozenText(backbone, stack.tokens)
     own, bare = (
         text([f"a photo of a V1 {concept.noun}"])[0],

@@ -33,18 +33,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from comfy_continual_lora.lora import new_adapter
 from sweep import gain, prior_error
 from torch import Tensor
 
-from comfy_continual_lora import concepts, pipeline, solve, store, textspace
+from comfy_continual_lora import concepts, pipeline, requests, solve, store, textspace
+from comfy_continual_lora.adapters.adapter import new_adapter
 from comfy_continual_lora.checkpoint.backbone import FrozenText
 from comfy_continual_lora.checkpoint.load import load_backbone
-from comfy_continual_lora.learn import Lesson, learn
+from comfy_continual_lora.learn import TrainingInputs, learn
 from comfy_continual_lora.mini import world
 from comfy_continual_lora.mini.weights import write_checkpoint
+from comfy_continual_lora.presets import TEMPLATES
 from comfy_continual_lora.progress import Progress, ignore
-from comfy_continual_lora.settings import TEMPLATES, LearnSettings
+from comfy_continual_lora.settings import LearnSettings
 
 
 def closed_directions(moment: Tensor, energy: float) -> Tensor:
@@ -82,7 +83,7 @@ def measure(energies: list[float], steps: int, folder: Path) -> list[dict[str, A
     first, second = world.concepts("development")[:2]
     pictures = world.save_pictures(first, folder / "V1")
     pipeline.learn_concept(
-        pipeline.LearnRequest(checkpoint, pictures, "V1", first.noun, settings, device="cpu")
+        requests.LearnRequest(checkpoint, pictures, "V1", first.noun, settings, device="cpu")
     )
     backbone = load_backbone(checkpoint, device="cpu")
     stack = store.load_stack(store.stack_path(checkpoint), backbone.fingerprint)
@@ -93,10 +94,10 @@ def measure(energies: list[float], steps: int, folder: Path) -> list[dict[str, A
         concepts.prompts_for("V2", second.noun, TEMPLATES, None),
     )
     word = backbone.word_start(second.noun, torch.Generator().manual_seed(0))
-    lesson = Lesson(latents, [prompts], "V2", stack.tokens, stack.adapter, word)
+    lesson = TrainingInputs(latents, [prompts], "V2", stack.tokens, stack.adapter, word)
 
     def row(
-        name: str, lesson: Lesson, after_step: Callable[[Progress], None] = lambda _: None
+        name: str, lesson: TrainingInputs, after_step: Callable[[Progress], None] = lambda _: None
     ) -> dict[str, Any]:
         learned = learn(backbone, lesson, settings, folder / f"{name}.snapshot", after_step)
         text = FrozenText(backbone, {**stack.tokens, "V2": learned.word})
@@ -134,7 +135,9 @@ def measure(energies: list[float], steps: int, folder: Path) -> list[dict[str, A
             name: constraint.open_part(t) / left**0.5 if name.endswith("A") else t
             for name, t in adapter.items()
         }
-        held = replace(lesson, adapter=adapter, beneath=stack.adapter, penalty=constraint.penalty)
+        held = replace(
+            lesson, adapter=adapter, frozen_adapter=stack.adapter, penalty=constraint.penalty
+        )
         rows.append(
             {
                 **row(f"energy {energy:g}", held, constraint.after_step),

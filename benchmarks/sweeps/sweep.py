@@ -40,14 +40,14 @@ from typing import Any
 
 import numpy as np
 import torch
-from comfy_continual_lora.lora import Adapter, attached
 from torch import Tensor
 
-from comfy_continual_lora import classifier, pipeline, store
+from comfy_continual_lora import classifier, pipeline, requests, store
+from comfy_continual_lora.adapters.adapter import Adapter, attached
 from comfy_continual_lora.checkpoint.backbone import Backbone, FrozenText
 from comfy_continual_lora.checkpoint.load import load_backbone
 from comfy_continual_lora.diffusion import generator_for, stratified
-from comfy_continual_lora.mini import pretrain, world
+from comfy_continual_lora.mini import trainset, world
 from comfy_continual_lora.mini.weights import write_checkpoint
 from comfy_continual_lora.settings import LearnSettings, ScoreSettings
 
@@ -92,7 +92,7 @@ def held_out_error(
 def held_out(backbone: Backbone, concept: world.Concept) -> list[Tensor]:
     """Latents (4, h, w) of five pictures of the concept that are never learned from."""
     return backbone.encode_images(
-        pretrain.to_tensor(np.stack(list(world.concept_pictures(concept, 5, seed=1))))
+        trainset.to_tensor(np.stack(list(world.concept_pictures(concept, 5, seed=1))))
     )
 
 
@@ -126,7 +126,7 @@ def run(settings: dict[str, Any], count: int, seed: int, device: str = "cpu") ->
         for number, concept in enumerate(concepts, start=1):
             pictures = world.save_pictures(concept, Path(folder) / str(number))
             chosen = LearnSettings(**{"seed": seed, "precision": "fp32", **settings})
-            request = pipeline.LearnRequest(
+            request = requests.LearnRequest(
                 checkpoint, pictures, f"V{number}", concept.noun, chosen, device=device
             )
             pipeline.learn_concept(request)
@@ -180,7 +180,7 @@ def prior_error(backbone: Backbone, adapter: Adapter | None) -> float:
     rng = np.random.default_rng(2025)
     scenes = [world.random_scene(rng) for _ in range(12)]
     latents = backbone.encode_images(
-        pretrain.to_tensor(np.stack([world.draw_scene(s, rng) for s in scenes]))
+        trainset.to_tensor(np.stack([world.draw_scene(s, rng) for s in scenes]))
     )
     features = backbone.encode_prompts(["", *(s.caption for s in scenes)])
     pairs = [([z], features[row]) for n, z in enumerate(latents) for row in (0, n + 1)]

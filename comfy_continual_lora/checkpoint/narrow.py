@@ -1,13 +1,13 @@
-"""Frozen weights: the number formats they compute in, and layers that store theirs in fewer bits.
+"""Frozen weights: the dtypes they compute in, and layers that store theirs in fewer bits.
 
-    fp32, bf16, fp16    stored and computed in
-    fp8                 the U-Net's large matrices: 8 bits a number and a scale a row, W = s Q;
-    everything else, and what is computed in, bf16 or fp16
-    text encoders       beside a net in 16 or 8 bits: stored as in the file, computed in float32,
-    which changes no digit
+    fp32, bf16, fp16    stored and computed in this dtype
+    fp8                 the U-Net's large matrices are stored in 8 bits with a scale per row,
+                        W = s Q; everything else is stored, and all is computed, in bf16 or fp16
+    text encoders       beside a U-Net in 16 or 8 bits: stored as in the file, computed in float32,
+                        which gives exactly the same features
 
-A narrow layer widens its weight while it works, and once more on the way back: the gradient in its
-input needs nothing else, so nothing wide is kept.
+A narrow layer widens its weight in the forward pass, and once more in the backward pass: the
+gradient with respect to its input needs nothing else, so nothing wide is kept.
 """
 
 from __future__ import annotations
@@ -21,61 +21,67 @@ from torch import Tensor, nn
 from torch.nn.grad import conv2d_input
 
 FP8 = torch.float8_e4m3fn
-LARGEST = 448.0  # what 8 bits reach
-NUMBERS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "fp8": FP8}
+FP8_MAX = 448.0
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "fp8": FP8}
 
 
-def number_for(precision: str, device: torch.device) -> torch.dtype:
-    """The format that `precision` (a setting) stands for.
+def dtype_for(precision: str, device: torch.device) -> torch.dtype:
+    """The dtype that `precision` (a setting) stands for.
 
-    "auto" is bf16 on a GPU that has it, fp16 on one that has not, fp32 elsewhere.
+    "auto" is bf16 on a GPU that supports it, fp16 on another GPU, fp32 elsewhere.
     """
     if precision == "auto":
-        return half_of(device) if device.type == "cuda" else torch.float32
-    return NUMBERS[precision]
+        return half_dtype(device) if device.type == "cuda" else torch.float32
+    return DTYPES[precision]
 
 
-def half_of(device: torch.device) -> torch.dtype:
-    """The format of 16 bits to compute in."""
-    lacks = device.type == "mps" or (device.type == "cuda" and not torch.cuda.is_bf16_supported())
-    return torch.float16 if lacks else torch.bfloat16
+def half_dtype(device: torch.device) -> torch.dtype:
+    """The dtype of 16 bits to compute in."""
+    lacks_bf16 = device.type == "mps" or (
+        device.type == "cuda" and not torch.cuda.is_bf16_supported()
+    )
+    return torch.float16 if lacks_bf16 else torch.bfloat16
 
 
-def computed_in(number: torch.dtype, device: torch.device) -> torch.dtype:
-    return half_of(device) if number == FP8 else number
+def compute_dtype_of(dtype: torch.dtype, device: torch.device) -> torch.dtype:
+    """What a net whose weights are stored in `dtype` computes in."""
+    return half_dtype(device) if dtype == FP8 else dtype
 
 
 def put(
     module: nn.Module,
     name: str,
     weight: Tensor,
-    number: torch.dtype,
+    dtype: torch.dtype,
     stored: torch.dtype | None = None,
 ) -> None:
-    """Make `weight` the frozen parameter `name` of `module`; in `stored`, where that is narrower
-    than `number` and its layer can widen it.
+    """Make `weight` the frozen parameter `name` of `module`, which computes in `dtype`.
+
+    It is stored in `stored` if its layer can widen it, else in `dtype` too.
     """
     path, _, leaf = name.rpartition(".")
     layer = module.get_submodule(path)
     plain = _PLAIN.get(type(layer), type(layer))
     if leaf == "weight" and plain in _NARROW:
         layer.__class__ = plain
-        if stored not in (None, number):
+        if stored not in (None, dtype):
             layer.__class__ = _NARROW[plain]
             layer.register_buffer("scale", None, persistent=False)
-            layer.number = number  # type: ignore[assignment]
+            layer.compute_dtype = dtype  # type: ignore[assignment]
             if stored == FP8:
                 rows = weight.float().flatten(1)
-                scale = (rows.abs().amax(1) / LARGEST).clamp(min=torch.finfo(torch.float32).tiny)
-                layer.scale = scale.view(-1, *[1] * (weight.ndim - 1)).to(number)
+                scale = (rows.abs().amax(1) / FP8_MAX).clamp(min=torch.finfo(torch.float32).tiny)
+                layer.scale = scale.view(-1, *[1] * (weight.ndim - 1)).to(dtype)
                 weight = rows.div(scale[:, None]).view_as(weight)
-            number = stored  # type: ignore[assignment]
-    setattr(layer, leaf, nn.Parameter(weight.to(number), requires_grad=False))
+            dtype = stored  # type: ignore[assignment]
+    setattr(layer, leaf, nn.Parameter(weight.to(dtype), requires_grad=False))
 
 
 def is_large(name: str, weight: Tensor) -> bool:
-    """Whether 8 bits are for this weight of a U-Net: a matrix of its blocks, but not K and V of
-    cross-attention, whose own values are asked for.
+    """Whether fp8 stores this weight of a U-Net in 8 bits.
+
+    It does with the matrices of its blocks, but not with K and V of cross-attention, whose exact
+    values learning needs.
     """
     return (
         weight.ndim > 1
@@ -83,44 +89,35 @@ def is_large(name: str, weight: Tensor) -> bool:
     )
 
 
-def put_unet(unet: nn.Module, name: str, weight: Tensor, number: torch.dtype) -> None:
-    """`put` for the U-Net."""
-    put(
-        unet,
-        name,
-        weight,
-        computed_in(number, weight.device),
-        FP8 if number == FP8 and is_large(name, weight) else None,
-    )
+def put_unet(unet: nn.Module, name: str, weight: Tensor, dtype: torch.dtype) -> None:
+    """`put` for a U-Net whose precision is `dtype`."""
+    stored = FP8 if dtype == FP8 and is_large(name, weight) else None
+    put(unet, name, weight, compute_dtype_of(dtype, weight.device), stored)
 
 
-def recast(unet: nn.Module, number: torch.dtype) -> None:
-    """Bring the frozen U-Net into another number format, in place; nothing happens where it is in
-    it.
-    """
+def recast(unet: nn.Module, dtype: torch.dtype) -> None:
+    """Bring the frozen U-Net into another dtype in place, if it is not in it already."""
     narrow = any(isinstance(layer, Narrow) for layer in unet.modules())
-    if narrow and number == FP8:
+    if narrow and dtype == FP8:
         return
-    for name, weight in list(unet.named_parameters()):
+    for name, parameter in list(unet.named_parameters()):
+        weight = parameter.detach()
         layer = unet.get_submodule(name.rpartition(".")[0])
-        wide = (
-            layer.wide()
-            if isinstance(layer, Narrow) and name.endswith(".weight")
-            else weight.detach()
-        )
-        if narrow or number == FP8 or wide.dtype != number:
-            put_unet(unet, name, wide, number)
+        if isinstance(layer, Narrow) and name.endswith(".weight"):
+            weight = layer.wide()
+        if narrow or dtype == FP8 or weight.dtype != dtype:
+            put_unet(unet, name, weight, dtype)
 
 
 class Narrow(nn.Module):
-    """A frozen layer whose weight is stored in fewer bits than `number`, which it computes in."""
+    """A frozen layer whose weight is stored in fewer bits than it computes in."""
 
     weight: Tensor
     scale: Tensor | None
-    number: torch.dtype
+    compute_dtype: torch.dtype
 
     def wide(self) -> Tensor:
-        weight = self.weight.to(self.number)
+        weight = self.weight.to(self.compute_dtype)
         return weight if self.scale is None else weight * self.scale
 
     def forward(self, input: Tensor) -> Tensor:
@@ -128,25 +125,25 @@ class Narrow(nn.Module):
 
 
 class NarrowLinear(Narrow, nn.Linear):
-    def answer(self, x: Tensor) -> Tensor:
+    def compute(self, x: Tensor) -> Tensor:
         return F.linear(x, self.wide(), self.bias)
 
-    def back(self, gradient: Tensor, _shape: torch.Size) -> Tensor:
+    def input_gradient(self, gradient: Tensor, _shape: torch.Size) -> Tensor:
         return gradient @ self.wide()
 
 
 class NarrowConv(Narrow, nn.Conv2d):
-    def answer(self, x: Tensor) -> Tensor:
+    def compute(self, x: Tensor) -> Tensor:
         return self._conv_forward(x, self.wide(), self.bias)
 
-    def back(self, gradient: Tensor, shape: torch.Size) -> Tensor:
-        shares = (self.stride, self.padding, self.dilation, self.groups)
-        return conv2d_input(shape, self.wide(), gradient, *shares)  # type: ignore[arg-type]
+    def input_gradient(self, gradient: Tensor, shape: torch.Size) -> Tensor:
+        geometry = (self.stride, self.padding, self.dilation, self.groups)
+        return conv2d_input(shape, self.wide(), gradient, *geometry)  # type: ignore[arg-type]
 
 
 class NarrowEmbedding(Narrow, nn.Embedding):
     def forward(self, input: Tensor) -> Tensor:
-        return nn.Embedding.forward(self, input).to(self.number)
+        return nn.Embedding.forward(self, input).to(self.compute_dtype)
 
 
 _NARROW: dict[type, type] = {
@@ -162,9 +159,9 @@ class _Frozen(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, layer: Any) -> Tensor:
-        ctx.layer, ctx.shape, ctx.number = layer, x.shape, x.dtype
-        return layer.answer(x)
+        ctx.layer, ctx.shape, ctx.dtype = layer, x.shape, x.dtype
+        return layer.compute(x)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
-        return ctx.layer.back(gradient, ctx.shape).to(ctx.number), None
+        return ctx.layer.input_gradient(gradient, ctx.shape).to(ctx.dtype), None

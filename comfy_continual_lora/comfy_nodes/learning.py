@@ -106,7 +106,7 @@ class LearnConcept(io.ComfyNode):
         cls, images: list, captions: list | None = None, masks: list | None = None, **given: list
     ) -> Any:
         from ..curves import curve_picture
-        from ..export import stock_lora
+        from ..stock import stock_lora
 
         values = {name: value[0] for name, value in given.items()}
         stack: StackHandle = values["stack"]

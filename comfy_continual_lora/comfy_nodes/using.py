@@ -93,7 +93,7 @@ class ApplyConcepts(io.ComfyNode):
         """Errors: StackError where the model is not of the stack's kind."""
         import comfy.sd  # pyright: ignore[reportMissingImports]
 
-        from ..export import stock_lora
+        from ..stock import stock_lora
 
         lora = stock_lora(held)
         if not lora:

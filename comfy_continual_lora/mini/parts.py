@@ -12,7 +12,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from functools import cache
 from itertools import pairwise
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -20,9 +19,8 @@ from diffusers import UNet2DConditionModel
 from torch import Tensor, nn
 from transformers import CLIPConfig, CLIPModel, CLIPTokenizer
 
+from ..checkpoint.single_file import TOKENIZER
 from . import world
-
-TOKENIZER = Path(__file__).parents[1] / "checkpoint" / "tokenizer"
 
 
 @cache

@@ -27,7 +27,7 @@ from torch import Tensor
 from transformers import CLIPModel
 
 from ..checkpoint import keys
-from ..checkpoint.load import MINI_ARCHITECTURE
+from ..checkpoint.single_file import MINI_ARCHITECTURE
 from ..errors import SettingError
 from ..files import write_whole
 from . import parts

@@ -1,0 +1,381 @@
+"""A real AUTOMATIC1111 or Forge for the tests.
+
+It is found, given the mini-SD, the extension and a neighbour in a data folder of its own, started,
+driven through its API and in a browser.
+"""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+import os
+import shutil
+import subprocess
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from helpers_browser import SAID, page, type_beside
+from helpers_server import Server, free_port
+from PIL import Image
+from safetensors.torch import load_file
+
+from comfy_continual_lora import history
+from comfy_continual_lora.checkpoint.single_file import TOKENIZER
+from comfy_continual_lora.mini.weights import write_checkpoint
+from comfy_continual_lora.store import read_records
+from comfy_continual_lora.versions import versions
+from comfy_continual_lora.webui.install import install
+
+API = "/continual-lora/v1"
+QUICK = {"method": "lora", "steps": 6, "batch": 2, "rank": 4}
+PLACE = {"checkpoint": "mini-sd.safetensors"}
+_FLAGS = [
+    "--skip-prepare-environment",
+    "--skip-torch-cuda-test",
+    "--api",
+    "--server-name",
+    "127.0.0.1",
+]
+_A1111 = [
+    "--no-half",
+    "--use-cpu",
+    "all",
+    "--no-download-sd-model",
+    "--do-not-download-clip",
+    "--skip-load-model-at-start",
+]
+_NEIGHBOUR = """
+import gradio
+from modules import script_callbacks
+
+def tab():
+    with gradio.Blocks() as page:
+        word = gradio.Textbox("", elem_id="neighbour_word")
+        gradio.Button("Neighbour says", elem_id="neighbour_button").click(lambda: "still here", None, word)
+    return [(page, "Neighbour", "neighbour")]
+
+script_callbacks.on_ui_tabs(tab)
+script_callbacks.on_app_started(lambda demo, app: app.add_api_route("/neighbour", lambda: {"still": "here"}))
+"""
+_NET = """model:
+  target: ldm.models.diffusion.ddpm.LatentDiffusion
+  params:
+    {{linear_start: 0.00085, linear_end: 0.012, timesteps: 1000, num_timesteps_cond: 1,
+     first_stage_key: jpg, cond_stage_key: txt, image_size: 16, channels: 4,
+     cond_stage_trainable: false, conditioning_key: crossattn, scale_factor: 0.18215, use_ema: false,
+     unet_config: {{target: ldm.modules.diffusionmodules.openaimodel.UNetModel, params:
+      {{image_size: 16, in_channels: 4, out_channels: 4, model_channels: 64,
+       attention_resolutions: [1, 2], num_res_blocks: 1, channel_mult: [1, 3], num_heads: 8,
+       use_spatial_transformer: true, transformer_depth: 1, context_dim: 256,
+       use_checkpoint: false, legacy: false}}}},
+     first_stage_config: {{target: ldm.models.autoencoder.AutoencoderKL, params:
+      {{embed_dim: 4, ddconfig: {{double_z: true, z_channels: 4, resolution: 128, in_channels: 3,
+        out_ch: 3, ch: 32, ch_mult: [1, 1, 1, 1], num_res_blocks: 1, attn_resolutions: [],
+        dropout: 0.0}},
+       lossconfig: {{target: torch.nn.Identity}}}}}},
+     cond_stage_config: {{target: ldm.modules.encoders.modules.FrozenCLIPEmbedder, params:
+      {{version: {text}}}}}}}
+"""
+_TEXT = {
+    "architectures": ["CLIPTextModel"],
+    "model_type": "clip_text_model",
+    "vocab_size": 49408,
+    "hidden_size": 256,
+    "intermediate_size": 1024,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 77,
+    "hidden_act": "quick_gelu",
+    "projection_dim": 256,
+    "bos_token_id": 49406,
+    "eos_token_id": 49407,
+    "pad_token_id": 49407,
+}
+
+
+def find_webui(
+    variable: str = "WEBUI_PATH", default: str = "stable-diffusion-webui"
+) -> Path | None:
+    """The folder the variable names, else the default one in the home folder, if a web UI with a
+    venv is there.
+    """
+    path = Path(os.environ.get(variable) or Path.home() / default)
+    return path if (path / "webui.py").exists() and _python(path).exists() else None
+
+
+def _python(webui: Path) -> Path:
+    return webui / "venv" / "bin" / "python"
+
+
+def freeze(webui: Path) -> str:
+    """What is installed in the web UI's own environment."""
+    return subprocess.run(
+        [str(_python(webui)), "-m", "pip", "freeze"], capture_output=True, text=True, check=True
+    ).stdout
+
+
+class WebUI(Server):
+    """A web UI, running after `start`; `data` holds its models, settings and extensions."""
+
+    def __init__(self, webui: Path, data: Path) -> None:
+        self.webui, self.data, self.log = webui, data, data / "log.txt"
+        self.forge = (webui / "modules_forge").exists()
+        self.checkpoint = data / "models" / "Stable-diffusion" / "mini-sd.safetensors"
+
+    def put_the_mini_and_us(self) -> None:
+        _put_mini(self.checkpoint, self.data, stock=self.forge)
+        self.put_extension("neighbour", _NEIGHBOUR)
+        install(self.data, copy=True)
+        # what the web UI does with every extension at its start
+        ours = self.data / "extensions" / "continual-lora" / "install.py"
+        subprocess.run([str(_python(self.webui)), str(ours)], check=True, stdin=subprocess.DEVNULL)
+
+    def put_extension(self, name: str, script: str) -> None:
+        path = self.data / "extensions" / name / "scripts" / f"{name}.py"
+        path.parent.mkdir(parents=True)
+        path.write_text(script)
+
+    def start(self, cache: Path | None = None) -> None:
+        """`cache` holds what transformers would download."""
+        port, cache = free_port(), cache or self.webui / "hf-home"
+        offline = {
+            "HF_HUB_OFFLINE": "1",
+            "TRANSFORMERS_OFFLINE": "1",
+            **({"HF_HOME": str(cache)} if cache.exists() else {}),
+        }
+        flags = [
+            *_FLAGS,
+            *(("--always-cpu", "--gradio-allowed-path", str(self.webui)) if self.forge else _A1111),
+        ]
+        command = [
+            str(_python(self.webui)),
+            "launch.py",
+            *flags,
+            "--port",
+            str(port),
+            "--data-dir",
+            str(self.data),
+        ]
+        # no request before it says so: it still adds middleware, and fails after one
+        ready = lambda: "Startup time" in self.log.read_text()  # noqa: E731
+        self.launch(
+            command, port, ready, cwd=self.webui, env={**os.environ, "PYTHONPATH": "", **offline}
+        )
+
+    def ended(self, timeout: float = 600) -> dict[str, Any]:
+        """The job, once it ended."""
+        deadline = time.monotonic() + timeout
+        while (job := self.get("/continual-lora/v1/jobs"))["state"] not in (
+            "done",
+            "failed",
+            "stopped",
+        ):
+            if time.monotonic() > deadline:
+                raise TimeoutError(f"the job is still {job}")
+            time.sleep(0.3)
+        return job
+
+
+def learn(pictures: Path, token: str, stack: str, **settings: Any) -> dict[str, Any]:
+    """The body of a quick request to learn."""
+    images = [base64.b64encode(p.read_bytes()).decode() for p in sorted(pictures.glob("*.png"))]
+    return {
+        **PLACE,
+        "images": images,
+        "token": token,
+        "noun": "ball",
+        "stack": stack,
+        "settings": {**QUICK, **settings},
+    }
+
+
+def drawn(host: WebUI, prompt: str) -> np.ndarray:
+    asked = {
+        "prompt": prompt,
+        "seed": 1,
+        "steps": 6,
+        "width": 128,
+        "height": 128,
+        "cfg_scale": 4,
+        "sampler_name": "DDIM",
+    }
+    answer = host.post("/sdapi/v1/txt2img", asked)
+    return np.asarray(
+        Image.open(io.BytesIO(base64.b64decode(answer["images"][0]))).convert("RGB"), int
+    )
+
+
+def learns_and_draws(host: WebUI, pictures: Path) -> None:
+    """Without a restart, and with the model loaded before: the LoRA changes the picture, the word
+    changes it too, and the web UI's model is back.
+    """
+    before = drawn(host, "a photo of a V1 ball")
+    host.post(f"{API}/learn", learn(pictures, "V1", "", rate=0.01, token_rate=0.05, steps=10))
+    job = host.ended(1800)  # the stock mini-SD takes twenty times as long
+    assert job["state"] == "done", job
+    lora = Path(job["results"]["export"]["lora"])
+    assert lora.parent == host.data / "models" / "Lora"
+    assert lora.with_suffix(".json").exists()
+    with_word = drawn(host, "a photo of a V1 ball")
+    with_both = drawn(host, f"a photo of a V1 ball <lora:{lora.stem}:1>")
+    assert np.abs(with_word - before).mean() > 1
+    assert np.abs(with_both - with_word).mean() > 1
+    assert [one["token"] for one in host.get(f"{API}/concepts?checkpoint=mini-sd.safetensors")] == [
+        "V1"
+    ]
+
+
+def learns_in_a_browser(host: WebUI, pictures: Path, screenshot: Path) -> None:
+    """From dropped pictures, one with a caption of its own, to the finished concept; a tab of
+    another extension goes on beside it.
+
+    The first picture is dropped, cleared and dropped again."""
+    with page(host.address, height=1600) as opened:
+        opened.wait_for_selector("#txt2img_generate", timeout=120_000)
+        opened.click("button:has-text('Continual LoRA')")
+        files = sorted(pictures.glob("*.png"))
+        files[0].with_suffix(".txt").write_text("a photo of B1 on sand")
+        opened.set_input_files("#continual_lora_files input[type=file]", str(files[0]))
+        opened.click(
+            "#continual_lora_files button[aria-label='Clear']", timeout=60_000
+        )  # as before the next concept
+        opened.wait_for_timeout(2_000)
+        opened.set_input_files(
+            "#continual_lora_files input[type=file]",
+            [str(p) for p in (*files, files[0].with_suffix(".txt"))],
+        )
+        opened.fill("#continual_lora_token textarea", "B1")
+        opened.fill("#continual_lora_noun textarea", "ball")
+        opened.click("text=Captions, and settings for experts")
+        opened.wait_for_function(
+            SAID, arg=["#continual_lora_captions", "a photo of B1 on sand"], timeout=60_000
+        )
+        type_beside(opened, "#continual_lora_captions", files[1].name, "B1 ball in front of a wall")
+        for name, value in (
+            ("steps", 4),
+            ("batch", 2),
+            ("rank", 4),
+            ("fisher_samples", 4),
+            ("preview_every", 2),
+        ):
+            opened.fill(f"#continual_lora_{name} input", str(value))
+        opened.fill("#continual_lora_stack textarea", "browser")
+        opened.click("#continual_lora_learn")
+        opened.wait_for_function(
+            SAID, arg=["#continual_lora_status", "Learned B1 ball"], timeout=1_800_000
+        )
+        opened.wait_for_function(
+            SAID, arg=["#continual_lora_concepts", "4 steps, "], timeout=60_000
+        )
+        opened.screenshot(path=str(screenshot))
+        stack = host.checkpoint.with_name("mini-sd.browser.concepts.safetensors")
+        assert {"a photo of B1 on sand", "B1 ball in front of a wall"} <= set(
+            read_records(stack)[0].prompts
+        )
+        assert copies_of(host, "browser") == []
+        asks_first(opened, stack, "B1")
+        opened.click("button:has-text('Neighbour')")
+        opened.click("#neighbour_button")
+        opened.wait_for_function(
+            "document.querySelector('#neighbour_word textarea, #neighbour_word input').value === "
+            "'still here'",
+            timeout=60_000,
+        )
+    assert host.get("/neighbour") == {"still": "here"}
+
+
+def copies_of(host: WebUI, stack: str) -> list[Path]:
+    """The folders with copies of pictures that were learned for a named stack; other tests'
+    unfinished runs keep theirs.
+    """
+    found = (host.data / "continual-lora" / "copies").rglob("of.json")
+    return [one.parent for one in found if f".{stack}." in json.loads(one.read_text())["stack"]]
+
+
+def asks_first(opened: Any, stack: Path, token: str = "V1") -> None:
+    """On a page whose stack holds one concept: forgetting, undoing and going back do nothing before
+    they are confirmed.
+    """
+
+    def said(where: str, text: str) -> None:
+        opened.wait_for_function(SAID, arg=[f"#continual_lora_{where}", text], timeout=300_000)
+
+    def holds(*tokens: str) -> None:
+        assert [one.token for one in read_records(stack)] == list(tokens)
+
+    field = "#continual_lora_token input, #continual_lora_token textarea"
+    opened.fill(field, "V9")
+    opened.click("#continual_lora_forget")
+    said("status", f"The word V9 is not on the stack; it holds {token}.")
+    opened.fill(field, token)
+    opened.click("#continual_lora_forget")
+    said("question", f"This takes {token} ball off")
+    holds(token)
+    opened.click("#continual_lora_no")
+    opened.wait_for_selector("#continual_lora_yes", state="hidden")
+    holds(token)
+    opened.click("#continual_lora_undo")
+    said("question", f"Undo takes back: learned {token} ball")
+    number = next(one.number for one in versions(stack) if one.current)
+    history.undo(stack)  # by another program, meanwhile
+    opened.click("#continual_lora_yes")
+    said("status", "There is nothing to undo")
+    history.restore(stack, number)
+    opened.click("#continual_lora_undo")
+    said("question", f"Undo takes back: learned {token} ball")
+    holds(token)
+    opened.click("#continual_lora_yes")
+    said("status", f"Took back: learned {token} ball. The stack holds no concept now.")
+    said("concepts", "No concept learned yet")
+    holds()
+    opened.click("text=History of the stack")
+    opened.fill("#continual_lora_version input", "77")
+    opened.click("#continual_lora_restore")
+    said("status", "There is no version 77")
+    number = next(one.number for one in versions(stack) if one.tokens == [token])
+    opened.fill("#continual_lora_version input", str(number))
+    opened.click("#continual_lora_restore")
+    said("question", f"This goes back to version {number}")
+    holds()
+    opened.click("#continual_lora_yes")
+    said("status", f"Went back to version {number}")
+    holds(token)
+
+
+def _put_mini(checkpoint: Path, data: Path, *, stock: bool) -> None:
+    """The mini-SD, for AUTOMATIC1111 narrow (20 times as fast) with a .yaml of its sizes; and its
+    TAESD, since it has no KL autoencoder.
+
+    AUTOMATIC1111 finds a LoRA's layers by SD1.x's numbers of blocks, of which the narrow one has
+    fewer: some of its layers go without.
+    """
+    write_checkpoint(checkpoint, stock=stock)
+    if not stock:
+        text = Path(shutil.copytree(TOKENIZER, data / "text"))
+        (text / "config.json").write_text(json.dumps(_TEXT))
+        checkpoint.with_suffix(".yaml").write_text(_NET.format(text=json.dumps(str(text))))
+    (data / "models" / "VAE-taesd").mkdir()
+    tensors = load_file(checkpoint)
+    for half in ("encoder", "decoder"):
+        prefix = f"first_stage_model.taesd_{half}."
+        state = {
+            name.removeprefix(prefix): t.float()
+            for name, t in tensors.items()
+            if name.startswith(prefix)
+        }
+        # its unpickler knows no newer format
+        torch.save(
+            state,
+            data / "models" / "VAE-taesd" / f"taesd_{half}.pth",
+            _use_new_zipfile_serialization=False,
+        )
+    options = {
+        "sd_vae_decode_method": "TAESD",
+        "sd_vae_encode_method": "TAESD",
+        "show_progress_type": "Approx cheap",
+    }
+    (data / "config.json").write_text(json.dumps(options))

@@ -1,0 +1,153 @@
+"""Every setting arrives where the work is done, from the command line, the worker and the JSON API.
+The nodes' are in test_comfy_nodes.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from comfy_continual_lora import cli, pipeline, worker
+from comfy_continual_lora.errors import Cancelled
+from comfy_continual_lora.progress import ignore
+from comfy_continual_lora.settings import (
+    DrawSettings,
+    EvaluateSettings,
+    LearnSettings,
+    ScoreSettings,
+    SolveSettings,
+    TrainSettings,
+)
+
+# what is typed, which function of the pipeline gets the settings
+COMMANDS = {
+    "learn --images i --token V1 --noun n": ("learn_concept", LearnSettings),
+    "consolidate --images i": ("consolidate", TrainSettings),
+    "consolidate --closed-form": ("consolidate_in_closed_form", SolveSettings),
+    "forget --token V1": ("forget", SolveSettings),
+    "merge other": ("merge", SolveSettings),
+    "import --lora l --token V1": ("import_concept", SolveSettings),
+    "scores --images i": ("dc_scores", ScoreSettings),
+    "evaluate": ("evaluate", EvaluateSettings),
+    "draw --prompt p": ("draw", DrawSettings),
+}
+# the job of the worker, what its request has besides, which function gets the settings
+JOBS: dict[str, tuple[dict[str, Any], str, type]] = {
+    "learn": (
+        {"images": "i", "token": "V1", "noun": "n"},
+        "learn_concept",
+        LearnSettings,
+    ),
+    "consolidate": ({"images": "i"}, "consolidate", TrainSettings),
+    "closed_form": ({}, "consolidate_in_closed_form", SolveSettings),
+    "forget": ({"token": "V1"}, "forget", SolveSettings),
+    "scores": ({"images": "i"}, "dc_scores", ScoreSettings),
+    "evaluate": ({}, "evaluate", EvaluateSettings),
+    "draw": ({"prompts": ["p"]}, "draw", DrawSettings),
+}
+
+
+def _others(settings: type) -> list[tuple[str, Any]]:
+    """Every setting, and a value in its range that is not its default."""
+    found = []
+    for f in dataclasses.fields(settings):
+        kind = str(f.type).split(" ")[0]
+        if kind == "bool":
+            value: Any = not f.default
+        elif f.metadata["choices"]:
+            value = next(c for c in f.metadata["choices"] if c != f.default)
+        else:
+            value = {"int": 72, "float": 0.75, "str": "text"}[kind]
+            if kind != "str" and f.metadata["high"] is not None:
+                value = min(value, type(value)(f.metadata["high"]))
+        assert value != f.default
+        settings(**{f.name: value}).check()
+        found.append((f.name, value))
+    return found
+
+
+@pytest.fixture
+def arrived(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, Any]]:
+    """What the pipeline was asked for, by function; it does nothing of it."""
+    requests: list[tuple[str, Any]] = []
+
+    def stand_in(name: str) -> Any:
+        def asked(request: Any, *_: object) -> None:
+            requests.append((name, request))
+            raise Cancelled("asked")
+
+        return asked
+
+    for name in {name for name, _ in COMMANDS.values()}:
+        monkeypatch.setattr(pipeline, name, stand_in(name))
+    monkeypatch.setattr(pipeline, "learned_before", lambda _: None, raising=False)
+    return requests
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_setting_has_a_flag_that_reaches_it(
+    command: str, arrived: list[tuple[str, Any]]
+) -> None:
+    function, settings = COMMANDS[command]
+    for name, value in _others(settings):
+        flag = "--lr" if name == "rate" else f"--{name.replace('_', '-')}"
+        if isinstance(value, bool):
+            words = [flag if value else flag.replace("--", "--no-")]
+        else:
+            words = [flag, str(value)]
+        assert cli.main([*command.split(), "--checkpoint", "c", *words]) == 130
+        asked, request = arrived.pop()
+        assert asked == function
+        assert request.settings == settings(**{name: value})
+
+
+@pytest.mark.parametrize("job", JOBS)
+def test_every_setting_of_a_job_reaches_the_pipeline(
+    job: str, arrived: list[tuple[str, Any]]
+) -> None:
+    given, function, settings = JOBS[job]
+    for name, value in _others(settings):
+        with pytest.raises(Cancelled):
+            worker.JOBS[job]({"checkpoint": "c", **given, "settings": {name: value}}, ignore)
+        asked, request = arrived.pop()
+        assert asked == function
+        assert request.settings == settings(**{name: value})
+
+
+@pytest.mark.parametrize("job", [job for job in JOBS if job != "draw"])
+def test_every_setting_reaches_the_worker_through_the_api(
+    job: str, checkpoint: Path, pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("gradio")
+    from fastapi import FastAPI
+    from fastapi.testclient import TestClient
+
+    from comfy_continual_lora.webui import api
+    from comfy_continual_lora.webui.tab import Host
+
+    class Recorded(Host):
+        def hand_in(self, *jobs: tuple[str, dict[str, Any]], batch: Any = None) -> Any:
+            handed.append(jobs[0])
+            return type("Job", (), {"number": len(handed)})
+
+        def picture_folders(self) -> list[Path]:
+            return [pictures]
+
+    handed: list[tuple[str, dict[str, Any]]] = []
+    app = FastAPI()
+    api.add_routes(app, Recorded(checkpoint.parent, tmp_path / "work"))
+    given, _, settings = JOBS[job]
+    body = {**given, "checkpoint": checkpoint.name}
+    if "images" in given:
+        body["images"] = str(pictures)
+    for name, value in _others(settings):
+        answer = TestClient(app).post(
+            f"{api.PREFIX}/{job}", json={**body, "settings": {name: value}}
+        )
+        assert answer.status_code == 200, answer.text
+        asked, request = handed.pop()
+        assert asked == job
+        assert request["settings"] == {name: value}
