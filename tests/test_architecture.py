@@ -15,6 +15,8 @@ PACKAGE = Path(comfy_continual_lora.__file__).parent
 LIGHT = (
     "adapters",
     "cli",
+    "cliflags",
+    "cliprogress",
     "errors",
     "fields",
     "files",
@@ -34,6 +36,7 @@ LIGHT = (
 LAYERS = (
     ("__main__",),
     ("cli", "comfy_nodes"),
+    ("cliflags", "cliprogress"),
     ("demo", "webui", "worker"),
     ("operations",),
     ("pipeline",),
