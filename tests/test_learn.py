@@ -115,11 +115,9 @@ def test_stop_and_resume_equals_no_stop(
     undisturbed: Learned,
 ) -> None:
     space = torch.eye(backbone.word_width) + 0.1 if turned else None
-<<<<<<< HEAD
-    whole = _learn(backbone, pictures, tmp_path / "a", preconditioner=space)
-=======
-    whole = _learn(backbone, pictures, tmp_path / "a", space=space) if turned else undisturbed
->>>>>>> lane
+    whole = undisturbed
+    if turned:
+        whole = _learn(backbone, pictures, tmp_path / "a", preconditioner=space)
     with pytest.raises(Cancelled):
         _learn(backbone, pictures, tmp_path / "b", on_progress=_stop_at(stop), preconditioner=space)
     steps = []
@@ -227,13 +225,8 @@ def test_a_run_goes_on_whatever_the_number_of_threads(checkpoint: Path, pictures
 def test_another_runs_snapshot_is_told_of_and_can_be_gone_on_with(
     checkpoint: Path, pictures: Path, folders: dict[str, Path]
 ) -> None:
-<<<<<<< HEAD
     first = requests.LearnRequest(
-        checkpoint, pictures, "V1", "ball", replace(QUICK, size=64, snapshot_every=1), device="cpu"
-=======
-    first = pipeline.LearnRequest(
         checkpoint, pictures, "V1", "ball", replace(QUICK, snapshot_every=1), device="cpu"
->>>>>>> lane
     )
     others = {
         "steps (6, now 5)": replace(first, settings=replace(first.settings, steps=5)),

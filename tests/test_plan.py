@@ -57,13 +57,8 @@ def test_files_are_as_large_as_said(
 ) -> None:
     if adapter == "vera" and method != "lora":
         pytest.skip("one method is enough")
-<<<<<<< HEAD
-    settings = replace(QUICK, method=method, adapter=adapter, fisher_samples=2, batch=2)
-    request = requests.LearnRequest(checkpoint, pictures, "V1", "ball", settings, device="cpu")
-=======
     settings = replace(QUICK, method=method, adapter=adapter, fisher_samples=2, batch=2, size=64)
-    request = pipeline.LearnRequest(checkpoint, pictures, "V1", "ball", settings, device="cpu")
->>>>>>> lane
+    request = requests.LearnRequest(checkpoint, pictures, "V1", "ball", settings, device="cpu")
     said = pipeline.plan(request)
     done = pipeline.learn_concept(request)
     assert sum(t.numel() * 4 for t in load_file(done.stack_file).values()) == said.stack_file
