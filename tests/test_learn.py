@@ -99,7 +99,7 @@ def test_steps_in_other_coordinates_are_those_of_a_factor_learned_there() -> Non
 
 
 @pytest.fixture(scope="module")
-def undisturbed(backbone: Backbone, tmp_path_factory: pytest.TempPathFactory) -> Learned:
+def undisturbed(backbone: Backbone, tmp_path_factory: pytest.TempPathFactory) -> Trained:
     """What `_learn` of `pictures` ends with when nothing comes between."""
     folder = tmp_path_factory.mktemp("undisturbed")
     return _learn(backbone, save_concept(folder / "pictures", 0), folder / "snapshot")
@@ -112,7 +112,7 @@ def test_stop_and_resume_equals_no_stop(
     tmp_path: Path,
     stop: int,
     turned: bool,
-    undisturbed: Learned,
+    undisturbed: Trained,
 ) -> None:
     space = torch.eye(backbone.word_width) + 0.1 if turned else None
     whole = undisturbed
@@ -159,7 +159,7 @@ class _Notes(list[str]):
 
 @pytest.mark.parametrize("how", ["cut", "flip", "empty", "header", "earlier", "longer"])
 def test_a_damaged_snapshot_is_set_aside_with_the_reason(
-    backbone: Backbone, pictures: Path, tmp_path: Path, how: str, undisturbed: Learned
+    backbone: Backbone, pictures: Path, tmp_path: Path, how: str, undisturbed: Trained
 ) -> None:
     path, notes = tmp_path / "s", _Notes()
     with pytest.raises(Cancelled):
@@ -328,7 +328,7 @@ def test_the_words_gradient_is_the_same_every_time(backbone: Backbone) -> None:
 
 @pytest.mark.parametrize("means", ["checkpointing", "channels_last"])
 def test_how_it_is_computed_changes_no_result(
-    backbone: Backbone, pictures: Path, tmp_path: Path, means: str, undisturbed: Learned
+    backbone: Backbone, pictures: Path, tmp_path: Path, means: str, undisturbed: Trained
 ) -> None:
     strides = [parameter.stride() for parameter in backbone.unet.parameters()]
     other = _learn(backbone, pictures, tmp_path / "b", replace(QUICK, **{means: True}))
