@@ -110,6 +110,8 @@ def _default(field: dataclasses.Field) -> str:
     """What happens without the flag, in words."""
     if field.default is not None:
         return in_words(field.default)
+    if not field.metadata["by_checkpoint"]:
+        return "none"
     return suiting(field) or "the checkpoint's own"
 
 

@@ -27,8 +27,12 @@ def setting(
     multiple: int = 1,
     unit: str = "",
     group: str = "",
+    by_checkpoint: bool = True,
 ) -> Any:
-    """A dataclass field that knows its range, what to tell the user, and under which heading."""
+    """A dataclass field that knows its range, its help and its heading.
+
+    `by_checkpoint`: a default of None is what suits the checkpoint (presets.py).
+    """
     metadata = {
         "help": help,
         "low": low,
@@ -37,6 +41,7 @@ def setting(
         "multiple": multiple,
         "unit": unit,
         "group": group,
+        "by_checkpoint": by_checkpoint,
     }
     return dataclasses.field(default=default, metadata=metadata)
 
@@ -55,6 +60,8 @@ def help_of(field: dataclasses.Field) -> str:
     """
     if field.default is not None:
         return field.metadata["help"]
+    if not field.metadata["by_checkpoint"]:
+        return f"{field.metadata['help']}. 0: not given"
     nothing = "Auto" if str(field.type).startswith("bool") else "0"
     suits = suiting(field)
     values = f" ({suits})" if suits else ""

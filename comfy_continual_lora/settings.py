@@ -157,10 +157,11 @@ class RetentionSettings(Settings):
     )
     retention_words: float | None = setting(
         None,
-        "share of the hold that is on what prompts say, beside the padding behind them; not "
-        "said: every position counts alike",
+        "share of the hold that is on what prompts say, beside the padding behind them; if not "
+        "given, every position counts alike",
         low=0,
         high=1,
+        by_checkpoint=False,
         group="retention",
     )
     retention_apart: float = setting(
@@ -284,6 +285,7 @@ class SolveSettings(Settings):
         "rank of the solution; if not given what the LoRA has, or more for the energy",
         low=1,
         high=1024,
+        by_checkpoint=False,
     )
     ridge: float = setting(
         1e-4, "weight of staying small, as a share of the mean second moment", low=1e-12, high=1
