@@ -80,8 +80,9 @@ def selected(
     own = own_adapters(stack)
     wanted = [own[n] for n in chosen]
     if any(wanted):
-        part.adapter, part.rank = solve(bank.targets(wanted, settings), settings)
-        part.targets = {stack.records[n].id: one for n in chosen if (one := own[n])}
+        adapter, rank = solve(bank.targets(wanted, settings), settings)
+        targets = {stack.records[n].id: one for n in chosen if (one := own[n])}
+        part = part.with_solution(adapter, rank, targets)
     on_progress(Progress("solve", len(chosen), len(chosen)))
     return part
 
@@ -158,8 +159,7 @@ def merged(
         bank.add(record, word)
         wanted.append(own)
         after = _with_one_more(after, record, word, bank, wanted, settings)
-    after.rank = after.records[-1].settings["rank"]
-    return after, renamed
+    return after.settled(), renamed
 
 
 def _with_one_more(
@@ -171,7 +171,7 @@ def _with_one_more(
     settings: SolveSettings,
 ) -> ConceptStack:
     """`wanted` ends with the new concept's own adapter, which is replaced by its small target."""
-    own, rank = wanted[-1], stack.rank
+    own = wanted[-1]
     adapter = stack.adapter or own
     if stack.adapter and own:
         targets = bank.targets(wanted, settings)
@@ -179,10 +179,9 @@ def _with_one_more(
         wanted[-1] = small = targets[-1].adapter
         if small is not None:
             stack = stack.with_target(record.id, small)
-        adapter, _ = solve(targets, settings, rank or 1)
-    after = stack.learned(record.with_rank_of(adapter), word, adapter)
-    after.rank = rank  # of all versions the same, until the last is known
-    return after
+        adapter, _ = solve(targets, settings, stack.rank or 1)
+    # all versions have the same rank until the last is known
+    return stack.learned(record.with_rank_of(adapter), word, adapter, keep_rank=True)
 
 
 def check_solvable(stack: ConceptStack) -> None:

@@ -100,7 +100,7 @@ def learn_concept(request: LearnRequest, on_progress: OnProgress = ignore) -> Le
                 session, settings, concept, record, trained.word, penalties, snapshots, start.bank
             )
             if session.stack.tau is None:
-                session.stack.tau = calibrated(learned, trained.adapter)
+                session.stack = session.stack.calibrated(calibrated(learned, trained.adapter))
             adapter = method.consolidate(learned, trained.adapter)
             parallel.wait()  # until all have read the stack that is to be written now
             if parallel.is_first():
@@ -190,8 +190,8 @@ def import_concept(request: ImportRequest, on_progress: OnProgress = ignore) -> 
         if known := next((one for one in session.stack.records if one.id == record.id), None):
             return ImportResult(known, request.lora, again=True)
         concepts.check_token(request.token, session.stack.tokens, session.backbone.is_known_word)
-        other = ConceptStack(session.stack.fingerprint).learned(record, word, adapter)
-        other.rank = rank_of(adapter)
+        other = ConceptStack(session.stack.fingerprint, rank=rank_of(adapter))
+        other = other.learned(record, word, adapter)
         stack, _ = consolidation.merged(
             session.backbone, session.stack, other, request.settings, on_progress
         )

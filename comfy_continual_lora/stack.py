@@ -132,15 +132,19 @@ class ConceptStack:
         adapter: Adapter | None,
         *,
         fisher: Adapter | None = None,
+        keep_rank: bool = False,
     ) -> ConceptStack:
-        """With one more concept on top; the adapter so far goes into the pool."""
+        """With one more concept on top; the adapter so far goes into the pool.
+
+        The stack has the rank the concept was learned with, unless `keep_rank`.
+        """
         after = self._copy()
         if self.records and self.adapter is not None:
             after.pool[self.records[-1].id] = self.adapter
         after.records.append(record)
         after.words[record.id] = word
         after.adapter, after.unconsolidated = adapter, None
-        if adapter is not None:
+        if adapter is not None and not keep_rank:
             after.rank = record.settings.get("rank", self.rank)
         if fisher is not None:
             after.fishers[record.id] = fisher
@@ -168,6 +172,24 @@ class ConceptStack:
         if target is not None:
             after.targets[self.records[-1].id] = target
         return after
+
+    def calibrated(self, tau: float) -> ConceptStack:
+        """With a temperature for its DC scores."""
+        return replace(self._copy(), tau=tau)
+
+    def as_learned(self) -> ConceptStack:
+        """What it is now is how the newest concept was learned, with nothing before to go back to."""
+        return replace(self._copy(), unconsolidated=None)
+
+    def settled(self) -> ConceptStack:
+        """With the rank that its newest concept has."""
+        return replace(self._copy(), rank=self.records[-1].settings["rank"])
+
+    def with_solution(
+        self, adapter: Adapter, rank: int, targets: Mapping[str, Adapter]
+    ) -> ConceptStack:
+        """Of concepts that have no adapter yet: one LoRA for all, and what each asked for."""
+        return replace(self._copy(), adapter=adapter, rank=rank, targets=dict(targets))
 
     def with_target(self, concept: str, target: Adapter) -> ConceptStack:
         """With what a concept asks for from now on."""

@@ -45,5 +45,4 @@ class ClosedForm(Method):
         )
         if bank is not None:
             bank.moments.drop_unused()
-        solved.unconsolidated = None  # this is how it was learned
-        return solved
+        return solved.as_learned()
