@@ -117,16 +117,16 @@ def test_stop_and_resume_equals_no_stop(
     space = torch.eye(backbone.word_width) + 0.1 if turned else None
     whole = undisturbed
     if turned:
-        whole = _learn(backbone, pictures, tmp_path / "a", preconditioner=space)
+        whole = _learn(backbone, pictures, tmp_path / "a", space=space)
     with pytest.raises(Cancelled):
-        _learn(backbone, pictures, tmp_path / "b", on_progress=_stop_at(stop), preconditioner=space)
+        _learn(backbone, pictures, tmp_path / "b", on_progress=_stop_at(stop), space=space)
     steps = []
     resumed = _learn(
         backbone,
         pictures,
         tmp_path / "b",
         on_progress=lambda p: steps.append(p.step),
-        preconditioner=space,
+        space=space,
     )
     assert steps[0] == stop + 1
     assert _same(whole, resumed)
