@@ -550,8 +550,9 @@ def test_mistakes_leave_the_stack_as_it_was(
     request = requests.LearnRequest(checkpoint, pictures, "V1", "ball", QUICK, device="cpu")
     path = pipeline.learn_concept(request).stack_file
     before = path.read_bytes()
+    assert pipeline.learn_concept(request).again
     with pytest.raises(TokenError, match="taken"):
-        pipeline.learn_concept(request)
+        pipeline.learn_concept(replace(request, noun="box"))
     with pytest.raises(TokenError, match="a word the checkpoint knows"):
         pipeline.learn_concept(replace(request, token="mug"))
     with pytest.raises(SettingError, match="rank is 8, but"):

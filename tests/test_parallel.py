@@ -39,7 +39,7 @@ def test_shares_are_the_whole_once(
 ) -> None:
     values, seen, mean = torch.arange(n) + 1.0, [], 0.0
     for number in range(count):
-        monkeypatch.setattr(parallel, "place", lambda number=number: (number, count))
+        monkeypatch.setattr(parallel, "rank_and_world_size", lambda number=number: (number, count))
         for rows, weight in parallel.shares(n, accumulate):
             seen += values[rows].tolist()
             mean += weight * float(values[rows].mean()) / count
@@ -210,7 +210,7 @@ def test_too_little_memory_says_what_to_lower_and_the_run_goes_on_with_less(
     monkeypatch.setattr(learn, "noised", short)
     with pytest.raises(
         TrainingError,
-        match=r"Memory ran out.*--checkpointing.*--accumulate.*--size.*--batch.*goes on from its "
+        match=r"Out of memory.*checkpointing.*accumulate.*size.*batch.*goes on from its "
         r"snapshot",
     ):
         pipeline.learn_concept(request)
