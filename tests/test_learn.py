@@ -385,7 +385,7 @@ def test_a_full_disk_while_learning_is_told_and_harms_nothing(
     ("method", "meanwhile", "at_last"),
     [
         ("lora", 256, []),
-        ("retention", 128, [256]),
+        pytest.param("retention", 128, [256], marks=pytest.mark.slow),
         pytest.param("lora_dsc", 256, [256], marks=pytest.mark.slow),
     ],
 )
