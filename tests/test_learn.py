@@ -567,6 +567,7 @@ def test_a_picture_can_be_given_as_a_list(checkpoint: Path, pictures: Path) -> N
     assert pipeline.learn_concept(request).record.images == 2
 
 
+@pytest.mark.slow
 def test_pictures_of_several_shapes_keep_them_in_every_stage(
     checkpoint: Path, folders: dict[str, Path], tmp_path: Path, monkeypatch
 ) -> None:
