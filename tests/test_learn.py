@@ -392,7 +392,7 @@ def test_a_full_disk_while_learning_is_told_and_harms_nothing(
     ("method", "meanwhile", "at_last"),
     [
         ("lora", 256, []),
-        ("retention", 128, [256]),
+        pytest.param("retention", 128, [256], marks=pytest.mark.slow),
         pytest.param("lora_dsc", 256, [256], marks=pytest.mark.slow),
     ],
 )
@@ -575,6 +575,7 @@ def test_a_picture_can_be_given_as_a_list(checkpoint: Path, pictures: Path) -> N
     assert pipeline.learn_concept(request).record.images == 2
 
 
+@pytest.mark.slow
 def test_pictures_of_several_shapes_keep_them_in_every_stage(
     checkpoint: Path, folders: dict[str, Path], tmp_path: Path, monkeypatch
 ) -> None:

@@ -47,6 +47,7 @@ def test_shipped_weights_unpack_and_pack_to_the_same(
 
 
 @pytest.mark.usefixtures("_float32_widening")
+@pytest.mark.slow
 def test_the_stock_layout_computes_the_same(backbone: Backbone, tmp_path: Path) -> None:
     path = tmp_path / "stock.safetensors"
     weights.write_checkpoint(path, stock=True)

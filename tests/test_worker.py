@@ -315,6 +315,7 @@ def test_what_runs_in_the_host_needs_the_standard_library_alone() -> None:
     assert done.stdout.strip() == "False"
 
 
+@pytest.mark.slow
 def test_pictures_come_with_the_jobs_that_draw(
     checkpoint: Path, pictures: Path, tmp_path: Path, runner: JobRunner
 ) -> None:
@@ -351,6 +352,7 @@ def test_pictures_come_with_the_jobs_that_draw(
     )
 
 
+@pytest.mark.slow
 def test_what_needs_no_picture(
     checkpoint: Path, pictures: Path, tmp_path: Path, runner: JobRunner
 ) -> None:
