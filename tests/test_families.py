@@ -510,7 +510,7 @@ def test_the_exported_files_say_what_they_are_for(taught: Path, tmp_path: Path) 
     stack = store.open_stack(store.stack_path(taught))
     others = ("epsilon", "v_prediction") if taught.stem == "sd2-v" else ("epsilon",)
     for prediction in others:
-        stack.base = replace(stack.base, prediction=prediction)
+        stack.checkpoint = replace(stack.checkpoint, prediction=prediction)
         done = export_files(stack, tmp_path, tmp_path, prediction)
         assert done.lora
         with safe_open(done.lora, framework="pt") as file:
@@ -559,7 +559,7 @@ def test_an_exported_lora_can_be_imported(
         )
     )
     found = store.open_stack(bare)
-    assert found.base == stack.base
+    assert found.checkpoint == stack.checkpoint
     assert torch.allclose(found.tokens["W1"], stack.tokens["V1"], atol=2e-3)
     assert found.adapter
     assert stack.adapter

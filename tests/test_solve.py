@@ -541,9 +541,9 @@ def test_the_commands(
     copy_of = tmp_path / "copy.concepts.safetensors"
     shutil.copy(store.stack_path(two), copy_of)
     assert cli.main(["forget", *place, "--token", "V1"]) == 0
-    assert "Forgot V1 (ball)" in capsys.readouterr().out
+    assert "Forgot V1 ball" in capsys.readouterr().out
     assert cli.main(["merge", str(copy_of), *place]) == 0
-    assert "Merged" in capsys.readouterr().out
+    assert "Put V1 ball on" in capsys.readouterr().out
     assert list(stack_of(two).tokens) == ["V2", "V1"]  # V2 is the same concept in both
 
 
