@@ -17,8 +17,8 @@ from helpers_full_size import SD15_UNET, SD21_UNET, SDXL_UNET
 from safetensors.torch import save_file
 
 from comfy_continual_lora.checkpoint import keys
+from comfy_continual_lora.stack import CheckpointInfo
 from comfy_continual_lora.stock import kohya_lora
-from comfy_continual_lora.store import Base
 
 FOUND = find_comfyui()
 # in ComfyUI's own Python: the names and shapes of a U-Net -> the model ComfyUI takes it for, and
@@ -80,7 +80,7 @@ def test_comfyui_patches_every_k_and_v(
             f"{name.removesuffix('.weight')}.B": torch.ones(out, 2),
         }
     save_file(
-        kohya_lora(adapter, config["cross_attention_dim"], Base(preset)),
+        kohya_lora(adapter, config["cross_attention_dim"], CheckpointInfo(preset)),
         tmp_path / "lora.safetensors",
     )
     done = subprocess.run(
