@@ -94,7 +94,7 @@ def plan(checkpoint: Path, stack: Path, asked: LearnSettings, device: str) -> Pl
     on_device = sum(
         bytes for name, (bytes, _) in weights.items() if name != "VAE" or here.type == "cpu"
     )
-    fisher = 4 * adapter * method.keeps_fisher
+    fisher = 4 * method.kept_numbers(adapter)
     times = (
         settings.steps * settings.accumulate * (3 if settings.checkpointing else 2)
     )  # forward, back, and forward again for checkpoints

@@ -67,6 +67,7 @@ def run_here(capsys: pytest.CaptureFixture[str]) -> Callable[..., subprocess.Com
     return run
 
 
+@pytest.mark.slow
 def test_mini_learn_learn_info_draw_undo(
     tmp_path: Path, run_here: Callable[..., subprocess.CompletedProcess[str]]
 ) -> None:
@@ -401,6 +402,7 @@ def test_flags_reach_the_fields_of_requests(command: str, fields: dict[str, obje
     assert {name: getattr(request, name) for name in fields} == fields
 
 
+@pytest.mark.slow
 def test_the_same_request_again_is_no_mistake(checkpoint: Path, pictures: Path) -> None:
     learn = ["learn", "--checkpoint", checkpoint, "--images", pictures, "--token", "V1"]
     learn += ["--noun", "ball", "--method", "lora", *QUICK]

@@ -363,6 +363,7 @@ def own(taught: Path, tmp_path: Path) -> Path:
     return Path(shutil.copy(taught, tmp_path))
 
 
+@pytest.mark.slow
 def test_every_stage_works(own: Path, folders: dict[str, Path]) -> None:
     stack = store.open_stack(store.stack_path(own))
     assert stack.fishers.keys() == {record.id for record in stack.records}

@@ -94,7 +94,7 @@ def test_three_concepts_without_any_earlier_picture_then_undo(
     assert all(tensor.isfinite().all() for tensor in tensors_of(third).values())
     method = METHODS[chosen.method]
     assert (third.adapter is None) == (not method.adapter_kind(chosen))
-    assert len(third.fishers) == (3 if method.keeps_fisher else 0)
+    assert len(third.fishers) == (3 * method.kept_numbers(1))
     assert third.tau is not None
     if third.adapter:
         grown = 3 if chosen.c_lora_variant == "published" else 1
@@ -146,7 +146,7 @@ def test_no_penalty_on_an_empty_stack(name: str) -> None:
     assert _penalties(name, store.ConceptStack("f")) == {}
 
 
-@pytest.mark.parametrize("name", [name for name in METHODS if METHODS[name].keeps_fisher])
+@pytest.mark.parametrize("name", [name for name in METHODS if METHODS[name].kept_numbers(1)])
 def test_the_penalty_is_zero_where_the_next_concept_starts(
     learned: Callable[..., Path], name: str
 ) -> None:

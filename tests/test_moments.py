@@ -88,6 +88,7 @@ def test_a_folder_that_can_not_be_written_costs_time_alone(
     assert torch.equal(there, MomentCache(backbone)(words, PROMPTS))
 
 
+@pytest.mark.slow
 def test_each_concept_is_prepared_once_and_what_is_learned_is_the_same(
     checkpoint: Path, folders: dict[str, Path], computed: list[list[str]]
 ) -> None:

@@ -265,6 +265,7 @@ def test_a_damaged_byte_is_refused_or_harmless(
 # --- across programs and checkpoints -------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_stack_of_an_earlier_program_opens_and_goes_on(checkpoint: Path, pictures: Path) -> None:
     path = store.stack_path(checkpoint)
     shutil.copy(OLD, path)

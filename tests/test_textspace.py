@@ -89,6 +89,7 @@ def test_ordinary_prompts_name_no_concept_and_concept_prompts_do(
         assert max(lengths) < backbone.tokenizer.model_max_length - 1
 
 
+@pytest.mark.slow
 def test_it_holds_the_earlier_concepts_and_the_empty_prompt(
     backbone: Backbone, checkpoint: Path, folders: dict[str, Path]
 ) -> None:

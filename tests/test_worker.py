@@ -57,6 +57,7 @@ def runner() -> Iterator[JobRunner]:
         runner.job.process.kill()
 
 
+@pytest.mark.slow
 def test_a_job_learns_exports_and_tells_how_far_it_is(
     checkpoint: Path, pictures: Path, tmp_path: Path, runner: JobRunner
 ) -> None:
@@ -374,6 +375,7 @@ def test_what_needs_no_picture(
     assert [one.token for one in read_records(stack_path(checkpoint))] == ["V2"]
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(os.name == "nt", reason="no limit on file sizes there")
 def test_a_full_disk_is_told_and_loses_nothing(
     checkpoint: Path, pictures: Path, tmp_path: Path, runner: JobRunner

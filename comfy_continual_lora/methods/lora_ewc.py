@@ -27,12 +27,14 @@ from .stages import fisher_of
 
 class LoraEwc(Method):
     id = "lora_ewc"
-    keeps_fisher = True
     with_scores: ClassVar[bool] = False  # whether the Fisher is of the DC scores too
 
     def check(self, settings: LearnSettings, stack: StackSummary) -> None:
         super().check(settings, stack)
         check_one_size(self, stack)
+
+    def kept_numbers(self, adapter: int) -> int:
+        return adapter
 
     def penalties(
         self, session: Session, settings: ResolvedSettings, held: RetentionPenalty | None

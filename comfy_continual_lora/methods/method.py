@@ -86,7 +86,6 @@ class Method:
         0.0  # of the drift in text space, unless a setting says more
     )
     previews_earlier: ClassVar[bool] = True  # whether previews show what becomes of an earlier one
-    keeps_fisher: ClassVar[bool] = False  # whether the stack keeps what a concept found important
 
     # --- before anything is loaded ----------------------------------------------------------------
 
@@ -123,6 +122,10 @@ class Method:
         """`earlier`: how many concepts are on the stack."""
         step = -(-settings.batch // settings.accumulate)
         return Rows(step, step)
+
+    def kept_numbers(self, adapter: int) -> int:
+        """How many numbers the stack keeps of a concept besides its adapter, which has `adapter`."""
+        return 0
 
     # --- learning ---------------------------------------------------------------------------------
 
