@@ -81,11 +81,13 @@ class Rows(NamedTuple):
 
 
 class Method:
+    """Overrides what it does differently."""
+
     id: ClassVar[str]
-    retention_weight: ClassVar[float] = (
-        0.0  # of the drift in text space, unless a setting says more
-    )
-    previews_earlier: ClassVar[bool] = True  # whether previews show what becomes of an earlier one
+    # weight of the drift in text space, unless a setting says more
+    retention_weight: ClassVar[float] = 0.0
+    # whether previews show what becomes of an earlier concept
+    previews_earlier: ClassVar[bool] = True
 
     # --- before anything is loaded ----------------------------------------------------------------
 
