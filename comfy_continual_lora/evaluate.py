@@ -59,8 +59,9 @@ class RetentionReport:
         much is kept, the DC score now.
         """
         lines = ["concept                  learned   now   noun   kept   DC score"]
+        shares = self.kept
         for j, name in enumerate(self.names):
-            kept, score = self.kept[j], self.recognised[j]
+            kept, score = shares[j], self.recognised[j]
             kept_text = "     -" if kept.isnan() else f"{100 * float(kept):5.0f} %"
             score_text = "      -" if score.isnan() else f"{float(score):7.2f}"
             learned, now, noun = (

@@ -72,6 +72,11 @@ def _stack_beside(checkpoint: Path, name: str) -> Path:
     return checkpoint.with_name(f"{stem}.{name}{STACKS}" if name else f"{stem}{STACKS}")
 
 
+def stack_stem(stack: Path) -> str:
+    """The name that a stack's exports begin with."""
+    return stack.name.removesuffix(STACKS).removesuffix(".safetensors")
+
+
 def history_folder(stack: Path) -> Path:
     """Where the earlier versions of a stack lie."""
     return stack.with_name(f"{stack.name.removesuffix('.safetensors')}.history")

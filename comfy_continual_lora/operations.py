@@ -47,72 +47,72 @@ class Operation:
         return run(request, on_progress)
 
 
-OPERATIONS = {
-    name: Operation(name, request, help, function)
-    for name, request, help, function in (
-        ("learn", LearnRequest, "teach the checkpoint one more concept", "learn_concept"),
-        (
-            "consolidate",
-            ConsolidateRequest,
-            "strengthen earlier concepts once more against the newest one (DSC)",
-            "consolidate",
-        ),
-        (
-            "closed_form",
-            SolveRequest,
-            "solve for all concepts at once, in seconds, without pictures",
-            "consolidate_in_closed_form",
-        ),
-        (
-            "forget",
-            ForgetRequest,
-            "take any one concept out, and what later adapters know of it",
-            "forget",
-        ),
-        (
-            "merge",
-            MergeRequest,
-            "put the concepts of another stack of the same checkpoint on this one",
-            "merge",
-        ),
-        (
-            "import",
-            ImportRequest,
-            "put a K/V LoRA that another program made on the stack, as one concept",
-            "import_concept",
-        ),
-        (
-            "scores",
-            ScoreRequest,
-            "tell which learned concept each picture shows, and how sure that is",
-            "dc_scores",
-        ),
-        (
-            "evaluate",
-            EvaluateRequest,
-            "tell how much of each concept is kept since it was learned",
-            "evaluate",
-        ),
-        ("draw", DrawRequest, "draw pictures; learned words stand for their concepts", "draw"),
-        (
-            "export",
-            ExportRequest,
-            "write one LoRA and one embedding a word, for ComfyUI, A1111, Forge and diffusers",
-            "export",
-        ),
-        ("undo", UndoRequest, "take the last change of the stack back, whatever it was", "undo"),
-        (
-            "history",
-            HistoryRequest,
-            "list the stack's versions, what made them and what they take",
-            "history",
-        ),
-        (
-            "restore",
-            RestoreRequest,
-            "go to another version of the stack; the one in use now is kept",
-            "restore",
-        ),
-        ("info", InfoRequest, "show what a checkpoint has learned", "info"),
-    )
-}
+_ALL = (
+    Operation("learn", LearnRequest, "teach the checkpoint one more concept", "learn_concept"),
+    Operation(
+        "consolidate",
+        ConsolidateRequest,
+        "strengthen earlier concepts once more against the newest one (DSC)",
+        "consolidate",
+    ),
+    Operation(
+        "closed_form",
+        SolveRequest,
+        "solve for all concepts at once, in seconds, without pictures",
+        "consolidate_in_closed_form",
+    ),
+    Operation(
+        "forget",
+        ForgetRequest,
+        "take any one concept out, and what later adapters know of it",
+        "forget",
+    ),
+    Operation(
+        "merge",
+        MergeRequest,
+        "put the concepts of another stack of the same checkpoint on this one",
+        "merge",
+    ),
+    Operation(
+        "import",
+        ImportRequest,
+        "put a K/V LoRA that another program made on the stack, as one concept",
+        "import_concept",
+    ),
+    Operation(
+        "scores",
+        ScoreRequest,
+        "tell which learned concept each picture shows, and how sure that is",
+        "dc_scores",
+    ),
+    Operation(
+        "evaluate",
+        EvaluateRequest,
+        "tell how much of each concept is kept since it was learned",
+        "evaluate",
+    ),
+    Operation("draw", DrawRequest, "draw pictures; learned words stand for their concepts", "draw"),
+    Operation(
+        "export",
+        ExportRequest,
+        "write one LoRA and one embedding a word, for ComfyUI, A1111, Forge and diffusers",
+        "export",
+    ),
+    Operation(
+        "undo", UndoRequest, "take the last change of the stack back, whatever it was", "undo"
+    ),
+    Operation(
+        "history",
+        HistoryRequest,
+        "list the stack's versions, what made them and what they take",
+        "history",
+    ),
+    Operation(
+        "restore",
+        RestoreRequest,
+        "go to another version of the stack; the one in use now is kept",
+        "restore",
+    ),
+    Operation("info", InfoRequest, "show what a checkpoint has learned", "info"),
+)
+OPERATIONS = {operation.name: operation for operation in _ALL}

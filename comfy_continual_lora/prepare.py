@@ -17,7 +17,7 @@ from .progress import Progress
 from .requests import ConsolidateRequest, LearnRequest
 from .session import Session, Snapshots
 from .settings import LearnSettings, ResolvedSettings
-from .stack import ConceptStack
+from .stack import ConceptRecord, ConceptStack
 
 
 def checked_method(request: LearnRequest) -> Method:
@@ -86,9 +86,9 @@ def _with_rank_of(stack: ConceptStack, settings: LearnSettings) -> LearnSettings
 def newest_again(
     session: Session, request: ConsolidateRequest
 ) -> tuple[LearnedConcept, Adapter, Method]:
-    """The newest concept as it was just after learning: its learned, adapter and method.
+    """The newest concept as it was just after learning, its adapter and its method.
 
-    The learned's stack is the one before it. Errors: StackError where there is none before it.
+    Its session has the stack before it. Errors: StackError where no earlier concept has a LoRA.
     """
     stack, path = session.stack, session.path
     if len(stack.records) < 2 or stack.adapter is None:
@@ -98,14 +98,12 @@ def newest_again(
         )
     record = stack.records[-1]
     earlier = replace(session, stack=stack.undone(), writes=False)
-    settings = _settings_again(request, session)
+    settings = _settings_again(request, record, earlier)
     method = METHODS[settings.method]
     concept = load_concept(
         earlier, request.images, record.token, record.noun, settings, with_noun=record.with_noun
     )
-    bank = None
-    if method.held_weight(settings):
-        bank = method.bank_of(earlier, record.noun, settings, None)
+    bank = method.held_bank(earlier, record.noun, settings)
     held = method.retention(earlier, settings, bank)
     penalties = method.penalties(earlier, settings, held)
     snapshots = Snapshots.of(earlier, concept, settings)
@@ -120,16 +118,17 @@ def newest_again(
     return learned, stack.adapter, method
 
 
-def _settings_again(request: ConsolidateRequest, session: Session) -> ResolvedSettings:
-    """What is asked for now, with method, adapter and rank as the concept was learned."""
-    record = session.stack.records[-1]
+def _settings_again(
+    request: ConsolidateRequest, record: ConceptRecord, earlier: Session
+) -> ResolvedSettings:
+    """The request's settings, with method, adapter and rank as the concept was learned."""
     same = {
         "method": record.method,
         "adapter": record.settings.get("adapter", "lora"),
-        "rank": session.stack.undone().rank,
+        "rank": earlier.stack.rank,
     }
     settings = LearnSettings(**{**asdict(request.settings), **same})
-    return settings.resolved(session.backbone.preset)
+    return settings.resolved(earlier.backbone.preset)
 
 
 def preview_both(session: Session, stack: ConceptStack) -> None:

@@ -81,7 +81,7 @@ class LearnRequest(Request):
 
     @property
     def digest(self) -> str:
-        """A hash of what is asked for, wherever the pictures lie; a stack remembers it."""
+        """A hash of the request, wherever the pictures lie; a stack remembers it."""
         return _digest(self.images, self.settings, self.token, self.noun)
 
 

@@ -142,7 +142,7 @@ class Snapshots:
         settings: ResolvedSettings,
         prompts: Sequence[Sequence[str]] = (),
     ) -> Snapshots:
-        """Of the run that is asked for; `prompts` are those it learns from."""
+        """Of the run with these settings; `prompts` are those it learns from."""
         asked = asked_for(session.backbone, settings, concept.source, prompts)
         return cls(real_file(session.path), concept.token, asked)
 

@@ -73,8 +73,8 @@ class ConceptStack:
     words: dict[str, Tensor] = field(default_factory=dict)  # by concept id
     adapter: Adapter | None = None
     pool: dict[str, Adapter] = field(default_factory=dict)  # by id; none where no adapter was yet
-    targets: dict[str, Adapter] = field(default_factory=dict)  # by id; a concept's own adapter
-    # where a solution for all took its place
+    # by id: a concept's own adapter, where a solution for all took its place
+    targets: dict[str, Adapter] = field(default_factory=dict)
     rank: int | None = None
     fishers: dict[str, Adapter] = field(default_factory=dict)  # by id; none for methods without EWC
     tau: float | None = None  # temperature of the DC scores, calibrated on the first concept

@@ -115,6 +115,11 @@ def read_records(path: Path) -> list[ConceptRecord]:
     return [ConceptRecord(**record) for record in read_header(path)["concepts"]]
 
 
+def record_of_request(path: Path, digest: str) -> ConceptRecord | None:
+    """The concept of a stack file that was learned by the request with this digest."""
+    return next((record for record in read_records(path) if record.request == digest), None)
+
+
 def open_stack(path: Path) -> ConceptStack:
     """Read a stack whatever its checkpoint. Raises StackError where there is none."""
     return _read(path)

@@ -93,12 +93,12 @@ class PromptBank:
         """Where the last word of a prompt begins, and where its padding does."""
         ids, slots = self.backbone.tokenize(prompt, self.words)
         words = [k for k, slot in enumerate(slots) if slot >= 0]
-        in_use = [
+        before_padding = [
             k
             for k, (one, slot) in enumerate(zip(ids, slots, strict=True))
             if slot >= 0 or one != ids[-1]
         ]
-        return max(words) + 1 - len(self.words[token]), max(in_use) + 1
+        return max(words) + 1 - len(self.words[token]), max(before_padding) + 1
 
     def targets(self, adapters: Sequence[Adapter | None], settings: SolveSettings) -> list[Target]:
         """Every concept's prompts shall get what its adapter does, ordinary prompts nothing."""

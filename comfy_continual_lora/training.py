@@ -68,12 +68,8 @@ class Run:
         path: Path,
         asked: dict[str, Any],
     ) -> None:
-        self.stage, self.parameters, self.optimizer, self.settings = (
-            stage,
-            parameters,
-            optimizer,
-            settings,
-        )
+        self.stage, self.settings = stage, settings
+        self.parameters, self.optimizer = parameters, optimizer
         self.steps, self.scale, self.path = steps, scale, path
         self.asked, self.identity = asked, identity(asked)
         self.step, self.losses, self.whole = 0, [], True
@@ -94,11 +90,10 @@ class Run:
             while self.step < self.steps:
                 for group, rate in zip(self.optimizer.param_groups, rates, strict=True):
                     group["lr"] = rate * min(1.0, (self.step + 1) / max(1, self.settings.warmup))
-                values = self.update(terms, n)
+                parts = self.update(terms, n)
                 if self.step % self.settings.snapshot_every == 0 or self.step == self.steps:
                     self.save()
                 left = (time.monotonic() - started) / (self.step - first) * (self.steps - self.step)
-                parts = values if len(values) > 1 else {}
                 rate, note_now, note = self.optimizer.param_groups[-1]["lr"], note, ""
                 on_progress(
                     Progress(
@@ -108,7 +103,7 @@ class Run:
                         self.losses[-1],
                         rate,
                         left,
-                        parts,
+                        parts if len(parts) > 1 else {},
                         note=note_now,
                     )
                 )
@@ -127,30 +122,31 @@ class Run:
         for a loss that is not a number.
         """
         self.optimizer.zero_grad(set_to_none=True)
-        values, value, parameters = {}, 0.0, list(self.parameters.values())
+        parameters = list(self.parameters.values())
+        total, parts = 0.0, dict[str, float]()
         for rows, share in shares(n, self.settings.accumulate):
             means = terms(self.step, rows)
             loss = torch.stack(list(means.values())).sum()
-            value += share * loss.item()
-            if not math.isfinite(value):
+            total += share * loss.item()
+            if not math.isfinite(total):
                 raise TrainingError(
-                    f"The loss became {value} at step {self.step + 1}, so learning stopped; "
+                    f"The loss became {total} at step {self.step + 1}, so learning stopped; "
                     "nothing was stored. "
                     "A lower `rate` or `precision` fp32 usually helps."
                 )
             (loss * share * self.scale).backward()
             for name, mean in means.items():
-                values[name] = values.get(name, 0.0) + share * float(mean.detach())
+                parts[name] = parts.get(name, 0.0) + share * float(mean.detach())
         for p in parameters:
             p.grad = None if p.grad is None else p.grad / self.scale
-        value = average(parameters, value)
+        total = average(parameters, total)
         nn.utils.clip_grad_norm_(parameters, self.settings.clip)
         self.whole = False
         self.optimizer.step()
         self.step += 1
-        self.losses.append(value)
+        self.losses.append(total)
         self.whole = True
-        return values
+        return parts
 
     def save(self) -> None:
         if not is_first():
@@ -248,7 +244,7 @@ def _as_it_was(name: str, value: Tensor, device: torch.device) -> Tensor | int:
 def optimizer_for(
     groups: list[dict[str, Any]], settings: ResolvedSettings
 ) -> torch.optim.Optimizer:
-    """Errors: SettingError where bitsandbytes is asked for and not there."""
+    """Errors: SettingError where bitsandbytes is chosen and missing."""
     if settings.optimizer == "adamw":
         return torch.optim.AdamW(groups)
     try:
@@ -295,7 +291,7 @@ def asked_for(
     source: Mapping[str, Any],
     prompts: Sequence[Sequence[str]] = (),
 ) -> dict[str, Any]:
-    """What a run is asked for, which its snapshot remembers: `source`, the checkpoint, the prompts,
+    """What defines a run, which its snapshot remembers: `source`, the checkpoint, the prompts,
     the settings that decide how it goes.
     """
     choices = {

@@ -22,7 +22,7 @@ from .checkpoint.backbone import FrozenText
 from .checkpoint.load import fingerprint
 from .errors import ConceptImagesError, SettingError, StackError
 from .export import Exported, export_files
-from .files import STACKS
+from .files import stack_stem
 from .imagefile import check_output, save_own
 from .progress import OnProgress, ignore
 from .requests import (
@@ -118,12 +118,11 @@ def export(request: ExportRequest, on_progress: OnProgress = ignore) -> Exported
         stack = select(SelectRequest(request.checkpoint, only=request.only, **where), on_progress)
     else:
         stack = store.open_stack(request.stack_file)
-    name = request.stack_file.name.removesuffix(STACKS).removesuffix(".safetensors")
     return export_files(
         stack,
         request.out,
         request.embeddings or request.out,
-        name,
+        stack_stem(request.stack_file),
         request.format,
         request.only,
         request.remove_superseded,
@@ -171,8 +170,7 @@ def learned_before(request: LearnRequest) -> ConceptRecord | None:
     """The stack's concept that this very request has taught it already: the same pictures,
     captions, words and settings.
     """
-    digest = request.digest
-    return next((r for r in store.read_records(request.stack_file) if r.request == digest), None)
+    return store.record_of_request(request.stack_file, request.digest)
 
 
 def scored_pictures(

@@ -15,7 +15,7 @@ are not counted:
     is gone through forward and back
     ours compiled     the same with --compile; the compiling, in the first step, is not counted
     diffusers         the loop of diffusers' train_text_to_image_lora.py, LoRA on K and V of
-    cross-attention alone: pictures and prompts encoded anew
+    cross-attention alone: pictures and prompts encoded again
     diffusers cached  the same with latents and text features computed once: as fast as that loop
     could be
     comfyui           the Train LoRA node of a real ComfyUI with gradient checkpointing off: it

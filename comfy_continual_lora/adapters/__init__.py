@@ -7,6 +7,8 @@ the rest; `adapter.KINDS` is their table.
 
 from __future__ import annotations
 
+import math
+
 PARTS: dict[str, dict[str, tuple[str, ...]]] = {
     "lora": {"A": ("rank", "width"), "B": ("out", "rank")},
     "vera": {"d": ("rank",), "b": ("out",)},
@@ -19,13 +21,7 @@ DENSE = {"W": ("out", "width")}
 def count(kind: str, out: int, width: int, rank: int) -> int:
     """How many numbers an adapter of this kind has for one layer."""
     sizes = {"out": out, "width": width, "rank": rank}
-    total = 0
-    for dimensions in PARTS[kind].values():
-        numbers = 1
-        for dimension in dimensions:
-            numbers *= sizes[dimension]
-        total += numbers
-    return total
+    return sum(math.prod(sizes[one] for one in dimensions) for dimensions in PARTS[kind].values())
 
 
 def kind_with(parts: set[str]) -> str | None:

@@ -46,9 +46,7 @@ def new_adapter(
 
 def kind_of(adapter: Mapping[str, Tensor]) -> AdapterKind:
     """The kind an adapter is of."""
-    layer = next(iter(adapter)).rpartition(".")[0]
-    parts = {name.rpartition(".")[2] for name in adapter if name.rpartition(".")[0] == layer}
-    return KINDS[kind_with(parts) or ""]
+    return kind_of_layer(next(iter(layers_of(adapter).values())))
 
 
 def rank_of(adapter: Mapping[str, Tensor]) -> int:

@@ -1,4 +1,4 @@
-"""The families of checkpoints: told apart by the names of their weights, and what no shape says.
+"""The families of checkpoints: distinguished by the names of their weights, and what no shape says.
 
     family  text encoders           text features                            trained at
     SD1.x   CLIP-L                  the last layer, normed                   512

@@ -15,10 +15,12 @@ from .handle import StackHandle
 from .schema import (
     ADVANCED,
     Stack,
+    first_values,
     in_widget_names,
     schema,
     settings_from,
     solving_widgets,
+    stack_and_report,
     widgets,
 )
 from .using import scores_table
@@ -108,7 +110,7 @@ class LearnConcept(io.ComfyNode):
         from ..curves import curve_picture
         from ..stock import stock_lora
 
-        values = {name: value[0] for name, value in given.items()}
+        values = first_values(given)
         stack: StackHandle = values["stack"]
         with (
             host.saved_pictures(images, captions or (), masks or ()) as files,
@@ -202,7 +204,7 @@ class Consolidate(io.ComfyNode):
     def execute(cls, images: list, **given: list) -> Any:
         from ..curves import curve_picture
 
-        values = {name: value[0] for name, value in given.items()}
+        values = first_values(given)
         stack: StackHandle = values["stack"]
         settings = settings_from(TrainSettings, values)
         with host.saved_pictures(images) as files, host.at_work() as on_progress:
@@ -225,7 +227,7 @@ class ConsolidateInClosedForm(io.ComfyNode):
             ["consolidate", "forgetting", "merge", "restore"],
             is_output_node=True,
             inputs=[Stack.Input("stack"), *solving_widgets()],
-            outputs=[Stack.Output(display_name="stack"), io.String.Output(display_name="report")],
+            outputs=stack_and_report(),
         )
 
     @classmethod

@@ -41,6 +41,16 @@ def schema(name: str, title: str, description: str, aliases: Sequence[str], **re
     return io.Schema(**{key: value for key, value in values.items() if key in known})
 
 
+def stack_and_report() -> list[Any]:
+    """The outputs of a node that changes a stack."""
+    return [Stack.Output(display_name="stack"), io.String.Output(display_name="report")]
+
+
+def first_values(given: dict[str, list]) -> dict[str, Any]:
+    """What a node that takes lists was given once."""
+    return {name: values[0] for name, values in given.items()}
+
+
 def widgets(settings: type, main: Sequence[str], advanced: Sequence[str] = ()) -> list[Any]:
     return [_widget(settings, name, name in advanced) for name in (*main, *advanced)]
 

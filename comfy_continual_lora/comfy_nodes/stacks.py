@@ -20,7 +20,15 @@ from ..settings import SolveSettings
 from ..versions import Version, in_use, takes_off_newest, undo_preview
 from . import host
 from .handle import StackHandle
-from .schema import ADVANCED, Stack, in_widget_names, schema, settings_from, solving_widgets
+from .schema import (
+    ADVANCED,
+    Stack,
+    in_widget_names,
+    schema,
+    settings_from,
+    solving_widgets,
+    stack_and_report,
+)
 
 
 class LoadConceptStack(io.ComfyNode):
@@ -94,7 +102,7 @@ class UndoConcept(io.ComfyNode):
                     "made it. If it is left already, nothing is done.",
                 ),
             ],
-            outputs=[Stack.Output(display_name="stack"), io.String.Output(display_name="report")],
+            outputs=stack_and_report(),
         )
 
     @classmethod
@@ -167,7 +175,7 @@ class StackHistory(io.ComfyNode):
                     "stack). -1: leave that as it is.",
                 ),
             ],
-            outputs=[Stack.Output(display_name="stack"), io.String.Output(display_name="report")],
+            outputs=stack_and_report(),
         )
 
     @classmethod
@@ -201,7 +209,7 @@ class ForgetConcept(io.ComfyNode):
                 ),
                 *solving_widgets(),
             ],
-            outputs=[Stack.Output(display_name="stack"), io.String.Output(display_name="report")],
+            outputs=stack_and_report(),
         )
 
     @classmethod
@@ -233,7 +241,7 @@ class MergeStacks(io.ComfyNode):
                 Stack.Input("other", tooltip="Stays as it is."),
                 *solving_widgets(),
             ],
-            outputs=[Stack.Output(display_name="stack"), io.String.Output(display_name="report")],
+            outputs=stack_and_report(),
         )
 
     @classmethod
@@ -294,7 +302,7 @@ class ImportLora(io.ComfyNode):
                     tooltip="Strength it is used at.",
                 ),
             ],
-            outputs=[Stack.Output(display_name="stack"), io.String.Output(display_name="report")],
+            outputs=stack_and_report(),
         )
 
     @classmethod

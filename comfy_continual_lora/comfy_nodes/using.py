@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from comfy_api.latest import io  # pyright: ignore[reportMissingImports] - only inside ComfyUI
 
 from ..errors import StackError
-from ..files import STACKS
+from ..files import stack_stem
 from ..operations import OPERATIONS
 from ..requests import EvaluateRequest, ScoreRequest, SelectRequest
 from ..settings import EvaluateSettings, ScoreSettings, SolveSettings
@@ -19,10 +19,12 @@ from .handle import StackHandle
 from .schema import (
     ADVANCED,
     Stack,
+    first_values,
     in_widget_names,
     schema,
     settings_from,
     solving_widgets,
+    stack_and_report,
     widgets,
 )
 from .words import with_words
@@ -129,7 +131,7 @@ class SelectConcepts(io.ComfyNode):
                 ),
                 *solving_widgets(),
             ],
-            outputs=[Stack.Output(display_name="stack"), io.String.Output(display_name="report")],
+            outputs=stack_and_report(),
         )
 
     @classmethod
@@ -181,7 +183,7 @@ class ComputeScores(io.ComfyNode):
     def execute(cls, images: list, **given: list) -> Any:
         from .. import report
 
-        values = {name: value[0] for name, value in given.items()}
+        values = first_values(given)
         stack: StackHandle = values["stack"]
         settings = settings_from(ScoreSettings, values)
         with host.saved_pictures(images) as files, host.at_work() as on_progress:
@@ -246,7 +248,7 @@ class ExportConcepts(io.ComfyNode):
             held,
             loras,
             embeddings,
-            stack.file.name.removesuffix(STACKS),
+            stack_stem(stack.file),
             only=[record.token for record in held.records] if stack.selected else [],
             remove=remove_superseded,
         )

@@ -159,7 +159,13 @@ class Method:
     def prompt_bank(
         self, session: Session, noun: str, settings: ResolvedSettings
     ) -> PromptBank | None:
-        """What has to be known of prompts; None where nothing is held."""
+        """What learning has to know of prompts."""
+        return self.held_bank(session, noun, settings)
+
+    def held_bank(
+        self, session: Session, noun: str, settings: ResolvedSettings
+    ) -> PromptBank | None:
+        """All prompts that are held at what they were; None where nothing is held."""
         if not self.held_weight(settings):
             return None
         return self.bank_of(session, noun, settings, None)
