@@ -10,6 +10,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
 
 from torch import Tensor
 
@@ -29,7 +30,7 @@ def consolidated(
     stack: ConceptStack,
     settings: SolveSettings,
     on_progress: OnProgress,
-    bank: PromptBank | None = None,
+    bank: PromptBank,
 ) -> tuple[ConceptStack, SolveResult]:
     """One LoRA for all concepts of the stack; what it was before stays as `unconsolidated`.
 
@@ -38,7 +39,6 @@ def consolidated(
     """
     assert stack.adapter
     check_solvable(stack)
-    bank = bank or prompt_bank(backbone, stack, on_progress, count=0)
     bank.extend(stack, on_progress)
     newest = stack.records[-1].id
     targets = bank.targets(own_adapters(stack), settings)
@@ -93,9 +93,10 @@ def without(
     token: str,
     settings: SolveSettings,
     on_progress: OnProgress,
+    cache: Path | None = None,
 ) -> ConceptStack:
     """The stack without one concept: its word, record and pool entry, and what every later adapter
-    knows of it.
+    knows of it; `cache` is a folder of moments.
 
     Errors: StackError for a token that is not on the stack.
     """
@@ -103,7 +104,7 @@ def without(
     if number == len(stack.records) - 1:
         return stack.undone()
     check_solvable(stack)
-    bank = prompt_bank(backbone, stack, on_progress, number + 1)
+    bank = prompt_bank(backbone, stack, on_progress, number + 1, cache=cache)
     wanted, later = own_adapters(stack), {}
     wanted[number] = None
     after = stack
@@ -128,12 +129,14 @@ def merged(
     other: ConceptStack,
     settings: SolveSettings,
     on_progress: OnProgress,
+    cache: Path | None = None,
 ) -> tuple[ConceptStack, dict[str, str]]:
-    """The stack with those concepts of the other that it has not on top; the new names of words that
+    """The stack with the other's concepts on top, but for those it has; the new names of words that
     both have.
 
     Every version from then on is solved for, so that undo, and drawing older versions, go on
-    working. Errors: StackError where one holds a LoRA and the other does not, and for VeRA.
+    working. `cache` is a folder of moments. Errors: StackError where one holds a LoRA and the other
+    does not, and for VeRA.
     """
     if not stack.records:
         return stack.in_place_of_nothing(other), {}
@@ -150,7 +153,8 @@ def merged(
     records = [_with_word(record, renamed.get(record.token, record.token)) for record, _ in new]
     targets = {one.id: other.targets[one.id] for one in records if one.id in other.targets}
     after = stack.ready_to_merge(other, targets)
-    bank = PromptBank(backbone, [record.noun for record in [*stack.records, *records]])
+    nouns = [record.noun for record in [*stack.records, *records]]
+    bank = PromptBank(backbone, nouns, cache=cache)
     bank.extend(stack, on_progress)
     wanted = own_adapters(stack)
     for number, (record, (_, own)) in enumerate(zip(records, new, strict=True)):

@@ -24,6 +24,14 @@ from .files import write_whole
 from .textspace import moment
 
 
+def clear_cache(folder: Path) -> None:
+    """Remove all moments of a folder, and the folder."""
+    with suppress(OSError):
+        for path in folder.glob("*.moment"):
+            path.unlink(missing_ok=True)
+        folder.rmdir()
+
+
 class MomentCache:
     """`textspace.moment` that encodes the same prompts once; `folder` None keeps nothing on disk."""
 

@@ -31,6 +31,7 @@ from .foreign import imported_concept
 from .learn import learn
 from .methods.method import LearnedConcept
 from .methods.stages import calibrated, distilled
+from .moments import clear_cache
 from .prepare import checked_method, make_room, newest_again, preview_both, settings_for
 from .progress import OnProgress, ignore
 from .requests import (
@@ -55,6 +56,7 @@ from .results import (
 )
 from .session import Snapshots, open_session
 from .stack import ConceptStack
+from .stackfile import read_header
 from .targets import prompt_bank
 from .views import dc_scores as dc_scores
 from .views import draw as draw
@@ -73,7 +75,8 @@ def learn_concept(request: LearnRequest, on_progress: OnProgress = ignore) -> Le
     A stopped run goes on when the same request comes again; a finished one is not repeated.
     """
     method = checked_method(request)  # the cheapest mistakes first: nothing is loaded yet
-    if known := learned_before(request):
+    digest = request.digest
+    if known := store.record_of_request(request.stack_file, digest):
         return LearnResult(known, [], request.stack_file, again=True)
     with parallel.together(request.device) as device:
         request = replace(request, device=device)
@@ -95,7 +98,7 @@ def learn_concept(request: LearnRequest, on_progress: OnProgress = ignore) -> Le
             snapshots = Snapshots.of(session, concept, settings, concept.prompts)
             snapshots.tell_of_others(on_progress)
             trained = learn(session.backbone, inputs, settings, snapshots.path(), on_progress)
-            record = record_of(concept, session.stack, settings, trained.losses, request.digest)
+            record = record_of(concept, session.stack, settings, trained.losses, digest)
             learned = LearnedConcept(
                 session, settings, concept, record, trained.word, penalties, snapshots, start.bank
             )
@@ -118,8 +121,8 @@ def consolidate(request: ConsolidateRequest, on_progress: OnProgress = ignore) -
     """
     request.check()
     concepts.find_images(request.images)
-    known = store.read_records(request.stack_file)
-    if known and known[-1].consolidated == request.digest:
+    digest, known = request.digest, store.read_records(request.stack_file)
+    if known and known[-1].consolidated == digest:
         return ConsolidateResult(known[-1], [], request.stack_file, len(known) - 1, again=True)
     precision = request.settings.precision
     with open_session(request, on_progress, precision=precision, writes=True) as session:
@@ -129,7 +132,7 @@ def consolidate(request: ConsolidateRequest, on_progress: OnProgress = ignore) -
         fisher = None
         if learned.record.id in session.stack.fishers:
             fisher = method.fisher(learned, student)
-        stack = session.stack.consolidated(student, request.digest, fisher)
+        stack = session.stack.consolidated(student, digest, fisher)
         session.commit(stack, "consolidated", stack.records[-1:])
         learned.snapshots.remove()
     return ConsolidateResult(stack.records[-1], losses, request.stack_file, len(stack.records) - 1)
@@ -161,20 +164,33 @@ def forget(request: ForgetRequest, on_progress: OnProgress = ignore) -> ForgetRe
     with open_session(request, on_progress, writes=True) as session:
         gone = session.stack.records[session.stack.index_of(request.token)]
         stack = consolidation.without(
-            session.backbone, session.stack, request.token, request.settings, on_progress
+            session.backbone,
+            session.stack,
+            request.token,
+            request.settings,
+            on_progress,
+            session.cache,
         )
         session.commit(stack, "forgot", [gone])
+        clear_cache(session.cache)  # nothing of it stays but in the history
     return ForgetResult(gone, request.stack_file)
 
 
 def merge(request: MergeRequest, on_progress: OnProgress = ignore) -> MergeResult:
     """Put the concepts of another stack of the same checkpoint on this one, but for those it has."""
-    store.open_stack(request.other)
+    request.check()
+    known = {record.id for record in store.read_records(request.stack_file)}
+    if known.issuperset(record["id"] for record in read_header(request.other)["concepts"]):
+        return MergeResult([], {}, request.stack_file)
     with open_session(request, on_progress, writes=True) as session:
-        other = session.load(request.other)
         known = set(session.stack.words)
         stack, renamed = consolidation.merged(
-            session.backbone, session.stack, other, request.settings, on_progress
+            session.backbone,
+            session.stack,
+            session.load(request.other),
+            request.settings,
+            on_progress,
+            session.cache,
         )
         added = [record for record in stack.records if record.id not in known]
         if added:
@@ -193,7 +209,7 @@ def import_concept(request: ImportRequest, on_progress: OnProgress = ignore) -> 
         other = ConceptStack(session.stack.fingerprint, rank=rank_of(adapter))
         other = other.learned(record, word, adapter)
         stack, _ = consolidation.merged(
-            session.backbone, session.stack, other, request.settings, on_progress
+            session.backbone, session.stack, other, request.settings, on_progress, session.cache
         )
         session.commit(stack, "imported", [record])
     return ImportResult(record, request.lora)

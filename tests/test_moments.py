@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shutil
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -9,10 +11,11 @@ import pytest
 import torch
 from helpers_learn import QUICK, learn_request, stack_of, tensors_of
 
-from comfy_continual_lora import moments, pipeline, store
+from comfy_continual_lora import moments, pipeline, requests, store
 from comfy_continual_lora.checkpoint.backbone import Backbone
 from comfy_continual_lora.files import cache_folder
 from comfy_continual_lora.moments import MomentCache
+from comfy_continual_lora.progress import Progress
 
 PROMPTS = ["a photo of a V1 ball", "a V1 ball on grass"]
 
@@ -88,33 +91,60 @@ def test_a_folder_that_can_not_be_written_costs_time_alone(
     assert torch.equal(there, MomentCache(backbone)(words, PROMPTS))
 
 
+def _by_token(checkpoint: Path) -> dict[str, torch.Tensor]:
+    """The stack's tensors, named by words: a concept's id holds the second it was learned in."""
+    stack = stack_of(checkpoint)
+    names = {record.id: record.token for record in stack.records}
+    named = {}
+    for name, tensor in tensors_of(stack).items():
+        for concept, token in names.items():
+            name = name.replace(concept, token)
+        named[name] = tensor
+    return named
+
+
 @pytest.mark.slow
 def test_each_concept_is_prepared_once_and_what_is_learned_is_the_same(
     checkpoint: Path, folders: dict[str, Path], computed: list[list[str]]
 ) -> None:
-    """With the cache, without it in between, and after a concept was forgotten."""
+    """With the cache, and without it."""
     quick = replace(QUICK, method="retention")
     for token in ("V1", "V2"):
         pipeline.learn_concept(learn_request(checkpoint, folders, token, quick))
     cache = cache_folder(store.stack_path(checkpoint))
-    assert sum("V1" in prompt for prompt in computed[-1]) == 0  # that of V2 was the last
-    first = [prompts for prompts in computed if any("V1" in prompt for prompt in prompts)]
-    assert len(first) == 1
-    kept = tensors_of(stack_of(checkpoint))
-    held = len(list(cache.iterdir()))
+    kept, held = _by_token(checkpoint), len(list(cache.iterdir()))
     pipeline.learn_concept(learn_request(checkpoint, folders, "V3", quick))
-    assert len(first) == 1
+    about_the_first = [one for one in computed if any("V1" in prompt for prompt in one)]
+    assert len(about_the_first) == 1
     assert len(list(cache.iterdir())) == held + 1  # V3's; the nouns' are others by then
-    with_cache = tensors_of(stack_of(checkpoint))
+    with_cache = _by_token(checkpoint)
     for file in cache.iterdir():
         file.unlink()
-    from comfy_continual_lora import requests
-
     pipeline.undo(requests.UndoRequest(checkpoint))
-    assert all(
-        torch.equal(tensor, kept[name]) for name, tensor in tensors_of(stack_of(checkpoint)).items()
-    )
+    undone = _by_token(checkpoint)
+    assert undone.keys() == kept.keys()
+    assert all(torch.equal(tensor, kept[name]) for name, tensor in undone.items())
     pipeline.learn_concept(learn_request(checkpoint, folders, "V3", quick))
-    without = tensors_of(stack_of(checkpoint))
-    same = [torch.equal(a, b) for a, b in zip(with_cache.values(), without.values(), strict=True)]
-    assert all(same)
+    without = _by_token(checkpoint)
+    assert without.keys() == with_cache.keys()
+    assert all(torch.equal(tensor, with_cache[name]) for name, tensor in without.items())
+
+
+def test_forgetting_a_concept_leaves_no_moment_and_merging_the_same_again_loads_nothing(
+    learned: Callable[..., Path], tmp_path: Path, computed: list[list[str]]
+) -> None:
+    checkpoint = learned(replace(QUICK, method="retention"), "V1", "V2")
+    path = store.stack_path(checkpoint)
+    cache = cache_folder(path)
+    same = Path(shutil.copy(path, tmp_path / "same.concepts.safetensors"))
+    seen: list[Progress] = []
+    merging = requests.MergeRequest(checkpoint, same, device="cpu")
+    assert pipeline.merge(merging, seen.append).added == []
+    assert not seen
+    assert list(cache.iterdir())
+    computed.clear()
+    pipeline.forget(requests.ForgetRequest(checkpoint, "V1", device="cpu"))
+    assert not cache.exists()
+    assert [prompts for prompts in computed if any("V1 ball" in one for one in prompts)] == []
+    assert pipeline.merge(merging).added == ["V1 ball"]
+    assert list(cache.iterdir())

@@ -29,9 +29,7 @@ class ClosedForm(Method):
     def takes(self, kind: str) -> bool:
         return KINDS[kind].solvable
 
-    def prompt_bank(
-        self, session: Session, noun: str, settings: ResolvedSettings
-    ) -> PromptBank | None:
+    def prompt_bank(self, session: Session, noun: str, settings: ResolvedSettings) -> PromptBank:
         """Of no concept yet: earlier ones are solved for in the end and need not be held."""
         return self.bank_of(session, noun, settings, 0)
 
@@ -40,9 +38,9 @@ class ClosedForm(Method):
         if len(stack.records) == 1:
             return stack
         session, bank = learned.session, learned.bank
+        assert bank  # `prompt_bank` always makes one
         solved, _ = consolidated(
             session.backbone, stack, SolveSettings(), session.on_progress, bank
         )
-        if bank is not None:
-            bank.moments.drop_unused()
+        bank.moments.drop_unused()
         return solved.as_learned()
