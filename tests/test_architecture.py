@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ast
+import importlib.util
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -85,6 +87,8 @@ def _imports(path: Path) -> set[str]:
     return found
 
 
+# an import of the package on one line
+IMPORTED = re.compile(r"from (comfy_continual_lora[\w.]*) import ([\w, ]+)")
 FILES = [p for p in PACKAGE.rglob("*.py") if p != PACKAGE / "__init__.py"]
 
 
@@ -112,3 +116,19 @@ def test_light_modules_import_nothing_heavy(module: str) -> None:
         ).stderr
         == ""
     )
+
+
+def test_programs_in_strings_and_pages_import_what_exists() -> None:
+    """What a test hands to another Python, or a page tells to type, no checker reads."""
+    root, wanted = PACKAGE.parent, set()
+    for pattern in ("tests/*.py", "benchmarks/**/*.py", "*.md", "docs/**/*.md"):
+        for path in root.glob(pattern):
+            for module, names in IMPORTED.findall(path.read_text(encoding="utf-8")):
+                wanted |= {(module, name.split(" as ")[0].strip()) for name in names.split(",")}
+    assert ("comfy_continual_lora.comfy_nodes.words", "with_words") in wanted
+    missing = []
+    for module, name in sorted(wanted):
+        package = importlib.import_module(module)
+        if not hasattr(package, name) and importlib.util.find_spec(f"{module}.{name}") is None:
+            missing.append(f"{module}.{name}")
+    assert not missing

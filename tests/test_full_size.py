@@ -45,7 +45,7 @@ from comfy import sd, utils
 from safetensors.torch import load_file, save_file
 asked = load_file(f"{folder}/asked.safetensors")
 sys.path.append(repository)
-from comfy_continual_lora.comfy_nodes.host import with_words
+from comfy_continual_lora.comfy_nodes.words import with_words
 clip = sd.load_checkpoint_guess_config(checkpoint, output_vae=False, output_model=False)[1]
 clip = with_words(clip, {"V1": asked["word"]})
 context, pooled = clip.encode_from_tokens(clip.tokenize(prompt), return_pooled=True)

@@ -32,6 +32,7 @@ from comfy_continual_lora.diffusion import generator_for
 from comfy_continual_lora.ewc import Ewc
 from comfy_continual_lora.mini import world
 from comfy_continual_lora.mini.weights import write_checkpoint
+from comfy_continual_lora.penalty import Step
 from comfy_continual_lora.presets import METHODS
 from comfy_continual_lora.settings import LearnSettings
 
@@ -110,7 +111,7 @@ def compare_parts(rounds: int) -> dict[str, float]:
     generator = torch.Generator().manual_seed(0)
     adapter = new_adapter(backbone, 16, generator)
     latents, text = torch.randn(10, 4, 16, 16, generator=generator), FrozenText(backbone, {})
-    target = fishers.Target(latents, "red mug", "mug", [], None)
+    target = fishers.FisherInputs(list(latents), "red mug", "mug", [], None)
     penalty = Ewc(1e-3, [(adapter, {k: torch.rand_like(v) for k, v in adapter.items()})])
     with attached(backbone, adapter, trainable=True) as factors:
 
@@ -120,7 +121,7 @@ def compare_parts(rounds: int) -> dict[str, float]:
         steps = _median_seconds(
             {
                 "plain": lambda: batch(8)().mean().backward(),
-                "penalty": lambda: (batch(8)().mean() + penalty(factors)).backward(),
+                "penalty": lambda: (batch(8)().mean() + penalty(Step(factors))).backward(),
             },
             5 * rounds,
         )

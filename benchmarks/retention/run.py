@@ -73,7 +73,7 @@ from comfy_continual_lora.adapters.adapter import attached, new_adapter
 from comfy_continual_lora.checkpoint.backbone import Backbone, FrozenText
 from comfy_continual_lora.checkpoint.load import load_backbone
 from comfy_continual_lora.errors import SettingError
-from comfy_continual_lora.mini import trainset, weights, world
+from comfy_continual_lora.mini import drawing, trainset, weights, world
 from comfy_continual_lora.presets import METHODS, TEMPLATES
 from comfy_continual_lora.settings import (
     DrawSettings,
@@ -557,7 +557,7 @@ def bleeding(pictures: Tensor, asked: Sequence[tuple[world.Concept, world.Concep
             unit(
                 features_of(
                     torch.nn.functional.interpolate(
-                        p[:, :, 33:99, columns], (world.SIZE, world.SIZE), mode="bilinear"
+                        p[:, :, 33:99, columns], (drawing.SIZE, drawing.SIZE), mode="bilinear"
                     )
                 )
             )

@@ -8,18 +8,16 @@ process of its own that has the GPU to itself.
 A step is one of method `lora`, rank 16, one picture of 512 pixels, or 1024 with SDXL; the first
 five are not counted.
 
-    KIND [method=NAME] FORMAT...    `learn` by that method, with that --precision and what else is
-    said: checkpointing, compile, channels_last;
-                                    within=8: with no more than a card of 8 GiB has, half a GiB of
-                                    it for the driver. Seconds a step, peaks of memory
-                                    to the end of the first step (with loading and the VAE) and
-                                    behind it, what `learn --plan` said, seconds of stages
-    KIND diffusers                  the loop of diffusers' train_text_to_image_lora.py with peft on
-    K and V alone, bf16, without text encoder and
-                                    VAE: latents and text features are given to it, so it is as fast
-                                    as that loop can be
-    KIND scores                     DC scores of one picture among 16 prompts as `scores` does by
-    default
+    KIND [method=NAME] FORMAT...
+        `learn` by that method, with that --precision and these switches: checkpointing, compile,
+        channels_last. within=8 allows no more than a card of 8 GiB has, half a GiB of it for the
+        driver. Seconds a step, peaks of memory up to the end of the first step (with loading and
+        the VAE) and after it, what `learn --plan` promised, seconds of each stage.
+    KIND diffusers
+        The loop of diffusers' train_text_to_image_lora.py with peft on K and V alone, bf16. It is
+        given latents and text features, so it is as fast as that loop can be.
+    KIND scores
+        DC scores of one picture among 16 prompts, as `scores` does by default.
 """
 
 from __future__ import annotations
@@ -69,17 +67,20 @@ SKIPPED, STEPS, RANK, CUDA = 5, 20, 16, "cuda"
 
 def learned(path: Path, words: list[str], size: int) -> dict[str, Any]:
     """One concept, and by a method that protects an earlier one two, of which the second counts."""
-    from comfy_continual_lora import pipeline, requests
+    from comfy_continual_lora import pipeline
     from comfy_continual_lora.progress import Progress
+    from comfy_continual_lora.requests import LearnRequest
     from comfy_continual_lora.settings import LearnSettings
 
-    said = dict(word.split("=") for word in words if "=" in word)
-    method = said.get("method", "lora")
-    if "within" in said:
+    values = dict(word.split("=") for word in words if "=" in word)
+    method = values.get("method", "lora")
+    if "within" in values:
         torch.cuda.set_per_process_memory_fraction(
-            (float(said["within"]) - 0.5) * 2**30 / torch.cuda.get_device_properties(0).total_memory
+            (float(values["within"]) - 0.5)
+            * 2**30
+            / torch.cuda.get_device_properties(0).total_memory
         )
-    switches = {
+    switches: dict[str, Any] = {
         word: True for word in words if word in ("checkpointing", "compile", "channels_last")
     }
     number = next(word for word in words if word in ("fp32", "bf16", "fp16", "fp8"))
@@ -112,13 +113,11 @@ def learned(path: Path, words: list[str], size: int) -> dict[str, Any]:
             .numpy()
         )
         Image.fromarray(noise).resize((size, size)).save(folder / "picture.png")
-        requests = [
-            requests.LearnRequest(
-                file, [folder / "picture.png"], token, "mug", settings, device=CUDA
-            )
+        asked = [
+            LearnRequest(file, [folder / "picture.png"], token, "mug", settings, device=CUDA)
             for token in ("V1", "V2")[: 1 if method == "lora" else 2]
         ]
-        for request in requests:
+        for request in asked:
             marks[:] = [("begin", time.perf_counter())]
             planned = pipeline.plan(request)
             torch.cuda.reset_peak_memory_stats()
@@ -158,7 +157,7 @@ def diffusers(path: Path, words: list[str], size: int) -> dict[str, Any]:
     if "checkpointing" in words:
         unet.enable_gradient_checkpointing()
     optimizer = torch.optim.AdamW(lora, lr=1e-4, weight_decay=1e-2)
-    scheduler = DDPMScheduler(
+    scheduler: Any = DDPMScheduler(
         beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", num_train_timesteps=1000
     )
     latents = torch.randn(1, 4, size // 8, size // 8, device=CUDA)
@@ -207,20 +206,15 @@ def scores(path: Path, _words: list[str], size: int) -> dict[str, Any]:
     from comfy_continual_lora.textspace import THINGS
 
     backbone = load_backbone(path, device=CUDA, precision="auto")
-    features = dict(
-        zip(
-            THINGS,
-            FrozenText(backbone, {})([f"a photo of a {thing}" for thing in THINGS[:16]]),
-            strict=False,
-        )
-    )
+    prompts = [f"a photo of a {thing}" for thing in THINGS[:16]]
+    features = dict(zip(prompts, FrozenText(backbone, {})(prompts), strict=True))
     latent, taken = torch.randn(4, size // 8, size // 8, device=CUDA), []
     for seed in range(4):
         torch.cuda.synchronize()
         began = time.perf_counter()
-        said = classify(backbone, latent, features, 1e-3, ScoreSettings(seed=seed))
+        result = classify(backbone, latent, features, 1e-3, ScoreSettings(seed=seed))
         taken.append(time.perf_counter() - began)
-    calls = sum(said.trials)
+    calls = sum(result.trials)
     return {
         "seconds": statistics.median(taken[1:]),
         "calls": calls,

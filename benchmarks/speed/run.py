@@ -160,19 +160,15 @@ def diffusers(path: str, job: dict[str, int], cached: bool = False) -> dict[str,
 
     meter = Meter(job["skipped"])
     loaded = load_backbone(path, device="cpu")  # the same modules and weights
-    unet, vae, text, tokenizer = (
-        loaded.unet,
-        loaded.vae,
-        loaded.text_encoders[0].model,
-        loaded.tokenizer,
-    )
+    unet, text, tokenizer = loaded.unet, loaded.text_encoders[0].model, loaded.tokenizer
+    vae: Any = loaded.vae
     unet.add_adapter(
         LoraConfig(r=RANK, lora_alpha=RANK, init_lora_weights="gaussian", target_modules=KV_MODULES)
     )
     lora = [p for p in unet.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(lora, lr=1e-4, betas=(0.9, 0.999), weight_decay=1e-2, eps=1e-8)
     rates = torch.optim.lr_scheduler.ConstantLR(optimizer, 1.0)
-    scheduler = DDPMScheduler(
+    scheduler: Any = DDPMScheduler(
         beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", num_train_timesteps=1000
     )
     pictures = _pictures(job)
