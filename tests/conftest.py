@@ -1,17 +1,18 @@
-"""What the tests share: the mini-SD as a file, and pictures of one of its concepts."""
+"""What the tests share: checkpoints, what they learned, and pictures to learn from."""
 
 from __future__ import annotations
 
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from helpers_learn import NOUNS, learn_request, save_concept
+from helpers_thin import write_thin
 from helpers_webui import WebUI, freeze
 
 from comfy_continual_lora import pipeline
@@ -93,50 +94,84 @@ def mini_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-@pytest.fixture
-def checkpoint(mini_file: Path, tmp_path: Path) -> Path:
-    """A mini-SD of this test's own, so that its stack is too."""
-    return Path(shutil.copy(mini_file, tmp_path / "mini.safetensors"))
-
-
 @pytest.fixture(scope="session")
-def _learned_before(
-    mini_file: Path, folders: dict[str, Path], tmp_path_factory: pytest.TempPathFactory
-) -> Callable[..., Path]:
-    """The folder of a mini-SD that learned these concepts with these settings, once a session."""
-    known: dict[Any, Path] = {}
+def thin_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Not to be changed. It is called a mini-SD and is loaded as one."""
+    path = tmp_path_factory.mktemp("thin") / "mini.safetensors"
+    write_thin(path)
+    return path
 
-    def folder_of(settings: LearnSettings, *tokens: str) -> Path:
-        if (settings, tokens) not in known:
-            folder = tmp_path_factory.mktemp("learned") / "models"
+
+@pytest.fixture
+def checkpoint(thin_file: Path, tmp_path: Path) -> Path:
+    """A thin mini-SD of this test's own, so that its stack is too."""
+    return Path(shutil.copy(thin_file, tmp_path / "mini.safetensors"))
+
+
+class Learned:
+    """`learned(settings, "V1", "V2")`: a copy, in `own`, of a checkpoint that learned these concepts.
+    Each such stack is learned once.
+    """
+
+    def __init__(self, checkpoint: Path, folders: dict[str, Path], root: Path) -> None:
+        self.checkpoint, self.folders, self.root, self.own = checkpoint, folders, root, root
+        self.known: dict[Any, Path] = {}
+
+    def __call__(self, settings: LearnSettings, *tokens: str) -> Path:
+        folder = Path(tempfile.mkdtemp(prefix="learned", dir=self.own))
+        shutil.copytree(self._folder(settings, *tokens), folder, dirs_exist_ok=True)
+        return folder / self.checkpoint.name
+
+    def _folder(self, settings: LearnSettings, *tokens: str) -> Path:
+        if (settings, tokens) not in self.known:
+            folder = Path(tempfile.mkdtemp(dir=self.root)) / "models"
             if tokens[:-1]:
-                shutil.copytree(folder_of(settings, *tokens[:-1]), folder)
+                shutil.copytree(self._folder(settings, *tokens[:-1]), folder)
             else:
                 folder.mkdir()
-                shutil.copy(mini_file, folder)
-            request = learn_request(folder / mini_file.name, folders, tokens[-1], settings)
-            pipeline.learn_concept(request)
-            known[settings, tokens] = folder
-        return known[settings, tokens]
-
-    return folder_of
-
-
-@pytest.fixture
-def learned(_learned_before: Callable[..., Path], tmp_path: Path) -> Callable[..., Path]:
-    """`learned(settings, "V1", "V2")`: a mini-SD of this test's own that learned these concepts."""
-
-    def own(settings: LearnSettings, *tokens: str) -> Path:
-        folder = Path(tempfile.mkdtemp(prefix="learned", dir=tmp_path))
-        shutil.copytree(_learned_before(settings, *tokens), folder, dirs_exist_ok=True)
-        return folder / "mini.safetensors"
-
-    return own
+                shutil.copy(self.checkpoint, folder)
+            path = folder / self.checkpoint.name
+            pipeline.learn_concept(learn_request(path, self.folders, tokens[-1], settings))
+            self.known[settings, tokens] = folder
+        return self.known[settings, tokens]
 
 
 @pytest.fixture(scope="session")
-def backbone(mini_file: Path) -> Backbone:
+def _by_thin(
+    thin_file: Path, folders: dict[str, Path], tmp_path_factory: pytest.TempPathFactory
+) -> Learned:
+    return Learned(thin_file, folders, tmp_path_factory.mktemp("learned"))
+
+
+@pytest.fixture(scope="session")
+def _by_mini(
+    mini_file: Path, folders: dict[str, Path], tmp_path_factory: pytest.TempPathFactory
+) -> Learned:
+    return Learned(mini_file, folders, tmp_path_factory.mktemp("learned"))
+
+
+@pytest.fixture
+def learned(_by_thin: Learned, tmp_path: Path) -> Learned:
+    """Of the thin mini-SD."""
+    _by_thin.own = tmp_path
+    return _by_thin
+
+
+@pytest.fixture
+def learned_by_mini(_by_mini: Learned, tmp_path: Path) -> Learned:
+    _by_mini.own = tmp_path
+    return _by_mini
+
+
+@pytest.fixture(scope="session")
+def backbone(thin_file: Path) -> Backbone:
     """Shared: a test that attaches something takes it out again."""
+    return load_backbone(thin_file, device="cpu")
+
+
+@pytest.fixture(scope="session")
+def mini(mini_file: Path) -> Backbone:
+    """The trained mini-SD, for tests that ask what is in a picture. Shared like `backbone`."""
     return load_backbone(mini_file, device="cpu")
 
 

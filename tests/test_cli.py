@@ -274,6 +274,7 @@ def test_a_mistake_is_one_paragraph_and_status_2(
     assert not stack_path(checkpoint).exists()
 
 
+@pytest.mark.slow
 def test_a_reader_that_leaves_early_meets_no_traceback(checkpoint: Path) -> None:
     command = shlex.join([*COMMAND, "info", "--checkpoint", str(checkpoint), "--json"])
     assert (

@@ -25,7 +25,9 @@ def _stack(backbone: Backbone, kind: str) -> store.ConceptStack:
         for k, t in new_adapter(backbone, 4, generator, kind).items()
     }
     stack = store.ConceptStack("f", rank=4)
-    return stack.learned(make_record(1), torch.randn(3, 256, generator=generator), adapter)
+    return stack.learned(
+        make_record(1), torch.randn(3, backbone.word_width, generator=generator), adapter
+    )
 
 
 def _export(stack: store.ConceptStack, out: Path) -> export.Exported:

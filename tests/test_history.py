@@ -400,6 +400,7 @@ def test_a_stack_that_was_read_is_not_mapped(tmp_path: Path) -> None:
     assert torch.equal(stack.words["id1"], torch.ones(1, 8))
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(os.name != "posix", reason="forks")
 def test_kill_9_at_any_moment_leaves_a_whole_history(tmp_path: Path) -> None:
     """While it saves, undoes and restores: the stack reads, so does every version, and none is

@@ -248,6 +248,7 @@ def test_what_could_not_be_prepared_leaves_the_runner_free(tmp_path: Path) -> No
     assert len(tidied) == 2
 
 
+@pytest.mark.slow
 def test_nothing_is_left_open(tmp_path: Path) -> None:
     """Pipes and threads of a hundred jobs."""
     program = _program(tmp_path, f"echo '{DONE}'")

@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 from helpers_learn import save_concept
+from helpers_thin import TEXT_WIDTH
 from PIL import Image
 from safetensors.torch import save
 
@@ -530,7 +531,7 @@ def test_two_concepts_in_sequence_then_undo(
     assert all(torch.equal(undone.adapter[k], t) for k, t in after_one.adapter.items())
     assert (
         pipeline.info(requests.InfoRequest(checkpoint)).trainable_parameters
-        == sum(t.numel() for t in after_one.adapter.values()) + 4 * 256
+        == sum(t.numel() for t in after_one.adapter.values()) + 4 * TEXT_WIDTH
     )
 
 
@@ -541,7 +542,7 @@ def test_textual_inversion_learns_only_the_word(checkpoint: Path, pictures: Path
     path = pipeline.learn_concept(request).stack_file
     stack = store.load_stack(path, store.read_header(path)["fingerprint"])
     assert stack.adapter is None
-    assert stack.tokens["V1"].shape == (4, 256)
+    assert stack.tokens["V1"].shape == (4, TEXT_WIDTH)
 
 
 def test_mistakes_leave_the_stack_as_it_was(

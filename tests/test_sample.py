@@ -37,10 +37,10 @@ def test_guidance_of_one_is_the_conditional_prediction_alone(backbone: Backbone)
     assert torch.allclose(plain, nearly, atol=5e-3)
 
 
-def test_things_beside_each_other_keep_to_their_areas(backbone: Backbone) -> None:
+def test_things_beside_each_other_keep_to_their_areas(mini: Backbone) -> None:
     red, blue = "a photo of a red ball on grass", "a photo of a blue box on grass"
     settings = replace(QUICK, steps=10, size=128)
-    drawn = sample.draw(backbone, {}, [(red, blue), (blue, red)], [0, 1], settings)
+    drawn = sample.draw(mini, {}, [(red, blue), (blue, red)], [0, 1], settings)
     assert drawn.shape == (2, 3, 128, 224)
     things = drawn[:, :, 40:90].mean(2)  # on grass the middle rows are theirs
     left, right = things[..., :96].mean(-1), things[..., -96:].mean(-1)

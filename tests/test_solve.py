@@ -30,10 +30,12 @@ EXACT = SolveSettings(ridge=1e-7, energy=1.0)
 def _problem(
     backbone: Backbone, kind: str = "lora"
 ) -> tuple[list[torch.Tensor], list[Adapter | None], list[solve.Target]]:
-    """Features (n, 256) of three concepts, of which the last asks for nothing."""
-    generator = torch.Generator().manual_seed(5)
+    """Features (n, d) of three concepts, of which the last asks for nothing."""
+    generator, width = torch.Generator().manual_seed(5), backbone.word_width
     features = [
-        torch.randn(300, 256, generator=generator) @ torch.randn(256, 256, generator=generator) / 16
+        torch.randn(300, width, generator=generator)
+        @ torch.randn(width, width, generator=generator)
+        / width**0.5
         for _ in range(3)
     ]
     adapters = [
@@ -320,8 +322,10 @@ def test_of_words_alone_the_words_are_selected(
     assert [path.name for path in done.embeddings] == ["V2.safetensors"]
 
 
-def test_forgetting_one_leaves_the_others(learned: Callable[..., Path], backbone: Backbone) -> None:
-    checkpoint = learned(QUICKER, *NOUNS)
+def test_forgetting_one_leaves_the_others(
+    learned_by_mini: Callable[..., Path], mini: Backbone
+) -> None:
+    checkpoint, backbone = learned_by_mini(QUICKER, *NOUNS), mini
     before = stack_of(checkpoint)
     pipeline.consolidate_in_closed_form(requests.SolveRequest(checkpoint, device="cpu"))
     held, words = stack_of(checkpoint), before.tokens

@@ -135,6 +135,7 @@ def test_a_full_disk_keeps_the_old_version(tmp_path: Path) -> None:
     assert not list(tmp_path.glob(".s.*"))
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(os.name != "posix", reason="forks")
 def test_kill_9_while_saving_leaves_a_whole_version(tmp_path: Path) -> None:
     path = tmp_path / "s"

@@ -377,6 +377,7 @@ def _status(address: str, path: str, data: bytes | None = None, **headers: str) 
         return connection.getresponse().status
 
 
+@pytest.mark.slow
 def test_the_tab_by_itself_serves_its_exports_to_its_own_pages(checkpoint: Path) -> None:
     """By real requests: no checkpoint, stack, picture, program file or file of the system; nothing
     for other pages.

@@ -88,6 +88,7 @@ def test_a_job_learns_exports_and_tells_how_far_it_is(
     assert (again.number, again.losses) == (3, [])
 
 
+@pytest.mark.slow
 def test_one_job_at_a_time_and_stop_keeps_the_snapshot(
     checkpoint: Path, pictures: Path, runner: JobRunner
 ) -> None:
@@ -104,6 +105,7 @@ def test_one_job_at_a_time_and_stop_keeps_the_snapshot(
     assert not stack_path(checkpoint).exists()
 
 
+@pytest.mark.slow
 def test_a_killed_worker_is_told_about(checkpoint: Path, pictures: Path, runner: JobRunner) -> None:
     job = runner.start(("learn", _request(checkpoint, pictures, steps=5000)))
     while not job.losses:
@@ -267,6 +269,7 @@ time.sleep(1000)
 """
 
 
+@pytest.mark.slow
 def test_the_worker_ends_with_its_host(checkpoint: Path, pictures: Path) -> None:
     """The host is killed the hard way, so it can tell nobody: the end of the pipe does."""
     script = HOST.format(
