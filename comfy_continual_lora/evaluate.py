@@ -1,4 +1,4 @@
-"""Stage 8: how much of a user's own stack is remembered.
+"""Stage 8: how much a user's stack retains.
 
 The stack holds the LoRA as it was after every concept, so its whole history can be drawn.
 
@@ -8,10 +8,9 @@ The stack holds the LoRA as it was after every concept, so its whole history can
                                                             0: as if it had never been learned
     floor   = likeness of what the checkpoint without the stack draws for the class noun
 
-in: a backbone and its stack - out: `RetentionReport`. The reference is the concept's own pictures where
-the user still has them (likeness: mean cosine over
-all pairs), else what was drawn when it had just been learned (mean cosine of pictures with the same
-seed). Features: `features`.
+in: a backbone and its stack - out: `RetentionReport`. The reference is the concept's own images if
+the user still has them (likeness: mean cosine over all pairs), otherwise those drawn when it had
+just been learned (mean cosine of images with the same seed). Features: `features`.
 """
 
 from __future__ import annotations
