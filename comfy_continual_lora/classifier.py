@@ -73,7 +73,7 @@ def log_posterior(error: Tensor, tau: float) -> Tensor:
 def soft_cross_entropy(teacher: Tensor, student: Tensor, tau: float) -> Tensor:
     """H(p_T, p_S) - H(p_T): errors (n, k) of both -> (n,).
 
-    It has the gradient of H and is zero where both agree.
+    It has the gradient of H and is zero if both agree.
     """
     target = log_posterior(teacher.detach(), tau)
     return (target.exp() * (target - log_posterior(student, tau))).sum(-1)
@@ -210,7 +210,7 @@ def _weighted(error: Tensor, weight: Tensor) -> Tensor:
 
 
 def _scores(names: list[str], error: Tensor, weight: Tensor, tau: float) -> Scores:
-    """error (s, k), NaN where a candidate was not tried any more; weight (s,)."""
+    """error (s, k), NaN if a candidate was not tried any more; weight (s,)."""
     trials = error.isfinite().sum(0)
     best = int(torch.where(trials == len(error), _weighted(error, weight), torch.inf).argmin())
     gaps = []
@@ -231,7 +231,7 @@ def _scores(names: list[str], error: Tensor, weight: Tensor, tau: float) -> Scor
 
 
 def _margin(difference: Tensor, weight: Tensor) -> tuple[float, float, float]:
-    """Weighted mean of the paired differences (s,), NaN where not tried, and its 95 % interval.
+    """Weighted mean of the paired differences (s,), NaN if not tried, and its 95 % interval.
 
     The interval is a bootstrap's, because the differences are skewed.
     """

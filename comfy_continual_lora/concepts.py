@@ -45,7 +45,7 @@ class ConceptImages:
 def find_images(source: str | Path | Iterable[str | Path]) -> list[Path]:
     """The picture files of a folder (not its sub-folders), in name order, or of a list as given.
 
-    Errors: ConceptImagesError where there is none, or one of a list is not there.
+    Errors: ConceptImagesError if there is none, or one of a list is not there.
     """
     if not isinstance(source, (str, Path)):
         files = [Path(p) for p in source]

@@ -35,7 +35,7 @@ def consolidated(
     """One LoRA for all concepts of the stack; what it was before stays as `unconsolidated`.
 
     What `bank` has encoded, of none or some of the first concepts, is not encoded again.
-    Errors: StackError where the stack's adapter is of a kind that can't be solved for.
+    Errors: StackError if the stack's adapter is of a kind that can't be solved for.
     """
     assert stack.adapter
     check_solvable(stack)
@@ -135,7 +135,7 @@ def merged(
     both have.
 
     Every version from then on is solved for, so that undo, and drawing older versions, go on
-    working. `cache` is a folder of moments. Errors: StackError where one holds a LoRA and the other
+    working. `cache` is a folder of moments. Errors: StackError if one holds a LoRA and the other
     does not, and for VeRA.
     """
     if not stack.records:

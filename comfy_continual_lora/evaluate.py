@@ -40,7 +40,7 @@ PROMPTS = ("a photo of a {}", "a good photo of a {}")
 
 @dataclass(frozen=True)
 class RetentionReport:
-    """n concepts: how prompts name them; likeness R (n, n), NaN where i < j; floor, kept (n,); DC
+    """n concepts: how prompts name them; likeness R (n, n), NaN if i < j; floor, kept (n,); DC
     scores of the references (n,), NaN without.
 
     pictures[i, j] are concept j's as drawn after concept i, counted from 0.
@@ -72,7 +72,7 @@ class RetentionReport:
         return "\n".join(lines)
 
     def as_json(self) -> dict[str, Any]:
-        """`kept`: a share for each concept in order, null where there is no share."""
+        """`kept`: a share for each concept in order, null if there is no share."""
         values = {
             "likeness": self.likeness,
             "floor": self.floor,

@@ -71,7 +71,7 @@ def help_of(field: dataclasses.Field) -> str:
 def suiting(field: dataclasses.Field) -> str:
     """What suits the checkpoint, in words: "2e-4, sdxl 1e-4, mini 3e-4".
 
-    Empty where that is the checkpoint's own.
+    Empty if that is the checkpoint's own.
     """
     name = field.name
     values = {preset: row[name] for preset, row in PRESETS.items() if name in row}

@@ -168,7 +168,7 @@ def write_whole(path: Path, data: bytes, *, new: bool = False) -> None:
 
     It goes through a temporary name in the same folder, synced and renamed. The file keeps the mode
     it
-    had; a new one gets what the umask leaves. Errors: OSError; FileExistsError where `new` and it
+    had; a new one gets what the umask leaves. Errors: OSError; FileExistsError if `new` and it
     is there.
     """
     with _temporary(path.parent) as file:
@@ -203,7 +203,7 @@ def _temporary(folder: Path) -> Iterator[IO[bytes]]:
 
 
 def _locked(handle: int) -> bool | None:
-    """Lock this file: true if it is ours now, false if somebody else has it, None where nobody can
+    """Lock this file: true if it is ours now, false if somebody else has it, None if nobody can
     tell.
     """
     if fcntl is None:
@@ -231,7 +231,7 @@ def _like_before(handle: int, path: Path) -> None:
 
 
 def _rename_new(name: str, path: Path) -> None:
-    """Errors: FileExistsError where the path is taken, by another program a moment ago too."""
+    """Errors: FileExistsError if the path is taken, by another program a moment ago too."""
     try:
         os.link(name, path)
     except FileExistsError:

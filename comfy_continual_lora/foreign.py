@@ -139,7 +139,7 @@ def imported_concept(
     """Word, adapter and record of what another program made. Its id follows from the file and the
     word.
 
-    Errors: SettingError where its word is not said, or said twice; StackError as in `read_lora`.
+    Errors: SettingError if its word is not said, or said twice; StackError as in `read_lora`.
     """
     if bool(request.embedding) == bool(request.trigger):
         raise SettingError(

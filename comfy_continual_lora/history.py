@@ -40,7 +40,7 @@ def undo(path: Path, version: int | None = None) -> UndoResult:
     concept is
     taken off, if learning it was the last change. `version`: the number of the version that is
     meant.
-    Errors: StackError where there is nothing to take back, or the stack is at another version by
+    Errors: StackError if there is nothing to take back, or the stack is at another version by
     now.
     """
     path = real_file(path)

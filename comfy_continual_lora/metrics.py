@@ -80,7 +80,7 @@ def retention_matrix(
 ) -> Tensor:
     """R[i, j] = MMD^2(X_{D,j}, X_{i,j}) on features of length 1: real[j], drawn[i, j] -> (N, N).
 
-    Concepts are counted from 0; NaN where nothing was drawn.
+    Concepts are counted from 0; NaN if nothing was drawn.
     """
     count = len(real)
     matrix = torch.full((count, count), torch.nan)

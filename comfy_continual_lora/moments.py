@@ -78,7 +78,7 @@ class MomentCache:
         return path
 
     def _read(self, path: Path | None) -> Tensor | None:
-        """None where there is none that can be used."""
+        """None if there is none that can be used."""
         width = self.backbone.word_width
         try:
             held = load(path.read_bytes())["moment"] if path else None

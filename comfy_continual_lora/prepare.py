@@ -53,7 +53,7 @@ def make_room(session: Session, request: LearnRequest) -> str:
 
 
 def _without_newest(stack: ConceptStack, token: str) -> ConceptStack:
-    """Errors: TokenError where the newest concept is not the one of this word."""
+    """Errors: TokenError if the newest concept is not the one of this word."""
     newest = stack.records[-1]
     if newest.token.lower() != token.lower():
         raise TokenError(
@@ -64,7 +64,7 @@ def _without_newest(stack: ConceptStack, token: str) -> ConceptStack:
 
 
 def settings_for(session: Session, request: LearnRequest, method: Method) -> ResolvedSettings:
-    """The settings, with nothing left open. Errors: SettingError where they do not suit the stack."""
+    """The settings, with nothing left open. Errors: SettingError if they do not suit the stack."""
     method.check(request.settings, summary_of(session.stack))
     settings = _with_rank_of(session.stack, request.settings)
     return settings.resolved(session.backbone.preset)
@@ -88,7 +88,7 @@ def newest_again(
 ) -> tuple[LearnedConcept, Adapter, Method]:
     """The newest concept as it was just after learning, its adapter and its method.
 
-    Its session has the stack before it. Errors: StackError where no earlier concept has a LoRA.
+    Its session has the stack before it. Errors: StackError if no earlier concept has a LoRA.
     """
     stack, path = session.stack, session.path
     if len(stack.records) < 2 or stack.adapter is None:

@@ -23,7 +23,7 @@ class Result(Protocol):
         ...
 
     def as_json(self) -> Any:
-        """For programs: paths as text, null where there is no number."""
+        """For programs: paths as text, null if there is no number."""
         ...
 
 
@@ -226,7 +226,7 @@ class Drawn:
 
 @dataclass(frozen=True)
 class DrawResult:
-    """`files`: where the pictures are, and a grid of several; empty where no folder was given."""
+    """`files`: where the pictures are, and a grid of several; empty if no folder was given."""
 
     pictures: list[Drawn]
     files: list[Path]

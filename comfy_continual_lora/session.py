@@ -60,7 +60,7 @@ class Session:
 def open_session(
     request: Request, on_progress: OnProgress, *, precision: str = "auto", writes: bool = False
 ) -> Iterator[Session]:
-    """Errors: CheckpointError, StackError; TrainingError where memory runs out, then or later."""
+    """Errors: CheckpointError, StackError; TrainingError if memory runs out, then or later."""
     request.check()
     path = request.stack_file
     if writes:
@@ -98,7 +98,7 @@ def explain_oom() -> Iterator[None]:
 def fitting(stack: ConceptStack, path: Path, backbone: Backbone) -> ConceptStack:
     """The same stack.
 
-    Errors: StackError where its words or layers are not those of the checkpoint, whatever its
+    Errors: StackError if its words or layers are not those of the checkpoint, whatever its
     fingerprint says.
     """
     shapes = {name: tuple(layer.weight.shape) for name, layer in backbone.kv_layers.items()}

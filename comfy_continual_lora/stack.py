@@ -72,7 +72,7 @@ class ConceptStack:
     records: list[ConceptRecord] = field(default_factory=list)
     words: dict[str, Tensor] = field(default_factory=dict)  # by concept id
     adapter: Adapter | None = None
-    pool: dict[str, Adapter] = field(default_factory=dict)  # by id; none where no adapter was yet
+    pool: dict[str, Adapter] = field(default_factory=dict)  # by id; none if no adapter was yet
     # by id: a concept's own adapter, where a solution for all took its place
     targets: dict[str, Adapter] = field(default_factory=dict)
     rank: int | None = None

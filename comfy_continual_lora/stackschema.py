@@ -377,7 +377,7 @@ def _layers_fit(
 
 
 def _sizes(tensors: Mapping[str, tuple[int, ...]], dense: bool) -> dict[str, int] | None:
-    """rank, out and width as the tensors of a layer agree on them; None where they do not."""
+    """rank, out and width as the tensors of a layer agree on them; None if they do not."""
     kind = kind_with(set(tensors))
     names = PARTS[kind] if kind else DENSE if dense and tensors.keys() == DENSE.keys() else None
     if names is None:

@@ -109,7 +109,7 @@ def _stack_of(header: dict[str, Any], tensors: dict[str, Tensor]) -> ConceptStac
 
 
 def read_records(path: Path) -> list[ConceptRecord]:
-    """The concepts of a stack file in order, from its header alone; none where there is no file."""
+    """The concepts of a stack file in order, from its header alone; none if there is no file."""
     if not real_file(path).exists():
         return []
     return [ConceptRecord(**record) for record in read_header(path)["concepts"]]
@@ -121,7 +121,7 @@ def record_of_request(path: Path, digest: str) -> ConceptRecord | None:
 
 
 def open_stack(path: Path) -> ConceptStack:
-    """Read a stack whatever its checkpoint. Raises StackError where there is none."""
+    """Read a stack whatever its checkpoint. Raises StackError if there is none."""
     return _read(path)
 
 
@@ -138,7 +138,7 @@ def save_stack(stack: ConceptStack, path: Path, change: Change | None = None) ->
     """Make this the stack's newest version, so that at every moment either the old or the new one
     is whole on disk.
 
-    The version before goes to the history. Errors: StackError where it can't be written.
+    The version before goes to the history. Errors: StackError if it can't be written.
     """
     save_version(stack, real_file(path), change, knows_parent=True)
 
@@ -238,7 +238,7 @@ def prune(path: Path, most: int) -> None:
 
 @contextmanager
 def explain_failed_write(path: Path) -> Iterator[None]:
-    """Errors: StackError, with the reason, where the system refuses to write."""
+    """Errors: StackError, with the reason, if the system refuses to write."""
     try:
         yield
     except OSError as error:

@@ -208,7 +208,7 @@ class Run:
         return target or self.path
 
     def _go_on_from(self, snapshot: Snapshot) -> None:
-        """Errors: DamagedSnapshot, with nothing changed, where it does not fit this run."""
+        """Errors: DamagedSnapshot, with nothing changed, if it does not fit this run."""
         values = {name: snapshot.tensors.get(f"value.{name}") for name in self.parameters}
         fits = all(
             value is not None and value.shape == self.parameters[name].shape
@@ -244,7 +244,7 @@ def _as_it_was(name: str, value: Tensor, device: torch.device) -> Tensor | int:
 def optimizer_for(
     groups: list[dict[str, Any]], settings: ResolvedSettings
 ) -> torch.optim.Optimizer:
-    """Errors: SettingError where bitsandbytes is chosen and missing."""
+    """Errors: SettingError if bitsandbytes is chosen and missing."""
     if settings.optimizer == "adamw":
         return torch.optim.AdamW(groups)
     try:

@@ -36,7 +36,7 @@ class Change:
 class Version:
     """One version of a stack.
 
-    `parent` is the number of the version that was changed, None where it is not known; `size` in
+    `parent` is the number of the version that was changed, None if it is not known; `size` in
     bytes.
     """
 
@@ -54,7 +54,7 @@ def versions(path: Path) -> list[Version]:
     """All versions of a stack that are kept, the newest first; files among them that can't be read
     are left out.
 
-    Errors: StackError where the version in use can't be read.
+    Errors: StackError if the version in use can't be read.
     """
     path = real_file(path)
     kept = earlier(path)
@@ -65,9 +65,9 @@ def versions(path: Path) -> list[Version]:
 
 
 def in_use(path: Path) -> Version | None:
-    """The version that is the stack now; None where there is no stack.
+    """The version that is the stack now; None if there is no stack.
 
-    Errors: StackError where it can't be read.
+    Errors: StackError if it can't be read.
     """
     return next((one for one in versions(path) if one.current), None)
 
@@ -107,7 +107,7 @@ def _version(file: Path, number: int, *, current: bool) -> Version:
 def parent_of(path: Path) -> Version | None:
     """The version that undoing goes back to, if it is kept.
 
-    Errors: StackError where there is no stack.
+    Errors: StackError if there is no stack.
     """
     path = real_file(path)
     now, known = read_header(path), versions(path)
@@ -158,5 +158,5 @@ def takes_off_newest(path: Path) -> bool:
 
 
 def change_of(header: Mapping[str, Any]) -> Change | None:
-    """What made this version; None where an earlier program wrote it."""
+    """What made this version; None if an earlier program wrote it."""
     return Change(**header["change"]) if header["change"] else None

@@ -68,7 +68,7 @@ def dc_scores(request: ScoreRequest, on_progress: OnProgress = ignore) -> ScoreR
 def draw(request: DrawRequest, on_progress: OnProgress = ignore) -> DrawResult:
     """Draw every prompt `settings.count` times.
 
-    Errors: SettingError where one picture shall show more beside each other than another.
+    Errors: SettingError if one picture shall show more beside each other than another.
     """
     request.check()
     prompts = _beside(request)

@@ -125,7 +125,7 @@ class UndoConcept(io.ComfyNode):
         """Whether learning the concept of this word was the last change; false for a word that is
         not on the stack.
 
-        Errors: StackError where something else was the last change.
+        Errors: StackError if something else was the last change.
         """
         known = [one.lower() for one in current.tokens]
         if token.lower() not in known:

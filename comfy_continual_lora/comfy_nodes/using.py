@@ -92,7 +92,7 @@ class ApplyConcepts(io.ComfyNode):
 
     @staticmethod
     def _patched(model: Any, stack: StackHandle, held: Any, strength: float) -> Any:
-        """Errors: StackError where the model is not of the stack's kind."""
+        """Errors: StackError if the model is not of the stack's kind."""
         import comfy.sd  # pyright: ignore[reportMissingImports]
 
         from ..stock import stock_lora

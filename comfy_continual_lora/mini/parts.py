@@ -213,7 +213,7 @@ class Reader(nn.Module):
 def labels(scenes: Sequence[world.Scene]) -> dict[str, Tensor]:
     """The attributes of each scene: indices (n,) for each, for colours 0 or 1 (n, 10).
 
-    They are -1 where a scene has no such thing or no named colour.
+    They are -1 if a scene has no such thing or no named colour.
     """
     backgrounds, shapes = list(world.BACKGROUNDS), list(world.SHAPES)
     values: dict[str, list] = {key: [] for key in _SIZES}

@@ -161,7 +161,7 @@ def write_checkpoint(path: Path, *, stock: bool = False) -> None:
     """Write the mini-SD as one file in the SD1.x layout, and beside the stock one the .yaml that
     A1111 wants.
 
-    Errors: SettingError where another file has the name; an earlier mini-SD is replaced.
+    Errors: SettingError if another file has the name; an earlier mini-SD is replaced.
     """
     if os.path.lexists(path) and not is_mini(path):
         raise SettingError(

@@ -26,7 +26,7 @@ class Question:
 
 
 def undo(checkpoint: Path, stack: Path, _: object = None) -> Question:
-    """Errors: ValueError and StackError where there is nothing to undo."""
+    """Errors: ValueError and StackError if there is nothing to undo."""
     # Its number first: should the stack change in between, the worker refuses, rather than undo
     # something else.
     now = versions.in_use(stack)

@@ -172,7 +172,7 @@ def _is_needed(folder: Path) -> bool:
 
 
 def _free(path: Path) -> FileLock | None:
-    """A dead process's lock, taken; None where it lives."""
+    """A dead process's lock, taken; None if it lives."""
     try:
         return _taken(path)
     except (Timeout, OSError):
@@ -180,7 +180,7 @@ def _free(path: Path) -> FileLock | None:
 
 
 def _taken(path: Path) -> FileLock:
-    """Errors: Timeout where another process has it."""
+    """Errors: Timeout if another process has it."""
     lock = FileLock(path, thread_local=False)  # any thread may let it go
     lock.acquire(timeout=0)
     return lock

@@ -100,7 +100,7 @@ class Handlers:
         return self.host.runner.is_busy or self.host.preparation.is_running
 
     def environment_shown(self) -> str:
-        """How far its preparation is, or what it lacks; nothing where it is ready."""
+        """How far its preparation is, or what it lacks; nothing if it is ready."""
         preparation = self.host.preparation
         if preparation.is_running:
             return code("\n".join(list(preparation.lines)))

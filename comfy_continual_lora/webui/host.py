@@ -61,7 +61,7 @@ class Host:
         return self.folder / "exports", self.folder / "exports"
 
     def prepare(self, say: Callable[[str], object]) -> None:
-        """Make the worker's environment, saying how far it is; nothing where there is nothing to
+        """Make the worker's environment, saying how far it is; nothing if there is nothing to
         make.
         """
 
@@ -146,7 +146,7 @@ def stack_file(checkpoint: Path, name: str = "") -> Path:
 
 
 def concepts_of(stack: Path) -> list[dict[str, Any]]:
-    """The concepts of a stack file, from its header; none where there is no file.
+    """The concepts of a stack file, from its header; none if there is no file.
 
     Errors: ValueError for a file that is none.
     """

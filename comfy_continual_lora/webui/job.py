@@ -87,10 +87,10 @@ class Job:
         return next((name for name, _ in self.jobs if name not in self.results), self.jobs[-1][0])
 
     def start(self, python: str) -> None:
-        """Start the worker with this Python, whose packages it uses; nothing where it was stopped
+        """Start the worker with this Python, whose packages it uses; nothing if it was stopped
         before.
 
-        Errors: OSError where there is no such program.
+        Errors: OSError if there is no such program.
         """
         self._python = python
         self._tell(
