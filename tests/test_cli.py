@@ -237,7 +237,7 @@ def test_a_run_stopped_by_ctrl_c_or_killed_goes_on(
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--token", "a/b"], "may hold only letters"),
+        (["--token", "a/b"], "may contain only letters"),
         (["--token", "dog"], "a word the checkpoint knows"),
         (["--images", "EMPTY"], "it is empty"),
         (["--checkpoint", "missing.safetensors"], "There is no checkpoint"),

@@ -353,7 +353,7 @@ def test_mistakes_are_told_in_words_and_lose_nothing(host: ComfyUI) -> None:
     host.run(learn("mistakes"))
     data = stack_of(host, "mistakes").read_bytes()
     for change, message in (
-        ({"token": "dog"}, "knows already"),
+        ({"token": "dog"}, "already knows"),
         ({"token": ""}, "empty"),
         ({"token": "V2", "noun": ""}, "class noun is empty"),
         ({"token": "v1"}, "taken"),
