@@ -129,28 +129,23 @@ def ordinary_prompts(nouns: Sequence[str]) -> list[str]:
     things = list(dict.fromkeys([*nouns, *THINGS]))
     prompts = ["", *(f"a photo of a {thing}" for thing in things)]
     for number, place in enumerate(PLACES):
-        prompts += [
-            prompt
-            for noun in nouns
-            for prompt in (
-                f"a photo of a {noun} {place}",
-                f"a photo of a {_look(number)} {noun} {place}",
-            )
-        ]
-    for number, thing in enumerate(things):  # every thing with some places, looks and another thing
+        for noun in nouns:
+            prompts.append(f"a photo of a {noun} {place}")
+            prompts.append(f"a photo of a {_look(number)} {noun} {place}")
+    for number, thing in enumerate(things):  # each with some places, looks and another thing
         for turn in range(3):
-            own, others = _look(number + 31 * turn), _look(3 * number + 17 * turn + 5)
-            other, place = things[number - 1 - turn], PLACES[(number + 5 * turn) % len(PLACES)]
+            look = _look(number + 31 * turn)
+            place = PLACES[(number + 5 * turn) % len(PLACES)]
+            other = things[number - 1 - turn]
+            other_look = _look(3 * number + 17 * turn + 5)
             prompts += [
-                f"a photo of a {own} {thing} {place}",
+                f"a photo of a {look} {thing} {place}",
                 f"a {thing} {place}",
-                f"a photo of a {own} {thing} and a {others} {other}",
+                f"a photo of a {look} {thing} and a {other_look} {other}",
             ]
-    prompts += [
-        prompt
-        for number, thing in enumerate(things)
-        for prompt in _long(f"a photo of a {thing} {PLACES[number % len(PLACES)]}", number)
-    ]
+    for number, thing in enumerate(things):
+        place = PLACES[number % len(PLACES)]
+        prompts += _long(f"a photo of a {thing} {place}", number)
     return list(dict.fromkeys(prompts))
 
 
@@ -158,24 +153,21 @@ def single_prompts(record: ConceptRecord) -> list[str]:
     """Prompts about one concept: its training captions, every template and place, and some as long
     as users write them.
     """
-    short = [
+    prompts = [
         *record.prompts,
         *(template.format(record.name) for template in TEMPLATES),
         *(f"a photo of a {record.name} {place}" for place in PLACES),
     ]
-    long = [
-        prompt
-        for number in range(4)
-        for prompt in _long(f"a photo of a {record.name} {PLACES[5 * number]}", 3 * number)
-    ]
-    return list(dict.fromkeys([*short, *long]))
+    for number in range(4):
+        prompts += _long(f"a photo of a {record.name} {PLACES[5 * number]}", 3 * number)
+    return list(dict.fromkeys(prompts))
 
 
 def _look(number: int) -> str:
     """One color, a color and a surface, or two colors and a surface."""
-    color, other, surface = (
-        kind[number * step % len(kind)] for kind, step in ((COLORS, 1), (COLORS, 5), (SURFACES, 1))
-    )
+    color = COLORS[number % len(COLORS)]
+    other = COLORS[number * 5 % len(COLORS)]
+    surface = SURFACES[number % len(SURFACES)]
     return (color, f"{color} {surface}", f"{color} and {other} {surface}")[number % 3]
 
 
@@ -257,8 +249,9 @@ def drift(
     for layer, parts in layers_of(factors).items():
         left, right = factored(parts, moment.shape[0])
         if layer in fixed:  # the difference of two products is one product of twice the rank
-            other, same = factored(fixed[layer], moment.shape[0])
-            left, right = torch.cat([left, -other], 1), torch.cat([right, same])
+            anchor_left, anchor_right = factored(fixed[layer], moment.shape[0])
+            left = torch.cat([left, -anchor_left], 1)
+            right = torch.cat([right, anchor_right])
         rights.append(right)
         inner.append(left.T @ left / sizes[layer])
     right = torch.stack(rights)
