@@ -286,7 +286,7 @@ def check_token(token: str, taken: Iterable[str], is_known_word: Callable[[str],
     check_spelling(token)
     if token.lower() in {t.lower() for t in taken}:
         raise TokenError(
-            f"The token {token!r} is already used by a concept of this stack. Choose another, "
+            f"The token {token!r} is already taken by a concept of this stack. Choose another, "
             "replace that concept (`replace`) if it is the newest, or undo it first."
         )
     if is_known_word(token):

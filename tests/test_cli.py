@@ -238,7 +238,7 @@ def test_a_run_stopped_by_ctrl_c_or_killed_goes_on(
     ("arguments", "message"),
     [
         (["--token", "a/b"], "may contain only letters"),
-        (["--token", "dog"], "a word the checkpoint knows"),
+        (["--token", "dog"], "a word the checkpoint already knows"),
         (["--images", "EMPTY"], "it is empty"),
         (["--checkpoint", "missing.safetensors"], "There is no checkpoint"),
         (["--lr", "7"], "--lr is 7; the range is 0 to 1"),

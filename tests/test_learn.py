@@ -553,7 +553,7 @@ def test_mistakes_leave_the_stack_as_it_was(
     assert pipeline.learn_concept(request).again
     with pytest.raises(TokenError, match="taken"):
         pipeline.learn_concept(replace(request, noun="box"))
-    with pytest.raises(TokenError, match="a word the checkpoint knows"):
+    with pytest.raises(TokenError, match="a word the checkpoint already knows"):
         pipeline.learn_concept(replace(request, token="mug"))
     with pytest.raises(SettingError, match="rank is 8, but"):
         pipeline.learn_concept(replace(request, token="V2", settings=replace(QUICK, rank=8)))

@@ -304,7 +304,7 @@ def test_selected_concepts_get_what_their_own_adapters_did(
     assert (_does(backbone, one, stack.tokens, prompt) - asked).norm() < 0.3 * asked.norm()
     assert one.rank == rank_of(one.adapter) <= 5
     assert store.stack_path(checkpoint).read_bytes() == raw
-    for tokens, message in ((["V9"], "It knows V1, V2, V3"), ([], "No concept was named")):
+    for tokens, message in ((["V9"], "It has: V1, V2, V3"), ([], "No concept was named")):
         with pytest.raises(StackError, match=message):
             pipeline.select(requests.SelectRequest(request.checkpoint, only=tokens, device="cpu"))
 
@@ -354,7 +354,7 @@ def test_forgetting_the_newest_is_undo(two: Path) -> None:
     pipeline.forget(requests.ForgetRequest(two, "V2", device="cpu"))
     pipeline.undo(requests.UndoRequest(other))
     assert same_stack(stack_of(two), stack_of(other))
-    with pytest.raises(StackError, match="It knows V1"):
+    with pytest.raises(StackError, match="It has: V1"):
         pipeline.forget(requests.ForgetRequest(two, "V9", device="cpu"))
 
 
