@@ -182,11 +182,11 @@ def test_mini_learn_learn_info_draw_undo(
         "learned V1 ball",
     ]
     assert (
-        "Took back: consolidated V2 fish. The stack now holds V1, V2."
+        "Undone: consolidated V2 fish. The stack now holds V1, V2."
         in run("undo", "--checkpoint", checkpoint).stdout
     )
     assert (
-        "Took back: learned V2 fish. The stack now holds V1."
+        "Undone: learned V2 fish. The stack now holds V1."
         in run("undo", "--checkpoint", checkpoint).stdout
     )
     assert "holds V1, V2" in run("restore", "--checkpoint", checkpoint, 3).stdout

@@ -260,7 +260,7 @@ def test_replacing_is_one_step(host: ComfyUI) -> None:
     told = text_of(host.run(learn("replace", **replace)), "4")
     assert "Learned V1 fish" in told
     assert "Another run of V1 was stopped" in told
-    assert "Took back: replaced V1 fish" in undo(host, "replace", version=2)
+    assert "Undone: replaced V1 fish" in undo(host, "replace", version=2)
     assert [record.noun for record in read_records(stack_of(host, "replace"))] == ["ball"]
 
 
@@ -315,7 +315,7 @@ def test_undo_says_what_it_takes_back_and_history_brings_it_back(host: ComfyUI) 
         host.finished(host.queue(undo_graph("history", token="V2")))
     )
     assert stack_of(host, "history").read_bytes() == data
-    assert "Took back: forgot V1 ball" in undo(host, "history", version=3)
+    assert "Undone: forgot V1 ball" in undo(host, "history", version=3)
     assert "nothing was done" in undo(host, "history", version=3)
     assert [record.token for record in read_records(stack_of(host, "history"))] == ["V1", "V2"]
     versions = history(host, "history")
@@ -371,7 +371,7 @@ def test_undo_is_safe_to_queue_twice(host: ComfyUI) -> None:
     host.run(learn("undo"))
     before = stack_of(host, "undo").read_bytes()
     host.run(learn("undo", token="V2", which=2))
-    assert "Took back: learned V2" in undo(host, "undo", token="V2")
+    assert "Undone: learned V2" in undo(host, "undo", token="V2")
     assert load_file(stack_of(host, "undo")).keys() == _tensors(before).keys()
     assert "nothing was done" in undo(host, "undo", token="V2")
     assert all(

@@ -92,7 +92,7 @@ def test_one_job_at_a_time_and_stop_keeps_the_snapshot(
     checkpoint: Path, pictures: Path, runner: JobRunner
 ) -> None:
     job = runner.start(("learn", _request(checkpoint, pictures, steps=5000, snapshot_every=1)))
-    with pytest.raises(Busy, match="under way"):
+    with pytest.raises(Busy, match="already running"):
         runner.start(("undo", {"checkpoint": str(checkpoint)}))
     while not job.losses:
         assert job.state in ("starting", "running"), job.message

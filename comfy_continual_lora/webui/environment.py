@@ -194,7 +194,7 @@ def _link_one(source: Path, target: Path) -> None:
             raise
         import _winapi
 
-        _winapi.CreateJunction(str(source), str(target))  # pyright: ignore[reportAttributeAccessIssue] - Windows asks for a right to make links
+        _winapi.CreateJunction(str(source), str(target))  # pyright: ignore[reportAttributeAccessIssue] - Windows needs a privilege for links
 
 
 def _python(folder: Path) -> Path:
