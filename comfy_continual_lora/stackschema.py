@@ -33,7 +33,7 @@ CHANGES = {
     "forgot": "forgot {}",
     "merged": "merged {} from another stack",
     "imported": "imported {}",
-    "undone": "took back what was newest; left: {}",
+    "undone": "undid the newest change; left: {}",
 }
 
 

@@ -410,7 +410,7 @@ def test_the_same_request_again_is_no_mistake(checkpoint: Path, pictures: Path) 
     before = stack_path(checkpoint).read_bytes()
     again = run(*learn)
     assert again.returncode == 0
-    assert "V1 ball is on the stack already" in again.stdout
+    assert "V1 ball is already on the stack" in again.stdout
     assert "nothing was done" in again.stdout
     assert json.loads(run(*learn, "--json").stdout)["again"] is True
     assert stack_path(checkpoint).read_bytes() == before

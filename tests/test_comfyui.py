@@ -427,7 +427,7 @@ def test_closed_form_merge_forget_and_import(host: ComfyUI) -> None:
         "trigger": "",
         "strength": 1.0,
     }
-    assert f"{lora} is W1 on the stack now" in does("Import", lora=lora, **words)
+    assert f"{lora} is now on the stack as W1" in does("Import", lora=lora, **words)
     assert "nothing was done" in does("Import", lora=lora, **words)
     assert [record.token for record in read_records(stack_of(host, "mine"))] == ["V1", "V1_2", "W1"]
 
