@@ -239,7 +239,7 @@ def test_retention_ends_at_the_closed_form(
 
 def test_one_concept_has_nothing_to_consolidate(learned: Callable[..., Path]) -> None:
     checkpoint = learned(QUICKER, "V1")
-    with pytest.raises(StackError, match="two concepts at least"):
+    with pytest.raises(StackError, match="at least two concepts"):
         pipeline.consolidate_in_closed_form(requests.SolveRequest(checkpoint, device="cpu"))
 
 

@@ -363,7 +363,7 @@ def test_what_needs_no_picture(
         ("learn", _request(checkpoint, pictures)),
         ("closed_form", {**where, "settings": {"energy": 0.99}}),
     ]
-    assert "two concepts at least" in _done(runner.start(*both)).message
+    assert "at least two concepts" in _done(runner.start(*both)).message
     job = _done(
         runner.start(
             ("learn", second), ("closed_form", where), ("forget", {**where, "token": "V1"})
