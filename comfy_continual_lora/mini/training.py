@@ -46,7 +46,7 @@ class Run:
 
 
 def rank() -> int:
-    """The number of this process among those that train together; 0 if there is one."""
+    """The rank of this process; 0 if there is only one."""
     return dist.get_rank() if dist.is_initialized() else 0
 
 
