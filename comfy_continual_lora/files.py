@@ -56,7 +56,7 @@ def stack_path(checkpoint: str | Path, name: str = "") -> Path:
         )
     if name and not re.fullmatch(r"[\w-]{1,64}", name):
         raise StackError(
-            f"The stack's name {name!r} may hold only letters, digits, - and _ (at most 64): it "
+            f"The stack's name {name!r} may contain only letters, digits, - and _ (at most 64): it "
             "becomes part of a file name."
         )
     path = _stack_beside(checkpoint, name)

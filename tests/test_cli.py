@@ -226,7 +226,7 @@ def test_a_run_stopped_by_ctrl_c_or_killed_goes_on(
     process.stderr.close()
     process.wait(60)
     assert process.returncode == (130 if how == signal.SIGINT else -signal.SIGKILL)
-    assert ("the same command goes on" in rest) == (how == signal.SIGINT)
+    assert ("the same command resumes" in rest) == (how == signal.SIGINT)
     assert not stack_path(checkpoint).exists()
     done = run(*learn)
     assert done.returncode == 0, done.stderr

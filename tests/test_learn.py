@@ -179,7 +179,7 @@ def test_a_damaged_snapshot_is_set_aside_with_the_reason(
     path.write_bytes(changes[how])
     assert _same(_learn(backbone, pictures, path, on_progress=notes), undisturbed)
     assert "damaged" in notes[0]
-    assert "begins at step 1" in notes[0]
+    assert "starts from step 1" in notes[0]
     assert (tmp_path / "s.damaged").read_bytes() == changes[how]
 
 
@@ -218,7 +218,7 @@ def test_a_run_goes_on_whatever_the_number_of_threads(checkpoint: Path, pictures
         pipeline.learn_concept(request, notes)
     finally:
         torch.set_num_threads(before)
-    assert notes == ["Going on from step 3 of 6."]
+    assert notes == ["Resuming from step 3 of 6."]
     assert not list(checkpoint.parent.glob("*snapshot*"))
 
 
@@ -252,7 +252,7 @@ def test_another_runs_snapshot_is_told_of_and_can_be_gone_on_with(
         assert snapshot.read_bytes() == kept
     notes = _Notes()
     pipeline.learn_concept(first, notes)
-    assert "Going on from step 4 of 6." in notes
+    assert "Resuming from step 4 of 6." in notes
     assert not snapshot.exists()
     assert len(list(checkpoint.parent.glob("*.snapshot"))) == len(others)
 

@@ -213,7 +213,7 @@ def test_every_setting_reaches_the_operation(name: str, monkeypatch: pytest.Monk
 def test_a_first_line_that_is_none_is_refused(line: str) -> None:
     target = io.StringIO()
     assert worker.serve(io.StringIO(line + "\n"), target) == 2
-    assert "no list of jobs" in json.loads(target.getvalue())["message"]
+    assert "not a list of jobs" in json.loads(target.getvalue())["message"]
 
 
 def test_what_is_done_is_told_before_what_fails(
