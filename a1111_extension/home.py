@@ -1,5 +1,5 @@
-"""Where the package is: beside this extension's files when they were copied, above them in a clone
-that was linked. Nothing is put on sys.path.
+"""Finds the package: beside this extension's files if they were copied, above them in a linked
+clone. Nothing is added to sys.path.
 """
 
 from __future__ import annotations
@@ -32,6 +32,6 @@ def load_package() -> None:
             spec.loader.exec_module(module)
             return
     raise ImportError(
-        f"The extension in {EXTENSION} has lost its package {PACKAGE}. Install it again: "
+        f"The package {PACKAGE} is missing from the extension in {EXTENSION}. Install it again: "
         "continual-lora install-webui WEBUI"
     )

@@ -1,5 +1,5 @@
-"""Run by the web UI at every launch, in a process of its own: prepares the worker's environment
-once. Nothing is installed into the web UI's.
+"""Run by the web UI at every launch, in its own process: prepares the worker's environment once.
+Nothing is installed into the web UI's.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import home  # noqa: E402
 
 
 def _say(line: str) -> None:
-    """The web UI holds back what this process prints until it ends; a terminal shows it at once."""
+    """The web UI shows this process's output only at its end, so also print to the terminal."""
     print(line, flush=True)
     try:
         with open("/dev/tty", "w") as terminal:
@@ -29,6 +29,6 @@ try:
     prepare(environment_of(home_of(EXTENSION)), _say)
 except NotReady as error:
     print(
-        f"{error}\nThe web UI starts all the same; the tab Continual LoRA can try again.",
+        f"{error}\nThe web UI starts anyway; you can try again in the tab Continual LoRA.",
         file=sys.stderr,
     )

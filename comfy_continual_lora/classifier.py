@@ -1,4 +1,4 @@
-"""Stage 4: Diffusion Classifier (DC) scores: which concept a picture shows, from the net's own noise
+"""Stage 4: Diffusion Classifier (DC) scores: which concept an image shows, from the net's own noise
 predictions.
 
     e_i(x; t, eps) = || eps - eps_theta(z_t, t, prompt_i) ||^2     with one z_t for all prompts, so
@@ -6,7 +6,7 @@ predictions.
     p(c_i | x)     = softmax_i( - E_{t,eps}[e_i] / tau )
 
 Shapes: n pictures (latents (n, 4, h, w)), k prompts, s draws of (t, eps). Errors are means over c,
-h, w; of v where the net predicts v. tau is calibrated: the gaps between mean errors are 1e-3 to 1e-2,
+h, w; of v if the net predicts v. tau is calibrated: the gaps between mean errors are 1e-3 to 1e-2,
 so tau = 1 would make p uniform, and summed errors would saturate it.
 
 Source: Li et al. 2023 (Diffusion Classifier, arXiv 2303.16203) for scores, pairing and staged
@@ -32,7 +32,7 @@ from .stack import ConceptRecord
 CONFIDENCE = 0.7
 
 
-# --- scores as pure functions
+# --- scores as pure functions --------------------------------------------------------------------
 
 
 def predictions(backbone: Backbone, noisy: Tensor, timestep: Tensor, features: Tensor) -> Tensor:
@@ -73,7 +73,7 @@ def log_posterior(error: Tensor, tau: float) -> Tensor:
 def soft_cross_entropy(teacher: Tensor, student: Tensor, tau: float) -> Tensor:
     """H(p_T, p_S) - H(p_T): errors (n, k) of both -> (n,).
 
-    It has the gradient of H and is zero where both agree.
+    It has the gradient of H and is zero if both agree.
     """
     target = log_posterior(teacher.detach(), tau)
     return (target.exp() * (target - log_posterior(student, tau))).sum(-1)
@@ -116,7 +116,7 @@ def calibration_errors(
     """
     trials = []
     done = 0
-    for number, start in enumerate(range(0, draws, 8)):  # eight of one shape
+    for number, start in enumerate(range(0, draws, 8)):  # batches of eight, of one shape each
         drawn = random_batch(latents, min(8, draws - start), generator_for("calibrate", number))[1:]
         for clean, timestep, noise in zip(
             *(part.split(max(1, rows // len(features))) for part in drawn), strict=True
@@ -127,12 +127,12 @@ def calibration_errors(
     return torch.cat(trials)
 
 
-# --- which of my concepts is in this picture?
+# --- which of my concepts is in this picture? ----------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Scores:
-    """What one picture scores. `names` are in order of likelihood; every list follows it."""
+    """The scores of one picture. All lists are in order of likelihood."""
 
     names: list[str]
     probabilities: list[float]
@@ -197,7 +197,7 @@ def classify(
 
 
 def _stages(trials: int, candidates: int, stages: int) -> list[int]:
-    """After how many trials candidates drop out: trials / 2^j, at least 4, then all trials."""
+    """The numbers of trials after which candidates drop out: trials / 2^j, at least 4, then all."""
     stops = [trials]
     while len(stops) < stages and candidates > 2 and stops[0] // 2 >= 4:
         stops.insert(0, stops[0] // 2)
@@ -210,7 +210,7 @@ def _weighted(error: Tensor, weight: Tensor) -> Tensor:
 
 
 def _scores(names: list[str], error: Tensor, weight: Tensor, tau: float) -> Scores:
-    """error (s, k), NaN where a candidate was not tried any more; weight (s,)."""
+    """error (s, k), NaN if a candidate was not tried any more; weight (s,)."""
     trials = error.isfinite().sum(0)
     best = int(torch.where(trials == len(error), _weighted(error, weight), torch.inf).argmin())
     gaps = []
@@ -231,7 +231,7 @@ def _scores(names: list[str], error: Tensor, weight: Tensor, tau: float) -> Scor
 
 
 def _margin(difference: Tensor, weight: Tensor) -> tuple[float, float, float]:
-    """Weighted mean of the paired differences (s,), NaN where not tried, and its 95 % interval.
+    """Weighted mean of the paired differences (s,), NaN if not tried, and its 95 % interval.
 
     The interval is a bootstrap's, because the differences are skewed.
     """

@@ -1,8 +1,7 @@
 """Front end: the command `continual-lora`.
 
 It builds a request, shows progress, translates our exceptions, shows the result. The commands of
-`operations` have their flags from their requests (`cliflags`); a few others are the command line's
-own.
+`operations` get their flags from their requests (`cliflags`); a few others exist only here.
 """
 
 from __future__ import annotations
@@ -31,16 +30,14 @@ if TYPE_CHECKING:
     from .results import Result
 
 EPILOG = (
-    "Everything learned about a checkpoint lies in one file beside it: "
+    "Everything a checkpoint has learned is in one file beside it: "
     "<checkpoint>.concepts.safetensors. Nothing is ever downloaded."
 )
 Run = Callable[[argparse.Namespace, Bar], None]
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Exit status: 0 done, 2 a user's mistake (one paragraph says what to do), 130 stopped with
-    Ctrl-C.
-    """
+    """Exit status: 0 done, 2 a user error (explained in one paragraph), 130 stopped with Ctrl-C."""
     arguments = parser().parse_args(argv)
     bar = Bar()
     try:
@@ -57,7 +54,7 @@ def main(argv: list[str] | None = None) -> int:
         print(f"continual-lora: stopped. {stopped}", file=sys.stderr)
         return 130
     except BrokenPipeError:
-        # the reader has left, as `| head` does; what is left to write at exit goes nowhere
+        # the reader has exited, as `| head` does; discard what is still written at exit
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     finally:
@@ -129,14 +126,14 @@ def _plan(request: LearnRequest, as_json: bool) -> None:
         "Memory, at least:"
     )
     for name, (size, dtype) in plan.weights.items():
-        waits = "in main memory while it learns" if name == "VAE" and not on_cpu else ""
-        _size(name, size, f"{dtype} {waits}")
+        note = "in main memory while learning" if name == "VAE" and not on_cpu else ""
+        _size(name, size, f"{dtype} {note}")
     _size("adapter and word", plan.learned)
     _size("their gradients and optimizer", plan.optimizer)
     _size("activations", plan.activations)
-    _size("peak", plan.peak, "" if on_cpu else "and what the driver takes for itself")
+    _size("peak", plan.peak, "" if on_cpu else "plus the driver's own")
     print("Files:")
-    _size("stack", plan.stack_file, "and the version before it")
+    _size("stack", plan.stack_file, "plus the version before it")
     _size("exported LoRA and embedding", plan.exported)
     least, most = plan.seconds
     units = [("hours", 3600), ("minutes", 60), ("seconds", 1)]
@@ -204,7 +201,7 @@ def _ui(arguments: argparse.Namespace, bar: Bar) -> None:
     if not any(not path.name.endswith(STACKS) for path in models.rglob("*.safetensors")):
         write_checkpoint(models / "mini-sd.safetensors")
         print(
-            f"There was no checkpoint in {models}, so the mini-SD was put there to try things on."
+            f"There was no checkpoint in {models}, so the mini-SD was put there for trying it out."
         )
     launch(models, arguments.port, not arguments.no_browser)
 
@@ -250,7 +247,7 @@ def _add_to_learn(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--plan",
         action="store_true",
-        help="learn nothing: say what memory and files it would take, without loading the "
+        help="learn nothing: show what memory, files and time it would take, without loading the "
         "checkpoint",
     )
 
@@ -271,9 +268,9 @@ def _add_to_draw(command: argparse.ArgumentParser) -> None:
         "--beside",
         action="append",
         default=[],
-        help="what to draw to the right of that in the same, wider picture, such as "
+        help="a prompt to draw to the right in the same, wider picture, such as "
         '"a photo of a V2 dog"; may be given several times. Two learned things in one prompt mix '
-        "their looks, side by side they do not",
+        "their looks; side by side they do not",
     )
 
 
@@ -291,7 +288,7 @@ def _add_to_mini(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--stock",
         action="store_true",
-        help="the same net as wide as SD1.5, for programs that accept nothing else",
+        help="the same net with SD1.5's layer sizes, for programs that accept nothing else",
     )
 
 
@@ -313,7 +310,7 @@ def _add_to_install(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--copy",
         action="store_true",
-        help="copy the files; else a clone is linked, so that updating it updates the tab",
+        help="copy the files; otherwise a clone is linked, so that updating it updates the tab",
     )
 
 

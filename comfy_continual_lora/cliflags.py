@@ -1,7 +1,7 @@
 """The command line's flags, made from the fields of requests and settings. Light.
 
-A flag is named as its field, with the exceptions of FLAGS; help, type, choices and heading come from
-the field's declaration.
+A flag is named after its field, with the exceptions of FLAGS; help, type, choices and heading come
+from the field's declaration.
 """
 
 from __future__ import annotations
@@ -31,16 +31,16 @@ _NUMBERS = {"int": int, "float": float}
 
 
 def flag_of(name: str, command: str = "") -> str:
-    """How the command line spells a field or a setting; a name without dashes has a place instead."""
+    """The flag of a field or a setting; a name without dashes is a positional argument."""
     return FLAGS_OF.get((command, name)) or FLAGS.get(name) or f"--{name.replace('_', '-')}"
 
 
 def add_fields(
     parser: argparse.ArgumentParser, operation: Operation, optional: tuple[str, ...] = ()
 ) -> None:
-    """Flags for all fields of the operation's request and for its settings.
+    """Add flags for all fields of the operation's request and for its settings.
 
-    `optional`: fields that this command can do without.
+    `optional`: required fields of the request that this command does not require.
     """
     for field in dataclasses.fields(operation.request):
         if isinstance(field.default, Settings):
@@ -79,7 +79,7 @@ def _add_field(
 def add_settings(
     parser: argparse.ArgumentParser, settings: type[Settings], command: str, heading: str = ""
 ) -> None:
-    """One flag a setting, under its own heading or this one."""
+    """Add one flag per setting, under its own heading or `heading`."""
     groups: dict[str, Any] = {"": parser}
     for field in dataclasses.fields(settings):  # type: ignore[arg-type]
         title = heading or field.metadata["group"]
@@ -107,7 +107,7 @@ def _add_setting(group: Any, command: str, field: dataclasses.Field) -> None:
 
 
 def _default(field: dataclasses.Field) -> str:
-    """What happens without the flag, in words."""
+    """The default in words."""
     if field.default is not None:
         return in_words(field.default)
     if not field.metadata["by_checkpoint"]:
@@ -119,7 +119,7 @@ def _default(field: dataclasses.Field) -> str:
 
 
 def request_of(operation: Operation, arguments: argparse.Namespace, **other: Any) -> Request:
-    """The request the flags make; `other`: fields given otherwise."""
+    """The request made from the flags; `other`: fields that do not come from flags."""
     values: dict[str, Any] = {}
     for field in dataclasses.fields(operation.request):
         value = getattr(arguments, field.name, None)
@@ -131,7 +131,7 @@ def request_of(operation: Operation, arguments: argparse.Namespace, **other: Any
 
 
 def settings_from(arguments: argparse.Namespace, kind: type[Settings]) -> Settings:
-    """The settings the user gave; the others keep their defaults."""
+    """The settings made from the flags; others keep their defaults."""
     names = [field.name for field in dataclasses.fields(kind)]  # type: ignore[arg-type]
     values = {name: getattr(arguments, name) for name in names}
     return kind(**{name: value for name, value in values.items() if value is not None})

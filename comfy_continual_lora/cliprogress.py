@@ -10,13 +10,13 @@ import threading
 from .errors import Cancelled
 from .progress import Progress
 
-FIRST = os.environ.get("RANK", "0") == "0"  # of several processes (`parallel`) one prints
-_RESUMED = ("learn", "calibrate", "consolidate", "fisher")  # stages a stopped run goes on from
+FIRST = os.environ.get("RANK", "0") == "0"  # of several processes (`parallel`), only one prints
+_RESUMED = ("learn", "calibrate", "consolidate", "fisher")  # stages a stopped run resumes from
 
 
 class Bar:
-    """Progress on one line of a terminal, or a line now and then elsewhere; Ctrl-C stops between
-    two steps, a second one at once.
+    """Progress on one line of a terminal, or an occasional line elsewhere; Ctrl-C stops between two
+    steps, a second one immediately.
     """
 
     def __init__(self) -> None:
@@ -63,7 +63,7 @@ def _where_it_stopped(progress: Progress) -> str:
     where = f"({progress.stage}, step {progress.step} of {progress.steps})"
     if progress.stage not in _RESUMED:
         return where
-    return f"{where} What was learned so far is kept: the same command goes on from here."
+    return f"{where} What was learned so far is kept: the same command resumes from here."
 
 
 def _line(progress: Progress) -> str:

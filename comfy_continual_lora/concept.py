@@ -1,4 +1,4 @@
-"""Stage 2: the concept that is being learned - pictures, captions and masks as training takes them."""
+"""Stage 2: the concept being learned - pictures, captions and masks in the form training takes."""
 
 from __future__ import annotations
 
@@ -22,18 +22,18 @@ from .stack import ConceptRecord, ConceptStack
 class Concept:
     """What is learned.
 
-    latents (4, h, w); prompts and masks (1, h, w; None: all counts alike) of their pictures: latent
-    i has prompts[i % len(prompts)] and masks[i]. Mirrored pictures come behind the others.
+    Latents (4, h, w), prompts and masks (1, h, w); without masks every pixel counts. Latent i has
+    prompts[i % len(prompts)] and masks[i]. Mirrored images come after the others.
     """
 
     token: str
-    noun: str  # as the user says it
-    with_noun: bool  # whether prompts say it too
+    noun: str  # as the user wrote it
+    with_noun: bool  # whether prompts contain it
     images: concepts.ConceptImages
     latents: Sequence[Tensor]
     prompts: Sequence[Sequence[str]]
     masks: Sequence[Tensor] | None
-    source: Mapping[str, str]  # what a run learns from, and where it starts, by name
+    source: Mapping[str, str]  # identifies a run's data and its starting point (`source_of`)
 
     @property
     def name(self) -> str:
@@ -50,7 +50,7 @@ def load_concept(
     *,
     with_noun: bool = True,
 ) -> Concept:
-    """Errors: ConceptImagesError for pictures that can't be used, all in one message."""
+    """Errors: ConceptImagesError, one for all pictures that can't be used."""
     backbone = session.backbone
     size = settings.size or backbone.size
     loaded = concepts.load_images(images, size, fit=settings.fit)
@@ -74,21 +74,21 @@ def load_concept(
 def source_of(
     stack: ConceptStack, images: Path | list[Path], *, token: str, noun: str
 ) -> dict[str, str]:
-    """What a run learns from, and where it starts: words, a hash of the files, a hash of the stack
-    as it is stored.
+    """Identifies a run's data and its starting point: words, a hash of the files, a hash of the
+    stack's tensors.
     """
     pictures, start = hashlib.sha256(), hashlib.sha256()
     for path in concepts.find_images(images):
         pictures.update(concepts.content_of(path))
-    held = {"adapter": stack.adapter, "before": stack.unconsolidated}
-    for part, adapters in (
+    adapters = {"adapter": stack.adapter, "before": stack.unconsolidated}
+    for part, by_concept in (
         ("pool", stack.pool),
         ("wishes", stack.targets),
         ("fishers", stack.fishers),
     ):
-        held |= {f"{part}.{concept}": adapter for concept, adapter in adapters.items()}
+        adapters |= {f"{part}.{concept}": adapter for concept, adapter in by_concept.items()}
     tensors = dict(stack.words)
-    for part, adapter in held.items():
+    for part, adapter in adapters.items():
         tensors |= {f"{part}.{name}": tensor for name, tensor in (adapter or {}).items()}
     for name, tensor in sorted(tensors.items(), key=lambda item: item[0]):
         start.update(name.encode() + tensor.contiguous().numpy().tobytes())
@@ -107,7 +107,7 @@ def record_of(
     losses: Sequence[float],
     request: str,
 ) -> ConceptRecord:
-    """What the stack will keep of it; `request` is the digest of what was asked for."""
+    """The concept's record for the stack; `request` is the request's digest."""
     now = datetime.now(timezone.utc).isoformat(timespec="seconds")
     begun = f"{stack.fingerprint}/{concept.token}/{now}/{len(stack.records)}"
     tail = losses[-max(1, len(losses) // 10) :]

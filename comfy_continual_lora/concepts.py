@@ -2,8 +2,8 @@
 
 in: a folder or a list of JPEG, PNG, WebP, BMP, TIFF, AVIF or HEIC files, each with an optional
 caption (name.txt) and mask (name.mask.png: white is learned from, black is not) beside it - out:
-pictures of the wanted size, captions, masks, hashes. EXIF orientation is applied, transparency is
-laid on white; palettes, greyscale and 16-bit pictures become 8-bit RGB.
+images of the requested size, captions, masks, hashes. EXIF orientation is applied, transparency is
+composited on white; palette, greyscale and 16-bit images become 8-bit RGB.
 """
 
 from __future__ import annotations
@@ -38,20 +38,22 @@ class ConceptImages:
     captions: tuple[str | None, ...]
     hashes: tuple[str, ...]  # SHA-256
     preview: str  # a small JPEG in base64
-    # (1, h, w) each, in 0..1, all ones for a picture without mask; None if no picture has one
+    # (1, h, w) each, in 0..1, all ones for an image without mask; None if no image has one
     masks: tuple[Tensor, ...] | None = None
 
 
 def find_images(source: str | Path | Iterable[str | Path]) -> list[Path]:
-    """The picture files of a folder (not its sub-folders), in name order, or of a list as given.
+    """The image files of a folder (not its subfolders) in name order, or those of a list as given.
 
-    Errors: ConceptImagesError where there is none, or one of a list is not there.
+    Errors: ConceptImagesError if there are none, or if a file of the list is missing.
     """
     if not isinstance(source, (str, Path)):
         files = [Path(p) for p in source]
         missing = [str(path) for path in files if not path.is_file()]
-        if missing or not files:
-            raise ConceptImagesError(f"There is no picture {', '.join(missing)}".strip() + ".")
+        if not files:
+            raise ConceptImagesError("No pictures were given. Give 3 to 15 of the thing to learn.")
+        if missing:
+            raise ConceptImagesError(f"There is no picture {', '.join(missing)}.")
         return files
     folder = Path(source)
     if folder.is_file():
@@ -70,19 +72,16 @@ def find_images(source: str | Path | Iterable[str | Path]) -> list[Path]:
     )
     if not files:
         others = sorted({p.suffix or p.name for p in folder.iterdir()})
-        held = f"it holds only {', '.join(others[:5])}" if others else "it is empty"
+        content = f"it holds only {', '.join(others[:5])}" if others else "it is empty"
         raise ConceptImagesError(
-            f"No pictures in {folder}: {held}. Expected {', '.join(PICTURES)}; 3 to 15 pictures "
+            f"No pictures in {folder}: {content}. Expected {', '.join(PICTURES)}; 3 to 15 pictures "
             "of the thing to learn."
         )
     return files
 
 
 def read_image(path: Path) -> Image.Image:
-    """One picture as upright 8-bit RGB.
-
-    Raises ConceptImagesError for what is no picture, is cut short, or is absurdly large.
-    """
+    """One image as upright 8-bit RGB. Errors: ConceptImagesError as `imagefile.opened`."""
     with opened(path) as image:
         image.load()
         return _to_rgb(ImageOps.exif_transpose(image))
@@ -91,14 +90,10 @@ def read_image(path: Path) -> Image.Image:
 def _to_rgb(image: Image.Image) -> Image.Image:
     if image.mode.startswith(("I", "F")):  # 16-bit and float greyscale
         values = np.asarray(image, np.float64)
-        top = (
-            65535
-            if image.mode.startswith("I") and values.max() > 255
-            else 255
-            if values.max() > 1
-            else 1
-        )
-        image = Image.fromarray((np.clip(values / top, 0, 1) * 255).astype(np.uint8))
+        white = 255 if values.max() > 1 else 1
+        if image.mode.startswith("I") and values.max() > 255:
+            white = 65535
+        image = Image.fromarray((np.clip(values / white, 0, 1) * 255).astype(np.uint8))
     if image.has_transparency_data:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
@@ -106,10 +101,10 @@ def _to_rgb(image: Image.Image) -> Image.Image:
 
 
 def bucket(width: int, height: int, size: int) -> tuple[int, int]:
-    """Aspect buckets: the width and height of at most size² pixels nearest in shape to width x
-    height, between 1:4 and 4:1.
+    """Aspect buckets: the width and height with at most size² pixels whose aspect ratio is closest
+    to that of width x height, between 1:4 and 4:1.
 
-    Sides are multiples of 64 (of less where `size` is small), which a net halves without a rest.
+    Sides are multiples of 64 (of less if `size` is small), which the net can halve repeatedly.
     """
     step = max(8, min(64, size // 64 * 8))
     shapes = [
@@ -123,28 +118,27 @@ def bucket(width: int, height: int, size: int) -> tuple[int, int]:
 
 
 def fitted(image: Image.Image, size: int, fit: str) -> Image.Image:
-    """Scale to size x size: "crop" keeps the middle, "pad" repeats the edge.
+    """Scale to size x size: "crop" keeps the middle, "pad" repeats the edge pixels.
 
-    "bucket" keeps the shape too, as nearly as `bucket` can.
+    "bucket" scales and crops to the closest aspect bucket instead.
     """
     if fit != "pad":
-        return ImageOps.fit(
-            image,
-            bucket(*image.size, size) if fit == "bucket" else (size, size),
-            Image.Resampling.LANCZOS,
-        )
+        target = bucket(*image.size, size) if fit == "bucket" else (size, size)
+        return ImageOps.fit(image, target, Image.Resampling.LANCZOS)
     scaled = ImageOps.contain(image, (size, size), Image.Resampling.LANCZOS)
-    top, left = (size - scaled.height) // 2, (size - scaled.width) // 2
-    rows, columns = ((top, size - scaled.height - top), (left, size - scaled.width - left))
+    top = (size - scaled.height) // 2
+    left = (size - scaled.width) // 2
+    rows = (top, size - scaled.height - top)
+    columns = (left, size - scaled.width - left)
     return Image.fromarray(np.pad(np.asarray(scaled), (rows, columns, (0, 0)), mode="edge"))
 
 
 def load_images(
     source: str | Path | Iterable[str | Path], size: int, *, fit: str = "crop"
 ) -> ConceptImages:
-    """Read every picture of `source`; all problems come in one message."""
-    paths, pictures, captions, hashes, masks, problems = find_images(source), [], [], [], [], []
-    for path in paths:
+    """Read every picture of `source`. Errors: ConceptImagesError, one for all problems."""
+    pictures, captions, hashes, masks, problems = [], [], [], [], []
+    for path in find_images(source):
         try:
             picture = read_image(path)
             masks.append(_read_mask(path, picture.size, size, fit))
@@ -178,7 +172,7 @@ def _read_mask(path: Path, shape: tuple[int, int], size: int, fit: str) -> Tenso
     if mask.size != shape:
         raise ConceptImagesError(
             f"The mask {file} is {mask.width} x {mask.height} pixels, its picture {shape[0]} x "
-            f"{shape[1]}. They have to agree."
+            f"{shape[1]}. Both need the same size."
         )
     values = (to_tensor(fitted(mask, size, fit))[:1] + 1) / 2
     if values.max() < 0.05:
@@ -190,17 +184,15 @@ def _read_mask(path: Path, shape: tuple[int, int], size: int, fit: str) -> Tenso
 
 
 def caption_of(path: Path) -> str | None:
-    """What the .txt beside a picture says."""
-    text = path.with_suffix(".txt")
-    return (
-        text.read_text(encoding="utf-8", errors="replace").strip() or None
-        if text.exists()
-        else None
-    )
+    """The text of the .txt beside a picture; None if there is none or it is empty."""
+    file = path.with_suffix(".txt")
+    if not file.exists():
+        return None
+    return file.read_text(encoding="utf-8", errors="replace").strip() or None
 
 
 def groups(source: Path | list[Path]) -> list[tuple[str, list[Path]]]:
-    """(name of the folder, its pictures): the folder itself, or the folders in it."""
+    """(folder name, its pictures) of each subfolder, or of the folder itself if it has none."""
     if isinstance(source, Path) and source.is_dir():
         folders = sorted(p for p in source.iterdir() if p.is_dir() and not p.name.startswith("."))
         return [(folder.name, find_images(folder)) for folder in folders or [source]]
@@ -208,7 +200,7 @@ def groups(source: Path | list[Path]) -> list[tuple[str, list[Path]]]:
 
 
 def content_of(path: Path) -> bytes:
-    """What a picture file, its caption and its mask hold: what a digest of a concept is made of."""
+    """The bytes of a picture file, its caption and its mask: what a concept's digest is made of."""
     mask = mask_file(path)
     caption = (caption_of(path) or "").encode()
     return path.read_bytes() + caption + (mask.read_bytes() if mask else b"")
@@ -217,7 +209,7 @@ def content_of(path: Path) -> bytes:
 def from_pil(
     pictures: Sequence[Image.Image], captions: Sequence[str | None], hashes: Sequence[str]
 ) -> ConceptImages:
-    """RGB pictures of the wanted size -> `ConceptImages`."""
+    """RGB images of the requested size -> `ConceptImages`."""
     if not pictures:
         raise ConceptImagesError(
             "No pictures were given. Give 3 to 15 pictures of the thing to learn."
@@ -228,12 +220,12 @@ def from_pil(
 
 
 def to_tensor(image: Image.Image) -> Tensor:
-    """RGB picture -> (3, h, w) in -1..1."""
+    """RGB image -> (3, h, w) in -1..1."""
     return torch.from_numpy(np.array(image, np.float32)).permute(2, 0, 1).div_(127.5).sub_(1)
 
 
 def to_pil(image: Tensor) -> Image.Image:
-    """(3, h, w) in -1..1 -> RGB picture."""
+    """(3, h, w) in -1..1 -> RGB image."""
     return Image.fromarray(
         image.clamp(-1, 1).add(1).mul(127.5).round().byte().permute(1, 2, 0).cpu().numpy()
     )
@@ -253,7 +245,7 @@ def name_of(token: str, noun: str) -> str:
 
 
 def prompts_for(token: str, noun: str, templates: Sequence[str], caption: str | None) -> list[str]:
-    """The prompts of a picture in training: its own caption (with the token), else every template."""
+    """A picture's training prompts: its own caption (with the token), or else every template."""
     name = name_of(token, noun)
     if caption is None:
         return [template.format(name) for template in templates]
@@ -266,40 +258,39 @@ _ADVICE = "Choose a short word of your own, such as V1."
 
 
 def check_spelling(token: str) -> None:
-    """Raise TokenError unless `token` can stand in prompts and name files of every host."""
+    """Raise TokenError unless `token` can be used in prompts and file names of every host."""
     if not token.strip():
         raise TokenError(f"The token is empty. {_ADVICE}")
     if is_reserved(token):
         raise TokenError(
-            f"The token {token!r} can't name a file on Windows, which keeps it for a device. "
-            f"{_ADVICE}"
+            f"The token {token!r} can't be a file name on Windows, where it is a device. {_ADVICE}"
         )
     if not TOKEN.fullmatch(token):
         raise TokenError(
-            f"The token {token!r} may hold only letters, digits, - and _ (at most 64): it becomes "
-            f"a word and a file name. {_ADVICE}"
+            f"The token {token!r} may contain only letters, digits, - and _ (at most 64): it "
+            f"becomes a word and a file name. {_ADVICE}"
         )
 
 
 def check_noun(noun: str) -> None:
-    """Raise SettingError unless `noun` is a line of text that prompts can say."""
+    """Raise SettingError unless `noun` is a single line of text that prompts can contain."""
     if len(noun) > 1000 or any(unicodedata.category(letter) in ("Cc", "Cs") for letter in noun):
         raise SettingError(
-            f"The class noun {noun[:40]!r} is no line of text. Say in one or two words what the "
-            "thing is, such as teapot or cat."
+            f"The class noun {noun[:40]!r} is not a single line of text. Say in one or two words "
+            "what the thing is, such as teapot or cat."
         )
 
 
 def check_token(token: str, taken: Iterable[str], is_known_word: Callable[[str], bool]) -> None:
-    """Raise TokenError unless `token` can name a new concept of a stack that has the `taken` ones."""
+    """Raise TokenError unless `token` can name a new concept on a stack with the `taken` tokens."""
     check_spelling(token)
     if token.lower() in {t.lower() for t in taken}:
         raise TokenError(
-            f"The token {token!r} is taken by a concept of this stack. Choose another, replace "
-            "that concept (`replace`) if it is the newest, or undo it first."
+            f"The token {token!r} is already taken by a concept of this stack. Choose another, "
+            "replace that concept (`replace`) if it is the newest, or undo it first."
         )
     if is_known_word(token):
         raise TokenError(
-            f"The token {token!r} is a word the checkpoint knows already; prompts that use it "
+            f"The token {token!r} is a word the checkpoint already knows; prompts that use it "
             f"would change meaning. {_ADVICE}"
         )

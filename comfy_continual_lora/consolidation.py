@@ -1,8 +1,8 @@
 """Stage 5: the closed form on a stack - consolidate all concepts, select, forget or merge some.
 
-in: a stack - out: a new one; the one given stays as it is. Consolidating, and learning by `retention`,
-ask for every concept; forgetting one asks for nothing there; merging asks for the concepts of two
-stacks.
+in: a stack - out: a new one; the original is not changed. Consolidating, and learning by `retention`,
+solve for the targets of every concept; forgetting one drops its target; merging solves for those of
+two stacks.
 """
 
 from __future__ import annotations
@@ -32,10 +32,10 @@ def consolidated(
     on_progress: OnProgress,
     bank: PromptBank,
 ) -> tuple[ConceptStack, SolveResult]:
-    """One LoRA for all concepts of the stack; what it was before stays as `unconsolidated`.
+    """One LoRA for all concepts of the stack; the previous one is kept as `unconsolidated`.
 
-    What `bank` has encoded, of none or some of the first concepts, is not encoded again.
-    Errors: StackError where the stack's adapter is of a kind that can't be solved for.
+    Concepts already in `bank` (none, or the first few) are not encoded again.
+    Errors: StackError if the stack's adapter is of a kind that can't be solved for.
     """
     assert stack.adapter
     check_solvable(stack)
@@ -58,15 +58,15 @@ def selected(
     settings: SolveSettings,
     on_progress: OnProgress,
 ) -> ConceptStack:
-    """A stack of these concepts alone, and one LoRA solved for them: what the others ask for takes
-    nothing from it.
+    """A stack of only these concepts, with one LoRA solved for them, so that the other concepts
+    take nothing from it.
 
-    Errors: StackError for a token that is not on the stack, for none at all, and for VeRA.
+    Errors: StackError for a token that is not on the stack, for no tokens, and for VeRA.
     """
     chosen = sorted({stack.index_of(token) for token in tokens})
     if not chosen:
-        known = ", ".join(record.token for record in stack.records) or "none"
-        raise StackError(f"No concept was named. The stack knows {known}.")
+        names = ", ".join(record.token for record in stack.records) or "none"
+        raise StackError(f"No concept was named. The stack has: {names}.")
     check_solvable(stack)
     part = ConceptStack(
         stack.fingerprint, tau=stack.tau, checkpoint=stack.checkpoint, identity=stack.identity
@@ -95,8 +95,8 @@ def without(
     on_progress: OnProgress,
     cache: Path | None = None,
 ) -> ConceptStack:
-    """The stack without one concept: its word, record and pool entry, and what every later adapter
-    knows of it; `cache` is a folder of moments.
+    """The stack without one concept: its word, record, pool entry, and its share of every later
+    adapter are gone; `cache` is a folder of moments.
 
     Errors: StackError for a token that is not on the stack.
     """
@@ -108,7 +108,7 @@ def without(
     wanted, later = own_adapters(stack), {}
     wanted[number] = None
     after = stack
-    for index in range(number + 1, len(stack.records)):  # each version that knew it
+    for index in range(number + 1, len(stack.records)):  # each version with the concept in it
         record = stack.records[index]
         on_progress(Progress("solve", index, len(stack.records)))
         bank.add(record, stack.words[record.id])
@@ -131,23 +131,23 @@ def merged(
     on_progress: OnProgress,
     cache: Path | None = None,
 ) -> tuple[ConceptStack, dict[str, str]]:
-    """The stack with the other's concepts on top, but for those it has; the new names of words that
-    both have.
+    """The stack with those of the other's concepts on top that it lacks, and the new names of words
+    that both had.
 
-    Every version from then on is solved for, so that undo, and drawing older versions, go on
-    working. `cache` is a folder of moments. Errors: StackError where one holds a LoRA and the other
-    does not, and for VeRA.
+    Every version from there on is solved for, so that undo and drawing older versions still work.
+    `cache` is a folder of moments.
+    Errors: StackError for adapters of different kinds, and for VeRA.
     """
     if not stack.records:
         return stack.in_place_of_nothing(other), {}
-    known = {record.id for record in stack.records}  # of a beginning that both have in common
+    shared = {record.id for record in stack.records}  # the concepts both stacks began with
     pairs = zip(other.records, own_adapters(other), strict=True)
-    new = [(record, adapter) for record, adapter in pairs if record.id not in known]
+    new = [(record, adapter) for record, adapter in pairs if record.id not in shared]
     renamed = _new_names(stack, [record.token for record, _ in new])
     if len({kind_of(one).name for one in (stack.adapter, other.adapter) if one}) > 1:
         raise StackError(
-            "One of the stacks holds a LoRA, the other an adapter of another kind; only two of a "
-            "kind can be merged."
+            "The two stacks hold adapters of different kinds (a LoRA and another one), so they "
+            "can't be merged. Both need the same kind."
         )
     check_solvable(stack)
     records = [_with_word(record, renamed.get(record.token, record.token)) for record, _ in new]
@@ -198,15 +198,15 @@ def check_solvable(stack: ConceptStack) -> None:
 
 
 def _new_names(stack: ConceptStack, tokens: Sequence[str]) -> dict[str, str]:
-    """V1 that both have becomes V1_2."""
-    known = {token.lower() for token in stack.tokens}
-    taken = known | {token.lower() for token in tokens}
+    """A new name for each token that the stack already has: V1 becomes V1_2."""
+    own = {token.lower() for token in stack.tokens}
+    used = own | {token.lower() for token in tokens}
     renamed: dict[str, str] = {}
     for token in tokens:
-        if token.lower() in known:
+        if token.lower() in own:
             names = (f"{token[:59]}_{n}" for n in range(2, 10_000))
-            renamed[token] = next(name for name in names if name.lower() not in taken)
-            taken.add(renamed[token].lower())
+            renamed[token] = next(name for name in names if name.lower() not in used)
+            used.add(renamed[token].lower())
     return renamed
 
 

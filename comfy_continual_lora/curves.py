@@ -1,4 +1,4 @@
-"""Loss curves as pictures. Pillow alone: the tab draws them inside its host."""
+"""Loss curves as images. Needs only Pillow: the tab draws them inside its host."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ from PIL import Image, ImageDraw
 
 def smoothed(values: Sequence[float]) -> list[float]:
     """The running mean over a twentieth of the steps."""
-    window, sums = max(1, len(values) // 20), [0.0, *accumulate(values)]
+    window = max(1, len(values) // 20)
+    sums = [0.0, *accumulate(values)]
     return [
         (sums[i + 1] - sums[max(0, i - window + 1)]) / min(i + 1, window)
         for i in range(len(values))
@@ -20,26 +21,19 @@ def smoothed(values: Sequence[float]) -> list[float]:
 def curve_picture(
     values: Sequence[float], caption: str, *, width: int = 520, height: int = 200
 ) -> Image.Image:
-    """`smoothed` values over the steps; without values it says so."""
-    sheet = Image.new("RGB", (width, height), "white")
-    draw = ImageDraw.Draw(sheet)
-    draw.text(
-        (50, height - 16),
-        caption if values else f"{caption}: nothing to draw, it was done before",
-        fill="#555555",
-    )
+    """The `smoothed` values over the steps; without values, a note that there is nothing to plot."""
+    image = Image.new("RGB", (width, height), "white")
+    draw = ImageDraw.Draw(image)
+    if not values:
+        caption = f"{caption}: nothing to plot, it was done before"
+    draw.text((50, height - 16), caption, fill="#555555")
     if values:
         smooth = smoothed(values)
         low, high = min(smooth), max(smooth)
-        spread = high - low or 1.0
-        points = [
-            (
-                50 + i * (width - 60) / max(1, len(smooth) - 1),
-                10 + (high - v) / spread * (height - 40),
-            )
-            for i, v in enumerate(smooth)
-        ]
+        across = (width - 60) / max(1, len(smooth) - 1)
+        down = (height - 40) / (high - low or 1.0)
+        points = [(50 + i * across, 10 + (high - v) * down) for i, v in enumerate(smooth)]
         draw.line(points if len(points) > 1 else points * 2, fill="#2563eb", width=2)
         draw.text((2, 6), f"{high:.3f}", fill="#555555")
         draw.text((2, height - 36), f"{low:.3f}", fill="#555555")
-    return sheet
+    return image

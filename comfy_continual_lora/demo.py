@@ -1,4 +1,4 @@
-"""The main job, shown on the mini-SD: learn two concepts one after the other, draw both alone and
+"""A demonstration on the mini-SD: learn two concepts one after the other, draw them alone and
 together, write a report.
 """
 
@@ -26,7 +26,7 @@ PLACES = ("on grass", "on sand", "in snow", "on wood")
 
 
 def run_demo(out: Path, on_progress: OnProgress, say: Callable[[str], object]) -> Path:
-    """Leave checkpoint, pictures and report.html in `out`; returns the report.
+    """Write checkpoint, pictures and report.html to `out`; returns the report's path.
 
     Every run starts from scratch.
     """
@@ -34,15 +34,14 @@ def run_demo(out: Path, on_progress: OnProgress, say: Callable[[str], object]) -
     _begin(out)
     checkpoint = out / "mini.safetensors"
     write_checkpoint(checkpoint)
-    taught = [
-        (f"V{n}", world.concepts("development")[index]) for n, index in enumerate(PICKED, start=1)
-    ]
+    examples = world.concepts("development")
+    named = [(f"V{n}", examples[index]) for n, index in enumerate(PICKED, start=1)]
     sections, sheet = [], []
-    for step, (token, concept) in enumerate(taught, start=1):
-        parts, rows = _learned(checkpoint, taught[:step], on_progress, say)
+    for step, (token, concept) in enumerate(named, start=1):
+        parts, rows = _learned(checkpoint, named[:step], on_progress, say)
         sections.append((f"Step {step}: learn {token} {concept.noun}", parts))
         sheet += rows
-    parts, beside = _both(checkpoint, taught, on_progress)
+    parts, beside = _both(checkpoint, named, on_progress)
     sections.append(("Both in one picture", parts))
     say("Writing the report ...")
     _sheet([picture for row in sheet for picture in row], beside).save(out / "sheet.png")
@@ -58,12 +57,12 @@ def run_demo(out: Path, on_progress: OnProgress, say: Callable[[str], object]) -
 
 def _learned(
     checkpoint: Path,
-    taught: Sequence[tuple[str, world.Concept]],
+    named: Sequence[tuple[str, world.Concept]],
     on_progress: OnProgress,
     say: Callable[[str], object],
 ) -> tuple[list[str], list[list[Image.Image]]]:
-    """Learn the last of these and draw all: parts of the report, rows of the sheet."""
-    token, concept = taught[-1]
+    """Learn the last of these and draw all; returns parts of the report and rows of the sheet."""
+    token, concept = named[-1]
     folder = checkpoint.parent / f"pictures-{token}"
     pictures = [read_image(file) for file in world.save_pictures(concept, folder)]
     say(f"Learning {token}, a {concept.noun}, from {len(pictures)} pictures ...")
@@ -71,32 +70,32 @@ def _learned(
     result = pipeline.learn_concept(request, on_progress)
     rows = [pictures[: len(PLACES)]]
     caption = (
-        f"The {len(pictures)} pictures {token} was learned from; they are not needed from now on."
+        f"The {len(pictures)} pictures {token} is learned from; they are not needed afterwards."
     )
     parts = [report.figure(pictures, caption)]
-    for known, thing in taught:
-        prompts = [f"a photo of a {known} {thing.noun} {place}" for place in PLACES]
+    for word, thing in named:
+        prompts = [f"a photo of a {word} {thing.noun} {place}" for place in PLACES]
         rows.append(_draw(checkpoint, prompts, on_progress))
-        caption = f"Drawn now: a photo of a {known} {thing.noun} {', '.join(PLACES)}"
+        caption = f"Drawn now: a photo of a {word} {thing.noun} {', '.join(PLACES)}"
         parts.append(report.figure(rows[-1], caption))
     parts.append(report.curve(result.losses, f"Loss while learning {token}"))
     return parts, rows
 
 
 def _both(
-    checkpoint: Path, taught: Sequence[tuple[str, world.Concept]], on_progress: OnProgress
+    checkpoint: Path, named: Sequence[tuple[str, world.Concept]], on_progress: OnProgress
 ) -> tuple[list[str], list[Image.Image]]:
-    """Both things in one picture: parts of the report, and the pictures of areas of their own."""
-    names = [f"{token} {concept.noun}" for token, concept in taught]
+    """Both things in one picture: parts of the report, and the pictures with separate areas."""
+    names = [f"{token} {concept.noun}" for token, concept in named]
     left, right = (f"a photo of a {name}" for name in names)
     together = f"a photo of a {' and a '.join(names)}"
     pairs = [(f"{left} {place}", f"{right} {place}") for place in PLACES]
     beside = _draw(checkpoint, pairs, on_progress)
     mixed = _draw(checkpoint, [f"{together} {place}" for place in PLACES], on_progress)
     places = ", ".join(PLACES)
-    apart = f"Beside each other, each in an area of its own: {left}, and {right}, {places}"
-    blended = f"Asked for in one prompt, where their looks mix: {together} {places}"
-    return [report.figure(beside, apart, width=224), report.figure(mixed, blended)], beside
+    separate = f"Side by side, each in its own area: {left}, and {right}, {places}"
+    blended = f"In one prompt, where their looks mix: {together} {places}"
+    return [report.figure(beside, separate, width=224), report.figure(mixed, blended)], beside
 
 
 def _begin(out: Path) -> None:
@@ -107,7 +106,7 @@ def _begin(out: Path) -> None:
     mark = out / ".continual-lora-demo"
     if out.exists() and not mark.exists() and (not out.is_dir() or any(out.iterdir())):
         raise SettingError(
-            f"{out} is there already and is not the demo's, which starts from scratch. Name "
+            f"{out} already exists and was not made by the demo, which starts from scratch. Choose "
             "another folder as `out`."
         )
     out.mkdir(parents=True, exist_ok=True)
@@ -125,7 +124,7 @@ def _draw(
 
 
 def _sheet(alone: Sequence[Image.Image], beside: Sequence[Image.Image]) -> Image.Image:
-    """Pictures of one thing in rows of four, under them the wider ones of both in rows of two."""
+    """Pictures of one thing in rows of four, below them the wider ones of both in rows of two."""
     above, below = report.grid(alone, len(PLACES)), report.grid(beside, 2)
     sheet = Image.new("RGB", (above.width, above.height + 4 + below.height), "white")
     sheet.paste(above)

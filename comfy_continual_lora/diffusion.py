@@ -72,7 +72,7 @@ def loss_per_example(predicted: Tensor, target: Tensor, weight: Tensor | None = 
 def timestep_weight(backbone: Backbone, timestep: Tensor, weighting: str | None) -> Tensor:
     """The weight of an error at each timestep, (n,): 1 if "uniform", 1 / sqrt(a_t) if "debiased".
 
-    The latter weighs high noise more, where a picture's shapes and colours are decided and the error
+    The latter weighs high noise more, where an image's shapes and colours are decided and the error
     of eps is smallest. After Yu et al. 2023 (arXiv 2310.08442), whose 1 / sqrt(SNR) gives next to
     nothing to the details. The error of v is larger there anyway and is left alone.
     """

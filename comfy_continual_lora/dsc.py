@@ -1,19 +1,20 @@
-"""Stage 5: Diffusion Scores Consolidation (DSC) - the net teaches itself: keep the newest concept,
-and one of the earlier ones at a time.
+"""Stage 5: Diffusion Scores Consolidation (DSC) - self-distillation that keeps the newest concept
+and, at each step, one of the earlier ones.
 
-    L_DSC =  tau (a1 H(p_T1, p_S) + a2 H(p_T2, p_S))                       cross-entropy of DC
-    scores over C = {c_n, c_i, c_0}
-           + b1 || eps_T1(z_t, c_n) - eps_S(z_t, c_n) ||^2                 keep the new concept
-           + b2 || eps_T2(z_t, c_i) - eps_S(z_t, c_i) ||^2                 keep the old one
+    L_DSC =  tau (a1 H(p_T1, p_S) + a2 H(p_T2, p_S))        cross-entropy of DC scores over
+                                                            C = {c_n, c_i, c_0}
+           + b1 || eps_T1(z_t, c_n) - eps_S(z_t, c_n) ||^2  keep the new concept
+           + b2 || eps_T2(z_t, c_i) - eps_S(z_t, c_i) ||^2  keep the old one
            + the method's own penalty (EWC)
 
-teacher 1 = LoRA_n as it was learned; teacher 2 = LoRA_i, i < n, from the pool; the student starts
-from teacher 1. Only pictures of the newest concept
-are used. All three speak through one net: the adapter's values are swapped, and each network's
-prompts are one batch.
-tau undoes the 1 / tau that the temperature puts on the gradient of H, as in distillation (Hinton et
-al. 2015, arXiv 1503.02531, section 2): without
-it the first two terms drown the others (benchmarks/LOG.md).
+Teacher 1 is LoRA_n as learned, teacher 2 is LoRA_i, i < n, from the pool; the student starts from
+teacher 1. Only images of the newest concept are used. All three share one net: the adapter's values
+are swapped in, and the prompts of each form one batch.
+
+The factor tau undoes the 1 / tau that the temperature puts on the gradient of H, as in distillation
+(Hinton et al. 2015, arXiv 1503.02531, section 2): without it the first two terms drown out the
+others (benchmarks/LOG.md).
+
 Source: Jha et al. 2025 (the slides' "DMC"), after Zhang et al. 2020 (Deep Model Consolidation,
 arXiv 1903.07864).
 """
@@ -39,8 +40,8 @@ from .training import Run, asked_for, compute_dtype, optimizer_for
 
 @dataclass(frozen=True)
 class Teachers:
-    """`newest` is LoRA_n and how prompts name its concept; `past` the pool, likewise; `noun` is
-    c_0, the newest one's class noun.
+    """`newest`: the name of c_n in prompts, and LoRA_n; `past`: the same for the pool; `noun`: c_0,
+    the newest concept's class noun.
     """
 
     newest: tuple[str, Adapter]
@@ -51,8 +52,8 @@ class Teachers:
 def dsc_terms(
     student: Tensor, teacher1: Tensor, teacher2: Tensor, target: Tensor, tau: float
 ) -> dict[str, Tensor]:
-    """The four terms, (n,) each: predictions (n, 3, 4, h, w) for c_n, c_i, c_0, target (n, 4, h,
-    w).
+    """The four terms, (n,) each: predictions (n, 3, 4, h, w) for c_n, c_i, c_0; target
+    (n, 4, h, w).
     """
     own, first, second = (errors(p, target) for p in (student, teacher1, teacher2))
     return {
@@ -63,8 +64,8 @@ def dsc_terms(
 
 
 def distillation_terms(student: Tensor, teacher1: Tensor, teacher2: Tensor) -> dict[str, Tensor]:
-    """b1 and b2, (n,) each: student (n, 2 or more, 4, h, w); teacher 1 for c_n, teacher 2 for c_i,
-    (n, 4, h, w).
+    """b1 and b2, (n,) each: student (n, 2 or more, 4, h, w); teacher 1 for c_n and teacher 2 for
+    c_i, (n, 4, h, w).
     """
     return {
         "b1": loss_per_example(student[:, 0], teacher1),
@@ -86,8 +87,8 @@ def consolidate(
 ) -> tuple[Adapter, list[float]]:
     """Run DSC; returns the student and the loss of every step.
 
-    Without `tau` the two score terms are left out. The teachers are not changed. Stopped, it leaves
-    a snapshot and goes on from it like learning does.
+    Without `tau` the two score terms are left out. The teachers are not changed. A stopped run
+    leaves a snapshot and resumes from it, as learning does.
     """
     pictures = max(1, settings.batch // 3)
     adapter = teachers.newest[1]

@@ -1,11 +1,10 @@
-"""What can go wrong, as a tree. Every message says what failed, where, what was expected, and what
-to do.
+"""The exceptions. Every message says what failed, where, what was expected, and what to do.
 
 ContinualLoraError
 ├── CheckpointError       the checkpoint: missing, a pickle, another architecture, keys missing
 ├── ConceptImagesError    the pictures: none found, unreadable, too large
 ├── TokenError            the concept's word: empty, taken, a known word, with spaces or slashes
-├── SettingError          a setting out of its range
+├── SettingError          a setting or a field of a request that is invalid
 ├── StackError            the concept stack: truncated, foreign, newer, made for another checkpoint,
 │                         locked, not writable
 └── TrainingError         training itself: the loss is not a number, out of memory
@@ -19,13 +18,13 @@ from collections.abc import Callable
 
 
 class ContinualLoraError(Exception):
-    """A user can act on it: front ends show the message alone, without a traceback.
+    """An error that a user can act on: front ends show the message without a traceback.
 
-    The message names settings and fields of requests in backquotes: `rate`. As text they are plain.
+    The message has settings and fields of requests in backquotes, `rate`, which `str` omits.
     """
 
     def spelled(self, spell: Callable[[str], str]) -> str:
-        """The message with settings named as a front end shows them, such as "--lr"."""
+        """The message with a front end's names for settings, such as "--lr"."""
         return re.sub(r"`(\w+)`", lambda match: spell(match[1]), str(self.args[0]))
 
     def __str__(self) -> str:
@@ -57,4 +56,4 @@ class TrainingError(ContinualLoraError):
 
 
 class Cancelled(Exception):
-    """Raised by `on_progress` to stop a job; the job keeps what it had and lets it through."""
+    """Raised by `on_progress` to stop a job; the job keeps its snapshot and re-raises it."""

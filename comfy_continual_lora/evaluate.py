@@ -1,4 +1,4 @@
-"""Stage 8: how much of a user's own stack is remembered.
+"""Stage 8: how much a user's stack retains.
 
 The stack holds the LoRA as it was after every concept, so its whole history can be drawn.
 
@@ -8,10 +8,9 @@ The stack holds the LoRA as it was after every concept, so its whole history can
                                                             0: as if it had never been learned
     floor   = likeness of what the checkpoint without the stack draws for the class noun
 
-in: a backbone and its stack - out: `RetentionReport`. The reference is the concept's own pictures where
-the user still has them (likeness: mean cosine over
-all pairs), else what was drawn when it had just been learned (mean cosine of pictures with the same
-seed). Features: `features`.
+in: a backbone and its stack - out: `RetentionReport`. The reference is the concept's own images if
+the user still has them (likeness: mean cosine over all pairs), otherwise those drawn when it had
+just been learned (mean cosine of images with the same seed). Features: `features`.
 """
 
 from __future__ import annotations
@@ -41,10 +40,10 @@ PROMPTS = ("a photo of a {}", "a good photo of a {}")
 
 @dataclass(frozen=True)
 class RetentionReport:
-    """n concepts: how prompts name them; likeness R (n, n), NaN where i < j; floor, kept (n,); DC
-    scores of the references (n,), NaN without.
+    """n concepts: their names in prompts; likeness R (n, n), NaN if i < j; floor, kept (n,); DC
+    scores of the references (n,), NaN without scores.
 
-    pictures[i, j] are concept j's as drawn after concept i, counted from 0.
+    pictures[i, j] are those of concept j drawn after concept i, counted from 0.
     """
 
     names: list[str]
@@ -55,8 +54,8 @@ class RetentionReport:
     chart: Path | None = None
 
     def summary(self) -> str:
-        """A line a concept: how alike when just learned and now, the class noun's likeness, how
-        much is kept, the DC score now.
+        """One line per concept: its likeness when just learned and now, the class noun's likeness,
+        the share kept, the DC score now.
         """
         lines = ["concept                  learned   now   noun   kept   DC score"]
         shares = self.kept
@@ -73,7 +72,7 @@ class RetentionReport:
         return "\n".join(lines)
 
     def as_json(self) -> dict[str, Any]:
-        """`kept`: a share for each concept in order, null where there is no share."""
+        """`kept`: a share for each concept in order, null if there is no share."""
         values = {
             "likeness": self.likeness,
             "floor": self.floor,
@@ -88,7 +87,7 @@ class RetentionReport:
     def kept(self) -> Tensor:
         learned = self.likeness.diagonal() - self.floor
         share = (self.likeness[-1] - self.floor) / learned
-        # where a concept never differed from its noun, there is nothing to keep
+        # if a concept never differed from its noun, there is nothing to keep
         return torch.where(learned > 0.01, share, torch.nan)
 
 
@@ -146,8 +145,8 @@ def evaluate(
     settings: EvaluateSettings,
     on_progress: OnProgress,
 ) -> RetentionReport:
-    """Draw and compare; `own` holds the users' own pictures by token, (n, 3, size, size) in
-    -1..1. `settings` are resolved.
+    """Draw and compare; `own` holds the user's pictures by token, (n, 3, size, size) in -1..1.
+    `settings` are resolved.
     """
     records = stack.records
     count = len(records)

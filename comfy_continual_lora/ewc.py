@@ -1,13 +1,14 @@
-"""Stage 4: elastic weight consolidation (EWC) - a concept's numbers are held where they were, each
-as firmly as it was important.
+"""Stage 4: elastic weight consolidation (EWC) - each parameter is held at its old value in
+proportion to its importance.
 
-    penalty = lambda * sum over memories of  sum F* (theta - theta*)^2
+    penalty = lambda * sum over anchors of  sum F* (theta - theta*)^2
 
-online     one memory: theta* is the newest adapter, F* = F_n + gamma F_{n-1} + gamma^2 F_{n-2} +
-...       (Schwarz et al. 2018, arXiv 1805.06370)
-separate   one memory a concept: theta*_i is the adapter after concept i, F*_i = F_i
-(Kirkpatrick et al. 2017)
-The stack keeps every F_i, so that both can be had, and undone, at any time.
+online     one anchor: theta* is the newest adapter, F* = F_n + gamma F_{n-1} + gamma^2 F_{n-2} ...
+           (Schwarz et al. 2018, arXiv 1805.06370)
+separate   one anchor per concept: theta*_i is the adapter after concept i, F*_i = F_i
+           (Kirkpatrick et al. 2017)
+
+The stack keeps every F_i, so either mode can be used, and undone, at any time.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from .stack import ConceptStack
 def ewc_penalty(
     values: Mapping[str, Tensor], anchor: Mapping[str, Tensor], importance: Mapping[str, Tensor]
 ) -> Tensor:
-    """sum F* (theta - theta*)^2, a number; zero and flat at the anchor."""
+    """sum F* (theta - theta*)^2, a number; zero at the anchor, with zero gradient."""
     return torch.stack(
         [(f * (values[name] - anchor[name]).square()).sum() for name, f in importance.items()]
     ).sum()
@@ -49,40 +50,38 @@ class Ewc:
 
 
 def ewc(stack: ConceptStack, settings: ResolvedSettings, device: torch.device) -> Ewc | None:
-    """EWC as the stack's Fishers ask for it; None where there is none yet."""
-    known = [
+    """EWC with the stack's Fishers; None if there is none yet."""
+    fishers = [
         (record.id, stack.fishers[record.id])
         for record in stack.records
         if record.id in stack.fishers
     ]
-    if not known or stack.adapter is None:
+    if not fishers or stack.adapter is None:
         return None
     if settings.ewc_mode == "separate":
-        anchors = [(stack.adapter_after(concept) or stack.adapter, f) for concept, f in known]
+        anchors = [(stack.adapter_after(concept) or stack.adapter, f) for concept, f in fishers]
     else:
         merged: Adapter = {}
-        for _, f in known:
+        for _, f in fishers:
             merged = {
                 name: t + settings.ewc_decay * merged[name] if merged else t
                 for name, t in f.items()
             }
         anchors = [(stack.adapter, merged)]
 
-    def there(adapter: Mapping[str, Tensor]) -> Adapter:
+    def on_device(adapter: Mapping[str, Tensor]) -> Adapter:
         return {name: t.to(device, torch.float32) for name, t in adapter.items()}
 
     return Ewc(
         settings.ewc_strength,
-        [(there(_in_space_of(f, anchor)), there(f)) for anchor, f in anchors],
+        [(on_device(_in_space_of(f, anchor)), on_device(f)) for anchor, f in anchors],
     )
 
 
 def _in_space_of(
     importance: Mapping[str, Tensor], factors: Mapping[str, Tensor]
 ) -> Mapping[str, Tensor]:
-    """The factors themselves, or delta of every layer as "<layer>.W" where the Fisher was taken
-    there.
-    """
+    """The factors themselves, or delta of every layer as "<layer>.W" if the Fisher is of delta."""
     if not next(iter(importance)).endswith(".W"):
         return factors
     return {

@@ -33,31 +33,28 @@ from .files import TOKEN, clean_temporary, write_whole
 from .stack import ConceptRecord, ConceptStack
 from .stock import card, embedding, metadata_of, stock_lora
 
-# Whose a file is: the stack's identity, the word of an embedding, and the concepts a LoRA was solved
+# A file's owner: the stack's identity, the word of an embedding, and the concepts a LoRA was solved
 # for (empty for all)
 _STACK = "continual_lora.stack"
 _TOKEN = "continual_lora.token"
 _ONLY = "continual_lora.only"
-# what some program loads as an embedding, under the file's stem
+# suffixes that some program loads as an embedding, named by the file's stem
 _EMBEDDINGS = (".safetensors", ".pt", ".bin", ".png", ".webp", ".jxl", ".avif")
 
 
 @dataclass(frozen=True)
 class Exported:
-    """What was written.
+    """What was written."""
 
-    `renamed`: by word, the name its embedding has because another file has the word's.
-    """
-
-    lora: Path | None  # a file, PEFT's a folder; None where the words alone are all there is
+    lora: Path | None  # a file, or PEFT's folder; None if the stack has only words
     embeddings: list[Path]
     triggers: list[str]  # how prompts name each concept
-    renamed: dict[str, str]
-    superseded: list[Path]  # earlier exports of the same stack, still there
-    removed: list[Path]  # earlier exports of the same stack, removed as was asked for
+    renamed: dict[str, str]  # by word: its embedding's name, if another file has the word's
+    superseded: list[Path]  # earlier exports of the same stack that still exist
+    removed: list[Path]  # earlier exports of the same stack that were removed on request
 
     def summary(self) -> str:
-        """The files, how prompts name the concepts, and the notes."""
+        """The files, the triggers, and the notes."""
         lines = [str(path) for path in (self.lora, *self.embeddings) if path]
         if self.triggers:
             words = ", ".join(f"embedding:{path.stem}" for path in self.embeddings)
@@ -65,7 +62,7 @@ class Exported:
         return "\n".join([*lines, *self.notes]) or "There is no concept to export."
 
     def as_json(self) -> dict[str, Any]:
-        """Paths as text."""
+        """Paths as strings."""
         return {
             "lora": str(self.lora) if self.lora else None,
             "embeddings": [str(path) for path in self.embeddings],
@@ -78,10 +75,10 @@ class Exported:
 
     @property
     def notes(self) -> list[str]:
-        """What a user has to know of it, a sentence each."""
+        """What the user has to know, one sentence each."""
         notes = [
-            f"{word} is another file's name there, so the word is exported as {name}: prompts say "
-            f"{name}."
+            f"Another file there is named {word}, so the word is exported as {name}: use {name} in "
+            "prompts."
             for word, name in self.renamed.items()
         ]
         if self.removed:
@@ -89,9 +86,7 @@ class Exported:
             notes.append(f"Removed earlier exports of this stack: {names}.")
         if self.superseded:
             names = ", ".join(path.name for path in self.superseded)
-            notes.append(
-                f"Earlier exports of this stack are still there and can be removed: {names}."
-            )
+            notes.append(f"Earlier exports of this stack still exist and can be removed: {names}.")
         return notes
 
 
@@ -104,11 +99,11 @@ def export_files(
     only: Sequence[str] = (),
     remove: bool = False,
 ) -> Exported:
-    """Write the files; the LoRA's name says whose it is and what is on it, and ends in a hash.
+    """Write the files; the LoRA is named after the stack and its concepts, and ends in a hash.
 
     `stem` names the stack, `only` the concepts it was solved for, if not all; `remove` removes
-    earlier exports of the same concepts. Only files of this same stack are overwritten: a word
-    whose name another file has gets a name of its own.
+    earlier exports of the same concepts. Only files of this stack are overwritten: if another file
+    has a word's name, the word is exported under a new one.
     Errors: StackError for an empty stack or a folder that can't be written.
     """
     _check_exportable(stack)
@@ -154,16 +149,16 @@ def _check_exportable(stack: ConceptStack) -> None:
     for record in stack.records:
         if not TOKEN.fullmatch(record.token):
             raise StackError(
-                f"The word {record.token!r} can't name a file. It may hold only letters, digits, - "
-                "and _."
+                f"The word {record.token!r} can't be a file name. It may contain only letters, "
+                "digits, - and _."
             )
 
 
 @contextmanager
 def _exporting(*folders: Path) -> Iterator[None]:
-    """Inside, the folders exist and no other export changes them.
+    """Inside the block the folders exist and no other export changes them.
 
-    What killed exports left there is cleaned up first.
+    Files that killed exports left there are cleaned up first.
     """
     with ExitStack() as locks:
         for folder in sorted({folder.resolve() for folder in folders}):
@@ -180,7 +175,7 @@ def _exporting(*folders: Path) -> Iterator[None]:
 
 
 def _taken(folder: Path) -> dict[str, list[Path]]:
-    """The files that some program loads as an embedding, by their word in lower case."""
+    """The files that some program loads as an embedding, by name in lower case."""
     taken: dict[str, list[Path]] = {}
     for path in folder.iterdir():
         if path.suffix.lower() in _EMBEDDINGS:
@@ -204,7 +199,7 @@ def _write_word(
             write_whole(path, data, new=not others)
             taken[path.stem.lower()] = [path]
             return path
-    raise StackError(f"{folder} has no name left for {record.token}. Export to another folder.")
+    raise StackError(f"{folder} has no free name for {record.token}. Export to another folder.")
 
 
 def _is_own(
@@ -212,7 +207,7 @@ def _is_own(
 ) -> bool:
     """Whether an embedding's file is this stack's for this word.
 
-    A file without an owner, as early versions wrote it, is if it holds the same vectors.
+    A file without an owner, as early versions wrote it, counts if it holds the same vectors.
     """
     owner = _owner(path)
     if owner.get(_STACK):
@@ -274,7 +269,7 @@ def _remove(path: Path) -> bool:
 
 
 def lora_name(stem: str, tokens: Sequence[str], digest: str) -> str:
-    """`sd15-V1-V2-1a2b3c4d`; of more than four concepts the first and the last.
+    """`sd15-V1-V2-1a2b3c4d`; for more than four concepts, only the first and the last.
 
     Characters that break a prompt's <lora:...> or a file system become hyphens.
     """
@@ -310,7 +305,7 @@ def _write_lora(
         return folder
     # the hash covers the owner, so no other stack's file has this name
     path = out / f"{name}.safetensors"
-    if _owner(path).get(_STACK) != stack.owner:  # else these very weights were exported before
+    if _owner(path).get(_STACK) != stack.owner:  # else the same weights were exported before
         write_whole(path, save(tensors, metadata), new=True)
     if format == "kohya":
         for ending, data in card(stack, triggers).items():

@@ -29,9 +29,9 @@ def setting(
     group: str = "",
     by_checkpoint: bool = True,
 ) -> Any:
-    """A dataclass field that knows its range, its help and its heading.
+    """A dataclass field with its range, help and heading.
 
-    `by_checkpoint`: a default of None is what suits the checkpoint (presets.py).
+    `by_checkpoint`: a default of None stands for what suits the checkpoint (presets.py).
     """
     metadata = {
         "help": help,
@@ -49,14 +49,13 @@ def setting(
 def option(
     help: str, default: Any = MISSING, *, low: float | None = None, choices: Sequence[str] = ()
 ) -> Any:
-    """A field of a request: required where it has no default."""
+    """A field of a request; required if it has no default."""
     return setting(default, help, low=low, choices=choices)
 
 
 def help_of(field: dataclasses.Field) -> str:
-    """A setting's help.
-
-    Where its default is what suits the checkpoint: also how a widget says that, and what it is.
+    """A setting's help for a widget, including the value that stands for a default of None and what
+    that means.
     """
     if field.default is not None:
         return field.metadata["help"]
@@ -69,10 +68,7 @@ def help_of(field: dataclasses.Field) -> str:
 
 
 def suiting(field: dataclasses.Field) -> str:
-    """What suits the checkpoint, in words: "2e-4, sdxl 1e-4, mini 3e-4".
-
-    Empty where that is the checkpoint's own.
-    """
+    """The presets of a setting in words: "2e-4, sdxl 1e-4, mini 3e-4"; empty if there are none."""
     name = field.name
     values = {preset: row[name] for preset, row in PRESETS.items() if name in row}
     if not values:
@@ -90,14 +86,14 @@ def suiting(field: dataclasses.Field) -> str:
 
 
 def in_words(value: Any) -> str:
-    """A value as users read it."""
+    """A value in words."""
     if isinstance(value, bool):
         return "yes" if value else "no"
     return "nothing" if value == "" else str(value)
 
 
 def from_widget(field: dataclasses.Field, value: Any) -> Any:
-    """A widget's value -> the setting's; 0 and "auto" become None again where None is the default."""
+    """A widget's value -> the setting's; 0 and "auto" become None if that is the default."""
     if str(field.type) == "bool | None":
         return {"auto": None, "yes": True, "no": False}.get(value, value)
     if field.default is None and (not value or value == "auto"):
@@ -122,15 +118,15 @@ def check_type(field: dataclasses.Field, value: Any) -> None:
         if _is_list_of_text(value, nested="Sequence[str | Sequence" in declared):
             return
         if not kinds or not isinstance(value, str) or "Path" not in kinds:
-            raise SettingError(f"`{field.name}` has to be a list of texts.")
+            raise SettingError(f"`{field.name}` has to be a list of strings.")
     for kind in kinds:
         accepted, _ = _TYPES[kind]
         if isinstance(value, accepted) and (kind == "bool" or not isinstance(value, bool)):
             if isinstance(value, float) and not math.isfinite(value):
                 raise SettingError(f"`{field.name}` is {value}; it has to be a finite number.")
             return
-    wanted = " or ".join(_TYPES[kind][1] for kind in kinds)
-    raise SettingError(f"`{field.name}` is {value!r:.100}; it has to be {wanted}.")
+    expected = " or ".join(_TYPES[kind][1] for kind in kinds)
+    raise SettingError(f"`{field.name}` is {value!r:.100}; it has to be {expected}.")
 
 
 def _is_list_of_text(value: Any, nested: bool) -> bool:
@@ -140,7 +136,7 @@ def _is_list_of_text(value: Any, nested: bool) -> bool:
 
 
 class Settings:
-    """What all settings share."""
+    """Base class of all settings."""
 
     def check(self) -> None:
         """Errors: SettingError for the first value of another type or out of its range."""
@@ -155,19 +151,19 @@ class Settings:
         row = PRESETS[preset] | METHOD_PRESETS.get((preset, getattr(self, "method", "")), {})
         if factor := ADAPTER_RATES.get(getattr(self, "adapter", "")):
             row["rate"] = factor * PRESETS[preset]["rate"]
-        open_ = {name: value for name, value in row.items() if getattr(self, name, 0) is None}
-        done = dataclasses.replace(self, **open_)  # type: ignore[type-var]
-        done.check()
-        return done
+        defaults = {name: value for name, value in row.items() if getattr(self, name, 0) is None}
+        resolved = dataclasses.replace(self, **defaults)  # type: ignore[type-var]
+        resolved.check()
+        return resolved
 
 
 def check_range(field: dataclasses.Field, value: Any) -> None:
-    """Errors: SettingError for a value that is no choice, out of its range or no multiple."""
+    """Errors: SettingError for a value that is not a choice, not in range or not a multiple."""
     meta, name = field.metadata, field.name
     if meta["choices"]:
         if value not in meta["choices"]:
-            known = ", ".join(meta["choices"])
-            raise SettingError(f"`{name}` is {value!r}; it has to be one of {known}.")
+            choices = ", ".join(meta["choices"])
+            raise SettingError(f"`{name}` is {value!r}; it has to be one of {choices}.")
         return
     low, high = meta["low"], meta["high"]
     unit = f" {meta['unit']}" if meta["unit"] else ""

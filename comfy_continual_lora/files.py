@@ -1,6 +1,6 @@
-"""Names of files that the backend and every front end agree on, and how a file is replaced.
+"""File names that the backend and every front end share, and safe replacement of files.
 
-Light: front ends inside a host ask it too.
+Light: front ends inside a host import it too.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from .errors import StackError
 
 try:
     import fcntl
-except ImportError:  # Windows, where a file that is open can't be removed
+except ImportError:  # Windows, where an open file can't be removed
     fcntl = None
 
 PICTURES = (
@@ -35,9 +35,9 @@ PICTURES = (
     ".heif",
 )
 STACKS = ".concepts.safetensors"
-TOKEN = re.compile(r"[A-Za-z0-9_-]{1,64}")  # a concept's word, which names files too
+TOKEN = re.compile(r"[A-Za-z0-9_-]{1,64}")  # a concept's word, also used in file names
 _TEMPORARY = re.compile(r"\.continual-lora-[0-9a-f]{16}\.tmp")
-# What Windows keeps for devices, whatever the ending
+# Device names that Windows reserves, whatever the suffix
 _RESERVED = re.compile(r"(con|prn|aux|nul|com[0-9]|lpt[0-9])", re.IGNORECASE)
 
 
@@ -45,24 +45,25 @@ def stack_path(checkpoint: str | Path, name: str = "") -> Path:
     """`<checkpoint stem>.concepts.safetensors` in the checkpoint's folder, or beside a diffusers
     folder.
 
-    A checkpoint may have several stacks, told apart by `name`. A linked checkpoint has its target's
-    stack, unless there is one beside the link.
-    Errors: StackError for a name that can't be part of a file's, or no checkpoint's.
+    A checkpoint may have several stacks, distinguished by `name`. A symlinked checkpoint has its
+    target's stack, unless there is one beside the link.
+    Errors: StackError for a name that can't be part of a file name, or a path without one.
     """
     checkpoint = Path(checkpoint)
     if not checkpoint.name:
-        raise StackError(f"{str(checkpoint)!r} is no checkpoint. Name its file or its folder.")
+        raise StackError(
+            f"{str(checkpoint)!r} is not a checkpoint. Give the path of its file or folder."
+        )
     if name and not re.fullmatch(r"[\w-]{1,64}", name):
         raise StackError(
-            f"The stack's name {name!r} may hold only letters, digits, - and _ (at most 64): it "
+            f"The stack's name {name!r} may contain only letters, digits, - and _ (at most 64): it "
             "becomes part of a file name."
         )
     path = _stack_beside(checkpoint, name)
     if checkpoint.is_symlink() and not os.path.lexists(path):
         target = checkpoint.resolve()
-        if (
-            target.is_dir() or target.suffix == ".safetensors"
-        ):  # not a download cache's blob, named by its hash
+        # any other suffix: a blob of a download cache, named by its hash
+        if target.is_dir() or target.suffix == ".safetensors":
             return _stack_beside(target, name)
     return path
 
@@ -78,26 +79,26 @@ def stack_stem(stack: Path) -> str:
 
 
 def history_folder(stack: Path) -> Path:
-    """Where the earlier versions of a stack lie."""
+    """The folder of a stack's earlier versions."""
     return stack.with_name(f"{stack.name.removesuffix('.safetensors')}.history")
 
 
 def cache_folder(stack: Path) -> Path:
-    """Where what is known of a stack's prompts lies; it may be deleted at any time."""
+    """The folder of a stack's cached text moments; it may be deleted at any time."""
     return stack.with_name(f"{stack.name.removesuffix('.safetensors')}.cache")
 
 
 def snapshot_path(stack: Path, token: str, run: str, part: str = "") -> Path:
-    """Where an unfinished run waits; the ending keeps it out of the hosts' checkpoint lists.
+    """The file of an unfinished run; its suffix keeps it out of the hosts' checkpoint lists.
 
-    `run` tells apart the runs that learn the same word.
+    `run` distinguishes runs that learn the same word.
     """
-    end = f"{part}.snapshot" if part else "snapshot"
-    return stack.with_name(f"{stack.name.removesuffix('.safetensors')}.{token}.{run}.{end}")
+    suffix = f"{part}.snapshot" if part else "snapshot"
+    return stack.with_name(f"{stack.name.removesuffix('.safetensors')}.{token}.{run}.{suffix}")
 
 
 def snapshots_of(stack: Path, token: str) -> list[Path]:
-    """The snapshots of all unfinished runs of a token, earlier versions' names included."""
+    """The snapshots of all unfinished runs of a token, including those that old versions wrote."""
     start = f"{stack.name.removesuffix('.safetensors')}.{token}."
     if not stack.parent.is_dir():
         return []
@@ -109,9 +110,9 @@ def snapshots_of(stack: Path, token: str) -> list[Path]:
 
 
 def real_file(path: Path) -> Path:
-    """The file that a path stands for: a link is written through, never replaced by a file.
+    """The file behind a path: a symlink is written through, never replaced by a file.
 
-    Errors: StackError for a link that leads nowhere, or a folder that this user may not look into.
+    Errors: StackError for a dangling link, or a folder this user has no access to.
     """
     try:
         if not stat.S_ISLNK(os.lstat(path).st_mode):
@@ -120,31 +121,30 @@ def real_file(path: Path) -> Path:
         return path
     except OSError as error:
         raise StackError(
-            f"{path} can't be reached ({error.strerror}). See that this user may read and write "
-            "there."
+            f"{path} can't be accessed ({error.strerror}). Give this user permission to read and "
+            "write there."
         ) from None
     target = Path(os.path.realpath(path))
     if not target.exists():
         raise StackError(
-            f"{path} is a link to {target}, which is not there. Put the file back, or remove the "
+            f"{path} is a link to {target}, which does not exist. Put the file back, or remove the "
             "link."
         )
     return target
 
 
 def check_names(stack: Path, token: str = "") -> None:
-    """Refuse what will not fit the file system, before any work is done.
+    """Refuse names that are too long for the file system, before any work is done.
 
-    Errors: StackError when the stack's file, or a snapshot of a run that learns `token`, has too
-    long a name.
+    Errors: StackError if the name of the stack's file, or of a snapshot of a run that learns
+    `token`, is too long.
     """
     longest = snapshot_path(stack, token or "V1", "0" * 12, "dsc").name + ".damaged"
     most = _longest_name(stack.parent)
     if (length := len(os.fsencode(longest))) > most:
         raise StackError(
-            f"The name {longest} has {length} bytes, which is too long: the file system of "
-            f"{stack.parent} allows {most}. "
-            "Shorten the checkpoint's name, the stack's or the word."
+            f"The file name {longest} is {length} bytes long; the file system of {stack.parent} "
+            f"allows {most}. Shorten the checkpoint's name, the stack's name or the word."
         )
 
 
@@ -156,7 +156,7 @@ def _longest_name(folder: Path) -> int:
 
 
 def is_reserved(name: str) -> bool:
-    """Whether Windows would not let a file have this stem."""
+    """Whether Windows reserves this name for a device, so that no file can have it as its stem."""
     return bool(_RESERVED.fullmatch(name))
 
 
@@ -164,19 +164,17 @@ def is_reserved(name: str) -> bool:
 
 
 def write_whole(path: Path, data: bytes, *, new: bool = False) -> None:
-    """Write a file so that at every moment the old or the new one is whole on disk.
+    """Write a file atomically: at every moment either the old or the new one is complete on disk.
 
-    It goes through a temporary name in the same folder, synced and renamed. The file keeps the mode
-    it
-    had; a new one gets what the umask leaves. Errors: OSError; FileExistsError where `new` and it
-    is there.
+    It is written under a temporary name in the same folder, synced and renamed. The file keeps its
+    mode; a new one gets the umask's. Errors: OSError; FileExistsError if `new` and it exists.
     """
     with _temporary(path.parent) as file:
         file.write(data)
         file.flush()
         os.fsync(file.fileno())
         _like_before(file.fileno(), path)
-        if os.name == "nt":  # which renames no file that is open
+        if os.name == "nt":  # Windows can't rename an open file
             file.close()
         if new:
             _rename_new(file.name, path)
@@ -186,15 +184,15 @@ def write_whole(path: Path, data: bytes, *, new: bool = False) -> None:
 
 @contextmanager
 def _temporary(folder: Path) -> Iterator[IO[bytes]]:
-    """An open file under a temporary name, locked so that nobody takes it for a dead writer's; gone
-    afterwards.
+    """An open file under a temporary name, locked so that no process takes it for a dead writer's;
+    removed afterwards.
     """
     while True:
         name = os.path.join(folder, f".continual-lora-{secrets.token_hex(8)}.tmp")
         with open(name, "xb") as file:  # the umask decides the mode
             try:
                 if _locked(file.fileno()) is False or not os.path.exists(name):
-                    continue  # it was cleaned away before it was locked
+                    continue  # another process removed it before it was locked
                 yield file
                 return
             finally:
@@ -203,8 +201,8 @@ def _temporary(folder: Path) -> Iterator[IO[bytes]]:
 
 
 def _locked(handle: int) -> bool | None:
-    """Lock this file: true if it is ours now, false if somebody else has it, None where nobody can
-    tell.
+    """Lock this file: true if we hold the lock now, false if another process does, None if the
+    system has no locks.
     """
     if fcntl is None:
         return None
@@ -218,34 +216,32 @@ def _locked(handle: int) -> bool | None:
 
 
 def _like_before(handle: int, path: Path) -> None:
-    """Mode and owner of the file that is to be replaced, as far as this user may give them."""
+    """Copy mode and owner of the file that is to be replaced, as far as this user may set them."""
     try:
-        was = os.stat(path)
+        old = os.stat(path)
     except OSError:
         return
     if hasattr(os, "fchown"):
         with suppress(OSError):
-            os.fchown(handle, was.st_uid, was.st_gid)
+            os.fchown(handle, old.st_uid, old.st_gid)
         with suppress(OSError):
-            os.fchmod(handle, was.st_mode & 0o777)
+            os.fchmod(handle, old.st_mode & 0o777)
 
 
 def _rename_new(name: str, path: Path) -> None:
-    """Errors: FileExistsError where the path is taken, by another program a moment ago too."""
+    """Errors: FileExistsError if the path exists, even if another program created it just now."""
     try:
         os.link(name, path)
     except FileExistsError:
         raise
     except OSError:  # a file system without links
         if os.path.lexists(path):
-            raise FileExistsError(f"{path} is there already") from None
+            raise FileExistsError(f"{path} already exists") from None
         os.replace(name, path)
 
 
 def copy_whole(source: Path, target: Path) -> None:
-    """`target` becomes the very file `source` is, without a copy where the file system has hard
-    links.
-    """
+    """Make `target` a hard link to `source`, or a copy if the file system has no hard links."""
     with suppress(OSError):
         target.unlink(missing_ok=True)
         os.link(source, target)
@@ -254,7 +250,7 @@ def copy_whole(source: Path, target: Path) -> None:
 
 
 def set_aside(path: Path) -> Path:
-    """Rename a damaged file, so that nothing is lost with it; returns where it is now."""
+    """Rename a damaged file instead of overwriting it; returns its new path."""
     names = (path.with_name(f"{path.name}.damaged{f'-{n}' if n else ''}") for n in range(10_000))
     target = next(name for name in names if not os.path.lexists(name))
     os.replace(path, target)
@@ -262,19 +258,19 @@ def set_aside(path: Path) -> Path:
 
 
 def clean_temporary(folder: Path) -> None:
-    """Remove the temporary files of writers that were killed; those of living ones are left alone."""
+    """Remove the temporary files of writers that were killed, but not those of running ones."""
     if not folder.is_dir():
         return
-    with os.scandir(folder) as entries:
-        names = list(entries)
-    for entry in names:
+    with os.scandir(folder) as scan:
+        entries = list(scan)
+    for entry in entries:
         if not _TEMPORARY.fullmatch(entry.name):
             continue
         with suppress(OSError):
             handle = os.open(entry.path, os.O_RDONLY)
             try:
-                dead = _locked(handle)
+                is_dead = _locked(handle)
             finally:
                 os.close(handle)
-            if dead or fcntl is None:
+            if is_dead or fcntl is None:
                 os.unlink(entry.path)

@@ -1,16 +1,15 @@
-"""Stage 4: which numbers of the adapter a concept needs - the diagonal of the Fisher information,
-from per-sample gradients.
+"""Stage 4: which parameters of the adapter a concept needs - the diagonal of the Fisher
+information, from per-sample gradients.
 
-    L_F = L_denoise(x, c_n) + CE( p(. | x) over c_k, one-hot c_n )        F_n = mean over samples of
-    (dL_F / dtheta)^2, rescaled to mean 1
+    L_F = L_denoise(x, c_n) + CE( p(. | x) over c_k, one-hot c_n )
+    F_n = mean over samples of (dL_F / dtheta)^2, rescaled to mean 1
 
-One sample is one (picture, timestep, noise), its template and c_k those of its batch. Gradients are
-squared sample by sample, then averaged;
-squaring the mean gradient of a batch is the classic error. No loop over samples is needed: a K or V
-projection turns text features c
-(rows, 77, d_text) into (W0 + delta) c, so a sample's gradient in delta is the sum over its rows and
-tokens of (dL / d output) c^T, and the chain
-rule takes it to A and B.
+A sample is one (image, timestep, noise); template and c_k are shared by its batch. Gradients are
+squared per sample, then averaged; squaring the mean gradient of a batch is the classic error. No
+loop over samples is needed: a K or V projection maps text features c (rows, 77, d_text) to
+(W0 + delta) c, so a sample's gradient in delta is the sum over its rows and tokens of
+(dL / d output) c^T, and the chain rule gives those of A and B.
+
 Source: Kirkpatrick et al. 2017 (EWC, arXiv 1612.00796); Jha et al. 2025 for L_F.
 """
 
@@ -34,8 +33,8 @@ from .settings import ResolvedSettings
 
 @dataclass(frozen=True)
 class FisherInputs:
-    """What the Fisher is taken of: latents (4, h, w) of the newest concept, its name ("V2 mug") and
-    class noun, the names of earlier concepts.
+    """Latents (4, h, w) of the newest concept, its name ("V2 mug") and class noun, the names of
+    earlier concepts.
 
     `tau` is the temperature of the cross-entropy term; None leaves that term out.
     """
@@ -55,7 +54,7 @@ def fisher(
     settings: ResolvedSettings,
     on_progress: OnProgress,
 ) -> Adapter:
-    """F_n for the attached, trainable `factors`, rescaled to mean 1: named as they are, or
+    """F_n of the attached, trainable `factors`, rescaled to mean 1: under the same names, or
     "<layer>.W" in the space of delta.
     """
     total: Adapter = {}
@@ -76,8 +75,8 @@ def spectrum(
     layers: Sequence[str],
     top: int,
 ) -> dict[str, Tensor]:
-    """The largest eigenvalues of the whole (not only diagonal) Fisher matrix of single layers,
-    falling, (top,) each.
+    """The largest eigenvalues of the full (not only diagonal) Fisher matrix of single layers, in
+    descending order, (top,) each.
     """
     rows: dict[str, list[Tensor]] = {layer: [] for layer in layers}
     for layer, gradients in _sampled(backbone, factors, target, text, settings, lambda _: None):
@@ -87,7 +86,7 @@ def spectrum(
 
 
 def top_eigenvalues(gradients: Tensor, top: int) -> Tensor:
-    """Largest eigenvalues of mean(g g^T) over samples, falling: gradients (n, p) -> (top,).
+    """Largest eigenvalues of mean(g g^T) over samples, descending: gradients (n, p) -> (top,).
 
     The small Gram matrix (n, n) has the same ones.
     """
@@ -103,7 +102,7 @@ def _sampled(
     settings: ResolvedSettings,
     on_progress: OnProgress,
 ) -> Iterator[tuple[str, dict[str, Tensor]]]:
-    """The gradients of `settings.fisher_samples` samples, batch after batch, layer after layer."""
+    """The gradients of `settings.fisher_samples` samples, batch by batch and layer by layer."""
     prompts = 1 if target.tau is None else 2 + min(len(target.previous), settings.subset - 2)
     n, done, number = max(1, settings.batch // prompts), 0, 0
     while done < settings.fisher_samples:
@@ -125,32 +124,27 @@ def _loss_of_batch(
     n: int,
     generator: torch.Generator,
 ) -> Callable[[], Tensor]:
-    """L_F of n samples drawn with `generator`, (n,): the first prompt names c_n, the others are c_0
-    and a random few of the previous.
+    """L_F of n samples drawn with `generator`, (n,): the first prompt names c_n, the others c_0 and
+    a random few of the previous concepts.
     """
     _, clean, timestep, noise = random_batch(target.latents, n, generator)
     template = one_of(TEMPLATES, generator)
-    names = (
-        [target.name]
-        if target.tau is None
-        else [target.name, target.noun, *subset(target.previous, k, generator)]
-    )
+    names = [target.name]
+    if target.tau is not None:
+        names += [target.noun, *subset(target.previous, k, generator)]
     features = text([template.format(name) for name in names])
     noisy, wanted = noised(backbone, clean, noise, timestep)
 
     def loss() -> Tensor:
         error = errors(predictions(backbone, noisy, timestep, features), wanted)
-        return (
-            error[:, 0]
-            if target.tau is None
-            else error[:, 0] - log_posterior(error, target.tau)[:, 0]
-        )
+        if target.tau is None:
+            return error[:, 0]
+        return error[:, 0] - log_posterior(error, target.tau)[:, 0]
 
     return loss
 
 
-# --- per-sample gradients
-# --------------------------------------------------------------------------------------------------
+# --- per-sample gradients ------------------------------------------------------------------------
 
 
 def per_sample_gradients(
@@ -161,11 +155,11 @@ def per_sample_gradients(
     *,
     in_delta: bool = False,
 ) -> Iterator[tuple[str, dict[str, Tensor]]]:
-    """Yield (layer, gradients of that layer's factors by letter, (n, ...) each), one layer after
-    another; `in_delta` those of delta, as "W".
+    """Yield each layer with the gradients of its factors by letter, (n, ...) each, or with
+    `in_delta` that of delta, as "W".
 
     `loss` returns one number per sample, (n,), from one U-Net call whose rows belong to the samples
-    in order, equally many each.
+    in order, the same number to each.
     """
     seen: dict[str, tuple[Tensor, list[Tensor]]] = {}
     scale = backbone.gradient_scale
@@ -177,12 +171,10 @@ def per_sample_gradients(
             t.detach().float().unflatten(0, (n, -1)).flatten(1, 2) for t in (inputs, outputs[0])
         )
         gradient = torch.einsum("nto,nti->noi", g / scale, c)
-        yield (
-            layer,
-            {"W": gradient}
-            if in_delta
-            else _pulled_back({k: p.detach() for k, p in parts.items()}, gradient),
-        )
+        if in_delta:
+            yield layer, {"W": gradient}
+        else:
+            yield layer, _pulled_back({k: p.detach() for k, p in parts.items()}, gradient)
     for parameter in factors.values():
         parameter.grad = None
 
@@ -197,8 +189,8 @@ def _pulled_back(parts: dict[str, Tensor], gradient: Tensor) -> dict[str, Tensor
 
 @contextmanager
 def _watched(backbone: Backbone, seen: dict[str, tuple[Tensor, list[Tensor]]]) -> Iterator[None]:
-    """While inside, every adapted projection notes its input and the gradient of its output (of the
-    first call: checkpointing calls twice).
+    """Inside the block every adapted projection records its input and the gradient of its output
+    (of the first call: checkpointing calls twice).
     """
     handles = []
     for layer, module in adapted_layers(backbone).items():

@@ -1,7 +1,7 @@
 """Stage 1: a K/V LoRA or an embedding that another program made -> our adapter and word.
 
-in: a safetensors file in kohya's, diffusers' or PEFT's names - out: an `Adapter` of the
-checkpoint's layers; an embedding's vectors. Only what changes K and V of cross-attention can become a
+in: a safetensors file with kohya's, diffusers' or PEFT's names - out: an `Adapter` for the
+checkpoint's layers; an embedding's vectors. Only changes of cross-attention's K and V can become a
 concept: anything else in the file is refused, not dropped.
 """
 
@@ -44,21 +44,19 @@ _PREFIX = re.compile(r"^(lora_unet_|unet\.|base_model\.model\.|diffusion_model\.
 
 def read_lora(path: Path, backbone: Backbone, strength: float = 1.0) -> Adapter:
     """The file's change of the checkpoint's K/V layers, A (r, d_text) and B (d_out, r), zero in
-    layers it leaves alone.
+    layers it does not change.
 
-    Errors: StackError for a file that is none, changes other layers too, or belongs to another kind
-    of checkpoint.
+    Errors: StackError for a file that is not a LoRA, changes other layers too, or belongs to
+    another kind of checkpoint.
     """
     tensors = _read(path)
-    known = {
-        _plain(name): layer
-        for layer, ldm in keys.unet_names(backbone.kv_layers).items()
-        for name in (layer, ldm)
-    }
+    layers = {}
+    for layer, ldm in keys.unet_names(backbone.kv_layers).items():
+        layers[_plain(layer)] = layers[_plain(ldm)] = layer
     matrices, others = {"down": {}, "up": {}, "alpha": {}}, set()
     for name, tensor in tensors.items():
         ending = next((e for e in _ENDINGS if name.endswith(e)), "")
-        layer = known.get(_plain(name.removesuffix(ending)))
+        layer = layers.get(_plain(name.removesuffix(ending)))
         if not ending or layer is None:
             others.add(name.removesuffix(ending))
         else:
@@ -66,19 +64,19 @@ def read_lora(path: Path, backbone: Backbone, strength: float = 1.0) -> Adapter:
     downs, ups = matrices["down"], matrices["up"]
     if not any(name.endswith(_DOWN) for name in tensors):
         raise StackError(
-            f"{path} is no LoRA this program can read: no pair of lora_down and lora_up (or "
-            "lora_A and lora_B) is in it."
+            f"{path} is not a LoRA this program can read: it contains no pair of lora_down and "
+            "lora_up (or lora_A and lora_B). Choose another file."
         )
     if others:
         raise StackError(
-            f"{path} changes {len(others)} layers besides K and V of cross-attention, "
-            f"{sorted(others)[0]} for one, and none of that could be kept. "
-            "Only K/V LoRAs (Custom Diffusion's layers) can become a concept."
+            f"{path} changes {len(others)} layers besides K and V of cross-attention, for example "
+            f"{sorted(others)[0]}, which could not be kept. Only K/V LoRAs (Custom Diffusion's "
+            "layers) can become a concept."
         )
     if halves := sorted(downs.keys() ^ ups.keys()):
         raise StackError(
-            f"{path} is damaged: {halves[0]} has only one of its two matrices, {len(halves)} "
-            "layers in all. Get the file again."
+            f"{path} is damaged: layers with only one of their two matrices: {len(halves)}, the "
+            f"first is {halves[0]}. Get the file again."
         )
     adapter = {}
     for layer, module in backbone.kv_layers.items():
@@ -99,13 +97,11 @@ def read_lora(path: Path, backbone: Backbone, strength: float = 1.0) -> Adapter:
 def read_word(path: Path, backbone: Backbone) -> Tensor:
     """The vectors of a textual-inversion embedding, (k, d).
 
-    Errors: StackError for a file that is none or has another width.
+    Errors: StackError for a file that is not an embedding, or has another width.
     """
     tensors = _read(path)
-    if len(backbone.word_widths) == 2 and tensors.keys() >= {
-        "clip_l",
-        "clip_g",
-    }:  # SDXL's, a vector for each text encoder
+    # SDXL's has vectors for each text encoder
+    if len(backbone.word_widths) == 2 and tensors.keys() >= {"clip_l", "clip_g"}:
         tensors = {"": torch.cat([tensors["clip_l"], tensors["clip_g"]], -1)}
     vectors = [
         tensor
@@ -114,8 +110,8 @@ def read_word(path: Path, backbone: Backbone) -> Tensor:
     ]
     if len(vectors) != 1 or not 0 < vectors[0].numel() <= MOST_VECTORS * backbone.word_width:
         raise StackError(
-            f"{path} is no embedding of 1 to {MOST_VECTORS} vectors with {backbone.word_width} "
-            "numbers each, which is what a concept's word is here."
+            f"{path} is not an embedding for this checkpoint. Expected 1 to {MOST_VECTORS} vectors "
+            f"with {backbone.word_width} numbers each."
         )
     return vectors[0].reshape(-1, backbone.word_width).float()
 
@@ -127,8 +123,8 @@ def word_of_vocabulary(trigger: str, backbone: Backbone) -> Tensor:
     """
     if (word := backbone.word_of_vocabulary(trigger)) is None:
         raise StackError(
-            f"The trigger {trigger!r} is several tokens, a concept's word is one. Name the class "
-            "noun apart, or give its `embedding`."
+            f"The trigger {trigger!r} is several tokens, but has to be one. Give the class noun "
+            "separately, or an `embedding` instead."
         )
     return word
 
@@ -136,14 +132,14 @@ def word_of_vocabulary(trigger: str, backbone: Backbone) -> Tensor:
 def imported_concept(
     backbone: Backbone, request: ImportRequest
 ) -> tuple[Tensor, Adapter, ConceptRecord]:
-    """Word, adapter and record of what another program made. Its id follows from the file and the
-    word.
+    """Word, adapter and record of a concept from another program. Its id is a hash of the file and
+    the word.
 
-    Errors: SettingError where its word is not said, or said twice; StackError as in `read_lora`.
+    Errors: SettingError without embedding and trigger, or with both; StackError as in `read_lora`.
     """
     if bool(request.embedding) == bool(request.trigger):
         raise SettingError(
-            "An imported concept needs its word: either an `embedding` or a `trigger`, and not "
+            "An imported concept needs its word: give either an `embedding` or a `trigger`, not "
             "both."
         )
     if request.embedding:
@@ -172,7 +168,7 @@ def imported_concept(
 
 
 def _plain(name: str) -> str:
-    """One spelling for the layer's name in all three layouts."""
+    """A layer's name, spelled the same for all three layouts."""
     return re.sub(r"[._]", "", _PREFIX.sub("", name).replace("processor", ""))
 
 
@@ -183,6 +179,6 @@ def _read(path: Path) -> dict[str, Tensor]:
         return load_file(path)
     except (SafetensorError, OSError) as error:
         raise StackError(
-            f"{path} can't be read ({error}): it is cut short or no safetensors file. Pickles "
+            f"{path} can't be read ({error}): it is truncated or not a safetensors file. Pickles "
             "(.pt, .bin) are not loaded."
         ) from None

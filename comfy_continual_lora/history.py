@@ -1,4 +1,4 @@
-"""Stage 6: going back in a stack's history: undo the last change, restore a version, say how many
+"""Stage 6: going back in a stack's history: undo the last change, restore a version, set how many
 versions are kept.
 """
 
@@ -34,20 +34,17 @@ from .versions import (
 
 
 def undo(path: Path, version: int | None = None) -> UndoResult:
-    """Take the last change back, whatever it was: the stack is again exactly as before it.
+    """Undo the last change, whatever it was: the stack is exactly as it was before.
 
-    What is left stays in the history. Where the version before is no longer kept, the newest
-    concept is
-    taken off, if learning it was the last change. `version`: the number of the version that is
-    meant.
-    Errors: StackError where there is nothing to take back, or the stack is at another version by
-    now.
+    The version that is undone stays in the history. If its parent is no longer kept but the change
+    was to learn the newest concept, that is taken off. `version`: the number of the version to undo.
+    Errors: StackError if there is nothing to undo, or if another version is in use by now.
     """
     path = real_file(path)
     with writing(path):
-        was = read_header(path)
+        before = read_header(path)
         current = in_use(path)
-        assert current  # its header was just read
+        assert current  # its header has just been read
         if version is not None and version != current.number:
             raise StackError(
                 f"The stack {path} has changed: it is at version {current.number} now "
@@ -60,42 +57,42 @@ def undo(path: Path, version: int | None = None) -> UndoResult:
             save_version(stack, path, change("undone", stack.records), knows_parent=False)
         else:
             raise StackError(undo_preview(path))
-        now = read_header(path)
-    return _undone(was, now, current)
+        after = read_header(path)
+    return _undone(before["concepts"], after["concepts"], current)
 
 
-def _undone(was: dict[str, Any], now: dict[str, Any], left: Version) -> UndoResult:
-    """The change is about the last concept that is on one side alone, else about the newest."""
-    before = {record["id"]: record for record in was["concepts"]}
-    after = {record["id"]: record for record in now["concepts"]}
-    differs = before.keys() ^ after.keys()
-    about = [record for one, record in (*before.items(), *after.items()) if one in differs]
-    concept = (about or was["concepts"] or [{"token": "", "noun": ""}])[-1]
-    tokens = [record["token"] for record in now["concepts"]]
-    return UndoResult(left.change, concept["token"], concept["noun"], tokens, left.number)
+def _undone(
+    before: list[dict[str, Any]], after: list[dict[str, Any]], undone: Version
+) -> UndoResult:
+    """The change is about the last concept that only one side has, or else the newest."""
+    changed = {record["id"] for record in before} ^ {record["id"] for record in after}
+    about = [record for record in (*before, *after) if record["id"] in changed]
+    concept = (about or before or [{"token": "", "noun": ""}])[-1]
+    tokens = [record["token"] for record in after]
+    return UndoResult(undone.change, concept["token"], concept["noun"], tokens, undone.number)
 
 
 def restore(path: Path, number: int) -> Version:
-    """Go to the version with this number; the one in use now stays in the history. A damaged one is
-    set aside as <name>.damaged.
+    """Go back to the version with this number. The one in use stays in the history; if it is
+    damaged, it is renamed to <name>.damaged.
 
     Errors: StackError for a number that is not kept, or a version that can't be read.
     """
     path = real_file(path)
     with writing(path):
         try:
-            known = versions(path)
+            available = versions(path)
         except StackError:
-            known = earlier(path)
-        chosen = next((one for one in known if one.number == number), None)
+            available = earlier(path)
+        chosen = next((one for one in available if one.number == number), None)
         if chosen is None:
-            numbers = ", ".join(str(one.number) for one in known) or "none"
-            raise StackError(f"There is no version {number} of {path}. Kept are: {numbers}.")
+            numbers = ", ".join(str(one.number) for one in available) or "none"
+            raise StackError(f"There is no version {number} of {path}. Available: {numbers}.")
         if not chosen.current:
             _go_back(path, chosen)
-        now = in_use(path)
-        assert now  # it was just written
-        return now
+        restored = in_use(path)
+        assert restored  # it has just been written
+        return restored
 
 
 def _go_back(path: Path, chosen: Version) -> None:
@@ -111,23 +108,23 @@ def _go_back(path: Path, chosen: Version) -> None:
             if stack.history:
                 keep(path, current, versions(path)[0].number + 1)
         if (header["number"], header["history"]) == (chosen.number, stack.history):
-            chosen.file.replace(path)  # needs no room on the disk
+            chosen.file.replace(path)  # needs no disk space
         else:
             write(stack, path, chosen.number, chosen.parent, change_of(header))
             chosen.file.unlink()
 
 
 def keep_versions(path: Path, count: int) -> None:
-    """Say how many earlier versions this stack keeps; those that are too many go at once.
+    """Set how many earlier versions this stack keeps; any more are deleted immediately.
 
     Errors: StackError for a number out of range.
     """
     if not 0 <= count <= 1000:
-        raise StackError(f"A stack can keep 0 to 1000 earlier versions; {count} was asked for.")
+        raise StackError(f"A stack can keep 0 to 1000 earlier versions, not {count}.")
     path = real_file(path)
     with writing(path):
         stack, current = open_stack(path), in_use(path)
-        assert current  # it was just read
+        assert current  # it has just been read
         stack.history = count
         with explain_failed_write(path):
             write(stack, path, current.number, current.parent, change_of(read_header(path)))

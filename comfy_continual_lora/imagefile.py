@@ -1,5 +1,5 @@
-"""Stage 2: image files, opened as the formats we name and as nothing else, and written over nothing
-but our own. Light: front ends use it.
+"""Stage 2: image files: only listed formats are opened, and only our own files are overwritten.
+Light: front ends use it.
 
 Pillow chooses a decoder by a file's first bytes, whatever its name: a PostScript file called .png
 starts Ghostscript.
@@ -16,10 +16,9 @@ from PIL import Image, UnidentifiedImageError
 
 from .errors import ConceptImagesError, SettingError
 
-# Decoders that run nothing but themselves. MPO: JPEGs of phones; AVIF and HEIF: where Pillow has
-# them.
+# Decoders that start no other program. MPO: JPEGs from phones; AVIF and HEIF: if Pillow has them
 FORMATS = ("JPEG", "MPO", "PNG", "WEBP", "BMP", "DIB", "TIFF", "GIF", "PPM", "AVIF", "HEIF")
-ENDINGS = (".png", ".jpg", ".jpeg", ".webp")  # of images that are written
+ENDINGS = (".png", ".jpg", ".jpeg", ".webp")  # of images that we write
 MAX_PIXELS = 100_000_000
 _SOFTWARE, _US = 0x0131, "comfy-continual-lora"
 _MODERN = {
@@ -38,34 +37,33 @@ _MODERN = {
 def opened(source: Path | IO[bytes]) -> Iterator[Image.Image]:
     """An image file of one of FORMATS, not decoded yet; `source` may be an open file.
 
-    Errors: ConceptImagesError for any other file, for one that is absurdly large or cut short.
+    Errors: ConceptImagesError for any other file, one that is truncated, or more than MAX_PIXELS.
     """
     name = source if isinstance(source, Path) else "The image"
     Image.init()
-    known = [one for one in FORMATS if one in Image.OPEN]
+    formats = [one for one in FORMATS if one in Image.OPEN]
     try:
-        with Image.open(source, formats=known) as image:
+        with Image.open(source, formats=formats) as image:
             if image.width * image.height > MAX_PIXELS:
                 size = f"{image.width} x {image.height} pixels"
                 raise ConceptImagesError(
-                    f"{name} is {size}; at most {MAX_PIXELS:,} in all are read. Scale it down."
+                    f"{name} has {size}; the limit is {MAX_PIXELS:,} in total. Scale it down."
                 )
             yield image
     except UnidentifiedImageError:
         raise ConceptImagesError(_unknown(source, name)) from None
     except Image.DecompressionBombError as error:
         raise ConceptImagesError(
-            f"{name} is too large ({error}). Scale it down; at most {MAX_PIXELS:,} pixels are read."
+            f"{name} is too large ({error}). Scale it down; the limit is {MAX_PIXELS:,} pixels."
         ) from None
     except (OSError, SyntaxError, ValueError, RuntimeError) as error:
         raise ConceptImagesError(
-            f"{name} can't be read as an image ({error}). It may be cut short; replace it or take "
-            "it out."
+            f"{name} can't be read as an image ({error}). It may be truncated; replace or remove it."
         ) from None
 
 
 def _unknown(source: Path | IO[bytes], name: object) -> str:
-    """What to say of a file that no decoder of ours takes."""
+    """The message for a file that none of our decoders accepts."""
     start = b""
     if isinstance(source, Path):
         with source.open("rb") as file:
@@ -76,12 +74,12 @@ def _unknown(source: Path | IO[bytes], name: object) -> str:
             f"{name} is an {modern} image, which this Pillow can't read. Convert it to JPEG or PNG."
         )
     return (
-        f"{name} can't be read as an image: it is none of JPEG, PNG, WebP, BMP, TIFF, GIF and "
-        "AVIF. Convert it to JPEG or PNG, or take it out."
+        f"{name} can't be read as an image. Expected JPEG, PNG, WebP, BMP, TIFF, GIF or AVIF. "
+        "Convert it to JPEG or PNG, or remove it."
     )
 
 
-# --- written -------------------------------------------------------------------------------------
+# --- writing -------------------------------------------------------------------------------------
 
 
 def is_own(path: Path) -> bool:
@@ -89,28 +87,28 @@ def is_own(path: Path) -> bool:
     try:
         with opened(path) as image:
             return image.getexif().get(_SOFTWARE) == _US
-    except Exception:  # whatever is wrong with it, ours is not
+    except Exception:  # our own images can be opened
         return False
 
 
 def check_output(path: Path) -> None:
-    """Refuse an output that could not be written in the end.
+    """Refuse an output path that could not be written at the end.
 
-    Errors: SettingError for its ending, or for a file that is somebody's.
+    Errors: SettingError for another suffix, or for a file that this program did not write.
     """
     if path.suffix.lower() not in ENDINGS:
         raise SettingError(
-            f"{path} is no name for an image. It has to end in one of {', '.join(ENDINGS)}."
+            f"{path} is not an image's file name. It has to end in one of {', '.join(ENDINGS)}."
         )
     if path.exists() and not is_own(path):
         raise SettingError(
-            f"{path} is there already, and this program did not write it. Name another file, or "
+            f"{path} already exists, and this program did not write it. Choose another name, or "
             "move it away."
         )
 
 
 def save_own(image: Image.Image, path: Path) -> None:
-    """Write an image that says whose it is; one that says so is replaced.
+    """Write an image marked as ours; only an image with that mark is replaced.
 
     Errors: SettingError as `check_output`.
     """
@@ -122,6 +120,6 @@ def save_own(image: Image.Image, path: Path) -> None:
         image.save(path, exif=exif)
     except OSError as error:
         raise SettingError(
-            f"{path} can't be written ({error.strerror or error}). Name another file, or make "
-            "room there."
+            f"{path} can't be written ({error.strerror or error}). Choose another name, or free "
+            "some space there."
         ) from None

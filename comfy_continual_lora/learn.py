@@ -3,8 +3,8 @@
     minimise over LoRA_n and V_n   E || eps - eps_theta(z_t, t, prompt with V_n) ||^2  +  penalties
                                                                               (Jha et al. 2025)
 
-in: a backbone and `TrainingInputs` (latents and prompts of the pictures, where the adapter and the word
-start) - out: `Trained`.
+in: a backbone and `TrainingInputs` (latents and prompts of the images, the initial adapter and
+word) - out: `Trained`.
 """
 
 from __future__ import annotations
@@ -38,10 +38,10 @@ from .training import Run, asked_for, compute_dtype, optimizer_for, precondition
 
 @dataclass(frozen=True)
 class TrainingInputs:
-    """What is learned, and from where.
+    """What is learned, and the starting point.
 
-    latents (4, h, w) and their pictures' prompts (picture i has prompts[i % len(prompts)]), the new
-    token; `words` are the earlier ones (frozen); `adapter` and `word` the starting point.
+    Latents (4, h, w) and their prompts (latent i has prompts[i % len(prompts)]), the new token;
+    `words` are the earlier ones (frozen); `adapter` and `word` are the initial ones.
     """
 
     latents: Sequence[Tensor]
@@ -52,16 +52,16 @@ class TrainingInputs:
     word: Tensor
     trains_adapter: bool = True
     penalties: Mapping[str, Penalty] = field(default_factory=dict)
-    frozen_adapter: Adapter | None = None  # a LoRA that stays below a new one
-    preview_names: Sequence[str] = ()  # of what the preview pictures show
-    masks: Sequence[Tensor] | None = None  # (1, h, w): what of each latent is learned from
-    preconditioner: Tensor | None = None  # (d, d): coordinates of text space that A steps in
-    source: Mapping[str, str] = field(default_factory=dict)  # what a run learns from, by name
+    frozen_adapter: Adapter | None = None  # a LoRA under the new one
+    preview_names: Sequence[str] = ()  # the concepts in previews, as prompts name them
+    masks: Sequence[Tensor] | None = None  # (1, h, w): the weight of each latent pixel in the loss
+    preconditioner: Tensor | None = None  # (d, d): coordinates of text space that A is trained in
+    source: Mapping[str, str] = field(default_factory=dict)  # identifies the data (`source_of`)
 
 
 @dataclass(frozen=True)
 class Trained:
-    """What a run ends with: the adapter (None if the method has none and none was there), the
+    """The result of a run: the adapter (None if there was none and the method trains none), the
     word's vectors, the loss of every step.
     """
 
@@ -79,8 +79,8 @@ def learn(
 ) -> Trained:
     """Learn one concept.
 
-    Stopped by `on_progress`, it leaves a snapshot and lets the exception through. The net keeps the
-    dtype it learned with. Errors: TrainingError when the loss is not a number.
+    If `on_progress` raises, a snapshot is left and the exception passes through. The net keeps the
+    dtype it learned with. Errors: TrainingError if the loss is not finite.
     """
     adapter = attached(
         backbone,
@@ -118,7 +118,7 @@ def _run(
     factors: Mapping[str, nn.Parameter],
     word: nn.Parameter,
 ) -> Run:
-    """What is trained, and at which rates."""
+    """The run with its trained parameters and learning rates."""
     groups = [{"params": [word], "lr": settings.token_rate, "weight_decay": 0.0}]
     trained = {"word": word}
     if inputs.trains_adapter:
@@ -144,7 +144,7 @@ def _terms(
     step: int,
     rows: slice,
 ) -> dict[str, Tensor]:
-    """The terms of a step's loss, means over these of its pictures."""
+    """The terms of a step's loss, means over these of its images."""
     generator = generator_for(settings.seed, step)
     drawn = random_batch(inputs.latents, settings.batch, generator)
     prompts = [
@@ -166,9 +166,9 @@ def _terms(
 
 
 def preview(backbone: Backbone, words: Mapping[str, Tensor], names: Sequence[str]) -> Image:
-    """What is drawn of these now, side by side.
+    """These concepts as they are drawn now, side by side.
 
-    Its draws are its own: a run with previews ends as one without.
+    It uses its own random draws, so a run with previews ends like one without.
     """
     settings = DrawSettings(steps=15).resolved(backbone.preset)
     pictures = draw(

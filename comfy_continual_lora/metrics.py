@@ -1,5 +1,5 @@
-"""Stage 8: how much is remembered: distances between sets of image features, and their summaries
-over a sequence of concepts.
+"""Stage 8: retention metrics: distances between sets of image features, and their summaries over a
+sequence of concepts.
 
 Shapes: x (n, d) and y (m, d) features of two sets of pictures; no argument is changed. X_{D,j} are
 the features of concept j's real pictures, X_{i,j} those of concept j drawn after concept i was
@@ -51,7 +51,7 @@ def mmd2(x: Tensor, y: Tensor, kernel: Kernel = quadratic) -> float:
     """Unbiased MMD^2. Errors: ValueError for a set of fewer than two."""
     n, m = len(x), len(y)
     if min(n, m) < 2:
-        raise ValueError(f"MMD needs two pictures and more in each set; there are {n} and {m}.")
+        raise ValueError(f"MMD needs at least two images in each set; there are {n} and {m}.")
     x, y = x.double(), y.double()
     own, other = kernel(x, x), kernel(y, y)
     within = (own.sum() - own.diagonal().sum()) / (n * (n - 1)) + (
@@ -80,7 +80,7 @@ def retention_matrix(
 ) -> Tensor:
     """R[i, j] = MMD^2(X_{D,j}, X_{i,j}) on features of length 1: real[j], drawn[i, j] -> (N, N).
 
-    Concepts are counted from 0; NaN where nothing was drawn.
+    Concepts are counted from 0; NaN if nothing was drawn.
     """
     count = len(real)
     matrix = torch.full((count, count), torch.nan)

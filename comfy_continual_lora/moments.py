@@ -1,6 +1,6 @@
-"""Stage 4: second moments of text features that were computed before, kept beside the stack.
+"""Stage 4: a cache of second moments of text features, beside the stack.
 
-A moment depends on the text encoders, the prompts and the learned words alone, and these never change
+A moment depends only on the text encoders, the prompts and the learned words, which never change
 once a concept is learned. Encoding them again for every new concept would make the hundredth take
 longer to prepare than to learn.
 
@@ -33,26 +33,26 @@ def clear_cache(folder: Path) -> None:
 
 
 class MomentCache:
-    """`textspace.moment` that encodes the same prompts once; `folder` None keeps nothing on disk."""
+    """`textspace.moment` with a cache in `folder`; None keeps nothing on disk."""
 
     def __init__(self, backbone: Backbone, folder: Path | None = None) -> None:
         self.backbone, self.folder = backbone, folder
         self.used: set[Path] = set()
-        self.encoder = ""  # a hash of what these text encoders make of nothing, on this device
+        self.encoder = ""  # a hash of the empty prompt's features with these encoders and device
 
     def __call__(
         self, words: Mapping[str, Tensor], prompts: Sequence[str], share: float | None = None
     ) -> Tensor:
         """As `moment`, (d, d) float32 on the CPU."""
         path = self._path(words, prompts, share)
-        known = self._read(path)
-        if known is None:
-            known = moment(self.backbone, words, prompts, share).cpu()
-            self._write(path, known)
-        return known
+        matrix = self._read(path)
+        if matrix is None:
+            matrix = moment(self.backbone, words, prompts, share).cpu()
+            self._write(path, matrix)
+        return matrix
 
     def drop_unused(self) -> None:
-        """Remove what this object was not asked for: moments of concepts that are gone."""
+        """Remove moments that this object was not asked for: those of removed concepts."""
         if self.folder is not None and self.used:
             with suppress(OSError):
                 for path in set(self.folder.glob("*.moment")) - self.used:
@@ -78,31 +78,31 @@ class MomentCache:
         return path
 
     def _read(self, path: Path | None) -> Tensor | None:
-        """None where there is none that can be used."""
+        """None if there is no usable one."""
         width = self.backbone.word_width
         try:
-            held = load(path.read_bytes())["moment"] if path else None
+            stored = load(path.read_bytes())["moment"] if path else None
         except (OSError, SafetensorError, KeyError):
             return None
-        if held is None or held.dtype != torch.float32 or not held.isfinite().all():
+        if stored is None or stored.dtype != torch.float32 or not stored.isfinite().all():
             return None
-        if held.shape == (width, width):
-            return held
+        if stored.shape == (width, width):
+            return stored
         rows, columns = torch.triu_indices(width, width)
-        if held.shape != rows.shape:
+        if stored.shape != rows.shape:
             return None
-        whole = torch.zeros(width, width)
-        whole[rows, columns] = held
-        whole[columns, rows] = held
-        return whole
+        matrix = torch.zeros(width, width)
+        matrix[rows, columns] = stored
+        matrix[columns, rows] = stored
+        return matrix
 
-    def _write(self, path: Path | None, computed: Tensor) -> None:
-        """Without room it is computed again the next time."""
+    def _write(self, path: Path | None, matrix: Tensor) -> None:
+        """A failure to write is ignored: the moment is computed again next time."""
         if path is None:
             return
-        rows, columns = torch.triu_indices(*computed.shape)
-        symmetric = torch.equal(computed, computed.T)  # rounding may make it not quite so
-        held = computed[rows, columns] if symmetric else computed
+        rows, columns = torch.triu_indices(*matrix.shape)
+        is_symmetric = torch.equal(matrix, matrix.T)  # not always, because of rounding
+        stored = matrix[rows, columns] if is_symmetric else matrix
         with suppress(OSError):
             path.parent.mkdir(exist_ok=True)
-            write_whole(path, save({"moment": held.contiguous()}))
+            write_whole(path, save({"moment": stored.contiguous()}))

@@ -1,7 +1,7 @@
 """The table of operations, which every front end reads. Light.
 
-A front end makes the request of an operation from what its user gave, calls the operation, and shows
-the result's `summary()` or sends its `as_json()`.
+A front end makes an operation's request from its user's input, calls the operation, and shows the
+result's `summary()` or sends its `as_json()`.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from .results import Result
 
 @dataclass(frozen=True)
 class Operation:
-    """`name` is that of the command, the route and the worker's job; `function` the pipeline's."""
+    """`name`: of the command, the route and the worker's job; `function`: of the pipeline."""
 
     name: str
     request: type[Request]
@@ -64,7 +64,7 @@ _ALL = (
     Operation(
         "forget",
         ForgetRequest,
-        "take any one concept out, and what later adapters know of it",
+        "remove any one concept, and what later adapters know of it",
         "forget",
     ),
     Operation(
@@ -82,35 +82,33 @@ _ALL = (
     Operation(
         "scores",
         ScoreRequest,
-        "tell which learned concept each picture shows, and how sure that is",
+        "show which learned concept is in each picture, and how certain that is",
         "dc_scores",
     ),
     Operation(
         "evaluate",
         EvaluateRequest,
-        "tell how much of each concept is kept since it was learned",
+        "measure how much of each concept is retained since it was learned",
         "evaluate",
     ),
     Operation("draw", DrawRequest, "draw pictures; learned words stand for their concepts", "draw"),
     Operation(
         "export",
         ExportRequest,
-        "write one LoRA and one embedding a word, for ComfyUI, A1111, Forge and diffusers",
+        "write one LoRA and one embedding per word, for ComfyUI, A1111, Forge and diffusers",
         "export",
     ),
-    Operation(
-        "undo", UndoRequest, "take the last change of the stack back, whatever it was", "undo"
-    ),
+    Operation("undo", UndoRequest, "undo the last change of the stack, whatever it was", "undo"),
     Operation(
         "history",
         HistoryRequest,
-        "list the stack's versions, what made them and what they take",
+        "list the stack's versions, what made them and their size",
         "history",
     ),
     Operation(
         "restore",
         RestoreRequest,
-        "go to another version of the stack; the one in use now is kept",
+        "go back to another version of the stack; the one in use is kept",
         "restore",
     ),
     Operation("info", InfoRequest, "show what a checkpoint has learned", "info"),

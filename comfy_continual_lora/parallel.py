@@ -1,9 +1,9 @@
-"""Several processes learn one concept together, started by `accelerate launch` or `torchrun`: each
-takes its share of every batch.
+"""Data-parallel learning of one concept in several processes, started by `accelerate launch` or
+`torchrun`: each takes its share of every batch.
 
-Every draw is a function of (seed, step), so each process knows the whole batch, and what travels,
-once a step, is the gradient of the few numbers
-that learn. All of them end with the same numbers; the first one writes them down.
+Every draw is a function of (seed, step), so each process knows the whole batch. All they exchange,
+once per step, is the gradient of the few trained parameters. All end with the same values; the
+first one stores them.
 """
 
 from __future__ import annotations
@@ -32,21 +32,19 @@ def is_first() -> bool:
 
 
 def wait() -> None:
-    """Until all processes are here."""
+    """Wait until all processes get here."""
     if rank_and_world_size()[1] > 1:
         dist.barrier()
 
 
 @contextmanager
 def together(device: str) -> Iterator[str]:
-    """Inside the block this process is one of those it was started with; yields its device.
+    """Join the processes this one was launched with, for the block; yields its device.
 
-    Nothing happens where it was started alone.
+    Nothing happens if it was launched alone.
     """
-    started = {"RANK", "WORLD_SIZE", "MASTER_ADDR"} <= os.environ.keys() and int(
-        os.environ["WORLD_SIZE"]
-    ) > 1
-    if not started or dist.is_initialized():
+    launched = {"RANK", "WORLD_SIZE", "MASTER_ADDR"} <= os.environ.keys()
+    if not launched or int(os.environ["WORLD_SIZE"]) < 2 or dist.is_initialized():
         yield device
         return
     cuda = device in ("auto", "cuda") and torch.cuda.is_available()
@@ -58,8 +56,8 @@ def together(device: str) -> Iterator[str]:
 
 
 def shares(n: int, accumulate: int) -> list[tuple[slice, float]]:
-    """What this process takes of n rows, in at most `accumulate` parts, and the weight of each
-    part's mean.
+    """This process's share of n rows, in at most `accumulate` parts, and the weight of each part's
+    mean.
 
     The sum of the weighted means, averaged over the processes (`average`), is the mean over all
     rows.
@@ -75,8 +73,8 @@ def shares(n: int, accumulate: int) -> list[tuple[slice, float]]:
 
 
 def average(parameters: Sequence[nn.Parameter], value: float) -> float:
-    """Give every parameter its mean gradient over all processes, one that is missing counting as
-    zero; returns the mean of `value`.
+    """Give every parameter its mean gradient over all processes (zero for a missing one) and return
+    the mean of `value`.
     """
     if rank_and_world_size()[1] == 1:
         return value

@@ -1,4 +1,4 @@
-"""Stage 3: what may be added to the loss for the sake of what was learned before."""
+"""Stage 3: penalties added to the loss to protect what was learned before."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Step:
-    """What a penalty may look at in a step of training.
+    """What a penalty can use in a training step.
 
     The adapter's factors; while a concept is learned also the words by token, the step's prompts
     (n,) and their features (n, 77, d).

@@ -1,21 +1,21 @@
 """What this project does, from end to end: READ THIS FIRST. Front ends call these functions.
 
-The way of the default method, `retention`, through `learn_concept`:
+How `learn_concept` works with the default method, `retention`:
 
     pictures -> concept.py        latents, prompts, masks
              -> methods/          start: adapter and word; penalties: ordinary prompts stay as they are
              -> learn.py          the denoising loss over adapter and word, in the loop of training.py
              -> consolidation.py  one LoRA closest to what every concept's own did to its prompts
-                                  (targets.py: which prompts, what they ask for; solve.py: the algebra)
+                                  (targets.py: the prompts and their targets; solve.py: the algebra)
              -> store.py          one safetensors file beside the checkpoint
-             -> sample.py, classifier.py, export.py     draw, score, take it elsewhere
+             -> sample.py, classifier.py, export.py     draw, score, export
 
-The paper's methods train once more instead of solving (dsc.py), or measure what a concept needs
-(fisher.py) and hold it (ewc.py): each says so in its own file in methods/.
+The paper's methods train again instead of solving (dsc.py), or measure which parameters a concept
+needs (fisher.py) and hold those (ewc.py); see their files in methods/.
 
 Every function takes one request (requests.py), reports through `on_progress`, raises a
-`ContinualLoraError` that a user can act on, and gives one result (results.py). A failed or cancelled
-call leaves the concept stack as it was.
+`ContinualLoraError` that a user can act on, and returns one result (results.py). A failed or
+cancelled call leaves the concept stack as it was.
 """
 
 from __future__ import annotations
@@ -72,7 +72,7 @@ from .views import select as select
 def learn_concept(request: LearnRequest, on_progress: OnProgress = ignore) -> LearnResult:
     """Teach the checkpoint one more concept and put it on its stack.
 
-    A stopped run goes on when the same request comes again; a finished one is not repeated.
+    The same request resumes a stopped run, and does not repeat a finished one.
     """
     method = checked_method(request)  # the cheapest mistakes first: nothing is loaded yet
     digest = request.digest
@@ -105,7 +105,7 @@ def learn_concept(request: LearnRequest, on_progress: OnProgress = ignore) -> Le
             if session.stack.tau is None:
                 session.stack = session.stack.calibrated(calibrated(learned, trained.adapter))
             adapter = method.consolidate(learned, trained.adapter)
-            parallel.wait()  # until all have read the stack that is to be written now
+            parallel.wait()  # until all processes have read the stack that is about to be written
             if parallel.is_first():
                 stack = method.remember(learned, adapter)
                 if settings.preview_every and stack.adapter is not trained.adapter:
@@ -116,14 +116,15 @@ def learn_concept(request: LearnRequest, on_progress: OnProgress = ignore) -> Le
 
 
 def consolidate(request: ConsolidateRequest, on_progress: OnProgress = ignore) -> ConsolidateResult:
-    """Diffusion Scores Consolidation of the newest concept with all its terms, by itself; the
-    stack's newest adapter and Fisher are replaced.
+    """Run full Diffusion Scores Consolidation on the newest concept; the stack's newest adapter and
+    Fisher are replaced.
     """
     request.check()
     concepts.find_images(request.images)
-    digest, known = request.digest, store.read_records(request.stack_file)
-    if known and known[-1].consolidated == digest:
-        return ConsolidateResult(known[-1], [], request.stack_file, len(known) - 1, again=True)
+    digest = request.digest
+    records = store.read_records(request.stack_file)
+    if records and records[-1].consolidated == digest:
+        return ConsolidateResult(records[-1], [], request.stack_file, len(records) - 1, again=True)
     precision = request.settings.precision
     with open_session(request, on_progress, precision=precision, writes=True) as session:
         learned, adapter, method = newest_again(session, request)
@@ -142,14 +143,14 @@ def consolidate_in_closed_form(
     request: SolveRequest, on_progress: OnProgress = ignore
 ) -> SolveResult:
     """Solve for the one LoRA that does to every concept's prompts what the adapter right after it
-    did. No pictures, no U-Net, no chance.
+    did. Needs no pictures and no U-Net, and is deterministic.
     """
     with open_session(request, on_progress, writes=True) as session:
         stack = session.stack
         if len(stack.records) < 2 or stack.adapter is None:
             raise StackError(
-                f"There is nothing to consolidate: {request.stack_file} needs two concepts at "
-                "least, learned with a LoRA."
+                f"There is nothing to consolidate: {request.stack_file} needs at least two "
+                "concepts, learned with a LoRA."
             )
         bank = prompt_bank(session.backbone, stack, on_progress, count=0, cache=session.cache)
         solved, result = consolidation.consolidated(
@@ -160,9 +161,9 @@ def consolidate_in_closed_form(
 
 
 def forget(request: ForgetRequest, on_progress: OnProgress = ignore) -> ForgetResult:
-    """Take any one concept off the stack, and what the adapters since then know of it."""
+    """Remove any one concept from the stack, and what later adapters know of it."""
     with open_session(request, on_progress, writes=True) as session:
-        gone = session.stack.records[session.stack.index_of(request.token)]
+        record = session.stack.records[session.stack.index_of(request.token)]
         stack = consolidation.without(
             session.backbone,
             session.stack,
@@ -171,19 +172,19 @@ def forget(request: ForgetRequest, on_progress: OnProgress = ignore) -> ForgetRe
             on_progress,
             session.cache,
         )
-        session.commit(stack, "forgot", [gone])
-        clear_cache(session.cache)  # nothing of it stays but in the history
-    return ForgetResult(gone, request.stack_file)
+        session.commit(stack, "forgot", [record])
+        clear_cache(session.cache)  # only the history still contains the concept
+    return ForgetResult(record, request.stack_file)
 
 
 def merge(request: MergeRequest, on_progress: OnProgress = ignore) -> MergeResult:
-    """Put the concepts of another stack of the same checkpoint on this one, but for those it has."""
+    """Put those concepts of another stack of the same checkpoint on this one that it lacks."""
     request.check()
-    known = {record.id for record in store.read_records(request.stack_file)}
-    if known.issuperset(record["id"] for record in read_header(request.other)["concepts"]):
+    own = {record.id for record in store.read_records(request.stack_file)}
+    if own.issuperset(record["id"] for record in read_header(request.other)["concepts"]):
         return MergeResult([], {}, request.stack_file)
     with open_session(request, on_progress, writes=True) as session:
-        known = set(session.stack.words)
+        own = set(session.stack.words)
         stack, renamed = consolidation.merged(
             session.backbone,
             session.stack,
@@ -192,7 +193,7 @@ def merge(request: MergeRequest, on_progress: OnProgress = ignore) -> MergeResul
             on_progress,
             session.cache,
         )
-        added = [record for record in stack.records if record.id not in known]
+        added = [record for record in stack.records if record.id not in own]
         if added:
             session.commit(stack, "merged", added)
     return MergeResult([record.name for record in added], renamed, request.stack_file)
@@ -216,10 +217,10 @@ def import_concept(request: ImportRequest, on_progress: OnProgress = ignore) -> 
 
 
 def undo(request: UndoRequest, on_progress: OnProgress = ignore) -> UndoResult:
-    """Take the last change of the stack back, whatever it was."""
+    """Undo the last change of the stack, whatever it was."""
     return versions.undo(request.stack_file, request.version)
 
 
 def restore(request: RestoreRequest, on_progress: OnProgress = ignore) -> RestoreResult:
-    """Go to a version of the history; the one in use now stays in it."""
+    """Go back to a version of the history; the one in use now stays in it."""
     return RestoreResult(versions.restore(request.stack_file, request.version))

@@ -1,4 +1,4 @@
-"""What learning will take, before a weight is read: memory by part, file sizes, and time.
+"""Estimates what learning will take, before any weight is read: memory by part, file sizes, time.
 
 in: the header of a checkpoint (or a folder's configurations), settings, a device - out: `Plan`, all
 sizes in bytes.
@@ -6,7 +6,7 @@ sizes in bytes.
 Weights, adapter and optimizer are counted. Activations are too: the net runs one step on the meta
 device, where tensors have shapes and no data, and what autograd would keep for the backward pass is
 added up. Temporary memory (workspaces, fragmentation) is not, so the peak is a lower bound;
-benchmarks/LOG.md says how far below the measured one it was. Time is the step's floating-point
+benchmarks/LOG.md compares it with measured ones. Time is the step's floating-point
 operations over the speed of one product of two large matrices on this device, times the share of
 that speed which learning reaches; or, for one small picture at a time, the time the CPU takes to
 launch the GPU's kernels, if that is longer.
@@ -36,8 +36,8 @@ from .settings import LearnSettings, ResolvedSettings
 from .stackfile import read_header
 
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
-# The share of a large product's speed that learning reaches: on CPUs as measured
-# (benchmarks/LOG.md), on GPUs what kohya's steps of an SDXL amount to
+# The share of a large product's speed that learning reaches, at least and at most: measured on CPUs
+# (benchmarks/LOG.md); on GPUs derived from kohya's step times for SDXL
 _CPU_SHARES = (0.3, 0.85)
 _GPU_SHARES = (0.08, 0.3)
 # Seconds of CPU time per torch call, which a fast GPU waits for: 21 to 28 microseconds beside an H200
@@ -51,7 +51,7 @@ class Plan:
     family: str
     device: str
     size: int  # pixels a side
-    rows: int  # pairs of picture and prompt that go through the net at once, at most
+    rows: int  # pairs of image and prompt that go through the net at once, at most
     weights: dict[str, tuple[int, str]]  # by part, each with its dtype
     learned: int  # adapter and word
     optimizer: int  # its state and the gradient
@@ -59,23 +59,22 @@ class Plan:
     peak: int  # of the device; beside a GPU the VAE stays in main memory
     stack_file: int
     exported: int  # the LoRA and the embedding
-    # of the training steps, at best and at worst, without what a method does after them
+    # of the training steps, at best and at worst, without the method's further stages
     seconds: tuple[float, float]
 
 
 def plan(checkpoint: Path, stack: Path, asked: LearnSettings, device: str) -> Plan:
-    """What this run takes.
+    """The plan of this run.
 
     Errors: CheckpointError as in `load_backbone`, SettingError for a setting out of its range.
     """
     here = pick_device(device)
     with open_checkpoint(checkpoint) as (layout, file):
         settings = asked.resolved(layout.preset)
-        dtype, header = (
-            dtype_for(settings.precision, here),
-            read_header(stack) if stack.exists() else {},
-        )
-        rank, size = header.get("rank") or settings.rank, settings.size or layout.size
+        dtype = dtype_for(settings.precision, here)
+        header = read_header(stack) if stack.exists() else {}
+        rank = header.get("rank") or settings.rank
+        size = settings.size or layout.size
         method = METHODS[settings.method]
         kind = method.adapter_kind(settings)
         step, rows = method.rows(settings, len(header.get("concepts", ())))
@@ -87,21 +86,20 @@ def plan(checkpoint: Path, stack: Path, asked: LearnSettings, device: str) -> Pl
         )
         word = width * settings.vectors
         wide = compute_dtype_of(dtype, here)
-        norms = wide if here.type == "cpu" else torch.float32  # autocast has them so
+        norms = wide if here.type == "cpu" else torch.float32  # as in autocast
         kept, flops, calls = _activations(layout, settings, wide, norms, step, rows, size // 8)
-    learned, optimizer = 4 * (adapter + word), adapter + word
-    optimizer *= 4 + (2 if settings.optimizer == "adamw8bit" else 8)
+    learned = 4 * (adapter + word)
+    optimizer = (adapter + word) * (4 + (2 if settings.optimizer == "adamw8bit" else 8))
     on_device = sum(
         bytes for name, (bytes, _) in weights.items() if name != "VAE" or here.type == "cpu"
     )
     fisher = 4 * method.kept_numbers(adapter)
-    times = (
-        settings.steps * settings.accumulate * (3 if settings.checkpointing else 2)
-    )  # forward, back, and forward again for checkpoints
+    # forward, backward, and forward again with checkpointing
+    passes = settings.steps * settings.accumulate * (3 if settings.checkpointing else 2)
     speed = _speed(here, wide)
     shares, waits = (_CPU_SHARES, (0.0, 0.0)) if here.type == "cpu" else (_GPU_SHARES, _GPU_CALLS)
     least, most = (
-        times * max(flops / (speed * share), calls * wait)
+        passes * max(flops / (speed * share), calls * wait)
         for share, wait in zip(reversed(shares), waits, strict=True)
     )
     return Plan(
@@ -121,18 +119,19 @@ def plan(checkpoint: Path, stack: Path, asked: LearnSettings, device: str) -> Pl
 
 
 def _speed(here: torch.device, dtype: torch.dtype) -> float:
-    """Floating-point operations a second in a product of two matrices, large enough to take a
-    fiftieth of a second; the best of three.
+    """Floating-point operations per second in a product of two matrices that takes at least 20 ms;
+    the best of three.
     """
     side, best = 128, 0.0
     while best < 0.02 and side < 8192:
         side *= 2
-        one, taken = torch.randn(side, side, device=here).to(dtype), []
+        matrix = torch.randn(side, side, device=here).to(dtype)
+        times = []
         for _ in range(3):
-            began = time.perf_counter()
-            (one @ one)[0, 0].item()  # waits for it
-            taken.append(time.perf_counter() - began)
-        best = min(taken)
+            start = time.perf_counter()
+            (matrix @ matrix)[0, 0].item()  # waits for the result
+            times.append(time.perf_counter() - start)
+        best = min(times)
     return 2 * side**3 / best
 
 
@@ -165,7 +164,7 @@ def _stored_format(layout: Layout, file: Any) -> torch.dtype:
 
 
 def _adapter(layout: Layout, kind: str, rank: int) -> tuple[int, int]:
-    """How many numbers an adapter of this kind has, and what is exported of it: LoRA or all."""
+    """How many numbers an adapter of this kind has, and how many its export has."""
     if not kind:
         return 0, 0
     shapes = [layer.weight.shape for layer in kv_layers(layout.unet.module).values()]
@@ -193,7 +192,7 @@ def _activations(
     """
     unet: Any = nn.Module.to(layout.unet.module, dtype).requires_grad_(False)
     texts = [part.module.requires_grad_(False) for part in layout.texts]
-    prompts = min(step, 7)  # each distinct one is encoded once; after learning, words stand still
+    prompts = min(step, 7)  # each distinct one is encoded once; later stages cache the features
     with torch.device("meta"):
         ids = torch.zeros(prompts, 77, dtype=torch.long)
         with _kept(*texts) as of_text, _learning_words(texts):
@@ -225,7 +224,8 @@ def _activations(
 
         with _kept(unet) as whole:
             pieces = run_unet(whole)
-        flops, calls = of_text.flops + whole.flops * step / rows, of_text.calls + whole.calls
+        flops = of_text.flops + whole.flops * step / rows
+        calls = of_text.calls + whole.calls
         if not settings.checkpointing:
             return of_text.bytes + whole.bytes, flops, calls
         unet.enable_gradient_checkpointing()
@@ -236,7 +236,7 @@ def _activations(
 
 
 class _Kept(TorchDispatchMode):
-    """Adds up what autograd keeps: a storage counts once, a weight not at all.
+    """Sums the bytes autograd keeps, each storage once and without the weights.
 
     Also counts all torch calls, and the operations of linear layers, convolutions and attention.
     """
@@ -277,10 +277,10 @@ class _Kept(TorchDispatchMode):
 
 @contextmanager
 def _kept(*models: nn.Module) -> Iterator[_Kept]:
-    """Inside, what these models' autograd keeps is counted.
+    """Inside the block, count what autograd keeps for these models.
 
-    Attention is counted as a fused one, as every device but the meta device computes it: it keeps
-    its inputs and output, not its weights.
+    Attention counts as fused, which it is on every device but the meta device: it keeps its inputs
+    and output, not its weights.
     """
     kept, plain = _Kept(models), F.scaled_dot_product_attention
     layers = [
@@ -301,7 +301,7 @@ def _kept(*models: nn.Module) -> Iterator[_Kept]:
 
 
 class _Fused(torch.autograd.Function):
-    """The shapes of an attention; nothing goes back through it."""
+    """Only the shapes of an attention, without a backward pass."""
 
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -312,7 +312,7 @@ class _Fused(torch.autograd.Function):
 
 @contextmanager
 def _computing_in(unet: nn.Module, dtype: torch.dtype, norms: torch.dtype) -> Iterator[None]:
-    """Inside, what autocast does: norms compute in `norms`, and the next layer reads `dtype`."""
+    """Inside the block, mimic autocast: norms compute in `norms`, and other layers read `dtype`."""
 
     def cast(to: torch.dtype) -> Any:
         return lambda _module, inputs: (inputs[0].to(to), *inputs[1:])
@@ -332,15 +332,17 @@ def _computing_in(unet: nn.Module, dtype: torch.dtype, norms: torch.dtype) -> It
 
 @contextmanager
 def _sized(unet: nn.Module, kept: _Kept, sizes: list[int]) -> Iterator[None]:
-    """Inside, every piece of the net that checkpointing recomputes records how much it kept."""
-    handles, began = [], {}
+    """Inside the block, every piece of the net that checkpointing recomputes records the bytes it
+    keeps.
+    """
+    handles, before = [], {}
     for module in unet.modules():
         if type(module).__name__ in ("ResnetBlock2D", "BasicTransformerBlock"):
             handles.append(
-                module.register_forward_pre_hook(lambda m, _: began.update({m: kept.bytes}))
+                module.register_forward_pre_hook(lambda m, _: before.update({m: kept.bytes}))
             )
             handles.append(
-                module.register_forward_hook(lambda m, *_: sizes.append(kept.bytes - began[m]))
+                module.register_forward_hook(lambda m, *_: sizes.append(kept.bytes - before[m]))
             )
     try:
         yield
@@ -351,7 +353,7 @@ def _sized(unet: nn.Module, kept: _Kept, sizes: list[int]) -> Iterator[None]:
 
 @contextmanager
 def _learning_words(texts: Sequence[Any]) -> Iterator[None]:
-    """Inside, gradients flow from the embeddings on."""
+    """Inside the block, gradients flow back to the embeddings."""
     handles = [
         model.get_input_embeddings().register_forward_hook(lambda _m, _i, out: out.requires_grad_())
         for model in texts

@@ -1,4 +1,4 @@
-"""Stage 2: what learning and consolidating need before a step is taken: checks, room, settings."""
+"""Stage 2: preparation for learning and consolidating: checks, a free word, resolved settings."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from .stack import ConceptRecord, ConceptStack
 
 
 def checked_method(request: LearnRequest) -> Method:
-    """The method, where nothing stands against it that can be known without the checkpoint."""
+    """The request's method, after all checks that do not need the checkpoint."""
     request.check()
     concepts.find_images(request.images)
     concepts.check_spelling(request.token)
@@ -33,16 +33,16 @@ def checked_method(request: LearnRequest) -> Method:
         )
     check_names(request.stack_file, request.token)
     method = METHODS[request.settings.method]
-    # what is replaced does not count; it is looked at again once the stack is read
+    # a concept to be replaced does not count; settings_for checks again once the stack is read
     stack = StackSummary() if request.replace else summary_of_file(request.stack_file)
     method.check(request.settings, stack)
     return method
 
 
 def make_room(session: Session, request: LearnRequest) -> str:
-    """See that the word is free, and say what the change is called in the history.
+    """Make sure the word is free; returns the kind of change for the history.
 
-    A concept that is replaced is taken off in memory; on disk it stays until the new one is stored.
+    A concept to be replaced is removed in memory; on disk it stays until the new one is stored.
     """
     change = "learned"
     if request.replace and session.stack.find(request.token) is not None:
@@ -53,7 +53,7 @@ def make_room(session: Session, request: LearnRequest) -> str:
 
 
 def _without_newest(stack: ConceptStack, token: str) -> ConceptStack:
-    """Errors: TokenError where the newest concept is not the one of this word."""
+    """Errors: TokenError if the newest concept has another word."""
     newest = stack.records[-1]
     if newest.token.lower() != token.lower():
         raise TokenError(
@@ -64,7 +64,7 @@ def _without_newest(stack: ConceptStack, token: str) -> ConceptStack:
 
 
 def settings_for(session: Session, request: LearnRequest, method: Method) -> ResolvedSettings:
-    """The settings, with nothing left open. Errors: SettingError where they do not suit the stack."""
+    """The resolved settings. Errors: SettingError if they don't suit the stack."""
     method.check(request.settings, summary_of(session.stack))
     settings = _with_rank_of(session.stack, request.settings)
     return settings.resolved(session.backbone.preset)
@@ -73,9 +73,9 @@ def settings_for(session: Session, request: LearnRequest, method: Method) -> Res
 def _with_rank_of(stack: ConceptStack, settings: LearnSettings) -> LearnSettings:
     if stack.rank is None or settings.rank == stack.rank:
         return settings
-    # the closed form may have made more of the rank that was asked for
-    asked = {record.settings.get("rank") for record in stack.records}
-    if settings.rank is not None and settings.rank not in asked:
+    # the closed form may have raised the rank that the concepts were learned with
+    ranks = {record.settings.get("rank") for record in stack.records}
+    if settings.rank is not None and settings.rank not in ranks:
         raise SettingError(
             f"`rank` is {settings.rank}, but the concepts of this stack were learned with rank "
             f"{stack.rank}. Leave it out, or start another `stack`."
@@ -86,15 +86,15 @@ def _with_rank_of(stack: ConceptStack, settings: LearnSettings) -> LearnSettings
 def newest_again(
     session: Session, request: ConsolidateRequest
 ) -> tuple[LearnedConcept, Adapter, Method]:
-    """The newest concept as it was just after learning, its adapter and its method.
+    """The newest concept as it was right after learning, its adapter and its method.
 
-    Its session has the stack before it. Errors: StackError where no earlier concept has a LoRA.
+    Its session has the stack without it. Errors: StackError if no earlier concept has a LoRA.
     """
     stack, path = session.stack, session.path
     if len(stack.records) < 2 or stack.adapter is None:
         raise StackError(
-            f"There is nothing to consolidate: {path} needs a newest concept and an earlier one, "
-            "both learned with a LoRA."
+            f"There is nothing to consolidate: {path} needs at least two concepts, both learned "
+            "with a LoRA."
         )
     record = stack.records[-1]
     earlier = replace(session, stack=stack.undone(), writes=False)
@@ -121,7 +121,7 @@ def newest_again(
 def _settings_again(
     request: ConsolidateRequest, record: ConceptRecord, earlier: Session
 ) -> ResolvedSettings:
-    """The request's settings, with method, adapter and rank as the concept was learned."""
+    """The request's settings, with the method, adapter and rank the concept was learned with."""
     same = {
         "method": record.method,
         "adapter": record.settings.get("adapter", "lora"),

@@ -54,13 +54,12 @@ PRESETS: dict[str, dict[str, Any]] = {  # only the mini-SD's were measured
         "guidance": 4.0,
     },
 }
-# What suits a method on a checkpoint better than the checkpoint's row; measured ones only
-# (benchmarks/LOG.md).
+# Exceptions for a method on a checkpoint; only measured ones (benchmarks/LOG.md)
 METHOD_PRESETS: dict[tuple[str, str], dict[str, Any]] = {
     ("mini", "lora_dsc_ewc"): {"ewc_strength": 3e-3},
     ("mini", "lora_dsc_ewc_dc"): {"ewc_strength": 3e-3},
     ("mini", "retention"): {"rate": 1e-3},
 }
-# An adapter's learning rate as a multiple of LoRA's, measured on the mini-SD. VeRA's few numbers scale
-# fixed random matrices: at LoRA's rate they stay about where they are.
+# An adapter's learning rate as a multiple of LoRA's, measured on the mini-SD. VeRA's few parameters
+# scale fixed random matrices: at LoRA's rate they hardly move.
 ADAPTER_RATES = {"vera": 30}

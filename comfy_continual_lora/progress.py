@@ -32,4 +32,4 @@ OnProgress = Callable[[Progress], None]
 
 
 def ignore(_progress: Progress) -> None:
-    """An `on_progress` that says nothing."""
+    """An `on_progress` that does nothing."""

@@ -1,6 +1,6 @@
-"""Stage 8: pictures, grids, curves and the HTML report.
+"""Stage 8: image grids, charts, loss curves and the HTML report.
 
-One file, no scripts, nothing loaded from elsewhere.
+The report is one file, without scripts or external resources.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ table { border-collapse: collapse } td, th { padding: .2rem .8rem; text-align: l
 
 
 def grid(images: Sequence[Image.Image], columns: int, gap: int = 4) -> Image.Image:
-    """Pictures of one size, row by row, on white."""
+    """Images of one size, row by row, on white."""
     width, height = images[0].size
     rows = -(-len(images) // columns)
     sheet = Image.new("RGB", (columns * (width + gap) - gap, rows * (height + gap) - gap), "white")
@@ -42,9 +42,9 @@ def grid(images: Sequence[Image.Image], columns: int, gap: int = 4) -> Image.Ima
 
 
 def save_pictures(drawn: Sequence[Drawn], folder: Path) -> list[Path]:
-    """One PNG a picture, named after its prompt and seed, and grid.png when there are several.
+    """One PNG per picture, named after its prompt and seed, and grid.png if there are several.
 
-    Nothing is overwritten but a grid of ours.
+    Nothing is overwritten except our own grid.
     """
     folder.mkdir(parents=True, exist_ok=True)
     files = []
@@ -67,8 +67,8 @@ def save_pictures(drawn: Sequence[Drawn], folder: Path) -> list[Path]:
 
 
 def score_sheet(scored: Sequence[Scored], *, side: int = 96, bars: int = 5) -> Image.Image:
-    """A row a picture: the picture, and a bar for each of its likeliest concepts; green is the
-    folder's own name.
+    """One row per picture: the picture, and a bar for each of its likeliest concepts; green is the
+    folder's label.
     """
     sheet = Image.new("RGB", (side + 420, (side + 8) * len(scored)), "white")
     draw = ImageDraw.Draw(sheet)
@@ -93,8 +93,8 @@ def score_sheet(scored: Sequence[Scored], *, side: int = 96, bars: int = 5) -> I
 
 
 def retention_sheet(result: RetentionReport, *, side: int = 96, per_cell: int = 2) -> Image.Image:
-    """The heat map of R with pictures: a row for each concept, a column for each concept learned
-    since; green is alike, red is not.
+    """The heat map of R with pictures: a row for each concept, a column for each version of the
+    stack; green is similar, red is not.
     """
     count, margin = len(result.names), 130
     width = per_cell * side + 8
@@ -105,10 +105,8 @@ def retention_sheet(result: RetentionReport, *, side: int = 96, per_cell: int = 
     for (i, j), pictures in result.pictures.items():
         left, top = margin + i * width, 24 + j * (side + 26)
         low = min(float(result.floor[j]), float(result.likeness[j, j]) - 0.05)
-        share = min(
-            1.0,
-            max(0.0, (float(result.likeness[i, j]) - low) / (float(result.likeness[j, j]) - low)),
-        )
+        share = (float(result.likeness[i, j]) - low) / (float(result.likeness[j, j]) - low)
+        share = min(1.0, max(0.0, share))
         color = (int(220 - 120 * share), int(110 + 90 * share), 110)
         draw.rectangle((left, top, left + width - 3, top + side + 23), fill=color)
         for place, picture in enumerate(pictures[:per_cell]):
@@ -119,7 +117,7 @@ def retention_sheet(result: RetentionReport, *, side: int = 96, per_cell: int = 
 
 
 def figure(images: Sequence[Image.Image], caption: str, width: int = 128) -> str:
-    """A row of pictures with a caption, as HTML."""
+    """A row of images with a caption, as HTML."""
     tags = "".join(
         f'<img width="{width}" alt="" src="data:image/png;base64,{_png(image)}">'
         for image in images

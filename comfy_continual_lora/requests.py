@@ -1,7 +1,7 @@
-"""What front ends ask for: a dataclass for each operation, whose fields carry their help. Light.
+"""The requests of front ends: a dataclass for each operation, whose fields carry their help. Light.
 
-`parse` makes a request from JSON, checked. Errors name fields and settings in backquotes; a front end
-spells them in its own way (`ContinualLoraError.spelled`).
+`parse` makes a checked request from JSON. Errors name fields and settings in backquotes; each front
+end substitutes its own names (`ContinualLoraError.spelled`).
 """
 
 from __future__ import annotations
@@ -35,8 +35,8 @@ IMAGES_HELP = (
     "folder with 3 to 15 pictures; name.txt beside name.jpg is its caption, name.mask.png its mask"
 )
 ONLY_HELP = (
-    "solve for a LoRA of these concepts alone: of a stack of many it draws them closer than the "
-    "one LoRA for all"
+    "solve for a LoRA of only these concepts: with many on the stack, it draws them more faithfully "
+    "than the one LoRA for all"
 )
 PLOT_HELP = "also draw the result to this file"
 
@@ -46,7 +46,7 @@ PLOT_HELP = "also draw the result to this file"
 
 @dataclass(frozen=True)
 class Request:
-    """What every operation is about."""
+    """The fields that every request has."""
 
     checkpoint: Path = option(CHECKPOINT_HELP)
     _: KW_ONLY
@@ -58,7 +58,7 @@ class Request:
         return self.stack or stack_path(self.checkpoint)
 
     def check(self) -> None:
-        """Errors: SettingError for the first field or setting that can't be meant."""
+        """Errors: SettingError for the first invalid field or setting."""
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
             if isinstance(value, Settings):
@@ -76,12 +76,13 @@ class LearnRequest(Request):
     noun: str = option("what kind of thing it is, such as teapot")
     settings: LearnSettings = LearnSettings()
     replace: bool = option(
-        "learn in place of the newest concept, if that has this word; until then it stays", False
+        "replace the newest concept if it has this word; it stays until the new one is stored",
+        False,
     )
 
     @property
     def digest(self) -> str:
-        """A hash of the request, wherever the pictures lie; a stack remembers it."""
+        """A hash of the request, independent of where the pictures are; the stack stores it."""
         return _digest(self.images, self.settings, self.token, self.noun)
 
 
@@ -99,14 +100,14 @@ class ConsolidateRequest(Request):
 
 @dataclass(frozen=True)
 class SolveRequest(Request):
-    """What asks for the closed form and nothing else."""
+    """Consolidate in closed form."""
 
     settings: SolveSettings = SolveSettings()
 
 
 @dataclass(frozen=True)
 class SelectRequest(SolveRequest):
-    """Some concepts with a LoRA solved for them alone."""
+    """Some concepts with a LoRA solved for only these."""
 
     only: Sequence[str] = option(ONLY_HELP, ())
 
@@ -136,9 +137,11 @@ class ImportRequest(Request):
 
     lora: Path = option("its .safetensors file, in kohya's, diffusers' or PEFT's names")
     token: str = option("its word from now on")
-    noun: str = option("what kind of thing it is; empty: prompts name it by its word alone", "")
+    noun: str = option("what kind of thing it is; empty: prompts use only its word", "")
     embedding: Path | None = option("the embedding its prompts used, if there is one", None)
-    trigger: str = option("else the word its prompts used, if it is one token, such as sks", "")
+    trigger: str = option(
+        "instead of an embedding: the word its prompts used, if it is one token, such as sks", ""
+    )
     strength: float = option("strength it is used at", 1.0)
     settings: SolveSettings = SolveSettings()
 
@@ -148,7 +151,7 @@ class ScoreRequest(Request):
     """Which concepts do these pictures show? `images` may be a list of files."""
 
     images: Path | list[Path] = option(
-        "folder with pictures, or with folders named after tokens to count what is right"
+        "folder with pictures, or with folders named after tokens to measure accuracy"
     )
     settings: ScoreSettings = ScoreSettings()
     plot: Path | None = option(PLOT_HELP, None)
@@ -172,7 +175,7 @@ class EvaluateRequest(Request):
 class DrawRequest(Request):
     """Draw prompts; learned tokens stand for their concepts.
 
-    Several prompts in place of one are drawn beside each other, equally many each time.
+    A sequence of prompts in place of one is drawn side by side; all have to be equally long.
     """
 
     prompts: Sequence[str | Sequence[str]] = option("what to draw, such as a photo of a V1 teapot")
@@ -183,7 +186,7 @@ class DrawRequest(Request):
 
 @dataclass(frozen=True)
 class ExportRequest(Request):
-    """Write the stack as one LoRA and one embedding a word."""
+    """Write the stack as one LoRA and one embedding per word."""
 
     out: Path = option("folder for the LoRA, such as the program's Lora folder")
     embeddings: Path | None = option("folder for the embeddings, if it is another", None)
@@ -192,16 +195,16 @@ class ExportRequest(Request):
     )
     only: Sequence[str] = option(ONLY_HELP, ())
     remove_superseded: bool = option(
-        "also remove this stack's earlier exports of the same concepts, which are listed otherwise",
+        "also remove this stack's earlier exports of the same concepts; otherwise they are listed",
         False,
     )
 
 
 @dataclass(frozen=True)
 class UndoRequest(Request):
-    """Take the last change back."""
+    """Undo the last change."""
 
-    version: int | None = option("do it only if this is the version in use (see history)", None)
+    version: int | None = option("undo only if this is the version in use (see history)", None)
 
 
 @dataclass(frozen=True)
@@ -226,18 +229,20 @@ class InfoRequest(Request):
 
 
 def _digest(images: Path | list[Path], settings: TrainSettings, *words: str) -> str:
-    """Settings left alone are left out, so a later version with more settings knows it again."""
+    """Settings at their default are left out, so a later version with more settings gets the same
+    digest.
+    """
     import hashlib
 
     from .concepts import content_of, find_images
 
     defaults = dataclasses.asdict(type(settings)())
-    chosen = {
+    changed = {
         name: value
         for name, value in dataclasses.asdict(settings).items()
         if name not in EXECUTION_SETTINGS and value != defaults[name]
     }
-    digest = hashlib.sha256(json.dumps([*words, chosen], sort_keys=True).encode())
+    digest = hashlib.sha256(json.dumps([*words, changed], sort_keys=True).encode())
     for path in find_images(images):
         digest.update(content_of(path))
     return digest.hexdigest()
@@ -258,13 +263,13 @@ def parse(kind: type[_Request], given: Mapping[str, Any]) -> _Request:
         raise SettingError(
             'A request has to be an object, such as {"checkpoint": "a.safetensors"}.'
         )
-    known = {field.name: field for field in dataclasses.fields(kind)}
-    if unknown := sorted(set(given) - set(known)):
+    fields = {field.name: field for field in dataclasses.fields(kind)}
+    if unknown := sorted(set(given) - set(fields)):
         raise SettingError(
-            f"There is no field {', '.join(unknown)} in this request. It has {', '.join(known)}."
+            f"There is no field {', '.join(unknown)} in this request. It has {', '.join(fields)}."
         )
     values: dict[str, Any] = {}
-    for name, field in known.items():
+    for name, field in fields.items():
         if given.get(name) is not None:
             values[name] = _value(field, given[name])
         elif field.default is MISSING and field.default_factory is MISSING:
@@ -292,12 +297,12 @@ def _value(field: dataclasses.Field, value: Any) -> Any:
 
 
 def _path(name: str, text: str) -> Path:
-    """Errors: SettingError for what can't be a path on this system."""
+    """Errors: SettingError for a string that can't be a path on this system."""
     try:
         os.lstat(text or "\0")
-    except (OSError, ValueError) as error:  # empty, too long, not to be written in bytes
+    except (OSError, ValueError) as error:  # empty, too long, not encodable
         if not isinstance(error, (FileNotFoundError, NotADirectoryError, PermissionError)):
-            raise SettingError(f"`{name}` is {text!r:.100}, which is no path.") from None
+            raise SettingError(f"`{name}` is {text!r:.100}, which is not a path.") from None
     return Path(text)
 
 
@@ -308,10 +313,10 @@ def parse_settings(kind: type[_Settings], given: Any) -> _Settings:
     """Settings from a JSON object of those not at their default, checked. Errors: SettingError."""
     if not isinstance(given, Mapping):
         raise SettingError('`settings` has to be an object, such as {"steps": 500}.')
-    known = [field.name for field in dataclasses.fields(kind)]  # type: ignore[arg-type]
-    if unknown := sorted(set(map(str, given)) - set(known)):
+    names = [field.name for field in dataclasses.fields(kind)]  # type: ignore[arg-type]
+    if unknown := sorted(set(map(str, given)) - set(names)):
         raise SettingError(
-            f"There is no setting {', '.join(unknown)}. There are {', '.join(known)}."
+            f"There is no setting {', '.join(unknown)}. There are {', '.join(names)}."
         )
     settings = kind(**given)
     settings.check()

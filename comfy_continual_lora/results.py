@@ -1,4 +1,4 @@
-"""What operations give back: `summary()` for people, `as_json()` for programs. Light."""
+"""What operations return: `summary()` for people, `as_json()` for programs. Light."""
 
 from __future__ import annotations
 
@@ -16,20 +16,20 @@ if TYPE_CHECKING:
 
 
 class Result(Protocol):
-    """What an operation gives back."""
+    """What an operation returns."""
 
     def summary(self) -> str:
-        """For people, a sentence a line."""
+        """For people: one sentence per line."""
         ...
 
     def as_json(self) -> Any:
-        """For programs: paths as text, null where there is no number."""
+        """For programs: paths as strings, null if there is no number."""
         ...
 
 
 @dataclass(frozen=True)
 class LearnResult:
-    """`again`: this very request was learned before, so nothing was done now."""
+    """`again`: the same request was learned before, so nothing was done now."""
 
     record: ConceptRecord
     losses: list[float]
@@ -40,7 +40,7 @@ class LearnResult:
         name, images = self.record.name, self.record.images
         if self.again:
             return (
-                f"{name} is on the stack already, learned from these very pictures and settings on "
+                f"{name} is already on the stack, learned from the same pictures and settings on "
                 f"{self.record.learned[:10]}; nothing was done."
             )
         return f"Learned {name} from {images} pictures; stored in {self.stack_file}"
@@ -62,8 +62,8 @@ class ConsolidateResult:
     def summary(self) -> str:
         if self.again:
             return (
-                f"{self.record.name} was consolidated with these very pictures and settings "
-                "already; nothing was done."
+                f"{self.record.name} was already consolidated with the same pictures and settings; "
+                "nothing was done."
             )
         return (
             f"Consolidated {self.record.name} with the {self.earlier} before it in "
@@ -85,17 +85,17 @@ def _concept(result: LearnResult | ConsolidateResult) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class SolveResult:
-    """By concept: the share of what its own adapter did to its prompts that is lost.
+    """By concept: how much is lost of what its own adapter did to its prompts, as a share.
 
-    Prompts that name another concept too are left out: two ask for different things there.
+    Prompts that also name another concept are left out: the two have different targets there.
     """
 
-    rank: int  # that the energy rule asked for; the stack's LoRA may have more
+    rank: int  # by the energy rule; the stack's LoRA may have more
     before: dict[str, float]
     after: dict[str, float]
 
     def summary(self) -> str:
-        lines = [f"Solved for {len(self.after)} concepts at once; rank {self.rank} holds them."]
+        lines = [f"Solved for {len(self.after)} concepts at once, with rank {self.rank}."]
         for name, after in self.after.items():
             lines.append(
                 f"{name}: {self.before[name]:.2%} of what it did was lost, now {after:.2%}"
@@ -115,8 +115,8 @@ class ForgetResult:
         return (
             f"Forgot {self.record.name}: its word, its preview and what the LoRA knew of it are "
             f"gone from {self.stack_file}\n"
-            "Files exported before still know it. Undo brings it back; keeping no earlier version "
-            "in the history removes it for good."
+            "Files exported before still contain it. Undo brings it back; to remove it for good, "
+            "keep no earlier version in the history."
         )
 
     def as_json(self) -> dict[str, Any]:
@@ -133,7 +133,7 @@ class MergeResult:
 
     def summary(self) -> str:
         if not self.added:
-            return f"{self.stack_file} has all concepts of the other already; nothing was done."
+            return f"{self.stack_file} already has all concepts of the other; nothing was done."
         lines = [f"Put {', '.join(self.added)} on {self.stack_file}"]
         lines += [
             f"Its {old} is {new} here, since {old} was taken." for old, new in self.renamed.items()
@@ -152,8 +152,8 @@ class ImportResult:
 
     def summary(self) -> str:
         if self.again:
-            return f"{self.lora} is {self.record.name} on the stack already; nothing was done."
-        return f"{self.lora} is {self.record.name} on the stack now."
+            return f"{self.lora} is already on the stack as {self.record.name}; nothing was done."
+        return f"{self.lora} is now on the stack as {self.record.name}."
 
     def as_json(self) -> dict[str, Any]:
         return {"token": self.record.token, "noun": self.record.noun, "again": self.again}
@@ -161,7 +161,7 @@ class ImportResult:
 
 @dataclass(frozen=True)
 class Scored:
-    """One picture's scores; `label` is the token its folder is named after, if it is one."""
+    """One picture's scores; `label` is the token that its folder is named after, if any."""
 
     file: Path
     label: str | None
@@ -226,7 +226,7 @@ class Drawn:
 
 @dataclass(frozen=True)
 class DrawResult:
-    """`files`: where the pictures are, and a grid of several; empty where no folder was given."""
+    """`files`: where the pictures are, and a grid of several; empty if no folder was given."""
 
     pictures: list[Drawn]
     files: list[Path]
@@ -240,21 +240,19 @@ class DrawResult:
 
 @dataclass(frozen=True)
 class UndoResult:
-    """What was taken back: the change, the concept it was about, the tokens on the stack now, the
-    number of the version that was left.
-    """
+    """What was undone."""
 
     change: str
-    token: str
+    token: str  # of the concept it was about
     noun: str
-    tokens: list[str]
-    version: int
+    tokens: list[str]  # on the stack now
+    version: int  # the number of the version that was undone
 
     def summary(self) -> str:
         return (
-            f"Took back: {self.change}. The stack now holds "
+            f"Undone: {self.change}. The stack now holds "
             f"{', '.join(self.tokens) or 'no concept'}.\n"
-            f"What was taken back is version {self.version} of the history, which can restore it."
+            f"What was undone is version {self.version} of the history and can be restored."
         )
 
     def as_json(self) -> dict[str, Any]:
@@ -285,7 +283,7 @@ class HistoryResult:
 
     def summary(self) -> str:
         if not self.versions:
-            return "Nothing was learned yet."
+            return "Nothing has been learned yet."
         lines = []
         for one in self.versions:
             mark = "*" if one.current else " "
@@ -293,9 +291,9 @@ class HistoryResult:
                 f"{mark} {one.number:>4}  {one.when[:16]:<16}  {one.size / 1e6:>8.1f} MB  "
                 f"{one.change}  [{', '.join(one.tokens)}]"
             )
-        earlier = [one.size for one in self.versions if not one.current]
-        taken = f"{len(earlier)} other versions take {sum(earlier) / 1e6:.1f} MB"
-        return "\n".join([*lines, f"* is in use. {taken}; each can be restored by its number."])
+        sizes = [one.size for one in self.versions if not one.current]
+        others = f"{len(sizes)} other versions take {sum(sizes) / 1e6:.1f} MB"
+        return "\n".join([*lines, f"* is in use. {others}; each can be restored by its number."])
 
     def as_json(self) -> list[dict[str, Any]]:
         return [{**dataclasses.asdict(one), "file": str(one.file)} for one in self.versions]

@@ -1,7 +1,7 @@
 """Stage 8: draw pictures with a backbone, its adapter and its words, with diffusers' solvers.
 
-Two learned things named in one prompt mix their looks, because text features mix. Prompts beside
-each other do not: each has an area of the picture, as large as one picture, and where areas overlap
+Two learned things named in one prompt mix their looks, because text features mix. Prompts side by
+side do not: each has its own area of the image, as large as one image, and where areas overlap,
 their predictions are blended at every step, so that they become one scene.
 Source: Bar-Tal et al. 2023 (MultiDiffusion, arXiv 2302.08113).
 """
@@ -95,7 +95,7 @@ def draw(
 
 
 def _areas(size: int, count: int) -> tuple[Tensor, list[slice]]:
-    """Each area's weight at each column of the latents, (count, width), and the columns it has.
+    """Each area's weight at each column of the latents, (count, width), and its columns.
 
     The weights of a column sum to 1.
     """

@@ -1,4 +1,4 @@
-"""What an operation works with: the checkpoint, its stack, where that lies, and whom to tell."""
+"""What an operation works with: the checkpoint, its stack and the stack's path, the callback."""
 
 from __future__ import annotations
 
@@ -29,6 +29,8 @@ from .training import asked_for
 if TYPE_CHECKING:
     from .concept import Concept
 
+_OUT_OF_MEMORY = re.compile("out of memory|can't allocate memory|not enough memory", re.IGNORECASE)
+
 
 @dataclass
 class Session:
@@ -42,7 +44,7 @@ class Session:
 
     @property
     def cache(self) -> Path:
-        """A folder for text moments."""
+        """The folder of cached text moments."""
         return cache_folder(real_file(self.path))
 
     def load(self, path: Path) -> ConceptStack:
@@ -60,7 +62,7 @@ class Session:
 def open_session(
     request: Request, on_progress: OnProgress, *, precision: str = "auto", writes: bool = False
 ) -> Iterator[Session]:
-    """Errors: CheckpointError, StackError; TrainingError where memory runs out, then or later."""
+    """Errors: CheckpointError, StackError; TrainingError if memory runs out, also in the block."""
     request.check()
     path = request.stack_file
     if writes:
@@ -78,28 +80,27 @@ def open_session(
 
 @contextmanager
 def explain_oom() -> Iterator[None]:
-    """Where memory runs out, say what needs less. Errors: TrainingError."""
+    """Turn running out of memory into a TrainingError that says what needs less."""
     try:
         yield
     except (RuntimeError, MemoryError) as error:
-        known = r"out of memory|can't allocate memory|not enough memory"
-        if not isinstance(error, MemoryError) and not re.search(known, str(error), re.IGNORECASE):
+        is_oom = isinstance(error, MemoryError) or _OUT_OF_MEMORY.search(str(error))
+        if not is_oom:
             raise
         lines = str(error).strip().splitlines()
         raise TrainingError(
-            f"Out of memory ({lines[0] if lines else 'main memory'}). Less is needed with "
-            "`checkpointing`, a larger `accumulate`, `precision` fp8, or a smaller `size` or "
-            "`batch`; to draw and to score, with a smaller `size` or fewer `rows`. What was stored "
-            "is untouched, and learning goes on from its snapshot, with another `checkpointing` "
-            "and `accumulate` too."
+            f"Out of memory ({lines[0] if lines else 'main memory'}). To use less, turn on "
+            "`checkpointing`, increase `accumulate`, set `precision` to fp8, or reduce `size` or "
+            "`batch`; for drawing and scoring, reduce `size` or `rows`. The stored concepts are "
+            "untouched, and learning resumes from its snapshot, also with a different "
+            "`checkpointing` or `accumulate`."
         ) from None
 
 
 def fitting(stack: ConceptStack, path: Path, backbone: Backbone) -> ConceptStack:
-    """The same stack.
+    """The same stack, checked against the checkpoint.
 
-    Errors: StackError where its words or layers are not those of the checkpoint, whatever its
-    fingerprint says.
+    Errors: StackError if its words or layers do not fit, whatever its fingerprint says.
     """
     shapes = {name: tuple(layer.weight.shape) for name, layer in backbone.kv_layers.items()}
     fits = all(word.shape[1] == backbone.word_width for word in stack.words.values())
@@ -109,26 +110,26 @@ def fitting(stack: ConceptStack, path: Path, backbone: Backbone) -> ConceptStack
         fits = fits and all(_layer_fits(parts, *shapes[name]) for name, parts in layers.items())
     if not fits:
         raise StackError(
-            f"The concept stack {path} does not fit this checkpoint, whatever its header says. "
-            "Get it again, or restore an earlier version."
+            f"The concept stack {path} does not fit this checkpoint, although its header names it. "
+            "Get the file again, or restore an earlier version."
         )
     return stack
 
 
 def _layer_fits(parts: Mapping[str, Tensor], out: int, width: int) -> bool:
-    """Whether a layer's tensors have the layer's numbers of outputs and inputs."""
+    """Whether a layer's tensors match its numbers of outputs and inputs."""
     kind = kind_with(set(parts))
-    wanted = {"out": out, "width": width}
+    expected = {"out": out, "width": width}
     for part, dimensions in (PARTS[kind] if kind else DENSE).items():
         for dimension, size in zip(dimensions, parts[part].shape, strict=True):
-            if wanted.get(dimension, size) != size:
+            if expected.get(dimension, size) != size:
                 return False
     return True
 
 
 @dataclass(frozen=True)
 class Snapshots:
-    """Those of one run that learns or consolidates a concept."""
+    """The snapshots of one run that learns or consolidates a concept."""
 
     stack_file: Path
     token: str
@@ -142,7 +143,7 @@ class Snapshots:
         settings: ResolvedSettings,
         prompts: Sequence[Sequence[str]] = (),
     ) -> Snapshots:
-        """Of the run with these settings; `prompts` are those it learns from."""
+        """The snapshots of the run with these settings and training prompts."""
         asked = asked_for(session.backbone, settings, concept.source, prompts)
         return cls(real_file(session.path), concept.token, asked)
 
@@ -150,7 +151,7 @@ class Snapshots:
         return snapshot_path(self.stack_file, self.token, identity(dict(self.asked))[:12], part)
 
     def tell_of_others(self, on_progress: OnProgress) -> None:
-        """Unfinished runs of the same word are kept, and the user hears of them."""
+        """Report other unfinished runs of the same word; their files are kept."""
         if is_first():
             own = (self.path(), self.path("dsc"))
             files = [p for p in snapshots_of(self.stack_file, self.token) if p not in own]
@@ -158,6 +159,6 @@ class Snapshots:
                 on_progress(Progress("load", 1, 1, note=note))
 
     def remove(self) -> None:
-        """What was unfinished is stored."""
+        """Delete them, once the result is stored."""
         for part in ("", "dsc"):
             self.path(part).unlink(missing_ok=True)

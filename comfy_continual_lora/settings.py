@@ -1,5 +1,5 @@
-"""Every choice a user has, declared once: default, range, unit, help. Every front end makes its
-widgets, flags and checks from here. Light.
+"""Every user setting, declared once: default, range, unit, help. All front ends make their widgets,
+flags and checks from here. Light.
 
 A default of None means "what suits the checkpoint": `resolved` fills it from presets.py.
 """
@@ -14,14 +14,14 @@ from .fields import Settings, setting
 from .presets import ADAPTERS, METHODS
 
 SOLVERS = ("dpm++", "ddim")
-MOST_VECTORS = 16  # of a word: prompts about two have to fit into 77 positions
+MOST_VECTORS = 16  # of a word: prompts about two concepts have to fit into 77 positions
 FITS = ("crop", "pad", "bucket")
 FORMATS = ("kohya", "diffusers", "peft")  # of an exported LoRA
 FIT_HELP = (
-    "pictures that are not square are cropped to the middle, padded with their edge, or keep "
-    "their shape (aspect buckets)"
+    "crop pictures that are not square to the middle, pad them with their edge pixels, or keep "
+    "their aspect ratio (bucket)"
 )
-# Settings that change how a result is computed, not the result: a run may resume with others of them
+# Settings that change how a result is computed, not the result: a run may resume with other values
 EXECUTION_SETTINGS = (
     "snapshot_every",
     "preview_every",
@@ -36,25 +36,22 @@ EXECUTION_SETTINGS = (
 class LoopSettings(Settings):
     """The training loop."""
 
-    batch: int | None = setting(None, "pictures a step", low=1, high=256)
+    batch: int | None = setting(None, "pictures per step", low=1, high=256)
     rate: float | None = setting(None, "learning rate of the LoRA", low=0, high=1)
-    warmup: int = setting(20, "steps over which the rate rises", low=0, high=100_000)
-    clip: float = setting(
-        1.0, "largest gradient norm; a longer gradient is shortened to it", low=1e-6
-    )
+    warmup: int = setting(20, "warm-up steps of the learning rate", low=0, high=100_000)
+    clip: float = setting(1.0, "largest gradient norm; larger gradients are clipped", low=1e-6)
     seed: int = setting(0, "seed of every random draw", low=0, high=2**63 - 1)
     size: int | None = setting(
         None, "side of the training pictures", low=64, high=4096, unit="pixels", multiple=8
     )
     fit: str = setting("crop", FIT_HELP, choices=FITS)
     flip: bool | None = setting(
-        None, "also learn from the mirrored pictures; switch off for things with writing on them"
+        None, "also learn from mirrored pictures; turn off for things with writing on them"
     )
     precision: str = setting(
         "auto",
-        "number format of the frozen checkpoint while learning; auto takes bf16 or fp16 where "
-        "the device is faster with it, fp8 stores it in half "
-        "as much again",
+        "number format of the frozen checkpoint while learning; auto uses bf16 or fp16 if the device "
+        "is faster with it; fp8 stores it in half the memory of those",
         choices=("auto", "fp32", "bf16", "fp16", "fp8"),
     )
     checkpointing: bool = setting(
@@ -62,39 +59,38 @@ class LoopSettings(Settings):
     )
     accumulate: int = setting(
         1,
-        "parts a step's pictures are taken in, one after the other: less memory, the same step",
+        "parts a step's pictures are split into, one after the other: less memory, the same step",
         low=1,
         high=256,
     )
     optimizer: str = setting(
         "adamw",
-        "adamw, or adamw8bit of bitsandbytes: its state takes a quarter, which counts where all "
-        "of K and V learn (custom_diffusion)",
+        "adamw, or bitsandbytes' adamw8bit, whose state takes a quarter of the memory; that matters "
+        "when all of K and V is trained (custom_diffusion)",
         choices=("adamw", "adamw8bit"),
     )
     compile: bool = setting(
         False,
-        "torch.compile the net first: minutes at the start; meant for long runs on a GPU, a CPU "
-        "can get slower",
+        "torch.compile the net first, which takes minutes: for long runs on a GPU; a CPU can get "
+        "slower",
     )
     channels_last: bool = setting(
         False,
-        "lay the net's weights out channels-last: known to help many GPUs, made little "
-        "difference on a CPU",
+        "store the net's weights channels-last: faster on many GPUs, little difference on a CPU",
     )
     snapshot_every: int = setting(
-        50, "steps between snapshots; an interrupted run goes on from the last", low=1
+        50, "steps between snapshots; an interrupted run resumes from the last", low=1
     )
 
 
 @dataclass(frozen=True)
 class EwcSettings(Settings):
-    """DC scores, and what holds concepts by their Fisher."""
+    """DC scores, and EWC."""
 
     dc_scale: str = setting(
         "calibrated",
-        "temperature of the DC scores: calibrated on the first concept, or 1 on mean or on "
-        "summed errors (for comparison)",
+        "temperature of the DC scores: calibrated on the first concept, or 1 on mean or summed "
+        "errors (for comparison)",
         choices=("calibrated", "mean", "sum"),
         group="DC scores, EWC",
     )
@@ -116,14 +112,14 @@ class EwcSettings(Settings):
     )
     ewc_decay: float = setting(
         1.0,
-        "what is left of the Fishers so far when one is added (gamma, online only)",
+        "decay of the previous Fishers when one is added (gamma, online only)",
         low=0,
         high=1,
         group="DC scores, EWC",
     )
     fisher_samples: int = setting(
         256,
-        "single gradients the Fisher is averaged over",
+        "number of per-sample gradients the Fisher is averaged over",
         low=1,
         high=1_000_000,
         group="DC scores, EWC",
@@ -138,27 +134,26 @@ class EwcSettings(Settings):
 
 @dataclass(frozen=True)
 class RetentionSettings(Settings):
-    """What holds prompts in text space."""
+    """The retention penalty in text space."""
 
     retention_weight: float = setting(
         0.0,
-        "weight of holding what is done to ordinary prompts, and to earlier concepts' where the "
-        "method does not solve for them afterwards; "
-        "0: the method's own",
+        "weight of the penalty that protects ordinary prompts, and those of earlier concepts if the "
+        "method does not solve for them afterwards; 0: the method's own",
         low=0,
         group="retention",
     )
     retention_ordinary: float = setting(
         1.0,
-        "weight of ordinary prompts in that, all earlier concepts together having 3; less learns "
-        "more and leaks more",
+        "weight of ordinary prompts in that penalty, where all earlier concepts together have 3; a "
+        "lower one learns more and leaks more",
         low=0,
         group="retention",
     )
     retention_words: float | None = setting(
         None,
-        "share of the hold that is on what prompts say, beside the padding behind them; if not "
-        "given, every position counts alike",
+        "share of that penalty on the words of prompts, the rest being on their padding; if not "
+        "given, all positions weigh the same",
         low=0,
         high=1,
         by_checkpoint=False,
@@ -166,8 +161,8 @@ class RetentionSettings(Settings):
     )
     retention_apart: float = setting(
         0.0,
-        "weight of doing nothing behind the end of the concept's own prompts, as a share of "
-        "that; less bleeds more in pictures of two",
+        "weight of leaving the padding of the concept's own prompts unchanged, as a share of that "
+        "penalty; a lower one bleeds more in pictures of two concepts",
         low=0,
         group="retention",
     )
@@ -193,7 +188,7 @@ class DscSettings(Settings):
     dsc_b2: float = setting(1.0, "weight of keeping the past ones", low=0, group="DSC")
     dsc_redraw: str = setting(
         "step",
-        "draw another past adapter at every step, or one for the whole run",
+        "draw a new past adapter at every step, or one for the whole run",
         choices=("step", "once"),
         group="DSC",
     )
@@ -208,18 +203,18 @@ class TrainSettings(DscSettings, RetentionSettings, EwcSettings, LoopSettings):
 class LearnSettings(TrainSettings):
     """How to learn one concept."""
 
-    method: str = setting("retention", "how to learn; README has the table", choices=METHODS)
+    method: str = setting("retention", "how to learn; see the table in README", choices=METHODS)
     steps: int | None = setting(None, "training steps", low=1, high=1_000_000)
     weighting: str | None = setting(
         None,
-        "what an error counts at each timestep: uniform, as in the paper; debiased counts more "
-        "where the noise hides the picture",
+        "weight of an error at each timestep: uniform, as in the paper, or debiased, which weighs "
+        "high noise more",
         choices=("uniform", "debiased"),
     )
     preview_every: int = setting(
         0,
-        "steps between pictures of the new concept, and of the first one where it is held "
-        "meanwhile; 0 draws none",
+        "steps between previews of the new concept, and of the first one if it is protected while "
+        "learning; 0 for none",
         low=0,
     )
     adapter: str = setting(
@@ -229,13 +224,13 @@ class LearnSettings(TrainSettings):
     )
     rank: int | None = setting(
         None,
-        "rank of the LoRA; a stack keeps the one it began with, unless its concepts ask for more",
+        "rank of the LoRA; a stack keeps its first one, unless its concepts need more",
         low=1,
         high=256,
     )
     vectors: int | None = setting(
         None,
-        "vectors of the word: positions it takes in a prompt; more hold more of the look",
+        "vectors of the word, each taking one position in a prompt; more capture more of the look",
         low=1,
         high=MOST_VECTORS,
     )
@@ -243,7 +238,7 @@ class LearnSettings(TrainSettings):
     c_lora_weight: float = setting(1e8, "weight of C-LoRA's penalty", low=0, group="C-LoRA")
     c_lora_variant: str = setting(
         "sequential",
-        "one adapter that goes on, or as published one for each concept, summed",
+        "one adapter trained further, or, as published, one for each concept, summed",
         choices=("sequential", "published"),
         group="C-LoRA",
     )
@@ -259,7 +254,7 @@ def _required() -> Any:
 
 @dataclass(frozen=True, kw_only=True)
 class ResolvedSettings(LearnSettings):
-    """Settings in which nothing is left open: what training takes."""
+    """Settings without None for "what suits the checkpoint": what training takes."""
 
     batch: int = _required()
     rate: float = _required()
@@ -275,20 +270,20 @@ class ResolvedSettings(LearnSettings):
 
 @dataclass(frozen=True)
 class SolveSettings(Settings):
-    """How stored prompts are held in closed form, without pictures: consolidate, forget, merge."""
+    """The closed form over stored prompts, without pictures: consolidate, forget, merge."""
 
     energy: float = setting(
-        0.999, "share of what is asked for that the rank must hold", low=0.5, high=1
+        0.999, "share of the solution's energy that the rank has to keep", low=0.5, high=1
     )
     rank: int | None = setting(
         None,
-        "rank of the solution; if not given what the LoRA has, or more for the energy",
+        "rank of the solution; if not given, the LoRA's, or more if the energy needs it",
         low=1,
         high=1024,
         by_checkpoint=False,
     )
     ridge: float = setting(
-        1e-4, "weight of staying small, as a share of the mean second moment", low=1e-12, high=1
+        1e-4, "ridge regularisation, as a share of the mean second moment", low=1e-12, high=1
     )
     ordinary_weight: float = setting(
         0.33, "weight of ordinary prompts, as a share of all concepts' together", low=0
@@ -301,7 +296,7 @@ class ScoreSettings(Settings):
 
     trials: int = setting(
         32,
-        "noisy versions of a picture that the likeliest concepts are compared on",
+        "noisy versions of a picture on which the likeliest concepts are compared",
         low=1,
         high=10_000,
     )
@@ -314,10 +309,12 @@ class ScoreSettings(Settings):
     )
     weighting: str = setting(
         "uniform",
-        "weight of a timestep: all alike, or falling with the noise",
+        "weight of a timestep: the same for all, or falling with the noise",
         choices=("uniform", "linear"),
     )
-    rows: int = setting(32, "net calls at a time", low=1, high=4096)
+    rows: int = setting(
+        32, "pairs of picture and prompt that go through the net at once", low=1, high=4096
+    )
     seed: int = setting(0, "seed of timesteps and noise", low=0, high=2**63 - 1)
     size: int | None = setting(
         None, "side the pictures are scaled to", low=64, high=4096, unit="pixels", multiple=8
@@ -327,12 +324,12 @@ class ScoreSettings(Settings):
 
 @dataclass(frozen=True)
 class EvaluateSettings(Settings):
-    """How what is kept is measured."""
+    """How retention is measured."""
 
     pictures: int = setting(4, "pictures of each concept and version", low=1, high=1000)
     steps: int = setting(20, "sampling steps", low=1, high=1000)
     guidance: float | None = setting(
-        None, "classifier-free guidance; 1 switches it off", low=0, high=100
+        None, "classifier-free guidance; 1 turns it off", low=0, high=100
     )
     trials: int = setting(
         8, "noisy versions of a picture that the DC scores compare", low=1, high=10_000
@@ -350,7 +347,7 @@ class DrawSettings(Settings):
     count: int = setting(1, "pictures per prompt", low=1, high=10_000)
     steps: int = setting(25, "sampling steps", low=1, high=1000)
     guidance: float | None = setting(
-        None, "classifier-free guidance; 1 switches it off", low=0, high=100
+        None, "classifier-free guidance; 1 turns it off", low=0, high=100
     )
     solver: str = setting("dpm++", "dpm++ (fast, 2M) or ddim", choices=SOLVERS)
     seed: int = setting(0, "seed of the first picture; the next ones follow", low=0, high=2**63 - 1)

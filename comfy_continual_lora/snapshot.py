@@ -1,10 +1,10 @@
-"""Stage 3: the state of an unfinished run, in a file beside the stack, from which the same request
-resumes.
+"""Stage 3: snapshots - the state of an unfinished run, in a file beside the stack; the same request
+resumes from it.
 
     <stack>.<token>.<run>.snapshot         while learning
     <stack>.<token>.<run>.dsc.snapshot     while consolidating
 
-<run> is the first digits of the run's identity, so no run overwrites another's file. Tensors are the
+<run> is the start of the run's identity, so no run overwrites another's file. Tensors are the
 trained values and the optimizer's state; the header holds identity, step, losses, the request, and a
 checksum of everything.
 """
@@ -26,16 +26,16 @@ from torch import Tensor
 
 from .files import write_whole
 
-_WHAT = {
+_SOURCES = {
     "noun": "the class noun",
     "pictures": "the pictures, captions or masks",
-    "start": "what the stack held when it began",
+    "start": "the stack it started from",
     "checkpoint": "the checkpoint",
 }
 
 
 class DamagedSnapshot(Exception):
-    """What is wrong with a snapshot's file."""
+    """The message says what is wrong with a snapshot's file."""
 
 
 @dataclass(frozen=True)
@@ -70,7 +70,7 @@ def write_snapshot(path: Path, snapshot: Snapshot) -> None:
 
 
 def read_snapshot(path: Path) -> Snapshot:
-    """Errors: OSError for a file that can't be read; DamagedSnapshot for one that was changed."""
+    """Errors: OSError for a file that can't be read; DamagedSnapshot for invalid content."""
     try:
         data = path.read_bytes()
         tensors = load(data)
@@ -80,7 +80,7 @@ def read_snapshot(path: Path) -> Snapshot:
         raise DamagedSnapshot(str(error)) from None
     checksum = header.pop("checksum", None)
     if checksum is None:
-        raise DamagedSnapshot("an earlier version of this program wrote it, or something else did")
+        raise DamagedSnapshot("it was written by an earlier version or by another program")
     if checksum != _checksum(tensors, header):
         raise DamagedSnapshot("its checksum is wrong")
     try:
@@ -93,7 +93,7 @@ def read_snapshot(path: Path) -> Snapshot:
             tensors,
         )
     except (KeyError, ValueError, TypeError, RecursionError) as error:
-        raise DamagedSnapshot(f"it is not whole: {error}") from None
+        raise DamagedSnapshot(f"it is incomplete: {error}") from None
 
 
 def _checksum(tensors: Mapping[str, Tensor], header: Mapping[str, str]) -> str:
@@ -105,33 +105,33 @@ def _checksum(tensors: Mapping[str, Tensor], header: Mapping[str, str]) -> str:
 
 
 def other_runs(files: Iterable[Path], asked: Mapping[str, Any]) -> list[str]:
-    """For each other unfinished run of the same word: where it is, how far, and how to resume it."""
+    """A note on each other unfinished run of the same word: its file, its step, how to resume it."""
     notes = []
     for path in files:
         try:
             other = read_snapshot(path)
         except (OSError, DamagedSnapshot) as error:
             notes.append(
-                f"{path} is what another run left, and can't be used ({error}). It is not "
-                "touched; delete it if it is not wanted."
+                f"{path} was left by another run and can't be used ({error}). It is left alone; "
+                "delete it if you don't need it."
             )
             continue
         if other.identity != identity(asked):
             differs = _differences(other.asked, asked)
             notes.append(
                 f"Another run of {asked.get('token', 'this word')} was stopped at step "
-                f"{other.step} and is kept in {path}. It differs in {differs}. "
-                "To go on with it, ask for it as it was; delete the file if it is not wanted."
+                f"{other.step} and is kept in {path}. It differs in {differs}. To resume it, give "
+                "the same request again; delete the file if you don't need it."
             )
     return notes
 
 
 def _differences(theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> str:
-    words = [text for name, text in _WHAT.items() if theirs.get(name) != ours.get(name)]
+    words = [text for name, text in _SOURCES.items() if theirs.get(name) != ours.get(name)]
     before, now = theirs.get("settings", {}), ours.get("settings", {})
     words += [
         f"{name} ({before.get(name)}, now {now.get(name)})"
         for name in sorted({*before, *now})
         if before.get(name) != now.get(name)
     ]
-    return ", ".join(words) or "how it was begun"
+    return ", ".join(words) or "other details"

@@ -1,5 +1,5 @@
-"""Stage 4: the closed form - the one change of K and V that is closest, over all stored prompts at
-once, to what each concept asks for.
+"""Stage 4: the closed form - the single change of K and V that is closest, over all stored prompts
+at once, to every concept's target.
 
     delta = argmin  sum_j w_j E_{c of j} || (delta - delta_j) c ||^2  +  ridge || delta ||^2
           = ( sum_j w_j delta_j M_j ) G^-1
@@ -7,12 +7,12 @@ once, to what each concept asks for.
     M_j = E c c^T over the prompts of j      G = sum_j w_j M_j + ridge
     delta_j: the adapter right after j was learned, 0 for ordinary prompts
 
-This is `textspace.drift` at its minimum, so no step, no picture and no call of the U-Net is needed, and
-the same request gives the same bytes. The best product of rank k is delta projected onto the k leading
+This minimises `textspace.drift` directly, without training steps, images or U-Net calls, and the
+same request gives the same bytes. The best product of rank k is delta projected onto the k leading
 left singular vectors of delta L, with G = L L^T (reduced-rank regression; Izenman 1975, eq. 2.9).
 
-in: `Target`s, from `targets` - out: an adapter. Pure linear algebra; what it means for a stack is in
-`consolidation`.
+in: `Target`s, from `targets` - out: an adapter. Pure linear algebra; `consolidation` applies it to
+stacks.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ from .settings import SolveSettings
 
 @dataclass(frozen=True)
 class Target:
-    """Over prompts with this second moment (d, d), the change shall do what `adapter` does; None:
-    nothing.
+    """On prompts with this second moment (d, d), the change should do what `adapter` does, or
+    nothing if that is None.
     """
 
     name: str
@@ -43,16 +43,16 @@ class Target:
 def solve(
     targets: Sequence[Target], settings: SolveSettings, least_rank: int = 1
 ) -> tuple[Adapter, int]:
-    """One LoRA for all targets, and its rank by the energy rule: the least that keeps the share
-    `settings.energy`, or `settings.rank`.
+    """One LoRA for all targets, and its rank: `settings.rank`, or by the energy rule the smallest
+    that keeps the share `settings.energy`.
 
-    The LoRA has `least_rank` at least, all of it used unless a rank was asked for. Targets that are
-    full changes of K and V give such a change, those of VeRA a LoRA.
+    The LoRA has at least `least_rank`, all of it used unless `settings.rank` is given. Targets that
+    are full changes of K and V give such a change, those of VeRA a LoRA.
 
-    By hand, in one layer of one output and two inputs: the prompts of V1 are all c = (1, 0) and its
-    adapter gives them 3, those of V2 are all c = (0, 1) and get 5. M_1 = diag(1, 0) and
-    M_2 = diag(0, 1), so G = I (ridge 0) and delta = (3, 0) M_1 + (0, 5) M_2 = (3, 5): both get what
-    they ask for. Had V2 the prompts of V1, delta would give them the mean, 4.
+    Example, with one layer of one output and two inputs: the prompts of V1 are all c = (1, 0) and
+    its adapter gives them 3, those of V2 are all c = (0, 1) and get 5. M_1 = diag(1, 0) and
+    M_2 = diag(0, 1), so G = I (ridge 0) and delta = (3, 0) M_1 + (0, 5) M_2 = (3, 5), which meets
+    both targets. If V2 had the prompts of V1, delta would give them the mean, 4.
     """
     wanted = [(target, layers_of(target.adapter)) for target in targets if target.adapter]
     full = any(kind_of(target.adapter).name == "full" for target, _ in wanted if target.adapter)
@@ -90,7 +90,7 @@ def _total_moment(targets: Sequence[Target], ridge: float) -> Tensor:
 
 def _wanted(wanted: Sequence[tuple[Target, Mapping[str, Tensor]]]) -> tuple[Tensor, Tensor]:
     """sum_j w_j delta_j M_j of one layer, as an orthonormal basis (d_out, k) times (k, d_text),
-    float64; k: the ranks together, d_out at most.
+    float64; k is the sum of the ranks, at most d_out.
     """
     products = [(target, *factored(parts, target.moment.shape[0])) for target, parts in wanted]
     left = torch.cat([target.weight * left.double() for target, left, _ in products], 1)
@@ -102,7 +102,7 @@ def _wanted(wanted: Sequence[tuple[Target, Mapping[str, Tensor]]]) -> tuple[Tens
 
 
 def _left_singular(matrix: Tensor) -> tuple[Tensor, Tensor]:
-    """Left singular vectors and singular values, the largest first, from the smaller Gram matrix:
+    """Left singular vectors and singular values in descending order, from the smaller Gram matrix:
     three times as fast as an SVD.
     """
     wide = matrix.shape[0] <= matrix.shape[1]
@@ -120,10 +120,10 @@ def _rank(energies: Sequence[Tensor], settings: SolveSettings) -> int:
 
 
 def _factors(layer: str, basis: Tensor, directions: Tensor, change: Tensor) -> Adapter:
-    """The change (k, d_text) projected onto the span of the directions (k, r) in the basis (d_out,
-    k), as B and A of the same norm.
+    """The change (k, d_text) projected onto the span of the directions (k, r) in the basis
+    (d_out, k), as B and A of equal norm.
     """
-    directions, _ = torch.linalg.qr(directions)  # those of hardly any energy are not orthogonal
+    directions, _ = torch.linalg.qr(directions)  # those with little energy are not orthogonal yet
     b, a = basis @ directions, directions.T @ change
     balance = (a.norm() / b.norm()).clamp(min=1e-12).sqrt()
     return {f"{layer}.A": (a / balance).float(), f"{layer}.B": (b * balance).float()}

@@ -1,6 +1,6 @@
 """Stage 6: the concepts a checkpoint has learned, and the only functions that change them.
 
-Every change gives a new stack; the one it was made from stays as it is.
+Every change returns a new stack; the original is not changed.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from .stackschema import HISTORY
 
 @dataclass(frozen=True)
 class ConceptRecord:
-    """What the header keeps of one concept."""
+    """What the header stores about one concept."""
 
     id: str
     token: str
@@ -37,8 +37,8 @@ class ConceptRecord:
     preview: str  # JPEG, base64
     settings: dict[str, Any]
     with_noun: bool = True  # whether prompts name it "V1 mug" or "V1"
-    request: str = ""  # hash of what was asked for: pictures, captions, words, settings
-    consolidated: str = ""  # the same of the last consolidation by itself
+    request: str = ""  # hash of the request: pictures, captions, words, settings
+    consolidated: str = ""  # hash of the last request to consolidate it
 
     @property
     def name(self) -> str:
@@ -46,7 +46,7 @@ class ConceptRecord:
         return name_of(self.token, self.noun if self.with_noun else "")
 
     def with_rank_of(self, adapter: Adapter | None) -> ConceptRecord:
-        """The record with the rank the stack's LoRA has from this concept on."""
+        """The record with the rank of this LoRA, which the stack has from this concept on."""
         if not adapter or kind_of(adapter).name != "lora":
             return self
         return replace(self, settings={**self.settings, "rank": rank_of(adapter)})
@@ -54,7 +54,7 @@ class ConceptRecord:
 
 @dataclass(frozen=True)
 class CheckpointInfo:
-    """What a stack remembers of its checkpoint, so that it can be exported without loading that."""
+    """What a stack stores about its checkpoint, so that it can be exported without loading it."""
 
     preset: str = "sd1"
     prediction: str = "epsilon"
@@ -65,20 +65,20 @@ class CheckpointInfo:
 class ConceptStack:
     """The concepts a checkpoint has learned, in order.
 
-    `adapter` draws all of them; `pool` holds what it was after each earlier concept.
+    `adapter` draws all of them; `pool` holds the adapter as it was after each earlier concept.
     """
 
     fingerprint: str
     records: list[ConceptRecord] = field(default_factory=list)
     words: dict[str, Tensor] = field(default_factory=dict)  # by concept id
     adapter: Adapter | None = None
-    pool: dict[str, Adapter] = field(default_factory=dict)  # by id; none where no adapter was yet
-    # by id: a concept's own adapter, where a solution for all took its place
+    pool: dict[str, Adapter] = field(default_factory=dict)  # by id, if there was an adapter
+    # by id: a concept's own adapter, if a solution for all concepts replaced it
     targets: dict[str, Adapter] = field(default_factory=dict)
     rank: int | None = None
     fishers: dict[str, Adapter] = field(default_factory=dict)  # by id; none for methods without EWC
     tau: float | None = None  # temperature of the DC scores, calibrated on the first concept
-    unconsolidated: Adapter | None = None  # the newest adapter before it was consolidated by itself
+    unconsolidated: Adapter | None = None  # the newest adapter before its consolidation
     checkpoint: CheckpointInfo = field(default_factory=CheckpointInfo)
     identity: str = ""  # whose the exported files are; set when the stack is first stored
     history: int = HISTORY  # how many earlier versions are kept
@@ -92,8 +92,8 @@ class ConceptStack:
     def owner(self) -> str:
         """Its identity.
 
-        Of a stack that an earlier program wrote, or that was never stored, one that follows from how
-        it began.
+        A stack that was never stored, or that an early version wrote, has one derived from its
+        first concept.
         """
         if self.identity or not self.records:
             return self.identity
@@ -102,7 +102,7 @@ class ConceptStack:
 
     @property
     def adapters(self) -> list[Adapter]:
-        """All that it holds."""
+        """All adapters and Fishers in the stack."""
         single = [adapter for adapter in (self.adapter, self.unconsolidated) if adapter]
         return [*single, *self.pool.values(), *self.targets.values(), *self.fishers.values()]
 
@@ -114,12 +114,12 @@ class ConceptStack:
         """Errors: StackError for a token that is not on the stack."""
         record = self.find(token)
         if record is None:
-            known = ", ".join(one.token for one in self.records) or "none"
-            raise StackError(f"No concept {token!r} is on the stack. It knows {known}.")
+            tokens = ", ".join(one.token for one in self.records) or "none"
+            raise StackError(f"There is no concept {token!r} on the stack. It has: {tokens}.")
         return self.records.index(record)
 
     def adapter_after(self, concept: str) -> Adapter | None:
-        """The adapter as it was when this concept had been learned."""
+        """The adapter as it was right after this concept was learned."""
         newest = self.records and concept == self.records[-1].id
         return self.adapter if newest else self.pool.get(concept)
 
@@ -134,9 +134,9 @@ class ConceptStack:
         fisher: Adapter | None = None,
         keep_rank: bool = False,
     ) -> ConceptStack:
-        """With one more concept on top; the adapter so far goes into the pool.
+        """With one more concept on top; the previous adapter goes into the pool.
 
-        The stack has the rank the concept was learned with, unless `keep_rank`.
+        The stack takes the rank the concept was learned with, unless `keep_rank`.
         """
         after = self._copy()
         if self.records and self.adapter is not None:
@@ -151,7 +151,9 @@ class ConceptStack:
         return after
 
     def consolidated(self, adapter: Adapter, request: str, fisher: Adapter | None) -> ConceptStack:
-        """With the newest concept's adapter replaced by training (DSC); `request`: its digest."""
+        """With the newest concept's adapter replaced by further training (DSC); `request`: the
+        request's digest.
+        """
         after = self._copy()
         after.records[-1] = replace(self.records[-1], consolidated=request)
         after.adapter, after.unconsolidated = adapter, self.adapter
@@ -160,9 +162,9 @@ class ConceptStack:
         return after
 
     def solved(self, adapter: Adapter, target: Adapter | None) -> ConceptStack:
-        """With one LoRA for all concepts; `target`: what the newest one asks for from now on.
+        """With one LoRA for all concepts; `target`: the newest one's target from now on.
 
-        Fishers are dropped: their factors are gone.
+        Fishers are dropped, because their factors no longer exist.
         """
         after = self._copy()
         after.unconsolidated = self.unconsolidated or self.adapter
@@ -178,27 +180,27 @@ class ConceptStack:
         return replace(self._copy(), tau=tau)
 
     def as_learned(self) -> ConceptStack:
-        """What it is now is how the newest concept was learned, with nothing before to go back to."""
+        """With the current adapter counted as the newest concept's learned one, not consolidated."""
         return replace(self._copy(), unconsolidated=None)
 
     def settled(self) -> ConceptStack:
-        """With the rank that its newest concept has."""
+        """With the rank of its newest concept."""
         return replace(self._copy(), rank=self.records[-1].settings["rank"])
 
     def with_solution(
         self, adapter: Adapter, rank: int, targets: Mapping[str, Adapter]
     ) -> ConceptStack:
-        """Of concepts that have no adapter yet: one LoRA for all, and what each asked for."""
+        """For concepts without adapter so far: with one LoRA for all, and each one's target."""
         return replace(self._copy(), adapter=adapter, rank=rank, targets=dict(targets))
 
     def with_target(self, concept: str, target: Adapter) -> ConceptStack:
-        """With what a concept asks for from now on."""
+        """With a new target for one concept."""
         after = self._copy()
         after.targets[concept] = target
         return after
 
     def undone(self) -> ConceptStack:
-        """Without the newest concept, its word, record and Fisher; the adapter is as it was before.
+        """Without the newest concept, its word, record and Fisher; the adapter is the previous one.
 
         Errors: StackError for an empty stack.
         """
@@ -219,9 +221,9 @@ class ConceptStack:
         return after
 
     def as_of(self, count: int, *, consolidated: bool = True) -> ConceptStack:
-        """As this one was with its first `count` concepts.
+        """The stack as it was with its first `count` concepts.
 
-        `consolidated` false: before the newest of them was consolidated by itself.
+        `consolidated` false: before the newest of them was consolidated.
         """
         past = self._copy()
         while len(past.records) > max(count, 0):
@@ -231,8 +233,8 @@ class ConceptStack:
         return past
 
     def without(self, concept: str, later: Mapping[str, Adapter]) -> ConceptStack:
-        """Without one concept that is not the newest; `later`: the adapters after each later one,
-        by id, solved again without it.
+        """Without one concept that is not the newest; `later`: by id, the adapters after each later
+        concept, solved again without it.
         """
         after = self._copy()
         after.records = [record for record in self.records if record.id != concept]
@@ -257,7 +259,7 @@ class ConceptStack:
         )
 
     def ready_to_merge(self, other: ConceptStack, targets: Mapping[str, Adapter]) -> ConceptStack:
-        """With what the other's concepts ask for, before they are put on top one by one."""
+        """With the targets of the other's concepts, before these are put on top one by one."""
         after = self._copy()
         after.targets |= targets
         after.fishers = {}
@@ -266,7 +268,5 @@ class ConceptStack:
         return after
 
     def _copy(self) -> ConceptStack:
-        containers = ("records", "words", "pool", "targets", "fishers")
-        return dataclasses.replace(
-            self, **{name: getattr(self, name).copy() for name in containers}
-        )
+        names = ("records", "words", "pool", "targets", "fishers")
+        return dataclasses.replace(self, **{name: getattr(self, name).copy() for name in names})

@@ -37,8 +37,7 @@ def read_shapes(path: Path) -> tuple[dict[str, Any], dict[str, Shape]]:
 def opened(path: Path) -> Iterator[tuple[IO[bytes], dict[str, Any], dict[str, Shape]]]:
     """A stack file, open, with its checked header and its tensors' shapes.
 
-    Whatever is read through it is of one version, though another program replaces the file
-    meanwhile.
+    Everything read through it is from one version, even if another program replaces the file.
     Errors: StackError for a file that is missing, damaged, foreign, tampered with or newer than
     this program.
     """
@@ -66,7 +65,7 @@ def _content(path: Path, file: IO[bytes]) -> tuple[dict[str, str], dict[str, Sha
             object_pairs_hook=unique_pairs,
         )
         if not isinstance(content, dict):
-            raise ValueError("its header is no object")
+            raise ValueError("its header is not an object")
         metadata = content.pop("__metadata__", {})
         if not isinstance(metadata, dict) or not all(
             isinstance(value, str) for value in metadata.values()
@@ -79,27 +78,29 @@ def _content(path: Path, file: IO[bytes]) -> tuple[dict[str, str], dict[str, Sha
 
 def _whole(data: bytes, length: int) -> bytes:
     if len(data) < length:
-        raise ValueError("it is cut short")
+        raise ValueError("it is truncated")
     return data
 
 
 def _shapes(entries: Mapping[str, Any], first: int, end_of_file: int) -> dict[str, Shape]:
-    """The tensors, which have to fill the file from its byte `first` on without gap or overlap.
+    """The tensors, which have to fill the file from byte `first` on without gap or overlap.
 
     Errors: ValueError.
     """
-    shapes, spans, size = {}, [], end_of_file - first
+    shapes: dict[str, Shape] = {}
+    spans = []
     for name, one in entries.items():
         dtype, sizes, (start, end) = one["dtype"], one["shape"], one["data_offsets"]
         if not isinstance(dtype, str) or not all(
             type(n) is int and 0 <= n < 2**40 for n in (*sizes, start, end)
         ):
-            raise ValueError(f"its tensor {name} has no proper size")
+            raise ValueError(f"its tensor {name} has an invalid size")
         shapes[name] = Shape(dtype, tuple(sizes), first + start)
         spans.append((start, end))
         if dtype == "F32" and end - start != 4 * math.prod(sizes):
-            raise ValueError(f"its tensor {name} does not fill its place")
+            raise ValueError(f"its tensor {name} has {end - start} bytes, not as many as its shape")
+    size = end_of_file - first
     spans = sorted([(0, 0), *spans, (size, size)])
     if any(a[1] != b[0] for a, b in pairwise(spans)):
-        raise ValueError("it is cut short, or its tensors overlap")
+        raise ValueError("it is truncated, or its tensors overlap")
     return shapes

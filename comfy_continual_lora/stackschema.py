@@ -1,7 +1,7 @@
-"""Stage 6: what has to be true of a stack file's header and tensors. Light.
+"""Stage 6: the schema of a stack file's header and tensors. Light.
 
-A stack file may come from a stranger, so everything in it is data: `checked` stands between it and all
-else, and refuses by name what is not as `store.save_stack` writes it.
+A stack file may come from an untrusted source: `checked` validates everything before it is used, and
+names whatever differs from what `store.save_stack` writes.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ from .settings import MOST_VECTORS
 
 FORMAT = "comfy-continual-lora"
 VERSION = 1
-HISTORY = 5  # earlier versions kept, where the stack does not say otherwise
-# What a change is called, with the words it is about
+HISTORY = 5  # earlier versions kept by default
+# How a change is described; {} are the words it is about
 CHANGES = {
     "learned": "learned {}",
     "replaced": "replaced {} by learning it again",
@@ -33,7 +33,7 @@ CHANGES = {
     "forgot": "forgot {}",
     "merged": "merged {} from another stack",
     "imported": "imported {}",
-    "undone": "took back what was newest; left: {}",
+    "undone": "undid the newest change; left: {}",
 }
 
 
@@ -47,15 +47,15 @@ class Shape:
 
 
 def refuse_number(name: str) -> None:
-    """For `json.loads`: NaN and infinity are no JSON."""
-    raise ValueError(f"{name} is no number")
+    """For `json.loads`: NaN and infinity are not JSON."""
+    raise ValueError(f"{name} is not a number")
 
 
 def unique_pairs(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """For `json.loads`: a name that is there twice could mean two things."""
+    """For `json.loads`: a duplicate name would be ambiguous."""
     unique = dict(pairs)
     if len(unique) < len(pairs):
-        raise ValueError("a name is there twice")
+        raise ValueError("a name occurs twice")
     return unique
 
 
@@ -72,28 +72,30 @@ def history_files(path: Path) -> dict[int, Path]:
 
 
 def previous_file(path: Path) -> Path:
-    """What earlier programs kept: the one version before."""
+    """The one previous version that early versions of this program kept."""
     return path.with_name(path.name + ".previous")
 
 
 def unreadable(path: Path, error: OSError) -> StackError:
-    """The error for a file that this user may not read, or that is not there."""
+    """The error for a file that is missing, or that this user may not read."""
     why = error.strerror or str(error)
     if isinstance(error, FileNotFoundError):
         return StackError(f"There is no concept stack at {path}. Learn a concept first.")
     return StackError(
-        f"The concept stack {path} can't be read ({why}). See that this user may read it; nothing "
-        "in it was changed."
+        f"The concept stack {path} can't be read ({why}). Give this user permission to read it; it "
+        "was not changed."
     )
 
 
 def damaged(path: Path, why: str) -> StackError:
-    """The error for a file that is no whole stack; it names the newest version to go back to."""
+    """The error for a file that is not a complete stack; it names the newest version to go back to."""
     earlier = [p for p in (*history_files(path).values(), previous_file(path)) if p.exists()]
-    rescue = f" The version before it is {earlier[0]}: restore goes back to it." if earlier else ""
+    advice = "Get the file again."
+    if earlier:
+        advice = f"The version before it is {earlier[0]}: restore goes back to it."
     return StackError(
-        f"The concept stack {path} can't be read ({why}): it is cut short or was changed by "
-        f"something else.{rescue}"
+        f"The concept stack {path} can't be read ({why}): it is truncated or was changed by another "
+        f"program. {advice}"
     )
 
 
@@ -139,7 +141,7 @@ def _date(value: Any) -> bool:
 
 
 def _settings(value: Any) -> bool:
-    """What a concept was learned with: names and plain values."""
+    """The settings a concept was learned with: names and plain values."""
     if not isinstance(value, dict) or not all(map(_text(r"\w*", 64), value)):
         return False
     plain = all(
@@ -192,7 +194,7 @@ _HEADER: dict[str, tuple[Check, str]] = {
     "fingerprint": (_text(r"[0-9a-f]{8,128}"), "a hash"),
     "rank": (_or_none(_RANK), "a rank"),
     "tau": (_or_none(_number(1e-30)), "a temperature above 0"),
-    "base": (lambda value: isinstance(value, dict), "what it knows of its checkpoint"),
+    "base": (lambda value: isinstance(value, dict), "a description of its checkpoint"),
     "concepts": (_list(lambda value: isinstance(value, dict), 10_000), "a list of concepts"),
     "identity": (_text(r"[0-9a-f]{0,64}"), "a hash"),
     "number": (_or_none(_WHOLE), "a number"),
@@ -220,14 +222,14 @@ _NAMES = re.compile(
 
 
 def checked(path: Path, metadata: Any, shapes: Mapping[str, Shape]) -> dict[str, Any]:
-    """The header of a stack file, every field there and of its type, and tensors that fit it and
+    """The header of a stack file, complete and with every field of its type; the tensors fit it and
     each other.
 
-    Errors: StackError that names what is not as it has to be.
+    Errors: StackError that names the first problem.
     """
     if not isinstance(metadata, dict) or metadata.get("format") != FORMAT:
         raise StackError(
-            f"{path} is a safetensors file but no concept stack. Move it away, or name another "
+            f"{path} is a safetensors file but not a concept stack. Move it away, or name another "
             "stack."
         )
     try:
@@ -235,13 +237,13 @@ def checked(path: Path, metadata: Any, shapes: Mapping[str, Shape]) -> dict[str,
             metadata["stack"], parse_constant=refuse_number, object_pairs_hook=unique_pairs
         )
         if not isinstance(header, dict):
-            raise ValueError("its header is no object")
+            raise ValueError("its header is not an object")
     except (ValueError, TypeError, KeyError, RecursionError) as error:
         raise damaged(path, str(error)) from None
     version = header.get("version")
     if type(version) is int and version > VERSION:
         raise StackError(
-            f"{path} has format version {version}, this program reads up to {VERSION}. Update "
+            f"{path} has format version {version}; this program reads up to {VERSION}. Update "
             "comfy-continual-lora."
         )
     header = _fields(path, "", {**_HEADER_DEFAULTS, **header}, _HEADER)
@@ -271,8 +273,7 @@ def _fields(
     if unknown := sorted(given.keys() - schema.keys()):
         raise StackError(
             f"The concept stack {path} has a field this version does not know "
-            f"({where}{unknown[0][:64]!r}): "
-            "a newer one wrote it. Update comfy-continual-lora."
+            f"({where}{unknown[0][:64]!r}): a newer one wrote it. Update comfy-continual-lora."
         )
     for name, (check, expected) in schema.items():
         if name not in given:
@@ -285,19 +286,19 @@ def _fields(
 def _wrong(path: Path, what: str) -> StackError:
     return StackError(
         f"The concept stack {path} can't be used: {what}. It is damaged or was tampered with; get "
-        "it again, or restore an earlier version."
+        "the file again, or restore an earlier version."
     )
 
 
 def _tensors_fit(path: Path, header: Mapping[str, Any], shapes: Mapping[str, Shape]) -> None:
-    """Every word and layer is there, and their shapes fit each other."""
+    """Check that every word and layer is there, and that their shapes fit each other."""
     ids = [record["id"] for record in header["concepts"]]
     words: dict[str, tuple[int, ...]] = {}
     adapters: dict[str, dict[str, dict[str, tuple[int, ...]]]] = {}  # by part, layer, tensor
     for name, shape in shapes.items():
         match = _NAMES.fullmatch(name)
         if match is None:
-            raise _wrong(path, f"it holds a tensor {name[:100]!r}, which belongs to nothing")
+            raise _wrong(path, f"it holds an unknown tensor {name[:100]!r}")
         if shape.dtype != "F32":
             raise _wrong(path, f"its tensor {name} is {shape.dtype}, expected F32")
         concept = match["of"] or match["concept"]
@@ -307,10 +308,8 @@ def _tensors_fit(path: Path, header: Mapping[str, Any], shapes: Mapping[str, Sha
             words[concept] = shape.sizes
             continue
         part = match["part"] or f"{match['held']}.{concept}"
-        layer, tensor = (
-            match["layer"] or match["held_layer"],
-            match["tensor"] or match["held_tensor"],
-        )
+        layer = match["layer"] or match["held_layer"]
+        tensor = match["tensor"] or match["held_tensor"]
         adapters.setdefault(part, {}).setdefault(layer, {})[tensor] = shape.sizes
     _words_fit(path, header, words)
     ends: dict[str, dict[str, tuple[int | None, int | None]]] = {}
@@ -333,11 +332,8 @@ def _words_fit(path: Path, header: Mapping[str, Any], words: Mapping[str, tuple[
         sizes = words.get(record["id"])
         if sizes is None:
             raise _wrong(path, f"the word of {record['token']} is missing")
-        if (
-            len(sizes) not in (1, 2)
-            or not all(sizes)
-            or (len(sizes) == 2 and sizes[0] > MOST_VECTORS)
-        ):
+        is_matrix = len(sizes) == 2 and sizes[0] <= MOST_VECTORS
+        if not all(sizes) or not (len(sizes) == 1 or is_matrix):
             raise _wrong(
                 path,
                 f"the word of {record['token']} has the shape {sizes}, expected 1 to "
@@ -356,14 +352,14 @@ def _words_fit(path: Path, header: Mapping[str, Any], words: Mapping[str, tuple[
 def _layers_fit(
     path: Path, part: str, layers: Mapping[str, Mapping[str, tuple[int, ...]]]
 ) -> dict[str, tuple[int | None, int | None]]:
-    """Of each layer the numbers of outputs and inputs, as far as its tensors say."""
+    """Each layer's numbers of outputs and inputs, as far as its tensors determine them."""
     ends: dict[str, tuple[int | None, int | None]] = {}
     ranks, kinds = set(), set()
     for layer, tensors in layers.items():
         sizes = _sizes(tensors, dense=part.startswith("fisher"))
         if sizes is None:
-            held = ", ".join(f"{name} {shape}" for name, shape in tensors.items())
-            raise _wrong(path, f"{part} is not whole in its layer {layer}: {held}")
+            listed = ", ".join(f"{name} {shape}" for name, shape in tensors.items())
+            raise _wrong(path, f"{part} is incomplete in its layer {layer}: {listed}")
         if 0 in sizes.values():
             raise _wrong(path, f"{part} is empty in its layer {layer}")
         ends[layer] = sizes.get("out"), sizes.get("width")
@@ -377,7 +373,7 @@ def _layers_fit(
 
 
 def _sizes(tensors: Mapping[str, tuple[int, ...]], dense: bool) -> dict[str, int] | None:
-    """rank, out and width as the tensors of a layer agree on them; None where they do not."""
+    """The rank, out and width that the tensors of a layer agree on; None if they don't."""
     kind = kind_with(set(tensors))
     names = PARTS[kind] if kind else DENSE if dense and tensors.keys() == DENSE.keys() else None
     if names is None:

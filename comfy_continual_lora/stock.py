@@ -1,4 +1,4 @@
-"""Stage 7: the stack's weights under the names that other programs read, and what they read about it.
+"""Stage 7: the stack's weights under the names that other programs read, and its metadata.
 
 in: a stack - out: {name: float16 tensor} of its LoRA and of each embedding, a LoRA file's metadata,
 and A1111's card.
@@ -6,8 +6,8 @@ and A1111's card.
     kohya       the default: ComfyUI, the A1111 family and diffusers read these names (layers called
                 as in diffusers for SD1.x and SD2.x, as in LDM for SDXL, as kohya's own programs
                 expect)
-    diffusers   PEFT's names after "unet.", for `load_lora_weights`; ComfyUI ignores these and the
-                next with no more than a line in its log
+    diffusers   PEFT's names after "unet.", for `load_lora_weights`; ComfyUI ignores these and
+                peft's with only a line in its log
     peft        for `PeftModel.from_pretrained(unet, folder)`
 """
 

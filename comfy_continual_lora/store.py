@@ -1,15 +1,15 @@
 """Stage 6: `ConceptStack` <-> one safetensors file beside the checkpoint.
 
     adapter.<layer>.<part>                the current adapter
-    before.<layer>.<part>                 what it was before it was consolidated by itself
-    pool.<concept id>.<layer>.<part>      past ones
-    wish.<concept id>.<layer>.<part>      what one concept asks of all (`targets`)
-    fisher.<concept id>.<layer>.<part>    what it found important
-    word.<concept id>                     its vectors, float32 (k, d)
+    before.<layer>.<part>                 the adapter before the newest concept was consolidated
+    pool.<concept id>.<layer>.<part>      the adapter after each earlier concept
+    wish.<concept id>.<layer>.<part>      a concept's target for the closed form (`targets`)
+    fisher.<concept id>.<layer>.<part>    a concept's Fisher
+    word.<concept id>                     a word's vectors, float32 (k, d)
 
-The header holds the rest as JSON (`stackschema`) and reads without loading a tensor. The file is
-written to a temporary name, synced and renamed; the versions before stay in the history folder beside
-it; one program writes at a time.
+The header holds the rest as JSON (`stackschema`) and can be read without loading a tensor. The file
+is written to a temporary name, synced and renamed; earlier versions are kept in the history folder
+beside it; one program writes at a time.
 """
 
 from __future__ import annotations
@@ -38,12 +38,11 @@ from .stackfile import opened, read_header
 from .stackschema import FORMAT, VERSION, Shape, checked
 from .versions import Change, Version, parent_of, versions
 
-_AGAIN = "The concepts stored before are untouched."
-
 
 def load_stack(path: Path, fingerprint: str) -> ConceptStack:
-    """Read a stack made for the checkpoint with this fingerprint; an empty stack where there is no
-    file.
+    """Read a stack made for the checkpoint with this fingerprint; an empty one if there is no file.
+
+    Errors: StackError for a file that can't be used, or belongs to another checkpoint.
     """
     if not real_file(path).exists():
         return ConceptStack(fingerprint)
@@ -51,17 +50,15 @@ def load_stack(path: Path, fingerprint: str) -> ConceptStack:
     if stack.fingerprint != fingerprint:
         raise StackError(
             f"The concept stack {path} was made for another checkpoint (its K/V weights "
-            f"{stack.fingerprint[:12]}, here {fingerprint[:12]}). "
-            "Use it with its own checkpoint, or name another stack file."
+            f"{stack.fingerprint[:12]}, here {fingerprint[:12]}). Use it with its own checkpoint, "
+            "or name another stack file."
         )
     return stack
 
 
 def _read(path: Path) -> ConceptStack:
-    """The file is opened once, so that all of it is of one version, and never mapped, so that it
-    can be replaced.
-
-    (The safetensors library opens a file twice, and maps it.)
+    """The file is opened once, so that all of it is from one version, and never memory-mapped, so
+    that it can be replaced. (The safetensors library opens a file twice, and maps it.)
     """
     with opened(path) as (file, header, shapes):
         tensors = {name: _tensor(file, shape) for name, shape in shapes.items()}
@@ -72,18 +69,17 @@ def _read(path: Path) -> ConceptStack:
 def _check_finite(path: Path, tensors: Mapping[str, Tensor]) -> None:
     if bad := next((key for key, tensor in tensors.items() if not tensor.isfinite().all()), None):
         raise StackError(
-            f"The concept stack {path} can't hold numbers that are not finite, as {bad} does: "
-            "every picture would be black. "
-            "Restore an earlier version, or get the file again."
+            f"The concept stack {path} contains infinite or NaN values (first in {bad}), which "
+            "would make every picture black. Restore an earlier version, or get the file again."
         )
 
 
 def _tensor(file: IO[bytes], shape: Shape) -> Tensor:
-    """A float32 tensor; `checked` has seen that the file holds it."""
+    """A float32 tensor; `checked` has verified that the file holds it."""
     data = bytearray(4 * math.prod(shape.sizes))
     file.seek(shape.start)
     if file.readinto(data) < len(data):  # pyright: ignore[reportAttributeAccessIssue]
-        raise OSError("it became shorter while it was read")
+        raise OSError("it was truncated while being read")
     return torch.frombuffer(data, dtype=torch.float32).reshape(shape.sizes)
 
 
@@ -103,13 +99,13 @@ def _stack_of(header: dict[str, Any], tensors: dict[str, Tensor]) -> ConceptStac
             stack.unconsolidated = {**(stack.unconsolidated or {}), rest: tensor}
         else:
             concept, _, name = rest.partition(".")
-            held = {"pool": stack.pool, "wish": stack.targets, "fisher": stack.fishers}[part]
-            held.setdefault(concept, {})[name] = tensor
+            by_concept = {"pool": stack.pool, "wish": stack.targets, "fisher": stack.fishers}[part]
+            by_concept.setdefault(concept, {})[name] = tensor
     return stack
 
 
 def read_records(path: Path) -> list[ConceptRecord]:
-    """The concepts of a stack file in order, from its header alone; none where there is no file."""
+    """The concepts of a stack file in order, from its header alone; none if there is no file."""
     if not real_file(path).exists():
         return []
     return [ConceptRecord(**record) for record in read_header(path)["concepts"]]
@@ -121,12 +117,12 @@ def record_of_request(path: Path, digest: str) -> ConceptRecord | None:
 
 
 def open_stack(path: Path) -> ConceptStack:
-    """Read a stack whatever its checkpoint. Raises StackError where there is none."""
+    """Read a stack of any checkpoint. Errors: StackError if there is none."""
     return _read(path)
 
 
 def change(kind: str, records: Sequence[ConceptRecord]) -> Change:
-    """What is about to be stored, and when."""
+    """The change that is about to be stored, with the current time."""
     return Change(
         kind,
         [record.name for record in records],
@@ -135,10 +131,10 @@ def change(kind: str, records: Sequence[ConceptRecord]) -> Change:
 
 
 def save_stack(stack: ConceptStack, path: Path, change: Change | None = None) -> None:
-    """Make this the stack's newest version, so that at every moment either the old or the new one
-    is whole on disk.
+    """Make this the stack's newest version, atomically: at every moment either the old or the new
+    one is complete on disk.
 
-    The version before goes to the history. Errors: StackError where it can't be written.
+    The previous version goes into the history. Errors: StackError if it can't be written.
     """
     save_version(stack, real_file(path), change, knows_parent=True)
 
@@ -146,10 +142,11 @@ def save_stack(stack: ConceptStack, path: Path, change: Change | None = None) ->
 def save_version(
     stack: ConceptStack, path: Path, change: Change | None, *, knows_parent: bool
 ) -> None:
-    """`save_stack` at a real path; `knows_parent` false: undoing has no version to go back to."""
-    known = versions(path)
-    current = next((one for one in known if one.current), None)
-    free, parent = max((one.number for one in known), default=0) + 1, None
+    """`save_stack` at a real path; `knows_parent` false: undo has no version to go back to."""
+    existing = versions(path)
+    current = next((one for one in existing if one.current), None)
+    free = max((one.number for one in existing), default=0) + 1
+    parent = None
     with explain_failed_write(path):
         if current is not None:
             parent = keep(path, current, free) if stack.history else current.number
@@ -159,15 +156,12 @@ def save_version(
 
 
 def keep(path: Path, current: Version, free: int) -> int:
-    """Put the version in use into the history; returns its number there, `free` being one that
-    nobody has.
-    """
+    """Put the version in use into the history; returns its number there. `free` is an unused number."""
     folder = history_folder(path)
     folder.mkdir(exist_ok=True)
     number = current.number
     target = folder / f"{number}.stack"
-    # else the file came from elsewhere, with its numbers
-    if target.exists() and not _same_version(target, path):
+    if target.exists() and not _same_version(target, path):  # the file came from elsewhere
         number = free
         target = folder / f"{number}.stack"
     copy_whole(path, target)
@@ -194,12 +188,13 @@ def write(
     tensors = {f"word.{concept}": word for concept, word in stack.words.items()}
     for part, adapter in (("adapter", stack.adapter), ("before", stack.unconsolidated)):
         tensors |= {f"{part}.{name}": tensor for name, tensor in (adapter or {}).items()}
-    for part, held in (("pool", stack.pool), ("wish", stack.targets), ("fisher", stack.fishers)):
-        tensors |= {
-            f"{part}.{concept}.{name}": tensor
-            for concept, adapter in held.items()
-            for name, tensor in adapter.items()
-        }
+    for part, adapters in (
+        ("pool", stack.pool),
+        ("wish", stack.targets),
+        ("fisher", stack.fishers),
+    ):
+        for concept, adapter in adapters.items():
+            tensors |= {f"{part}.{concept}.{name}": tensor for name, tensor in adapter.items()}
     header = {
         "version": VERSION,
         "fingerprint": stack.fingerprint,
@@ -225,7 +220,7 @@ def write(
 
 
 def prune(path: Path, most: int) -> None:
-    """Keep the newest `most` earlier versions, and of the others the one that undoing goes back to."""
+    """Keep `most` earlier versions: the one that undo goes back to, and the newest others."""
     earlier = [one for one in versions(path) if not one.current]
     parent = parent_of(path) if most else None
     spare = [one for one in earlier if parent is None or one.number != parent.number]
@@ -238,22 +233,22 @@ def prune(path: Path, most: int) -> None:
 
 @contextmanager
 def explain_failed_write(path: Path) -> Iterator[None]:
-    """Errors: StackError, with the reason, where the system refuses to write."""
+    """Turn an OSError into a StackError that gives the reason."""
     try:
         yield
     except OSError as error:
         raise StackError(
             f"The concept stack {path} can't be written ({error.strerror or error}): no room or "
-            f"no permission there. {_AGAIN}"
+            "no permission there. The concepts stored before are untouched."
         ) from None
 
 
 @contextmanager
 def writing(path: Path) -> Iterator[None]:
-    """Hold the stack for one writer, from reading it to replacing it; what killed writers left is
-    cleaned up first.
+    """Lock the stack for one writer, from reading it to replacing it; files that killed writers
+    left are cleaned up first.
 
-    Errors: StackError, at once, when another program holds it or the folder is not writable.
+    Errors: StackError, immediately, if another program holds it or the folder is not writable.
     """
     path = real_file(path)
     check_names(path)
@@ -262,7 +257,7 @@ def writing(path: Path) -> Iterator[None]:
         lock.acquire(timeout=0)
     except Timeout:
         raise StackError(
-            f"Another program is changing {path} just now. Wait until it is done, or stop it."
+            f"Another program is changing {path} right now. Wait until it is done, or stop it."
         ) from None
     except OSError as error:
         raise StackError(
@@ -280,7 +275,6 @@ def _clean(path: Path) -> None:
     with suppress(OSError):
         for folder in (path.parent, history_folder(path)):
             clean_temporary(folder)
-        for stray in path.parent.glob(
-            f".{glob.escape(path.name)}.????????"
-        ):  # earlier programs' names
+        # temporary files of earlier versions of this program
+        for stray in path.parent.glob(f".{glob.escape(path.name)}.????????"):
             stray.unlink()

@@ -1,4 +1,4 @@
-"""Stage 4: what each concept's prompts are to be mapped to.
+"""Stage 4: what each concept's prompts should be mapped to.
 
     prompts of a stack -> `PromptBank`: their second moments -> `Target`s for `solve`, or a penalty
 
@@ -23,16 +23,15 @@ from .solve import Target, solve
 from .stack import ConceptRecord, ConceptStack
 from .textspace import RetentionPenalty, drift, ordinary_prompts, single_prompts, sizes
 
-# The most that all earlier concepts weigh together where a penalty holds them; until then each
-# weighs 1.
+# In the penalty each earlier concept weighs 1, and all together at most this.
 MAX_EARLIER_WEIGHT = 3.0
 
 
 class PromptBank:
-    """What the prompts about a growing list of concepts look like, each encoded once.
+    """The moments of the prompts about a growing list of concepts, each encoded once.
 
-    In a prompt about two, the positions from the second one's word on are the second's, those before
-    are the first's, the padding is both's.
+    In a prompt about two concepts, the positions before the second one's word count for the first,
+    those from there on for the second, and the padding for both.
     """
 
     def __init__(
@@ -42,19 +41,19 @@ class PromptBank:
         share: float | None = None,
         cache: Path | None = None,
     ) -> None:
-        """`nouns` are what ordinary prompts are about above all; `share` as in `textspace.moment`,
-        for all prompts but those about two; `cache` is a folder of moments.
+        """`nouns`: the main subjects of ordinary prompts; `share` as in `textspace.moment`, for all
+        prompts but those about two concepts; `cache`: a folder of moments.
         """
         self.backbone, self.words, self.share = backbone, {}, share
         self.moments = MomentCache(backbone, cache)
         self.ordinary = self.moments({}, ordinary_prompts(list(dict.fromkeys(nouns))), share)
         self.records: list[ConceptRecord] = []
         self.alone: list[Tensor] = []
-        # of prompts about two, by concept: sum of c c^T, and how many c
+        # prompts about two, by concept: sum of c c^T, and the number of c
         self.shared: list[tuple[Tensor, float]] = []
 
     def add(self, record: ConceptRecord, word: Tensor) -> None:
-        """One more concept, alone and together with the two before it."""
+        """Add a concept: prompts about it alone, and together with each of the two before it."""
         self.records.append(record)
         self.words[record.token] = word
         self.alone.append(self.moments(self.words, single_prompts(record), self.share))
@@ -67,9 +66,7 @@ class PromptBank:
     def extend(
         self, stack: ConceptStack, on_progress: OnProgress, count: int | None = None
     ) -> None:
-        """Add the concepts of a stack that come behind those that are here, up to its first
-        `count`.
-        """
+        """Add the concepts of a stack that are not in the bank yet, up to its first `count`."""
         first = len(self.records)
         for number, record in enumerate(stack.records[first:count], start=first):
             on_progress(Progress("solve", number, len(stack.records)))
@@ -90,7 +87,7 @@ class PromptBank:
             self.shared[concept] = (total + weight * rows.T @ rows, count + weight * len(rows))
 
     def _second_word(self, prompt: str, token: str) -> tuple[int, int]:
-        """Where the last word of a prompt begins, and where its padding does."""
+        """The position at which the last learned word of a prompt begins, and that of its padding."""
         ids, slots = self.backbone.tokenize(prompt, self.words)
         words = [k for k, slot in enumerate(slots) if slot >= 0]
         before_padding = [
@@ -101,7 +98,7 @@ class PromptBank:
         return max(words) + 1 - len(self.words[token]), max(before_padding) + 1
 
     def targets(self, adapters: Sequence[Adapter | None], settings: SolveSettings) -> list[Target]:
-        """Every concept's prompts shall get what its adapter does, ordinary prompts nothing."""
+        """For every concept's prompts what its adapter does; for ordinary prompts no change."""
         weight = settings.ordinary_weight * len(self.records)
         targets = [Target("ordinary prompts", self.ordinary, None, weight)]
         for record, alone, (total, count), adapter in zip(
@@ -112,9 +109,7 @@ class PromptBank:
         return targets
 
     def about_one(self, targets: Sequence[Target]) -> list[Target]:
-        """Of such targets those of concepts that ask for something, over prompts that name no
-        other.
-        """
+        """The targets of concepts that have an adapter, over prompts that name no other concept."""
         return [
             replace(target, moment=alone)
             for target, alone in zip(targets[1:], self.alone, strict=True)
@@ -131,15 +126,15 @@ def prompt_bank(
     share: float | None = None,
     cache: Path | None = None,
 ) -> PromptBank:
-    """Of the first `count` concepts of a stack, or of all; `nouns` are those of concepts to come."""
+    """The bank of a stack's first `count` concepts, or of all; `nouns`: those of concepts to come."""
     bank = PromptBank(backbone, [*(r.noun for r in stack.records), *nouns], share, cache)
     bank.extend(stack, on_progress, count)
     return bank
 
 
 def own_adapters(stack: ConceptStack) -> list[Adapter | None]:
-    """What each concept asks for: its adapter right after it was learned, before any consolidation
-    that is known of.
+    """Each concept's own adapter: as it was right after learning, before any consolidation that the
+    stack has a record of.
     """
     own = [stack.targets.get(one.id) or stack.adapter_after(one.id) for one in stack.records]
     if stack.unconsolidated and stack.records[-1].id not in stack.targets:
@@ -148,11 +143,11 @@ def own_adapters(stack: ConceptStack) -> list[Adapter | None]:
 
 
 def small_target(stack: ConceptStack, concept: str, target: Target) -> Target:
-    """The same target by a small adapter, which the stack keeps from then on: it does to the
+    """The same target with a small adapter, which the stack keeps from then on: it does to the
     concept's own prompts what its adapter did, and little else.
 
-    Were the solution for all the next solve's target, each solve would take the same share of it
-    again.
+    If the solution for all concepts were the target of the next solve, each solve would lose the
+    same share of it again.
     """
     small = stack.targets.get(concept)
     if target.adapter and small is None:
@@ -161,26 +156,26 @@ def small_target(stack: ConceptStack, concept: str, target: Target) -> Target:
 
 
 def relative_drift(adapter: Adapter, target: Target) -> float:
-    """E || (delta - delta_j) c ||^2 / E || delta_j c ||^2, the layers together: one in which
-    delta_j does next to nothing counts as little.
+    """E || (delta - delta_j) c ||^2 / E || delta_j c ||^2, summed over the layers before dividing:
+    a layer in which delta_j does almost nothing counts for almost nothing.
     """
     assert target.adapter
-    alike = dict.fromkeys(layers_of(target.adapter), torch.ones(()))
-    lost = drift(adapter, target.adapter, target.moment, alike)
-    whole = drift(target.adapter, None, target.moment, alike)
+    unit_sizes = dict.fromkeys(layers_of(target.adapter), torch.ones(()))
+    lost = drift(adapter, target.adapter, target.moment, unit_sizes)
+    whole = drift(target.adapter, None, target.moment, unit_sizes)
     return float(lost / whole.clamp(min=1e-12))
 
 
 def retention_penalty(
     bank: PromptBank, stack: ConceptStack, settings: RetentionSettings, weight: float
 ) -> RetentionPenalty:
-    """What learning one more concept is held at: the closed form's targets, as a penalty.
+    """The penalty while learning one more concept: the closed form's targets.
 
         sum_j w_j E_{c of j} || (delta - delta_j) c ||^2
-            = E || (delta - anchor) c ||^2 + what no delta can help        anchor: the closed form
+            = E || (delta - anchor) c ||^2 + a constant        anchor: the closed form
 
-    Each concept in the bank is held at what its own adapter did, and a step costs the same however
-    many there are. They weigh MAX_EARLIER_WEIGHT together at most, ordinary prompts
+    Each concept in the bank is held at what its own adapter did; a step costs the same for any
+    number of them. Together they weigh at most MAX_EARLIER_WEIGHT, ordinary prompts
     `settings.retention_ordinary`.
     """
     device = bank.backbone.device

@@ -1,18 +1,17 @@
 """Stage 4: text space - K and V see nothing but text features, so what an adapter does to a prompt
-is known without a picture.
+can be computed without an image.
 
-    K = (W0 + delta) c            c (d,): the text features of a prompt, one for each of its 77
-    positions
-    drift = E_c || (delta - delta*) c ||^2 / E_c || W0 c ||^2  =  tr[ (delta - delta*) M (delta -
-    delta*)^T ] / tr[ W0 M W0^T ],    M = E_c c c^T
+    K     = (W0 + delta) c        c (d,): the text features of a prompt at one of its 77 positions
+    M     = E_c c c^T             (d, d)
+    drift = E_c || (delta - delta*) c ||^2              / E_c || W0 c ||^2
+          = tr[ (delta - delta*) M (delta - delta*)^T ] / tr[ W0 M W0^T ]
 
-Words and templates of earlier concepts are stored, hence so is M: one (d, d) matrix stands for
-every prompt about them, and the drift is exact, not
-sampled. Penalising it holds ordinary prompts, the empty one too (delta* = 0: the checkpoint), and
-each earlier concept (delta* = its own adapter)
-where no closed form follows; if wanted it keeps the look of the concept being learned off the
-padding of its own prompts, where it would mix with
-that of another. M also gives the coordinates in which a concept is learned that is held so.
+The stack stores the words and templates of earlier concepts, so M can be computed at any time: one
+(d, d) matrix stands for every prompt about them, and the drift is exact, not sampled. Penalising it
+protects ordinary prompts, including the empty one (delta* = 0: the checkpoint), and, if no closed
+form follows, earlier concepts (delta* = their own adapters). Optionally it also keeps the new
+concept's look off the padding of its own prompts, where it would mix with another's. M also gives
+the coordinates that a concept is learned in under this penalty.
 """
 
 from __future__ import annotations
@@ -124,65 +123,57 @@ DETAILS = (
 
 
 def ordinary_prompts(nouns: Sequence[str]) -> list[str]:
-    """Prompts that name no concept: the empty one, things in places and looks, and the concepts'
-    class noun without their words.
+    """Prompts that name no concept: the empty one, things in various places and looks, and the
+    concepts' class nouns without their words.
     """
     things = list(dict.fromkeys([*nouns, *THINGS]))
     prompts = ["", *(f"a photo of a {thing}" for thing in things)]
     for number, place in enumerate(PLACES):
-        prompts += [
-            prompt
-            for noun in nouns
-            for prompt in (
-                f"a photo of a {noun} {place}",
-                f"a photo of a {_look(number)} {noun} {place}",
-            )
-        ]
-    for number, thing in enumerate(things):  # every thing with some places, looks and another thing
+        for noun in nouns:
+            prompts.append(f"a photo of a {noun} {place}")
+            prompts.append(f"a photo of a {_look(number)} {noun} {place}")
+    for number, thing in enumerate(things):  # each with some places, looks and another thing
         for turn in range(3):
-            own, others = _look(number + 31 * turn), _look(3 * number + 17 * turn + 5)
-            other, place = things[number - 1 - turn], PLACES[(number + 5 * turn) % len(PLACES)]
+            look = _look(number + 31 * turn)
+            place = PLACES[(number + 5 * turn) % len(PLACES)]
+            other = things[number - 1 - turn]
+            other_look = _look(3 * number + 17 * turn + 5)
             prompts += [
-                f"a photo of a {own} {thing} {place}",
+                f"a photo of a {look} {thing} {place}",
                 f"a {thing} {place}",
-                f"a photo of a {own} {thing} and a {others} {other}",
+                f"a photo of a {look} {thing} and a {other_look} {other}",
             ]
-    prompts += [
-        prompt
-        for number, thing in enumerate(things)
-        for prompt in _long(f"a photo of a {thing} {PLACES[number % len(PLACES)]}", number)
-    ]
+    for number, thing in enumerate(things):
+        place = PLACES[number % len(PLACES)]
+        prompts += _long(f"a photo of a {thing} {place}", number)
     return list(dict.fromkeys(prompts))
 
 
 def single_prompts(record: ConceptRecord) -> list[str]:
-    """Prompts about one concept: in every template and place, with the captions it was learned
-    with, and some as long as users write them.
+    """Prompts about one concept: its training captions, every template and place, and some as long
+    as users write them.
     """
-    short = [
+    prompts = [
         *record.prompts,
         *(template.format(record.name) for template in TEMPLATES),
         *(f"a photo of a {record.name} {place}" for place in PLACES),
     ]
-    long = [
-        prompt
-        for number in range(4)
-        for prompt in _long(f"a photo of a {record.name} {PLACES[5 * number]}", 3 * number)
-    ]
-    return list(dict.fromkeys([*short, *long]))
+    for number in range(4):
+        prompts += _long(f"a photo of a {record.name} {PLACES[5 * number]}", 3 * number)
+    return list(dict.fromkeys(prompts))
 
 
 def _look(number: int) -> str:
-    """One color or two, on every other thing with a surface."""
-    color, other, surface = (
-        kind[number * step % len(kind)] for kind, step in ((COLORS, 1), (COLORS, 5), (SURFACES, 1))
-    )
+    """One color, a color and a surface, or two colors and a surface."""
+    color = COLORS[number % len(COLORS)]
+    other = COLORS[number * 5 % len(COLORS)]
+    surface = SURFACES[number % len(SURFACES)]
     return (color, f"{color} {surface}", f"{color} and {other} {surface}")[number % 3]
 
 
 def _long(prompt: str, number: int) -> tuple[str, str]:
-    """The prompt with details behind it, and with some of them in front: what comes first changes
-    the features of all that follows.
+    """The prompt followed by details, and with some of them in front: what comes first changes the
+    features of everything after it.
     """
     details = [DETAILS[(number + 5 * turn) % len(DETAILS)] for turn in range(3 + number % 10)]
     return ", ".join([prompt, *details]), ", ".join([*details[:2], prompt, *details[2:]])
@@ -197,23 +188,19 @@ def moment(
 ) -> Tensor:
     """M, the mean of c c^T over prompts and positions, (d, d) float32.
 
-    `share`: what the positions up to a prompt's end count together; the padding behind it is the
-    rest. None: every position counts alike, which
-    leaves a prompt's words a seventh or less.
+    `share`: the total weight of the positions up to a prompt's end; the padding has the rest. None:
+    all positions weigh the same, which leaves a prompt's words a seventh or less.
     """
-    sums, counts = (
-        torch.zeros(2, backbone.word_width, backbone.word_width, device=backbone.device),
-        [0, 0],
-    )
+    sums = torch.zeros(2, backbone.word_width, backbone.word_width, device=backbone.device)
+    counts = [0, 0]
     for start in range(0, len(prompts), 16):
         chosen = prompts[start : start + 16]
         features = backbone.context(backbone.encode_prompts(chosen, words)).float()
-        behind = (
-            backbone.padding(chosen, words)
-            if share is not None
-            else torch.zeros(features.shape[:2], dtype=torch.bool, device=features.device)
-        )
-        for kind, rows in enumerate((features[~behind], features[behind])):
+        if share is None:
+            is_padding = torch.zeros(features.shape[:2], dtype=torch.bool, device=features.device)
+        else:
+            is_padding = backbone.padding(chosen, words)
+        for kind, rows in enumerate((features[~is_padding], features[is_padding])):
             sums[kind] += rows.T @ rows
             counts[kind] += len(rows)
     words_moment, padding = (
@@ -223,15 +210,14 @@ def moment(
 
 
 def coordinates(moment: Tensor, ridge: float = 0.001) -> Tensor:
-    """P = s (M + ridge tr M / d)^(-1/4), (d, d) float32 symmetric; `s` leaves the mean square of P
-    c what it is of c, so rates keep their meaning.
+    """P = s (M + ridge tr M / d)^(-1/4), (d, d) float32 symmetric. The scale `s` gives P c the same
+    mean square as c, so learning rates keep their meaning.
 
-    Nearly all of the text features c is what all prompts have in common, and so is nearly all of a
-    step of K and V. In the coordinates P c that is
-    larger than what tells prompts apart by the root of what it was, so the latter is learned
-    sooner. Power -1/2, where all directions are alike, is
-    how K-FAC preconditions a layer (Martens & Grosse 2015, section 3); it leaks more into ordinary
-    prompts (benchmarks/LOG.md).
+    Text features consist almost entirely of what all prompts have in common, and so does each step
+    of K and V. In the coordinates P c that common part exceeds what distinguishes prompts by only
+    the square root of the factor it had, so the latter is learned sooner. The power -1/2, which
+    makes all directions equal, is how K-FAC preconditions a layer (Martens & Grosse 2015,
+    section 3); it leaks more into ordinary prompts (benchmarks/LOG.md).
     """
     values, vectors = torch.linalg.eigh(moment.double())
     values = values.clamp(min=0)
@@ -241,8 +227,8 @@ def coordinates(moment: Tensor, ridge: float = 0.001) -> Tensor:
 
 
 def sizes(backbone: Backbone, moment: Tensor) -> dict[str, Tensor]:
-    """tr[W0 M W0^T] of each layer, a number: how large what the checkpoint does to these prompts
-    is.
+    """tr[W0 M W0^T] of each layer, a number: the size of the checkpoint's own K or V for these
+    prompts.
     """
     weights = {layer: module.weight.float() for layer, module in backbone.kv_layers.items()}
     return {layer: ((w @ moment) * w).sum() for layer, w in weights.items()}
@@ -263,8 +249,9 @@ def drift(
     for layer, parts in layers_of(factors).items():
         left, right = factored(parts, moment.shape[0])
         if layer in fixed:  # the difference of two products is one product of twice the rank
-            other, same = factored(fixed[layer], moment.shape[0])
-            left, right = torch.cat([left, -other], 1), torch.cat([right, same])
+            anchor_left, anchor_right = factored(fixed[layer], moment.shape[0])
+            left = torch.cat([left, -anchor_left], 1)
+            right = torch.cat([right, anchor_right])
         rights.append(right)
         inner.append(left.T @ left / sizes[layer])
     right = torch.stack(rights)
@@ -273,13 +260,13 @@ def drift(
 
 @dataclass(frozen=True)
 class RetentionPenalty:
-    """The penalty in the training loop: how far the factors are, over all protected prompts, from
-    what was there (`targets.retention_penalty`).
+    """The penalty in the training loop: the drift from the anchor over all protected prompts
+    (`targets.retention_penalty`).
     """
 
     weight: float
     moment: Tensor  # of all protected prompts, each with its own weight
-    anchor: Adapter  # empty where nothing was learned yet
+    anchor: Adapter  # empty if nothing has been learned yet
     sizes: Mapping[str, Tensor]  # tr[W0 M W0^T] of each layer, over ordinary prompts
 
     def __call__(self, step: Step) -> Tensor:
@@ -288,13 +275,12 @@ class RetentionPenalty:
 
 @dataclass(frozen=True)
 class PaddingPenalty:
-    """The penalty that keeps two things in one picture apart: behind the end of the concept's own
-    prompts the adapter does nothing.
+    """The penalty that keeps two things in one image apart: the adapter does nothing to the padding
+    of the concept's own prompts.
 
-    Most of the attention goes to that padding. Its features are one mixture of all that a prompt
-    names, alike everywhere in the picture, so a look
-    that is put there belongs to nothing in particular. They change with the word, hence those of
-    each step's prompts are taken, without a gradient.
+    Most of the attention goes to that padding. Its features mix everything a prompt names, the same
+    for the whole image, so a look stored there belongs to nothing in particular. They change with
+    the word, so they are computed from each step's prompts, without a gradient.
     """
 
     backbone: Backbone

@@ -1,7 +1,7 @@
 """Stage 3: the training loop, whatever is minimised: steps, gradients, snapshots.
 
-Every draw is a function of (seed, step), so a run that was stopped and goes on from its snapshot ends
-bit for bit where an undisturbed one ends.
+Every draw is a function of (seed, step), so a run that resumes from its snapshot ends with the same
+bits as an uninterrupted one.
 """
 
 from __future__ import annotations
@@ -29,11 +29,11 @@ from .snapshot import DamagedSnapshot, Snapshot, identity, read_snapshot, write_
 
 @contextmanager
 def compute_dtype(backbone: Backbone, settings: ResolvedSettings) -> Iterator[None]:
-    """Put the frozen net into the number format of `settings`, where it stays; inside the block
-    checkpoint, compile, go channels-last if wanted.
+    """Convert the frozen net to the dtype of `settings`, which it keeps; inside the block, also use
+    checkpointing, compilation and channels-last if set.
 
-    Factors, optimizer and loss stay in float32. Checkpointing asks for training mode; there is no
-    dropout in the net.
+    Factors, optimizer and loss stay in float32. Checkpointing needs training mode; the net has no
+    dropout.
     """
     recast(backbone.unet, dtype_for(settings.precision, backbone.device))
     if settings.checkpointing:
@@ -77,11 +77,11 @@ class Run:
     def train(
         self, terms: Callable[[int, slice], dict[str, Tensor]], n: int, on_progress: OnProgress
     ) -> None:
-        """Go on from the snapshot to the last step, minimising the sum of `terms(step, rows)`,
-        means over these of the step's n pictures.
+        """Resume from the snapshot and train to the last step, minimising the sum of
+        `terms(step, rows)`, means over these of the step's n images.
 
-        Whatever stops it between two steps leaves a snapshot, running out of memory too. Errors:
-        TrainingError when the loss is not a number.
+        Whatever stops it between two steps, even running out of memory, leaves a snapshot. Errors:
+        TrainingError if the loss is not finite.
         """
         note = self.resume()
         rates = [group["lr"] for group in self.optimizer.param_groups]
@@ -93,20 +93,19 @@ class Run:
                 parts = self.update(terms, n)
                 if self.step % self.settings.snapshot_every == 0 or self.step == self.steps:
                     self.save()
-                left = (time.monotonic() - started) / (self.step - first) * (self.steps - self.step)
-                rate, note_now, note = self.optimizer.param_groups[-1]["lr"], note, ""
-                on_progress(
-                    Progress(
-                        self.stage,
-                        self.step,
-                        self.steps,
-                        self.losses[-1],
-                        rate,
-                        left,
-                        parts if len(parts) > 1 else {},
-                        note=note_now,
-                    )
+                pace = (time.monotonic() - started) / (self.step - first)
+                progress = Progress(
+                    self.stage,
+                    self.step,
+                    self.steps,
+                    self.losses[-1],
+                    self.optimizer.param_groups[-1]["lr"],
+                    pace * (self.steps - self.step),
+                    parts if len(parts) > 1 else {},
+                    note=note,
                 )
+                note = ""
+                on_progress(progress)
         except TrainingError:
             raise
         except BaseException:
@@ -115,11 +114,11 @@ class Run:
             raise
 
     def update(self, terms: Callable[[int, slice], dict[str, Tensor]], n: int) -> dict[str, float]:
-        """One optimizer step, `settings.accumulate` parts of it one after the other; returns the
-        terms of its loss.
+        """One optimizer step, in `settings.accumulate` parts one after the other; returns the terms
+        of its loss.
 
-        The gradient travels `scale` times larger (`Backbone.gradient_scale`). Errors: TrainingError
-        for a loss that is not a number.
+        Losses are scaled by `scale` in the backward pass (`Backbone.gradient_scale`). Errors:
+        TrainingError for a loss that is not finite.
         """
         self.optimizer.zero_grad(set_to_none=True)
         parameters = list(self.parameters.values())
@@ -131,8 +130,7 @@ class Run:
             if not math.isfinite(total):
                 raise TrainingError(
                     f"The loss became {total} at step {self.step + 1}, so learning stopped; "
-                    "nothing was stored. "
-                    "A lower `rate` or `precision` fp32 usually helps."
+                    "nothing was stored. A lower `rate` or `precision` fp32 usually helps."
                 )
             (loss * share * self.scale).backward()
             for name, mean in means.items():
@@ -164,16 +162,15 @@ class Run:
         except OSError as error:
             raise TrainingError(
                 f"The snapshot {self.path} can't be written ({error.strerror or error}): no room "
-                "or no permission there. "
-                f"Learning stopped at step {self.step}; the concepts stored before are untouched. "
-                "Make room and give the same command again."
+                f"or no permission there. Learning stopped at step {self.step}; the stored "
+                "concepts are untouched. Free some space and give the same command again."
             ) from None
 
     def resume(self) -> str:
-        """Go on from the snapshot if there is one of this very run; what there is to say about it.
+        """Load the snapshot if there is one of this run; returns a note for the user.
 
-        One that is damaged, or of another run, is renamed and so kept. Errors: TrainingError for
-        one that this user may not read.
+        One that is damaged, or of another run, is renamed to keep it. Errors: TrainingError for one
+        that this user may not read.
         """
         if not self.path.exists():
             return ""
@@ -182,43 +179,39 @@ class Run:
             if snapshot.identity != self.identity:
                 other = self.path.with_name(f"{self.path.name}.{snapshot.identity[:12]}")
                 return (
-                    f"The snapshot that was here is another run's, at step {snapshot.step}. It is "
-                    f"{self._moved(other).name} now."
+                    f"The snapshot found here is another run's, at step {snapshot.step}. It is now "
+                    f"{self._moved(other).name}."
                 )
-            self._go_on_from(snapshot)
+            self._restore(snapshot)
         except OSError as error:
             raise TrainingError(
-                f"The snapshot {self.path} can't be read ({error.strerror or error}), and "
-                "starting from scratch would overwrite it. "
-                "Allow reading it, or move it away."
+                f"The snapshot {self.path} can't be read ({error.strerror or error}), and starting "
+                "from scratch would overwrite it. Make it readable, or move it away."
             ) from None
         except DamagedSnapshot as error:
             return (
-                f"The snapshot {self.path.name} is damaged ({error}). It is {self._moved().name} "
-                "now, and the run begins at step 1."
+                f"The snapshot {self.path.name} is damaged ({error}). It is now "
+                f"{self._moved().name}, and the run starts from step 1."
             )
-        return f"Going on from step {self.step} of {self.steps}."
+        return f"Resuming from step {self.step} of {self.steps}."
 
     def _moved(self, target: Path | None = None) -> Path:
-        """Where the snapshot that can't be used is kept; one of several processes moves it."""
+        """Move the unusable snapshot (in one process only); returns its new path."""
         if is_first():
             if target is None:
                 return set_aside(self.path)
             self.path.replace(target)
         return target or self.path
 
-    def _go_on_from(self, snapshot: Snapshot) -> None:
-        """Errors: DamagedSnapshot, with nothing changed, where it does not fit this run."""
+    def _restore(self, snapshot: Snapshot) -> None:
+        """Errors: DamagedSnapshot, with nothing changed, if it does not fit this run."""
         values = {name: snapshot.tensors.get(f"value.{name}") for name in self.parameters}
         fits = all(
             value is not None and value.shape == self.parameters[name].shape
             for name, value in values.items()
         )
-        if (
-            not fits
-            or not 0 <= snapshot.step <= self.steps
-            or len(snapshot.losses) != snapshot.step
-        ):
+        fits = fits and 0 <= snapshot.step <= self.steps
+        if not fits or len(snapshot.losses) != snapshot.step:
             raise DamagedSnapshot("it does not fit this run")
         self.step, self.losses = snapshot.step, snapshot.losses
         with torch.no_grad():
@@ -233,18 +226,18 @@ class Run:
 
 
 def _as_it_was(name: str, value: Tensor, device: torch.device) -> Tensor | int:
-    """A piece of an optimizer's state out of a snapshot: AdamW counts steps in a tensor of the CPU,
-    bitsandbytes in a plain number.
+    """A value of the optimizer's state from a snapshot: AdamW counts steps in a tensor on the CPU,
+    bitsandbytes in an int.
     """
-    return (
-        value.to(device) if name != "step" else value if value.is_floating_point() else int(value)
-    )
+    if name != "step":
+        return value.to(device)
+    return value if value.is_floating_point() else int(value)
 
 
 def optimizer_for(
     groups: list[dict[str, Any]], settings: ResolvedSettings
 ) -> torch.optim.Optimizer:
-    """Errors: SettingError where bitsandbytes is chosen and missing."""
+    """Errors: SettingError if bitsandbytes is chosen and missing."""
     if settings.optimizer == "adamw":
         return torch.optim.AdamW(groups)
     try:
@@ -252,7 +245,7 @@ def optimizer_for(
     except ImportError as error:
         raise SettingError(
             f"`optimizer` adamw8bit needs bitsandbytes ({error}). Install it (pip install "
-            "bitsandbytes), or take adamw."
+            "bitsandbytes), or use adamw."
         ) from None
     return AdamW8bit(groups)
 
@@ -260,29 +253,29 @@ def optimizer_for(
 def precondition(
     preconditioner: Tensor, optimizer: torch.optim.Optimizer, rows: Sequence[nn.Parameter]
 ) -> None:
-    """Let each step for these (k, d) parameters be taken in other coordinates: of p = p' P, with P
-    (d, d) symmetric, it is p' that learns.
+    """Train these (k, d) parameters in other coordinates: with p = p' P, P (d, d) symmetric, each
+    optimizer step is taken on p'.
 
-    What AdamW does with a gradient does not depend on where it is, so p' itself is not needed: the
-    step starts from 0 there, without weight decay.
+    AdamW's step does not depend on the parameter's value, so p' itself is not needed: the step
+    starts from 0, which leaves out weight decay.
     """
-    kept: list[Tensor] = []
+    values: list[Tensor] = []
 
     @torch.no_grad()
-    def turn(*_: object) -> None:
-        kept[:] = [p.clone() for p in rows]
+    def to_coordinates(*_: object) -> None:
+        values[:] = [p.clone() for p in rows]
         for p in rows:
             assert p.grad is not None
             p.grad = p.grad @ preconditioner
             p.zero_()
 
     @torch.no_grad()
-    def turn_back(*_: object) -> None:
-        for p, was in zip(rows, kept, strict=True):
-            p.copy_(was + p @ preconditioner)
+    def from_coordinates(*_: object) -> None:
+        for p, value in zip(rows, values, strict=True):
+            p.copy_(value + p @ preconditioner)
 
-    optimizer.register_step_pre_hook(turn)
-    optimizer.register_step_post_hook(turn_back)
+    optimizer.register_step_pre_hook(to_coordinates)
+    optimizer.register_step_post_hook(from_coordinates)
 
 
 def asked_for(
@@ -291,8 +284,8 @@ def asked_for(
     source: Mapping[str, Any],
     prompts: Sequence[Sequence[str]] = (),
 ) -> dict[str, Any]:
-    """What defines a run, which its snapshot remembers: `source`, the checkpoint, the prompts,
-    the settings that decide how it goes.
+    """What identifies a run, stored in its snapshot: `source`, the checkpoint, the prompts, and the
+    settings that affect the result.
     """
     choices = {
         name: value for name, value in asdict(settings).items() if name not in EXECUTION_SETTINGS

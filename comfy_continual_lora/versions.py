@@ -1,8 +1,8 @@
 """Stage 6: the versions of a stack that are kept, read from their headers. Light.
 
-Each version is a whole stack file that knows its number, the change that made it and the version that
-was changed (its parent): undoing is going back to the parent, and what was undone can be gone back to
-as well.
+Each version is a complete stack file with its number, the change that made it and the version that
+was changed (its parent). Undo goes back to the parent; the version that was undone can be restored
+too.
 """
 
 from __future__ import annotations
@@ -20,13 +20,11 @@ from .stackschema import CHANGES, history_files, previous_file
 
 @dataclass(frozen=True)
 class Change:
-    """What made a version of a stack: kind, a key of CHANGES; how prompts name the concepts it is
-    about; when, ISO 8601 in UTC.
-    """
+    """What made a version of a stack."""
 
-    kind: str
-    names: Sequence[str]
-    when: str
+    kind: str  # a key of CHANGES
+    names: Sequence[str]  # of the concepts it is about, as in prompts
+    when: str  # ISO 8601, UTC
 
     def __str__(self) -> str:
         return CHANGES[self.kind].format(", ".join(self.names) or "nothing")
@@ -34,27 +32,22 @@ class Change:
 
 @dataclass(frozen=True)
 class Version:
-    """One version of a stack.
-
-    `parent` is the number of the version that was changed, None where it is not known; `size` in
-    bytes.
-    """
+    """One version of a stack."""
 
     number: int
-    parent: int | None
+    parent: int | None  # the number of the version that was changed; None if unknown
     change: str
     when: str
     tokens: list[str]
-    size: int
+    size: int  # in bytes
     current: bool
     file: Path
 
 
 def versions(path: Path) -> list[Version]:
-    """All versions of a stack that are kept, the newest first; files among them that can't be read
-    are left out.
+    """All versions of a stack that are kept, the newest first; unreadable files are left out.
 
-    Errors: StackError where the version in use can't be read.
+    Errors: StackError if the version in use can't be read.
     """
     path = real_file(path)
     kept = earlier(path)
@@ -65,15 +58,12 @@ def versions(path: Path) -> list[Version]:
 
 
 def in_use(path: Path) -> Version | None:
-    """The version that is the stack now; None where there is no stack.
-
-    Errors: StackError where it can't be read.
-    """
+    """The version in use; None if there is no stack. Errors: StackError if it can't be read."""
     return next((one for one in versions(path) if one.current), None)
 
 
 def earlier(path: Path) -> list[Version]:
-    """The versions that are kept beside the one in use, the newest first, those that can be read."""
+    """The readable versions besides the one in use, the newest first."""
     files = [*history_files(path).items(), (0, previous_file(path))]
     return [one for number, file in files if (one := _readable(file, number)) is not None]
 
@@ -87,46 +77,45 @@ def _readable(file: Path, number: int) -> Version | None:
 
 def _version(file: Path, number: int, *, current: bool) -> Version:
     header = read_header(file)
-    number = header["number"] if current and header["number"] is not None else number
     parent = header["parent"]
-    if (
-        header["number"] is None and number
-    ):  # an earlier program wrote it, over the version before it
+    if current and header["number"] is not None:
+        number = header["number"]
+    if header["number"] is None and number:  # an early version of this program overwrote its parent
         parent = number - 1
-    change, records = change_of(header), header["concepts"]
-    when = change.when if change else records[-1]["learned"] if records else ""
+    records = header["concepts"]
     tokens = [record["token"] for record in records]
-    text = (
-        str(change)
-        if change
-        else f"a change that an earlier program made; newest: {tokens[-1] if tokens else 'none'}"
-    )
+    if change := change_of(header):
+        text, when = str(change), change.when
+    else:
+        text = f"a change by an earlier version; newest: {tokens[-1] if tokens else 'none'}"
+        when = records[-1]["learned"] if records else ""
     return Version(number, parent, text, when, tokens, file.stat().st_size, current, file)
 
 
 def parent_of(path: Path) -> Version | None:
-    """The version that undoing goes back to, if it is kept.
+    """The version that undo goes back to, if it is kept.
 
-    Errors: StackError where there is no stack.
+    Errors: StackError if there is no stack.
     """
     path = real_file(path)
-    now, known = read_header(path), versions(path)
-    current = next(one for one in known if one.current)
-    parent = next((one for one in known if one.number == current.parent and not one.current), None)
+    existing = versions(path)
+    current = next(one for one in existing if one.current)
+    others = (one for one in existing if not one.current)
+    parent = next((one for one in others if one.number == current.parent), None)
     if parent is None:
         return None
-    theirs = read_header(parent.file)["identity"]
-    return parent if not (now["identity"] and theirs and now["identity"] != theirs) else None
+    own, theirs = (read_header(file)["identity"] for file in (path, parent.file))
+    return None if own and theirs and own != theirs else parent
 
 
 def undo_preview(path: Path) -> str:
-    """What undoing would do, in one sentence; or that there is nothing to undo.
+    """A sentence on what undo would do, or that there is nothing to undo.
 
     Errors: StackError for a file that can't be read.
     """
     current = in_use(path)
     if current is None:
-        return "There is nothing to undo: no concept was learned yet."
+        return "There is nothing to undo: no concept has been learned yet."
     parent, change = parent_of(path), change_of(read_header(path))
     was_added = parent is None and change is not None and change.kind in ("learned", "imported")
     if parent is not None or was_added:
@@ -147,8 +136,8 @@ def _then(tokens: Sequence[str]) -> str:
 
 
 def takes_off_newest(path: Path) -> bool:
-    """Whether, without the version before, the last change can be taken back: what was learned last
-    lies on top of the pool.
+    """Whether the last change can be undone even without the previous version, by taking the newest
+    concept off.
     """
     header = read_header(path)
     change = change_of(header)
@@ -158,5 +147,5 @@ def takes_off_newest(path: Path) -> bool:
 
 
 def change_of(header: Mapping[str, Any]) -> Change | None:
-    """What made this version; None where an earlier program wrote it."""
+    """What made this version; None if an early version of this program wrote it."""
     return Change(**header["change"]) if header["change"] else None

@@ -1,7 +1,7 @@
-"""What only looks at a stack: scores, pictures, evaluation, export, plan, history.
+"""Read-only operations on a stack: scores, pictures, evaluation, export, plan, history.
 
-Part of the pipeline, which offers these functions as its own; none of them changes the stack file, but
-for how many versions `history` is to keep.
+Part of the pipeline, which re-exports these functions; none of them changes the stack file, except
+that `history` can set how many versions are kept.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ from .versions import versions
 def dc_scores(request: ScoreRequest, on_progress: OnProgress = ignore) -> ScoreResult:
     """Which concept, or which class noun without one (c_0), each picture shows.
 
-    A folder may hold folders: each one's name is the right answer.
+    A folder may have subfolders, whose names are the labels of their pictures.
     """
     request.check()
     groups = concepts.groups(request.images)
@@ -68,7 +68,7 @@ def dc_scores(request: ScoreRequest, on_progress: OnProgress = ignore) -> ScoreR
 def draw(request: DrawRequest, on_progress: OnProgress = ignore) -> DrawResult:
     """Draw every prompt `settings.count` times.
 
-    Errors: SettingError where one picture shall show more beside each other than another.
+    Errors: SettingError if pictures have different numbers of prompts side by side.
     """
     request.check()
     prompts = _beside(request)
@@ -79,13 +79,15 @@ def draw(request: DrawRequest, on_progress: OnProgress = ignore) -> DrawResult:
                 backbone, stack, request.only, SolveSettings(), on_progress
             )
         settings = request.settings.resolved(backbone.preset)
-        wanted = [(parts, settings.seed + i) for parts in prompts for i in range(settings.count)]
-        parts, seeds = [one for one, _ in wanted], [seed for _, seed in wanted]
+        areas, seeds = [], []
+        for parts in prompts:
+            areas += [parts] * settings.count
+            seeds += range(settings.seed, settings.seed + settings.count)
         with attached(backbone, stack.adapter):
-            images = sample.draw(backbone, stack.tokens, parts, seeds, settings, on_progress)
+            images = sample.draw(backbone, stack.tokens, areas, seeds, settings, on_progress)
         drawn = [
-            Drawn(" | ".join(one), seed, concepts.to_pil(image))
-            for (one, seed), image in zip(wanted, images, strict=True)
+            Drawn(" | ".join(parts), seed, concepts.to_pil(image))
+            for parts, seed, image in zip(areas, seeds, images, strict=True)
         ]
     return DrawResult(drawn, report.save_pictures(drawn, request.out) if request.out else [])
 
@@ -93,8 +95,8 @@ def draw(request: DrawRequest, on_progress: OnProgress = ignore) -> DrawResult:
 def evaluate(
     request: EvaluateRequest, on_progress: OnProgress = ignore
 ) -> evaluation.RetentionReport:
-    """Draw every concept with every version of the stack since it was learned, and tell how much is
-    kept.
+    """Draw every concept with every version of the stack since it was learned, and measure how much
+    is retained.
     """
     request.check()
     groups = dict(concepts.groups(request.images)) if request.images else {}
@@ -108,9 +110,9 @@ def evaluate(
 
 
 def export(request: ExportRequest, on_progress: OnProgress = ignore) -> Exported:
-    """Write the stack as one LoRA and one embedding a word.
+    """Write the stack as one LoRA and one embedding per word.
 
-    For some concepts (`only`) a LoRA is solved, which needs the checkpoint; else it is not opened.
+    Only solving for some concepts (`only`) opens the checkpoint.
     """
     request.check()
     where = {"stack": request.stack, "device": request.device}
@@ -130,8 +132,8 @@ def export(request: ExportRequest, on_progress: OnProgress = ignore) -> Exported
 
 
 def select(request: SelectRequest, on_progress: OnProgress = ignore) -> ConceptStack:
-    """Some concepts of the stack with a LoRA solved for them alone, to draw and to export; the
-    stack file stays as it is.
+    """Some concepts of the stack with a LoRA solved for only these, to draw and to export; the
+    stack file is not changed.
     """
     with open_session(request, on_progress) as session:
         return consolidation.selected(
@@ -140,15 +142,15 @@ def select(request: SelectRequest, on_progress: OnProgress = ignore) -> ConceptS
 
 
 def history(request: HistoryRequest, on_progress: OnProgress = ignore) -> HistoryResult:
-    """The stack's versions that are kept, the newest first; `keep` says how many from now on."""
+    """The stack's versions that are kept, the newest first; `keep` sets how many from now on."""
     if request.keep is not None:
         stack_history.keep_versions(request.stack_file, request.keep)
     return HistoryResult(versions(request.stack_file))
 
 
 def info(request: InfoRequest, on_progress: OnProgress = ignore) -> InfoResult:
-    """What a checkpoint has learned, from the stack's header; the checkpoint is looked into only
-    where there is no stack yet.
+    """What a checkpoint has learned, from the stack's header; without a stack, the checkpoint is
+    opened.
     """
     path = request.stack_file
     if not path.exists():
@@ -167,8 +169,8 @@ def plan(request: LearnRequest) -> planning.Plan:
 
 
 def learned_before(request: LearnRequest) -> ConceptRecord | None:
-    """The stack's concept that this very request has taught it already: the same pictures,
-    captions, words and settings.
+    """The stack's concept that was learned by the same request: the same pictures, captions, words
+    and settings.
     """
     return store.record_of_request(request.stack_file, request.digest)
 
@@ -176,12 +178,11 @@ def learned_before(request: LearnRequest) -> ConceptRecord | None:
 def scored_pictures(
     session: Session, groups: Sequence[tuple[str, list[Path]]], settings: ScoreSettings
 ) -> list[Scored]:
-    """Every picture of every (folder's name, files) compared with all concepts."""
+    """The scores of every picture in these groups, (folder name, files), for all concepts."""
     stack, backbone = session.stack, session.backbone
     if not stack.records:
         raise StackError(
-            f"{session.path} holds no concept yet, so there is nothing to tell apart. Learn one "
-            "first."
+            f"{session.path} holds no concept yet, so there is nothing to score. Learn one first."
         )
     if stack.tau is None:
         raise StackError(
@@ -206,33 +207,34 @@ def scored_pictures(
 def evaluated(
     session: Session, request: EvaluateRequest, groups: dict[str, list[Path]]
 ) -> evaluation.RetentionReport:
-    """`groups`: files by the name of their folder."""
+    """`groups`: files by folder name."""
     stack, backbone = session.stack, session.backbone
     if not stack.records:
         raise StackError(
             f"{session.path} holds no concept yet, so there is nothing to evaluate. Learn one first."
         )
     settings = request.settings.resolved(backbone.preset)
-    size, given = settings.size or backbone.size, {}
+    size = settings.size or backbone.size
+    own_images = {}
     for name, files in groups.items():
         if record := stack.find(name):
-            given[record.token] = torch.stack(concepts.load_images(files, size).images)
-    if groups and not given:
+            own_images[record.token] = torch.stack(concepts.load_images(files, size).images)
+    if groups and not own_images:
         raise ConceptImagesError(
             f"No folder in {request.images} is named after a concept. Expected "
             f"{', '.join(stack.tokens)}; found {', '.join(groups)}."
         )
     features = evaluation.features(backbone, request.clip)
-    return evaluation.evaluate(backbone, stack, given, features, settings, session.on_progress)
+    return evaluation.evaluate(backbone, stack, own_images, features, settings, session.on_progress)
 
 
 def _beside(request: DrawRequest) -> list[tuple[str, ...]]:
-    """The prompts of each picture."""
+    """Each picture's prompts, from left to right."""
     prompts = [(one,) if isinstance(one, str) else tuple(one) for one in request.prompts]
     counts = {len(parts) for parts in prompts}
     if len(counts) > 1:
         raise SettingError(
-            "The pictures of one request show equally many prompts beside each other; these show "
-            f"{sorted(counts)}. Ask for them one by one."
+            "All pictures of a request need the same number of prompts side by side; these have "
+            f"{sorted(counts)}. Draw them in separate requests."
         )
     return prompts

@@ -1,24 +1,24 @@
-"""The same requests as JSON lines over pipes, for hosts that must stay clean. One process does one
-piece of work; its end frees the GPU.
+"""The same requests as JSON lines over pipes, for hosts that must not load our packages. One process
+per piece of work; its end frees the GPU.
 
     python -m comfy_continual_lora.worker
 
-in, the first line    {"jobs": [{"job": NAME, "request": {...}}, ...]}     done one after the other
+in, the first line    {"jobs": [{"job": NAME, "request": {...}}, ...]}     run one after the other
 in, later             {"stop": true}         stop between two steps; what was learned is kept
-in, the end           the host is gone: stop likewise, then leave
+in, the end           the host is gone: stop in the same way, then exit
 out, any number of    {"event": "progress", "stage", "step", "steps", "loss", "rate",
                        "seconds_left", "preview", "note"}
-                      preview: JPEG in base64, or null; note: a sentence for the user, or nothing
+                      preview: JPEG in base64, or null; note: a sentence for the user, or empty
 out, after each job   {"event": "result", "job": NAME, "result": {...}}
 out, the last         {"event": "done", "results": {NAME: {...}}}
                       {"event": "failed", "message": ..., "marked": ..., "kind": ...}
-                      marked: the message with fields and settings in backquotes, as `errors` has
-                      them; kind: a class of `errors`, else "Bug" with the traceback as message
+                      marked: the message with fields and settings in backquotes (`errors`);
+                      kind: a class of `errors`, or "Bug" with the traceback as message
                       {"event": "stopped", "message": ...}
 
 NAME is a key of JOBS. A request has the fields of the operation's request (`requests`): paths as
 strings, settings as an object of those that are not at their default. A result is the operation's
-`as_json()`; what an evaluation kept is by the concept's name.
+`as_json()`, except that `kept` of an evaluation is by concept name.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ from .progress import OnProgress, Progress
 from .requests import parse
 
 GRACE = 20.0  # seconds between the host's end and ours, for the snapshot
-_LIGHT = ("history", "info")  # read from headers alone, which a host does by itself
+_LIGHT = ("history", "info")  # these only read headers, which a host does itself
 
 
 def run_job(name: str, given: Mapping[str, Any], on_progress: OnProgress) -> dict[str, Any]:
@@ -63,7 +63,7 @@ JOBS: dict[str, Work] = {name: partial(run_job, name) for name in OPERATIONS if 
 
 
 class _Wire:
-    """Both ends of the pipes: says events, and knows whether to stop."""
+    """Our ends of the pipes: writes events, and reads whether to stop."""
 
     def __init__(self, source: IO[str], target: IO[str], host_gone: Callable[[], object]) -> None:
         self.source, self.target, self.host_gone = source, target, host_gone
@@ -79,7 +79,7 @@ class _Wire:
                 if json.loads(line).get("stop"):
                     self.stop.set()
         except (ValueError, AttributeError, RecursionError):
-            pass  # no line of ours, or closed
+            pass  # not our protocol, or closed
         self.stop.set()
         self.host_gone()
 
@@ -113,7 +113,7 @@ def _encoded(progress: Progress) -> str | None:
 
 
 def serve(source: IO[str], target: IO[str], host_gone: Callable[[], object] = lambda: None) -> int:
-    """Read the jobs, do them, tell; the exit status.
+    """Read the jobs, run them and report; returns the exit status.
 
     `host_gone` is called at the end of the input.
     """
@@ -121,9 +121,11 @@ def serve(source: IO[str], target: IO[str], host_gone: Callable[[], object] = la
     try:
         jobs = _jobs_in(source.readline())
     except (ValueError, KeyError, TypeError, RecursionError) as error:
-        known = ", ".join(JOBS)
-        why = f"The first line is no list of jobs this worker knows ({error!r:.200}); it knows "
-        wire.say("failed", kind="Bug", message=f"{why}{known}.")
+        message = (
+            f"The first line is not a list of jobs this worker knows ({error!r:.200}). It knows "
+            f"{', '.join(JOBS)}."
+        )
+        wire.say("failed", kind="Bug", message=message)
         return 2
     threading.Thread(target=wire.listen, daemon=True).start()
     wire.tell(Progress("start", 0, 1))
@@ -163,7 +165,7 @@ def main() -> int:
 
 
 def _leave_soon() -> None:
-    """A step may take long, and nobody is there any more."""
+    """Exit after a grace period: a step may take long, and the host is gone."""
     timer = threading.Timer(GRACE, os._exit, (1,))
     timer.daemon = True
     timer.start()

@@ -95,7 +95,7 @@ def test_a_generation_queued_meanwhile_waits_and_the_web_ui_survives_the_workers
         os.kill(_worker(host), signal.SIGKILL)
         job = host.ended()
         assert job["state"] == "failed"
-        assert "goes on from the last snapshot" in job["message"]
+        assert "resumes from the last snapshot" in job["message"]
         assert generation.result().std() > 1
 
 
@@ -125,7 +125,7 @@ def test_mistakes_are_refused_in_words(host: WebUI, pictures: Path, tmp_path: Pa
         ({"noun": " "}, "noun is missing"),
         ({"stack": "../up"}, "only letters"),
         ({"images": str(tmp_path)}, "outside the folders"),
-        ({"images": ["?"]}, "no base64"),
+        ({"images": ["?"]}, "not valid base64"),
         ({"settings": 3}, "an object"),
         ({"token": "V2", "images": [broken]}, "can't be read as an image"),
     ):

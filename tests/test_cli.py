@@ -182,11 +182,11 @@ def test_mini_learn_learn_info_draw_undo(
         "learned V1 ball",
     ]
     assert (
-        "Took back: consolidated V2 fish. The stack now holds V1, V2."
+        "Undone: consolidated V2 fish. The stack now holds V1, V2."
         in run("undo", "--checkpoint", checkpoint).stdout
     )
     assert (
-        "Took back: learned V2 fish. The stack now holds V1."
+        "Undone: learned V2 fish. The stack now holds V1."
         in run("undo", "--checkpoint", checkpoint).stdout
     )
     assert "holds V1, V2" in run("restore", "--checkpoint", checkpoint, 3).stdout
@@ -226,7 +226,7 @@ def test_a_run_stopped_by_ctrl_c_or_killed_goes_on(
     process.stderr.close()
     process.wait(60)
     assert process.returncode == (130 if how == signal.SIGINT else -signal.SIGKILL)
-    assert ("the same command goes on" in rest) == (how == signal.SIGINT)
+    assert ("the same command resumes" in rest) == (how == signal.SIGINT)
     assert not stack_path(checkpoint).exists()
     done = run(*learn)
     assert done.returncode == 0, done.stderr
@@ -237,8 +237,8 @@ def test_a_run_stopped_by_ctrl_c_or_killed_goes_on(
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--token", "a/b"], "may hold only letters"),
-        (["--token", "dog"], "a word the checkpoint knows"),
+        (["--token", "a/b"], "may contain only letters"),
+        (["--token", "dog"], "a word the checkpoint already knows"),
         (["--images", "EMPTY"], "it is empty"),
         (["--checkpoint", "missing.safetensors"], "There is no checkpoint"),
         (["--lr", "7"], "--lr is 7; the range is 0 to 1"),
@@ -411,7 +411,7 @@ def test_the_same_request_again_is_no_mistake(checkpoint: Path, pictures: Path) 
     before = stack_path(checkpoint).read_bytes()
     again = run(*learn)
     assert again.returncode == 0
-    assert "V1 ball is on the stack already" in again.stdout
+    assert "V1 ball is already on the stack" in again.stdout
     assert "nothing was done" in again.stdout
     assert json.loads(run(*learn, "--json").stdout)["again"] is True
     assert stack_path(checkpoint).read_bytes() == before

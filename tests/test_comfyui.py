@@ -210,7 +210,7 @@ def test_queued_twice_it_learns_once_and_other_pictures_are_refused(host: ComfyU
     again = host.run(learn("twice"))
     assert "nothing was done" in text_of(again, "4")
     assert not executed(host.run(learn("twice")))  # and now even the cache knows
-    with pytest.raises(RuntimeError, match="'V1' is taken"):
+    with pytest.raises(RuntimeError, match="'V1' is already taken"):
         host.run(learn("twice", which=2))
     assert stack_of(host, "twice").read_bytes() == data
     assert "Learned V1 fish" in text_of(
@@ -260,7 +260,7 @@ def test_replacing_is_one_step(host: ComfyUI) -> None:
     told = text_of(host.run(learn("replace", **replace)), "4")
     assert "Learned V1 fish" in told
     assert "Another run of V1 was stopped" in told
-    assert "Took back: replaced V1 fish" in undo(host, "replace", version=2)
+    assert "Undone: replaced V1 fish" in undo(host, "replace", version=2)
     assert [record.noun for record in read_records(stack_of(host, "replace"))] == ["ball"]
 
 
@@ -315,7 +315,7 @@ def test_undo_says_what_it_takes_back_and_history_brings_it_back(host: ComfyUI) 
         host.finished(host.queue(undo_graph("history", token="V2")))
     )
     assert stack_of(host, "history").read_bytes() == data
-    assert "Took back: forgot V1 ball" in undo(host, "history", version=3)
+    assert "Undone: forgot V1 ball" in undo(host, "history", version=3)
     assert "nothing was done" in undo(host, "history", version=3)
     assert [record.token for record in read_records(stack_of(host, "history"))] == ["V1", "V2"]
     versions = history(host, "history")
@@ -353,7 +353,7 @@ def test_mistakes_are_told_in_words_and_lose_nothing(host: ComfyUI) -> None:
     host.run(learn("mistakes"))
     data = stack_of(host, "mistakes").read_bytes()
     for change, message in (
-        ({"token": "dog"}, "knows already"),
+        ({"token": "dog"}, "already knows"),
         ({"token": ""}, "empty"),
         ({"token": "V2", "noun": ""}, "class noun is empty"),
         ({"token": "v1"}, "taken"),
@@ -371,7 +371,7 @@ def test_undo_is_safe_to_queue_twice(host: ComfyUI) -> None:
     host.run(learn("undo"))
     before = stack_of(host, "undo").read_bytes()
     host.run(learn("undo", token="V2", which=2))
-    assert "Took back: learned V2" in undo(host, "undo", token="V2")
+    assert "Undone: learned V2" in undo(host, "undo", token="V2")
     assert load_file(stack_of(host, "undo")).keys() == _tensors(before).keys()
     assert "nothing was done" in undo(host, "undo", token="V2")
     assert all(
@@ -405,7 +405,7 @@ def test_closed_form_merge_forget_and_import(host: ComfyUI) -> None:
         return text_of(host.run(graph(kind, **inputs)), "4")
 
     assert "Solved for V2 teapot alone" in does("Select", tokens="v2")
-    assert "No concept 'V7'" in error_of(
+    assert "no concept 'V7'" in error_of(
         host.finished(host.queue(graph("Select", tokens="V1, V7")))
     )
     assert "Solved for 2 concepts" in does("ClosedForm")
@@ -427,7 +427,7 @@ def test_closed_form_merge_forget_and_import(host: ComfyUI) -> None:
         "trigger": "",
         "strength": 1.0,
     }
-    assert f"{lora} is W1 on the stack now" in does("Import", lora=lora, **words)
+    assert f"{lora} is now on the stack as W1" in does("Import", lora=lora, **words)
     assert "nothing was done" in does("Import", lora=lora, **words)
     assert [record.token for record in read_records(stack_of(host, "mine"))] == ["V1", "V1_2", "W1"]
 

@@ -122,7 +122,7 @@ def test_a_users_file_is_left_alone_and_the_word_gets_another_name(
     assert theirs.read_bytes() == THEIRS[name]
     assert [path.name for path in done.embeddings] == ["V1-2.safetensors"]
     assert (done.renamed, done.triggers) == ({"V1": "V1-2"}, ["V1-2 mug"])
-    assert "prompts say V1-2" in done.notes[0]
+    assert "use V1-2 in prompts" in done.notes[0]
     assert done.lora
     with safe_open(done.lora, framework="pt") as file:
         assert file.metadata()["modelspec.trigger_phrase"] == "V1-2 mug"
@@ -217,7 +217,7 @@ def test_a_word_that_is_a_path_is_refused_where_files_are_written(
     backbone: Backbone, tmp_path: Path
 ) -> None:
     """A second time: the stack that was read was checked, this one was made in memory."""
-    with pytest.raises(StackError, match="can't name a file"):
+    with pytest.raises(StackError, match="can't be a file name"):
         _export(_owned(backbone, "a" * 16, token="../../victim"), tmp_path / "a" / "b")
     assert not [p for p in tmp_path.rglob("*") if p.is_file()]
 

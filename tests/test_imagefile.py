@@ -44,7 +44,7 @@ def test_postscript_starts_no_interpreter(tmp_path: Path, name: str) -> None:
         check=True,
     )
     assert name in done.stdout
-    assert "none of JPEG, PNG" in done.stdout
+    assert "Expected JPEG, PNG" in done.stdout
     assert not mark.exists()
 
 

@@ -180,7 +180,7 @@ def test_a_damaged_snapshot_is_set_aside_with_the_reason(
     path.write_bytes(changes[how])
     assert _same(_learn(backbone, pictures, path, on_progress=notes), undisturbed)
     assert "damaged" in notes[0]
-    assert "begins at step 1" in notes[0]
+    assert "starts from step 1" in notes[0]
     assert (tmp_path / "s.damaged").read_bytes() == changes[how]
 
 
@@ -219,7 +219,7 @@ def test_a_run_goes_on_whatever_the_number_of_threads(checkpoint: Path, pictures
         pipeline.learn_concept(request, notes)
     finally:
         torch.set_num_threads(before)
-    assert notes == ["Going on from step 3 of 6."]
+    assert notes == ["Resuming from step 3 of 6."]
     assert not list(checkpoint.parent.glob("*snapshot*"))
 
 
@@ -253,7 +253,7 @@ def test_another_runs_snapshot_is_told_of_and_can_be_gone_on_with(
         assert snapshot.read_bytes() == kept
     notes = _Notes()
     pipeline.learn_concept(first, notes)
-    assert "Going on from step 4 of 6." in notes
+    assert "Resuming from step 4 of 6." in notes
     assert not snapshot.exists()
     assert len(list(checkpoint.parent.glob("*.snapshot"))) == len(others)
 
@@ -554,7 +554,7 @@ def test_mistakes_leave_the_stack_as_it_was(
     assert pipeline.learn_concept(request).again
     with pytest.raises(TokenError, match="taken"):
         pipeline.learn_concept(replace(request, noun="box"))
-    with pytest.raises(TokenError, match="a word the checkpoint knows"):
+    with pytest.raises(TokenError, match="a word the checkpoint already knows"):
         pipeline.learn_concept(replace(request, token="mug"))
     with pytest.raises(SettingError, match="rank is 8, but"):
         pipeline.learn_concept(replace(request, token="V2", settings=replace(QUICK, rank=8)))

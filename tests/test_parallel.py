@@ -210,7 +210,7 @@ def test_too_little_memory_says_what_to_lower_and_the_run_goes_on_with_less(
     monkeypatch.setattr(learn, "noised", short)
     with pytest.raises(
         TrainingError,
-        match=r"Out of memory.*checkpointing.*accumulate.*size.*batch.*goes on from its "
+        match=r"Out of memory.*checkpointing.*accumulate.*size.*batch.*resumes from its "
         r"snapshot",
     ):
         pipeline.learn_concept(request)

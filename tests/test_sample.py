@@ -51,7 +51,7 @@ def test_things_beside_each_other_keep_to_their_areas(mini: Backbone) -> None:
 
 def test_pictures_with_unequally_many_areas_are_refused_before_anything_is_loaded() -> None:
     with pytest.raises(
-        SettingError, match=r"equally many prompts beside each other; these show \[1, 2\]"
+        SettingError, match=r"the same number of prompts side by side; these have \[1, 2\]"
     ):
         pipeline.draw(requests.DrawRequest(Path("not there"), ["a mug", ("a mug", "a star")]))
 

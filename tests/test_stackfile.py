@@ -205,8 +205,8 @@ def test_numbers_that_are_not_finite_are_refused_where_tensors_are_read(
         header, body = split(whole)
         start, end = header["adapter.layer.to_k.B"]["data_offsets"]
         data = body[:start] + struct.pack("<f", bad) * ((end - start) // 4) + body[end:]
-        refused(joined(header, data), tmp_path, "not finite", slice(3, 4))
-        refused(joined(header, data), tmp_path, "not finite", slice(5, 7))
+        refused(joined(header, data), tmp_path, "infinite or NaN", slice(3, 4))
+        refused(joined(header, data), tmp_path, "infinite or NaN", slice(5, 7))
 
 
 RAW = [
@@ -319,7 +319,7 @@ def test_what_could_not_be_read_again_is_not_stored(tmp_path: Path) -> None:
     infinite.words["id2"] = infinite.words["id2"] / 0
     assert half.adapter
     del half.adapter["layer.to_k.B"]
-    for stack, what in ((lines, "noun"), (infinite, "not finite"), (half, "not whole")):
+    for stack, what in ((lines, "noun"), (infinite, "infinite or NaN"), (half, "incomplete")):
         with pytest.raises(StackError, match=what):
             store.save_stack(stack, path)
         assert path.read_bytes() == before

@@ -65,14 +65,14 @@ def test_stack_files_that_cannot_be_used(tmp_path: Path) -> None:
         store.load_stack(path, "0" * 64)
     whole = path.read_bytes()
     path.write_bytes(whole[: len(whole) // 2])
-    with pytest.raises(StackError, match=r"cut short.*s\.history/1\.stack: restore goes back"):
+    with pytest.raises(StackError, match=r"truncated.*s\.history/1\.stack: restore goes back"):
         store.load_stack(path, FINGERPRINT)
     assert same(store.load_stack(tmp_path / "s.history" / "1.stack", FINGERPRINT), make_stack(1))
     history.restore(path, 1)
     assert same(store.load_stack(path, FINGERPRINT), make_stack(1))
     assert (tmp_path / "s.damaged").read_bytes() == whole[: len(whole) // 2]
     save_file({"a": torch.zeros(1)}, path)
-    with pytest.raises(StackError, match="no concept stack"):
+    with pytest.raises(StackError, match="not a concept stack"):
         store.load_stack(path, FINGERPRINT)
     newer = json.dumps({"version": store.VERSION + 1})
     save_file({"a": torch.zeros(1)}, path, {"format": store.FORMAT, "stack": newer})
@@ -111,7 +111,7 @@ def test_a_read_only_folder(tmp_path: Path) -> None:
     try:
         if root:
             os.seteuid(65534)
-        with pytest.raises(StackError, match=r"can't be (reached|written)"), store.writing(path):
+        with pytest.raises(StackError, match=r"can't be (accessed|written)"), store.writing(path):
             pass
     finally:
         if root:

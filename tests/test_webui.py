@@ -129,9 +129,9 @@ def test_every_state_of_a_job_is_told() -> None:
         "undo": back,
         "restore": {"version": 2, "change": "learned V1 ball", "tokens": []},
     }
-    assert "Took back: forgot V1 ball.** The stack holds V1 now." in shown.status(job, str)
+    assert "Undone: forgot V1 ball.** The stack now holds V1." in shown.status(job, str)
     assert (
-        "Went back to version 2: learned V1 ball.** The stack holds no concept now."
+        "Went back to version 2: learned V1 ball.** The stack now holds no concept."
         in shown.status(job, str)
     )
 
@@ -505,7 +505,7 @@ def test_a_strangers_stack_runs_nothing_in_a_browser(checkpoint: Path, pictures:
         _expect(opened, "#continual_lora_status", "<img src=x")
         opened.click("#continual_lora_undo")
         opened.click("#continual_lora_yes")
-        _expect(opened, "#continual_lora_status", "Took back: learned V1 <img src=x")
+        _expect(opened, "#continual_lora_status", "Undone: learned V1 <img src=x")
         assert opened.evaluate("window.pwned") is None
         assert (
             opened.evaluate(

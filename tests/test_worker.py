@@ -93,7 +93,7 @@ def test_one_job_at_a_time_and_stop_keeps_the_snapshot(
     checkpoint: Path, pictures: Path, runner: JobRunner
 ) -> None:
     job = runner.start(("learn", _request(checkpoint, pictures, steps=5000, snapshot_every=1)))
-    with pytest.raises(Busy, match="under way"):
+    with pytest.raises(Busy, match="already running"):
         runner.start(("undo", {"checkpoint": str(checkpoint)}))
     while not job.losses:
         assert job.state in ("starting", "running"), job.message
@@ -144,12 +144,12 @@ def test_mistakes_come_back_in_words(
         ("learn", {"settings": {"rate": True}}, "`rate` is True"),
         ("learn", {"settings": []}, "`settings` has to be an object"),
         ("learn", {"images": 5}, "`images` has to be a list of texts"),
-        ("learn", {"images": ["a\0b"]}, "which is no path"),
-        ("learn", {"checkpoint": ""}, "`checkpoint` is '', which is no path"),
+        ("learn", {"images": ["a\0b"]}, "which is not a path"),
+        ("learn", {"checkpoint": ""}, "`checkpoint` is '', which is not a path"),
         ("learn", {"checkpoint": None}, "`checkpoint` is missing"),
         ("learn", {"replace": "yes"}, "`replace` is 'yes'; it has to be true or false."),
         ("learn", {"out": "x"}, "There is no field out in this request"),
-        ("learn", {"stack": "x" * 5000}, "which is no path"),
+        ("learn", {"stack": "x" * 5000}, "which is not a path"),
         ("undo", {"version": 1.5}, "`version` is 1.5; it has to be a whole number."),
         ("draw", {"prompts": "a"}, "`prompts` has to be a list of texts"),
         ("closed_form", {"settings": {"energy": float("nan")}}, "`energy` is nan"),
@@ -215,7 +215,7 @@ def test_every_setting_reaches_the_operation(name: str, monkeypatch: pytest.Monk
 def test_a_first_line_that_is_none_is_refused(line: str) -> None:
     target = io.StringIO()
     assert worker.serve(io.StringIO(line + "\n"), target) == 2
-    assert "no list of jobs" in json.loads(target.getvalue())["message"]
+    assert "not a list of jobs" in json.loads(target.getvalue())["message"]
 
 
 def test_what_is_done_is_told_before_what_fails(
@@ -366,7 +366,7 @@ def test_what_needs_no_picture(
         ("learn", _request(checkpoint, pictures)),
         ("closed_form", {**where, "settings": {"energy": 0.99}}),
     ]
-    assert "two concepts at least" in _done(runner.start(*both)).message
+    assert "at least two concepts" in _done(runner.start(*both)).message
     job = _done(
         runner.start(
             ("learn", second), ("closed_form", where), ("forget", {**where, "token": "V1"})

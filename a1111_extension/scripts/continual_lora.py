@@ -1,6 +1,6 @@
 """The tab Continual LoRA in AUTOMATIC1111 and the Forge family.
 
-Run again at every "Reload UI"; what lasts is in webui/a1111.py.
+Run again at every "Reload UI"; the state that survives it is in webui/a1111.py.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """Stage 3: the adapters, a change of K and V of every cross-attention,  W = W0 + delta. Light.
 
 PARTS names each kind's tensors and their sizes: `rank` r is chosen, `out` and `width` are the layer's
-outputs and inputs (d_out, d_text). Stack files, plans and checks read it. A kind's own module says
-the rest; `adapter.KINDS` is their table.
+outputs and inputs (d_out, d_text). Stack files, plans and checks read it. Each kind is defined in
+its own module; `adapter.KINDS` is their table.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ PARTS: dict[str, dict[str, tuple[str, ...]]] = {
     "vera": {"d": ("rank",), "b": ("out",)},
     "full": {"D": ("out", "width")},
 }
-# A Fisher may be taken of the change itself, "<layer>.W", whatever the kind (`ewc`).
+# A Fisher may be of the change itself, "<layer>.W", for any kind (`ewc`).
 DENSE = {"W": ("out", "width")}
 
 

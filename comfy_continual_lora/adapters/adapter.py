@@ -1,4 +1,4 @@
-"""Stage 3: an adapter in a U-Net and out of it again.
+"""Stage 3: attaching an adapter to a U-Net and detaching it again.
 
 An `Adapter` is plain tensors under "<layer>.<part>", all of one kind. Attach and detach are exact
 inverses.
@@ -118,7 +118,7 @@ def attach(
 
 
 def detach(backbone: Backbone) -> None:
-    """Take every adapter out; the U-Net is again exactly what it was."""
+    """Remove every adapter; the U-Net is exactly what it was before."""
     for name, module in adapted_layers(backbone).items():
         put_module(backbone, name, module.get_base_layer())
     if hasattr(backbone.unet, "peft_config"):
@@ -133,9 +133,9 @@ def attached(
     trainable: bool = False,
     frozen_adapter: Adapter | None = None,
 ) -> Iterator[dict[str, nn.Parameter]]:
-    """The adapter is in the U-Net inside the block and out of it afterwards, whatever happens.
+    """Inside the block the adapter is attached; afterwards it is detached, whatever happens.
 
-    None attaches nothing. `frozen_adapter`: a LoRA that acts too.
+    None attaches nothing. `frozen_adapter`: a LoRA that is added, without training.
     """
     try:
         if frozen_adapter:
@@ -147,10 +147,10 @@ def attached(
 
 @contextmanager
 def swapped_in(parameters: Mapping[str, Tensor], adapter: Mapping[str, Tensor]) -> Iterator[None]:
-    """Inside the block the attached parameters have the adapter's values, without gradients: how a
-    teacher uses the same net.
+    """Inside the block the attached parameters have the adapter's values, so that a teacher can use
+    the same net.
     """
-    kept = {name: parameter.detach().clone() for name, parameter in parameters.items()}
+    original = {name: parameter.detach().clone() for name, parameter in parameters.items()}
     with torch.no_grad():
         try:
             for name, parameter in parameters.items():
@@ -158,4 +158,4 @@ def swapped_in(parameters: Mapping[str, Tensor], adapter: Mapping[str, Tensor]) 
             yield
         finally:
             for name, parameter in parameters.items():
-                parameter.copy_(kept[name])
+                parameter.copy_(original[name])

@@ -1,4 +1,4 @@
-"""What every kind of adapter says of itself."""
+"""The interface of an adapter kind."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ class AdapterKind:
 
     name: ClassVar[str]
     solvable: ClassVar[bool] = False  # whether the closed form can be written as one of this kind
-    preconditioned: ClassVar[str] = ""  # the part that steps in coordinates of text space, if any
+    preconditioned: ClassVar[str] = ""  # the part trained in coordinates of text space, if any
 
     def create(
         self,
@@ -53,7 +53,7 @@ class AdapterKind:
 
 
 class ChangedLayer(nn.Module):
-    """A linear layer with a change beside its weight: what peft can't put into others' models."""
+    """A linear layer plus a change of its weight, for kinds that peft can't inject."""
 
     def __init__(
         self, base: nn.Linear, parts: Mapping[str, nn.Parameter], kind: AdapterKind

@@ -47,7 +47,7 @@ class Lora(AdapterKind):
             r=rank, lora_alpha=rank, target_modules=KV_MODULES, init_lora_weights=False
         )
         with warnings.catch_warnings():
-            # a second LoRA is meant
+            # a second LoRA is intended
             warnings.filterwarnings("ignore", message="Already found a `peft_config`")
             inject_adapter_in_model(config, backbone.unet, adapter_name=name)
         for layer, module in backbone.unet.named_modules():
@@ -59,8 +59,8 @@ class Lora(AdapterKind):
 
 
 def padded_to_rank(adapter: Mapping[str, Tensor], rank: int) -> dict[str, Tensor]:
-    """The same LoRA with rows to spare, (r, d_text) and (d_out, r): new ones of A are random, so
-    that learning can use them, those of B are zero.
+    """The same LoRA padded to A (r, d_text) and B (d_out, r): new rows of A are random, so that they
+    can be trained, new columns of B are zero.
     """
     generator, padded = torch.Generator().manual_seed(0), {}
     for name, tensor in adapter.items():

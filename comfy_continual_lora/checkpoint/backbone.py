@@ -177,7 +177,7 @@ class Backbone:
     def tokenize(self, prompt: str, words: Mapping[str, Tensor]) -> tuple[list[int], list[int]]:
         """77 token ids, padded with the end token, and which of the words' vectors replaces each.
 
-        The latter counts over the vectors of all words; it is -1 where none does.
+        The latter counts over the vectors of all words; it is -1 if none does.
         """
         slots = {}
         count = 0

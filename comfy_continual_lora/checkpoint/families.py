@@ -4,9 +4,8 @@
     SD1.x   CLIP-L                  the last layer, normed                   512
     SD2.x   OpenCLIP-H              the last layer but one, normed           512; predicting v 768
     SDXL    CLIP-L, OpenCLIP-bigG   each one's last layer but one,           1024
-            (its pooled text        concatenated, not normed
-            conditions the U-Net
-            too)
+            (its pooled text also   concatenated, not normed
+            conditions the U-Net)
 
 Source: the inference configurations of CompVis/stable-diffusion, Stability-AI/stablediffusion and
 Stability-AI/generative-models.

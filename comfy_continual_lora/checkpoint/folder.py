@@ -184,5 +184,5 @@ class _Library:
 
 
 def _config(folder: Path, name: str = "config.json") -> dict[str, Any]:
-    """A part's configuration; empty where it has none."""
+    """A part's configuration; empty if it has none."""
     return json.loads((folder / name).read_text()) if (folder / name).exists() else {}

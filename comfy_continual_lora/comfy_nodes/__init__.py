@@ -3,9 +3,9 @@
 Registering them imports nothing heavy of ours.
 
     nodes.py                          the table of nodes
-    learning.py, using.py, stacks.py  the nodes: learn; draw, judge, export; undo, merge, import
-    schema.py, handle.py              how they are declared; what travels along their wires
-    host.py, words.py, mini.py        what they need of ComfyUI: files, progress, prompts, the mini-SD
+    learning.py, using.py, stacks.py  the nodes: learn; draw, score, export; undo, merge, import
+    schema.py, handle.py              how they are declared; what their wires carry
+    host.py, words.py, mini.py        the interface to ComfyUI: files, progress, prompts, mini-SD
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from typing import Any
 def make_extension() -> Any:
     """What ComfyUI's `comfy_entrypoint` has to return.
 
-    An exception in there would lose its traceback, so it is logged here.
+    ComfyUI would lose the traceback of an exception, so it is logged here.
     """
     try:
         from comfy_api.latest import ComfyExtension  # pyright: ignore[reportMissingImports] - only inside ComfyUI

@@ -1,4 +1,4 @@
-"""What travels along a CONCEPT_STACK wire, and how nodes describe it."""
+"""The value of a CONCEPT_STACK wire, and its description in nodes."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class StackHandle:
-    """Where the stack lies, and which of its versions is meant (its first `count` concepts).
+    """A stack's file and the version that is meant (its first `count` concepts).
 
-    Learning always goes on from the newest concept on disk; drawing and exporting take the version
-    meant. `consolidated` false: as it was before the newest concept was consolidated by itself.
-    `selected`: some of its concepts, with a LoRA solved for them alone (Select Concepts).
+    Learning always continues from the newest concept on disk; drawing and exporting use that
+    version. `consolidated` false: as it was before the newest concept was consolidated.
+    `selected`: some of its concepts, with a LoRA solved for only these (Select Concepts).
     """
 
     checkpoint: Path
@@ -30,18 +30,18 @@ class StackHandle:
 
     @property
     def records(self) -> list[ConceptRecord]:
-        """The concepts meant, without their tensors."""
+        """The version's concepts, without their tensors."""
         from ..store import read_records
 
         return self.selected.records if self.selected else read_records(self.file)[: self.count]
 
     @property
     def place(self) -> dict[str, Any]:
-        """What every request about it has."""
+        """The fields that every request has."""
         return {"checkpoint": self.checkpoint, "stack": self.file, "device": host.device()}
 
     def read(self) -> ConceptStack | None:
-        """The stack meant; None while there is none yet."""
+        """The version's stack; None if there is none yet."""
         from ..store import open_stack
 
         if self.selected:
@@ -61,15 +61,16 @@ class StackHandle:
         return self.as_of(len(read_records(self.file)))
 
     def described(self) -> str:
-        """Its concepts, a line each, and its file."""
+        """Its concepts, one per line, and its file."""
         records, file = self.records, self.file
         if not records:
-            lone = host.stacks_without_checkpoint(file.parent)
-            hint = (
-                f"\nIf the checkpoint was renamed, rename its stack too, to {file.name}. Stacks "
-                f"here without a checkpoint: {', '.join(lone)}"
-            )
-            return f"No concept learned yet. The stack will be {file}.{hint if lone else ''}"
+            text = f"No concept learned yet. The stack will be {file}."
+            if orphans := host.stacks_without_checkpoint(file.parent):
+                text += (
+                    f"\nIf the checkpoint was renamed, rename its stack too, to {file.name}. "
+                    f"Stacks here without a checkpoint: {', '.join(orphans)}"
+                )
+            return text
         lines = [
             f"{n}. {one.name}   {one.method}, {one.steps} steps, {one.images} pictures, "
             f"{one.learned[:10]}"

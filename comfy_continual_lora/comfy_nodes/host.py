@@ -1,4 +1,4 @@
-"""What the nodes need of ComfyUI: its files, pictures, progress, the device.
+"""The interface to ComfyUI: its files, images, progress, the device.
 
 Only ComfyUI imports this module; heavy imports of ours are inside the functions.
 """
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 
 def checkpoints() -> list[str]:
-    """The checkpoints ComfyUI knows, without our own stacks, which lie beside them."""
+    """The checkpoints ComfyUI lists, without our stacks, which are beside them."""
     return [
         name for name in folder_paths.get_filename_list("checkpoints") if not name.endswith(STACKS)
     ]
@@ -38,8 +38,8 @@ def checkpoint_path(name: str) -> Path:
     path = folder_paths.get_full_path("checkpoints", name)
     if path is None:
         raise StackError(
-            f"There is no checkpoint {name} in ComfyUI's checkpoint folders any more. Choose "
-            "another, or put it back."
+            f"The checkpoint {name} is no longer in ComfyUI's checkpoint folders. Choose another, "
+            "or put it back."
         )
     return Path(path)
 
@@ -53,13 +53,13 @@ def file_of(kind: str, name: str) -> Path:
     path = folder_paths.get_full_path(kind, name)
     if path is None:
         raise StackError(
-            f"The file {name} is gone from ComfyUI's {kind} folders. Choose another one."
+            f"The file {name} is no longer in ComfyUI's {kind} folders. Choose another one."
         )
     return Path(path)
 
 
 def stack_file(checkpoint: Path, name: str) -> Path:
-    """Where a stack lies: beside the checkpoint; a checkpoint may have several, told apart by name."""
+    """A stack's file, beside the checkpoint; a checkpoint may have several, distinguished by name."""
     return stack_path(checkpoint, name.strip())
 
 
@@ -76,8 +76,8 @@ def stacks_without_checkpoint(folder: Path) -> list[str]:
 def saved_pictures(
     images: Sequence[Tensor], captions: Sequence[str] = (), masks: Sequence[Tensor] = ()
 ) -> Iterator[list[Path]]:
-    """`save_pictures` for the time of the block: a stopped run goes on from the same pictures,
-    wherever they lie.
+    """`save_pictures` for the duration of the block. A stopped run can still be resumed, with the
+    same pictures in any place.
     """
     files = save_pictures(images, captions, masks)
     try:
@@ -90,19 +90,20 @@ def save_pictures(
     images: Sequence[Tensor], captions: Sequence[str] = (), masks: Sequence[Tensor] = ()
 ) -> list[Path]:
     """IMAGE batches (n, h, w, 3 or 4) in 0..1, of any sizes -> PNG files in ComfyUI's temporary
-    folder, the same for the same pictures.
+    folder; the same images give the same files.
 
-    `captions`: none, one for all, or one a picture; an empty one counts as none. `masks`: MASK
-    batches (n, h, w), none or one a picture.
+    `captions`: none, one for all, or one per image; an empty one counts as none. `masks`: MASK
+    batches (n, h, w), none or one mask per image.
     """
     from PIL import Image
 
-    pictures = [one for batch in images for one in batch]
-    painted = [one for batch in masks for one in (batch if batch.dim() == 3 else batch[None])]
-    _check_counts(len(pictures), len(captions), len(painted))
+    arrays = [_pixels(image) for batch in images for image in batch]
+    mask_arrays = []
+    for batch in masks:
+        mask_arrays += [_pixels(mask) for mask in (batch if batch.dim() == 3 else batch[None])]
+    _check_counts(len(arrays), len(captions), len(mask_arrays))
     texts = list(captions) or [""]
-    texts *= len(pictures) // len(texts)
-    arrays, mask_arrays = [_pixels(one) for one in pictures], [_pixels(one) for one in painted]
+    texts *= len(arrays) // len(texts)
     digest = hashlib.sha256(repr(texts).encode())
     for array in (*arrays, *mask_arrays):
         digest.update(repr(array.shape).encode() + array.tobytes())
@@ -124,7 +125,7 @@ def _check_counts(pictures: int, captions: int, masks: int) -> None:
     """Errors: ConceptImagesError."""
     if not pictures:
         raise ConceptImagesError(
-            "No pictures came in. Connect an IMAGE batch or list of 3 to 15 pictures of the "
+            "The input has no pictures. Connect an IMAGE batch or list of 3 to 15 pictures of the "
             "thing to learn."
         )
     if captions not in (0, 1, pictures):
@@ -146,7 +147,7 @@ def _pixels(values: Tensor) -> Any:
 
 
 def to_image(pictures: Sequence[Image]) -> Tensor:
-    """Pictures of one size -> IMAGE (n, h, w, 3) in 0..1."""
+    """Images of one size -> IMAGE (n, h, w, 3) in 0..1."""
     import numpy as np
     import torch
 
@@ -159,9 +160,9 @@ def to_image(pictures: Sequence[Image]) -> Tensor:
 
 
 class Reporter:
-    """Shows progress, lets the user cancel, and keeps what a report has to say of the run.
+    """Shows progress, lets the user cancel, and collects the run's notes for its report.
 
-    The first report empties the GPU: what is done before needs none, and may be all there is to do.
+    The first call frees the GPU; work done before that needs none, and may be all there is to do.
     """
 
     def __init__(self) -> None:
@@ -181,15 +182,13 @@ class Reporter:
         bar.update_absolute(progress.step, progress.steps, preview)
 
     def with_notes(self, text: str) -> str:
-        """The report's text behind the notes of the run."""
+        """The run's notes, followed by the report."""
         return "\n".join([*self.notes, text])
 
 
 @contextmanager
 def at_work() -> Iterator[Reporter]:
-    """Gradients are allowed (nodes run in inference mode), and what is yielded shows progress and
-    lets the user cancel.
-    """
+    """Enable gradients (nodes run in inference mode) and yield a `Reporter`; free memory at the end."""
     import torch
 
     try:

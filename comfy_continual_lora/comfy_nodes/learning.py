@@ -49,7 +49,7 @@ class LearnConcept(io.ComfyNode):
             "Learn",
             "Learn Concept (continual LoRA)",
             "Teach the checkpoint one more thing from 3 to 15 pictures, without forgetting what "
-            "it learned before. Cancel keeps what was learned so far; queue again to go on. The "
+            "it learned before. Cancel keeps what was learned so far; queue again to resume. The "
             "same request is never learned twice.",
             ["train lora", "dreambooth", "textual inversion", "personalize", "learn"],
             is_input_list=True,
@@ -73,7 +73,7 @@ class LearnConcept(io.ComfyNode):
                     optional=True,
                     force_input=True,
                     tooltip="A caption for each picture (a list), or one for all; prompts are made "
-                    "up where there is none.",
+                    "up for pictures without one.",
                 ),
                 io.Mask.Input(
                     "masks",
@@ -87,11 +87,11 @@ class LearnConcept(io.ComfyNode):
                     default="refuse",
                     optional=True,
                     extra_dict=ADVANCED,
-                    tooltip="What to do when the word is on the stack already, learned from other "
-                    "pictures or with other settings: refuse, or learn it again in place of that "
-                    "one (if it is the newest), which stays until the new one is stored.",
+                    tooltip="What to do if the word is already on the stack, learned from other "
+                    "pictures or with other settings: refuse, or replace that concept (if it is "
+                    "the newest), which stays until the new one is stored.",
                 ),
-                # last: saved workflows know widgets by their place
+                # last: saved workflows identify widgets by their position
                 *widgets(LearnSettings, (), ("vectors",)),
             ],
             outputs=[
@@ -132,7 +132,7 @@ class LearnConcept(io.ComfyNode):
         number = [one.id for one in stack.now().records].index(result.record.id) + 1
         after = dataclasses.replace(stack.as_of(number), consolidated=False)
         learned = after.read()
-        assert learned  # it was just stored
+        assert learned  # it has just been stored
         curve = curve_picture(result.losses, f"Loss while learning {result.record.token}")
         return io.NodeOutput(
             after,
@@ -180,8 +180,8 @@ class Consolidate(io.ComfyNode):
             "Consolidate",
             "Consolidate (DSC)",
             "Strengthen the earlier concepts once more against the newest one (Diffusion Scores "
-            "Consolidation). Needs the newest concept's pictures. "
-            "The same request is never done twice.",
+            "Consolidation). Needs the newest concept's pictures. The same request is never run "
+            "twice.",
             ["DSC", "distill", "consolidate", "forgetting"],
             is_input_list=True,
             is_output_node=True,
@@ -221,9 +221,9 @@ class ConsolidateInClosedForm(io.ComfyNode):
         return schema(
             "ClosedForm",
             "Consolidate (closed form)",
-            "Bring back what later concepts took from earlier ones: the one LoRA closest to what "
-            "each concept's own did to its prompts. Seconds, "
-            "without pictures, the same result every time.",
+            "Restore what later concepts took from earlier ones: the one LoRA closest to what each "
+            "concept's own did to its prompts. Takes seconds, needs no pictures, and gives the same "
+            "result every time.",
             ["consolidate", "forgetting", "merge", "restore"],
             is_output_node=True,
             inputs=[Stack.Input("stack"), *solving_widgets()],
@@ -245,7 +245,7 @@ class ExamplePictures(io.ComfyNode):
         return schema(
             "Examples",
             "Mini-SD Example Pictures",
-            "Pictures of a thing the mini-SD has never seen, to try learning with.",
+            "Pictures of a thing the mini-SD has never seen, to try learning on.",
             ["test images", "demo"],
             inputs=[
                 io.Int.Input(
@@ -256,7 +256,7 @@ class ExamplePictures(io.ComfyNode):
                     default=5,
                     min=1,
                     max=10,
-                    tooltip="How many pictures of it, each in another place.",
+                    tooltip="How many pictures of it, each on another background.",
                 ),
             ],
             outputs=[io.Image.Output(display_name="images"), io.String.Output(display_name="noun")],

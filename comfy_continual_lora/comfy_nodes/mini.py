@@ -12,9 +12,9 @@ MINI = "mini-sd.safetensors"
 
 
 def offer_mini() -> None:
-    """Put the mini-SD into the checkpoint list, and teach the stock loader its sizes.
+    """Add the mini-SD to the checkpoint list, and its sizes to the stock loader.
 
-    The match is exact, so no other checkpoint is touched.
+    The match is exact, so no other checkpoint is affected.
     """
     folder = Path(__file__).parents[2] / "models"
     path, shipped = folder / MINI, Path(__file__).parents[1] / "mini" / "weights" / MINI
@@ -32,10 +32,10 @@ def offer_mini() -> None:
         )
         return
     folder_paths.add_model_folder_path("checkpoints", str(folder))
-    _teach_loader(path)
+    _register_sizes(path)
 
 
-def _teach_loader(path: Path) -> None:
+def _register_sizes(path: Path) -> None:
     import comfy.supported_models as supported  # pyright: ignore[reportMissingImports]
     from comfy import sd1_clip, supported_models_base  # pyright: ignore[reportMissingImports]
     from safetensors import safe_open
@@ -77,5 +77,5 @@ def _teach_loader(path: Path) -> None:
         def clip_target(self, state_dict: Any = None) -> Any:
             return supported_models_base.ClipTarget(Tokenizers, Clip)
 
-    if not any(known.__name__ == "MiniSD" for known in supported.models):
+    if not any(model.__name__ == "MiniSD" for model in supported.models):
         supported.models.append(MiniSD)

@@ -1,4 +1,4 @@
-"""How nodes are declared: schemas, widgets made from settings, errors in the words of widgets.
+"""How nodes are declared: schemas, widgets made from settings, errors with the names of widgets.
 
 Defaults, ranges and help come from settings.py.
 """
@@ -18,8 +18,8 @@ from ..settings import SolveSettings
 
 CATEGORY = "Continual LoRA"
 Stack = io.Custom("CONCEPT_STACK")
-ADVANCED = {"advanced": True}  # collapsed where the host knows how
-_WIDGETS = {  # of a request's fields, where they have other names
+ADVANCED = {"advanced": True}  # collapsed if the host supports that
+_WIDGETS = {  # of a request's fields, if they have other names
     "stack": "stack_name of Load Concept Stack",
     "only": "tokens of Select Concepts",
     "replace": "if_word_exists",
@@ -28,8 +28,8 @@ _WIDGETS = {  # of a request's fields, where they have other names
 
 
 def schema(name: str, title: str, description: str, aliases: Sequence[str], **rest: Any) -> Any:
-    """io.Schema of this host's version: what an older one does not know is left out."""
-    known = {f.name for f in dataclasses.fields(io.Schema)}
+    """io.Schema of this host's version, without the fields that an older one lacks."""
+    supported = {f.name for f in dataclasses.fields(io.Schema)}
     values = {
         "node_id": f"ContinualLora_{name}",
         "display_name": title,
@@ -38,7 +38,7 @@ def schema(name: str, title: str, description: str, aliases: Sequence[str], **re
         "search_aliases": ["continual lora", *aliases],
         **rest,
     }
-    return io.Schema(**{key: value for key, value in values.items() if key in known})
+    return io.Schema(**{key: value for key, value in values.items() if key in supported})
 
 
 def stack_and_report() -> list[Any]:
@@ -47,7 +47,7 @@ def stack_and_report() -> list[Any]:
 
 
 def first_values(given: dict[str, list]) -> dict[str, Any]:
-    """What a node that takes lists was given once."""
+    """The single values of a node whose inputs are lists."""
     return {name: values[0] for name, values in given.items()}
 
 
@@ -56,10 +56,7 @@ def widgets(settings: type, main: Sequence[str], advanced: Sequence[str] = ()) -
 
 
 def _widget(settings: type, name: str, advanced: bool) -> Any:
-    """A setting's widget.
-
-    Where the setting's default is "what suits the checkpoint", 0 (or auto) stands for it.
-    """
+    """A setting's widget; 0 or auto stands for a default of None."""
     f = next(f for f in dataclasses.fields(settings) if f.name == name)
     meta, kind = f.metadata, str(f.type).split(" ")[0]
     help = help_of(f)
@@ -80,7 +77,7 @@ def _widget(settings: type, name: str, advanced: bool) -> Any:
     high = min(meta["high"] or 1_000_000, 2**63 - 1)
     if kind == "int":
         if name == "seed":
-            # ComfyUI would change it at every queue, and each would be another request
+            # else ComfyUI would change it at every queue, making each a new request
             rest["control_after_generate"] = False
         return io.Int.Input(
             name, default=f.default or 0, min=int(low), max=int(high), step=meta["multiple"], **rest
@@ -91,7 +88,7 @@ def _widget(settings: type, name: str, advanced: bool) -> Any:
 
 
 def settings_from(settings: type, given: dict[str, Any]) -> Any:
-    """Widgets' values -> settings; 0 and auto become None again where None is the default."""
+    """Widgets' values -> settings; 0 and auto become None if that is the default."""
     return settings(
         **{
             f.name: from_widget(f, given.get(f.name, f.default))
@@ -101,7 +98,7 @@ def settings_from(settings: type, given: dict[str, Any]) -> Any:
 
 
 def solving_widgets() -> list[Any]:
-    """Those of the closed form."""
+    """The widgets of the closed form."""
     return widgets(SolveSettings, (), ("energy", "rank", "ridge", "ordinary_weight"))
 
 
@@ -111,12 +108,12 @@ _Execute = TypeVar("_Execute", bound=Callable[..., Any])
 
 
 def widget_of(name: str) -> str:
-    """How the nodes call a field or a setting."""
+    """The widget's name for a field or a setting."""
     return _WIDGETS.get(name, name)
 
 
 def in_widget_names(execute: _Execute) -> _Execute:
-    """`execute`, whose errors name widgets."""
+    """Decorator for `execute`: its errors name widgets."""
 
     @functools.wraps(execute)
     def wrapped(*args: Any, **given: Any) -> Any:

@@ -37,13 +37,13 @@ class LoadConceptStack(io.ComfyNode):
         return schema(
             "LoadStack",
             "Load Concept Stack",
-            "What a checkpoint has learned so far: one file beside it.",
+            "Load what a checkpoint has learned so far: one file beside it.",
             ["concepts", "checkpoint", "open stack"],
             inputs=[
                 io.Combo.Input(
                     "checkpoint",
                     options=host.checkpoints(),
-                    tooltip="The checkpoint that learns. It never changes itself.",
+                    tooltip="The checkpoint to teach. Its own file never changes.",
                 ),
                 io.String.Input(
                     "stack_name",
@@ -79,9 +79,8 @@ class UndoConcept(io.ComfyNode):
         return schema(
             "Undo",
             "Undo Concept",
-            "Take the last change of the stack back, whatever it was: the stack is again exactly "
-            "what it was before. With no word and no version "
-            "it only says what it would take back.",
+            "Undo the last change of the stack, whatever it was: the stack is exactly as it was "
+            "before. Without a word or version it only reports what it would undo.",
             ["remove concept", "forget", "undo"],
             is_output_node=True,
             inputs=[
@@ -90,7 +89,7 @@ class UndoConcept(io.ComfyNode):
                     "token",
                     default="",
                     tooltip="The word of the newest concept, if learning it was the last change. If "
-                    "it is gone, nothing is done.",
+                    "it is not on the stack, nothing is done.",
                 ),
                 io.Int.Input(
                     "version",
@@ -98,8 +97,8 @@ class UndoConcept(io.ComfyNode):
                     min=0,
                     max=1_000_000_000,
                     optional=True,
-                    tooltip="The number of the version to leave, as the report names it, whatever "
-                    "made it. If it is left already, nothing is done.",
+                    tooltip="The number of the version to undo, as shown in the report, whatever "
+                    "made it. If it is no longer in use, nothing is done.",
                 ),
             ],
             outputs=stack_and_report(),
@@ -113,8 +112,11 @@ class UndoConcept(io.ComfyNode):
             number = "" if current is None else f" To do that, set version to {current.number}."
             return _output(stack, f"{undo_preview(stack.file)}{number}")
         if version and version != current.number:
-            now = f"The stack is at version {current.number} now, no longer at {version}"
-            return io.NodeOutput(stack.now(), f"{now}; nothing was done.")
+            report = (
+                f"The stack is now at version {current.number}, no longer at {version}; nothing "
+                "was done."
+            )
+            return io.NodeOutput(stack.now(), report)
         if not version and not cls._is_newest(stack, current, token.strip()):
             return _not_there(stack, token)
         result = OPERATIONS["undo"](UndoRequest(**stack.place, version=current.number))
@@ -122,23 +124,23 @@ class UndoConcept(io.ComfyNode):
 
     @staticmethod
     def _is_newest(stack: StackHandle, current: Version, token: str) -> bool:
-        """Whether learning the concept of this word was the last change; false for a word that is
+        """Whether the last change was to learn the concept with this word; false for a word that is
         not on the stack.
 
-        Errors: StackError where something else was the last change.
+        Errors: StackError if the last change was another one.
         """
-        known = [one.lower() for one in current.tokens]
-        if token.lower() not in known:
+        tokens = [one.lower() for one in current.tokens]
+        if token.lower() not in tokens:
             return False
-        if known[-1] != token.lower():
+        if tokens[-1] != token.lower():
             raise StackError(
                 f"{token} is not the newest concept; {current.tokens[-1]} is, and builds on it. "
                 "Undo that one first, or use Forget Concept."
             )
         if not takes_off_newest(stack.file):
             raise StackError(
-                f"Learning {token} was not the last change: {current.change} was. To take that "
-                f"back, set version to {current.number}."
+                f"Learning {token} was not the last change: {current.change} was. To undo that, "
+                f"set version to {current.number}."
             )
         return True
 
@@ -149,8 +151,8 @@ class StackHistory(io.ComfyNode):
         return schema(
             "History",
             "Stack History",
-            "The versions of the stack that are kept, what made each and what it takes on disk; "
-            "go to one of them. The one in use now is kept.",
+            "List the versions of the stack that are kept, what made each and its size on disk, or "
+            "go back to one of them. The one in use is kept.",
             ["undo", "versions", "restore", "go back"],
             is_output_node=True,
             inputs=[
@@ -161,8 +163,8 @@ class StackHistory(io.ComfyNode):
                     min=0,
                     max=1_000_000_000,
                     optional=True,
-                    tooltip="The number of the version to go to, as the report lists it. 0: only "
-                    "list them.",
+                    tooltip="The number of the version to go back to, as listed in the report. 0: "
+                    "only list them.",
                 ),
                 io.Int.Input(
                     "keep",
@@ -172,7 +174,7 @@ class StackHistory(io.ComfyNode):
                     optional=True,
                     extra_dict=ADVANCED,
                     tooltip="How many earlier versions this stack keeps from now on (5 in a new "
-                    "stack). -1: leave that as it is.",
+                    "stack). -1: no change.",
                 ),
             ],
             outputs=stack_and_report(),
@@ -180,7 +182,7 @@ class StackHistory(io.ComfyNode):
 
     @classmethod
     def fingerprint_inputs(cls, **_: Any) -> float:
-        return float("nan")  # what is listed is on disk, so it is read at every run
+        return float("nan")  # the list is read from disk at every run
 
     @classmethod
     @in_widget_names
@@ -198,14 +200,16 @@ class ForgetConcept(io.ComfyNode):
         return schema(
             "Forget",
             "Forget Concept",
-            "Take any one concept off the stack: its word, its previews, and what the LoRA knows "
-            "of it. The others stay. (The newest one: Undo.)",
+            "Remove any one concept from the stack: its word, its preview, and what the LoRA knows "
+            "of it. The others stay. (For the newest one, use Undo.)",
             ["remove concept", "unlearn", "delete"],
             is_output_node=True,
             inputs=[
                 Stack.Input("stack"),
                 io.String.Input(
-                    "token", default="", tooltip="Its word. If it is gone already, nothing is done."
+                    "token",
+                    default="",
+                    tooltip="Its word. If it is not on the stack, nothing is done.",
                 ),
                 *solving_widgets(),
             ],
@@ -215,8 +219,8 @@ class ForgetConcept(io.ComfyNode):
     @classmethod
     @in_widget_names
     def execute(cls, stack: StackHandle, token: str, **given: Any) -> Any:
-        known = [one.token.lower() for one in stack.now().records]
-        if token.strip().lower() not in known:
+        tokens = [one.token.lower() for one in stack.now().records]
+        if token.strip().lower() not in tokens:
             return _not_there(stack, token)
         settings = settings_from(SolveSettings, given)
         request = ForgetRequest(**stack.place, token=token.strip(), settings=settings)
@@ -231,14 +235,13 @@ class MergeStacks(io.ComfyNode):
         return schema(
             "Merge",
             "Merge Concept Stacks",
-            "Put the concepts of another stack of the same checkpoint on this one. A word that "
-            "both have gets a new name. Concepts it has already "
-            "are left alone.",
+            "Put the concepts of another stack of the same checkpoint on this one. A word that both "
+            "have gets a new name. Concepts that this stack already has are left alone.",
             ["combine", "join", "share concepts"],
             is_output_node=True,
             inputs=[
-                Stack.Input("stack", tooltip="Takes the other's concepts."),
-                Stack.Input("other", tooltip="Stays as it is."),
+                Stack.Input("stack", tooltip="Gets the other's concepts."),
+                Stack.Input("other", tooltip="Is not changed."),
                 *solving_widgets(),
             ],
             outputs=stack_and_report(),
@@ -249,8 +252,8 @@ class MergeStacks(io.ComfyNode):
     def execute(cls, stack: StackHandle, other: StackHandle, **given: Any) -> Any:
         if other.selected:
             raise StackError(
-                "Select Concepts is for drawing and exporting; whole stacks are merged. Connect "
-                "the other's Load Concept Stack."
+                "Select Concepts is for drawing and exporting; only whole stacks can be merged. "
+                "Connect the other's Load Concept Stack."
             )
         settings = settings_from(SolveSettings, given)
         request = MergeRequest(**stack.place, other=other.file, settings=settings)
@@ -280,7 +283,7 @@ class ImportLora(io.ComfyNode):
                 io.String.Input(
                     "noun",
                     default="",
-                    tooltip="What kind of thing it is; empty: prompts name it by its word alone.",
+                    tooltip="What kind of thing it is; empty: prompts use only its word.",
                 ),
                 io.Combo.Input(
                     "embedding",
@@ -291,7 +294,8 @@ class ImportLora(io.ComfyNode):
                 io.String.Input(
                     "trigger",
                     default="",
-                    tooltip="Else the word its prompts used, if it is one token, such as sks.",
+                    tooltip="Instead of an embedding: the word its prompts used, if it is one "
+                    "token, such as sks.",
                 ),
                 io.Float.Input(
                     "strength",
@@ -338,5 +342,5 @@ def _output(stack: StackHandle, report: str) -> Any:
 
 
 def _not_there(stack: StackHandle, token: str) -> Any:
-    report = f"No concept named {token!r} is on the stack; nothing was done."
+    report = f"There is no concept {token!r} on the stack; nothing was done."
     return io.NodeOutput(stack.now(), report)

@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 
 
 def scores_table(result: ScoreResult) -> str:
-    """A line a picture: its concept, and the likeliest ones."""
+    """One line per picture: its concept, and the likeliest ones."""
     rows = []
     for number, one in enumerate(result.images, start=1):
         likely = ", ".join(f"{name} {p:.2f}" for name, p in list(one.probabilities.items())[:4])
@@ -49,8 +49,8 @@ class ApplyConcepts(io.ComfyNode):
         return schema(
             "Apply",
             "Apply Concepts",
-            "MODEL and CLIP that know the learned concepts: write V1, V2, ... into ordinary "
-            "prompts. Sample with KSampler as ever.",
+            "Add the learned concepts to MODEL and CLIP: write V1, V2, ... in ordinary prompts. "
+            "Sample with KSampler as usual.",
             ["load lora", "use concepts", "apply stack"],
             inputs=[
                 io.Model.Input("model"),
@@ -71,8 +71,8 @@ class ApplyConcepts(io.ComfyNode):
                     max=10_000,
                     optional=True,
                     extra_dict=ADVANCED,
-                    tooltip="The stack as it was after its first so many concepts; 0: the version "
-                    "that comes in.",
+                    tooltip="Use the stack as it was after this many concepts; 0: the version of "
+                    "the input.",
                 ),
             ],
             outputs=[io.Model.Output(display_name="model"), io.Clip.Output(display_name="clip")],
@@ -83,21 +83,21 @@ class ApplyConcepts(io.ComfyNode):
     def execute(
         cls, model: Any, clip: Any, stack: StackHandle, strength: float, version: int = 0
     ) -> Any:
-        held = (stack.as_of(version) if version else stack).read()
-        if held is None or not held.records:
+        concepts = (stack.as_of(version) if version else stack).read()
+        if concepts is None or not concepts.records:
             return io.NodeOutput(model, clip)
         if strength:
-            model = cls._patched(model, stack, held, strength)
-        return io.NodeOutput(model, with_words(clip, held.tokens))
+            model = cls._patched(model, stack, concepts, strength)
+        return io.NodeOutput(model, with_words(clip, concepts.tokens))
 
     @staticmethod
-    def _patched(model: Any, stack: StackHandle, held: Any, strength: float) -> Any:
-        """Errors: StackError where the model is not of the stack's kind."""
+    def _patched(model: Any, stack: StackHandle, concepts: Any, strength: float) -> Any:
+        """Errors: StackError if the model is of another family than the stack's."""
         import comfy.sd  # pyright: ignore[reportMissingImports]
 
         from ..stock import stock_lora
 
-        lora = stock_lora(held)
+        lora = stock_lora(concepts)
         if not lora:
             return model
         patched, _ = comfy.sd.load_lora_for_models(model, None, lora, strength, 0.0)
@@ -105,8 +105,8 @@ class ApplyConcepts(io.ComfyNode):
         before, after = (sum(map(len, one.patches.values())) for one in (model, patched))
         if after - before < len(layers):
             raise StackError(
-                f"The stack {stack.file.name} changes {len(layers)} layers, but {after - before} "
-                "of them are in this MODEL: it belongs to another kind of checkpoint. Load "
+                f"The stack {stack.file.name} changes {len(layers)} layers, but this MODEL has only "
+                f"{after - before} of them: it belongs to another kind of checkpoint. Load "
                 f"{stack.checkpoint.name}."
             )
         return patched
@@ -118,16 +118,16 @@ class SelectConcepts(io.ComfyNode):
         return schema(
             "Select",
             "Select Concepts",
-            "Some concepts of the stack, with a LoRA solved for them alone: of a stack of many "
-            "it draws them closer than the one LoRA for all. For "
-            "Apply Concepts and Export Concepts; the stack on disk stays as it is.",
+            "Some concepts of the stack, with a LoRA solved for only these: with many on the stack, "
+            "it draws them more faithfully than the one LoRA for all. For Apply Concepts and Export "
+            "Concepts; the stack on disk is not changed.",
             ["choose concepts", "subset", "filter"],
             inputs=[
                 Stack.Input("stack"),
                 io.String.Input(
                     "tokens",
                     default="V1",
-                    tooltip="Words of the concepts, such as V1, V3: those that the prompts name.",
+                    tooltip="The words used in the prompts, such as V1, V3.",
                 ),
                 *solving_widgets(),
             ],
@@ -139,7 +139,8 @@ class SelectConcepts(io.ComfyNode):
     def execute(cls, stack: StackHandle, tokens: str, **given: Any) -> Any:
         from .. import pipeline
 
-        only, settings = tokens.replace(",", " ").split(), settings_from(SolveSettings, given)
+        only = tokens.replace(",", " ").split()
+        settings = settings_from(SolveSettings, given)
         request = SelectRequest(**stack.place, only=only, settings=settings)
         with host.at_work() as on_progress:
             selected = pipeline.select(request, on_progress)
@@ -155,12 +156,12 @@ class ComputeScores(io.ComfyNode):
             "Scores",
             "Compute DC Scores",
             "Which of the learned concepts, or which class noun without one (c_0), does each "
-            "picture show, and how sure is that?",
+            "picture show, and how certain is that?",
             ["classify", "diffusion classifier", "which concept"],
             is_input_list=True,
             inputs=[
                 Stack.Input("stack"),
-                io.Image.Input("images", tooltip="Pictures to judge, as a batch or a list."),
+                io.Image.Input("images", tooltip="Pictures to score, as a batch or a list."),
                 *widgets(
                     ScoreSettings,
                     ("trials", "seed"),
@@ -206,9 +207,8 @@ class ExportConcepts(io.ComfyNode):
         return schema(
             "Export",
             "Export Concepts",
-            "Write the stack as one stock LoRA (kohya layout) into ComfyUI's loras folder and "
-            "one embedding a word into its embeddings folder: they "
-            "load in any program.",
+            "Write the stack as one stock LoRA (kohya layout) into ComfyUI's loras folder and one "
+            "embedding per word into its embeddings folder; any program can load them.",
             ["save lora", "export lora"],
             is_output_node=True,
             inputs=[
@@ -235,8 +235,8 @@ class ExportConcepts(io.ComfyNode):
 
         from ..export import export_files
 
-        held = stack.read()
-        if held is None:
+        concepts = stack.read()
+        if concepts is None:
             raise StackError(
                 f"There is nothing to export: no concept stack at {stack.file}. Learn a concept "
                 "first."
@@ -245,11 +245,11 @@ class ExportConcepts(io.ComfyNode):
             Path(folder_paths.get_folder_paths(kind)[0]) for kind in ("loras", "embeddings")
         )
         result = export_files(
-            held,
+            concepts,
             loras,
             embeddings,
             stack_stem(stack.file),
-            only=[record.token for record in held.records] if stack.selected else [],
+            only=[record.token for record in concepts.records] if stack.selected else [],
             remove=remove_superseded,
         )
         return io.NodeOutput(result.lora.name if result.lora else "", result.summary())
@@ -261,9 +261,8 @@ class EvaluateRetention(io.ComfyNode):
         return schema(
             "Evaluate",
             "Evaluate Retention",
-            "Is a concept fading? Draws every concept with every version of the stack since it "
-            "was learned, and compares: a heat map, and how much "
-            "is kept.",
+            "Is a concept fading? Draws every concept with every version of the stack since it was "
+            "learned and compares: a heat map, and how much is retained.",
             ["forgetting", "heat map", "retention"],
             inputs=[
                 Stack.Input("stack"),
@@ -275,8 +274,8 @@ class EvaluateRetention(io.ComfyNode):
                     default="",
                     optional=True,
                     extra_dict=ADVANCED,
-                    tooltip="A folder with a CLIP vision model, as transformers saves it, to compare "
-                    "with; empty: the mini-SD's own, or latents.",
+                    tooltip="A folder with a CLIP vision model, as saved by transformers, for the "
+                    "comparison; empty: the mini-SD's own, or latents.",
                 ),
             ],
             outputs=[

@@ -12,16 +12,16 @@ from ..errors import StackError
 if TYPE_CHECKING:
     from torch import Tensor
 
-# as ComfyUI calls those of SD1, SD2 and SDXL, in the order of a word's vector
+# ComfyUI's names for those of SD1, SD2 and SDXL, in the order of a word's vector
 TEXT_ENCODERS = ("clip_l", "clip_h", "clip_g")
 
 
 def with_words(clip: Any, words: Mapping[str, Tensor]) -> Any:
-    """A copy of a CLIP that understands the learned words wherever they stand in a prompt, weights
-    and all.
+    """A copy of a CLIP that understands the learned words anywhere in a prompt, including inside
+    weights.
 
-    ComfyUI knows such words as "embedding:NAME" with a file for each; here the prompt is rewritten
-    so, and the vectors come from the stack.
+    ComfyUI writes such words as "embedding:NAME", with a file for each; here the prompt is rewritten
+    that way, and the vectors come from the stack.
     """
     if not words:
         return clip
@@ -32,32 +32,29 @@ def with_words(clip: Any, words: Mapping[str, Tensor]) -> Any:
     }
     if not inner:
         raise StackError(
-            "This CLIP has no CLIP text encoder, so it can't take the stack's words. Use the "
-            "CLIP of the stack's own checkpoint."
+            "This CLIP has no CLIP text encoder, so it can't use the stack's words. Use the CLIP "
+            "of the stack's own checkpoint."
         )
     widths = [tokenizer.embedding_size for tokenizer in inner.values()]
-    if (long := next(iter(words.values())).shape[1]) != sum(widths):
+    if (width := next(iter(words.values())).shape[1]) != sum(widths):
         raise StackError(
-            f"The vectors of the stack's words have {long} numbers, this CLIP's {sum(widths)}: "
-            "they belong to another kind of checkpoint."
+            f"The vectors of the stack's words have {width} numbers, this CLIP's {sum(widths)}: "
+            "they belong to another kind of checkpoint. Use the CLIP of the stack's own checkpoint."
         )
     pattern = re.compile(
         rf"(?<!\w)(?<!embedding:)({'|'.join(map(re.escape, words))})(?!\w)", re.IGNORECASE
     )
     parts = {token.lower(): word.split(widths, 1) for token, word in words.items()}
-    done = clip.clone()
-    done.tokenizer = copy.copy(clip.tokenizer)
+    extended = clip.clone()
+    extended.tokenizer = copy.copy(clip.tokenizer)
     for number, (name, tokenizer) in enumerate(inner.items()):
-        setattr(
-            done.tokenizer,
-            name,
-            _knowing(tokenizer, pattern, {token: part[number] for token, part in parts.items()}),
-        )
-    return done
+        vectors = {token: part[number] for token, part in parts.items()}
+        setattr(extended.tokenizer, name, _extended(tokenizer, pattern, vectors))
+    return extended
 
 
-def _knowing(tokenizer: Any, pattern: re.Pattern[str], known: Mapping[str, Tensor]) -> Any:
-    """A copy of one text encoder's tokenizer for which the words that match `pattern` stand for
+def _extended(tokenizer: Any, pattern: re.Pattern[str], vectors: Mapping[str, Tensor]) -> Any:
+    """A copy of one text encoder's tokenizer in which the words that match `pattern` stand for
     vectors (k, d).
     """
 
@@ -71,11 +68,11 @@ def _knowing(tokenizer: Any, pattern: re.Pattern[str], known: Mapping[str, Tenso
             # (vectors, leftover); newer versions put the name between them
             embedding = super()._try_get_embedding(embedding_name)
             name, _, leftover = embedding_name.partition(" ")
-            if name.lower() not in known:
+            if name.lower() not in vectors:
                 return embedding
-            return (known[name.lower()], *embedding[1:-1], leftover)
+            return (vectors[name.lower()], *embedding[1:-1], leftover)
 
-    knowing = copy.copy(tokenizer)
-    knowing.__class__ = Words
-    knowing.embedding_directory = knowing.embedding_directory or []
-    return knowing
+    extended = copy.copy(tokenizer)
+    extended.__class__ = Words
+    extended.embedding_directory = extended.embedding_directory or []
+    return extended

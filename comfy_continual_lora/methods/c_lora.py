@@ -1,16 +1,15 @@
-"""`c_lora`: what earlier LoRAs changed much, a new one may not touch.
+"""`c_lora`: a new LoRA may not touch the weights that earlier ones changed most.
 
 source      Smith et al. 2023 (C-LoRA, arXiv 2304.06027)
 equation    the loss of `lora` + weight * || |sum_{i<n} B_i A_i| (Hadamard) B_n A_n ||^2
 remembers   the past LoRAs
-cost        two dense products a layer and step
-variants    "sequential" (as Jha et al. 2025 ran it): one adapter, LoRA_n starts from LoRA_{n-1}.
-"published": every concept has a LoRA of its own,
-            B = 0 at first, past ones frozen and summed; a random word, prompts without class noun;
-            the stack's adapter grows by the rank
-deviations  none known. The penalty has a degenerate minimum, B_n A_n = 0 (Jha et al. 2025),
-reproduced: benchmarks/c_lora/curve.png; the published
-            numbers are not
+cost        two dense products per layer and step
+variants    "sequential" (as Jha et al. 2025 ran it): one adapter, LoRA_n starts from LoRA_{n-1}
+            "published": every concept has its own LoRA, starting at B = 0, with past ones frozen
+            and summed; a random word, prompts without class noun; the stack's adapter grows by the
+            rank
+deviations  none known. The penalty's degenerate minimum, B_n A_n = 0 (Jha et al. 2025), is
+            reproduced (benchmarks/c_lora/curve.png); the published numbers are not
 """
 
 from __future__ import annotations
@@ -56,7 +55,7 @@ class CLora(Method):
     id = "c_lora"
 
     def takes(self, kind: str) -> bool:
-        return kind == "lora"  # the penalty is about A and B
+        return kind == "lora"  # the penalty is on A and B
 
     def fresh_adapter(self, settings: LearnSettings) -> bool:
         return settings.c_lora_variant == "published"
@@ -65,14 +64,14 @@ class CLora(Method):
         self, session: Session, settings: ResolvedSettings, held: RetentionPenalty | None
     ) -> dict[str, Penalty]:
         stack = session.stack
-        # a "published" stack's one adapter is the sum already
+        # the single adapter of a "published" stack is already the sum
         past = [stack.adapter]
         if not self.fresh_adapter(settings):
             past = [stack.adapter_after(record.id) for record in stack.records]
-        known = [adapter for adapter in past if adapter is not None]
+        past_adapters = [adapter for adapter in past if adapter is not None]
         own: dict[str, Penalty] = {}
-        if known:
-            summed = _summed(known, session.backbone.device)
+        if past_adapters:
+            summed = _summed(past_adapters, session.backbone.device)
             own["c_lora"] = Hadamard(settings.c_lora_weight, summed)
         return {**own, **super().penalties(session, settings, held)}
 

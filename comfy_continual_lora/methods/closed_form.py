@@ -2,13 +2,13 @@
 does to its prompts.
 
 source      ours; not in Jha et al. 2025
-equation    the loss of `lora`; then  delta = argmin sum_j E_{c of j} || (delta - delta_j) c ||^2,
-exactly (`solve`)
+equation    the loss of `lora`; then, exactly (`solve`),
+            delta = argmin sum_j E_{c of j} || (delta - delta_j) c ||^2
 remembers   the pool of past LoRAs, as DSC does; words and templates are on the stack
-cost        `lora` + encoding some dozen prompts a concept once and one solve a layer: seconds, on
-any machine
-deviations  none to deviate from; ordinary prompts and the empty one are held at what the checkpoint
-does, which the ten systems of the paper do not
+cost        `lora` + encoding a few dozen prompts per concept once and one solve per layer: seconds,
+            on any machine
+deviations  not applicable; ordinary prompts, including the empty one, are held at the checkpoint's
+            output, which none of the paper's ten systems does
 """
 
 from __future__ import annotations
@@ -24,13 +24,13 @@ from .method import LearnedConcept, Method
 
 class ClosedForm(Method):
     id = "closed_form"
-    previews_earlier = False  # what becomes of earlier concepts is solved for afterwards
+    previews_earlier = False  # earlier concepts are solved for afterwards
 
     def takes(self, kind: str) -> bool:
         return KINDS[kind].solvable
 
     def prompt_bank(self, session: Session, noun: str, settings: ResolvedSettings) -> PromptBank:
-        """Of no concept yet: earlier ones are solved for in the end and need not be held."""
+        """With no concept yet: earlier ones are solved for at the end and need not be held."""
         return self.bank_of(session, noun, settings, 0)
 
     def remember(self, learned: LearnedConcept, adapter: Adapter | None) -> ConceptStack:

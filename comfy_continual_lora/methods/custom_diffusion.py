@@ -1,14 +1,13 @@
 """`custom_diffusion`: the whole K and V matrices and the word, learned in sequence.
 
 source      Kumari et al. 2023 (arXiv 2212.04488)
-equation    || eps - eps_theta(z_t, t, "a photo of a V_n <noun>") ||^2 over delta W_K, delta W_V and
-V_n;  they start from those of concept n - 1
-remembers   nothing but the weights themselves
-cost        as `lora`; the stored change is as large as K and V (19 M numbers for SD1.5, per version
-kept for undo)
-deviations  no prior-preservation pictures (nothing but the concept's own pictures is used); weight
-decay pulls towards the checkpoint's weights,
-            because delta is trained
+equation    || eps - eps_theta(z_t, t, "a photo of a V_n <noun>") ||^2  over delta W_K, delta W_V
+            and V_n, starting from those of concept n - 1
+remembers   only the weights themselves
+cost        as `lora`; the stored change is as large as K and V (19 M parameters for SD1.5, for each
+            version kept for undo)
+deviations  no prior-preservation images (only the concept's own images are used); weight decay
+            pulls towards the checkpoint's weights, because delta is trained
 """
 
 from __future__ import annotations

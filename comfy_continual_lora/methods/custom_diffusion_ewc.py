@@ -1,14 +1,14 @@
 """`custom_diffusion_ewc`: Custom Diffusion, held by EWC.
 
 source      row "CD + EWC" of Jha et al. 2025; EWC: Kirkpatrick et al. 2017 (arXiv 1612.00796),
-online form Schwarz et al. 2018 (arXiv 1805.06370)
+            online form Schwarz et al. 2018 (arXiv 1805.06370)
 equation    the loss of `custom_diffusion` + lambda sum F* (theta - theta*)^2;  F from the denoising
-loss
-remembers   one Fisher a concept, as large as K and V
-cost        `custom_diffusion` + 256 gradients of single samples a concept; the penalty is a few
-elementwise operations a step
+            loss
+remembers   one Fisher per concept, as large as K and V
+cost        `custom_diffusion` + 256 per-sample gradients per concept; the penalty is a few
+            elementwise operations per step
 deviations  as `custom_diffusion`; each Fisher is rescaled to mean 1; the published numbers are not
-reproduced yet
+            reproduced yet
 """
 
 from __future__ import annotations

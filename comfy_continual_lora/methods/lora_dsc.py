@@ -1,13 +1,12 @@
 """`lora_dsc`: sequential LoRA, then distillation from the newest and a past adapter.
 
 source      row "LoRA + DMC" of Jha et al. 2025, after Zhang et al. 2020 (arXiv 1903.07864)
-equation    the loss of `lora`; then  b1 || eps_T1(c_n) - eps_S(c_n) ||^2 + b2 || eps_T2(c_i) -
-eps_S(c_i) ||^2  (`dsc`)
+equation    the loss of `lora`; then (`dsc`)
+            b1 || eps_T1(c_n) - eps_S(c_n) ||^2 + b2 || eps_T2(c_i) - eps_S(c_i) ||^2
 remembers   the pool of past LoRAs
 cost        `lora` + a few hundred steps of two student rows and two teacher rows
 deviations  the row's name leaves open which of DSC's terms it has: we read it as distillation
-without scores; the published numbers are not
-            reproduced yet
+            without scores; the published numbers are not reproduced yet
 """
 
 from __future__ import annotations
@@ -38,7 +37,7 @@ class LoraDsc(Method):
         return student
 
     def rows(self, settings: ResolvedSettings, earlier: int) -> Rows:
-        """DSC gives each picture two or three prompts, and takes a third of the pictures."""
+        """DSC pairs each image with two or three prompts, and takes a third of the images."""
         step, most = super().rows(settings, earlier)
         prompts = 3 if self.with_score_terms else 2
         pictures = -(-max(1, settings.batch // 3) // settings.accumulate)

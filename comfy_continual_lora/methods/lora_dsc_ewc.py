@@ -2,7 +2,7 @@
 
 source      row "LoRA + DMC + EWC" of Jha et al. 2025
 equation    `lora_ewc`; then the distillation of `lora_dsc` + lambda sum F* (theta_S - theta*)^2
-remembers   the pool of past LoRAs, one Fisher a concept
+remembers   the pool of past LoRAs, one Fisher per concept
 cost        the sum of both
 deviations  those of both
 """

@@ -1,9 +1,9 @@
-"""`lora_dsc_ewc_dc`, the paper's proposal: LoRA held by EWC with DC scores, then the whole of
-Diffusion Scores Consolidation.
+"""`lora_dsc_ewc_dc`, the paper's proposal: LoRA held by EWC with DC scores, then full Diffusion
+Scores Consolidation.
 
 source      row "LoRA + DMC + EWC + DC" of Jha et al. 2025, the paper's proposal
 equation    `lora_ewc_dc`; then L_DSC with all its terms (`dsc`)
-remembers   the pool of past LoRAs, one Fisher a concept, tau
+remembers   the pool of past LoRAs, one Fisher per concept, tau
 cost        the sum of both, with three rows for student and teachers
 deviations  those of `lora_ewc_dc`
 """

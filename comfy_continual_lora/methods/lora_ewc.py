@@ -1,12 +1,12 @@
 """`lora_ewc`: sequential LoRA, held by EWC.
 
 source      row "LoRA + EWC" of Jha et al. 2025; EWC: Kirkpatrick et al. 2017 (arXiv 1612.00796),
-online form Schwarz et al. 2018 (arXiv 1805.06370)
-equation    the loss of `lora` + lambda sum F* (theta - theta*)^2;  F from the denoising loss, theta
-= A and B
-remembers   one Fisher a concept, as large as the LoRA
-cost        `lora` + 256 gradients of single samples a concept; the penalty is a few elementwise
-operations a step
+            online form Schwarz et al. 2018 (arXiv 1805.06370)
+equation    the loss of `lora` + lambda sum F* (theta - theta*)^2;  F from the denoising loss,
+            theta = A and B
+remembers   one Fisher per concept, as large as the LoRA
+cost        `lora` + 256 per-sample gradients per concept; the penalty is a few elementwise
+            operations per step
 deviations  each Fisher is rescaled to mean 1
 """
 
@@ -27,7 +27,7 @@ from .stages import fisher_of
 
 class LoraEwc(Method):
     id = "lora_ewc"
-    with_scores: ClassVar[bool] = False  # whether the Fisher is of the DC scores too
+    with_scores: ClassVar[bool] = False  # whether the Fisher includes the DC scores
 
     def check(self, settings: LearnSettings, stack: StackSummary) -> None:
         super().check(settings, stack)
@@ -52,5 +52,5 @@ def check_one_size(method: Method, stack: StackSummary) -> None:
     if stack.kind == "lora" and (stack.adapter_rank or 0) > (stack.rank or 0):
         raise SettingError(
             f"{method.id} compares adapters of one size, but this stack's LoRA has grown (c_lora, "
-            "published). Go on with that, or start another `stack`."
+            "published). Continue with that method, or start another `stack`."
         )

@@ -1,11 +1,11 @@
-"""What a method says of itself, stage by stage; here is what plain sequential learning (`lora`) does.
+"""What a method defines, stage by stage; the defaults are plain sequential learning (`lora`).
 
-check       refuse what does not go together, before anything is loaded
-start       where adapter and word begin
-penalties   what is added to the loss
-consolidate what is trained after that (DSC)
-remember    the stack with the concept on it, and what later concepts need to know of it
-rows        how many rows go through the net at once, for the plan
+check        refuse combinations that can't work, before anything is loaded
+start        the initial adapter and word
+penalties    what is added to the loss
+consolidate  further training after that (DSC)
+remember     the stack with the new concept, and what later concepts need to know of it
+rows         how many rows go through the net at once, for the plan
 """
 
 from __future__ import annotations
@@ -36,19 +36,19 @@ from ..textspace import PaddingPenalty, RetentionPenalty, coordinates
 
 @dataclass(frozen=True)
 class StackSummary:
-    """What a stack's header says that decides which methods go on with it."""
+    """The parts of a stack's header that decide which methods can continue it."""
 
-    kind: str = ""  # of its adapter; empty where there is none yet
-    rank: int | None = None  # what its concepts are learned with
-    adapter_rank: int | None = None  # what its adapter has by now
+    kind: str = ""  # of its adapter; empty if there is none yet
+    rank: int | None = None  # that its concepts are learned with
+    adapter_rank: int | None = None  # that its adapter has now
 
 
 @dataclass(frozen=True)
 class Start:
     """Where learning begins.
 
-    `adapter` None where none was learned yet and the method has none; `retention` is what holds
-    prompts in text space, `bank` what is known of them.
+    `adapter` is None if none has been learned and the method trains none; `retention` is the
+    penalty in text space, `bank` the moments of the prompts.
     """
 
     adapter: Adapter | None
@@ -61,7 +61,7 @@ class Start:
 
 @dataclass(frozen=True)
 class LearnedConcept:
-    """All that the stages after learning may look at."""
+    """Everything the stages after learning can use."""
 
     session: Session
     settings: ResolvedSettings
@@ -74,33 +74,33 @@ class LearnedConcept:
 
 
 class Rows(NamedTuple):
-    """Pairs of picture and prompt that go through the net at once: in a step, and at most."""
+    """Pairs of image and prompt that go through the net at once: in a step, and at most."""
 
     step: int
     most: int
 
 
 class Method:
-    """Overrides what it does differently."""
+    """Subclasses override what they do differently."""
 
     id: ClassVar[str]
-    # weight of the drift in text space, unless a setting says more
+    # weight of the drift in text space, unless the setting overrides it
     retention_weight: ClassVar[float] = 0.0
-    # whether previews show what becomes of an earlier concept
+    # whether previews also show an earlier concept
     previews_earlier: ClassVar[bool] = True
 
     # --- before anything is loaded ----------------------------------------------------------------
 
     def adapter_kind(self, settings: LearnSettings) -> str:
-        """The kind of adapter it trains besides the word, "" for the word alone."""
+        """The kind of adapter it trains besides the word; "" for the word only."""
         return settings.adapter
 
     def takes(self, kind: str) -> bool:
-        """Whether it can learn with this kind of adapter, if the user chooses it."""
+        """Whether it can learn with this kind of adapter."""
         return True
 
     def check(self, settings: LearnSettings, stack: StackSummary) -> None:
-        """Errors: SettingError for settings that do not go together, or not with the stack."""
+        """Errors: SettingError for settings that don't go together, or don't suit the stack."""
         kind = self.adapter_kind(settings)
         if not self.takes(settings.adapter):
             others = " or ".join(one for one in ADAPTERS if self.takes(one))
@@ -111,12 +111,12 @@ class Method:
         if kind and stack.kind and kind != stack.kind:
             raise SettingError(
                 f"The `method` {self.id} trains an adapter of the kind {kind}, but this stack's is "
-                f"{stack.kind}. Go on with a method of that kind, or start another `stack`."
+                f"{stack.kind}. Continue with a method of that kind, or start another `stack`."
             )
 
     def fresh_adapter(self, settings: LearnSettings) -> bool:
-        """Whether every concept gets a LoRA of its own on top of the frozen earlier ones, and a
-        random word without class noun.
+        """Whether every concept gets its own LoRA on top of the frozen earlier ones, and a random
+        word without class noun.
         """
         return False
 
@@ -126,7 +126,7 @@ class Method:
         return Rows(step, step)
 
     def kept_numbers(self, adapter: int) -> int:
-        """How many numbers the stack keeps of a concept besides its adapter, which has `adapter`."""
+        """How many numbers the stack keeps per concept besides its adapter, which has `adapter`."""
         return 0
 
     # --- learning ---------------------------------------------------------------------------------
@@ -147,11 +147,11 @@ class Method:
         adapter = stack.adapter
         if kind and (adapter is None or fresh):
             adapter = new_adapter(backbone, settings.rank, generator, kind, preconditioner)
-        below = stack.adapter if fresh else None
-        return Start(adapter, word, below, preconditioner, held, bank)
+        frozen_adapter = stack.adapter if fresh else None
+        return Start(adapter, word, frozen_adapter, preconditioner, held, bank)
 
     def held_weight(self, settings: LearnSettings) -> float:
-        """Weight of what is held in text space."""
+        """Weight of the retention penalty; 0 for none."""
         if not self.adapter_kind(settings):
             return 0.0
         return settings.retention_weight or self.retention_weight
@@ -159,13 +159,13 @@ class Method:
     def prompt_bank(
         self, session: Session, noun: str, settings: ResolvedSettings
     ) -> PromptBank | None:
-        """What learning has to know of prompts."""
+        """The moments of the prompts that learning needs."""
         return self.held_bank(session, noun, settings)
 
     def held_bank(
         self, session: Session, noun: str, settings: ResolvedSettings
     ) -> PromptBank | None:
-        """All prompts that are held at what they were; None where nothing is held."""
+        """All prompts that the retention penalty protects; None if there is no penalty."""
         if not self.held_weight(settings):
             return None
         return self.bank_of(session, noun, settings, None)
@@ -173,7 +173,7 @@ class Method:
     def bank_of(
         self, session: Session, noun: str, settings: ResolvedSettings, count: int | None
     ) -> PromptBank:
-        """Of the stack's first `count` concepts, or of all."""
+        """The prompts of the stack's first `count` concepts, or of all."""
         return prompt_bank(
             session.backbone,
             session.stack,
@@ -187,7 +187,7 @@ class Method:
     def retention(
         self, session: Session, settings: ResolvedSettings, bank: PromptBank | None
     ) -> RetentionPenalty | None:
-        """What holds prompts while something is learned."""
+        """The penalty that protects prompts during learning; None for none."""
         weight = self.held_weight(settings)
         if bank is None or not weight:
             return None
@@ -196,13 +196,13 @@ class Method:
     def penalties(
         self, session: Session, settings: ResolvedSettings, held: RetentionPenalty | None
     ) -> dict[str, Penalty]:
-        """What is added to the loss for the sake of the stack's concepts, of the factors alone."""
+        """Penalties on the factors that protect the stack's concepts."""
         return {} if held is None else {"retention": held}
 
     def word_penalties(
         self, session: Session, settings: ResolvedSettings, held: RetentionPenalty | None
     ) -> dict[str, Penalty]:
-        """What is added while the word is learned too."""
+        """Further penalties while the word is learned too."""
         if held is None or not settings.retention_apart:
             return {}
         weight = held.weight * settings.retention_apart
@@ -239,21 +239,21 @@ class Method:
     # --- afterwards -------------------------------------------------------------------------------
 
     def consolidate(self, learned: LearnedConcept, adapter: Adapter | None) -> Adapter | None:
-        """The adapter after what is trained once more; by every process that learns."""
+        """The adapter after further training; called in every process."""
         return adapter
 
     def remember(self, learned: LearnedConcept, adapter: Adapter | None) -> ConceptStack:
-        """The stack with the concept on it; by the first process alone."""
+        """The stack with the concept on it; called in the first process only."""
         fisher = self.fisher(learned, adapter) if adapter else None
         return learned.session.stack.learned(learned.record, learned.word, adapter, fisher=fisher)
 
     def fisher(self, learned: LearnedConcept, adapter: Adapter) -> Adapter | None:
-        """What of the adapter the concept needs, if later concepts are to be held by that."""
+        """The concept's Fisher, if the method holds later concepts by it."""
         return None
 
 
 def summary_of(stack: ConceptStack) -> StackSummary:
-    """Of a stack in memory."""
+    """The summary of a stack in memory."""
     if not stack.adapter:
         return StackSummary(rank=stack.rank)
     kind = kind_of(stack.adapter).name
@@ -261,7 +261,7 @@ def summary_of(stack: ConceptStack) -> StackSummary:
 
 
 def summary_of_file(path: Path) -> StackSummary:
-    """Of a stack file, from its header alone; an empty one where there is no file."""
+    """The summary of a stack file, from its header; an empty one if there is no file."""
     if not real_file(path).exists():
         return StackSummary()
     header, shapes = read_shapes(path)

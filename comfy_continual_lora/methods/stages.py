@@ -1,4 +1,4 @@
-"""What several methods do with a concept after learning it: compare it with the earlier ones."""
+"""Stages after learning that several methods share: calibration, DSC and Fisher."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ def text_of(learned: LearnedConcept) -> FrozenText:
 
 
 def past_adapters(learned: LearnedConcept) -> list[tuple[str, Adapter]]:
-    """The teachers of DSC: how prompts name each concept so far, and the adapter as it was then."""
+    """The past teachers of DSC: each concept's name in prompts, and the adapter right after it."""
     stack = learned.session.stack
     past = [(record.name, stack.adapter_after(record.id)) for record in stack.records]
     return [(name, adapter) for name, adapter in past if adapter is not None]
 
 
 def rows_at_once(settings: ResolvedSettings) -> int:
-    """How many pictures go through the net at once in a step."""
+    """How many images go through the net at once in a step."""
     return max(1, settings.batch // settings.accumulate)
 
 
@@ -44,9 +44,9 @@ def temperature(learned: LearnedConcept) -> float:
 
 
 def calibrated(learned: LearnedConcept, adapter: Adapter | None) -> float:
-    """The temperature of a stack that has none yet, from 128 draws, or as many as learning had.
+    """The temperature for a stack that has none yet, from 128 draws, or as many as learning had.
 
-    Twice a step's rows at once, as nothing is kept for a way back.
+    Runs twice a step's rows at once, because there is no backward pass.
     """
     backbone, settings, concept = learned.session.backbone, learned.settings, learned.concept
     draws = min(128, settings.steps * settings.batch)
@@ -91,7 +91,7 @@ def distilled(
 
 
 def fisher_of(learned: LearnedConcept, adapter: Adapter, *, with_scores: bool) -> Adapter:
-    """What of the adapter the concept needs."""
+    """The Fisher of the concept just learned."""
     session, record = learned.session, learned.record
     inputs = FisherInputs(
         learned.concept.latents,
@@ -100,8 +100,8 @@ def fisher_of(learned: LearnedConcept, adapter: Adapter, *, with_scores: bool) -
         [one.name for one in session.stack.records],
         temperature(learned) if with_scores else None,
     )
-    # its samples are single ones, so it takes fewer at a time; it watches layers, which a compiled
-    # net has not
+    # it keeps per-sample gradients, so it takes fewer images at a time; its hooks on layers do not
+    # work in a compiled net
     changes: dict[str, Any] = {"batch": rows_at_once(learned.settings), "compile": False}
     settings = replace(learned.settings, **changes)
     backbone = session.backbone

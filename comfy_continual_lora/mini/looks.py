@@ -24,7 +24,7 @@ COLORS: dict[str, Color] = {
 }  # fmt: skip
 PATTERNS = ("plain", "striped", "dotted", "checkered", "ringed", "split")
 CONCEPT_PATTERNS = ("zigzag", "plaid", "tricolour", "patches", "quartered", "diagonal", "target")
-# a background, and how a caption says it
+# a background, and its phrase in captions
 BACKGROUNDS: dict[str, str] = {
     "wood": "on wood", "grass": "on grass", "sand": "on sand", "water": "in water",
     "sky": "in the sky", "brick": "on brick", "snow": "in snow", "gravel": "on gravel",
@@ -32,7 +32,7 @@ BACKGROUNDS: dict[str, str] = {
 }  # fmt: skip
 
 
-# --- shapes: parts drawn in order, each its points and whether it is solid or a hole
+# --- shapes: parts drawn in order, each with its points and whether it is solid or a hole
 
 
 def ellipse(
@@ -172,7 +172,7 @@ SHAPES: dict[str, list[tuple[Points, bool]]] = {
         (ellipse(0, 0.05, 0.95, 0.95, 180, 360), True),
     ],
 }
-# where the eyes and the hat go, in object coordinates, where that is not the usual place
+# positions of the eyes and the hat in object coordinates, if they differ from the default
 FACE = {
     "mug": (-0.2, 0.0), "cat": (0.0, -0.32), "dog": (-0.62, -0.38), "fish": (-0.35, -0.1),
     "moon": (-0.62, 0.0), "sneaker": (-0.3, 0.05), "house": (0.0, 0.1), "mushroom": (0.0, -0.35),

@@ -160,7 +160,7 @@ def normalise_latents(model: SlimAutoencoder, images: Tensor) -> None:
     first.weight /= scale.view(1, -1, 1, 1)
 
 
-# --- the reader
+# --- the reader ----------------------------------------------------------------------------------
 
 _SIZES = {"background": len(world.BACKGROUNDS), "count": 2}
 for _slot in "ab":
@@ -213,7 +213,7 @@ class Reader(nn.Module):
 def labels(scenes: Sequence[world.Scene]) -> dict[str, Tensor]:
     """The attributes of each scene: indices (n,) for each, for colours 0 or 1 (n, 10).
 
-    They are -1 where a scene has no such thing or no named colour.
+    They are -1 if a scene has no such thing or no named colour.
     """
     backgrounds, shapes = list(world.BACKGROUNDS), list(world.SHAPES)
     values: dict[str, list] = {key: [] for key in _SIZES}
@@ -247,11 +247,11 @@ def read_accuracy(
     right: dict[str, list[Tensor]] = {}
     for key, target in labels(scenes).items():
         if key.startswith("colors"):
-            known = target[:, 0] >= 0
-            hit = _same_colors(logits[key][known], target[known])
+            labelled = target[:, 0] >= 0
+            hit = _same_colors(logits[key][labelled], target[labelled])
         else:
-            known = target >= 0
-            hit = logits[key][known].argmax(1) == target[known]
+            labelled = target >= 0
+            hit = logits[key][labelled].argmax(1) == target[labelled]
         right.setdefault(key.split("_")[0], []).append(hit.float())
     return {key: round(float(torch.cat(hits).mean()), 4) for key, hits in right.items()}
 

@@ -7,8 +7,8 @@ in: nothing (the world is drawn) - out: OUT/*.safetensors, the parts of the mini
 OUT/log.jsonl.
 
     pictures     64,000 captioned pictures of the world
-    reader       the judge: a small CNN that reads shape, pattern, colours and background off a
-                 picture, trained on drawn pictures only
+    reader       the evaluator: a small CNN that reads shape, pattern, colours and background from
+                 an image, trained on drawn images only
     clip         image and text tower, trained with a contrastive loss, and an attribute loss on
                  both; the text tower is the text encoder
     autoencoder  a slim TAESD, f = 8, 4 channels of unit variance

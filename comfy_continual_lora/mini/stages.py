@@ -26,9 +26,9 @@ def attribute_loss(logits: dict[str, Tensor], labels: dict[str, Tensor]) -> Tens
     total = torch.zeros((), device=next(iter(logits.values())).device)
     for key, target in labels.items():
         if key.startswith("colors"):
-            known = target[:, 0] >= 0
+            labelled = target[:, 0] >= 0
             total = total + 10 * F.binary_cross_entropy_with_logits(
-                logits[key][known].float(), target[known].float()
+                logits[key][labelled].float(), target[labelled].float()
             )
         else:
             total = total + F.cross_entropy(logits[key].float(), target, ignore_index=-1)
@@ -66,7 +66,7 @@ def train_reader(run: Run, steps: int = 3400, n: int = 96) -> None:
 def train_clip(run: Run, steps: int = 1500, n: int = 128) -> None:
     """Contrastive loss, plus an attribute loss on both towers.
 
-    With the contrastive loss alone background and colours win, and the shapes stay unlearned.
+    With the contrastive loss alone, background and colours dominate and shapes are not learned.
     """
     pictures = Pictures(run.out / "pictures.npy")
     model = parts.new_clip()

@@ -46,7 +46,7 @@ class Run:
 
 
 def rank() -> int:
-    """The number of this process among those that train together; 0 where there is one."""
+    """The rank of this process; 0 if there is only one."""
     return dist.get_rank() if dist.is_initialized() else 0
 
 
@@ -130,7 +130,7 @@ class _Log:
 def _resume(
     path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, device: torch.device
 ) -> tuple[int, list[Tensor] | None]:
-    """Load the snapshot; its step and averaged parameters, or 0 and None where there is none."""
+    """Load the snapshot; its step and averaged parameters, or 0 and None if there is none."""
     if not path.exists():
         return 0, None
     state = torch.load(path, map_location=device, weights_only=True)

@@ -158,21 +158,21 @@ def checkpoint_state() -> dict[str, Tensor]:
 
 
 def write_checkpoint(path: Path, *, stock: bool = False) -> None:
-    """Write the mini-SD as one file in the SD1.x layout, and beside the stock one the .yaml that
-    A1111 wants.
+    """Write the mini-SD as one file in the SD1.x layout; the stock one gets the .yaml that A1111
+    needs.
 
-    Errors: SettingError where another file has the name; an earlier mini-SD is replaced.
+    Errors: SettingError if another file has the name; an earlier mini-SD is replaced.
     """
     if os.path.lexists(path) and not is_mini(path):
         raise SettingError(
-            f"{path} exists already and is not a mini-SD, so it is left alone. Name another file, "
-            "or move that one away."
+            f"{path} already exists and is not a mini-SD, so it is left alone. Choose another "
+            "name, or move that file away."
         )
     config = path.with_suffix(".yaml")
     if stock and config.exists() and config.read_bytes() != _YAML.encode():
         raise SettingError(
-            f"{config} exists already and is not a mini-SD's, so it is left alone. Name another "
-            "file, or move that one away."
+            f"{config} already exists and is not a mini-SD's, so it is left alone. Choose another "
+            "name, or move that file away."
         )
     state = checkpoint_state()
     if stock:
@@ -241,7 +241,7 @@ def _clip() -> CLIPModel:
     return clip
 
 
-# --- widening
+# --- widening ------------------------------------------------------------------------------------
 
 
 def widen(state: dict[str, Tensor]) -> dict[str, Tensor]:

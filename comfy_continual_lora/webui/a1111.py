@@ -1,6 +1,6 @@
-"""What the tab needs of AUTOMATIC1111, reForge, Forge or Forge Neo.
+"""The tab's host in AUTOMATIC1111, reForge, Forge or Forge Neo.
 
-Only they import this module, once: its state outlives "Reload UI".
+Only these import this module, once: its state survives "Reload UI".
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ _SECTION = ("continual_lora", "Continual LoRA")
 
 @cache
 def host(extension: Path) -> WebuiHost:
-    """The one of this process."""
+    """The host of this process."""
     return WebuiHost(extension)
 
 
@@ -37,7 +37,7 @@ class WebuiHost(Host):
         self.runner.around = self.around
         self.runner.follow = self.follow
         self.runner.ended = self.ended
-        self._shown: str | None = None
+        self._last_preview: str | None = None
         self._interrupted = self._has_queue = False
         self.outlive_reload()
 
@@ -48,10 +48,10 @@ class WebuiHost(Host):
         prepare(environment_of(self.folder), say)
 
     def checkpoints(self) -> dict[str, Path]:
-        known = {info.name: Path(info.filename) for info in sd_models.checkpoints_list.values()}
+        paths = {info.name: Path(info.filename) for info in sd_models.checkpoints_list.values()}
         return {
             name: path
-            for name, path in known.items()
+            for name, path in paths.items()
             if path.suffix == ".safetensors" and not path.name.endswith(STACKS)
         }
 
@@ -59,17 +59,13 @@ class WebuiHost(Host):
         return Path(shared.cmd_opts.lora_dir), Path(shared.cmd_opts.embeddings_dir)
 
     def default_method(self) -> str:
-        chosen = shared.opts.data.get("continual_lora_plan")
-        return (
-            chosen
-            if isinstance(chosen, str) and chosen in METHOD_LABELS
-            else super().default_method()
-        )
+        method = shared.opts.data.get("continual_lora_plan")
+        if isinstance(method, str) and method in METHOD_LABELS:
+            return method
+        return super().default_method()
 
     def add_settings(self) -> None:
-        """What may be chosen on a page or through the web UI's API: nothing that names a program or
-        a path.
-        """
+        """Options that a page or the web UI's API may set: none that names a program or a path."""
         choices = {"choices": list(METHOD_LABELS)}
         option = shared.OptionInfo(
             next(iter(METHOD_LABELS)),
@@ -80,16 +76,15 @@ class WebuiHost(Host):
         )
         shared.opts.add_option("continual_lora_plan", option)
 
-    # --- the API
-    # ----------------------------------------------------------------------------------------------
+    # --- the API ----------------------------------------------------------------------------------
 
     @property
     def serves_api(self) -> bool:
         return bool(shared.cmd_opts.api or getattr(shared.cmd_opts, "nowebui", False))
 
     def logins(self) -> dict[str, str] | None:
-        """As the web UI reads its --api-auth, "user:password" after a comma; what can't be read
-        lets nobody in.
+        """Read the web UI's --api-auth as it does: "user:password", separated by commas. Entries that
+        can't be parsed admit nobody.
         """
         if shared.cmd_opts.api_auth is None:
             return None
@@ -97,25 +92,26 @@ class WebuiHost(Host):
             one.split(":") for one in shared.cmd_opts.api_auth.split(",") if one.count(":") == 1
         )
 
-    # --- while a job runs
-    # ----------------------------------------------------------------------------------------------
+    # --- while a job runs -------------------------------------------------------------------------
 
     @contextmanager
     def around(self, job: Job) -> Iterator[None]:
-        """Generations wait; the GPU is empty; the host's progress bar and Interrupt are this job's."""
+        """Generations wait, the GPU is freed, and the host's progress bar and Interrupt belong to
+        this job.
+        """
         with call_queue.queue_lock:
             shared.state.begin(job=f"continual-lora {job.name}")
-            shared.state.job_count, loaded = 1, sd_models.model_data.sd_model is not None
+            shared.state.job_count = 1
+            was_loaded = sd_models.model_data.sd_model is not None
             self._interrupted, self._has_queue = False, True
             try:
-                if loaded:
+                if was_loaded:
                     sd_models.unload_model_weights()
                 yield
             finally:
                 try:
-                    if loaded and not hasattr(
-                        sd_models, "FakeInitialModel"
-                    ):  # the Forge family brings its model back by itself
+                    # the Forge family reloads its model by itself
+                    if was_loaded and not hasattr(sd_models, "FakeInitialModel"):
                         sd_models.send_model_to_device(shared.sd_model)
                 finally:
                     self._has_queue = False
@@ -129,16 +125,15 @@ class WebuiHost(Host):
         state.textinfo = status(job, str).replace("*", "")
         if job.progress:
             state.sampling_step, state.sampling_steps = job.progress["step"], job.progress["steps"]
-        if job.preview and job.preview != self._shown:
-            self._shown = job.preview
+        if job.preview and job.preview != self._last_preview:
+            self._last_preview = job.preview
             if picture := picture_of(job.preview):
                 state.assign_current_image(picture)
 
     def outlive_reload(self) -> None:
-        """Let "Reload UI" leave a job of ours alone: it interrupts whatever runs, and ours runs in
-        a process of its own.
+        """Keep "Reload UI" from interrupting a job of ours, which runs in its own process.
 
-        While one runs it has the host's queue, so there is nothing else to interrupt.
+        A running job holds the host's queue, so there is nothing else to interrupt.
         """
         state = shared.state
         reload = state.request_restart
@@ -152,16 +147,16 @@ class WebuiHost(Host):
         state.request_restart = request_restart
 
     def ended(self, job: Job) -> None:
-        """New words and their LoRA are known at once."""
+        """Make new words and their LoRA available immediately."""
         if "export" not in job.results or sd_models.model_data.sd_model is None:
-            return  # a model that is loaded later looks for embeddings itself
+            return  # a model that is loaded later finds the embeddings itself
         with call_queue.queue_lock:
             try:
                 _reload_embeddings(sd_models.model_data.sd_model)
             except Exception:
                 logging.exception(
-                    "continual-lora: the new words could not be shown to the web UI; Reload UI "
-                    "does it"
+                    "continual-lora: the new words could not be loaded into the web UI; Reload UI "
+                    "loads them"
                 )
         for name in ("cached_c", "cached_uc"):
             getattr(processing.StableDiffusionProcessing, name)[:] = [None, None]

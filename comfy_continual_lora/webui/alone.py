@@ -1,10 +1,7 @@
-"""The tab by itself, `continual-lora ui`: a page for this machine, which no other page can speak
-to.
+"""The standalone tab, `continual-lora ui`: a page for this machine that no other site can access.
 
-A page of a stranger's, open in the same browser, reaches every server on this machine: by forms and
-requests it is
-not shown the answers of, and, once its name is made to point here, with the answers too (DNS
-rebinding).
+A malicious site open in the same browser can reach every server on this machine: with forms and
+requests whose responses it can't read, and through DNS rebinding with readable ones too.
 """
 
 from __future__ import annotations
@@ -24,8 +21,8 @@ _DAY = 86_400
 
 
 class OwnPagesOnly:
-    """ASGI: refuses what is not asked of this machine by one of its own names, from a page of this
-    very server.
+    """ASGI middleware: refuses requests that do not name this machine as host, or that come from
+    another site's page.
     """
 
     def __init__(self, app: Any) -> None:
@@ -55,7 +52,9 @@ class OwnPagesOnly:
 
 
 def is_own(method: str, headers: list[tuple[bytes, bytes]]) -> bool:
-    """Whether a request comes from a page of ours, or from its user; browsers since 2023 say so."""
+    """Whether a request comes from our own page or directly from the user. Browsers since 2023 send
+    the headers that tell.
+    """
     pairs = [(name.lower().decode("latin-1"), value.decode("latin-1")) for name, value in headers]
     sent = dict(pairs)
     host, origin = sent.get("host", ""), sent.get("origin")
@@ -68,14 +67,14 @@ def is_own(method: str, headers: list[tuple[bytes, bytes]]) -> bool:
         return False
     if sent.get("sec-fetch-site", "none") in ("none", "same-origin"):
         return True
-    # A link to the page may be followed, in a window of its own.
+    # following a link to the page, which opens it as a document, is allowed
     return method == "GET" and sent.get("sec-fetch-dest") == "document"
 
 
 def _name(host: str) -> str | None:
     try:
         parts = urlsplit(f"//{host}")
-        parts.port  # noqa: B018 - raises for what is no number
+        parts.port  # noqa: B018 - raises if it is not a number
         return parts.hostname if not parts.path and parts.username is None else None
     except ValueError:
         return None

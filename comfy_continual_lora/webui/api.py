@@ -1,10 +1,10 @@
 """/continual-lora/v1/...: what the tab does, as plain JSON on the web UI's own server. Paths outside
-the host's picture folders are refused. No gradio: fastapi alone.
+the host's picture folders are refused. Needs fastapi, not gradio.
 
     GET  concepts?checkpoint=NAME&stack=NAME     the stack's concepts
     GET  history?checkpoint=NAME&stack=NAME      the stack's versions, the newest first
-    GET  jobs                                    the job under way, or the last one
-    POST jobs/stop    {}                         stop it between two steps; once more: at once
+    GET  jobs                                    the running job, or the last one
+    POST jobs/stop    {}                         stop it between two steps; again: immediately
     POST learn        {checkpoint, images, token, noun, settings, replace, stack}
     POST consolidate  {checkpoint, images, settings, stack}
     POST closed_form  {checkpoint, settings, stack}
@@ -17,14 +17,15 @@ the host's picture folders are refused. No gradio: fastapi alone.
 
 A POST that starts a job answers {"job": number}. learn, consolidate and closed_form also export.
 
-images: pictures in base64 (with or without "data:...;base64,"), or the path of a folder; replace:
-learn in place of the newest concept, if that has this word; only: words, for a LoRA solved for these
-alone; remove_superseded: also remove this stack's earlier exports of the same concepts; version: a
-number of the history, with undo the one that has to be in use.
+images             pictures in base64 (with or without "data:...;base64,"), or the path of a folder
+replace            learn in place of the newest concept, if that has this word
+only               words, for a LoRA solved for these alone
+remove_superseded  also remove this stack's earlier exports of the same concepts
+version            a number in the history; for undo, the version that has to be in use
 
-A POST takes a JSON object, sent as application/json. Answers 409 while another job runs, 415 and 422
-for a request that can't be meant, 503 where the worker's environment is not prepared. How a job
-ended is in GET jobs: `results` by job, also of those that were done before one that failed.
+A POST takes a JSON object, sent as application/json. It answers 409 while another job runs, 415 or
+422 for an invalid request, 503 if the worker's environment is not prepared. GET jobs shows how a job
+ended: `results` by job, including those that finished before one that failed.
 """
 
 from __future__ import annotations
@@ -58,12 +59,14 @@ Body = dict[str, Any]
 
 
 def add_routes(app: FastAPI, host: Host) -> None:
-    """Put the routes on the web UI's server, behind its API's logins if it asks for any."""
+    """Add the routes to the web UI's server, behind its API's logins if it requires any."""
     logins = host.logins()
 
     def login(given: HTTPBasicCredentials = Depends(HTTPBasic())) -> None:  # noqa: B008 - FastAPI's way
-        known = logins.get(given.username) if logins else None
-        if known is None or not secrets.compare_digest(given.password.encode(), known.encode()):
+        password = logins.get(given.username) if logins else None
+        if password is None or not secrets.compare_digest(
+            given.password.encode(), password.encode()
+        ):
             raise HTTPException(
                 401, "Incorrect username or password", {"WWW-Authenticate": "Basic"}
             )
@@ -87,7 +90,7 @@ def add_routes(app: FastAPI, host: Host) -> None:
         add(name, _with_body(getattr(endpoints, name)), "POST")
 
 
-STARTS = (  # a job each
+STARTS = (  # routes that start a job
     "learn",
     "consolidate",
     "closed_form",
@@ -166,8 +169,8 @@ class Endpoints:
 
     def export(self, body: Body) -> Body:
         name, request = self.host.export_job(self._place(body))
-        chosen = _chosen(body, "only", "remove_superseded")
-        return self._start(_checked(name, {**request, **chosen}))
+        options = _chosen(body, "only", "remove_superseded")
+        return self._start(_checked(name, {**request, **options}))
 
     def undo(self, body: Body) -> Body:
         return self._start(_checked("undo", {**self._place(body), **_chosen(body, "version")}))
@@ -176,11 +179,12 @@ class Endpoints:
         return self._start(_checked("restore", {**self._place(body), **_chosen(body, "version")}))
 
     def _place(self, body: Body) -> dict[str, str]:
-        known, name = self.host.checkpoints(), _text(body, "checkpoint")
-        if name not in known:
-            raise refused(f"There is no checkpoint {name!r}. Known: {', '.join(known) or 'none'}.")
-        stack = _asked(stack_file, known[name], _text(body, "stack"))
-        return place_of(known[name], stack)
+        paths = self.host.checkpoints()
+        name = _text(body, "checkpoint")
+        if name not in paths:
+            raise refused(f"There is no checkpoint {name!r}. Known: {', '.join(paths) or 'none'}.")
+        stack = _asked(stack_file, paths[name], _text(body, "stack"))
+        return place_of(paths[name], stack)
 
     def _start(self, *jobs: JobRequest, batch: Batch | None = None) -> Body:
         try:
@@ -198,17 +202,15 @@ class Endpoints:
 
 
 def refused(why: object, status: int = 422) -> HTTPException:
-    """What a caller is told; a string that can't be sent, such as half a character, is made one
-    that can.
-    """
+    """The error response; characters that can't be sent, such as lone surrogates, are replaced."""
     return HTTPException(status, _plain(str(why)))
 
 
 async def _body(request: Request) -> Body:
-    """The JSON object that was sent as one.
+    """The JSON object in the body, which has to have the content type of JSON.
 
-    A page of a stranger's can make a browser send anything but this content type without asking us
-    first.
+    That is the one content type that another site's page can't make a browser send without a CORS
+    preflight.
     """
     kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if kind != "application/json":
@@ -217,12 +219,12 @@ async def _body(request: Request) -> Body:
     async for part in request.stream():
         size += len(part)
         if size > _MOST:
-            raise refused(f"The request has more than {_MOST // 1_000_000} MB.", 413)
+            raise refused(f"The request is larger than {_MOST // 1_000_000} MB.", 413)
         parts.append(part)
     try:
         body = json.loads(b"".join(parts))
     except (ValueError, RecursionError):
-        raise refused("The body is no JSON.") from None
+        raise refused("The body is not valid JSON.") from None
     if not isinstance(body, dict):
         raise refused(
             'The body has to be a JSON object, such as {"checkpoint": "name.safetensors"}.'
@@ -239,7 +241,7 @@ def _with_body(endpoint: Callable[[Body], Body]) -> Callable[..., Body]:
 
 
 def _asked(function: Callable[..., Any], *given: Any) -> Any:
-    """What it returns; its ValueError refuses the request."""
+    """The function's result; its ValueError refuses the request."""
     try:
         return function(*given)
     except ValueError as error:
@@ -247,7 +249,7 @@ def _asked(function: Callable[..., Any], *given: Any) -> Any:
 
 
 def _checked(name: str, request: Body) -> JobRequest:
-    """A job for the worker, whose request it will take."""
+    """A job for the worker, with a valid request."""
     try:
         parse(OPERATIONS[name].request, request)
     except (ContinualLoraError, OSError, ValueError) as error:
@@ -256,7 +258,7 @@ def _checked(name: str, request: Body) -> JobRequest:
 
 
 def _chosen(body: Body, *names: str) -> Body:
-    """Those of these fields that are in the body; null is left out."""
+    """The named fields that are in the body and not null."""
     return {name: body[name] for name in names if body.get(name) is not None}
 
 
@@ -274,7 +276,7 @@ def _given(body: Body, name: str) -> str:
 
 
 def _images(body: Body, host: Host, stack: str, token: str = "") -> tuple[list[str], Batch | None]:
-    """Paths of the pictures that are meant, and what has to be copied there first."""
+    """The paths of the request's pictures, and the batch that has to be written there first."""
     given = body.get("images")
     if isinstance(given, str):
         return _pictures_in(given, host), None
@@ -289,31 +291,32 @@ def _decoded(number: int, picture: str) -> bytes:
     try:
         return base64.b64decode(picture.split(",", 1)[-1], validate=True)
     except ValueError:
-        raise refused(f"Picture {number} is no base64.") from None
+        raise refused(f"Picture {number} is not valid base64.") from None
 
 
 def _pictures_in(given: str, host: Host) -> list[str]:
     """The pictures of a folder that the API may read."""
     try:
-        folder, allowed = Path(given).resolve(), [one.resolve() for one in host.picture_folders()]
+        folder = Path(given).resolve()
+        allowed = [one.resolve() for one in host.picture_folders()]
         if not any(folder.is_relative_to(one) for one in allowed):
             raise refused(
                 f"{given} is outside the folders the API may read: {', '.join(map(str, allowed))}."
             )
         files = sorted(path for path in folder.glob("*") if path.suffix.lower() in PICTURES)
-    except (OSError, ValueError, RuntimeError):  # no path, too long, a ring of links
-        raise refused(f"{given!r:.200} is no folder.") from None
+    except (OSError, ValueError, RuntimeError):  # not a path, too long, a loop of links
+        raise refused(f"{given!r:.200} is not a folder.") from None
     pictures = [str(path) for path in files if not path.stem.endswith(".mask")]
     if not pictures:
         raise refused(f"There are no pictures in {given}.")
     return pictures
 
 
-# --- answers -------------------------------------------------------------------------------------
+# --- responses -----------------------------------------------------------------------------------
 
 
 def _plain(value: Any) -> Any:
-    """As JSON can send it: numbers that are none become null, half characters are replaced."""
+    """The value as JSON can carry it: NaN and infinity become null, lone surrogates are replaced."""
     if isinstance(value, dict):
         return {_plain(name): _plain(one) for name, one in value.items()}
     if isinstance(value, list):

@@ -1,15 +1,14 @@
-"""Copies of the pictures that jobs learn from, and the charts they draw: where they lie, and when
-they go.
+"""Copies of the pictures that jobs learn from, and the charts they draw: where they are stored, and
+when they are removed.
 
-    <folder>/copies/<process>/lock                held as long as the process lives
+    <folder>/copies/<process>/lock                held as long as the process runs
     <folder>/copies/<process>/<digest>/000.png    a copy, with its caption beside it as 000.txt
     <folder>/copies/<process>/<digest>/of.json    the stack and the word it is for
-    <folder>/copies/<process>/charts-<number>/    what a job has drawn
+    <folder>/copies/<process>/charts-<number>/    the charts of a job
 
-A copy goes when its job is over, unless a snapshot of an unfinished run beside the stack still
-needs it.
-Charts go when the next job is over. What a process that is gone has left is judged by the same
-rule.
+A copy is removed when its job has ended, unless the snapshot of an unfinished run beside the stack
+still needs it. Charts are removed when the next job has ended. The same rules apply to files that a
+dead process left.
 """
 
 from __future__ import annotations
@@ -46,7 +45,7 @@ _OF = "of.json"
 
 @dataclass(frozen=True)
 class Batch:
-    """The pictures of one request, checked and not yet written; `suffixes` fit what they hold."""
+    """The pictures of one request, checked but not written yet; `suffixes` fit their formats."""
 
     folder: Path
     pictures: Sequence[bytes]
@@ -65,9 +64,9 @@ class Batch:
 
 
 class Copies:
-    """Those that this process makes.
+    """The copies of this process.
 
-    Its lock tells other programs that share the folder that it lives.
+    Its lock shows other programs that share the folder that it is still running.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -83,9 +82,9 @@ class Copies:
         stack: str | Path,
         token: str = "",
     ) -> Batch:
-        """Named pictures as a request's, with a caption or "" for each. Nothing is written yet.
+        """A batch of named pictures, with a caption or "" for each. Nothing is written yet.
 
-        Errors: ValueError for what is no picture.
+        Errors: ValueError for a file that is not a picture.
         """
         suffixes = [suffix_of(name, data) for name, data in pictures]
         texts = [*captions, *[""] * len(pictures)][: len(pictures)]
@@ -96,7 +95,7 @@ class Copies:
         return Batch(folder, [data for _, data in pictures], suffixes, texts, str(stack), token)
 
     def write(self, batch: Batch) -> None:
-        """Errors: OSError, after which `tidy` removes what was begun."""
+        """Errors: OSError, after which `tidy` removes the incomplete batch."""
         self.live()
         batch.folder.mkdir(exist_ok=True)
         (batch.folder / _OF).write_text(json.dumps({"stack": batch.stack, "token": batch.token}))
@@ -108,14 +107,13 @@ class Copies:
                 path.with_suffix(".txt").write_text(caption, encoding="utf-8", errors="replace")
 
     def charts(self) -> str:
-        """A folder for what a job draws; it is made by the job."""
+        """A folder for a job's charts; the job creates it."""
         return str(self.mine / f"charts-{next(self._numbers)}")
 
     def tidy(self, shown: Collection[str] = ()) -> None:
-        """Remove what no job and no snapshot needs; `shown` are folders of charts that are still
-        looked at.
+        """Remove what no job and no snapshot needs, except the chart folders in `shown`.
 
-        Call it while no job of this process is under way.
+        Call it only while no job of this process is running.
         """
         if not self.root.is_dir():
             return
@@ -131,12 +129,12 @@ class Copies:
                 self._alive = None
 
     def live(self) -> None:
-        """Make our folder, and hold its lock, so that others leave alone what is in it."""
+        """Create our folder and hold its lock, so that other processes leave its content alone."""
         if self._alive is None:
             self.root.mkdir(parents=True, exist_ok=True)
             with FileLock(self.root / "lock"):
                 self.mine.mkdir(exist_ok=True)
-                self._alive = _taken(self.mine / "lock")
+                self._alive = _acquired(self.mine / "lock")
 
     def _remove_from(self, folder: Path, shown: Collection[str]) -> None:
         for one in folder.iterdir():
@@ -145,9 +143,9 @@ class Copies:
 
 
 def suffix_of(name: str, data: bytes) -> str:
-    """The ending that fits what a picture holds.
+    """The file suffix for a picture's format; the pixels are not decoded.
 
-    Errors: ValueError for what is none; the pixels are not decoded.
+    Errors: ValueError for data that is not a picture.
     """
     try:
         with imagefile.opened(io.BytesIO(data)) as picture:
@@ -155,39 +153,38 @@ def suffix_of(name: str, data: bytes) -> str:
             return _SUFFIXES.get(str(picture.format), ".jpg")
     except ConceptImagesError as error:
         raise ValueError(f"{name}: {error}") from None
-    except Exception as error:  # Pillow raises what it likes
+    except Exception as error:  # Pillow may raise anything
         raise ValueError(
-            f"{name} can't be read as an image ({error}). It may be cut short; replace it or take "
-            "it out."
+            f"{name} can't be read as an image ({error}). It may be truncated; replace or remove it."
         ) from None
 
 
 def _is_needed(folder: Path) -> bool:
-    """Whether an unfinished run of what these copies are for may still go on."""
+    """Whether an unfinished run that uses these copies may still be resumed."""
     try:
-        need = json.loads((folder / _OF).read_text())
-        return bool(need["token"] and snapshots_of(Path(need["stack"]), need["token"]))
+        run = json.loads((folder / _OF).read_text())
+        return bool(run["token"] and snapshots_of(Path(run["stack"]), run["token"]))
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return False
 
 
 def _free(path: Path) -> FileLock | None:
-    """A dead process's lock, taken; None where it lives."""
+    """A dead process's lock, now held by us; None if the process is running."""
     try:
-        return _taken(path)
+        return _acquired(path)
     except (Timeout, OSError):
         return None
 
 
-def _taken(path: Path) -> FileLock:
-    """Errors: Timeout where another process has it."""
-    lock = FileLock(path, thread_local=False)  # any thread may let it go
+def _acquired(path: Path) -> FileLock:
+    """Errors: Timeout if another process holds it."""
+    lock = FileLock(path, thread_local=False)  # any thread may release it
     lock.acquire(timeout=0)
     return lock
 
 
 def _close(folder: Path, lock: FileLock) -> None:
-    """Let the lock go, and the folder if nothing is left in it."""
+    """Release the lock, and remove the folder if nothing is left in it."""
     lock.release()
     if all(one.name == "lock" for one in folder.iterdir()):
         shutil.rmtree(folder, ignore_errors=True)

@@ -1,11 +1,10 @@
-"""The worker's Python environment: made once, beside the host's own, in which nothing is installed.
-Standard library alone.
+"""The worker's Python environment: created once, beside the host's own, which is left untouched.
+Standard library only.
 
-The environment is a venv of the host's Python. The host's torch, with the GPU libraries that came
-with it, is linked into it if it is new enough, so
-that gigabytes are not downloaded again; everything else is installed here. (Showing the environment
-all of the host's packages does not work: their
-versions satisfy what ours ask for on paper, and fail on import.)
+It is a venv of the host's Python. The host's torch, with the GPU libraries that came with it, is
+linked into it if it is new enough, so that gigabytes are not downloaded again; everything else is
+installed here. (Exposing all of the host's packages does not work: their versions satisfy our
+requirements on paper, and fail on import.)
 """
 
 from __future__ import annotations
@@ -38,17 +37,18 @@ CAUTIOUS = (
     "peft<0.15",
     "accelerate<1.3",
     "huggingface_hub<0.30",
-)  # newer ones ask for a torch newer than 2.5
+)  # newer ones require a torch newer than 2.5
+_GPU_LIBRARIES = ("nvidia", "triton", "pytorch-triton", "cuda", "intel-")
 _READY = "ready.json"
 
 
 class NotReady(Exception):
-    """The environment is not there, or made for another Python; says what to do."""
+    """The environment is missing, or was made for another Python. The message says what to do."""
 
 
 def home_of(extension: Path) -> Path:
-    """Where a web UI keeps what is ours beside its extensions; a link to the extension is not
-    followed, so each web UI has its own.
+    """Our folder in a web UI, beside its extensions; a link to the extension is not followed, so
+    each web UI has its own.
     """
     return extension.parent.parent / "continual-lora"
 
@@ -68,9 +68,9 @@ def python_of(folder: Path) -> str:
 
 
 def prepare(folder: Path, say: Callable[[str], object] = print) -> None:
-    """Make the environment if it is not there; quick and silent if it is.
+    """Create the environment if it is missing; quick and silent otherwise.
 
-    Errors: NotReady with the last lines of what failed.
+    Errors: NotReady with the last lines of output of the command that failed.
     """
     if _is_ready(folder):
         return
@@ -112,7 +112,7 @@ def prepare(folder: Path, say: Callable[[str], object] = print) -> None:
 
 
 class Preparation:
-    """`work`, which is given a function that takes lines, in the background, as a page looks at it."""
+    """Runs `work` in the background and keeps what a page shows of it: the lines `work` reports."""
 
     def __init__(self, work: Callable[[Callable[[str], object]], object]) -> None:
         self.work = work
@@ -122,7 +122,7 @@ class Preparation:
         self._lock = threading.Lock()
 
     def start(self) -> None:
-        """Nothing where it is under way already."""
+        """Does nothing if it is already running."""
         with self._lock:
             if self.is_running:
                 return
@@ -134,16 +134,14 @@ class Preparation:
         try:
             self.work(self.lines.append)
             self.is_done = True
-        except Exception as error:  # the page has to say it, whatever it is
+        except Exception as error:  # whatever it is, the page has to show it
             self.error = str(error) or type(error).__name__
         finally:
             self.is_running = False
 
 
 def _version_of(name: str) -> tuple[int, ...]:
-    """The first two numbers of the version that is installed in this Python; nothing where it is
-    not.
-    """
+    """The first two numbers of the version installed in this Python; empty if it is not."""
     try:
         return tuple(int(part) for part in re.findall(r"\d+", metadata.version(name))[:2])
     except metadata.PackageNotFoundError:
@@ -151,18 +149,20 @@ def _version_of(name: str) -> tuple[int, ...]:
 
 
 def _same_numpy() -> list[str]:
-    """torch before 2.3 speaks to numpy 1 alone, so with the host's torch goes the host's numpy."""
+    """torch before 2.3 works with numpy 1 only, so the host's torch needs the host's numpy."""
     return [f"numpy=={metadata.version('numpy')}"] if _version_of("numpy") >= (1, 26) else []
 
 
 def _link(names: list[str], packages: Path) -> bool:
-    """Link these packages and the GPU libraries they ask for into the folder `packages`; whether
-    that was possible.
+    """Link these packages and the GPU libraries they require into the folder `packages`; returns
+    whether that was possible.
     """
-    known, waiting, entries = set(), list(names), {}
+    visited: set[str] = set()
+    waiting = list(names)
+    entries: dict[str, Path] = {}
     while waiting:
         name = waiting.pop()
-        known.add(name)
+        visited.add(name)
         try:
             package = metadata.distribution(name)
         except metadata.PackageNotFoundError:
@@ -172,14 +172,10 @@ def _link(names: list[str], packages: Path) -> bool:
             for file in package.files or ()
             if (part := file.parts[0]) not in ("..", "__pycache__")
         }
-        asked = (re.match(r"[\w.-]+", one) for one in package.requires or ())
-        waiting += [
-            m[0]
-            for m in asked
-            if m
-            and m[0].startswith(("nvidia", "triton", "pytorch-triton", "cuda", "intel-"))
-            and m[0] not in known
-        ]
+        for requirement in package.requires or ():
+            match = re.match(r"[\w.-]+", requirement)
+            if match and match[0].startswith(_GPU_LIBRARIES) and match[0] not in visited:
+                waiting.append(match[0])
     try:
         for part, source in entries.items():
             _link_one(source, packages / part)
@@ -198,7 +194,7 @@ def _link_one(source: Path, target: Path) -> None:
             raise
         import _winapi
 
-        _winapi.CreateJunction(str(source), str(target))  # pyright: ignore[reportAttributeAccessIssue] - Windows asks for a right to make links
+        _winapi.CreateJunction(str(source), str(target))  # pyright: ignore[reportAttributeAccessIssue] - Windows needs a privilege for links
 
 
 def _python(folder: Path) -> Path:

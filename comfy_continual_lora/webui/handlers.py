@@ -1,5 +1,5 @@
-"""What the tab's clicks do. Each handler gives the values of `OUTPUTS`, in that order; those that
-ask first also give the values of `ASKING`.
+"""The tab's event handlers. Each returns the values of `OUTPUTS`, in that order; those that ask
+first also return the values of `ASKING`.
 """
 
 from __future__ import annotations
@@ -63,13 +63,13 @@ OUTPUTS = (
     "mark",
 )
 ASKING = ("asking", "question", "yes", "pending")
-REFUSED = (ValueError, OSError, ContinualLoraError, Busy, NotReady)  # what a click can't have
+REFUSED = (ValueError, OSError, ContinualLoraError, Busy, NotReady)  # shown instead of a traceback
 HAS_TIMER = hasattr(gr, "Timer")
 Jobs = tuple[list[JobRequest], Batch | None]
 
 
 class Handlers:
-    """Those of one page. It remembers the last evaluation of each stack file."""
+    """The handlers of one page, with the last evaluation of each stack file."""
 
     def __init__(self, host: Host) -> None:
         self.host = host
@@ -100,7 +100,7 @@ class Handlers:
         return self.host.runner.is_busy or self.host.preparation.is_running
 
     def environment_shown(self) -> str:
-        """How far its preparation is, or what it lacks; nothing where it is ready."""
+        """The progress of preparing the environment, or what is missing; empty if it is ready."""
         preparation = self.host.preparation
         if preparation.is_running:
             return code("\n".join(list(preparation.lines)))
@@ -113,13 +113,13 @@ class Handlers:
             return f"**{markdown(error)}**"
 
     def mark(self) -> str:
-        """What differs when there is something new to see."""
+        """A string that changes whenever there is something new to show."""
         job, lines = self.host.runner.job, list(self.host.preparation.lines)
         seen = (job.number, job.state, len(job.losses), job.progress, job.notes) if job else ()
         return repr((seen, lines, self.is_busy))
 
     def view(self, checkpoint: str, name: str) -> list[Any]:
-        """All there is to see now."""
+        """The current values of all outputs."""
         mark, job = self.mark(), self.host.runner.job
         results = job.results if job else {}
         if job and "evaluate" in results:
@@ -144,7 +144,7 @@ class Handlers:
         return gr.update(value="busy" if self.is_busy else "idle")
 
     def look(self, checkpoint: str, name: str, before: str) -> list[Any]:
-        """`view`, if there is something new since this mark."""
+        """`view`, if there is something new since the mark `before`."""
         if before != self.mark():
             return self.view(checkpoint, name)
         return [*(gr.update() for _ in OUTPUTS[1:]), before]
@@ -198,7 +198,8 @@ class Handlers:
             settings = settings_of(LearnSettings, ADVANCED, advanced)
             if advanced[0] == LearnSettings().method and method in METHOD_LABELS:
                 settings["method"] = METHOD_LABELS[method]
-            word, place = (token or "").strip(), place_of(path, stack)
+            word = (token or "").strip()
+            place = place_of(path, stack)
             batch = self._pictures(files, stack, word, captions)
             request = {**place, "images": batch.paths, "token": word, "settings": settings}
             request |= {"noun": (noun or "").strip(), "replace": bool(replace)}
@@ -208,7 +209,8 @@ class Handlers:
 
     def consolidate(self, checkpoint: str, name: str, files: Any) -> list[Any]:
         def jobs_of(path: Path, stack: Path) -> Jobs:
-            place, batch = place_of(path, stack), self._pictures(files, stack, newest_word(stack))
+            place = place_of(path, stack)
+            batch = self._pictures(files, stack, newest_word(stack))
             request = {**place, "images": batch.paths}
             return [("consolidate", request), self.host.export_job(place)], batch
 
@@ -249,11 +251,12 @@ class Handlers:
         def jobs_of(path: Path, stack: Path) -> Jobs:
             only = str(token or "").replace(",", " ").split()
             if not only:
-                raise ValueError("No word is on the left: type those to export, such as V1, V3.")
+                raise ValueError(
+                    "No word was entered on the left: enter those to export, such as V1, V3."
+                )
+            place = place_of(path, stack)
             remove = bool(remove_superseded)
-            return [
-                self.host.export_job(place_of(path, stack), only, remove_superseded=remove)
-            ], None
+            return [self.host.export_job(place, only, remove_superseded=remove)], None
 
         return self._hand_in(checkpoint, name, jobs_of)
 
@@ -293,17 +296,17 @@ class Handlers:
         """Do what was asked, if it is still exactly what the question said."""
         try:
             if not pending:
-                raise ValueError("Nothing was asked.")
+                raise ValueError("There is nothing to confirm.")
             kind, *place, given = pending["ask"]
             question = QUESTIONS[kind](*self.place(*place), given)
             if question.sentence != pending["sentence"]:
-                raise ValueError("The stack has changed meanwhile. Look at it, then ask once more.")
+                raise ValueError("The stack has changed in the meantime. Check it, then try again.")
             self.host.hand_in(question.job)
         except REFUSED as error:
             return [*self.refused(error), *self.not_asked()]
         return [*self.view(checkpoint, name), *self.not_asked()]
 
-    # --- the pictures dropped ------------------------------------------------------------------
+    # --- uploads -------------------------------------------------------------------------------
 
     @staticmethod
     def thumbnails(files: Sequence[Any] | None, captions: Sequence[Sequence[Any]]) -> Any:

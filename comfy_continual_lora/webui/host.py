@@ -1,6 +1,6 @@
-"""What the tab and the API have in common: the program around them, stacks, the jobs they hand in.
+"""What the tab and the API share: the host program, stacks, and starting jobs.
 
-No gradio, no torch: the API is served where there is no tab, and this runs inside the host.
+No gradio, no torch: the API also works without the tab, and this runs inside the host.
 """
 
 from __future__ import annotations
@@ -28,15 +28,15 @@ JobRequest = tuple[str, dict[str, Any]]  # for `worker`
 
 
 class Host:
-    """What the tab needs of the program it is in; here there is none, and checkpoints lie in one
-    folder.
+    """The interface between the tab and the program it runs in. This one is for the standalone tab,
+    with checkpoints in one folder.
 
-    Environment variables choose what no page may: CONTINUAL_LORA_PYTHON, the Python that learns,
-    and CONTINUAL_LORA_FOLDERS, more folders the API may read pictures from, separated as in PATH.
+    Environment variables set what no page may: CONTINUAL_LORA_PYTHON, the Python of the worker, and
+    CONTINUAL_LORA_FOLDERS, more folders the API may read pictures from, separated as in PATH.
     """
 
     def __init__(self, models: Path, folder: Path) -> None:
-        """`folder`: pictures the API may read, copies and exports of the tab."""
+        """`folder`: for pictures the API may read, and for the tab's copies and exports."""
         self.models, self.folder = models, folder
         self.copies = Copies(folder)
         self.runner = JobRunner(self.python)
@@ -52,7 +52,7 @@ class Host:
         return sys.executable
 
     def checkpoints(self) -> dict[str, Path]:
-        """By the name the user knows."""
+        """Checkpoints by their name in the list."""
         files = sorted(p for p in self.models.rglob("*.safetensors") if not p.name.endswith(STACKS))
         return {str(p.relative_to(self.models)): p for p in files}
 
@@ -61,26 +61,24 @@ class Host:
         return self.folder / "exports", self.folder / "exports"
 
     def prepare(self, say: Callable[[str], object]) -> None:
-        """Make the worker's environment, saying how far it is; nothing where there is nothing to
-        make.
-        """
+        """Create the worker's environment, reporting progress through `say`; here there is none."""
 
     def default_method(self) -> str:
         """A key of METHOD_LABELS."""
         return next(iter(METHOD_LABELS))
 
     def logins(self) -> dict[str, str] | None:
-        """Who may use the API, and with which password; None: everybody."""
+        """Users and passwords of the API; None if it needs no login."""
         return None
 
     def picture_folders(self) -> list[Path]:
-        """Where the API may read pictures."""
+        """The folders the API may read pictures from."""
         named = os.environ.get("CONTINUAL_LORA_FOLDERS", "").split(os.pathsep)
         return [self.folder / "pictures", *(Path(one) for one in named if one)]
 
     def example(self, token: str) -> tuple[list[str], str]:
-        """Pictures of a thing that the mini-SD does not know, another for each word, and its class
-        noun.
+        """Pictures of a thing that the mini-SD does not know, a different one for each word, and
+        its class noun.
         """
         from ..mini import world
 
@@ -92,7 +90,7 @@ class Host:
     def hand_in(self, *jobs: JobRequest, batch: Batch | None = None) -> Job:
         """Start jobs, with copies of the pictures they need.
 
-        Errors: NotReady, Busy, OSError; then no copy is left.
+        Errors: NotReady, Busy, OSError; no copy is left in that case.
         """
         self.python()
 
@@ -106,7 +104,7 @@ class Host:
     # --- jobs -------------------------------------------------------------------------------------
 
     def chart(self, name: str) -> str:
-        """A file for what a job draws, in a folder of its own; the job makes both."""
+        """A file for a job's chart, in a folder of its own; the job creates both."""
         return str(Path(self.copies.charts()) / f"{name}.png")
 
     def export_job(
@@ -119,13 +117,13 @@ class Host:
 
 
 def _chart_folders(job: Job) -> list[str]:
-    """Where the charts lie that a job draws, and that are shown after it."""
+    """The folders of the charts that a job draws."""
     return [str(Path(request["plot"]).parent) for _, request in job.jobs if request.get("plot")]
 
 
 @functools.cache
 def _examples() -> tempfile.TemporaryDirectory[str]:
-    """A folder of this process, in the temporary one: from there gradio shows files."""
+    """A temporary folder of this process; gradio serves files only from there."""
     return tempfile.TemporaryDirectory(prefix="continual-lora-examples-")
 
 
@@ -133,12 +131,12 @@ def _examples() -> tempfile.TemporaryDirectory[str]:
 
 
 def place_of(checkpoint: Path, stack: Path) -> dict[str, str]:
-    """What every request has."""
+    """The fields that every request has."""
     return {"checkpoint": str(checkpoint), "stack": str(stack)}
 
 
 def stack_file(checkpoint: Path, name: str = "") -> Path:
-    """`files.stack_path`. Errors: ValueError, like all that a click can ask for in vain."""
+    """`files.stack_path`, whose StackError becomes a ValueError."""
     try:
         return stack_path(checkpoint, name)
     except StackError as error:
@@ -146,9 +144,9 @@ def stack_file(checkpoint: Path, name: str = "") -> Path:
 
 
 def concepts_of(stack: Path) -> list[dict[str, Any]]:
-    """The concepts of a stack file, from its header; none where there is no file.
+    """The concepts of a stack file, from its header; none if there is no file.
 
-    Errors: ValueError for a file that is none.
+    Errors: ValueError for a file that is not a stack.
     """
     try:
         return read_header(stack)["concepts"] if stack.exists() else []
@@ -157,7 +155,7 @@ def concepts_of(stack: Path) -> list[dict[str, Any]]:
 
 
 def newest_word(stack: Path) -> str:
-    """The newest concept's; empty without one. Errors: ValueError."""
+    """The newest concept's word; empty if there is no concept. Errors: ValueError."""
     concepts = concepts_of(stack)
     return concepts[-1]["token"] if concepts else ""
 

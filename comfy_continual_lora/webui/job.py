@@ -1,12 +1,11 @@
 """A job in a worker process, as seen from the host: its state, its progress, how it ended.
 
-Standard library alone: this runs inside the host.
+Standard library only: this runs inside the host.
 
-starting -> running -> done | failed | stopped
-stopping: `stop` was called, and the worker finishes its step
+    starting -> running -> done | failed | stopped
+    stopping: `stop` was called, and the worker finishes its step
 
-A job always ends, whatever the worker does or fails to do: no call waits for it, and each silence
-has a limit.
+A job always ends, whatever the worker does: no call blocks on it, and every wait has a timeout.
 """
 
 from __future__ import annotations
@@ -28,17 +27,17 @@ from typing import Any
 
 PACKAGE_ROOT = Path(__file__).resolve().parents[2]
 ENDED = ("done", "failed", "stopped")
-# Limits in seconds, after which the worker is killed:
-START = 300.0  # from the start to its first word
+# Timeouts in seconds, after which the worker is killed:
+START = 300.0  # from the start to its first event
 STOP = 600.0  # from Stop to its end; one step of a large model on a CPU takes minutes
-AGAIN = 5.0  # from Stop to a second one that means it
-LEAVE = 20.0  # from its last word to its end
-_LINE = 64_000_000  # bytes of its longest line; a preview takes a hundred thousand
+AGAIN = 5.0  # from Stop to a second Stop that kills it
+LEAVE = 20.0  # from its last event to its end
+_LINE = 64_000_000  # maximum bytes per line; a preview takes a hundred thousand
 _KILLED = (
-    "It was killed, most often because it ran out of memory: take a smaller batch or size, or another "
-    "program off the machine."
+    "It was killed, most likely because it ran out of memory: use a smaller batch or size, or close "
+    "other programs."
 )
-_AGAIN = "Give the same request again: it goes on from the last snapshot."
+_AGAIN = "Give the same request again: it resumes from the last snapshot."
 
 
 def nothing(job: Job) -> None:
@@ -46,11 +45,11 @@ def nothing(job: Job) -> None:
 
 
 class Job:
-    """One worker process. Its attributes are what it has reported; `message` says in words how it
+    """One worker process. The attributes hold what it has reported; `message` describes how it
     ended.
 
-    `results` are those of the jobs that are done, by name, also where a later one fails. `marked` is
-    the message with settings in backquotes (`errors`). `tidy` is called once, just before the end is
+    `results` holds those of the finished jobs, by name, even if a later one fails. `marked` is the
+    message with settings in backquotes (`errors`). `tidy` is called once, just before the end is
     shown.
     """
 
@@ -64,18 +63,19 @@ class Job:
         self.state, self.message, self.marked = "starting", "", ""
         self.progress: dict[str, Any] = {}
         self.losses: list[float] = []
-        self.notes: list[str] = []  # sentences for the user, such as where a stopped run goes on
+        self.notes: list[str] = []  # sentences for the user, such as where a stopped run resumes
         self.preview: str | None = None  # JPEG, base64
         self.results: dict[str, dict[str, Any]] = {}
         self.process: subprocess.Popen[bytes] | None = None
         self._python = ""
         self._tidy = tidy
-        self._last: dict[str, Any] | None = None  # the event of its end
-        self._last_words: collections.deque[str] = collections.deque(maxlen=20)
-        self._to_tell: queue.SimpleQueue[bytes | None] = queue.SimpleQueue()
-        self._lock, self._ended, self._spoke = threading.RLock(), threading.Event(), False
-        self._asked: float | None = None  # when Stop was called
-        self._killed = ""  # why we did
+        self._final_event: dict[str, Any] | None = None
+        self._last_lines: collections.deque[str] = collections.deque(maxlen=20)
+        self._outbox: queue.SimpleQueue[bytes | None] = queue.SimpleQueue()
+        self._lock, self._ended = threading.RLock(), threading.Event()
+        self._has_reported = False
+        self._stop_time: float | None = None  # when Stop was called
+        self._kill_reason = ""
 
     @property
     def name(self) -> str:
@@ -83,17 +83,16 @@ class Job:
 
     @property
     def unfinished(self) -> str:
-        """The name of the first of its jobs that has no result: that one failed, where it failed."""
+        """The name of the first job without a result: the one that failed, if the state is failed."""
         return next((name for name, _ in self.jobs if name not in self.results), self.jobs[-1][0])
 
     def start(self, python: str) -> None:
-        """Start the worker with this Python, whose packages it uses; nothing where it was stopped
-        before.
+        """Start the worker with this Python and its packages, unless the job was stopped before.
 
-        Errors: OSError where there is no such program.
+        Errors: OSError if there is no such program.
         """
         self._python = python
-        self._tell(
+        self._send(
             {"jobs": [{"job": name, "request": dict(request)} for name, request in self.jobs]}
         )
         environment = {
@@ -105,7 +104,7 @@ class Job:
         with self._lock:
             if self._ended.is_set():
                 return
-            # Unbuffered, so that closing the pipe never waits for a worker that reads no more.
+            # Unbuffered, so that closing the pipe never waits for a worker that no longer reads.
             self.process = process = subprocess.Popen(
                 [python, "-m", "comfy_continual_lora.worker"],
                 stdin=subprocess.PIPE,
@@ -115,35 +114,37 @@ class Job:
                 env=environment,
             )
             self.state = "running"
-        self._later(START, lambda: not self._spoke, "it reported nothing for five minutes")
+        self._kill_later(
+            START, lambda: not self._has_reported, "it reported nothing for five minutes"
+        )
         in_background(self._write, process)
         in_background(self._watch, process)
 
     def stop(self) -> None:
         """Stop between two steps; what was learned is kept.
 
-        A worker that has not begun is stopped at once, and so is one that is stopped once more a few
-        seconds later.
+        A worker that has not started is stopped immediately, and so is one that is stopped again a
+        few seconds later.
         """
         with self._lock:
             if self._ended.is_set():
                 return
             if self.process is None:
-                self._end("stopped", "It had not begun")
-            elif self._asked is None:
-                self.state, self._asked = "stopping", time.monotonic()
-                self._tell({"stop": True})
-                self._later(AGAIN, lambda: not self._spoke, "it had not begun")
-                self._later(STOP, lambda: True, "it did not stop when it was asked to")
-            elif time.monotonic() - self._asked > AGAIN:
+                self._end("stopped", "It had not started")
+            elif self._stop_time is None:
+                self.state, self._stop_time = "stopping", time.monotonic()
+                self._send({"stop": True})
+                self._kill_later(AGAIN, lambda: not self._has_reported, "it had not started")
+                self._kill_later(STOP, lambda: True, "it did not stop when it was asked to")
+            elif time.monotonic() - self._stop_time > AGAIN:
                 self._kill("Stop was pressed again")
 
     def wait(self, seconds: float | None = None) -> bool:
-        """Whether it has ended by then."""
+        """Wait at most this long; returns whether the job has ended."""
         return self._ended.wait(seconds)
 
     def fail(self, message: str) -> None:
-        """End it as failed, if it has not ended; its worker is gone afterwards."""
+        """End the job as failed, unless it has ended; its worker is killed first."""
         if self._ended.is_set():
             return
         self._kill(message)
@@ -168,82 +169,82 @@ class Job:
                 logging.exception("continual-lora: could not tidy up")
             self.results = results or self.results
             self.message, self.marked, self.state = message, marked or message, state
-            self._to_tell.put(None)
+            self._outbox.put(None)
             self._ended.set()
 
     # --- to the worker ---------------------------------------------------------------------------
 
-    def _tell(self, message: Mapping[str, Any]) -> None:
-        self._to_tell.put(json.dumps(message).encode() + b"\n")
+    def _send(self, message: Mapping[str, Any]) -> None:
+        self._outbox.put(json.dumps(message).encode() + b"\n")
 
     def _write(self, process: subprocess.Popen[bytes]) -> None:
-        """Only this thread may wait for a worker that does not read; the pipe's end tells it that
-        we are gone.
+        """Only this thread may block on a worker that does not read; a closed pipe tells the worker
+        that the host is gone.
         """
         assert process.stdin
         with process.stdin as pipe:
-            while (data := self._to_tell.get()) is not None:
-                with suppress(OSError, ValueError):  # it has ended, and `_watch` says how
+            while (data := self._outbox.get()) is not None:
+                with suppress(OSError, ValueError):  # it has ended; `_watch` finds out how
                     while data:
                         data = data[pipe.write(data) :]
 
-    def _kill(self, why: str) -> None:
-        self._killed = self._killed or why
+    def _kill(self, reason: str) -> None:
+        self._kill_reason = self._kill_reason or reason
         if self.process and self.process.poll() is None:
             self.process.kill()
 
-    def _later(self, seconds: float, when: Callable[[], bool], why: str) -> None:
-        """Kill it after a time in which it has not ended, if it must be."""
-        in_background(lambda: self._ended.wait(seconds) or (when() and self._kill(why)))
+    def _kill_later(self, seconds: float, condition: Callable[[], bool], reason: str) -> None:
+        """Kill the worker if the job has not ended after this time and the condition holds."""
+        in_background(lambda: self._ended.wait(seconds) or (condition() and self._kill(reason)))
 
     # --- from the worker -------------------------------------------------------------------------
 
     def _watch(self, process: subprocess.Popen[bytes]) -> None:
-        """Wait for its end; the job has ended when the process has, because only then the GPU is
-        free.
+        """Wait for the worker's end; the job ends only with the process, because only then is the
+        GPU free.
         """
         try:
             assert process.stdout
             assert process.stderr
-            hearing = [
-                in_background(self._hear, process.stdout),
-                in_background(self._overhear, process.stderr),
+            readers = [
+                in_background(self._read_events, process.stdout),
+                in_background(self._read_errors, process.stderr),
             ]
-            while process.poll() is None and hearing[0].is_alive():
-                hearing[0].join(0.2)
+            while process.poll() is None and readers[0].is_alive():
+                readers[0].join(0.2)
             if _gone(process, LEAVE):
-                for thread in hearing:
-                    thread.join(1)  # a child of the worker's may hold a pipe open
+                for thread in readers:
+                    thread.join(1)  # a child of the worker may hold a pipe open
         except Exception:
             logging.exception("continual-lora: could not follow the worker")
         finally:
             self._conclude(process)
 
-    def _hear(self, pipe: io.RawIOBase) -> None:
+    def _read_events(self, pipe: io.RawIOBase) -> None:
         with io.BufferedReader(pipe) as lines:
             while line := lines.readline(_LINE):
                 event = _event(line)
                 if event is None:
-                    self._last_words.append(_text(line))
+                    self._last_lines.append(_text(line))
                     continue
-                self._spoke = True
+                self._has_reported = True
                 if event["event"] == "progress":
-                    self._take(event)
+                    self._update(event)
                 elif event["event"] == "result":
                     self.results = {**self.results, event["job"]: event["result"]}
                 else:
-                    self._last = event
+                    self._final_event = event
                     return
 
-    def _overhear(self, pipe: io.RawIOBase) -> None:
+    def _read_errors(self, pipe: io.RawIOBase) -> None:
         with io.BufferedReader(pipe) as lines:
             while line := lines.readline(8192):
-                self._last_words.append(_text(line))
+                self._last_lines.append(_text(line))
 
-    def _take(self, event: dict[str, Any]) -> None:
+    def _update(self, event: dict[str, Any]) -> None:
         if event["loss"] is not None:
             if event["stage"] != self.progress.get("stage"):
-                self.losses = []  # each stage has a curve of its own
+                self.losses = []  # each stage has its own curve
             self.losses.append(event["loss"])
         self.preview = event["preview"] or self.preview
         if event["note"] and event["note"] not in self.notes:
@@ -253,30 +254,26 @@ class Job:
         }
 
     def _conclude(self, process: subprocess.Popen[bytes]) -> None:
-        """Its last event, else what became of it."""
-        if self._last:
-            last = self._last
-            self._end(last["event"], last["message"], last["marked"], last["results"])
+        """End the job by the worker's final event, or else by what happened to the process."""
+        if final := self._final_event:
+            self._end(final["event"], final["message"], final["marked"], final["results"])
             return
         status = process.poll()
-        words = "\n".join(line for line in self._last_words if line)
-        if self._killed:
-            if self._asked is not None:
-                self._end("stopped", f"The worker was ended, because {self._killed}")
+        output = "\n".join(line for line in self._last_lines if line)
+        if self._kill_reason:
+            if self._stop_time is not None:
+                self._end("stopped", f"The worker was killed, because {self._kill_reason}")
                 return
-            why = f"It was ended, because {self._killed}. {words}".strip()
+            reason = f"It was killed, because {self._kill_reason}. {output}".strip()
         else:
-            why = _KILLED if status in (-9, 137) else words or "It reported nothing."
-        if self._spoke:
-            self._end(
-                "failed",
-                f"The worker process ended in the middle (exit status {status}). {why} {_AGAIN}",
-            )
+            reason = _KILLED if status in (-9, 137) else output or "It reported nothing."
+        if self._has_reported:
+            message = f"The worker process ended early (exit status {status}). {reason} {_AGAIN}"
         else:
-            self._end(
-                "failed",
-                f"{self._python} did not start the worker process (exit status {status}). {why}",
+            message = (
+                f"{self._python} did not start the worker process (exit status {status}). {reason}"
             )
+        self._end("failed", message)
 
 
 def in_background(work: Callable[..., object], *given: Any) -> threading.Thread:
@@ -286,10 +283,10 @@ def in_background(work: Callable[..., object], *given: Any) -> threading.Thread:
 
 
 def _gone(process: subprocess.Popen[bytes], seconds: float = 0) -> bool:
-    """Give it that long to leave, then kill it; whether it is gone."""
-    for patience in (seconds, LEAVE):
+    """Give the process this long to exit, then kill it; returns whether it is gone."""
+    for timeout in (seconds, LEAVE):
         with suppress(subprocess.TimeoutExpired):
-            process.wait(patience)
+            process.wait(timeout)
             return True
         process.kill()
     return False
@@ -300,7 +297,7 @@ def _text(line: bytes) -> str:
 
 
 def _event(line: bytes) -> dict[str, Any] | None:
-    """A worker's event, with the types that `worker` declares; None for a line that is none."""
+    """A worker's event, with the types that `worker` declares; None for any other line."""
     try:
         event = json.loads(line)
         if event["event"] == "progress":
@@ -327,11 +324,8 @@ def _progress(event: dict[str, Any]) -> dict[str, Any] | None:
     numbers = {name: event[name] for name in ("loss", "rate", "seconds_left")}
     if not all(value is None or _is_number(value) for value in numbers.values()):
         return None
-    if (
-        not _is_number(event["step"])
-        or not _is_number(event["steps"])
-        or not isinstance(event["stage"], str)
-    ):
+    counts = (event["step"], event["steps"])
+    if not all(map(_is_number, counts)) or not isinstance(event["stage"], str):
         return None
     note = event.get("note", "")
     if not isinstance(event["preview"], str | None) or not isinstance(note, str):

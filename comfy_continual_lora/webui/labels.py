@@ -1,4 +1,4 @@
-"""What the tab calls things: methods, fields of requests, settings. Light."""
+"""The tab's names for methods, fields of requests and settings. Light."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ _FIELDS = {
 
 
 def label_of(name: str) -> str:
-    """What a field or a setting is called in the tab."""
+    """The tab's name for a field or a setting."""
     return _FIELDS.get(name) or name.replace("_", " ")
 
 
 def in_labels(error: BaseException) -> str:
-    """An error's message with fields and settings as the tab calls them."""
+    """An error's message with the tab's names for fields and settings."""
     return error.spelled(label_of) if isinstance(error, ContinualLoraError) else str(error)

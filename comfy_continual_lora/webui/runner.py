@@ -1,6 +1,6 @@
-"""Where a host hands in jobs: one at a time, each in a worker process (`job`).
+"""Runs a host's jobs: one at a time, each in a worker process (`job`).
 
-Standard library alone: this runs inside the host.
+Standard library only: this runs inside the host.
 """
 
 from __future__ import annotations
@@ -15,16 +15,15 @@ from .job import Job, in_background, nothing
 
 
 class Busy(Exception):
-    """One job at a time: the GPU is one too."""
+    """Another job is running; there is only one GPU."""
 
 
 class JobRunner:
-    """Where jobs are handed in: one at a time.
+    """Runs one job at a time.
 
-    `around` brackets each (the host's GPU lock), `follow` is called a few times a second meanwhile,
-    `ended` after it.
-    `tidy` is called when a job is over, before its end is shown, and after one that could not be
-    handed in.
+    `around` is a context manager around each job (the host's GPU lock), `follow` is called a few
+    times a second while it runs, `ended` afterwards. `tidy` is called when a job has ended, before
+    its end is shown, and after one that could not be started.
     """
 
     def __init__(self, python: Callable[[], str]) -> None:
@@ -43,13 +42,15 @@ class JobRunner:
     def start(
         self, *jobs: tuple[str, Mapping[str, Any]], before: Callable[[], object] = lambda: None
     ) -> Job:
-        """Hand in; returns at once. `before` is called first, if no other job is under way.
+        """Start a job; returns immediately. `before` is called first, if no other job is running.
 
         Errors: Busy while another job runs; those of `before`.
         """
         with self._lock:
             if self.job and self.is_busy:
-                raise Busy(f"A job is under way ({self.job.name}); wait for its end, or stop it.")
+                raise Busy(
+                    f"A job is already running ({self.job.name}); wait until it ends, or stop it."
+                )
             job = Job(self.job.number + 1 if self.job else 1, jobs, self.tidy)
             try:
                 before()
@@ -68,7 +69,7 @@ class JobRunner:
                 while not job.wait(0.3):
                     self._quietly(self.follow, job)
         except Exception as error:
-            # the tab has to say it, whatever it is; what is stored stays stored
+            # whatever it is, the tab has to show it; what is stored stays stored
             if job.wait(0):
                 logging.exception("continual-lora: after the job")
             job.fail(str(error) or type(error).__name__)
@@ -76,7 +77,7 @@ class JobRunner:
             self._quietly(self.ended, job)
 
     def _quietly(self, call: Callable[[Job], object], job: Job) -> None:
-        """What the host does with a job must not end it; what is wrong with that is logged once."""
+        """A failure in the host's callbacks must not end the job; it is logged once."""
         try:
             call(job)
         except Exception as error:

@@ -1,7 +1,7 @@
-"""What the tab and the API say of a job and of a stack.
+"""How the tab and the API describe a job and a stack.
 
-Words, names and messages come from users, from files of strangers and from programs: `html` and
-`markdown` stand between them and a page, so that a page shows them and never obeys them.
+Words, names and messages come from users, from untrusted files and from programs: `html` and
+`markdown` escape them, so that a page shows them literally.
 """
 
 from __future__ import annotations
@@ -21,25 +21,25 @@ from ..versions import Version
 from .job import Job
 from .labels import label_of
 
-_PUNCTUATION = re.compile(r"[!-/:-@\[-`{-~]")  # all of ASCII's: Markdown gives a meaning to most
-_JOINERS = "\u200c\u200d"  # several scripts and emoji are written with them
+_PUNCTUATION = re.compile(r"[!-/:-@\[-`{-~]")  # all of ASCII's: most of it is Markdown syntax
+_JOINERS = "\u200c\u200d"  # several scripts and emoji need them
 
 
 def visible(text: object) -> str:
-    """Without what can't be seen or can't be sent: control and direction marks, half characters."""
+    """The text with control characters, direction marks and lone surrogates replaced."""
     return "".join(
         c if c.isprintable() or c in _JOINERS else "\N{REPLACEMENT CHARACTER}" for c in str(text)
     )
 
 
 def html(text: object) -> str:
-    """As HTML that shows these very characters, between tags and inside quoted attributes."""
+    """HTML that shows the text literally, between tags and inside quoted attributes."""
     return standard.escape(visible(text))
 
 
 def markdown(text: object) -> str:
-    """As Markdown that shows these very characters, line by line: no HTML, link, emphasis, code or
-    heading.
+    """Markdown that shows the text literally, line by line: no HTML, links, emphasis, code or
+    headings.
     """
     lines = [
         _PUNCTUATION.sub(lambda match: f"&#{ord(match[0])};", visible(line.rstrip()))
@@ -53,7 +53,7 @@ def markdown(text: object) -> str:
 
 
 def code(text: object) -> str:
-    """As a Markdown block of code, which nothing in it can end."""
+    """A Markdown code block, with a fence longer than any in the text."""
     lines = [visible(line) for line in str(text).splitlines()]
     fence = "`" * max([3, *(1 + len(run) for line in lines for run in re.findall("`+", line))])
     return "\n".join([fence, *lines, fence])
@@ -63,10 +63,10 @@ Say = Callable[[object], str]
 
 
 def status(job: Job | None, say: Say = markdown, spell: Callable[[str], str] = label_of) -> str:
-    """What goes on, how far, how long still; or how it ended.
+    """What the job is doing, its progress and time left; or how it ended.
 
-    `say` is str where no Markdown is wanted of words from outside; `spell` says how fields and
-    settings are called in an error, str for their own names.
+    `say` escapes text for Markdown, or is str for plain text; `spell` maps the names of fields and
+    settings in an error, or is str to keep them.
     """
     if job is None:
         return "Ready."
@@ -79,7 +79,7 @@ def _state(job: Job, say: Say, spell: Callable[[str], str]) -> str:
     if job.state == "stopped":
         stopped = (
             f"**Stopped.** {say(job.message)}. What was learned so far is kept: the same request "
-            "goes on from here."
+            "resumes from here."
         )
         return "\n\n".join([*_endings(job.results, say), stopped])
     if job.state == "done":
@@ -94,12 +94,12 @@ def _state(job: Job, say: Say, spell: Callable[[str], str]) -> str:
         minutes, seconds = divmod(int(now["seconds_left"]), 60)
         line += f", {minutes}:{seconds:02d} left"
     if is_stopping:
-        line += " - stopping after this step ... (Stop once more ends it at once)"
+        line += " - stopping after this step ... (press Stop again to end it immediately)"
     return line
 
 
 def _failure(job: Job, say: Say, spell: Callable[[str], str]) -> str:
-    """What failed, and before it what was done and is stored all the same."""
+    """What failed, after what was finished and stored before."""
     message = ContinualLoraError(job.marked or job.message).spelled(spell)
     failed = f"**{say(job.unfinished)} failed.** {say(message)}"
     if not job.results:
@@ -108,7 +108,7 @@ def _failure(job: Job, say: Say, spell: Callable[[str], str]) -> str:
 
 
 def _endings(results: Mapping[str, Any], say: Say) -> list[str]:
-    """What each job that is done has to say."""
+    """A text for each finished job."""
     paragraphs = []
     for name, sentences in _ENDINGS.items():
         if name in results:
@@ -119,14 +119,14 @@ def _endings(results: Mapping[str, Any], say: Say) -> list[str]:
 def _learned(result: Mapping[str, Any], say: Say) -> list[str]:
     word = say(f"{result['token']} {result['noun']}")
     if result.get("again"):
-        return [f"**{word} is on the stack already**, from these very pictures and settings."]
+        return [f"**{word} is already on the stack**, from the same pictures and settings."]
     return [f"**Learned {word}**."]
 
 
 def _consolidated(result: Mapping[str, Any], say: Say) -> list[str]:
     word = say(result["token"])
     if result.get("again"):
-        return [f"**{word} was consolidated already** with these very pictures and settings."]
+        return [f"**{word} was already consolidated** with the same pictures and settings."]
     return [f"**Consolidated {word}** in {len(result['losses'])} steps."]
 
 
@@ -143,11 +143,11 @@ def _solved(result: Mapping[str, Any], say: Say) -> list[str]:
 
 def _forgotten(result: Mapping[str, Any], say: Say) -> list[str]:
     word = say(f"{result['token']} {result['noun']}")
-    return [f"**Forgot {word}.** LoRAs exported before still know it."]
+    return [f"**Forgot {word}.** LoRAs exported before still contain it."]
 
 
 def _undone(result: Mapping[str, Any], say: Say) -> list[str]:
-    return [f"**Took back: {say(result['change'])}.** {_holds(result, say)}"]
+    return [f"**Undone: {say(result['change'])}.** {_holds(result, say)}"]
 
 
 def _restored(result: Mapping[str, Any], say: Say) -> list[str]:
@@ -190,7 +190,7 @@ _ENDINGS: dict[str, Callable[[Mapping[str, Any], Say], list[str]]] = {
 
 
 def _holds(result: Mapping[str, Any], say: Say) -> str:
-    return f"The stack holds {say(', '.join(result['tokens']) or 'no concept')} now."
+    return f"The stack now holds {say(', '.join(result['tokens']) or 'no concept')}."
 
 
 def history(versions: Sequence[Version]) -> str:
@@ -214,7 +214,7 @@ def history(versions: Sequence[Version]) -> str:
 
 
 def picture_of(encoded: str | None) -> Image.Image | None:
-    """A preview; None for what is none."""
+    """A preview as an image; None if there is none or it is invalid."""
     try:
         return Image.open(
             io.BytesIO(base64.b64decode(encoded or "", validate=True)), formats=["JPEG"]
@@ -224,14 +224,13 @@ def picture_of(encoded: str | None) -> Image.Image | None:
 
 
 def table(concepts: Sequence[Mapping[str, Any]], kept: Mapping[str, float | None]) -> str:
-    """The stack as HTML: preview, word, when and how, how much is kept as of the last evaluation."""
+    """The stack as HTML: preview, word, date and method, share kept at the last evaluation."""
     if not concepts:
         return "<p>No concept learned yet.</p>"
     rows = []
     for one in concepts:
-        share = kept.get(
-            f"{one['token']} {one['noun']}" if one["with_noun"] else one["token"]
-        )  # as an evaluation names it
+        name = f"{one['token']} {one['noun']}" if one["with_noun"] else one["token"]
+        share = kept.get(name)
         cells = (
             _thumbnail(one["preview"]),
             f"<b>{html(one['token'])}</b> {html(one['noun'])}",
@@ -247,7 +246,7 @@ def table(concepts: Sequence[Mapping[str, Any]], kept: Mapping[str, float | None
 
 
 def _thumbnail(encoded: object) -> str:
-    """An HTML picture, if it is one, in base64 of our own."""
+    """An HTML image, encoded again by us; empty if the data is not a JPEG."""
     try:
         data = base64.b64decode(encoded, validate=True) if isinstance(encoded, str) else b""
     except ValueError:

@@ -1,8 +1,8 @@
-"""The tab: pictures in, a word and a class noun, Learn; what is on the stack; consolidate, score,
+"""The tab's layout: pictures, word and class noun, Learn; the stack's concepts; consolidate, score,
 evaluate, export, undo. gradio 3.41 to 6.
 
-Layout alone: `build(host, page)` makes the components inside an open `gr.Blocks` and connects them
-with `Handlers`.
+`build(host, page)` creates the components inside an open `gr.Blocks` and connects them with
+`Handlers`.
 """
 
 from __future__ import annotations
@@ -20,21 +20,21 @@ from .host import Host
 from .labels import METHOD_LABELS, label_of
 from .shown import status
 
-# gradio 3 has no timer, so a script presses a button while it says that something runs and is in
-# sight. No handler runs long: there, one whose page was left keeps the server from closing, so that
-# "Reload UI" hangs.
+# gradio 3 has no timer, so a script presses a button while that reads "busy" and the page is
+# visible. No handler may run long: in gradio 3, one whose page was closed keeps the server from
+# shutting down, so that "Reload UI" hangs.
 _PULSE = """() => {
   const button = () => document.querySelector("#continual_lora_pulse");
   button().style.display = "none";
   const isBusy = () => button()?.textContent.includes("busy") && !document.hidden;
   setInterval(() => isBusy() && button().click(), 1000);
 }"""
-# here pictures while learning are worth their time
+# defaults that differ in the tab: previews while learning are worth their time
 DEFAULTS: dict[str, Any] = {"preview_every": 50}
 
 
 def build(host: Host, page: gr.Blocks) -> None:
-    """The tab's components inside the open `page`, and what their clicks do."""
+    """Create the tab's components inside the open `page`, and connect their events."""
     handlers, parts = Handlers(host), SimpleNamespace()
     names = list(host.checkpoints())
     first = handlers.stack_shown(names[0], "") if names else ["", ""]
@@ -82,7 +82,7 @@ def _what_to_learn(parts: SimpleNamespace, names: list[str]) -> None:
     )
     parts.gallery = gr.Gallery(label="Pictures", columns=5, height=160)
     parts.example = gr.Button(
-        "Example pictures, for trying it on the mini-SD", elem_id="continual_lora_example"
+        "Example pictures, to try it on the mini-SD", elem_id="continual_lora_example"
     )
     with gr.Row():
         parts.token = gr.Textbox(
@@ -104,7 +104,7 @@ def _how_to_learn(parts: SimpleNamespace, host: Host) -> None:
     parts.replace = gr.Checkbox(
         value=False,
         label=label_of("replace"),
-        info="until the new one is stored, the old one stays",
+        info="the old one stays until the new one is stored",
         elem_id="continual_lora_replace",
     )
     with gr.Row():
@@ -119,8 +119,8 @@ def _for_experts(parts: SimpleNamespace) -> None:
             type="array",
             interactive=True,
             elem_id="continual_lora_captions",
-            label="Captions: type one beside a picture, or drop its .txt with it; where there is "
-            "none, prompts are made up",
+            label="Captions: type one beside a picture, or drop its .txt with it; prompts are made "
+            "up for pictures without one",
         )
         parts.stack = gr.Textbox(
             "",
@@ -176,12 +176,12 @@ def _actions(parts: SimpleNamespace) -> None:
     with gr.Row():
         parts.export = gr.Button("Export", elem_id="continual_lora_export")
         parts.export_some = gr.Button(
-            "Export the words on the left alone", elem_id="continual_lora_some"
+            "Export only the words on the left", elem_id="continual_lora_some"
         )
         parts.remove_superseded = gr.Checkbox(
             value=False,
             label=label_of("remove_superseded"),
-            info="exports of the same concepts of this stack; else they are listed",
+            info="exports of the same concepts of this stack; otherwise they are listed",
             elem_id="continual_lora_remove_superseded",
         )
     with gr.Row():
@@ -205,7 +205,7 @@ def _history(parts: SimpleNamespace, versions: str) -> None:
                 value=1, precision=0, label=label_of("version"), elem_id="continual_lora_version"
             )
             parts.restore = gr.Button(
-                "Go back to the version ...", elem_id="continual_lora_restore"
+                "Go back to this version ...", elem_id="continual_lora_restore"
             )
 
 

@@ -1,4 +1,4 @@
-"""What a page hands over: files, captions typed beside them, values of widgets."""
+"""Input from a page: files, captions typed beside them, values of widgets."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ from ..files import PICTURES
 
 
 def uploaded(files: Sequence[Any] | None) -> list[Path]:
-    """What gr.File gives: paths in newer versions, open files in older ones.
+    """The files from gr.File: paths in newer gradio versions, open files in older ones.
 
-    Errors: ValueError for a file that a request only named: older versions would open any file of
-    this machine.
+    Errors: ValueError for a file that was only named in the request, not uploaded: older versions
+    would open any file of this machine.
     """
     temporary = os.environ.get("GRADIO_TEMP_DIR") or Path(tempfile.gettempdir()) / "gradio"
     folder = Path(temporary).resolve()
@@ -28,7 +28,9 @@ def uploaded(files: Sequence[Any] | None) -> list[Path]:
     for file in files or ():
         names = _names_of(file)
         if not names or not all(path.resolve().is_relative_to(folder) for path in names):
-            raise ValueError("A file was named that was not uploaded to this page.")
+            raise ValueError(
+                "A file in the request was not uploaded to this page. Upload it again."
+            )
         paths.append(names[0])
     return paths
 
@@ -40,21 +42,21 @@ def _names_of(file: Any) -> list[Path]:
 
 
 def picture_at(path: Path | str, side: int = 10_000) -> Image.Image | None:
-    """A picture, at most so wide and high; None for what is none."""
+    """A picture, at most `side` pixels wide and high; None for any other file."""
     try:
         with imagefile.opened(Path(path)) as picture:
             picture.load()  # before the file is closed
             picture.thumbnail((side, side))
             return picture
-    except Exception:  # Pillow raises what it likes
+    except Exception:  # Pillow may raise anything
         return None
 
 
 def thumbnails(
     files: Sequence[Any] | None, captions: Sequence[Sequence[Any]] | None
 ) -> tuple[list[tuple[Image.Image, str]], list[list[str]]]:
-    """Thumbnails with their names, and a row of the captions' table for each: what was typed for
-    that name before, else the text file dropped with it, else nothing.
+    """Thumbnails with their names, and a row of the caption table for each: the caption typed for
+    that name before, or else the text file dropped with it, or else nothing.
 
     Errors: ValueError as `uploaded`.
     """
@@ -75,18 +77,18 @@ def caption_in(path: Path) -> str:
 
 
 def typed(captions: Sequence[Sequence[Any]] | None) -> dict[str, str]:
-    """The captions' table by picture; a user may have added columns, and without pictures older
-    versions have a row of no columns.
+    """The caption table by picture. A user may have added columns; without pictures, older gradio
+    versions have a row without columns.
     """
     return {str(row[0]): str(row[1] or "") for row in captions or () if len(row) > 1}
 
 
 def settings_of(kind: type, names: Sequence[str], values: Sequence[Any]) -> dict[str, Any]:
-    """Widgets' values -> what differs from the defaults; 0 and "auto" stand for what suits the
-    checkpoint.
+    """Widgets' values -> the settings that differ from their defaults; 0 and "auto" stand for what
+    suits the checkpoint.
     """
-    known = {f.name: f for f in dataclasses.fields(kind)}
-    chosen = {
-        name: from_widget(known[name], value) for name, value in zip(names, values, strict=True)
+    fields = {field.name: field for field in dataclasses.fields(kind)}
+    settings = {
+        name: from_widget(fields[name], value) for name, value in zip(names, values, strict=True)
     }
-    return {name: value for name, value in chosen.items() if value != known[name].default}
+    return {name: value for name, value in settings.items() if value != fields[name].default}
