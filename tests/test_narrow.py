@@ -131,8 +131,8 @@ def test_gradients_through_eight_bits_are_those_through_the_same_numbers_widened
     )
 
 
-def test_recast_goes_from_any_format_to_any_other(mini_file: Path) -> None:
-    own = load_backbone(mini_file, device="cpu", precision="bf16")
+def test_recast_goes_from_any_format_to_any_other(thin_file: Path) -> None:
+    own = load_backbone(thin_file, device="cpu", precision="bf16")
     half = _answer(own)
     narrow.recast(own.unet, narrow.FP8)
     eighth = _answer(own)
@@ -147,11 +147,11 @@ def test_recast_goes_from_any_format_to_any_other(mini_file: Path) -> None:
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
-def test_an_adapter_learns_on_eight_bits(mini_file: Path, checkpointing: bool) -> None:
+def test_an_adapter_learns_on_eight_bits(thin_file: Path, checkpointing: bool) -> None:
     """Its gradient points where the whole net's does."""
     found = []
     for precision in ("fp32", "fp8"):
-        own = load_backbone(mini_file, device="cpu", precision=precision)
+        own = load_backbone(thin_file, device="cpu", precision=precision)
         if checkpointing:
             own.unet.enable_gradient_checkpointing()
             own.unet.train()
@@ -194,9 +194,9 @@ def test_every_weight_is_read_once(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 
 
 def test_the_vae_is_on_the_device_only_while_it_works(
-    mini_file: Path, monkeypatch: pytest.MonkeyPatch
+    thin_file: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    own, went = load_backbone(mini_file, device="cpu"), []
+    own, went = load_backbone(thin_file, device="cpu"), []
     to = nn.Module.to
     monkeypatch.setattr(
         nn.Module,

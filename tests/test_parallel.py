@@ -70,7 +70,7 @@ def _apart(first: Adapter, second: Adapter) -> float:
     return float((b - other).norm() / other.norm())
 
 
-@pytest.mark.parametrize("method", ["lora", "retention"])
+@pytest.mark.parametrize("method", ["lora", pytest.param("retention", marks=pytest.mark.slow)])
 def test_accumulating_parts_is_one_batch(
     checkpoint: Path, folders: dict[str, Path], method: str
 ) -> None:

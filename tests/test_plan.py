@@ -12,6 +12,7 @@ from typing import Any
 import helpers_families as families
 import pytest
 import torch
+from helpers_thin import TEXT_WIDTH
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -29,9 +30,9 @@ NOWHERE = Path("nowhere.concepts.safetensors")
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "fp8"])
 @pytest.mark.parametrize("kind", ["mini", "sd2", "sdxl", "folder"])
 def test_weights_are_counted_as_they_will_be_held(
-    mini_file: Path, tmp_path: Path, kind: str, precision: str
+    thin_file: Path, tmp_path: Path, kind: str, precision: str
 ) -> None:
-    path = mini_file
+    path = thin_file
     if kind == "folder":
         families.pipeline("sdxl").save_pretrained(path := tmp_path / "folder")
     elif kind != "mini":
@@ -71,9 +72,9 @@ def test_files_are_as_large_as_said(
     assert pipeline.plan(replace(request, token="V2")).stack_file > done.stack_file.stat().st_size
 
 
-def test_what_lowers_memory_lowers_the_plan(mini_file: Path) -> None:
+def test_what_lowers_memory_lowers_the_plan(thin_file: Path) -> None:
     def peak(**change: object) -> int:
-        return plan(mini_file, NOWHERE, replace(QUICK, **change), "cpu").activations  # type: ignore[arg-type]
+        return plan(thin_file, NOWHERE, replace(QUICK, **change), "cpu").activations  # type: ignore[arg-type]
 
     assert peak(checkpointing=True) < 0.7 * peak()
     assert peak(accumulate=4) < 0.3 * peak()
@@ -144,7 +145,7 @@ print(status("VmHWM") - before)
 @pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="peak memory as Linux tells it")
 @pytest.mark.parametrize("checkpointing", [False, True])
-def test_the_peak_is_not_far_below_what_is_measured(mini_file: Path, checkpointing: bool) -> None:
+def test_the_peak_is_not_far_below_what_is_measured(thin_file: Path, checkpointing: bool) -> None:
     settings = {
         "method": "lora",
         "steps": 2,
@@ -155,13 +156,13 @@ def test_the_peak_is_not_far_below_what_is_measured(mini_file: Path, checkpointi
         "precision": "fp32",
     }
     done = subprocess.run(
-        [sys.executable, "-c", MEASURE, str(mini_file), json.dumps(settings)],
+        [sys.executable, "-c", MEASURE, str(thin_file), json.dumps(settings)],
         capture_output=True,
         text=True,
         cwd=Path(__file__).parents[1],
     )
     assert done.returncode == 0, done.stderr
-    said, measured = plan(mini_file, NOWHERE, LearnSettings(**settings), "cpu"), int(done.stdout)
+    said, measured = plan(thin_file, NOWHERE, LearnSettings(**settings), "cpu"), int(done.stdout)
     print(said.activations, measured)
     share = (
         said.activations + said.learned + said.optimizer
@@ -170,12 +171,12 @@ def test_the_peak_is_not_far_below_what_is_measured(mini_file: Path, checkpointi
 
 
 def test_the_command_says_it_and_learns_nothing(
-    mini_file: Path, pictures: Path, capsys: pytest.CaptureFixture[str]
+    thin_file: Path, pictures: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     command = [
         "learn",
         "--checkpoint",
-        str(mini_file),
+        str(thin_file),
         "--images",
         str(pictures),
         "--token",
@@ -204,20 +205,20 @@ def test_the_command_says_it_and_learns_nothing(
     assert cli.main([*command, "--json", "--rank", "8"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert found["learned"] == 4 * (
-        8 * (256 * 14 + 192 * 8 + 64 * 6) + 4 * 256
+        8 * (TEXT_WIDTH * 14 + 64 * 8 + 32 * 6) + 4 * TEXT_WIDTH
     )  # the factors, and a word of four vectors
     assert 0 < found["seconds"][0] == pytest.approx(found["seconds"][1] * 0.3 / 0.85)
-    assert not store.stack_path(mini_file).exists()
+    assert not store.stack_path(thin_file).exists()
 
 
 def test_a_gpu_that_multiplies_in_no_time_still_waits_for_its_calls(
-    mini_file: Path, monkeypatch: pytest.MonkeyPatch
+    thin_file: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("comfy_continual_lora.plan.pick_device", torch.device)
     monkeypatch.setattr("comfy_continual_lora.plan._speed", lambda *_: 1e30)
 
     def seconds(**changes: Any) -> tuple[float, float]:
-        return plan(mini_file, NOWHERE, replace(QUICK, precision="fp32", **changes), "cuda").seconds
+        return plan(thin_file, NOWHERE, replace(QUICK, precision="fp32", **changes), "cuda").seconds
 
     least, most = seconds()
     assert 0 < 3 * least == pytest.approx(most)
@@ -228,14 +229,14 @@ def test_a_gpu_that_multiplies_in_no_time_still_waits_for_its_calls(
 
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_norms_take_more_on_a_gpu_in_half_precision(
-    mini_file: Path, monkeypatch: pytest.MonkeyPatch, checkpointing: bool
+    thin_file: Path, monkeypatch: pytest.MonkeyPatch, checkpointing: bool
 ) -> None:
     monkeypatch.setattr("comfy_continual_lora.plan.pick_device", torch.device)
     monkeypatch.setattr("comfy_continual_lora.plan._speed", lambda *_: 1e12)
 
     def kept(device: str, precision: str) -> int:
         return plan(
-            mini_file,
+            thin_file,
             NOWHERE,
             replace(QUICK, precision=precision, checkpointing=checkpointing),
             device,
@@ -245,15 +246,15 @@ def test_norms_take_more_on_a_gpu_in_half_precision(
     assert kept("cpu", "bf16") < kept("cuda", "bf16") < kept("cuda", "fp32")
 
 
-def test_a_plan_reads_no_weights(mini_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_plan_reads_no_weights(thin_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from comfy_continual_lora.checkpoint.layout import Part
 
     monkeypatch.setattr(Part, "read", lambda *_: pytest.fail("a weight was read"))
-    assert plan(mini_file, NOWHERE, QUICK, "cpu").peak > 0
+    assert plan(thin_file, NOWHERE, QUICK, "cpu").peak > 0
 
 
-def test_mistakes_are_told(mini_file: Path) -> None:
+def test_mistakes_are_told(thin_file: Path) -> None:
     with pytest.raises(SettingError, match="batch is 0"):
-        plan(mini_file, NOWHERE, replace(QUICK, batch=0), "cpu")
+        plan(thin_file, NOWHERE, replace(QUICK, batch=0), "cpu")
     with pytest.raises(CheckpointError, match="There is no checkpoint"):
         plan(Path("missing.safetensors"), NOWHERE, QUICK, "cpu")

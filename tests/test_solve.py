@@ -322,6 +322,7 @@ def test_of_words_alone_the_words_are_selected(
     assert [path.name for path in done.embeddings] == ["V2.safetensors"]
 
 
+@pytest.mark.slow
 def test_forgetting_one_leaves_the_others(
     learned_by_mini: Callable[..., Path], mini: Backbone
 ) -> None:

@@ -223,6 +223,7 @@ def test_behind_the_end_of_its_prompts_nothing_may_change(backbone: Backbone) ->
     assert apart(Step(own, words, ["red " * 90], features[2:])) == 0  # no padding
 
 
+@pytest.mark.slow
 def test_learning_leaves_the_padding_alone(
     backbone: Backbone, checkpoint: Path, folders: dict[str, Path]
 ) -> None:
@@ -271,6 +272,7 @@ def test_in_the_coordinates_of_a_moment_its_spread_is_the_root() -> None:
     )  # the ridge bounds it where there is nothing
 
 
+@pytest.mark.slow
 def test_an_adapter_is_drawn_and_learned_in_these_coordinates(
     checkpoint: Path, folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
