@@ -9,13 +9,8 @@ from typing import Any
 
 import pytest
 
-CHROMIUM = next(
-    (
-        path
-        for name in ("chromium", "chromium-browser", "google-chrome")
-        if (path := shutil.which(name))
-    ),
-    None,
+CHROMIUM = (
+    shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 )
 FLAGS = [
     "--no-sandbox",
@@ -27,7 +22,7 @@ FLAGS = [
     "--disable-sync",
     "--host-resolver-rules=MAP * ~NOTFOUND, EXCLUDE 127.0.0.1",
 ]
-SAID = "([where, text]) => document.querySelector(where)?.innerText.includes(text)"
+SHOWS = "([where, text]) => document.querySelector(where)?.innerText.includes(text)"
 
 
 @contextmanager
@@ -44,12 +39,17 @@ def page(address: str, width: int = 1600, height: int = 1000) -> Iterator[Any]:
         browser.close()
 
 
+def wait_for_text(opened: Any, where: str, text: str, timeout: float = 300_000) -> None:
+    """Until the element at this selector shows the text."""
+    opened.wait_for_function(SHOWS, arg=[where, text], timeout=timeout)
+
+
 def type_beside(opened: Any, table: str, name: str, text: str) -> None:
     """Write into the cell right of the one that says `name`, in a gradio table of any version."""
     cell = ":is(tbody td, [role=gridcell])"
-    opened.dblclick(
-        f"{table} {cell}:has-text('{name}') + {cell} >> visible=true >> nth=-1"
-    )  # the first may be an invisible one for sizes
+    beside = f"{cell}:has-text('{name}') + {cell}"
+    # the first may be an invisible one for sizes
+    opened.dblclick(f"{table} {beside} >> visible=true >> nth=-1")
     opened.keyboard.press("Control+A")
     opened.keyboard.type(text)
     opened.keyboard.press("Enter")

@@ -31,8 +31,8 @@ def find_comfyui() -> Path | None:
 
 
 def python_of(comfyui: Path) -> str:
-    found = [comfyui / venv / "bin" / "python" for venv in (".venv", "venv")]
-    return str(next((python for python in found if python.exists()), sys.executable))
+    candidates = [comfyui / venv / "bin" / "python" for venv in (".venv", "venv")]
+    return str(next((python for python in candidates if python.exists()), sys.executable))
 
 
 class ComfyUI(Server):
@@ -131,14 +131,14 @@ def executed(done: dict[str, Any]) -> set[str]:
     return set(done["prompt"][2]) - cached
 
 
-def to_prompt(workflow: dict[str, Any], known: dict[str, Any]) -> dict[str, Any]:
+def to_prompt(workflow: dict[str, Any], node_types: dict[str, Any]) -> dict[str, Any]:
     """A saved workflow -> what the API takes; `known` is /object_info."""
     links = {link[0]: link for link in workflow["links"]}
     prompt = {}
     for node in workflow["nodes"]:
         if node["type"] in ("Note", "MarkdownNote"):
             continue
-        declared = known[node["type"]]["input"]
+        declared = node_types[node["type"]]["input"]
         linked = {
             one["name"]: one["link"]
             for one in node.get("inputs", [])

@@ -2,8 +2,7 @@
 people own.
 
 The text encoders' names and stacked tensors are written out by hand here. Those of U-Net and VAE
-are the package's own tables, which
-test_checkpoint.py holds against the converters of diffusers.
+are the package's own tables, which test_checkpoint.py holds against the converters of diffusers.
 """
 
 from __future__ import annotations
@@ -142,39 +141,42 @@ def single_file(kind: str) -> dict[str, Tensor]:
     """The same weights under the names of a single file."""
     pipe = pipeline(kind)
     unet, vae = pipe.unet.state_dict(), pipe.vae.state_dict()
-    found = {keys.UNET_PREFIX + ldm: unet[name] for name, ldm in keys.unet_names(unet).items()}
-    found |= {keys.VAE_PREFIX + ldm: vae[name] for name, ldm in keys.vae_names(vae).items()}
+    tensors = {keys.UNET_PREFIX + ldm: unet[name] for name, ldm in keys.unet_names(unet).items()}
+    tensors |= {keys.VAE_PREFIX + ldm: vae[name] for name, ldm in keys.vae_names(vae).items()}
     if kind.startswith("sdxl"):
         inner = {
             name.removeprefix("text_model."): tensor
             for name, tensor in pipe.text_encoder.state_dict().items()
         }
-        found |= {
+        tensors |= {
             f"conditioner.embedders.0.transformer.text_model.{name}": tensor
             for name, tensor in inner.items()
         }
-        found |= {
+        tensors |= {
             f"conditioner.embedders.1.model.{name}": tensor
             for name, tensor in openclip(pipe.text_encoder_2.state_dict()).items()
         }
-        found |= {"v_pred": torch.tensor([]), "ztsnr": torch.tensor([])} if kind == "sdxl-v" else {}
+        tensors |= (
+            {"v_pred": torch.tensor([]), "ztsnr": torch.tensor([])} if kind == "sdxl-v" else {}
+        )
     else:
         names = openclip(pipe.text_encoder.state_dict())
+        # of a layer that is never used
         last = {
             name.replace(".22.", ".23."): torch.full_like(t, torch.nan)
             for name, t in names.items()
             if ".22." in name
-        }  # never used
-        found |= {
+        }
+        tensors |= {
             f"cond_stage_model.model.{name}": tensor for name, tensor in {**names, **last}.items()
         }
-    return {name: tensor.contiguous().clone() for name, tensor in found.items()}
+    return {name: tensor.contiguous().clone() for name, tensor in tensors.items()}
 
 
 def openclip(state: dict[str, Tensor]) -> dict[str, Tensor]:
     """A transformers text model's weights as OpenCLIP has them."""
     state = {name.removeprefix("text_model."): tensor for name, tensor in state.items()}
-    found = {
+    renamed = {
         "token_embedding.weight": state["embeddings.token_embedding.weight"],
         "positional_embedding": state["embeddings.position_embedding.weight"],
         "ln_final.weight": state["final_layer_norm.weight"],
@@ -182,20 +184,20 @@ def openclip(state: dict[str, Tensor]) -> dict[str, Tensor]:
         "logit_scale": torch.tensor(4.6),
     }
     if "text_projection.weight" in state:
-        found["text_projection"] = state["text_projection.weight"].T
+        renamed["text_projection"] = state["text_projection.weight"].T
     for layer in range(
         1 + max(int(name.split(".")[2]) for name in state if name.startswith("encoder."))
     ):
         for leaf in ("weight", "bias"):
             theirs, ours = f"transformer.resblocks.{layer}", f"encoder.layers.{layer}"
-            found |= {
+            renamed |= {
                 f"{theirs}.{name}.{leaf}": state[f"{ours}.{same}.{leaf}"]
                 for name, same in _BY_HAND.items()
             }
-            found[f"{theirs}.attn.in_proj_{leaf}"] = torch.cat(
+            renamed[f"{theirs}.attn.in_proj_{leaf}"] = torch.cat(
                 [state[f"{ours}.self_attn.{letter}_proj.{leaf}"] for letter in "qkv"]
             )
-    return found
+    return renamed
 
 
 def write(kind: str, path: Path, dtype: torch.dtype = torch.float32, **metadata: str) -> Path:

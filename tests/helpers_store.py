@@ -97,16 +97,16 @@ def writer(path: Path, stacks: str, work: str) -> Iterator[Callable[[float], Non
         cwd=Path(__file__).parents[1],
         env={**os.environ, "OMP_NUM_THREADS": "1"},
     )
-    begin, said = parent.stdin, parent.stdout
+    begin, output = parent.stdin, parent.stdout
     assert begin
-    assert said
+    assert output
 
     def kill_after(seconds: float) -> None:
         print(file=begin, flush=True)
-        child = int(said.readline())
+        child = int(output.readline())
         time.sleep(seconds)
         os.kill(child, signal.SIGKILL)
-        assert int(said.readline()) == -signal.SIGKILL  # it had not failed before
+        assert int(output.readline()) == -signal.SIGKILL  # it had not failed before
 
     yield kill_after
     parent.communicate()

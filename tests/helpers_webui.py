@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from helpers_browser import SAID, page, type_beside
+from helpers_browser import page, type_beside, wait_for_text
 from helpers_server import Server, free_port
 from PIL import Image
 from safetensors.torch import load_file
@@ -141,20 +141,22 @@ class WebUI(Server):
 
     def start(self, cache: Path | None = None) -> None:
         """`cache` holds what transformers would download."""
-        port, cache = free_port(), cache or self.webui / "hf-home"
-        offline = {
+        port = free_port()
+        cache = cache or self.webui / "hf-home"
+        env = {
+            **os.environ,
+            "PYTHONPATH": "",
             "HF_HUB_OFFLINE": "1",
             "TRANSFORMERS_OFFLINE": "1",
-            **({"HF_HOME": str(cache)} if cache.exists() else {}),
         }
-        flags = [
-            *_FLAGS,
-            *(("--always-cpu", "--gradio-allowed-path", str(self.webui)) if self.forge else _A1111),
-        ]
+        if cache.exists():
+            env["HF_HOME"] = str(cache)
+        forge = ["--always-cpu", "--gradio-allowed-path", str(self.webui)]
         command = [
             str(_python(self.webui)),
             "launch.py",
-            *flags,
+            *_FLAGS,
+            *(forge if self.forge else _A1111),
             "--port",
             str(port),
             "--data-dir",
@@ -162,18 +164,12 @@ class WebUI(Server):
         ]
         # no request before it says so: it still adds middleware, and fails after one
         ready = lambda: "Startup time" in self.log.read_text()  # noqa: E731
-        self.launch(
-            command, port, ready, cwd=self.webui, env={**os.environ, "PYTHONPATH": "", **offline}
-        )
+        self.launch(command, port, ready, cwd=self.webui, env=env)
 
     def ended(self, timeout: float = 600) -> dict[str, Any]:
         """The job, once it ended."""
         deadline = time.monotonic() + timeout
-        while (job := self.get("/continual-lora/v1/jobs"))["state"] not in (
-            "done",
-            "failed",
-            "stopped",
-        ):
+        while (job := self.get(f"{API}/jobs"))["state"] not in ("done", "failed", "stopped"):
             if time.monotonic() > deadline:
                 raise TimeoutError(f"the job is still {job}")
             time.sleep(0.3)
@@ -194,7 +190,7 @@ def learn(pictures: Path, token: str, stack: str, **settings: Any) -> dict[str, 
 
 
 def drawn(host: WebUI, prompt: str) -> np.ndarray:
-    asked = {
+    request = {
         "prompt": prompt,
         "seed": 1,
         "steps": 6,
@@ -203,15 +199,14 @@ def drawn(host: WebUI, prompt: str) -> np.ndarray:
         "cfg_scale": 4,
         "sampler_name": "DDIM",
     }
-    answer = host.post("/sdapi/v1/txt2img", asked)
-    return np.asarray(
-        Image.open(io.BytesIO(base64.b64decode(answer["images"][0]))).convert("RGB"), int
-    )
+    answer = host.post("/sdapi/v1/txt2img", request)
+    image = Image.open(io.BytesIO(base64.b64decode(answer["images"][0])))
+    return np.asarray(image.convert("RGB"), int)
 
 
 def learns_and_draws(host: WebUI, pictures: Path) -> None:
     """Without a restart, and with the model loaded before: the LoRA changes the picture, the word
-    changes it too, and the web UI's model is back.
+    changes it too, and the web UI's model is back afterwards.
     """
     before = drawn(host, "a photo of a V1 ball")
     host.post(f"{API}/learn", learn(pictures, "V1", "", rate=0.01, token_rate=0.05, steps=10))
@@ -224,58 +219,42 @@ def learns_and_draws(host: WebUI, pictures: Path) -> None:
     with_both = drawn(host, f"a photo of a V1 ball <lora:{lora.stem}:1>")
     assert np.abs(with_word - before).mean() > 1
     assert np.abs(with_both - with_word).mean() > 1
-    assert [one["token"] for one in host.get(f"{API}/concepts?checkpoint=mini-sd.safetensors")] == [
-        "V1"
-    ]
+    learned = host.get(f"{API}/concepts?checkpoint=mini-sd.safetensors")
+    assert [concept["token"] for concept in learned] == ["V1"]
 
 
 def learns_in_a_browser(host: WebUI, pictures: Path, screenshot: Path) -> None:
     """From dropped pictures, one with a caption of its own, to the finished concept; a tab of
     another extension goes on beside it.
 
-    The first picture is dropped, cleared and dropped again."""
+    The first picture is dropped, cleared and dropped again.
+    """
     with page(host.address, height=1600) as opened:
         opened.wait_for_selector("#txt2img_generate", timeout=120_000)
         opened.click("button:has-text('Continual LoRA')")
         files = sorted(pictures.glob("*.png"))
-        files[0].with_suffix(".txt").write_text("a photo of B1 on sand")
-        opened.set_input_files("#continual_lora_files input[type=file]", str(files[0]))
-        opened.click(
-            "#continual_lora_files button[aria-label='Clear']", timeout=60_000
-        )  # as before the next concept
+        caption = files[0].with_suffix(".txt")
+        caption.write_text("a photo of B1 on sand")
+        drop = "#continual_lora_files input[type=file]"
+        opened.set_input_files(drop, str(files[0]))
+        # as before the next concept
+        opened.click("#continual_lora_files button[aria-label='Clear']", timeout=60_000)
         opened.wait_for_timeout(2_000)
-        opened.set_input_files(
-            "#continual_lora_files input[type=file]",
-            [str(p) for p in (*files, files[0].with_suffix(".txt"))],
-        )
+        opened.set_input_files(drop, [str(path) for path in (*files, caption)])
         opened.fill("#continual_lora_token textarea", "B1")
         opened.fill("#continual_lora_noun textarea", "ball")
         opened.click("text=Captions, and settings for experts")
-        opened.wait_for_function(
-            SAID, arg=["#continual_lora_captions", "a photo of B1 on sand"], timeout=60_000
-        )
+        wait_for_text(opened, "#continual_lora_captions", "a photo of B1 on sand", 60_000)
         type_beside(opened, "#continual_lora_captions", files[1].name, "B1 ball in front of a wall")
-        for name, value in (
-            ("steps", 4),
-            ("batch", 2),
-            ("rank", 4),
-            ("fisher_samples", 4),
-            ("preview_every", 2),
-        ):
-            opened.fill(f"#continual_lora_{name} input", str(value))
+        fill_settings(opened, steps=4, batch=2, rank=4, fisher_samples=4, preview_every=2)
         opened.fill("#continual_lora_stack textarea", "browser")
         opened.click("#continual_lora_learn")
-        opened.wait_for_function(
-            SAID, arg=["#continual_lora_status", "Learned B1 ball"], timeout=1_800_000
-        )
-        opened.wait_for_function(
-            SAID, arg=["#continual_lora_concepts", "4 steps, "], timeout=60_000
-        )
+        wait_for_text(opened, "#continual_lora_status", "Learned B1 ball", 1_800_000)
+        wait_for_text(opened, "#continual_lora_concepts", "4 steps, ", 60_000)
         opened.screenshot(path=str(screenshot))
         stack = host.checkpoint.with_name("mini-sd.browser.concepts.safetensors")
-        assert {"a photo of B1 on sand", "B1 ball in front of a wall"} <= set(
-            read_records(stack)[0].prompts
-        )
+        prompts = read_records(stack)[0].prompts
+        assert {"a photo of B1 on sand", "B1 ball in front of a wall"} <= set(prompts)
         assert copies_of(host, "browser") == []
         asks_first(opened, stack, "B1")
         opened.click("button:has-text('Neighbour')")
@@ -288,12 +267,17 @@ def learns_in_a_browser(host: WebUI, pictures: Path, screenshot: Path) -> None:
     assert host.get("/neighbour") == {"still": "here"}
 
 
+def fill_settings(opened: Any, **values: int) -> None:
+    for name, value in values.items():
+        opened.fill(f"#continual_lora_{name} input", str(value))
+
+
 def copies_of(host: WebUI, stack: str) -> list[Path]:
     """The folders with copies of pictures that were learned for a named stack; other tests'
     unfinished runs keep theirs.
     """
-    found = (host.data / "continual-lora" / "copies").rglob("of.json")
-    return [one.parent for one in found if f".{stack}." in json.loads(one.read_text())["stack"]]
+    owners = (host.data / "continual-lora" / "copies").rglob("of.json")
+    return [file.parent for file in owners if f".{stack}." in json.loads(file.read_text())["stack"]]
 
 
 def asks_first(opened: Any, stack: Path, token: str = "V1") -> None:
@@ -301,48 +285,48 @@ def asks_first(opened: Any, stack: Path, token: str = "V1") -> None:
     they are confirmed.
     """
 
-    def said(where: str, text: str) -> None:
-        opened.wait_for_function(SAID, arg=[f"#continual_lora_{where}", text], timeout=300_000)
+    def shows(where: str, text: str) -> None:
+        wait_for_text(opened, f"#continual_lora_{where}", text)
 
     def holds(*tokens: str) -> None:
-        assert [one.token for one in read_records(stack)] == list(tokens)
+        assert [record.token for record in read_records(stack)] == list(tokens)
 
     field = "#continual_lora_token input, #continual_lora_token textarea"
     opened.fill(field, "V9")
     opened.click("#continual_lora_forget")
-    said("status", f"The word V9 is not on the stack; the stack holds {token}.")
+    shows("status", f"The word V9 is not on the stack; the stack holds {token}.")
     opened.fill(field, token)
     opened.click("#continual_lora_forget")
-    said("question", f"This removes {token} ball")
+    shows("question", f"This removes {token} ball")
     holds(token)
     opened.click("#continual_lora_no")
     opened.wait_for_selector("#continual_lora_yes", state="hidden")
     holds(token)
     opened.click("#continual_lora_undo")
-    said("question", f"Undo takes back: learned {token} ball")
+    shows("question", f"Undo takes back: learned {token} ball")
     number = next(one.number for one in versions(stack) if one.current)
     history.undo(stack)  # by another program, meanwhile
     opened.click("#continual_lora_yes")
-    said("status", "There is nothing to undo")
+    shows("status", "There is nothing to undo")
     history.restore(stack, number)
     opened.click("#continual_lora_undo")
-    said("question", f"Undo takes back: learned {token} ball")
+    shows("question", f"Undo takes back: learned {token} ball")
     holds(token)
     opened.click("#continual_lora_yes")
-    said("status", f"Undone: learned {token} ball. The stack now holds no concept.")
-    said("concepts", "No concept learned yet")
+    shows("status", f"Undone: learned {token} ball. The stack now holds no concept.")
+    shows("concepts", "No concept learned yet")
     holds()
     opened.click("text=History of the stack")
     opened.fill("#continual_lora_version input", "77")
     opened.click("#continual_lora_restore")
-    said("status", "There is no version 77")
+    shows("status", "There is no version 77")
     number = next(one.number for one in versions(stack) if one.tokens == [token])
     opened.fill("#continual_lora_version input", str(number))
     opened.click("#continual_lora_restore")
-    said("question", f"This goes back to version {number}")
+    shows("question", f"This goes back to version {number}")
     holds()
     opened.click("#continual_lora_yes")
-    said("status", f"Went back to version {number}")
+    shows("status", f"Went back to version {number}")
     holds(token)
 
 
@@ -367,12 +351,9 @@ def _put_mini(checkpoint: Path, data: Path, *, stock: bool) -> None:
             for name, t in tensors.items()
             if name.startswith(prefix)
         }
+        path = data / "models" / "VAE-taesd" / f"taesd_{half}.pth"
         # its unpickler knows no newer format
-        torch.save(
-            state,
-            data / "models" / "VAE-taesd" / f"taesd_{half}.pth",
-            _use_new_zipfile_serialization=False,
-        )
+        torch.save(state, path, _use_new_zipfile_serialization=False)
     options = {
         "sd_vae_decode_method": "TAESD",
         "sd_vae_encode_method": "TAESD",

@@ -142,7 +142,7 @@ def test_scores_evaluate_consolidate_and_forget(
         assert host.ended()["state"] == "done"
     images = learn(second, "V2", "deeds")["images"]
     place = {**PLACE, "stack": "deeds"}
-    for deed, body, found in (
+    for operation, body, key in (
         ("scores", {"images": images[:1], "settings": {"trials": 2}}, "images"),
         ("evaluate", {"settings": {"pictures": 1, "steps": 2, "trials": 2}}, "kept"),
         (
@@ -155,15 +155,13 @@ def test_scores_evaluate_consolidate_and_forget(
         ("forget", {"token": "V1"}, "token"),
         ("undo", {}, "token"),
     ):
-        host.post(f"{API}/{deed}", {**place, **body})
+        host.post(f"{API}/{operation}", {**place, **body})
         job = host.ended()
         assert job["state"] == "done", job
-        assert job["results"][deed][found]
+        assert job["results"][operation][key]
     where = "checkpoint=mini-sd.safetensors&stack=deeds"
-    assert [one["token"] for one in host.get(f"{API}/concepts?{where}")] == [
-        "V1",
-        "V2",
-    ]  # forgetting was undone
+    learned = host.get(f"{API}/concepts?{where}")
+    assert [concept["token"] for concept in learned] == ["V1", "V2"]  # forgetting was undone
     forgot = next(
         one for one in host.get(f"{API}/history?{where}") if one["change"].startswith("forgot")
     )

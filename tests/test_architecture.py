@@ -72,19 +72,19 @@ def _layer(module: str) -> int:
 def _imports(path: Path) -> set[str]:
     """First part of every module of the package that a file imports."""
     depth = len(path.relative_to(PACKAGE).parts)
-    found = set()
+    modules = set()
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.ImportFrom):
             assert node.level or not (node.module or "").startswith("comfy_continual_lora"), (
                 f"{path}: import relatively, ComfyUI renames the package"
             )
             if node.level == depth:
-                found |= (
+                modules |= (
                     {node.module.split(".")[0]}
                     if node.module
                     else {alias.name for alias in node.names}
                 )
-    return found
+    return modules
 
 
 # an import of the package on one line

@@ -43,12 +43,12 @@ def test_unet_names_and_config_agree_with_diffusers(config: dict[str, Any], name
     assert {name: id(tensor) for name, tensor in theirs.items()} == {
         name: id(ldm[keys.UNET_PREFIX + ours[name]]) for name in ours
     }
-    found = {
+    tensors = {
         name.removeprefix(keys.UNET_PREFIX): tuple(tensor.shape) for name, tensor in ldm.items()
     }
-    assert shapes.unet_config(found) == config
-    assert name in found
-    assert found["output_blocks.5.2.conv.weight"] == (
+    assert shapes.unet_config(tensors) == config
+    assert name in tensors
+    assert tensors["output_blocks.5.2.conv.weight"] == (
         640 if "addition_embed_type" in config else 1280,
     ) * 2 + (3, 3)  # after an attention
     kv = [name.removesuffix(".weight") for name in ours if ".attn2.to_k." in name]
@@ -100,9 +100,8 @@ def test_a_word_vector_stands_where_its_token_stands(backbone: Backbone) -> None
     plain = backbone.encode_prompts(["a photo of a red mug"])
     for prompt in ("a photo of a V1 mug", "a photo of a v1 mug"):
         assert torch.equal(backbone.encode_prompts([prompt], {"V1": red}), plain)
-    assert not torch.equal(
-        backbone.encode_prompts(["a photo of a V12 mug"], {"V1": red}), plain
-    )  # V12 is another word
+    other_word = backbone.encode_prompts(["a photo of a V12 mug"], {"V1": red})
+    assert not torch.equal(other_word, plain)
 
 
 def test_a_word_of_several_vectors_takes_as_many_positions(backbone: Backbone) -> None:
@@ -182,15 +181,15 @@ def test_a_vae_without_room_beside_the_unet_is_given_it_once(
     mini_file: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     backbone = load_backbone(mini_file, device="cpu")
-    picture, encode, asked = torch.rand(3, 64, 64), backbone.vae.encode, []
+    picture, encode, encoded = torch.rand(3, 64, 64), backbone.vae.encode, []
     latent, weights = (
         backbone.encode_images([picture])[0],
         [p.clone() for p in backbone.unet.parameters()],
     )
 
     def full(x: torch.Tensor) -> object:
-        asked.append(x)
-        if len(asked) in (1, 3, 4):
+        encoded.append(x)
+        if len(encoded) in (1, 3, 4):
             raise torch.cuda.OutOfMemoryError("CUDA out of memory.")
         return encode(x)
 
@@ -198,7 +197,7 @@ def test_a_vae_without_room_beside_the_unet_is_given_it_once(
     assert torch.equal(backbone.encode_images(iter([picture]))[0], latent)
     with pytest.raises(torch.cuda.OutOfMemoryError):
         backbone.encode_images([picture])
-    assert len(asked) == 4
+    assert len(encoded) == 4
     assert all(torch.equal(a, b) for a, b in zip(weights, backbone.unet.parameters(), strict=True))
 
 

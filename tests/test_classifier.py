@@ -19,8 +19,7 @@ class Toy:
     sqrt(a) mean) / sqrt(1 - a).
 
     The "text features" of a concept are its mean; the error of concept i on the picture of concept
-    j is a / (1 - a) mean((mu_j - mu_i)^2), whatever
-    the noise.
+    j is a / (1 - a) mean((mu_j - mu_i)^2), whatever the noise.
     """
 
     device, prediction, zero_snr = torch.device("cpu"), "epsilon", False
@@ -129,8 +128,8 @@ def test_the_subset_holds_a_random_few_of_the_previous() -> None:
 
 
 def test_stratified_timesteps_cover_the_range() -> None:
-    found = stratified(50, generator_for(1)).sort().values
-    assert torch.equal(found // 20, torch.arange(50))
+    timesteps = stratified(50, generator_for(1)).sort().values
+    assert torch.equal(timesteps // 20, torch.arange(50))
 
 
 @pytest.mark.parametrize("weighting", ["uniform", "linear"])
@@ -138,22 +137,22 @@ def test_classify_finds_the_concept_and_says_how_sure(weighting: str) -> None:
     means = _means(6)
     features = {f"V{i}": prompt for i, prompt in enumerate(_prompts(means))}
     settings = ScoreSettings(trials=32, stages=3, rows=7, weighting=weighting)
-    found = classifier.classify(Toy(), means[4], features, 0.5, settings)  # type: ignore[arg-type]
-    assert found.best == "V4"
-    assert found.sure
-    assert found.margin_low < found.margin < found.margin_high
-    assert sum(found.probabilities) == pytest.approx(1)
-    assert found.probabilities == sorted(found.probabilities, reverse=True)
-    assert sorted(found.trials) == [8, 8, 8, 16, 32, 32]
+    scores = classifier.classify(Toy(), means[4], features, 0.5, settings)  # type: ignore[arg-type]
+    assert scores.best == "V4"
+    assert scores.sure
+    assert scores.margin_low < scores.margin < scores.margin_high
+    assert sum(scores.probabilities) == pytest.approx(1)
+    assert scores.probabilities == sorted(scores.probabilities, reverse=True)
+    assert sorted(scores.trials) == [8, 8, 8, 16, 32, 32]
     whole = classifier.classify(Toy(), means[4], features, 0.5, ScoreSettings(trials=32, stages=1))  # type: ignore[arg-type]
     assert whole.best == "V4"
     assert whole.trials == [32] * 6
 
 
-def test_two_prompts_that_say_the_same_are_not_told_apart() -> None:
+def test_equal_prompts_are_equally_likely() -> None:
     means = _means(1)
-    found = classifier.classify(
+    scores = classifier.classify(
         Toy(), means[0], {"a": _prompts(means)[0], "b": _prompts(means)[0]}, 0.5, ScoreSettings()
     )  # type: ignore[arg-type]
-    assert not found.sure
-    assert found.probabilities == pytest.approx([0.5, 0.5])
+    assert not scores.sure
+    assert scores.probabilities == pytest.approx([0.5, 0.5])

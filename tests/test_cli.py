@@ -34,18 +34,8 @@ from comfy_continual_lora.settings import (
 COMMAND = [sys.executable, "-m", "comfy_continual_lora"]
 ROOT = Path(__file__).parents[1]
 QUICK = [
-    "--steps",
-    "4",
-    "--batch",
-    "2",
-    "--rank",
-    "4",
-    "--device",
-    "cpu",
-    "--fisher-samples",
-    "4",
-    "--dsc-steps",
-    "2",
+    *("--steps", "4", "--batch", "2", "--rank", "4", "--device", "cpu"),
+    *("--fisher-samples", "4", "--dsc-steps", "2"),
 ]
 
 
@@ -76,45 +66,20 @@ def test_mini_learn_learn_info_draw_undo(
     assert run("mini", checkpoint).returncode == 0
     for token, noun, index in (("V1", "ball", 0), ("V2", "fish", 6)):
         folder = save_concept(tmp_path / token, index)
-        done = run(
-            "learn",
-            "--checkpoint",
-            checkpoint,
-            "--images",
-            folder,
-            "--token",
-            token,
-            "--noun",
-            noun,
-            *QUICK,
-        )
+        concept = ["--images", folder, "--token", token, "--noun", noun]
+        done = run("learn", "--checkpoint", checkpoint, *concept, *QUICK)
         assert (done.returncode, f"Learned {token}" in done.stdout) == (0, True), done.stderr
-    found = json.loads(run("info", "--checkpoint", checkpoint, "--json").stdout)
+    info = json.loads(run("info", "--checkpoint", checkpoint, "--json").stdout)
     assert [
-        (c["token"], c["noun"], c["images"], c["steps"], c["method"]) for c in found["concepts"]
-    ] == [
-        ("V1", "ball", 4, 4, "retention"),
-        ("V2", "fish", 4, 4, "retention"),
-    ]
-    assert found["rank"] >= 4  # or what two concepts ask for
-    assert found["trainable_parameters"] == found["rank"] * (256 * 14 + 192 * 8 + 64 * 6) + 4 * 256
-    assert len(found["fingerprint"]) == 64
-    assert Path(found["stack_file"]).parent == checkpoint.parent
+        (c["token"], c["noun"], c["images"], c["steps"], c["method"]) for c in info["concepts"]
+    ] == [("V1", "ball", 4, 4, "retention"), ("V2", "fish", 4, 4, "retention")]
+    assert info["rank"] >= 4  # or what two concepts ask for
+    assert info["trainable_parameters"] == info["rank"] * (256 * 14 + 192 * 8 + 64 * 6) + 4 * 256
+    assert len(info["fingerprint"]) == 64
+    assert Path(info["stack_file"]).parent == checkpoint.parent
     both = ["--prompt", "a V1 ball", "--beside", "a V2 fish"]
-    drawn = run(
-        "draw",
-        "--checkpoint",
-        checkpoint,
-        *both,
-        "-n",
-        2,
-        "--steps",
-        2,
-        "--out",
-        out,
-        "--device",
-        "cpu",
-    )
+    on = ["--checkpoint", checkpoint, "--device", "cpu"]
+    drawn = run("draw", *on, *both, "-n", 2, "--steps", 2, "--out", out)
     assert drawn.returncode == 0, drawn.stderr
     assert sorted(p.name for p in out.iterdir()) == [
         "a-V1-ball-a-V2-fish-0.png",
@@ -124,42 +89,17 @@ def test_mini_learn_learn_info_draw_undo(
     with Image.open(out / "a-V1-ball-a-V2-fish-0.png") as picture:
         assert picture.size == (224, 128)
     plot = ["--plot", out / "scores.png"]
-    scored = run(
-        "scores",
-        "--checkpoint",
-        checkpoint,
-        "--images",
-        tmp_path / "V1",
-        "--trials",
-        4,
-        "--json",
-        *plot,
-        "--device",
-        "cpu",
-    )
+    scored = run("scores", *on, "--images", tmp_path / "V1", "--trials", 4, "--json", *plot)
     assert scored.returncode == 0, scored.stderr
     rows = json.loads(scored.stdout)
     assert [row["label"] for row in rows["images"]] == ["V1"] * 4
     assert rows["accuracy"] == sum(row["right"] for row in rows["images"]) / 4
     assert (out / "scores.png").stat().st_size > 1000
     plot = ["--plot", out / "retention.png"]
-    kept = run(
-        "evaluate",
-        "--checkpoint",
-        checkpoint,
-        "--pictures",
-        1,
-        "--steps",
-        2,
-        "--trials",
-        2,
-        "--json",
-        *plot,
-        "--device",
-        "cpu",
-    )
-    assert kept.returncode == 0, kept.stderr
-    assert json.loads(kept.stdout)["concepts"] == ["V1 ball", "V2 fish"]
+    few = ["--pictures", 1, "--steps", 2, "--trials", 2]
+    evaluated = run("evaluate", *on, *few, "--json", *plot)
+    assert evaluated.returncode == 0, evaluated.stderr
+    assert json.loads(evaluated.stdout)["concepts"] == ["V1 ball", "V2 fish"]
     assert (out / "retention.png").stat().st_size > 1000
     done = run(
         "consolidate",

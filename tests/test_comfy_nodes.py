@@ -164,29 +164,25 @@ def test_every_widget_reaches_its_setting(nodes: Any) -> None:
         (nodes.ForgetConcept, SolveSettings),
         (nodes.MergeStacks, SolveSettings),
     ):
-        known = {f.name for f in dataclasses.fields(settings)}
-        ports = {port.id: port for port in node.define_schema().inputs if port.id in known}
+        names = {f.name for f in dataclasses.fields(settings)}
+        ports = {port.id: port for port in node.define_schema().inputs if port.id in names}
         assert ports
         if settings is SolveSettings:
-            assert ports.keys() == known
-        assert (
-            settings_from(settings, {name: port.rest["default"] for name, port in ports.items()})
-            == settings()
-        )
+            assert ports.keys() == names
+        defaults = {name: port.rest["default"] for name, port in ports.items()}
+        assert settings_from(settings, defaults) == settings()
         for name, port in ports.items():
             if port.io_type == "BOOLEAN":
-                assert (
-                    getattr(settings_from(settings, {name: not port.rest["default"]}), name)
-                    is not port.rest["default"]
-                )
+                changed = settings_from(settings, {name: not defaults[name]})
+                assert getattr(changed, name) is not defaults[name]
                 continue
             other = (
                 next(o for o in port.rest["options"] if o != port.rest["default"])
                 if "options" in port.rest
                 else port.rest["default"] + 1
             )
-            found = getattr(settings_from(settings, {name: other}), name)
-            assert found == {"yes": True, "no": False}.get(other, other)
+            value = getattr(settings_from(settings, {name: other}), name)
+            assert value == {"yes": True, "no": False}.get(other, other)
 
 
 def test_a_selection_is_not_merged(nodes: Any) -> None:
@@ -219,13 +215,13 @@ def test_what_was_chosen_reaches_the_request(
 ) -> None:
     """Each node hands the table's operation a request about its stack, with its widgets' values."""
     operations = importlib.import_module("comfy_continual_lora.operations").OPERATIONS
-    asked: dict[str, Any] = {}
+    requests_by_name: dict[str, Any] = {}
 
     def spy(name: str) -> Any:
         def run(request: Any, *_: Any) -> Any:
             assert isinstance(request, type_of[name])
             request.check()
-            asked[name] = request
+            requests_by_name[name] = request
             raise StackError("far enough")
 
         return run
@@ -280,15 +276,15 @@ def test_what_was_chosen_reaches_the_request(
     ):
         with pytest.raises(StackError, match="far enough"):
             node.execute(**given)
-        request = asked[name]
+        request = requests_by_name[name]
         assert (request.checkpoint, request.stack) == (closed_stack.checkpoint, closed_stack.file)
         assert request.device == "cpu"
         assert {field: getattr(request, field) for field in expected} == expected
-    assert asked["learn"].settings == LearnSettings(rank=8, flip=False)
-    assert asked["consolidate"].settings == TrainSettings(dsc_steps=7)
-    assert asked["scores"].settings == ScoreSettings(trials=7)
-    assert asked["closed_form"].settings == SolveSettings(energy=0.9)
-    assert asked["evaluate"].settings == EvaluateSettings(pictures=2)
+    assert requests_by_name["learn"].settings == LearnSettings(rank=8, flip=False)
+    assert requests_by_name["consolidate"].settings == TrainSettings(dsc_steps=7)
+    assert requests_by_name["scores"].settings == ScoreSettings(trials=7)
+    assert requests_by_name["closed_form"].settings == SolveSettings(energy=0.9)
+    assert requests_by_name["evaluate"].settings == EvaluateSettings(pictures=2)
 
 
 class _Picture(list):
@@ -313,7 +309,7 @@ def test_errors_name_widgets(nodes: Any, closed_stack: Any) -> None:
         assert hasattr(node.execute, "__wrapped__") or node is nodes.ExamplePictures, node
 
 
-def test_no_message_of_the_nodes_speaks_of_flags() -> None:
+def test_no_message_of_the_nodes_mentions_flags() -> None:
     for path in (REPOSITORY / "comfy_continual_lora" / "comfy_nodes").glob("*.py"):
         assert not re.findall(r"(?<![\w-])--[a-z]+", path.read_text()), path
 

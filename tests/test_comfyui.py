@@ -43,7 +43,7 @@ def host(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ComfyUI]:
 
 
 @pytest.fixture
-def known(host: ComfyUI) -> dict[str, Any]:
+def node_types(host: ComfyUI) -> dict[str, Any]:
     return host.get("/object_info")
 
 
@@ -166,8 +166,10 @@ def stack_of(host: ComfyUI, name: str) -> Path:
 
 
 @pytest.mark.parametrize("path", WORKFLOWS, ids=lambda p: p.stem)
-def test_workflows_run_to_their_pictures(host: ComfyUI, known: dict[str, Any], path: Path) -> None:
-    prompt = quick(to_prompt(json.loads(path.read_text()), known), path.stem)
+def test_workflows_run_to_their_pictures(
+    host: ComfyUI, node_types: dict[str, Any], path: Path
+) -> None:
+    prompt = quick(to_prompt(json.loads(path.read_text()), node_types), path.stem)
     done = host.run(prompt)
     shown = [node for node, one in prompt.items() if one["class_type"] == "PreviewImage"]
     assert shown
@@ -194,12 +196,12 @@ def test_help_pages_and_their_pictures_are_served(host: ComfyUI) -> None:
 
 def test_our_files_stay_out_of_our_list_and_the_mini_is_in_the_stock_one(host: ComfyUI) -> None:
     host.run(learn("listed"))
-    known = host.get("/object_info")
+    node_types = host.get("/object_info")
     assert (
         "mini-sd.safetensors"
-        in known["CheckpointLoaderSimple"]["input"]["required"]["ckpt_name"][0]
+        in node_types["CheckpointLoaderSimple"]["input"]["required"]["ckpt_name"][0]
     )
-    ours = known["ContinualLora_LoadStack"]["input"]["required"]["checkpoint"]
+    ours = node_types["ContinualLora_LoadStack"]["input"]["required"]["checkpoint"]
     assert not [name for name in ours[1]["options"] if "concepts" in name]
 
 
@@ -257,9 +259,9 @@ def test_replacing_is_one_step(host: ComfyUI) -> None:
     host.post("/interrupt", {})
     host.finished(long)
     assert stack_of(host, "replace").read_bytes() == before
-    told = text_of(host.run(learn("replace", **replace)), "4")
-    assert "Learned V1 fish" in told
-    assert "Another run of V1 was stopped" in told
+    text = text_of(host.run(learn("replace", **replace)), "4")
+    assert "Learned V1 fish" in text
+    assert "Another run of V1 was stopped" in text
     assert "Undone: replaced V1 fish" in undo(host, "replace", version=2)
     assert [record.noun for record in read_records(stack_of(host, "replace"))] == ["ball"]
 
@@ -309,8 +311,8 @@ def test_undo_says_what_it_takes_back_and_history_brings_it_back(host: ComfyUI) 
     }
     host.run(forget)
     data = stack_of(host, "history").read_bytes()
-    assert "Undo takes back: forgot V1 ball" in (told := undo(host, "history"))
-    assert "set version to 3" in told
+    assert "Undo takes back: forgot V1 ball" in (message := undo(host, "history"))
+    assert "set version to 3" in message
     assert "was not the last change" in error_of(
         host.finished(host.queue(undo_graph("history", token="V2")))
     )
@@ -341,15 +343,15 @@ def test_exported_files_draw_what_apply_draws(host: ComfyUI) -> None:
     assert (
         len({key.split(".")[0] for key in load_file(host.base / "models" / "loras" / name)}) == 14
     )
-    found = {
+    pictures_by_way = {
         kind: draws(host, load["1"], "mini-sd.safetensors", name, word, kind)
         for kind in ("ours", "stock", "plain")
     }
-    assert np.abs(found["ours"] - found["stock"]).max() <= 2
-    assert np.abs(found["ours"] - found["plain"]).mean() > 2
+    assert np.abs(pictures_by_way["ours"] - pictures_by_way["stock"]).max() <= 2
+    assert np.abs(pictures_by_way["ours"] - pictures_by_way["plain"]).mean() > 2
 
 
-def test_mistakes_are_told_in_words_and_lose_nothing(host: ComfyUI) -> None:
+def test_mistakes_are_reported_in_words_and_lose_nothing(host: ComfyUI) -> None:
     host.run(learn("mistakes"))
     data = stack_of(host, "mistakes").read_bytes()
     for change, message in (
@@ -387,19 +389,19 @@ def test_closed_form_merge_forget_and_import(host: ComfyUI) -> None:
         host.run(learn(name, token=token, which=which))
 
     def graph(kind: str, **inputs: Any) -> dict[str, Any]:
-        found: dict[str, Any] = {
+        nodes: dict[str, Any] = {
             str(n): {
                 "class_type": "ContinualLora_LoadStack",
                 "inputs": {"checkpoint": "mini-sd.safetensors", "stack_name": name},
             }
             for n, name in ((1, "mine"), (2, "theirs"))
         }
-        found["3"] = {
+        nodes["3"] = {
             "class_type": f"ContinualLora_{kind}",
             "inputs": {"stack": ["1", 0], **inputs},
         }
-        found["4"] = {"class_type": "PreviewAny", "inputs": {"source": ["3", 1]}}
-        return found
+        nodes["4"] = {"class_type": "PreviewAny", "inputs": {"source": ["3", 1]}}
+        return nodes
 
     def does(kind: str, **inputs: Any) -> str:
         return text_of(host.run(graph(kind, **inputs)), "4")
@@ -449,7 +451,7 @@ def test_a_server_killed_in_the_middle_goes_on_after_a_restart(host: ComfyUI) ->
     assert not snapshots_of(stack_of(host, "killed"), "V1")
 
 
-def test_a_renamed_checkpoint_is_told_about(host: ComfyUI) -> None:
+def test_a_renamed_checkpoint_is_reported(host: ComfyUI) -> None:
     host.run(learn("renamed"))
     path = stack_of(host, "renamed")
     lone = path.rename(path.with_name("gone.concepts.safetensors"))

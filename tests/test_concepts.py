@@ -64,9 +64,9 @@ def test_crop_keeps_the_middle_and_pad_keeps_everything() -> None:
 def test_captions_lie_beside_the_pictures(tmp_path: Path) -> None:
     save_concept(tmp_path / "p", 0, 2)
     (tmp_path / "p" / "0.txt").write_text("V1 ball on a shelf\n")
-    found = concepts.load_images(tmp_path / "p", 32)
-    assert found.captions == ("V1 ball on a shelf", None)
-    assert concepts.prompts_for("V1", "ball", ["a photo of a {}"], found.captions[0]) == [
+    images = concepts.load_images(tmp_path / "p", 32)
+    assert images.captions == ("V1 ball on a shelf", None)
+    assert concepts.prompts_for("V1", "ball", ["a photo of a {}"], images.captions[0]) == [
         "V1 ball on a shelf"
     ]
     assert concepts.prompts_for("V1", "ball", ["a photo of a {}"], "on a shelf") == [
@@ -134,12 +134,12 @@ def test_buckets_keep_the_shape_and_never_cost_more_than_the_square(
     width: int, height: int, size: int
 ) -> None:
     step = min(64, size // 8)
-    found = concepts.bucket(width, height, size)
-    assert all(side % step == 0 and side > 0 for side in found)
-    assert found[0] * found[1] <= size * size
+    sides = concepts.bucket(width, height, size)
+    assert all(side % step == 0 and side > 0 for side in sides)
+    assert sides[0] * sides[1] <= size * size
     wanted = min(4, max(1 / 4, width / height))
-    assert abs(np.log(found[0] / found[1] / wanted)) < np.log(1.3)
-    assert concepts.bucket(height, width, size) == found[::-1]
+    assert abs(np.log(sides[0] / sides[1] / wanted)) < np.log(1.3)
+    assert concepts.bucket(height, width, size) == sides[::-1]
 
 
 def test_bucketed_pictures_keep_their_shapes_with_their_masks(tmp_path: Path) -> None:

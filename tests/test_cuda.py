@@ -65,19 +65,22 @@ def exact(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_learns_what_the_cpu_learns(
     checkpoint: Path, folders: dict[str, Path], method: str
 ) -> None:
-    found = {}
+    by_device = {}
     for device in ("cpu", "cuda"):
         own = _copy(checkpoint, device)
         losses = [
             _learn(own, folders[token], token, replace(QUICK, method=method), device).losses
             for token in ("V1", "V2")
         ]
-        found[device] = losses, store.open_stack(store.stack_path(own))
-    for cpu, cuda in zip(found["cpu"][0], found["cuda"][0], strict=True):
+        by_device[device] = losses, store.open_stack(store.stack_path(own))
+    for cpu, cuda in zip(by_device["cpu"][0], by_device["cuda"][0], strict=True):
         torch.testing.assert_close(torch.tensor(cuda), torch.tensor(cpu), rtol=1e-3, atol=1e-5)
     assert {
         t.device.type
-        for t in (*found["cuda"][1].words.values(), *(found["cuda"][1].adapter or {}).values())
+        for t in (
+            *by_device["cuda"][1].words.values(),
+            *(by_device["cuda"][1].adapter or {}).values(),
+        )
     } == {"cpu"}
 
 

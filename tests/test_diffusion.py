@@ -63,9 +63,8 @@ def test_a_batch_takes_one_timestep_from_each_part_in_any_order() -> None:
     batches = [random_batch(torch.zeros(3, 4, 2, 2), 8, generator_for(n)) for n in range(400)]
     timesteps = torch.stack([timestep for _, _, timestep, _ in batches])
     assert torch.equal(timesteps.sort(1).values * 8 // TIMESTEPS, torch.arange(8).expand(400, 8))
-    assert (
-        timesteps.float().mean(0).sub(TIMESTEPS / 2).abs().max() < 60
-    )  # whatever its place in the batch
+    mean_by_place = timesteps.float().mean(0)
+    assert mean_by_place.sub(TIMESTEPS / 2).abs().max() < 60
     assert {int(n) for pick, *_ in batches for n in pick} == {0, 1, 2}
 
 

@@ -75,7 +75,7 @@ def test_nothing_pulls_where_student_and_teachers_agree() -> None:
     assert all(t.abs().max() < 1e-6 for t in terms.values())
 
 
-def test_each_teacher_speaks_for_its_own_concept() -> None:
+def test_each_teacher_is_used_for_its_own_concept() -> None:
     student, first, second = _predictions(0), _predictions(1), _predictions(2)
     terms = dsc.dsc_terms(student, first, second, torch.zeros(2, 4, 8, 8), 0.05)
     assert torch.allclose(terms["b1"], (first[:, 0] - student[:, 0]).square().mean((1, 2, 3)))
@@ -88,15 +88,15 @@ def test_each_teacher_speaks_for_its_own_concept() -> None:
 
 
 @pytest.mark.parametrize("tau", [None, 0.01])
-def test_only_the_student_changes_and_every_part_is_told(
+def test_only_the_student_changes_and_every_part_is_reported(
     backbone: Backbone, tmp_path: Path, tau: float | None
 ) -> None:
-    said: list[Progress] = []
+    events: list[Progress] = []
     student, losses = _consolidate(
         backbone,
         tmp_path / "s",
         tau,
-        said.append,
+        events.append,
         penalties={"size": lambda step: sum(p.square().sum() for p in step.factors.values())},
     )
     assert len(losses) == 4
@@ -104,9 +104,9 @@ def test_only_the_student_changes_and_every_part_is_told(
     expected = {"b1", "b2", "size"} | ({"a1", "a2"} if tau else set())
     assert all(
         set(p.parts) == expected and sum(p.parts.values()) == pytest.approx(p.loss, rel=1e-4)
-        for p in said
+        for p in events
     )
-    assert said[-1].stage == "consolidate"
+    assert events[-1].stage == "consolidate"
 
 
 def test_a_student_that_agrees_with_its_past_has_nothing_to_learn(
@@ -126,9 +126,8 @@ def test_a_student_that_agrees_with_its_past_has_nothing_to_learn(
         tmp_path / "s",
         ignore,
     )
-    assert (
-        losses[0] < 1e-6
-    )  # later ones drift: Adam makes full steps of gradients that are rounding errors
+    # later ones drift: Adam makes full steps of gradients that are rounding errors
+    assert losses[0] < 1e-6
 
 
 def test_stop_and_resume_equals_no_stop(backbone: Backbone, tmp_path: Path) -> None:

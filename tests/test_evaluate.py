@@ -44,49 +44,49 @@ def test_against_what_was_drawn_right_after_learning(
     taught: tuple[Path, Path], tmp_path: Path
 ) -> None:
     seen: list[Progress] = []
-    found = pipeline.evaluate(
+    result = pipeline.evaluate(
         requests.EvaluateRequest(taught[0], settings=QUICK, device="cpu"), seen.append
     )
-    assert found.names == ["V1 ball", "V2 teapot"]
-    assert torch.allclose(found.likeness.diagonal(), torch.ones(2), atol=1e-5)
-    assert found.likeness[0, 1].isnan()
-    assert found.likeness[1, 0] < 1
-    expected = (found.likeness[1, 0] - found.floor[0]) / (1 - found.floor[0])
-    assert torch.isclose(found.kept[0], expected)
-    assert torch.isclose(found.kept[1], torch.tensor(1.0), atol=1e-4)
-    assert ((found.recognised >= 0) & (found.recognised <= 1)).all()
-    assert {at: len(pictures) for at, pictures in found.pictures.items()} == {
+    assert result.names == ["V1 ball", "V2 teapot"]
+    assert torch.allclose(result.likeness.diagonal(), torch.ones(2), atol=1e-5)
+    assert result.likeness[0, 1].isnan()
+    assert result.likeness[1, 0] < 1
+    expected = (result.likeness[1, 0] - result.floor[0]) / (1 - result.floor[0])
+    assert torch.isclose(result.kept[0], expected)
+    assert torch.isclose(result.kept[1], torch.tensor(1.0), atol=1e-4)
+    assert ((result.recognised >= 0) & (result.recognised <= 1)).all()
+    assert {at: len(pictures) for at, pictures in result.pictures.items()} == {
         (0, 0): 2,
         (1, 0): 2,
         (1, 1): 2,
     }
     assert not np.array_equal(
-        np.asarray(found.pictures[0, 0][0]), np.asarray(found.pictures[1, 0][0])
+        np.asarray(result.pictures[0, 0][0]), np.asarray(result.pictures[1, 0][0])
     )
     assert {p.stage for p in seen} == {"load", "evaluate", "score"}
-    report.retention_sheet(found).save(tmp_path / "sheet.png")
-    assert len(found.summary().splitlines()) == 3
+    report.retention_sheet(result).save(tmp_path / "sheet.png")
+    assert len(result.summary().splitlines()) == 3
 
 
 def test_against_the_users_own_pictures(taught: tuple[Path, Path]) -> None:
-    found = pipeline.evaluate(
+    result = pipeline.evaluate(
         requests.EvaluateRequest(taught[0], taught[1], settings=QUICK, device="cpu")
     )
-    assert (found.likeness.diagonal() < 1).all()
+    assert (result.likeness.diagonal() < 1).all()
     only = replace(QUICK, seed=5)
     other = pipeline.evaluate(
         requests.EvaluateRequest(taught[0], taught[1], settings=only, device="cpu")
     )
-    assert not torch.equal(found.likeness.nan_to_num(), other.likeness.nan_to_num())
+    assert not torch.equal(result.likeness.nan_to_num(), other.likeness.nan_to_num())
 
 
 def test_a_concept_no_different_from_its_noun_has_nothing_to_keep() -> None:
     likeness = torch.tensor([[0.5, torch.nan], [0.4, 0.9]])
-    found = evaluate.RetentionReport(
+    result = evaluate.RetentionReport(
         ["a", "b"], likeness, torch.tensor([0.495, 0.5]), torch.zeros(2), {}
     )
-    assert found.kept[0].isnan()
-    assert found.kept[1] == 1
+    assert result.kept[0].isnan()
+    assert result.kept[1] == 1
 
 
 def test_features_of_a_clip_in_a_folder(backbone: Backbone, tmp_path: Path) -> None:

@@ -44,14 +44,14 @@ def test_the_file_holds_the_same_change(backbone: Backbone, tmp_path: Path, kind
     for layer, change in delta_weights(backbone, stack.adapter).items():
         name = f"lora_unet_{layer.replace('.', '_')}"
         if kind == "full":
-            found = tensors.pop(f"{name}.diff").float()
+            exported = tensors.pop(f"{name}.diff").float()
         else:
             down, up, alpha = (
                 tensors.pop(f"{name}.{leaf}").float()
                 for leaf in ("lora_down.weight", "lora_up.weight", "alpha")
             )
-            found = up @ down * alpha / len(down)
-        assert torch.allclose(found, change, atol=2e-3)
+            exported = up @ down * alpha / len(down)
+        assert torch.allclose(exported, change, atol=2e-3)
     assert not tensors
 
 

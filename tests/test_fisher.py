@@ -73,25 +73,24 @@ def _by_loop(
 @pytest.mark.parametrize("kind", KINDS)
 def test_hooks_equal_the_loop(backbone: Backbone, kind: str, tau: float | None) -> None:
     target = _target(tau)
-    numbers = (
-        [(0, 4)] if tau is None else [(0, 1), (1, 1), (2, 1), (3, 1)]
-    )  # four prompts a sample: one sample a batch of six rows
+    # with scores four prompts per sample: a batch of six rows holds one sample
+    numbers = [(0, 4)] if tau is None else [(0, 1), (1, 1), (2, 1), (3, 1)]
     with attached(backbone, _adapter(backbone, kind), trainable=True) as factors:
-        found = fishers.fisher(
+        by_hooks = fishers.fisher(
             backbone, factors, target, FrozenText(backbone, {}), SETTINGS, ignore
         )
         expected = _by_loop(backbone, factors, target, numbers)
     mean = torch.cat([t.flatten() for t in expected.values()]).mean()
-    assert torch.cat([t.flatten() for t in found.values()]).mean() == pytest.approx(1, rel=1e-5)
+    assert torch.cat([t.flatten() for t in by_hooks.values()]).mean() == pytest.approx(1, rel=1e-5)
     for name, value in expected.items():
-        assert torch.allclose(found[name], value / mean, rtol=1e-3, atol=1e-4), name
+        assert torch.allclose(by_hooks[name], value / mean, rtol=1e-3, atol=1e-4), name
 
 
 def test_several_samples_with_several_prompts_each(backbone: Backbone) -> None:
     target, text = _target(0.01), FrozenText(backbone, {})
     with attached(backbone, _adapter(backbone), trainable=True) as factors:
         loss = fishers._loss_of_batch(backbone, target, text, 4, 3, generator_for(1))
-        found = {
+        per_sample = {
             f"{layer}.{k}": g
             for layer, parts in fishers.per_sample_gradients(backbone, factors, loss, 3)
             for k, g in parts.items()
@@ -100,7 +99,7 @@ def test_several_samples_with_several_prompts_each(backbone: Backbone) -> None:
             expected = torch.autograd.grad(loss()[sample], list(factors.values()))
             for name, value in zip(factors, expected, strict=True):
                 assert torch.allclose(
-                    found[name][sample], value, rtol=1e-3, atol=1e-4 * float(value.abs().max())
+                    per_sample[name][sample], value, rtol=1e-3, atol=1e-4 * float(value.abs().max())
                 ), (name, sample)
 
 
@@ -125,14 +124,14 @@ def test_the_fisher_of_two_is_the_mean_of_the_two(backbone: Backbone) -> None:
 
 
 def test_gradient_checkpointing_gives_the_same_fisher(backbone: Backbone) -> None:
-    found = []
+    fishers_of = []
     for checkpointing in (False, True):
         with attached(backbone, _adapter(backbone), trainable=True) as factors:
             if checkpointing:
                 backbone.unet.enable_gradient_checkpointing()
                 backbone.unet.train()
             try:
-                found.append(
+                fishers_of.append(
                     fishers.fisher(
                         backbone, factors, _target(0.01), FrozenText(backbone, {}), SETTINGS, ignore
                     )
@@ -141,7 +140,8 @@ def test_gradient_checkpointing_gives_the_same_fisher(backbone: Backbone) -> Non
                 backbone.unet.disable_gradient_checkpointing()
                 backbone.unet.eval()
     assert all(
-        torch.allclose(found[0][name], t, rtol=1e-3, atol=1e-4) for name, t in found[1].items()
+        torch.allclose(fishers_of[0][name], t, rtol=1e-3, atol=1e-4)
+        for name, t in fishers_of[1].items()
     )
 
 
@@ -169,11 +169,11 @@ def test_eigenvalues_from_the_gram_matrix(backbone: Backbone) -> None:
     assert torch.allclose(fishers.top_eigenvalues(g, 3), whole[:3], rtol=1e-4)
     layer = next(iter(backbone.kv_layers))
     with attached(backbone, _adapter(backbone), trainable=True) as factors:
-        found = fishers.spectrum(
+        eigenvalues = fishers.spectrum(
             backbone, factors, _target(None), FrozenText(backbone, {}), SETTINGS, [layer], 4
         )
-    assert found[layer].shape == (4,)
-    assert (found[layer].diff() <= 0).all()
+    assert eigenvalues[layer].shape == (4,)
+    assert (eigenvalues[layer].diff() <= 0).all()
 
 
 # --- EWC

@@ -1,6 +1,7 @@
 """Full-size SD1.5, SD2.1 and SDXL: what is learned on them does in diffusers, in a stock ComfyUI
-and in an AUTOMATIC1111 exactly what it does in
-our own net, and the learned word says in their prompts what it says in ours."""
+and in an AUTOMATIC1111 exactly what it does in our own net, and the learned word means in their
+prompts what it means in ours.
+"""
 
 from __future__ import annotations
 
@@ -138,18 +139,11 @@ def in_a1111(webui: Path, folder: Path, checkpoint: Path) -> None:
     for file, place in places.items():
         (host.data / place).mkdir(parents=True)
         os.link(file, host.data / place / file.name)
-    if (
-        checkpoint.stem == "sd2"
-    ):  # its own way to find out whether an SD2 predicts noise fails without a GPU
-        asked = (
-            webui
-            / "repositories"
-            / "stable-diffusion-stability-ai"
-            / "configs"
-            / "stable-diffusion"
-            / "v2-inference.yaml"
-        )
-        shutil.copy(asked, host.data / "models" / "Stable-diffusion" / "sd2.yaml")
+    # its own way to find out whether an SD2 predicts noise fails without a GPU
+    if checkpoint.stem == "sd2":
+        configs = webui / "repositories" / "stable-diffusion-stability-ai" / "configs"
+        config = configs / "stable-diffusion" / "v2-inference.yaml"
+        shutil.copy(config, host.data / "models" / "Stable-diffusion" / "sd2.yaml")
     # its usual way keeps a copy of every weight, which is more than 24 GB for an SDXL in float32
     (host.data / "config.json").write_text(json.dumps({"lora_functional": "xl" in checkpoint.stem}))
     cached = folder / "cache" / "hub" / "models--openai--clip-vit-large-patch14"

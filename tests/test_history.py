@@ -90,13 +90,13 @@ def test_undo_takes_back_every_kind_of_change(
         "learned V3 mug": lambda: pipeline.learn_concept(_learn(two, folders, "V3")),
     }
     before = store.open_stack(path)
-    for told, change in changes.items():
+    for description, change in changes.items():
         change()
         changed = store.open_stack(path)
         assert not same(changed, before)
-        assert told in versions.undo_preview(path)
+        assert description in versions.undo_preview(path)
         undone = pipeline.undo(requests.UndoRequest(two))
-        assert (undone.change, undone.tokens) == (told, ["V1", "V2"])
+        assert (undone.change, undone.tokens) == (description, ["V1", "V2"])
         assert same(store.open_stack(path), before)
         pipeline.restore(requests.RestoreRequest(two, undone.version))
         assert same(store.open_stack(path), changed)
@@ -163,11 +163,11 @@ def test_any_sequence_of_changes_can_be_gone_back_through(
             number = rnd.choice(list(now))
             assert history.restore(path, number).number == number
             assert len(store.read_records(path)) == held[number]
-        found = versions.versions(path)
-        current = next(one for one in found if one.current)
+        kept = versions.versions(path)
+        current = next(one for one in kept if one.current)
         held[current.number] = len(current.tokens)
-        assert len(found) <= keep + 1
-        assert all(len(one.tokens) == held[one.number] for one in found)
+        assert len(kept) <= keep + 1
+        assert all(len(one.tokens) == held[one.number] for one in kept)
         assert keep == 0 or kind != "s" or not now or versions.parent_of(path) is not None
 
 
@@ -307,7 +307,7 @@ def test_files_get_the_mode_the_umask_leaves_or_keep_theirs(tmp_path: Path, umas
 
 
 @pytest.mark.skipif(os.name != "posix" or os.geteuid() != 0, reason="two users, so root")
-def test_another_user_is_told_that_it_is_about_permission(tmp_path: Path) -> None:
+def test_an_error_for_another_user_names_the_permission(tmp_path: Path) -> None:
     path = tmp_path / "x.concepts.safetensors"
     store.save_stack(make_stack(1), path)
     store.save_stack(make_stack(2), path)
@@ -316,12 +316,12 @@ def test_another_user_is_told_that_it_is_about_permission(tmp_path: Path) -> Non
         folder.chmod(0o755)
     os.seteuid(65534)
     try:
-        with pytest.raises(StackError, match="Permission denied") as told:
+        with pytest.raises(StackError, match="Permission denied") as caught:
             store.open_stack(path)
     finally:
         os.seteuid(0)
-    assert "truncated" not in str(told.value)
-    assert "restore" not in str(told.value)
+    assert "truncated" not in str(caught.value)
+    assert "restore" not in str(caught.value)
 
 
 def test_a_name_too_long_is_refused_before_training(

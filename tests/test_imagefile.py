@@ -68,9 +68,9 @@ def test_other_formats_are_refused_whatever_their_name(tmp_path: Path, kind: str
 @pytest.mark.parametrize("kind", ["JPEG", "MPO", "PNG", "WEBP", "BMP", "TIFF", "GIF", "PPM"])
 def test_the_formats_we_name_are_read_whatever_their_name(tmp_path: Path, kind: str) -> None:
     Image.new("RGB", (64, 48), (200, 30, 30)).save(tmp_path / "a.jpg", kind)
-    found = concepts.read_image(tmp_path / "a.jpg")
-    pixel = found.getpixel((5, 5))
-    assert found.size == (64, 48)
+    image = concepts.read_image(tmp_path / "a.jpg")
+    pixel = image.getpixel((5, 5))
+    assert image.size == (64, 48)
     assert isinstance(pixel, tuple)
     assert pixel[0] > 150 > pixel[1]
 
@@ -83,14 +83,16 @@ def test_avif_is_read_where_pillow_can(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("brand", "said"), [(b"heic", "HEIC"), (b"mif1", "HEIC"), (b"avif", "AVIF")]
+    ("brand", "format_name"), [(b"heic", "HEIC"), (b"mif1", "HEIC"), (b"avif", "AVIF")]
 )
 def test_what_this_pillow_has_no_decoder_for_is_to_be_converted(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, brand: bytes, said: str
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, brand: bytes, format_name: str
 ) -> None:
     monkeypatch.setattr(imagefile, "FORMATS", ("JPEG", "PNG"))
     (tmp_path / "IMG_1.HEIC").write_bytes(b"\0\0\0\x18ftyp" + brand + bytes(100))
-    with pytest.raises(ConceptImagesError, match=rf"IMG_1\.HEIC is an {said} image.*Convert it"):
+    with pytest.raises(
+        ConceptImagesError, match=rf"IMG_1\.HEIC is an {format_name} image.*Convert it"
+    ):
         concepts.load_images(tmp_path, 32)
 
 

@@ -108,15 +108,15 @@ def test_loras_add_up(backbone: Backbone) -> None:
         assert torch.allclose(_predict(backbone), both, atol=1e-5)
 
 
-def test_a_teacher_speaks_through_the_same_net(backbone: Backbone) -> None:
+def test_a_teachers_prediction_comes_from_the_same_net(backbone: Backbone) -> None:
     student, teacher = (
         _random_adapter(backbone),
         {k: -v for k, v in _random_adapter(backbone).items() if k.endswith("A")},
     )
     teacher = {**student, **teacher}
     with attached(backbone, teacher):
-        said = _predict(backbone)
+        expected = _predict(backbone)
     with attached(backbone, student, trainable=True) as parameters:
         with swapped_in(parameters, teacher):
-            assert torch.equal(_predict(backbone), said)
+            assert torch.equal(_predict(backbone), expected)
         assert all(torch.equal(parameters[name], tensor) for name, tensor in student.items())

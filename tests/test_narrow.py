@@ -48,16 +48,16 @@ def test_text_encoders_stay_as_small_as_in_the_file_and_lose_no_digit(
         load_backbone(path, device="cpu", precision=precision) for precision in ("fp32", "bf16")
     )
     assert half.fingerprint == whole.fingerprint
-    found = []
+    by_format = []
     for backbone in (whole, half):
         word = backbone.word_of_vocabulary("red")
         assert word is not None
         word.requires_grad_()
         features = backbone.encode_prompts(PROMPTS, {"V1": word})
         features.square().sum().backward()
-        found.append((features, word.grad))
-    assert torch.equal(found[0][0], found[1][0])
-    assert torch.allclose(found[0][1], found[1][1], rtol=1e-5)
+        by_format.append((features, word.grad))
+    assert torch.equal(by_format[0][0], by_format[1][0])
+    assert torch.allclose(by_format[0][1], by_format[1][1], rtol=1e-5)
     for first, second in zip(whole.text_encoders, half.text_encoders, strict=True):
         assert _stored(second.model) < 0.52 * _stored(first.model)
 
@@ -68,11 +68,11 @@ def test_the_fingerprint_is_that_of_the_file_in_every_format(tmp_path: Path, lay
     if layout == "folder":
         path = tmp_path / "folder"
         families.pipeline("sdxl").save_pretrained(path)
-    found = {
+    fingerprints = {
         load_backbone(path, device="cpu", precision=precision).fingerprint
         for precision in ("fp32", "bf16", "fp16", "fp8")
     }
-    assert found == {load.fingerprint(path)}
+    assert fingerprints == {load.fingerprint(path)}
 
 
 def test_a_folder_in_shards_and_in_half_precision_loads_too(tmp_path: Path) -> None:
@@ -149,7 +149,7 @@ def test_recast_goes_from_any_format_to_any_other(thin_file: Path) -> None:
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_an_adapter_learns_on_eight_bits(thin_file: Path, checkpointing: bool) -> None:
     """Its gradient points where the whole net's does."""
-    found = []
+    gradients = []
     for precision in ("fp32", "fp8"):
         own = load_backbone(thin_file, device="cpu", precision=precision)
         if checkpointing:
@@ -161,10 +161,10 @@ def test_an_adapter_learns_on_eight_bits(thin_file: Path, checkpointing: bool) -
         }
         with attached(own, adapter, trainable=True) as factors:
             _answer(own).square().mean().backward()
-            found.append(
+            gradients.append(
                 torch.cat([p.grad.flatten() for p in factors.values() if p.grad is not None])
             )
-    assert float(torch.cosine_similarity(*found, dim=0)) > 0.98
+    assert float(torch.cosine_similarity(*gradients, dim=0)) > 0.98
 
 
 def test_every_weight_is_read_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -251,10 +251,10 @@ def test_loading_a_full_size_sd15_takes_the_model_and_at_most_the_file_beside_it
                 cwd=Path(__file__).parents[1],
             )
             assert done.returncode == 0, done.stderr
-            found = json.loads(done.stdout)
-            print(precision, found, size)
-            assert found["finite"]
-            assert found["held"] < share * size
-            assert found["loaded"] < found["held"] + 1.2 * size
+            memory = json.loads(done.stdout)
+            print(precision, memory, size)
+            assert memory["finite"]
+            assert memory["held"] < share * size
+            assert memory["loaded"] < memory["held"] + 1.2 * size
     finally:
         path.unlink()

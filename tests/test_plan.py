@@ -37,7 +37,7 @@ def test_weights_are_counted_as_they_will_be_held(
         families.pipeline("sdxl").save_pretrained(path := tmp_path / "folder")
     elif kind != "mini":
         path = families.write(kind, tmp_path / "x.safetensors", torch.float16)
-    found, own = (
+    planned, own = (
         plan(path, NOWHERE, replace(QUICK, precision=precision), "cpu"),
         load_backbone(path, device="cpu", precision=precision),
     )
@@ -48,27 +48,27 @@ def test_weights_are_counted_as_they_will_be_held(
     }
     for name, models in held.items():
         size = sum(p.numel() * p.element_size() for model in models for p in model.parameters())
-        assert found.weights[name][0] == pytest.approx(size, rel=0.01)
+        assert planned.weights[name][0] == pytest.approx(size, rel=0.01)
 
 
 @pytest.mark.parametrize("method", ["lora", "custom_diffusion", "textual_inversion", "lora_ewc"])
 @pytest.mark.parametrize("adapter", ["lora", "vera"])
-def test_files_are_as_large_as_said(
+def test_files_are_as_large_as_planned(
     checkpoint: Path, pictures: Path, tmp_path: Path, method: str, adapter: str
 ) -> None:
     if adapter == "vera" and method != "lora":
         pytest.skip("one method is enough")
     settings = replace(QUICK, method=method, adapter=adapter, fisher_samples=2, batch=2, size=64)
     request = requests.LearnRequest(checkpoint, pictures, "V1", "ball", settings, device="cpu")
-    said = pipeline.plan(request)
+    planned = pipeline.plan(request)
     done = pipeline.learn_concept(request)
-    assert sum(t.numel() * 4 for t in load_file(done.stack_file).values()) == said.stack_file
+    assert sum(t.numel() * 4 for t in load_file(done.stack_file).values()) == planned.stack_file
     exported = pipeline.export(requests.ExportRequest(checkpoint, tmp_path / "out"))
     files = [*exported.embeddings, *([exported.lora] if exported.lora else [])]
     tensors = [
         t for file in files for name, t in load_file(file).items() if not name.endswith(".alpha")
     ]
-    assert sum(t.numel() * 2 for t in tensors) == said.exported
+    assert sum(t.numel() * 2 for t in tensors) == planned.exported
     assert pipeline.plan(replace(request, token="V2")).stack_file > done.stack_file.stat().st_size
 
 
@@ -78,9 +78,8 @@ def test_what_lowers_memory_lowers_the_plan(thin_file: Path) -> None:
 
     assert peak(checkpointing=True) < 0.7 * peak()
     assert peak(accumulate=4) < 0.3 * peak()
-    assert (
-        peak(precision="bf16") < 0.7 * peak()
-    )  # the text encoders compute in float32 all the same
+    # the text encoders compute in float32 all the same
+    assert peak(precision="bf16") < 0.7 * peak()
     assert peak(size=64) < 0.5 * peak() < 0.3 * peak(size=256)
 
 
@@ -109,9 +108,9 @@ def test_rows_are_the_most_that_go_through_at_once(
         request = requests.LearnRequest(
             checkpoint, folders[token], token, "thing", replace(settings, **change), device="cpu"
         )
-        said = pipeline.plan(request).rows
+        planned_rows = pipeline.plan(request).rows
         pipeline.learn_concept(request)
-        assert max(seen) == said
+        assert max(seen) == planned_rows
         seen.clear()
 
 
@@ -162,15 +161,15 @@ def test_the_peak_is_not_far_below_what_is_measured(thin_file: Path, checkpointi
         cwd=Path(__file__).parents[1],
     )
     assert done.returncode == 0, done.stderr
-    said, measured = plan(thin_file, NOWHERE, LearnSettings(**settings), "cpu"), int(done.stdout)
-    print(said.activations, measured)
+    planned, measured = plan(thin_file, NOWHERE, LearnSettings(**settings), "cpu"), int(done.stdout)
+    print(planned.activations, measured)
     share = (
-        said.activations + said.learned + said.optimizer
+        planned.activations + planned.learned + planned.optimizer
     ) / measured  # .72, and .42 with checkpointing, when this was written
     assert (0.3 if checkpointing else 0.55) < share < 1.1
 
 
-def test_the_command_says_it_and_learns_nothing(
+def test_the_command_prints_the_plan_and_learns_nothing(
     thin_file: Path, pictures: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     command = [
@@ -188,9 +187,9 @@ def test_the_command_says_it_and_learns_nothing(
         "--plan",
     ]
     assert cli.main(command) == 0
-    said = capsys.readouterr().out
+    output = capsys.readouterr().out
     assert all(
-        word in said
+        word in output
         for word in (
             "U-Net",
             "VAE",
@@ -203,11 +202,13 @@ def test_the_command_says_it_and_learns_nothing(
         )
     )
     assert cli.main([*command, "--json", "--rank", "8"]) == 0
-    found = json.loads(capsys.readouterr().out)
-    assert found["learned"] == 4 * (
-        8 * (TEXT_WIDTH * 14 + 64 * 8 + 32 * 6) + 4 * TEXT_WIDTH
-    )  # the factors, and a word of four vectors
-    assert 0 < found["seconds"][0] == pytest.approx(found["seconds"][1] * 0.3 / 0.85)
+    planned = json.loads(capsys.readouterr().out)
+    factors, word = (
+        8 * (TEXT_WIDTH * 14 + 64 * 8 + 32 * 6),
+        4 * TEXT_WIDTH,
+    )  # a word of four vectors
+    assert planned["learned"] == 4 * (factors + word)
+    assert 0 < planned["seconds"][0] == pytest.approx(planned["seconds"][1] * 0.3 / 0.85)
     assert not store.stack_path(thin_file).exists()
 
 
@@ -253,7 +254,7 @@ def test_a_plan_reads_no_weights(thin_file: Path, monkeypatch: pytest.MonkeyPatc
     assert plan(thin_file, NOWHERE, QUICK, "cpu").peak > 0
 
 
-def test_mistakes_are_told(thin_file: Path) -> None:
+def test_mistakes_are_refused(thin_file: Path) -> None:
     with pytest.raises(SettingError, match="batch is 0"):
         plan(thin_file, NOWHERE, replace(QUICK, batch=0), "cpu")
     with pytest.raises(CheckpointError, match="There is no checkpoint"):

@@ -20,9 +20,8 @@ QUICK = DrawSettings(steps=3, size=64).resolved("mini")
 @pytest.mark.parametrize("solver", ["dpm++", "ddim"])
 def test_a_picture_does_not_depend_on_its_neighbours(backbone: Backbone, solver: str) -> None:
     settings = replace(QUICK, solver=solver)
-    many = sample.draw(
-        backbone, {}, ["a red mug"] * 9 + ["a blue star"], range(10), settings
-    )  # more than one batch
+    prompts = ["a red mug"] * 9 + ["a blue star"]  # more than one batch
+    many = sample.draw(backbone, {}, prompts, range(10), settings)
     alone = sample.draw(backbone, {}, ["a blue star"], [9], settings)
     assert many.shape == (10, 3, 64, 64)
     assert torch.allclose(many[9], alone[0], atol=1e-3)

@@ -52,7 +52,7 @@ JOBS: dict[str, tuple[dict[str, Any], str, type]] = {
 
 def _others(settings: type) -> list[tuple[str, Any]]:
     """Every setting, and a value in its range that is not its default."""
-    found = []
+    values = []
     for f in dataclasses.fields(settings):
         kind = str(f.type).split(" ")[0]
         if kind == "bool":
@@ -65,8 +65,8 @@ def _others(settings: type) -> list[tuple[str, Any]]:
                 value = min(value, type(value)(f.metadata["high"]))
         assert value != f.default
         settings(**{f.name: value}).check()
-        found.append((f.name, value))
-    return found
+        values.append((f.name, value))
+    return values
 
 
 @pytest.fixture
@@ -75,11 +75,11 @@ def arrived(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, Any]]:
     requests: list[tuple[str, Any]] = []
 
     def stand_in(name: str) -> Any:
-        def asked(request: Any, *_: object) -> None:
+        def stand_in_call(request: Any, *_: object) -> None:
             requests.append((name, request))
             raise Cancelled("asked")
 
-        return asked
+        return stand_in_call
 
     for name in {name for name, _ in COMMANDS.values()}:
         monkeypatch.setattr(pipeline, name, stand_in(name))
@@ -99,8 +99,8 @@ def test_every_setting_has_a_flag_that_reaches_it(
         else:
             words = [flag, str(value)]
         assert cli.main([*command.split(), "--checkpoint", "c", *words]) == 130
-        asked, request = arrived.pop()
-        assert asked == function
+        called, request = arrived.pop()
+        assert called == function
         assert request.settings == settings(**{name: value})
 
 
@@ -112,8 +112,8 @@ def test_every_setting_of_a_job_reaches_the_pipeline(
     for name, value in _others(settings):
         with pytest.raises(Cancelled):
             worker.JOBS[job]({"checkpoint": "c", **given, "settings": {name: value}}, ignore)
-        asked, request = arrived.pop()
-        assert asked == function
+        called, request = arrived.pop()
+        assert called == function
         assert request.settings == settings(**{name: value})
 
 
@@ -148,6 +148,6 @@ def test_every_setting_reaches_the_worker_through_the_api(
             f"{api.PREFIX}/{job}", json={**body, "settings": {name: value}}
         )
         assert answer.status_code == 200, answer.text
-        asked, request = handed.pop()
-        assert asked == job
+        handed_job, request = handed.pop()
+        assert handed_job == job
         assert request["settings"] == {name: value}

@@ -87,8 +87,8 @@ def test_comfyui_patches_every_k_and_v(
         [python_of(FOUND), "-c", LOADER, str(tmp_path)], cwd=FOUND, capture_output=True, text=True
     )
     assert done.returncode == 0, done.stderr
-    said = json.loads((tmp_path / "done.json").read_text())
-    assert said == {
+    report = json.loads((tmp_path / "done.json").read_text())
+    assert report == {
         "kind": kind,
         "patched": {f"diffusion_model.{ldm[name]}": shape for name, shape in wanted.items()},
         "unused": [],

@@ -43,7 +43,7 @@ def test_drift_is_the_mean_over_all_features(backbone: Backbone, kind: str) -> N
     ) == pytest.approx(0, abs=1e-5)
 
 
-def test_words_and_padding_count_as_asked(backbone: Backbone) -> None:
+def test_words_and_padding_count_as_weighted(backbone: Backbone) -> None:
     prompts = ["", "a red ball on grass", "a photo of a fish"]
     behind, features = (
         backbone.padding(prompts, {}).flatten(),
@@ -80,10 +80,8 @@ def test_ordinary_prompts_name_no_concept_and_concept_prompts_do(
     assert "" in ordinary
     assert not any("V1" in p for p in ordinary)
     end = int(backbone.tokenizer.eos_token_id)  # pyright: ignore[reportArgumentType]
-    for prompts in (
-        named,
-        ordinary,
-    ):  # some as long as users write them, none longer than the encoder reads
+    # some as long as users write them, none longer than the encoder reads
+    for prompts in (named, ordinary):
         lengths = [backbone.tokenize(prompt, stack.tokens)[0].index(end) for prompt in prompts]
         assert sum(length > 25 for length in lengths) > len(prompts) / 20
         assert max(lengths) < backbone.tokenizer.model_max_length - 1
@@ -177,9 +175,9 @@ def test_each_concept_is_held_at_its_own_adapter(backbone: Backbone, kind: str) 
     assert abs(float(held(Step(one)) - held(Step(other)))) > 0.05 * expected(one)
 
 
-def test_ordinary_prompts_weigh_what_is_asked(backbone: Backbone) -> None:
+def test_ordinary_prompts_have_the_weight_of_the_setting(backbone: Backbone) -> None:
     """Without an earlier concept they are all there is, so the penalty is in proportion."""
-    found, factors = [], random_adapter(backbone, "lora", 4)
+    penalties, factors = [], random_adapter(backbone, "lora", 4)
     for share in (1.0, 0.25):
         settings = replace(QUICK, method="retention", retention_ordinary=share)
         penalty = targets.retention_penalty(
@@ -188,9 +186,9 @@ def test_ordinary_prompts_weigh_what_is_asked(backbone: Backbone) -> None:
             settings,
             weight=1.0,
         )
-        found.append(float(penalty(Step(factors))))
-    assert found[1] == pytest.approx(found[0] / 4, rel=1e-5)
-    assert found[0] > 0
+        penalties.append(float(penalty(Step(factors))))
+    assert penalties[1] == pytest.approx(penalties[0] / 4, rel=1e-5)
+    assert penalties[0] > 0
 
 
 def test_behind_the_end_of_its_prompts_nothing_may_change(backbone: Backbone) -> None:
@@ -264,12 +262,10 @@ def test_in_the_coordinates_of_a_moment_its_spread_is_the_root() -> None:
     assert torch.allclose(turned / turned[-1], (before / before[-1]).sqrt(), rtol=0.05)
     assert turned.sum() == pytest.approx(float(before.sum()), rel=1e-3)
     assert torch.allclose(space, space.T)
-    flat = torch.linalg.eigvalsh(
-        textspace.coordinates(torch.diag(torch.tensor([1.0, 0.0, 0.0, 0.0])), ridge=0.01)
-    )
-    assert float(flat[-1] / flat[0]) == pytest.approx(
-        (1.0025 / 0.0025) ** 0.25, rel=1e-3
-    )  # the ridge bounds it where there is nothing
+    # the ridge bounds it where there is nothing
+    one_direction = torch.diag(torch.tensor([1.0, 0.0, 0.0, 0.0]))
+    flat = torch.linalg.eigvalsh(textspace.coordinates(one_direction, ridge=0.01))
+    assert float(flat[-1] / flat[0]) == pytest.approx((1.0025 / 0.0025) ** 0.25, rel=1e-3)
 
 
 @pytest.mark.slow

@@ -22,9 +22,9 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from helpers_browser import CHROMIUM, SAID, page, type_beside
+from helpers_browser import CHROMIUM, page, type_beside, wait_for_text
 from helpers_server import free_port
-from helpers_webui import asks_first
+from helpers_webui import asks_first, fill_settings
 
 gradio = pytest.importorskip("gradio")
 
@@ -53,12 +53,10 @@ def test_the_environment_asks_for_what_the_package_does() -> None:
 
 def test_widgets_become_the_settings_that_differ() -> None:
     names = ("method", "steps", "flip", "rate", "checkpointing", "seed")
-    assert uploads.settings_of(LearnSettings, names, ("lora", 0, "auto", 0, False, 0)) == {
-        "method": "lora"
-    }
-    assert uploads.settings_of(
-        LearnSettings, names, (LearnSettings().method, 40.0, "no", 0.001, True, 3.0)
-    ) == {
+    untouched = ("lora", 0, "auto", 0, False, 0)
+    assert uploads.settings_of(LearnSettings, names, untouched) == {"method": "lora"}
+    changed = (LearnSettings().method, 40.0, "no", 0.001, True, 3.0)
+    assert uploads.settings_of(LearnSettings, names, changed) == {
         "steps": 40,
         "flip": False,
         "rate": 0.001,
@@ -72,9 +70,9 @@ def test_the_table_reads_a_stack_without_torch(checkpoint: Path, pictures: Path)
     pipeline.learn_concept(LearnRequest(checkpoint, pictures, "V1", "<ball>", quick, device="cpu"))
     stack = host.stack_file(checkpoint)
     assert stack == stack_path(checkpoint)
-    told = shown.table(host.concepts_of(stack), {"V1 <ball>": 0.5})
-    assert "&lt;ball&gt;" in told
-    assert "50 %" in told
+    table = shown.table(host.concepts_of(stack), {"V1 <ball>": 0.5})
+    assert "&lt;ball&gt;" in table
+    assert "50 %" in table
     assert "learned V1 &lt;ball&gt;" in shown.history(host.versions_of(stack))
     assert host.versions_of(stack.with_name("none")) == []
     assert host.concepts_of(stack.with_name("none")) == []
@@ -94,7 +92,7 @@ def test_captions_are_read_whatever_columns_there_are() -> None:
     assert uploads.typed([[]]) == {}  # gradio 3 after the pictures were cleared
 
 
-def test_every_state_of_a_job_is_told() -> None:
+def test_every_state_of_a_job_is_described() -> None:
     job = Job(1, [("learn", {})])
     assert shown.status(None) == "Ready."
     assert "Starting" in shown.status(job)
@@ -118,22 +116,12 @@ def test_every_state_of_a_job_is_told() -> None:
     job.state, job.results = "done", {"learn": {"token": "V1", "noun": "ball"}, "export": export}
     assert "a photo of a V1 ball* <lora:a-1:1>" in shown.status(job, str)
     assert "another file's name" in shown.status(job, str)
-    back = {
-        "change": "forgot V1 ball",
-        "token": "V1",
-        "noun": "ball",
-        "tokens": ["V1"],
-        "version": 3,
-    }
-    job.results = {
-        "undo": back,
-        "restore": {"version": 2, "change": "learned V1 ball", "tokens": []},
-    }
-    assert "Undone: forgot V1 ball.** The stack now holds V1." in shown.status(job, str)
-    assert (
-        "Went back to version 2: learned V1 ball.** The stack now holds no concept."
-        in shown.status(job, str)
-    )
+    undone = {"change": "forgot V1 ball", "token": "V1", "noun": "ball", "tokens": ["V1"]}
+    restored = {"version": 2, "change": "learned V1 ball", "tokens": []}
+    job.results = {"undo": {**undone, "version": 3}, "restore": restored}
+    status = shown.status(job, str)
+    assert "Undone: forgot V1 ball.** The stack now holds V1." in status
+    assert "Went back to version 2: learned V1 ball.** The stack now holds no concept." in status
 
 
 def test_a_failed_export_hides_no_concept() -> None:
@@ -149,21 +137,21 @@ def test_a_failed_export_hides_no_concept() -> None:
 
 @pytest.fixture
 def handlers(checkpoint: Path, tmp_path: Path) -> Iterator[Handlers]:
-    """Of a page whose worker is no Python, so that its jobs fail at once."""
-    alone = host.Host(checkpoint.parent, tmp_path / "work")
-    alone.runner.python = lambda: os.devnull
-    yield Handlers(alone)
-    if alone.runner.job:
-        alone.runner.job.fail("over")
+    """Those of a page whose worker is not a Python, so that its jobs fail at once."""
+    page_host = host.Host(checkpoint.parent, tmp_path / "work")
+    page_host.runner.python = lambda: os.devnull
+    yield Handlers(page_host)
+    if page_host.runner.job:
+        page_host.runner.job.fail("over")
 
 
 def _request(handlers: Handlers, name: str) -> dict[str, Any]:
-    """What the job was handed in with; it is one the worker takes."""
+    """The job's request for this operation; all its requests are ones the worker accepts."""
     job = handlers.host.runner.job
     assert job
     requests = dict(job.jobs)
-    for one, request in job.jobs:
-        parse(OPERATIONS[one].request, request)
+    for operation, request in job.jobs:
+        parse(OPERATIONS[operation].request, request)
     return dict(requests[name])
 
 
@@ -178,8 +166,8 @@ def test_what_is_clicked_reaches_the_worker(
     paper = next(label for label, name in METHOD_LABELS.items() if name == "lora_dsc_ewc_dc")
     words = (" V1 ", "ball", paper)
     for replace in (False, True):
-        told = handlers.learn(*place, files, [], *words, replace, *values)
-        assert len(told) == len(OUTPUTS)
+        outputs = handlers.learn(*place, files, [], *words, replace, *values)
+        assert len(outputs) == len(OUTPUTS)
         request = _request(handlers, "learn")
         assert (request["token"], request["noun"], request["replace"]) == ("V1", "ball", replace)
         assert request["settings"] == {"method": "lora_dsc_ewc_dc"}
@@ -193,18 +181,18 @@ def test_what_is_clicked_reaches_the_worker(
         request = _request(handlers, "export")
         assert (request["only"], request["remove_superseded"]) == (["V1", "V2"], remove)
         assert handlers.host.runner.job.wait(20)
-    for click, given, name in (
+    for click, arguments, name in (
         (handlers.consolidate, (files,), "consolidate"),
         (handlers.closed_form, (), "closed_form"),
         (handlers.scores, (files,), "scores"),
         (handlers.evaluate, (), "evaluate"),
     ):
-        click(*place, *given)
+        click(*place, *arguments)
         assert _request(handlers, name)["checkpoint"].endswith("mini.safetensors")
         assert handlers.host.runner.job.wait(20)
 
 
-def test_what_cannot_be_meant_is_refused_with_labels(
+def test_a_refusal_names_fields_by_their_labels(
     handlers: Handlers, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert "Choose a checkpoint first" in handlers.export("", "", False)[0]
@@ -229,24 +217,20 @@ def test_the_page_has_every_part_and_label(tmp_path: Path) -> None:
         "for part in page.blocks.values():\n"
         "    print(getattr(part, 'label', None))\n"
     )
-    done = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", code, str(tmp_path)],
-        capture_output=True,
-        text=True,
-        cwd=ROOT,
-    )
-    labels = done.stdout.splitlines()
+    command = [sys.executable, "-W", "ignore", "-c", code, str(tmp_path)]
+    result = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+    labels = result.stdout.splitlines()
     for name in ("replace", "remove_superseded", "token", "noun", "stack", *ADVANCED):
-        assert label_of(name) in labels, done.stderr
+        assert label_of(name) in labels, result.stderr
 
 
-def test_no_message_of_the_tab_speaks_of_flags() -> None:
+def test_no_message_of_the_tab_mentions_flags() -> None:
     for path in (ROOT / "comfy_continual_lora" / "webui").glob("*.py"):
         if path.name not in ("environment.py", "install.py", "a1111.py"):
             assert not re.findall(r"(?<![\w-])--[a-z]+", path.read_text()), path
 
 
-def test_no_file_is_read_that_was_only_named(
+def test_no_file_is_read_that_was_named_but_not_uploaded(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """gradio 3 hands over a copy of whatever file of this machine a request names, and the name."""
@@ -261,16 +245,9 @@ def test_no_file_is_read_that_was_only_named(
     assert uploads.uploaded([str(inside), inside, old]) == [inside] * 3
     assert uploads.uploaded(None) == []
     copied = SimpleNamespace(name=str(inside), orig_name=str(outside))
-    up = str(tmp_path / "uploads" / ".." / "secret.txt")
-    for bad in (
-        str(outside),
-        outside,
-        copied,
-        SimpleNamespace(name=str(inside), orig_name="secret.txt"),
-        up,
-        link,
-        "secret.txt",
-    ):
+    copied_by_name = SimpleNamespace(name=str(inside), orig_name="secret.txt")
+    above = str(tmp_path / "uploads" / ".." / "secret.txt")
+    for bad in (str(outside), outside, copied, copied_by_name, above, link, "secret.txt"):
         with pytest.raises(ValueError, match="not uploaded"):
             uploads.uploaded([inside, bad])
 
@@ -278,65 +255,63 @@ def test_no_file_is_read_that_was_only_named(
 def test_environment_variables_choose_what_no_page_may(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    alone = host.Host(tmp_path, tmp_path / "work")
-    assert (alone.python(), alone.picture_folders()) == (
-        sys.executable,
-        [tmp_path / "work" / "pictures"],
-    )
+    page_host = host.Host(tmp_path, tmp_path / "work")
+    assert page_host.python() == sys.executable
+    assert page_host.picture_folders() == [tmp_path / "work" / "pictures"]
     monkeypatch.setenv("CONTINUAL_LORA_PYTHON", "/opt/python")
     monkeypatch.setenv("CONTINUAL_LORA_FOLDERS", os.pathsep.join(["/a b;c", "", "/d"]))
-    assert alone.python() == "/opt/python"
-    assert alone.picture_folders()[1:] == [Path("/a b;c"), Path("/d")]
+    assert page_host.python() == "/opt/python"
+    assert page_host.picture_folders()[1:] == [Path("/a b;c"), Path("/d")]
     assert list(tmp_path.iterdir()) == []
 
 
+LOCAL = {"host": "127.0.0.1:7860"}
+
+
 @pytest.mark.parametrize(
-    ("answered", "headers"),
+    "headers",
     [
-        (True, {"host": "127.0.0.1:7860"}),
-        (True, {"host": "localhost"}),
-        (True, {"host": "LOCALHOST:1"}),
-        (
-            True,
-            {"host": "[::1]:7860", "origin": "http://[::1]:7860", "sec-fetch-site": "same-origin"},
-        ),
-        (True, {"host": "127.0.0.1:7860", "sec-fetch-site": "none"}),
-        (
-            True,
-            {
-                "host": "127.0.0.1:7860",
-                "sec-fetch-site": "cross-site",
-                "sec-fetch-dest": "document",
-            },
-        ),
-        (False, {}),
-        (False, {"host": ""}),
-        (False, {"host": "evil.example"}),
-        (False, {"host": "127.0.0.1.evil.example"}),
-        (False, {"host": "127.0.0.1@evil.example"}),
-        (False, {"host": "evil.example:127.0.0.1"}),
-        (False, {"host": "localhost/evil"}),
-        (False, {"host": "localhost:x"}),
-        (False, {"host": "0.0.0.0:7860"}),
-        (False, {"host": "127.0.0.1:7860", "origin": "null"}),
-        (False, {"host": "127.0.0.1:7860", "origin": "http://evil.example"}),
-        (False, {"host": "127.0.0.1:7860", "origin": "http://127.0.0.1:8000"}),
-        (False, {"host": "127.0.0.1:7860", "origin": ""}),
-        (False, {"host": "127.0.0.1:7860", "sec-fetch-site": "cross-site"}),
-        (
-            False,
-            {"host": "127.0.0.1:7860", "sec-fetch-site": "same-site", "sec-fetch-dest": "empty"},
-        ),
-        (
-            False,
-            {"host": "127.0.0.1:7860", "sec-fetch-site": "cross-site", "sec-fetch-dest": "iframe"},
-        ),
+        LOCAL,
+        {"host": "localhost"},
+        {"host": "LOCALHOST:1"},
+        {"host": "[::1]:7860", "origin": "http://[::1]:7860", "sec-fetch-site": "same-origin"},
+        {**LOCAL, "sec-fetch-site": "none"},
+        {**LOCAL, "sec-fetch-site": "cross-site", "sec-fetch-dest": "document"},
     ],
 )
-def test_only_pages_of_this_machine_are_answered(answered: bool, headers: dict[str, str]) -> None:
+def test_pages_of_this_machine_are_answered(headers: dict[str, str]) -> None:
     sent = [(name.encode(), value.encode()) for name, value in headers.items()]
-    assert alone.is_own("GET", sent) == answered
-    if headers.get("sec-fetch-dest"):
+    assert alone.is_own("GET", sent)
+    if "sec-fetch-dest" in headers:  # a link leads here; a form of another page does not
+        assert not alone.is_own("POST", sent)
+    assert not alone.is_own("GET", [*sent, (b"Host", b"evil.example")])
+
+
+@pytest.mark.parametrize(
+    "headers",
+    [
+        {},
+        {"host": ""},
+        {"host": "evil.example"},
+        {"host": "127.0.0.1.evil.example"},
+        {"host": "127.0.0.1@evil.example"},
+        {"host": "evil.example:127.0.0.1"},
+        {"host": "localhost/evil"},
+        {"host": "localhost:x"},
+        {"host": "0.0.0.0:7860"},
+        {**LOCAL, "origin": "null"},
+        {**LOCAL, "origin": "http://evil.example"},
+        {**LOCAL, "origin": "http://127.0.0.1:8000"},
+        {**LOCAL, "origin": ""},
+        {**LOCAL, "sec-fetch-site": "cross-site"},
+        {**LOCAL, "sec-fetch-site": "same-site", "sec-fetch-dest": "empty"},
+        {**LOCAL, "sec-fetch-site": "cross-site", "sec-fetch-dest": "iframe"},
+    ],
+)
+def test_other_pages_are_not_answered(headers: dict[str, str]) -> None:
+    sent = [(name.encode(), value.encode()) for name, value in headers.items()]
+    assert not alone.is_own("GET", sent)
+    if "sec-fetch-dest" in headers:
         assert not alone.is_own("POST", sent)
     assert not alone.is_own("GET", [*sent, (b"Host", b"evil.example")])
 
@@ -358,8 +333,8 @@ def _served(folder: Path) -> Iterator[str]:
     ]
     log = folder / "log"
     with (
-        log.open("w") as said,
-        subprocess.Popen(command, cwd=ROOT, stdout=said, stderr=said) as server,
+        log.open("w") as output,
+        subprocess.Popen(command, cwd=ROOT, stdout=output, stderr=output) as server,
     ):
         try:
             _wait_for(f"http://127.0.0.1:{port}", server, log)
@@ -369,7 +344,7 @@ def _served(folder: Path) -> Iterator[str]:
 
 
 def _status(address: str, path: str, data: bytes | None = None, **headers: str) -> int:
-    """Of a request whose path and headers go out as they are."""
+    """The status of a request whose path and headers are sent as they are."""
     connection = http.client.HTTPConnection(address.removeprefix("http://"), timeout=60)
     names = {name.replace("_", "-"): value for name, value in headers.items()}
     with contextlib.closing(connection):
@@ -377,10 +352,20 @@ def _status(address: str, path: str, data: bytes | None = None, **headers: str) 
         return connection.getresponse().status
 
 
+FILE_PREFIXES = (
+    "/gradio_api/file=",
+    "/file=",
+    "/static/",
+    "/assets/",
+    "/gradio_api/file/",
+    "/file/",
+)
+
+
 @pytest.mark.slow
 def test_the_tab_by_itself_serves_its_exports_to_its_own_pages(checkpoint: Path) -> None:
-    """By real requests: no checkpoint, stack, picture, program file or file of the system; nothing
-    for other pages.
+    """With real requests: no checkpoint, stack, picture, program file or system file is served, and
+    nothing to other pages.
     """
     folder = checkpoint.parent
     work = folder / "continual-lora"
@@ -406,36 +391,22 @@ def test_the_tab_by_itself_serves_its_exports_to_its_own_pages(checkpoint: Path)
             f"{files[0]}/../../../log",
         ]
         for path in hidden:
-            for prefix in (
-                "/gradio_api/file=",
-                "/file=",
-                "/static/",
-                "/assets/",
-                "/gradio_api/file/",
-                "/file/",
-            ):
+            for prefix in FILE_PREFIXES:
                 assert _status(address, f"{prefix}{path}") in (403, 404), prefix + path
         port = address.rpartition(":")[2]
-        assert (
-            _status(address, "/config", Host=f"localhost:{port}", Origin=f"http://localhost:{port}")
-            == 200
-        )
+        own = {"Host": f"localhost:{port}", "Origin": f"http://localhost:{port}"}
+        assert _status(address, "/config", **own) == 200
         body = json.dumps({"data": ["", ""], "fn_index": 1, "session_hash": "x"}).encode()
-        for path in (
-            "/",
-            "/config",
-            f"{root}/queue/join",
-            f"{root}/run/predict",
-            f"{root}/upload",
-            f"{root}/call/view",
-        ):
-            for headers in (
-                {"Host": f"evil.example:{port}"},
-                {"Origin": "http://evil.example"},
-                {"Origin": "null"},
-                {"Sec_Fetch_Site": "cross-site"},
-                {"Sec_Fetch_Site": "same-site", "Content_Type": "text/plain"},
-            ):
+        routes = ("queue/join", "run/predict", "upload", "call/view")
+        foreign_headers = (
+            {"Host": f"evil.example:{port}"},
+            {"Origin": "http://evil.example"},
+            {"Origin": "null"},
+            {"Sec_Fetch_Site": "cross-site"},
+            {"Sec_Fetch_Site": "same-site", "Content_Type": "text/plain"},
+        )
+        for path in ("/", "/config", *(f"{root}/{route}" for route in routes)):
+            for headers in foreign_headers:
                 assert _status(address, path, body, **headers) == 403
 
 
@@ -452,34 +423,23 @@ def test_the_tab_by_itself_in_a_browser(tmp_path: Path) -> None:
             "textarea').value === 'ball'"
         )
         opened.click("text=Captions, and settings for experts")
-        opened.wait_for_function(SAID, arg=["#continual_lora_captions", ".png"])
+        wait_for_text(opened, "#continual_lora_captions", ".png", 30_000)
         type_beside(opened, "#continual_lora_captions", "0.png", "a photo of V1 in a garden")
-        for name, value in (
-            ("steps", 6),
-            ("batch", 2),
-            ("rank", 4),
-            ("fisher_samples", 4),
-            ("preview_every", 3),
-        ):
-            opened.fill(f"#continual_lora_{name} input", str(value))
+        fill_settings(opened, steps=6, batch=2, rank=4, fisher_samples=4, preview_every=3)
         opened.click("#continual_lora_learn")
-        _expect(opened, "#continual_lora_status", "Learned V1 ball")
-        _expect(opened, "#continual_lora_concepts", "6 steps, 5 pictures")
+        wait_for_text(opened, "#continual_lora_status", "Learned V1 ball")
+        wait_for_text(opened, "#continual_lora_concepts", "6 steps, 5 pictures")
         stack = stack_path(next(tmp_path.glob("*.safetensors")))
         assert "a photo of V1 in a garden" in str(read_records(stack))
-        left = [
-            p
-            for p in (tmp_path / "continual-lora" / "copies").rglob("*")
-            if p.is_file() and p.name != "lock"
-        ]
-        assert left == []
+        copies = (tmp_path / "continual-lora" / "copies").rglob("*")
+        assert [p for p in copies if p.is_file() and p.name != "lock"] == []
         opened.fill("#continual_lora_noun input, #continual_lora_noun textarea", "box")
         opened.click("#continual_lora_learn")
-        _expect(opened, "#continual_lora_status", "is taken")
+        wait_for_text(opened, "#continual_lora_status", "is taken")
         opened.screenshot(path=str(tmp_path / "tab.png"))
         asks_first(opened, stack)
         opened.reload()
-        _expect(opened, "#continual_lora_concepts", "6 steps, 5 pictures")
+        wait_for_text(opened, "#continual_lora_concepts", "6 steps, 5 pictures")
         with urllib.request.urlopen(f"{address}/config") as answer:
             assert json.load(answer)["version"] == gradio.__version__
 
@@ -494,25 +454,21 @@ def test_a_strangers_stack_runs_nothing_in_a_browser(checkpoint: Path, pictures:
     quick = LearnSettings(method="lora", steps=1, batch=1, rank=4, size=64)
     pipeline.learn_concept(LearnRequest(checkpoint, pictures, "V1", noun, quick, device="cpu"))
     with _served(checkpoint.parent) as address, page(address, height=1800) as opened:
-        _expect(opened, "#continual_lora_concepts", "<img src=x")
+        wait_for_text(opened, "#continual_lora_concepts", "<img src=x")
         opened.click("text=History of the stack")
-        _expect(opened, "#continual_lora_history", "<img src=x")
+        wait_for_text(opened, "#continual_lora_history", "<img src=x")
         for button in ("undo", "forget"):
             opened.click(f"#continual_lora_{button}")
-            _expect(opened, "#continual_lora_question", "<img src=x")
+            wait_for_text(opened, "#continual_lora_question", "<img src=x")
             opened.click("#continual_lora_no")
         opened.click("#continual_lora_export")
-        _expect(opened, "#continual_lora_status", "<img src=x")
+        wait_for_text(opened, "#continual_lora_status", "<img src=x")
         opened.click("#continual_lora_undo")
         opened.click("#continual_lora_yes")
-        _expect(opened, "#continual_lora_status", "Undone: learned V1 <img src=x")
+        wait_for_text(opened, "#continual_lora_status", "Undone: learned V1 <img src=x")
         assert opened.evaluate("window.pwned") is None
-        assert (
-            opened.evaluate(
-                "document.querySelectorAll('img[src=x], img[src=\"http://127.0.0.1/x\"]').length"
-            )
-            == 0
-        )
+        images = 'img[src=x], img[src="http://127.0.0.1/x"]'
+        assert opened.evaluate(f"document.querySelectorAll('{images}').length") == 0
 
 
 def _wait_for(address: str, server: subprocess.Popen, log: Path) -> None:
@@ -529,7 +485,3 @@ def _answers(address: str) -> bool:
         return True
     except OSError:
         return False
-
-
-def _expect(opened: Any, where: str, text: str) -> None:
-    opened.wait_for_function(SAID, arg=[where, text], timeout=300_000)

@@ -42,6 +42,7 @@ POSTS = (
     "jobs/stop",
 )
 WHERE = {"checkpoint": "mini.safetensors"}
+JSON = {"content-type": "application/json"}
 
 
 class Guarded(Host):
@@ -65,7 +66,7 @@ def _client(host: Host) -> TestClient:
 
 @pytest.fixture
 def host(checkpoint: Path, tmp_path: Path) -> Iterator[Host]:
-    """One whose worker is no Python, so that its jobs fail at once."""
+    """One whose worker is not a Python, so that its jobs fail at once."""
     host = Host(checkpoint.parent, tmp_path / "work")
     host.runner.python = lambda: os.devnull
     yield host
@@ -79,15 +80,12 @@ def _encoded(color: str = "red") -> str:
     return base64.b64encode(buffer.getvalue()).decode()
 
 
-def _left(folder: Path) -> list[Path]:
-    return (
-        [p for p in folder.rglob("*") if p.is_file() and p.name != "lock"]
-        if folder.exists()
-        else []
-    )
+def _files(folder: Path) -> list[Path]:
+    """Files in the folder, which need not exist, but for locks."""
+    return [path for path in folder.rglob("*") if path.is_file() and path.name != "lock"]
 
 
-def test_logins_are_asked_for_and_a_missing_environment_is_told(
+def test_a_login_is_required_and_a_missing_environment_is_reported(
     checkpoint: Path, tmp_path: Path
 ) -> None:
     client = _client(Guarded(checkpoint.parent, tmp_path / "work"))
@@ -97,13 +95,10 @@ def test_logins_are_asked_for_and_a_missing_environment_is_told(
             assert client.post(f"{api.PREFIX}/{path}", json={}, auth=login).status_code == 401
     right = ("ann", "secret")
     assert client.get(f"{api.PREFIX}/jobs", auth=right).json() == {"job": None, "state": "idle"}
-    answer = client.post(
-        f"{api.PREFIX}/learn",
-        json={**WHERE, "images": [_encoded()], "token": "V1", "noun": "ball"},
-        auth=right,
-    )
+    body = {**WHERE, "images": [_encoded()], "token": "V1", "noun": "ball"}
+    answer = client.post(f"{api.PREFIX}/learn", json=body, auth=right)
     assert (answer.status_code, answer.json()["detail"]) == (503, "not prepared")
-    assert not _left(tmp_path / "work")
+    assert not _files(tmp_path / "work")
 
 
 def test_logins_that_name_nobody_let_nobody_in(checkpoint: Path, tmp_path: Path) -> None:
@@ -126,12 +121,8 @@ def test_a_post_is_a_json_object_sent_as_one(host: Host, path: str) -> None:
         "text/json; application/json",
     ):
         headers = {} if kind is None else {"content-type": kind}
-        assert (
-            client.post(
-                address, content=b'{"checkpoint": "mini.safetensors"}', headers=headers
-            ).status_code
-            == 415
-        )
+        answer = client.post(address, content=json.dumps(WHERE), headers=headers)
+        assert answer.status_code == 415
     for body in (
         b"",
         b"{",
@@ -144,16 +135,11 @@ def test_a_post_is_a_json_object_sent_as_one(host: Host, path: str) -> None:
         b"\xff",
         b"{}{}",
     ):
-        assert (
-            client.post(
-                address, content=body, headers={"content-type": "application/json"}
-            ).status_code
-            == 422
-        )
+        answer = client.post(address, content=body, headers=JSON)
+        assert answer.status_code == 422
     assert host.runner.job is None
-    answer = client.post(
-        address, content=b"{}", headers={"content-type": "Application/JSON; charset=utf-8"}
-    )
+    headers = {"content-type": "Application/JSON; charset=utf-8"}
+    answer = client.post(address, content=b"{}", headers=headers)
     assert answer.status_code == (200 if path == "jobs/stop" else 422)
 
 
@@ -207,7 +193,7 @@ def test_a_post_is_a_json_object_sent_as_one(host: Host, path: str) -> None:
         {"images": "~"},
     ],
 )
-def test_what_cannot_be_meant_is_refused_and_leaves_nothing(
+def test_an_invalid_request_is_refused_and_leaves_nothing(
     host: Host, change: dict[str, Any]
 ) -> None:
     body = {
@@ -219,15 +205,12 @@ def test_what_cannot_be_meant_is_refused_and_leaves_nothing(
         "stack": "x",
         **change,
     }
-    answer = _client(host).post(
-        f"{api.PREFIX}/learn",
-        content=json.dumps(body),
-        headers={"content-type": "application/json"},
-    )
+    # as text, since not every value here can be sent as JSON by the client itself
+    answer = _client(host).post(f"{api.PREFIX}/learn", content=json.dumps(body), headers=JSON)
     assert answer.status_code == 422, answer.text
     assert isinstance(answer.json()["detail"], str)
     assert host.runner.job is None
-    assert not _left(host.folder)
+    assert not _files(host.folder)
 
 
 @pytest.mark.parametrize(
@@ -280,7 +263,7 @@ def test_what_is_asked_for_reaches_the_worker(
         parse(OPERATIONS[name].request, request)
 
 
-def test_what_was_learned_is_told_where_the_export_fails(host: Host) -> None:
+def test_what_was_learned_is_reported_if_the_export_fails(host: Host) -> None:
     client = _client(host)
     job = Job(4, [("learn", {}), ("export", {})])
     job.results = {"learn": {"token": "V1", "noun": "ball", "losses": [], "again": False}}
@@ -299,13 +282,10 @@ def test_the_api_needs_no_gradio() -> None:
         "from comfy_continual_lora.webui import api; "
         "sys.exit(str({'torch', 'diffusers', 'transformers'} & set(sys.modules) or ''))"
     )
-    done = subprocess.run(
-        [sys.executable, "-c", code],
-        capture_output=True,
-        text=True,
-        cwd=Path(__file__).parents[1],
-    )
-    assert done.stderr.strip() == ""
+    root = Path(__file__).parents[1]
+    command = [sys.executable, "-c", code]
+    result = subprocess.run(command, capture_output=True, text=True, cwd=root)
+    assert result.stderr.strip() == ""
 
 
 def test_copies_are_there_while_the_job_runs_and_not_after_it(host: Host, tmp_path: Path) -> None:
@@ -326,10 +306,10 @@ def test_copies_are_there_while_the_job_runs_and_not_after_it(host: Host, tmp_pa
     while not seen.exists() or not seen.read_text():
         pass
     assert len(seen.read_text().splitlines()) == 2
-    assert len(_left(host.folder)) == 3
+    assert len(_files(host.folder)) == 3
     assert host.runner.job
     host.runner.job.fail("killed")
-    assert not _left(host.folder)
+    assert not _files(host.folder)
 
 
 def test_copies_stay_while_a_snapshot_needs_them(host: Host, checkpoint: Path) -> None:
@@ -340,11 +320,11 @@ def test_copies_stay_while_a_snapshot_needs_them(host: Host, checkpoint: Path) -
     client.post(f"{api.PREFIX}/learn", json=body)
     assert host.runner.job
     assert host.runner.job.wait(10)
-    assert [p.suffix for p in sorted(_left(host.folder))] == [".png", ".json"]
+    assert [p.suffix for p in sorted(_files(host.folder))] == [".png", ".json"]
     snapshot.unlink()
     client.post(f"{api.PREFIX}/undo", json=WHERE)
     assert host.runner.job.wait(10)
-    assert not _left(host.folder)
+    assert not _files(host.folder)
 
 
 def test_pictures_come_from_the_hosts_folders_alone(
@@ -354,48 +334,41 @@ def test_pictures_come_from_the_hosts_folders_alone(
     inside = host.folder / "pictures" / "mine"
     inside.mkdir(parents=True)
     (inside / "out").symlink_to(pictures)
-    asked = {**WHERE, "token": "V1", "noun": "ball"}
+    body = {**WHERE, "token": "V1", "noun": "ball"}
     for folder, message in (
         (pictures, "outside"),
         (inside / ".." / ".." / "..", "outside"),
         (inside / "out", "outside"),
         (inside, "no pictures"),
     ):
-        answer = client.post(f"{api.PREFIX}/learn", json={**asked, "images": str(folder)})
+        answer = client.post(f"{api.PREFIX}/learn", json={**body, "images": str(folder)})
         assert answer.status_code == 422
         assert message in answer.json()["detail"]
-    monkeypatch.setenv(
-        "CONTINUAL_LORA_FOLDERS", os.pathsep.join([str(inside / "none"), str(pictures)])
-    )
-    assert (
-        client.post(f"{api.PREFIX}/learn", json={**asked, "images": str(pictures)}).status_code
-        == 200
-    )
-    assert not _left(host.folder)
+    folders = os.pathsep.join([str(inside / "none"), str(pictures)])
+    monkeypatch.setenv("CONTINUAL_LORA_FOLDERS", folders)
+    answer = client.post(f"{api.PREFIX}/learn", json={**body, "images": str(pictures)})
+    assert answer.status_code == 200
+    assert not _files(host.folder)
 
 
 def test_what_a_strangers_stack_holds_can_be_sent(host: Host, checkpoint: Path) -> None:
-    """A header with half a character and with numbers that are none: refused in words, or sent as
+    """A header with half a character and with NaN for a number: refused in words, or sent as
     JSON.
     """
-    inner = {
-        "concepts": [
-            {
-                "token": "\ud800",
-                "noun": "<b>",
-                "with_noun": True,
-                "preview": None,
-                "learned": "x",
-                "method": "lora",
-                "steps": float("nan"),
-                "images": 1,
-            }
-        ]
+    concept = {
+        "token": "\ud800",
+        "noun": "<b>",
+        "with_noun": True,
+        "preview": None,
+        "learned": "x",
+        "method": "lora",
+        "steps": float("nan"),
+        "images": 1,
     }
-    head = json.dumps({"__metadata__": {"format": "x", "stack": json.dumps(inner)}}).encode()
-    checkpoint.with_name("mini.concepts.safetensors").write_bytes(
-        len(head).to_bytes(8, "little") + head
-    )
+    stack = json.dumps({"concepts": [concept]})
+    header = json.dumps({"__metadata__": {"format": "x", "stack": stack}}).encode()
+    file = checkpoint.with_name("mini.concepts.safetensors")
+    file.write_bytes(len(header).to_bytes(8, "little") + header)
     answer = _client(host).get(f"{api.PREFIX}/concepts", params=WHERE)
     assert answer.status_code in (200, 422)
     answer.json()

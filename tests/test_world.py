@@ -21,9 +21,8 @@ def test_a_scene_is_a_function_of_its_seed() -> None:
 def test_captions_say_what_is_drawn_and_every_word_has_a_trained_vector() -> None:
     rng = np.random.default_rng(1)
     scenes = [world.random_scene(rng) for _ in range(300)]
-    parts.Vocabulary().encode(
-        [s.caption for s in scenes]
-    )  # raises KeyError for a word without a vector
+    # raises KeyError for a word without a vector
+    parts.Vocabulary().encode([scene.caption for scene in scenes])
     for scene in scenes:
         assert [t.look.shape for t in scene.things] == [
             w for w in scene.caption.split() if w in world.SHAPES
@@ -32,15 +31,15 @@ def test_captions_say_what_is_drawn_and_every_word_has_a_trained_vector() -> Non
 
 
 def test_sixty_concepts_the_world_does_not_contain() -> None:
-    found = {split: world.concepts(split) for split in world.SPLITS}
-    names = [c.name for concepts in found.values() for c in concepts]
+    by_split = {split: world.concepts(split) for split in world.SPLITS}
+    names = [c.name for concepts in by_split.values() for c in concepts]
     assert len(set(names)) == 60
-    for concepts in found.values():
+    for concepts in by_split.values():
         assert len(concepts) == 30
         assert all(
             c.noun in world.SHAPES and c.look.pattern not in world.PATTERNS for c in concepts
         )
-    assert found["reporting"] == world.concepts("reporting")
+    assert by_split["reporting"] == world.concepts("reporting")
 
 
 def test_concept_pictures_are_reproducible_and_differ() -> None:

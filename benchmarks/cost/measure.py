@@ -1,10 +1,11 @@
 """What protection costs, as ratios within one run: the methods against plain `lora`, EWC's penalty
-a step, the Fisher by hooks against a loop.
+in a step, the Fisher by hooks against a loop.
 
     python benchmarks/cost/measure.py benchmarks/cost [--rounds 3] [--steps 300]
 
-in: nothing - out: OUT/cost.json and a table on the screen. Each method learns its second concept of
-a stack (the first has no memory to protect) in a
+Input: nothing. Output: OUT/cost.json and a table on the screen.
+
+Each method learns its second concept of a stack (the first has no earlier one to protect) in a
 process of its own, in turns, so that noise of the machine meets all of them; seconds are those of
 one CPU core, medians over the rounds.
 """
@@ -20,11 +21,11 @@ import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 
-from comfy_continual_lora import fisher as fishers
-from comfy_continual_lora import pipeline, requests
+from comfy_continual_lora import fisher, pipeline, requests
 from comfy_continual_lora.adapters.adapter import attached, new_adapter
 from comfy_continual_lora.checkpoint.backbone import FrozenText
 from comfy_continual_lora.checkpoint.load import load_backbone
@@ -34,60 +35,67 @@ from comfy_continual_lora.mini import world
 from comfy_continual_lora.mini.weights import write_checkpoint
 from comfy_continual_lora.penalty import Step
 from comfy_continual_lora.presets import METHODS
+from comfy_continual_lora.progress import Progress
 from comfy_continual_lora.settings import LearnSettings
 
 
-def _learn_second(folder: str, method: str, steps: int, answer: multiprocessing.Queue) -> None:
+def _learn_second(folder: str, method: str, steps: int, results: multiprocessing.Queue) -> None:
     """CPU seconds and peak memory (MiB) of learning the second concept, by stage."""
     torch.set_num_threads(1)
     checkpoint, stages = Path(folder) / f"{method}.safetensors", {}
     write_checkpoint(checkpoint)
-    settings = LearnSettings(method=method, steps=steps)
-    concepts = world.concepts("development")
-    for token, concept in zip(("V1", "V2"), concepts[:2], strict=True):
+    first, second = world.concepts("development")[:2]
+    quick = LearnSettings(method=method, steps=2, fisher_samples=8)
+    measured = LearnSettings(method=method, steps=steps)
+    for token, concept, settings in (("V1", first, quick), ("V2", second, measured)):
         pictures = world.save_pictures(concept, Path(folder) / f"{method}-{token}")
-        first = (
-            settings if token == "V2" else LearnSettings(method=method, steps=2, fisher_samples=8)
+        request = requests.LearnRequest(
+            checkpoint, pictures, token, concept.noun, settings, device="cpu"
         )
-        seen: dict[str, list[float]] = {}
+        times: dict[str, list[float]] = {}
+
+        def record(progress: Progress, times: dict[str, list[float]] = times) -> None:
+            times.setdefault(progress.stage, []).append(time.process_time())
+
         started = time.process_time()
-        pipeline.learn_concept(
-            requests.LearnRequest(checkpoint, pictures, token, concept.noun, first, device="cpu"),
-            lambda p, seen=seen: seen.setdefault(p.stage, []).append(time.process_time()),
-        )
-        stages = {
-            "all": time.process_time() - started,
-            **{stage: times[-1] - times[0] for stage, times in seen.items()},
-        }
-    answer.put(
-        {"seconds": stages, "mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024}
-    )
+        pipeline.learn_concept(request, record)
+        stages = {"all": time.process_time() - started}
+        stages |= {stage: marks[-1] - marks[0] for stage, marks in times.items()}
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    results.put({"seconds": stages, "mib": peak})
 
 
 def compare_methods(methods: list[str], steps: int, rounds: int) -> dict[str, dict]:
-    context, found = multiprocessing.get_context("spawn"), {method: [] for method in methods}
+    context = multiprocessing.get_context("spawn")
+    runs: dict[str, list[dict[str, Any]]] = {method: [] for method in methods}
     for _ in range(rounds):
         for method in methods:
             with tempfile.TemporaryDirectory() as folder:
-                answer = context.Queue()
-                worker = context.Process(target=_learn_second, args=(folder, method, steps, answer))
+                results = context.Queue()
+                arguments = (folder, method, steps, results)
+                worker = context.Process(target=_learn_second, args=arguments)
                 worker.start()
-                found[method].append(answer.get())
+                runs[method].append(results.get())
                 worker.join()
-    plain = statistics.median(f["seconds"]["all"] for f in found["lora"])
-    memory = statistics.median(f["mib"] for f in found["lora"])
+    plain_seconds = _median_stage(runs["lora"], "all")
+    plain_memory = _median_memory(runs["lora"])
     return {
         method: {
-            "seconds": round(statistics.median(f["seconds"]["all"] for f in runs), 1),
-            "of_lora": round(statistics.median(f["seconds"]["all"] for f in runs) / plain, 2),
-            "memory_of_lora": round(statistics.median(f["mib"] for f in runs) / memory, 2),
-            "stages": {
-                k: round(statistics.median(f["seconds"].get(k, 0) for f in runs), 1)
-                for k in runs[0]["seconds"]
-            },
+            "seconds": round(_median_stage(own, "all"), 1),
+            "of_lora": round(_median_stage(own, "all") / plain_seconds, 2),
+            "memory_of_lora": round(_median_memory(own) / plain_memory, 2),
+            "stages": {stage: round(_median_stage(own, stage), 1) for stage in own[0]["seconds"]},
         }
-        for method, runs in found.items()
+        for method, own in runs.items()
     }
+
+
+def _median_stage(runs: list[dict[str, Any]], stage: str) -> float:
+    return statistics.median(run["seconds"].get(stage, 0) for run in runs)
+
+
+def _median_memory(runs: list[dict[str, Any]]) -> float:
+    return statistics.median(run["mib"] for run in runs)
 
 
 def _median_seconds(work: dict[str, Callable[[], object]], rounds: int) -> dict[str, float]:
@@ -111,38 +119,37 @@ def compare_parts(rounds: int) -> dict[str, float]:
     generator = torch.Generator().manual_seed(0)
     adapter = new_adapter(backbone, 16, generator)
     latents, text = torch.randn(10, 4, 16, 16, generator=generator), FrozenText(backbone, {})
-    target = fishers.FisherInputs(list(latents), "red mug", "mug", [], None)
+    inputs = fisher.FisherInputs(list(latents), "red mug", "mug", [], None)
     penalty = Ewc(1e-3, [(adapter, {k: torch.rand_like(v) for k, v in adapter.items()})])
     with attached(backbone, adapter, trainable=True) as factors:
+        weights = list(factors.values())
 
         def batch(n: int) -> Callable[[], torch.Tensor]:
-            return fishers._loss_of_batch(backbone, target, text, 2, n, generator_for(n))
+            return fisher._loss_of_batch(backbone, inputs, text, 2, n, generator_for(n))
 
-        steps = _median_seconds(
-            {
-                "plain": lambda: batch(8)().mean().backward(),
-                "penalty": lambda: (batch(8)().mean() + penalty(Step(factors))).backward(),
-            },
-            5 * rounds,
-        )
-        ways = _median_seconds(
-            {
-                "hooks": lambda: list(
-                    fishers.per_sample_gradients(backbone, factors, batch(16), 16)
-                ),
-                "batch": lambda: batch(16)().mean().backward(),
-                "loop": lambda: [
-                    torch.autograd.grad(batch(1)()[0], list(factors.values())) for _ in range(16)
-                ],
-            },
-            rounds,
-        )
+        def plain_step() -> None:
+            batch(8)().mean().backward()
+
+        def penalty_step() -> None:
+            (batch(8)().mean() + penalty(Step(factors))).backward()
+
+        def by_hooks() -> None:
+            list(fisher.per_sample_gradients(backbone, factors, batch(16), 16))
+
+        def by_batch() -> None:
+            """The mean gradient alone: no way of taking single ones can be faster."""
+            batch(16)().mean().backward()
+
+        def by_loop() -> None:
+            for _ in range(16):
+                torch.autograd.grad(batch(1)()[0], weights)
+
+        steps = _median_seconds({"plain": plain_step, "penalty": penalty_step}, 5 * rounds)
+        ways = _median_seconds({"hooks": by_hooks, "batch": by_batch, "loop": by_loop}, rounds)
     return {
         "penalty_step_of_plain_step": round(steps["penalty"] / steps["plain"], 3),
         "loop_of_hooks": round(ways["loop"] / ways["hooks"], 2),
-        "loop_of_batch": round(
-            ways["loop"] / ways["batch"], 2
-        ),  # the mean gradient alone, which no way of taking single ones can be faster than
+        "loop_of_batch": round(ways["loop"] / ways["batch"], 2),
     }
 
 
@@ -156,11 +163,10 @@ def main() -> None:
     parser.add_argument("--methods", default=",".join(METHODS), help="none: only the parts")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
-    methods = (
-        compare_methods(arguments.methods.split(","), arguments.steps, arguments.rounds)
-        if arguments.methods
-        else {}
-    )
+    methods = {}
+    if arguments.methods:
+        names = arguments.methods.split(",")
+        methods = compare_methods(names, arguments.steps, arguments.rounds)
     row = {"parts": compare_parts(arguments.rounds), "methods": methods}
     arguments.out.mkdir(parents=True, exist_ok=True)
     (arguments.out / "cost.json").write_text(json.dumps(row, indent=1) + "\n")

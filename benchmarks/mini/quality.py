@@ -3,8 +3,9 @@ trained on real pictures of the world only.
 
     python benchmarks/mini/quality.py benchmarks/mini [--captions 512]
 
-in: the shipped weights - out: OUT/quality.json, OUT/samples.png (the first 48 captions drawn) and
-OUT/captions.txt.
+Input: the shipped weights. Output: OUT/quality.json, OUT/samples.png (the first 48 captions drawn)
+and OUT/captions.txt.
+
 Captions come from scenes the training never saw; only those are used that name shape, colours and
 background, so that there is something to judge.
 """
@@ -36,14 +37,14 @@ def unseen_scenes(count: int) -> list[world.Scene]:
     """Scenes whose captions name the background and the colours of every thing; one in three has
     two things.
     """
-    rng, found = np.random.default_rng(SEED), []
-    while len(found) < count:
+    rng = np.random.default_rng(SEED)
+    scenes: list[world.Scene] = []
+    while len(scenes) < count:
         scene = world.random_scene(rng)
-        if world.BACKGROUNDS[scene.background] in scene.caption and all(
-            t.color_names for t in scene.things
-        ):
-            found.append(scene)
-    return found
+        names_background = world.BACKGROUNDS[scene.background] in scene.caption
+        if names_background and all(thing.color_names for thing in scene.things):
+            scenes.append(scene)
+    return scenes
 
 
 def real_pictures(scenes: list[world.Scene]) -> Tensor:
@@ -51,7 +52,7 @@ def real_pictures(scenes: list[world.Scene]) -> Tensor:
     ceiling.
     """
     rng = np.random.default_rng(SEED + 1)
-    return trainset.to_tensor(np.stack([world.draw_scene(s, rng) for s in scenes]))
+    return trainset.to_tensor(np.stack([world.draw_scene(scene, rng) for scene in scenes]))
 
 
 def main() -> None:
@@ -66,18 +67,20 @@ def main() -> None:
         path = Path(folder) / "mini.safetensors"
         weights.write_checkpoint(path)
         backbone = load_backbone(path)
-    scenes, reader = unseen_scenes(arguments.captions), weights.load_reader()
+    scenes = unseen_scenes(arguments.captions)
+    captions = [scene.caption for scene in scenes]
     settings = DrawSettings(guidance=arguments.guidance).resolved("mini")
 
-    def say(progress: Progress) -> None:
+    def show(progress: Progress) -> None:
         print(f"\r{progress.step}/{progress.steps}", end="", file=sys.stderr, flush=True)
 
-    drawn = sample.draw(
-        backbone, {}, [s.caption for s in scenes], range(SEED, SEED + len(scenes)), settings, say
-    )
+    seeds = range(SEED, SEED + len(scenes))
+    drawn = sample.draw(backbone, {}, captions, seeds, settings, show)
     real = real_pictures(scenes)
     through_vae = backbone.decode_latents(torch.stack(backbone.encode_images(real)))
-    two = torch.tensor([len(s.things) == 2 for s in scenes])
+    two = torch.tensor([len(scene.things) == 2 for scene in scenes])
+    scenes_of_two = [scene for scene in scenes if len(scene.things) == 2]
+    reader = weights.load_reader()
     row = {
         "captions": len(scenes),
         "with_two_things": int(two.sum()),
@@ -86,13 +89,11 @@ def main() -> None:
     }
     for name, pictures in (("real", real), ("autoencoder", through_vae), ("drawn", drawn)):
         row[name] = parts.read_accuracy(reader, pictures, scenes)
-        row[f"{name}_two_things"] = parts.read_accuracy(
-            reader, pictures[two], [s for s in scenes if len(s.things) == 2]
-        )
+        row[f"{name}_two_things"] = parts.read_accuracy(reader, pictures[two], scenes_of_two)
     arguments.out.mkdir(parents=True, exist_ok=True)
     (arguments.out / "quality.json").write_text(json.dumps(row, indent=1) + "\n")
-    (arguments.out / "captions.txt").write_text("\n".join(s.caption for s in scenes[:48]) + "\n")
-    grid([to_pil(p) for p in drawn[:48]], 8).save(arguments.out / "samples.png")
+    (arguments.out / "captions.txt").write_text("\n".join(captions[:48]) + "\n")
+    grid([to_pil(picture) for picture in drawn[:48]], 8).save(arguments.out / "samples.png")
     print(json.dumps(row, indent=1))
 
 

@@ -2,17 +2,18 @@
 
     python benchmarks/retention/beside.py OUT RUN ... --pairs 8
 
-in: folders that run.py left (OUT/runs/METHOD-CONCEPTS-SEED-STEPS; reporting concepts), with their
-stacks - out: OUT/beside.json, and a grid of
-pictures for each run and way. Neighbours of the sequence, each pair on four grounds:
+Input: folders that run.py left (OUT/runs/METHOD-CONCEPTS-SEED-STEPS; reporting concepts), with
+their stacks. Output: OUT/beside.json, and a grid of pictures for each run and way.
+
+Neighbours of the sequence, each pair on four grounds:
 
     one prompt    "a photo of a V1 mug and a V2 fish on grass"
     beside        "a photo of a V1 mug on grass" and, to the right of it, "a photo of a V2 fish on
-    grass" (`draw --beside`)
-    alone         both of these as pictures of their own: what can be had
+                  grass" (`draw --beside`)
+    alone         both of these as pictures of their own: the best that can be had
 
     bled      share of things that look more like the other one of the two, in its place, than like
-    themselves (a coin gets .5)
+              themselves (a coin gets .5)
     shapes    share of things that have their shape, by the attribute reader
 """
 
@@ -24,9 +25,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import judging
 import numpy as np
-import run as retention
 import torch
+from jobs import DRAWING
+from judging import PairScene
 from torch import Tensor
 
 from comfy_continual_lora import concepts, report, sample
@@ -39,27 +42,21 @@ WAYS = ("one prompt", "beside", "alone")
 
 
 def measure(run: Path, out: Path, pairs: int) -> list[dict[str, Any]]:
-    (backbone, stack, sequence), rows = retention.left_by(run), []
-    asked = [
-        (n, n + 1, place)
+    backbone, stack, sequence = judging.load_run(run)
+    neighbours = [
+        (n, n + 1, ground)
         for n in range(min(pairs, len(stack.records) - 1))
-        for place in list(world.BACKGROUNDS)[:4]
+        for ground in list(world.BACKGROUNDS)[:4]
     ]
+    rows = []
     for way in WAYS:
-        pictures, bled, shapes = drawn(way, backbone, stack, sequence, asked)
-        rows.append(
-            {
-                "run": run.name,
-                "drawn": way,
-                "things": 2 * len(asked),
-                "bled": bled,
-                "shapes": shapes,
-            }
-        )
-        print(json.dumps(rows[-1]), flush=True)
-        report.grid([concepts.to_pil(p) for p in pictures], 4).save(
-            out / f"{run.name}-{way.replace(' ', '-')}.jpg", quality=90
-        )
+        pictures, bled, shapes = drawn(way, backbone, stack, sequence, neighbours)
+        things = 2 * len(neighbours)
+        row = {"run": run.name, "drawn": way, "things": things, "bled": bled, "shapes": shapes}
+        rows.append(row)
+        print(json.dumps(row), flush=True)
+        sheet = report.grid([concepts.to_pil(picture) for picture in pictures], 4)
+        sheet.save(out / f"{run.name}-{way.replace(' ', '-')}.jpg", quality=90)
     return rows
 
 
@@ -68,76 +65,65 @@ def drawn(
     backbone: Backbone,
     stack: ConceptStack,
     sequence: Sequence[world.Concept],
-    asked: Sequence[tuple[int, int, str]],
+    pairs: Sequence[tuple[int, int, str]],
 ) -> tuple[Tensor, float, float]:
-    """Pictures (n, 3, 128, width), the shares of things that bled, and of right shapes.
+    """Pictures (n, 3, 128, width), the share of things that bled, and the share of right shapes.
 
-    `asked`: numbers of the left and right one; ground.
+    `pairs`: numbers of the left and the right concept, and the ground they are on.
     """
-    names = [f"a {record.name}" for record in stack.records]
-    parts = [
-        [f"a photo of {names[n]} {world.BACKGROUNDS[place]}" for n in (a, b)]
-        for a, b, place in asked
-    ]
-    prompts: dict[str, list[Sequence[str | Sequence[str]]]] = {
-        "one prompt": [
-            [
-                f"a photo of {names[a]} and {names[b]} {world.BACKGROUNDS[place]}"
-                for a, b, place in asked
-            ]
-        ],
-        "beside": [parts],
-        "alone": [[pair[n] for pair in parts] for n in (0, 1)],
-    }
+    scenes = [PairScene(sequence[a], sequence[b], ground) for a, b, ground in pairs]
     with attached(backbone, stack.adapter):
-        pictures = torch.cat(
-            [
-                sample.draw(backbone, stack.tokens, ps, range(len(ps)), retention.DRAWING)
-                for ps in prompts[way]
-            ],
-            3,
-        )
-    scenes = [(sequence[a], sequence[b], place) for a, b, place in asked]
-    return pictures, *(
-        judged_together(pictures, scenes)
-        if way == "one prompt"
-        else judged_beside(pictures, scenes)
-    )
+        columns = [
+            sample.draw(backbone, stack.tokens, prompts, range(len(prompts)), DRAWING)
+            for prompts in _prompts(way, [record.name for record in stack.records], pairs)
+        ]
+    pictures = torch.cat(columns, 3)
+    judge = judged_together if way == "one prompt" else judged_beside
+    return pictures, *judge(pictures, scenes)
 
 
-def judged_together(
-    pictures: Tensor, scenes: list[tuple[world.Concept, world.Concept, str]]
-) -> tuple[float, float]:
-    right = [
-        retention.shaped(pictures, f"shape_{side}", [scene[:2][n] for scene in scenes])
-        for n, side in enumerate("ab")
-    ]
-    return retention.bleeding(pictures, scenes), float(torch.cat(right).mean())
+def _prompts(
+    way: str, names: Sequence[str], pairs: Sequence[tuple[int, int, str]]
+) -> list[Sequence[str | Sequence[str]]]:
+    """The prompts of all pairs, once for each picture that is drawn of a pair."""
+    together, left, right = [], [], []
+    for a, b, ground in pairs:
+        place = world.BACKGROUNDS[ground]
+        together.append(f"a photo of a {names[a]} and a {names[b]} {place}")
+        left.append(f"a photo of a {names[a]} {place}")
+        right.append(f"a photo of a {names[b]} {place}")
+    if way == "one prompt":
+        return [together]
+    if way == "beside":
+        return [list(zip(left, right, strict=True))]
+    return [left, right]
 
 
-def judged_beside(
-    pictures: Tensor, scenes: list[tuple[world.Concept, world.Concept, str]]
-) -> tuple[float, float]:
+def judged_together(pictures: Tensor, scenes: Sequence[PairScene]) -> tuple[float, float]:
+    return judging.bleeding(pictures, scenes), judging.right_shapes(pictures, scenes)
+
+
+def judged_beside(pictures: Tensor, scenes: Sequence[PairScene]) -> tuple[float, float]:
     """The same of pictures (n, 3, 128, width), whose ends are pictures of one thing."""
-    bled, right = [], []
-    for n, end in enumerate((pictures[..., : drawing.SIZE], pictures[..., -drawing.SIZE :])):
-        own, other = (
-            retention.unit(
-                retention.features_of(
-                    torch.cat([_alone(scene[:2][m], scene[2]) for scene in scenes])
-                )
-            )
-            for m in (n, 1 - n)
-        )
-        drawn = retention.unit(retention.features_of(end))
-        bled.append(((drawn * other).sum(1) > (drawn * own).sum(1)).float())
-        right.append(retention.shaped(end, "shape_a", [scene[:2][n] for scene in scenes]))
-    return float(torch.cat(bled).mean()), float(torch.cat(right).mean())
+    left, right = [s.left for s in scenes], [s.right for s in scenes]
+    grounds = [scene.ground for scene in scenes]
+    left_end, right_end = pictures[..., : drawing.SIZE], pictures[..., -drawing.SIZE :]
+    bled, shapes = [], []
+    for end, own, other in ((left_end, left, right), (right_end, right, left)):
+        features = judging.unit(judging.features_of(end))
+        real, exchanged = _features_alone(own, grounds), _features_alone(other, grounds)
+        bled.append(judging.nearer_to_other(features, real, exchanged))
+        shapes.append(judging.has_shape(end, "shape_a", own))
+    return float(torch.cat(bled).mean()), float(torch.cat(shapes).mean())
 
 
-def _alone(concept: world.Concept, place: str) -> Tensor:
-    scene = world.Scene((world.Thing(concept.look, (), ""),), place, "")
-    return trainset.to_tensor(world.draw_scene(scene, np.random.default_rng(0))[None])
+def _features_alone(concepts: Sequence[world.Concept], grounds: Sequence[str]) -> Tensor:
+    """Of each concept as the world draws it by itself, (n, d) of length 1."""
+    pictures = []
+    for concept, ground in zip(concepts, grounds, strict=True):
+        scene = world.Scene((world.Thing(concept.look, (), ""),), ground, "")
+        pictures.append(world.draw_scene(scene, np.random.default_rng(0)))
+    return judging.unit(judging.features_of(trainset.to_tensor(np.stack(pictures))))
 
 
 def main() -> None:

@@ -1,18 +1,18 @@
-"""How far from the protected prompts does swapped_in in text space reach? Drift of learned stacks over
-prompts nearer and further away.
+r"""How far beyond the protected prompts does holding in text space reach? Drift of learned stacks
+over prompts closer and further away.
 
-    python benchmarks/retention/far.py RUNS/retention-6-0-200 RUNS/lora-6-0-200 ... [--out
-    benchmarks/retention/results/far.json]
+    python benchmarks/retention/far.py RUNS/retention-6-0-200 RUNS/lora-6-0-200 ... \
+        [--out benchmarks/retention/results/far.json]
 
-in: folders of `run.py` with the mini-SD and its stack - out: a row for each folder. No picture and
-no call of the U-Net: what K and V do to a
-prompt is its text features times the adapter. All figures are thousandths of E || W0 c ||^2 over
-ordinary prompts, mean over layers (`textspace`):
+Input: folders of `run.py` with the mini-SD and its stack. Output: a row for each folder. No picture
+and no call of the U-Net: what K and V do to a prompt is its text features times the adapter.
+
+All figures are thousandths of E || W0 c ||^2 over ordinary prompts, mean over layers (`textspace`):
 
     learned              what the adapter right after a concept was learned does to that concept's
-    protected prompts: the size to compare with
+                         protected prompts: the size to compare with
     protected ... long   how far prompts that name a concept have moved since it was learned; mean
-    over all concepts but the newest
+                         over all concepts but the newest
     the others           how far prompts that name none have moved since before the first concept
 """
 
@@ -33,8 +33,7 @@ from comfy_continual_lora.checkpoint.backbone import Backbone
 from comfy_continual_lora.checkpoint.load import load_backbone
 from comfy_continual_lora.mini import world
 
-# {} is the concept. None of these is among the prompts that are protected, and few of their words
-# are.
+# {} is the concept. None of these prompts is protected, and few of their words are.
 REWORDED = (
     "{}",
     "my {} yesterday",
@@ -76,43 +75,41 @@ NEGATIVE = (
 )
 
 
-def families(backbone: Backbone, stack: store.ConceptStack) -> dict[str, float]:
+def drift_by_kind(backbone: Backbone, stack: store.ConceptStack) -> dict[str, float]:
     """Drift by kind of prompt."""
     *earlier, _ = stack.records
-    now, rng = stack.adapter, np.random.default_rng(11)
-    then = [stack.adapter_after(record.id) for record in earlier]
+    now = stack.adapter
     assert now
+    then = [stack.adapter_after(record.id) for record in earlier]
 
     def moment(prompts: Sequence[str]) -> Tensor:
         return textspace.moment(backbone, stack.tokens, prompts)
 
     def naming(templates: Sequence[str]) -> list[Tensor]:
-        return [
-            moment([template.format(record.name) for template in templates]) for record in earlier
-        ]
+        return [moment([text.format(record.name) for text in templates]) for record in earlier]
 
-    def moved(
-        about: Sequence[Tensor],
+    plain = moment(textspace.ordinary_prompts([record.noun for record in stack.records]))
+    sizes = textspace.sizes(backbone, plain)
+
+    def drift(
+        moments: Sequence[Tensor],
         adapters: Sequence[Adapter | None],
         anchors: Sequence[Adapter | None],
     ) -> float:
         drifts = [
-            textspace.drift(a or {}, anchor, m, sizes)
-            for m, a, anchor in zip(about, adapters, anchors, strict=True)
+            textspace.drift(adapter or {}, anchor, m, sizes)
+            for m, adapter, anchor in zip(moments, adapters, anchors, strict=True)
         ]
         return round(1000 * float(torch.stack(drifts).mean()), 2)
 
-    own, plain = (
-        [moment(textspace.single_prompts(record)) for record in earlier],
-        moment(textspace.ordinary_prompts([r.noun for r in stack.records])),
-    )
-    sizes = textspace.sizes(backbone, plain)
-    concepts = {
+    own = [moment(textspace.single_prompts(record)) for record in earlier]
+    about_concepts = {
         "protected": own,
         "with another thing": naming(WITH_ANOTHER),
         "reworded": naming(REWORDED),
         "long": naming(LONG),
     }
+    rng = np.random.default_rng(11)
     captions = moment([world.random_scene(rng).caption for _ in range(64)])
     ordinary = {
         "protected ordinary": plain,
@@ -121,9 +118,9 @@ def families(backbone: Backbone, stack: store.ConceptStack) -> dict[str, float]:
         "negative": moment(NEGATIVE),
     }
     return {
-        "learned": moved(own, then, [None] * len(then)),
-        **{kind: moved(about, [now] * len(then), then) for kind, about in concepts.items()},
-        **{kind: moved([about], [now], [None]) for kind, about in ordinary.items()},
+        "learned": drift(own, then, [None] * len(then)),
+        **{kind: drift(about, [now] * len(then), then) for kind, about in about_concepts.items()},
+        **{kind: drift([about], [now], [None]) for kind, about in ordinary.items()},
     }
 
 
@@ -137,11 +134,10 @@ def main() -> None:
     torch.set_num_threads(1)
     rows = {}
     for folder in arguments.runs:
-        backbone = load_backbone(folder / "mini.safetensors", device="cpu")
-        rows[str(folder)] = families(
-            backbone,
-            store.load_stack(store.stack_path(folder / "mini.safetensors"), backbone.fingerprint),
-        )
+        checkpoint = folder / "mini.safetensors"
+        backbone = load_backbone(checkpoint, device="cpu")
+        stack = store.load_stack(store.stack_path(checkpoint), backbone.fingerprint)
+        rows[str(folder)] = drift_by_kind(backbone, stack)
     if arguments.out:
         arguments.out.write_text(json.dumps(rows, indent=1) + "\n")
     columns = list(next(iter(rows.values())))

@@ -3,24 +3,25 @@ many the closed form asks for.
 
     python benchmarks/retention/rank.py OUT RUN ...
 
-in: folders that run.py left, with their stacks - out: OUT/rank.json. No picture and no U-Net: all
-of it is text space.
+Input: folders that run.py left, with their stacks. Output: OUT/rank.json. No picture and no U-Net:
+all of it is text space.
 
-    used      rank that holds .99 and .999 of what the LoRA does to the stack's prompts and ordinary
-    ones: || delta L ||^2, L L^T = E c c^T,
-              mean over the layers; it can't be more than the LoRA's rank
-    moved     how far the newest concept moved what the LoRA does to the earlier concepts' prompts,
-    as a share of what it did to them
-    asked     rank at which the closed form holds .99 and .999 of what every concept's own LoRA did
-    to its prompts
-    lost      the mean share of what each concept's own did to prompts about it alone that is lost
-    at the LoRA's rank
+    used     rank that holds .99 and .999 of what the LoRA does to the stack's prompts and ordinary
+             ones: || delta L ||^2, L L^T = E c c^T, mean over the layers; it can't be more than the
+             LoRA's rank
+    moved    how far the newest concept moved what the LoRA does to the earlier concepts' prompts,
+             as a share of what it did to them
+    asked    rank at which the closed form holds .99 and .999 of what every concept's own LoRA did
+             to its prompts
+    lost     mean share, over the concepts, of what each one's own LoRA did to prompts about it
+             alone that is lost at the LoRA's rank
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -37,57 +38,57 @@ ENERGIES = (0.99, 0.999)
 
 
 def measure(run: Path) -> list[dict[str, Any]]:
-    backbone, stack = (
-        load_backbone(run / "mini.safetensors", device="cpu"),
-        store.open_stack(run / "mini.concepts.safetensors"),
-    )
-    memory, adapters, rows = (
-        targets.PromptBank(backbone, [record.noun for record in stack.records]),
-        targets.own_adapters(stack),
-        [],
-    )
+    backbone = load_backbone(run / "mini.safetensors", device="cpu")
+    stack = store.open_stack(run / "mini.concepts.safetensors")
+    prompt_bank = targets.PromptBank(backbone, [record.noun for record in stack.records])
+    adapters = targets.own_adapters(stack)
+    rows = []
     for count, record in enumerate(stack.records, start=1):
-        memory.add(record, stack.words[record.id])
+        prompt_bank.add(record, stack.words[record.id])
         if count not in COUNTS:
             continue
-        newest, before = (
-            stack.adapter_after(stack.records[max(0, n)].id) for n in (count - 1, count - 2)
-        )
+        goals = prompt_bank.targets(adapters[:count], SolveSettings())
+        newest = stack.adapter_after(record.id)
+        previous = stack.adapter_after(stack.records[max(0, count - 2)].id)
         assert newest
-        goals = memory.targets(adapters[:count], SolveSettings())
-        earlier = [
-            targets.relative_drift(newest, solve.Target(w.name, w.moment, before))
-            for w in goals[1:-1]
-        ]
         held, _ = solve.solve(goals, SolveSettings(rank=stack.rank))
-        rows.append(
-            {
-                "run": run.name,
-                "concepts": count,
-                "rank": stack.rank,
-                "used": used(newest, sum((w.moment for w in goals[1:]), memory.ordinary.clone())),
-                "moved": sum(earlier) / len(earlier) if earlier else 0.0,
-                "asked": [
-                    solve.solve(goals, SolveSettings(energy=energy))[1] for energy in ENERGIES
-                ],
-                "lost": sum(targets.relative_drift(held, goal) for goal in memory.about_one(goals))
-                / count,
-            }
-        )
-        print(json.dumps(rows[-1]), flush=True)
+        moments = sum((goal.moment for goal in goals[1:]), prompt_bank.ordinary.clone())
+        lost = [targets.relative_drift(held, goal) for goal in prompt_bank.about_one(goals)]
+        row = {
+            "run": run.name,
+            "concepts": count,
+            "rank": stack.rank,
+            "used": used(newest, moments),
+            "moved": moved(newest, previous, goals[1:-1]),
+            "asked": [solve.solve(goals, SolveSettings(energy=energy))[1] for energy in ENERGIES],
+            "lost": sum(lost) / count,
+        }
+        rows.append(row)
+        print(json.dumps(row), flush=True)
     return rows
 
 
+def moved(newest: Adapter, previous: Adapter | None, goals: Sequence[solve.Target]) -> float:
+    """Mean drift of the newest adapter from the previous one over these prompts."""
+    drifts = [
+        targets.relative_drift(newest, solve.Target(goal.name, goal.moment, previous))
+        for goal in goals
+    ]
+    return sum(drifts) / len(drifts) if drifts else 0.0
+
+
 def used(adapter: Adapter, moment: Tensor) -> list[int]:
-    lower = torch.linalg.cholesky(
-        moment.double() + 1e-6 * moment.trace() / len(moment) * torch.eye(len(moment))
-    )
+    """The rank that holds each of ENERGIES of what the adapter does to prompts with this second
+    moment (d, d).
+    """
+    size = len(moment)
+    ridge = 1e-6 * moment.trace() / size * torch.eye(size)
+    lower = torch.linalg.cholesky(moment.double() + ridge)
     kept = []
     for parts in layers_of(adapter).values():
-        left, right = factored(parts, len(moment))
-        energy = torch.linalg.svdvals(left.double() @ (right.double() @ lower))[
-            : right.shape[0]
-        ].square()
+        left, right = factored(parts, size)
+        values = torch.linalg.svdvals(left.double() @ (right.double() @ lower))
+        energy = values[: right.shape[0]].square()
         kept.append((energy / energy.sum()).cumsum(0))
     mean = torch.stack(kept).mean(0)
     return [int((mean < energy).sum()) + 1 for energy in ENERGIES]
@@ -99,9 +100,8 @@ def main() -> None:
     parser.add_argument("runs", type=Path, nargs="+")
     arguments = parser.parse_args()
     arguments.out.mkdir(parents=True, exist_ok=True)
-    (arguments.out / "rank.json").write_text(
-        json.dumps([row for run in arguments.runs for row in measure(run)], indent=1) + "\n"
-    )
+    rows = [row for run in arguments.runs for row in measure(run)]
+    (arguments.out / "rank.json").write_text(json.dumps(rows, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -3,29 +3,30 @@ them?
 
     python benchmarks/retention/where.py OUT RUN ...
 
-in: folders that run.py left (OUT/runs/METHOD-CONCEPTS-SEED-STEPS; reporting concepts), with their
-stacks - out: OUT/where.json, and two grids of
-pictures for each run and place. The adapter acts on all positions of the prompt, on those up to its
-end only, on those behind it only, or nowhere.
-"a photo of a V1 mug" for each concept, "a photo of a V1 mug and a V2 fish" for neighbours, four
-seeds each.
+Input: folders that run.py left (OUT/runs/METHOD-CONCEPTS-SEED-STEPS; reporting concepts), with
+their stacks. Output: OUT/where.json, and two grids of pictures for each run and place.
 
-    i2i        likeness to real pictures, of each thing alone (mini-CLIP, mean cosine over all
-    pairs)
-    shapes     share of things in pictures of two that have their shape, by the attribute reader
+The adapter acts on all positions of the prompt, on those up to its end only, on those behind it
+only, or nowhere. "a photo of a V1 mug" for each concept, "a photo of a V1 mug and a V2 fish" for
+neighbours, four seeds each.
+
+    i2i       likeness to real pictures, of each thing alone (mini-CLIP, mean cosine over all pairs)
+    shapes    share of things in pictures of two that have their shape, by the attribute reader
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-import run as retention
+import judging
 import torch
+from jobs import DRAWING
 from torch import Tensor, nn
 
 from comfy_continual_lora import concepts, metrics, report, sample, store
@@ -55,55 +56,52 @@ def acting(backbone: Backbone, where: Tensor) -> Iterator[None]:
 
 
 def drawn(backbone: Backbone, stack: store.ConceptStack, prompt: str, place: str) -> Tensor:
-    behind = backbone.padding([prompt], stack.tokens)[0].float()
+    padding = backbone.padding([prompt], stack.tokens)[0].float()
     masks = {
-        "everywhere": torch.ones_like(behind),
-        "up to the end": 1 - behind,
-        "behind the end": behind,
-        "nowhere": torch.zeros_like(behind),
+        "everywhere": torch.ones_like(padding),
+        "up to the end": 1 - padding,
+        "behind the end": padding,
+        "nowhere": torch.zeros_like(padding),
     }
     with attached(backbone, stack.adapter), acting(backbone, masks[place]):
-        return sample.draw(backbone, stack.tokens, [prompt] * 4, range(4), retention.DRAWING)
+        return sample.draw(backbone, stack.tokens, [prompt] * 4, range(4), DRAWING)
 
 
 def likeness(concept: world.Concept, pictures: Tensor) -> float:
-    return metrics.similarity(
-        retention.features_of(retention.real_pictures(concept, 16)), retention.features_of(pictures)
-    )
+    real = judging.features_of(judging.real_pictures(concept, 16))
+    return metrics.similarity(real, judging.features_of(pictures))
 
 
 def measure(run: Path, out: Path) -> list[dict[str, Any]]:
-    backbone, stack, sequence = retention.left_by(run)
-    names, rows = [record.name for record in stack.records], []
-    pairs = [(n, n + 1) for n in range(len(names) - 1)]
+    backbone, stack, sequence = judging.load_run(run)
+    names = [record.name for record in stack.records]
+    rows = []
     for place in PLACES:
         alone = [drawn(backbone, stack, f"a photo of a {name}", place) for name in names]
-        both = [
-            drawn(backbone, stack, f"a photo of a {names[a]} and a {names[b]}", place)
-            for a, b in pairs
-        ]
+        prompts = [f"a photo of a {a} and a {b}" for a, b in pairwise(names)]
+        both = [drawn(backbone, stack, prompt, place) for prompt in prompts]
         i2i = [likeness(concept, own) for concept, own in zip(sequence, alone, strict=True)]
-        right = [
-            retention.shaped(pictures, f"shape_{side}", [sequence[pair[n]]] * len(pictures))
-            for pictures, pair in zip(both, pairs, strict=True)
-            for n, side in enumerate("ab")
-        ]
-        rows.append(
-            {
-                "run": run.name,
-                "acts": place,
-                "i2i": sum(i2i) / len(i2i),
-                "shapes": float(torch.cat(right).mean()),
-            }
-        )
-        print(json.dumps(rows[-1]), flush=True)
-        report.grid([concepts.to_pil(p) for p in torch.cat(alone)], 8).save(
-            out / f"{run.name}-{place.replace(' ', '-')}-alone.png"
-        )
-        report.grid([concepts.to_pil(p) for p in torch.cat(both)], 8).save(
-            out / f"{run.name}-{place.replace(' ', '-')}-both.png"
-        )
+        row = {
+            "run": run.name,
+            "acts": place,
+            "i2i": judging.mean(i2i),
+            "shapes": right_shapes(both, sequence),
+        }
+        rows.append(row)
+        print(json.dumps(row), flush=True)
+        for kind, pictures in (("alone", alone), ("both", both)):
+            sheet = report.grid([concepts.to_pil(picture) for picture in torch.cat(pictures)], 8)
+            sheet.save(out / f"{run.name}-{place.replace(' ', '-')}-{kind}.png")
     return rows
+
+
+def right_shapes(both: Sequence[Tensor], sequence: Sequence[world.Concept]) -> float:
+    """Share of right shapes in pictures of each concept with the one behind it."""
+    right = []
+    for n, pictures in enumerate(both):
+        for head, concept in zip(("shape_a", "shape_b"), sequence[n : n + 2], strict=True):
+            right.append(judging.has_shape(pictures, head, [concept] * len(pictures)))
+    return float(torch.cat(right).mean())
 
 
 def main() -> None:

@@ -3,8 +3,9 @@ weights.
 
     python benchmarks/speed/gpu.py [--jobs "sd1 bf16,sd1 diffusers"] [--keep FOLDER]
 
-in: nothing - out: results/<date>-gpu.json. A job is a kind of checkpoint and what is done, in a
-process of its own that has the GPU to itself.
+Input: nothing. Output: results/<date>-gpu.json.
+
+A job is a kind of checkpoint and what is done, in a process of its own that has the GPU to itself.
 A step is one of method `lora`, rank 16, one picture of 512 pixels, or 1024 with SDXL; the first
 five are not counted.
 
@@ -49,12 +50,10 @@ FORMATS = (
     "fp8 checkpointing",
     "bf16 channels_last",
 )
+AT_BOTH_SIZES = (*FORMATS, "diffusers", "diffusers checkpointing", "scores")
 JOBS = (
-    *(
-        f"{kind} {rest}"
-        for kind in ("sd1", "sdxl")
-        for rest in (*FORMATS, "diffusers", "diffusers checkpointing", "scores")
-    ),
+    *(f"sd1 {work}" for work in AT_BOTH_SIZES),
+    *(f"sdxl {work}" for work in AT_BOTH_SIZES),
     *(f"sd1 method={name} bf16" for name in ("retention", "lora_ewc_dc", "lora_dsc_ewc_dc")),
     "sdxl method=retention bf16",
     "sd1 bf16 compile",
@@ -62,7 +61,10 @@ JOBS = (
     "sdxl fp8 checkpointing within=8",
     "sdxl fp8 checkpointing within=6",
 )
-SKIPPED, STEPS, RANK, CUDA = 5, 20, 16, "cuda"
+SKIPPED, STEPS = 5, 20
+RANK = 16
+CUDA = "cuda"
+GIB = 2**30
 
 
 def learned(path: Path, words: list[str], size: int) -> dict[str, Any]:
@@ -75,53 +77,41 @@ def learned(path: Path, words: list[str], size: int) -> dict[str, Any]:
     values = dict(word.split("=") for word in words if "=" in word)
     method = values.get("method", "lora")
     if "within" in values:
-        torch.cuda.set_per_process_memory_fraction(
-            (float(values["within"]) - 0.5)
-            * 2**30
-            / torch.cuda.get_device_properties(0).total_memory
-        )
+        _limit_memory(float(values["within"]) - 0.5)
     switches: dict[str, Any] = {
         word: True for word in words if word in ("checkpointing", "compile", "channels_last")
     }
-    number = next(word for word in words if word in ("fp32", "bf16", "fp16", "fp8"))
+    precision = next(word for word in words if word in ("fp32", "bf16", "fp16", "fp8"))
     settings = LearnSettings(
         method=method,
         steps=SKIPPED + STEPS,
         batch=1,
         rank=RANK,
-        precision=number,
+        precision=precision,
         snapshot_every=10**6,
         **switches,
     )
     marks: list[tuple[str, float]] = []
-    before = [0]
+    peak_before = 0  # of the learning
 
-    def see(progress: Progress) -> None:
+    def record(progress: Progress) -> None:
+        nonlocal peak_before
         torch.cuda.synchronize()
         if progress.stage == "learn" and marks[-1][0] != "learn":
-            before[0] = torch.cuda.max_memory_allocated()
+            peak_before = torch.cuda.max_memory_allocated()
             torch.cuda.reset_peak_memory_stats()
         marks.append((progress.stage, time.perf_counter()))
 
     with tempfile.TemporaryDirectory() as name:
-        folder, file = Path(name), Path(name) / path.name
-        file.symlink_to(path)
-        noise = (
-            torch.rand(size // 8, size // 8, 3, generator=torch.Generator().manual_seed(0))
-            .mul(255)
-            .byte()
-            .numpy()
-        )
-        Image.fromarray(noise).resize((size, size)).save(folder / "picture.png")
-        asked = [
-            LearnRequest(file, [folder / "picture.png"], token, "mug", settings, device=CUDA)
-            for token in ("V1", "V2")[: 1 if method == "lora" else 2]
-        ]
-        for request in asked:
+        checkpoint, picture = Path(name) / path.name, Path(name) / "picture.png"
+        checkpoint.symlink_to(path)
+        _noise(size).save(picture)
+        for token in ("V1",) if method == "lora" else ("V1", "V2"):
+            request = LearnRequest(checkpoint, [picture], token, "mug", settings, device=CUDA)
             marks[:] = [("begin", time.perf_counter())]
             planned = pipeline.plan(request)
             torch.cuda.reset_peak_memory_stats()
-            pipeline.learn_concept(request, see)
+            pipeline.learn_concept(request, record)
         marks.append(("end", time.perf_counter()))
     steps = [b[1] - a[1] for a, b in pairwise(marks) if a[0] == b[0] == "learn"][SKIPPED - 1 :]
     stages: dict[str, float] = {}
@@ -130,13 +120,24 @@ def learned(path: Path, words: list[str], size: int) -> dict[str, Any]:
     return {
         "seconds": statistics.median(steps),
         "spread": [min(steps), max(steps)],
-        "peak_gib": torch.cuda.max_memory_allocated() / 2**30,
-        "before_gib": before[0] / 2**30,
-        "reserved_gib": torch.cuda.max_memory_reserved() / 2**30,
-        "planned_gib": planned.peak / 2**30,
-        "planned_seconds": [t / (SKIPPED + STEPS) for t in planned.seconds],
+        "peak_gib": torch.cuda.max_memory_allocated() / GIB,
+        "before_gib": peak_before / GIB,
+        "reserved_gib": torch.cuda.max_memory_reserved() / GIB,
+        "planned_gib": planned.peak / GIB,
+        "planned_seconds": [seconds / (SKIPPED + STEPS) for seconds in planned.seconds],
         "stages": stages,
     }
+
+
+def _limit_memory(gib: float) -> None:
+    total = torch.cuda.get_device_properties(0).total_memory
+    torch.cuda.set_per_process_memory_fraction(gib * GIB / total)
+
+
+def _noise(size: int) -> Image.Image:
+    shape = (size // 8, size // 8, 3)
+    pixels = torch.rand(shape, generator=torch.Generator().manual_seed(0)).mul(255).byte()
+    return Image.fromarray(pixels.numpy()).resize((size, size))
 
 
 def diffusers(path: Path, words: list[str], size: int) -> dict[str, Any]:
@@ -172,7 +173,7 @@ def diffusers(path: Path, words: list[str], size: int) -> dict[str, Any]:
             "time_ids": sizes,
         }
     unet.train()
-    marks = []
+    marks: list[float] = []
     torch.cuda.reset_peak_memory_stats()
     for _ in range(SKIPPED + STEPS):
         noise, timesteps = torch.randn_like(latents), torch.randint(0, 1000, (1,), device=CUDA)
@@ -193,8 +194,8 @@ def diffusers(path: Path, words: list[str], size: int) -> dict[str, Any]:
     return {
         "seconds": statistics.median(steps),
         "spread": [min(steps), max(steps)],
-        "peak_gib": torch.cuda.max_memory_allocated() / 2**30,
-        "reserved_gib": torch.cuda.max_memory_reserved() / 2**30,
+        "peak_gib": torch.cuda.max_memory_allocated() / GIB,
+        "reserved_gib": torch.cuda.max_memory_reserved() / GIB,
     }
 
 
@@ -208,80 +209,78 @@ def scores(path: Path, _words: list[str], size: int) -> dict[str, Any]:
     backbone = load_backbone(path, device=CUDA, precision="auto")
     prompts = [f"a photo of a {thing}" for thing in THINGS[:16]]
     features = dict(zip(prompts, FrozenText(backbone, {})(prompts), strict=True))
-    latent, taken = torch.randn(4, size // 8, size // 8, device=CUDA), []
+    latent = torch.randn(4, size // 8, size // 8, device=CUDA)
+    seconds = []
     for seed in range(4):
         torch.cuda.synchronize()
         began = time.perf_counter()
         result = classify(backbone, latent, features, 1e-3, ScoreSettings(seed=seed))
-        taken.append(time.perf_counter() - began)
-    calls = sum(result.trials)
+        seconds.append(time.perf_counter() - began)
     return {
-        "seconds": statistics.median(taken[1:]),
-        "calls": calls,
-        "peak_gib": torch.cuda.max_memory_allocated() / 2**30,
+        "seconds": statistics.median(seconds[1:]),
+        "calls": sum(result.trials),
+        "peak_gib": torch.cuda.max_memory_allocated() / GIB,
     }
+
+
+def run_job(job: str, folder: Path) -> dict[str, Any]:
+    """The figures of one job, measured in this process."""
+    kind, *words = job.split()
+    work = {"diffusers": diffusers, "scores": scores}.get(words[0], learned)
+    checkpoint = folder.resolve() / f"{kind}.safetensors"
+    return work(checkpoint, words, 1024 if kind == "sdxl" else 512)
+
+
+def run_in_process(job: str, folder: Path) -> dict[str, Any]:
+    result = subprocess.run(
+        [sys.executable, __file__, "--one", job, "--keep", str(folder)],
+        capture_output=True,
+        text=True,
+    )
+    if result.returncode:
+        return {"failed": result.stderr.strip().splitlines()[-1]}
+    return json.loads(result.stdout.splitlines()[-1])
+
+
+def run_all(jobs: list[str], folder: Path, out: Path) -> None:
+    import helpers_full_size as full_size
+
+    card = torch.cuda.get_device_properties(0)
+    packages = ("torch", "diffusers", "transformers", "peft")
+    results: dict[str, Any] = {
+        "card": card.name,
+        "gib": card.total_memory / GIB,
+        "rank": RANK,
+        "steps": STEPS,
+        "versions": {name: version(name) for name in packages},
+        "jobs": {},
+    }
+    for job in jobs:
+        kind = job.split()[0]
+        path = folder / f"{kind}.safetensors"
+        if not path.exists():
+            full_size.write(kind, path)
+        row = run_in_process(job, folder)
+        results["jobs"][job] = row
+        print(job, row, flush=True)
+        out.write_text(json.dumps(results, indent=1) + "\n")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Measure learning at full size on a GPU.")
     parser.add_argument("--jobs", default=",".join(JOBS))
     parser.add_argument(
-        "--keep",
-        type=Path,
-        help="folder for the checkpoints (deleted at the end where none is given)",
+        "--keep", type=Path, help="folder for the checkpoints (deleted at the end unless given)"
     )
-    parser.add_argument(
-        "--out",
-        type=Path,
-        default=Path(__file__).parent / "results" / f"{time.strftime('%Y-%m-%d')}-gpu.json",
-    )
+    out = Path(__file__).parent / "results" / f"{time.strftime('%Y-%m-%d')}-gpu.json"
+    parser.add_argument("--out", type=Path, default=out)
     parser.add_argument("--one", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.one:
-        kind, *words = arguments.one.split()
-        work = {"diffusers": diffusers, "scores": scores}.get(words[0], learned)
-        print(
-            json.dumps(
-                work(
-                    arguments.keep.resolve() / f"{kind}.safetensors",
-                    words,
-                    1024 if kind == "sdxl" else 512,
-                )
-            )
-        )
+        print(json.dumps(run_job(arguments.one, arguments.keep)))
         return
-    import helpers_full_size as full_size
-
-    card = torch.cuda.get_device_properties(0)
-    found: dict[str, Any] = {
-        "card": card.name,
-        "gib": card.total_memory / 2**30,
-        "rank": RANK,
-        "steps": STEPS,
-        "versions": {
-            name: version(name) for name in ("torch", "diffusers", "transformers", "peft")
-        },
-        "jobs": {},
-    }
     with tempfile.TemporaryDirectory() as folder:
-        keep = arguments.keep or Path(folder)
-        for job in arguments.jobs.split(","):
-            path = keep / f"{job.split()[0]}.safetensors"
-            if not path.exists():
-                full_size.write(job.split()[0], path)
-            done = subprocess.run(
-                [sys.executable, __file__, "--one", job, "--keep", str(keep)],
-                capture_output=True,
-                text=True,
-            )
-            row = (
-                json.loads(done.stdout.splitlines()[-1])
-                if done.returncode == 0
-                else {"failed": done.stderr.strip().splitlines()[-1]}
-            )
-            found["jobs"][job] = row
-            print(job, row, flush=True)
-            arguments.out.write_text(json.dumps(found, indent=1) + "\n")
+        run_all(arguments.jobs.split(","), arguments.keep or Path(folder), arguments.out)
 
 
 if __name__ == "__main__":

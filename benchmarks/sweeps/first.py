@@ -1,18 +1,17 @@
-"""How well one concept is learned alone: settings against what is drawn.
+r"""How well one concept is learned alone: settings against what is drawn.
 
-    python benchmarks/sweeps/first.py OUT '{}' '{"token_rate": 2e-3, "weighting": "uniform"}'
-    [--concepts 2,3]
+    python benchmarks/sweeps/first.py OUT '{}' '{"token_rate": 2e-3, "weighting": "uniform"}' \
+        [--concepts 2,3]
 
-in: settings as JSON (method: retention where it is not said) - out: a row for each of them in
-OUT/first.jsonl, means over development concepts
-that are learned one by one on the bare mini-SD with seed 0; OUT/<number>.png: five real pictures of
-each, then ten drawn ones.
+Input: settings as JSON (method: retention unless given). Output: a row for each of them in
+OUT/first.jsonl, means over development concepts that are learned one by one on the bare mini-SD
+with seed 0; OUT/<number>.png: five real pictures of each, then ten drawn ones.
 
     gain     error of held-out pictures with the concept's prompt, taken from the bare checkpoint's
-    with its noun (sweep.py)
+             with its noun (sweep.py)
     prior    error added to ordinary pictures
     look     mean absolute difference of the drawn thing from the real one, blurred, where real
-    pictures agree; 0..2, and what real ones have
+             pictures agree; 0..2, and what real ones have
     i2i      cosine of drawn and real pictures' features (mini-CLIP)
 """
 
@@ -28,7 +27,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from sweep import held_out_error, prior_error
+from sweep import held_out_error, prior_error, prompts_of
 from torch import Tensor
 
 from comfy_continual_lora import metrics, pipeline, report, requests, sample, store
@@ -40,38 +39,28 @@ from comfy_continual_lora.mini import trainset, weights, world
 from comfy_continual_lora.settings import DrawSettings, LearnSettings
 
 
-def learned(
+def measure(
     concept: world.Concept, settings: LearnSettings, folder: Path
 ) -> tuple[dict[str, float], list[Tensor]]:
-    """What one concept comes to, and its pictures: real ones and drawn ones."""
+    """The figures of one concept learned alone, and its pictures: real ones and drawn ones."""
     checkpoint = folder / "mini.safetensors"
     weights.write_checkpoint(checkpoint)
     files = world.save_pictures(concept, folder / "pictures")
-    pipeline.learn_concept(
-        requests.LearnRequest(checkpoint, files, "V1", concept.noun, settings, device="cpu")
-    )
+    request = requests.LearnRequest(checkpoint, files, "V1", concept.noun, settings, device="cpu")
+    pipeline.learn_concept(request)
     backbone = load_backbone(checkpoint, device="cpu")
     stack = store.load_stack(store.stack_path(checkpoint), backbone.fingerprint)
     real = trainset.to_tensor(np.stack(list(world.concept_pictures(concept, 10, seed=1))))
-    latents, text = backbone.encode_images(real[:5]), FrozenText(backbone, stack.tokens)
-    own, bare = (
-        text([f"a photo of a V1 {concept.noun}"])[0],
-        text([f"a photo of a {concept.noun}"])[0],
-    )
+    latents = backbone.encode_images(real[:5])
+    own, bare = FrozenText(backbone, stack.tokens)(prompts_of(concept, "V1"))
+    places = world.BACKGROUNDS.values()
+    prompts = [f"a photo of a V1 {concept.noun} {place}" for place in places]
+    seeds = range(50, 50 + len(prompts))
     with attached(backbone, stack.adapter):
-        prompts = [
-            f"a photo of a V1 {concept.noun} {place}" for place in world.BACKGROUNDS.values()
-        ]
-        drawn = sample.draw(
-            backbone,
-            stack.tokens,
-            prompts,
-            range(50, 50 + len(prompts)),
-            DrawSettings().resolved("mini"),
-        )
+        drawn = sample.draw(backbone, stack.tokens, prompts, seeds, DrawSettings().resolved("mini"))
+    before = held_out_error(backbone, None, latents, bare)
     row = {
-        "gain": held_out_error(backbone, None, latents, bare)
-        - held_out_error(backbone, stack.adapter, latents, own),
+        "gain": before - held_out_error(backbone, stack.adapter, latents, own),
         "prior": prior_error(backbone, stack.adapter) - prior_error(backbone, None),
         "look": unlike(drawn, real),
         "look_real": unlike(real, real),
@@ -93,29 +82,25 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Measure how well a concept is learned alone.")
     parser.add_argument("out", type=Path)
     parser.add_argument("settings", nargs="+", type=json.loads)
-    parser.add_argument(
-        "--concepts", default="2,3", type=lambda said: [int(n) for n in said.split(",")]
-    )
+    parser.add_argument("--concepts", default="2,3")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     arguments.out.mkdir(parents=True, exist_ok=True)
-    for number, chosen in enumerate(arguments.settings):
+    numbers = [int(n) for n in arguments.concepts.split(",")]
+    for index, chosen in enumerate(arguments.settings):
+        settings = LearnSettings(**{"method": "retention", **chosen})
         rows, pictures = [], []
-        for n in arguments.concepts:
+        for n in numbers:
             with tempfile.TemporaryDirectory() as folder:
-                row, seen = learned(
-                    world.concepts("development")[n],
-                    LearnSettings(**{"method": "retention", **chosen}),
-                    Path(folder),
-                )
+                row, drawn = measure(world.concepts("development")[n], settings, Path(folder))
             rows.append(row)
-            pictures += seen
-        found: dict[str, Any] = {"settings": chosen, "concepts": arguments.concepts}
-        found |= {name: round(statistics.mean(row[name] for row in rows), 5) for name in rows[0]}
+            pictures += drawn
+        means: dict[str, Any] = {"settings": chosen, "concepts": numbers}
+        means |= {name: round(statistics.mean(row[name] for row in rows), 5) for name in rows[0]}
         with (arguments.out / "first.jsonl").open("a") as file:
-            file.write(json.dumps(found) + "\n")
-        report.grid([to_pil(p) for p in pictures], 15).save(arguments.out / f"{number}.png")
-        print(found, flush=True)
+            file.write(json.dumps(means) + "\n")
+        report.grid([to_pil(p) for p in pictures], 15).save(arguments.out / f"{index}.png")
+        print(means, flush=True)
 
 
 if __name__ == "__main__":

@@ -1,24 +1,23 @@
-"""Holding earlier prompts by a hard constraint instead of a penalty: the update may only act where
+r"""Holding earlier prompts by a hard constraint instead of a penalty: the update may only act where
 nothing protected lies.
 
-    python benchmarks/sweeps/nullspace.py benchmarks/sweeps/nullspace.json [--energies
-    0.9,0.99,0.999,0.9999] [--steps 200]
+    python benchmarks/sweeps/nullspace.py benchmarks/sweeps/nullspace.json \
+        [--energies 0.9,0.99,0.999,0.9999] [--steps 200]
 
-in: nothing (the first two development concepts) - out: that file and a table on the screen. The
-first concept is learned by `retention`. The
-second is learned on top of it once with the penalty and, for every energy, once as a LoRA of its
-own whose A stays orthogonal to the leading
+Input: nothing (the first two development concepts). Output: that file and a table on the screen.
+
+The first concept is learned by `retention`. The second is learned on top of it once with the
+penalty and, for every energy, once as a LoRA of its own whose A stays orthogonal to the leading
 eigenvectors of M = E c c^T, over ordinary prompts and those of the first concept, that hold this
-share of M: (delta - delta*) c = 0 there. Its A
-starts larger by what was taken from the second concept's features, so that rates mean the same.
-Same pictures, seed, rate and steps; gains as in
+share of M: (delta - delta*) c = 0 there. Its A starts larger by what was taken from the second
+concept's features, so that rates mean the same. Same pictures, seed, rate and steps; gains as in
 `sweep.py`.
 
-    closed, open     directions of text space the update may not use, and may
+    closed, open     directions of text space the update may not use, and may use
     left             share of the energy of the second concept's own prompts that lies in the open
-    ones
+                     ones
     first, second    error on held-out pictures with the checkpoint alone minus after the second
-    concept: larger is better
+                     concept: larger is better
     prior            error added to ordinary pictures
 """
 
@@ -27,7 +26,7 @@ from __future__ import annotations
 import argparse
 import json
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -57,12 +56,13 @@ def closed_directions(moment: Tensor, energy: float) -> Tensor:
 
 
 class Constraint:
-    """Called as the penalty it sees the factors; called after every step it takes out of A what the
-    step put into closed directions.
+    """Sees the factors as if it were a penalty, and after every step takes out of A what the step
+    put into closed directions.
     """
 
     def __init__(self, closed: Tensor) -> None:
-        self.closed, self.factors = closed, {}
+        self.closed = closed
+        self.factors: Mapping[str, Tensor] = {}
 
     def penalty(self, step: Step) -> Tensor:
         self.factors = step.factors
@@ -83,81 +83,73 @@ def measure(energies: list[float], steps: int, folder: Path) -> list[dict[str, A
     write_checkpoint(checkpoint)
     first, second = world.concepts("development")[:2]
     pictures = world.save_pictures(first, folder / "V1")
-    pipeline.learn_concept(
-        requests.LearnRequest(checkpoint, pictures, "V1", first.noun, settings, device="cpu")
-    )
+    request = requests.LearnRequest(checkpoint, pictures, "V1", first.noun, settings, device="cpu")
+    pipeline.learn_concept(request)
     backbone = load_backbone(checkpoint, device="cpu")
     stack = store.load_stack(store.stack_path(checkpoint), backbone.fingerprint)
     settings = settings.resolved("mini")
     images = concepts.load_images(world.save_pictures(second, folder / "V2"), backbone.size).images
-    latents, prompts = (
-        backbone.encode_images(images),
-        concepts.prompts_for("V2", second.noun, TEMPLATES, None),
-    )
+    latents = backbone.encode_images(images)
+    prompts = concepts.prompts_for("V2", second.noun, TEMPLATES, None)
     word = backbone.word_start(second.noun, torch.Generator().manual_seed(0))
-    lesson = TrainingInputs(latents, [prompts], "V2", stack.tokens, stack.adapter, word)
+    inputs = TrainingInputs(latents, [prompts], "V2", stack.tokens, stack.adapter, word)
 
     def row(
-        name: str, lesson: TrainingInputs, after_step: Callable[[Progress], None] = lambda _: None
+        name: str, inputs: TrainingInputs, after_step: Callable[[Progress], None] = ignore
     ) -> dict[str, Any]:
-        learned = learn(backbone, lesson, settings, folder / f"{name}.snapshot", after_step)
+        learned = learn(backbone, inputs, settings, folder / f"{name}.snapshot", after_step)
         text = FrozenText(backbone, {**stack.tokens, "V2": learned.word})
-        gains = {
-            "first": gain(backbone, learned.adapter, text, "V1", first),
-            "second": gain(backbone, learned.adapter, text, "V2", second),
-        }
         return {
             "held by": name,
-            **gains,
+            "first": gain(backbone, learned.adapter, text, "V1", first),
+            "second": gain(backbone, learned.adapter, text, "V2", second),
             "prior": prior_error(backbone, learned.adapter) - prior_error(backbone, None),
         }
 
-    ordinary = textspace.ordinary_prompts([first.noun, second.noun])
-    moment = textspace.moment(
-        backbone, stack.tokens, [*ordinary, *textspace.single_prompts(stack.records[0])]
-    )
-    own = textspace.moment(backbone, {"V2": word}, prompts)
+    text = FrozenText(backbone, stack.tokens)
+    before = gain(backbone, stack.adapter, text, "V1", first)
+    prompt_bank = targets.prompt_bank(backbone, stack, ignore, nouns=[second.noun])
+    penalty = targets.retention_penalty(prompt_bank, stack, settings, 1.0)
     rows = [
-        {
-            "held by": "before",
-            "first": gain(backbone, stack.adapter, FrozenText(backbone, stack.tokens), "V1", first),
-        }
+        {"held by": "before", "first": before},
+        row("penalty", replace(inputs, penalties={"retention": penalty})),
     ]
-    memory = targets.prompt_bank(backbone, stack, ignore, nouns=[second.noun])
-    rows.append(
-        row(
-            "penalty",
-            replace(
-                lesson,
-                penalties={"retention": targets.retention_penalty(memory, stack, settings, 1.0)},
-            ),
-        )
-    )
+    protected = [
+        *textspace.ordinary_prompts([first.noun, second.noun]),
+        *textspace.single_prompts(stack.records[0]),
+    ]
+    moment = textspace.moment(backbone, stack.tokens, protected)
+    own = textspace.moment(backbone, {"V2": word}, prompts)
     for energy in energies:
         constraint = Constraint(closed_directions(moment, energy))
         closed = constraint.closed.shape[1]
         left = 1 - float((constraint.closed.T @ own @ constraint.closed).trace() / own.trace())
         adapter = new_adapter(backbone, settings.rank or 1, torch.Generator().manual_seed(0))
         adapter = {
-            name: constraint.open_part(t) / left**0.5 if name.endswith("A") else t
-            for name, t in adapter.items()
+            name: constraint.open_part(factor) / left**0.5 if name.endswith("A") else factor
+            for name, factor in adapter.items()
         }
         held = replace(
-            lesson,
+            inputs,
             adapter=adapter,
             frozen_adapter=stack.adapter,
             penalties={"open": constraint.penalty},
         )
-        rows.append(
-            {
-                **row(f"energy {energy:g}", held, constraint.after_step),
-                "closed": closed,
-                "open": len(moment) - closed,
-                "left": left,
-            }
-        )
-        print(rows[-1], flush=True)
+        figures = row(f"energy {energy:g}", held, constraint.after_step)
+        figures |= {"closed": closed, "open": len(moment) - closed, "left": left}
+        rows.append(figures)
+        print(figures, flush=True)
     return rows
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    columns = ("held by", "closed", "open", "left", "first", "second", "prior")
+    lines = ["| " + " | ".join(columns) + " |", "|---" * len(columns) + "|"]
+    for row in rows:
+        values = [row.get(column, "") for column in columns]
+        cells = [f"{v:.4f}" if isinstance(v, float) else str(v) for v in values]
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
 
 
 def main() -> None:
@@ -166,23 +158,14 @@ def main() -> None:
     )
     parser.add_argument("out", type=Path)
     parser.add_argument("--energies", default="0.9,0.99,0.999,0.9999")
-    parser.add_argument("--steps", type=int, default=200, help="a concept")
+    parser.add_argument("--steps", type=int, default=200, help="per concept")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
+    energies = [float(energy) for energy in arguments.energies.split(",")]
     with tempfile.TemporaryDirectory() as folder:
-        rows = measure(
-            [float(e) for e in arguments.energies.split(",")], arguments.steps, Path(folder)
-        )
+        rows = measure(energies, arguments.steps, Path(folder))
     arguments.out.write_text(json.dumps(rows, indent=1) + "\n")
-    columns = ("held by", "closed", "open", "left", "first", "second", "prior")
-    print("| " + " | ".join(columns) + " |\n" + "|---" * len(columns) + "|")
-    for found in rows:
-        cells = [found.get(c, "") for c in columns]
-        print(
-            "| "
-            + " | ".join(f"{cell:.4f}" if isinstance(cell, float) else str(cell) for cell in cells)
-            + " |"
-        )
+    print(table(rows))
 
 
 if __name__ == "__main__":

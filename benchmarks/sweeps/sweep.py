@@ -1,27 +1,25 @@
-"""Which settings remember most and still learn: a sequence of development concepts, once for every
+r"""Which settings remember most and still learn: a sequence of development concepts, once for every
 combination of settings and seed.
 
-    python benchmarks/sweeps/sweep.py benchmarks/sweeps/lambda.jsonl --seeds 0,1 --set
-    method=lora_ewc,lora_ewc_dc --set ewc_strength=1e-4,1e-3
+    python benchmarks/sweeps/sweep.py benchmarks/sweeps/lambda.jsonl --seeds 0,1 \
+        --set method=lora_ewc,lora_ewc_dc --set ewc_strength=1e-4,1e-3
 
-in: nothing - out: a line of JSON for each run, appended; runs that are there already are skipped,
-so it goes on where it stopped. `--table` prints
-what the file holds. All figures are on pictures of the concepts that were not learned from, with
-one fixed set of noises: the error of the noise
-prediction (mean over c, h, w, 24 stratified timesteps), so that no drawing and no judge is between
-the method and its figure.
+Input: nothing. Output: a line of JSON for each run, appended; runs that are there already are
+skipped, so it goes on where it stopped. `--table` prints what the file holds.
 
-    learned    error with the checkpoint alone minus error right after learning, mean over concepts
-    larger is better
-    kept       the same with the last adapter instead
-    larger is better
-    newest     learned, of the last concept alone: does protection stop learning?
-    prior      error on ordinary pictures of the world, with their captions and with the empty one:
-    the last adapter's minus the checkpoint's;
-               smaller is better. Guidance subtracts the empty prompt, so what leaks into it comes
-               out in its complement
-    accuracy   share of the held-out pictures whose likeliest concept by DC scores is the right one,
-    after the last concept
+All figures are on pictures of the concepts that were not learned from, with one fixed set of
+noises: the error of the noise prediction (mean over c, h, w, 24 stratified timesteps), so that no
+drawing and no judge is between the method and its figure.
+
+    learned     error with the checkpoint alone minus error right after learning, mean over
+                concepts; larger is better
+    kept        the same with the last adapter instead; larger is better
+    newest      learned, of the last concept alone: does protection stop learning?
+    prior       error on ordinary pictures of the world, with their captions and with the empty one:
+                the last adapter's minus the checkpoint's; smaller is better. Guidance subtracts the
+                empty prompt, so what leaks into it comes out in its complement
+    accuracy    share of the held-out pictures whose likeliest concept by DC scores is the right
+                one, after the last concept
 """
 
 from __future__ import annotations
@@ -67,9 +65,8 @@ COLUMNS = (
 def sequence(count: int, seed: int) -> list[world.Concept]:
     """`count` development concepts in the order of this seed."""
     concepts = world.concepts("development")
-    return [
-        concepts[int(i)] for i in np.random.default_rng(seed).permutation(len(concepts))[:count]
-    ]
+    order = np.random.default_rng(seed).permutation(len(concepts))
+    return [concepts[int(i)] for i in order[:count]]
 
 
 @torch.no_grad()
@@ -78,22 +75,25 @@ def held_out_error(
 ) -> float:
     """Error on every latent (4, h, w) with the same timesteps and noises, for one prompt (77, d)."""
     timestep = stratified(DRAWS, generator_for("held out")).to(backbone.device)
-    noise = torch.randn((DRAWS, *latents[0].shape), generator=generator_for("held out noise")).to(
-        backbone.device
-    )
+    generator = generator_for("held out noise")
+    noise = torch.randn((DRAWS, *latents[0].shape), generator=generator).to(backbone.device)
     with attached(backbone, adapter):
-        found = [
+        errors = [
             classifier.trial_errors(backbone, z.expand_as(noise), noise, timestep, features[None])
             for z in latents
         ]
-    return float(torch.cat(found).mean())
+    return float(torch.cat(errors).mean())
 
 
 def held_out(backbone: Backbone, concept: world.Concept) -> list[Tensor]:
     """Latents (4, h, w) of five pictures of the concept that are never learned from."""
-    return backbone.encode_images(
-        trainset.to_tensor(np.stack(list(world.concept_pictures(concept, 5, seed=1))))
-    )
+    pictures = list(world.concept_pictures(concept, 5, seed=1))
+    return backbone.encode_images(trainset.to_tensor(np.stack(pictures)))
+
+
+def prompts_of(concept: world.Concept, token: str) -> list[str]:
+    """With the word, and with the bare noun."""
+    return [f"a photo of a {token} {concept.noun}", f"a photo of a {concept.noun}"]
 
 
 def gain(
@@ -107,58 +107,47 @@ def gain(
     adapter's with the word.
     """
     latents = held_out(backbone, concept)
-    own, bare = text([f"a photo of a {token} {concept.noun}", f"a photo of a {concept.noun}"])
-    return held_out_error(backbone, None, latents, bare) - held_out_error(
-        backbone, adapter, latents, own
-    )
+    own, bare = text(prompts_of(concept, token))
+    before = held_out_error(backbone, None, latents, bare)
+    return before - held_out_error(backbone, adapter, latents, own)
 
 
 def run(settings: dict[str, Any], count: int, seed: int, device: str = "cpu") -> dict[str, Any]:
     """Learn the sequence and measure it."""
     torch.set_num_threads(1)
     started, concepts = time.time(), sequence(count, seed)
+    tokens = [f"V{number}" for number in range(1, count + 1)]
+    chosen = LearnSettings(**{"seed": seed, "precision": "fp32", **settings})
     with tempfile.TemporaryDirectory() as folder:
         checkpoint = Path(folder) / "mini.safetensors"
         write_checkpoint(checkpoint)
         backbone = load_backbone(checkpoint, device=device)
         held = [held_out(backbone, concept) for concept in concepts]
-        after = []
-        for number, concept in enumerate(concepts, start=1):
-            pictures = world.save_pictures(concept, Path(folder) / str(number))
-            chosen = LearnSettings(**{"seed": seed, "precision": "fp32", **settings})
+        before, after = (
+            [],
+            [],
+        )  # errors of each concept: of the checkpoint, and right after learning
+        for token, concept, latents in zip(tokens, concepts, held, strict=True):
+            pictures = world.save_pictures(concept, Path(folder) / token)
             request = requests.LearnRequest(
-                checkpoint, pictures, f"V{number}", concept.noun, chosen, device=device
+                checkpoint, pictures, token, concept.noun, chosen, device=device
             )
             pipeline.learn_concept(request)
             stack = store.load_stack(store.stack_path(checkpoint), backbone.fingerprint)
             text = FrozenText(backbone, stack.tokens)
-            prompt = text(
-                [f"a photo of a V{number} {concept.noun}", f"a photo of a {concept.noun}"]
-            )
-            after.append(
-                (
-                    held_out_error(backbone, None, held[number - 1], prompt[1]),
-                    held_out_error(backbone, stack.adapter, held[number - 1], prompt[0]),
-                )
-            )
-        prompts = {f"V{n}": f"a photo of a V{n} {c.noun}" for n, c in enumerate(concepts, start=1)}
-        features = dict(zip(prompts, text(list(prompts.values())), strict=True))
+            own, bare = text(prompts_of(concept, token))
+            before.append(held_out_error(backbone, None, latents, bare))
+            after.append(held_out_error(backbone, stack.adapter, latents, own))
+        prompts = [f"a photo of a {t} {c.noun}" for t, c in zip(tokens, concepts, strict=True)]
+        features = dict(zip(tokens, text(prompts), strict=True))
         end = [
-            held_out_error(backbone, stack.adapter, z, features[name])
-            for z, name in zip(held, prompts, strict=True)
+            held_out_error(backbone, stack.adapter, latents, features[token])
+            for latents, token in zip(held, tokens, strict=True)
         ]
         prior = prior_error(backbone, stack.adapter) - prior_error(backbone, None)
-        with attached(backbone, stack.adapter):
-            right = [
-                classifier.classify(backbone, z, features, stack.tau or 1.0, ScoreSettings()).best
-                == name
-                for latents, name in zip(held, prompts, strict=True)
-                for z in latents
-            ]
-    learned, kept = (
-        [base - own for base, own in after],
-        [base - last for (base, _), last in zip(after, end, strict=True)],
-    )
+        right = dc_right(backbone, stack, features, dict(zip(tokens, held, strict=True)))
+    learned = [base - own for base, own in zip(before, after, strict=True)]
+    kept = [base - last for base, last in zip(before, end, strict=True)]
     return {
         "settings": settings,
         "concepts": count,
@@ -169,22 +158,39 @@ def run(settings: dict[str, Any], count: int, seed: int, device: str = "cpu") ->
         "learned_of_earlier": _mean(learned[:-1]),
         "newest": round(learned[-1], 5),
         "prior": round(prior, 5),
-        "accuracy": _mean([float(r) for r in right]),
+        "accuracy": _mean(right),
         "tau": stack.tau,
         "seconds": round(time.time() - started, 1),
     }
+
+
+def dc_right(
+    backbone: Backbone,
+    stack: store.ConceptStack,
+    features: dict[str, Tensor],
+    held: dict[str, list[Tensor]],
+) -> list[float]:
+    """Whether DC scores give each held-out picture to its own word, 0 or 1."""
+    tau, settings, right = stack.tau or 1.0, ScoreSettings(), []
+    with attached(backbone, stack.adapter):
+        for token, latents in held.items():
+            for latent in latents:
+                scores = classifier.classify(backbone, latent, features, tau, settings)
+                right.append(float(scores.best == token))
+    return right
 
 
 def prior_error(backbone: Backbone, adapter: Adapter | None) -> float:
     """Error on 12 ordinary pictures, each with its caption and with the empty one."""
     rng = np.random.default_rng(2025)
     scenes = [world.random_scene(rng) for _ in range(12)]
-    latents = backbone.encode_images(
-        trainset.to_tensor(np.stack([world.draw_scene(s, rng) for s in scenes]))
-    )
-    features = backbone.encode_prompts(["", *(s.caption for s in scenes)])
-    pairs = [([z], features[row]) for n, z in enumerate(latents) for row in (0, n + 1)]
-    return sum(held_out_error(backbone, adapter, z, f) for z, f in pairs) / len(pairs)
+    pictures = np.stack([world.draw_scene(scene, rng) for scene in scenes])
+    latents = backbone.encode_images(trainset.to_tensor(pictures))
+    empty, *captions = backbone.encode_prompts(["", *(scene.caption for scene in scenes)])
+    errors = []
+    for latent, caption in zip(latents, captions, strict=True):
+        errors += [held_out_error(backbone, adapter, [latent], f) for f in (empty, caption)]
+    return sum(errors) / len(errors)
 
 
 def _mean(values: list[float]) -> float:
@@ -195,22 +201,25 @@ def _job(job: tuple[dict[str, Any], int, int]) -> dict[str, Any]:
     return run(*job)
 
 
-def combinations(given: list[str]) -> list[dict[str, Any]]:
+def combinations(options: list[str]) -> list[dict[str, Any]]:
     """ "name=a,b" of every --set, multiplied out; values take the setting's type."""
-    kinds = {
-        f.name: {"int": int, "float": float}.get(str(f.type).split(" ")[0], str)
-        for f in fields(LearnSettings)
-    }
-    axes = [
-        [(name, kinds[name](value)) for value in values.split(",")]
-        for name, _, values in (g.partition("=") for g in given)
-    ]
+    types = {"int": int, "float": float}
+    kinds = {f.name: types.get(str(f.type).split(" ")[0], str) for f in fields(LearnSettings)}
+    axes = []
+    for option in options:
+        name, _, values = option.partition("=")
+        axes.append([(name, kinds[name](value)) for value in values.split(",")])
     return [dict(choice) for choice in itertools.product(*axes)]
 
 
 def rows_of(path: Path) -> list[dict[str, Any]]:
     """The runs a file holds; none while there is no file."""
     return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def runs_in(path: Path) -> set[str]:
+    """The settings, number of concepts and seed of every run a file holds, as JSON."""
+    return {json.dumps([r["settings"], r["concepts"], r["seed"]]) for r in rows_of(path)}
 
 
 def table(path: Path, columns: Sequence[str] = COLUMNS) -> str:
@@ -224,19 +233,20 @@ def table(path: Path, columns: Sequence[str] = COLUMNS) -> str:
     ]
     for key, rows in groups.items():
         settings, count = json.loads(key)
-        said = ", ".join(
-            f"{k}={v:g}" if isinstance(v, float) else f"{k}={v}" for k, v in settings.items()
-        )
-        cells = []
-        for column in columns:
-            values = np.array([r[column] for r in rows])
-            cells.append(
-                f"{values.mean():.4f} ± {values.std(ddof=1):.4f}"
-                if len(values) > 1
-                else f"{values[0]:.4f}"
-            )
-        lines.append(f"| {said} | {count} | {len(rows)} | " + " | ".join(cells) + " |")
+        label = ", ".join(f"{name}={_shown(value)}" for name, value in settings.items())
+        cells = [_mean_and_deviation([row[column] for row in rows]) for column in columns]
+        lines.append(f"| {label} | {count} | {len(rows)} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
+
+
+def _shown(value: Any) -> str:
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def _mean_and_deviation(values: Sequence[float]) -> str:
+    if len(values) == 1:
+        return f"{values[0]:.4f}"
+    return f"{np.mean(values):.4f} ± {np.std(values, ddof=1):.4f}"
 
 
 def main() -> None:
@@ -259,15 +269,13 @@ def main() -> None:
     parser.add_argument("--table", action="store_true", help="only print what the file holds")
     arguments = parser.parse_args()
     if not arguments.table:
-        known = {
-            json.dumps([r["settings"], r["concepts"], r["seed"]]) for r in rows_of(arguments.out)
-        }
+        done = runs_in(arguments.out)
         jobs = [
             (settings, arguments.concepts, int(seed))
             for seed in arguments.seeds.split(",")
             for settings in combinations(arguments.set)
         ]
-        jobs = [job for job in jobs if json.dumps(list(job)) not in known]
+        jobs = [job for job in jobs if json.dumps(list(job)) not in done]
         with (
             get_context("spawn").Pool(arguments.processes) as pool,
             arguments.out.open("a") as file,
