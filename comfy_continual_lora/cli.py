@@ -193,12 +193,12 @@ def _ui(arguments: argparse.Namespace, bar: Bar) -> None:
         raise SettingError(
             "The tab needs gradio, which is not installed: pip install 'comfy-continual-lora[ui]'."
         ) from None
-    from .files import STACKS
+    from .files import checkpoints_in
     from .mini.weights import write_checkpoint
     from .webui.alone import launch
 
     models: Path = arguments.models
-    if not any(not path.name.endswith(STACKS) for path in models.rglob("*.safetensors")):
+    if not checkpoints_in(models):
         write_checkpoint(models / "mini-sd.safetensors")
         print(
             f"There was no checkpoint in {models}, so the mini-SD was put there for trying it out."

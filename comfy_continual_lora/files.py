@@ -109,6 +109,18 @@ def snapshots_of(stack: Path, token: str) -> list[Path]:
     )
 
 
+def checkpoints_in(folder: Path) -> list[Path]:
+    """Checkpoints in a folder and those below it, by path; what is removed meanwhile is left out."""
+    found: list[Path] = []
+    for inner, _, names in os.walk(folder):
+        found += [
+            Path(inner, name)
+            for name in names
+            if name.endswith(".safetensors") and not name.endswith(STACKS)
+        ]
+    return sorted(found)
+
+
 def real_file(path: Path) -> Path:
     """The file behind a path: a symlink is written through, never replaced by a file.
 

@@ -6,15 +6,17 @@ from __future__ import annotations
 
 import io
 import os
+import shutil
 import signal
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 from PIL import Image
 
-from comfy_continual_lora.files import snapshots_of
+from comfy_continual_lora.files import checkpoints_in, snapshots_of
 from comfy_continual_lora.webui.copies import Copies, suffix_of
 
 ROOT = Path(__file__).parents[1]
@@ -167,3 +169,25 @@ def test_what_is_not_ours_is_never_removed(tmp_path: Path) -> None:
     copies.tidy()
     assert (outside / "mine.png").exists()
     assert (copies.root / "notes.txt").exists()
+
+
+def test_checkpoints_are_listed_while_a_folder_goes_away(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A job's copies lie below the folder of checkpoints and are removed when it ends."""
+    for name in ("a.safetensors", "b/c.safetensors", "a.concepts.safetensors", "gone/0.png"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    scandir = os.scandir
+
+    def removing(path: Any) -> Any:
+        if not isinstance(path, int) and Path(path).name == "gone":
+            shutil.rmtree(path)
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", removing)
+    assert checkpoints_in(tmp_path) == [
+        tmp_path / "a.safetensors",
+        tmp_path / "b" / "c.safetensors",
+    ]
+    assert not (tmp_path / "gone").exists()

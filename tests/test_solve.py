@@ -500,7 +500,11 @@ def test_what_can_not_be_imported_is_refused(
     for request, kind, message in (
         (replace(good, trigger=""), SettingError, "needs its word"),
         (replace(good, trigger="red ball"), StackError, "several tokens"),
-        (replace(good, trigger="", embedding=lora), StackError, "no embedding of 1 to 16 vectors"),
+        (
+            replace(good, trigger="", embedding=lora),
+            StackError,
+            "not an embedding for this checkpoint. Expected 1 to 16 vectors",
+        ),
         (replace(good, token="V1"), Exception, "taken"),
     ):
         with pytest.raises(kind, match=message):

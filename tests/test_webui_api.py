@@ -216,7 +216,7 @@ def test_an_invalid_request_is_refused_and_leaves_nothing(
 @pytest.mark.parametrize(
     ("path", "body", "message"),
     [
-        ("export", {"only": "V1"}, "only has to be a list of texts"),
+        ("export", {"only": "V1"}, "only has to be a list of strings"),
         ("export", {"remove_superseded": "yes"}, "remove_superseded is 'yes'"),
         ("undo", {"version": "3"}, "version is '3'; it has to be a whole number"),
         ("restore", {}, "version is missing"),

@@ -143,7 +143,7 @@ def test_mistakes_come_back_in_words(
         ("learn", {"settings": {"steps": "many"}}, "`steps` is 'many'"),
         ("learn", {"settings": {"rate": True}}, "`rate` is True"),
         ("learn", {"settings": []}, "`settings` has to be an object"),
-        ("learn", {"images": 5}, "`images` has to be a list of texts"),
+        ("learn", {"images": 5}, "`images` has to be a list of strings"),
         ("learn", {"images": ["a\0b"]}, "which is not a path"),
         ("learn", {"checkpoint": ""}, "`checkpoint` is '', which is not a path"),
         ("learn", {"checkpoint": None}, "`checkpoint` is missing"),
@@ -151,7 +151,7 @@ def test_mistakes_come_back_in_words(
         ("learn", {"out": "x"}, "There is no field out in this request"),
         ("learn", {"stack": "x" * 5000}, "which is not a path"),
         ("undo", {"version": 1.5}, "`version` is 1.5; it has to be a whole number."),
-        ("draw", {"prompts": "a"}, "`prompts` has to be a list of texts"),
+        ("draw", {"prompts": "a"}, "`prompts` has to be a list of strings"),
         ("closed_form", {"settings": {"energy": float("nan")}}, "`energy` is nan"),
     ],
 )
@@ -234,7 +234,7 @@ def test_what_is_done_is_told_before_what_fails(
 def test_what_is_no_job_is_refused() -> None:
     status, last = _serve({"jobs": [{"job": "dance", "request": {}}]})
     assert status == 2
-    assert "it knows learn, consolidate" in last["message"]
+    assert "It knows learn, consolidate" in last["message"]
 
 
 def _serve(first: dict) -> tuple[int, dict]:

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import StackError
-from ..files import STACKS, stack_path
+from ..files import checkpoints_in, stack_path
 from ..stackfile import read_header
 from ..versions import Version, versions
 from .copies import Batch, Copies
@@ -53,8 +53,7 @@ class Host:
 
     def checkpoints(self) -> dict[str, Path]:
         """Checkpoints by their name in the list."""
-        files = sorted(p for p in self.models.rglob("*.safetensors") if not p.name.endswith(STACKS))
-        return {str(p.relative_to(self.models)): p for p in files}
+        return {str(path.relative_to(self.models)): path for path in checkpoints_in(self.models)}
 
     def exports(self) -> tuple[Path, Path]:
         """Folders for LoRAs and for embeddings."""
