@@ -248,6 +248,30 @@ def test_what_could_not_be_prepared_leaves_the_runner_free(tmp_path: Path) -> No
     assert len(tidied) == 2
 
 
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no process groups to kill")
+@pytest.mark.parametrize("ending", [f"echo '{DONE}'", "exit 3", "sleep 20", "kill -9 $$"])
+def test_children_of_a_worker_end_with_it(tmp_path: Path, ending: str) -> None:
+    """Also those that keep writing: a thread would read from them for ever."""
+    program = _program(tmp_path, f"yes & echo $! > {tmp_path}/child; {ending}")
+    threads = threading.active_count()
+    job = JobRunner(lambda: program).start(("undo", {}))
+    assert job.wait(15)
+    child = int((tmp_path / "child").read_text())
+    deadline = time.monotonic() + 10
+    while time.monotonic() < deadline and (_runs(child) or threading.active_count() > threads):
+        time.sleep(0.05)
+    assert not _runs(child)
+    assert threading.active_count() <= threads
+
+
+def _runs(pid: int) -> bool:
+    try:
+        state = Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0]
+    except FileNotFoundError:
+        return False
+    return state != "Z"
+
+
 @pytest.mark.slow
 def test_nothing_is_left_open(tmp_path: Path) -> None:
     """Pipes and threads of a hundred jobs."""

@@ -17,6 +17,7 @@ import logging
 import math
 import os
 import queue
+import signal
 import subprocess
 import threading
 import time
@@ -112,6 +113,7 @@ class Job:
                 stderr=subprocess.PIPE,
                 bufsize=0,
                 env=environment,
+                start_new_session=True,  # a group of its own, so that its children end with it
             )
             self.state = "running"
         self._kill_later(
@@ -191,7 +193,7 @@ class Job:
     def _kill(self, reason: str) -> None:
         self._kill_reason = self._kill_reason or reason
         if self.process and self.process.poll() is None:
-            self.process.kill()
+            _kill(self.process)
 
     def _kill_later(self, seconds: float, condition: Callable[[], bool], reason: str) -> None:
         """Kill the worker if the job has not ended after this time and the condition holds."""
@@ -214,7 +216,7 @@ class Job:
                 readers[0].join(0.2)
             if _gone(process, LEAVE):
                 for thread in readers:
-                    thread.join(1)  # a child of the worker may hold a pipe open
+                    thread.join(1)  # a child that left the worker's group may hold a pipe open
         except Exception:
             logging.exception("continual-lora: could not follow the worker")
         finally:
@@ -222,7 +224,7 @@ class Job:
 
     def _read_events(self, pipe: io.RawIOBase) -> None:
         with io.BufferedReader(pipe) as lines:
-            while line := lines.readline(_LINE):
+            while (line := lines.readline(_LINE)) and not self._ended.is_set():
                 event = _event(line)
                 if event is None:
                     self._last_lines.append(_text(line))
@@ -238,7 +240,7 @@ class Job:
 
     def _read_errors(self, pipe: io.RawIOBase) -> None:
         with io.BufferedReader(pipe) as lines:
-            while line := lines.readline(8192):
+            while (line := lines.readline(8192)) and not self._ended.is_set():
                 self._last_lines.append(_text(line))
 
     def _update(self, event: dict[str, Any]) -> None:
@@ -283,13 +285,24 @@ def in_background(work: Callable[..., object], *given: Any) -> threading.Thread:
 
 
 def _gone(process: subprocess.Popen[bytes], seconds: float = 0) -> bool:
-    """Give the process this long to exit, then kill it; returns whether it is gone."""
+    """Give the process this long to exit, then kill it; returns whether it is gone. Its children
+    are killed in any case.
+    """
     for timeout in (seconds, LEAVE):
         with suppress(subprocess.TimeoutExpired):
             process.wait(timeout)
+            _kill(process)
             return True
-        process.kill()
+        _kill(process)
     return False
+
+
+def _kill(process: subprocess.Popen[bytes]) -> None:
+    """Kill a process and its children; on Windows only itself."""
+    if os.name == "posix":
+        with suppress(ProcessLookupError, PermissionError):
+            os.killpg(process.pid, signal.SIGKILL)
+    process.kill()
 
 
 def _text(line: bytes) -> str:
