@@ -57,9 +57,10 @@ def selected(
     tokens: Sequence[str],
     settings: SolveSettings,
     on_progress: OnProgress,
+    cache: Path | None = None,
 ) -> ConceptStack:
     """A stack of only these concepts, with one LoRA solved for them, so that the other concepts
-    take nothing from it.
+    take nothing from it; `cache` is a folder of moments.
 
     Errors: StackError for a token that is not on the stack, for no tokens, and for VeRA.
     """
@@ -71,7 +72,10 @@ def selected(
     part = ConceptStack(
         stack.fingerprint, tau=stack.tau, checkpoint=stack.checkpoint, identity=stack.identity
     )
-    bank = PromptBank(backbone, [stack.records[n].noun for n in chosen])
+    nouns = [stack.records[n].noun for n in chosen]
+    bank = PromptBank(
+        backbone, nouns, cache=cache, language=settings.language, on_progress=on_progress
+    )
     for done, number in enumerate(chosen):
         on_progress(Progress("solve", done, len(chosen)))
         record = stack.records[number]
@@ -104,7 +108,9 @@ def without(
     if number == len(stack.records) - 1:
         return stack.undone()
     check_solvable(stack)
-    bank = prompt_bank(backbone, stack, on_progress, number + 1, cache=cache)
+    bank = prompt_bank(
+        backbone, stack, on_progress, number + 1, cache=cache, language=settings.language
+    )
     wanted, later = own_adapters(stack), {}
     wanted[number] = None
     after = stack
@@ -154,7 +160,9 @@ def merged(
     targets = {one.id: other.targets[one.id] for one in records if one.id in other.targets}
     after = stack.ready_to_merge(other, targets)
     nouns = [record.noun for record in [*stack.records, *records]]
-    bank = PromptBank(backbone, nouns, cache=cache)
+    bank = PromptBank(
+        backbone, nouns, cache=cache, language=settings.language, on_progress=on_progress
+    )
     bank.extend(stack, on_progress)
     wanted = own_adapters(stack)
     for number, (record, (_, own)) in enumerate(zip(records, new, strict=True)):

@@ -100,7 +100,8 @@ def stratified(n: int, generator: torch.Generator) -> Tensor:
     They are uniform, with less variance than independent draws.
     """
     parts = (torch.arange(n) + torch.rand(n, generator=generator)) / n
-    return (parts * TIMESTEPS).long()[torch.randperm(n, generator=generator)]
+    timestep = (parts * TIMESTEPS).long().clamp(max=TIMESTEPS - 1)  # float32 may round up to 1
+    return timestep[torch.randperm(n, generator=generator)]
 
 
 def random_batch(

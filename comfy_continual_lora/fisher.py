@@ -10,6 +10,10 @@ loop over samples is needed: a K or V projection maps text features c (rows, 77,
 (W0 + delta) c, so a sample's gradient in delta is the sum over its rows and tokens of
 (dL / d output) c^T, and the chain rule gives those of A and B.
 
+With scores the Fisher is the cross-entropy's almost alone: its gradients squared are about a
+million times those of L_denoise, because it divides errors by tau. Weighing it by tau, as DSC does,
+was tried and not kept (benchmarks/LOG.md, 2026-11-22).
+
 Source: Kirkpatrick et al. 2017 (EWC, arXiv 1612.00796); Jha et al. 2025 for L_F.
 """
 

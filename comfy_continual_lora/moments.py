@@ -10,7 +10,7 @@ longer to prepare than to learn.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 
@@ -41,13 +41,17 @@ class MomentCache:
         self.encoder = ""  # a hash of the empty prompt's features with these encoders and device
 
     def __call__(
-        self, words: Mapping[str, Tensor], prompts: Sequence[str], share: float | None = None
+        self,
+        words: Mapping[str, Tensor],
+        prompts: Sequence[str],
+        share: float | None = None,
+        on_batch: Callable[[int], None] = lambda _done: None,
     ) -> Tensor:
         """As `moment`, (d, d) float32 on the CPU."""
         path = self._path(words, prompts, share)
         matrix = self._read(path)
         if matrix is None:
-            matrix = moment(self.backbone, words, prompts, share).cpu()
+            matrix = moment(self.backbone, words, prompts, share, on_batch).cpu()
             self._write(path, matrix)
         return matrix
 

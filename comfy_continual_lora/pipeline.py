@@ -152,7 +152,14 @@ def consolidate_in_closed_form(
                 f"There is nothing to consolidate: {request.stack_file} needs at least two "
                 "concepts, learned with a LoRA."
             )
-        bank = prompt_bank(session.backbone, stack, on_progress, count=0, cache=session.cache)
+        bank = prompt_bank(
+            session.backbone,
+            stack,
+            on_progress,
+            count=0,
+            cache=session.cache,
+            language=request.settings.language,
+        )
         solved, result = consolidation.consolidated(
             session.backbone, stack, request.settings, on_progress, bank
         )

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from .fields import Settings, setting
+from .language import LANGUAGE
 from .presets import ADAPTERS, METHODS
 
 SOLVERS = ("dpm++", "ddim")
@@ -150,6 +151,14 @@ class RetentionSettings(Settings):
         low=0,
         group="retention",
     )
+    retention_language: float = setting(
+        LANGUAGE,
+        "share of ordinary prompts that is drawn from the tokenizer's whole vocabulary; the rest is "
+        "made from lists of common words. 0: the lists alone, which protect few other words",
+        low=0,
+        high=1,
+        group="retention",
+    )
     retention_words: float | None = setting(
         None,
         "share of that penalty on the words of prompts, the rest being on their padding; if not "
@@ -283,10 +292,17 @@ class SolveSettings(Settings):
         by_checkpoint=False,
     )
     ridge: float = setting(
-        1e-4, "ridge regularisation, as a share of the mean second moment", low=1e-12, high=1
+        3e-3, "ridge regularisation, as a share of the mean second moment", low=1e-12, high=1
     )
     ordinary_weight: float = setting(
         0.33, "weight of ordinary prompts, as a share of all concepts' together", low=0
+    )
+    language: float = setting(
+        LANGUAGE,
+        "share of ordinary prompts that is drawn from the tokenizer's whole vocabulary; 0: lists of "
+        "common words alone",
+        low=0,
+        high=1,
     )
 
 

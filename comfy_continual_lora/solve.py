@@ -11,6 +11,12 @@ This minimises `textspace.drift` directly, without training steps, images or U-N
 same request gives the same bytes. The best product of rank k is delta projected onto the k leading
 left singular vectors of delta L, with G = L L^T (reduced-rank regression; Izenman 1975, eq. 2.9).
 
+Relatives: Custom Diffusion's merge (Kumari et al. 2023, arXiv 2212.04488) solves for one K and V
+that do to target prompts what several fine-tuned models do, regularised by ordinary captions;
+Mix-of-Show's gradient fusion (Gu et al. 2023, arXiv 2305.18292) fits each layer to the outputs of
+several LoRAs. Added here: ordinary prompts and padding are weighed against the targets, the rank is
+bounded, and there is a solution after every concept.
+
 in: `Target`s, from `targets` - out: an adapter. Pure linear algebra; `consolidation` applies it to
 stacks.
 """

@@ -16,8 +16,9 @@ from torch import Tensor
 
 from .adapters.adapter import Adapter, layers_of
 from .checkpoint.backbone import Backbone
+from .language import LANGUAGE, language_prompts
 from .moments import MomentCache
-from .progress import OnProgress, Progress
+from .progress import OnProgress, Progress, ignore
 from .settings import RetentionSettings, SolveSettings
 from .solve import Target, solve
 from .stack import ConceptRecord, ConceptStack
@@ -40,17 +41,33 @@ class PromptBank:
         nouns: Sequence[str],
         share: float | None = None,
         cache: Path | None = None,
+        *,
+        language: float = LANGUAGE,
+        on_progress: OnProgress = ignore,
     ) -> None:
         """`nouns`: the main subjects of ordinary prompts; `share` as in `textspace.moment`, for all
-        prompts but those about two concepts; `cache`: a folder of moments.
+        prompts but those about two concepts; `cache`: a folder of moments; `language`: the share
+        of ordinary prompts that is drawn from the tokenizer's vocabulary.
         """
         self.backbone, self.words, self.share = backbone, {}, share
         self.moments = MomentCache(backbone, cache)
         self.ordinary = self.moments({}, ordinary_prompts(list(dict.fromkeys(nouns))), share)
+        if language:
+            drawn = self._language(on_progress)
+            self.ordinary = (1 - language) * self.ordinary + language * drawn
         self.records: list[ConceptRecord] = []
         self.alone: list[Tensor] = []
         # prompts about two, by concept: sum of c c^T, and the number of c
         self.shared: list[tuple[Tensor, float]] = []
+
+    def _language(self, on_progress: OnProgress) -> Tensor:
+        """The moment of a wide sample of language."""
+        prompts = language_prompts(self.backbone.tokenizer)
+
+        def report(done: int) -> None:
+            on_progress(Progress("language", done, len(prompts)))
+
+        return self.moments({}, prompts, self.share, report)
 
     def add(self, record: ConceptRecord, word: Tensor) -> None:
         """Add a concept: prompts about it alone, and together with each of the two before it."""
@@ -125,9 +142,11 @@ def prompt_bank(
     nouns: Sequence[str] = (),
     share: float | None = None,
     cache: Path | None = None,
+    language: float = LANGUAGE,
 ) -> PromptBank:
     """The bank of a stack's first `count` concepts, or of all; `nouns`: those of concepts to come."""
-    bank = PromptBank(backbone, [*(r.noun for r in stack.records), *nouns], share, cache)
+    every = [*(record.noun for record in stack.records), *nouns]
+    bank = PromptBank(backbone, every, share, cache, language=language, on_progress=on_progress)
     bank.extend(stack, on_progress, count)
     return bank
 

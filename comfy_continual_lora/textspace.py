@@ -16,7 +16,7 @@ the coordinates that a concept is learned in under this penalty.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -159,7 +159,8 @@ def single_prompts(record: ConceptRecord) -> list[str]:
         *(f"a photo of a {record.name} {place}" for place in PLACES),
     ]
     for number in range(4):
-        prompts += _long(f"a photo of a {record.name} {PLACES[5 * number]}", 3 * number)
+        place = PLACES[5 * number % len(PLACES)]
+        prompts += _long(f"a photo of a {record.name} {place}", 3 * number)
     return list(dict.fromkeys(prompts))
 
 
@@ -185,15 +186,18 @@ def moment(
     words: Mapping[str, Tensor],
     prompts: Sequence[str],
     share: float | None = None,
+    on_batch: Callable[[int], None] = lambda _done: None,
 ) -> Tensor:
     """M, the mean of c c^T over prompts and positions, (d, d) float32.
 
     `share`: the total weight of the positions up to a prompt's end; the padding has the rest. None:
-    all positions weigh the same, which leaves a prompt's words a seventh or less.
+    all positions weigh the same, which leaves a prompt's words a seventh or less. `on_batch` is
+    called with the number of prompts that are done, and may raise to stop.
     """
     sums = torch.zeros(2, backbone.word_width, backbone.word_width, device=backbone.device)
     counts = [0, 0]
     for start in range(0, len(prompts), 16):
+        on_batch(start)
         chosen = prompts[start : start + 16]
         features = backbone.context(backbone.encode_prompts(chosen, words)).float()
         if share is None:

@@ -76,7 +76,7 @@ def draw(request: DrawRequest, on_progress: OnProgress = ignore) -> DrawResult:
         backbone, stack = session.backbone, session.stack
         if request.only:
             stack = consolidation.selected(
-                backbone, stack, request.only, SolveSettings(), on_progress
+                backbone, stack, request.only, SolveSettings(), on_progress, session.cache
             )
         settings = request.settings.resolved(backbone.preset)
         areas, seeds = [], []
@@ -137,7 +137,12 @@ def select(request: SelectRequest, on_progress: OnProgress = ignore) -> ConceptS
     """
     with open_session(request, on_progress) as session:
         return consolidation.selected(
-            session.backbone, session.stack, request.only, request.settings, on_progress
+            session.backbone,
+            session.stack,
+            request.only,
+            request.settings,
+            on_progress,
+            session.cache,
         )
 
 

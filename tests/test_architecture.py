@@ -22,6 +22,7 @@ LIGHT = (
     "errors",
     "fields",
     "files",
+    "language",
     "operations",
     "presets",
     "progress",
@@ -60,7 +61,7 @@ LAYERS = (
     ("checkpoint",),
     ("imagefile",),
     ("settings",),
-    ("curves", "fields", "files", "presets", "progress"),
+    ("curves", "fields", "files", "language", "presets", "progress"),
     ("errors",),
 )
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import pytest
 import torch
 from diffusers import DDPMScheduler
 
@@ -17,6 +18,7 @@ from comfy_continual_lora.diffusion import (
     generator_for,
     loss_per_example,
     random_batch,
+    stratified,
     timestep_weight,
 )
 
@@ -66,6 +68,13 @@ def test_a_batch_takes_one_timestep_from_each_part_in_any_order() -> None:
     mean_by_place = timesteps.float().mean(0)
     assert mean_by_place.sub(TIMESTEPS / 2).abs().max() < 60
     assert {int(n) for pick, *_ in batches for n in pick} == {0, 1, 2}
+
+
+def test_a_timestep_is_never_past_the_last(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The largest number below 1, as part of eight, is 1 in float32."""
+    below = torch.nextafter(torch.ones(8), torch.zeros(8))
+    monkeypatch.setattr(torch, "rand", lambda *_, **__: below)
+    assert int(stratified(8, torch.Generator()).max()) == 999
 
 
 def test_a_batch_has_one_shape_and_every_picture_its_share() -> None:

@@ -44,7 +44,9 @@ def projections(
 ) -> tuple[Tensor, Tensor]:
     """The frozen random A0 (r, d_text) and B0 (d_out, r), the same for all layers of a shape.
 
-    Kaiming uniform. Not to be changed in place.
+    Uniform with variance 1 / fan-in. peft's init for VeRA has twice that (its bound is
+    sqrt(6 / fan), here sqrt(3 / fan)). Stacks do not store the matrices, so the bound must stay.
+    Not to be changed in place.
     """
     generator = torch.Generator().manual_seed(0)
     down, up = (

@@ -9,7 +9,8 @@ variants    "sequential" (as Jha et al. 2025 ran it): one adapter, LoRA_n starts
             and summed; a random word, prompts without class noun; the stack's adapter grows by the
             rank
 deviations  none known. The penalty's degenerate minimum, B_n A_n = 0 (Jha et al. 2025), is
-            reproduced (benchmarks/c_lora/curve.png); the published numbers are not
+            reproduced (benchmarks/c_lora/curve.png). Figures here are of the mini-SD, so only orders
+            can be compared with the paper's
 """
 
 from __future__ import annotations

@@ -1,12 +1,12 @@
 """`closed_form`: sequential LoRA, then the one LoRA closest to what every concept's own adapter
 does to its prompts.
 
-source      ours; not in Jha et al. 2025
+source      ours, not in Jha et al. 2025; relatives: see `solve`
 equation    the loss of `lora`; then, exactly (`solve`),
             delta = argmin sum_j E_{c of j} || (delta - delta_j) c ||^2
 remembers   the pool of past LoRAs, as DSC does; words and templates are on the stack
-cost        `lora` + encoding a few dozen prompts per concept once and one solve per layer: seconds,
-            on any machine
+cost        `lora` + encoding 1,024 prompts per checkpoint and a few dozen per concept, once, and
+            one solve per layer: seconds
 deviations  not applicable; ordinary prompts, including the empty one, are held at the checkpoint's
             output, which none of the paper's ten systems does
 """

@@ -6,7 +6,8 @@ equation    the loss of `lora`; then (`dsc`)
 remembers   the pool of past LoRAs
 cost        `lora` + a few hundred steps of two student rows and two teacher rows
 deviations  the row's name leaves open which of DSC's terms it has: we read it as distillation
-            without scores; the published numbers are not reproduced yet
+            without scores; figures here are of the mini-SD and other
+            pictures, so only orders can be compared with the paper's
 """
 
 from __future__ import annotations

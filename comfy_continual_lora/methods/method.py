@@ -182,6 +182,7 @@ class Method:
             [noun],
             settings.retention_words,
             session.cache,
+            settings.retention_language,
         )
 
     def retention(

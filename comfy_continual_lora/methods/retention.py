@@ -1,10 +1,12 @@
 """`retention`: sequential LoRA that leaves ordinary prompts alone, then the one LoRA closest to
 what every concept's own did to its prompts.
 
-source      ours; not in Jha et al. 2025
+source      ours, not in Jha et al. 2025; the solve has relatives in Custom Diffusion's merge (Kumari
+            et al. 2023) and Mix-of-Show's gradient fusion (Gu et al. 2023): see `solve`
 equation    the loss of `lora`
             + weight * mean over layers of  E_c || delta c ||^2 / E_c || W0 c ||^2
-            over ordinary prompts, including the empty one; exact, from M = E_c c c^T (`textspace`).
+            over ordinary prompts: lists of common words, and a sample of the tokenizer's whole
+            vocabulary (`language`); exact, from M = E_c c c^T (`textspace`).
             Learned in coordinates of text space in which M is more even; with `retention_apart`
             the penalty also covers the padding of the concept's own prompts, so that its look lies
             on its word. Then, exactly (`solve`),
@@ -14,8 +16,8 @@ equation    the loss of `lora`
             learning
 remembers   for each concept, what its own adapter did to its own prompts, as a low-rank LoRA; words
             and templates are on the stack
-cost        `lora` + encoding a few dozen prompts per concept and one solve, once + a few products
-            of (r, d) and (d, d) matrices per step
+cost        `lora` + encoding 1,024 prompts per checkpoint, once, and a few dozen per concept + one
+            solve + a few products of (r, d) and (d, d) matrices per step
 deviations  not applicable; holds ordinary prompts from the first concept on, which none of the
             paper's ten systems does. The solution has its own factors, so Fishers that other
             methods left on the stack are dropped
