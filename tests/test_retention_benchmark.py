@@ -12,9 +12,10 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+import tables
 
-from benchmarks.retention import tables
 from comfy_continual_lora import store
 
 SCRIPT = Path(__file__).parents[1] / "benchmarks" / "retention" / "run.py"
@@ -109,14 +110,11 @@ def rows() -> list[dict[str, Any]]:
 def test_methods_are_compared_at_the_seeds_that_both_have(rows: list[dict[str, Any]]) -> None:
     title, _, *lines = tables.paired_tests(rows)
     assert "by `retention`" in title
-    differences, values = zip(*(line.split(", p = ") for line in lines), strict=True)
-    assert differences == (
-        "* `lora`: +2.0000, nearer in 0 of 2",
-        "* `c_lora`: +2.5000, nearer in 0 of 4",
-        "* `joint`: -1.0000, nearer in 1 of 2",
-    )
-    # of all ways to flip the signs, by drawing some
-    assert [float(p) for p in values] == pytest.approx([0.5, 1, 1], abs=0.02)
+    assert lines == [
+        "* `lora`: +2.0000, nearer in 0 of 2, p = 0.5, corrected 1",
+        "* `c_lora`: +2.5000, nearer in 0 of 4, p = 1, corrected 1",
+        "* `joint`: -1.0000, nearer in 1 of 2, p = 1, corrected 1",
+    ]
     assert tables.paired_tests(rows[:4]) == []
     for row in rows:
         row["method"] = row["method"].replace("retention", "retention rank=4")
@@ -124,9 +122,36 @@ def test_methods_are_compared_at_the_seeds_that_both_have(rows: list[dict[str, A
     assert tables.paired_tests(rows) == [title, "", *lines]
 
 
+def test_a_concept_that_two_seeds_have_counts_once(rows: list[dict[str, Any]]) -> None:
+    """The reporting sequences of seeds 0 and 1 share the concept that is fourth and first."""
+    own = [{**row, "matrix": [[1.0, 0.0, 0.0, 0.0]]} for row in rows[:2]]
+    default = [{**row, "method": "retention", "matrix": [[0.0] * 4]} for row in own]
+    lines = tables.paired_tests([*own, *default])
+    assert lines[2].startswith("* `lora`: +0.2143, nearer in 0 of 7,")  # 1 and a half, of seven
+
+
+def test_signs_are_flipped_in_all_ways_and_corrected_for_their_number() -> None:
+    assert tables.sign_flip_test(np.array([1.0, 2.0, 3.0])) == 2 / 8
+    assert tables.sign_flip_test(np.array([1.0, 1.0, -1.0])) == 1
+    many = tables.sign_flip_test(np.linspace(0.5, 1.5, 30))
+    assert many == pytest.approx(1 / (1 + tables.SIGN_FLIPS))
+    assert tables.holm([0.04, 0.01, 0.03]) == pytest.approx([0.06, 0.03, 0.06])
+    assert tables.holm([0.9, 0.8]) == [1.0, 1.0]
+
+
+def test_kendalls_tau_and_its_exact_p() -> None:
+    """Of the six orders of three things one has no inversion and one has three."""
+    assert tables.kendall(3, 3) == (1.0, 2 / 6)
+    assert tables.kendall(3, 2) == (1 / 3, 1.0)
+    tau, p = tables.kendall(10, 32)
+    assert (round(tau, 3), round(p, 3)) == (0.422, 0.108)
+
+
 def test_methods_are_ordered_beside_the_papers(rows: list[dict[str, Any]]) -> None:
     line = tables.orders_beside_paper(rows)[2]
-    assert line == "* a_mmd (1): here c_lora, lora; in the paper c_lora, lora"
+    assert (
+        line == "* a_mmd (1; tau 1.00, exact p = 1): here c_lora, lora; in the paper c_lora, lora"
+    )
 
 
 @pytest.mark.parametrize(

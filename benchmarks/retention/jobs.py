@@ -56,9 +56,7 @@ class Job:
 
     @property
     def sequence(self) -> list[world.Concept]:
-        concepts = world.concepts(self.split, max(world.CONCEPTS_PER_SPLIT, self.concepts))
-        order = np.random.default_rng(self.seed).permutation(len(concepts))
-        return [concepts[int(i)] for i in order[: self.concepts]]
+        return sequence(self.split, self.seed, self.concepts)
 
     @property
     def tokens(self) -> list[str]:
@@ -88,6 +86,13 @@ class Job:
         """
         places = list(world.BACKGROUNDS.values())
         return [f"a photo of a {{}} {places[n % len(places)]}" for n in range(self.pictures)]
+
+
+def sequence(split: str, seed: int, count: int) -> list[world.Concept]:
+    """The first `count` concepts of a split in the order of this seed."""
+    concepts = world.concepts(split, max(world.CONCEPTS_PER_SPLIT, count))
+    order = np.random.default_rng(seed).permutation(len(concepts))
+    return [concepts[int(i)] for i in order[:count]]
 
 
 def _parsed(text: str) -> Any:
