@@ -1,0 +1,86 @@
+"""The figures of the README's tables are those of the benchmark's rows."""
+
+from __future__ import annotations
+
+import json
+import re
+import statistics
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+RESULTS = ROOT / "benchmarks" / "retention" / "results"
+PERCENT = ("dc_accuracy", "both")
+# the README's columns after the method's name and the paper's figure
+COLUMNS: dict[str, Callable[[dict[str, Any]], float | None]] = {
+    "A_MMD": lambda row: 1000 * row["a_mmd"],
+    "F_MMD": lambda row: 1000 * row["f_mmd"],
+    "newest": lambda row: 1000 * row["newest_mmd"],
+    "I2I": lambda row: row["i2i"],
+    "told apart": lambda row: _percent(row["dc_accuracy"]),
+    "both shapes": lambda row: _percent(row["both"]),
+    "MB a concept": lambda row: row["bytes_per_concept"] / 1e6,
+}
+
+
+def _percent(share: float | None) -> float | None:
+    return None if share is None else 100 * share
+
+
+def _table(first: str) -> list[list[str]]:
+    """The cells of the table whose first line begins like this, its header first."""
+    lines = (ROOT / "README.md").read_text(encoding="utf-8").splitlines()
+    start = next(n for n, line in enumerate(lines) if line.startswith(first))
+    rows = []
+    for line in lines[start:]:
+        if not line.startswith("|"):
+            break
+        rows.append([cell.strip() for cell in line.strip("|").split("|")])
+    return [rows[0], *rows[2:]]
+
+
+def _rows(folder: str) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (RESULTS / folder / "rows.jsonl").read_text().splitlines()]
+
+
+def _agrees(cell: str, values: Sequence[float]) -> bool:
+    """Mean and, if the cell has it, spread, to the digits that the cell has."""
+    numbers = re.findall(r"-?\d+(?:\.\d+)?", cell)
+    expected = [statistics.mean(values), statistics.stdev(values) if len(values) > 1 else 0.0]
+    return all(
+        abs(float(number) - value) <= 0.5001 * 10 ** -len(number.partition(".")[2])
+        for number, value in zip(numbers, expected, strict=False)
+    )
+
+
+def test_the_table_of_six_concepts() -> None:
+    header, *table = _table("| method | paper's A_MMD")
+    assert header[2:] == list(COLUMNS)
+    rows = _rows("")
+    assert {cells[0].strip("`") for cells in table} == {row["method"] for row in rows}
+    for cells in table:
+        own = [row for row in rows if row["method"] == cells[0].strip("`")]
+        assert len(own) == 3, cells[0]
+        for (name, value), cell in zip(COLUMNS.items(), cells[2:], strict=True):
+            values = [v for row in own if (v := value(row)) is not None]
+            assert bool(cell) == bool(values), (cells[0], name)
+            assert not values or _agrees(cell, values), (cells[0], name, cell, values)
+
+
+@pytest.mark.parametrize(("first", "folder"), [("twenty", "long"), ("fifty", "fifty")])
+def test_the_table_of_longer_rows(first: str, folder: str) -> None:
+    header, *table = _table("| after | `lora`")
+    (cells,) = (one for one in table if one[0].startswith(first))
+    rows = _rows(folder)
+    for method, cell in zip(header[1:], cells[1:], strict=True):
+        own = sorted((r["seed"], r["a_mmd"]) for r in rows if r["method"] == method.strip("`"))
+        assert cell == ", ".join(f"{1000 * distance:.1f}" for _, distance in own), method
+
+
+def test_a_figure_that_is_not_measured_is_noticed() -> None:
+    assert _agrees("1.5 ± 0.5", [1.0, 1.5, 2.0])
+    assert not _agrees("1.6 ± 0.5", [1.0, 1.5, 2.0])
+    assert not _agrees("1.5 ± 0.6", [1.0, 1.5, 2.0])
