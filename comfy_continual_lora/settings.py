@@ -216,8 +216,8 @@ class LearnSettings(TrainSettings):
     steps: int | None = setting(None, "training steps", low=1, high=1_000_000)
     weighting: str | None = setting(
         None,
-        "weight of an error at each timestep: uniform, as in the paper, or debiased, which weighs "
-        "high noise more",
+        "weight of an error at each timestep while learning: uniform, as in the paper, or debiased, "
+        "which weighs high noise more; Fishers, DC scores and DSC are uniform",
         choices=("uniform", "debiased"),
     )
     preview_every: int = setting(

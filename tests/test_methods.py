@@ -293,3 +293,23 @@ def test_scores_name_pictures_and_count_what_is_right(
     assert [one.label for one in found] == ["V1", "V1", "V2", "V2", None, None]
     assert all(set(one.scores.names) == {"V1", "V2", "c_0 ball", "c_0 fish"} for one in found)
     assert [one.right is None for one in found] == [False] * 4 + [True] * 2
+
+
+@pytest.mark.parametrize("change", ["learned without", "solved for"])
+def test_ewc_does_not_go_on_where_no_fisher_protects(
+    learned: Callable[..., Path], folders: dict[str, Path], change: str
+) -> None:
+    """It would forget V1 without a word. The refusal comes before anything is loaded."""
+    if change == "learned without":
+        checkpoint, words = learned(VARIANTS["lora"], "V1"), "V1"
+    else:
+        checkpoint, words = learned(VARIANTS["lora_ewc"], "V1", "V2"), "V1, V2"
+        pipeline.consolidate_in_closed_form(requests.SolveRequest(checkpoint, device="cpu"))
+    before, seen = store.stack_path(checkpoint).read_bytes(), []
+    for method in ("lora_ewc", "lora_dsc_ewc_dc"):
+        request = learn_request(checkpoint, folders, "V3", VARIANTS[method])
+        with pytest.raises(SettingError, match=f"has none of {words}: .*retention or closed_form"):
+            pipeline.learn_concept(request, seen.append)
+    assert not seen
+    assert store.stack_path(checkpoint).read_bytes() == before
+    pipeline.learn_concept(learn_request(checkpoint, folders, "V3", VARIANTS["retention"]))

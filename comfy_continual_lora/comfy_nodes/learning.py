@@ -78,7 +78,8 @@ class LearnConcept(io.ComfyNode):
                 io.Mask.Input(
                     "masks",
                     optional=True,
-                    tooltip="A mask for each picture: white is learned from, black is not.",
+                    tooltip="A mask for each picture: white is learned from, black is not. Fishers and "
+                    "DC scores see the whole picture.",
                 ),
                 *widgets(LearnSettings, cls.MAIN, cls.ADVANCED),
                 io.Combo.Input(

@@ -32,6 +32,13 @@ class LoraEwc(Method):
     def check(self, settings: LearnSettings, stack: StackSummary) -> None:
         super().check(settings, stack)
         check_one_size(self, stack)
+        if stack.kind and stack.without_fisher:
+            raise SettingError(
+                f"{self.id} protects earlier concepts by their Fishers, and this stack has none of "
+                f"{', '.join(stack.without_fisher)}: a method without EWC learned them, or the stack "
+                "was solved for afterwards. Continue with the `method` retention or closed_form, "
+                "which need no Fisher, or start another `stack`."
+            )
 
     def kept_numbers(self, adapter: int) -> int:
         return adapter

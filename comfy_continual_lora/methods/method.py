@@ -41,6 +41,7 @@ class StackSummary:
     kind: str = ""  # of its adapter; empty if there is none yet
     rank: int | None = None  # that its concepts are learned with
     adapter_rank: int | None = None  # that its adapter has now
+    without_fisher: tuple[str, ...] = ()  # words of concepts that EWC can't hold
 
 
 @dataclass(frozen=True)
@@ -258,7 +259,9 @@ def summary_of(stack: ConceptStack) -> StackSummary:
     if not stack.adapter:
         return StackSummary(rank=stack.rank)
     kind = kind_of(stack.adapter).name
-    return StackSummary(kind, stack.rank, rank_of(stack.adapter) if kind == "lora" else None)
+    without = tuple(record.token for record in stack.records if record.id not in stack.fishers)
+    rank = rank_of(stack.adapter) if kind == "lora" else None
+    return StackSummary(kind, stack.rank, rank, without)
 
 
 def summary_of_file(path: Path) -> StackSummary:
@@ -269,4 +272,7 @@ def summary_of_file(path: Path) -> StackSummary:
     sizes = {name: shape.sizes for name, shape in shapes.items() if name.startswith("adapter.")}
     kind = kind_with({name.rpartition(".")[2] for name in sizes}) or ""
     ranks = [shape[0] for name, shape in sizes.items() if kind == "lora" and name.endswith(".A")]
-    return StackSummary(kind, header["rank"], next(iter(ranks), None))
+    fishers = {name.split(".")[1] for name in shapes if name.startswith("fisher.")}
+    records = header["concepts"]
+    without = tuple(one["token"] for one in records if one["id"] not in fishers)
+    return StackSummary(kind, header["rank"], next(iter(ranks), None), without)
