@@ -1,0 +1,200 @@
+"""What does learning do to words that are in no list and in no sample?
+
+    python benchmarks/retention/leak.py OUT [--seeds 0,1] [--concepts 2] [--steps 150]
+        [--variants "lora,retention,retention retention_language=0"]
+
+in: nothing - out: OUT/leak.jsonl, a line for each variant and seed, and the same lines on the
+screen. Some nouns, colours and places of the mini-SD's world are taken out of the lists that
+`textspace` protects, and prompts with them out of the sample of `language`. Development concepts are
+then learned one after the other. After each, the adapter's leak
+
+    mean over layers of  E || delta c ||^2 / E || W0 c ||^2
+
+is measured over the concept's own prompts, over captions of listed words, and over captions of the
+words left out. `gain` is the error on pictures that were not learned from with the bare noun, minus
+that with the word, for every concept at the end; `prior` what the adapter adds to the error on
+pictures of other things.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import numpy as np
+from torch import Tensor
+
+from comfy_continual_lora import language, pipeline, requests, store, targets, textspace
+from comfy_continual_lora.checkpoint.backbone import Backbone, FrozenText
+from comfy_continual_lora.checkpoint.load import load_backbone
+from comfy_continual_lora.mini import world
+from comfy_continual_lora.mini.weights import write_checkpoint
+
+sys.path.append(str(Path(__file__).parents[1] / "sweeps"))
+import sweep
+from jobs import PICTURES, Job
+
+LEFT_OUT = {"nouns": 8, "colors": 4, "places": 5}
+CAPTIONS = 400
+FORMS = ("a photo of a {}", "photo of a {}", "a picture of a {}", "a {}")
+LISTED_PATTERNS = ("striped", "dotted", "checkered")
+OTHER_PATTERNS = ("split", "ringed")  # in no list
+
+
+@dataclass(frozen=True)
+class Words:
+    nouns: Sequence[str]
+    colors: Sequence[str]
+    places: Sequence[str]
+    patterns: Sequence[str]
+
+    @property
+    def all(self) -> list[str]:
+        return [*self.nouns, *self.colors, *self.places]
+
+
+def split(concepts: Sequence[world.Concept], seed: int) -> tuple[Words, Words]:
+    """The words that stay in the lists, and those left out; class nouns stay."""
+    rng = np.random.default_rng(100 + seed)
+    kinds = {
+        "nouns": list(world.SHAPES),
+        "colors": list(world.COLORS),
+        "places": list(world.BACKGROUNDS.values()),
+    }
+    own = {concept.noun for concept in concepts}
+    out = {}
+    for kind, words in kinds.items():
+        free = [word for word in words if word not in own]
+        out[kind] = [str(word) for word in rng.permutation(free)[: LEFT_OUT[kind]]]
+    stay = {kind: [w for w in words if w not in out[kind]] for kind, words in kinds.items()}
+    return Words(**stay, patterns=LISTED_PATTERNS), Words(**out, patterns=OTHER_PATTERNS)
+
+
+@contextmanager
+def without(words: Sequence[str]) -> Iterator[None]:
+    """While inside, neither the lists nor the sample of language have these words."""
+
+    def sample(tokenizer: Any) -> list[str]:
+        prompts = language.language_prompts(tokenizer)
+        return [prompt for prompt in prompts if not any(word in prompt for word in words)]
+
+    lists: dict[str, Any] = {
+        name: tuple(word for word in getattr(textspace, name) if word not in words)
+        for name in ("THINGS", "COLORS", "PLACES")
+    }
+    with (
+        mock.patch.multiple(textspace, **lists),
+        mock.patch.object(targets, "language_prompts", sample),
+    ):
+        yield
+
+
+def captions(words: Words) -> list[str]:
+    """As the world writes them, of one thing or two."""
+    rng = np.random.default_rng(7)
+    made = []
+    for _ in range(CAPTIONS):
+        look = str(rng.choice(words.colors))
+        if rng.random() < 0.5:
+            look += f" and {rng.choice(words.colors)} {rng.choice(words.patterns)}"
+        text = FORMS[rng.integers(len(FORMS))].format(f"{look} {rng.choice(words.nouns)}")
+        if rng.random() < 0.3:
+            text += f" and a {rng.choice(words.colors)} {rng.choice(words.nouns)}"
+        made.append(f"{text} {rng.choice(words.places)}")
+    return made
+
+
+def measured(job: Job) -> dict[str, Any]:
+    began = time.perf_counter()
+    concepts = job.sequence
+    listed, left_out = split(concepts, job.seed)
+    leaks = []
+    with tempfile.TemporaryDirectory() as folder, without(left_out.all):
+        checkpoint = Path(folder) / "mini.safetensors"
+        write_checkpoint(checkpoint)
+        backbone = load_backbone(checkpoint, device="cpu")
+        moments = {
+            "listed": textspace.moment(backbone, {}, captions(listed)).cpu(),
+            "left_out": textspace.moment(backbone, {}, captions(left_out)).cpu(),
+        }
+        for token, concept in zip(job.tokens, concepts, strict=True):
+            pictures = world.save_pictures(concept, Path(folder) / token)
+            pipeline.learn_concept(
+                requests.LearnRequest(
+                    checkpoint, pictures, token, concept.noun, job.settings, device="cpu"
+                )
+            )
+            stack = store.load_stack(store.stack_path(checkpoint), backbone.fingerprint)
+            own = textspace.single_prompts(stack.records[-1])
+            own_moment = textspace.moment(backbone, stack.tokens, own).cpu()
+            leaks.append(
+                {
+                    name: leak(backbone, stack, moment)
+                    for name, moment in {"own": own_moment, **moments}.items()
+                }
+            )
+        text = FrozenText(backbone, stack.tokens)
+        gains = [
+            sweep.gain(backbone, stack.adapter, text, token, concept)
+            for token, concept in zip(job.tokens, concepts, strict=True)
+        ]
+        prior = sweep.prior_error(backbone, stack.adapter) - sweep.prior_error(backbone, None)
+    return {
+        "variant": job.variant,
+        "seed": job.seed,
+        "concepts": job.concepts,
+        "steps": job.steps,
+        "leaks": leaks,
+        "gain": gains,
+        "prior": prior,
+        "left_out": left_out.all,
+        "seconds": round(time.perf_counter() - began, 1),
+    }
+
+
+def leak(backbone: Backbone, stack: store.ConceptStack, moment: Tensor) -> float:
+    if stack.adapter is None:
+        return 0.0
+    sizes = textspace.sizes(backbone, moment)
+    return float(textspace.drift(stack.adapter, None, moment, sizes))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    parser.add_argument("out", type=Path)
+    parser.add_argument("--variants", default="lora,retention,retention retention_language=0")
+    parser.add_argument("--seeds", default="0,1")
+    parser.add_argument("--concepts", type=int, default=2)
+    parser.add_argument("--steps", type=int, default=150)
+    arguments = parser.parse_args()
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    for seed in map(int, arguments.seeds.split(",")):
+        for variant in arguments.variants.split(","):
+            job = Job(
+                variant,
+                seed,
+                arguments.concepts,
+                PICTURES,
+                arguments.out,
+                arguments.steps,
+                split="development",
+            )
+            line = json.dumps(measured(job))
+            print(line, flush=True)
+            with (arguments.out / "leak.jsonl").open("a") as file:
+                file.write(line + "\n")
+
+
+if __name__ == "__main__":
+    main()
