@@ -135,8 +135,8 @@ def language_prompts(tokenizer: Any, count: int = PROMPTS) -> list[str]:
 
     def sentence() -> str:
         form = rng.choice(FORMS)
-        said = form.format(*(phrase() for _ in range(form.count("{}"))))
-        return f"{said}, {rng.choice(STYLES)}" if rng.random() < 0.3 else said
+        text = form.format(*(phrase() for _ in range(form.count("{}"))))
+        return f"{text}, {rng.choice(STYLES)}" if rng.random() < 0.3 else text
 
     def tags() -> str:
         number = rng.randint(2, 30)

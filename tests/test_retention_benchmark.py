@@ -111,9 +111,9 @@ def test_methods_are_compared_at_the_seeds_that_both_have(rows: list[dict[str, A
     title, _, *lines = tables.paired_tests(rows)
     assert "by `retention`" in title
     assert lines == [
-        "* `lora`: +2.0000, nearer in 0 of 2, p = 0.5, corrected 1",
-        "* `c_lora`: +2.5000, nearer in 0 of 4, p = 1, corrected 1",
-        "* `joint`: -1.0000, nearer in 1 of 2, p = 1, corrected 1",
+        "* `lora`: +2.0000, closer in 0 of 2, p = 0.5, corrected 1",
+        "* `c_lora`: +2.5000, closer in 0 of 4, p = 1, corrected 1",
+        "* `joint`: -1.0000, closer in 1 of 2, p = 1, corrected 1",
     ]
     assert tables.paired_tests(rows[:4]) == []
     for row in rows:
@@ -127,7 +127,7 @@ def test_a_concept_that_two_seeds_have_counts_once(rows: list[dict[str, Any]]) -
     own = [{**row, "matrix": [[1.0, 0.0, 0.0, 0.0]]} for row in rows[:2]]
     default = [{**row, "method": "retention", "matrix": [[0.0] * 4]} for row in own]
     lines = tables.paired_tests([*own, *default])
-    assert lines[2].startswith("* `lora`: +0.2143, nearer in 0 of 7,")  # 1 and a half, of seven
+    assert lines[2].startswith("* `lora`: +0.2143, closer in 0 of 7,")  # 1 and a half, of seven
 
 
 def test_signs_are_flipped_in_all_ways_and_corrected_for_their_number() -> None:

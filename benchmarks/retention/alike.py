@@ -10,7 +10,7 @@ beside.jpg (a row for each job), and what run.py leaves of each job.
 The first is learned, then the second. Places, seeds, solver and guidance are the same for all.
 
     alone         share of pictures drawn of one of them that look more like the other's pictures
-                  than like its own (mini-CLIP; by its nearest picture)
+                  than like its own (mini-CLIP; by its closest picture)
     one prompt    share of things in pictures of both that look more like the other one (`bleeding`
                   of judging.py); one thing twice gives .5
     beside        the same with a prompt and an area each (beside.py)
@@ -54,7 +54,7 @@ Together = dict[str, tuple[Tensor, float]]  # by way: pictures, and the share of
 
 
 def mistaken(job: Pair) -> float:
-    """Share of the pictures drawn alone, at the end, whose nearest real picture is the other one's."""
+    """Share of the pictures drawn alone, at the end, whose closest real picture is the other one's."""
     real = [features(judging.real_pictures(concept, job.pictures)) for concept in job.sequence]
     shares = []
     for own, other in ((0, 1), (1, 0)):

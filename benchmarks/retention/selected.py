@@ -12,7 +12,7 @@ each group has a LoRA solved for it (`consolidation.selected`). Prompts, seeds, 
 distances as in `run.py`; pictures are kept and not drawn again.
 
     a_mmd, i2i    of what is drawn of all concepts, as in `run.py`
-    nearer        number of concepts drawn closer than by the stack's own LoRA, which is for all
+    closer        number of concepts drawn closer than by the stack's own LoRA, which is for all
     rank, lost    mean over the groups: of the LoRA, and the share of what concepts' own adapters
                   did to their prompts that is lost
 """
@@ -82,7 +82,7 @@ def measure(run: Run, out: Path, sizes: list[int], every: int) -> list[dict[str,
         print(json.dumps(rows[-1]), flush=True)
     for row in rows:
         pairs = zip(distances[row["size"]], distances[count], strict=True)
-        row["nearer"] = sum(one < other for one, other in pairs)
+        row["closer"] = sum(one < other for one, other in pairs)
     draw(out / f"{run.folder.name}.jpg", job, list(real), [*sizes, count])
     return rows
 

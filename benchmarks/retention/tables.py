@@ -143,9 +143,9 @@ def paired_tests(rows: Sequence[Row]) -> list[str]:
     for (method, own), p, corrected in zip(
         differences.items(), probabilities, holm(probabilities), strict=True
     ):
-        nearer = int((own < 0).sum())
+        closer = int((own < 0).sum())
         lines.append(
-            f"* `{method}`: {own.mean():+.4f}, nearer in {nearer} of {len(own)}, p = {p:.2g}, "
+            f"* `{method}`: {own.mean():+.4f}, closer in {closer} of {len(own)}, p = {p:.2g}, "
             f"corrected {corrected:.2g}"
         )
     return lines
