@@ -48,7 +48,7 @@ def test_shipped_weights_unpack_and_pack_to_the_same(
 
 @pytest.mark.usefixtures("_float32_widening")
 @pytest.mark.slow
-def test_the_stock_layout_computes_the_same(backbone: Backbone, tmp_path: Path) -> None:
+def test_the_stock_layout_computes_the_same(mini: Backbone, tmp_path: Path) -> None:
     path = tmp_path / "stock.safetensors"
     weights.write_checkpoint(path, stock=True)
     assert "channel_mult: [1, 3]" in path.with_suffix(".yaml").read_text()
@@ -60,11 +60,11 @@ def test_the_stock_layout_computes_the_same(backbone: Backbone, tmp_path: Path) 
         torch.randn(1, 4, 16, 16),
         torch.tensor([400]),
     )
-    features, wide = backbone.encode_prompts(prompt), stock.encode_prompts(prompt)
+    features, wide = mini.encode_prompts(prompt), stock.encode_prompts(prompt)
     assert torch.allclose(features.repeat_interleave(3, 2), wide, atol=1e-4)
     with torch.no_grad():
         assert torch.allclose(
-            backbone.predict(latents, timestep, features),
+            mini.predict(latents, timestep, features),
             stock.predict(latents, timestep, wide),
             atol=1e-4,
         )

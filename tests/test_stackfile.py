@@ -266,7 +266,8 @@ def test_a_damaged_byte_is_refused_or_harmless(
 
 
 @pytest.mark.slow
-def test_a_stack_of_an_earlier_program_opens_and_goes_on(checkpoint: Path, pictures: Path) -> None:
+def test_a_stack_of_an_earlier_program_opens_and_goes_on(mini_file: Path, tmp_path: Path) -> None:
+    checkpoint = Path(shutil.copy(mini_file, tmp_path))
     path = store.stack_path(checkpoint)
     shutil.copy(OLD, path)
     assert [record.token for record in store.read_records(path)] == ["V1", "V2", "V3"]

@@ -435,7 +435,7 @@ def test_the_tab_by_itself_in_a_browser(tmp_path: Path) -> None:
         assert [p for p in copies if p.is_file() and p.name != "lock"] == []
         opened.fill("#continual_lora_noun input, #continual_lora_noun textarea", "box")
         opened.click("#continual_lora_learn")
-        wait_for_text(opened, "#continual_lora_status", "is taken")
+        wait_for_text(opened, "#continual_lora_status", "is already taken")
         opened.screenshot(path=str(tmp_path / "tab.png"))
         asks_first(opened, stack)
         opened.reload()

@@ -99,7 +99,7 @@ def settings_from(settings: type, given: dict[str, Any]) -> Any:
 
 def solving_widgets() -> list[Any]:
     """The widgets of the closed form."""
-    return widgets(SolveSettings, (), ("energy", "rank", "ridge", "ordinary_weight"))
+    return widgets(SolveSettings, (), ("energy", "rank", "ridge", "ordinary_weight", "language"))
 
 
 # --- errors --------------------------------------------------------------------------------------
