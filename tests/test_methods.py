@@ -306,10 +306,10 @@ def test_ewc_does_not_go_on_where_no_fisher_protects(
         checkpoint, words = learned(VARIANTS["lora_ewc"], "V1", "V2"), "V1, V2"
         pipeline.consolidate_in_closed_form(requests.SolveRequest(checkpoint, device="cpu"))
     before, seen = store.stack_path(checkpoint).read_bytes(), []
-    for method in ("lora_ewc", "lora_dsc_ewc_dc"):
+    for method in ("lora_ewc", "lora_ewc_dc"):
         request = learn_request(checkpoint, folders, "V3", VARIANTS[method])
         with pytest.raises(SettingError, match=f"has none of {words}: .*retention or closed_form"):
             pipeline.learn_concept(request, seen.append)
     assert not seen
     assert store.stack_path(checkpoint).read_bytes() == before
-    pipeline.learn_concept(learn_request(checkpoint, folders, "V3", VARIANTS["retention"]))
+    pipeline.learn_concept(learn_request(checkpoint, folders, "V3", VARIANTS["lora_dsc_ewc_dc"]))

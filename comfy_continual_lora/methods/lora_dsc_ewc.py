@@ -15,3 +15,4 @@ from .lora_ewc import LoraEwc
 
 class LoraDscEwc(LoraDsc, LoraEwc):
     id = "lora_dsc_ewc"
+    only_ewc = False  # concepts without a Fisher are distilled

@@ -16,4 +16,5 @@ from .lora_ewc_dc import LoraEwcDc
 
 class LoraDscEwcDc(LoraDsc, LoraEwcDc):
     id = "lora_dsc_ewc_dc"
+    only_ewc = False  # concepts without a Fisher are distilled
     with_score_terms = True

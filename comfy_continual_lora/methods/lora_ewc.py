@@ -28,16 +28,18 @@ from .stages import fisher_of
 class LoraEwc(Method):
     id = "lora_ewc"
     with_scores: ClassVar[bool] = False  # whether the Fisher includes the DC scores
+    only_ewc: ClassVar[bool] = True  # whether nothing else protects earlier concepts
 
     def check(self, settings: LearnSettings, stack: StackSummary) -> None:
         super().check(settings, stack)
         check_one_size(self, stack)
-        if stack.kind and stack.without_fisher:
+        if self.only_ewc and stack.kind and stack.without_fisher:
             raise SettingError(
                 f"{self.id} protects earlier concepts by their Fishers, and this stack has none of "
                 f"{', '.join(stack.without_fisher)}: a method without EWC learned them, or the stack "
                 "was solved for afterwards. Continue with the `method` retention or closed_form, "
-                "which need no Fisher, or start another `stack`."
+                "which need no Fisher, with a method that distils too (lora_dsc_ewc, "
+                "lora_dsc_ewc_dc), or start another `stack`."
             )
 
     def kept_numbers(self, adapter: int) -> int:
