@@ -113,12 +113,13 @@ def checkpoints_in(folder: Path) -> list[Path]:
     """Checkpoints in a folder and those below it, by path; what is removed meanwhile is left out."""
     found: list[Path] = []
     for inner, _, names in os.walk(folder):
-        found += [
-            Path(inner, name)
-            for name in names
-            if name.endswith(".safetensors") and not name.endswith(STACKS)
-        ]
+        found += [Path(inner, name) for name in names if is_checkpoint(name)]
     return sorted(found)
+
+
+def is_checkpoint(name: str) -> bool:
+    """Whether a file of this name is a checkpoint, not a stack of one."""
+    return name.endswith(".safetensors") and not name.endswith(STACKS)
 
 
 def real_file(path: Path) -> Path:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pytest
 import torch
 from helpers_learn import random_adapter
 from helpers_store import make_record
-from torch import Tensor
+from leak import leak, without
 
 from comfy_continual_lora import language, targets, textspace
 from comfy_continual_lora.adapters.adapter import Adapter, new_adapter
@@ -25,21 +26,15 @@ PLACES = ("on sand", "in the sky", "in snow", "at night", "on carpet")
 LEFT_OUT = (*NOUNS, *COLORS, *PLACES)
 
 
-def _listed(words: tuple[str, ...]) -> tuple[str, ...]:
-    return tuple(word for word in words if word not in LEFT_OUT)
+def _listed(words: Sequence[str]) -> list[str]:
+    return [word for word in words if word not in LEFT_OUT]
 
 
 @pytest.fixture
-def reduced(monkeypatch: pytest.MonkeyPatch) -> None:
+def reduced() -> Iterator[None]:
     """The lists and the sample without the words that are left out."""
-    for name in ("THINGS", "COLORS", "PLACES"):
-        monkeypatch.setattr(textspace, name, _listed(getattr(textspace, name)))
-
-    def without(tokenizer: object) -> list[str]:
-        prompts = language.language_prompts(tokenizer)
-        return [p for p in prompts if not any(word in p for word in LEFT_OUT)]
-
-    monkeypatch.setattr(targets, "language_prompts", without)
+    with without(LEFT_OUT):
+        yield
 
 
 def _captions(
@@ -63,11 +58,6 @@ def _bank(backbone: Backbone, share: float) -> targets.PromptBank:
     return bank
 
 
-def _leak(backbone: Backbone, adapter: Adapter, moment: Tensor) -> float:
-    """What an adapter does to prompts, as a share of what the checkpoint does."""
-    return float(textspace.drift(adapter, None, moment, textspace.sizes(backbone, moment)))
-
-
 @pytest.mark.usefixtures("reduced")
 @pytest.mark.parametrize("start", ["random", "as learning starts"])
 def test_solving_moves_no_leak_into_words_that_are_in_no_list(mini: Backbone, start: str) -> None:
@@ -76,12 +66,12 @@ def test_solving_moves_no_leak_into_words_that_are_in_no_list(mini: Backbone, st
     if start != "random":
         adapters = [_late(mini, seed) for seed in (1, 2)]
     others = textspace.moment(mini, {}, _captions(NOUNS, COLORS, PLACES)).cpu()
-    before = sum(_leak(mini, adapter, others) for adapter in adapters) / len(adapters)
+    before = sum(leak(mini, adapter, others) for adapter in adapters) / len(adapters)
     after = {}
     for share, ridge in ((0.0, 1e-4), (language.LANGUAGE, SolveSettings().ridge)):
         settings = SolveSettings(ridge=ridge)
         solved, _ = solve(_bank(mini, share).targets(adapters, settings), settings)
-        after[share] = _leak(mini, solved, others)
+        after[share] = leak(mini, solved, others)
     assert after[0.0] > 2 * before
     assert after[language.LANGUAGE] < before
 

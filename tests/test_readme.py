@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 import statistics
 from collections.abc import Callable, Sequence
@@ -10,17 +9,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from jobs import read_rows
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "retention" / "results"
-PERCENT = ("dc_accuracy", "both")
 # the README's columns after the method's name and the paper's figure
 COLUMNS: dict[str, Callable[[dict[str, Any]], float | None]] = {
     "A_MMD": lambda row: 1000 * row["a_mmd"],
     "F_MMD": lambda row: 1000 * row["f_mmd"],
     "newest": lambda row: 1000 * row["newest_mmd"],
     "I2I": lambda row: row["i2i"],
-    "told apart": lambda row: _percent(row["dc_accuracy"]),
+    "DC accuracy": lambda row: _percent(row["dc_accuracy"]),
     "both shapes": lambda row: _percent(row["both"]),
     "MB a concept": lambda row: row["bytes_per_concept"] / 1e6,
 }
@@ -43,7 +42,7 @@ def _table(first: str) -> list[list[str]]:
 
 
 def _rows(folder: str) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (RESULTS / folder / "rows.jsonl").read_text().splitlines()]
+    return list(read_rows(RESULTS / folder).values())
 
 
 def _agrees(cell: str, values: Sequence[float]) -> bool:

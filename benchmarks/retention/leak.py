@@ -34,6 +34,7 @@ import numpy as np
 from torch import Tensor
 
 from comfy_continual_lora import language, pipeline, requests, store, targets, textspace
+from comfy_continual_lora.adapters.adapter import Adapter
 from comfy_continual_lora.checkpoint.backbone import Backbone, FrozenText
 from comfy_continual_lora.checkpoint.load import load_backbone
 from comfy_continual_lora.mini import world
@@ -138,7 +139,7 @@ def measured(job: Job) -> dict[str, Any]:
             own_moment = textspace.moment(backbone, stack.tokens, own).cpu()
             leaks.append(
                 {
-                    name: leak(backbone, stack, moment)
+                    name: leak(backbone, stack.adapter, moment)
                     for name, moment in {"own": own_moment, **moments}.items()
                 }
             )
@@ -161,11 +162,10 @@ def measured(job: Job) -> dict[str, Any]:
     }
 
 
-def leak(backbone: Backbone, stack: store.ConceptStack, moment: Tensor) -> float:
-    if stack.adapter is None:
+def leak(backbone: Backbone, adapter: Adapter | None, moment: Tensor) -> float:
+    if adapter is None:
         return 0.0
-    sizes = textspace.sizes(backbone, moment)
-    return float(textspace.drift(stack.adapter, None, moment, sizes))
+    return float(textspace.drift(adapter, None, moment, textspace.sizes(backbone, moment)))
 
 
 def main() -> None:

@@ -15,7 +15,7 @@ from typing import Any
 import gradio as gr
 from modules import call_queue, processing, sd_models, shared  # pyright: ignore[reportMissingImports]
 
-from ..files import STACKS
+from ..files import is_checkpoint
 from .environment import environment_of, home_of, prepare, python_of
 from .host import Host
 from .job import Job
@@ -49,11 +49,7 @@ class WebuiHost(Host):
 
     def checkpoints(self) -> dict[str, Path]:
         paths = {info.name: Path(info.filename) for info in sd_models.checkpoints_list.values()}
-        return {
-            name: path
-            for name, path in paths.items()
-            if path.suffix == ".safetensors" and not path.name.endswith(STACKS)
-        }
+        return {name: path for name, path in paths.items() if is_checkpoint(path.name)}
 
     def exports(self) -> tuple[Path, Path]:
         return Path(shared.cmd_opts.lora_dir), Path(shared.cmd_opts.embeddings_dir)
