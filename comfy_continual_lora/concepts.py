@@ -137,7 +137,9 @@ def load_images(
     source: str | Path | Iterable[str | Path], size: int, *, fit: str = "crop"
 ) -> ConceptImages:
     """Read every picture of `source`. Errors: ConceptImagesError, one for all problems."""
-    pictures, captions, hashes, masks, problems = [], [], [], [], []
+    pictures, masks = [], []
+    captions, hashes = [], []
+    problems = []
     for path in find_images(source):
         try:
             picture = read_image(path)

@@ -5,7 +5,8 @@ from __future__ import annotations
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -109,16 +110,17 @@ def checkpoint(thin_file: Path, tmp_path: Path) -> Path:
 
 
 class Learned:
-    """`learned(settings, "V1", "V2")`: a copy, in `own`, of a checkpoint that learned these concepts.
-    Each such stack is learned once.
-    """
+    """Stacks that a checkpoint learned, each once."""
 
     def __init__(self, checkpoint: Path, folders: dict[str, Path], root: Path) -> None:
-        self.checkpoint, self.folders, self.root, self.own = checkpoint, folders, root, root
+        self.checkpoint = checkpoint
+        self.folders = folders
+        self.root = root
         self.known: dict[Any, Path] = {}
 
-    def __call__(self, settings: LearnSettings, *tokens: str) -> Path:
-        folder = Path(tempfile.mkdtemp(prefix="learned", dir=self.own))
+    def copy(self, into: Path, settings: LearnSettings, *tokens: str) -> Path:
+        """A copy of the checkpoint that learned these concepts, in a folder of its own."""
+        folder = Path(tempfile.mkdtemp(prefix="learned", dir=into))
         shutil.copytree(self._folder(settings, *tokens), folder, dirs_exist_ok=True)
         return folder / self.checkpoint.name
 
@@ -151,16 +153,14 @@ def _by_mini(
 
 
 @pytest.fixture
-def learned(_by_thin: Learned, tmp_path: Path) -> Learned:
-    """Of the thin mini-SD."""
-    _by_thin.own = tmp_path
-    return _by_thin
+def learned(_by_thin: Learned, tmp_path: Path) -> Callable[..., Path]:
+    """`learned(settings, "V1", "V2")`: a thin mini-SD of this test's own that learned these."""
+    return partial(_by_thin.copy, tmp_path)
 
 
 @pytest.fixture
-def learned_by_mini(_by_mini: Learned, tmp_path: Path) -> Learned:
-    _by_mini.own = tmp_path
-    return _by_mini
+def learned_by_mini(_by_mini: Learned, tmp_path: Path) -> Callable[..., Path]:
+    return partial(_by_mini.copy, tmp_path)
 
 
 @pytest.fixture(scope="session")

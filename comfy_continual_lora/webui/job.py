@@ -193,7 +193,7 @@ class Job:
     def _kill(self, reason: str) -> None:
         self._kill_reason = self._kill_reason or reason
         if self.process and self.process.poll() is None:
-            _kill(self.process)
+            _kill_group(self.process)
 
     def _kill_later(self, seconds: float, condition: Callable[[], bool], reason: str) -> None:
         """Kill the worker if the job has not ended after this time and the condition holds."""
@@ -291,13 +291,13 @@ def _gone(process: subprocess.Popen[bytes], seconds: float = 0) -> bool:
     for timeout in (seconds, LEAVE):
         with suppress(subprocess.TimeoutExpired):
             process.wait(timeout)
-            _kill(process)
+            _kill_group(process)
             return True
-        _kill(process)
+        _kill_group(process)
     return False
 
 
-def _kill(process: subprocess.Popen[bytes]) -> None:
+def _kill_group(process: subprocess.Popen[bytes]) -> None:
     """Kill a process and its children; on Windows only itself."""
     if os.name == "posix":
         with suppress(ProcessLookupError, PermissionError):
