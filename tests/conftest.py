@@ -53,8 +53,8 @@ def _prompts_are_encoded_once() -> Iterator[None]:
         dtypes = [next(part.parameters()).dtype for part in self.parts]
         key = (self.fingerprint, *dtypes, torch.get_num_threads(), *prompts)
         if key not in known:
-            if len(known) == 128:
-                del known[next(iter(known))]  # the oldest: 1.3 MB each
+            if len(known) == 512:
+                del known[next(iter(known))]  # the oldest: a third of a MB, of the mini-SD 1.3
             known[key] = encode(self, prompts, words)
         return known[key].clone()
 

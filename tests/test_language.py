@@ -58,6 +58,7 @@ def _bank(backbone: Backbone, share: float) -> targets.PromptBank:
     return bank
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("reduced")
 @pytest.mark.parametrize("start", ["random", "as learning starts"])
 def test_solving_moves_no_leak_into_words_that_are_in_no_list(mini: Backbone, start: str) -> None:

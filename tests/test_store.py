@@ -80,6 +80,7 @@ def test_stack_files_that_cannot_be_used(tmp_path: Path) -> None:
         store.load_stack(path, FINGERPRINT)
 
 
+@pytest.mark.slow
 def test_one_writer_at_a_time(tmp_path: Path) -> None:
     path = tmp_path / "s"
     other = (

@@ -218,6 +218,7 @@ def test_a_first_line_that_is_none_is_refused(line: str) -> None:
     assert "not a list of jobs" in json.loads(target.getvalue())["message"]
 
 
+@pytest.mark.slow
 def test_what_is_done_is_told_before_what_fails(
     checkpoint: Path, pictures: Path, tmp_path: Path, runner: JobRunner
 ) -> None:
