@@ -292,7 +292,10 @@ class SolveSettings(Settings):
         by_checkpoint=False,
     )
     ridge: float = setting(
-        3e-3, "ridge regularisation, as a share of the mean second moment", low=1e-12, high=1
+        6e-3,
+        "ridge regularisation, as a share of the mean second moment, its largest direction aside",
+        low=1e-12,
+        high=1,
     )
     ordinary_weight: float = setting(
         0.33, "weight of ordinary prompts, as a share of all concepts' together", low=0

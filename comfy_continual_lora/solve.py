@@ -32,6 +32,7 @@ from torch import Tensor
 from .adapters.adapter import Adapter, factored, kind_of, layers_of
 from .adapters.lora import padded_to_rank
 from .settings import SolveSettings
+from .textspace import typical
 
 
 @dataclass(frozen=True)
@@ -91,7 +92,8 @@ def _total_moment(targets: Sequence[Target], ridge: float) -> Tensor:
     total = torch.zeros(width, width, dtype=torch.float64)
     for target in targets:
         total = total + target.weight * target.moment.double()
-    return total + ridge * total.trace() / width * torch.eye(width, dtype=torch.float64)
+    size = typical(torch.linalg.eigvalsh(total).clamp(min=0))
+    return total + ridge * size * torch.eye(width, dtype=torch.float64)
 
 
 def _wanted(wanted: Sequence[tuple[Target, Mapping[str, Tensor]]]) -> tuple[Tensor, Tensor]:

@@ -213,9 +213,9 @@ def moment(
     return words_moment if share is None else share * words_moment + (1 - share) * padding
 
 
-def coordinates(moment: Tensor, ridge: float = 0.001) -> Tensor:
-    """P = s (M + ridge tr M / d)^(-1/4), (d, d) float32 symmetric. The scale `s` gives P c the same
-    mean square as c, so learning rates keep their meaning.
+def coordinates(moment: Tensor, ridge: float = 0.002) -> Tensor:
+    """P = s (M + ridge typical(M))^(-1/4), (d, d) float32 symmetric. The scale `s` gives P c the
+    same mean square as c, the largest direction aside, so learning rates keep their meaning.
 
     Text features consist almost entirely of what all prompts have in common, and so does each step
     of K and V. In the coordinates P c that common part exceeds what distinguishes prompts by only
@@ -225,9 +225,19 @@ def coordinates(moment: Tensor, ridge: float = 0.001) -> Tensor:
     """
     values, vectors = torch.linalg.eigh(moment.double())
     values = values.clamp(min=0)
-    powers = (values + ridge * values.mean()) ** -0.25
-    scale = (values.sum() / (values * powers.square()).sum()).sqrt()
-    return (scale * (vectors * powers) @ vectors.T).float()
+    values = values + ridge * typical(values)
+    scale = (values[:-1].sum() / values[:-1].sqrt().sum()).sqrt()
+    return (scale * (vectors * values**-0.25) @ vectors.T).float()
+
+
+def typical(values: Tensor) -> Tensor:
+    """The mean of a moment's eigenvalues (d,), ascending, without the largest: a number.
+
+    The largest belongs to what all prompts share, most of all the start token. Some encoders give
+    it a feature tens of times as long as any other, which says nothing about the rest. At least a
+    millionth of the mean of all, so that a ridge made from it is never 0.
+    """
+    return torch.maximum(values[:-1].mean(), 1e-6 * values.mean())
 
 
 def sizes(backbone: Backbone, moment: Tensor) -> dict[str, Tensor]:

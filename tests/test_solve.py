@@ -59,6 +59,30 @@ def two(learned: Callable[..., Path]) -> Path:
     return learned(QUICKER, "V1", "V2")
 
 
+def test_what_all_prompts_share_does_not_raise_the_ridge() -> None:
+    """The start token's feature is tens of times longer than any other in some encoders."""
+    generator = torch.Generator().manual_seed(0)
+    start = torch.eye(32)[0]
+    rows = [torch.randn(200, 32, generator=generator) for _ in range(2)]
+    adapters = [random_layer(generator, to_nothing=start) for _ in rows]
+    lost = []
+    for times in (1, 50):
+        shared = times**2 * torch.outer(start, start)
+        wanted = [
+            solve.Target(f"V{n}", own.T @ own / len(own) + shared, adapter)
+            for n, (own, adapter) in enumerate(zip(rows, adapters, strict=True), 1)
+        ]
+        solved, _ = solve.solve(wanted, SolveSettings(ridge=0.03, energy=1.0))
+        lost.append([targets.relative_drift(solved, target) for target in wanted])
+    assert lost[1] == pytest.approx(lost[0], rel=0.1)
+
+
+def random_layer(generator: torch.Generator, to_nothing: torch.Tensor) -> Adapter:
+    """A LoRA of one layer that does nothing to one feature."""
+    a, b = (torch.randn(*shape, generator=generator) for shape in ((2, 32), (8, 2)))
+    return {"l.A": a - torch.outer(a @ to_nothing, to_nothing), "l.B": b}
+
+
 @pytest.mark.parametrize("kind", ["lora", "full"])
 def test_it_is_the_least_squares_solution(backbone: Backbone, kind: str) -> None:
     """Against lstsq over all features, each row by itself, without any moment."""

@@ -226,7 +226,8 @@ class Backbone:
         return len(self._ids(token)) == 1
 
     def _ids(self, text: str) -> list[int]:
-        return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
+        # not verbose: too many tokens are cut off by `tokenize`, with no need for a warning
+        return list(self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
 
     def predict(self, noisy: Tensor, timestep: Tensor, features: Tensor) -> Tensor:
         """The net's prediction, float32, shaped as `noisy`.
