@@ -22,7 +22,14 @@ from .progress import OnProgress, Progress, ignore
 from .settings import RetentionSettings, SolveSettings
 from .solve import Target, solve
 from .stack import ConceptRecord, ConceptStack
-from .textspace import RetentionPenalty, drift, ordinary_prompts, single_prompts, sizes
+from .textspace import (
+    RetentionPenalty,
+    drift,
+    ordinary_prompts,
+    shrunk,
+    single_prompts,
+    sizes,
+)
 
 # In the penalty each earlier concept weighs 1, and all together at most this.
 MAX_EARLIER_WEIGHT = 3.0
@@ -55,6 +62,7 @@ class PromptBank:
         if language:
             drawn = self._language(on_progress)
             self.ordinary = (1 - language) * self.ordinary + language * drawn
+        self.ordinary = shrunk(self.ordinary)
         self.records: list[ConceptRecord] = []
         self.alone: list[Tensor] = []
         # prompts about two, by concept: sum of c c^T, and the number of c

@@ -28,6 +28,7 @@ from .penalty import Step
 from .presets import TEMPLATES
 from .stack import ConceptRecord
 
+SHRINKAGE = 0.1  # of the moment of ordinary prompts: benchmarks/LOG.md, 2026-11-28
 PLACES = (
     "on grass",
     "on wood",
@@ -211,6 +212,12 @@ def moment(
         total / max(1, count) for total, count in zip(sums, counts, strict=True)
     )
     return words_moment if share is None else share * words_moment + (1 - share) * padding
+
+
+def shrunk(moment: Tensor, share: float = SHRINKAGE) -> Tensor:
+    """M + share typical(M): words that no sample has may lie in any direction, so none is free."""
+    size = typical(torch.linalg.eigvalsh(moment.double()).clamp(min=0))
+    return moment + share * size.to(moment.dtype) * torch.eye(len(moment), dtype=moment.dtype)
 
 
 def coordinates(moment: Tensor, ridge: float = 0.002) -> Tensor:
