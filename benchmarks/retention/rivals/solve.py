@@ -1,0 +1,60 @@
+"""`solve`: the closed form of `retention`, over LoRAs that were each learned alone.
+
+source      ours (`comfy_continual_lora.solve`); beside `retention` it shows what learning in sequence,
+            with ordinary prompts held, adds to the closed form
+equation    delta = argmin sum_j E_{c of j} || (delta - delta_j) c ||^2
+                           + w E_{ordinary c} || delta c ||^2
+remembers   each concept's LoRA and word; ordinary prompts
+cost        encoding 1,024 prompts and a few dozen per concept, and one solve per layer
+options     those of `settings.SolveSettings`, with its defaults
+deviations  none: one LoRA alone is left as it is, as `retention` does. Targets are the LoRAs
+            themselves, where `retention` keeps small ones that do the same to their own prompts
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
+
+from comfy_continual_lora.adapters.adapter import Adapter, rank_of
+from comfy_continual_lora.checkpoint.backbone import Backbone
+from comfy_continual_lora.settings import SolveSettings
+from comfy_continual_lora.solve import solve
+from comfy_continual_lora.targets import PromptBank
+
+from .learning import record_of
+from .rival import Own, Rival
+
+DEFAULTS = SolveSettings()
+
+
+class Solve(Rival):
+    id = "solve"
+    options = MappingProxyType(
+        {
+            "energy": DEFAULTS.energy,
+            "ridge": DEFAULTS.ridge,
+            "ordinary_weight": DEFAULTS.ordinary_weight,
+            "language": DEFAULTS.language,
+        }
+    )
+
+    def merged(
+        self, backbone: Backbone, concepts: Sequence[Own], options: Mapping[str, float]
+    ) -> Adapter:
+        chosen = self.chosen(options)
+        settings = SolveSettings(
+            energy=chosen["energy"],
+            ridge=chosen["ridge"],
+            ordinary_weight=chosen["ordinary_weight"],
+            language=chosen["language"],
+        )
+        own = [concept.adapter for concept in concepts]
+        if len(own) == 1:
+            return own[0]
+        nouns = [concept.noun for concept in concepts]
+        bank = PromptBank(backbone, nouns, language=settings.language)
+        for number, concept in enumerate(concepts):
+            bank.add(record_of(concept, number), concept.word)
+        adapter, _ = solve(bank.targets(own, settings), settings, max(map(rank_of, own)))
+        return adapter
