@@ -36,7 +36,7 @@ from typing import Any
 import judging
 import torch
 from jobs import DRAWING, PICTURES, Job
-from learning import training_pictures
+from subjects import training_pictures
 from torch import Tensor
 
 from comfy_continual_lora import (

@@ -3,28 +3,47 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from filelock import FileLock
+from rivals import RIVALS
+from subjects import Subject, of_folder, of_world
+from words import HELD_OUT_FORMS, UNLISTED_PLACES, Words
+from words import split as split_words
 
 from comfy_continual_lora.mini import world
+from comfy_continual_lora.presets import METHODS
 from comfy_continual_lora.settings import DrawSettings, LearnSettings
+from comfy_continual_lora.textspace import PLACES
 
+DRAWING = DrawSettings(steps=15, guidance=4.0)
 BOUNDS = ("joint", "separate")
 PICTURES = 16
-DRAWING = DrawSettings(steps=15, guidance=4.0)
+STEPS = 200
 # the numbers of concepts learned after which all of them are drawn: ever fewer
 DRAWN_AFTER = (1, 2, 3, 4, 5, 6, 8, 10, 15, 20, 30, 40, 50, 75, 100, 150)
+SETTINGS = {field.name for field in dataclasses.fields(LearnSettings)}
+
+
+@dataclass(frozen=True)
+class Real:
+    """A checkpoint that somebody has, photographs of theirs, and a CLIP that judges."""
+
+    checkpoint: Path
+    photographs: Path
+    clip: Path
+    size: int = 512
+    drawing_steps: int = 25
 
 
 @dataclass(frozen=True)
 class Job:
-    variant: str  # a method or a bound, with settings that differ: "lora rank=4 rate=1e-3"
+    variant: str  # a method, rival or bound, with what differs: "lora rank=4 rate=1e-3"
     seed: int
     concepts: int
     pictures: int
@@ -32,10 +51,15 @@ class Job:
     steps: int  # per concept
     split: str = "reporting"
     device: str = "cpu"
+    common: tuple[str, ...] = ()  # "name=value" for every variant that does not say otherwise
+    tuned: tuple[str, ...] = ()  # "name=value" found for this variant, over the common ones
+    ends: bool = False  # draw each concept just learned and at the end, nothing between
+    real: Real | None = None  # None: the mini-SD and concepts of its world
+    judges: Path = Path()  # folder of judges.py, for the world
 
     @property
     def method(self) -> str:
-        """The method or bound, without the settings that differ."""
+        """The method, rival or bound, without what differs."""
         return self.variant.split()[0]
 
     @property
@@ -46,17 +70,58 @@ class Job:
         return self.out / "runs" / name
 
     @property
-    def settings(self) -> LearnSettings:
-        """The bounds learn as plain LoRA does."""
-        changes: dict[str, Any] = {"seed": self.seed, "steps": self.steps, "precision": "fp32"}
-        for change in self.variant.split()[1:]:
+    def choices(self) -> dict[str, Any]:
+        """All that the variant, what was tuned for it, and what is common set."""
+        chosen: dict[str, Any] = {}
+        for change in (*self.common, *self.tuned, *self.variant.split()[1:]):
             name, _, text = change.partition("=")
-            changes[name] = _parsed(text)
-        return LearnSettings(method="lora" if self.method in BOUNDS else self.method, **changes)
+            chosen[name] = _parsed(text)
+        return chosen
+
+    @property
+    def base(self) -> str:
+        """The method by which a bound, or a rival that merges, learns each concept alone."""
+        return str(self.choices.get("base", "lora"))
+
+    @property
+    def settings(self) -> LearnSettings:
+        """Rivals learn as plain LoRA does, bounds and merges as their base."""
+        changes: dict[str, Any] = {"seed": self.seed, "steps": self.steps, "precision": "fp32"}
+        if self.real:
+            changes |= {"precision": "auto", "size": self.real.size}
+        changes |= {name: value for name, value in self.choices.items() if name in SETTINGS}
+        return LearnSettings(method=self.method if self.method in METHODS else self.base, **changes)
+
+    @property
+    def options(self) -> dict[str, float]:
+        """A rival's own options."""
+        declared = RIVALS[self.method].options if self.method in RIVALS else {}
+        return {name: float(self.choices.get(name, value)) for name, value in declared.items()}
+
+    @property
+    def alone(self) -> Job:
+        """The job that learns each concept alone, whose adapters a rival merges."""
+        variant = "separate" if self.base == "lora" else f"separate base={self.base}"
+        names = SETTINGS & set(self.choices)
+        tuned = tuple(f"{name}={json.dumps(self.choices[name])}" for name in sorted(names))
+        return replace(self, variant=variant, tuned=tuned)
+
+    @property
+    def subjects(self) -> list[Subject]:
+        if self.real is None:
+            return of_world(self.split, self.seed, self.concepts)
+        found = of_folder(self.real.photographs, self.seed, self.real.size)
+        return found[: self.concepts]
 
     @property
     def sequence(self) -> list[world.Concept]:
-        return sequence(self.split, self.seed, self.concepts)
+        """The concepts, of the world."""
+        return [subject.concept for subject in self.subjects if subject.concept]
+
+    @property
+    def words(self) -> tuple[Words, Words]:
+        """Words of the world that stay in the protected lists, and words that can be left out."""
+        return split_words([subject.noun for subject in self.subjects], self.seed)
 
     @property
     def tokens(self) -> list[str]:
@@ -65,12 +130,13 @@ class Job:
     @property
     def names(self) -> list[str]:
         """How prompts name the concepts: "V1 mug"."""
-        return [f"{t} {c.noun}" for t, c in zip(self.tokens, self.sequence, strict=True)]
+        return [f"{t} {s.noun}" for t, s in zip(self.tokens, self.subjects, strict=True)]
 
     @property
     def drawn_after(self) -> list[int]:
         """After which concepts, counted from 0, all so far are drawn; the last is one of them."""
-        return sorted({n - 1 for n in (*DRAWN_AFTER, self.concepts) if n <= self.concepts})
+        counts = (self.concepts,) if self.ends else (*DRAWN_AFTER, self.concepts)
+        return sorted({n - 1 for n in counts if n <= self.concepts})
 
     @property
     def cells(self) -> list[tuple[int, int]]:
@@ -80,19 +146,47 @@ class Job:
         return sorted(rows | diagonal)
 
     @property
+    def drawing(self) -> DrawSettings:
+        if self.real is None:
+            return DRAWING
+        return DrawSettings(steps=self.real.drawing_steps, size=self.real.size)
+
+    @property
     def prompts(self) -> list[str]:
         """One per picture, {} stands for the concept; with the places of the real pictures that
-        were not learned from.
+        were not learned from. `retention` protects prompts like these.
         """
-        places = list(world.BACKGROUNDS.values())
+        places = PLACES if self.real else list(world.BACKGROUNDS.values())
         return [f"a photo of a {{}} {places[n % len(places)]}" for n in range(self.pictures)]
+
+    @property
+    def held_out_prompts(self) -> list[str]:
+        """As many, from words that no list has, but for the world's places."""
+        places = UNLISTED_PLACES if self.real else list(world.BACKGROUNDS.values())
+        return [
+            HELD_OUT_FORMS[n % len(HELD_OUT_FORMS)].replace("[]", places[n % len(places)])
+            for n in range(self.pictures)
+        ]
+
+    def check(self) -> None:
+        """Errors: ValueError for an unknown method or option, SettingError for a setting."""
+        known = (*METHODS, *RIVALS, *BOUNDS)
+        if self.method not in known:
+            raise ValueError(f"unknown method {self.variant}; known: {', '.join(known)}")
+        allowed = SETTINGS | set(self.options) | {"base", "lists"}
+        for name in self.choices:
+            if name not in allowed:
+                raise ValueError(f"{self.variant}: there is no setting or option {name}")
+        if self.method in RIVALS and not RIVALS[self.method].own_learning:
+            own = {change.partition("=")[0] for change in self.variant.split()[1:]}
+            if own & SETTINGS - set(self.options):
+                raise ValueError(f"{self.variant}: it merges what `{self.alone.variant}` learned")
+        self.settings.check()
 
 
 def sequence(split: str, seed: int, count: int) -> list[world.Concept]:
     """The first `count` concepts of a split in the order of this seed."""
-    concepts = world.concepts(split, max(world.CONCEPTS_PER_SPLIT, count))
-    order = np.random.default_rng(seed).permutation(len(concepts))
-    return [concepts[int(i)] for i in order[:count]]
+    return [one.concept for one in of_world(split, seed, count) if one.concept]
 
 
 def _parsed(text: str) -> Any:

@@ -11,9 +11,10 @@ from typing import NamedTuple
 import numpy as np
 import torch
 import torch.nn.functional as F
+from eyes import features_of
 from jobs import DRAWING, PICTURES, Job, read_rows
-from learning import training_pictures
 from PIL import Image
+from subjects import Subject
 from torch import Tensor
 
 from comfy_continual_lora import classifier, concepts, report, sample, store
@@ -54,30 +55,35 @@ def mean(values: Iterable[float]) -> float:
 
 def real_pictures(concept: world.Concept, count: int) -> Tensor:
     """Pictures of the concept that were not learned from."""
-    pictures: list[np.ndarray] = []
-    for seed in range(1, 2 + count // 10):
-        pictures += world.concept_pictures(concept, 10, seed=seed)
-    return trainset.to_tensor(np.stack(pictures[:count]))
+    return Subject(concept.name, concept.noun, concept).real(count)
 
 
 def drawn_pictures(
-    job: Job, backbone: Backbone, stack: store.ConceptStack, name: str, key: str
+    job: Job, backbone: Backbone, stack: store.ConceptStack, prompts: Sequence[str], key: str
 ) -> Tensor:
-    """Pictures of one concept, (n, 3, 128, 128); drawn once and kept as PNG under `key`."""
+    """One picture for each prompt, (n, 3, size, size); drawn once and kept as PNG under `key`."""
     folder = job.folder / "drawn" / key
-    files = [folder / f"{n}.png" for n in range(job.pictures)]
+    files = [folder / f"{n}.png" for n in range(len(prompts))]
     if not all(file.exists() for file in files):
         folder.mkdir(parents=True, exist_ok=True)
-        prompts = [prompt.format(name) for prompt in job.prompts]
-        with attached(backbone, stack.adapter):
-            pictures = sample.draw(backbone, stack.tokens, prompts, range(job.pictures), DRAWING)
+        pictures = pictures_by(job, backbone, stack, prompts, range(len(prompts)))
         for file, picture in zip(files, pictures, strict=True):
             concepts.to_pil(picture).save(file)
     return torch.stack([concepts.to_tensor(Image.open(file)) for file in files])
 
 
-def features_of(pictures: Tensor) -> Tensor:
-    return torch.cat([weights.vision_features(chunk) for chunk in pictures.split(32)])
+def pictures_by(
+    job: Job,
+    backbone: Backbone,
+    stack: store.ConceptStack | None,
+    prompts: Sequence[str],
+    seeds: Sequence[int],
+) -> Tensor:
+    """One picture for each prompt and seed; by the checkpoint alone without a stack."""
+    with attached(backbone, stack.adapter if stack else None):
+        words = stack.tokens if stack else {}
+        settings = job.drawing.resolved(backbone.preset)
+        return sample.draw(backbone, words, prompts, seeds, settings)
 
 
 def unit(x: Tensor) -> Tensor:
@@ -93,7 +99,7 @@ def dc_accuracy(job: Job, backbone: Backbone, stack: store.ConceptStack) -> floa
     """
     if stack.tau is None:
         return None
-    sequence, tokens = job.sequence, job.tokens
+    subjects, tokens = job.subjects, job.tokens
     prompts = [f"a photo of a {name}" for name in job.names]
     text = FrozenText(backbone, stack.tokens)(prompts)
     features = dict(zip(tokens, text, strict=True))
@@ -101,7 +107,7 @@ def dc_accuracy(job: Job, backbone: Backbone, stack: store.ConceptStack) -> floa
     right = []
     with attached(backbone, stack.adapter):
         for n in range(0, job.concepts, stride):
-            pictures = training_pictures(sequence[n])[:per_concept]
+            pictures = subjects[n].learned_from()[:per_concept]
             for latent in backbone.encode_images(pictures):
                 scores = classifier.classify(
                     backbone, latent, features, stack.tau, ScoreSettings(trials=16)

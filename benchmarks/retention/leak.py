@@ -23,19 +23,11 @@ import json
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
-import numpy as np
-from torch import Tensor
-
-from comfy_continual_lora import language, pipeline, requests, store, targets, textspace
-from comfy_continual_lora.adapters.adapter import Adapter
-from comfy_continual_lora.checkpoint.backbone import Backbone, FrozenText
+from comfy_continual_lora import pipeline, requests, store, textspace
+from comfy_continual_lora.checkpoint.backbone import FrozenText
 from comfy_continual_lora.checkpoint.load import load_backbone
 from comfy_continual_lora.mini import world
 from comfy_continual_lora.mini.weights import write_checkpoint
@@ -43,81 +35,13 @@ from comfy_continual_lora.mini.weights import write_checkpoint
 sys.path.append(str(Path(__file__).parents[1] / "sweeps"))
 import sweep
 from jobs import PICTURES, Job
-
-LEFT_OUT = {"nouns": 8, "colors": 4, "places": 5}
-CAPTIONS = 400
-FORMS = ("a photo of a {}", "photo of a {}", "a picture of a {}", "a {}")
-LISTED_PATTERNS = ("striped", "dotted", "checkered")
-OTHER_PATTERNS = ("split", "ringed")  # in no list
-
-
-@dataclass(frozen=True)
-class Words:
-    nouns: Sequence[str]
-    colors: Sequence[str]
-    places: Sequence[str]
-    patterns: Sequence[str]
-
-    @property
-    def all(self) -> list[str]:
-        return [*self.nouns, *self.colors, *self.places]
-
-
-def split(concepts: Sequence[world.Concept], seed: int) -> tuple[Words, Words]:
-    """The words that stay in the lists, and those left out; class nouns stay."""
-    rng = np.random.default_rng(100 + seed)
-    kinds = {
-        "nouns": list(world.SHAPES),
-        "colors": list(world.COLORS),
-        "places": list(world.BACKGROUNDS.values()),
-    }
-    own = {concept.noun for concept in concepts}
-    out = {}
-    for kind, words in kinds.items():
-        free = [word for word in words if word not in own]
-        out[kind] = [str(word) for word in rng.permutation(free)[: LEFT_OUT[kind]]]
-    stay = {kind: [w for w in words if w not in out[kind]] for kind, words in kinds.items()}
-    return Words(**stay, patterns=LISTED_PATTERNS), Words(**out, patterns=OTHER_PATTERNS)
-
-
-@contextmanager
-def without(words: Sequence[str]) -> Iterator[None]:
-    """While inside, neither the lists nor the sample of language have these words."""
-
-    def sample(tokenizer: Any) -> list[str]:
-        prompts = language.language_prompts(tokenizer)
-        return [prompt for prompt in prompts if not any(word in prompt for word in words)]
-
-    lists: dict[str, Any] = {
-        name: tuple(word for word in getattr(textspace, name) if word not in words)
-        for name in ("THINGS", "COLORS", "PLACES")
-    }
-    with (
-        mock.patch.multiple(textspace, **lists),
-        mock.patch.object(targets, "language_prompts", sample),
-    ):
-        yield
-
-
-def captions(words: Words) -> list[str]:
-    """As the world writes them, of one thing or two."""
-    rng = np.random.default_rng(7)
-    made = []
-    for _ in range(CAPTIONS):
-        look = str(rng.choice(words.colors))
-        if rng.random() < 0.5:
-            look += f" and {rng.choice(words.colors)} {rng.choice(words.patterns)}"
-        text = FORMS[rng.integers(len(FORMS))].format(f"{look} {rng.choice(words.nouns)}")
-        if rng.random() < 0.3:
-            text += f" and a {rng.choice(words.colors)} {rng.choice(words.nouns)}"
-        made.append(f"{text} {rng.choice(words.places)}")
-    return made
+from words import captions, leak, without
 
 
 def measured(job: Job) -> dict[str, Any]:
     began = time.perf_counter()
     concepts = job.sequence
-    listed, left_out = split(concepts, job.seed)
+    listed, left_out = job.words
     leaks = []
     with tempfile.TemporaryDirectory() as folder, without(left_out.all):
         checkpoint = Path(folder) / "mini.safetensors"
@@ -137,12 +61,14 @@ def measured(job: Job) -> dict[str, Any]:
             stack = store.load_stack(store.stack_path(checkpoint), backbone.fingerprint)
             own = textspace.single_prompts(stack.records[-1])
             own_moment = textspace.moment(backbone, stack.tokens, own).cpu()
-            leaks.append(
-                {
-                    name: leak(backbone, stack.adapter, moment)
-                    for name, moment in {"own": own_moment, **moments}.items()
-                }
-            )
+            found = {
+                name: leak(backbone, stack.adapter, moment)
+                for name, moment in {"own": own_moment, **moments}.items()
+            }
+            if stack.unconsolidated:
+                before = leak(backbone, stack.unconsolidated, moments["left_out"])
+                found["left_out_before_the_solve"] = before
+            leaks.append(found)
         text = FrozenText(backbone, stack.tokens)
         gains = [
             sweep.gain(backbone, stack.adapter, text, token, concept)
@@ -160,12 +86,6 @@ def measured(job: Job) -> dict[str, Any]:
         "left_out": left_out.all,
         "seconds": round(time.perf_counter() - began, 1),
     }
-
-
-def leak(backbone: Backbone, adapter: Adapter | None, moment: Tensor) -> float:
-    if adapter is None:
-        return 0.0
-    return float(textspace.drift(adapter, None, moment, textspace.sizes(backbone, moment)))
 
 
 def main() -> None:

@@ -1,5 +1,6 @@
-"""How a job of the retention benchmark learns its sequence: one concept after the other; or, as the
-two bounds do, each concept by itself, or all at once.
+"""How a job of the retention benchmark learns its sequence: one concept after the other; each by
+itself, as the bound `separate` and rivals that merge do; all at once, as the bound `joint` does; or
+in a rival's own way.
 """
 
 from __future__ import annotations
@@ -8,21 +9,30 @@ import json
 import shutil
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
 from pathlib import Path
 
-import numpy as np
 import torch
+from filelock import FileLock
 from jobs import Job
+from rivals import RIVALS, Own, Rival
+from rivals.learning import Lesson, learn_next, stack_of
+from subjects import Subject
 from torch import Tensor, nn
+from words import without
 
 from comfy_continual_lora import concepts, diffusion, pipeline, requests, store, training
 from comfy_continual_lora.adapters.adapter import attached, new_adapter
 from comfy_continual_lora.checkpoint.backbone import Backbone
 from comfy_continual_lora.checkpoint.load import load_backbone
-from comfy_continual_lora.mini import trainset, weights, world
+from comfy_continual_lora.methods import METHODS
+from comfy_continual_lora.mini import weights
+from comfy_continual_lora.penalty import Step
 from comfy_continual_lora.presets import TEMPLATES
 from comfy_continual_lora.settings import ResolvedSettings
+from comfy_continual_lora.targets import PromptBank, retention_penalty
+from comfy_continual_lora.textspace import RetentionPenalty, coordinates
 
 
 @dataclass(frozen=True)
@@ -33,60 +43,118 @@ class Learned:
 
 
 def learn(job: Job) -> Learned:
-    if job.method == "joint":
-        return _learn_jointly(job)
-    if job.method == "separate":
-        return _learn_separately(job)
-    return _learn_in_sequence(job)
+    left_out = job.words[1].all if job.choices.get("lists") == "half" else []
+    with without(left_out) if left_out else nullcontext():
+        if job.method == "joint":
+            return _learn_jointly(job)
+        if job.method == "separate":
+            return _learn_separately(job)
+        if job.method in RIVALS:
+            return _learn_as_rival(job, RIVALS[job.method])
+        return _learn_in_sequence(job)
 
 
 def _learn_in_sequence(job: Job) -> Learned:
-    checkpoint, seconds_file = _checkpoint(job), job.folder / "seconds.json"
+    checkpoint, seconds_file = checkpoint_of(job), job.folder / "seconds.json"
+    stack_file = job.folder / "mini.concepts.safetensors"
     seconds = json.loads(seconds_file.read_text()) if seconds_file.exists() else {}
-    for token, concept in zip(job.tokens, job.sequence, strict=True):
+    for token, subject in zip(job.tokens, job.subjects, strict=True):
         pictures = job.folder / "pictures" / token
-        request = _request(job, checkpoint, concept, token)
+        request = _request(job, checkpoint, subject, token, stack_file)
         if pipeline.learned_before(request) is None:
             started = time.process_time()
             pipeline.learn_concept(request)
             seconds[token] = time.process_time() - started
             seconds_file.write_text(json.dumps(seconds))
         shutil.rmtree(pictures)  # no later concept can look at them
-    path = store.stack_path(checkpoint)
-    stack = store.open_stack(path)
+    stack = store.open_stack(stack_file)
     after = [stack.as_of(number) for number in range(1, job.concepts + 1)]
     stacks = {(i, j): after[i] for i, j in job.cells}
-    return Learned(stacks, sum(seconds.values()), path.stat().st_size)
+    return Learned(stacks, sum(seconds.values()), stack_file.stat().st_size)
 
 
 def _learn_separately(job: Job) -> Learned:
-    """One stack per concept: nothing can be forgotten, and nothing is shared."""
-    checkpoint, seconds = _checkpoint(job), 0.0
+    """One stack per concept: nothing can be forgotten, and nothing is shared. Each has draws of its
+    own: with the same, all LoRAs would start from the same A.
+    """
+    job.folder.mkdir(parents=True, exist_ok=True)
+    checkpoint, seconds_file = checkpoint_of(job), job.folder / "seconds.json"
     stack_files = [job.folder / f"{j}.concepts.safetensors" for j in range(job.concepts)]
-    for token, concept, stack_file in zip(job.tokens, job.sequence, stack_files, strict=True):
-        if not stack_file.exists():
+    with FileLock(job.folder / ".lock"):  # rivals that merge these LoRAs may ask for them at once
+        seconds = json.loads(seconds_file.read_text()) if seconds_file.exists() else {}
+        for number, (token, subject) in enumerate(zip(job.tokens, job.subjects, strict=True)):
+            if stack_files[number].exists():
+                continue
             started = time.process_time()
-            pipeline.learn_concept(_request(job, checkpoint, concept, token, stack_file))
-            seconds += time.process_time() - started
+            request = _request(job, checkpoint, subject, token, stack_files[number])
+            seed = 1000 * job.seed + number
+            pipeline.learn_concept(replace(request, settings=replace(job.settings, seed=seed)))
+            seconds[token] = time.process_time() - started
+            seconds_file.write_text(json.dumps(seconds))
     opened = [store.open_stack(stack_file) for stack_file in stack_files]
     size = sum(stack_file.stat().st_size for stack_file in stack_files)
-    return Learned({(i, j): opened[j] for i, j in job.cells}, seconds, size)
+    return Learned({(i, j): opened[j] for i, j in job.cells}, sum(seconds.values()), size)
 
 
 def _request(
-    job: Job, checkpoint: Path, concept: world.Concept, token: str, stack: Path | None = None
+    job: Job, checkpoint: Path, subject: Subject, token: str, stack: Path
 ) -> requests.LearnRequest:
-    files = world.save_pictures(concept, job.folder / "pictures" / token)
+    files = subject.save(job.folder / "pictures" / token)
     return requests.LearnRequest(
-        checkpoint, files, token, concept.noun, job.settings, stack=stack, device=job.device
+        checkpoint, files, token, subject.noun, job.settings, stack=stack, device=job.device
     )
 
 
-def _checkpoint(job: Job) -> Path:
+def checkpoint_of(job: Job) -> Path:
+    if job.real:
+        return job.real.checkpoint
     path = job.folder / "mini.safetensors"
     if not path.exists():
         weights.write_checkpoint(path)
     return path
+
+
+# --- rivals ---------------------------------------------------------------------------------------
+
+
+def _learn_as_rival(job: Job, rival: Rival) -> Learned:
+    """After each concept all so far are merged, from what each learned; the earlier merges are not
+    needed for the later ones.
+    """
+    backbone = load_backbone(checkpoint_of(job), device=job.device)
+    owns, seconds = _own_learning(job, rival, backbone) if rival.own_learning else _alone(job)
+    started = time.process_time()
+    counts = {i + 1 for i, _ in job.cells}
+    cache = job.folder / "cache"
+    merged = {n: rival.merged(backbone, owns[:n], job.options, cache) for n in sorted(counts)}
+    seconds += (time.process_time() - started) / len(counts)
+    stacks = {n: stack_of(backbone, owns[:n], adapter) for n, adapter in merged.items()}
+    size = sum(t.nbytes for own in owns for t in (own.word, *own.adapter.values()))
+    return Learned({(i, j): stacks[i + 1] for i, j in job.cells}, seconds, size)
+
+
+def _alone(job: Job) -> tuple[list[Own], float]:
+    """What `separate` learned."""
+    learned = _learn_separately(job.alone)
+    owns = []
+    for n, (token, subject) in enumerate(zip(job.tokens, job.subjects, strict=True)):
+        stack = learned.stacks[n, n]
+        assert stack.adapter
+        prompts = list(stack.records[0].prompts)
+        name = concepts.name_of(token, subject.noun)
+        owns.append(Own(token, name, subject.noun, stack.tokens[token], stack.adapter, prompts))
+    return owns, learned.seconds
+
+
+def _own_learning(job: Job, rival: Rival, backbone: Backbone) -> tuple[list[Own], float]:
+    settings = job.settings.resolved(backbone.preset)
+    started = time.process_time()
+    owns: list[Own] = []
+    for token, subject in zip(job.tokens, job.subjects, strict=True):
+        lesson = Lesson(token, subject.noun, subject.learned_from())
+        snapshot = job.folder / f"{token}.snapshot"
+        owns.append(learn_next(rival, backbone, lesson, owns, settings, job.options, snapshot))
+    return owns, time.process_time() - started
 
 
 # --- all at once ----------------------------------------------------------------------------------
@@ -94,23 +162,41 @@ def _checkpoint(job: Job) -> Path:
 
 def _learn_jointly(job: Job) -> Learned:
     """All concepts at once, each with as many steps as it would have in sequence: what a method
-    that keeps every picture reaches.
+    that keeps every picture reaches. `base=retention`: with its penalty on ordinary prompts, and in
+    its coordinates.
     """
-    backbone = load_backbone(_checkpoint(job), device=job.device)
-    settings = job.settings.resolved("mini")
+    backbone = load_backbone(checkpoint_of(job), device=job.device)
+    settings = job.settings.resolved(backbone.preset)
     started = time.process_time()
     generator = torch.Generator().manual_seed(job.seed)
-    adapter = new_adapter(backbone, settings.rank, generator)
-    starts = [backbone.word_start(c.noun, generator, settings.vectors) for c in job.sequence]
+    held = _held(job, backbone, settings)
+    space = coordinates(held.moment.cpu()) if held else None
+    adapter = new_adapter(backbone, settings.rank, generator, preconditioner=space)
+    starts = [backbone.word_start(s.noun, generator, settings.vectors) for s in job.subjects]
     words = {
         token: nn.Parameter(start.to(backbone.device))
         for token, start in zip(job.tokens, starts, strict=True)
     }
     with attached(backbone, adapter, trainable=True) as factors:
-        _train_jointly(job, backbone, settings, words, factors)
-        stack = _joint_stack(job, backbone, settings, words, factors)
-    size = sum(t.nbytes for t in (*(stack.adapter or {}).values(), *stack.words.values()))
+        _train_jointly(job, backbone, settings, words, factors, held, space)
+        trained = {name: factor.detach().cpu().clone() for name, factor in factors.items()}
+    owns = [
+        Own(token, name, subject.noun, words[token].detach().cpu(), {}, [])
+        for token, name, subject in zip(words, job.names, job.subjects, strict=True)
+    ]
+    stack = stack_of(backbone, owns, trained)
+    size = sum(t.nbytes for t in (*trained.values(), *stack.words.values()))
     return Learned(dict.fromkeys(job.cells, stack), time.process_time() - started, size)
+
+
+def _held(job: Job, backbone: Backbone, settings: ResolvedSettings) -> RetentionPenalty | None:
+    """The base method's penalty on ordinary prompts; None if it has none."""
+    weight = METHODS[job.base].held_weight(settings)
+    if not weight:
+        return None
+    language = settings.retention_language
+    bank = PromptBank(backbone, [s.noun for s in job.subjects], language=language)
+    return retention_penalty(bank, store.ConceptStack(backbone.fingerprint), settings, weight)
 
 
 def _train_jointly(
@@ -119,13 +205,15 @@ def _train_jointly(
     settings: ResolvedSettings,
     words: Mapping[str, nn.Parameter],
     factors: Mapping[str, nn.Parameter],
+    held: RetentionPenalty | None,
+    space: Tensor | None,
 ) -> None:
     """Train words and factors in place on the pictures of all concepts."""
     latents, prompts = [], []
-    for token, concept in zip(words, job.sequence, strict=True):
-        own = backbone.encode_images(training_pictures(concept))
+    for token, subject in zip(words, job.subjects, strict=True):
+        own = backbone.encode_images(subject.learned_from())
         latents += own
-        prompts += [concepts.prompts_for(token, concept.noun, TEMPLATES, None)] * len(own)
+        prompts += [concepts.prompts_for(token, subject.noun, TEMPLATES, None)] * len(own)
 
     def terms(step: int, rows: slice) -> dict[str, Tensor]:
         generator = diffusion.generator_for(job.seed, step)
@@ -135,7 +223,8 @@ def _train_jointly(
         noisy, target = diffusion.noised(backbone, clean, noise, timestep)
         predicted = backbone.predict(noisy, timestep, backbone.encode_prompts(chosen, words))
         weight = diffusion.timestep_weight(backbone, timestep, settings.weighting)
-        return {"denoising": (weight * diffusion.loss_per_example(predicted, target)).mean()}
+        error = (weight * diffusion.loss_per_example(predicted, target)).mean()
+        return {"denoising": error, **({"retention": held(Step(factors))} if held else {})}
 
     optimizer = torch.optim.AdamW(
         [
@@ -143,43 +232,11 @@ def _train_jointly(
             {"params": list(factors.values()), "lr": settings.rate, "weight_decay": 0.01},
         ]
     )
+    if space is not None:
+        rows = [factor for name, factor in factors.items() if name.endswith(".A")]
+        training.precondition(space.to(backbone.device), optimizer, rows)
     parameters = {**{f"word {token}": word for token, word in words.items()}, **factors}
     steps, snapshot = settings.steps * job.concepts, job.folder / "joint.snapshot"
     identity = {"joint": job.seed}
     run = training.Run("joint", parameters, optimizer, settings, steps, 1.0, snapshot, identity)
     run.train(terms, settings.batch, lambda _progress: None)
-
-
-def _joint_stack(
-    job: Job,
-    backbone: Backbone,
-    settings: ResolvedSettings,
-    words: Mapping[str, nn.Parameter],
-    factors: Mapping[str, Tensor],
-) -> store.ConceptStack:
-    stack = store.ConceptStack(backbone.fingerprint, rank=settings.rank, tau=0.01)
-    for n, (token, concept) in enumerate(zip(words, job.sequence, strict=True)):
-        record = store.ConceptRecord(
-            id=str(n),
-            token=token,
-            noun=concept.noun,
-            method="joint",
-            images=5,
-            steps=settings.steps,
-            seed=job.seed,
-            prompts=[],
-            hashes=[],
-            learned="",
-            loss=0.0,
-            preview="",
-            settings={},
-        )
-        stack.records.append(record)
-        stack.words[record.id] = words[token].detach().cpu()
-    stack.adapter = {name: factor.detach().cpu().clone() for name, factor in factors.items()}
-    return stack
-
-
-def training_pictures(concept: world.Concept) -> Tensor:
-    """The five pictures a concept is learned from, (5, 3, 128, 128)."""
-    return trainset.to_tensor(np.stack(list(world.concept_pictures(concept, 5))))

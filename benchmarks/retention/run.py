@@ -11,17 +11,33 @@ looks like after every later one is measured.
         the same jobs on a Ray cluster (pip install -e ".[ray]"), whose machines see this folder
     python benchmarks/retention/run.py OUT --split development --methods "lora,lora rank=4 rate=1e-3"
         settings beside each other
+    python benchmarks/retention/run.py OUT --split test --tuned benchmarks/retention/tuned.json
+        the test split, with what `tune.py` found for each method on development concepts
+    python benchmarks/retention/run.py OUT --checkpoint sd15.safetensors --concepts FOLDER \
+            --clip FOLDER
+        the same on a real checkpoint and photographs (a folder for each subject), judged by a CLIP
 
-Input: nothing (concepts of the reporting split, in an order drawn from the seed).
-Output: OUT/rows.jsonl (a line for each finished job), table.json (a row for each method and seed),
-table.csv, table.md (and a paired test of each method against `retention`), matrices.json (R[i, j]),
-heat maps, A_MMD and F_MMD over the number of concepts, and a strip of pictures for each method.
+Input: nothing (concepts of a split, in an order drawn from the seed), or a checkpoint, photographs
+and a CLIP.
+Output: OUT/rows.jsonl (a line for each finished job, with the commit, settings, device and versions
+it was made with), table.json (a row for each method and seed), table.csv, table.md (and each method's
+difference from `retention`), matrices.json (R[i, j]), heat maps, A_MMD and F_MMD over the number of
+concepts, and a strip of pictures for each method.
 
 A finished job is not run again, and one that was stopped goes on: the stack on disk knows what it
 has learned. Prompts, seeds, solver and guidance are the same for all methods.
 
     A_MMD, F_MMD, BwT_MMD, KID    metrics.py, on the mini-CLIP's image features; lower is better,
                                   BwT_MMD higher
+    a_rbf, second                 A_MMD by a Gaussian kernel, which also sees the spread; that on a
+                                  second encoder's features, which no caption taught (judges.py)
+    named                         share of pictures at the end that the second encoder finds nearest
+                                  to their own concept's real ones
+    shape, pattern, colors        of pictures at the end, by a reader of attributes: share that is
+                                  right, and the distance of the colours (0 to 255)
+    held_out, held_out_second...  the same of pictures by prompts as people write them, of words that
+                                  no method protects
+    leak_*, drift_*               what becomes of everything else: drift.py
     I2I, T2I                      mean cosine of drawn and real pictures; of drawn pictures and
                                   their prompts without the word
     newest_mmd                    R[N, N]: has the newest concept been learned?
@@ -33,40 +49,55 @@ has learned. Prompts, seeds, solver and guidance are the same for all methods.
                                   of the two than like themselves
 
 Two bounds: `joint` learns all concepts at once with all pictures, `separate` has a LoRA of its own
-for each concept.
+for each concept, which is switched by hand. `base=retention` lets them, and rivals that merge, learn
+as `retention` does. `lists=half` leaves words out of the lists that are protected (words.py).
 
-    jobs.py, learning.py, judging.py, tables.py, plots.py    a job, how it learns its sequence, how
-                                                             that is measured, what is written
+    jobs.py, subjects.py, words.py     a job; what its sequence consists of; words of no list
+    learning.py, rivals/               how it learns its sequence; methods of others
+    judging.py, eyes.py, judges.py, drift.py    how that is measured, and by whom
+    tables.py, plots.py                what is written
+    tune.py                            the settings of every row
 """
 
 from __future__ import annotations
 
 import argparse
+import platform
+import subprocess
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from functools import partial
+from importlib.metadata import version
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
+import drift
 import judging
 import plots
 import tables
 import torch
-from jobs import BOUNDS, PICTURES, Job, append_row, read_rows
-from judging import features_of, mean, real_pictures, unit
-from learning import Learned, learn
+import tune
+from eyes import Eyes, eyes_of
+from jobs import PICTURES, STEPS, Job, Real, append_row, read_rows
+from judges import Judges, load_judges
+from judging import mean, unit
+from learning import Learned, checkpoint_of, learn
 from PIL import Image
+from rows import EARLIER, ROWS
+from subjects import of_folder
 from torch import Tensor
 
 from comfy_continual_lora import concepts, metrics, report
+from comfy_continual_lora.checkpoint.backbone import Backbone
 from comfy_continual_lora.checkpoint.load import load_backbone
 from comfy_continual_lora.errors import SettingError
-from comfy_continual_lora.mini import weights
-from comfy_continual_lora.presets import METHODS
+from comfy_continual_lora.mini import world
 
-VARIANTS = (*METHODS, *(f"{name} adapter=vera" for name in ("lora", "lora_ewc", "lora_ewc_dc")))
-FULL = {"concepts": 6, "seeds": "0,1,2", "methods": ",".join([*VARIANTS, *BOUNDS])}
-QUICK = {"concepts": 3, "seeds": "0", "methods": "lora_dsc_ewc_dc,lora,retention"}
+FULL = {"concepts": "6", "seeds": "0,1,2", "methods": ",".join(EARLIER)}
+QUICK = {"concepts": "3", "seeds": "0", "methods": "lora_dsc_ewc_dc,lora,retention"}
+HERE = Path(__file__).parent
+PACKAGES = ("torch", "diffusers", "transformers", "peft", "numpy")
 
 
 # --- one job: learn the sequence, draw it, measure it ---------------------------------------------
@@ -100,22 +131,41 @@ def drawn_folders(learned: Learned) -> dict[tuple[int, int], str]:
 
 def measure(job: Job, learned: Learned, folders: Mapping[tuple[int, int], str]) -> dict[str, Any]:
     count, last = job.concepts, job.concepts - 1
-    names, sequence = job.names, job.sequence
-    backbone = load_backbone(job.folder / "mini.safetensors", device=job.device)
-    real = [features_of(real_pictures(concept, job.pictures)) for concept in sequence]
-    drawn: dict[tuple[int, int], Tensor] = {}
-    for (i, j), stack in learned.stacks.items():
-        pictures = judging.drawn_pictures(job, backbone, stack, names[j], folders[i, j])
-        drawn[i, j] = features_of(pictures)
-    matrix = metrics.retention_matrix(real, drawn)
+    backbone = load_backbone(checkpoint_of(job), device=job.device)
+    eyes = eyes_of(job)
+    judges = None if job.real else load_judges(job.judges)
+    real = [subject.real(job.pictures) for subject in job.subjects]
+    pictures = {
+        (i, j): judging.drawn_pictures(
+            job, backbone, stack, [p.format(job.names[j]) for p in job.prompts], folders[i, j]
+        )
+        for (i, j), stack in learned.stacks.items()
+    }
+    drawn = {cell: eyes.features(own) for cell, own in pictures.items()}
+    seen = [eyes.features(own) for own in real]
+    matrix = metrics.retention_matrix(seen, drawn)
     end = [drawn[last, j] for j in range(count)]
-    real_and_end = list(zip(real, end, strict=True))
-    prompts = [weights.text_features([p.format(c.noun) for p in job.prompts]) for c in sequence]
+    held_out = _held_out(job, learned, backbone)
+    pairs = zip(seen, [eyes.features(own) for own in held_out], strict=True)
+    by_second = partial(_second_opinion, judges, job.sequence, real)
+    ends = {
+        "a_mmd": matrix[-1].tolist(),
+        "a_rbf": [
+            metrics.mmd2(unit(r), unit(d), metrics.gaussian) for r, d in zip(seen, end, strict=True)
+        ],
+        "held_out": [metrics.mmd2(unit(r), unit(d)) for r, d in pairs],
+        **by_second([pictures[last, j] for j in range(count)]),
+        **{f"held_out_{name}": values for name, values in by_second(held_out).items()},
+    }
+    at_end = [learned.stacks[last, j] for j in range(count)]
+    distinct = list({id(stack): stack for stack in at_end}.values())
     stack = learned.stacks[last, last]
     accuracy = both = bled = None
-    if job.method != "separate":
-        both, bled = judging.judge_pairs(job, backbone, stack)
+    if len(distinct) == 1:
         accuracy = judging.dc_accuracy(job, backbone, stack)
+        if not job.real:
+            both, bled = judging.judge_pairs(job, backbone, stack)
+    look = judges.features if judges else eyes.features
     return {
         "method": job.variant,
         "seed": job.seed,
@@ -125,26 +175,113 @@ def measure(job: Job, learned: Learned, folders: Mapping[tuple[int, int], str]) 
         "bwt_mmd": metrics.bwt_mmd(matrix),
         "over": [
             [n, metrics.a_mmd(matrix[:n, :n]), metrics.f_mmd(drawn, n)]
-            for n in (i + 1 for i in job.drawn_after[1:])
+            for n in (i + 1 for i in job.drawn_after if i)
         ],
-        "kid": mean(metrics.kid(unit(r), unit(d)) for r, d in real_and_end),
-        "i2i": mean(metrics.similarity(r, d) for r, d in real_and_end),
-        "t2i": mean(metrics.paired_similarity(d, t) for d, t in zip(end, prompts, strict=True)),
+        "kid": mean(metrics.kid(unit(r), unit(d)) for r, d in zip(seen, end, strict=True)),
+        "i2i": mean(metrics.similarity(r, d) for r, d in zip(seen, end, strict=True)),
+        "t2i": _t2i(job, eyes, end),
         "newest_mmd": float(matrix[-1, -1]),
         "dc_accuracy": accuracy,
         "both": both,
         "bled": bled,
+        **{name: mean(values) for name, values in ends.items()},
+        **drift.leaks(job, backbone, distinct),
+        **drift.drifts(job, backbone, distinct, look),
         "device": job.device,
         "seconds_per_concept": learned.seconds / count,
         "bytes_per_concept": learned.size / count,
+        "subjects": [subject.name for subject in job.subjects],
+        "ends": ends,
         "matrix": [[_json_number(value) for value in line] for line in matrix.tolist()],
+        "made_with": made_with(job, backbone),
     }
+
+
+def _second_opinion(
+    judges: Judges | None,
+    sequence: Sequence[world.Concept],
+    real: Sequence[Tensor],
+    drawn: Sequence[Tensor],
+) -> dict[str, list[float]]:
+    """Of each concept's pictures: the distance by the second encoder, the share that it finds nearest
+    to their own concept's real pictures, and what the reader of attributes sees. Nothing without
+    judges.
+    """
+    if judges is None:
+        return {}
+    seen = [unit(judges.features(pictures)) for pictures in real]
+    found = [unit(judges.features(pictures)) for pictures in drawn]
+    means = torch.stack([features.mean(0) for features in seen])
+    nearest = [torch.cdist(features, means).argmin(1) for features in found]
+    pairs = zip(sequence, drawn, strict=True)
+    read = [judges.agreement(pictures, concept) for concept, pictures in pairs]
+    pairs = zip(seen, found, strict=True)
+    return {
+        "second": [metrics.mmd2(r, d, judges.kernel) for r, d in pairs],
+        "named": [float((own == j).float().mean()) for j, own in enumerate(nearest)],
+        **{
+            name: [float(one[name].mean()) for one in read]
+            for name in ("shape", "pattern", "colors")
+        },
+    }
+
+
+def _held_out(job: Job, learned: Learned, backbone: Backbone) -> list[Tensor]:
+    """Each concept at the end, drawn by prompts that no method protects."""
+    last = job.concepts - 1
+    return [
+        judging.drawn_pictures(
+            job,
+            backbone,
+            learned.stacks[last, j],
+            [prompt.format(name) for prompt in job.held_out_prompts],
+            f"held-out-{j}",
+        )
+        for j, name in enumerate(job.names)
+    ]
+
+
+def _t2i(job: Job, eyes: Eyes, end: Sequence[Tensor]) -> float:
+    texts = [eyes.text([p.format(s.noun) for p in job.prompts]) for s in job.subjects]
+    return mean(metrics.paired_similarity(d, t) for d, t in zip(end, texts, strict=True))
+
+
+def made_with(job: Job, backbone: Backbone) -> dict[str, Any]:
+    """What the row can be made again with."""
+    settings = job.settings.resolved(backbone.preset)
+    device = platform.processor() or platform.machine()
+    if job.device.startswith("cuda"):
+        device = torch.cuda.get_device_name(job.device)
+    return {
+        "commit": commit(),
+        "device": device,
+        "versions": {"python": platform.python_version(), **{p: version(p) for p in PACKAGES}},
+        "split": job.split,
+        "checkpoint": backbone.fingerprint,
+        "settings": asdict(settings),
+        "options": job.options,
+    }
+
+
+def commit() -> str | None:
+    """The commit of this checkout, with "+" behind it if files of it are changed; None without git."""
+    try:
+        return subprocess.run(
+            ["git", "describe", "--always", "--dirty=+", "--abbrev=12"],
+            cwd=HERE,
+            check=True,
+            capture_output=True,
+            text=True,
+        ).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None
 
 
 def save_strip(job: Job, folders: Mapping[tuple[int, int], str]) -> None:
     """The first concept: a real picture, then drawn after each later concept."""
-    real = concepts.to_pil(real_pictures(job.sequence[0], 2)[1])
-    drawn = [Image.open(job.folder / "drawn" / folders[i, 0] / "1.png") for i in job.drawn_after]
+    real = concepts.to_pil(job.subjects[0].real(2)[1])
+    shown = sorted({0, *job.drawn_after})
+    drawn = [Image.open(job.folder / "drawn" / folders[i, 0] / "1.png") for i in shown]
     strip = report.grid([real, *drawn], len(drawn) + 1)
     strip.save(job.folder / "first-concept.jpg", quality=90)
 
@@ -180,26 +317,34 @@ def _run_and_print(job: Job) -> dict[str, Any]:
 
 
 def _jobs(arguments: argparse.Namespace, parser: argparse.ArgumentParser) -> list[Job]:
+    count, real = _sequence(arguments, parser)
     new_job = partial(
         Job,
-        concepts=arguments.concepts,
+        concepts=count,
         pictures=arguments.pictures,
         out=arguments.out,
         steps=arguments.steps,
         split=arguments.split,
         device=arguments.device,
+        common=tuple(arguments.set),
+        ends=arguments.ends,
+        real=real,
+        judges=arguments.judges,
     )
     seeds = [int(seed) for seed in arguments.seeds.split(",")]
-    variants = arguments.methods.split(",")
-    jobs = [new_job(variant, seed) for seed in seeds for variant in variants]
-    methods = (*METHODS, *BOUNDS)
-    for job in jobs:
-        if job.method not in methods:
-            parser.error(f"unknown method {job.variant}; known: {', '.join(methods)}")
-        try:
-            job.settings.check()
-        except (TypeError, SettingError) as error:
-            parser.error(f"{job.variant}: {error}")
+    variants = ROWS if arguments.methods == "all" else arguments.methods.split(",")
+    tuned = tune.read(arguments.tuned) if arguments.tuned else {}
+    jobs = []
+    for seed in seeds:
+        for variant in variants:
+            if arguments.tuned and variant not in tuned:
+                parser.error(f"{arguments.tuned} has no settings for {variant}; run tune.py")
+            jobs.append(new_job(variant, seed, tuned=tuple(tuned.get(variant, ()))))
+    try:
+        for job in jobs:
+            job.check()
+    except (TypeError, ValueError, SettingError) as error:
+        parser.error(str(error))
     if arguments.done:
         finished = read_rows(arguments.out)
         jobs = [job for job in jobs if job.folder.name in finished]
@@ -208,19 +353,61 @@ def _jobs(arguments: argparse.Namespace, parser: argparse.ArgumentParser) -> lis
     return jobs
 
 
+def _sequence(
+    arguments: argparse.Namespace, parser: argparse.ArgumentParser
+) -> tuple[int, Real | None]:
+    """How many concepts, and the checkpoint and photographs if they are not the mini-SD's."""
+    if arguments.checkpoint is None:
+        if not arguments.concepts.isdigit():
+            parser.error("--concepts is a number; a folder of photographs needs --checkpoint")
+        return int(arguments.concepts), None
+    if arguments.clip is None or arguments.concepts.isdigit():
+        parser.error("--checkpoint needs --concepts FOLDER (of photographs) and --clip FOLDER")
+    real = Real(
+        arguments.checkpoint,
+        Path(arguments.concepts),
+        arguments.clip,
+        arguments.size,
+        arguments.drawing_steps,
+    )
+    try:
+        found = len(of_folder(real.photographs, 0, real.size))
+    except (OSError, ValueError) as error:
+        parser.error(str(error))
+    return min(found, arguments.count or found), real
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description="Measure how much each method remembers.")
     parser.add_argument("out", type=Path)
-    parser.add_argument("--concepts", type=int)
+    parser.add_argument("--concepts", help="how many; with --checkpoint a folder of photographs")
+    parser.add_argument("--count", type=int, help="how many of the photographs' subjects")
     parser.add_argument("--seeds")
     parser.add_argument(
-        "--methods", help="with settings behind them where they are not the method's own"
+        "--methods",
+        help="with settings behind them where they are not the method's own; all: every row",
     )
-    parser.add_argument("--split", choices=("reporting", "development"), default="reporting")
-    parser.add_argument("--steps", type=int, default=200, help="per concept")
+    parser.add_argument("--split", choices=world.SPLITS, default="reporting")
+    parser.add_argument("--steps", type=int, default=STEPS, help="per concept")
     parser.add_argument(
         "--pictures", type=int, default=PICTURES, help="drawn for each version and concept"
     )
+    parser.add_argument(
+        "--ends",
+        action="store_true",
+        help="draw what was just learned and the end, nothing between",
+    )
+    parser.add_argument(
+        "--set", action="append", default=[], metavar="NAME=VALUE", help="for every method"
+    )
+    parser.add_argument("--tuned", type=Path, help="file of tune.py: the settings of each method")
+    parser.add_argument("--checkpoint", type=Path, help="a real one, instead of the mini-SD")
+    parser.add_argument("--clip", type=Path, help="folder of a CLIP that judges (transformers)")
+    parser.add_argument(
+        "--judges", type=Path, default=HERE, help="folder of judges.py; trained there if missing"
+    )
+    parser.add_argument("--size", type=int, default=512, help="of photographs and drawings")
+    parser.add_argument("--drawing-steps", type=int, default=25, help="with --checkpoint")
     parser.add_argument("--processes", type=int, default=2)
     parser.add_argument(
         "--device", default="cpu", help="cpu or cuda; several processes can share a GPU"

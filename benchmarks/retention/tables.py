@@ -1,19 +1,25 @@
-"""The retention benchmark's tables: means over seeds, a paired test of each method against
-`retention`, and the order of the methods beside the paper's.
+"""The retention benchmark's tables: means over seeds, each method's difference from `retention`, and
+the order of the methods beside the paper's.
 """
 
 from __future__ import annotations
 
 import csv
-import itertools
 import json
+import math
 import statistics
+import warnings
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 from jobs import sequence
+from scipy.stats import kendalltau, norm, permutation_test
+from statsmodels.regression.mixed_linear_model import MixedLM
+from statsmodels.stats.multitest import multipletests
+from statsmodels.stats.weightstats import DescrStatsW
 
 from comfy_continual_lora.settings import LearnSettings
 
@@ -21,6 +27,25 @@ Row = dict[str, Any]
 
 COLUMNS = (
     "a_mmd",
+    "a_rbf",
+    "second",
+    "named",
+    "shape",
+    "pattern",
+    "colors",
+    "held_out",
+    "held_out_second",
+    "held_out_named",
+    "held_out_shape",
+    "held_out_pattern",
+    "held_out_colors",
+    "leak_own",
+    "leak_listed",
+    "leak_left_out",
+    "leak_written",
+    "drift_listed",
+    "drift_left_out",
+    "drift_written",
     "f_mmd",
     "bwt_mmd",
     "kid",
@@ -54,31 +79,39 @@ PAPER: dict[str, dict[str, float]] = {
     for method, figures in _PAPER_ROWS.items()
 }
 SIGN_FLIPS = 20_000
+MARGIN = 0.2  # differences smaller than this share of the default's distance don't matter
+COMPARED = {
+    "a_mmd": "Distance at the end",
+    "second": "Distance at the end by the second encoder",
+    "held_out_second": "The same with prompts that no method protects",
+}
 
 
 def write(out: Path, rows: Sequence[Row]) -> None:
     """Write table.json, table.csv, table.md and matrices.json."""
     plain = [{"device": "cpu", **row} for row in rows]
     for row in plain:
-        row.pop("matrix")
-        row.pop("over")
+        for name in ("matrix", "over", "ends", "subjects", "made_with"):
+            row.pop(name, None)
     matrices = [{key: row[key] for key in ("method", "seed", "matrix")} for row in rows]
     (out / "table.json").write_text(json.dumps(plain, indent=1) + "\n")
     (out / "matrices.json").write_text(json.dumps(matrices) + "\n")
     with (out / "table.csv").open("w", newline="") as file:
-        writer = csv.DictWriter(file, plain[0].keys())
+        names = dict.fromkeys(name for row in plain for name in row)  # in order
+        writer = csv.DictWriter(file, names)
         writer.writeheader()
         writer.writerows(plain)
-    lines = [*means(plain), "", *paired_tests(rows), "", *orders_beside_paper(plain)]
+    lines = [*means(plain), "", *differences(rows), *orders_beside_paper(plain)]
     (out / "table.md").write_text("\n".join(lines) + "\n")
 
 
 def means(rows: Sequence[Row]) -> list[str]:
-    """A Markdown table with a row for each method."""
-    lines = ["| method | seeds | " + " | ".join(COLUMNS) + " |", "|---" * (len(COLUMNS) + 2) + "|"]
+    """A Markdown table with a row for each method, and the columns that some row has."""
+    columns = [c for c in COLUMNS if any(row.get(c) is not None for row in rows)]
+    lines = ["| method | seeds | " + " | ".join(columns) + " |", "|---" * (len(columns) + 2) + "|"]
     for method in methods_of(rows):
         own = [row for row in rows if row["method"] == method]
-        cells = [_mean_and_deviation(_values(own, column)) for column in COLUMNS]
+        cells = [_mean_and_deviation(_values(own, column)) for column in columns]
         lines.append(f"| {method} | {len(own)} | " + " | ".join(cells) + " |")
     return lines
 
@@ -91,7 +124,7 @@ def _values(rows: Sequence[Row], column: str) -> list[float]:
     """What is known of a column; a GPU's seconds are not comparable and left out."""
     if column == "seconds_per_concept":
         rows = [row for row in rows if row["device"] == "cpu"]
-    return [row[column] for row in rows if row[column] is not None]
+    return [row[column] for row in rows if row.get(column) is not None]
 
 
 def _mean_and_deviation(values: Sequence[float]) -> str:
@@ -110,89 +143,121 @@ def _seeds(rows: Sequence[Row]) -> dict[str, set[int]]:
     }
 
 
-def paired_tests(rows: Sequence[Row]) -> list[str]:
-    """How each method's distances at the end, R[N, j], differ from those of the default method, at
-    the same seeds and concepts.
-
-    A concept that several seeds have is one: its differences are averaged first. If the default
-    method is there with settings only ("retention vectors=1"), the shortest such row is taken.
+def differences(rows: Sequence[Row]) -> list[str]:
+    """How each method differs from the default one at the end, concept by concept at the same seeds,
+    by each of COMPARED that the rows have.
     """
-    ends = {(row["method"], row["seed"]): row["matrix"][-1] for row in rows}
-    seeds = _seeds(rows)
-    defaults = [method for method in seeds if method.split()[0] == LearnSettings().method]
-    default = min(defaults, key=len, default="")
-    differences = {}
-    for method in seeds:
-        shared = sorted(seeds[method] & seeds.get(default, set()))
-        if method != default and shared:
-            by_concept: dict[str, list[float]] = {}
-            for seed in shared:
-                concepts = sequence("reporting", seed, len(ends[default, seed]))
-                pairs = zip(concepts, ends[method, seed], ends[default, seed], strict=True)
-                for concept, own, other in pairs:
-                    by_concept.setdefault(concept.name, []).append(own - other)
-            differences[method] = np.array([np.mean(pair) for pair in by_concept.values()])
-    if not differences:
-        return []
-    probabilities = [sign_flip_test(one) for one in differences.values()]
-    title = (
-        f"Distance of each concept at the end minus the distance by `{default}`, at the seeds that "
-        "both have, a concept counted once. p: of all ways to flip signs; corrected by Holm:"
-    )
-    lines = [title, ""]
-    for (method, own), p, corrected in zip(
-        differences.items(), probabilities, holm(probabilities), strict=True
-    ):
-        closer = int((own < 0).sum())
-        lines.append(
-            f"* `{method}`: {own.mean():+.4f}, closer in {closer} of {len(own)}, p = {p:.2g}, "
-            f"corrected {corrected:.2g}"
-        )
+    lines = []
+    for figure, title in COMPARED.items():
+        known = [row for row in rows if _ends(row, figure)]
+        lines += _compared(known, figure, title)
     return lines
 
 
-def sign_flip_test(differences: np.ndarray) -> float:
+def _ends(row: Row, figure: str) -> list[float]:
+    """A figure at the end, of each concept; rows of the first tables have the matrix alone."""
+    if figure == "a_mmd":
+        return row["matrix"][-1]
+    return row.get("ends", {}).get(figure, [])
+
+
+def _compared(rows: Sequence[Row], figure: str, title: str) -> list[str]:
+    """If the default method is there with settings only ("retention vectors=1"), the shortest such
+    row is taken.
+    """
+    ends = {(row["method"], row["seed"]): row for row in rows}
+    seeds = _seeds(rows)
+    defaults = [method for method in seeds if method.split()[0] == LearnSettings().method]
+    default = min(defaults, key=len, default="")
+    found: dict[str, pd.DataFrame] = {}
+    for method in seeds:
+        shared = sorted(seeds[method] & seeds.get(default, set()))
+        if method != default and shared:
+            pairs = [(ends[method, seed], ends[default, seed]) for seed in shared]
+            frames = [_paired(*pair, figure) for pair in pairs]
+            found[method] = pd.concat(frames, ignore_index=True)
+    if not found:
+        return []
+    tests = [sign_flip_test(by_concept(one)) for one in found.values()]
+    corrected = np.asarray(multipletests(tests, method="holm")[1])
+    head = (
+        f"{title}: difference from `{default}` at the seeds that both have, with its 95 % interval "
+        "(mixed model, concept and seed at random). p: of all ways to flip signs, a concept counted "
+        f"once; corrected by Holm. Equivalent: by TOST within {MARGIN:.0%} of `{default}`'s."
+    )
+    lines = [head, ""]
+    for (method, one), p, p_holm in zip(found.items(), tests, corrected, strict=True):
+        mean, low, high = mixed_mean(one)
+        margin = MARGIN * float(one["default"].mean())
+        same = ", equivalent" if equivalent(mean, low, high, margin) else ""
+        own = by_concept(one)
+        lines.append(
+            f"* `{method}`: {mean:+.4f} ({low:+.4f} to {high:+.4f}), closer in {(own < 0).sum()} of "
+            f"{len(own)}, p = {p:.2g}, corrected {p_holm:.2g}{same}"
+        )
+    return [*lines, ""]
+
+
+def _paired(row: Row, default: Row, figure: str) -> pd.DataFrame:
+    """Concept by concept; rows of the first tables don't say which concepts they are of."""
+    values, others = _ends(row, figure), _ends(default, figure)
+    names = row.get("subjects") or [
+        one.name for one in sequence("reporting", row["seed"], len(values))
+    ]
+    columns = {"value": values, "default": others, "concept": names, "seed": row["seed"]}
+    frame = pd.DataFrame(columns)
+    return frame.assign(difference=frame["value"] - frame["default"])
+
+
+def by_concept(pairs: pd.DataFrame) -> np.ndarray:
+    """The differences; a concept that several seeds have is one."""
+    return np.asarray(pairs.groupby("concept")["difference"].mean())
+
+
+def sign_flip_test(values: np.ndarray) -> float:
     """p: of all ways to flip the signs of the differences, the share with so large a mean
-    (two-sided).
-
-    Up to sixteen differences all ways are tried. Of more, SIGN_FLIPS ways are drawn, and the signs
-    as they are count as one of them, so that p is never 0.
+    (two-sided); of more than 16 differences SIGN_FLIPS ways are drawn.
     """
-    count = len(differences)
-    if count <= 16:
-        signs = np.array(list(itertools.product((-1, 1), repeat=count)))
-    else:
-        drawn = np.random.default_rng(0).choice([-1, 1], (SIGN_FLIPS, count))
-        signs = np.concatenate([np.ones((1, count)), drawn])
-    as_large = np.abs(signs @ differences) >= abs(differences.sum()) * (1 - 1e-9)
-    return float(as_large.mean())
+    result = permutation_test(
+        (values,),
+        np.mean,
+        permutation_type="samples",
+        n_resamples=2**16 if len(values) <= 16 else SIGN_FLIPS,
+        rng=np.random.default_rng(0),
+    )
+    return float(result.pvalue)
 
 
-def holm(probabilities: Sequence[float]) -> list[float]:
-    """p values corrected for their number. Source: Holm 1979."""
-    corrected, largest = [0.0] * len(probabilities), 0.0
-    order = sorted(range(len(probabilities)), key=lambda n: probabilities[n])
-    for done, n in enumerate(order):
-        largest = max(largest, min(1.0, probabilities[n] * (len(order) - done)))
-        corrected[n] = largest
-    return corrected
-
-
-def kendall(count: int, same_order: int) -> tuple[float, float]:
-    """tau of two orders of `count` things that agree on so many pairs, and its exact p: the share of
-    all orders that are at least so far from chance (two-sided).
+def mixed_mean(pairs: pd.DataFrame) -> tuple[float, float, float]:
+    """The mean difference and its 95 % interval, with random effects of concept and seed where each
+    occurs more than once; if neither does, Student's.
     """
-    inversions = [1]  # how many orders of the first n things have so many inversions
-    for n in range(2, count + 1):
-        longer = [0] * (len(inversions) + n - 1)
-        for number, orders in enumerate(inversions):
-            for more in range(n):
-                longer[number + more] += orders
-        inversions = longer
-    pairs = count * (count - 1) // 2
-    score = abs(2 * same_order - pairs)
-    as_far = sum(o for number, o in enumerate(inversions) if abs(pairs - 2 * number) >= score)
-    return (2 * same_order - pairs) / pairs, as_far / sum(inversions)
+    repeated = [name for name in ("concept", "seed") if 1 < pairs[name].nunique() < len(pairs)]
+    if not repeated:
+        values = pairs["difference"].to_numpy()
+        if len(values) < 2:
+            return float(values.mean()), -math.inf, math.inf
+        low, high = DescrStatsW(values).tconfint_mean()
+        return float(values.mean()), float(low), float(high)
+    parts = {name: f"0 + C({name})" for name in repeated}
+    data = pairs.assign(everything=1)
+    model = MixedLM.from_formula(
+        "difference ~ 1", data, groups="everything", vc_formula=parts, re_formula="0"
+    )
+    with warnings.catch_warnings():
+        # a variance of 0 lies on the border of what is possible, and is what is often found
+        warnings.simplefilter("ignore")
+        fit = model.fit(reml=True)
+    low, high = fit.conf_int().loc["Intercept"]
+    return float(fit.params["Intercept"]), float(low), float(high)
+
+
+def equivalent(mean: float, low: float, high: float, margin: float) -> bool:
+    """Two one-sided tests at 5 %: whether the 90 % interval lies within the margin. Source:
+    Schuirmann 1987.
+    """
+    half = (high - low) / 2 * norm.ppf(0.95) / norm.ppf(0.975)
+    return bool(abs(mean) + half < margin)
 
 
 def orders_beside_paper(rows: Sequence[Row]) -> list[str]:
@@ -207,23 +272,15 @@ def orders_beside_paper(rows: Sequence[Row]) -> list[str]:
     for method in seeds:
         own = [row for row in rows if row["method"] == method and row["seed"] in shared]
         ours[method] = {c: sum(row[c] for row in own) / len(own) for c in PAPER_COLUMNS}
-    pairs = list(itertools.combinations(ours, 2))
     title = (
         f"The paper's methods from best to worst at seed {', '.join(map(str, sorted(shared)))}; "
-        f"of their {len(pairs)} pairs so many are in the paper's order:"
+        "Kendall's tau of the two orders, and its exact p:"
     )
     lines = [title, ""]
     for column in PAPER_COLUMNS:
-        same_order = sum(
-            (ours[a][column] - ours[b][column]) * (PAPER[a][column] - PAPER[b][column]) > 0
-            for a, b in pairs
-        )
+        tau, p = kendalltau(*([figures[m][column] for m in ours] for figures in (ours, PAPER)))
         here, there = (_ranking(ours, figures, column) for figures in (ours, PAPER))
-        tau, p = kendall(len(ours), same_order)
-        lines.append(
-            f"* {column} ({same_order}; tau {tau:.2f}, exact p = {p:.2g}): here {here}; in the paper "
-            f"{there}"
-        )
+        lines.append(f"* {column} (tau {tau:.2f}, p = {p:.2g}): here {here}; in the paper {there}")
     return lines
 
 

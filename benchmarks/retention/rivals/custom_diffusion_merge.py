@@ -26,6 +26,7 @@ not kept    what a concept's own LoRA does elsewhere, such as to the padding of 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from types import MappingProxyType
 
 import torch
@@ -45,7 +46,11 @@ class CustomDiffusionMerge(Rival):
     options = MappingProxyType({"ridge": 1e-6, "padding": 0.0})
 
     def merged(
-        self, backbone: Backbone, concepts: Sequence[Own], options: Mapping[str, float]
+        self,
+        backbone: Backbone,
+        concepts: Sequence[Own],
+        options: Mapping[str, float],
+        cache: Path | None = None,
     ) -> Adapter:
         chosen = self.chosen(options)
         nouns = list(dict.fromkeys(concept.noun for concept in concepts))

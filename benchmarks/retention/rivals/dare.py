@@ -15,6 +15,7 @@ deviations  the paper drops up to 90 % and more (density 0.1) of the small chang
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from types import MappingProxyType
 
 from comfy_continual_lora.adapters.adapter import Adapter
@@ -29,7 +30,11 @@ class Dare(Rival):
     options = MappingProxyType({"density": 0.5, "weight": 1.0, "rank": 0.0, "seed": 0.0})
 
     def merged(
-        self, backbone: Backbone, concepts: Sequence[Own], options: Mapping[str, float]
+        self,
+        backbone: Backbone,
+        concepts: Sequence[Own],
+        options: Mapping[str, float],
+        cache: Path | None = None,
     ) -> Adapter:
         adapters = [concept.adapter for concept in concepts]
         return peft_merged(backbone, adapters, "dare_linear_svd", self.chosen(options))

@@ -20,6 +20,7 @@ not kept    ordinary prompts: nothing holds them, except that L-BFGS starts from
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from types import MappingProxyType
 
 import torch
@@ -37,7 +38,11 @@ class GradientFusion(Rival):
     options = MappingProxyType({"iterations": 500.0, "padding": 1.0})
 
     def merged(
-        self, backbone: Backbone, concepts: Sequence[Own], options: Mapping[str, float]
+        self,
+        backbone: Backbone,
+        concepts: Sequence[Own],
+        options: Mapping[str, float],
+        cache: Path | None = None,
     ) -> Adapter:
         chosen = self.chosen(options)
         moments = []

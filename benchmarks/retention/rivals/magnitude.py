@@ -13,6 +13,7 @@ deviations  the density is TIES' (the largest 20 %). The result is not of low ra
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from types import MappingProxyType
 
 from comfy_continual_lora.adapters.adapter import Adapter
@@ -27,7 +28,11 @@ class Magnitude(Rival):
     options = MappingProxyType({"density": 0.2, "weight": 1.0, "rank": 0.0})
 
     def merged(
-        self, backbone: Backbone, concepts: Sequence[Own], options: Mapping[str, float]
+        self,
+        backbone: Backbone,
+        concepts: Sequence[Own],
+        options: Mapping[str, float],
+        cache: Path | None = None,
     ) -> Adapter:
         adapters = [concept.adapter for concept in concepts]
         return peft_merged(backbone, adapters, "magnitude_prune_svd", self.chosen(options))

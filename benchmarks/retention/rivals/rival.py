@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from types import MappingProxyType
 from typing import ClassVar
 
@@ -62,9 +63,13 @@ class Rival:
         return {**self.options, **options}
 
     def merged(
-        self, backbone: Backbone, concepts: Sequence[Own], options: Mapping[str, float]
+        self,
+        backbone: Backbone,
+        concepts: Sequence[Own],
+        options: Mapping[str, float],
+        cache: Path | None = None,
     ) -> Adapter:
-        """One adapter for all concepts."""
+        """One adapter for all concepts; `cache` is a folder of moments."""
         self.chosen(options)
         return summed([concept.adapter for concept in concepts])
 

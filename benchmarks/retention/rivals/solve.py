@@ -14,6 +14,7 @@ deviations  none: one LoRA alone is left as it is, as `retention` does. Targets 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from types import MappingProxyType
 
 from comfy_continual_lora.adapters.adapter import Adapter, rank_of
@@ -40,7 +41,11 @@ class Solve(Rival):
     )
 
     def merged(
-        self, backbone: Backbone, concepts: Sequence[Own], options: Mapping[str, float]
+        self,
+        backbone: Backbone,
+        concepts: Sequence[Own],
+        options: Mapping[str, float],
+        cache: Path | None = None,
     ) -> Adapter:
         chosen = self.chosen(options)
         settings = SolveSettings(
@@ -53,7 +58,7 @@ class Solve(Rival):
         if len(own) == 1:
             return own[0]
         nouns = [concept.noun for concept in concepts]
-        bank = PromptBank(backbone, nouns, language=settings.language)
+        bank = PromptBank(backbone, nouns, cache=cache, language=settings.language)
         for number, concept in enumerate(concepts):
             bank.add(record_of(concept, number), concept.word)
         adapter, _ = solve(bank.targets(own, settings), settings, max(map(rank_of, own)))

@@ -16,6 +16,7 @@ deviations  defaults are the paper's without held-out data (the largest 20 %, we
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from types import MappingProxyType
 
 from comfy_continual_lora.adapters.adapter import Adapter
@@ -30,7 +31,11 @@ class Ties(Rival):
     options = MappingProxyType({"density": 0.2, "weight": 1.0, "rank": 0.0})
 
     def merged(
-        self, backbone: Backbone, concepts: Sequence[Own], options: Mapping[str, float]
+        self,
+        backbone: Backbone,
+        concepts: Sequence[Own],
+        options: Mapping[str, float],
+        cache: Path | None = None,
     ) -> Adapter:
         adapters = [concept.adapter for concept in concepts]
         return peft_merged(backbone, adapters, "ties_svd", self.chosen(options))

@@ -1,0 +1,117 @@
+"""What a sequence of the benchmark consists of: concepts of the mini-SD's world, or folders of
+photographs.
+
+Photographs lie as in CustomConcept101 and DreamBooth's set: a folder of folders, one for each
+subject. Its class noun is `class_prompt` of `dataset.json` beside the folders, where there is one
+(CustomConcept101), else the folder's name without digits and underscores.
+Source: Kumari et al. 2023 (CustomConcept101).
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from comfy_continual_lora import concepts
+from comfy_continual_lora.mini import trainset, world
+
+LEARNED_FROM = 5  # pictures of a concept of the world
+
+
+@dataclass(frozen=True)
+class Subject:
+    """Something to learn: pictures to learn from, and others that drawings are compared with."""
+
+    name: str
+    noun: str
+    concept: world.Concept | None = None  # of the world; else photographs
+    files: tuple[Path, ...] = ()
+    size: int = 128
+
+    def save(self, folder: Path) -> list[Path]:
+        """Write the pictures to learn from."""
+        if self.concept:
+            return world.save_pictures(self.concept, folder, LEARNED_FROM)
+        folder.mkdir(parents=True, exist_ok=True)
+        return [Path(shutil.copy(file, folder / file.name)) for file in self._parts()[0]]
+
+    def learned_from(self) -> Tensor:
+        """The pictures to learn from, (n, 3, size, size) in -1..1."""
+        if self.concept:
+            return training_pictures(self.concept)
+        return self._opened(self._parts()[0])
+
+    def real(self, count: int) -> Tensor:
+        """Pictures that were not learned from; of photographs, as many as there are."""
+        if self.concept is None:
+            return self._opened(self._parts()[1])
+        pictures: list[np.ndarray] = []
+        for seed in range(1, 2 + count // 10):
+            pictures += world.concept_pictures(self.concept, 10, seed=seed)
+        return _stacked(pictures[:count])
+
+    def _parts(self) -> tuple[list[Path], list[Path]]:
+        """Every third photograph is not learned from, if at least three others and two such are
+        there. Fewer photographs are learned from and compared with, all of them.
+        """
+        held_out = list(self.files[2::3])
+        learned = [file for file in self.files if file not in held_out]
+        if len(learned) < 3 or len(held_out) < 2:
+            return list(self.files), list(self.files)
+        return learned, held_out
+
+    def _opened(self, files: list[Path]) -> Tensor:
+        pictures = [concepts.fitted(concepts.read_image(f), self.size, "crop") for f in files]
+        return torch.stack([concepts.to_tensor(picture) for picture in pictures])
+
+
+def training_pictures(concept: world.Concept) -> Tensor:
+    """The five pictures a concept of the world is learned from, (5, 3, 128, 128)."""
+    return _stacked(list(world.concept_pictures(concept, LEARNED_FROM)))
+
+
+def _stacked(pictures: list[np.ndarray]) -> Tensor:
+    return trainset.to_tensor(np.stack(pictures))
+
+
+def of_world(split: str, seed: int, count: int) -> list[Subject]:
+    """The first `count` concepts of a split in the order of this seed."""
+    pool = world.concepts(split, max(world.CONCEPTS_PER_SPLIT, count))
+    order = np.random.default_rng(seed).permutation(len(pool))
+    chosen = [pool[int(number)] for number in order[:count]]
+    return [Subject(one.name, one.noun, one) for one in chosen]
+
+
+def of_folder(folder: Path, seed: int, size: int) -> list[Subject]:
+    """The subjects of a folder in the order of this seed.
+
+    Errors: ValueError if a folder has fewer than two pictures, or there is none.
+    """
+    nouns = _nouns(folder / "dataset.json")
+    found = []
+    for inner in sorted(path for path in folder.iterdir() if path.is_dir()):
+        files = tuple(concepts.find_images(inner))
+        if len(files) < 2:
+            raise ValueError(f"{inner} has {len(files)} pictures; a subject needs two or more.")
+        plain = " ".join("".join(c for c in inner.name if not c.isdigit()).split("_")).strip()
+        found.append(Subject(inner.name, nouns.get(inner.name, plain), None, files, size))
+    if not found:
+        raise ValueError(f"{folder} has no folder of pictures; expected one for each subject.")
+    order = np.random.default_rng(seed).permutation(len(found))
+    return [found[int(number)] for number in order]
+
+
+def _nouns(path: Path) -> dict[str, str]:
+    """The class noun by folder, from CustomConcept101's list of concepts."""
+    if not path.exists():
+        return {}
+    return {
+        Path(one["instance_data_dir"]).name: one["class_prompt"].removeprefix("photo of a ")
+        for one in json.loads(path.read_text())
+    }
