@@ -7,11 +7,13 @@ resolution, and labels. No concept of `world.concepts` is among them but by chan
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cache
 from typing import NamedTuple
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from PIL import Image, ImageDraw
 from torch import Tensor
 
 from comfy_continual_lora.mini import trainset, world
@@ -116,7 +118,7 @@ def draw_concepts(looks: int, count: int, *, seed: int) -> Tensor:
 
 def labels(looks: Sequence[Look]) -> dict[str, Tensor]:
     """The attributes of each look: indices (n,); `colors` (n, 3, 3) in -1..1, and which of the
-    three the pattern shows (n, 3).
+    three are seen (n, 3).
     """
     colors = torch.tensor([look.colors for look in looks]) / 127.5 - 1
     return {
@@ -125,14 +127,20 @@ def labels(looks: Sequence[Look]) -> dict[str, Tensor]:
         "eyes": torch.tensor([int(look.eyes) for look in looks]),
         "extra": torch.tensor([EXTRAS.index(look.extra) for look in looks]),
         "colors": colors,
-        "shown": torch.tensor([_shown_colors(look.pattern) for look in looks]),
+        "shown": torch.tensor([_shown_colors(look.shape, look.pattern) for look in looks]),
     }
 
 
-def _shown_colors(pattern: str) -> list[bool]:
-    axis = np.linspace(-1, 1, 65)
-    painted = set(PAINTS[pattern](*np.meshgrid(axis, axis)).flat)
-    return [number in painted for number in range(3)]
+@cache
+def _shown_colors(shape: str, pattern: str) -> list[bool]:
+    """Which of the three colours cover a twentieth of the shape or more."""
+    canvas = Image.new("1", (100, 100))
+    draw = ImageDraw.Draw(canvas)
+    for points, solid in SHAPES[shape]:
+        draw.polygon([(50 + 50 * x, 50 + 50 * y) for x, y in points], fill=int(solid))
+    axis = (np.arange(100) + 0.5) / 50 - 1
+    painted = PAINTS[pattern](*np.meshgrid(axis, axis))[np.asarray(canvas)]
+    return [bool((painted == number).mean() >= 0.05) for number in range(3)]
 
 
 def color_errors(read: dict[str, Tensor], true: dict[str, Tensor]) -> Tensor:
