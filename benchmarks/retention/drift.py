@@ -19,7 +19,7 @@ from words import WRITTEN, captions, leak
 from comfy_continual_lora import store, textspace
 from comfy_continual_lora.checkpoint.backbone import Backbone
 
-UNRELATED = 12  # pictures of each kind of prompt
+UNRELATED = 12  # pictures of each kind of prompt, at most as many as of a concept
 LEAKS = ("leak_own", "leak_listed", "leak_left_out", "leak_written")
 DRIFTS = ("drift_listed", "drift_left_out", "drift_written")
 
@@ -67,8 +67,8 @@ def drifts(
     for kind, prompts in unrelated_prompts(job).items():
         if kind == "written" and not job.real:
             continue  # the mini-SD can't draw these
-        seeds = range(UNRELATED)
-        before = pictures_by(job, backbone, None, prompts[:UNRELATED], seeds)
+        seeds = range(min(UNRELATED, job.pictures))
+        before = pictures_by(job, backbone, None, prompts[: len(seeds)], seeds)
         after = torch.empty_like(before)
         for first, stack in enumerate(stacks):
             share = list(seeds[first :: len(stacks)])

@@ -234,11 +234,7 @@ def mixed_mean(pairs: pd.DataFrame) -> tuple[float, float, float]:
     """
     repeated = [name for name in ("concept", "seed") if 1 < pairs[name].nunique() < len(pairs)]
     if not repeated:
-        values = pairs["difference"].to_numpy()
-        if len(values) < 2:
-            return float(values.mean()), -math.inf, math.inf
-        low, high = DescrStatsW(values).tconfint_mean()
-        return float(values.mean()), float(low), float(high)
+        return _students(np.asarray(pairs["difference"]))
     parts = {name: f"0 + C({name})" for name in repeated}
     data = pairs.assign(everything=1)
     model = MixedLM.from_formula(
@@ -247,9 +243,20 @@ def mixed_mean(pairs: pd.DataFrame) -> tuple[float, float, float]:
     with warnings.catch_warnings():
         # a variance of 0 lies on the border of what is possible, and is what is often found
         warnings.simplefilter("ignore")
-        fit = model.fit(reml=True)
+        try:
+            fit = model.fit(reml=True, method=["powell"])  # others stop short of the best
+        except np.linalg.LinAlgError:  # nothing is left beside the effects
+            return _students(by_concept(pairs))
     low, high = fit.conf_int().loc["Intercept"]
     return float(fit.params["Intercept"]), float(low), float(high)
+
+
+def _students(values: np.ndarray) -> tuple[float, float, float]:
+    mean = float(values.mean())
+    if len(values) < 2:
+        return mean, -math.inf, math.inf
+    low, high = DescrStatsW(values).tconfint_mean()
+    return mean, float(low), float(high)
 
 
 def equivalent(mean: float, low: float, high: float, margin: float) -> bool:
