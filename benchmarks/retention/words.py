@@ -32,7 +32,7 @@ OTHER_PATTERNS = ("split", "ringed")  # in no list
 # {} is the concept, [] a place
 HELD_OUT_FORMS = (
     "look what I found: {} []!",
-    "{}, seen [] this morning",
+    "{}, spotted [] this morning",
     "my own {} []",
     "who left this {} []?",
     "another {} []",
@@ -41,7 +41,7 @@ HELD_OUT_FORMS = (
 # places for photographs; the world's own are for its concepts
 UNLISTED_PLACES = (
     "on a kitchen counter",
-    "beside a lighthouse",
+    "below a lighthouse",
     "under an umbrella",
     "inside a cardboard crate",
     "along the railway",
@@ -50,16 +50,16 @@ UNLISTED_PLACES = (
     "among tulips",
 )
 WRITTEN = (
-    "grandmother knitting while it pours outdoors",
+    "grandmother knitting while it pours",
     "an abandoned carousel overgrown with ivy",
     "firefighters resting after their shift, candid",
-    "jellyfish drifting through a drowned cathedral",
+    "jellyfish drifting past a drowned cathedral",
     "my nephew's lemonade stall, disposable camera",
     "a locomotive crossing the viaduct at dawn",
     "steam rising off freshly baked croissants",
     "two pensioners arguing over dominoes",
     "a violin maker in his workshop, tungsten lamp",
-    "lightning above wheat, storm chaser footage",
+    "lightning over wheat, storm chaser footage",
     "an astronaut watering tomatoes",
     "rusty tractor, Ektachrome",
     "a clown asleep aboard the last tram",
@@ -67,7 +67,7 @@ WRITTEN = (
     "kids racing shopping trolleys downhill",
     "an octopus juggling porcelain saucers",
     "bioluminescent plankton washing ashore",
-    "a beekeeper lifting honeycomb, shallow focus",
+    "a beekeeper lifting honeycomb, unsharp",
     "neon noodle bar in Osaka, drizzle",
     "a dragon curled around a skyscraper",
     "marble bust wearing headphones",
