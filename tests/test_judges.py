@@ -166,6 +166,7 @@ def test_lost_variety_shows_in_the_gaussian_kernel_only() -> None:
 
 @pytest.mark.slow
 def test_a_trained_judge_tells_right_pictures_from_wrong_ones(tmp_path: Path) -> None:
+    # a fifth of the training: shapes are learned by then, seven patterns in ten
     trained = load_judges(tmp_path, Budget(scenes=1500, encoder_steps=150, attribute_steps=400))
     own, others = [], []
     learned = world.concepts("development", 8)
@@ -173,8 +174,8 @@ def test_a_trained_judge_tells_right_pictures_from_wrong_ones(tmp_path: Path) ->
         pictures = real_pictures(concept, 10)
         own.append(trained.agreement(pictures, concept))
         others.append(trained.agreement(pictures, other))
-    for key in ("shape", "pattern"):
-        assert torch.cat([agreement[key] for agreement in own]).mean() > 0.8
+    for key, least in {"shape": 0.95, "pattern": 0.6}.items():
+        assert torch.cat([agreement[key] for agreement in own]).mean() > least
         assert torch.cat([agreement[key] for agreement in others]).mean() < 0.2
     right = torch.cat([agreement["colors"] for agreement in own]).mean()
     wrong = torch.cat([agreement["colors"] for agreement in others]).mean()
