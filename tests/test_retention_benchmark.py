@@ -17,8 +17,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import tables
-from judges import load_judges
-from test_judges import TINY as BRIEFLY
+from judges import Budget, load_judges
 
 from comfy_continual_lora import store
 
@@ -33,7 +32,7 @@ def figures(out: Path, *arguments: str) -> list[dict[str, Any]]:
     clock says.
     """
     judges = ["--judges", str(out.parent / "judges")]
-    load_judges(out.parent / "judges", BRIEFLY)
+    load_judges(out.parent / "judges", Budget(16, 2, 2, 8))
     command = [sys.executable, str(SCRIPT), str(out), "--methods", VARIANTS, *TINY, *judges]
     env = {**os.environ, "PYTHONPATH": str(SCRIPT.parents[2]), "OMP_NUM_THREADS": "1"}
     subprocess.run([*command, *arguments], check=True, env=env)
