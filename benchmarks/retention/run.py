@@ -29,6 +29,7 @@ has learned. Prompts, seeds, solver and guidance are the same for all methods.
 
     A_MMD, F_MMD, BwT_MMD, KID    metrics.py, on the mini-CLIP's image features; lower is better,
                                   BwT_MMD higher
+    f_zero                        F_MMD of what nothing moved: below 0, by the spread of the drawings
     a_rbf, second                 A_MMD by a Gaussian kernel, which also sees the spread; that on a
                                   second encoder's features, which no caption taught (judges.py)
     named                         share of pictures at the end that the second encoder finds nearest
@@ -172,6 +173,7 @@ def measure(job: Job, learned: Learned, folders: Mapping[tuple[int, int], str]) 
         "concepts": count,
         "a_mmd": metrics.a_mmd(matrix),
         "f_mmd": metrics.f_mmd(drawn, count),
+        "f_zero": mean(metrics.mmd2(unit(drawn[j, j]), unit(drawn[j, j])) for j in range(count)),
         "bwt_mmd": metrics.bwt_mmd(matrix),
         "over": [
             [n, metrics.a_mmd(matrix[:n, :n]), metrics.f_mmd(drawn, n)]

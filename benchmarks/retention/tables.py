@@ -47,6 +47,7 @@ COLUMNS = (
     "drift_left_out",
     "drift_written",
     "f_mmd",
+    "f_zero",
     "bwt_mmd",
     "kid",
     "i2i",
