@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +19,7 @@ from subjects import of_folder, of_world
 
 from comfy_continual_lora import language, targets, textspace
 from comfy_continual_lora.mini import world
+from comfy_continual_lora.mini.looks import Look
 from comfy_continual_lora.mini.parts import tokenizer
 from comfy_continual_lora.presets import TEMPLATES
 
@@ -51,6 +53,30 @@ def test_the_splits_share_no_concept_and_the_world_keeps_its_earlier_ones() -> N
     assert len(set.union(*looks)) == sum(map(len, looks)) == 3 * world.CONCEPTS_PER_SPLIT
     assert world.concepts("reporting")[0].name == "rep00-zigzag-heart"
     assert len({one.name for one in of_world("test", 0, 6)}) == 6
+
+
+def _looks(order: str, count: int = 6) -> list[Look]:
+    found = of_world("development", 0, count, order)
+    assert len({one.name for one in found}) == count
+    assert all(one.concept and one.concept.look.shape == one.noun for one in found)
+    return [one.concept.look for one in found if one.concept]
+
+
+def test_harder_sequences_are_what_they_are_called() -> None:
+    mixed, one_noun = _looks("mixed"), _looks("one-noun")
+    assert len({look.shape for look in mixed}) > 1
+    assert {look.shape for look in one_noun} == {mixed[0].shape}
+    assert [look.colors for look in one_noun] == [look.colors for look in mixed]
+    twins = _looks("near-duplicates")
+    for first, second in zip(twins[::2], twins[1::2], strict=True):
+        assert replace(second, colors=first.colors) == first
+        same = [a == b for a, b in zip(first.colors, second.colors, strict=True)]
+        assert same == [False, True, True]
+    shared = [
+        sum(a.pattern == b.pattern or a.shape == b.shape for a, b in pairwise(looks))
+        for looks in (mixed, _looks("adversarial"))
+    ]
+    assert shared[1] == 5 > shared[0]
 
 
 def test_words_left_out_are_in_no_prompt_that_is_protected_meanwhile() -> None:

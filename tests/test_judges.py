@@ -21,6 +21,7 @@ from comfy_continual_lora import metrics
 from comfy_continual_lora.mini import trainset, world
 from comfy_continual_lora.mini.looks import PAINTS, SHAPES, Look
 
+pytestmark = pytest.mark.slow
 TINY = Budget(scenes=16, encoder_steps=2, attribute_steps=2, batch=8)
 CONCEPT = world.concepts("development", 1)[0]  # in zigzag, which shows two of its three colours
 
@@ -164,7 +165,6 @@ def test_lost_variety_shows_in_the_gaussian_kernel_only() -> None:
     assert abs(missed["shrunk"]) < 1e-3
 
 
-@pytest.mark.slow
 def test_a_trained_judge_tells_right_pictures_from_wrong_ones(tmp_path: Path) -> None:
     # a fifth of the training: shapes are learned by then, seven patterns in ten
     trained = load_judges(tmp_path, Budget(scenes=1500, encoder_steps=150, attribute_steps=400))

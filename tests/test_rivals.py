@@ -37,6 +37,7 @@ from comfy_continual_lora.settings import LearnSettings, ResolvedSettings, Solve
 from comfy_continual_lora.solve import Target, solve
 from comfy_continual_lora.textspace import ordinary_prompts
 
+pytestmark = pytest.mark.slow
 BY_PEFT = ("plain_sum", "ties", "dare", "magnitude")
 SUMMING = ("orthogonal_adaptation", "o_lora", "merge_reinit")
 RANK = 4

@@ -55,6 +55,7 @@ class Job:
     tuned: tuple[str, ...] = ()  # "name=value" found for this variant, over the common ones
     ends: bool = False  # draw each concept just learned and at the end, nothing between
     real: Real | None = None  # None: the mini-SD and concepts of its world
+    order: str = "mixed"  # of the world's concepts: subjects.ORDERS
     judges: Path = Path()  # folder of judges.py, for the world
 
     @property
@@ -67,6 +68,8 @@ class Job:
         name = f"{self.variant.replace(' ', '-')}-{self.concepts}-{self.seed}-{self.steps}"
         if self.pictures != PICTURES:
             name += f"-{self.pictures}p"
+        if self.order != "mixed":
+            name += f"-{self.order}"
         return self.out / "runs" / name
 
     @property
@@ -109,7 +112,7 @@ class Job:
     @property
     def subjects(self) -> list[Subject]:
         if self.real is None:
-            return of_world(self.split, self.seed, self.concepts)
+            return of_world(self.split, self.seed, self.concepts, self.order)
         found = of_folder(self.real.photographs, self.seed, self.real.size)
         return found[: self.concepts]
 

@@ -86,7 +86,7 @@ from judging import mean, unit
 from learning import Learned, checkpoint_of, learn
 from PIL import Image
 from rows import EARLIER, ROWS
-from subjects import of_folder
+from subjects import ORDERS, of_folder
 from torch import Tensor
 
 from comfy_continual_lora import concepts, metrics, report
@@ -259,6 +259,7 @@ def made_with(job: Job, backbone: Backbone) -> dict[str, Any]:
         "device": device,
         "versions": {"python": platform.python_version(), **{p: version(p) for p in PACKAGES}},
         "split": job.split,
+        "order": job.order,
         "checkpoint": backbone.fingerprint,
         "settings": asdict(settings),
         "options": job.options,
@@ -332,6 +333,7 @@ def _jobs(arguments: argparse.Namespace, parser: argparse.ArgumentParser) -> lis
         ends=arguments.ends,
         real=real,
         judges=arguments.judges,
+        order=arguments.order,
     )
     seeds = [int(seed) for seed in arguments.seeds.split(",")]
     variants = ROWS if arguments.methods == "all" else arguments.methods.split(",")
@@ -390,6 +392,9 @@ def main() -> None:
         help="with settings behind them where they are not the method's own; all: every row",
     )
     parser.add_argument("--split", choices=world.SPLITS, default="reporting")
+    parser.add_argument(
+        "--order", choices=ORDERS, default="mixed", help="harder sequences (subjects.py)"
+    )
     parser.add_argument("--steps", type=int, default=STEPS, help="per concept")
     parser.add_argument(
         "--pictures", type=int, default=PICTURES, help="drawn for each version and concept"

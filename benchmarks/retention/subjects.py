@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +20,7 @@ from torch import Tensor
 
 from comfy_continual_lora import concepts
 from comfy_continual_lora.mini import trainset, world
+from comfy_continual_lora.mini.looks import Look
 
 LEARNED_FROM = 5  # pictures of a concept of the world
 
@@ -80,12 +81,62 @@ def _stacked(pictures: list[np.ndarray]) -> Tensor:
     return trainset.to_tensor(np.stack(pictures))
 
 
-def of_world(split: str, seed: int, count: int) -> list[Subject]:
-    """The first `count` concepts of a split in the order of this seed."""
+# --- of the world ---------------------------------------------------------------------------------
+
+ORDERS = ("mixed", "one-noun", "near-duplicates", "adversarial")
+
+
+def of_world(split: str, seed: int, count: int, order: str = "mixed") -> list[Subject]:
+    """`count` concepts of a split, by the order and the seed.
+
+    mixed             the first ones of the split, shuffled
+    one-noun          the same, all on the shape of the first: nothing but the word tells them apart
+    near-duplicates   pairs that differ in one colour
+    adversarial       each as like the one before it as the split has
+    """
     pool = world.concepts(split, max(world.CONCEPTS_PER_SPLIT, count))
-    order = np.random.default_rng(seed).permutation(len(pool))
-    chosen = [pool[int(number)] for number in order[:count]]
+    shuffled = [pool[int(n)] for n in np.random.default_rng(seed).permutation(len(pool))]
+    chosen = shuffled[:count]
+    if order == "one-noun":
+        chosen = [_on_shape(one, chosen[0].noun) for one in chosen]
+    elif order == "near-duplicates":
+        pairs = zip(chosen, shuffled[count:] + shuffled[:count], strict=False)
+        both = [one for first, other in pairs for one in (first, _twin(first, other))]
+        chosen = both[:count]
+    elif order == "adversarial":
+        chosen = _by_likeness(shuffled, count)
     return [Subject(one.name, one.noun, one) for one in chosen]
+
+
+def _on_shape(concept: world.Concept, noun: str) -> world.Concept:
+    name = f"{concept.name.rpartition('-')[0]}-{noun}"
+    return world.Concept(name, noun, replace(concept.look, shape=noun))
+
+
+def _twin(concept: world.Concept, other: world.Concept) -> world.Concept:
+    """The same with the first colour of another concept; every pattern shows its first colour."""
+    colors = (other.look.colors[0], *concept.look.colors[1:])
+    return world.Concept(f"{concept.name}-twin", concept.noun, replace(concept.look, colors=colors))
+
+
+def _by_likeness(pool: list[world.Concept], count: int) -> list[world.Concept]:
+    """From the first of the pool on, the one most like the last."""
+    left, chosen = pool[1:], pool[:1]
+    while len(chosen) < count:
+        last = chosen[-1].look
+        nearest = min(left, key=lambda one: _unlikeness(last, one.look))
+        left.remove(nearest)
+        chosen.append(nearest)
+    return chosen
+
+
+def _unlikeness(look: Look, other: Look) -> tuple[int, float]:
+    """Fewer shared attributes first, then the distance of the colours."""
+    shared = (look.shape == other.shape) + (look.pattern == other.pattern)
+    return -shared, float(np.abs(np.subtract(look.colors, other.colors)).sum())
+
+
+# --- photographs ----------------------------------------------------------------------------------
 
 
 def of_folder(folder: Path, seed: int, size: int) -> list[Subject]:
