@@ -11,7 +11,8 @@ then learned one after the other. After each, the adapter's leak
     mean over layers of  E || delta c ||^2 / E || W0 c ||^2
 
 is measured over the concept's own prompts, over captions of listed words, and over captions of the
-words left out. `gain` is the error on pictures that were not learned from with the bare noun, minus
+words left out; over the latter also that of the concepts' own adapters together, which the solve was
+given. `gain` is the error on pictures that were not learned from with the bare noun, minus
 that with the word, for every concept at the end; `prior` what the adapter adds to the error on
 pictures of other things.
 """
@@ -26,7 +27,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from comfy_continual_lora import pipeline, requests, store, textspace
+from comfy_continual_lora import pipeline, requests, store, targets, textspace
 from comfy_continual_lora.checkpoint.backbone import FrozenText
 from comfy_continual_lora.checkpoint.load import load_backbone
 from comfy_continual_lora.mini import world
@@ -35,6 +36,7 @@ from comfy_continual_lora.mini.weights import write_checkpoint
 sys.path.append(str(Path(__file__).parents[1] / "sweeps"))
 import sweep
 from jobs import PICTURES, Job
+from rivals.rival import summed
 from words import captions, leak, without
 
 
@@ -65,9 +67,10 @@ def measured(job: Job) -> dict[str, Any]:
                 name: leak(backbone, stack.adapter, moment)
                 for name, moment in {"own": own_moment, **moments}.items()
             }
-            if stack.unconsolidated:
-                before = leak(backbone, stack.unconsolidated, moments["left_out"])
-                found["left_out_before_the_solve"] = before
+            own_ones = [one for one in targets.own_adapters(stack) if one]
+            found["left_out_before_the_solve"] = leak(
+                backbone, summed(own_ones), moments["left_out"]
+            )
             leaks.append(found)
         text = FrozenText(backbone, stack.tokens)
         gains = [
