@@ -15,7 +15,7 @@ from rivals import RIVALS, Own
 from rivals.custom_diffusion_merge import constrained_map
 from rivals.features import feature_rows, target_rows
 from rivals.gradient_fusion import fuse
-from rivals.learning import Lesson, learn_alone, learn_next, stack_of
+from rivals.learning import Lesson, learn_next, stack_of
 from rivals.orthogonal_adaptation import OrthogonalAdaptation
 from rivals.rival import Rival
 from torch import Tensor
@@ -353,10 +353,10 @@ def moved(now: Adapter, before: Adapter, part: str) -> float:
 def test_learning_alone_trains_both_factors_and_the_word(
     backbone: Backbone, tmp_path: Path
 ) -> None:
-    own = learn_alone(backbone, LESSONS[0], SETTINGS, tmp_path / "a.snapshot")
-    other = learn_alone(backbone, LESSONS[1], SETTINGS, tmp_path / "b.snapshot")
-    again = learn_alone(backbone, LESSONS[0], SETTINGS, tmp_path / "c.snapshot")
-    resumed = learn_alone(backbone, LESSONS[0], SETTINGS, tmp_path / "a.snapshot")
+    own = learn_next(Rival(), backbone, LESSONS[0], [], SETTINGS, {}, tmp_path / "a.snapshot")
+    other = learn_next(Rival(), backbone, LESSONS[1], [], SETTINGS, {}, tmp_path / "b.snapshot")
+    again = learn_next(Rival(), backbone, LESSONS[0], [], SETTINGS, {}, tmp_path / "c.snapshot")
+    resumed = learn_next(Rival(), backbone, LESSONS[0], [], SETTINGS, {}, tmp_path / "a.snapshot")
     start = new_adapter(backbone, RANK, torch.Generator())
     assert (own.name, own.noun, own.token) == ("V1 ball", "ball", "V1")
     assert "a photo of a V1 ball" in own.prompts

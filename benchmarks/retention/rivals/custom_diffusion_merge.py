@@ -25,44 +25,35 @@ not kept    what a concept's own LoRA does elsewhere, such as to the padding of 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from pathlib import Path
 from types import MappingProxyType
 
 import torch
 from torch import Tensor
 
-from comfy_continual_lora.adapters.adapter import Adapter, delta_weights, layers_of
-from comfy_continual_lora.adapters.lora import padded_to_rank
-from comfy_continual_lora.checkpoint.backbone import Backbone
+from comfy_continual_lora.adapters.adapter import Adapter, delta_weights
 from comfy_continual_lora.textspace import ordinary_prompts
 
 from .features import feature_rows, target_rows
-from .rival import Own, Rival
+from .rival import Pool, Rival, of_one_rank
 
 
 class CustomDiffusionMerge(Rival):
     id = "custom_diffusion_merge"
     options = MappingProxyType({"ridge": 1e-6, "padding": 0.0})
 
-    def merged(
-        self,
-        backbone: Backbone,
-        concepts: Sequence[Own],
-        options: Mapping[str, float],
-        cache: Path | None = None,
-    ) -> Adapter:
-        chosen = self.chosen(options)
-        nouns = list(dict.fromkeys(concept.noun for concept in concepts))
-        ordinary = feature_rows(backbone, ordinary_prompts(nouns), {}, bool(chosen["padding"]))
-        rows = [target_rows(backbone, concept) for concept in concepts]
-        solved = constrained_map(torch.cat(rows), ordinary, chosen["ridge"])
-        own = [delta_weights(backbone, concept.adapter) for concept in concepts]
+    def merge(self, pool: Pool) -> Adapter:
+        nouns = list(dict.fromkeys(concept.noun for concept in pool.concepts))
+        ordinary = feature_rows(
+            pool.backbone, ordinary_prompts(nouns), {}, bool(pool.options["padding"])
+        )
+        rows = [target_rows(pool.backbone, concept) for concept in pool.concepts]
+        solved = constrained_map(torch.cat(rows), ordinary, pool.options["ridge"])
+        own = [delta_weights(pool.backbone, concept.adapter) for concept in pool.concepts]
         adapter: Adapter = {}
-        for layer in backbone.kv_layers:
+        for layer in pool.backbone.kv_layers:
             values = [change[layer].double() @ row.T for change, row in zip(own, rows, strict=True)]
             adapter |= factors(layer, torch.cat(values, 1) @ solved, len(solved))
-        return padded_to_rank(adapter, max(len(p["A"]) for p in layers_of(adapter).values()))
+        return of_one_rank(adapter)
 
 
 def constrained_map(targets: Tensor, ordinary: Tensor, ridge: float) -> Tensor:

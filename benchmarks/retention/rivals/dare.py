@@ -14,27 +14,12 @@ deviations  the paper drops up to 90 % and more (density 0.1) of the small chang
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from pathlib import Path
 from types import MappingProxyType
 
-from comfy_continual_lora.adapters.adapter import Adapter
-from comfy_continual_lora.checkpoint.backbone import Backbone
-
-from .peft_merge import peft_merged
-from .rival import Own, Rival
+from .peft_merge import PeftMerge
 
 
-class Dare(Rival):
+class Dare(PeftMerge):
     id = "dare"
+    combination = "dare_linear_svd"
     options = MappingProxyType({"density": 0.5, "weight": 1.0, "rank": 0.0, "seed": 0.0})
-
-    def merged(
-        self,
-        backbone: Backbone,
-        concepts: Sequence[Own],
-        options: Mapping[str, float],
-        cache: Path | None = None,
-    ) -> Adapter:
-        adapters = [concept.adapter for concept in concepts]
-        return peft_merged(backbone, adapters, "dare_linear_svd", self.chosen(options))

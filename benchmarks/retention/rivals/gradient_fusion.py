@@ -19,42 +19,35 @@ not kept    ordinary prompts: nothing holds them, except that L-BFGS starts from
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from pathlib import Path
+from collections.abc import Sequence
 from types import MappingProxyType
 
 import torch
 from torch import Tensor, nn
 
 from comfy_continual_lora.adapters.adapter import Adapter, delta_weights
-from comfy_continual_lora.checkpoint.backbone import Backbone
 
 from .features import feature_rows
-from .rival import Own, Rival
+from .rival import Pool, Rival
 
 
 class GradientFusion(Rival):
     id = "gradient_fusion"
     options = MappingProxyType({"iterations": 500.0, "padding": 1.0})
 
-    def merged(
-        self,
-        backbone: Backbone,
-        concepts: Sequence[Own],
-        options: Mapping[str, float],
-        cache: Path | None = None,
-    ) -> Adapter:
-        chosen = self.chosen(options)
+    def merge(self, pool: Pool) -> Adapter:
         moments = []
-        for concept in concepts:
+        for concept in pool.concepts:
             words = {concept.token: concept.word}
-            rows = feature_rows(backbone, concept.prompts, words, bool(chosen["padding"]))
-            moments.append((rows.T @ rows / len(rows)).to(backbone.device))
-        own = [delta_weights(backbone, concept.adapter) for concept in concepts]
+            rows = feature_rows(
+                pool.backbone, concept.prompts, words, bool(pool.options["padding"])
+            )
+            moments.append((rows.T @ rows / len(rows)).to(pool.backbone.device))
+        own = [delta_weights(pool.backbone, concept.adapter) for concept in pool.concepts]
         adapter: Adapter = {}
-        for layer in backbone.kv_layers:
-            changes = [change[layer].to(backbone.device).double() for change in own]
-            fused = fuse(changes, moments, int(chosen["iterations"]))
+        for layer in pool.backbone.kv_layers:
+            changes = [change[layer].to(pool.backbone.device).double() for change in own]
+            fused = fuse(changes, moments, int(pool.options["iterations"]))
             adapter[f"{layer}.D"] = fused.float().cpu()
         return adapter
 

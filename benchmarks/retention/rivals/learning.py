@@ -31,17 +31,6 @@ class Lesson:
     pictures: Tensor  # (n, 3, h, w) in -1..1
 
 
-def learn_alone(
-    backbone: Backbone,
-    lesson: Lesson,
-    settings: ResolvedSettings,
-    snapshot: Path,
-    on_progress: OnProgress = ignore,
-) -> Own:
-    """A plain LoRA and a word, as if there were no other concept: what merging rivals merge."""
-    return learn_next(Rival(), backbone, lesson, [], settings, {}, snapshot, on_progress)
-
-
 def learn_next(
     rival: Rival,
     backbone: Backbone,

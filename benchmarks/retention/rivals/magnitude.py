@@ -12,27 +12,12 @@ deviations  the density is TIES' (the largest 20 %). The result is not of low ra
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from pathlib import Path
 from types import MappingProxyType
 
-from comfy_continual_lora.adapters.adapter import Adapter
-from comfy_continual_lora.checkpoint.backbone import Backbone
-
-from .peft_merge import peft_merged
-from .rival import Own, Rival
+from .peft_merge import PeftMerge
 
 
-class Magnitude(Rival):
+class Magnitude(PeftMerge):
     id = "magnitude"
+    combination = "magnitude_prune_svd"
     options = MappingProxyType({"density": 0.2, "weight": 1.0, "rank": 0.0})
-
-    def merged(
-        self,
-        backbone: Backbone,
-        concepts: Sequence[Own],
-        options: Mapping[str, float],
-        cache: Path | None = None,
-    ) -> Adapter:
-        adapters = [concept.adapter for concept in concepts]
-        return peft_merged(backbone, adapters, "magnitude_prune_svd", self.chosen(options))

@@ -3,7 +3,7 @@ into the weights as they were.
 
 source      Staniszewski et al. 2024 (Low-Rank Continual Personalization of Diffusion Models, arXiv
             2410.04891), "merge & initialization"
-equation    the loss of `lora`, with W0 + sum_{i<n} B_i A_i + B_n A_n, A_n drawn anew, B_n = 0
+equation    the loss of `lora`, with W0 + sum_{i<n} B_i A_i + B_n A_n, a new random A_n, B_n = 0
             delta = sum_i B_i A_i
 remembers   the merged weights alone, and the words
 cost        `lora`

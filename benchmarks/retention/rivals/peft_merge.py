@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from peft import LoraConfig, LoraModel
@@ -18,14 +18,23 @@ from comfy_continual_lora.adapters.adapter import (
     Adapter,
     adapted_layers,
     detach,
-    layers_of,
     rank_of,
 )
-from comfy_continual_lora.adapters.lora import padded_to_rank
 from comfy_continual_lora.checkpoint.backbone import KV_MODULES, Backbone
+
+from .rival import Pool, Rival, of_one_rank
 
 Combination = Literal["cat", "ties_svd", "dare_linear_svd", "magnitude_prune_svd"]
 MERGED = "merged"
+
+
+class PeftMerge(Rival):
+    """A merge that is peft's; its rivals differ in the combination and their options."""
+
+    combination: ClassVar[Combination]
+
+    def merge(self, pool: Pool) -> Adapter:
+        return peft_merged(pool.backbone, pool.adapters, self.combination, pool.options)
 
 
 def peft_merged(
@@ -55,7 +64,7 @@ def peft_merged(
         for layer, module in _lora_layers(backbone).items():
             for part, factor in (("A", module.lora_A), ("B", module.lora_B)):
                 found[f"{layer}.{part}"] = _weight(factor, MERGED).float().cpu().clone()
-    return padded_to_rank(found, max(len(parts["A"]) for parts in layers_of(found).values()))
+    return of_one_rank(found)
 
 
 @contextmanager

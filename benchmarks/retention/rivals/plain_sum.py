@@ -11,27 +11,12 @@ deviations  the paper tunes one weight for all tasks on held-out data; here it i
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from pathlib import Path
 from types import MappingProxyType
 
-from comfy_continual_lora.adapters.adapter import Adapter
-from comfy_continual_lora.checkpoint.backbone import Backbone
-
-from .peft_merge import peft_merged
-from .rival import Own, Rival
+from .peft_merge import PeftMerge
 
 
-class PlainSum(Rival):
+class PlainSum(PeftMerge):
     id = "plain_sum"
+    combination = "cat"
     options = MappingProxyType({"weight": 1.0})
-
-    def merged(
-        self,
-        backbone: Backbone,
-        concepts: Sequence[Own],
-        options: Mapping[str, float],
-        cache: Path | None = None,
-    ) -> Adapter:
-        adapters = [concept.adapter for concept in concepts]
-        return peft_merged(backbone, adapters, "cat", self.chosen(options))

@@ -1,8 +1,8 @@
 """The interface of a rival: a method that, like `retention`, keeps a LoRA and a word for each concept
 and no pictures, and makes one adapter for all of them.
 
-    merging       the LoRAs were each learned alone; `merged` makes one adapter of them
-    own learning  `start`, `penalties`, `freezes_a` say how a LoRA is learned; `merged` adds them up
+    merging       the LoRAs were each learned alone; `merge` makes one adapter of them
+    own learning  `start`, `penalties`, `freezes_a` say how a LoRA is learned; `merge` adds them up
     sequential    own learning, on top of the summed earlier LoRAs
 
 Notation, for one layer: W0 (d_out, d_text) is the checkpoint's K or V, delta_i = B_i A_i the change
@@ -21,8 +21,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from comfy_continual_lora.adapters.adapter import Adapter, new_adapter
-from comfy_continual_lora.adapters.lora import joined
+from comfy_continual_lora.adapters.adapter import Adapter, layers_of, new_adapter
+from comfy_continual_lora.adapters.lora import joined, padded_to_rank
 from comfy_continual_lora.checkpoint.backbone import Backbone
 from comfy_continual_lora.penalty import Penalty
 
@@ -37,6 +37,20 @@ class Own:
     word: Tensor  # (k, d_text)
     adapter: Adapter  # its own LoRA, without those of earlier concepts
     prompts: Sequence[str]  # training captions
+
+
+@dataclass(frozen=True)
+class Pool:
+    """What one adapter is made of."""
+
+    backbone: Backbone
+    concepts: Sequence[Own]
+    options: Mapping[str, float]  # all that the rival has
+    cache: Path | None = None  # a folder of moments
+
+    @property
+    def adapters(self) -> list[Adapter]:
+        return [concept.adapter for concept in self.concepts]
 
 
 class Rival:
@@ -70,8 +84,10 @@ class Rival:
         cache: Path | None = None,
     ) -> Adapter:
         """One adapter for all concepts; `cache` is a folder of moments."""
-        self.chosen(options)
-        return summed([concept.adapter for concept in concepts])
+        return self.merge(Pool(backbone, concepts, self.chosen(options), cache))
+
+    def merge(self, pool: Pool) -> Adapter:
+        return summed(pool.adapters)
 
     def start(
         self, backbone: Backbone, past: Sequence[Adapter], rank: int, generator: torch.Generator
@@ -92,3 +108,8 @@ def summed(adapters: Sequence[Adapter]) -> Adapter:
     for adapter in adapters[1:]:
         total = joined(total, adapter)
     return total
+
+
+def of_one_rank(adapter: Adapter) -> Adapter:
+    """The same LoRA with the largest rank of its layers in all of them."""
+    return padded_to_rank(adapter, max(len(parts["A"]) for parts in layers_of(adapter).values()))

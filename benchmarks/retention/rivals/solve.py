@@ -13,18 +13,16 @@ deviations  none: one LoRA alone is left as it is, as `retention` does. Targets 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from pathlib import Path
+from dataclasses import replace
 from types import MappingProxyType
 
 from comfy_continual_lora.adapters.adapter import Adapter, rank_of
-from comfy_continual_lora.checkpoint.backbone import Backbone
 from comfy_continual_lora.settings import SolveSettings
 from comfy_continual_lora.solve import solve
 from comfy_continual_lora.targets import PromptBank
 
 from .learning import record_of
-from .rival import Own, Rival
+from .rival import Pool, Rival
 
 DEFAULTS = SolveSettings()
 
@@ -40,26 +38,14 @@ class Solve(Rival):
         }
     )
 
-    def merged(
-        self,
-        backbone: Backbone,
-        concepts: Sequence[Own],
-        options: Mapping[str, float],
-        cache: Path | None = None,
-    ) -> Adapter:
-        chosen = self.chosen(options)
-        settings = SolveSettings(
-            energy=chosen["energy"],
-            ridge=chosen["ridge"],
-            ordinary_weight=chosen["ordinary_weight"],
-            language=chosen["language"],
-        )
-        own = [concept.adapter for concept in concepts]
+    def merge(self, pool: Pool) -> Adapter:
+        settings = replace(DEFAULTS, **pool.options)
+        own = pool.adapters
         if len(own) == 1:
             return own[0]
-        nouns = [concept.noun for concept in concepts]
-        bank = PromptBank(backbone, nouns, cache=cache, language=settings.language)
-        for number, concept in enumerate(concepts):
+        nouns = [concept.noun for concept in pool.concepts]
+        bank = PromptBank(pool.backbone, nouns, cache=pool.cache, language=settings.language)
+        for number, concept in enumerate(pool.concepts):
             bank.add(record_of(concept, number), concept.word)
         adapter, _ = solve(bank.targets(own, settings), settings, max(map(rank_of, own)))
         return adapter

@@ -15,27 +15,12 @@ deviations  defaults are the paper's without held-out data (the largest 20 %, we
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from pathlib import Path
 from types import MappingProxyType
 
-from comfy_continual_lora.adapters.adapter import Adapter
-from comfy_continual_lora.checkpoint.backbone import Backbone
-
-from .peft_merge import peft_merged
-from .rival import Own, Rival
+from .peft_merge import PeftMerge
 
 
-class Ties(Rival):
+class Ties(PeftMerge):
     id = "ties"
+    combination = "ties_svd"
     options = MappingProxyType({"density": 0.2, "weight": 1.0, "rank": 0.0})
-
-    def merged(
-        self,
-        backbone: Backbone,
-        concepts: Sequence[Own],
-        options: Mapping[str, float],
-        cache: Path | None = None,
-    ) -> Adapter:
-        adapters = [concept.adapter for concept in concepts]
-        return peft_merged(backbone, adapters, "ties_svd", self.chosen(options))
