@@ -102,6 +102,11 @@ class Job:
         return {name: float(self.choices.get(name, value)) for name, value in declared.items()}
 
     @property
+    def merges(self) -> bool:
+        """Whether it merges what `alone` learned."""
+        return self.method in RIVALS and not RIVALS[self.method].own_learning
+
+    @property
     def alone(self) -> Job:
         """The job that learns each concept alone, whose adapters a rival merges."""
         variant = "separate" if self.base == "lora" else f"separate base={self.base}"
@@ -171,6 +176,12 @@ class Job:
             for n in range(self.pictures)
         ]
 
+    def prompts_about(self, number: int) -> list[str]:
+        return [prompt.format(self.names[number]) for prompt in self.prompts]
+
+    def held_out_prompts_about(self, number: int) -> list[str]:
+        return [prompt.format(self.names[number]) for prompt in self.held_out_prompts]
+
     def check(self) -> None:
         """Errors: ValueError for an unknown method or option, SettingError for a setting."""
         known = (*METHODS, *RIVALS, *BOUNDS)
@@ -180,7 +191,7 @@ class Job:
         for name in self.choices:
             if name not in allowed:
                 raise ValueError(f"{self.variant}: there is no setting or option {name}")
-        if self.method in RIVALS and not RIVALS[self.method].own_learning:
+        if self.merges:
             own = {change.partition("=")[0] for change in self.variant.split()[1:]}
             if own & SETTINGS - set(self.options):
                 raise ValueError(f"{self.variant}: it merges what `{self.alone.variant}` learned")

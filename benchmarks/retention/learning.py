@@ -55,22 +55,17 @@ def learn(job: Job) -> Learned:
 
 
 def _learn_in_sequence(job: Job) -> Learned:
-    checkpoint, seconds_file = checkpoint_of(job), job.folder / "seconds.json"
-    stack_file = job.folder / "mini.concepts.safetensors"
-    seconds = json.loads(seconds_file.read_text()) if seconds_file.exists() else {}
+    checkpoint, stack_file = checkpoint_of(job), job.folder / "mini.concepts.safetensors"
     for token, subject in zip(job.tokens, job.subjects, strict=True):
         pictures = job.folder / "pictures" / token
         request = _request(job, checkpoint, subject, token, stack_file)
         if pipeline.learned_before(request) is None:
-            started = time.process_time()
-            pipeline.learn_concept(request)
-            seconds[token] = time.process_time() - started
-            seconds_file.write_text(json.dumps(seconds))
+            _learn_timed(job, request)
         shutil.rmtree(pictures)  # no later concept can look at them
     stack = store.open_stack(stack_file)
     after = [stack.as_of(number) for number in range(1, job.concepts + 1)]
     stacks = {(i, j): after[i] for i, j in job.cells}
-    return Learned(stacks, sum(seconds.values()), stack_file.stat().st_size)
+    return Learned(stacks, sum(_seconds(job).values()), stack_file.stat().st_size)
 
 
 def _learn_separately(job: Job) -> Learned:
@@ -78,22 +73,18 @@ def _learn_separately(job: Job) -> Learned:
     own: with the same, all LoRAs would start from the same A.
     """
     job.folder.mkdir(parents=True, exist_ok=True)
-    checkpoint, seconds_file = checkpoint_of(job), job.folder / "seconds.json"
+    checkpoint = checkpoint_of(job)
     stack_files = [job.folder / f"{j}.concepts.safetensors" for j in range(job.concepts)]
     with FileLock(job.folder / ".lock"):  # rivals that merge these LoRAs may ask for them at once
-        seconds = json.loads(seconds_file.read_text()) if seconds_file.exists() else {}
         for number, (token, subject) in enumerate(zip(job.tokens, job.subjects, strict=True)):
             if stack_files[number].exists():
                 continue
-            started = time.process_time()
             request = _request(job, checkpoint, subject, token, stack_files[number])
-            seed = 1000 * job.seed + number
-            pipeline.learn_concept(replace(request, settings=replace(job.settings, seed=seed)))
-            seconds[token] = time.process_time() - started
-            seconds_file.write_text(json.dumps(seconds))
+            settings = replace(job.settings, seed=1000 * job.seed + number)
+            _learn_timed(job, replace(request, settings=settings))
     opened = [store.open_stack(stack_file) for stack_file in stack_files]
     size = sum(stack_file.stat().st_size for stack_file in stack_files)
-    return Learned({(i, j): opened[j] for i, j in job.cells}, sum(seconds.values()), size)
+    return Learned({(i, j): opened[j] for i, j in job.cells}, sum(_seconds(job).values()), size)
 
 
 def _request(
@@ -103,6 +94,20 @@ def _request(
     return requests.LearnRequest(
         checkpoint, files, token, subject.noun, job.settings, stack=stack, device=job.device
     )
+
+
+def _learn_timed(job: Job, request: requests.LearnRequest) -> None:
+    """Learn a concept, and keep how long it took: another process may go on with the next one."""
+    started = time.process_time()
+    pipeline.learn_concept(request)
+    seconds = {**_seconds(job), request.token: time.process_time() - started}
+    (job.folder / "seconds.json").write_text(json.dumps(seconds))
+
+
+def _seconds(job: Job) -> dict[str, float]:
+    """By word."""
+    path = job.folder / "seconds.json"
+    return json.loads(path.read_text()) if path.exists() else {}
 
 
 def checkpoint_of(job: Job) -> Path:
@@ -122,7 +127,7 @@ def _learn_as_rival(job: Job, rival: Rival) -> Learned:
     needed for the later ones.
     """
     backbone = load_backbone(checkpoint_of(job), device=job.device)
-    owns, seconds = _own_learning(job, rival, backbone) if rival.own_learning else _alone(job)
+    owns, seconds = _alone(job) if job.merges else _own_learning(job, rival, backbone)
     started = time.process_time()
     counts = {i + 1 for i, _ in job.cells}
     cache = job.folder / "cache"

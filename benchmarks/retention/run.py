@@ -137,24 +137,25 @@ def measure(job: Job, learned: Learned, folders: Mapping[tuple[int, int], str]) 
     judges = None if job.real else load_judges(job.judges)
     real = [subject.real(job.pictures) for subject in job.subjects]
     pictures = {
-        (i, j): judging.drawn_pictures(
-            job, backbone, stack, [p.format(job.names[j]) for p in job.prompts], folders[i, j]
-        )
+        (i, j): judging.drawn_pictures(job, backbone, stack, job.prompts_about(j), folders[i, j])
         for (i, j), stack in learned.stacks.items()
     }
+    held_out = [
+        judging.drawn_pictures(
+            job, backbone, learned.stacks[last, j], job.held_out_prompts_about(j), f"held-out-{j}"
+        )
+        for j in range(count)
+    ]
     drawn = {cell: eyes.features(own) for cell, own in pictures.items()}
     seen = [eyes.features(own) for own in real]
     matrix = metrics.retention_matrix(seen, drawn)
     end = [drawn[last, j] for j in range(count)]
-    held_out = _held_out(job, learned, backbone)
-    pairs = zip(seen, [eyes.features(own) for own in held_out], strict=True)
+    first = [drawn[j, j] for j in range(count)]
     by_second = partial(_second_opinion, judges, job.sequence, real)
     ends = {
         "a_mmd": matrix[-1].tolist(),
-        "a_rbf": [
-            metrics.mmd2(unit(r), unit(d), metrics.gaussian) for r, d in zip(seen, end, strict=True)
-        ],
-        "held_out": [metrics.mmd2(unit(r), unit(d)) for r, d in pairs],
+        "a_rbf": _distances(seen, end, metrics.gaussian),
+        "held_out": _distances(seen, [eyes.features(own) for own in held_out], metrics.quadratic),
         **by_second([pictures[last, j] for j in range(count)]),
         **{f"held_out_{name}": values for name, values in by_second(held_out).items()},
     }
@@ -173,7 +174,7 @@ def measure(job: Job, learned: Learned, folders: Mapping[tuple[int, int], str]) 
         "concepts": count,
         "a_mmd": metrics.a_mmd(matrix),
         "f_mmd": metrics.f_mmd(drawn, count),
-        "f_zero": mean(metrics.mmd2(unit(drawn[j, j]), unit(drawn[j, j])) for j in range(count)),
+        "f_zero": mean(_distances(first, first, metrics.quadratic)),
         "bwt_mmd": metrics.bwt_mmd(matrix),
         "over": [
             [n, metrics.a_mmd(matrix[:n, :n]), metrics.f_mmd(drawn, n)]
@@ -211,15 +212,14 @@ def _second_opinion(
     """
     if judges is None:
         return {}
-    seen = [unit(judges.features(pictures)) for pictures in real]
-    found = [unit(judges.features(pictures)) for pictures in drawn]
-    means = torch.stack([features.mean(0) for features in seen])
-    nearest = [torch.cdist(features, means).argmin(1) for features in found]
+    seen = [judges.features(pictures) for pictures in real]
+    found = [judges.features(pictures) for pictures in drawn]
+    means = torch.stack([unit(features).mean(0) for features in seen])
+    nearest = [torch.cdist(unit(features), means).argmin(1) for features in found]
     pairs = zip(sequence, drawn, strict=True)
     read = [judges.agreement(pictures, concept) for concept, pictures in pairs]
-    pairs = zip(seen, found, strict=True)
     return {
-        "second": [metrics.mmd2(r, d, judges.kernel) for r, d in pairs],
+        "second": _distances(seen, found, judges.kernel),
         "named": [float((own == j).float().mean()) for j, own in enumerate(nearest)],
         **{
             name: [float(one[name].mean()) for one in read]
@@ -228,19 +228,12 @@ def _second_opinion(
     }
 
 
-def _held_out(job: Job, learned: Learned, backbone: Backbone) -> list[Tensor]:
-    """Each concept at the end, drawn by prompts that no method protects."""
-    last = job.concepts - 1
-    return [
-        judging.drawn_pictures(
-            job,
-            backbone,
-            learned.stacks[last, j],
-            [prompt.format(name) for prompt in job.held_out_prompts],
-            f"held-out-{j}",
-        )
-        for j, name in enumerate(job.names)
-    ]
+def _distances(
+    real: Sequence[Tensor], drawn: Sequence[Tensor], kernel: metrics.Kernel
+) -> list[float]:
+    """MMD^2 of each concept's features, at length 1."""
+    pairs = zip(real, drawn, strict=True)
+    return [metrics.mmd2(unit(r), unit(d), kernel) for r, d in pairs]
 
 
 def _t2i(job: Job, eyes: Eyes, end: Sequence[Tensor]) -> float:

@@ -30,7 +30,6 @@ import torch
 from filelock import FileLock
 from jobs import PICTURES, STEPS, Job
 from learning import learn
-from rivals import RIVALS
 from rows import ROWS
 
 from comfy_continual_lora.checkpoint.backbone import FrozenText
@@ -87,12 +86,6 @@ KNOBS: dict[str, tuple[Knob, Knob]] = {
 }
 
 
-def merges(variant: str) -> bool:
-    """Whether a row merges what another row learned."""
-    method = variant.split()[0]
-    return method in RIVALS and not RIVALS[method].own_learning
-
-
 def tuned(job: Job) -> dict[str, Any]:
     """The trials of one row, and the settings chosen."""
     torch.set_num_threads(1)
@@ -127,7 +120,7 @@ def gains_of(job: Job) -> list[float]:
     """What each concept's word gains at the end."""
     with tempfile.TemporaryDirectory() as folder:
         # what rows that merge learn alone is kept for the next one
-        where = job if merges(job.variant) else replace(job, out=Path(folder))
+        where = job if job.merges else replace(job, out=Path(folder))
         stacks = learn(where).stacks
         checkpoint = Path(folder) / "mini.safetensors"
         write_checkpoint(checkpoint)
@@ -187,10 +180,9 @@ def main() -> None:
     for only_merges in (False, True):  # a row that merges needs what `separate` was tuned to
         found = _rows(arguments.out)
         jobs = []
-        for variant in variants:
-            if variant in found or merges(variant) != only_merges:
+        for job in map(new_job, variants):
+            if job.variant in found or job.merges != only_merges:
                 continue
-            job = new_job(variant)
             if only_merges:
                 job = replace(job, tuned=tuple(found[job.alone.variant]["chosen"]))
             job.check()
