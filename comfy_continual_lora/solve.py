@@ -92,8 +92,7 @@ def _total_moment(targets: Sequence[Target], ridge: float) -> Tensor:
     total = torch.zeros(width, width, dtype=torch.float64)
     for target in targets:
         total = total + target.weight * target.moment.double()
-    size = typical(torch.linalg.eigvalsh(total).clamp(min=0))
-    return total + ridge * size * torch.eye(width, dtype=torch.float64)
+    return total + ridge * typical(total) * torch.eye(width, dtype=torch.float64)
 
 
 def _wanted(wanted: Sequence[tuple[Target, Mapping[str, Tensor]]]) -> tuple[Tensor, Tensor]:

@@ -216,8 +216,8 @@ def moment(
 
 def shrunk(moment: Tensor, share: float = SHRINKAGE) -> Tensor:
     """M + share typical(M): words that no sample has may lie in any direction, so none is free."""
-    size = typical(torch.linalg.eigvalsh(moment.double()).clamp(min=0))
-    return moment + share * size.to(moment.dtype) * torch.eye(len(moment), dtype=moment.dtype)
+    size = typical(moment).to(moment.dtype)
+    return moment + share * size * torch.eye(len(moment), dtype=moment.dtype)
 
 
 def coordinates(moment: Tensor, ridge: float = 0.002) -> Tensor:
@@ -232,18 +232,23 @@ def coordinates(moment: Tensor, ridge: float = 0.002) -> Tensor:
     """
     values, vectors = torch.linalg.eigh(moment.double())
     values = values.clamp(min=0)
-    values = values + ridge * typical(values)
+    values = values + ridge * _typical(values)
     scale = (values[:-1].sum() / values[:-1].sqrt().sum()).sqrt()
     return (scale * (vectors * values**-0.25) @ vectors.T).float()
 
 
-def typical(values: Tensor) -> Tensor:
-    """The mean of a moment's eigenvalues (d,), ascending, without the largest: a number.
+def typical(moment: Tensor) -> Tensor:
+    """The mean eigenvalue of a moment (d, d) without the largest: a number, float64.
 
     The largest belongs to what all prompts share, most of all the start token. Some encoders give
     it a feature tens of times as long as any other, which says nothing about the rest. At least a
     millionth of the mean of all, so that a ridge made from it is never 0.
     """
+    return _typical(torch.linalg.eigvalsh(moment.double()).clamp(min=0))
+
+
+def _typical(values: Tensor) -> Tensor:
+    """Of eigenvalues (d,), ascending."""
     return torch.maximum(values[:-1].mean(), 1e-6 * values.mean())
 
 
