@@ -62,7 +62,6 @@ class PromptBank:
         if language:
             drawn = self._language(on_progress)
             self.ordinary = (1 - language) * self.ordinary + language * drawn
-        self.ordinary = shrunk(self.ordinary)
         self.records: list[ConceptRecord] = []
         self.alone: list[Tensor] = []
         # prompts about two, by concept: sum of c c^T, and the number of c
@@ -203,14 +202,16 @@ def retention_penalty(
 
     Each concept in the bank is held at what its own adapter did; a step costs the same for any
     number of them. Together they weigh at most MAX_EARLIER_WEIGHT, ordinary prompts
-    `settings.retention_ordinary`.
+    `settings.retention_ordinary`. The moment of the latter is shrunk, while the solve has it as it
+    is: there it would take from the concepts and protect nothing (benchmarks/LOG.md).
     """
     device = bank.backbone.device
+    ordinary = shrunk(bank.ordinary)
     own = bank.targets(own_adapters(stack)[: len(bank.records)], SolveSettings())[1:]
     each = min(1.0, MAX_EARLIER_WEIGHT / max(1, len(own)))
-    targets = [Target("ordinary prompts", bank.ordinary, None, settings.retention_ordinary)]
+    targets = [Target("ordinary prompts", ordinary, None, settings.retention_ordinary)]
     targets += [replace(target, weight=each) for target in own]
-    total = torch.zeros_like(bank.ordinary)
+    total = torch.zeros_like(ordinary)
     for target in targets:
         total = total + target.weight * target.moment
     anchor: Adapter = {}
@@ -220,5 +221,5 @@ def retention_penalty(
         weight,
         total.to(device),
         {name: tensor.to(device) for name, tensor in anchor.items()},
-        sizes(bank.backbone, bank.ordinary.to(device)),
+        sizes(bank.backbone, ordinary.to(device)),
     )

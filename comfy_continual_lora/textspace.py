@@ -28,7 +28,7 @@ from .penalty import Step
 from .presets import TEMPLATES
 from .stack import ConceptRecord
 
-SHRINKAGE = 1.0  # of the moment of ordinary prompts: benchmarks/LOG.md, 2026-11-28
+SHRINKAGE = 1.0  # in learning: benchmarks/LOG.md, 2026-11-28
 PLACES = (
     "on grass",
     "on wood",

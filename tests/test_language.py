@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import nullcontext
 from pathlib import Path
-from unittest import mock
 
 import pytest
 import torch
@@ -73,11 +71,7 @@ def test_solving_moves_no_leak_into_words_that_are_in_no_list(mini: Backbone, st
     after = {}
     for share, ridge in ((0.0, 1e-4), (language.LANGUAGE, SolveSettings().ridge)):
         settings = SolveSettings(ridge=ridge)
-        with (
-            nullcontext() if share else mock.patch.object(targets, "shrunk", lambda moment: moment)
-        ):
-            bank = _bank(mini, share)
-        solved, _ = solve(bank.targets(adapters, settings), settings)
+        solved, _ = solve(_bank(mini, share).targets(adapters, settings), settings)
         after[share] = leak(mini, solved, others)
     assert after[0.0] > 2 * before
     assert after[language.LANGUAGE] < before

@@ -154,7 +154,8 @@ def test_each_concept_is_held_at_its_own_adapter(backbone: Backbone, kind: str) 
     held = targets.retention_penalty(
         memory, stack, LearnSettings(retention_ordinary=0.5), weight=2.0
     )
-    sizes = textspace.sizes(backbone, memory.ordinary)
+    ordinary = textspace.shrunk(memory.ordinary)
+    sizes = textspace.sizes(backbone, ordinary)
 
     def expected(factors: Adapter) -> float:
         own = [
@@ -165,7 +166,7 @@ def test_each_concept_is_held_at_its_own_adapter(backbone: Backbone, kind: str) 
             2.0
             * (
                 targets.MAX_EARLIER_WEIGHT * torch.stack(own).mean()
-                + 0.5 * textspace.drift(factors, None, memory.ordinary, sizes)
+                + 0.5 * textspace.drift(factors, None, ordinary, sizes)
             )
         )
 

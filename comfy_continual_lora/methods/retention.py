@@ -7,7 +7,7 @@ equation    the loss of `lora`
             + weight * mean over layers of  E_c || delta c ||^2 / E_c || W0 c ||^2
             over ordinary prompts: lists of common words, and a sample of the tokenizer's whole
             vocabulary (`language`); exact, from M = E_c c c^T (`textspace`), plus a multiple of the
-            identity for words that no sample has (`textspace.shrunk`).
+            identity for words that no sample has (`textspace.shrunk`; in learning alone).
             Learned in coordinates of text space in which M is more even; with `retention_apart`
             the penalty also covers the padding of the concept's own prompts, so that its look lies
             on its word. Then, exactly (`solve`),
