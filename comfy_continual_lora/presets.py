@@ -34,7 +34,7 @@ TEMPLATES = (
 
 _STOCK = {
     "rank": 16, "vectors": 1, "steps": 1000, "batch": 1, "rate": 2e-4, "token_rate": 1e-3,
-    "weighting": "uniform", "flip": True, "ewc_strength": 1e-2, "dsc_steps": 200, "guidance": 7.5,
+    "weighting": "uniform", "flip": True, "ewc_strength": 3.0, "dsc_steps": 200, "guidance": 7.5,
 }  # fmt: skip
 PRESETS: dict[str, dict[str, Any]] = {  # only the mini-SD's were measured
     "sd1": _STOCK,
@@ -49,15 +49,15 @@ PRESETS: dict[str, dict[str, Any]] = {  # only the mini-SD's were measured
         "token_rate": 1e-2,
         "weighting": "debiased",
         "flip": False,
-        "ewc_strength": 1e-2,
+        "ewc_strength": 3.0,
         "dsc_steps": 60,
         "guidance": 4.0,
     },
 }
 # Exceptions for a method on a checkpoint; only measured ones (benchmarks/LOG.md)
 METHOD_PRESETS: dict[tuple[str, str], dict[str, Any]] = {
-    ("mini", "lora_dsc_ewc"): {"ewc_strength": 3e-3},
-    ("mini", "lora_dsc_ewc_dc"): {"ewc_strength": 3e-3},
+    ("mini", "lora_dsc_ewc"): {"ewc_strength": 1.0},
+    ("mini", "lora_dsc_ewc_dc"): {"ewc_strength": 1.0},
     ("mini", "retention"): {"rate": 1.3e-3},
 }
 # An adapter's learning rate as a multiple of LoRA's, measured on the mini-SD. VeRA's few parameters

@@ -25,7 +25,7 @@ QUICK = LearnSettings(
     fisher_samples=3,
     dsc_steps=2,
     c_lora_weight=1.0,
-    ewc_strength=0.1,
+    ewc_strength=10.0,
 )
 
 

@@ -32,7 +32,7 @@ QUICK = LearnSettings(
     fisher_samples=4,
     dsc_steps=2,
     c_lora_weight=1.0,
-    ewc_strength=0.1,
+    ewc_strength=10.0,
     warmup=1,
     precision="fp32",
 )
