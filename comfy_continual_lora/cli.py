@@ -269,8 +269,8 @@ def _add_to_draw(command: argparse.ArgumentParser) -> None:
         action="append",
         default=[],
         help="a prompt to draw to the right in the same, wider picture, such as "
-        '"a photo of a V2 dog"; may be given several times. Two learned things in one prompt mix '
-        "their looks; side by side they do not",
+        '"a photo of a V2 dog"; may be given several times. Each has an area of its own, where one '
+        "prompt leaves it to the picture where things are",
     )
 
 

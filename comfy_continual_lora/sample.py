@@ -1,23 +1,28 @@
 """Stage 8: draw pictures with a backbone, its adapter and its words, with diffusers' solvers.
 
-Two learned things named in one prompt mix their looks, because text features mix. Prompts side by
-side do not: each has its own area of the image, as large as one image, and where areas overlap,
-their predictions are blended at every step, so that they become one scene.
+Two learned things named in one prompt mix their looks, because text features mix, unless each is
+drawn in the area where its noun is (`areas`). Prompts side by side have areas that the user gives,
+each as large as one image; where they overlap, their predictions are blended at every step, so that
+they become one scene.
 Source: Bar-Tal et al. 2023 (MultiDiffusion, arXiv 2302.08113).
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 
 import torch
 from diffusers import DDIMScheduler, DPMSolverMultistepScheduler
 from torch import Tensor
 
+from .areas import FINE, AreaSettings
 from .checkpoint.backbone import Backbone, FrozenText
 from .diffusion import BETA_END, BETA_START, TIMESTEPS
+from .mentions import Mentions, mentions, too_long
 from .progress import OnProgress, Progress, ignore
 from .settings import DrawSettings
+from .together import drawn_together, out_of_sight
 
 BATCH = 8
 OVERLAP = 0.25  # of an area's side
@@ -46,52 +51,133 @@ def draw(
     seeds: Sequence[int],
     settings: DrawSettings,
     on_progress: OnProgress = ignore,
+    nouns: Mapping[str, str] | None = None,
+    areas: AreaSettings | None = None,
 ) -> Tensor:
     """One picture for each prompt and its seed, (n, 3, size, size) in -1..1; `settings` are resolved.
 
     A picture does not depend on the others in the batch. Several prompts for a picture (equally many
-    for all) are drawn from left to right, each in an area of its own: (n, 3, size, width).
+    for all) are drawn from left to right, each in an area of its own: (n, 3, size, width). With
+    `nouns`, the class noun of each word, several learned things in one prompt are kept apart, unless
+    `settings.mixed`; `areas` says how, if not as usual.
     Classifier-free guidance (Ho & Salimans 2022): eps = eps(negative) + g (eps(prompt) -
     eps(negative)).
     """
     assert settings.guidance is not None
-    areas = [[prompt] if isinstance(prompt, str) else prompt for prompt in prompts]
-    size, count = (settings.size or backbone.size) // 8, len(areas[0])
-    shares, sides = _areas(size, count)
-    noise = torch.stack(
-        [
-            torch.randn(4, size, shares.shape[1], generator=torch.Generator().manual_seed(seed))
+    parts = [[prompt] if isinstance(prompt, str) else list(prompt) for prompt in prompts]
+    count = len(parts[0])
+    apart = {} if settings.mixed or count > 1 else nouns or {}
+    areas = areas or AreaSettings(FINE[backbone.preset])
+    drawing = _Drawing(backbone, FrozenText(backbone, words), settings, areas, on_progress, count)
+    found = {one: drawing.scene(one, apart) for one in dict.fromkeys(one[0] for one in parts)}
+    scenes = [found[one[0]] for one in parts]
+    alike: dict[int, list[int]] = {}  # pictures by how many things are kept apart
+    for number, scene in enumerate(scenes):
+        alike.setdefault(len(scene.tokens) if scene else 0, []).append(number)
+    batch = max(1, BATCH // count)
+    batches = [
+        numbers[start : start + batch]
+        for numbers in alike.values()
+        for start in range(0, len(numbers), batch)
+    ]
+    drawing.total = settings.steps * len(batches)
+    pictures: dict[int, Tensor] = {}
+    for numbers in batches:
+        drawn = drawing.batch(
+            [parts[n] for n in numbers],
+            [seeds[n] for n in numbers],
+            [scene for n in numbers if (scene := scenes[n])],
+        )
+        pictures |= dict(zip(numbers, drawn, strict=True))
+    return torch.stack([pictures[n] for n in range(len(parts))])
+
+
+class _Drawing:
+    """What all batches of a drawing share."""
+
+    def __init__(
+        self,
+        backbone: Backbone,
+        text: FrozenText,
+        settings: DrawSettings,
+        areas: AreaSettings,
+        on_progress: OnProgress,
+        count: int,
+    ) -> None:
+        """`count`: prompts for each picture."""
+        self.backbone, self.text, self.settings, self.areas = backbone, text, settings, areas
+        self.on_progress = on_progress
+        self.size = (settings.size or backbone.size) // 8
+        shares, self.sides = _areas(self.size, count)
+        self.shares = shares.to(backbone.device)
+        self.negative = text([settings.negative]) if settings.guidance != 1 else None
+        self.done, self.total = 0, 0
+
+    def scene(self, prompt: str, nouns: Mapping[str, str]) -> Mentions | None:
+        """The things of a prompt that are to be kept apart, if any; a note if they can't be."""
+        scene = mentions(prompt, nouns)
+        if scene and (unseen := out_of_sight(self.backbone, scene)):
+            self.on_progress(Progress("draw", 0, 1, note=too_long(prompt, unseen)))
+            return None
+        return scene
+
+    def batch(self, parts: list[list[str]], seeds: list[int], scenes: Sequence[Mentions]) -> Tensor:
+        """Pictures from these prompts; `scenes` are what they mention, if things are kept apart."""
+        noise = [
+            torch.randn(
+                4, self.size, self.shares.shape[1], generator=torch.Generator().manual_seed(seed)
+            )
             for seed in seeds
         ]
-    )
-    text = FrozenText(backbone, words)
-    negative = text([settings.negative])
-    shares = shares.to(backbone.device)
-    batch = max(1, BATCH // count)
-    pictures = []
-    total = settings.steps * -(-len(seeds) // batch)
-    for start in range(0, len(seeds), batch):
-        solver = make_solver(settings.solver, backbone)
-        solver.set_timesteps(settings.steps)
-        latents = noise[start : start + batch].to(backbone.device) * solver.init_noise_sigma
-        positive = text([parts[k] for k in range(count) for parts in areas[start : start + batch]])
-        for index, timestep in enumerate(solver.timesteps):
-            seen = torch.cat([latents[..., side] for side in sides])
-            t = timestep.to(backbone.device).expand(len(seen))
-            if settings.guidance == 1:
-                predicted = backbone.predict(seen, t, positive)
-            else:
-                both = torch.cat([negative.expand_as(positive), positive])
-                rows = backbone.predict(torch.cat([seen] * 2), torch.cat([t] * 2), both)
-                low, high = rows.chunk(2)
-                predicted = low + settings.guidance * (high - low)
-            joined = torch.zeros_like(latents)
-            for share, side, own in zip(shares, sides, predicted.chunk(count), strict=True):
-                joined[..., side] += share[side] * own
-            latents = solver.step(joined, timestep, latents).prev_sample  # type: ignore[union-attr]
-            on_progress(Progress("draw", start // batch * settings.steps + index + 1, total))
-        pictures.append(backbone.decode_latents(latents))
-    return torch.cat(pictures)
+        solver = make_solver(self.settings.solver, self.backbone)
+        solver.set_timesteps(self.settings.steps)
+        latents = torch.stack(noise).to(self.backbone.device) * solver.init_noise_sigma
+        with self._predictor(parts, scenes) as predict:
+            for timestep in solver.timesteps:
+                seen = torch.cat([latents[..., side] for side in self.sides])
+                predicted = predict(seen, timestep.to(self.backbone.device).expand(len(seen)))
+                joined = torch.zeros_like(latents)
+                areas = predicted.chunk(len(self.sides))
+                for share, side, own in zip(self.shares, self.sides, areas, strict=True):
+                    joined[..., side] += share[side] * own
+                latents = solver.step(joined, timestep, latents).prev_sample  # type: ignore[union-attr]
+                self.done += 1
+                self.on_progress(Progress("draw", self.done, self.total))
+        return self.backbone.decode_latents(latents)
+
+    @contextmanager
+    def _predictor(
+        self, parts: list[list[str]], scenes: Sequence[Mentions]
+    ) -> Iterator[Callable[[Tensor, Tensor], Tensor]]:
+        """The guided prediction for (noisy, timestep) of all areas, one after the other."""
+        guidance = self.settings.guidance
+        assert guidance is not None
+
+        def guided(rows: Tensor) -> Tensor:
+            if self.negative is None:
+                return rows
+            low, high = rows.chunk(2)
+            return low + guidance * (high - low)
+
+        def unwanted(count: int) -> Tensor | None:
+            return None if self.negative is None else self.negative.expand(count, -1, -1)
+
+        if scenes:
+            size = (self.size, self.size)
+            with drawn_together(self.backbone, self.text, scenes, size, self.areas) as together:
+                yield lambda noisy, t: guided(together.predict(noisy, t, unwanted(len(noisy))))
+            return
+        positive = self.text([one[k] for k in range(len(self.sides)) for one in parts])
+
+        def predict(noisy: Tensor, timestep: Tensor) -> Tensor:
+            if self.negative is None:
+                return self.backbone.predict(noisy, timestep, positive)
+            both = torch.cat([self.negative.expand_as(positive), positive])
+            return guided(
+                self.backbone.predict(torch.cat([noisy] * 2), torch.cat([timestep] * 2), both)
+            )
+
+        yield predict
 
 
 def _areas(size: int, count: int) -> tuple[Tensor, list[slice]]:

@@ -374,3 +374,8 @@ class DrawSettings(Settings):
         None, "side of the drawn pictures", low=64, high=4096, unit="pixels", multiple=8
     )
     negative: str = setting("", "what not to draw")
+    mixed: bool = setting(
+        False,
+        "let the looks of several learned things in one prompt mix, as a program without this one "
+        "draws them, in place of keeping each to the area where its noun is",
+    )

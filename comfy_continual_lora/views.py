@@ -24,7 +24,8 @@ from .errors import ConceptImagesError, SettingError, StackError
 from .export import Exported, export_files
 from .files import stack_stem
 from .imagefile import check_output, save_own
-from .progress import OnProgress, ignore
+from .mentions import named, not_in_use
+from .progress import OnProgress, Progress, ignore
 from .requests import (
     DrawRequest,
     EvaluateRequest,
@@ -75,16 +76,21 @@ def draw(request: DrawRequest, on_progress: OnProgress = ignore) -> DrawResult:
     with open_session(request, on_progress) as session:
         backbone, stack = session.backbone, session.stack
         if request.only:
+            left_out = stack.tokens.keys()
             stack = consolidation.selected(
                 backbone, stack, request.only, SolveSettings(), on_progress, session.cache
             )
+            left_out -= stack.tokens.keys()
+            for token in named([one for parts in prompts for one in parts], left_out):
+                on_progress(Progress("draw", 0, 1, note=not_in_use(token)))
         settings = request.settings.resolved(backbone.preset)
         areas, seeds = [], []
         for parts in prompts:
             areas += [parts] * settings.count
             seeds += range(settings.seed, settings.seed + settings.count)
+        nouns = {record.token: record.noun for record in stack.records}
         with attached(backbone, stack.adapter):
-            images = sample.draw(backbone, stack.tokens, areas, seeds, settings, on_progress)
+            images = sample.draw(backbone, stack.tokens, areas, seeds, settings, on_progress, nouns)
         drawn = [
             Drawn(" | ".join(parts), seed, concepts.to_pil(image))
             for parts, seed, image in zip(areas, seeds, images, strict=True)

@@ -23,6 +23,7 @@ LIGHT = (
     "fields",
     "files",
     "language",
+    "mentions",
     "operations",
     "presets",
     "progress",
@@ -50,7 +51,7 @@ LAYERS = (
     ("concept", "session"),
     ("learn", "requests", "targets"),
     ("moments", "results", "sample", "solve", "training"),
-    ("classifier",),
+    ("classifier", "together"),
     ("mini",),
     ("ewc", "textspace"),
     ("penalty", "store"),
@@ -61,7 +62,7 @@ LAYERS = (
     ("checkpoint",),
     ("imagefile",),
     ("settings",),
-    ("curves", "fields", "files", "language", "presets", "progress"),
+    ("areas", "curves", "fields", "files", "language", "mentions", "presets", "progress"),
     ("errors",),
 )
 

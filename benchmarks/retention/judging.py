@@ -4,7 +4,7 @@ ones, DC scores, and two concepts in one picture.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -156,9 +156,13 @@ def has_shape(pictures: Tensor, head: str, concepts: Sequence[world.Concept]) ->
     return (weights.load_reader()(pictures)[head].argmax(1) == indices).float()
 
 
-def bleeding(pictures: Tensor, scenes: Sequence[PairScene]) -> float:
+def bleeding(
+    pictures: Tensor,
+    scenes: Sequence[PairScene],
+    features: Callable[[Tensor], Tensor] = features_of,
+) -> float:
     """Share of things in pictures of two, (n, 3, 128, 128), that look more like the other one in
-    their place than like themselves: by the mini-CLIP's features of the thing cut out.
+    their place than like themselves: by features of the thing cut out, the mini-CLIP's by default.
 
     The world's own pictures get .02, with the things exchanged .97, with one thing twice .5
     (29 pairs of reporting concepts, four grounds each).
@@ -167,9 +171,9 @@ def bleeding(pictures: Tensor, scenes: Sequence[PairScene]) -> float:
     exchanged = _real_pairs([PairScene(s.right, s.left, s.ground) for s in scenes])
     bled = [
         nearer_to_other(
-            _features_at(columns, pictures),
-            _features_at(columns, in_order),
-            _features_at(columns, exchanged),
+            _features_at(columns, pictures, features),
+            _features_at(columns, in_order, features),
+            _features_at(columns, exchanged, features),
         )
         for columns in (LEFT, RIGHT)
     ]
@@ -192,7 +196,7 @@ def _real_pairs(scenes: Sequence[PairScene]) -> Tensor:
     return trainset.to_tensor(np.stack(pictures))
 
 
-def _features_at(columns: slice, pictures: Tensor) -> Tensor:
+def _features_at(columns: slice, pictures: Tensor, features: Callable[[Tensor], Tensor]) -> Tensor:
     things = pictures[:, :, THING_ROWS, columns]
     size = (drawing.SIZE, drawing.SIZE)
-    return unit(features_of(F.interpolate(things, size, mode="bilinear")))
+    return unit(features(F.interpolate(things, size, mode="bilinear")))

@@ -198,7 +198,7 @@ class Backbone:
                 ids += [0] * len(vectors)
                 slot += vectors
             elif piece.strip():
-                piece_ids = self._ids(piece)
+                piece_ids = self.token_ids(piece)
                 ids += piece_ids
                 slot += [-1] * len(piece_ids)
         ids, slot = ids[: longest - 1], slot[: longest - 1]
@@ -210,7 +210,7 @@ class Backbone:
 
         They are the mean vector of the class noun's tokens plus a little noise, random without noun.
         """
-        ids = self._ids(noun) if noun else []
+        ids = self.token_ids(noun) if noun else []
         return torch.cat(
             [encoder.word_start(ids, generator, count) for encoder in self.text_encoders], 1
         )
@@ -219,13 +219,16 @@ class Backbone:
         """The vector of a word that is one token, (1, d) float32; None for any other."""
         if not self.is_known_word(word):
             return None
-        return torch.cat([encoder.vectors(self._ids(word)) for encoder in self.text_encoders], 1)
+        return torch.cat(
+            [encoder.vectors(self.token_ids(word)) for encoder in self.text_encoders], 1
+        )
 
     def is_known_word(self, token: str) -> bool:
         """Whether the tokenizer has a token of its own for this word: ordinary prompts may use it."""
-        return len(self._ids(token)) == 1
+        return len(self.token_ids(token)) == 1
 
-    def _ids(self, text: str) -> list[int]:
+    def token_ids(self, text: str) -> list[int]:
+        """The tokens of a text without learned words."""
         # not verbose: too many tokens are cut off by `tokenize`, with no need for a warning
         return list(self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
 

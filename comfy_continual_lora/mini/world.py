@@ -110,7 +110,7 @@ def draw_scene(scene: Scene, rng: np.random.Generator) -> np.ndarray:
 
 # --- concepts
 
-SPLITS = ("development", "reporting", "test")
+SPLITS = ("development", "reporting", "test", "pairs")
 CONCEPTS_PER_SPLIT = 30
 
 
@@ -118,7 +118,8 @@ def concepts(split: str, count: int = CONCEPTS_PER_SPLIT) -> list[Concept]:
     """The first `count` concepts of a split, the same at every call.
 
     Settings are tuned on "development". Results until 2026-11 are of "reporting", on which some
-    settings were chosen as well; since then they are of "test", which no decision has looked at.
+    settings were chosen as well; since then they are of "test", and of "pairs" for several things
+    in one prompt, which no decision has looked at.
     """
     rng = np.random.default_rng((2410, SPLITS.index(split)))
     nouns = list(SHAPES)

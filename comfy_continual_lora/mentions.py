@@ -1,0 +1,154 @@
+"""Stage 8: which learned things a prompt names, and the prompts that are needed to keep them apart.
+
+    "a V1 dog and a V2 cat on grass"
+    neutral     "a dog and a cat on grass"
+    own         "a V1 dog and a cat on grass", "a dog and a V2 cat on grass"
+
+in: a prompt, and the class noun of every learned word - out: `Mentions`. Text alone, so that any
+host's syntax (weights, BREAK, line breaks) passes through as it is. Light.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+UNKNOWN_NOUN = "thing"  # of imported concepts, which may have none
+# a noun after one of these belongs to something else: "a V1 on a mug"
+_ENDS = (
+    "a|an|the|and|or|with|without|of|in|on|at|by|to|from|near|under|over|behind|beside|next|is|are"
+)
+
+
+@dataclass(frozen=True)
+class Mentions:
+    """Two or more learned things of one prompt.
+
+    `tokens` are the words in the order in which they are first named; `own` has a prompt for each of
+    them, with its word wherever the prompt has it and class nouns in place of the others; `nouns`
+    has the places of each one's nouns in `neutral`, as (start, end) in characters; `whole` is the
+    prompt.
+    """
+
+    tokens: tuple[str, ...]
+    whole: str
+    neutral: str
+    own: tuple[str, ...]
+    nouns: tuple[tuple[tuple[int, int], ...], ...]
+
+
+def mentions(prompt: str, nouns: Mapping[str, str]) -> Mentions | None:
+    """What the prompt names of the words in `nouns` (word -> class noun); None for fewer than two
+    different ones. A word counts as a whole word, in any case.
+
+    A word is followed by its noun, with at most two words between them ("V1 dog", "V1 fluffy dogs"),
+    or stands alone; then the noun takes its place.
+    """
+    matches = _matches(prompt, nouns)
+    tokens = tuple(dict.fromkeys(token for _, token in matches))
+    if len(tokens) < 2:
+        return None
+    neutral, places = _rewritten(prompt, matches, nouns, "")
+    own = tuple(_rewritten(prompt, matches, nouns, token)[0] for token in tokens)
+    spans = tuple(
+        tuple(span for span, (_, one) in zip(places, matches, strict=True) if one == token)
+        for token in tokens
+    )
+    return Mentions(tokens, prompt, neutral, own, spans)
+
+
+def noun_positions(
+    scene: Mentions, ids: Sequence[object], ids_of: Callable[[str], Sequence[int]]
+) -> list[list[int]]:
+    """Where the nouns of each concept are among the neutral prompt's tokens, as positions in `ids`;
+    none for nouns that are not among them, because the prompt was too long.
+
+    `ids_of` tokenizes a noun. Positions are those of the tokens themselves, whatever syntax a host
+    takes out of a prompt: the third "dog" of the text is the third among the tokens.
+    """
+    found: list[list[int]] = []
+    for places in scene.nouns:
+        found.append([])
+        for start, end in places:
+            noun = scene.neutral[start:end]
+            before = rf"(?<!\w){re.escape(noun)}(?!\w)"
+            number = len(re.findall(before, scene.neutral[:start], re.IGNORECASE))
+            wanted = list(ids_of(noun))
+            firsts = [
+                first
+                for first in range(len(ids) - len(wanted) + 1)
+                if list(ids[first : first + len(wanted)]) == wanted
+            ]
+            if number < len(firsts):
+                found[-1] += range(firsts[number], firsts[number] + len(wanted))
+    return found
+
+
+def too_long(prompt: str, unseen: Sequence[str]) -> str:
+    """The note for a prompt that names these words where no text encoder sees them."""
+    shown = prompt if len(prompt) <= 60 else f"{prompt[:57]}..."
+    return (
+        f'The prompt "{shown}" is too long: the text encoder doesn\'t see {" and ".join(unseen)}. It '
+        "is drawn without keeping its things apart. Name them earlier, or shorten it."
+    )
+
+
+def not_in_use(token: str) -> str:
+    """The note for a word that a prompt names but whose concept was left out."""
+    return (
+        f"The prompts name {token}, which is on the stack but not among the concepts in use: it is "
+        "drawn as an ordinary word. Add it to those in use, or leave it out of the prompts."
+    )
+
+
+def named(prompts: Iterable[str], words: Collection[str]) -> list[str]:
+    """Which of the words the prompts name."""
+    found = {token for prompt in prompts for _, token in _matches(prompt, words)}
+    return [word for word in words if word in found]
+
+
+def _matches(prompt: str, words: Collection[str]) -> list[tuple[re.Match[str], str]]:
+    """Where a prompt has which word, in order."""
+    if not words:
+        return []
+    spelled = {token.lower(): token for token in words}
+    pattern = rf"(?<!\w)({'|'.join(map(re.escape, words))})(?!\w)"
+    found = re.finditer(pattern, prompt, re.IGNORECASE)
+    return [(match, spelled[match[0].lower()]) for match in found]
+
+
+def _rewritten(
+    prompt: str, matches: list[tuple[re.Match[str], str]], nouns: Mapping[str, str], kept: str
+) -> tuple[str, list[tuple[int, int]]]:
+    """The prompt with class nouns in place of all words but `kept`, and where each word's noun is;
+    for `kept`, where the word is if it stands alone.
+    """
+    text, at, places = "", 0, []
+    for match, token in matches:
+        noun = nouns[token] or UNKNOWN_NOUN
+        text += prompt[at : match.start()]
+        at = match.end()
+        follows = _noun_after(prompt[at:], noun, nouns)
+        if follows is None:
+            word = match[0] if token == kept else noun
+            places.append((len(text), len(text) + len(word)))
+            text += word
+            continue
+        start, end = follows
+        if token == kept:
+            text += match[0]
+        else:  # the noun is there already
+            gap = re.match(r"[\s-]*", prompt[at:])
+            skipped = gap.end() if gap else 0
+            at, start, end = at + skipped, start - skipped, end - skipped
+        places.append((len(text) + start, len(text) + end))
+    return text + prompt[at:], places
+
+
+def _noun_after(rest: str, noun: str, nouns: Mapping[str, str]) -> tuple[int, int] | None:
+    """Where the noun of a word is in the text that follows the word."""
+    stops = "|".join([_ENDS, *map(re.escape, nouns)])
+    between = rf"(?:\s+(?!(?:{stops})(?!\w))[\w'-]+){{0,2}}?"
+    match = re.match(rf"{between}[\s-]+({re.escape(noun)}(?:e?s)?)(?!\w)", rest, re.IGNORECASE)
+    return match.span(1) if match else None

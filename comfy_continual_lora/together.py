@@ -1,0 +1,144 @@
+"""Stage 8: a backbone's cross-attention, mixed by areas (`areas`), for prompts that name several
+learned things (`mentions`).
+
+in: a backbone, the mentions of each picture's prompt - out: a `Together`, which predicts as the
+backbone does while its block lasts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .areas import Areas, AreaSettings
+from .checkpoint.backbone import Backbone, FrozenText
+from .mentions import Mentions, noun_positions
+
+
+class Together:
+    """Pictures whose prompts name the same number of learned things, while they are drawn."""
+
+    def __init__(
+        self,
+        backbone: Backbone,
+        text: FrozenText,
+        scenes: Sequence[Mentions],
+        size: tuple[int, int],
+        settings: AreaSettings,
+        given: Tensor | None = None,
+    ) -> None:
+        """`size`: height and width of the latents; `given`: masks, as `Areas` takes them."""
+        self.backbone = backbone
+        rows = text([scene.whole for scene in scenes])
+        neutral = backbone.context(text([scene.neutral for scene in scenes]))
+        # SDXL's pooled text is of the whole prompt, as in hosts, where this sees contexts alone
+        self.neutral = torch.cat([neutral, rows[:, neutral.shape[1] :]], 1)
+        # (n, t, d) for each concept
+        self.own = [
+            backbone.context(text([scene.own[k] for scene in scenes]))
+            for k in range(len(scenes[0].own))
+        ]
+        nouns = torch.stack([noun_mask(backbone, scene) for scene in scenes])
+        self.areas = Areas(nouns.to(backbone.device), size, settings, given)
+        self.rows = slice(0, 0)  # of the batch, those drawn from the prompts
+
+    def predict(self, noisy: Tensor, timestep: Tensor, unwanted: Tensor | None) -> Tensor:
+        """The net's prediction for `unwanted`, if there is one, and for the prompts: (2n, 4, h, w)
+        or (n, 4, h, w). In the first step the net is called once more, to see where things are.
+        """
+        n = len(noisy)
+        if self.areas.masks is None:
+            self.rows = slice(0, n)
+            self.backbone.predict(noisy, timestep, self.neutral)
+            self.areas.settle()
+        if unwanted is None:
+            features = self.neutral
+        else:
+            features = torch.cat([unwanted, self.neutral])
+            noisy, timestep = torch.cat([noisy] * 2), torch.cat([timestep] * 2)
+        self.rows = slice(len(features) - n, None)
+        predicted = self.backbone.predict(noisy, timestep, features)
+        self.areas.settle()
+        return predicted
+
+
+@contextmanager
+def drawn_together(*args: Any, **kwargs: Any) -> Iterator[Together]:
+    """A `Together` of these arguments, whose areas the U-Net's cross-attention follows inside the
+    block.
+    """
+    together = Together(*args, **kwargs)
+    unet: Any = together.backbone.unet
+    before = dict(unet.attn_processors)
+    try:
+        unet.set_attn_processor(
+            {name: _ByAreas(together) if ".attn2." in name else one for name, one in before.items()}
+        )
+        yield together
+    finally:
+        unet.set_attn_processor(before)
+
+
+class _ByAreas:
+    """Cross-attention of one layer (diffusers' processor)."""
+
+    def __init__(self, together: Together) -> None:
+        self.together = together
+        self.own: list[tuple[Tensor, Tensor]] = []  # K and V of each concept's prompt
+
+    def __call__(
+        self, attn: Any, hidden_states: Tensor, encoder_hidden_states: Tensor, *_: Any, **__: Any
+    ) -> Tensor:
+        rows, areas = self.together.rows, self.together.areas
+        heads = _heads(attn)
+        query = heads(attn.to_q(hidden_states))
+        key = heads(attn.to_k(encoder_hidden_states))
+        out = _joined(
+            F.scaled_dot_product_attention(query, key, heads(attn.to_v(encoder_hidden_states)))
+        )
+        query, key = query[rows], key[rows]
+        if areas.masks is not None:
+            if not self.own:
+                own = [features.to(hidden_states.dtype) for features in self.together.own]
+                self.own = [(heads(attn.to_k(one)), heads(attn.to_v(one))) for one in own]
+            own = [_joined(F.scaled_dot_product_attention(query, k, v)) for k, v in self.own]
+            out = torch.cat([out[: rows.start], areas.mix(out[rows], own)])
+        if areas.wanted(query.shape[2]):
+            scores = query @ key.mT * query.shape[3] ** -0.5
+            areas.see(scores.float().softmax(-1).mean(1))
+        return attn.to_out[1](attn.to_out[0](out))
+
+
+def _heads(attn: Any) -> Callable[[Tensor], Tensor]:
+    """(n, places, d) -> (n, heads, places, d / heads)"""
+    return lambda tensor: tensor.unflatten(2, (attn.heads, -1)).transpose(1, 2)
+
+
+def _joined(tensor: Tensor) -> Tensor:
+    """The inverse."""
+    return tensor.transpose(1, 2).flatten(2)
+
+
+def out_of_sight(backbone: Backbone, scene: Mentions) -> list[str]:
+    """The words whose nouns the text encoder doesn't see, because the prompt is too long."""
+    seen = noun_mask(backbone, scene).any(1).tolist()
+    return [token for token, one in zip(scene.tokens, seen, strict=True) if not one]
+
+
+def noun_mask(backbone: Backbone, scene: Mentions) -> Tensor:
+    """Where each concept's nouns are among the text positions of the neutral prompt, (k, 77): 1 or 0."""
+    ids = backbone.tokenize(scene.neutral, {})[0]
+    return mask_of(noun_positions(scene, ids, backbone.token_ids), len(ids))
+
+
+def mask_of(positions: Sequence[Sequence[int]], count: int) -> Tensor:
+    """(k, count): 1 at the positions, else 0."""
+    mask = torch.zeros(len(positions), count)
+    for row, chosen in zip(mask, positions, strict=True):
+        row[list(chosen)] = 1
+    return mask

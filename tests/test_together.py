@@ -1,0 +1,225 @@
+"""Stage 8: one prompt with several learned things, on the mini-SD."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from helpers_learn import random_adapter
+from torch import Tensor
+
+from comfy_continual_lora import sample
+from comfy_continual_lora.adapters.adapter import attached
+from comfy_continual_lora.areas import AreaSettings
+from comfy_continual_lora.checkpoint.backbone import Backbone, FrozenText
+from comfy_continual_lora.errors import Cancelled
+from comfy_continual_lora.mentions import Mentions, mentions
+from comfy_continual_lora.progress import Progress
+from comfy_continual_lora.settings import DrawSettings
+from comfy_continual_lora.together import drawn_together, noun_mask
+
+NOUNS = {"V1": "mug", "V2": "fish", "V3": "star"}
+PROMPT = "a photo of a V1 mug and a V2 fish on grass"
+SETTINGS = DrawSettings(steps=4, size=64).resolved("mini")
+
+
+def _words(backbone: Backbone) -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(4)
+    return {
+        token: backbone.word_start(noun, generator, 1 + number)
+        + torch.randn(1, backbone.word_width, generator=generator) * 0.02
+        for number, (token, noun) in enumerate(NOUNS.items())
+    }
+
+
+def _drawn(
+    backbone: Backbone, prompts: Sequence[str], nouns: dict[str, str] | None, **changes: Any
+) -> Tensor:
+    with attached(backbone, random_adapter(backbone, "lora", 1)):
+        return sample.draw(
+            backbone,
+            _words(backbone),
+            prompts,
+            range(len(prompts)),
+            replace(SETTINGS, **changes),
+            nouns=nouns,
+        )
+
+
+@pytest.mark.parametrize("prompt", ["a V1 mug", "a mug and a fish", "a V1 mug and another V1 mug"])
+def test_fewer_than_two_things_are_drawn_bit_for_bit_as_ever(
+    backbone: Backbone, prompt: str
+) -> None:
+    before = dict(backbone.unet.attn_processors)
+    plain, apart = (_drawn(backbone, [prompt], nouns) for nouns in (None, NOUNS))
+    assert torch.equal(plain, apart)
+    _drawn(backbone, [PROMPT], NOUNS)
+    assert dict(backbone.unet.attn_processors) == before
+    assert torch.equal(plain, _drawn(backbone, [prompt], NOUNS))
+
+
+def test_mixed_draws_as_ever(backbone: Backbone) -> None:
+    plain, mixed = (
+        _drawn(backbone, [PROMPT], nouns, mixed=nouns is not None) for nouns in (None, NOUNS)
+    )
+    assert torch.equal(plain, mixed)
+    assert not torch.allclose(plain, _drawn(backbone, [PROMPT], NOUNS), atol=0.02)
+
+
+@pytest.mark.parametrize("guidance", [1.0, 4.0])
+def test_a_picture_of_several_does_not_depend_on_its_neighbours(
+    backbone: Backbone, guidance: float
+) -> None:
+    prompts = ["a V1 mug", PROMPT, "a V3 star, a V2 fish, a V1 mug", "a star", "V3 and V2"]
+    together = _drawn(backbone, prompts, NOUNS, guidance=guidance)
+    assert together.shape == (5, 3, 64, 64)
+    for number in (1, 2):
+        with attached(backbone, random_adapter(backbone, "lora", 1)):
+            settings = replace(SETTINGS, guidance=guidance)
+            words = _words(backbone)
+            alone = sample.draw(backbone, words, [prompts[number]], [number], settings, nouns=NOUNS)
+        assert torch.allclose(together[number], alone[0], atol=1e-3)
+
+
+def test_words_without_effect_draw_the_nouns(backbone: Backbone) -> None:
+    """Words that equal their nouns leave nothing to keep apart: all contexts are the same."""
+    words = {"V1": backbone.word_of_vocabulary("mug"), "V2": backbone.word_of_vocabulary("fish")}
+    assert all(word is not None for word in words.values())
+    prompts = ["a V1 and a V2 on grass", "a mug and a fish on grass"]
+    apart = sample.draw(backbone, words, prompts, [3, 3], SETTINGS, nouns=NOUNS)  # type: ignore[arg-type]
+    assert torch.allclose(apart[0], apart[1], atol=1e-3)
+
+
+def test_noun_mask_are_those_of_the_nouns(backbone: Backbone) -> None:
+    nouns = {**NOUNS, "V3": "golden retriever"}
+    scene = mentions("V1 mug, V2, V3 golden retriever near V1", nouns)
+    assert scene
+    ids = backbone.tokenize(scene.neutral, {})[0]
+    found = [
+        [backbone.tokenizer.decode([ids[k]]).strip() for k in row.nonzero().flatten()]  # type: ignore[operator]
+        for row in noun_mask(backbone, scene)
+    ]
+    assert found[:2] == [["mug", "mug"], ["fish"]]
+    assert "".join(found[2]) == "goldenretriever"
+
+
+# --- masks that are given ------------------------------------------------------------------------
+
+
+def _couple(
+    unet: Any, rows: slice, contexts: list[Tensor], masks: Tensor
+) -> Callable[[], Iterator[None]]:
+    """A second implementation of attention couple: every cross-attention runs whole, once for each
+    context, and its outputs are averaged with masks (k, h, w); to be used as a context manager.
+    """
+
+    @contextmanager
+    def block() -> Iterator[None]:
+
+        def hook(
+            module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor
+        ) -> Tensor:
+            hidden = args[0][rows]
+            side = int(hidden.shape[1] ** 0.5)
+            mixed = torch.zeros_like(output[rows])
+            for context, mask in zip(contexts, masks, strict=True):
+                weight = F.adaptive_avg_pool2d(mask[None], side).flatten()[:, None]
+                handle = handles_of[module]
+                handle.remove()
+                mixed += weight * module(hidden, encoder_hidden_states=context)
+                handles_of[module] = module.register_forward_hook(hook, with_kwargs=True)
+            result = output.clone()
+            result[rows] = mixed
+            return result
+
+        handles_of = {
+            module: module.register_forward_hook(hook, with_kwargs=True)
+            for name, module in unet.named_modules()
+            if name.endswith(".attn2")
+        }
+        try:
+            yield
+        finally:
+            for handle in handles_of.values():
+                handle.remove()
+
+    return block  # type: ignore[return-value]
+
+
+def _halves(size: int) -> Tensor:
+    masks = torch.zeros(1, 2, size, size)
+    masks[:, 0, :, : size // 2] = 1
+    masks[:, 1, :, size // 2 :] = 1
+    return masks
+
+
+def test_given_halves_are_attention_couple(backbone: Backbone) -> None:
+    scene = mentions(PROMPT, NOUNS)
+    assert isinstance(scene, Mentions)
+    text = FrozenText(backbone, _words(backbone))
+    noisy = torch.randn(1, 4, 16, 16, generator=torch.Generator().manual_seed(5))
+    timestep, unwanted = torch.tensor([500]), text([""])
+    masks = _halves(16)
+    with torch.no_grad(), attached(backbone, random_adapter(backbone, "lora", 1)):
+        with drawn_together(backbone, text, [scene], (16, 16), AreaSettings(), masks) as together:
+            ours = together.predict(noisy, timestep, unwanted)
+        contexts = [backbone.context(text([own])) for own in scene.own]
+        block: Any = _couple(backbone.unet, slice(1, 2), contexts, masks[0])
+        with block():
+            theirs = backbone.predict(
+                torch.cat([noisy] * 2),
+                torch.cat([timestep] * 2),
+                torch.cat([unwanted, text([scene.neutral])]),
+            )
+    assert torch.allclose(ours, theirs, atol=1e-4)
+    assert not torch.allclose(ours[1], ours[0], atol=1e-2)
+
+
+def test_a_mask_for_the_whole_picture_is_that_concept_s_prompt(backbone: Backbone) -> None:
+    scene = mentions(PROMPT, NOUNS)
+    assert scene
+    text = FrozenText(backbone, _words(backbone))
+    noisy = torch.randn(2, 4, 8, 12, generator=torch.Generator().manual_seed(5))
+    timestep = torch.tensor([500, 20])
+    masks = torch.tensor([1.0, 0.0]).view(1, 2, 1, 1)
+    with torch.no_grad(), attached(backbone, random_adapter(backbone, "lora", 1)):
+        with drawn_together(backbone, text, [scene] * 2, (8, 12), AreaSettings(), masks) as one:
+            ours = one.predict(noisy, timestep, None)
+        own = text([scene.own[0]] * 2)
+        assert torch.allclose(ours, backbone.predict(noisy, timestep, own), atol=1e-4)
+
+
+# --- what goes wrong -----------------------------------------------------------------------------
+
+
+def test_a_prompt_that_is_too_long_is_drawn_the_plain_way_with_a_note(backbone: Backbone) -> None:
+    prompt = f"a V1 mug {'very ' * 90} and a V2 fish"
+    notes: list[str] = []
+
+    def note(progress: Progress) -> None:
+        if progress.note:
+            notes.append(progress.note)
+
+    words = _words(backbone)
+    drawn = sample.draw(backbone, words, [prompt] * 2, [0, 1], SETTINGS, note, NOUNS)
+    plain = sample.draw(backbone, words, [prompt] * 2, [0, 1], SETTINGS)
+    assert torch.equal(drawn, plain)
+    assert len(notes) == 1
+    assert "too long: the text encoder doesn't see V2. It is drawn without keeping" in notes[0]
+
+
+def test_cancelling_leaves_the_net_as_it_was(backbone: Backbone) -> None:
+    before = dict(backbone.unet.attn_processors)
+
+    def stop(progress: Progress) -> None:
+        if progress.step == 2:
+            raise Cancelled
+
+    with pytest.raises(Cancelled):
+        sample.draw(backbone, _words(backbone), [PROMPT], [0], SETTINGS, stop, NOUNS)
+    assert dict(backbone.unet.attn_processors) == before
