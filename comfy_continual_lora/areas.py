@@ -24,6 +24,7 @@ and the models of all concepts are one: only K's and V's inputs differ.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -126,3 +127,11 @@ def _size_of_layer(size: tuple[int, int], count: int) -> tuple[int, int]:
     while math.prod(_halved(size, factor)) > count:
         factor *= 2
     return _halved(size, factor)
+
+
+def mask_of(positions: Sequence[Sequence[int]], count: int) -> Tensor:
+    """(k, count): 1 at the positions, else 0."""
+    mask = torch.zeros(len(positions), count)
+    for row, chosen in zip(mask, positions, strict=True):
+        row[list(chosen)] = 1
+    return mask

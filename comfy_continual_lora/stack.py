@@ -89,6 +89,11 @@ class ConceptStack:
         return {record.token: self.words[record.id] for record in self.records}
 
     @property
+    def nouns(self) -> dict[str, str]:
+        """Class nouns by token."""
+        return {record.token: record.noun for record in self.records}
+
+    @property
     def owner(self) -> str:
         """Its identity.
 

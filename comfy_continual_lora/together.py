@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .areas import Areas, AreaSettings
+from .areas import Areas, AreaSettings, mask_of
 from .checkpoint.backbone import Backbone, FrozenText
 from .mentions import Mentions, noun_positions
 
@@ -134,11 +134,3 @@ def noun_mask(backbone: Backbone, scene: Mentions) -> Tensor:
     """Where each concept's nouns are among the text positions of the neutral prompt, (k, 77): 1 or 0."""
     ids = backbone.tokenize(scene.neutral, {})[0]
     return mask_of(noun_positions(scene, ids, backbone.token_ids), len(ids))
-
-
-def mask_of(positions: Sequence[Sequence[int]], count: int) -> Tensor:
-    """(k, count): 1 at the positions, else 0."""
-    mask = torch.zeros(len(positions), count)
-    for row, chosen in zip(mask, positions, strict=True):
-        row[list(chosen)] = 1
-    return mask

@@ -88,9 +88,10 @@ def draw(request: DrawRequest, on_progress: OnProgress = ignore) -> DrawResult:
         for parts in prompts:
             areas += [parts] * settings.count
             seeds += range(settings.seed, settings.seed + settings.count)
-        nouns = {record.token: record.noun for record in stack.records}
         with attached(backbone, stack.adapter):
-            images = sample.draw(backbone, stack.tokens, areas, seeds, settings, on_progress, nouns)
+            images = sample.draw(
+                backbone, stack.tokens, areas, seeds, settings, on_progress, stack.nouns
+            )
         drawn = [
             Drawn(" | ".join(parts), seed, concepts.to_pil(image))
             for parts, seed, image in zip(areas, seeds, images, strict=True)

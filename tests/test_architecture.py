@@ -51,7 +51,7 @@ LAYERS = (
     ("concept", "session"),
     ("learn", "requests", "targets"),
     ("moments", "results", "sample", "solve", "training"),
-    ("classifier", "together"),
+    ("classifier", "hostareas", "together"),
     ("mini",),
     ("ewc", "textspace"),
     ("penalty", "store"),

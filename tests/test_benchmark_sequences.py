@@ -50,7 +50,11 @@ def test_prompts_as_people_write_them_have_no_protected_word(listed: set[str]) -
 
 def test_the_splits_share_no_concept_and_the_world_keeps_its_earlier_ones() -> None:
     looks = [{one.look for one in world.concepts(split)} for split in world.SPLITS]
-    assert len(set.union(*looks)) == sum(map(len, looks)) == 3 * world.CONCEPTS_PER_SPLIT
+    assert (
+        len(set.union(*looks))
+        == sum(map(len, looks))
+        == len(world.SPLITS) * world.CONCEPTS_PER_SPLIT
+    )
     assert world.concepts("reporting")[0].name == "rep00-zigzag-heart"
     assert len({one.name for one in of_world("test", 0, 6)}) == 6
 

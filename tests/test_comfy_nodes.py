@@ -67,6 +67,7 @@ def _stand_in(schema_fields: list[str]) -> dict[str, types.ModuleType]:
         "Clip",
         "Image",
         "Mask",
+        "Latent",
         "String",
         "Int",
         "Float",

@@ -113,7 +113,7 @@ def drawn(way: str, backbone: Backbone, stack: store.ConceptStack, asked: Sequen
     """Pictures of the pairs, (n, 3, 128, width)."""
     name, *changes = way.split()
     names = [record.noun if name == "nouns" else record.name for record in stack.records]
-    nouns = {record.token: record.noun for record in stack.records} if name == "areas" else None
+    nouns = stack.nouns if name == "areas" else None
     settings = AreaSettings(
         **{key: json.loads(value) for key, value in (c.split("=") for c in changes)}
     )

@@ -14,6 +14,7 @@ from .stacks import (
 from .using import (
     ApplyConcepts,
     ComputeScores,
+    ConceptAreas,
     EvaluateRetention,
     ExportConcepts,
     SelectConcepts,
@@ -35,4 +36,5 @@ NODES = [
     MergeStacks,
     ImportLora,
     StackHistory,
+    ConceptAreas,
 ]

@@ -50,7 +50,8 @@ class ApplyConcepts(io.ComfyNode):
             "Apply",
             "Apply Concepts",
             "Add the learned concepts to MODEL and CLIP: write V1, V2, ... in ordinary prompts. "
-            "Sample with KSampler as usual.",
+            "Several in one prompt each get the area where their noun is. Sample with KSampler as "
+            "usual.",
             ["load lora", "use concepts", "apply stack"],
             inputs=[
                 io.Model.Input("model"),
@@ -74,6 +75,20 @@ class ApplyConcepts(io.ComfyNode):
                     tooltip="Use the stack as it was after this many concepts; 0: the version of "
                     "the input.",
                 ),
+                io.Boolean.Input(
+                    "mixed",
+                    default=False,
+                    optional=True,
+                    extra_dict=ADVANCED,
+                    tooltip="Let the looks of several learned things in one prompt mix, as ComfyUI "
+                    "draws the exported LoRA, in place of keeping each to its area.",
+                ),
+                io.Mask.Input(
+                    "masks",
+                    optional=True,
+                    tooltip="Areas for the learned things of a prompt in the order in which it names "
+                    "them, one mask each, of any size; without them, areas are found.",
+                ),
             ],
             outputs=[io.Model.Output(display_name="model"), io.Clip.Output(display_name="clip")],
         )
@@ -81,14 +96,26 @@ class ApplyConcepts(io.ComfyNode):
     @classmethod
     @in_widget_names
     def execute(
-        cls, model: Any, clip: Any, stack: StackHandle, strength: float, version: int = 0
+        cls,
+        model: Any,
+        clip: Any,
+        stack: StackHandle,
+        strength: float,
+        version: int = 0,
+        mixed: bool = False,
+        masks: Any = None,
     ) -> Any:
         concepts = (stack.as_of(version) if version else stack).read()
         if concepts is None or not concepts.records:
             return io.NodeOutput(model, clip)
         if strength:
             model = cls._patched(model, stack, concepts, strength)
-        return io.NodeOutput(model, with_words(clip, concepts.tokens))
+        if mixed:
+            return io.NodeOutput(model, with_words(clip, concepts.tokens))
+        from .apart import with_areas
+
+        clip = with_words(clip, concepts.tokens, concepts.nouns)
+        return io.NodeOutput(with_areas(model, concepts.checkpoint.preset, masks), clip)
 
     @staticmethod
     def _patched(model: Any, stack: StackHandle, concepts: Any, strength: float) -> Any:
@@ -110,6 +137,30 @@ class ApplyConcepts(io.ComfyNode):
                 f"{stack.checkpoint.name}."
             )
         return patched
+
+
+class ConceptAreas(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> Any:
+        return schema(
+            "Areas",
+            "Concept Areas",
+            "Where the learned things of the prompt are in the picture that was just sampled with "
+            "the model of Apply Concepts: a mask each, in the order in which the prompt names them.",
+            ["masks", "where", "segmentation"],
+            inputs=[
+                io.Model.Input("model", tooltip="The model that was sampled with."),
+                io.Latent.Input("latent", tooltip="What was sampled."),
+            ],
+            outputs=[io.Mask.Output(display_name="masks")],
+        )
+
+    @classmethod
+    @in_widget_names
+    def execute(cls, model: Any, latent: Any) -> Any:
+        from .apart import found_masks
+
+        return io.NodeOutput(found_masks(model, latent["samples"]))
 
 
 class SelectConcepts(io.ComfyNode):

@@ -1,24 +1,33 @@
-"""Learned words in ComfyUI's prompts: a CLIP that understands them. Only ComfyUI imports this module."""
+"""Learned words in ComfyUI's prompts: a CLIP that understands them, and that says of a prompt with
+several learned things what each is drawn from. Only ComfyUI imports this module.
+"""
 
 from __future__ import annotations
 
 import copy
 import re
 from collections.abc import Mapping
+from functools import cache
 from typing import TYPE_CHECKING, Any
 
+from ..areas import mask_of
 from ..errors import StackError
+from ..hostareas import SceneText
+from ..mentions import Mentions, mentions, noun_positions
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 # ComfyUI's names for those of SD1, SD2 and SDXL, in the order of a word's vector
 TEXT_ENCODERS = ("clip_l", "clip_h", "clip_g")
+KEY = "continual_lora"  # of a `SceneText` in a conditioning
 
 
-def with_words(clip: Any, words: Mapping[str, Tensor]) -> Any:
+def with_words(
+    clip: Any, words: Mapping[str, Tensor], nouns: Mapping[str, str] | None = None
+) -> Any:
     """A copy of a CLIP that understands the learned words anywhere in a prompt, including inside
-    weights.
+    weights. With `nouns`, the class noun of each word, prompts that name several get a `SceneText`.
 
     ComfyUI writes such words as "embedding:NAME", with a file for each; here the prompt is rewritten
     that way, and the vectors come from the stack.
@@ -50,6 +59,11 @@ def with_words(clip: Any, words: Mapping[str, Tensor]) -> Any:
     for number, (name, tokenizer) in enumerate(inner.items()):
         vectors = {token: part[number] for token, part in parts.items()}
         setattr(extended.tokenizer, name, _extended(tokenizer, pattern, vectors))
+    if nouns:
+        known = {**getattr(clip, "learned_nouns", {}), **nouns}
+        extended.tokenizer = _with_scenes(extended.tokenizer, next(iter(inner)), known)
+        extended.learned_nouns = known
+        extended.__class__ = _clip_with_scenes(type(clip))
     return extended
 
 
@@ -76,3 +90,92 @@ def _extended(tokenizer: Any, pattern: re.Pattern[str], vectors: Mapping[str, Te
     extended.__class__ = Words
     extended.embedding_directory = extended.embedding_directory or []
     return extended
+
+
+# --- several learned things in one prompt ---------------------------------------------------------
+
+
+class _Tokens(list[Any]):
+    """The tokens of one text encoder, with what they are of."""
+
+    scene: Mentions
+    nouns: list[list[int]]  # positions of each concept's nouns in the neutral prompt
+    neutral: list[Any]
+    own: list[list[Any]]
+
+
+def _with_scenes(tokenizer: Any, encoder: str, nouns: Mapping[str, str]) -> Any:
+    """A copy of a CLIP's tokenizer whose tokens of a prompt with several learned things are `_Tokens`.
+
+    `encoder`: the name of one of its text encoders.
+    """
+
+    class WithScenes(type(tokenizer)):
+        def tokenize_with_weights(self, text: str, *args: Any, **kwargs: Any) -> Any:
+            def tokens_of(prompt: str) -> dict[str, Any]:
+                return super(WithScenes, self).tokenize_with_weights(prompt, *args, **kwargs)
+
+            tokens, scene = tokens_of(text), mentions(text, known)
+            if scene is None:
+                return tokens
+            neutral, own = tokens_of(scene.neutral), [tokens_of(one) for one in scene.own]
+            for name, chunks in tokens.items():
+                one = tokens[name] = _Tokens(chunks)
+                one.scene, one.neutral = scene, neutral[name]
+                one.own = [prompt[name] for prompt in own]
+                entries = [token[0] for chunk in one.neutral for token in chunk]
+                ids = [entry if isinstance(entry, int) else -1 for entry in entries]
+                one.nouns = noun_positions(scene, ids, ids_of)
+            return tokens
+
+    plain = getattr(tokenizer, encoder)
+
+    def ids_of(text: str) -> list[int]:
+        return plain.tokenizer(text, add_special_tokens=False)["input_ids"]
+
+    known = dict(nouns)
+    extended = copy.copy(tokenizer)
+    extended.__class__ = WithScenes
+    return extended
+
+
+@cache
+def _clip_with_scenes(kind: type) -> type:
+    """A kind of CLIP that encodes `_Tokens` with their `SceneText`; its copies do so too."""
+    if hasattr(kind, "encodes_scenes"):
+        return kind
+
+    class WithScenes(kind):
+        encodes_scenes = True
+
+        def clone(self, *args: Any, **kwargs: Any) -> Any:
+            copied = super().clone(*args, **kwargs)
+            copied.__class__ = type(self)
+            copied.learned_nouns = self.learned_nouns
+            return copied
+
+        def encode_from_tokens(
+            self, tokens: Any, return_pooled: Any = False, return_dict: bool = False, **more: Any
+        ) -> Any:
+            def encoded(chosen: Any) -> Any:
+                return super(WithScenes, self).encode_from_tokens(
+                    chosen, return_pooled=return_pooled, return_dict=True, **more
+                )
+
+            if not return_dict or not all(isinstance(t, _Tokens) for t in tokens.values()):
+                return super().encode_from_tokens(
+                    tokens, return_pooled=return_pooled, return_dict=return_dict, **more
+                )
+            result, first = encoded(tokens), next(iter(tokens.values()))
+            if any(one.scene.tokens != first.scene.tokens for one in tokens.values()):
+                return result  # its text encoders have prompts about other things
+            neutral = encoded({name: one.neutral for name, one in tokens.items()})["cond"]
+            own = [
+                encoded({name: one.own[k] for name, one in tokens.items()})["cond"]
+                for k in range(len(first.own))
+            ]
+            nouns = mask_of(first.nouns, neutral.shape[1])
+            scene = SceneText(first.scene.tokens, result["cond"], neutral, tuple(own), nouns)
+            return {**result, KEY: scene}
+
+    return WithScenes

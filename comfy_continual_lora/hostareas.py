@@ -1,0 +1,222 @@
+"""Stage 8: areas (`areas`) in a host whose U-Net has ComfyUI's attention patches: ComfyUI, and Forge,
+reForge and Forge Neo, whose U-Nets descend from it.
+
+    a `SceneText` for each prompt about several learned things, made where the host encodes prompts
+    -> `HostAreas.call` around every call of the U-Net, with what each part of its batch is drawn from
+
+One patch puts the texts of neutral and own prompts behind the context, so that the layer's own to_k
+and to_v make K and V of them, with whatever LoRA the host applies. Another attends to them one by one
+and mixes the outputs. Patches that other extensions have in a layer (an image prompt's, say) are
+called for each of them. No host is imported.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .areas import Areas, AreaSettings
+
+Attend = Callable[[Tensor, Tensor, Tensor, dict[str, Any]], Tensor]  # q, k, v, the layer's options
+Options = dict[str, Any]  # a host's transformer_options
+
+
+@dataclass(frozen=True, eq=False)
+class SceneText:
+    """What a prompt about several learned things is drawn from: text features (1, t, d) of the whole
+    prompt, of the neutral one and of each concept's own, on the CPU; `nouns` (k, t): 1 at the nouns in
+    the neutral one.
+    """
+
+    tokens: tuple[str, ...]
+    whole: Tensor
+    neutral: Tensor
+    own: tuple[Tensor, ...]
+    nouns: Tensor
+
+    @property
+    def length(self) -> int:
+        """The number of text positions of the neutral and the own prompts."""
+        return sum(text.shape[1] for text in (self.neutral, *self.own))
+
+    def is_in(self, context: Tensor) -> bool:
+        """Whether this is the text of a context (n, t, d), which a host may have repeated. A host or
+        another extension may have changed it since it was encoded.
+        """
+        whole = self.whole.to(context)
+        count = whole.shape[1]
+        if context.shape[2] != whole.shape[2] or context.shape[1] % count:
+            return False
+        return torch.equal(context[:, :count], whole.expand(len(context), -1, -1))
+
+
+@dataclass(frozen=True, eq=False)
+class _Part:
+    """Rows of a batch that are drawn from one scene."""
+
+    rows: slice
+    scene: SceneText
+    areas: Areas
+
+
+class HostAreas:
+    """The areas of the pictures that a host draws with one model."""
+
+    def __init__(self, settings: AreaSettings, attend: Attend, masks: Tensor | None = None) -> None:
+        """`masks` (k, h, w) in 0..1 of any size, to use for the things of each prompt in order."""
+        self.settings, self.attend, self.masks = settings, attend, masks
+        self.areas: dict[Hashable, Areas | None] = {}
+
+    def start(self) -> None:
+        """Forget the areas of what was drawn before."""
+        self.areas = {}
+
+    @property
+    def found(self) -> list[Tensor]:
+        """The masks (n, k, h, w) of what was drawn last."""
+        return [one.masks for one in self.areas.values() if one and one.masks is not None]
+
+    def call(
+        self,
+        scenes: Sequence[tuple[Hashable, SceneText] | None],
+        x: Tensor,
+        context: Tensor,
+        options: Options,
+        run: Callable[[Options], Tensor],
+    ) -> Tensor:
+        """One call of the U-Net, made by `run` with patched options.
+
+        The batch x (n, 4, h, w) with its context (n, t, d) consists of equal parts, one for each of
+        `scenes`: a key that stays the same from step to step with what the part is drawn from, or
+        None for a part that is drawn as ever. In the first step the net is called once more, to see
+        where things are.
+        """
+        count = len(x) // max(1, len(scenes))
+        parts = []
+        for number, one in enumerate(scenes):
+            rows = slice(number * count, (number + 1) * count)
+            if one and (areas := self._areas(one, x[rows], context[rows])):
+                parts.append(_Part(rows, one[1], areas))
+        if not parts:
+            return run(options)
+        if any(part.areas.masks is None for part in parts):
+            run(_patched(options, parts, self.attend))
+            for part in parts:
+                part.areas.settle()
+        output = run(_patched(options, parts, self.attend))
+        for part in parts:
+            part.areas.settle()
+        return output
+
+    def _areas(self, keyed: tuple[Hashable, SceneText], x: Tensor, context: Tensor) -> Areas | None:
+        """Those of a part of the batch; None if it has to be drawn the plain way."""
+        scene = keyed[1]
+        key = (keyed[0], tuple(x.shape))
+        if key not in self.areas:
+            problem = self._problem(scene, context)
+            if problem:
+                logging.warning(
+                    "comfy-continual-lora: %s are drawn mixed, because %s.",
+                    " and ".join(scene.tokens),
+                    problem,
+                )
+                self.areas[key] = None
+            else:
+                nouns = scene.nouns.to(x.device).expand(len(x), -1, -1)
+                given = None if self.masks is None else self.masks[None].to(x.device).float()
+                height, width = x.shape[-2:]
+                self.areas[key] = Areas(nouns, (height, width), self.settings, given)
+        return self.areas[key]
+
+    def _problem(self, scene: SceneText, context: Tensor) -> str:
+        if not scene.is_in(context):
+            return "their prompt was changed after it was encoded, by another node or extension"
+        if self.masks is not None and len(self.masks) != len(scene.tokens):
+            return f"{len(self.masks)} masks were given for {len(scene.tokens)} things"
+        if unseen := [t for t, row in zip(scene.tokens, scene.nouns, strict=True) if not row.any()]:
+            return f"the noun of {' and '.join(unseen)} was not found in the prompt"
+        return ""
+
+
+def _patched(options: Options, parts: Sequence[_Part], attend: Attend) -> Options:
+    """Options in which every cross-attention draws these parts by areas."""
+    length = max(part.scene.length for part in parts)
+    patches = dict(options.get("patches", {}))
+    replacing = dict(options.get("patches_replace", {}))
+
+    def extend(hidden: Tensor, context: Tensor, value: Tensor, _: Any) -> tuple[Tensor, ...]:
+        more = torch.zeros(len(context), length, context.shape[2]).to(context)
+        for part in parts:
+            texts = torch.cat([part.scene.neutral, *part.scene.own], 1).to(context)
+            more[part.rows, : texts.shape[1]] = texts
+        return hidden, torch.cat([context, more], 1), torch.cat([value, more], 1)
+
+    patches["attn2_patch"] = [*patches.get("attn2_patch", []), extend]
+    replacing["attn2"] = _EveryLayer(replacing.get("attn2", {}), parts, length, attend)
+    return {**options, "patches": patches, "patches_replace": replacing}
+
+
+class _EveryLayer(dict[Any, Any]):
+    """What a host looks up to replace the attention of a layer, for every layer.
+
+    The key is the layer's block, with or without its number in the block.
+    """
+
+    def __init__(
+        self,
+        replaced: Mapping[Any, Callable[..., Tensor]],
+        parts: Sequence[_Part],
+        length: int,
+        attend: Attend,
+    ) -> None:
+        super().__init__(replaced)
+        self.parts, self.length, self.attend = parts, length, attend
+
+    def __contains__(self, _key: object) -> bool:
+        return True
+
+    def get(self, key: Any, default: Any = None) -> Any:
+        return self[key]
+
+    def __getitem__(self, key: Any) -> Callable[..., Tensor]:
+        block = key[:2] if isinstance(key, tuple) else key
+        foreign = dict.get(self, key) or dict.get(self, block)
+
+        def attention(q: Tensor, k: Tensor, v: Tensor, options: dict[str, Any]) -> Tensor:
+            first = k.shape[1] - self.length
+
+            def over(start: int, count: int, rows: slice) -> Tensor:
+                """Attention of these rows to some of the text positions."""
+                keys, values = (t[:, start : start + count] for t in (k, v))
+                if foreign:  # it may count on the whole batch
+                    return foreign(q, keys, values, options)[rows]
+                return self.attend(q[rows], keys[rows], values[rows], options)
+
+            whole = over(0, first, slice(None))
+            for part in self.parts:
+                at, outputs = first, []
+                for text in (part.scene.neutral, *part.scene.own):
+                    outputs.append(over(at, text.shape[1], part.rows))
+                    at += text.shape[1]
+                neutral, *own = outputs
+                if part.areas.masks is not None:
+                    neutral = part.areas.mix(neutral, own)
+                whole[part.rows] = neutral
+                if part.areas.wanted(q.shape[1]):
+                    keys = k[part.rows, first : first + part.scene.neutral.shape[1]]
+                    part.areas.see(_shares(q[part.rows], keys, options["n_heads"]))
+            return whole
+
+        return attention
+
+
+def _shares(query: Tensor, key: Tensor, heads: int) -> Tensor:
+    """What each place attends to, the mean over heads: (n, places, d), (n, t, d) -> (n, places, t)."""
+    query, key = (t.float().unflatten(2, (heads, -1)).transpose(1, 2) for t in (query, key))
+    return (query @ key.mT / math.sqrt(query.shape[3])).softmax(-1).mean(1)
