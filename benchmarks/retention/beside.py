@@ -21,7 +21,7 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -103,27 +103,33 @@ def judged_together(pictures: Tensor, scenes: Sequence[PairScene]) -> tuple[floa
     return judging.bleeding(pictures, scenes), judging.right_shapes(pictures, scenes)
 
 
-def judged_beside(pictures: Tensor, scenes: Sequence[PairScene]) -> tuple[float, float]:
+def judged_beside(
+    pictures: Tensor,
+    scenes: Sequence[PairScene],
+    features_of: Callable[[Tensor], Tensor] = judging.features_of,
+) -> tuple[float, float]:
     """The same of pictures (n, 3, 128, width), whose ends are pictures of one thing."""
     left, right = [s.left for s in scenes], [s.right for s in scenes]
     grounds = [scene.ground for scene in scenes]
     left_end, right_end = pictures[..., : drawing.SIZE], pictures[..., -drawing.SIZE :]
     bled, shapes = [], []
     for end, own, other in ((left_end, left, right), (right_end, right, left)):
-        features = judging.unit(judging.features_of(end))
-        real, exchanged = _features_alone(own, grounds), _features_alone(other, grounds)
+        features = judging.unit(features_of(end))
+        real, exchanged = (
+            judging.unit(features_of(_alone(concepts, grounds))) for concepts in (own, other)
+        )
         bled.append(judging.nearer_to_other(features, real, exchanged))
         shapes.append(judging.has_shape(end, "shape_a", own))
     return float(torch.cat(bled).mean()), float(torch.cat(shapes).mean())
 
 
-def _features_alone(concepts: Sequence[world.Concept], grounds: Sequence[str]) -> Tensor:
-    """Of each concept as the world draws it by itself, (n, d) of length 1."""
+def _alone(concepts: Sequence[world.Concept], grounds: Sequence[str]) -> Tensor:
+    """Each concept as the world draws it by itself, (n, 3, 128, 128)."""
     pictures = []
     for concept, ground in zip(concepts, grounds, strict=True):
         scene = world.Scene((world.Thing(concept.look, (), ""),), ground, "")
         pictures.append(world.draw_scene(scene, np.random.default_rng(0)))
-    return judging.unit(judging.features_of(trainset.to_tensor(np.stack(pictures))))
+    return trainset.to_tensor(np.stack(pictures))
 
 
 def main() -> None:

@@ -164,7 +164,8 @@ def measured(
         }
     else:
         bled, shapes = judged_beside(pictures, scenes)
-        row |= {"bled": bled, "shapes": shapes}
+        bled_2, _ = judged_beside(pictures, scenes, judges.features)
+        row |= {"bled": bled, "bled_2": bled_2, "shapes": shapes}
     return row, pictures
 
 
