@@ -95,6 +95,10 @@ class Areas:
         self.masks = _at_most_one(F.max_pool2d(which * there, 3, 1, 1))
         self.resized = {}
 
+    def fits(self, count: int) -> bool:
+        """Whether a layer with this many places is one of the net's: something may merge places."""
+        return math.prod(_size_of_layer(self.size, count)) == count
+
     def at(self, count: int) -> Tensor:
         """The masks of a layer with this many places, (n, k, count)."""
         assert self.masks is not None
@@ -124,7 +128,7 @@ def _halved(size: tuple[int, int], factor: int) -> tuple[int, int]:
 def _size_of_layer(size: tuple[int, int], count: int) -> tuple[int, int]:
     """Height and width of a layer with this many places: a net halves the latents, rounding up."""
     factor = 1
-    while math.prod(_halved(size, factor)) > count:
+    while math.prod(_halved(size, factor)) > count and factor < max(size):
         factor *= 2
     return _halved(size, factor)
 

@@ -38,6 +38,8 @@ from .stock import card, embedding, metadata_of, stock_lora
 _STACK = "continual_lora.stack"
 _TOKEN = "continual_lora.token"
 _ONLY = "continual_lora.only"
+WORDS = "continual_lora.words"  # JSON: the class noun of each word, by its embedding's name
+PRESET = "continual_lora.preset"
 # suffixes that some program loads as an embedding, named by the file's stem
 _EMBEDDINGS = (".safetensors", ".pt", ".bin", ".png", ".webp", ".jxl", ".avif")
 
@@ -121,7 +123,8 @@ def export_files(
                 for record in stack.records
             ]
             if tensors:
-                lora = _write_lora(stack, tensors, out, stem, triggers, format, only)
+                nouns = {words[record.token].stem: record.noun for record in stack.records}
+                lora = _write_lora(stack, tensors, out, stem, triggers, nouns, format, only)
             written = (lora, *words.values())
             earlier = [p for p in _earlier(stack, out, embeddings, only) if p not in written]
             removed = [path for path in earlier if remove and _remove(path)]
@@ -285,6 +288,7 @@ def _write_lora(
     out: Path,
     stem: str,
     triggers: list[str],
+    nouns: Mapping[str, str],
     format: str,
     only: Sequence[str],
 ) -> Path:
@@ -293,7 +297,13 @@ def _write_lora(
         digest.update(name.encode() + tensors[name].numpy().tobytes())
     digest.update(json.dumps([triggers, stack.owner]).encode())
     name = lora_name(stem, [record.token for record in stack.records], digest.hexdigest())
-    metadata = {**metadata_of(stack, name, triggers), _STACK: stack.owner, _ONLY: _joined(only)}
+    metadata = {
+        **metadata_of(stack, name, triggers),
+        _STACK: stack.owner,
+        _ONLY: _joined(only),
+        WORDS: json.dumps(nouns),
+        PRESET: stack.checkpoint.preset,
+    }
     if format == "peft":
         folder = out / name
         if _owner(folder).get(_STACK) != stack.owner:
@@ -305,8 +315,9 @@ def _write_lora(
         return folder
     # the hash covers the owner, so no other stack's file has this name
     path = out / f"{name}.safetensors"
-    if _owner(path).get(_STACK) != stack.owner:  # else the same weights were exported before
-        write_whole(path, save(tensors, metadata), new=True)
+    before = _owner(path)
+    if before.get(_STACK) != stack.owner or WORDS not in before:  # else it was exported before
+        write_whole(path, save(tensors, metadata), new=not before.get(_STACK))
     if format == "kohya":
         for ending, data in card(stack, triggers).items():
             beside = out / f"{name}{ending}"

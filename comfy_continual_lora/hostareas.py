@@ -1,13 +1,12 @@
-"""Stage 8: areas (`areas`) in a host whose U-Net has ComfyUI's attention patches: ComfyUI, and Forge,
-reForge and Forge Neo, whose U-Nets descend from it.
+"""Stage 8: areas (`areas`) in a host's own U-Net.
 
     a `SceneText` for each prompt about several learned things, made where the host encodes prompts
     -> `HostAreas.call` around every call of the U-Net, with what each part of its batch is drawn from
+    -> the `Part`s that cross-attention is to follow in this call
 
-One patch puts the texts of neutral and own prompts behind the context, so that the layer's own to_k
-and to_v make K and V of them, with whatever LoRA the host applies. Another attends to them one by one
-and mixes the outputs. Patches that other extensions have in a layer (an image prompt's, say) are
-called for each of them. No host is imported.
+How a host's cross-attention follows them is told by `patched` for ComfyUI and for Forge, reForge and
+Forge Neo, whose U-Nets descend from it, and by `followed` for AUTOMATIC1111. In all of them the host
+makes K and V, with whatever LoRA it applies. No host is imported.
 """
 
 from __future__ import annotations
@@ -46,18 +45,18 @@ class SceneText:
         return sum(text.shape[1] for text in (self.neutral, *self.own))
 
     def is_in(self, context: Tensor) -> bool:
-        """Whether this is the text of a context (n, t, d), which a host may have repeated. A host or
+        """Whether this is the text of a context (n, t, d), which a host may have made longer. A host or
         another extension may have changed it since it was encoded.
         """
         whole = self.whole.to(context)
         count = whole.shape[1]
-        if context.shape[2] != whole.shape[2] or context.shape[1] % count:
+        if context.shape[2] != whole.shape[2] or context.shape[1] < count:
             return False
         return torch.equal(context[:, :count], whole.expand(len(context), -1, -1))
 
 
 @dataclass(frozen=True, eq=False)
-class _Part:
+class Part:
     """Rows of a batch that are drawn from one scene."""
 
     rows: slice
@@ -68,9 +67,9 @@ class _Part:
 class HostAreas:
     """The areas of the pictures that a host draws with one model."""
 
-    def __init__(self, settings: AreaSettings, attend: Attend, masks: Tensor | None = None) -> None:
+    def __init__(self, settings: AreaSettings, masks: Tensor | None = None) -> None:
         """`masks` (k, h, w) in 0..1 of any size, to use for the things of each prompt in order."""
-        self.settings, self.attend, self.masks = settings, attend, masks
+        self.settings, self.masks = settings, masks
         self.areas: dict[Hashable, Areas | None] = {}
 
     def start(self) -> None:
@@ -87,10 +86,9 @@ class HostAreas:
         scenes: Sequence[tuple[Hashable, SceneText] | None],
         x: Tensor,
         context: Tensor,
-        options: Options,
-        run: Callable[[Options], Tensor],
+        run: Callable[[Sequence[Part]], Tensor],
     ) -> Tensor:
-        """One call of the U-Net, made by `run` with patched options.
+        """One call of the U-Net, made by `run`, whose cross-attention is to follow some parts.
 
         The batch x (n, 4, h, w) with its context (n, t, d) consists of equal parts, one for each of
         `scenes`: a key that stays the same from step to step with what the part is drawn from, or
@@ -102,14 +100,12 @@ class HostAreas:
         for number, one in enumerate(scenes):
             rows = slice(number * count, (number + 1) * count)
             if one and (areas := self._areas(one, x[rows], context[rows])):
-                parts.append(_Part(rows, one[1], areas))
-        if not parts:
-            return run(options)
+                parts.append(Part(rows, one[1], areas))
         if any(part.areas.masks is None for part in parts):
-            run(_patched(options, parts, self.attend))
+            run(parts)
             for part in parts:
                 part.areas.settle()
-        output = run(_patched(options, parts, self.attend))
+        output = run(parts)
         for part in parts:
             part.areas.settle()
         return output
@@ -144,8 +140,18 @@ class HostAreas:
         return ""
 
 
-def _patched(options: Options, parts: Sequence[_Part], attend: Attend) -> Options:
-    """Options in which every cross-attention draws these parts by areas."""
+# --- by ComfyUI's attention patches --------------------------------------------------------------
+
+
+def patched(options: Options, parts: Sequence[Part], attend: Attend) -> Options:
+    """Options in which every cross-attention follows these parts.
+
+    One patch puts the texts of neutral and own prompts behind the context, so that the layer makes K
+    and V of them. Another attends to them one by one and mixes the outputs. Patches that other
+    extensions have in a layer (an image prompt's, say) are called for each of them.
+    """
+    if not parts:
+        return options
     length = max(part.scene.length for part in parts)
     patches = dict(options.get("patches", {}))
     replacing = dict(options.get("patches_replace", {}))
@@ -171,7 +177,7 @@ class _EveryLayer(dict[Any, Any]):
     def __init__(
         self,
         replaced: Mapping[Any, Callable[..., Tensor]],
-        parts: Sequence[_Part],
+        parts: Sequence[Part],
         length: int,
         attend: Attend,
     ) -> None:
@@ -200,6 +206,8 @@ class _EveryLayer(dict[Any, Any]):
 
             whole = over(0, first, slice(None))
             for part in self.parts:
+                if not part.areas.fits(q.shape[1]):
+                    continue
                 at, outputs = first, []
                 for text in (part.scene.neutral, *part.scene.own):
                     outputs.append(over(at, text.shape[1], part.rows))
@@ -214,6 +222,31 @@ class _EveryLayer(dict[Any, Any]):
             return whole
 
         return attention
+
+
+# --- by a layer's own forward --------------------------------------------------------------------
+
+
+def followed(
+    layer: Any, forward: Callable[..., Tensor], parts: Sequence[Part], x: Tensor, context: Tensor
+) -> Tensor:
+    """What a cross-attention with to_q, to_k and heads gives for x (n, places, d) if it follows these
+    parts; `forward` is its own.
+    """
+    output = forward(x, context=context)
+    for part in parts:
+        if not part.areas.fits(x.shape[1]):
+            continue
+        hidden, scene = x[part.rows], part.scene
+        neutral = scene.neutral.to(context).expand(len(hidden), -1, -1)
+        mixed = forward(hidden, context=neutral)
+        if part.areas.masks is not None:
+            own = [text.to(context).expand(len(hidden), -1, -1) for text in scene.own]
+            mixed = part.areas.mix(mixed, [forward(hidden, context=text) for text in own])
+        output[part.rows] = mixed
+        if part.areas.wanted(x.shape[1]):
+            part.areas.see(_shares(layer.to_q(hidden), layer.to_k(neutral), layer.heads))
+    return output
 
 
 def _shares(query: Tensor, key: Tensor, heads: int) -> Tensor:

@@ -17,7 +17,7 @@ from torch import Tensor
 from comfy_continual_lora.adapters.adapter import attached
 from comfy_continual_lora.areas import AreaSettings
 from comfy_continual_lora.checkpoint.backbone import Backbone, FrozenText
-from comfy_continual_lora.hostareas import HostAreas, SceneText
+from comfy_continual_lora.hostareas import HostAreas, SceneText, patched
 from comfy_continual_lora.mentions import Mentions, mentions
 from comfy_continual_lora.together import drawn_together, noun_mask
 
@@ -110,7 +110,12 @@ class _Case:
         run = _host(self.backbone, x, timestep, both)
         output = x
         for _ in range(steps):
-            output = areas.call([None, ("id", self.scene)], x, both, options or {}, run)
+            output = areas.call(
+                [None, ("id", self.scene)],
+                x,
+                both,
+                lambda parts: run(patched(options or {}, parts, _attend)),
+            )
         return output
 
     def by_processors(self, steps: int = 2, masks: Tensor | None = None) -> Tensor:
@@ -131,7 +136,7 @@ def net(backbone: Backbone) -> Any:
 
 
 def _areas(masks: Tensor | None = None) -> HostAreas:
-    return HostAreas(AreaSettings(), _attend, masks)
+    return HostAreas(AreaSettings(), masks)
 
 
 @pytest.mark.parametrize("prompt", PROMPTS)

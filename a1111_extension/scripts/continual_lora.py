@@ -1,4 +1,4 @@
-"""The tab Continual LoRA in AUTOMATIC1111 and the Forge family.
+"""The tab Continual LoRA in AUTOMATIC1111 and the Forge family, and what it does while they draw.
 
 Run again at every "Reload UI"; the state that survives it is in webui/a1111.py.
 """
@@ -9,7 +9,10 @@ import importlib.util
 from pathlib import Path
 
 import gradio as gr
-from modules import script_callbacks  # pyright: ignore[reportMissingImports] - only inside the web UI
+from modules import (  # pyright: ignore[reportMissingImports] - only inside the web UI
+    script_callbacks,
+    scripts,
+)
 
 EXTENSION = Path(__file__).parents[1]
 _spec = importlib.util.spec_from_file_location("continual_lora_home", EXTENSION / "home.py")
@@ -18,8 +21,31 @@ _spec.loader.exec_module(_home)
 _home.load_package()
 
 from comfy_continual_lora.webui import a1111, api, tab  # noqa: E402
+from comfy_continual_lora.webui.apart import Apart  # noqa: E402
 
 host = a1111.host(EXTENSION)
+
+
+class SeveralLearnedThings(scripts.Script):
+    """Keeps the looks of several learned things in one prompt apart."""
+
+    def title(self) -> str:
+        return "Continual LoRA"
+
+    def show(self, is_img2img: bool) -> object:
+        return scripts.AlwaysVisible
+
+    def process_batch(self, p: object, *_: object, **__: object) -> None:
+        APART.begin(p)
+
+    def process_before_every_sampling(self, p: object, *_: object, **__: object) -> None:
+        APART.before_sampling(p)
+
+    def postprocess_batch(self, p: object, *_: object, **__: object) -> None:
+        APART.end()
+
+
+APART = Apart()
 
 
 def on_ui_tabs() -> list:

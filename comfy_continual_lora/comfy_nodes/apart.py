@@ -7,6 +7,7 @@ MODEL learns to use it, with any sampler.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -19,7 +20,7 @@ from torch import Tensor
 
 from ..areas import FINE, AreaSettings
 from ..errors import SettingError
-from ..hostareas import HostAreas, SceneText
+from ..hostareas import HostAreas, Part, SceneText, patched
 from .words import KEY
 
 
@@ -29,7 +30,7 @@ def with_areas(model: Any, preset: str, masks: Tensor | None = None) -> Any:
     `masks` (k, h, w): areas to use in place of those found. The model's attachment KEY is its
     `HostAreas`.
     """
-    areas = HostAreas(AreaSettings(FINE[preset]), _attend, masks)
+    areas = HostAreas(AreaSettings(FINE[preset]), masks)
     scenes: dict[Any, SceneText] = {}  # of the conds that are being sampled, by their ids
 
     def sampling(executor: Any, *args: Any, **kwargs: Any) -> Any:
@@ -60,21 +61,22 @@ def with_areas(model: Any, preset: str, masks: Tensor | None = None) -> Any:
         ids = options.get("uuids", [])
         keyed = [(one, scenes[one]) if one in scenes else None for one in ids]
 
-        def run(options: dict[str, Any]) -> Any:
+        def run(parts: Sequence[Part]) -> Any:
             # the net takes what it uses out of these lists
             unused = control and {key: list(value) for key, value in control.items()}
-            return executor(x, timesteps, context, y, unused, options, **kwargs)
+            chosen = patched(options, parts, _attend)
+            return executor(x, timesteps, context, y, unused, chosen, **kwargs)
 
-        return areas.call(keyed, x, context, options, run)
+        return areas.call(keyed, x, context, run)
 
-    patched = model.clone()
+    copied = model.clone()
     for kind in (WrappersMP.OUTER_SAMPLE, WrappersMP.CALC_COND_BATCH, WrappersMP.DIFFUSION_MODEL):
-        patched.remove_wrappers_with_key(kind, KEY)  # of a stack that was applied before
-    patched.add_wrapper_with_key(WrappersMP.OUTER_SAMPLE, KEY, sampling)
-    patched.add_wrapper_with_key(WrappersMP.CALC_COND_BATCH, KEY, conds)
-    patched.add_wrapper_with_key(WrappersMP.DIFFUSION_MODEL, KEY, unet)
-    patched.set_attachments(KEY, areas)
-    return patched
+        copied.remove_wrappers_with_key(kind, KEY)  # of a stack that was applied before
+    copied.add_wrapper_with_key(WrappersMP.OUTER_SAMPLE, KEY, sampling)
+    copied.add_wrapper_with_key(WrappersMP.CALC_COND_BATCH, KEY, conds)
+    copied.add_wrapper_with_key(WrappersMP.DIFFUSION_MODEL, KEY, unet)
+    copied.set_attachments(KEY, areas)
+    return copied
 
 
 def found_masks(model: Any, samples: Tensor) -> Tensor:

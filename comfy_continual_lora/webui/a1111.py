@@ -16,6 +16,7 @@ import gradio as gr
 from modules import call_queue, processing, sd_models, shared  # pyright: ignore[reportMissingImports]
 
 from ..files import is_checkpoint
+from .apart import OPTION
 from .environment import environment_of, home_of, prepare, python_of
 from .host import Host
 from .job import Job
@@ -71,6 +72,12 @@ class WebuiHost(Host):
             section=_SECTION,
         )
         shared.opts.add_option("continual_lora_plan", option)
+        apart = shared.OptionInfo(
+            True,
+            "Draw several learned things of one prompt each where its noun is",
+            section=_SECTION,
+        ).info("off: their looks mix, as without this extension")
+        shared.opts.add_option(OPTION, apart)
 
     # --- the API ----------------------------------------------------------------------------------
 

@@ -1,0 +1,235 @@
+"""Several learned things in one prompt of AUTOMATIC1111, reForge, Forge or Forge Neo, each in the area
+where its noun is. Only these import this module.
+
+    words and nouns     of the LoRAs that a generation uses, from their metadata
+    prompts             wherever the web UI encodes one that names two of them, its `SceneText` is kept
+    U-Net               rows of a batch whose context is a known `SceneText`'s are drawn by areas
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch.nn.functional as F
+from modules import shared  # pyright: ignore[reportMissingImports] - only inside the web UI
+from modules.prompt_parser import SdConditioning  # pyright: ignore[reportMissingImports]
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from ..areas import FINE, AreaSettings, mask_of
+from ..export import PRESET, WORDS
+from ..files import TOKEN
+from ..hostareas import HostAreas, Part, SceneText, followed, patched
+from ..mentions import Mentions, mentions, named, noun_positions
+
+OPTION = "continual_lora_apart"
+INFOTEXT = "Concepts kept apart"
+
+
+class Apart:
+    """What is known from one generation to the next: the web UI keeps encoded prompts, too."""
+
+    def __init__(self) -> None:
+        self.scenes: deque[SceneText] = deque(maxlen=64)
+        self.areas = HostAreas(AreaSettings())
+        self.active = False
+        self.undo: list[Callable[[], object]] = []
+
+    def begin(self, p: Any) -> None:
+        """Before the prompts of a batch are encoded."""
+        self.end()
+        nouns, preset = words_in_use()
+        prompts = [*p.prompts, *(getattr(p, "hr_prompts", None) or [])]
+        if not getattr(shared.opts, OPTION, True) or not any(
+            mentions(one, nouns) for one in prompts
+        ):
+            return
+        self._encode_scenes(p.sd_model, nouns)
+        for cache in ("cached_c", "cached_hr_c"):  # what was encoded without keeping its scenes
+            if hasattr(p, cache):
+                getattr(p, cache)[:] = [None, None]
+        self.areas, self.active = HostAreas(AreaSettings(FINE[preset])), True
+        p.extra_generation_params[INFOTEXT] = ", ".join(named(prompts, nouns))
+
+    def before_sampling(self, p: Any) -> None:
+        """Before each pass: the second one has other latents."""
+        if not self.active:
+            return
+        self.areas.start()
+        if objects := getattr(p.sd_model, "forge_objects", None):
+            objects.unet = self._forge_unet(objects.unet)
+        else:
+            self._follow(p.sd_model.model.diffusion_model)
+
+    def end(self) -> None:
+        """After a batch; also before the next one, if something went wrong."""
+        while self.undo:
+            self.undo.pop()()
+        self.active = False
+
+    # --- prompts ----------------------------------------------------------------------------------
+
+    def _encode_scenes(self, model: Any, nouns: Mapping[str, str]) -> None:
+        """Have the model keep the `SceneText` of each prompt it encodes."""
+        encode = model.get_learned_conditioning
+
+        def encode_scenes(texts: Any) -> Any:
+            encoded = encode(texts)
+            if not getattr(texts, "is_negative_prompt", False):
+                for text, features in zip(texts, _crossattn(encoded), strict=True):
+                    if scene := mentions(text, nouns):
+                        variants = [scene.neutral, *scene.own]
+                        others = _crossattn(encode(SdConditioning(variants, copy_from=texts)))
+                        self.scenes.append(_scene_text(model, scene, features, others))
+            return encoded
+
+        model.get_learned_conditioning = encode_scenes
+        self.undo.append(lambda: model.__dict__.pop("get_learned_conditioning", None))
+
+    def _scenes_of(self, context: Tensor) -> list[tuple[Any, SceneText] | None]:
+        """What each row of a context (n, t, d) is drawn from, if that is known."""
+        found: list[tuple[Any, SceneText] | None] = []
+        for number in range(len(context)):
+            row = context[number : number + 1]
+            scene = next((one for one in reversed(self.scenes) if one.is_in(row)), None)
+            found.append(((number, id(scene)), scene) if scene else None)
+        return found
+
+    # --- the U-Net --------------------------------------------------------------------------------
+
+    def _forge_unet(self, unet: Any) -> Any:
+        """A copy of Forge's U-Net that draws by areas."""
+        copied = unet.clone()
+        before = copied.model_options.get("model_function_wrapper")
+
+        def call(apply_model: Callable[..., Tensor], asked: dict[str, Any]) -> Tensor:
+            c = asked["c"]
+
+            def run(parts: Sequence[Part]) -> Tensor:
+                options = patched(c.get("transformer_options", {}), parts, _attend)
+                chosen = {**c, "transformer_options": options}
+                if control := c.get("control"):  # the net takes what it uses out of these lists
+                    chosen["control"] = {key: list(value) for key, value in control.items()}
+                if before:
+                    return before(apply_model, {**asked, "c": chosen})
+                return apply_model(asked["input"], asked["timestep"], **chosen)
+
+            context = c["c_crossattn"]
+            return self.areas.call(self._scenes_of(context), asked["input"], context, run)
+
+        copied.set_model_unet_function_wrapper(call)
+        return copied
+
+    def _follow(self, unet: Any) -> None:
+        """Have AUTOMATIC1111's U-Net draw by areas until `end`."""
+        while len(self.undo) > 1:  # those of an earlier pass
+            self.undo.pop()()
+        parts_now: list[Part] = []
+        forward = unet.forward
+
+        def call(
+            x: Tensor, timesteps: Any = None, context: Any = None, *more: Any, **named: Any
+        ) -> Any:
+            def run(parts: Sequence[Part]) -> Tensor:
+                parts_now[:] = parts
+                try:
+                    return forward(x, timesteps, context, *more, **named)
+                finally:
+                    parts_now.clear()
+
+            return self.areas.call(self._scenes_of(context), x, context, run)
+
+        self._replace_forward(unet, call)
+        for name, layer in unet.named_modules():
+            if name.endswith("attn2"):
+                self._replace_forward(layer, _follower(layer, parts_now))
+
+    def _replace_forward(self, module: Any, forward: Callable[..., Any]) -> None:
+        before = module.__dict__.get("forward")
+        module.forward = forward
+
+        def undo() -> None:
+            if before is None:
+                module.__dict__.pop("forward", None)
+            else:
+                module.forward = before
+
+        self.undo.append(undo)
+
+
+def _follower(layer: Any, parts: Sequence[Part]) -> Callable[..., Tensor]:
+    """A cross-attention's forward that follows the parts of the call that runs."""
+    forward = layer.forward
+
+    def follow(x: Tensor, context: Any = None, *more: Any, **named: Any) -> Tensor:
+        if not parts or more or named.get("mask") is not None:
+            return forward(x, context, *more, **named)
+        return followed(layer, forward, parts, x, context)
+
+    return follow
+
+
+def _attend(q: Tensor, k: Tensor, v: Tensor, options: dict[str, Any]) -> Tensor:
+    for name in ("backend.attention", "ldm_patched.ldm.modules.attention"):
+        if module := sys.modules.get(name):
+            attention = getattr(module, "attention_function", None) or module.optimized_attention
+            return attention(q, k, v, options["n_heads"])
+    q, k, v = (t.unflatten(2, (options["n_heads"], -1)).transpose(1, 2) for t in (q, k, v))
+    return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+
+
+# --- words and their places ----------------------------------------------------------------------
+
+
+def words_in_use() -> tuple[dict[str, str], str]:
+    """The class nouns of the words of all LoRAs that are loaded, by the names of their embeddings, and
+    the kind of checkpoint they are for.
+    """
+    nouns: dict[str, str] = {}
+    preset = "sd1"
+    for network in getattr(sys.modules.get("networks"), "loaded_networks", []):
+        own, of = words_of(Path(getattr(network.network_on_disk, "filename", "")))
+        if own:
+            nouns, preset = {**nouns, **own}, of
+    return nouns, preset
+
+
+def words_of(path: Path) -> tuple[dict[str, str], str]:
+    """The same of one file; none for any other file than an export of ours."""
+    try:
+        with safe_open(path, "pt") as file:
+            metadata = file.metadata() or {}
+        words, preset = json.loads(metadata.get(WORDS, "{}")), metadata.get(PRESET, "")
+    except (OSError, SafetensorError, ValueError, RecursionError):
+        return {}, ""
+    if preset not in FINE or not isinstance(words, dict):
+        return {}, ""
+    if not all(TOKEN.fullmatch(word) and isinstance(noun, str) for word, noun in words.items()):
+        return {}, ""
+    return words, preset
+
+
+def _crossattn(encoded: Any) -> Tensor:
+    return encoded["crossattn"] if isinstance(encoded, dict) else encoded
+
+
+def _scene_text(model: Any, scene: Mentions, whole: Tensor, variants: Tensor) -> SceneText:
+    engine = _text_engine(model)
+    chunks, _ = engine.tokenize_line(scene.neutral)
+    ids = [int(token) for chunk in chunks for token in chunk.tokens]
+    positions = noun_positions(scene, ids, lambda noun: engine.tokenize([noun])[0])
+    nouns = mask_of(positions, variants.shape[1])
+    return SceneText(scene.tokens, whole[None], variants[:1], tuple(variants[1:].split(1)), nouns)
+
+
+def _text_engine(model: Any) -> Any:
+    """The first text encoder with its tokenizer."""
+    for name in ("text_processing_engine", "text_processing_engine_l", "cond_stage_model"):
+        if hasattr(engine := getattr(model, name, None), "tokenize_line"):
+            return engine
+    return model.conditioner.embedders[0]
