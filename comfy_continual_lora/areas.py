@@ -44,7 +44,7 @@ class AreaSettings:
     """
 
     fine: int = 1
-    sharpness: float = 8.0
+    sharpness: float = 16.0
     presence: float = 0.3
 
 

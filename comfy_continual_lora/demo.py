@@ -41,10 +41,11 @@ def run_demo(out: Path, on_progress: OnProgress, say: Callable[[str], object]) -
         parts, rows = _learned(checkpoint, named[:step], on_progress, say)
         sections.append((f"Step {step}: learn {token} {concept.noun}", parts))
         sheet += rows
-    parts, beside = _both(checkpoint, named, on_progress)
+    parts, both = _both(checkpoint, named, on_progress)
     sections.append(("Both in one picture", parts))
     say("Writing the report ...")
-    _sheet([picture for row in sheet for picture in row], beside).save(out / "sheet.png")
+    pictures = [picture for row in [*sheet, both] for picture in row]
+    report.grid(pictures, len(PLACES)).save(out / "sheet.png")
     path = out / "report.html"
     intro = (
         "One small Stable Diffusion, two things it had never seen, learned one after the other "
@@ -85,17 +86,15 @@ def _learned(
 def _both(
     checkpoint: Path, named: Sequence[tuple[str, world.Concept]], on_progress: OnProgress
 ) -> tuple[list[str], list[Image.Image]]:
-    """Both things in one picture: parts of the report, and the pictures with separate areas."""
-    names = [f"{token} {concept.noun}" for token, concept in named]
-    left, right = (f"a photo of a {name}" for name in names)
-    together = f"a photo of a {' and a '.join(names)}"
-    pairs = [(f"{left} {place}", f"{right} {place}") for place in PLACES]
-    beside = _draw(checkpoint, pairs, on_progress)
-    mixed = _draw(checkpoint, [f"{together} {place}" for place in PLACES], on_progress)
+    """Both things in one prompt: parts of the report, and the pictures."""
+    names = " and a ".join(f"{token} {concept.noun}" for token, concept in named)
+    prompts = [f"a photo of a {names} {place}" for place in PLACES]
+    both = _draw(checkpoint, prompts, on_progress)
+    mixed = _draw(checkpoint, prompts, on_progress, mixed=True)
     places = ", ".join(PLACES)
-    separate = f"Side by side, each in its own area: {left}, and {right}, {places}"
-    blended = f"In one prompt, where their looks mix: {together} {places}"
-    return [report.figure(beside, separate, width=224), report.figure(mixed, blended)], beside
+    apart = f"In one prompt, each where its noun is: a photo of a {names} {places}"
+    blended = "The same prompts as a program without this one draws them: the looks mix"
+    return [report.figure(both, apart), report.figure(mixed, blended)], both
 
 
 def _begin(out: Path) -> None:
@@ -117,16 +116,7 @@ def _begin(out: Path) -> None:
 
 
 def _draw(
-    checkpoint: Path, prompts: Sequence[str | Sequence[str]], on_progress: OnProgress
+    checkpoint: Path, prompts: Sequence[str], on_progress: OnProgress, *, mixed: bool = False
 ) -> list[Image.Image]:
-    request = DrawRequest(checkpoint, prompts, DrawSettings(seed=1))
+    request = DrawRequest(checkpoint, prompts, DrawSettings(seed=1, mixed=mixed))
     return [one.image for one in pipeline.draw(request, on_progress).pictures]
-
-
-def _sheet(alone: Sequence[Image.Image], beside: Sequence[Image.Image]) -> Image.Image:
-    """Pictures of one thing in rows of four, below them the wider ones of both in rows of two."""
-    above, below = report.grid(alone, len(PLACES)), report.grid(beside, 2)
-    sheet = Image.new("RGB", (above.width, above.height + 4 + below.height), "white")
-    sheet.paste(above)
-    sheet.paste(below, ((above.width - below.width) // 2, above.height + 4))
-    return sheet

@@ -29,7 +29,7 @@ from torch import Tensor
 from .adapters.adapter import layers_of
 from .concepts import name_of
 from .errors import StackError
-from .files import TOKEN, clean_temporary, write_whole
+from .files import PRESET, TOKEN, WORDS, clean_temporary, write_whole
 from .stack import ConceptRecord, ConceptStack
 from .stock import card, embedding, metadata_of, stock_lora
 
@@ -38,8 +38,6 @@ from .stock import card, embedding, metadata_of, stock_lora
 _STACK = "continual_lora.stack"
 _TOKEN = "continual_lora.token"
 _ONLY = "continual_lora.only"
-WORDS = "continual_lora.words"  # JSON: the class noun of each word, by its embedding's name
-PRESET = "continual_lora.preset"
 # suffixes that some program loads as an embedding, named by the file's stem
 _EMBEDDINGS = (".safetensors", ".pt", ".bin", ".png", ".webp", ".jxl", ".avif")
 

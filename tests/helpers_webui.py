@@ -190,6 +190,11 @@ def learn(pictures: Path, token: str, stack: str, **settings: Any) -> dict[str, 
 
 
 def drawn(host: WebUI, prompt: str) -> np.ndarray:
+    return drawn_with(host, prompt)[0]
+
+
+def drawn_with(host: WebUI, prompt: str, **asked: Any) -> tuple[np.ndarray, str]:
+    """The picture and its infotext."""
     request = {
         "prompt": prompt,
         "seed": 1,
@@ -198,10 +203,45 @@ def drawn(host: WebUI, prompt: str) -> np.ndarray:
         "height": 128,
         "cfg_scale": 4,
         "sampler_name": "DDIM",
+        **asked,
     }
-    answer = host.post("/sdapi/v1/txt2img", request)
+    way = "img2img" if "init_images" in asked else "txt2img"
+    answer = host.post(f"/sdapi/v1/{way}", request)
     image = Image.open(io.BytesIO(base64.b64decode(answer["images"][0])))
-    return np.asarray(image.convert("RGB"), int)
+    return np.asarray(image.convert("RGB"), int), json.loads(answer["info"])["infotexts"][0]
+
+
+def keeps_things_apart(host: WebUI, pictures: Path) -> None:
+    """Two learned things in one prompt, with the LoRA of both: said in the infotext, another picture
+    than with the option off; nothing else is drawn otherwise.
+    """
+    for token, noun in (("V1", "ball"), ("V2", "box")):
+        asked = learn(pictures, token, "apart", rate=0.01, token_rate=0.05, steps=6)
+        host.post(f"{API}/learn", {**asked, "noun": noun})
+        job = host.ended(1800)
+        assert job["state"] == "done", job
+    result = job["results"]["export"]
+    first, second = result["triggers"]
+    lora = f"<lora:{Path(result['lora']).stem}:1>"
+    off = {"override_settings": {"continual_lora_apart": False}}
+    both = f"a photo of a ({first}:1.1) and a {second} on grass {lora}"
+    apart, told = drawn_with(host, both)
+    mixed, silent = drawn_with(host, both, **off)
+    names = ", ".join(trigger.split()[0] for trigger in (first, second))
+    assert f'Concepts kept apart: "{names}"' in told
+    assert "kept apart" not in silent
+    assert np.abs(apart - mixed).mean() > 0.5
+    assert np.array_equal(apart, drawn_with(host, both)[0])
+    hires = {"enable_hr": True, "hr_scale": 1.5, "hr_upscaler": "Latent", "denoising_strength": 0.6}
+    larger, told = drawn_with(host, both, **hires, hr_second_pass_steps=4)
+    assert larger.shape == (192, 192, 3)
+    assert "kept apart" in told
+    one = f"a photo of a {first} on grass {lora}"
+    assert np.array_equal(drawn_with(host, one)[0], drawn_with(host, one, **off)[0])
+    without = both.replace(lora, "")
+    assert np.array_equal(drawn_with(host, without)[0], drawn_with(host, without, **off)[0])
+    log = host.log.read_text()
+    assert "are drawn mixed" not in log
 
 
 def learns_and_draws(host: WebUI, pictures: Path) -> None:

@@ -22,6 +22,7 @@ from helpers_webui import (
     drawn,
     find_webui,
     freeze,
+    keeps_things_apart,
     learn,
     learns_and_draws,
     learns_in_a_browser,
@@ -42,6 +43,10 @@ pytestmark = [
 
 def test_what_is_learned_acts_in_txt2img_at_once(host: WebUI, pictures: Path) -> None:
     learns_and_draws(host, pictures)
+
+
+def test_several_learned_things_in_one_prompt_are_kept_apart(host: WebUI, pictures: Path) -> None:
+    keeps_things_apart(host, pictures)
 
 
 def test_the_web_uis_packages_are_what_they_were(host: WebUI, frozen: str) -> None:

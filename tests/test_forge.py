@@ -8,7 +8,14 @@ from pathlib import Path
 
 import pytest
 from helpers_browser import CHROMIUM
-from helpers_webui import WebUI, find_webui, freeze, learns_and_draws, learns_in_a_browser
+from helpers_webui import (
+    WebUI,
+    find_webui,
+    freeze,
+    keeps_things_apart,
+    learns_and_draws,
+    learns_in_a_browser,
+)
 
 FOUND = find_webui("FORGE_PATH", "stable-diffusion-webui-forge")
 pytestmark = [
@@ -21,6 +28,10 @@ pytestmark = [
 
 def test_what_is_learned_acts_in_txt2img_at_once(host: WebUI, pictures: Path) -> None:
     learns_and_draws(host, pictures)
+
+
+def test_several_learned_things_in_one_prompt_are_kept_apart(host: WebUI, pictures: Path) -> None:
+    keeps_things_apart(host, pictures)
 
 
 def test_forges_packages_are_what_they_were(host: WebUI, frozen: str) -> None:

@@ -11,7 +11,8 @@ from __future__ import annotations
 import json
 import sys
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +23,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from ..areas import FINE, AreaSettings, mask_of
-from ..export import PRESET, WORDS
-from ..files import TOKEN
+from ..files import PRESET, TOKEN, WORDS
 from ..hostareas import HostAreas, Part, SceneText, followed, patched
 from ..mentions import Mentions, mentions, named, noun_positions
 
@@ -83,8 +83,9 @@ class Apart:
             if not getattr(texts, "is_negative_prompt", False):
                 for text, features in zip(texts, _crossattn(encoded), strict=True):
                     if scene := mentions(text, nouns):
-                        variants = [scene.neutral, *scene.own]
-                        others = _crossattn(encode(SdConditioning(variants, copy_from=texts)))
+                        variants = SdConditioning([scene.neutral, *scene.own], copy_from=texts)
+                        with _infotext_kept():
+                            others = _crossattn(encode(variants))
                         self.scenes.append(_scene_text(model, scene, features, others))
             return encoded
 
@@ -225,6 +226,17 @@ def _scene_text(model: Any, scene: Mentions, whole: Tensor, variants: Tensor) ->
     positions = noun_positions(scene, ids, lambda noun: engine.tokenize([noun])[0])
     nouns = mask_of(positions, variants.shape[1])
     return SceneText(scene.tokens, whole[None], variants[:1], tuple(variants[1:].split(1)), nouns)
+
+
+@contextmanager
+def _infotext_kept() -> Iterator[None]:
+    """AUTOMATIC1111 lists the words of all it encodes in the infotext; inside the block it does not."""
+    hijack = getattr(sys.modules.get("modules.sd_hijack"), "model_hijack", None)
+    shown = getattr(hijack, "extra_generation_params", {})
+    before = dict(shown)
+    yield
+    shown.clear()
+    shown.update(before)
 
 
 def _text_engine(model: Any) -> Any:
