@@ -47,6 +47,11 @@ class Together:
         self.areas = Areas(nouns.to(backbone.device), size, settings, given)
         self.rows = slice(0, 0)  # of the batch, those drawn from the prompts
 
+    def own_of(self, attn: Any, dtype: torch.dtype) -> list[tuple[Tensor, Tensor]]:
+        """K and V of each concept's own prompt in a cross-attention, (n, t, d) each."""
+        own = [features.to(dtype) for features in self.own]
+        return [(attn.to_k(one), attn.to_v(one)) for one in own]
+
     def predict(self, noisy: Tensor, timestep: Tensor, unwanted: Tensor | None) -> Tensor:
         """The net's prediction for `unwanted`, if there is one, and for the prompts: (2n, 4, h, w)
         or (n, 4, h, w). In the first step the net is called once more, to see where things are.
@@ -104,8 +109,8 @@ class _ByAreas:
         query, key = query[rows], key[rows]
         if areas.masks is not None:
             if not self.own:
-                own = [features.to(hidden_states.dtype) for features in self.together.own]
-                self.own = [(heads(attn.to_k(one)), heads(attn.to_v(one))) for one in own]
+                own = self.together.own_of(attn, hidden_states.dtype)
+                self.own = [(heads(k), heads(v)) for k, v in own]
             own = [_joined(F.scaled_dot_product_attention(query, k, v)) for k, v in self.own]
             out = torch.cat([out[: rows.start], areas.mix(out[rows], own)])
         if areas.wanted(query.shape[2]):

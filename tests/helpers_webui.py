@@ -233,6 +233,8 @@ def keeps_things_apart(host: WebUI, pictures: Path) -> None:
     assert np.abs(apart - mixed).mean() > 0.5
     assert np.array_equal(apart, drawn_with(host, both)[0])
     hires = {"enable_hr": True, "hr_scale": 1.5, "hr_upscaler": "Latent", "denoising_strength": 0.6}
+    if host.forge:  # its API has no default
+        hires["hr_additional_modules"] = ["Use same choices"]
     larger, told = drawn_with(host, both, **hires, hr_second_pass_steps=4)
     assert larger.shape == (192, 192, 3)
     assert "kept apart" in told

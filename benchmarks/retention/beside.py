@@ -123,6 +123,20 @@ def judged_beside(
     return float(torch.cat(bled).mean()), float(torch.cat(shapes).mean())
 
 
+def nearness_beside(
+    pictures: Tensor, scenes: Sequence[PairScene], features_of: Callable[[Tensor], Tensor]
+) -> float:
+    """`judging.nearness` of pictures (n, 3, 128, width), whose ends are pictures of one thing."""
+    grounds = [scene.ground for scene in scenes]
+    left = pictures[..., : drawing.SIZE], [scene.left for scene in scenes]
+    right = pictures[..., -drawing.SIZE :], [scene.right for scene in scenes]
+    both = [
+        judging.unit(features_of(end)) * judging.unit(features_of(_alone(concepts, grounds)))
+        for end, concepts in (left, right)
+    ]
+    return float(torch.cat(both).sum(1).mean())
+
+
 def _alone(concepts: Sequence[world.Concept], grounds: Sequence[str]) -> Tensor:
     """Each concept as the world draws it by itself, (n, 3, 128, 128)."""
     pictures = []

@@ -180,6 +180,18 @@ def bleeding(
     return float(torch.cat(bled).mean())
 
 
+def nearness(
+    pictures: Tensor, scenes: Sequence[PairScene], features: Callable[[Tensor], Tensor]
+) -> float:
+    """The mean cosine of things in pictures of two with real pictures of them in their place."""
+    real = _real_pairs(scenes)
+    both = [
+        (_features_at(columns, pictures, features) * _features_at(columns, real, features)).sum(1)
+        for columns in (LEFT, RIGHT)
+    ]
+    return float(torch.cat(both).mean())
+
+
 def nearer_to_other(drawn: Tensor, own: Tensor, other: Tensor) -> Tensor:
     """Whether each drawn thing is nearer to the other one than to itself, (n,) 0 or 1; all are
     features of length 1, (n, d).

@@ -15,11 +15,16 @@ Pairs of different nouns, pairs of one noun, each on four grounds and with `--no
     beside    "a photo of a V1 mug on grass" and, to the right of it, "a photo of a V2 fish on grass"
     alone     both of these as pictures of their own: the best that can be had
     nouns     "a photo of a mug and a fish on grass" by the checkpoint alone: the shapes it reaches
+    halves    as `areas`, but the areas are given: the left half and the right one
+    masked    as FreeFuse (arXiv 2510.23515) masks LoRAs: the whole prompt everywhere, each concept's
+              own adapter in its area alone, the areas found as by `areas`
 
     bled      share of things that look more like the other one of the two, in its place, than like
               themselves, by the mini-CLIP's features (a coin gets .5); `bled_2` by an encoder that has
               seen no caption (`judges`)
     shapes    share of things that have their shape, by the attribute reader
+    near      mean cosine of a thing's features by that encoder and those of a real picture of it in
+              its place; for `beside` and `alone` of whole pictures of one thing
     seconds   for a picture
 """
 
@@ -28,24 +33,38 @@ from __future__ import annotations
 import argparse
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
+from unittest import mock
 
 import judging
 import numpy as np
 import torch
-from beside import judged_beside
+import torch.nn.functional as F
+from beside import judged_beside, nearness_beside
 from judges import Judges, load_judges
 from judging import PairScene
 from torch import Tensor
 
-from comfy_continual_lora import concepts, pipeline, report, requests, sample, store
-from comfy_continual_lora.adapters.adapter import attached
+from comfy_continual_lora import (
+    concepts,
+    pipeline,
+    report,
+    requests,
+    sample,
+    store,
+    targets,
+    together,
+)
+from comfy_continual_lora.adapters.adapter import attached, factored, layers_of
 from comfy_continual_lora.areas import AreaSettings
-from comfy_continual_lora.checkpoint.backbone import Backbone
+from comfy_continual_lora.checkpoint.backbone import Backbone, FrozenText
 from comfy_continual_lora.checkpoint.load import load_backbone
+from comfy_continual_lora.mentions import Mentions
 from comfy_continual_lora.mini import world
 from comfy_continual_lora.mini.weights import write_checkpoint
 from comfy_continual_lora.settings import DrawSettings, LearnSettings
@@ -112,8 +131,9 @@ def pairs(kind: str, noises: int) -> list[Pair]:
 def drawn(way: str, backbone: Backbone, stack: store.ConceptStack, asked: Sequence[Pair]) -> Tensor:
     """Pictures of the pairs, (n, 3, 128, width)."""
     name, *changes = way.split()
+    apart = name in ("areas", "halves", "masked")
     names = [record.noun if name == "nouns" else record.name for record in stack.records]
-    nouns = stack.nouns if name == "areas" else None
+    nouns = stack.nouns if apart else None
     settings = AreaSettings(
         **{key: json.loads(value) for key, value in (c.split("=") for c in changes)}
     )
@@ -129,7 +149,7 @@ def drawn(way: str, backbone: Backbone, stack: store.ConceptStack, asked: Sequen
         else:
             columns[0].append(f"a photo of a {names[a]} and a {names[b]} {place}")
     seeds = [one.noise for one in asked]
-    with attached(backbone, None if name == "nouns" else stack.adapter):
+    with attached(backbone, None if name == "nouns" else stack.adapter), _changed(name, stack):
         words = {} if name == "nouns" else stack.tokens
         return torch.cat(
             [
@@ -139,6 +159,65 @@ def drawn(way: str, backbone: Backbone, stack: store.ConceptStack, asked: Sequen
             ],
             3,
         )
+
+
+@contextmanager
+def _changed(name: str, stack: store.ConceptStack) -> Iterator[None]:
+    """Inside the block learned things are kept apart in the way that is compared."""
+    if name == "halves":
+        masks = torch.zeros(1, 2, 1, 2)
+        masks[0, 0, 0, 0] = masks[0, 1, 0, 1] = 1
+        change: Any = mock.patch.object(
+            sample, "drawn_together", partial(together.drawn_together, given=masks)
+        )
+    elif name == "masked":
+        change = mock.patch.object(together, "Together", partial(_MaskedLoras, stack))
+    else:
+        change = nullcontext()
+    with change:
+        yield
+
+
+class _MaskedLoras(together.Together):
+    """The whole prompt everywhere, by each concept's own adapter in its area, by none elsewhere."""
+
+    def __init__(
+        self,
+        stack: store.ConceptStack,
+        backbone: Backbone,
+        text: FrozenText,
+        scenes: Sequence[Mentions],
+        *arguments: Any,
+        **more: Any,
+    ) -> None:
+        super().__init__(backbone, text, scenes, *arguments, **more)
+        self.scenes = scenes
+        self.whole = backbone.context(text([scene.whole for scene in scenes]))
+        self.adapters = {
+            token: layers_of(adapter)
+            for token, adapter in zip(stack.tokens, targets.own_adapters(stack), strict=True)
+            if adapter
+        }
+        self.names = {
+            id(module): name
+            for name, module in backbone.unet.named_modules()
+            if name.endswith(".attn2")
+        }
+
+    def own_of(self, attn: Any, dtype: torch.dtype) -> list[tuple[Tensor, Tensor]]:
+        keys_values = []
+        for k in range(len(self.own)):
+            parts = []
+            for part in ("to_k", "to_v"):
+                linear = getattr(attn, part)
+                base = F.linear(self.whole, getattr(linear, "base_layer", linear).weight)
+                for row, scene in enumerate(self.scenes):
+                    layer = self.adapters[scene.tokens[k]][f"{self.names[id(attn)]}.{part}"]
+                    left, right = factored(layer, self.whole.shape[2])
+                    base[row] += self.whole[row] @ right.T @ left.T
+                parts.append(base.to(dtype))
+            keys_values.append((parts[0], parts[1]))
+        return keys_values
 
 
 def measured(
@@ -161,11 +240,13 @@ def measured(
             "bled": judging.bleeding(pictures, scenes),
             "bled_2": judging.bleeding(pictures, scenes, judges.features),
             "shapes": judging.right_shapes(pictures, scenes),
+            "near": judging.nearness(pictures, scenes, judges.features),
         }
     else:
         bled, shapes = judged_beside(pictures, scenes)
         bled_2, _ = judged_beside(pictures, scenes, judges.features)
-        row |= {"bled": bled, "bled_2": bled_2, "shapes": shapes}
+        near = nearness_beside(pictures, scenes, judges.features)
+        row |= {"bled": bled, "bled_2": bled_2, "shapes": shapes, "near": near}
     return row, pictures
 
 
