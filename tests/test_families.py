@@ -14,6 +14,7 @@ from typing import Any
 import helpers_families as families
 import pytest
 import torch
+from helpers_areas import follows_areas
 from helpers_families import KINDS
 from helpers_learn import NOUNS
 from peft import PeftModel
@@ -567,3 +568,8 @@ def test_an_exported_lora_can_be_imported(
     changes = delta_weights(loaded[own.stem], stack.adapter)
     for layer, change in delta_weights(loaded[own.stem], found.adapter).items():
         assert torch.allclose(change, changes[layer], atol=2e-3 * float(changes[layer].abs().max()))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_several_learned_things_follow_areas(loaded: dict[str, Backbone], kind: str) -> None:
+    follows_areas(loaded[kind], 16, 24)

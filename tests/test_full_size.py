@@ -17,6 +17,7 @@ import helpers_full_size as full_size
 import pytest
 import torch
 from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline
+from helpers_areas import follows_areas
 from helpers_comfyui import REPOSITORY, find_comfyui, python_of
 from helpers_webui import WebUI, find_webui
 from safetensors import safe_open
@@ -258,3 +259,10 @@ def test_other_programs_nets_answer_as_ours(
         pytest.skip(
             f"no {' and no '.join(missing)} on this machine; diffusers and what else is here agreed"
         )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["sd1", "sd2", pytest.param("sdxl", marks=LARGE)])
+def test_several_learned_things_follow_areas(tmp_path: Path, kind: str) -> None:
+    path = full_size.write(kind, tmp_path / f"{kind}.safetensors")
+    follows_areas(load_backbone(path, device="cpu", precision="fp32"), 16, 24)

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
-import torch.nn.functional as F
+from helpers_areas import NOUNS, PROMPT, follows_areas, words_of
 from helpers_learn import random_adapter
 from torch import Tensor
 
@@ -18,23 +17,12 @@ from comfy_continual_lora.adapters.adapter import attached
 from comfy_continual_lora.areas import AreaSettings
 from comfy_continual_lora.checkpoint.backbone import Backbone, FrozenText
 from comfy_continual_lora.errors import Cancelled
-from comfy_continual_lora.mentions import Mentions, mentions
+from comfy_continual_lora.mentions import mentions
 from comfy_continual_lora.progress import Progress
 from comfy_continual_lora.settings import DrawSettings
 from comfy_continual_lora.together import drawn_together, noun_mask
 
-NOUNS = {"V1": "mug", "V2": "fish", "V3": "star"}
-PROMPT = "a photo of a V1 mug and a V2 fish on grass"
 SETTINGS = DrawSettings(steps=4, size=64).resolved("mini")
-
-
-def _words(backbone: Backbone) -> dict[str, Tensor]:
-    generator = torch.Generator().manual_seed(4)
-    return {
-        token: backbone.word_start(noun, generator, 1 + number)
-        + torch.randn(1, backbone.word_width, generator=generator) * 0.02
-        for number, (token, noun) in enumerate(NOUNS.items())
-    }
 
 
 def _drawn(
@@ -43,7 +31,7 @@ def _drawn(
     with attached(backbone, random_adapter(backbone, "lora", 1)):
         return sample.draw(
             backbone,
-            _words(backbone),
+            words_of(backbone),
             prompts,
             range(len(prompts)),
             replace(SETTINGS, **changes),
@@ -81,7 +69,7 @@ def test_a_picture_of_several_does_not_depend_on_its_neighbours(
     for number in (1, 2):
         with attached(backbone, random_adapter(backbone, "lora", 1)):
             settings = replace(SETTINGS, guidance=guidance)
-            words = _words(backbone)
+            words = words_of(backbone)
             alone = sample.draw(backbone, words, [prompts[number]], [number], settings, nouns=NOUNS)
         assert torch.allclose(together[number], alone[0], atol=1e-3)
 
@@ -95,7 +83,7 @@ def test_words_without_effect_draw_the_nouns(backbone: Backbone) -> None:
     assert torch.allclose(apart[0], apart[1], atol=1e-3)
 
 
-def test_noun_mask_are_those_of_the_nouns(backbone: Backbone) -> None:
+def test_the_mask_of_nouns_has_their_positions(backbone: Backbone) -> None:
     nouns = {**NOUNS, "V3": "golden retriever"}
     scene = mentions("V1 mug, V2, V3 golden retriever near V1", nouns)
     assert scene
@@ -111,79 +99,15 @@ def test_noun_mask_are_those_of_the_nouns(backbone: Backbone) -> None:
 # --- masks that are given ------------------------------------------------------------------------
 
 
-def _couple(
-    unet: Any, rows: slice, contexts: list[Tensor], masks: Tensor
-) -> Callable[[], Iterator[None]]:
-    """A second implementation of attention couple: every cross-attention runs whole, once for each
-    context, and its outputs are averaged with masks (k, h, w); to be used as a context manager.
-    """
-
-    @contextmanager
-    def block() -> Iterator[None]:
-
-        def hook(
-            module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor
-        ) -> Tensor:
-            hidden = args[0][rows]
-            side = int(hidden.shape[1] ** 0.5)
-            mixed = torch.zeros_like(output[rows])
-            for context, mask in zip(contexts, masks, strict=True):
-                weight = F.adaptive_avg_pool2d(mask[None], side).flatten()[:, None]
-                handle = handles_of[module]
-                handle.remove()
-                mixed += weight * module(hidden, encoder_hidden_states=context)
-                handles_of[module] = module.register_forward_hook(hook, with_kwargs=True)
-            result = output.clone()
-            result[rows] = mixed
-            return result
-
-        handles_of = {
-            module: module.register_forward_hook(hook, with_kwargs=True)
-            for name, module in unet.named_modules()
-            if name.endswith(".attn2")
-        }
-        try:
-            yield
-        finally:
-            for handle in handles_of.values():
-                handle.remove()
-
-    return block  # type: ignore[return-value]
-
-
-def _halves(size: int) -> Tensor:
-    masks = torch.zeros(1, 2, size, size)
-    masks[:, 0, :, : size // 2] = 1
-    masks[:, 1, :, size // 2 :] = 1
-    return masks
-
-
-def test_given_halves_are_attention_couple(backbone: Backbone) -> None:
-    scene = mentions(PROMPT, NOUNS)
-    assert isinstance(scene, Mentions)
-    text = FrozenText(backbone, _words(backbone))
-    noisy = torch.randn(1, 4, 16, 16, generator=torch.Generator().manual_seed(5))
-    timestep, unwanted = torch.tensor([500]), text([""])
-    masks = _halves(16)
-    with torch.no_grad(), attached(backbone, random_adapter(backbone, "lora", 1)):
-        with drawn_together(backbone, text, [scene], (16, 16), AreaSettings(), masks) as together:
-            ours = together.predict(noisy, timestep, unwanted)
-        contexts = [backbone.context(text([own])) for own in scene.own]
-        block: Any = _couple(backbone.unet, slice(1, 2), contexts, masks[0])
-        with block():
-            theirs = backbone.predict(
-                torch.cat([noisy] * 2),
-                torch.cat([timestep] * 2),
-                torch.cat([unwanted, text([scene.neutral])]),
-            )
-    assert torch.allclose(ours, theirs, atol=1e-4)
-    assert not torch.allclose(ours[1], ours[0], atol=1e-2)
+@pytest.mark.parametrize("size", [(16, 16), (8, 24)])
+def test_given_halves_are_attention_couple(backbone: Backbone, size: tuple[int, int]) -> None:
+    follows_areas(backbone, *size)
 
 
 def test_a_mask_for_the_whole_picture_is_that_concept_s_prompt(backbone: Backbone) -> None:
     scene = mentions(PROMPT, NOUNS)
     assert scene
-    text = FrozenText(backbone, _words(backbone))
+    text = FrozenText(backbone, words_of(backbone))
     noisy = torch.randn(2, 4, 8, 12, generator=torch.Generator().manual_seed(5))
     timestep = torch.tensor([500, 20])
     masks = torch.tensor([1.0, 0.0]).view(1, 2, 1, 1)
@@ -205,7 +129,7 @@ def test_a_prompt_that_is_too_long_is_drawn_the_plain_way_with_a_note(backbone: 
         if progress.note:
             notes.append(progress.note)
 
-    words = _words(backbone)
+    words = words_of(backbone)
     drawn = sample.draw(backbone, words, [prompt] * 2, [0, 1], SETTINGS, note, NOUNS)
     plain = sample.draw(backbone, words, [prompt] * 2, [0, 1], SETTINGS)
     assert torch.equal(drawn, plain)
@@ -221,5 +145,5 @@ def test_cancelling_leaves_the_net_as_it_was(backbone: Backbone) -> None:
             raise Cancelled
 
     with pytest.raises(Cancelled):
-        sample.draw(backbone, _words(backbone), [PROMPT], [0], SETTINGS, stop, NOUNS)
+        sample.draw(backbone, words_of(backbone), [PROMPT], [0], SETTINGS, stop, NOUNS)
     assert dict(backbone.unet.attn_processors) == before
