@@ -351,6 +351,136 @@ def test_exported_files_draw_what_apply_draws(host: ComfyUI) -> None:
     assert np.abs(pictures_by_way["ours"] - pictures_by_way["plain"]).mean() > 2
 
 
+def _both_learned(stack: str) -> dict[str, Any]:
+    """A graph that learns V1 and V2, with Apply Concepts as node 4 and the checkpoint as node 20."""
+    first, second = learn(stack), learn(stack, "V2", 2)
+    second["3"]["inputs"].update(stack=["3", 0], images=["6", 0], noun=["6", 1])
+    return {
+        **{name: first[name] for name in ("1", "2", "3")},
+        "6": second["2"],
+        "7": second["3"],
+        "20": {
+            "class_type": "CheckpointLoaderSimple",
+            "inputs": {"ckpt_name": "mini-sd.safetensors"},
+        },
+        "4": {
+            "class_type": "ContinualLora_Apply",
+            "inputs": {
+                "model": ["20", 0],
+                "clip": ["20", 1],
+                "stack": ["7", 0],
+                "strength": 1.0,
+                "mixed": False,
+            },
+        },
+    }
+
+
+def test_several_learned_things_in_one_prompt_are_kept_apart(host: ComfyUI) -> None:
+    """By ordinary nodes, with any sampler, batch and size; one learned thing is drawn as ever."""
+    nouns = [text_of(host.run(_preview(which)), "3") for which in (1, 2)]
+    both = f"a photo of a (V1 {nouns[0]}:1.1) and a V2 {nouns[1]} on grass"
+
+    def picture(prompt: str, mixed: bool = False, **sampling: Any) -> np.ndarray:
+        graph = {**_both_learned("apart"), **draw(prompt, "4")}
+        graph["4"]["inputs"]["mixed"] = mixed
+        for name, value in sampling.items():
+            node = "24" if name in graph["24"]["inputs"] else "23"
+            graph[node]["inputs"][name] = value
+        done = host.run(graph)
+        pictures = [Image.open(one).convert("RGB") for one in host.pictures(done, "26")]
+        return np.stack([np.asarray(one, int) for one in pictures])
+
+    apart, mixed = picture(both), picture(both, mixed=True)
+    assert np.abs(apart - mixed).mean() > 0.5
+    one = f"a photo of a V1 {nouns[0]} on grass"
+    assert np.array_equal(picture(one), picture(one, mixed=True))
+    for sampler in ("euler_ancestral", "heun", "dpmpp_sde"):
+        wide = picture(both, width=192, batch_size=2, sampler_name=sampler, seed=3)
+        assert wide.shape == (2, 128, 192, 3)
+        assert (
+            np.abs(
+                wide - picture(both, True, width=192, batch_size=2, sampler_name=sampler, seed=3)
+            ).mean()
+            > 0.5
+        )
+    assert "are drawn mixed" not in host.log.read_text()
+
+
+def _preview(which: int) -> dict[str, Any]:
+    """The class noun of one of the example concepts."""
+    return {
+        "2": {"class_type": "ContinualLora_Examples", "inputs": {"which": which, "count": 3}},
+        "3": {"class_type": "PreviewAny", "inputs": {"source": ["2", 1]}},
+    }
+
+
+def test_areas_are_shown_and_can_be_given(host: ComfyUI) -> None:
+    """A mask for the whole picture draws that concept's own prompt, as its noun's prompt does."""
+    nouns = [text_of(host.run(_preview(which)), "3") for which in (1, 2)]
+    prompt = f"a photo of a V1 {nouns[0]} and a V2 {nouns[1]} on grass"
+    graph = {**_both_learned("apart"), **draw(prompt, "4")}
+    graph |= {
+        "30": {
+            "class_type": "ContinualLora_Areas",
+            "inputs": {"model": ["4", 0], "latent": ["24", 0]},
+        },
+        "31": {"class_type": "MaskToImage", "inputs": {"mask": ["30", 0]}},
+        "32": {"class_type": "PreviewImage", "inputs": {"images": ["31", 0]}},
+    }
+    masks = [
+        np.asarray(Image.open(one).convert("L"), int)
+        for one in host.pictures(host.run(graph), "32")
+    ]
+    assert [mask.shape for mask in masks] == [(128, 128)] * 2
+    assert max(mask.max() for mask in masks) > 128
+    assert (masks[0] + masks[1]).max() <= 257
+    whole = {"class_type": "SolidMask", "inputs": {"value": 1.0, "width": 64, "height": 64}}
+    none = {"class_type": "SolidMask", "inputs": {"value": 0.0, "width": 64, "height": 64}}
+    given = {**_both_learned("apart"), **draw(prompt, "4"), "40": whole, "41": none}
+    given["42"] = {"class_type": "MaskToImage", "inputs": {"mask": ["40", 0]}}
+    given["43"] = {"class_type": "MaskToImage", "inputs": {"mask": ["41", 0]}}
+    given["44"] = {"class_type": "ImageBatch", "inputs": {"image1": ["42", 0], "image2": ["43", 0]}}
+    given["45"] = {"class_type": "ImageToMask", "inputs": {"image": ["44", 0], "channel": "red"}}
+    given["4"]["inputs"]["masks"] = ["45", 0]
+    own = {
+        **_both_learned("apart"),
+        **draw(f"a photo of a V1 {nouns[0]} and a {nouns[1]} on grass", "4"),
+    }
+    drawn, expected = (
+        np.asarray(Image.open(host.pictures(host.run(one), "26")[0]).convert("RGB"), int)
+        for one in (given, own)
+    )
+    assert np.abs(drawn - expected).max() <= 2
+    given["44"] = {"class_type": "ImageBatch", "inputs": {"image1": ["46", 0], "image2": ["43", 0]}}
+    given["46"] = {"class_type": "ImageBatch", "inputs": {"image1": ["42", 0], "image2": ["43", 0]}}
+    host.run(given)
+    assert "3 masks were given for 2 things" in host.log.read_text()
+
+
+def test_there_are_no_areas_where_nothing_was_kept_apart(host: ComfyUI) -> None:
+    graph = {**_both_learned("apart"), **draw("a photo of a V1 on grass", "4")}
+    graph["30"] = {
+        "class_type": "ContinualLora_Areas",
+        "inputs": {"model": ["4", 0], "latent": ["24", 0]},
+    }
+    graph["31"] = {"class_type": "MaskPreview", "inputs": {"mask": ["30", 0]}}
+    done = host.finished(host.queue(graph))
+    assert "There are no areas: nothing was sampled with this model" in error_of(done)
+
+
+def test_a_prompt_that_was_changed_after_it_was_encoded_is_drawn_the_plain_way(
+    host: ComfyUI,
+) -> None:
+    nouns = [text_of(host.run(_preview(which)), "3") for which in (1, 2)]
+    prompt = f"a photo of a V1 {nouns[0]} and a V2 {nouns[1]} on grass"
+    graph = {**_both_learned("apart"), **draw(prompt, "4")}
+    graph["50"] = {"class_type": "ConditioningZeroOut", "inputs": {"conditioning": ["21", 0]}}
+    graph["24"]["inputs"]["positive"] = ["50", 0]
+    host.run(graph)
+    assert "their prompt was changed after it was encoded" in host.log.read_text()
+
+
 def test_mistakes_are_reported_in_words_and_lose_nothing(host: ComfyUI) -> None:
     host.run(learn("mistakes"))
     data = stack_of(host, "mistakes").read_bytes()
