@@ -16,6 +16,8 @@ from comfy_continual_lora import export, stock, store
 from comfy_continual_lora.adapters.adapter import KINDS, delta_weights, new_adapter
 from comfy_continual_lora.checkpoint.backbone import Backbone
 from comfy_continual_lora.errors import StackError
+from comfy_continual_lora.files import PRESET, WORDS
+from comfy_continual_lora.webui.loras import words_of
 
 
 def _stack(backbone: Backbone, kind: str) -> store.ConceptStack:
@@ -68,6 +70,43 @@ def test_words_card_and_metadata(backbone: Backbone, tmp_path: Path) -> None:
     assert metadata["modelspec.trigger_phrase"] == "V1 mug"
     assert metadata["ss_output_name"] == done.lora.stem
     assert json.loads(done.lora.with_suffix(".json").read_text())["activation text"] == "V1 mug"
+
+
+def test_a_lora_says_which_words_it_is_for(backbone: Backbone, tmp_path: Path) -> None:
+    """By their embeddings' names; an export from before it did so is completed."""
+    (tmp_path / "embeddings").mkdir()
+    (tmp_path / "embeddings" / "V1.safetensors").write_bytes(b"somebody else's")
+    stack = _stack(backbone, "lora")
+    lora = _export(stack, tmp_path).lora
+    assert lora
+    words = words_of(lora)
+    assert words == ({"V1-2": stack.records[0].noun}, stack.checkpoint.preset)
+    with safe_open(lora, "pt") as file:
+        metadata = {k: v for k, v in file.metadata().items() if k not in (WORDS, PRESET)}
+    lora.write_bytes(save(load_file(lora), metadata))
+    assert words_of(lora) == ({}, "")
+    assert _export(stack, tmp_path).lora == lora
+    assert words_of(lora) == words
+
+
+@pytest.mark.parametrize(
+    "words",
+    ["", "{", "[]", "1", '{"../V1": "dog"}', '{"V1": 3}', '{"V1": null}', "[" * 100_000]
+    + [json.dumps({"V1": "dog" * 100})],
+)
+def test_what_another_file_says_of_its_words_is_not_believed(tmp_path: Path, words: str) -> None:
+    path = tmp_path / "lora.safetensors"
+    path.write_bytes(save({"x": torch.zeros(1)}, {WORDS: words, PRESET: "sd1"}))
+    assert words_of(path) == ({}, "")
+
+
+def test_what_is_no_lora_has_no_words(tmp_path: Path) -> None:
+    broken = tmp_path / "broken.safetensors"
+    broken.write_bytes(b"no tensors")
+    other = tmp_path / "other.safetensors"
+    other.write_bytes(save({"x": torch.zeros(1)}, {WORDS: '{"V1": "dog"}', PRESET: "flux"}))
+    for path in (broken, other, tmp_path, tmp_path / "missing", Path()):
+        assert words_of(path) == ({}, "")
 
 
 def test_a_changed_adapter_gets_a_new_name(backbone: Backbone, tmp_path: Path) -> None:

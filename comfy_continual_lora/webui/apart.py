@@ -8,7 +8,6 @@ where its noun is. Only these import this module.
 
 from __future__ import annotations
 
-import json
 import sys
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -19,13 +18,12 @@ from typing import Any
 import torch.nn.functional as F
 from modules import shared  # pyright: ignore[reportMissingImports] - only inside the web UI
 from modules.prompt_parser import SdConditioning  # pyright: ignore[reportMissingImports]
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from ..areas import FINE, AreaSettings, mask_of
-from ..files import PRESET, TOKEN, WORDS
 from ..hostareas import HostAreas, Part, SceneText, followed, patched
 from ..mentions import Mentions, mentions, named, noun_positions
+from .loras import words_of
 
 OPTION = "continual_lora_apart"
 INFOTEXT = "Concepts kept apart"
@@ -198,21 +196,6 @@ def words_in_use() -> tuple[dict[str, str], str]:
         if own:
             nouns, preset = {**nouns, **own}, of
     return nouns, preset
-
-
-def words_of(path: Path) -> tuple[dict[str, str], str]:
-    """The same of one file; none for any other file than an export of ours."""
-    try:
-        with safe_open(path, "pt") as file:
-            metadata = file.metadata() or {}
-        words, preset = json.loads(metadata.get(WORDS, "{}")), metadata.get(PRESET, "")
-    except (OSError, SafetensorError, ValueError, RecursionError):
-        return {}, ""
-    if preset not in FINE or not isinstance(words, dict):
-        return {}, ""
-    if not all(TOKEN.fullmatch(word) and isinstance(noun, str) for word, noun in words.items()):
-        return {}, ""
-    return words, preset
 
 
 def _crossattn(encoded: Any) -> Tensor:

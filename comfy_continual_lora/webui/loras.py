@@ -1,0 +1,31 @@
+"""What our exported LoRAs say of their words. Light; the web UI imports it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from safetensors import SafetensorError, safe_open
+
+from ..areas import FINE
+from ..files import PRESET, TOKEN, WORDS
+
+_LONGEST = 200  # characters of a class noun
+
+
+def words_of(path: Path) -> tuple[dict[str, str], str]:
+    """The class nouns of the words that a LoRA is for, by the names of their embeddings, and its kind
+    of checkpoint; none for any other file than an export of ours.
+    """
+    try:
+        with safe_open(path, "pt") as file:
+            metadata = file.metadata() or {}
+        words, preset = json.loads(metadata.get(WORDS, "{}")), metadata.get(PRESET, "")
+    except (OSError, SafetensorError, ValueError, RecursionError):
+        return {}, ""
+    if preset not in FINE or not isinstance(words, dict):
+        return {}, ""
+    for word, noun in words.items():
+        if not TOKEN.fullmatch(word) or not isinstance(noun, str) or len(noun) > _LONGEST:
+            return {}, ""
+    return words, preset
