@@ -156,12 +156,16 @@ def patched(options: Options, parts: Sequence[Part], attend: Attend) -> Options:
     patches = dict(options.get("patches", {}))
     replacing = dict(options.get("patches_replace", {}))
 
+    made: list[Tensor] = []  # the texts are the same in every layer
+
     def extend(hidden: Tensor, context: Tensor, value: Tensor, _: Any) -> tuple[Tensor, ...]:
-        more = torch.zeros(len(context), length, context.shape[2]).to(context)
-        for part in parts:
-            texts = torch.cat([part.scene.neutral, *part.scene.own], 1).to(context)
-            more[part.rows, : texts.shape[1]] = texts
-        return hidden, torch.cat([context, more], 1), torch.cat([value, more], 1)
+        if not made:
+            more = context.new_zeros(len(context), length, context.shape[2])
+            for part in parts:
+                texts = torch.cat([part.scene.neutral, *part.scene.own], 1)
+                more[part.rows, : texts.shape[1]] = texts.to(context)
+            made.append(more)
+        return hidden, torch.cat([context, *made], 1), torch.cat([value, *made], 1)
 
     patches["attn2_patch"] = [*patches.get("attn2_patch", []), extend]
     replacing["attn2"] = _EveryLayer(replacing.get("attn2", {}), parts, length, attend)

@@ -42,7 +42,7 @@ class SeveralLearnedThings(scripts.Script):
         APART.before_sampling(p)
 
     def postprocess_batch(self, p: object, *_: object, **__: object) -> None:
-        APART.end()
+        APART.finish(p)
 
 
 APART = Apart()

@@ -35,7 +35,7 @@ class Apart:
     def __init__(self) -> None:
         self.scenes: deque[SceneText] = deque(maxlen=64)
         self.areas = HostAreas(AreaSettings())
-        self.active = False
+        self.things: list[str] = []  # that the prompts of this batch name, if they are kept apart
         self.undo: list[Callable[[], object]] = []
 
     def begin(self, p: Any) -> None:
@@ -51,12 +51,12 @@ class Apart:
         for cache in ("cached_c", "cached_hr_c"):  # what was encoded without keeping its scenes
             if hasattr(p, cache):
                 getattr(p, cache)[:] = [None, None]
-        self.areas, self.active = HostAreas(AreaSettings(FINE[preset])), True
-        p.extra_generation_params[INFOTEXT] = ", ".join(named(prompts, nouns))
+        self.areas = HostAreas(AreaSettings(FINE[preset]))
+        self.things = named(prompts, nouns)
 
     def before_sampling(self, p: Any) -> None:
         """Before each pass: the second one has other latents."""
-        if not self.active:
+        if not self.things:
             return
         self.areas.start()
         if objects := getattr(p.sd_model, "forge_objects", None):
@@ -64,11 +64,17 @@ class Apart:
         else:
             self._follow(p.sd_model.model.diffusion_model)
 
+    def finish(self, p: Any) -> None:
+        """After a batch: the infotext says so if its things were kept apart."""
+        if self.things and self.areas.found:
+            p.extra_generation_params[INFOTEXT] = ", ".join(self.things)
+        self.end()
+
     def end(self) -> None:
-        """After a batch; also before the next one, if something went wrong."""
+        """Leave the model as it was; also before the next batch, if something went wrong."""
         while self.undo:
             self.undo.pop()()
-        self.active = False
+        self.things = []
 
     # --- prompts ----------------------------------------------------------------------------------
 
