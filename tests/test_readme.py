@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import statistics
 from collections.abc import Callable, Sequence
@@ -35,9 +36,9 @@ def _table(first: str) -> list[list[str]]:
     start = next(n for n, line in enumerate(lines) if line.startswith(first))
     rows = []
     for line in lines[start:]:
-        if not line.startswith("|"):
+        if not line.lstrip().startswith("|"):
             break
-        rows.append([cell.strip() for cell in line.strip("|").split("|")])
+        rows.append([cell.strip() for cell in line.strip().strip("|").split("|")])
     return [rows[0], *rows[2:]]
 
 
@@ -47,7 +48,7 @@ def _rows(folder: str) -> list[dict[str, Any]]:
 
 def _agrees(cell: str, values: Sequence[float]) -> bool:
     """Mean and, if the cell has it, spread, to the digits that the cell has."""
-    numbers = re.findall(r"-?\d+(?:\.\d+)?", cell)
+    numbers = re.findall(r"-?\d*\.?\d+", cell)
     expected = [statistics.mean(values), statistics.stdev(values) if len(values) > 1 else 0.0]
     return all(
         abs(float(number) - value) <= 0.5001 * 10 ** -len(number.partition(".")[2])
@@ -77,6 +78,27 @@ def test_the_table_of_longer_rows(first: str, folder: str) -> None:
     for method, cell in zip(header[1:], cells[1:], strict=True):
         own = sorted((r["seed"], r["a_mmd"]) for r in rows if r["method"] == method.strip("`"))
         assert cell == ", ".join(f"{1000 * distance:.1f}" for _, distance in own), method
+
+
+def test_the_table_of_two_in_one_prompt() -> None:
+    ways = {
+        "`--mixed`": "mixed",
+        "as it is drawn": "areas",
+        "`--beside`": "beside",
+        "a picture each": "alone",
+    }
+    rows = json.loads((RESULTS / "together" / "pairs.json").read_text())
+    _, *table = _table("  | two in one prompt")
+    assert [cells[0] for cells in table] == list(ways)
+    for name, *cells in table:
+        for kind, (bled, near) in zip(
+            ("different nouns", "one noun"), (cells[:2], cells[2:]), strict=True
+        ):
+            own = [row for row in rows if (row["way"], row["kind"]) == (ways[name], kind)]
+            assert len(own) == 3
+            for judge, cell in zip(("bled", "bled_2"), bled.split(","), strict=True):
+                assert _agrees(cell, [100 * row[judge] for row in own]), (name, kind, judge)
+            assert _agrees(near, [row["near"] for row in own]), (name, kind)
 
 
 def test_a_figure_that_is_not_measured_is_noticed() -> None:
