@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from helpers_areas import NOUNS, PROMPT, follows_areas, words_of
-from helpers_learn import random_adapter
+from helpers_learn import QUICK, random_adapter
 from torch import Tensor
 
-from comfy_continual_lora import sample
+from comfy_continual_lora import pipeline, requests, sample
 from comfy_continual_lora.adapters.adapter import attached
 from comfy_continual_lora.areas import AreaSettings
 from comfy_continual_lora.checkpoint.backbone import Backbone, FrozenText
@@ -147,3 +148,27 @@ def test_cancelling_leaves_the_net_as_it_was(backbone: Backbone) -> None:
     with pytest.raises(Cancelled):
         sample.draw(backbone, words_of(backbone), [PROMPT], [0], SETTINGS, stop, NOUNS)
     assert dict(backbone.unet.attn_processors) == before
+
+
+def test_a_word_of_a_concept_that_was_left_out_is_said(
+    learned: Callable[..., Path],
+) -> None:
+    checkpoint = learned(QUICK, "V1", "V2")
+    notes: list[str] = []
+
+    def note(progress: Progress) -> None:
+        if progress.note:
+            notes.append(progress.note)
+
+    def pictures(prompt: str, **more: Any) -> list[bytes]:
+        request = requests.DrawRequest(checkpoint, [prompt], SETTINGS, device="cpu", **more)
+        return [one.image.tobytes() for one in pipeline.draw(request, note).pictures]
+
+    both = "a V1 ball and a V2 box"
+    assert pictures(both, only=["v1"])
+    assert len(notes) == 1
+    assert "name V2, which is on the stack but not among the concepts in use" in notes[0]
+    mixed = replace(SETTINGS, mixed=True)
+    request = requests.DrawRequest(checkpoint, [both], mixed, device="cpu")
+    assert pipeline.draw(request).pictures[0].image.tobytes() not in pictures(both)
+    assert len(notes) == 1
