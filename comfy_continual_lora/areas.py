@@ -81,6 +81,15 @@ class Areas:
         to_nouns = torch.einsum("npt,nkt->nkp", attention, nouns)
         self.seen.append(to_nouns.unflatten(2, self.fine).float())
 
+    def look(self, query: Tensor, key: Tensor, heads: int) -> None:
+        """`see` for a layer's query (n, places, d) and its key of the neutral prompt (n, t, d), if it
+        is one of those that say where things are.
+        """
+        if self.wanted(query.shape[1]):
+            query, key = _heads(query, heads), _heads(key, heads)
+            scores = query @ key.mT * query.shape[3] ** -0.5
+            self.see(scores.float().softmax(-1).mean(1))
+
     def settle(self) -> None:
         """Make masks of what was seen up to the end of this step."""
         if not self.seen:
@@ -114,6 +123,17 @@ class Areas:
         for k, output in enumerate(own):
             mixed = mixed + output * masks[:, k, :, None]
         return mixed
+
+
+def attend(query: Tensor, key: Tensor, value: Tensor, heads: int) -> Tensor:
+    """Attention with several heads: (n, places, d), (n, t, d) twice -> (n, places, d)."""
+    q, k, v = (_heads(tensor, heads) for tensor in (query, key, value))
+    return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+
+
+def _heads(tensor: Tensor, heads: int) -> Tensor:
+    """(n, places, d) -> (n, heads, places, d / heads)"""
+    return tensor.unflatten(2, (heads, -1)).transpose(1, 2)
 
 
 def _at_most_one(masks: Tensor) -> Tensor:

@@ -12,7 +12,6 @@ makes K and V, with whatever LoRA it applies. No host is imported.
 from __future__ import annotations
 
 import logging
-import math
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -220,9 +219,8 @@ class _EveryLayer(dict[Any, Any]):
                 if part.areas.masks is not None:
                     neutral = part.areas.mix(neutral, own)
                 whole[part.rows] = neutral
-                if part.areas.wanted(q.shape[1]):
-                    keys = k[part.rows, first : first + part.scene.neutral.shape[1]]
-                    part.areas.see(_shares(q[part.rows], keys, options["n_heads"]))
+                keys = k[part.rows, first : first + part.scene.neutral.shape[1]]
+                part.areas.look(q[part.rows], keys, options["n_heads"])
             return whole
 
         return attention
@@ -249,11 +247,5 @@ def followed(
             mixed = part.areas.mix(mixed, [forward(hidden, context=text) for text in own])
         output[part.rows] = mixed
         if part.areas.wanted(x.shape[1]):
-            part.areas.see(_shares(layer.to_q(hidden), layer.to_k(neutral), layer.heads))
+            part.areas.look(layer.to_q(hidden), layer.to_k(neutral), layer.heads)
     return output
-
-
-def _shares(query: Tensor, key: Tensor, heads: int) -> Tensor:
-    """What each place attends to, the mean over heads: (n, places, d), (n, t, d) -> (n, places, t)."""
-    query, key = (t.float().unflatten(2, (heads, -1)).transpose(1, 2) for t in (query, key))
-    return (query @ key.mT / math.sqrt(query.shape[3])).softmax(-1).mean(1)

@@ -113,9 +113,12 @@ def _matches(prompt: str, words: Collection[str]) -> list[tuple[re.Match[str], s
     if not words:
         return []
     spelled = {token.lower(): token for token in words}
-    pattern = rf"(?<!\w)({'|'.join(map(re.escape, words))})(?!\w)"
-    found = re.finditer(pattern, prompt, re.IGNORECASE)
-    return [(match, spelled[match[0].lower()]) for match in found]
+    return [(match, spelled[match[0].lower()]) for match in whole_words(words).finditer(prompt)]
+
+
+def whole_words(words: Iterable[str]) -> re.Pattern[str]:
+    """A pattern for any of these words as a whole word, in any case; group 1 is the word."""
+    return re.compile(rf"(?<!\w)({'|'.join(map(re.escape, words))})(?!\w)", re.IGNORECASE)
 
 
 def _rewritten(

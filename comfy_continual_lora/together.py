@@ -7,15 +7,14 @@ backbone does while its block lasts.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from .areas import Areas, AreaSettings, mask_of
+from .areas import Areas, AreaSettings, attend, mask_of
 from .checkpoint.backbone import Backbone, FrozenText
 from .mentions import Mentions, noun_positions
 
@@ -100,33 +99,16 @@ class _ByAreas:
         self, attn: Any, hidden_states: Tensor, encoder_hidden_states: Tensor, *_: Any, **__: Any
     ) -> Tensor:
         rows, areas = self.together.rows, self.together.areas
-        heads = _heads(attn)
-        query = heads(attn.to_q(hidden_states))
-        key = heads(attn.to_k(encoder_hidden_states))
-        out = _joined(
-            F.scaled_dot_product_attention(query, key, heads(attn.to_v(encoder_hidden_states)))
-        )
+        query, key = attn.to_q(hidden_states), attn.to_k(encoder_hidden_states)
+        out = attend(query, key, attn.to_v(encoder_hidden_states), attn.heads)
         query, key = query[rows], key[rows]
         if areas.masks is not None:
             if not self.own:
-                own = self.together.own_of(attn, hidden_states.dtype)
-                self.own = [(heads(k), heads(v)) for k, v in own]
-            own = [_joined(F.scaled_dot_product_attention(query, k, v)) for k, v in self.own]
+                self.own = self.together.own_of(attn, hidden_states.dtype)
+            own = [attend(query, k, v, attn.heads) for k, v in self.own]
             out = torch.cat([out[: rows.start], areas.mix(out[rows], own)])
-        if areas.wanted(query.shape[2]):
-            scores = query @ key.mT * query.shape[3] ** -0.5
-            areas.see(scores.float().softmax(-1).mean(1))
+        areas.look(query, key, attn.heads)
         return attn.to_out[1](attn.to_out[0](out))
-
-
-def _heads(attn: Any) -> Callable[[Tensor], Tensor]:
-    """(n, places, d) -> (n, heads, places, d / heads)"""
-    return lambda tensor: tensor.unflatten(2, (attn.heads, -1)).transpose(1, 2)
-
-
-def _joined(tensor: Tensor) -> Tensor:
-    """The inverse."""
-    return tensor.transpose(1, 2).flatten(2)
 
 
 def out_of_sight(backbone: Backbone, scene: Mentions) -> list[str]:

@@ -21,13 +21,14 @@ import argparse
 import json
 import math
 import tempfile
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from comfy_continual_lora import pipeline, requests, store
-from comfy_continual_lora.adapters.adapter import Adapter, attached
+from comfy_continual_lora.adapters.adapter import attached
 from comfy_continual_lora.checkpoint.backbone import FrozenText
 from comfy_continual_lora.checkpoint.load import load_backbone
 from comfy_continual_lora.concepts import load_images
@@ -76,11 +77,11 @@ def ratios(net: str, rank: int, steps: int, batch: int, samples: int) -> dict[st
             noisy, wanted = noised(backbone, clean, noise, timestep)
             predicted = backbone.predict(noisy, timestep, features.repeat(batch, 1, 1))
             (loss_per_example(predicted, wanted).mean() * batch / samples).backward()
-        denoising = _norm(dict(factors))
+        denoising = _norm(factors.values())
         for parameter in factors.values():
             parameter.grad = None
         ewc_penalty(factors, anchor, fisher).backward()
-        mean_1 = _norm(dict(factors))
+        mean_1 = _norm(factors.values())
         moved = torch.cat([(factors[k] - anchor[k]).flatten() for k in anchor]).norm()
     numbers = sum(t.numel() for t in anchor.values())
     return {
@@ -92,9 +93,9 @@ def ratios(net: str, rank: int, steps: int, batch: int, samples: int) -> dict[st
     }
 
 
-def _norm(parameters: dict[str, Tensor] | Adapter) -> float:
+def _norm(parameters: Iterable[Tensor]) -> float:
     """Of all gradients together."""
-    gradients = [p.grad for p in parameters.values() if p.grad is not None]
+    gradients = [p.grad for p in parameters if p.grad is not None]
     return float(torch.cat([g.flatten() for g in gradients]).norm())
 
 

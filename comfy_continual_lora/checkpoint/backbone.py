@@ -22,6 +22,7 @@ from diffusers import AutoencoderKL, AutoencoderTiny, UNet2DConditionModel
 from torch import Tensor, nn
 from transformers import CLIPTokenizer
 
+from ..mentions import whole_words
 from .text import TextEncoder
 
 KV_MODULES = r".*\.attn2\.to_[kv]"
@@ -188,8 +189,7 @@ class Backbone:
         end = int(self.tokenizer.eos_token_id)  # type: ignore[arg-type]
         pieces = [prompt]
         if words:
-            names = "|".join(map(re.escape, words))
-            pieces = re.split(rf"(?<!\w)({names})(?!\w)", prompt, flags=re.IGNORECASE)
+            pieces = whole_words(words).split(prompt)
         ids = [int(self.tokenizer.bos_token_id)]  # type: ignore[arg-type]
         slot = [-1]
         for piece in pieces:

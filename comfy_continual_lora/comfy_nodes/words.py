@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from ..areas import mask_of
 from ..errors import StackError
 from ..hostareas import SceneText
-from ..mentions import Mentions, mentions, noun_positions
+from ..mentions import Mentions, mentions, noun_positions, whole_words
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -50,9 +50,7 @@ def with_words(
             f"The vectors of the stack's words have {width} numbers, this CLIP's {sum(widths)}: "
             "they belong to another kind of checkpoint. Use the CLIP of the stack's own checkpoint."
         )
-    pattern = re.compile(
-        rf"(?<!\w)(?<!embedding:)({'|'.join(map(re.escape, words))})(?!\w)", re.IGNORECASE
-    )
+    pattern = re.compile(rf"(?<!embedding:){whole_words(words).pattern}", re.IGNORECASE)
     parts = {token.lower(): word.split(widths, 1) for token, word in words.items()}
     extended = clip.clone()
     extended.tokenizer = copy.copy(clip.tokenizer)

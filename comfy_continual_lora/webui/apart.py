@@ -15,12 +15,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import torch.nn.functional as F
 from modules import shared  # pyright: ignore[reportMissingImports] - only inside the web UI
 from modules.prompt_parser import SdConditioning  # pyright: ignore[reportMissingImports]
 from torch import Tensor
 
-from ..areas import FINE, AreaSettings, mask_of
+from ..areas import FINE, AreaSettings, attend, mask_of
 from ..hostareas import HostAreas, Part, SceneText, followed, patched
 from ..mentions import Mentions, mentions, named, noun_positions
 from .loras import words_of
@@ -184,8 +183,7 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, options: dict[str, Any]) -> Tensor:
         if module := sys.modules.get(name):
             attention = getattr(module, "attention_function", None) or module.optimized_attention
             return attention(q, k, v, options["n_heads"])
-    q, k, v = (t.unflatten(2, (options["n_heads"], -1)).transpose(1, 2) for t in (q, k, v))
-    return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+    return attend(q, k, v, options["n_heads"])
 
 
 # --- words and their places ----------------------------------------------------------------------
