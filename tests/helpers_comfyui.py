@@ -4,6 +4,7 @@ API.
 
 from __future__ import annotations
 
+import itertools
 import os
 import shutil
 import sys
@@ -11,7 +12,9 @@ import time
 from pathlib import Path
 from typing import Any
 
+import torch
 from helpers_server import Server, free_port
+from safetensors.torch import load_file, save_file
 
 REPOSITORY = Path(__file__).parents[1]
 PACK = (
@@ -162,3 +165,46 @@ def to_prompt(workflow: dict[str, Any], node_types: dict[str, Any]) -> dict[str,
             "inputs": {k: v for k, v in inputs.items() if v is not None},
         }
     return prompt
+
+
+def write_control_net(checkpoint: Path, path: Path) -> None:
+    """A ControlNet in the original layout: the encoder of a checkpoint's U-Net, with random weights
+    where a trained one has its own.
+
+    Source of the layout: Zhang et al. 2023 (arXiv 2302.05543), cldm/cldm.py.
+    """
+    draws = torch.Generator().manual_seed(0)
+    prefix = "model.diffusion_model."
+    unet = {
+        name.removeprefix(prefix): tensor
+        for name, tensor in load_file(checkpoint).items()
+        if name.startswith(prefix)
+    }
+    net = {
+        name: tensor
+        for name, tensor in unet.items()
+        if name.startswith(("input_blocks.", "middle_block.", "time_embed."))
+    }
+
+    def add(name: str, inward: int, outward: int, side: int) -> None:
+        scale = (inward * side * side) ** -0.5
+        net[f"{name}.weight"] = scale * torch.randn(outward, inward, side, side, generator=draws)
+        net[f"{name}.bias"] = torch.zeros(outward)
+
+    channels = [len(unet["input_blocks.0.0.weight"])]
+    number = 1
+    while any(name.startswith(f"input_blocks.{number}.") for name in unet):
+        down, block = (
+            f"input_blocks.{number}.0.op.bias",
+            f"input_blocks.{number}.0.out_layers.3.bias",
+        )
+        channels.append(len(unet[down if down in unet else block]))
+        number += 1
+    for number, count in enumerate(channels):
+        add(f"zero_convs.{number}.0", count, count, 1)
+    add("middle_block_out.0", channels[-1], channels[-1], 1)
+    hint = (3, 16, 16, 32, 32, 96, 96, 256, channels[0])
+    for number, (inward, outward) in enumerate(itertools.pairwise(hint)):
+        add(f"input_hint_block.{2 * number}", inward, outward, 3)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    save_file(net, path)

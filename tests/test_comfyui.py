@@ -17,7 +17,14 @@ import helpers_full_size as full_size
 import numpy as np
 import pytest
 from helpers_browser import CHROMIUM, page
-from helpers_comfyui import ComfyUI, error_of, executed, find_comfyui, to_prompt
+from helpers_comfyui import (
+    ComfyUI,
+    error_of,
+    executed,
+    find_comfyui,
+    to_prompt,
+    write_control_net,
+)
 from PIL import Image
 from safetensors.torch import load_file
 
@@ -456,6 +463,41 @@ def test_areas_are_shown_and_can_be_given(host: ComfyUI) -> None:
     given["46"] = {"class_type": "ImageBatch", "inputs": {"image1": ["42", 0], "image2": ["43", 0]}}
     host.run(given)
     assert "3 masks were given for 2 things" in host.log.read_text()
+
+
+def test_learned_things_are_kept_apart_under_a_control_net(host: ComfyUI) -> None:
+    name = "mini-control.safetensors"
+    mini = host.pack / "models" / "mini-sd.safetensors"
+    write_control_net(mini, host.base / "models" / "controlnet" / name)
+    nouns = [text_of(host.run(_preview(which)), "3") for which in (1, 2)]
+    prompt = f"a photo of a V1 {nouns[0]} and a V2 {nouns[1]} on grass"
+
+    def picture(strength: float, mixed: bool) -> np.ndarray:
+        graph = {**_both_learned("apart"), **draw(prompt, "4")}
+        graph["4"]["inputs"]["mixed"] = mixed
+        graph |= {
+            "50": {"class_type": "ControlNetLoader", "inputs": {"control_net_name": name}},
+            "51": {
+                "class_type": "ControlNetApplyAdvanced",
+                "inputs": {
+                    "positive": ["21", 0],
+                    "negative": ["22", 0],
+                    "control_net": ["50", 0],
+                    "image": ["2", 0],
+                    "strength": strength,
+                    "start_percent": 0.0,
+                    "end_percent": 1.0,
+                },
+            },
+        }
+        graph["24"]["inputs"].update(positive=["51", 0], negative=["51", 1])
+        done = host.run(graph)
+        return np.asarray(Image.open(host.pictures(done, "26")[0]).convert("RGB"), int)
+
+    controlled = picture(0.5, mixed=False)
+    assert np.abs(controlled - picture(0.5, mixed=True)).mean() > 0.5
+    assert np.abs(controlled - picture(0.0, mixed=False)).mean() > 0.5
+    assert "are drawn mixed" not in host.log.read_text()
 
 
 def test_there_are_no_areas_where_nothing_was_kept_apart(host: ComfyUI) -> None:
