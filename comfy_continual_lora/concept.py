@@ -8,11 +8,15 @@ from dataclasses import asdict, dataclass
 from datetime import datetime, timezone
 from pathlib import Path
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from . import concepts
+from .errors import ConceptImagesError
+from .mentions import named
 from .presets import TEMPLATES
+from .progress import Progress
 from .session import Session
 from .settings import ResolvedSettings
 from .stack import ConceptRecord, ConceptStack
@@ -50,7 +54,9 @@ def load_concept(
     *,
     with_noun: bool = True,
 ) -> Concept:
-    """Errors: ConceptImagesError, one for all pictures that can't be used."""
+    """Errors: ConceptImagesError, one for all pictures that can't be used, and if all captions are
+    too long to be read as far as the word.
+    """
     backbone = session.backbone
     size = settings.size or backbone.size
     loaded = concepts.load_images(images, size, fit=settings.fit)
@@ -61,6 +67,7 @@ def load_concept(
     latents = backbone.encode_images(pictures)
     prompt_noun = noun if with_noun else ""
     prompts = [concepts.prompts_for(token, prompt_noun, TEMPLATES, one) for one in loaded.captions]
+    _check_length(session, prompts, token, settings.vectors)
     small = None
     if masks is not None:
         small = [
@@ -69,6 +76,33 @@ def load_concept(
         ]
     source = source_of(session.stack, images, token=token, noun=noun)
     return Concept(token, noun, with_noun, loaded, latents, prompts, small, source)
+
+
+def _check_length(
+    session: Session, prompts: Sequence[Sequence[str]], token: str, vectors: int
+) -> None:
+    """Tell of captions that are too long, and refuse them if no prompt would teach the word."""
+    backbone = session.backbone
+    words = {**session.stack.tokens, token: torch.zeros(vectors, backbone.word_width)}
+    ends = [backbone.not_read(one[0], words) for one in prompts]
+    too_long = [number for number, end in enumerate(ends) if end]
+    if not too_long:
+        return
+    before = [one[0].removesuffix(end) for one, end in zip(prompts, ends, strict=True)]
+    unnamed = [number for number in too_long if not named([before[number]], [token])]
+    if len(unnamed) == len(prompts):
+        raise ConceptImagesError(
+            f"{token} would not be learned: every caption is so long that the text encoder stops "
+            f"reading before {token}. Name it at the beginning of the captions, or shorten them."
+        )
+    first = too_long[0]
+    note = (
+        f"The captions of {len(too_long)} of {len(prompts)} pictures are too long: the text encoder "
+        f'does not read their end, such as "{ends[first][:60]}".'
+    )
+    if unnamed:
+        note += f" In {len(unnamed)} of them {token} is not read. Name it at their beginning."
+    session.on_progress(Progress("load", 1, 1, note=note))
 
 
 def source_of(

@@ -12,7 +12,6 @@ import base64
 import hashlib
 import io
 import math
-import re
 import unicodedata
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
@@ -26,8 +25,10 @@ from torch import Tensor
 from .errors import ConceptImagesError, SettingError, TokenError
 from .files import PICTURES, TOKEN, is_reserved
 from .imagefile import opened
+from .mentions import named
 
 PREVIEW = 96
+NOUN_WORDS, NOUN_LETTERS = 8, 80  # prompts say much more, within the encoder's 77 positions
 
 
 @dataclass(frozen=True)
@@ -251,7 +252,7 @@ def prompts_for(token: str, noun: str, templates: Sequence[str], caption: str | 
     name = name_of(token, noun)
     if caption is None:
         return [template.format(name) for template in templates]
-    if re.search(rf"(?<!\w){re.escape(token)}(?!\w)", caption, re.IGNORECASE):
+    if named([caption], [token]):
         return [caption]
     return [f"a photo of a {name}, {caption}"]
 
@@ -274,12 +275,19 @@ def check_spelling(token: str) -> None:
         )
 
 
-def check_noun(noun: str) -> None:
-    """Raise SettingError unless `noun` is a single line of text that prompts can contain."""
-    if len(noun) > 1000 or any(unicodedata.category(letter) in ("Cc", "Cs") for letter in noun):
+def check_noun(noun: str, token: str) -> None:
+    """Raise SettingError unless `noun` says in one line and a few words what the thing is."""
+    problem = ""
+    if any(unicodedata.category(letter) in ("Cc", "Cs") for letter in noun):
+        problem = "is not a single line of text"
+    elif len(noun) > NOUN_LETTERS or len(noun.split()) > NOUN_WORDS:
+        problem = f"has more than {NOUN_WORDS} words or {NOUN_LETTERS} letters"
+    elif named([noun], [token]):
+        problem = f"contains {token} itself"
+    if problem:
         raise SettingError(
-            f"The class noun {noun[:40]!r} is not a single line of text. Say in one or two words "
-            "what the thing is, such as teapot or cat."
+            f"The class noun {noun[:40]!r} {problem}. Say in one or two words what the thing is, "
+            "such as teapot or cat; what a single picture shows belongs into its caption."
         )
 
 

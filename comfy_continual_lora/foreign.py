@@ -151,7 +151,7 @@ def imported_concept(
     record = ConceptRecord(
         id=hashlib.sha256(content).hexdigest()[:12],
         token=request.token,
-        noun=request.noun.strip(),
+        noun=request.class_noun,
         method="import",
         images=0,
         steps=0,
@@ -162,7 +162,7 @@ def imported_concept(
         loss=0.0,
         preview="",
         settings={},
-        with_noun=bool(request.noun.strip()),
+        with_noun=bool(request.class_noun),
     )
     return word, adapter, record
 

@@ -15,6 +15,7 @@ from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 UNKNOWN_NOUN = "thing"  # of imported concepts, which may have none
+_LETTER = "[0-9A-Za-z_-]"  # what learned words consist of (`files.TOKEN`)
 # a noun after one of these belongs to something else: "a V1 on a mug"
 _ENDS = (
     "a|an|the|and|or|with|without|of|in|on|at|by|to|from|near|under|over|behind|beside|next|is|are"
@@ -117,8 +118,46 @@ def _matches(prompt: str, words: Collection[str]) -> list[tuple[re.Match[str], s
 
 
 def whole_words(words: Iterable[str]) -> re.Pattern[str]:
-    """A pattern for any of these words as a whole word, in any case; group 1 is the word."""
-    return re.compile(rf"(?<!\w)({'|'.join(map(re.escape, words))})(?!\w)", re.IGNORECASE)
+    """A pattern for any of these words as a whole word, in any case; group 1 is the word.
+
+    A word ends where no letter of a learned word follows: V10, V1-a and V1_a don't contain V1, but
+    "V1's" and "(V1:1.2)" do.
+    """
+    either = "|".join(map(re.escape, words))
+    return re.compile(rf"(?<!{_LETTER})({either})(?!{_LETTER})", re.IGNORECASE)
+
+
+def unknown_words(prompts: Iterable[str], words: Collection[str]) -> list[str]:
+    """What the prompts name that looks like a learned word but is none of `words`, each once.
+
+    It has another number than they have (V3 if there is a V1, and always, because V1 is what every
+    example calls its concept), or is one of them with more behind - or _. ComfyUI's embeddings and
+    what web UIs write in <> are left aside.
+    """
+    known = {word.lower() for word in words}
+    numbered = {"v", *(word.rstrip("0123456789") for word in known if word[-1:].isdigit())} - {""}
+    longer = tuple(word + joint for word in known for joint in "-_")
+    found: dict[str, str] = {}
+    for prompt in prompts:
+        text = re.sub(r"<[^<>]*>", " ", prompt)
+        for word in re.findall(rf"(?<!{_LETTER})(?<!embedding:){_LETTER}+", text, re.IGNORECASE):
+            lower = word.lower().rstrip("-_")
+            stem = lower.rstrip("0123456789")
+            if lower in known:
+                continue
+            if (stem != lower and stem in numbered) or lower.startswith(longer):
+                found.setdefault(lower, word)
+    return list(found.values())
+
+
+def not_learned(unknown: Sequence[str], words: Collection[str]) -> str:
+    """The note for `unknown_words`."""
+    several = len(unknown) > 1
+    learned = f"learned: {', '.join(words)}" if words else "nothing is learned yet"
+    return (
+        f"{' and '.join(unknown)} {'are not learned words' if several else 'is not a learned word'} "
+        f"({learned}), so {'they are' if several else 'it is'} read as ordinary text."
+    )
 
 
 def _rewritten(

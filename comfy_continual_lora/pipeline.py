@@ -32,7 +32,14 @@ from .learn import learn
 from .methods.method import LearnedConcept
 from .methods.stages import calibrated, distilled
 from .moments import clear_cache
-from .prepare import checked_method, make_room, newest_again, preview_both, settings_for
+from .prepare import (
+    checked_method,
+    make_room,
+    newest_again,
+    preview_both,
+    settings_for,
+    tell_of_noun,
+)
 from .progress import OnProgress, ignore
 from .requests import (
     ConsolidateRequest,
@@ -83,12 +90,13 @@ def learn_concept(request: LearnRequest, on_progress: OnProgress = ignore) -> Le
         precision = request.settings.precision
         with open_session(request, on_progress, precision=precision, writes=True) as session:
             change = make_room(session, request)
+            tell_of_noun(session, request)
             settings = settings_for(session, request, method)
             concept = load_concept(
                 session,
                 request.images,
                 request.token,
-                request.noun,
+                request.class_noun,
                 settings,
                 with_noun=not method.fresh_adapter(settings),
             )
@@ -208,8 +216,9 @@ def merge(request: MergeRequest, on_progress: OnProgress = ignore) -> MergeResul
 
 def import_concept(request: ImportRequest, on_progress: OnProgress = ignore) -> ImportResult:
     """Put a K/V LoRA that another program made on the stack, as one concept."""
-    concepts.check_noun(request.noun)
+    concepts.check_noun(request.noun, request.token)
     with open_session(request, on_progress, writes=True) as session:
+        tell_of_noun(session, request)
         word, adapter, record = imported_concept(session.backbone, request)
         if known := next((one for one in session.stack.records if one.id == record.id), None):
             return ImportResult(known, request.lora, again=True)

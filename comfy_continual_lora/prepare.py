@@ -14,7 +14,7 @@ from .methods import METHODS
 from .methods.method import LearnedConcept, Method, StackSummary, summary_of, summary_of_file
 from .methods.stages import past_adapters
 from .progress import Progress
-from .requests import ConsolidateRequest, LearnRequest
+from .requests import ConsolidateRequest, ImportRequest, LearnRequest
 from .session import Session, Snapshots
 from .settings import LearnSettings, ResolvedSettings
 from .stack import ConceptRecord, ConceptStack
@@ -25,8 +25,8 @@ def checked_method(request: LearnRequest) -> Method:
     request.check()
     concepts.find_images(request.images)
     concepts.check_spelling(request.token)
-    concepts.check_noun(request.noun)
-    if not request.noun.strip():
+    concepts.check_noun(request.noun, request.token)
+    if not request.class_noun:
         raise SettingError(
             "The class noun is empty. Say in one or two words what the thing is, such as teapot or "
             "cat."
@@ -50,6 +50,13 @@ def make_room(session: Session, request: LearnRequest) -> str:
         change = "replaced"
     concepts.check_token(request.token, session.stack.tokens, session.backbone.is_known_word)
     return change
+
+
+def tell_of_noun(session: Session, request: LearnRequest | ImportRequest) -> None:
+    """Say if prompts will use the class noun without its article."""
+    if request.class_noun != request.noun.strip():
+        note = f'The class noun is "{request.class_noun}": prompts have an article of their own.'
+        session.on_progress(Progress("load", 1, 1, note=note))
 
 
 def _without_newest(stack: ConceptStack, token: str) -> ConceptStack:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import KW_ONLY, MISSING, dataclass
 from pathlib import Path
@@ -83,7 +84,12 @@ class LearnRequest(Request):
     @property
     def digest(self) -> str:
         """A hash of the request, independent of where the pictures are; the stack stores it."""
-        return _digest(self.images, self.settings, self.token, self.noun)
+        return _digest(self.images, self.settings, self.token, self.class_noun)
+
+    @property
+    def class_noun(self) -> str:
+        """`noun` without spaces around it and without an article: prompts have their own."""
+        return without_article(self.noun)
 
 
 @dataclass(frozen=True)
@@ -144,6 +150,11 @@ class ImportRequest(Request):
     )
     strength: float = option("strength it is used at", 1.0)
     settings: SolveSettings = SolveSettings()
+
+    @property
+    def class_noun(self) -> str:
+        """As a `LearnRequest`'s."""
+        return without_article(self.noun)
 
 
 @dataclass(frozen=True)
@@ -226,6 +237,11 @@ class HistoryRequest(Request):
 @dataclass(frozen=True)
 class InfoRequest(Request):
     """What a checkpoint has learned."""
+
+
+def without_article(noun: str) -> str:
+    """ "a dog" -> "dog" """
+    return re.sub(r"^(an?|the)\s+(?=\S)", "", noun.strip(), flags=re.IGNORECASE)
 
 
 def _digest(images: Path | list[Path], settings: TrainSettings, *words: str) -> str:

@@ -7,7 +7,7 @@ that `history` can set how many versions are kept.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -18,13 +18,13 @@ from . import evaluate as evaluation
 from . import history as stack_history
 from . import plan as planning
 from .adapters.adapter import attached
-from .checkpoint.backbone import FrozenText
+from .checkpoint.backbone import Backbone, FrozenText
 from .checkpoint.load import fingerprint
 from .errors import ConceptImagesError, SettingError, StackError
 from .export import Exported, export_files
 from .files import stack_stem
 from .imagefile import check_output, save_own
-from .mentions import named, not_in_use
+from .mentions import named, not_in_use, not_learned, unknown_words
 from .progress import OnProgress, Progress, ignore
 from .requests import (
     DrawRequest,
@@ -75,6 +75,10 @@ def draw(request: DrawRequest, on_progress: OnProgress = ignore) -> DrawResult:
     prompts = _beside(request)
     with open_session(request, on_progress) as session:
         backbone, stack = session.backbone, session.stack
+        for note in _notes(
+            backbone, stack, dict.fromkeys(one for parts in prompts for one in parts)
+        ):
+            on_progress(Progress("draw", 0, 1, note=note))
         if request.only:
             left_out = stack.tokens.keys()
             stack = consolidation.selected(
@@ -238,6 +242,21 @@ def evaluated(
         )
     features = evaluation.features(backbone, request.clip)
     return evaluation.evaluate(backbone, stack, own_images, features, settings, session.on_progress)
+
+
+def _notes(backbone: Backbone, stack: ConceptStack, prompts: Iterable[str]) -> list[str]:
+    """What these prompts name that is not learned, and what of them is not read."""
+    notes = []
+    if unknown := unknown_words(prompts, stack.tokens):
+        notes.append(not_learned(unknown, stack.tokens))
+    for prompt in prompts:
+        if end := backbone.not_read(prompt, stack.tokens):
+            shown = prompt if len(prompt) <= 60 else f"{prompt[:57]}..."
+            notes.append(
+                f'The prompt "{shown}" is too long: the text encoder does not read its end, '
+                f'"{end[:200]}". Shorten it, or begin with what matters most.'
+            )
+    return notes
 
 
 def _beside(request: DrawRequest) -> list[tuple[str, ...]]:

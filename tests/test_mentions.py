@@ -44,7 +44,7 @@ def test_the_paper_s_prompt() -> None:
         ("V3 and V2", "dog and waterfall", "V3 and waterfall"),
         ("a v3 fluffy white Dog, SKS", "a fluffy white Dog, dog", "a v3 fluffy white Dog, dog"),
         ("(V3 dog:1.2) [V2]", "(dog:1.2) [waterfall]", "(V3 dog:1.2) [waterfall]"),
-        ("V3-dog BREAK V2 waterfalls", "dog BREAK waterfalls", "V3-dog BREAK waterfalls"),
+        ("V3 dog BREAK V2 waterfalls", "dog BREAK waterfalls", "V3 dog BREAK waterfalls"),
         ("a V3 on a dog, V2", "a dog on a dog, waterfall", "a V3 on a dog, waterfall"),
         ("a V4 and my.thing", "a thing and mug", "a V4 and mug"),
         ("V3\ndog\nV2\nwaterfall", "dog\nwaterfall", "V3\ndog\nwaterfall"),

@@ -9,6 +9,7 @@ features, padded with zeros; `Backbone.context` gives the rows that cross-attent
 from __future__ import annotations
 
 import re
+from bisect import bisect_right
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
@@ -178,15 +179,36 @@ class Backbone:
     def tokenize(self, prompt: str, words: Mapping[str, Tensor]) -> tuple[list[int], list[int]]:
         """77 token ids, padded with the end token, and which of the words' vectors replaces each.
 
-        The latter counts over the vectors of all words; it is -1 if none does.
+        The latter counts over the vectors of all words; it is -1 if none does. What is longer is cut
+        off (`not_read`).
         """
+        longest = self.tokenizer.model_max_length
+        end = int(self.tokenizer.eos_token_id)  # type: ignore[arg-type]
+        ids, slot = (part[: longest - 1] for part in self._all_tokens(prompt, words))
+        rest = longest - len(ids)
+        return [*ids, *[end] * rest], [*slot, *[-1] * rest]
+
+    def not_read(self, prompt: str, words: Mapping[str, Tensor]) -> str:
+        """The end of a prompt that is too long for the text encoder, which takes 77 positions with
+        start and end; empty if it reads all.
+        """
+        longest = self.tokenizer.model_max_length - 1
+        if len(self._all_tokens(prompt, words)[0]) <= longest:
+            return ""
+        read = bisect_right(
+            range(1, len(prompt)),
+            longest,
+            key=lambda count: len(self._all_tokens(prompt[:count], words)[0]),
+        )
+        return prompt[read:].strip()
+
+    def _all_tokens(self, prompt: str, words: Mapping[str, Tensor]) -> tuple[list[int], list[int]]:
+        """As `tokenize`, from the start token to the prompt's end, however long."""
         slots = {}
         count = 0
         for token, word in words.items():
             slots[token.lower()] = range(count, count + len(word))
             count += len(word)
-        longest = self.tokenizer.model_max_length
-        end = int(self.tokenizer.eos_token_id)  # type: ignore[arg-type]
         pieces = [prompt]
         if words:
             pieces = whole_words(words).split(prompt)
@@ -201,9 +223,7 @@ class Backbone:
                 piece_ids = self.token_ids(piece)
                 ids += piece_ids
                 slot += [-1] * len(piece_ids)
-        ids, slot = ids[: longest - 1], slot[: longest - 1]
-        rest = longest - len(ids)
-        return [*ids, *[end] * rest], [*slot, *[-1] * rest]
+        return ids, slot
 
     def word_start(self, noun: str, generator: torch.Generator, count: int = 1) -> Tensor:
         """The initial vectors of a new word, (count, d) float32.

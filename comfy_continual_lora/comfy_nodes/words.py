@@ -5,15 +5,23 @@ several learned things what each is drawn from. Only ComfyUI imports this module
 from __future__ import annotations
 
 import copy
+import logging
 import re
 from collections.abc import Mapping
-from functools import cache
+from functools import cache, lru_cache
 from typing import TYPE_CHECKING, Any
 
 from ..areas import mask_of
 from ..errors import StackError
 from ..hostareas import SceneText
-from ..mentions import Mentions, mentions, noun_positions, whole_words
+from ..mentions import (
+    Mentions,
+    mentions,
+    not_learned,
+    noun_positions,
+    unknown_words,
+    whole_words,
+)
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -51,7 +59,7 @@ def with_words(
             "they belong to another kind of checkpoint. Use the CLIP of the stack's own checkpoint."
         )
     pattern = re.compile(rf"(?<!embedding:){whole_words(words).pattern}", re.IGNORECASE)
-    parts = {token.lower(): word.split(widths, 1) for token, word in words.items()}
+    parts = {token: word.split(widths, 1) for token, word in words.items()}
     extended = clip.clone()
     extended.tokenizer = copy.copy(clip.tokenizer)
     for number, (name, tokenizer) in enumerate(inner.items()):
@@ -72,6 +80,8 @@ def _extended(tokenizer: Any, pattern: re.Pattern[str], vectors: Mapping[str, Te
 
     class Words(type(tokenizer)):
         def tokenize_with_weights(self, text: str, *args: Any, **kwargs: Any) -> Any:
+            if type(self) is Words:  # else another stack's words were added after these
+                _warn_of_unknown(text, self.learned_words)
             return super().tokenize_with_weights(
                 pattern.sub(r" embedding:\1 ", text), *args, **kwargs
             )
@@ -80,14 +90,22 @@ def _extended(tokenizer: Any, pattern: re.Pattern[str], vectors: Mapping[str, Te
             # (vectors, leftover); newer versions put the name between them
             embedding = super()._try_get_embedding(embedding_name)
             name, _, leftover = embedding_name.partition(" ")
-            if name.lower() not in vectors:
+            if name.lower() not in by_name:
                 return embedding
-            return (vectors[name.lower()], *embedding[1:-1], leftover)
+            return (by_name[name.lower()], *embedding[1:-1], leftover)
 
+    by_name = {token.lower(): vector for token, vector in vectors.items()}
     extended = copy.copy(tokenizer)
     extended.__class__ = Words
     extended.embedding_directory = extended.embedding_directory or []
+    extended.learned_words = (*getattr(tokenizer, "learned_words", ()), *vectors)
     return extended
+
+
+@lru_cache(maxsize=64)  # an SDXL's text encoders read the same prompt
+def _warn_of_unknown(text: str, words: tuple[str, ...]) -> None:
+    if unknown := unknown_words([text], words):
+        logging.warning("comfy-continual-lora: %s", not_learned(unknown, words))
 
 
 # --- several learned things in one prompt ---------------------------------------------------------

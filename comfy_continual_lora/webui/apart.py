@@ -21,7 +21,14 @@ from torch import Tensor
 
 from ..areas import FINE, AreaSettings, attend, mask_of
 from ..hostareas import HostAreas, Part, SceneText, followed, patched
-from ..mentions import Mentions, mentions, named, noun_positions
+from ..mentions import (
+    Mentions,
+    mentions,
+    named,
+    not_learned,
+    noun_positions,
+    unknown_words,
+)
 from .loras import words_of
 
 OPTION = "continual_lora_apart"
@@ -42,6 +49,8 @@ class Apart:
         self.end()
         nouns, preset = words_in_use()
         prompts = [*p.prompts, *(getattr(p, "hr_prompts", None) or [])]
+        if nouns and (unknown := unknown_words(prompts, [*nouns, *_embeddings()])):
+            p.comment(not_learned(unknown, nouns))  # shown under the picture
         if not getattr(shared.opts, OPTION, True) or not any(
             mentions(one, nouns) for one in prompts
         ):
@@ -187,6 +196,11 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, options: dict[str, Any]) -> Tensor:
 
 
 # --- words and their places ----------------------------------------------------------------------
+
+
+def _embeddings() -> list[str]:
+    """The names of the web UI's embeddings, ours and others."""
+    return [path.stem for path in Path(shared.cmd_opts.embeddings_dir).rglob("*.*")]
 
 
 def words_in_use() -> tuple[dict[str, str], str]:
