@@ -47,10 +47,15 @@ def setting(
 
 
 def option(
-    help: str, default: Any = MISSING, *, low: float | None = None, choices: Sequence[str] = ()
+    help: str,
+    default: Any = MISSING,
+    *,
+    low: float | None = None,
+    high: float | None = None,
+    choices: Sequence[str] = (),
 ) -> Any:
     """A field of a request; required if it has no default."""
-    return setting(default, help, low=low, choices=choices)
+    return setting(default, help, low=low, high=high, choices=choices)
 
 
 def help_of(field: dataclasses.Field) -> str:

@@ -1,20 +1,21 @@
 """Stage 1: a K/V LoRA or an embedding that another program made -> our adapter and word.
 
 in: a safetensors file with kohya's, diffusers' or PEFT's names - out: an `Adapter` for the
-checkpoint's layers; an embedding's vectors. Only changes of cross-attention's K and V can become a
-concept: anything else in the file is refused, not dropped.
+checkpoint's layers, as strong as the file says (`loraconfig`); an embedding's vectors. Only changes
+of cross-attention's K and V can become a concept: anything else in the file is refused, not dropped.
 """
 
 from __future__ import annotations
 
 import hashlib
 import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from .adapters.adapter import Adapter
@@ -22,9 +23,11 @@ from .adapters.lora import padded_to_rank
 from .checkpoint import keys
 from .checkpoint.backbone import Backbone
 from .errors import SettingError, StackError
+from .loraconfig import WEIGHTS, LoraConfig, lora_config
 from .requests import ImportRequest
 from .settings import MOST_VECTORS
 from .stack import ConceptRecord
+from .stackschema import MOST_RANK
 
 _DOWN = (
     ".lora_down.weight",
@@ -40,28 +43,100 @@ _ENDINGS = {
     for ending in endings
 }
 _PREFIX = re.compile(r"^(lora_unet_|unet\.|base_model\.model\.|diffusion_model\.)+")
+# What other kinds of adapters add to a layer's name
+_OTHER_KINDS = {
+    "dora_scale": "a DoRA",
+    "lora_magnitude": "a DoRA",
+    "hada_": "a LoHa",
+    "lokr_": "a LoKr",
+    "lora_mid": "a LoCon with a third matrix",
+    "diff": "a full-size change of the weight",
+}
+_FLOATS = (
+    torch.float64,
+    torch.float32,
+    torch.float16,
+    torch.bfloat16,
+    torch.float8_e4m3fn,
+    torch.float8_e5m2,
+)
+_WHOLE = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
+# Exported files hold 16 bits
+_LARGEST = torch.finfo(torch.float16).max
+
+
+@dataclass
+class _Layer:
+    """One layer's tensors in a file, by kind ("down", "up", "alpha"), and their names there."""
+
+    name: str
+    tensors: dict[str, Tensor] = field(default_factory=dict)
+    names: dict[str, str] = field(default_factory=dict)
+
+
+def lora_file(path: Path) -> Path:
+    """The file that holds a LoRA's matrices: the path itself, or one in PEFT's folder."""
+    return path / WEIGHTS if path.is_dir() else path
 
 
 def read_lora(path: Path, backbone: Backbone, strength: float = 1.0) -> Adapter:
-    """The file's change of the checkpoint's K/V layers, A (r, d_text) and B (d_out, r), zero in
-    layers it does not change.
+    """The change of the checkpoint's K/V layers in a file or PEFT's folder, A (r, d_text) and
+    B (d_out, r), zero in layers it does not change.
 
-    Errors: StackError for a file that is not a LoRA, changes other layers too, or belongs to
-    another kind of checkpoint.
+    Errors: StackError for a file that is not a LoRA, is broken, changes nothing or other layers
+    too, or belongs to another kind of checkpoint.
     """
-    tensors = _read(path)
-    layers = {}
+    path = lora_file(path)
+    tensors, metadata = _read(path)
+    layers = _layers_in(path, tensors, backbone)
+    config = lora_config(path, metadata)
+    adapter, rank = {}, 1
+    for layer, module in backbone.kv_layers.items():
+        out, width = module.weight.shape
+        down, up = torch.zeros(0, width), torch.zeros(out, 0)
+        if found := layers.get(layer):
+            down, up = _matrices(path, found, out, width)
+            up = up * (strength * _scale(path, found, len(down), config))
+            _check_values(f"{path}: {found.names['up']} at `strength` {strength:g}", up)
+        if down.any() and up.any():
+            rank = max(rank, len(down))
+            adapter |= {f"{layer}.A": down, f"{layer}.B": up}
+        else:
+            adapter |= {f"{layer}.A": down[:0], f"{layer}.B": up[:, :0]}
+    if not any(len(tensor) for name, tensor in adapter.items() if name.endswith(".A")):
+        raise StackError(
+            f"{path} at `strength` {strength:g} changes nothing: every product of matrices and "
+            "alpha is 0. Choose another file, or another strength."
+        )
+    return padded_to_rank(adapter, rank)
+
+
+def _layers_in(path: Path, tensors: Mapping[str, Tensor], backbone: Backbone) -> dict[str, _Layer]:
+    """The file's tensors by the checkpoint's layer.
+
+    Errors: StackError for tensors that are no part of a K/V LoRA, or are missing for one.
+    """
+    known = {}
     for layer, ldm in keys.unet_names(backbone.kv_layers).items():
-        layers[_plain(layer)] = layers[_plain(ldm)] = layer
-    matrices, others = {"down": {}, "up": {}, "alpha": {}}, set()
+        known[_plain(layer)] = known[_plain(ldm)] = layer
+    layers: dict[str, _Layer] = {}
+    others = set()
     for name, tensor in tensors.items():
         ending = next((e for e in _ENDINGS if name.endswith(e)), "")
-        layer = layers.get(_plain(name.removesuffix(ending)))
+        start = name.removesuffix(ending)
+        layer = known.get(_plain(start))
         if not ending or layer is None:
-            others.add(name.removesuffix(ending))
-        else:
-            matrices[_ENDINGS[ending]][layer] = tensor.float()
-    downs, ups = matrices["down"], matrices["up"]
+            others.add(start)
+            continue
+        found = layers.setdefault(layer, _Layer(_PREFIX.sub("", start)))
+        kind = _ENDINGS[ending]
+        if kind in found.tensors:
+            raise StackError(
+                f"{path} has two tensors for the same matrix of {layer}: {found.names[kind]} and "
+                f"{name}. Get the file again, in one layout."
+            )
+        found.tensors[kind], found.names[kind] = tensor, name
+    _check_plain(path, [name for name in others if _plain(name).startswith(tuple(known))])
     if not any(name.endswith(_DOWN) for name in tensors):
         raise StackError(
             f"{path} is not a LoRA this program can read: it contains no pair of lora_down and "
@@ -70,50 +145,126 @@ def read_lora(path: Path, backbone: Backbone, strength: float = 1.0) -> Adapter:
     if others:
         raise StackError(
             f"{path} changes {len(others)} layers besides K and V of cross-attention, for example "
-            f"{sorted(others)[0]}, which could not be kept. Only K/V LoRAs (Custom Diffusion's "
-            "layers) can become a concept."
+            f"{min(others)}, which could not be kept. Only K/V LoRAs (Custom Diffusion's layers) "
+            "can become a concept."
         )
-    if halves := sorted(downs.keys() ^ ups.keys()):
+    halves = [layer for layer, one in layers.items() if not one.tensors.keys() >= {"down", "up"}]
+    if halves:
         raise StackError(
             f"{path} is damaged: layers with only one of their two matrices: {len(halves)}, the "
-            f"first is {halves[0]}. Get the file again."
+            f"first is {min(halves)}. Get the file again."
         )
-    adapter = {}
-    for layer, module in backbone.kv_layers.items():
-        out, width = module.weight.shape
-        down, up = downs.get(layer, torch.zeros(0, width)), ups.get(layer, torch.zeros(out, 0))
-        if down.shape[1] != width or len(up) != out:
+    return layers
+
+
+def _check_plain(path: Path, names: Sequence[str]) -> None:
+    """Errors: StackError if K/V layers have these tensors besides a plain LoRA's."""
+    if names:
+        name = min(names)
+        kind = next((one for part, one in _OTHER_KINDS.items() if part in name), "another kind")
+        raise StackError(
+            f"{path} is not a plain LoRA: its tensor {name} belongs to {kind}. Expected lora_down "
+            "and lora_up (or lora_A and lora_B), and alpha. Get it as a plain LoRA."
+        )
+
+
+def _matrices(path: Path, layer: _Layer, out: int, width: int) -> tuple[Tensor, Tensor]:
+    """A layer's A (r, d_text) and B (d_out, r), float32.
+
+    Errors: StackError for tensors that are no matrices, don't fit, or have values out of range.
+    """
+    found = {}
+    for kind in ("down", "up"):
+        tensor, name = layer.tensors[kind], layer.names[kind]
+        if tensor.dim() == 4 and tensor.shape[2:] == (1, 1):  # as some programs store all layers
+            tensor = tensor.flatten(1)
+        if tensor.dim() != 2 or tensor.dtype not in _FLOATS:
             raise StackError(
-                f"{path} belongs to another kind of checkpoint: its {layer} is {down.shape[1]} by "
-                f"{len(up)}, this one's {width} by {out}."
+                f"{path}: its tensor {name} is {_described(layer.tensors[kind])}; expected a "
+                "matrix of floating-point numbers. Get the file again, not quantised."
             )
-        scale = strength * (
-            float(matrices["alpha"].get(layer, len(down))) / len(down) if len(down) else 1.0
+        found[kind] = tensor.float()
+        _check_values(f"{path}: its tensor {name}", found[kind])
+    down, up = found["down"], found["up"]
+    if down.shape[1] != width or len(up) != out:
+        raise StackError(
+            f"{path} belongs to another kind of checkpoint: its {layer.name} is {down.shape[1]} by "
+            f"{len(up)}, this one's {width} by {out}."
         )
-        adapter |= {f"{layer}.A": down, f"{layer}.B": up * scale}
-    return padded_to_rank(adapter, max(len(down) for down in downs.values()))
+    rank = len(down)
+    if rank != up.shape[1] or not 1 <= rank <= MOST_RANK:
+        raise StackError(
+            f"{path} is damaged: {layer.names['down']} has {rank} rows and {layer.names['up']} "
+            f"{up.shape[1]} columns; both have to be the rank, from 1 to {MOST_RANK}. Get the "
+            "file again."
+        )
+    return down, up
+
+
+def _scale(path: Path, layer: _Layer, rank: int, config: LoraConfig | None) -> float:
+    """The factor of B A. Errors: StackError for an alpha that is not a number, or two of them."""
+    alpha = layer.tensors.get("alpha")
+    if alpha is None:
+        return config.scale(layer.name, rank) if config else 1.0
+    name = layer.names["alpha"]
+    if config:
+        raise StackError(
+            f"{path} has the tensor {name}, but {config.source} says how strong the LoRA is, too. "
+            "Expected one of them: export the LoRA again in one layout."
+        )
+    if alpha.numel() != 1 or alpha.dtype not in (*_FLOATS, *_WHOLE):
+        raise StackError(
+            f"{path}: its tensor {name} is {_described(alpha)}; expected one number. Get the file "
+            "again."
+        )
+    _check_values(f"{path}: its tensor {name}", alpha)
+    return float(alpha) / rank
+
+
+def _check_values(what: str, tensor: Tensor) -> None:
+    """Errors: StackError for values that exported files could not hold."""
+    largest = float(tensor.float().abs().max()) if tensor.numel() else 0.0
+    if not largest <= _LARGEST:
+        raise StackError(
+            f"{what} has the value {largest:g}; expected finite numbers up to {_LARGEST:g}. Every "
+            "picture would be black or noise: choose another file, such as an earlier epoch's."
+        )
+
+
+def _described(tensor: Tensor) -> str:
+    sizes = " x ".join(map(str, tensor.shape)) or "a single number"
+    return f"{sizes} of {str(tensor.dtype).removeprefix('torch.')}"
 
 
 def read_word(path: Path, backbone: Backbone) -> Tensor:
     """The vectors of a textual-inversion embedding, (k, d).
 
-    Errors: StackError for a file that is not an embedding, or has another width.
+    Errors: StackError for a file that is not an embedding, has another width, or values out of
+    range.
     """
-    tensors = _read(path)
-    # SDXL's has vectors for each text encoder
-    if len(backbone.word_widths) == 2 and tensors.keys() >= {"clip_l", "clip_g"}:
-        tensors = {"": torch.cat([tensors["clip_l"], tensors["clip_g"]], -1)}
-    vectors = [
-        tensor
-        for tensor in tensors.values()
-        if tensor.dim() in (1, 2) and tensor.shape[-1] == backbone.word_width
-    ]
-    if len(vectors) != 1 or not 0 < vectors[0].numel() <= MOST_VECTORS * backbone.word_width:
+    tensors, _ = _read(path)
+    names = ("clip_l", "clip_g") if len(backbone.word_widths) == 2 else tuple(tensors)[:1]
+    widths = dict(zip(names, backbone.word_widths, strict=False))
+    fits = tensors.keys() == widths.keys() and all(
+        tensor.dim() in (1, 2) and tensor.shape[-1] == widths[name] and tensor.dtype in _FLOATS
+        for name, tensor in tensors.items()
+    )
+    parts = [torch.atleast_2d(tensors[name]).float() for name in widths] if fits else []
+    counts = {len(part) for part in parts}
+    if len(counts) != 1 or not 1 <= counts.pop() <= MOST_VECTORS:
+        found = ", ".join(f"{name} ({_described(t)})" for name, t in sorted(tensors.items())[:4])
+        expected = " and ".join(
+            f"{width} numbers each" + f" in {name}" * (len(widths) > 1)
+            for name, width in widths.items()
+        )
         raise StackError(
             f"{path} is not an embedding for this checkpoint. Expected 1 to {MOST_VECTORS} vectors "
-            f"with {backbone.word_width} numbers each."
+            f"with {expected}; found {found or 'nothing'}. Choose one that was made for this kind "
+            "of checkpoint."
         )
-    return vectors[0].reshape(-1, backbone.word_width).float()
+    for name, part in zip(widths, parts, strict=True):
+        _check_values(f"{path}: its tensor {name}", part)
+    return torch.cat(parts, 1)
 
 
 def word_of_vocabulary(trigger: str, backbone: Backbone) -> Tensor:
@@ -147,7 +298,7 @@ def imported_concept(
     else:
         word = word_of_vocabulary(request.trigger, backbone)
     adapter = read_lora(request.lora, backbone, request.strength)
-    content = request.lora.read_bytes() + request.token.encode()
+    content = lora_file(request.lora).read_bytes() + request.token.encode()
     record = ConceptRecord(
         id=hashlib.sha256(content).hexdigest()[:12],
         token=request.token,
@@ -172,11 +323,17 @@ def _plain(name: str) -> str:
     return re.sub(r"[._]", "", _PREFIX.sub("", name).replace("processor", ""))
 
 
-def _read(path: Path) -> dict[str, Tensor]:
-    if not path.is_file():
-        raise StackError(f"There is no file {path}.")
+def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """The tensors and the metadata of a safetensors file. Errors: StackError."""
     try:
-        return load_file(path)
+        if not path.is_file():
+            raise StackError(
+                f"There is no file {path}. Expected a .safetensors file, or PEFT's folder with "
+                f"{WEIGHTS}."
+            )
+        with safe_open(path, framework="pt") as file:
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            return tensors, file.metadata() or {}
     except (SafetensorError, OSError) as error:
         raise StackError(
             f"{path} can't be read ({error}): it is truncated or not a safetensors file. Pickles "

@@ -141,14 +141,16 @@ class ImportRequest(Request):
     Its word is an embedding's vectors, or a trigger that the tokenizer knows.
     """
 
-    lora: Path = option("its .safetensors file, in kohya's, diffusers' or PEFT's names")
+    lora: Path = option(
+        "its .safetensors file, in kohya's, diffusers' or PEFT's names, or PEFT's folder"
+    )
     token: str = option("its word from now on")
     noun: str = option("what kind of thing it is; empty: prompts use only its word", "")
     embedding: Path | None = option("the embedding its prompts used, if there is one", None)
     trigger: str = option(
         "instead of an embedding: the word its prompts used, if it is one token, such as sks", ""
     )
-    strength: float = option("strength it is used at", 1.0)
+    strength: float = option("strength it is used at", 1.0, low=-10, high=10)
     settings: SolveSettings = SolveSettings()
 
     @property

@@ -24,6 +24,7 @@ from .settings import MOST_VECTORS
 FORMAT = "comfy-continual-lora"
 VERSION = 1
 HISTORY = 5  # earlier versions kept by default
+MOST_RANK = 4096
 # How a change is described; {} are the words it is about
 CHANGES = {
     "learned": "learned {}",
@@ -152,7 +153,7 @@ def _settings(value: Any) -> bool:
 
 _LINE = _text()
 _ANY = _text(r"[^\ud800-\udfff]*", 100_000)
-_RANK = _count(1, 4096)
+_RANK = _count(1, MOST_RANK)
 _ID = _text(r"[A-Za-z0-9_-]{1,64}")
 _DIGEST = _text(r"[0-9A-Za-z]*", 128)
 _WHOLE = _count(0, 2**63 - 1)

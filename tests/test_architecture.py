@@ -48,6 +48,7 @@ LAYERS = (
     ("plan", "prepare", "report"),
     ("methods",),
     ("consolidation", "dsc", "evaluate", "export", "fisher", "foreign", "history", "stock"),
+    ("loraconfig",),
     ("concept", "session"),
     ("learn", "requests", "targets"),
     ("moments", "results", "sample", "solve", "training"),

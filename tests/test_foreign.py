@@ -1,0 +1,317 @@
+"""LoRAs and embeddings of other programs come in as strong as they are meant, or not at all."""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file, save, save_file
+from torch import Tensor
+
+from comfy_continual_lora import foreign, pipeline, requests, store
+from comfy_continual_lora.adapters.adapter import delta_weights
+from comfy_continual_lora.checkpoint.backbone import KV_MODULES, Backbone
+from comfy_continual_lora.errors import ContinualLoraError, SettingError, StackError
+
+Tensors = dict[str, Tensor]
+FIRST = "down_blocks.0.attentions.0.transformer_blocks.0.attn2.to_k"
+
+
+def kohya_lora(backbone: Backbone, rank: int = 2, alpha: float | None = None) -> Tensors:
+    """A random LoRA of every K and V, under kohya's names."""
+    draws = torch.Generator().manual_seed(0)
+    tensors = {}
+    for layer, module in backbone.kv_layers.items():
+        out, width = module.weight.shape
+        name = f"lora_unet_{layer.replace('.', '_')}"
+        tensors[f"{name}.lora_down.weight"] = torch.randn(rank, width, generator=draws)
+        tensors[f"{name}.lora_up.weight"] = torch.randn(out, rank, generator=draws)
+        if alpha is not None:
+            tensors[f"{name}.alpha"] = torch.tensor(alpha)
+    return tensors
+
+
+def plain_lora(backbone: Backbone, prefix: str) -> Tensors:
+    """The same under PEFT's names."""
+    tensors = kohya_lora(backbone)
+    return {
+        f"{prefix}{layer}.lora_{letter}.weight": tensors[
+            f"lora_unet_{layer.replace('.', '_')}.lora_{part}.weight"
+        ]
+        for layer in backbone.kv_layers
+        for letter, part in (("A", "down"), ("B", "up"))
+    }
+
+
+def of_first(part: str) -> str:
+    return f"lora_unet_{FIRST.replace('.', '_')}.{part}"
+
+
+PEFT_FIELDS: list[dict[str, Any]] = [
+    {"r": 4, "lora_alpha": 16},
+    {"r": 4, "lora_alpha": 16, "use_rslora": True},
+    {"r": 4, "lora_alpha": 2, "rank_pattern": {"attn2.to_k": 3}},
+    {"r": 4, "lora_alpha": 2, "alpha_pattern": {"to_v": 1, "down_blocks.0.*to_k": 7}},
+    {"r": 2, "lora_alpha": 2, "rank_pattern": {rf"^{FIRST}": 5}, "alpha_pattern": {FIRST: 20}},
+]
+
+
+@pytest.mark.parametrize("fields", PEFT_FIELDS)
+@pytest.mark.parametrize("layout", ["folder", "file", "diffusers"])
+def test_the_strength_is_the_one_peft_computes(
+    backbone: Backbone, tmp_path: Path, fields: dict[str, Any], layout: str
+) -> None:
+    torch.manual_seed(0)
+    config = LoraConfig(target_modules=KV_MODULES, init_lora_weights=False, **fields)
+    unet: Any = get_peft_model(copy.deepcopy(backbone.unet), config)  # type: ignore[arg-type]
+    unet.save_pretrained(str(tmp_path))
+    path = tmp_path / ("" if layout == "folder" else "adapter_model.safetensors")
+    if layout == "diffusers":
+        written = json.loads((tmp_path / "adapter_config.json").read_text())
+        path = tmp_path / "diffusers.safetensors"
+        save_file(
+            {
+                name.replace("base_model.model", "unet"): tensor
+                for name, tensor in load_file(tmp_path / "adapter_model.safetensors").items()
+            },
+            path,
+            {"lora_adapter_metadata": json.dumps({f"unet.{k}": v for k, v in written.items()})},
+        )
+    found = delta_weights(backbone, foreign.read_lora(path, backbone))
+    for layer, change in found.items():
+        wanted = (
+            unet.get_submodule(f"base_model.model.{layer}").get_delta_weight("default").detach()
+        )
+        assert torch.allclose(change, wanted, atol=1e-6 * float(wanted.abs().max()))
+
+
+def test_alpha_of_each_layer_counts(backbone: Backbone, tmp_path: Path) -> None:
+    path = tmp_path / "a.safetensors"
+    save_file(kohya_lora(backbone), path)
+    plain = delta_weights(backbone, foreign.read_lora(path, backbone))
+    tensors = kohya_lora(backbone, alpha=1.0)
+    tensors[of_first("alpha")] = torch.tensor([6])
+    save_file(tensors, path)
+    scaled = delta_weights(backbone, foreign.read_lora(path, backbone, strength=-2.0))
+    for layer, change in scaled.items():
+        factor = -2 * (6 if layer == FIRST else 1) / 2
+        assert torch.allclose(change, factor * plain[layer], atol=1e-5)
+
+
+def test_matrices_stored_as_convolutions_are_the_same_matrices(
+    backbone: Backbone, tmp_path: Path
+) -> None:
+    path, tensors = tmp_path / "a.safetensors", kohya_lora(backbone)
+    save_file(tensors, path)
+    plain = foreign.read_lora(path, backbone)
+    save_file({name: tensor[..., None, None] for name, tensor in tensors.items()}, path)
+    found = foreign.read_lora(path, backbone)
+    assert all(torch.equal(found[name], tensor) for name, tensor in plain.items())
+
+
+def test_a_layer_that_is_not_changed_stays(backbone: Backbone, tmp_path: Path) -> None:
+    path, tensors = tmp_path / "a.safetensors", kohya_lora(backbone)
+    tensors[of_first("lora_up.weight")].zero_()
+    save_file(tensors, path)
+    assert not delta_weights(backbone, foreign.read_lora(path, backbone))[FIRST].any()
+
+
+NAN, INFINITE = float("nan"), float("inf")
+UP, DOWN, ALPHA = (of_first(part) for part in ("lora_up.weight", "lora_down.weight", "alpha"))
+BROKEN: list[tuple[Callable[[Tensors], Tensors], str]] = [
+    (lambda t: {UP: t[UP].fill_(NAN)}, "lora_up.weight has the value nan; expected finite"),
+    (lambda t: {DOWN: t[DOWN].fill_(-INFINITE)}, "lora_down.weight has the value inf"),
+    (lambda t: {UP: t[UP].fill_(1e30)}, "up to 65504"),
+    (lambda t: {UP: torch.ones(len(t[UP]), 7)}, "2 rows and .*lora_up.weight 7 columns"),
+    (lambda t: {DOWN: t[DOWN][:0], UP: t[UP][:, :0]}, "0 rows and .* 0 columns"),
+    (lambda t: {DOWN: t[DOWN][0]}, "lora_down.weight is 64 of float32; expected a matrix"),
+    (lambda t: {UP: t[UP][..., None]}, "x 2 x 1 of float32; expected a matrix"),
+    (lambda t: {UP: t[UP][..., None, None].repeat(1, 1, 3, 3)}, "3 x 3 of float32"),
+    (lambda t: {UP: t[UP].to(torch.int8)}, "of int8; expected a matrix"),
+    (lambda t: {UP: t[UP].to(torch.complex64)}, "of complex64; expected a matrix"),
+    (lambda t: {ALPHA: torch.tensor(NAN)}, "alpha has the value nan"),
+    (lambda t: {ALPHA: torch.ones(3)}, "alpha is 3 of float32; expected one number"),
+    (lambda t: {ALPHA: torch.tensor(True)}, "a single number of bool; expected one number"),
+    (lambda t: {name: torch.zeros_like(tensor) for name, tensor in t.items()}, "changes nothing"),
+    (lambda t: {of_first("dora_scale"): torch.ones(4)}, "dora_scale belongs to a DoRA"),
+    (lambda t: {of_first("hada_w1_a"): torch.ones(4)}, "belongs to a LoHa"),
+    (lambda t: {of_first("oft_blocks"): torch.ones(4)}, "belongs to another kind"),
+    (lambda t: {f"unet.{FIRST}.lora_B.weight": t[UP].clone()}, "two tensors for the same matrix"),
+]
+
+
+@pytest.mark.parametrize(("change", "message"), BROKEN)
+def test_what_is_broken_is_refused_with_its_tensor(
+    backbone: Backbone,
+    tmp_path: Path,
+    change: Callable[[Tensors], Tensors],
+    message: str,
+) -> None:
+    tensors = kohya_lora(backbone)
+    save_file({k: t.contiguous() for k, t in (tensors | change(tensors)).items()}, tmp_path / "a")
+    with pytest.raises(StackError, match=message) as error:
+        foreign.read_lora(tmp_path / "a", backbone)
+    assert str(tmp_path) in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ('{"r": 2', "not valid JSON"),
+        ('{"r": 2}\x00', "not valid JSON"),
+        ("[" * 100_000, "not valid JSON"),
+        ("[]", "not an object"),
+        ('{"r": "2"}', "r is '2'; expected a rank"),
+        ('{"r": true}', "expected a rank"),
+        ('{"r": 2, "lora_alpha": NaN}', "lora_alpha is nan; expected a number"),
+        ('{"r": 2, "lora_alpha": 1e999}', "lora_alpha is inf"),
+        ('{"r": 2, "alpha_pattern": ["to_k"]}', "alpha_pattern is .*simple patterns"),
+        ('{"r": 2, "alpha_pattern": {"(": 2}}', "alpha_pattern"),
+        ('{"r": 2, "alpha_pattern": {"([a-z0-9_.]+)+!": 2}}', "alpha_pattern"),
+        ('{"r": 2, "alpha_pattern": {"to_k": null}}', "alpha_pattern"),
+        ('{"r": 2, "use_rslora": 1}', "use_rslora is 1; expected true or false"),
+        ('{"r": 16, "lora_alpha": 16}', "has rank 16, but its matrices have 2"),
+        ('{"peft_type": "LOHA"}', "this is a LOHA"),
+        ('{"r": 2, "use_dora": true}', "this is a DoRA"),
+        ('{"r": 2, "init_lora_weights": "pissa_niter_16"}', "began as pissa_niter_16"),
+    ],
+)
+@pytest.mark.parametrize("layout", ["folder", "metadata"])
+def test_what_says_the_strength_is_checked(
+    backbone: Backbone, tmp_path: Path, config: str, message: str, layout: str
+) -> None:
+    folder, metadata = tmp_path / "lora", {}
+    folder.mkdir()
+    if layout == "folder":
+        (folder / "adapter_config.json").write_text(config)
+    else:
+        metadata = {"lora_adapter_metadata": config}
+    save_file(plain_lora(backbone, "unet."), folder / "adapter_model.safetensors", metadata)
+    with pytest.raises(StackError, match=message):
+        foreign.read_lora(folder, backbone)
+
+
+def test_two_alphas_are_ambiguous(backbone: Backbone, tmp_path: Path) -> None:
+    path = tmp_path / "a.safetensors"
+    tensors = kohya_lora(backbone, alpha=1.0)
+    save_file(tensors, path, {"lora_adapter_metadata": '{"unet.r": 2, "unet.lora_alpha": 2}'})
+    with pytest.raises(StackError, match=r"alpha, but .*how strong the LoRA is, too"):
+        foreign.read_lora(path, backbone)
+
+
+@pytest.mark.parametrize("strength", [0.0, NAN, INFINITE, 1e300, 11.0])
+def test_a_strength_that_can_not_be_is_refused(
+    backbone: Backbone, tmp_path: Path, strength: float
+) -> None:
+    save_file(kohya_lora(backbone), tmp_path / "a.safetensors")
+    given = {"checkpoint": "c", "lora": "a", "token": "W1", "strength": strength}
+    if strength:
+        with pytest.raises(SettingError, match="strength"):
+            requests.parse(requests.ImportRequest, given)
+    if strength != 11:
+        with pytest.raises(StackError, match="at strength"):
+            foreign.read_lora(tmp_path / "a.safetensors", backbone, strength)
+
+
+@pytest.mark.parametrize(
+    ("tensors", "message"),
+    [
+        ({"e": torch.full((1, 64), NAN)}, "its tensor e has the value nan"),
+        ({"e": torch.full((1, 64), 1e6)}, "has the value 1e[+]06; expected finite"),
+        ({"e": torch.zeros(1, 65)}, r"with 64 numbers each; found e \(1 x 65 of float32\)"),
+        ({"e": torch.zeros(17, 64)}, "Expected 1 to 16 vectors"),
+        ({"e": torch.zeros(0, 64)}, "Expected 1 to 16 vectors"),
+        ({"e": torch.ones(1, 64, dtype=torch.int64)}, "of int64"),
+        ({"clip_l": torch.zeros(1, 64), "clip_g": torch.zeros(1, 80)}, "clip_g .*clip_l"),
+        ({}, "found nothing"),
+    ],
+)
+def test_an_embedding_that_does_not_fit_is_refused(
+    backbone: Backbone, tmp_path: Path, tensors: Tensors, message: str
+) -> None:
+    save_file(tensors, tmp_path / "e.safetensors")
+    with pytest.raises(StackError, match=message):
+        foreign.read_word(tmp_path / "e.safetensors", backbone)
+
+
+def test_a_folder_of_peft_becomes_a_concept(
+    checkpoint: Path, backbone: Backbone, tmp_path: Path
+) -> None:
+    folder = tmp_path / "lora"
+    folder.mkdir()
+    request = requests.ImportRequest(checkpoint, folder, "W1", "ball", trigger="red", device="cpu")
+    with pytest.raises(StackError, match=r"no file .*adapter_model.safetensors"):
+        pipeline.import_concept(request)
+    save_file(plain_lora(backbone, "base_model.model."), folder / "adapter_model.safetensors")
+    (folder / "adapter_config.json").write_text('{"r": 2, "lora_alpha": 8}')
+    pipeline.import_concept(request)
+    adapter = store.open_stack(store.stack_path(checkpoint)).adapter
+    assert adapter
+    plain = kohya_lora(backbone)
+    wanted = 4 * plain[UP] @ plain[DOWN]
+    assert torch.allclose(delta_weights(backbone, adapter)[FIRST], wanted, atol=1e-4)
+
+
+NUMBERS = st.sampled_from([NAN, INFINITE, -1.0, 0.0, 1e-40, 1.0, 3e4, 1e38])
+SHAPES = st.lists(st.sampled_from([0, 1, 2, 3, 32, 64]), max_size=4)
+DTYPES = st.sampled_from(
+    [torch.float32, torch.float16, torch.bfloat16, torch.float64, torch.int8, torch.bool]
+)
+FIELDS = st.sampled_from(
+    ["r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora", "peft_type", "use_dora"]
+)
+PATTERNS = st.sampled_from(["to_k", "^down", ".*", "(a+)+$", "(", "[", "a{9999999999}", "\\", ""])
+VALUES = st.one_of(
+    st.none(), st.booleans(), st.integers(-2, 5), st.floats(), st.just(10**400), st.text(max_size=3)
+)
+
+
+@settings(
+    max_examples=100,
+    deadline=None,
+    derandomize=True,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
+)
+@given(
+    tensors=st.dictionaries(
+        st.sampled_from([UP, DOWN, ALPHA, "x", of_first("diff")]),
+        st.tuples(SHAPES, NUMBERS, DTYPES),
+        max_size=2,
+    ),
+    config=st.none()
+    | st.dictionaries(
+        FIELDS, st.one_of(VALUES, st.dictionaries(PATTERNS, VALUES, max_size=2)), max_size=3
+    ),
+    cut=st.none() | st.integers(0, 300),
+)
+def test_any_file_is_taken_whole_and_finite_or_refused(
+    backbone: Backbone,
+    tmp_path: Path,
+    tensors: dict[str, tuple[list[int], float, torch.dtype]],
+    config: dict[str, Any] | None,
+    cut: int | None,
+) -> None:
+    path = tmp_path / "a.safetensors"
+    changed = {
+        name: torch.full(shape, number).to(dtype)
+        for name, (shape, number, dtype) in tensors.items()
+    }
+    metadata = {} if config is None else {"lora_adapter_metadata": json.dumps(config)}
+    path.write_bytes(save({**kohya_lora(backbone), **changed}, metadata)[:cut])
+    assert _is_finite_or_refused(lambda: list(foreign.read_lora(path, backbone).values()), path)
+    assert _is_finite_or_refused(lambda: [foreign.read_word(path, backbone)], path)
+
+
+def _is_finite_or_refused(read: Callable[[], list[Tensor]], path: Path) -> bool:
+    try:
+        return all(bool(tensor.isfinite().all()) for tensor in read())
+    except ContinualLoraError as error:
+        return str(path) in str(error)
