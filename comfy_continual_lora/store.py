@@ -38,6 +38,18 @@ from .stackfile import opened, read_header
 from .stackschema import FORMAT, VERSION, Shape, checked
 from .versions import Change, Version, parent_of, versions
 
+# The tensors' and numbers' names in words; {} is a concept's word
+_PARTS = {
+    "word": "the word {}",
+    "adapter": "the adapter",
+    "before": "the adapter before it was consolidated",
+    "pool": "the adapter after {}",
+    "wish": "the target of {}",
+    "fisher": "the Fisher of {}",
+    "loss": "the loss of {}",
+    "tau": "the temperature of the DC scores",
+}
+
 
 def load_stack(path: Path, fingerprint: str) -> ConceptStack:
     """Read a stack made for the checkpoint with this fingerprint; an empty one if there is no file.
@@ -134,9 +146,28 @@ def save_stack(stack: ConceptStack, path: Path, change: Change | None = None) ->
     """Make this the stack's newest version, atomically: at every moment either the old or the new
     one is complete on disk.
 
-    The previous version goes into the history. Errors: StackError if it can't be written.
+    The previous version goes into the history. Errors: StackError if it can't be written, or holds
+    values that are not finite.
     """
+    _check_storable(path, stack)
     save_version(stack, real_file(path), change, knows_parent=True)
+
+
+def _check_storable(path: Path, stack: ConceptStack) -> None:
+    """Errors: StackError that names the part with values that are not finite."""
+    tensors = _tensors_of(stack)
+    numbers = {f"loss.{record.id}": record.loss for record in stack.records}
+    tensors |= {name: torch.tensor(n) for name, n in {**numbers, "tau": stack.tau or 0.0}.items()}
+    bad = next((name for name, tensor in tensors.items() if not tensor.isfinite().all()), None)
+    if bad is not None:
+        part, _, rest = bad.partition(".")
+        tokens = {record.id: record.token for record in stack.records}
+        token = tokens.get(rest.partition(".")[0], "")
+        raise StackError(
+            f"Nothing was stored, because {_PARTS[part].format(token)} has infinite or NaN values "
+            f"(in {bad}), which would make every picture black. {path} is unchanged. A lower "
+            "`rate` or `precision` fp32 usually helps."
+        )
 
 
 def save_version(
@@ -185,16 +216,7 @@ def write(
 ) -> None:
     """Make this the file at `path`, as the version `number`."""
     stack.identity = stack.identity or secrets.token_hex(8)
-    tensors = {f"word.{concept}": word for concept, word in stack.words.items()}
-    for part, adapter in (("adapter", stack.adapter), ("before", stack.unconsolidated)):
-        tensors |= {f"{part}.{name}": tensor for name, tensor in (adapter or {}).items()}
-    for part, adapters in (
-        ("pool", stack.pool),
-        ("wish", stack.targets),
-        ("fisher", stack.fishers),
-    ):
-        for concept, adapter in adapters.items():
-            tensors |= {f"{part}.{concept}.{name}": tensor for name, tensor in adapter.items()}
+    tensors = _tensors_of(stack)
     header = {
         "version": VERSION,
         "fingerprint": stack.fingerprint,
@@ -208,15 +230,28 @@ def write(
         "change": None if change is None else dataclasses.asdict(change),
         "history": stack.history,
     }
-    tensors = {name: tensor.detach().float().contiguous().cpu() for name, tensor in tensors.items()}
     metadata = {"format": FORMAT, "stack": json.dumps(header)}
     checked(
         path,
         metadata,
         {name: Shape("F32", tuple(tensor.shape), 0) for name, tensor in tensors.items()},
     )
-    _check_finite(path, tensors)
     write_whole(path, save(tensors, metadata))
+
+
+def _tensors_of(stack: ConceptStack) -> dict[str, Tensor]:
+    """A file's tensors by name, float32 on the CPU."""
+    tensors = {f"word.{concept}": word for concept, word in stack.words.items()}
+    for part, adapter in (("adapter", stack.adapter), ("before", stack.unconsolidated)):
+        tensors |= {f"{part}.{name}": tensor for name, tensor in (adapter or {}).items()}
+    for part, adapters in (
+        ("pool", stack.pool),
+        ("wish", stack.targets),
+        ("fisher", stack.fishers),
+    ):
+        for concept, adapter in adapters.items():
+            tensors |= {f"{part}.{concept}.{name}": tensor for name, tensor in adapter.items()}
+    return {name: tensor.detach().float().contiguous().cpu() for name, tensor in tensors.items()}
 
 
 def prune(path: Path, most: int) -> None:

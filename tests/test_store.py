@@ -7,6 +7,7 @@ import os
 import resource
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -150,3 +151,40 @@ def test_kill_9_while_saving_leaves_a_whole_version(tmp_path: Path) -> None:
             kill_after(delay)
             loaded = store.load_stack(path, FINGERPRINT)
             assert same(loaded, make_stack(len(loaded.records), 20000))
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), 1e300])
+@pytest.mark.parametrize(
+    ("part", "message"),
+    [
+        ("words", r"the word V2 has .*in word\.id2"),
+        ("adapter", r"the adapter has .*in adapter\.layer\.to_k\.A"),
+        ("unconsolidated", "the adapter before it was consolidated has"),
+        ("pool", "the adapter after V1 has"),
+        ("targets", "the target of V2 has"),
+        ("fishers", "the Fisher of V2 has"),
+        ("loss", r"the loss of V2 has"),
+        ("tau", "the temperature of the DC scores has"),
+    ],
+)
+def test_what_is_not_finite_is_never_stored(
+    tmp_path: Path, part: str, message: str, value: float
+) -> None:
+    path = tmp_path / "s"
+    store.save_stack(make_stack(1), path)
+    before = path.read_bytes()
+    stack = make_stack(2)
+    bad = {"layer.to_k.A": torch.full((2, 4), value, dtype=torch.float64)}
+    changes = {
+        "words": {**stack.words, "id2": bad["layer.to_k.A"]},
+        "adapter": {**(stack.adapter or {}), **bad},
+        "pool": {"id1": bad},
+        "loss": [stack.records[0], replace(stack.records[1], loss=value)],
+        "tau": value,
+    }
+    name = {"loss": "records"}.get(part, part)
+    of_second = bad if part == "unconsolidated" else {"id2": bad}
+    with pytest.raises(StackError, match=f"Nothing was stored, because {message}.*s is unchanged"):
+        store.save_stack(replace(stack, **{name: changes.get(part, of_second)}), path)
+    assert path.read_bytes() == before
+    assert not (tmp_path / "s.history").exists()
