@@ -31,6 +31,7 @@ from .adapters.adapter import Adapter, attached, swapped_in
 from .checkpoint.backbone import Backbone, FrozenText
 from .classifier import errors, predictions, soft_cross_entropy
 from .diffusion import generator_for, loss_per_example, noised, one_of, random_batch
+from .lossscale import LossScale
 from .penalty import Penalty, Step
 from .presets import TEMPLATES
 from .progress import OnProgress
@@ -101,7 +102,7 @@ def consolidate(
             optimizer_for([group], settings),
             settings,
             settings.dsc_steps,
-            backbone.gradient_scale,
+            LossScale(backbone.unet.dtype),
             snapshot,
             asked_for(backbone, settings, source or {}),
         )

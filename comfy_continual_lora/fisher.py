@@ -30,6 +30,7 @@ from .adapters.adapter import Adapter, adapted_layers, delta, layers_of
 from .checkpoint.backbone import Backbone, FrozenText
 from .classifier import errors, log_posterior, predictions, subset
 from .diffusion import generator_for, noised, one_of, random_batch
+from .lossscale import LossScale
 from .presets import TEMPLATES
 from .progress import OnProgress, Progress
 from .settings import ResolvedSettings
@@ -109,12 +110,13 @@ def _sampled(
     """The gradients of `settings.fisher_samples` samples, batch by batch and layer by layer."""
     prompts = 1 if target.tau is None else 2 + min(len(target.previous), settings.subset - 2)
     n, done, number = max(1, settings.batch // prompts), 0, 0
+    scale = LossScale(backbone.unet.dtype)
     while done < settings.fisher_samples:
         n = min(n, settings.fisher_samples - done)
         generator = generator_for(settings.seed, "fisher", number)
         loss = _loss_of_batch(backbone, target, text, settings.subset, n, generator)
         yield from per_sample_gradients(
-            backbone, factors, loss, n, in_delta=settings.fisher_space == "delta"
+            backbone, factors, loss, n, scale, in_delta=settings.fisher_space == "delta"
         )
         done, number = done + n, number + 1
         on_progress(Progress("fisher", done, settings.fisher_samples))
@@ -156,6 +158,7 @@ def per_sample_gradients(
     factors: Mapping[str, Tensor],
     loss: Callable[[], Tensor],
     n: int,
+    scale: LossScale | None = None,
     *,
     in_delta: bool = False,
 ) -> Iterator[tuple[str, dict[str, Tensor]]]:
@@ -163,18 +166,25 @@ def per_sample_gradients(
     `in_delta` that of delta, as "W".
 
     `loss` returns one number per sample, (n,), from one U-Net call whose rows belong to the samples
-    in order, the same number to each.
+    in order, the same number to each. It is called again if gradients overflow at this scale.
+    Errors: TrainingError if they do at any.
     """
-    seen: dict[str, tuple[Tensor, list[Tensor]]] = {}
-    scale = backbone.gradient_scale
-    with _watched(backbone, seen):
-        (loss().sum() * scale).backward()
+    scale = scale or LossScale()
+    while True:
+        seen: dict[str, tuple[Tensor, list[Tensor]]] = {}
+        factor = scale.value
+        with _watched(backbone, seen):
+            (loss().sum() * factor).backward()
+        if scale.fits(
+            torch.stack([outputs[0].float().norm() for _, outputs in seen.values()]).sum()
+        ):
+            break
     for layer, parts in layers_of(factors).items():
         inputs, outputs = seen[layer]
         c, g = (
             t.detach().float().unflatten(0, (n, -1)).flatten(1, 2) for t in (inputs, outputs[0])
         )
-        gradient = torch.einsum("nto,nti->noi", g / scale, c)
+        gradient = torch.einsum("nto,nti->noi", g / factor, c)
         if in_delta:
             yield layer, {"W": gradient}
         else:

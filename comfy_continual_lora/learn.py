@@ -29,6 +29,7 @@ from .diffusion import (
     random_batch,
     timestep_weight,
 )
+from .lossscale import LossScale
 from .penalty import Penalty, Step
 from .progress import OnProgress, Progress
 from .sample import draw
@@ -80,7 +81,7 @@ def learn(
     """Learn one concept.
 
     If `on_progress` raises, a snapshot is left and the exception passes through. The net keeps the
-    dtype it learned with. Errors: TrainingError if the loss is not finite.
+    dtype it learned with. Errors: TrainingError if learning diverges.
     """
     adapter = attached(
         backbone,
@@ -131,7 +132,7 @@ def _run(
         rows = [value for name, value in factors.items() if name.endswith(part)]
         precondition(inputs.preconditioner.to(backbone.device), optimizer, rows)
     asked = asked_for(backbone, settings, inputs.source, inputs.prompts)
-    scale = backbone.gradient_scale
+    scale = LossScale(backbone.unet.dtype)
     return Run("learn", trained, optimizer, settings, settings.steps, scale, snapshot, asked)
 
 

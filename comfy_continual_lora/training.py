@@ -21,10 +21,14 @@ from .checkpoint.backbone import Backbone
 from .checkpoint.narrow import dtype_for, recast
 from .errors import SettingError, TrainingError
 from .files import set_aside
+from .lossscale import LossScale
 from .parallel import average, is_first, shares
 from .progress import OnProgress, Progress
 from .settings import EXECUTION_SETTINGS, ResolvedSettings
 from .snapshot import DamagedSnapshot, Snapshot, identity, read_snapshot, write_snapshot
+
+# A loss that grew by this factor is not noise
+MOST_GROWTH = 10.0
 
 
 @contextmanager
@@ -64,7 +68,7 @@ class Run:
         optimizer: torch.optim.Optimizer,
         settings: ResolvedSettings,
         steps: int,
-        scale: float,
+        scale: LossScale,
         path: Path,
         asked: dict[str, Any],
     ) -> None:
@@ -81,9 +85,10 @@ class Run:
         `terms(step, rows)`, means over these of the step's n images.
 
         Whatever stops it between two steps, even running out of memory, leaves a snapshot. Errors:
-        TrainingError if the loss is not finite.
+        TrainingError if learning diverges.
         """
         note = self.resume()
+        self._check_converging()
         rates = [group["lr"] for group in self.optimizer.param_groups]
         started, first = time.monotonic(), self.step
         try:
@@ -91,6 +96,7 @@ class Run:
                 for group, rate in zip(self.optimizer.param_groups, rates, strict=True):
                     group["lr"] = rate * min(1.0, (self.step + 1) / max(1, self.settings.warmup))
                 parts = self.update(terms, n)
+                self._check_converging()
                 if self.step % self.settings.snapshot_every == 0 or self.step == self.steps:
                     self.save()
                 pace = (time.monotonic() - started) / (self.step - first)
@@ -117,8 +123,8 @@ class Run:
         """One optimizer step, in `settings.accumulate` parts one after the other; returns the terms
         of its loss.
 
-        Losses are scaled by `scale` in the backward pass (`Backbone.gradient_scale`). Errors:
-        TrainingError for a loss that is not finite.
+        Gradients that overflow in fp16 leave the parameters as they are (`LossScale`). Errors:
+        TrainingError for a loss or gradients that are not finite.
         """
         self.optimizer.zero_grad(set_to_none=True)
         parameters = list(self.parameters.values())
@@ -132,24 +138,48 @@ class Run:
                     f"The loss became {total} at step {self.step + 1}, so learning stopped; "
                     "nothing was stored. A lower `rate` or `precision` fp32 usually helps."
                 )
-            (loss * share * self.scale).backward()
+            (loss * share * self.scale.value).backward()
             for name, mean in means.items():
                 parts[name] = parts.get(name, 0.0) + share * float(mean.detach())
         for p in parameters:
-            p.grad = None if p.grad is None else p.grad / self.scale
+            p.grad = None if p.grad is None else p.grad / self.scale.value
         total = average(parameters, total)
-        nn.utils.clip_grad_norm_(parameters, self.settings.clip)
+        norm = nn.utils.clip_grad_norm_(parameters, self.settings.clip)
         self.whole = False
-        self.optimizer.step()
+        if self.scale.fits(norm):
+            self.optimizer.step()
         self.step += 1
         self.losses.append(total)
         self.whole = True
         return parts
 
+    def _check_converging(self) -> None:
+        """Errors: TrainingError if the loss is far above that of the first step, or of a net that
+        predicts nothing, which is about 1.
+
+        Judged by the mean of the last tenth of the steps, but of ten at least.
+        """
+        window = max(10, self.steps // 10)
+        if self.step < min(window, self.steps) or not self.losses:
+            return
+        recent = self.losses[-window:]
+        mean, most = sum(recent) / len(recent), MOST_GROWTH * max(1.0, self.losses[0])
+        if mean > most:
+            if is_first():
+                self.path.unlink(missing_ok=True)  # the same run would diverge again
+            raise TrainingError(
+                f"Learning diverged: at step {self.step} the mean loss of {len(recent)} steps is "
+                f"{mean:.3g}, while the first step's was {self.losses[0]:.3g}. Nothing was stored, "
+                f"and the stack is unchanged. Use a lower `rate` (it was {self.settings.rate:g}) or "
+                "leave it out."
+            )
+
     def save(self) -> None:
         if not is_first():
             return
-        tensors = {f"value.{name}": p.detach().cpu() for name, p in self.parameters.items()}
+        scale = torch.tensor([self.scale.value, self.scale.steps], dtype=torch.float64)
+        tensors = {"scale": scale}
+        tensors |= {f"value.{name}": p.detach().cpu() for name, p in self.parameters.items()}
         for name, p in self.parameters.items():
             for key, value in self.optimizer.state.get(p, {}).items():
                 tensors[f"state.{key}.{name}"] = (
@@ -214,6 +244,9 @@ class Run:
         if not fits or len(snapshot.losses) != snapshot.step:
             raise DamagedSnapshot("it does not fit this run")
         self.step, self.losses = snapshot.step, snapshot.losses
+        if "scale" in snapshot.tensors:
+            self.scale.value, steps = snapshot.tensors["scale"].tolist()
+            self.scale.steps = int(steps)
         with torch.no_grad():
             for name, p in self.parameters.items():
                 p.copy_(snapshot.tensors[f"value.{name}"])

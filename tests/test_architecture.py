@@ -56,7 +56,7 @@ LAYERS = (
     ("mini",),
     ("ewc", "textspace"),
     ("penalty", "store"),
-    ("concepts", "diffusion", "metrics", "parallel", "snapshot", "stack"),
+    ("concepts", "diffusion", "lossscale", "metrics", "parallel", "snapshot", "stack"),
     ("stackfile", "versions"),
     ("stackschema",),
     ("adapters",),

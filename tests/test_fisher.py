@@ -22,7 +22,9 @@ from comfy_continual_lora.adapters.adapter import (
 )
 from comfy_continual_lora.checkpoint.backbone import Backbone, FrozenText
 from comfy_continual_lora.diffusion import generator_for
+from comfy_continual_lora.errors import TrainingError
 from comfy_continual_lora.ewc import Ewc, ewc, ewc_penalty
+from comfy_continual_lora.lossscale import LossScale
 from comfy_continual_lora.penalty import Step
 from comfy_continual_lora.progress import ignore
 from comfy_continual_lora.settings import LearnSettings
@@ -151,7 +153,7 @@ def test_a_linear_gaussian_model_in_closed_form() -> None:
     generator, n = torch.Generator().manual_seed(0), 20_000
     base = nn.Linear(3, 2, bias=False)
     layer = ChangedLayer(base, {"D": nn.Parameter(torch.zeros(2, 3))}, KINDS["full"])
-    toy = SimpleNamespace(unet=nn.ModuleDict({"k": layer}), gradient_scale=1.0)
+    toy = SimpleNamespace(unet=nn.ModuleDict({"k": layer}))
     toy.unet.dtype = torch.float32
     c = torch.tensor([0.5, -1.0, 2.0])
     y = base(c).detach() + torch.randn(n, 2, generator=generator)
@@ -162,6 +164,24 @@ def test_a_linear_gaussian_model_in_closed_form() -> None:
     factors = {"k.D": layer.parts["D"]}
     ((_, gradients),) = list(fishers.per_sample_gradients(toy, factors, loss, n))  # type: ignore[arg-type]
     assert torch.allclose(gradients["D"].square().mean(0), c.square().expand(2, 3), rtol=0.05)
+
+
+def test_gradients_that_overflow_in_fp16_are_taken_again_at_a_smaller_scale() -> None:
+    layer = ChangedLayer(
+        nn.Linear(3, 2, bias=False), {"D": nn.Parameter(torch.zeros(2, 3))}, KINDS["full"]
+    )
+    toy: Any = SimpleNamespace(unet=nn.ModuleDict({"k": layer}))
+
+    def loss() -> Tensor:
+        outputs = layer(torch.ones(4, 1, 3)).squeeze(1)
+        return (outputs.half() * 200).float().sum(1)
+
+    factors, scale = {"k.D": layer.parts["D"]}, LossScale(torch.float16)
+    ((_, gradients),) = list(fishers.per_sample_gradients(toy, factors, loss, 4, scale))
+    assert scale.value == 256
+    assert torch.equal(gradients["D"], torch.full((4, 2, 3), 200.0))
+    with pytest.raises(TrainingError, match="gradients became infinite"):
+        list(fishers.per_sample_gradients(toy, factors, lambda: loss() * float("nan"), 4, scale))
 
 
 def test_eigenvalues_from_the_gram_matrix(backbone: Backbone) -> None:
@@ -232,7 +252,7 @@ def test_ewc_equals_avalanches_formula_on_a_small_net() -> None:
     torch.manual_seed(0)
     base, x, y = nn.Linear(4, 3, bias=False), torch.randn(7, 1, 4), torch.randn(7, 3)
     layer = ChangedLayer(base, {"D": nn.Parameter(0.1 * torch.randn(3, 4))}, KINDS["full"])
-    toy = SimpleNamespace(unet=nn.ModuleDict({"k": layer}), gradient_scale=1.0)
+    toy = SimpleNamespace(unet=nn.ModuleDict({"k": layer}))
     toy.unet.dtype = torch.float32
 
     def loss() -> Tensor:

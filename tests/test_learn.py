@@ -373,6 +373,15 @@ def test_a_loss_that_is_not_a_number_stores_nothing(checkpoint: Path, pictures: 
     assert stack_file.read_bytes() == before
 
 
+def test_learning_that_diverges_stores_nothing(checkpoint: Path, pictures: Path) -> None:
+    settings = LearnSettings(steps=30, batch=2, size=64, rate=1.0, warmup=0)
+    request = requests.LearnRequest(checkpoint, pictures, "V1", "ball", settings, device="cpu")
+    with pytest.raises(TrainingError, match=r"Learning diverged.*Nothing was stored.*lower rate"):
+        pipeline.learn_concept(request)
+    assert not [path for path in checkpoint.parent.iterdir() if path.suffix == ".snapshot"]
+    assert not store.stack_path(checkpoint).exists()
+
+
 @pytest.mark.skipif(os.name != "posix", reason="file size limits of POSIX")
 def test_a_full_disk_while_learning_is_told_and_harms_nothing(
     backbone: Backbone, pictures: Path, tmp_path: Path

@@ -26,6 +26,7 @@ from comfy_continual_lora import concepts, diffusion, pipeline, requests, store,
 from comfy_continual_lora.adapters.adapter import attached, new_adapter
 from comfy_continual_lora.checkpoint.backbone import Backbone
 from comfy_continual_lora.checkpoint.load import load_backbone
+from comfy_continual_lora.lossscale import LossScale
 from comfy_continual_lora.methods import METHODS
 from comfy_continual_lora.mini import weights
 from comfy_continual_lora.penalty import Step
@@ -243,5 +244,7 @@ def _train_jointly(
     parameters = {**{f"word {token}": word for token, word in words.items()}, **factors}
     steps, snapshot = settings.steps * job.concepts, job.folder / "joint.snapshot"
     identity = {"joint": job.seed}
-    run = training.Run("joint", parameters, optimizer, settings, steps, 1.0, snapshot, identity)
+    run = training.Run(
+        "joint", parameters, optimizer, settings, steps, LossScale(), snapshot, identity
+    )
     run.train(terms, settings.batch, lambda _progress: None)

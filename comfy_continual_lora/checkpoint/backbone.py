@@ -73,11 +73,6 @@ class Backbone:
         return kv_layers(self.unet)
 
     @property
-    def gradient_scale(self) -> float:
-        """The factor by which losses are scaled, so that small gradients do not underflow in fp16."""
-        return 1024.0 if self.unet.dtype == torch.float16 else 1.0
-
-    @property
     def word_widths(self) -> list[int]:
         """How many values of a word's vector belong to each text encoder."""
         return [encoder.width for encoder in self.text_encoders]
