@@ -23,7 +23,8 @@ stacks.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -31,6 +32,7 @@ from torch import Tensor
 
 from .adapters.adapter import Adapter, factored, kind_of, layers_of
 from .adapters.lora import padded_to_rank
+from .errors import StackError
 from .settings import SolveSettings
 from .textspace import typical
 
@@ -47,6 +49,21 @@ class Target:
     weight: float = 1.0
 
 
+@contextmanager
+def _explain_unsolvable() -> Iterator[None]:
+    """Turn linear algebra that fails into a StackError with the reason."""
+    try:
+        yield
+    except torch.linalg.LinAlgError as error:
+        reason = str(error).partition("\n")[0]
+        raise StackError(
+            f"The closed form has no solution ({reason}): the prompts' features or an adapter have "
+            "values that are not finite, or `ridge` is too small for them. The stack is unchanged. "
+            "Increase `ridge`, or forget the concept whose pictures are black."
+        ) from None
+
+
+@_explain_unsolvable()
 def solve(
     targets: Sequence[Target], settings: SolveSettings, least_rank: int = 1
 ) -> tuple[Adapter, int]:
@@ -54,7 +71,8 @@ def solve(
     that keeps the share `settings.energy`.
 
     The LoRA has at least `least_rank`, all of it used unless `settings.rank` is given. Targets that
-    are full changes of K and V give such a change, those of VeRA a LoRA.
+    are full changes of K and V give such a change, those of VeRA a LoRA. Errors: StackError if
+    there is no solution.
 
     Example, with one layer of one output and two inputs: the prompts of V1 are all c = (1, 0) and
     its adapter gives them 3, those of V2 are all c = (0, 1) and get 5. M_1 = diag(1, 0) and
@@ -116,7 +134,8 @@ def _left_singular(matrix: Tensor) -> tuple[Tensor, Tensor]:
     squares, vectors = torch.linalg.eigh(matrix @ matrix.T if wide else matrix.T @ matrix)
     values = squares.flip(0).clamp(min=0).sqrt()
     vectors = vectors.flip(1)
-    return vectors if wide else matrix @ vectors / values.clamp(min=values[0] * 1e-12), values
+    smallest = float(values[0]) * 1e-12 or 1.0  # of a matrix of zeros
+    return vectors if wide else matrix @ vectors / values.clamp(min=smallest), values
 
 
 def _rank(energies: Sequence[Tensor], settings: SolveSettings) -> int:

@@ -83,6 +83,20 @@ def random_layer(generator: torch.Generator, to_nothing: torch.Tensor) -> Adapte
     return {"l.A": a - torch.outer(a @ to_nothing, to_nothing), "l.B": b}
 
 
+@pytest.mark.parametrize("moment", [-torch.eye(32), torch.full((32, 32), float("nan"))])
+def test_what_has_no_solution_is_said(moment: torch.Tensor) -> None:
+    adapter = random_layer(torch.Generator().manual_seed(0), torch.zeros(32))
+    with pytest.raises(StackError, match=r"no solution .*unchanged\. Increase ridge"):
+        solve.solve([solve.Target("V1", moment, adapter)], EXACT)
+
+
+@pytest.mark.parametrize(("out", "width"), [(2, 4), (8, 4)])
+def test_a_layer_that_nothing_changes_stays_as_it_is(out: int, width: int) -> None:
+    nothing = {"l.A": torch.ones(9, width), "l.B": torch.zeros(out, 9)}
+    found, _ = solve.solve([solve.Target("V1", torch.eye(width), nothing)], EXACT)
+    assert not (found["l.B"] @ found["l.A"]).any()
+
+
 @pytest.mark.parametrize("kind", ["lora", "full"])
 def test_it_is_the_least_squares_solution(backbone: Backbone, kind: str) -> None:
     """Against lstsq over all features, each row by itself, without any moment."""
