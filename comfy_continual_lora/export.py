@@ -31,7 +31,7 @@ from .concepts import name_of
 from .errors import StackError
 from .files import PRESET, TOKEN, WORDS, clean_temporary, write_whole
 from .stack import ConceptRecord, ConceptStack
-from .stock import card, embedding, metadata_of, stock_lora
+from .stock import card, embedding, metadata_of, rank_in, stock_lora
 
 # A file's owner: the stack's identity, the word of an embedding, and the concepts a LoRA was solved
 # for (empty for all)
@@ -52,6 +52,13 @@ class Exported:
     renamed: dict[str, str]  # by word: its embedding's name, if another file has the word's
     superseded: list[Path]  # earlier exports of the same stack that still exist
     removed: list[Path]  # earlier exports of the same stack that were removed on request
+
+    @property
+    def files(self) -> list[Path]:
+        """All that was written: the LoRA with its card, and the embeddings."""
+        lora = self.lora
+        beside = lora.parent.iterdir() if lora else ()
+        return [*(p for p in beside if lora and p.stem.startswith(lora.stem)), *self.embeddings]
 
     def summary(self) -> str:
         """The files, the triggers, and the notes."""
@@ -295,8 +302,9 @@ def _write_lora(
         digest.update(name.encode() + tensors[name].numpy().tobytes())
     digest.update(json.dumps([triggers, stack.owner]).encode())
     name = lora_name(stem, [record.token for record in stack.records], digest.hexdigest())
+    rank = rank_in(tensors)
     metadata = {
-        **metadata_of(stack, name, triggers),
+        **metadata_of(stack, name, triggers, rank),
         _STACK: stack.owner,
         _ONLY: _joined(only),
         WORDS: json.dumps(nouns),
@@ -304,17 +312,17 @@ def _write_lora(
     }
     if format == "peft":
         folder = out / name
-        if _owner(folder).get(_STACK) != stack.owner:
-            rank = stack.rank or 0
-            layers = list(layers_of(stack.adapter or {}))
-            config = LoraConfig(r=rank, lora_alpha=rank, target_modules=layers)
-            config.save_pretrained(str(folder))
+        assert rank  # only kohya's layout takes full-size changes
+        layers = list(layers_of(stack.adapter or {}))
+        config = LoraConfig(r=rank, lora_alpha=rank, target_modules=layers)
+        config.save_pretrained(str(folder))  # whatever is there: it may be of an earlier version
+        if _owner(folder) != metadata:
             write_whole(folder / "adapter_model.safetensors", save(tensors, metadata))
         return folder
     # the hash covers the owner, so no other stack's file has this name
     path = out / f"{name}.safetensors"
     before = _owner(path)
-    if before.get(_STACK) != stack.owner or WORDS not in before:  # else it was exported before
+    if before != metadata:  # else it was exported before
         write_whole(path, save(tensors, metadata), new=not before.get(_STACK))
     if format == "kohya":
         for ending, data in card(stack, triggers).items():

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import base64
 import json
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
@@ -52,7 +53,7 @@ def kohya_lora(adapter: Adapter, width: int, base: CheckpointInfo) -> dict[str, 
             f"{name}.lora_up.weight": up,
             f"{name}.alpha": torch.tensor(float(len(down))),
         }
-    return {key: tensor.half().contiguous() for key, tensor in tensors.items()}
+    return _halved(tensors)
 
 
 def plain_lora(adapter: Adapter, width: int, prefix: str) -> dict[str, Tensor]:
@@ -69,7 +70,29 @@ def plain_lora(adapter: Adapter, width: int, prefix: str) -> dict[str, Tensor]:
             )
         up, down = factored(parts, width)
         tensors |= {f"{prefix}{layer}.lora_A.weight": down, f"{prefix}{layer}.lora_B.weight": up}
-    return {key: tensor.half().contiguous() for key, tensor in tensors.items()}
+    return _halved(tensors)
+
+
+def _halved(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors in float16. Errors: StackError for values that have no place in it."""
+    halved = {key: tensor.half().contiguous() for key, tensor in tensors.items()}
+    if bad := next((key for key, tensor in halved.items() if not tensor.isfinite().all()), None):
+        raise StackError(
+            f"{bad} has values above {torch.finfo(torch.float16).max:g}, the largest that other "
+            "programs' files (float16) hold, so nothing was exported. Learn that concept again at a "
+            "lower `rate`."
+        )
+    return halved
+
+
+def rank_in(tensors: Mapping[str, Tensor]) -> int | None:
+    """The rank of a LoRA under other programs' names; None for a full-size change.
+
+    It is the matrices' own: solving for several concepts may have raised the rank they were
+    learned with.
+    """
+    downs = (t for key, t in tensors.items() if key.endswith(("lora_down.weight", "lora_A.weight")))
+    return next((len(down) for down in downs), None)
 
 
 def stock_lora(stack: ConceptStack, format: str = "kohya") -> dict[str, Tensor]:
@@ -90,8 +113,8 @@ def embedding(word: Tensor, base: CheckpointInfo) -> dict[str, Tensor]:
     """A word's vectors as a textual inversion, float16: one tensor (k, d), or SDXL's two."""
     if len(base.word_widths) == 2:
         clip_l, clip_g = word.split(list(base.word_widths), 1)
-        return {"clip_l": clip_l.half().clone(), "clip_g": clip_g.half().clone()}
-    return {"emb_params": word.half()}
+        return _halved({"clip_l": clip_l, "clip_g": clip_g})
+    return _halved({"emb_params": word})
 
 
 def card(stack: ConceptStack, triggers: list[str]) -> dict[str, bytes]:
@@ -109,9 +132,10 @@ def card(stack: ConceptStack, triggers: list[str]) -> dict[str, bytes]:
     return {**files, ".preview.jpg": picture} if picture.startswith(b"\xff\xd8") else files
 
 
-def metadata_of(stack: ConceptStack, name: str, triggers: list[str]) -> dict[str, str]:
+def metadata_of(
+    stack: ConceptStack, name: str, triggers: list[str], rank: int | None
+) -> dict[str, str]:
     """What web UIs, kohya's programs and model sites read from a LoRA's file."""
-    rank = str(stack.rank)
     preset = stack.checkpoint.preset
     predicts_v = stack.checkpoint.prediction == "v_prediction"
     architecture, version, _ = _FAMILIES.get(preset, _SD1)
@@ -126,10 +150,10 @@ def metadata_of(stack: ConceptStack, name: str, triggers: list[str]) -> dict[str
         "ss_output_name": name,
         "ss_base_model_version": version,
         "ss_network_module": "networks.lora",
-        "ss_network_dim": rank,
-        "ss_network_alpha": rank,
         "ss_tag_frequency": json.dumps({"concepts": dict.fromkeys(triggers, 1)}),
     }
+    if rank is not None:
+        metadata |= {"ss_network_dim": str(rank), "ss_network_alpha": str(rank)}
     if preset == "sd2":
         metadata["ss_v2"] = "True"
     if predicts_v:

@@ -16,7 +16,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from helpers_store import make_stack
 
+from comfy_continual_lora import store
 from comfy_continual_lora.errors import SettingError, StackError
 from comfy_continual_lora.progress import Progress
 from comfy_continual_lora.settings import (
@@ -61,7 +63,7 @@ def _stand_in(schema_fields: list[str]) -> dict[str, types.ModuleType]:
     io.Schema = dataclasses.make_dataclass(
         "Schema", [(name, Any, dataclasses.field(default=None)) for name in schema_fields]
     )
-    io.ComfyNode, io.NodeOutput, io.Custom = object, tuple, _type
+    io.ComfyNode, io.NodeOutput, io.Custom = object, lambda *values: values, _type
     for name in (
         "Model",
         "Clip",
@@ -290,6 +292,27 @@ def test_what_was_chosen_reaches_the_request(
 
 class _Picture(list):
     """Stands for an IMAGE."""
+
+
+def test_exported_files_that_were_deleted_are_written_again(
+    nodes: Any, closed_stack: Any, tmp_path: Path
+) -> None:
+    """ComfyUI runs a node again if its fingerprint differs from that of the last run."""
+    folders: Any = sys.modules["folder_paths"]
+    folders.get_folder_paths = lambda kind: [str(tmp_path / kind)]
+    store.save_stack(make_stack(2), closed_stack.file)
+    node = nodes.ExportConcepts
+    fresh = node.fingerprint_inputs(stack=None)
+    node.execute(stack=closed_stack.now())
+    assert node.fingerprint_inputs(stack=None) == fresh
+    files = {path for kind in ("loras", "embeddings") for path in (tmp_path / kind).glob("[!.]*")}
+    assert {path.suffix for path in files} == {".safetensors", ".json"}
+    for path in files:
+        path.unlink()
+        assert node.fingerprint_inputs(stack=None) != fresh
+        node.execute(stack=closed_stack.now())
+        assert path.exists()
+        assert node.fingerprint_inputs(stack=None) == fresh
 
 
 def test_errors_name_widgets(nodes: Any, closed_stack: Any) -> None:

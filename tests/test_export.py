@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import json
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
+from diffusers.loaders import StableDiffusionLoraLoaderMixin
 from helpers_store import make_record
+from peft import PeftModel
 from safetensors import safe_open
 from safetensors.torch import load_file, save
 
@@ -122,6 +127,55 @@ def test_a_full_size_change_has_no_place_in_peft(backbone: Backbone, tmp_path: P
     with pytest.raises(StackError, match="only kohya's format can hold it"):
         export.export_files(_stack(backbone, "full"), tmp_path, tmp_path, "mini", "peft")
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("format", ["kohya", "diffusers", "peft"])
+@pytest.mark.parametrize("kind", ["lora", "vera"])
+def test_other_programs_find_the_rank_that_the_matrices_have(
+    backbone: Backbone, tmp_path: Path, kind: str, format: str
+) -> None:
+    """Also if solving for several concepts raised it above the one that the stack learns with."""
+    stack = dataclasses.replace(_stack(backbone, kind), rank=2)
+    lora = export.export_files(stack, tmp_path, tmp_path, "mini", format).lora
+    assert lora
+    assert stack.adapter
+    file = lora / "adapter_model.safetensors" if format == "peft" else lora
+    with safe_open(file, framework="pt") as tensors:
+        metadata = tensors.metadata()
+    assert (metadata["ss_network_dim"], metadata["ss_network_alpha"]) == ("4", "4")
+    unet: Any = copy.deepcopy(backbone.unet)
+    if format == "peft":
+        loaded: Any = PeftModel.from_pretrained(unet, str(lora)).base_model.model
+        assert json.loads((lora / "adapter_config.json").read_text())["r"] == 4
+    else:
+        loader: Any = StableDiffusionLoraLoaderMixin
+        blocks = SimpleNamespace(layers_per_block=2)
+        state, alphas = loader.lora_state_dict(str(file), unet_config=blocks)
+        loader.load_lora_into_unet(state, alphas, unet, low_cpu_mem_usage=False)
+        loaded = unet
+    for layer, change in delta_weights(backbone, stack.adapter).items():
+        module = loaded.get_submodule(layer)
+        (name,) = module.lora_A
+        assert torch.allclose(module.get_delta_weight(name), change, atol=2e-3)
+
+
+def test_the_full_size_change_has_no_rank(backbone: Backbone, tmp_path: Path) -> None:
+    lora = _export(_stack(backbone, "full"), tmp_path).lora
+    assert lora
+    with safe_open(lora, framework="pt") as file:
+        assert "ss_network_dim" not in file.metadata()
+
+
+@pytest.mark.parametrize("part", ["adapter", "word"])
+def test_what_float16_can_not_hold_is_not_exported(
+    backbone: Backbone, tmp_path: Path, part: str
+) -> None:
+    stack = _stack(backbone, "lora")
+    for tensor in (stack.adapter or {}).values() if part == "adapter" else stack.words.values():
+        tensor.fill_(1e6)
+    with pytest.raises(StackError, match=r"values above 65504.*nothing was exported"):
+        _export(stack, tmp_path)
+    assert not list(tmp_path.rglob("*.safetensors"))
 
 
 def test_nothing_to_export(backbone: Backbone, tmp_path: Path) -> None:
@@ -270,3 +324,22 @@ def test_an_export_that_was_killed_is_completed(backbone: Backbone, tmp_path: Pa
     assert _export(stack, tmp_path).lora == lora
     assert lora.with_suffix(".json").exists()
     assert lora.stat().st_mtime_ns == before  # web UIs know these weights by this file
+
+
+@pytest.mark.parametrize("name", ["adapter_config.json", "adapter_model.safetensors"])
+def test_a_part_of_peft_is_completed(backbone: Backbone, tmp_path: Path, name: str) -> None:
+    stack = _owned(backbone, "a" * 16)
+
+    def exported() -> Path:
+        lora = export.export_files(stack, tmp_path, tmp_path, "mini", "peft").lora
+        assert lora
+        return lora
+
+    folder = exported()
+    before = (folder / name).read_bytes()
+    (folder / name).unlink()
+    assert exported() == folder
+    assert len((folder / name).read_bytes()) == len(before)
+    (folder / "adapter_config.json").write_text('{"r": 16')  # cut short, or by an earlier version
+    exported()
+    assert json.loads((folder / "adapter_config.json").read_text())["r"] == 4

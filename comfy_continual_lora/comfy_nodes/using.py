@@ -32,6 +32,9 @@ from .words import with_words
 if TYPE_CHECKING:
     from ..results import ScoreResult
 
+# Files that this process exported and that should still be there
+_EXPORTED: set[Path] = set()
+
 
 def scores_table(result: ScoreResult) -> str:
     """One line per picture: its concept, and the likeliest ones."""
@@ -280,6 +283,11 @@ class ExportConcepts(io.ComfyNode):
         )
 
     @classmethod
+    def fingerprint_inputs(cls, **_: Any) -> str:
+        """Exported files that were deleted are written again; ComfyUI would reuse its last result."""
+        return ", ".join(sorted(str(path) for path in _EXPORTED if not path.exists()))
+
+    @classmethod
     @in_widget_names
     def execute(cls, stack: StackHandle, remove_superseded: bool = False) -> Any:
         import folder_paths  # pyright: ignore[reportMissingImports]
@@ -303,6 +311,8 @@ class ExportConcepts(io.ComfyNode):
             only=[record.token for record in concepts.records] if stack.selected else [],
             remove=remove_superseded,
         )
+        _EXPORTED.difference_update(result.removed)
+        _EXPORTED.update(result.files)
         return io.NodeOutput(result.lora.name if result.lora else "", result.summary())
 
 
