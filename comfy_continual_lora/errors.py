@@ -14,6 +14,7 @@ Cancelled                 not an error: the user stopped, and the snapshot is ke
 from __future__ import annotations
 
 import re
+import reprlib
 from collections.abc import Callable
 
 
@@ -57,3 +58,12 @@ class TrainingError(ContinualLoraError):
 
 class Cancelled(Exception):
     """Raised by `on_progress` to stop a job; the job keeps its snapshot and re-raises it."""
+
+
+_REPR = reprlib.Repr()
+_REPR.maxstring = _REPR.maxother = 80
+
+
+def excerpt(value: object) -> str:
+    """A value from outside as a message shows it: shortened, however long or deeply nested it is."""
+    return _REPR.repr(value)

@@ -7,13 +7,16 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Sequence
+import re
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import MISSING
+from difflib import get_close_matches
+from pathlib import Path
 from typing import Any
 
 from typing_extensions import Self
 
-from .errors import SettingError
+from .errors import SettingError, excerpt
 from .presets import ADAPTER_RATES, METHOD_PRESETS, PRESETS
 
 
@@ -111,33 +114,72 @@ _TYPES = {
     "int": (int, "a whole number"),
     "float": ((int, float), "a number"),
     "str": (str, "text"),
-    "Path": (str, "a path"),
+    "Path": ((str, Path), "a path"),
 }
+_WHOLE = 2**63  # whole numbers are smaller, either way
+
+
+def check_names(what: str, given: Iterable[object], known: Collection[str]) -> None:
+    """Errors: SettingError for the first field or setting (`what`) that does not exist; it says
+    which one that does has the nearest name.
+    """
+    unknown = [str(name) for name in given if name not in known]
+    if unknown:
+        near = get_close_matches(unknown[0], known, 1)
+        names = ", ".join(known) or "none"
+        advice = f"Did you mean `{near[0]}`?" if near else f"There are: {names}."
+        raise SettingError(f"There is no {what} {excerpt(unknown[0])}. {advice}")
+
+
+def check_field(field: dataclasses.Field, value: Any) -> None:
+    """Errors: SettingError for a value of another type or out of its range."""
+    if field.metadata and not (value is None and "None" in str(field.type)):
+        check_type(field, value)
+        check_range(field, value)
 
 
 def check_type(field: dataclasses.Field, value: Any) -> None:
-    """Errors: SettingError for a value that is not of the field's declared type, or not finite."""
+    """Errors: SettingError for a value that is not of the field's declared type, a number that is
+    not finite or has more than 64 bits, and text with NUL or half a character (a lone surrogate).
+    """
     declared = str(field.type)
     kinds = [kind for kind in _TYPES if kind in declared.replace("Sequence[str]", "")]
-    if "Sequence[" in declared or "list[" in declared:
-        if _is_list_of_text(value, nested="Sequence[str | Sequence" in declared):
-            return
-        if not kinds or not isinstance(value, str) or "Path" not in kinds:
-            raise SettingError(f"`{field.name}` has to be a list of strings.")
+    may_be_list = "Sequence[" in declared or "list[" in declared
+    if may_be_list and (isinstance(value, (list, tuple)) or "Path" not in kinds):
+        _check_list(field, value, nested="Sequence[str | Sequence" in declared)
+        return
     for kind in kinds:
         accepted, _ = _TYPES[kind]
         if isinstance(value, accepted) and (kind == "bool" or not isinstance(value, bool)):
-            if isinstance(value, float) and not math.isfinite(value):
-                raise SettingError(f"`{field.name}` is {value}; it has to be a finite number.")
+            if kind != "Path":
+                _check_value(field.name, value)
             return
     expected = " or ".join(_TYPES[kind][1] for kind in kinds)
-    raise SettingError(f"`{field.name}` is {value!r:.100}; it has to be {expected}.")
+    if "list[" in declared:
+        expected += " or a list of them"
+    raise SettingError(f"`{field.name}` is {excerpt(value)}; it has to be {expected}.")
 
 
-def _is_list_of_text(value: Any, nested: bool) -> bool:
+def _check_list(field: dataclasses.Field, value: Any, nested: bool) -> None:
+    name, holds_paths = field.name, "Path" in str(field.type)
     if not isinstance(value, (list, tuple)):
-        return False
-    return all(isinstance(one, str) or (nested and _is_list_of_text(one, False)) for one in value)
+        raise SettingError(f"`{name}` is {excerpt(value)}; it has to be a list of strings.")
+    for one in value:
+        if nested and not isinstance(one, str):
+            _check_list(field, one, nested=False)
+        elif not isinstance(one, (str, Path) if holds_paths else str):
+            raise SettingError(f"`{name}` contains {excerpt(one)}; all of it has to be strings.")
+        elif not holds_paths:
+            _check_value(name, one)
+
+
+def _check_value(name: str, value: Any) -> None:
+    if isinstance(value, float) and not math.isfinite(value):
+        raise SettingError(f"`{name}` is {value}; it has to be a finite number.")
+    if isinstance(value, int) and not -_WHOLE < value < _WHOLE:
+        raise SettingError(f"`{name}` is {excerpt(value)}; that number is too large.")
+    if isinstance(value, str) and re.search(r"[\0\ud800-\udfff]", value):
+        raise SettingError(f"`{name}` is {excerpt(value)}, which is not valid text.")
 
 
 class Settings:
@@ -146,10 +188,7 @@ class Settings:
     def check(self) -> None:
         """Errors: SettingError for the first value of another type or out of its range."""
         for field in dataclasses.fields(self):  # type: ignore[arg-type]
-            value = getattr(self, field.name)
-            if field.metadata and not (value is None and "None" in str(field.type)):
-                check_type(field, value)
-                check_range(field, value)
+            check_field(field, getattr(self, field.name))
 
     def resolved(self, preset: str) -> Self:
         """A copy in which every None is what suits the checkpoint; checked."""
@@ -168,7 +207,7 @@ def check_range(field: dataclasses.Field, value: Any) -> None:
     if meta["choices"]:
         if value not in meta["choices"]:
             choices = ", ".join(meta["choices"])
-            raise SettingError(f"`{name}` is {value!r}; it has to be one of {choices}.")
+            raise SettingError(f"`{name}` is {excerpt(value)}; it has to be one of {choices}.")
         return
     low, high = meta["low"], meta["high"]
     unit = f" {meta['unit']}" if meta["unit"] else ""

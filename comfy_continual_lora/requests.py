@@ -15,8 +15,8 @@ from dataclasses import KW_ONLY, MISSING, dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-from .errors import SettingError
-from .fields import Settings, check_range, check_type, option
+from .errors import SettingError, excerpt
+from .fields import Settings, check_field, check_names, check_type, option
 from .files import stack_path
 from .settings import (
     EXECUTION_SETTINGS,
@@ -64,8 +64,8 @@ class Request:
             value = getattr(self, field.name)
             if isinstance(value, Settings):
                 value.check()
-            elif value is not None and field.metadata:
-                check_range(field, value)
+            else:
+                check_field(field, value)
 
 
 @dataclass(frozen=True)
@@ -282,10 +282,7 @@ def parse(kind: type[_Request], given: Mapping[str, Any]) -> _Request:
             'A request has to be an object, such as {"checkpoint": "a.safetensors"}.'
         )
     fields = {field.name: field for field in dataclasses.fields(kind)}
-    if unknown := sorted(set(given) - set(fields)):
-        raise SettingError(
-            f"There is no field {', '.join(unknown)} in this request. It has {', '.join(fields)}."
-        )
+    check_names("field", given, fields)
     values: dict[str, Any] = {}
     for name, field in fields.items():
         if given.get(name) is not None:
@@ -320,7 +317,7 @@ def _path(name: str, text: str) -> Path:
         os.lstat(text or "\0")
     except (OSError, ValueError) as error:  # empty, too long, not encodable
         if not isinstance(error, (FileNotFoundError, NotADirectoryError, PermissionError)):
-            raise SettingError(f"`{name}` is {text!r:.100}, which is not a path.") from None
+            raise SettingError(f"`{name}` is {excerpt(text)}, which is not a path.") from None
     return Path(text)
 
 
@@ -332,10 +329,7 @@ def parse_settings(kind: type[_Settings], given: Any) -> _Settings:
     if not isinstance(given, Mapping):
         raise SettingError('`settings` has to be an object, such as {"steps": 500}.')
     names = [field.name for field in dataclasses.fields(kind)]  # type: ignore[arg-type]
-    if unknown := sorted(set(map(str, given)) - set(names)):
-        raise SettingError(
-            f"There is no setting {', '.join(unknown)}. There are {', '.join(names)}."
-        )
+    check_names("setting", given, names)
     settings = kind(**given)
     settings.check()
     return settings

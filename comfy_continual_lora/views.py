@@ -263,6 +263,8 @@ def _beside(request: DrawRequest) -> list[tuple[str, ...]]:
     """Each picture's prompts, from left to right."""
     prompts = [(one,) if isinstance(one, str) else tuple(one) for one in request.prompts]
     counts = {len(parts) for parts in prompts}
+    if not counts or 0 in counts:
+        raise SettingError("`prompts` has no prompt. Give one, such as a photo of a V1 teapot.")
     if len(counts) > 1:
         raise SettingError(
             "All pictures of a request need the same number of prompts side by side; these have "

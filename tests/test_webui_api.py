@@ -216,12 +216,19 @@ def test_an_invalid_request_is_refused_and_leaves_nothing(
 @pytest.mark.parametrize(
     ("path", "body", "message"),
     [
-        ("export", {"only": "V1"}, "only has to be a list of strings"),
+        ("export", {"only": "V1"}, "only is 'V1'; it has to be a list of strings"),
         ("export", {"remove_superseded": "yes"}, "remove_superseded is 'yes'"),
         ("undo", {"version": "3"}, "version is '3'; it has to be a whole number"),
         ("restore", {}, "version is missing"),
         ("evaluate", {"settings": {"pictures": 0}}, "pictures is 0; the range is 1 to"),
         ("closed_form", {"settings": {"energy": 2}}, "energy is 2"),
+        ("closed_form", {"settings": {"energy": "0.9"}}, "energy is '0.9'; it has to be a number"),
+        ("closed_form", {"settings": {"energi": 0.9}}, "no setting 'energi'. Did you mean energy?"),
+        ("closed_form", {"setings": {}}, "no field 'setings'. Did you mean settings?"),
+        ("forget", {"token": "V1", "device": "cpu"}, "no field 'device'. There are: checkpoint,"),
+        ("learn", {"plot": "/x.png"}, "no field 'plot'"),
+        ("undo", {"version": 10**400}, "version is 1000"),
+        ("restore", {"version": True}, "version is True; it has to be a whole number"),
     ],
 )
 def test_fields_are_named_as_in_json(
@@ -230,6 +237,41 @@ def test_fields_are_named_as_in_json(
     answer = _client(host).post(f"{api.PREFIX}/{path}", json={**WHERE, **body})
     assert (answer.status_code, message in answer.json()["detail"]) == (422, True), answer.text
     assert host.runner.job is None
+
+
+def test_a_name_that_occurs_twice_is_refused(host: Host) -> None:
+    body = b'{"checkpoint": "mini.safetensors", "token": "V1", "token": "V2"}'
+    answer = _client(host).post(f"{api.PREFIX}/forget", content=body, headers=JSON)
+    assert (answer.status_code, "occurs twice" in answer.json()["detail"]) == (422, True)
+
+
+def test_a_value_may_be_nested_as_deeply_as_json_can_be(host: Host) -> None:
+    """Parsing it may work where showing it would not."""
+    client = _client(host)
+    for depth in range(500, 1000, 25):
+        nested = "[" * depth + "]" * depth
+        for body in (
+            f'{{"checkpoint": {nested}}}',
+            f'{{"checkpoint": "mini.safetensors", "settings": {{"energy": {nested}}}}}',
+        ):
+            answer = client.post(f"{api.PREFIX}/closed_form", content=body, headers=JSON)
+            assert answer.status_code == 422
+            assert len(answer.json()["detail"]) < 300
+
+
+@pytest.mark.parametrize("path", ["concepts", "history", "jobs"])
+def test_a_get_knows_its_fields_too(host: Host, path: str) -> None:
+    answer = _client(host).get(f"{api.PREFIX}/{path}", params={**WHERE, "stak": "x"})
+    assert answer.status_code == 422
+    assert answer.json()["detail"].startswith("There is no field")
+
+
+def test_a_get_without_a_checkpoint_says_so(host: Host) -> None:
+    answer = _client(host).get(f"{api.PREFIX}/concepts")
+    assert (answer.status_code, answer.json()["detail"]) == (
+        422,
+        "There is no checkpoint ''. Known: mini.safetensors.",
+    )
 
 
 @pytest.mark.parametrize(
@@ -250,7 +292,10 @@ def test_fields_are_named_as_in_json(
 def test_what_is_asked_for_reaches_the_worker(
     host: Host, path: str, chosen: dict[str, Any], job: str
 ) -> None:
-    body = {**WHERE, "images": [_encoded()], "token": "V1", "noun": "ball", **chosen}
+    thing = {"images": [_encoded()], "token": "V1", "noun": "ball"}
+    required = {"learn": tuple(thing), "forget": ("token",), "scores": ("images",)}
+    required["consolidate"] = ("images",)
+    body = {**WHERE, **{name: thing[name] for name in required.get(path, ())}, **chosen}
     answer = _client(host).post(f"{api.PREFIX}/{path}", json=body)
     assert answer.status_code == 200, answer.text
     assert host.runner.job

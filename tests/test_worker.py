@@ -122,7 +122,7 @@ def test_a_killed_worker_is_told_about(checkpoint: Path, pictures: Path, runner:
     [
         ({"noun": ""}, "SettingError", "class noun is empty"),
         ({"images": "/nowhere"}, "ConceptImagesError", "no folder /nowhere"),
-        ({"settings": {"stepz": 3}}, "SettingError", "no setting stepz"),
+        ({"settings": {"stepz": 3}}, "SettingError", "no setting 'stepz'. Did you mean steps?"),
         ({"checkpoint": "/nowhere.safetensors"}, "CheckpointError", "no checkpoint at"),
     ],
 )
@@ -143,15 +143,15 @@ def test_mistakes_come_back_in_words(
         ("learn", {"settings": {"steps": "many"}}, "`steps` is 'many'"),
         ("learn", {"settings": {"rate": True}}, "`rate` is True"),
         ("learn", {"settings": []}, "`settings` has to be an object"),
-        ("learn", {"images": 5}, "`images` has to be a list of strings"),
+        ("learn", {"images": 5}, "`images` is 5; it has to be a path or a list of them."),
         ("learn", {"images": ["a\0b"]}, "which is not a path"),
         ("learn", {"checkpoint": ""}, "`checkpoint` is '', which is not a path"),
         ("learn", {"checkpoint": None}, "`checkpoint` is missing"),
         ("learn", {"replace": "yes"}, "`replace` is 'yes'; it has to be true or false."),
-        ("learn", {"out": "x"}, "There is no field out in this request"),
+        ("learn", {"out": "x"}, "There is no field 'out'. There are: checkpoint, "),
         ("learn", {"stack": "x" * 5000}, "which is not a path"),
         ("undo", {"version": 1.5}, "`version` is 1.5; it has to be a whole number."),
-        ("draw", {"prompts": "a"}, "`prompts` has to be a list of strings"),
+        ("draw", {"prompts": "a"}, "`prompts` is 'a'; it has to be a list of strings"),
         ("closed_form", {"settings": {"energy": float("nan")}}, "`energy` is nan"),
     ],
 )

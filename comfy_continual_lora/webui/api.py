@@ -23,9 +23,10 @@ only               words, for a LoRA solved for these alone
 remove_superseded  also remove this stack's earlier exports of the same concepts
 version            a number in the history; for undo, the version that has to be in use
 
-A POST takes a JSON object, sent as application/json. It answers 409 while another job runs, 415 or
-422 for an invalid request, 503 if the worker's environment is not prepared. GET jobs shows how a job
-ended: `results` by job, including those that finished before one that failed.
+A POST takes a JSON object, sent as application/json. Fields that are not listed here are refused. It
+answers 409 while another job runs, 415 or 422 for an invalid request, 503 if the worker's environment
+is not prepared. GET jobs shows how a job ended: `results` by job, including those that finished before
+one that failed.
 """
 
 from __future__ import annotations
@@ -35,17 +36,19 @@ import dataclasses
 import json
 import math
 import secrets
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
 
 from fastapi import Depends, FastAPI, HTTPException, Request
 from fastapi.security import HTTPBasic, HTTPBasicCredentials
 
-from ..errors import ContinualLoraError
+from ..errors import ContinualLoraError, SettingError, excerpt
+from ..fields import check_names
 from ..files import PICTURES
 from ..operations import OPERATIONS
 from ..requests import parse
+from ..stackschema import unique_pairs
 from .copies import Batch
 from .environment import NotReady
 from .host import Host, JobRequest, concepts_of, newest_word, place_of, stack_file, versions_of
@@ -83,24 +86,30 @@ def add_routes(app: FastAPI, host: Host) -> None:
         )
 
     endpoints = Endpoints(host)
-    for name in ("concepts", "history", "jobs"):
-        add(name, getattr(endpoints, name), "GET")
-    add("jobs/stop", _with_body(endpoints.stop), "POST")
-    for name in STARTS:
-        add(name, _with_body(getattr(endpoints, name)), "POST")
+    for name, fields in _GETS.items():
+        add(name, _with(_query, getattr(endpoints, name), fields), "GET")
+    for name, fields in _POSTS.items():
+        endpoint = getattr(endpoints, name.rpartition("/")[2])
+        add(name, _with(_body, endpoint, fields), "POST")
 
 
-STARTS = (  # routes that start a job
-    "learn",
-    "consolidate",
-    "closed_form",
-    "forget",
-    "scores",
-    "evaluate",
-    "export",
-    "undo",
-    "restore",
-)
+_GETS = {  # routes and their fields
+    "concepts": ("checkpoint", "stack"),
+    "history": ("checkpoint", "stack"),
+    "jobs": (),
+}
+_POSTS = {
+    "jobs/stop": (),
+    "learn": ("checkpoint", "images", "token", "noun", "settings", "replace", "stack"),
+    "consolidate": ("checkpoint", "images", "settings", "stack"),
+    "closed_form": ("checkpoint", "settings", "stack"),
+    "forget": ("checkpoint", "token", "settings", "stack"),
+    "scores": ("checkpoint", "images", "settings", "stack"),
+    "evaluate": ("checkpoint", "settings", "stack"),
+    "export": ("checkpoint", "stack", "only", "remove_superseded"),
+    "undo": ("checkpoint", "stack", "version"),
+    "restore": ("checkpoint", "stack", "version"),
+}
 
 
 class Endpoints:
@@ -111,19 +120,16 @@ class Endpoints:
 
     # --- GET -----------------------------------------------------------------------------------
 
-    def concepts(self, checkpoint: str, stack: str = "") -> Any:
-        return _plain(_asked(concepts_of, self._stack(checkpoint, stack)))
+    def concepts(self, query: Body) -> Any:
+        return _plain(_asked(concepts_of, Path(self._place(query)["stack"])))
 
-    def history(self, checkpoint: str, stack: str = "") -> Any:
-        versions = _asked(versions_of, self._stack(checkpoint, stack))
+    def history(self, query: Body) -> Any:
+        versions = _asked(versions_of, Path(self._place(query)["stack"]))
         rows = [dataclasses.asdict(one) for one in versions]
         return [{name: row[name] for name in row if name != "file"} for row in rows]
 
-    def jobs(self) -> Body:
+    def jobs(self, query: Body) -> Body:
         return _described(self.host.runner.job)
-
-    def _stack(self, checkpoint: str, stack: str) -> Path:
-        return Path(self._place({"checkpoint": checkpoint, "stack": stack})["stack"])
 
     # --- POST ----------------------------------------------------------------------------------
 
@@ -182,7 +188,8 @@ class Endpoints:
         paths = self.host.checkpoints()
         name = _text(body, "checkpoint")
         if name not in paths:
-            raise refused(f"There is no checkpoint {name!r}. Known: {', '.join(paths) or 'none'}.")
+            known = ", ".join(paths) or "none"
+            raise refused(f"There is no checkpoint {excerpt(name)}. Known: {known}.")
         stack = _asked(stack_file, paths[name], _text(body, "stack"))
         return place_of(paths[name], stack)
 
@@ -222,9 +229,9 @@ async def _body(request: Request) -> Body:
             raise refused(f"The request is larger than {_MOST // 1_000_000} MB.", 413)
         parts.append(part)
     try:
-        body = json.loads(b"".join(parts))
+        body = json.loads(b"".join(parts), object_pairs_hook=unique_pairs)
     except (ValueError, RecursionError):
-        raise refused("The body is not valid JSON.") from None
+        raise refused("The body is not valid JSON, or a name occurs twice in it.") from None
     if not isinstance(body, dict):
         raise refused(
             'The body has to be a JSON object, such as {"checkpoint": "name.safetensors"}.'
@@ -232,9 +239,21 @@ async def _body(request: Request) -> Body:
     return body
 
 
-def _with_body(endpoint: Callable[[Body], Body]) -> Callable[..., Body]:
-    def route(body: dict = Depends(_body)) -> Body:  # noqa: B008
-        return endpoint(body)
+async def _query(request: Request) -> Body:
+    return dict(request.query_params)
+
+
+def _with(
+    source: Callable[..., Any], endpoint: Callable[[Body], Any], fields: Collection[str]
+) -> Callable[..., Any]:
+    """The endpoint with what `source` reads from the HTTP request, if it has these fields alone."""
+
+    def route(given: dict = Depends(source)) -> Any:  # noqa: B008
+        try:
+            check_names("field", given, fields)
+        except SettingError as error:
+            raise refused(error) from None
+        return endpoint(given)
 
     route.__name__ = endpoint.__name__
     return route
@@ -265,7 +284,7 @@ def _chosen(body: Body, *names: str) -> Body:
 def _text(body: Body, name: str) -> str:
     value = body.get(name)
     if not isinstance(value, str | None):
-        raise refused(f"{name} has to be a string.")
+        raise refused(f"{name} is {excerpt(value)}; it has to be a string.")
     return value or ""
 
 
@@ -305,7 +324,7 @@ def _pictures_in(given: str, host: Host) -> list[str]:
             )
         files = sorted(path for path in folder.glob("*") if path.suffix.lower() in PICTURES)
     except (OSError, ValueError, RuntimeError):  # not a path, too long, a loop of links
-        raise refused(f"{given!r:.200} is not a folder.") from None
+        raise refused(f"{excerpt(given)} is not a folder.") from None
     pictures = [str(path) for path in files if not path.stem.endswith(".mask")]
     if not pictures:
         raise refused(f"There are no pictures in {given}.")
