@@ -11,9 +11,11 @@ import dataclasses
 import io
 import json
 import os
+import shlex
+import subprocess
 import sys
 import textwrap
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext, redirect_stdout
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -38,6 +40,9 @@ Run = Callable[[argparse.Namespace, Bar], None]
 
 def main(argv: list[str] | None = None) -> int:
     """Exit status: 0 done, 2 a user error (explained in one paragraph), 130 stopped with Ctrl-C."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # a console may lack letters of a name
+            stream.reconfigure(errors="backslashreplace")
     arguments = parser().parse_args(argv)
     bar = Bar()
     try:
@@ -57,9 +62,20 @@ def main(argv: list[str] | None = None) -> int:
         # the reader has exited, as `| head` does; discard what is still written at exit
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
+    except OSError as error:
+        bar.clear()
+        print(_wrapped(f"continual-lora: {_problem(error)}"), file=sys.stderr)
+        return 2
     finally:
         bar.close()
     return 0
+
+
+def _problem(error: OSError) -> str:
+    """In words, of a file or folder that nothing else checks."""
+    if error.filename is None:
+        return f"A file can't be read or written ({error.strerror or error})."
+    return f"{error.filename} can't be read or written ({error.strerror})."
 
 
 def _wrapped(text: str) -> str:
@@ -104,8 +120,16 @@ def _learn(arguments: argparse.Namespace, bar: Bar) -> None:
     result: Any = operation(request, show)
     _show(result, arguments, bar)
     if not arguments.json and not result.again:
-        prompt = f"a photo of a {result.record.name}"
-        print(f'Try: continual-lora draw --checkpoint {arguments.checkpoint} --prompt "{prompt}"')
+        command = ["continual-lora", "draw", "--checkpoint", str(arguments.checkpoint)]
+        if arguments.stack:
+            command += ["--stack", str(arguments.stack)]
+        command += ["--prompt", f"a photo of a {result.record.name}"]
+        print(f"Try: {_pasted(command)}")
+
+
+def _pasted(command: Sequence[str]) -> str:
+    """A command as this system's shell takes it."""
+    return subprocess.list2cmdline(command) if os.name == "nt" else shlex.join(command)
 
 
 def _preview_file(request: LearnRequest) -> Path:

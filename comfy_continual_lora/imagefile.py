@@ -7,14 +7,17 @@ starts Ghostscript.
 
 from __future__ import annotations
 
+import io
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 from PIL import Image, UnidentifiedImageError
 
 from .errors import ConceptImagesError, SettingError
+from .files import write_whole
 
 # Decoders that start no other program. MPO: JPEGs from phones; AVIF and HEIF: if Pillow has them
 FORMATS = ("JPEG", "MPO", "PNG", "WEBP", "BMP", "DIB", "TIFF", "GIF", "PPM", "AVIF", "HEIF")
@@ -107,17 +110,41 @@ def check_output(path: Path) -> None:
         )
 
 
+def check_folder(folder: Path) -> None:
+    """Refuse an output folder that could not be made or written to.
+
+    Errors: SettingError.
+    """
+    there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    if not there.is_dir():
+        raise SettingError(f"{there} is a file. Give a folder to write to.")
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise SettingError(
+            f"{folder} can't be written to: no permission in {there}. Choose another folder."
+        )
+
+
 def save_own(image: Image.Image, path: Path) -> None:
     """Write an image marked as ours; only an image with that mark is replaced.
 
-    Errors: SettingError as `check_output`.
+    Errors: SettingError as `check_output` and `save_new`.
     """
     check_output(path)
     exif = Image.Exif()
     exif[_SOFTWARE] = _US
+    save_new(image, path, exif=exif)
+
+
+def save_new(image: Image.Image, path: Path, **options: Any) -> None:
+    """Write an image, whole or not at all, with Pillow's options for its format.
+
+    Errors: SettingError if it can't be written.
+    """
+    buffer = io.BytesIO()
+    image.save(buffer, Image.registered_extensions()[path.suffix.lower()], **options)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        image.save(path, exif=exif)
+        write_whole(path, buffer.getvalue())
     except OSError as error:
         raise SettingError(
             f"{path} can't be written ({error.strerror or error}). Choose another name, or free "

@@ -17,7 +17,7 @@ from PIL import Image, ImageDraw
 from .concepts import fitted, read_image
 from .curves import smoothed
 from .evaluate import RetentionReport
-from .imagefile import is_own, save_own
+from .imagefile import is_own, save_new, save_own
 from .results import Drawn, Scored
 
 _STYLE = """
@@ -44,16 +44,16 @@ def grid(images: Sequence[Image.Image], columns: int, gap: int = 4) -> Image.Ima
 def save_pictures(drawn: Sequence[Drawn], folder: Path) -> list[Path]:
     """One PNG per picture, named after its prompt and seed, and grid.png if there are several.
 
-    Nothing is overwritten except our own grid.
+    Nothing is overwritten except our own grid. Errors: SettingError if there is no room or no
+    permission; the pictures before it are kept.
     """
-    folder.mkdir(parents=True, exist_ok=True)
     files = []
     for picture in drawn:
         stem = f"{re.sub(r'[^A-Za-z0-9]+', '-', picture.prompt).strip('-')[:60]}-{picture.seed}"
         path, again = folder / f"{stem}.png", 1
         while path.exists():
             path, again = folder / f"{stem}-{again}.png", again + 1
-        picture.image.save(path)
+        save_new(picture.image, path)
         files.append(path)
     if len(drawn) > 1:
         per_prompt = sum(d.prompt == drawn[0].prompt for d in drawn)

@@ -12,6 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
+from PIL.Image import Image
 
 from . import classifier, concepts, consolidation, report, sample, stackfile, store
 from . import evaluate as evaluation
@@ -23,7 +24,7 @@ from .checkpoint.load import fingerprint
 from .errors import ConceptImagesError, SettingError, StackError
 from .export import Exported, export_files
 from .files import stack_stem
-from .imagefile import check_output, save_own
+from .imagefile import check_folder, check_output, save_own
 from .mentions import named, not_in_use, not_learned, unknown_words
 from .progress import OnProgress, Progress, ignore
 from .requests import (
@@ -61,9 +62,7 @@ def dc_scores(request: ScoreRequest, on_progress: OnProgress = ignore) -> ScoreR
         check_output(request.plot)
     with open_session(request, on_progress) as session:
         scored = scored_pictures(session, groups, request.settings)
-    if request.plot:
-        save_own(report.score_sheet(scored), request.plot)
-    return ScoreResult(scored, request.plot)
+    return ScoreResult(scored, _plotted(report.score_sheet(scored), request.plot, on_progress))
 
 
 def draw(request: DrawRequest, on_progress: OnProgress = ignore) -> DrawResult:
@@ -73,6 +72,8 @@ def draw(request: DrawRequest, on_progress: OnProgress = ignore) -> DrawResult:
     """
     request.check()
     prompts = _beside(request)
+    if request.out:
+        check_folder(request.out)
     with open_session(request, on_progress) as session:
         backbone, stack = session.backbone, session.stack
         for note in _notes(
@@ -115,9 +116,9 @@ def evaluate(
         check_output(request.plot)
     with open_session(request, on_progress) as session:
         result = evaluated(session, request, groups)
-    if request.plot:
-        save_own(report.retention_sheet(result), request.plot)
-    return replace(result, chart=request.plot)
+    return replace(
+        result, chart=_plotted(report.retention_sheet(result), request.plot, on_progress)
+    )
 
 
 def export(request: ExportRequest, on_progress: OnProgress = ignore) -> Exported:
@@ -126,6 +127,8 @@ def export(request: ExportRequest, on_progress: OnProgress = ignore) -> Exported
     Only solving for some concepts (`only`) opens the checkpoint.
     """
     request.check()
+    for folder in filter(None, (request.out, request.embeddings)):
+        check_folder(folder)
     where = {"stack": request.stack, "device": request.device}
     if request.only:
         stack = select(SelectRequest(request.checkpoint, only=request.only, **where), on_progress)
@@ -242,6 +245,18 @@ def evaluated(
         )
     features = evaluation.features(backbone, request.clip)
     return evaluation.evaluate(backbone, stack, own_images, features, settings, session.on_progress)
+
+
+def _plotted(image: Image, plot: Path | None, on_progress: OnProgress) -> Path | None:
+    """Write a result's plot; if there is no room for it, say so and keep the result."""
+    if plot is None:
+        return None
+    try:
+        save_own(image, plot)
+    except SettingError as error:
+        on_progress(Progress("plot", 1, 1, note=str(error)))
+        return None
+    return plot
 
 
 def _notes(backbone: Backbone, stack: ConceptStack, prompts: Iterable[str]) -> list[str]:
