@@ -14,6 +14,7 @@ from torch import Tensor
 
 from . import concepts
 from .errors import ConceptImagesError
+from .inventory import inventory
 from .mentions import named
 from .presets import TEMPLATES
 from .progress import Progress
@@ -59,7 +60,7 @@ def load_concept(
     """
     backbone = session.backbone
     size = settings.size or backbone.size
-    loaded = concepts.load_images(images, size, fit=settings.fit)
+    loaded = concepts.load_images(images, size, fit=settings.fit, tell=session.tell)
     pictures, masks = loaded.images, loaded.masks
     if settings.flip:
         pictures = (*pictures, *(image.flip(-1) for image in pictures))
@@ -112,8 +113,8 @@ def source_of(
     stack's tensors.
     """
     pictures, start = hashlib.sha256(), hashlib.sha256()
-    for path in concepts.find_images(images):
-        pictures.update(concepts.content_of(path))
+    for picture in inventory(images).pictures:
+        picture.feed(pictures)
     adapters = {"adapter": stack.adapter, "before": stack.unconsolidated}
     for part, by_concept in (
         ("pool", stack.pool),

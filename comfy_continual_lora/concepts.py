@@ -1,9 +1,9 @@
 """Stage 2: pictures on disk -> `ConceptImages`, ready to learn from.
 
-in: a folder or a list of JPEG, PNG, WebP, BMP, TIFF, AVIF or HEIC files, each with an optional
-caption (name.txt) and mask (name.mask.png: white is learned from, black is not) beside it - out:
-images of the requested size, captions, masks, hashes. EXIF orientation is applied, transparency is
-composited on white; palette, greyscale and 16-bit images become 8-bit RGB.
+in: a folder or a list of pictures, with captions and masks beside them (`inventory`; white is
+learned from, black is not) - out: images of the requested size, captions, masks, hashes. EXIF
+orientation is applied, transparency is composited on white (masks: on black); palette, greyscale
+and 16-bit images become 8-bit RGB.
 """
 
 from __future__ import annotations
@@ -23,12 +23,18 @@ from PIL import Image, ImageOps
 from torch import Tensor
 
 from .errors import ConceptImagesError, SettingError, TokenError
-from .files import PICTURES, TOKEN, is_reserved
-from .imagefile import opened
+from .files import TOKEN, is_reserved
+from .imagefile import Read, read
+from .inventory import Note, Picture, feed, inventory, sentences
 from .mentions import named
 
 PREVIEW = 96
 NOUN_WORDS, NOUN_LETTERS = 8, 80  # prompts say much more, within the encoder's 77 positions
+Tell = Callable[[str], object]  # is called with a sentence for the user
+
+
+def _nobody(_note: str) -> None:
+    """A `Tell` that does nothing."""
 
 
 @dataclass(frozen=True)
@@ -44,61 +50,13 @@ class ConceptImages:
 
 
 def find_images(source: str | Path | Iterable[str | Path]) -> list[Path]:
-    """The image files of a folder (not its subfolders) in name order, or those of a list as given.
-
-    Errors: ConceptImagesError if there are none, or if a file of the list is missing.
-    """
-    if not isinstance(source, (str, Path)):
-        files = [Path(p) for p in source]
-        missing = [str(path) for path in files if not path.is_file()]
-        if not files:
-            raise ConceptImagesError("No pictures were given. Give 3 to 15 of the thing to learn.")
-        if missing:
-            raise ConceptImagesError(f"There is no picture {', '.join(missing)}.")
-        return files
-    folder = Path(source)
-    if folder.is_file():
-        return [folder]
-    if not folder.is_dir():
-        raise ConceptImagesError(
-            f"There is no folder {folder}. Give a folder with 3 to 15 pictures of the thing to "
-            "learn."
-        )
-    files = sorted(
-        p
-        for p in folder.iterdir()
-        if p.suffix.lower() in PICTURES
-        and not p.name.startswith(".")
-        and not p.stem.endswith(".mask")
-    )
-    if not files:
-        others = sorted({p.suffix or p.name for p in folder.iterdir()})
-        content = f"it holds only {', '.join(others[:5])}" if others else "it is empty"
-        raise ConceptImagesError(
-            f"No pictures in {folder}: {content}. Expected {', '.join(PICTURES)}; 3 to 15 pictures "
-            "of the thing to learn."
-        )
-    return files
+    """The picture files that `inventory` finds."""
+    return inventory(source).files
 
 
 def read_image(path: Path) -> Image.Image:
-    """One image as upright 8-bit RGB. Errors: ConceptImagesError as `imagefile.opened`."""
-    with opened(path) as image:
-        image.load()
-        return _to_rgb(ImageOps.exif_transpose(image))
-
-
-def _to_rgb(image: Image.Image) -> Image.Image:
-    if image.mode.startswith(("I", "F")):  # 16-bit and float greyscale
-        values = np.asarray(image, np.float64)
-        white = 255 if values.max() > 1 else 1
-        if image.mode.startswith("I") and values.max() > 255:
-            white = 65535
-        image = Image.fromarray((np.clip(values / white, 0, 1) * 255).astype(np.uint8))
-    if image.has_transparency_data:
-        image = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    return image.convert("RGB")
+    """One image as upright 8-bit RGB. Errors: ConceptImagesError as `imagefile.read`."""
+    return read(path).image
 
 
 def bucket(width: int, height: int, size: int) -> tuple[int, int]:
@@ -126,7 +84,10 @@ def fitted(image: Image.Image, size: int, fit: str) -> Image.Image:
     if fit != "pad":
         target = bucket(*image.size, size) if fit == "bucket" else (size, size)
         return ImageOps.fit(image, target, Image.Resampling.LANCZOS)
-    scaled = ImageOps.contain(image, (size, size), Image.Resampling.LANCZOS)
+    scale = size / max(image.size)
+    scaled = image.resize(
+        [max(1, round(side * scale)) for side in image.size], Image.Resampling.LANCZOS
+    )
     top = (size - scaled.height) // 2
     left = (size - scaled.width) // 2
     rows = (top, size - scaled.height - top)
@@ -134,25 +95,62 @@ def fitted(image: Image.Image, size: int, fit: str) -> Image.Image:
     return Image.fromarray(np.pad(np.asarray(scaled), (rows, columns, (0, 0)), mode="edge"))
 
 
+def load_image(file: Path, size: int, *, fit: str = "crop") -> Tensor:
+    """One picture without caption and mask: (3, h, w) in -1..1. Errors: ConceptImagesError."""
+    return to_tensor(fitted(_read_picture(file, []).image, size, fit))
+
+
+def check_readable(files: Sequence[Path], tell: Tell = _nobody) -> None:
+    """Read every picture once, and tell what is changed.
+
+    Errors: ConceptImagesError, one for all problems.
+    """
+    notes: list[Note] = []
+    if problems := [problem for file in files if (problem := _problem_of(file, notes))]:
+        raise ConceptImagesError("\n".join(problems))
+    for sentence in sentences(notes):
+        tell(sentence)
+
+
+def _problem_of(file: Path, notes: list[Note]) -> str:
+    try:
+        _read_picture(file, notes)
+    except ConceptImagesError as error:
+        return str(error)
+    return ""
+
+
 def load_images(
-    source: str | Path | Iterable[str | Path], size: int, *, fit: str = "crop"
+    source: str | Path | Iterable[str | Path], size: int, *, fit: str = "crop", tell: Tell = _nobody
 ) -> ConceptImages:
-    """Read every picture of `source`. Errors: ConceptImagesError, one for all problems."""
+    """Read every picture of `source` with its caption and mask, and tell what is changed.
+
+    Errors: ConceptImagesError, one for all problems.
+    """
     pictures, masks = [], []
     captions, hashes = [], []
     problems = []
-    for path in find_images(source):
+    notes: list[Note] = []
+    found = inventory(source).pictures
+    for one in found:
         try:
-            picture = read_image(path)
-            masks.append(_read_mask(path, picture.size, size, fit))
-            pictures.append(fitted(picture, size, fit))
+            picture = _read_picture(one.file, notes)
+            masks.append(_read_mask(one, picture, size, fit, notes))
+            captions.append(one.caption)
+            digest = hashlib.sha256()
+            feed(digest, one.file)
         except ConceptImagesError as error:
             problems.append(str(error))
             continue
-        hashes.append(hashlib.sha256(path.read_bytes()).hexdigest())
-        captions.append(caption_of(path))
+        pictures.append(fitted(picture.image, size, fit))
+        hashes.append(digest.hexdigest())
     if problems:
         raise ConceptImagesError("\n".join(problems))
+    for number, one in enumerate(found):
+        if (first := hashes.index(hashes[number])) < number:
+            notes.append((one.file.name, f"the same picture as {found[first].file.name}"))
+    for sentence in sentences(notes):
+        tell(sentence)
     loaded = from_pil(pictures, captions, hashes)
     masked = tuple(
         torch.ones_like(image[:1]) if mask is None else mask
@@ -161,52 +159,30 @@ def load_images(
     return replace(loaded, masks=masked if any(mask is not None for mask in masks) else None)
 
 
-def mask_file(path: Path) -> Path | None:
-    """The mask beside a picture, if there is one."""
-    mask = path.with_name(f"{path.stem}.mask.png")
-    return mask if mask.exists() else None
+def _read_picture(file: Path, notes: list[Note]) -> Read:
+    """Errors: ConceptImagesError as `imagefile.read`."""
+    picture = read(file)
+    notes += [(file.name, note) for note in picture.notes]
+    return picture
 
 
-def _read_mask(path: Path, shape: tuple[int, int], size: int, fit: str) -> Tensor | None:
-    file = mask_file(path)
-    if file is None:
+def _read_mask(of: Picture, picture: Read, size: int, fit: str, notes: list[Note]) -> Tensor | None:
+    """The mask, scaled to its picture. Errors: ConceptImagesError."""
+    if of.mask is None:
         return None
-    mask = read_image(file)
-    if mask.size != shape:
-        raise ConceptImagesError(
-            f"The mask {file} is {mask.width} x {mask.height} pixels, its picture {shape[0]} x "
-            f"{shape[1]}. Both need the same size."
-        )
-    values = (to_tensor(fitted(mask, size, fit))[:1] + 1) / 2
+    mask = read(of.mask, ground="black")
+    notes += [(of.mask.name, note) for note in mask.notes]
+    if mask.size != picture.size:
+        own, whole = (f"{width} x {height}" for width, height in (mask.size, picture.size))
+        notes.append((of.mask.name, f"{own} pixels, scaled to its picture's {whole}"))
+    grey = mask.image.resize(picture.image.size).convert("L").convert("RGB")
+    values = (to_tensor(fitted(grey, size, fit))[:1] + 1) / 2
     if values.max() < 0.05:
         raise ConceptImagesError(
-            f"The mask {file} is black, so nothing of its picture would be learned. Paint the "
-            "thing white, or remove the mask."
+            f"The mask {of.mask.name} is black where its picture is used, so nothing of it would be "
+            "learned. Paint the thing white, or remove the mask."
         )
     return values
-
-
-def caption_of(path: Path) -> str | None:
-    """The text of the .txt beside a picture; None if there is none or it is empty."""
-    file = path.with_suffix(".txt")
-    if not file.exists():
-        return None
-    return file.read_text(encoding="utf-8", errors="replace").strip() or None
-
-
-def groups(source: Path | list[Path]) -> list[tuple[str, list[Path]]]:
-    """(folder name, its pictures) of each subfolder, or of the folder itself if it has none."""
-    if isinstance(source, Path) and source.is_dir():
-        folders = sorted(p for p in source.iterdir() if p.is_dir() and not p.name.startswith("."))
-        return [(folder.name, find_images(folder)) for folder in folders or [source]]
-    return [("", find_images(source))]
-
-
-def content_of(path: Path) -> bytes:
-    """The bytes of a picture file, its caption and its mask: what a concept's digest is made of."""
-    mask = mask_file(path)
-    caption = (caption_of(path) or "").encode()
-    return path.read_bytes() + caption + (mask.read_bytes() if mask else b"")
 
 
 def from_pil(

@@ -24,9 +24,11 @@ except ImportError:  # Windows, where an open file can't be removed
 PICTURES = (
     ".jpg",
     ".jpeg",
+    ".jpe",
     ".jfif",
     ".png",
     ".webp",
+    ".gif",
     ".bmp",
     ".tif",
     ".tiff",

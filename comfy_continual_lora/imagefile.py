@@ -7,23 +7,44 @@ starts Ghostscript.
 
 from __future__ import annotations
 
+import functools
 import io
+import math
 import os
+import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
+import numpy as np
 from PIL import Image, UnidentifiedImageError
 
-from .errors import ConceptImagesError, SettingError
+from .errors import ConceptImagesError, ContinualLoraError, SettingError
 from .files import write_whole
 
 # Decoders that start no other program. MPO: JPEGs from phones; AVIF and HEIF: if Pillow has them
 FORMATS = ("JPEG", "MPO", "PNG", "WEBP", "BMP", "DIB", "TIFF", "GIF", "PPM", "AVIF", "HEIF")
 ENDINGS = (".png", ".jpg", ".jpeg", ".webp")  # of images that we write
-MAX_PIXELS = 100_000_000
+# Pixels in millions that decoders read in less than 700 MB; JPEGs are decoded at a smaller scale
+_MOST = {"JPEG": 110, "MPO": 110, "TIFF": 50, "HEIF": 50, "WEBP": 35, "AVIF": 35}
+_MOST_OTHERS = 70
+NARROWEST = 8  # pixels; less shows nothing
+_ENOUGH = 16_000_000  # pixels: larger images are reduced
+UNNAMED = "The image"  # in messages about open files
 _SOFTWARE, _US = 0x0131, "comfy-continual-lora"
+_ORIENTATION = 0x0112
+_UPRIGHT = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+_BITS, _SAMPLES, _SIGNED = 258, 339, 2  # of TIFF
 _MODERN = {
     b"avif": "AVIF",
     b"avis": "AVIF",
@@ -36,43 +57,199 @@ _MODERN = {
 }
 
 
+@dataclass(frozen=True)
+class Read:
+    """An image as upright 8-bit RGB, reduced if it is very large."""
+
+    image: Image.Image
+    format: str  # one of FORMATS
+    size: tuple[int, int]  # of the file, upright
+    notes: tuple[str, ...]  # what was ignored or changed
+
+
+def read(source: Path | IO[bytes], *, ground: str = "white") -> Read:
+    """An image; transparency is composited on `ground`, and of several frames the first is read.
+
+    Errors: ConceptImagesError as `opened`, and for floats in no known range.
+    """
+    with opened(source) as image:
+        size, notes = image.size, []
+        # a JPEG may hold a second picture for bright screens
+        if image.format != "MPO" and getattr(image, "is_animated", False):
+            notes.append("several frames or pages, of which the first is used")
+        factor = _factor(image)
+        image.draft(None, (size[0] // factor, size[1] // factor))
+        image.load()
+        turn = _orientation(image, notes)
+        picture = _rgb(_eight_bit(image, _reduced(image), notes), ground)
+    if turn in _UPRIGHT:
+        picture = picture.transpose(_UPRIGHT[turn])
+        size = size if turn < 5 else (size[1], size[0])
+    return Read(picture, str(image.format), size, tuple(notes))
+
+
+def _orientation(image: Image.Image, notes: list[str]) -> int:
+    """The EXIF orientation; 1 if there is none. TIFFs are turned by Pillow."""
+    if image.format == "TIFF":
+        return 1
+    with warnings.catch_warnings(record=True) as damages:
+        warnings.simplefilter("always")
+        try:
+            exif = image.getexif()
+            turn = exif.get(_ORIENTATION)
+            is_lost = bool(damages) or (not exif and bool(image.info.get("exif")))
+        except Exception:  # Pillow may raise anything
+            turn, is_lost = None, True
+    if turn is None and not is_lost:
+        return 1
+    if isinstance(turn, int) and 0 <= turn <= 8:
+        return turn
+    notes.append("the EXIF data is damaged, so its orientation was ignored")
+    return 1
+
+
+def _factor(image: Image.Image) -> int:
+    """How many times smaller an image may be read."""
+    return math.ceil(math.sqrt(image.width * image.height / _ENOUGH))
+
+
+def _reduced(image: Image.Image) -> Image.Image:
+    factor = _factor(image)
+    if factor == 1:
+        return image
+    if image.mode in ("L", "RGB", "RGBA", "CMYK", "YCbCr", "LAB"):
+        return image.reduce(factor)
+    size = (math.ceil(image.width / factor), math.ceil(image.height / factor))
+    return image.resize(size, Image.Resampling.NEAREST)
+
+
+def _eight_bit(image: Image.Image, reduced: Image.Image, notes: list[str]) -> Image.Image:
+    """Greyscale of more bits or of floats becomes 8-bit, by the range of the format: floats are
+    0 to 1, or else 0 to 255. `image` is the file, `reduced` its pixels.
+
+    Errors: ValueError for other floats.
+    """
+    if not reduced.mode.startswith(("I", "F")):
+        return reduced
+    values = np.asarray(reduced)
+    if reduced.mode == "F":
+        low, high = float(values.min()), float(values.max())
+        if not 0 <= low <= high <= 255:  # nor NaN
+            raise ValueError(f"its floats are {low:g} to {high:g}; expected 0 to 1, or 0 to 255")
+        white = 1 if high <= 1 else 255
+        if white == 255:
+            notes.append("floats above 1, which were read as 0 to 255")
+    else:
+        tags = getattr(image, "tag_v2", {})
+        bits, kind = (tags.get(tag, (usual,))[0] for tag, usual in ((_BITS, 16), (_SAMPLES, 1)))
+        is_signed = kind == _SIGNED
+        white = 2 ** (bits - is_signed) - 1
+        if bits == 32 and not is_signed:
+            values = values.view(np.uint32)  # Pillow reads them as signed
+    grey = np.clip(values.astype(np.float32) / white * 255, 0, 255).astype(np.uint8)
+    if not grey.any():
+        notes.append("black, as its values are less than 1/255 of what its format can hold")
+    return Image.fromarray(grey)
+
+
+def _rgb(image: Image.Image, ground: str) -> Image.Image:
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, ground), image)
+    return image.convert("RGB")
+
+
+# --- opening -------------------------------------------------------------------------------------
+
+
 @contextmanager
 def opened(source: Path | IO[bytes]) -> Iterator[Image.Image]:
     """An image file of one of FORMATS, not decoded yet; `source` may be an open file.
 
-    Errors: ConceptImagesError for any other file, one that is truncated, or more than MAX_PIXELS.
+    Errors: ConceptImagesError for any other file, one that is damaged, too few or too many pixels.
     """
-    name = source if isinstance(source, Path) else "The image"
-    Image.init()
-    formats = [one for one in FORMATS if one in Image.OPEN]
+    name = source if isinstance(source, Path) else UNNAMED
     try:
-        with Image.open(source, formats=formats) as image:
-            if image.width * image.height > MAX_PIXELS:
-                size = f"{image.width} x {image.height} pixels"
-                raise ConceptImagesError(
-                    f"{name} has {size}; the limit is {MAX_PIXELS:,} in total. Scale it down."
-                )
-            yield image
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of large images and of damaged metadata
+            with Image.open(source, formats=_formats()) as image:
+                _check_size(image, name)
+                yield image
+    except ContinualLoraError:
+        raise
     except UnidentifiedImageError:
         raise ConceptImagesError(_unknown(source, name)) from None
     except Image.DecompressionBombError as error:
+        raise ConceptImagesError(f"{name} is too large ({error}). Scale it down.") from None
+    except Exception as error:  # Pillow may raise anything
+        why = getattr(error, "strerror", None) or str(error) or type(error).__name__
         raise ConceptImagesError(
-            f"{name} is too large ({error}). Scale it down; the limit is {MAX_PIXELS:,} pixels."
+            f"{name} can't be read as an image ({why}). It may be damaged or truncated; replace or "
+            "remove it."
         ) from None
-    except (OSError, SyntaxError, ValueError, RuntimeError) as error:
+
+
+def _check_size(image: Image.Image, name: object) -> None:
+    """Errors: ConceptImagesError."""
+    shape = f"{image.width} x {image.height} pixels"
+    if min(image.size) < NARROWEST:
         raise ConceptImagesError(
-            f"{name} can't be read as an image ({error}). It may be truncated; replace or remove it."
-        ) from None
+            f"{name} is too narrow: {shape}; expected at least {NARROWEST} each way. Replace or "
+            "remove it."
+        )
+    most = _MOST.get(str(image.format), _MOST_OTHERS)
+    if image.width * image.height > most * 1_000_000:
+        raise ConceptImagesError(
+            f"{name} is too large: {shape}; {image.format} is read up to {most} million. Scale it "
+            "down."
+        )
+
+
+def _formats() -> list[str]:
+    """Those of FORMATS that this Pillow can decode."""
+    Image.init()
+    _register_heif()
+    return [one for one in FORMATS if one in Image.OPEN]
+
+
+@functools.cache
+def _register_heif() -> None:
+    """pillow-heif is optional."""
+    with suppress(ImportError):
+        from pillow_heif import register_heif_opener  # pyright: ignore[reportMissingImports]
+
+        register_heif_opener()
+
+
+def undecodable(path: Path) -> str:
+    """The format of a file that this Pillow has no decoder for, HEIC or AVIF; empty for any other
+    file.
+    """
+    name = _modern(path)
+    if not name:
+        return ""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            Image.open(path, formats=_formats()).close()
+    except UnidentifiedImageError:
+        return name
+    except Exception:  # decodable, but damaged
+        return ""
+    return ""
+
+
+def _modern(path: Path) -> str:
+    """The name of a format that not every Pillow can read, by a file's first bytes; or empty."""
+    start = b""
+    with suppress(OSError), path.open("rb") as file:
+        start = file.read(12)
+    return _MODERN.get(start[8:12], "") if start[4:8] == b"ftyp" else ""
 
 
 def _unknown(source: Path | IO[bytes], name: object) -> str:
     """The message for a file that none of our decoders accepts."""
-    start = b""
-    if isinstance(source, Path):
-        with source.open("rb") as file:
-            start = file.read(12)
-    modern = _MODERN.get(start[8:12]) if start[4:8] == b"ftyp" else None
-    if modern:
+    if modern := _modern(source) if isinstance(source, Path) else "":
         return (
             f"{name} is an {modern} image, which this Pillow can't read. Convert it to JPEG or PNG."
         )

@@ -38,6 +38,7 @@ from .prepare import (
     newest_again,
     preview_both,
     settings_for,
+    take_stock,
     tell_of_noun,
 )
 from .progress import OnProgress, ignore
@@ -85,6 +86,7 @@ def learn_concept(request: LearnRequest, on_progress: OnProgress = ignore) -> Le
     digest = request.digest
     if known := store.record_of_request(request.stack_file, digest):
         return LearnResult(known, [], request.stack_file, again=True)
+    take_stock(request.images, on_progress)
     with parallel.together(request.device) as device:
         request = replace(request, device=device)
         precision = request.settings.precision
@@ -128,11 +130,11 @@ def consolidate(request: ConsolidateRequest, on_progress: OnProgress = ignore) -
     Fisher are replaced.
     """
     request.check()
-    concepts.find_images(request.images)
     digest = request.digest
     records = store.read_records(request.stack_file)
     if records and records[-1].consolidated == digest:
         return ConsolidateResult(records[-1], [], request.stack_file, len(records) - 1, again=True)
+    take_stock(request.images, on_progress)
     precision = request.settings.precision
     with open_session(request, on_progress, precision=precision, writes=True) as session:
         learned, adapter, method = newest_again(session, request)

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 from dataclasses import asdict, replace
+from pathlib import Path
 
 from . import concepts
 from .adapters.adapter import Adapter, attached
 from .concept import load_concept
 from .errors import SettingError, StackError, TokenError
 from .files import check_names
+from .inventory import inventory
 from .learn import preview
 from .methods import METHODS
 from .methods.method import LearnedConcept, Method, StackSummary, summary_of, summary_of_file
 from .methods.stages import past_adapters
-from .progress import Progress
+from .progress import OnProgress, Progress
 from .requests import ConsolidateRequest, ImportRequest, LearnRequest
 from .session import Session, Snapshots
 from .settings import LearnSettings, ResolvedSettings
@@ -23,7 +25,7 @@ from .stack import ConceptRecord, ConceptStack
 def checked_method(request: LearnRequest) -> Method:
     """The request's method, after all checks that do not need the checkpoint."""
     request.check()
-    concepts.find_images(request.images)
+    inventory(request.images)
     concepts.check_spelling(request.token)
     concepts.check_noun(request.noun, request.token)
     if not request.class_noun:
@@ -37,6 +39,15 @@ def checked_method(request: LearnRequest) -> Method:
     stack = StackSummary() if request.replace else summary_of_file(request.stack_file)
     method.check(request.settings, stack)
     return method
+
+
+def take_stock(images: Path | list[Path], on_progress: OnProgress) -> None:
+    """Tell what will be learned from and what is left out, before anything is loaded.
+
+    Errors: ConceptImagesError for a caption that can't be read.
+    """
+    for note in inventory(images).notes():
+        on_progress(Progress("load", 0, 1, note=note))
 
 
 def make_room(session: Session, request: LearnRequest) -> str:

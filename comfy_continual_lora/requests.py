@@ -33,7 +33,8 @@ CHECKPOINT_HELP = "a .safetensors checkpoint or a diffusers folder"
 STACK_HELP = "the concept stack, if not the file beside the checkpoint"
 DEVICE_HELP = "auto, cpu, cuda, cuda:1 or mps"
 IMAGES_HELP = (
-    "folder with 3 to 15 pictures; name.txt beside name.jpg is its caption, name.mask.png its mask"
+    "folder with 3 to 15 pictures; name.txt beside name.jpg is its caption, name.mask.png its mask "
+    "(white is learned from)"
 )
 ONLY_HELP = (
     "solve for a LoRA of only these concepts: with many on the stack, it draws them more faithfully "
@@ -252,7 +253,7 @@ def _digest(images: Path | list[Path], settings: TrainSettings, *words: str) -> 
     """
     import hashlib
 
-    from .concepts import content_of, find_images
+    from .inventory import inventory
 
     defaults = dataclasses.asdict(type(settings)())
     changed = {
@@ -261,8 +262,8 @@ def _digest(images: Path | list[Path], settings: TrainSettings, *words: str) -> 
         if name not in EXECUTION_SETTINGS and value != defaults[name]
     }
     digest = hashlib.sha256(json.dumps([*words, changed], sort_keys=True).encode())
-    for path in find_images(images):
-        digest.update(content_of(path))
+    for picture in inventory(images).pictures:
+        picture.feed(digest)
     return digest.hexdigest()
 
 

@@ -51,6 +51,10 @@ class Session:
         """Another stack of the same checkpoint. Errors: StackError."""
         return fitting(load_stack(path, self.backbone.fingerprint), path, self.backbone)
 
+    def tell(self, note: str) -> None:
+        """Report a sentence for the user."""
+        self.on_progress(Progress("load", 1, 1, note=note))
+
     def commit(self, stack: ConceptStack, kind: str, records: Sequence[ConceptRecord]) -> None:
         """Make this the stack's newest version; `kind` is a key of `stackschema.CHANGES`."""
         assert self.writes

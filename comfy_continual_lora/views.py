@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from PIL.Image import Image
 
-from . import classifier, concepts, consolidation, report, sample, stackfile, store
+from . import classifier, concepts, consolidation, inventory, report, sample, stackfile, store
 from . import evaluate as evaluation
 from . import history as stack_history
 from . import plan as planning
@@ -57,7 +57,7 @@ def dc_scores(request: ScoreRequest, on_progress: OnProgress = ignore) -> ScoreR
     A folder may have subfolders, whose names are the labels of their pictures.
     """
     request.check()
-    groups = concepts.groups(request.images)
+    groups = _groups(request.images, on_progress)
     if request.plot:
         check_output(request.plot)
     with open_session(request, on_progress) as session:
@@ -111,7 +111,7 @@ def evaluate(
     is retained.
     """
     request.check()
-    groups = dict(concepts.groups(request.images)) if request.images else {}
+    groups = dict(_groups(request.images, on_progress)) if request.images else {}
     if request.plot:
         check_output(request.plot)
     with open_session(request, on_progress) as session:
@@ -214,8 +214,8 @@ def scored_pictures(
         for label, files in groups:
             concept = stack.find(label)
             for file in files:
-                picture = concepts.load_images([file], size, fit=settings.fit)
-                latent = backbone.encode_images(picture.images)[0]
+                picture = concepts.load_image(file, size, fit=settings.fit)
+                latent = backbone.encode_images([picture])[0]
                 scores = classifier.classify(
                     backbone, latent, features, stack.tau, settings, session.on_progress
                 )
@@ -237,7 +237,10 @@ def evaluated(
     own_images = {}
     for name, files in groups.items():
         if record := stack.find(name):
-            own_images[record.token] = torch.stack(concepts.load_images(files, size).images)
+            pictures = [concepts.load_image(file, size) for file in files]
+            own_images[record.token] = torch.stack(pictures)
+        else:
+            session.tell(f"Left out: the pictures in {name}; no concept has this name.")
     if groups and not own_images:
         raise ConceptImagesError(
             f"No folder in {request.images} is named after a concept. Expected "
@@ -272,6 +275,21 @@ def _notes(backbone: Backbone, stack: ConceptStack, prompts: Iterable[str]) -> l
                 f'"{end[:200]}". Shorten it, or begin with what matters most.'
             )
     return notes
+
+
+def _groups(images: Path | list[Path], on_progress: OnProgress) -> list[tuple[str, list[Path]]]:
+    """`inventory.groups`; all pictures are read once, so that one that can't be is found before the
+    work, and what is left out or changed is told.
+    """
+
+    def tell(note: str) -> None:
+        on_progress(Progress("load", 0, 1, note=note))
+
+    groups, found = inventory.groups(images)
+    if found.left_out:
+        tell(f"{len(found.pictures)} pictures{found.rest()}")
+    concepts.check_readable(found.files, tell)
+    return groups
 
 
 def _beside(request: DrawRequest) -> list[tuple[str, ...]]:

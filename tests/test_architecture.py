@@ -61,6 +61,7 @@ LAYERS = (
     ("stackschema",),
     ("adapters",),
     ("checkpoint",),
+    ("inventory",),
     ("imagefile",),
     ("settings",),
     ("areas", "curves", "fields", "files", "language", "mentions", "presets", "progress"),

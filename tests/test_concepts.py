@@ -79,7 +79,7 @@ def test_no_pictures(tmp_path: Path) -> None:
     with pytest.raises(ConceptImagesError, match="it is empty"):
         concepts.load_images(tmp_path, 32)
     (tmp_path / "notes.txt").write_text("no picture")
-    with pytest.raises(ConceptImagesError, match=r"holds only \.txt"):
+    with pytest.raises(ConceptImagesError, match=r"left out: notes\.txt"):
         concepts.load_images(tmp_path, 32)
     with pytest.raises(ConceptImagesError, match="There is no folder"):
         concepts.load_images(tmp_path / "missing", 32)
@@ -93,6 +93,26 @@ def test_a_truncated_picture_among_good_ones_is_named(tmp_path: Path) -> None:
     with pytest.raises(ConceptImagesError, match=r"cut\.jpg can't be read") as error:
         concepts.load_images(tmp_path / "p", 32)
     assert "0.png" not in str(error.value)
+
+
+def test_what_is_too_narrow_is_refused_and_what_is_narrow_is_padded(tmp_path: Path) -> None:
+    Image.new("RGB", (1, 4000), "red").save(tmp_path / "line.png")
+    with pytest.raises(ConceptImagesError, match=r"line\.png is too narrow: 1 x 4000 pixels"):
+        concepts.load_images(tmp_path, 64)
+    Image.new("RGB", (8, 4000), "red").save(tmp_path / "line.png")
+    for fit in ("crop", "pad", "bucket"):
+        assert concepts.load_images(tmp_path, 64, fit=fit).images[0].isfinite().all()
+
+
+def test_transparent_parts_of_a_mask_are_not_learned_from(tmp_path: Path) -> None:
+    _gradient().save(tmp_path / "a.png")
+    mask = Image.new("RGBA", (64, 48), (255, 255, 255, 0))
+    mask.paste("white", (0, 0, 32, 48))
+    mask.save(tmp_path / "a.MASK.PNG")
+    masks = concepts.load_images(tmp_path, 32).masks
+    assert masks
+    assert masks[0][..., :12].min() > 0.95
+    assert masks[0][..., 20:].max() < 0.05
 
 
 def test_a_header_of_60000_by_60000_is_refused_unread(tmp_path: Path) -> None:
@@ -182,9 +202,15 @@ def test_masks(tmp_path: Path) -> None:
     assert found.masks[0][0, :, :12].max() < 0.05
     assert found.masks[0][0, :, 20:].min() > 0.95
     assert (found.masks[1] == 1).all()
-    Image.fromarray(half[:20]).save(tmp_path / "b.mask.png")
-    with pytest.raises(ConceptImagesError, match=r"64 x 20 pixels, its picture 64 x 48"):
-        concepts.load_images(tmp_path, 32)
+    notes: list[str] = []
+    Image.fromarray(half[:, ::2]).save(tmp_path / "b.mask.png")
+    again = concepts.load_images(tmp_path, 32, tell=notes.append)
+    assert again.masks is not None
+    assert torch.allclose(again.masks[1], again.masks[0], atol=0.3)
+    assert notes == [
+        "b.mask.png: 32 x 48 pixels, scaled to its picture's 64 x 48.",
+        "b.png: the same picture as a.png.",
+    ]
     Image.fromarray(half * 0).save(tmp_path / "b.mask.png")
     with pytest.raises(ConceptImagesError, match="is black"):
         concepts.load_images(tmp_path, 32)

@@ -4,11 +4,16 @@ from __future__ import annotations
 
 import io
 import os
+import struct
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from PIL import Image, features
 
 from comfy_continual_lora import concepts, imagefile
@@ -93,6 +98,8 @@ def test_what_this_pillow_has_no_decoder_for_is_to_be_converted(
     with pytest.raises(
         ConceptImagesError, match=rf"IMG_1\.HEIC is an {format_name} image.*Convert it"
     ):
+        concepts.load_images([tmp_path / "IMG_1.HEIC"], 32)
+    with pytest.raises(ConceptImagesError, match=r"left out: IMG_1\.HEIC \(convert it\)"):
         concepts.load_images(tmp_path, 32)
 
 
@@ -103,6 +110,170 @@ def test_an_image_in_memory_is_opened_in_the_same_way() -> None:
         assert image.size == (8, 8)
     with pytest.raises(ConceptImagesError), imagefile.opened(io.BytesIO(POSTSCRIPT)):
         pass
+
+
+# --- what cameras, scanners and other programs write ------------------------------------------------
+
+
+def _exif(tag: int, kind: int, count: int, value: bytes) -> bytes:
+    """EXIF of a picture turned by 90 degrees, with one more tag of any type."""
+    entries = [
+        struct.pack("<HHII", 0x0112, 3, 1, 6),
+        struct.pack("<HHII", tag, kind, count, 38),
+    ]
+    entries.sort(key=lambda entry: entry[1::-1])
+    head = b"Exif\0\0II*\0\x08\0\0\0" + struct.pack("<H", 2)
+    return head + b"".join(entries) + bytes(4) + value
+
+
+@given(
+    st.one_of(st.integers(0x0100, 0x0132), st.sampled_from([0x8769, 0x8825, 0xA005, 0x9003])),
+    st.integers(0, 14),
+    st.sampled_from([0, 1, 2, 1000, 2**32 - 1]),
+    st.binary(max_size=12),
+)
+@settings(max_examples=150, deadline=None, derandomize=True)
+def test_no_malformed_tag_costs_a_picture(tag: int, kind: int, count: int, value: bytes) -> None:
+    buffer = io.BytesIO()
+    Image.new("RGB", (32, 16), "red").save(buffer, "JPEG", exif=_exif(tag, kind, count, value))
+    found = imagefile.read(buffer)
+    assert found.size in ((32, 16), (16, 32))
+    assert found.image.size == found.size
+    assert found.size == (16, 32) or tag == 0x0112 or found.notes
+
+
+@pytest.mark.parametrize(
+    "exif", [_exif(0x0112, 2, 4, b""), b"Exif\0\0" + b"\xff" * 30, b"Exif\0\0II*\0\x08\0\0\0\xff\0"]
+)
+def test_an_orientation_that_can_not_be_read_is_told(exif: bytes) -> None:
+    buffer = io.BytesIO()
+    Image.new("RGB", (32, 16), "red").save(buffer, "JPEG", exif=exif)
+    assert "orientation was ignored" in "".join(imagefile.read(buffer).notes)
+
+
+def _saved(image: Image.Image, kind: str = "TIFF", **given: Any) -> imagefile.Read:
+    buffer = io.BytesIO()
+    image.save(buffer, kind, **given)
+    return imagefile.read(buffer)
+
+
+def _mean(found: imagefile.Read) -> float:
+    return float(np.asarray(found.image, np.float64).mean())
+
+
+@pytest.mark.parametrize(
+    ("values", "kind", "mean"),
+    [
+        (np.full((16, 16), 20_000, np.uint16), "PNG", 20_000 / 65_535),
+        (np.full((16, 16), 200, np.uint16), "PNG", 0),
+        (np.full((16, 16), 20_000, np.uint16), "TIFF", 20_000 / 65_535),
+        (np.full((16, 16), 2**30, np.int32), "TIFF", 1 / 2),
+        (np.full((16, 16), 200, np.int32), "TIFF", 0),
+        (np.full((16, 16), 0.3, np.float32), "TIFF", 0.3),
+        (np.full((16, 16), 0.001, np.float32), "TIFF", 0),
+        (np.full((16, 16), 102, np.float32), "TIFF", 0.4),
+    ],
+)
+def test_greyscale_is_scaled_by_its_format(values: Any, kind: str, mean: float) -> None:
+    found = _saved(Image.fromarray(values), kind)
+    assert abs(_mean(found) / 255 - mean) < 0.005
+    assert bool(found.notes) == (mean == 0 or values.max() == 102)
+
+
+def test_unsigned_integers_of_32_bits_have_twice_the_range() -> None:
+    image = Image.fromarray(np.full((16, 16), -(2**30), np.int32))  # the bits of 3/4 of 2**32
+    buffer = io.BytesIO()
+    image.save(buffer, "TIFF")
+    sample_format = struct.pack("<HHI", 339, 3, 1)
+    signed, unsigned = sample_format + b"\2", sample_format + b"\1"
+    assert buffer.getvalue().count(signed) == 1
+    found = imagefile.read(io.BytesIO(buffer.getvalue().replace(signed, unsigned)))
+    assert abs(_mean(found) / 255 - 0.75) < 0.005
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -1, 1000])
+def test_floats_of_no_known_range_are_refused(value: float) -> None:
+    values = np.full((16, 16), 0.5, np.float32)
+    values[3, 3] = value
+    with pytest.raises(ConceptImagesError, match="expected 0 to 1, or 0 to 255"):
+        _saved(Image.fromarray(values))
+
+
+def test_the_first_frame_is_read_and_that_is_told() -> None:
+    frames = [Image.new("RGB", (16, 16), color) for color in ("red", "blue")]
+    for kind in ("GIF", "PNG", "WEBP", "TIFF"):
+        found = _saved(frames[0], kind, save_all=True, append_images=frames[1:])
+        assert found.notes == ("several frames or pages, of which the first is used",)
+        assert _mean(found) == pytest.approx(85, abs=1)
+        color = found.image.getpixel((5, 5))
+        assert isinstance(color, tuple)
+        assert color[0] > 240
+        assert _saved(frames[0], kind).notes == ()
+
+
+def test_large_pictures_are_read_smaller_within_a_gigabyte(tmp_path: Path) -> None:
+    """Each in a process of its own, whose memory the system measures."""
+    path, code = (
+        tmp_path / "large",
+        (
+            "import resource, sys; from pathlib import Path; from comfy_continual_lora import imagefile\n"
+            "found = imagefile.read(Path(sys.argv[1]))\n"
+            "print(*found.size, *found.image.size, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)"
+        ),
+    )
+    for kind, mode, size, options in (
+        ("JPEG", "RGB", (10_000, 10_000), {}),
+        ("JPEG", "L", (65_000, 1_600), {"progressive": True}),
+        ("PNG", "RGB", (8_000, 8_000), {"compress_level": 1}),
+        ("PNG", "I;16", (8_000, 8_000), {"compress_level": 1}),
+        ("GIF", "P", (8_000, 8_000), {}),
+    ):
+        Image.new(mode, size, 100 if len(mode) < 3 else None).save(path, kind, **options)
+        done = subprocess.run(
+            [sys.executable, "-c", code, str(path)],
+            cwd=Path(__file__).parents[1],
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+        width, height, *smaller, memory = map(int, done.stdout.split())
+        assert (width, height) == size
+        assert smaller[0] * smaller[1] <= 17_000_000
+        assert smaller[0] / smaller[1] == pytest.approx(width / height, rel=0.01)
+        assert memory * 1024 < 1e9, (kind, mode)
+
+
+def test_a_small_file_of_a_huge_picture_is_refused_unread(tmp_path: Path) -> None:
+    Image.new("1", (10_000, 10_000)).save(tmp_path / "bomb.png")
+    with pytest.raises(ConceptImagesError, match=r"bomb\.png is too large: 10000 x 10000 pixels"):
+        imagefile.read(tmp_path / "bomb.png")
+
+
+def _samples() -> dict[str, bytes]:
+    image = Image.effect_noise((40, 48), 80)
+    samples = {}
+    for kind in ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF", "PPM"):
+        buffer = io.BytesIO()
+        image.convert("RGB").save(buffer, kind)
+        samples[kind] = buffer.getvalue()
+    return samples
+
+
+SAMPLES = _samples()
+
+
+@given(st.sampled_from(sorted(SAMPLES)), st.data())
+@settings(max_examples=200, deadline=None, derandomize=True)
+def test_a_damaged_file_is_read_or_refused(kind: str, data: st.DataObject) -> None:
+    damaged = bytearray(SAMPLES[kind])
+    for _ in range(data.draw(st.integers(1, 8))):
+        place = data.draw(st.integers(0, min(300, len(damaged) - 1)))
+        damaged[place] = data.draw(st.integers(0, 255))
+    try:
+        found = imagefile.read(io.BytesIO(bytes(damaged)))
+    except ConceptImagesError:
+        return
+    assert found.image.mode == "RGB"
 
 
 # --- written --------------------------------------------------------------------------------------
