@@ -16,8 +16,10 @@ from typing import Any
 import pytest
 from PIL import Image
 
+from comfy_continual_lora.errors import ConceptImagesError
 from comfy_continual_lora.files import checkpoints_in, snapshots_of
-from comfy_continual_lora.webui.copies import Copies, suffix_of
+from comfy_continual_lora.inventory import inventory
+from comfy_continual_lora.webui.copies import Copies, Sent, suffix_of
 
 ROOT = Path(__file__).parents[1]
 
@@ -34,29 +36,48 @@ def _left(folder: Path) -> list[str]:
 
 
 def _written(copies: Copies, stack: Path, token: str = "V1") -> list[Path]:
-    batch = copies.batch([("a.png", _picture())], ["a red one"], stack, token)
+    batch = copies.batch([Sent("a.png", _picture(), "a red one")], stack, token)
     copies.write(batch)
     return [Path(path) for path in batch.paths]
 
 
 def test_the_same_pictures_are_the_same_copies(tmp_path: Path) -> None:
-    copies, pictures = Copies(tmp_path), [("a.png", _picture()), ("b.jpg", _picture("JPEG"))]
-    first = copies.batch(pictures, ["a red one", ""], "s", "V1")
+    copies = Copies(tmp_path)
+    pictures = [Sent("a.png", _picture(), "a red one"), Sent("b.jpg", _picture("JPEG"))]
+    first = copies.batch(pictures, "s", "V1")
     assert not list(tmp_path.iterdir())
-    assert copies.batch(pictures, ["a red one", ""], "s", "V1").paths == first.paths
+    assert copies.batch(pictures, "s", "V1").paths == first.paths
     others = [
-        copies.batch(pictures[:1], ["a red one"], "s", "V1"),
-        copies.batch(pictures, [], "s", "V1"),
-        copies.batch(pictures, ["a red one", ""], "t", "V1"),
-        copies.batch(pictures, ["a red one", ""], "s", "V2"),
+        copies.batch(pictures[:1], "s", "V1"),
+        copies.batch([Sent("a.png", _picture()), pictures[1]], "s", "V1"),
+        copies.batch([pictures[0], Sent("b.jpg", _picture("JPEG"), mask=_picture())], "s", "V1"),
+        copies.batch(pictures, "t", "V1"),
+        copies.batch(pictures, "s", "V2"),
     ]
-    assert len({other.folder for other in (first, *others)}) == 5
+    assert len({other.folder for other in (first, *others)}) == 6
     copies.write(first)
     paths = [Path(path) for path in first.paths]
-    assert [p.read_bytes() for p in paths] == [data for _, data in pictures]
-    assert [p.name for p in paths] == ["000.png", "001.jpg"]
-    assert paths[0].with_suffix(".txt").read_text() == "a red one"
-    assert not paths[1].with_suffix(".txt").exists()
+    assert [p.read_bytes() for p in paths] == [one.data for one in pictures]
+    assert [p.name for p in paths] == ["1-a.png", "2-b.jpg"]
+    assert inventory(paths).summary() == "2 pictures, 1 caption (.txt)"
+
+
+def test_captions_and_masks_lie_beside_their_copies(tmp_path: Path) -> None:
+    names = ("a.png", "a.jpg", "a_mask.png", "../x/../CON.png", "\ud800\0" * 200, "")
+    sent = [Sent(name, _picture(), f"of {name[:5]!a}", _picture("JPEG")) for name in names]
+    copies = Copies(tmp_path)
+    batch = copies.batch(sent, "s")
+    copies.write(batch)
+    found = inventory(batch.paths)
+    assert found.summary() == "6 pictures, 6 captions (.txt), 6 masks"
+    assert {file.parent for file in found.files} == {batch.folder}
+    assert [picture.caption for picture in found.pictures[:2]] == ["of 'a.png'", "of 'a.jpg'"]
+    mask = _picture()[:50]
+    with pytest.raises(ConceptImagesError, match=r"The mask of a\.png can't be read"):
+        copies.batch([Sent("a.png", _picture(), mask=mask)], "s")
+    for caption in ("\ud800", "\0", "x" * 100_000):
+        with pytest.raises(ConceptImagesError, match=r"The caption of a\.png is"):
+            copies.batch([Sent("a.png", _picture(), caption)], "s")
 
 
 @pytest.mark.parametrize(
@@ -72,8 +93,8 @@ def test_the_same_pictures_are_the_same_copies(tmp_path: Path) -> None:
 def test_what_is_no_picture_is_refused_before_anything_is_written(
     tmp_path: Path, data: bytes
 ) -> None:
-    with pytest.raises(ValueError, match=r"a\.png.*can't be read as an image"):
-        Copies(tmp_path).batch([("b.png", _picture()), ("a.png", data)], [], "s")
+    with pytest.raises(ConceptImagesError, match=r"^a\.png can't be read as an image"):
+        Copies(tmp_path).batch([Sent("b.png", _picture()), Sent("a.png", data)], "s")
     assert not list(tmp_path.iterdir())
 
 
@@ -97,7 +118,7 @@ def test_copies_stay_exactly_while_a_snapshot_needs_them(tmp_path: Path) -> None
     for path in (snapshot, other):
         path.touch()
     copies.tidy()
-    assert _left(tmp_path / "work") == ["000.png", "000.txt", "of.json"]
+    assert _left(tmp_path / "work") == ["1-a.png", "1-a.txt", "of.json"]
     assert kept.exists()
     snapshot.unlink()
     copies.tidy()
@@ -148,11 +169,11 @@ def test_another_programs_copies_are_left_alone_until_it_is_gone(tmp_path: Path)
         copies = Copies(folder)
         _written(copies, stack, "V3")
         copies.tidy()
-        assert _left(folder) == 2 * ["000.png"] + 2 * ["000.txt"] + 2 * ["of.json"]
+        assert _left(folder) == 2 * ["1-a.png"] + 2 * ["1-a.txt"] + 2 * ["of.json"]
         os.kill(another.pid, signal.SIGKILL) if os.name != "nt" else another.kill()
     (tmp_path / "a.concepts.V2.snapshot").touch()
     Copies(folder).tidy()
-    assert _left(folder) == ["000.png", "000.txt", "of.json"]
+    assert _left(folder) == ["1-a.png", "1-a.txt", "of.json"]
     (tmp_path / "a.concepts.V2.snapshot").unlink()
     Copies(folder).tidy()
     assert _left(folder) == []

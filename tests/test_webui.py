@@ -25,6 +25,7 @@ import pytest
 from helpers_browser import CHROMIUM, page, type_beside, wait_for_text
 from helpers_server import free_port
 from helpers_webui import asks_first, fill_settings
+from PIL import Image
 
 gradio = pytest.importorskip("gradio")
 
@@ -190,6 +191,43 @@ def test_what_is_clicked_reaches_the_worker(
         click(*place, *arguments)
         assert _request(handlers, name)["checkpoint"].endswith("mini.safetensors")
         assert handlers.host.runner.job.wait(20)
+
+
+def test_what_is_dropped_is_used_or_named(
+    handlers: Handlers, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Pictures, captions and masks, each in a folder of its own, as gradio keeps uploads."""
+    monkeypatch.setenv("GRADIO_TEMP_DIR", str(tmp_path))
+    files = {}
+    for name in ("a.jpg", "b.PNG", "a.mask.png", "a.caption", "b.txt", "IMG_2.HEIC", "cut.jpg"):
+        files[name] = tmp_path / name[::-1] / name
+        files[name].parent.mkdir()
+    Image.new("CMYK", (16, 12), (0, 255, 255, 0)).save(files["a.jpg"])
+    Image.new("RGB", (16, 12), "blue").save(files["b.PNG"])
+    Image.new("L", (16, 12), "white").save(files["a.mask.png"])
+    files["a.caption"].write_bytes("on a café's table".encode("utf-16"))
+    files["b.txt"].write_text("dropped")
+    files["IMG_2.HEIC"].write_bytes(b"\0\0\0\x18ftypheic" + bytes(99))
+    files["cut.jpg"].write_bytes(files["a.jpg"].read_bytes()[:300])
+    given = [str(file) for file in files.values()]
+    gallery, rows, told = handlers.thumbnails(given, [["b.PNG", "typed"]])
+    assert [name for _, name in gallery] == ["a.jpg", "b.PNG"]
+    assert gallery[0][0].mode == "RGB"
+    assert gallery[0][0].getpixel((5, 5))[0] > 200 > gallery[0][0].getpixel((5, 5))[2]
+    assert rows == [["a.jpg", "on a café's table"], ["b.PNG", "typed"], ["cut.jpg", ""]]
+    told = html.unescape(told).split("<br>")
+    assert told[0] == (
+        "3 pictures, 2 captions (.txt, .caption), 1 mask; left out: IMG_2.HEIC (convert it)"
+    )
+    assert told[-1].startswith("cut.jpg: can't be read as a picture")
+    assert "cut.jpg can't be read" in html.unescape(
+        handlers.scores("mini.safetensors", "", given)[0]
+    )
+    assert handlers.thumbnails([], []) == [[], [], ""]
+    sent = uploads.found_in(given[:-1], [["b.PNG", "typed"]])
+    assert [one.name for one in sent] == ["a.jpg", "b.PNG"]
+    assert [one.caption for one in sent] == ["on a café's table", "typed"]
+    assert [one.mask for one in sent] == [files["a.mask.png"].read_bytes(), None]
 
 
 def test_a_refusal_names_fields_by_their_labels(

@@ -22,6 +22,7 @@ from fastapi import FastAPI
 from fastapi.testclient import TestClient
 from PIL import Image
 
+from comfy_continual_lora.inventory import inventory
 from comfy_continual_lora.operations import OPERATIONS
 from comfy_continual_lora.requests import parse
 from comfy_continual_lora.webui import api
@@ -357,6 +358,33 @@ def test_copies_are_there_while_the_job_runs_and_not_after_it(host: Host, tmp_pa
     assert not _files(host.folder)
 
 
+def test_captions_and_masks_come_with_their_pictures(host: Host, checkpoint: Path) -> None:
+    client = _client(host)
+    checkpoint.with_name("mini.concepts.V1.0123.snapshot").touch()  # so that the copies stay
+    body = {**WHERE, "images": [_encoded(), _encoded("blue")], "token": "V1", "noun": "ball"}
+    chosen = {"captions": ["a V1 ball\non grass", None], "masks": [None, _encoded("white")]}
+    assert client.post(f"{api.PREFIX}/learn", json={**body, **chosen}).status_code == 200
+    assert host.runner.job
+    assert host.runner.job.wait(10)
+    found = inventory(host.runner.job.jobs[0][1]["images"])
+    assert found.summary() == "2 pictures, 1 caption (.txt), 1 mask"
+    assert [picture.caption for picture in found.pictures] == ["a V1 ball on grass", None]
+    assert [bool(picture.mask) for picture in found.pictures] == [False, True]
+    for wrong, message in (
+        ({"captions": ["one"]}, "There are 1 captions for 2 pictures"),
+        ({"captions": "one"}, "captions has to be a list"),
+        ({"captions": [1, 2]}, "captions has to be a list"),
+        ({"captions": ["\ud800", None]}, "The caption of Picture 1 is not text"),
+        ({"masks": [None, "?"]}, "The mask of picture 2 is not valid base64"),
+        ({"masks": [None, "AAAA"]}, "The mask of Picture 2 can't be read"),
+        ({"masks": {}}, "masks has to be a list"),
+        ({"images": "pictures", "masks": [_encoded()]}, "beside its pictures"),
+    ):
+        content = json.dumps({**body, **wrong})  # which escapes half a character
+        answer = client.post(f"{api.PREFIX}/learn", content=content, headers=JSON)
+        assert (answer.status_code, message in answer.json()["detail"]) == (422, True), wrong
+
+
 def test_copies_stay_while_a_snapshot_needs_them(host: Host, checkpoint: Path) -> None:
     client = _client(host)
     snapshot = checkpoint.with_name("mini.x.concepts.V1.0123.snapshot")
@@ -384,7 +412,7 @@ def test_pictures_come_from_the_hosts_folders_alone(
         (pictures, "outside"),
         (inside / ".." / ".." / "..", "outside"),
         (inside / "out", "outside"),
-        (inside, "no pictures"),
+        (inside, "No pictures"),
     ):
         answer = client.post(f"{api.PREFIX}/learn", json={**body, "images": str(folder)})
         assert answer.status_code == 422

@@ -5,8 +5,8 @@ the host's picture folders are refused. Needs fastapi, not gradio.
     GET  history?checkpoint=NAME&stack=NAME      the stack's versions, the newest first
     GET  jobs                                    the running job, or the last one
     POST jobs/stop    {}                         stop it between two steps; again: immediately
-    POST learn        {checkpoint, images, token, noun, settings, replace, stack}
-    POST consolidate  {checkpoint, images, settings, stack}
+    POST learn        {checkpoint, images, captions, masks, token, noun, settings, replace, stack}
+    POST consolidate  {checkpoint, images, captions, masks, settings, stack}
     POST closed_form  {checkpoint, settings, stack}
     POST forget       {checkpoint, token, settings, stack}
     POST scores       {checkpoint, images, settings, stack}
@@ -17,7 +17,10 @@ the host's picture folders are refused. Needs fastapi, not gradio.
 
 A POST that starts a job answers {"job": number}. learn, consolidate and closed_form also export.
 
-images             pictures in base64 (with or without "data:...;base64,"), or the path of a folder
+images             pictures in base64 (with or without "data:...;base64,"), or the path of a folder,
+                   in which captions and masks lie beside them (`inventory`)
+captions           a text for each of `images`, or null for those without one
+masks              a mask in base64 for each of `images`, or null: white is learned from, black is not
 replace            learn in place of the newest concept, if that has this word
 only               words, for a LoRA solved for these alone
 remove_superseded  also remove this stack's earlier exports of the same concepts
@@ -45,11 +48,11 @@ from fastapi.security import HTTPBasic, HTTPBasicCredentials
 
 from ..errors import ContinualLoraError, SettingError, excerpt
 from ..fields import check_names
-from ..files import PICTURES
+from ..inventory import inventory
 from ..operations import OPERATIONS
 from ..requests import parse
 from ..stackschema import unique_pairs
-from .copies import Batch
+from .copies import Batch, Sent
 from .environment import NotReady
 from .host import Host, JobRequest, concepts_of, newest_word, place_of, stack_file, versions_of
 from .job import Job
@@ -93,6 +96,7 @@ def add_routes(app: FastAPI, host: Host) -> None:
         add(name, _with(_body, endpoint, fields), "POST")
 
 
+_PICTURES = ("images", "captions", "masks")
 _GETS = {  # routes and their fields
     "concepts": ("checkpoint", "stack"),
     "history": ("checkpoint", "stack"),
@@ -100,8 +104,8 @@ _GETS = {  # routes and their fields
 }
 _POSTS = {
     "jobs/stop": (),
-    "learn": ("checkpoint", "images", "token", "noun", "settings", "replace", "stack"),
-    "consolidate": ("checkpoint", "images", "settings", "stack"),
+    "learn": ("checkpoint", *_PICTURES, "token", "noun", "settings", "replace", "stack"),
+    "consolidate": ("checkpoint", *_PICTURES, "settings", "stack"),
     "closed_form": ("checkpoint", "settings", "stack"),
     "forget": ("checkpoint", "token", "settings", "stack"),
     "scores": ("checkpoint", "images", "settings", "stack"),
@@ -165,6 +169,8 @@ class Endpoints:
     def scores(self, body: Body) -> Body:
         place = self._place(body)
         images, batch = _images(body, self.host, place["stack"])
+        if isinstance(images, str):  # the pictures alone: its subfolders may be links to anywhere
+            images = [str(file) for file in _asked(inventory, images).files]
         request = {**place, "images": images, **_chosen(body, "settings")}
         job = _checked("scores", {**request, "plot": self.host.chart("scores")})
         return self._start(job, batch=batch)
@@ -260,10 +266,10 @@ def _with(
 
 
 def _asked(function: Callable[..., Any], *given: Any) -> Any:
-    """The function's result; its ValueError refuses the request."""
+    """The function's result; what it refuses is a refused request."""
     try:
         return function(*given)
-    except ValueError as error:
+    except (ContinualLoraError, OSError, ValueError) as error:
         raise refused(error) from None
 
 
@@ -294,41 +300,66 @@ def _given(body: Body, name: str) -> str:
     return value
 
 
-def _images(body: Body, host: Host, stack: str, token: str = "") -> tuple[list[str], Batch | None]:
-    """The paths of the request's pictures, and the batch that has to be written there first."""
+def _images(
+    body: Body, host: Host, stack: str, token: str = ""
+) -> tuple[str | list[str], Batch | None]:
+    """The folder or the paths of the request's pictures, and the batch that has to be written there
+    first.
+    """
     given = body.get("images")
     if isinstance(given, str):
-        return _pictures_in(given, host), None
+        if body.get("captions") or body.get("masks"):
+            raise refused("captions and masks of a folder have to lie in it, beside its pictures.")
+        return _folder(given, host), None
     if not isinstance(given, list) or not given or not all(isinstance(one, str) for one in given):
         raise refused("images has to be a list of pictures in base64, or the path of a folder.")
-    pictures = [(f"Picture {number}", _decoded(number, one)) for number, one in enumerate(given)]
-    batch = _asked(host.copies.batch, pictures, (), stack, token)
+    pictures = [
+        Sent(
+            f"Picture {number}",
+            _decoded(f"Picture {number}", image),
+            (caption or "").strip(),
+            _decoded(f"The mask of picture {number}", mask) if mask else None,
+        )
+        for number, (image, caption, mask) in enumerate(
+            zip(given, _each(body, "captions"), _each(body, "masks"), strict=True), 1
+        )
+    ]
+    batch = _asked(host.copies.batch, pictures, stack, token)
     return batch.paths, batch
 
 
-def _decoded(number: int, picture: str) -> bytes:
+def _each(body: Body, name: str) -> list[str | None]:
+    """A text or null for each picture."""
+    values, count = body.get(name), len(body["images"])
+    if values is None:
+        return [None] * count
+    if not isinstance(values, list) or not all(isinstance(one, str | None) for one in values):
+        raise refused(f"{name} has to be a list of strings or nulls, one for each picture.")
+    if len(values) != count:
+        raise refused(f"There are {len(values)} {name} for {count} pictures; give one for each.")
+    return values
+
+
+def _decoded(name: str, picture: str) -> bytes:
     try:
         return base64.b64decode(picture.split(",", 1)[-1], validate=True)
     except ValueError:
-        raise refused(f"Picture {number} is not valid base64.") from None
+        raise refused(f"{name} is not valid base64.") from None
 
 
-def _pictures_in(given: str, host: Host) -> list[str]:
-    """The pictures of a folder that the API may read."""
+def _folder(given: str, host: Host) -> str:
+    """A folder of pictures that the API may read."""
     try:
         folder = Path(given).resolve()
         allowed = [one.resolve() for one in host.picture_folders()]
-        if not any(folder.is_relative_to(one) for one in allowed):
-            raise refused(
-                f"{given} is outside the folders the API may read: {', '.join(map(str, allowed))}."
-            )
-        files = sorted(path for path in folder.glob("*") if path.suffix.lower() in PICTURES)
     except (OSError, ValueError, RuntimeError):  # not a path, too long, a loop of links
         raise refused(f"{excerpt(given)} is not a folder.") from None
-    pictures = [str(path) for path in files if not path.stem.endswith(".mask")]
-    if not pictures:
-        raise refused(f"There are no pictures in {given}.")
-    return pictures
+    if not any(folder.is_relative_to(one) for one in allowed):
+        raise refused(
+            f"{given} is outside the folders the API may read: {', '.join(map(str, allowed))}."
+        )
+    _asked(inventory, folder)
+    return str(folder)
 
 
 # --- responses -----------------------------------------------------------------------------------

@@ -2,7 +2,7 @@
 when they are removed.
 
     <folder>/copies/<process>/lock                held as long as the process runs
-    <folder>/copies/<process>/<digest>/000.png    a copy, with its caption beside it as 000.txt
+    <folder>/copies/<process>/<digest>/1-IMG.png  a copy, with its caption and mask beside it
     <folder>/copies/<process>/<digest>/of.json    the stack and the word it is for
     <folder>/copies/<process>/charts-<number>/    the charts of a job
 
@@ -17,9 +17,10 @@ import hashlib
 import io
 import itertools
 import json
+import re
 import secrets
 import shutil
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -28,6 +29,7 @@ from filelock import FileLock, Timeout
 from .. import imagefile
 from ..errors import ConceptImagesError
 from ..files import snapshots_of
+from ..inventory import as_caption
 
 _SUFFIXES = {
     "PNG": ".png",
@@ -41,26 +43,35 @@ _SUFFIXES = {
     "HEIF": ".heic",
 }
 _OF = "of.json"
+_UNSAFE = re.compile(r"[^\w .-]+")  # in names of files
+
+
+@dataclass(frozen=True)
+class Sent:
+    """A picture as it was sent: its name, its file, a caption or "", a mask's file if it has one."""
+
+    name: str
+    data: bytes
+    caption: str = ""
+    mask: bytes | None = None
 
 
 @dataclass(frozen=True)
 class Batch:
-    """The pictures of one request, checked but not written yet; `suffixes` fit their formats."""
+    """The files of one request by name, checked but not written yet; `pictures` names the
+    pictures.
+    """
 
     folder: Path
-    pictures: Sequence[bytes]
-    suffixes: Sequence[str]
-    captions: Sequence[str]
+    files: Mapping[str, bytes]
+    pictures: Sequence[str]
     stack: str
     token: str
 
     @property
     def paths(self) -> list[str]:
         """Where the pictures will be."""
-        return [
-            str(self.folder / f"{number:03d}{suffix}")
-            for number, suffix in enumerate(self.suffixes)
-        ]
+        return [str(self.folder / name) for name in self.pictures]
 
 
 class Copies:
@@ -75,36 +86,35 @@ class Copies:
         self._alive: FileLock | None = None
         self._numbers = itertools.count(1)
 
-    def batch(
-        self,
-        pictures: Sequence[tuple[str, bytes]],
-        captions: Sequence[str],
-        stack: str | Path,
-        token: str = "",
-    ) -> Batch:
-        """A batch of named pictures, with a caption or "" for each. Nothing is written yet.
+    def batch(self, pictures: Sequence[Sent], stack: str | Path, token: str = "") -> Batch:
+        """A batch of pictures. Nothing is written yet.
 
-        Errors: ValueError for a file that is not a picture.
+        Errors: ConceptImagesError for a picture, a mask or a caption that is none.
         """
-        suffixes = [suffix_of(name, data) for name, data in pictures]
-        texts = [*captions, *[""] * len(pictures)][: len(pictures)]
-        digest = hashlib.sha256(repr((str(stack), token, suffixes, texts)).encode())
-        for _, data in pictures:
+        files, names = {}, []
+        for number, one in enumerate(pictures, 1):
+            stem = f"{number}-{_UNSAFE.sub('_', Path(one.name).stem)[:40]}"
+            names.append(stem + suffix_of(one.name, one.data))
+            files[names[-1]] = one.data
+            caption, _ = as_caption(one.caption, f"The caption of {one.name}")
+            if caption:
+                files[f"{stem}.txt"] = caption.encode()
+            if one.mask is not None:
+                suffix = suffix_of(f"The mask of {one.name}", one.mask)
+                files[f"{stem}.mask{suffix}"] = one.mask
+        digest = hashlib.sha256(repr((str(stack), token, list(files))).encode())
+        for data in files.values():
             digest.update(hashlib.sha256(data).digest())
         folder = self.mine / digest.hexdigest()[:24]
-        return Batch(folder, [data for _, data in pictures], suffixes, texts, str(stack), token)
+        return Batch(folder, files, names, str(stack), token)
 
     def write(self, batch: Batch) -> None:
         """Errors: OSError, after which `tidy` removes the incomplete batch."""
         self.live()
         batch.folder.mkdir(exist_ok=True)
         (batch.folder / _OF).write_text(json.dumps({"stack": batch.stack, "token": batch.token}))
-        for path, data, caption in zip(
-            map(Path, batch.paths), batch.pictures, batch.captions, strict=True
-        ):
-            path.write_bytes(data)
-            if caption:
-                path.with_suffix(".txt").write_text(caption, encoding="utf-8", errors="replace")
+        for name, data in batch.files.items():
+            (batch.folder / name).write_bytes(data)
 
     def charts(self) -> str:
         """A folder for a job's charts; the job creates it."""
@@ -143,20 +153,14 @@ class Copies:
 
 
 def suffix_of(name: str, data: bytes) -> str:
-    """The file suffix for a picture's format; the pixels are not decoded.
+    """The file suffix for a picture's format. The picture is read once.
 
-    Errors: ValueError for data that is not a picture.
+    Errors: ConceptImagesError for data that is not a picture.
     """
     try:
-        with imagefile.opened(io.BytesIO(data)) as picture:
-            picture.verify()
-            return _SUFFIXES.get(str(picture.format), ".jpg")
+        return _SUFFIXES.get(imagefile.read(io.BytesIO(data)).format, ".jpg")
     except ConceptImagesError as error:
-        raise ValueError(f"{name}: {error}") from None
-    except Exception as error:  # Pillow may raise anything
-        raise ValueError(
-            f"{name} can't be read as an image ({error}). It may be truncated; replace or remove it."
-        ) from None
+        raise ConceptImagesError(str(error).replace(imagefile.UNNAMED, name)) from None
 
 
 def _is_needed(folder: Path) -> bool:

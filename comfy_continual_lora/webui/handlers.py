@@ -11,7 +11,7 @@ from typing import Any
 import gradio as gr
 
 from ..curves import curve_picture
-from ..errors import ContinualLoraError
+from ..errors import ConceptImagesError, ContinualLoraError
 from ..settings import LearnSettings
 from .asking import QUESTIONS
 from .copies import Batch
@@ -28,7 +28,7 @@ from .host import (
 from .labels import METHOD_LABELS, in_labels
 from .runner import Busy
 from .shown import code, history, html, markdown, picture_of, status, table
-from .uploads import picture_at, settings_of, thumbnails, typed, uploaded
+from .uploads import found_in, picture_at, settings_of, thumbnails
 
 ADVANCED = (
     "method",
@@ -168,17 +168,11 @@ class Handlers:
     def _pictures(
         self,
         files: Sequence[Any] | None,
+        captions: Sequence[Sequence[Any]] | None,
         stack: Path,
-        token: str,
-        captions: Sequence[Sequence[Any]] = (),
+        token: str = "",
     ) -> Batch:
-        paths = [path for path in uploaded(files) if path.suffix.lower() != ".txt"]
-        if not paths:
-            raise ValueError("No pictures yet: drop 3 to 15 pictures of the thing.")
-        written = typed(captions)
-        texts = [written.get(path.name, "").strip() for path in paths]
-        pictures = [(path.name, path.read_bytes()) for path in paths]
-        return self.host.copies.batch(pictures, texts, stack, token)
+        return self.host.copies.batch(found_in(files, captions), stack, token)
 
     def learn(
         self,
@@ -200,17 +194,19 @@ class Handlers:
                 settings["method"] = METHOD_LABELS[method]
             word = (token or "").strip()
             place = place_of(path, stack)
-            batch = self._pictures(files, stack, word, captions)
+            batch = self._pictures(files, captions, stack, word)
             request = {**place, "images": batch.paths, "token": word, "settings": settings}
             request |= {"noun": (noun or "").strip(), "replace": bool(replace)}
             return [("learn", request), self.host.export_job(place)], batch
 
         return self._hand_in(checkpoint, name, jobs_of)
 
-    def consolidate(self, checkpoint: str, name: str, files: Any) -> list[Any]:
+    def consolidate(
+        self, checkpoint: str, name: str, files: Any, captions: Any = None
+    ) -> list[Any]:
         def jobs_of(path: Path, stack: Path) -> Jobs:
             place = place_of(path, stack)
-            batch = self._pictures(files, stack, newest_word(stack))
+            batch = self._pictures(files, captions, stack, newest_word(stack))
             request = {**place, "images": batch.paths}
             return [("consolidate", request), self.host.export_job(place)], batch
 
@@ -225,7 +221,7 @@ class Handlers:
 
     def scores(self, checkpoint: str, name: str, files: Any) -> list[Any]:
         def jobs_of(path: Path, stack: Path) -> Jobs:
-            batch = self._pictures(files, stack, "")
+            batch = self._pictures(files, None, stack)
             request = {**place_of(path, stack), "images": batch.paths}
             return [("scores", {**request, "plot": self.host.chart("scores")})], batch
 
@@ -309,8 +305,10 @@ class Handlers:
     # --- uploads -------------------------------------------------------------------------------
 
     @staticmethod
-    def thumbnails(files: Sequence[Any] | None, captions: Sequence[Sequence[Any]]) -> Any:
+    def thumbnails(files: Sequence[Any] | None, captions: Sequence[Sequence[Any]]) -> list[Any]:
+        """The gallery, the caption table, and what was dropped in words."""
         try:
-            return thumbnails(files, captions)
-        except ValueError as error:
+            pictures, rows, told = thumbnails(files, captions)
+        except (ValueError, ConceptImagesError) as error:
             raise gr.Error(str(error)) from None
+        return [pictures, rows, markdown(told)]

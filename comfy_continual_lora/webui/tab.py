@@ -77,10 +77,12 @@ def _what_to_learn(parts: SimpleNamespace, names: list[str]) -> None:
         parts.refresh = gr.Button("Refresh", scale=0)
     parts.files = gr.File(
         file_count="multiple",
-        label=f"{label_of('images')}, 3 to 15",
+        label=f"{label_of('images')}, 3 to 15, with their captions (a.txt) and masks (a.mask.png: white is "
+        "learned from) if there are any",
         elem_id="continual_lora_files",
     )
     parts.gallery = gr.Gallery(label="Pictures", columns=5, height=160)
+    parts.inventory = gr.Markdown("", elem_id="continual_lora_inventory", latex_delimiters=[])
     parts.example = gr.Button(
         "Example pictures, to try it on the mini-SD", elem_id="continual_lora_example"
     )
@@ -227,7 +229,7 @@ def _connect_jobs(parts: SimpleNamespace, handlers: Handlers, page: gr.Blocks) -
     learning = [files, parts.captions, parts.token, parts.noun, parts.method, parts.replace]
     for event, handler, inputs in (
         (parts.learn.click, handlers.learn, [*place, *learning, *parts.advanced]),
-        (parts.consolidate.click, handlers.consolidate, [*place, files]),
+        (parts.consolidate.click, handlers.consolidate, [*place, files, parts.captions]),
         (parts.closed_form.click, handlers.closed_form, place),
         (parts.scores.click, handlers.scores, [*place, files]),
         (parts.evaluate.click, handlers.evaluate, place),
@@ -271,7 +273,9 @@ def _connect_inputs(parts: SimpleNamespace, handlers: Handlers) -> None:
 
     parts.example.click(host.example, parts.token, [parts.files, parts.noun])
     parts.files.change(
-        handlers.thumbnails, [parts.files, parts.captions], [parts.gallery, parts.captions]
+        handlers.thumbnails,
+        [parts.files, parts.captions],
+        [parts.gallery, parts.captions, parts.inventory],
     )
     parts.refresh.click(lambda: gr.update(choices=list(host.checkpoints())), None, parts.checkpoint)
     shown = _outputs(parts, ("concepts", "history", *ASKING))

@@ -12,8 +12,10 @@ from typing import Any
 from PIL import Image
 
 from .. import imagefile
+from ..errors import ConceptImagesError
 from ..fields import from_widget
-from ..files import PICTURES
+from ..inventory import sentences, sorted_out
+from .copies import Sent
 
 
 def uploaded(files: Sequence[Any] | None) -> list[Path]:
@@ -44,36 +46,52 @@ def _names_of(file: Any) -> list[Path]:
 def picture_at(path: Path | str, side: int = 10_000) -> Image.Image | None:
     """A picture, at most `side` pixels wide and high; None for any other file."""
     try:
-        with imagefile.opened(Path(path)) as picture:
-            picture.load()  # before the file is closed
-            picture.thumbnail((side, side))
-            return picture
-    except Exception:  # Pillow may raise anything
+        picture = imagefile.read(Path(path)).image
+    except ConceptImagesError:
         return None
+    picture.thumbnail((side, side))
+    return picture
+
+
+def found_in(files: Sequence[Any] | None, captions: Sequence[Sequence[Any]] | None) -> list[Sent]:
+    """The uploaded pictures with their captions and masks. A typed caption counts before a dropped
+    one.
+
+    Errors: ValueError as `uploaded`, and if there is no picture; ConceptImagesError.
+    """
+    found, written = sorted_out(uploaded(files)), typed(captions)
+    if not found.pictures:
+        raise ValueError(f"No pictures yet: drop 3 to 15 pictures of the thing{found.rest()}.")
+    return [
+        Sent(
+            one.file.name,
+            one.file.read_bytes(),
+            written.get(one.file.name, "").strip() or one.caption or "",
+            one.mask.read_bytes() if one.mask else None,
+        )
+        for one in found.pictures
+    ]
 
 
 def thumbnails(
     files: Sequence[Any] | None, captions: Sequence[Sequence[Any]] | None
-) -> tuple[list[tuple[Image.Image, str]], list[list[str]]]:
-    """Thumbnails with their names, and a row of the caption table for each: the caption typed for
-    that name before, or else the text file dropped with it, or else nothing.
+) -> tuple[list[tuple[Image.Image, str]], list[list[str]], str]:
+    """Thumbnails with their names; a row of the caption table for each picture, with the caption
+    typed for that name before, or else the one dropped with it; and what was dropped, in words.
 
-    Errors: ValueError as `uploaded`.
+    Errors: ValueError as `uploaded`; ConceptImagesError as `read_caption`.
     """
-    paths, written = uploaded(files), typed(captions)
-    texts = {path.stem: caption_in(path) for path in paths if path.suffix.lower() == ".txt"}
-    pictures, rows = [], []
-    for path in paths:
-        picture = picture_at(path, 400) if path.suffix.lower() in PICTURES else None
-        if picture is not None:
-            pictures.append((picture, path.name))
-            rows.append([path.name, written.get(path.name) or texts.get(path.stem, "")])
-    return pictures, rows
-
-
-def caption_in(path: Path) -> str:
-    with path.open(encoding="utf-8", errors="replace") as file:
-        return file.read(10_000).strip()
+    found, written = sorted_out(uploaded(files)), typed(captions)
+    pictures, rows, problems = [], [], []
+    for one in found.pictures:
+        rows.append([one.file.name, written.get(one.file.name) or one.caption or ""])
+        picture = picture_at(one.file, 400)
+        if picture is None:
+            problems.append((one.file.name, "can't be read as a picture; replace or remove it"))
+        else:
+            pictures.append((picture, one.file.name))
+    told = found.notes() if found.pictures else [found.summary()] if files else []
+    return pictures, rows, "\n".join([*told, *sentences(problems)])
 
 
 def typed(captions: Sequence[Sequence[Any]] | None) -> dict[str, str]:
