@@ -93,7 +93,8 @@ def save_pictures(
     folder; the same images give the same files.
 
     `captions`: none, one for all, or one per image; an empty one counts as none. `masks`: MASK
-    batches (n, h, w), none or one mask per image.
+    batches (n, h, w), none or one mask per image; `_is_placeholder` counts as none.
+    Errors: ConceptImagesError.
     """
     from PIL import Image
 
@@ -111,9 +112,9 @@ def save_pictures(
     folder.mkdir(parents=True, exist_ok=True)
     files = []
     for number, (array, text) in enumerate(zip(arrays, texts, strict=True)):
-        file = folder / f"{number:03d}.png"
+        file = folder / f"picture {number + 1}.png"
         Image.fromarray(array).save(file)
-        if mask_arrays:
+        if mask_arrays and not _is_placeholder(mask_arrays[number]):
             Image.fromarray(mask_arrays[number]).save(file.with_suffix(".mask.png"))
         if text.strip():
             file.with_suffix(".txt").write_text(text.strip(), encoding="utf-8")
@@ -139,10 +140,22 @@ def _check_counts(pictures: int, captions: int, masks: int) -> None:
         )
 
 
+def _is_placeholder(mask: Any) -> bool:
+    """Whether it stands for no mask: LoadImage gives 64 x 64 zeros for a picture without alpha,
+    which InvertMask turns into ones.
+    """
+    return mask.shape == (64, 64) and mask.min() == mask.max() and mask.min() in (0, 255)
+
+
 def _pixels(values: Tensor) -> Any:
-    """Values in 0..1 -> an array of bytes."""
+    """Values in 0..1 -> an array of bytes. Errors: ConceptImagesError for NaN and infinity."""
     import numpy as np
 
+    if not values.isfinite().all():
+        raise ConceptImagesError(
+            "A picture or mask of the input has values that are not finite, so the node that made it "
+            "failed. Check its other outputs, or use a VAE in fp32."
+        )
     return np.clip(values.cpu().float().numpy() * 255 + 0.5, 0, 255).astype(np.uint8)
 
 

@@ -78,8 +78,9 @@ class LearnConcept(io.ComfyNode):
                 io.Mask.Input(
                     "masks",
                     optional=True,
-                    tooltip="A mask for each picture: white is learned from, black is not. Fishers and "
-                    "DC scores see the whole picture.",
+                    tooltip="A mask for each picture: white is learned from, black is not. LoadImage's "
+                    "MASK is white where the picture is transparent: put InvertMask between. One of "
+                    "another size is scaled. Fishers and DC scores see the whole picture.",
                 ),
                 *widgets(LearnSettings, cls.MAIN, cls.ADVANCED),
                 io.Combo.Input(
