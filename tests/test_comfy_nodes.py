@@ -16,10 +16,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from helpers_store import make_stack
 
 from comfy_continual_lora import store
-from comfy_continual_lora.errors import SettingError, StackError
+from comfy_continual_lora.errors import ConceptImagesError, SettingError, StackError
+from comfy_continual_lora.inventory import inventory
 from comfy_continual_lora.progress import Progress
 from comfy_continual_lora.settings import (
     EvaluateSettings,
@@ -186,6 +188,32 @@ def test_every_widget_reaches_its_setting(nodes: Any) -> None:
             )
             value = getattr(settings_from(settings, {name: other}), name)
             assert value == {"yes": True, "no": False}.get(other, other)
+
+
+def test_masks_of_the_input_are_saved_unless_they_stand_for_none(
+    nodes: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """LoadImage's mask is 64 x 64 zeros for a picture without alpha; inverted it is ones."""
+    host = importlib.import_module("comfy_continual_lora.comfy_nodes.host")
+    temporary = {"get_temp_directory": lambda: str(tmp_path)}
+    monkeypatch.setattr(host, "folder_paths", types.SimpleNamespace(**temporary))
+    half = torch.zeros(1, 64, 64)
+    half[:, 20:] = 1
+    masks = [torch.zeros(1, 64, 64), torch.ones(64, 64), half, torch.ones(1, 48, 32)]
+    with host.saved_pictures([torch.rand(4, 48, 32, 3)], ["a ball"], masks) as files:
+        found = inventory(files)
+        assert found.summary() == "4 pictures, 4 captions (.txt), 2 masks"
+        assert [bool(picture.mask) for picture in found.pictures] == [False, False, True, True]
+        assert [file.name for file in files] == [f"picture {number}.png" for number in range(1, 5)]
+    for wrong in (float("nan"), float("inf")):
+        with pytest.raises(ConceptImagesError, match="not finite"):
+            host.save_pictures([torch.full((1, 48, 32, 3), wrong)])
+
+
+def test_the_masks_input_says_which_way_white_means(nodes: Any) -> None:
+    masks = next(one for one in nodes.LearnConcept.define_schema().inputs if one.id == "masks")
+    assert "white is learned from" in masks.rest["tooltip"]
+    assert "InvertMask" in masks.rest["tooltip"]
 
 
 def test_a_selection_is_not_merged(nodes: Any) -> None:
