@@ -133,7 +133,9 @@ def _pasted(command: Sequence[str]) -> str:
 
 
 def _preview_file(request: LearnRequest) -> Path:
-    name = f"{request.checkpoint.stem}.{Path(request.token).name}.preview.png"
+    from .files import with_name
+
+    name = f"{with_name(request.checkpoint).stem}.{Path(request.token).name}.preview.png"
     return request.stack_file.with_name(name)
 
 

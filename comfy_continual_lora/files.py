@@ -55,7 +55,7 @@ def stack_path(checkpoint: str | Path, name: str = "") -> Path:
     target's stack, unless there is one beside the link.
     Errors: StackError for a name that can't be part of a file name, or a path without one.
     """
-    checkpoint = Path(checkpoint)
+    checkpoint = with_name(Path(checkpoint))
     if not checkpoint.name:
         raise StackError(
             f"{str(checkpoint)!r} is not a checkpoint. Give the path of its file or folder."
@@ -72,6 +72,11 @@ def stack_path(checkpoint: str | Path, name: str = "") -> Path:
         if target.is_dir() or target.suffix == ".safetensors":
             return _stack_beside(target, name)
     return path
+
+
+def with_name(path: Path) -> Path:
+    """A path that ends in . or .. as the folder it stands for; any other path as it is."""
+    return path.resolve() if path.name in ("", "..") else path
 
 
 def _stack_beside(checkpoint: Path, name: str) -> Path:

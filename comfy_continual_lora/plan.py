@@ -28,7 +28,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from .adapters import count
 from .checkpoint.backbone import kv_layers
-from .checkpoint.layout import Layout
+from .checkpoint.layout import Layout, Part
 from .checkpoint.load import open_checkpoint, pick_device
 from .checkpoint.narrow import DTYPES, FP8, compute_dtype_of, dtype_for, is_large
 from .methods import METHODS
@@ -69,7 +69,7 @@ def plan(checkpoint: Path, stack: Path, asked: LearnSettings, device: str) -> Pl
     Errors: CheckpointError as in `load_backbone`, SettingError for a setting out of its range.
     """
     here = pick_device(device)
-    with open_checkpoint(checkpoint) as (layout, file):
+    with open_checkpoint(checkpoint) as layout:
         settings = asked.resolved(layout.preset)
         dtype = dtype_for(settings.precision, here)
         header = read_header(stack) if stack.exists() else {}
@@ -78,7 +78,7 @@ def plan(checkpoint: Path, stack: Path, asked: LearnSettings, device: str) -> Pl
         method = METHODS[settings.method]
         kind = method.adapter_kind(settings)
         step, rows = method.rows(settings, len(header.get("concepts", ())))
-        weights = _weights(layout, file, dtype, here)
+        weights = _weights(layout, dtype, here)
         adapter, exported = _adapter(layout, kind, rank)
         width = sum(
             model.get_input_embeddings().weight.shape[1]
@@ -135,9 +135,7 @@ def _speed(here: torch.device, dtype: torch.dtype) -> float:
     return 2 * side**3 / best
 
 
-def _weights(
-    layout: Layout, file: Any, dtype: torch.dtype, here: torch.device
-) -> dict[str, tuple[int, str]]:
+def _weights(layout: Layout, dtype: torch.dtype, here: torch.device) -> dict[str, tuple[int, str]]:
     """Bytes and dtype of each part in memory."""
     wide = compute_dtype_of(dtype, here)
     unet = sum(
@@ -146,7 +144,7 @@ def _weights(
     )
     weights = {"U-Net": (unet, _NAMES[dtype]), "VAE": (_bytes([layout.vae.module]), "fp32")}
     texts = [part.module for part in layout.texts]
-    stored = _stored_format(layout, file) if dtype != torch.float32 else torch.float32
+    stored = _stored_format(layout.texts[0]) if dtype != torch.float32 else torch.float32
     return {**weights, "text encoders": (_bytes(texts) * stored.itemsize // 4, _NAMES[stored])}
 
 
@@ -155,12 +153,10 @@ def _bytes(models: Sequence[nn.Module]) -> int:
     return sum(4 * p.numel() for model in models for p in model.parameters())
 
 
-def _stored_format(layout: Layout, file: Any) -> torch.dtype:
-    """The dtype of the text encoders in the file."""
+def _stored_format(text: Part) -> torch.dtype:
+    """The dtype of a text encoder in its file."""
     dtypes = {"F16": torch.float16, "BF16": torch.bfloat16}
-    # the parts of a folder have the same dtype
-    names = layout.texts[0].names.values() or layout.unet.names.values()
-    return dtypes.get(file.get_slice(next(iter(names))).get_dtype(), torch.float32)
+    return dtypes.get(text.weights.dtype(next(iter(text.names.values()))), torch.float32)
 
 
 def _adapter(layout: Layout, kind: str, rank: int) -> tuple[int, int]:

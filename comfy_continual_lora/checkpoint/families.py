@@ -13,6 +13,7 @@ Stability-AI/generative-models.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -83,28 +84,103 @@ SDXL = Family(
     scale=0.13025,
 )
 
-# {a part of a name that only these have: what it is, and what to do}
-_OTHERS = {
-    "conditioner.embedders.0.model.": (
-        "the SDXL refiner",
-        "It finishes the pictures of the SDXL base model; teach that one.",
+_TAKE = "Take an SD1.x, SD2.x or SDXL checkpoint (Illustrious, NoobAI and Pony are SDXL)."
+_FULL = "Get the full model."
+
+
+@dataclass(frozen=True)
+class Other:
+    """A kind of file that can't be taught."""
+
+    kind: str
+    marks: str  # a pattern that names of its weights match, and no names of the kinds below it
+    advice: str = _TAKE
+    pipeline: str = ""  # how the names of its pipelines in diffusers begin
+
+
+# Sources of the names: comfy/model_detection.py and comfy/controlnet.py of ComfyUI 0.33 (original
+# layouts), the classes and loaders/single_file_utils.py of diffusers 0.42 (its own layouts).
+_OTHERS = (
+    Other(
+        "a ControlNet",
+        r"^control_model\.|controlnet_|^lora_controlnet|^(input_hint_block|zero_convs)\.",
+        "Give the checkpoint it is used with.",
     ),
-    "joint_blocks.": (
-        "SD3",
-        "It has no cross-attention to put concepts into; take an SD1.x, SD2.x or SDXL model.",
+    Other("an IP-Adapter", r"^ip_adapter\.", "Give the checkpoint it is used with."),
+    Other(
+        "an AnimateDiff motion module", r"motion_modules\.", "Give the checkpoint it is used with."
     ),
-    "double_blocks.": (
-        "Flux",
-        "It has no cross-attention to put concepts into; take an SD1.x, SD2.x or SDXL model.",
-    ),
-    "lora": (
+    Other(
         "a LoRA",
+        r"lora|hada_w|lokr_w",
         "Give the checkpoint it was made for; a K/V LoRA can become a concept of it "
         "(continual-lora import).",
     ),
-    "word.": ("a concept stack", "Give the checkpoint it lies beside."),
-    "model.diffusion_model.": ("a U-Net without its text encoder", "Get the full model."),
-}
+    Other("a concept stack", r"^word\.", "Give the checkpoint it lies beside."),
+    Other(
+        "the embedding of a word",
+        r"^(emb_params|clip_[lg]|string_to_param.*)$",
+        "Give the checkpoint it was made for; it can become a concept of it together with a LoRA "
+        "(continual-lora import).",
+    ),
+    Other(
+        "the SDXL refiner",
+        r"^conditioner\.embedders\.0\.model\.",
+        "It finishes the pictures of the SDXL base model; teach that one.",
+    ),
+    Other("Flux.3", r"early_stream_modulations\."),
+    Other("Flux.2", r"(double|single)_stream_modulation", pipeline="Flux2"),
+    Other("Chroma", r"distilled_guidance_layer\.", pipeline="Chroma"),
+    Other(
+        "Hunyuan-Video or HunyuanImage",
+        r"individual_token_refiner\.|context_embedder\.token_refiner\.",
+        pipeline="HunyuanVideo",
+    ),
+    Other("HunyuanImage", r"^byt5_in\.", pipeline="HunyuanImage"),
+    Other("Hunyuan-DiT", r"mlp_t5\.|time_extra_emb\.", pipeline="HunyuanDiT"),
+    Other("AuraFlow", r"double_layers\.|joint_transformer_blocks\.", pipeline="AuraFlow"),
+    Other("HiDream", r"double_stream_blocks\.|t_embedder1\.", pipeline="HiDream"),
+    Other("Qwen-Image", r"\.img_mod\.\d|txt_in\.text_norm\.", pipeline="QwenImage"),
+    Other("SD3", r"joint_blocks\.|pos_embed\.pos_embed$", pipeline="StableDiffusion3"),
+    Other(
+        "Flux.1",
+        r"double_blocks\.\d+\.(img|txt)_|single_transformer_blocks\.",
+        pipeline="Flux",
+    ),
+    Other("Krea 2", r"txtfusion\.|text_fusion\.", pipeline="Krea2"),
+    Other("Anima", r"llm_adapter\.", pipeline="Anima"),
+    Other(
+        "Cosmos or Anima",
+        r"blocks\.\d+\.mlp\.layer1\.|blocks\.block0\.|time_embed\.t_embedder\.",
+        pipeline="Cosmos",
+    ),
+    Other("Z-Image", r"cap_pad_token|\blayers\.\d+\.adaLN_modulation\.0\.", pipeline="ZImage"),
+    Other("Lumina", r"cap_embedder\.|caption_embedder\.", pipeline="Lumina"),
+    Other("Wan", r"\bhead\.modulation$|condition_embedder\.time_proj\.", pipeline="Wan"),
+    Other(
+        "Sana",
+        r"attention_y_norm\.|inverted_conv\.|conv_inverted\.",
+        pipeline="Sana",
+    ),
+    Other("LTX-Video", r"patchify_proj\.|time_embed\.emb\.", pipeline="LTX"),
+    Other("PixArt", r"\bt_block\.1\.|adaln_single\.", pipeline="PixArt"),
+    Other(
+        "Stable Cascade",
+        r"clip_txt(_pooled)?_mapper\.|effnet_mapper\.|^vquantizer\.",
+        pipeline="StableCascade",
+    ),
+    Other("Kolors", r"encoder_hid_proj\.weight$", pipeline="Kolors"),
+    Other(
+        "a U-Net without its text encoder", r"input_blocks\.0\.0\.|^(unet\.)?down_blocks\.", _FULL
+    ),
+    Other("a VAE", r"^(first_stage_model\.|vae\.)?(encoder|decoder)\.(down|up|mid|conv_in)", _FULL),
+    Other(
+        "a text or image encoder",
+        r"(text|vision)_model\.|^transformer\.resblocks|^encoder\.block\.0\.|^model\.layers\.",
+        _FULL,
+    ),
+    Other("an upscaler", r"^model\.1\.sub\.|conv_first\.|residual_group\.|^body\.0\.weight$"),
+)
 _RELATIVES = {
     "edm_mean": (
         "Playground v2.5",
@@ -127,25 +203,40 @@ def family_of(path: Path, shapes: Mapping[str, tuple[int, ...]]) -> Family:
 
     Errors: CheckpointError for what is none of them, by its name, with what to do.
     """
+    stem = shapes.get(UNET_STEM, ())
     family = None
     for candidate in (SD1, SD2, SDXL):
-        if all(text.table in shapes for text in candidate.texts):
+        if len(stem) == 4 and all(text.table in shapes for text in candidate.texts):
             family = candidate
             break
-    stem = shapes.get(UNET_STEM)
-    kind, advice = "", ""
-    for part, kind_and_advice in (_RELATIVES if family and stem else _OTHERS).items():
-        if any(part in name for name in shapes):
-            kind, advice = kind_and_advice
-            break
-    if family and stem and not kind:
-        check_channels(path, stem[1])
-        return family
+    kind, advice = "", _FULL
+    if family:
+        for part, kind_and_advice in _RELATIVES.items():
+            if any(part in name for name in shapes):
+                kind, advice = kind_and_advice
+                break
+        else:
+            check_channels(path, stem[1])
+            return family
+    else:
+        names = "\n".join(shapes)
+        for other in _OTHERS:
+            if re.search(other.marks, names, re.MULTILINE):
+                kind, advice = other.kind, other.advice
+                break
     raise CheckpointError(
         f"{path} can't be taught: its weights look like {kind or 'something else'} (first key: "
-        f"{next(iter(shapes), 'none')}). {advice or 'Get the full model.'} Expected SD1.x, SD2.x "
-        "or SDXL in one file: U-Net, text encoders and VAE."
+        f"{next(iter(shapes), 'none')}). {advice} Expected SD1.x, SD2.x or SDXL in one file: "
+        "U-Net, text encoders and VAE."
     )
+
+
+def pipeline_kind(name: str) -> str:
+    """What a diffusers pipeline of another family draws with, and its name: "Wan (WanPipeline)"."""
+    for other in _OTHERS:
+        if other.pipeline and name.startswith(other.pipeline):
+            return f"{other.kind} ({name})"
+    return f"a {name:.100}"
 
 
 def check_channels(path: Path, channels: int) -> None:

@@ -1,188 +1,242 @@
-"""A diffusers folder: its `Layout`, and the `Backbone` it becomes.
+"""A diffusers folder: its `Layout`, from its configurations and the names of its weights.
 
-The U-Net's weights are read here; VAE, text encoders and tokenizer by their own libraries.
+Of each part the float16 weights (`.fp16.safetensors`) are taken if there are any, else the plain ones,
+else the bfloat16 ones.
 """
 
 from __future__ import annotations
 
+import inspect
 import json
+import math
 import re
 import warnings
-from collections.abc import Iterable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
+from inspect import Parameter
 from pathlib import Path
 from typing import Any
 
-import torch
 from diffusers import AutoencoderKL, AutoencoderTiny, UNet2DConditionModel
-from torch import Tensor, nn
-from transformers import CLIPTextConfig, CLIPTokenizer
+from transformers import CLIPTextConfig
 
 from ..errors import CheckpointError
-from .backbone import Backbone
-from .families import SD1, SD2, SDXL, Family, check_channels
-from .layout import Fingerprint, Layout, Part, open_safetensors, part_of, text_encoder
-from .narrow import put, put_unet
+from . import keys
+from .families import SD1, SD2, SDXL, Family, TextPart, check_channels, pipeline_kind
+from .layout import Layout, Part, Weights, check_layer_counts, part_of, usual_size
+
+_INDEXES = ("model_index.json", "modular_model_index.json")
+_VARIANTS = (".fp16", "", ".bf16")
+_LARGEST = 10**6  # number in a configuration
 
 
-class Shards:
-    """Several open safetensors files as one."""
-
-    def __init__(self, files: Iterable[Any]) -> None:
-        self.file_of = {name: file for file in files for name in file.keys()}  # noqa: SIM118 - not a dict
-
-    def keys(self) -> Iterable[str]:
-        return self.file_of.keys()
-
-    def get_slice(self, name: str) -> Any:
-        return self.file_of[name].get_slice(name)
-
-    def get_tensor(self, name: str) -> Tensor:
-        return self.file_of[name].get_tensor(name)
-
-
-@contextmanager
-def open_unet(path: Path) -> Iterator[Shards]:
-    """The U-Net's weights, from one file or from several.
-
-    Errors: CheckpointError if there is no such file, or one can't be read.
+def folder_layout(path: Path, open_file: Callable[[Path], Any]) -> Layout:
+    """Errors: CheckpointError for another model, and for parts that are missing, damaged, or not
+    what their configuration says.
     """
-    stem = f"diffusion_pytorch_model{'.fp16' if _variant(path) else ''}"
-    files = [
-        file
-        for file in sorted((path / "unet").glob("*.safetensors"))
-        if re.fullmatch(rf"{re.escape(stem)}(-\d+-of-\d+)?", file.stem)
-    ]
-    if not files:
-        raise CheckpointError(
-            f"There is no {stem}.safetensors in {path / 'unet'}. Get a model folder with "
-            ".safetensors weights; pickles are refused."
-        )
-    with ExitStack() as stack:
-        yield Shards([stack.enter_context(open_safetensors(file)) for file in files])
+    family = _family(path)
+    nets = _Nets(path, open_file)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        unet = nets.unet()
+        vae = nets.vae(family)
+        texts = [nets.text(text) for text in family.texts]
+    size = _size(path, unet.module.config["sample_size"], family)
+    prediction, zero_snr = _scheduler(path, family)
+    return Layout(
+        family,
+        "mini" if family is SD1 and size <= 128 else family.id,
+        size,
+        unet,
+        vae,
+        texts,
+        _folder(path, "tokenizer"),
+        prediction,
+        zero_snr,
+    )
 
 
-def _variant(path: Path) -> str | None:
-    """ "fp16" for a folder whose files are named so."""
-    return "fp16" if any((path / "unet").glob("*.fp16*.safetensors")) else None
-
-
-def folder_family(path: Path) -> Family:
-    """Errors: CheckpointError for a folder that holds none."""
-    index = path / "model_index.json"
-    if not index.exists():
+def _family(path: Path) -> Family:
+    """Errors: CheckpointError for a folder of none."""
+    index = next((path / name for name in _INDEXES if (path / name).is_file()), None)
+    if index is None:
         raise CheckpointError(
             f"{path} is a folder without model_index.json. Expected a diffusers model folder, or "
             "the path of a .safetensors file."
         )
-    kind = json.loads(index.read_text()).get("_class_name", "")
-    if kind not in (SD1.pipeline, SDXL.pipeline):
-        raise CheckpointError(
-            f"{path} holds a {kind}. Expected a {SD1.pipeline} (SD1.x, SD2.x) or a {SDXL.pipeline}."
-        )
-    if kind == SDXL.pipeline:
+    pipeline = _read_json(index).get("_class_name")
+    if pipeline == SDXL.pipeline:
         return SDXL
-    return SD2 if _config(path / "unet").get("use_linear_projection") else SD1
-
-
-def folder_layout(path: Path, family: Family, file: Shards) -> Layout:
-    """Errors: CheckpointError for a U-Net that takes in more than latents, or lacks weights."""
-    config = _config(path / "unet")
-    check_channels(path, config.get("in_channels", 4))
-    vae_config = _config(path / "vae")
-    tiny = vae_config.get("_class_name") == "AutoencoderTiny"
-    with warnings.catch_warnings(), torch.device("meta"):
-        warnings.simplefilter("ignore")
-        unet = part_of(
-            path / "unet",
-            file.keys(),
-            lambda: UNet2DConditionModel.from_config(config),
-            "",
-            lambda names: {name: name for name in names},
+    if pipeline != SD1.pipeline:
+        raise CheckpointError(
+            f"{path} can't be taught: it holds {pipeline_kind(str(pipeline))}. Expected a "
+            f"{SD1.pipeline} (SD1.x, SD2.x) or a {SDXL.pipeline} in {index.name}."
         )
-        vae = (AutoencoderTiny if tiny else AutoencoderKL).from_config(vae_config)
-        texts = []
-        for text in family.texts:
-            folder = path / text.folder
-            texts.append(Part(folder, text.kind(CLIPTextConfig(**_config(folder))), {}))
-    size = 8 * (unet.module.config["sample_size"] or family.size // 8)
-    preset = "mini" if family is SD1 and size <= 128 else family.id
-    return Layout(family, preset, size, unet, Part(path / "vae", vae, {}), texts)
-
-
-def load_folder(
-    path: Path, layout: Layout, file: Shards, device: torch.device, dtype: torch.dtype
-) -> Backbone:
-    fingerprint = Fingerprint()
-    library = _Library(path, _variant(path))
-
-    def put_in_unet(unet: nn.Module, name: str, weight: Tensor) -> None:
-        fingerprint.add(name, weight)
-        put_unet(unet, name, weight.to(device), dtype)
-
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        vae = library.load(layout.vae)
-        tokenizer = CLIPTokenizer.from_pretrained(
-            path, subfolder="tokenizer", local_files_only=True
-        )
-        encoders = [
-            text_encoder(library.load_text(part, device, dtype), text, tokenizer)
-            for part, text in zip(layout.texts, layout.family.texts, strict=True)
-        ]
-    scheduler = _config(path / "scheduler", "scheduler_config.json")
-    return Backbone(
-        path,
-        layout.unet.fill(file, put_in_unet),
-        vae,
-        encoders,
-        tokenizer,
-        layout.preset,
-        layout.size,
-        fingerprint.hexdigest(),
-        scheduler.get("prediction_type", "epsilon"),
-        scheduler.get("rescale_betas_zero_snr", False),
-        device,
-    )
+    config = _read_json(_folder(path, "unet") / "config.json")
+    return SD2 if config.get("use_linear_projection") else SD1
 
 
 @dataclass(frozen=True)
-class _Library:
-    """The parts that diffusers and transformers read themselves."""
+class _Nets:
+    """The nets of a folder."""
 
     path: Path
-    variant: str | None
+    open_file: Callable[[Path], Any]
 
-    def load(self, part: Part, dtype: torch.dtype | str = torch.float32) -> Any:
-        """Errors: CheckpointError for missing weights, which the libraries would make up."""
-        module, report = type(part.module).from_pretrained(
-            self.path,
-            subfolder=part.path.name,
-            variant=self.variant,
-            local_files_only=True,
-            use_safetensors=True,
-            torch_dtype=dtype,
-            output_loading_info=True,
-            low_cpu_mem_usage=False,
-        )
-        if missing := sorted(report["missing_keys"]):
+    def unet(self) -> Part:
+        config = self._config("unet", UNet2DConditionModel)
+        if isinstance(channels := config.get("in_channels", 4), int):
+            check_channels(self.path, channels)
+        return self._part("unet", config, UNet2DConditionModel.from_config)
+
+    def vae(self, family: Family) -> Part:
+        config = self._config("vae", AutoencoderKL)
+        if config.get("_class_name") == "AutoencoderTiny":
+            config = self._config("vae", AutoencoderTiny)
+            return self._part("vae", config, AutoencoderTiny.from_config)
+        config = {"scaling_factor": family.scale, **config}
+        if not config["scaling_factor"]:
             raise CheckpointError(
-                f"{part.path} lacks {len(missing)} weights, the first is {missing[0]}. Get a "
-                "complete model folder."
+                f"{self.path / 'vae' / 'config.json'}: scaling_factor is "
+                f"{config['scaling_factor']}. Expected {family.scale}, as in {family.name}."
             )
-        return module
+        return self._part("vae", config, AutoencoderKL.from_config, keys.older_vae_name)
 
-    def load_text(self, part: Part, device: torch.device, dtype: torch.dtype) -> Any:
-        """A text encoder that computes in float32, stored as in the file beside a narrow U-Net."""
-        if dtype == torch.float32:
-            return self.load(part).to(device)
-        model = self.load(part, "auto").to(device)
-        for name, weight in list(model.named_parameters()):
-            put(model, name, weight.detach(), torch.float32, weight.dtype)
-        return model
+    def text(self, text: TextPart) -> Part:
+        def make(config: dict[str, Any]) -> Any:
+            return text.kind(CLIPTextConfig(**config))
+
+        config = self._config(text.folder, CLIPTextConfig)
+        return self._part(text.folder, config, make, keys.other_text_name)
+
+    def _config(self, folder: str, kind: type) -> dict[str, Any]:
+        """The configuration of a `kind`. Errors: CheckpointError for a value of another type."""
+        file = _folder(self.path, folder) / "config.json"
+        config = _read_json(file)
+        for field, parameter in inspect.signature(kind).parameters.items():
+            value = config.get(field)
+            if value is not None and (expected := _mismatch(value, parameter.default)):
+                raise CheckpointError(
+                    f"{file}: {field} is {value!r:.100}. Expected {expected}; get a complete copy "
+                    "of the model folder."
+                )
+        return config
+
+    def _part(
+        self,
+        folder: str,
+        config: dict[str, Any],
+        make: Callable[[dict[str, Any]], Any],
+        other_name: Callable[[str], str] = str,
+    ) -> Part:
+        """The net that `make` makes; `other_name` gives the name of a weight in other versions."""
+        weights = self._weights(self.path / folder)
+        check_layer_counts(config, weights, self.path / folder / "config.json")
+        return part_of(
+            weights,
+            lambda: make(config),
+            "",
+            lambda names: {name: name if name in weights else other_name(name) for name in names},
+        )
+
+    def _weights(self, folder: Path) -> Weights:
+        """Errors: CheckpointError if there are none."""
+        stem = "model" if folder.name.startswith("text_encoder") else "diffusion_pytorch_model"
+        shard = r"(-\d+-of-\d+)?"
+        for variant in _VARIANTS:
+            pattern = rf"{stem}{shard}{re.escape(variant)}{shard}\.safetensors"
+            files = sorted(f for f in folder.iterdir() if re.fullmatch(pattern, f.name))
+            if files:
+                return Weights(folder, map(self.open_file, files))
+        raise CheckpointError(
+            f"There is no {stem}.safetensors in {folder}. Get a model folder with .safetensors "
+            "weights; pickles (.bin) are refused."
+        )
 
 
-def _config(folder: Path, name: str = "config.json") -> dict[str, Any]:
-    """A part's configuration; empty if it has none."""
-    return json.loads((folder / name).read_text()) if (folder / name).exists() else {}
+def _mismatch(value: Any, default: Any) -> str:
+    """What is expected in place of a value of another type than the default; empty if it fits.
+
+    A number or a switch may be given for each block, as a list.
+    """
+    if default is Parameter.empty:
+        return ""
+    if isinstance(default, tuple):
+        if not isinstance(value, list) or not value:
+            return "a list"
+        return _mismatch(value, default[0])
+    if isinstance(value, list) and not isinstance(default, str):
+        return next(filter(None, (_mismatch(one, default) for one in value)), "")
+    if isinstance(default, bool):
+        return "" if isinstance(value, bool) else "true or false"
+    if isinstance(default, str):
+        values = value if isinstance(value, list) else [value]
+        return "" if all(isinstance(one, str) for one in values) else "text"
+    if not isinstance(value, (int, float)) or isinstance(value, bool):
+        return "" if default is None else "a number"
+    is_plausible = math.isfinite(value) and abs(value) <= _LARGEST
+    return "" if is_plausible else f"a number of at most {_LARGEST}"
+
+
+def _size(path: Path, sample_size: Any, family: Family) -> int:
+    """Pixels a side, of a side in latents or a pair of sides.
+
+    Errors: CheckpointError for anything else.
+    """
+    if sample_size is None:
+        return family.size
+    sides = sample_size if isinstance(sample_size, (list, tuple)) else [sample_size]
+    if not sides or not all(isinstance(side, int) and usual_size(8 * side) for side in sides):
+        raise CheckpointError(
+            f"{path / 'unet' / 'config.json'}: sample_size is {sample_size!r:.100}. Expected a "
+            "side in latents, such as 64, or a pair of them."
+        )
+    return 8 * min(sides)
+
+
+def _scheduler(path: Path, family: Family) -> tuple[str, bool]:
+    """What the net predicts, and whether nothing of the picture is left at the last timestep.
+
+    Errors: CheckpointError for a noise schedule that is not known here. Without a scheduler SD1.x
+    predicts epsilon; of the others there are both kinds.
+    """
+    file = path / "scheduler" / "scheduler_config.json"
+    if not file.is_file() and family is SD1:
+        return "epsilon", False
+    config = _read_json(file)
+    prediction = config.get("prediction_type", "epsilon")
+    zero_snr = config.get("rescale_betas_zero_snr") or False
+    kind = str(config.get("_class_name", ""))
+    known = prediction in ("epsilon", "v_prediction") and isinstance(zero_snr, bool)
+    if not known or kind.startswith(("EDM", "FlowMatch")):
+        raise CheckpointError(
+            f"{file}: prediction_type is {prediction!r:.100}, rescale_betas_zero_snr is "
+            f"{zero_snr!r:.100} and _class_name is {kind!r:.100}. Expected epsilon or v_prediction "
+            "on the noise schedule of Stable Diffusion; take a model with that."
+        )
+    return prediction, zero_snr
+
+
+def _folder(path: Path, name: str) -> Path:
+    """Errors: CheckpointError if this part is missing."""
+    if not (path / name).is_dir():
+        raise CheckpointError(
+            f"{path} lacks the folder {name}. Get a complete model folder, or a single "
+            ".safetensors file of the model."
+        )
+    return path / name
+
+
+def _read_json(file: Path) -> dict[str, Any]:
+    """Errors: CheckpointError for a file that is missing or holds no JSON object."""
+    try:
+        value = json.loads(file.read_text("utf-8-sig"))
+        if isinstance(value, dict):
+            return value
+        reason = f"it holds a {type(value).__name__}"
+    except (OSError, ValueError, RecursionError) as error:
+        reason = str(error)
+    raise CheckpointError(
+        f"{file} can't be read ({reason:.200}). Expected a JSON object; get a complete copy of the "
+        "model folder."
+    )

@@ -39,6 +39,7 @@ _VAE_ATTENTION = {
     "to_v": "v",
     "to_out.0": "proj_out",
 }
+_OLDER_VAE_ATTENTION = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
 _OPENCLIP_LAYER = {
     "layer_norm1": "ln_1",
     "layer_norm2": "ln_2",
@@ -168,3 +169,31 @@ def openclip_names(names: Iterable[str]) -> dict[str, str]:
         return f"transformer.resblocks.{layer}.{inner}"
 
     return {name: openclip(name) for name in names}
+
+
+def usual_name(name: str) -> str:
+    """The name of a single file's weight in today's layout.
+
+    Files converted from pickles have "state_dict." before every name; in older ones the CLIP text
+    model's names lack "text_model.".
+    """
+    name = re.sub(r"^(state_dict\.)+", "", name)
+    return re.sub(
+        r"^(cond_stage_model|conditioner\.embedders\.0)\.transformer\."
+        r"(?=embeddings\.|encoder\.|final_layer_norm\.)",
+        r"\1.transformer.text_model.",
+        name,
+    )
+
+
+def other_text_name(name: str) -> str:
+    """The name of a text model's weight in a folder written by the other of transformers 4 and 5."""
+    bare = name.removeprefix("text_model.")
+    return f"text_model.{name}" if bare == name else bare
+
+
+def older_vae_name(name: str) -> str:
+    """The name of a KL autoencoder's weight in a folder in older ones of diffusers."""
+    module, leaf = name.rsplit(".", 1)
+    before, _, layer = module.partition(".attentions.0.")
+    return f"{before}.attentions.0.{_OLDER_VAE_ATTENTION.get(layer, layer)}.{leaf}"

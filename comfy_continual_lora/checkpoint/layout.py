@@ -1,7 +1,7 @@
 """What a checkpoint holds, known before its weights are read.
 
-in: an open safetensors file - out: `Layout`, nets on the meta device with the names of their weights
-in the file, from which `Part.fill` reads them.
+in: open safetensors files - out: `Layout`, nets on the meta device with the names of their weights
+in the files, from which `Part.fill` reads them.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,15 +17,30 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
-from transformers import CLIPTokenizer
 
 from ..errors import CheckpointError
 from .backbone import KV_MODULES
-from .families import Family, TextPart
-from .text import TextEncoder
+from .families import Family
 
 NOT_QUANTISED = "It looks like a quantised copy; get the model in float32, float16 or bfloat16."
+PROMPT_LENGTH = 77  # positions of every family's text encoders
+# What a file of another kind begins with: what it is, and what to do
+_BEGINNINGS = {
+    b"GGUF": ("a quantised copy (GGUF)", "Get the model in float16 or bfloat16."),
+    b"PK\x03\x04": ("a pickle or a zip archive", "Get the same model as .safetensors."),
+    b"\x80": ("a pickle", "Get the same model as .safetensors."),
+    b"version https://git-lfs": ("a Git LFS pointer", "Download the model itself."),
+    b"<": ("a web page", "Download the model itself."),
+}
+_LAYER_COUNTS = (
+    "layers_per_block",
+    "transformer_layers_per_block",
+    "num_hidden_layers",
+    "num_encoder_blocks",
+    "num_decoder_blocks",
+)
 
+Shape = tuple[int, ...]
 # (diffusers names) -> {diffusers name: name in the file}
 Naming = Callable[[Iterable[str]], dict[str, str]]
 
@@ -34,97 +49,220 @@ Naming = Callable[[Iterable[str]], dict[str, str]]
 def open_safetensors(path: Path) -> Iterator[Any]:
     """Errors: CheckpointError for a file that can't be read, now or while the block reads it."""
     try:
-        with safe_open(path, framework="pt") as file:
-            yield file
+        file = safe_open(path, framework="pt")
     except (SafetensorError, OSError) as error:
-        raise CheckpointError(
-            f"{path} can't be read as safetensors ({error}). Expected a complete .safetensors "
-            "file; download or copy it again."
-        ) from None
+        raise _unreadable(path, error) from None
+    with file:
+        try:
+            yield file
+        except SafetensorError as error:
+            raise _unreadable(path, error) from None
+
+
+def _unreadable(path: Path, error: Exception) -> CheckpointError:
+    with suppress(OSError), open(path, "rb") as file:
+        start = file.read(32)
+        for beginning, (kind, advice) in _BEGINNINGS.items():
+            if start.startswith(beginning):
+                return CheckpointError(
+                    f"{path} is {kind}, not a .safetensors file ({error}). {advice}"
+                )
+    return CheckpointError(
+        f"{path} can't be read as safetensors ({error}). Expected a complete .safetensors file; "
+        "download or copy it again."
+    )
+
+
+class Weights:
+    """The tensors of open safetensors files, under the names that `rename` gives them."""
+
+    def __init__(
+        self, path: Path, files: Iterable[Any], rename: Callable[[str], str] = lambda name: name
+    ) -> None:
+        self.path = path
+        self._places = {rename(name): (file, name) for file in files for name in file.keys()}  # noqa: SIM118 - not a dict
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._places
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._places)
+
+    def __len__(self) -> int:
+        return len(self._places)
+
+    def shape(self, name: str) -> Shape:
+        return tuple(self._slice(name).get_shape())
+
+    def shape_as_linear(self, name: str) -> Shape:
+        """The shape of the weight that `read` returns."""
+        shape = self.shape(name)
+        if "attn.in_proj_" in name:
+            return (shape[0] // 3, *shape[1:])
+        return shape[::-1] if name.endswith(".text_projection") else shape
+
+    def dtype(self, name: str) -> str:
+        """In the words of safetensors, such as "F16"."""
+        return self._slice(name).get_dtype()
+
+    def read(self, name: str, role: str = "") -> Tensor:
+        """A tensor, or the part of it that is the weight `role` of a transformers model: OpenCLIP
+        stacks q, k and v, and its text projection is the transpose of a linear layer's.
+        """
+        if "attn.in_proj_" in name:
+            stacked = self._slice(name)
+            index = "qkv".index(role[role.index("_proj") - 1])
+            size = stacked.get_shape()[0] // 3
+            return stacked[index * size : (index + 1) * size]
+        file, stored_name = self._places[name]
+        tensor = file.get_tensor(stored_name)
+        return tensor.T if name.endswith(".text_projection") else tensor
+
+    def _slice(self, name: str) -> Any:
+        file, stored_name = self._places[name]
+        return file.get_slice(stored_name)
 
 
 @dataclass(frozen=True)
 class Part:
     """A net without its weights, on the meta device."""
 
-    path: Path
     module: Any
-    names: Mapping[str, str]  # {name of a weight: its name in the file}, K and V first
+    names: Mapping[str, str]  # {name of a weight: its name in `weights`}, K and V first
+    weights: Weights
 
-    def read(self, file: Any, name: str) -> Tensor:
+    def read(self, name: str) -> Tensor:
         """One weight in the dtype it is stored in and in the net's shape.
 
-        Errors: CheckpointError for another shape, and for integers.
+        Errors: CheckpointError for integers, and for values that are not finite.
         """
-        stored_name = self.names[name]
-        tensor = _read(file, stored_name, name)
-        expected = self.module.get_parameter(name).shape
-        if tensor.shape != expected and tensor.numel() != expected.numel():
-            raise CheckpointError(
-                f"{self.path}: {stored_name} has shape {tuple(tensor.shape)}, expected "
-                f"{tuple(expected)}."
-            )
+        tensor = self.weights.read(self.names[name], name)
         if not tensor.is_floating_point():
             raise CheckpointError(
-                f"{self.path}: {stored_name} holds {tensor.dtype} numbers, not the weights of a "
-                f"net. {NOT_QUANTISED}"
+                f"{self.weights.path}: {self.names[name]} holds {tensor.dtype} numbers, not the "
+                f"weights of a net. {NOT_QUANTISED}"
             )
-        return tensor.reshape(expected)
+        if not _is_finite(tensor):
+            raise CheckpointError(
+                f"{self.weights.path}: {self.names[name]} contains infinite or NaN values, which "
+                "would make every picture black. Expected finite weights; download the file "
+                "again, or get another copy of the model."
+            )
+        return tensor.reshape(self.module.get_parameter(name).shape)
 
-    def fill(self, file: Any, put: Callable[[nn.Module, str, Tensor], None]) -> Any:
+    def fill(self, put: Callable[[nn.Module, str, Tensor], None]) -> Any:
         """Read every weight, hand it to `put` and return the net."""
         for name in self.names:
-            put(self.module, name, self.read(file, name))
+            put(self.module, name, self.read(name))
         return self.module
+
+
+def _is_finite(tensor: Tensor) -> bool:
+    """A sum reads the tensor once, and is not finite if an element isn't; only then, or if the sum
+    overflows, every element is looked at.
+    """
+    wide = tensor.float() if tensor.element_size() == 1 else tensor
+    total = wide.sum(dtype=torch.float32)
+    return bool(total.isfinite()) or bool(wide.float().isfinite().all())
 
 
 @dataclass(frozen=True)
 class Layout:
-    """What a checkpoint is.
-
-    In a diffusers folder `vae` and `texts` have no names: their own libraries read them.
-    """
+    """What a checkpoint is."""
 
     family: Family
     preset: str
-    size: int
+    size: int  # pixels a side it was trained at
     unet: Part
     vae: Part
     texts: list[Part]
+    tokenizer: Path  # a folder
+    prediction: str  # what the net predicts, in diffusers' words
+    zero_snr: bool
+
+    def check(self, path: Path) -> None:
+        """Errors: CheckpointError for parts that do not fit each other."""
+        channels_of = {
+            "the VAE": self.vae.module.config["latent_channels"],
+            "the U-Net's output": self.unet.module.config["out_channels"],
+        }
+        for name, channels in channels_of.items():
+            if channels != 4:
+                raise CheckpointError(
+                    f"{path}: {name} has {channels} channels. Expected 4, as in {self.family.name}."
+                )
+        positions = min(part.module.config.max_position_embeddings for part in self.texts)
+        if positions < PROMPT_LENGTH:
+            raise CheckpointError(
+                f"{path}: a text encoder has {positions} positions. Expected {PROMPT_LENGTH}."
+            )
+        width = sum(part.module.config.hidden_size for part in self.texts)
+        expected = self.unet.module.config["cross_attention_dim"]
+        if width != expected:
+            raise CheckpointError(
+                f"{path}: the text encoders give {width} features, the U-Net expects {expected}. "
+                "They are not of the same model; get a complete copy of it."
+            )
 
 
-def part_of(
-    path: Path, stored: Iterable[str], make: Callable[[], Any], prefix: str, naming: Naming
-) -> Part:
-    """The net that `make` makes, whose weights are `stored` under `prefix`.
+def part_of(weights: Weights, make: Callable[[], Any], prefix: str, naming: Naming) -> Part:
+    """The net that `make` makes, whose weights are stored under `prefix`.
 
-    Errors: CheckpointError if some of them are missing.
+    Errors: CheckpointError if weights are missing or have other shapes, or `make` makes none.
     """
-    with torch.device("meta"):
-        module = make()
-    names = naming(module.state_dict())
-    if missing := [prefix + name for name in names.values() if prefix + name not in stored]:
+    try:
+        with torch.device("meta"):
+            module = make()
+    except Exception as error:  # the libraries raise anything for a configuration of no net
+        reason = " ".join(str(error).split())
+        raise CheckpointError(
+            f"{weights.path}: no net can be made from its configuration "
+            f"({type(error).__name__}: {reason:.200}). Get a complete copy of the model."
+        ) from None
+    names = {name: prefix + stored for name, stored in naming(module.state_dict()).items()}
+    if missing := [stored for stored in names.values() if stored not in weights]:
         where = f" of its {prefix.rstrip('.')}" if prefix else ""
         raise CheckpointError(
-            f"{path} lacks {len(missing)} weights{where}, the first is {missing[0]}. Get a "
+            f"{weights.path} lacks {len(missing)} weights{where}, the first is {missing[0]}. Get a "
             "complete checkpoint."
         )
+    for name, stored in names.items():
+        shape, expected = weights.shape_as_linear(stored), module.get_parameter(name).shape
+        if _without_ones(shape) != _without_ones(expected):
+            raise CheckpointError(
+                f"{weights.path}: {stored} has shape {weights.shape(stored)}, expected "
+                f"{tuple(expected)}. Get a complete copy of the model."
+            )
     ordered = sorted(names, key=lambda name: (not Fingerprint.covers(name), name))
-    return Part(path, module, {name: prefix + names[name] for name in ordered})
+    return Part(module, {name: names[name] for name in ordered}, weights)
 
 
-def _read(file: Any, stored_name: str, name: str) -> Tensor:
-    """The weight `name` out of a tensor of the file.
+def _without_ones(shape: Iterable[int]) -> list[int]:
+    """A linear layer and a convolution of one pixel are the same."""
+    return [size for size in shape if size != 1]
 
-    OpenCLIP stacks q, k and v, and its text projection is the transpose of a linear layer's.
+
+def usual_size(side: int) -> int | None:
+    """A side in pixels, rounded down to what the VAE can halve three times; None if pictures of
+    such a side can't be learned from.
     """
-    if "attn.in_proj_" in stored_name:
-        stacked = file.get_slice(stored_name)
-        index = "qkv".index(name[name.index("_proj") - 1])
-        size = stacked.get_shape()[0] // 3
-        return stacked[index * size : (index + 1) * size]
-    tensor = file.get_tensor(stored_name)
-    return tensor.T if stored_name.endswith(".text_projection") else tensor
+    return side - side % 8 if 64 <= side <= 4096 else None
+
+
+def check_layer_counts(config: Mapping[str, Any], names: Iterable[str], source: Path) -> None:
+    """Errors: CheckpointError for a net of more layers than weights named so are numbered.
+
+    A net of a billion layers would not even be made.
+    """
+    numbers = {number for name in names for number in re.findall(r"\.(\d+)\.", name)}
+    for field in _LAYER_COUNTS:
+        value = config.get(field, 1)
+        for count in value if isinstance(value, (list, tuple)) else [value]:
+            if isinstance(count, (int, float)) and count > len(numbers):
+                raise CheckpointError(
+                    f"{source}: {field} is {value!r:.100}, but there are weights for at most "
+                    f"{len(numbers)} layers. Get a complete copy of the model."
+                )
 
 
 class Fingerprint:
@@ -144,8 +282,3 @@ class Fingerprint:
 
     def hexdigest(self) -> str:
         return self._hash.hexdigest()
-
-
-def text_encoder(model: Any, part: TextPart, tokenizer: CLIPTokenizer) -> TextEncoder:
-    pad = 0 if part.openclip else int(tokenizer.eos_token_id)  # type: ignore[arg-type]
-    return TextEncoder(model, pad, part.penultimate)

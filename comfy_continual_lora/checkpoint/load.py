@@ -7,20 +7,24 @@ family does not use are ignored, missing ones are named.
 
 from __future__ import annotations
 
+import os
+import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
+from torch import Tensor, nn
+from transformers import CLIPTokenizer
 
 from ..errors import CheckpointError
 from .backbone import Backbone
-from .folder import folder_family, folder_layout, load_folder, open_unet
-from .layout import Fingerprint, Layout, open_safetensors
-from .narrow import dtype_for
-from .single_file import file_layout, load_file
+from .folder import folder_layout
+from .layout import PROMPT_LENGTH, Fingerprint, Layout, open_safetensors
+from .narrow import dtype_for, put, put_unet
+from .single_file import file_layout
+from .text import TextEncoder
 
 _PICKLES = {".ckpt", ".pt", ".pth", ".bin", ".pkl"}
 
@@ -32,12 +36,78 @@ def load_backbone(path: str | Path, *, device: str = "auto", precision: str = "f
     Errors: CheckpointError for a missing file, a pickle, another architecture, a damaged file or
     missing weights.
     """
-    path = Path(path)
     target = pick_device(device)
     dtype = dtype_for(precision, target)
-    load = load_folder if path.is_dir() else load_file
-    with open_checkpoint(path) as (layout, file):
-        return load(path, layout, file, target, dtype)
+    fingerprint = Fingerprint()
+
+    def put_in_unet(unet: nn.Module, name: str, weight: Tensor) -> None:
+        fingerprint.add(name, weight)
+        put_unet(unet, name, weight.to(target), dtype)
+
+    def put_in_vae(vae: nn.Module, name: str, weight: Tensor) -> None:
+        put(vae, name, weight, torch.float32)
+
+    def put_in_text(model: nn.Module, name: str, weight: Tensor) -> None:
+        stored = weight.dtype if dtype != torch.float32 else None
+        put(model, name, weight.to(target), torch.float32, stored)
+
+    with open_checkpoint(Path(path)) as layout:
+        unet = layout.unet.fill(put_in_unet)
+        vae = layout.vae.fill(put_in_vae)
+        tokenizer = _tokenizer(layout)
+        encoders = []
+        for part, text in zip(layout.texts, layout.family.texts, strict=True):
+            model = part.fill(put_in_text)
+            _fill_position_ids(model, target)
+            pad = 0 if text.openclip else int(tokenizer.eos_token_id)  # type: ignore[arg-type]
+            encoders.append(TextEncoder(model, pad, text.penultimate))
+    return Backbone(
+        Path(path),
+        unet,
+        vae,
+        encoders,
+        tokenizer,
+        layout.preset,
+        layout.size,
+        fingerprint.hexdigest(),
+        layout.prediction,
+        layout.zero_snr,
+        target,
+    )
+
+
+def _tokenizer(layout: Layout) -> CLIPTokenizer:
+    """Errors: CheckpointError for a folder without one, or one that is not the text encoder's."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            tokenizer = CLIPTokenizer.from_pretrained(str(layout.tokenizer), local_files_only=True)
+        ends = {tokenizer.bos_token_id, tokenizer.eos_token_id}
+        largest = max(tokenizer.get_vocab().values())
+    except Exception as error:  # the library raises anything for files of another kind
+        reason = " ".join(str(error).split())
+        raise CheckpointError(
+            f"The tokenizer {layout.tokenizer} can't be read ({type(error).__name__}: "
+            f"{reason:.200}). Expected vocab.json and merges.txt, or tokenizer.json; get a "
+            "complete model folder."
+        ) from None
+    words = min(part.module.config.vocab_size for part in layout.texts)
+    if largest >= words or len(ends - {None}) < 2:
+        raise CheckpointError(
+            f"The tokenizer {layout.tokenizer} does not fit: its largest token is {largest}, its "
+            f"start and end are {sorted(map(str, ends))}, the text encoder knows {words} tokens. "
+            "Get a complete model folder."
+        )
+    tokenizer.model_max_length = PROMPT_LENGTH  # without tokenizer_config.json it is endless
+    return tokenizer
+
+
+def _fill_position_ids(model: Any, device: torch.device) -> None:
+    """A buffer that no file stores."""
+    for module in model.modules():
+        if "position_ids" in module._buffers:
+            count = module.position_embedding.num_embeddings
+            module._buffers["position_ids"] = torch.arange(count, device=device)[None]
 
 
 def fingerprint(path: Path) -> str:
@@ -46,10 +116,10 @@ def fingerprint(path: Path) -> str:
     Errors: CheckpointError as in `load_backbone`.
     """
     digest = Fingerprint()
-    with open_checkpoint(path) as (layout, file):
+    with open_checkpoint(path) as layout:
         for name in layout.unet.names:
             if digest.covers(name):
-                digest.add(name, layout.unet.read(file, name))
+                digest.add(name, layout.unet.read(name))
     return digest.hexdigest()
 
 
@@ -71,27 +141,24 @@ def pick_device(name: str) -> torch.device:
 
 
 @contextmanager
-def open_checkpoint(path: Path) -> Iterator[tuple[Layout, Any]]:
-    """A checkpoint's layout and its open file (a folder's: the U-Net's).
+def open_checkpoint(path: Path) -> Iterator[Layout]:
+    """A checkpoint's layout; its files are open inside the block.
 
     Errors: CheckpointError as in `load_backbone`.
     """
     _check_path(path)
-    if not path.is_dir():
-        with open_safetensors(path) as file:
-            yield file_layout(path, file), file
-        return
-    try:
-        family = folder_family(path)
-        with open_unet(path) as file:
-            yield folder_layout(path, family, file), file
-    except (OSError, ValueError, SafetensorError) as error:
-        raise CheckpointError(f"The diffusers folder {path} can't be loaded: {error}") from None
+    with ExitStack() as stack:
+        if path.is_dir():
+            layout = folder_layout(path, lambda file: stack.enter_context(open_safetensors(file)))
+        else:
+            layout = file_layout(path, stack.enter_context(open_safetensors(path)))
+        layout.check(path)
+        yield layout
 
 
 def _check_path(path: Path) -> None:
     """Errors: CheckpointError if nothing is there, and for a pickle."""
-    if not path.exists():
+    if not os.path.exists(path):
         raise CheckpointError(
             f"There is no checkpoint at {path}. Give the path of a .safetensors file or of a "
             "diffusers folder."

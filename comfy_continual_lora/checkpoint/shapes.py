@@ -116,4 +116,5 @@ def _text_config(
 
 
 def _count(shapes: Shapes, pattern: str) -> int:
-    return 1 + max((int(m[1]) for name in shapes if (m := re.match(pattern, name))), default=-1)
+    """How many numbers there are in the names, which begin at 0."""
+    return len({int(m[1]) for name in shapes if (m := re.match(pattern, name))})

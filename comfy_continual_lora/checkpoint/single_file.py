@@ -1,4 +1,4 @@
-"""A single .safetensors file in the LDM layout: its `Layout`, and the `Backbone` it becomes.
+"""A single .safetensors file in the LDM layout: its `Layout`.
 
 No configuration file is needed: the nets' shapes say what they are (`shapes`), and the tokenizer is
 part of the package.
@@ -6,22 +6,20 @@ part of the package.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from diffusers import AutoencoderKL, AutoencoderTiny, UNet2DConditionModel
-from torch import Tensor, nn
-from transformers import CLIPTextConfig, CLIPTokenizer
+from torch import nn
+from transformers import CLIPTextConfig
 
 from ..errors import CheckpointError
 from . import keys, shapes
-from .backbone import Backbone
 from .families import SD2, Family, TextPart, family_of
-from .layout import NOT_QUANTISED, Fingerprint, Layout, Naming, Part, part_of, text_encoder
-from .narrow import put, put_unet
+from .layout import NOT_QUANTISED, Layout, Naming, Part, Shape, Weights, part_of, usual_size
 
 TOKENIZER = Path(__file__).parent / "tokenizer"
 MINI_ARCHITECTURE = "stable-diffusion-v1-mini"
@@ -31,35 +29,45 @@ _V_BIAS = f"{keys.UNET_PREFIX}output_blocks.11.1.transformer_blocks.0.norm1.bias
 
 def file_layout(path: Path, file: Any) -> Layout:
     """Errors: CheckpointError for another architecture, a quantised copy or missing weights."""
-    stored = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118 - not a dict
+    weights = Weights(path, [file], keys.usual_name)
+    stored = {name: weights.shape(name) for name in weights}
     family = family_of(path, stored)
     for name in stored:
         if name.endswith(_QUANTISATION_SCALES):
             raise CheckpointError(
                 f"{path} holds quantised weights and their scales (first: {name}). {NOT_QUANTISED}"
             )
-    parts = _Parts(path, family, stored)
+    parts = _Parts(weights, family, stored)
     metadata = file.metadata() or {}
     mini = metadata.get("modelspec.architecture") == MINI_ARCHITECTURE
-    predicts_v = _prediction(file, family) == "v_prediction"
-    usual_size = 768 if family is SD2 and predicts_v else family.size
+    prediction = _prediction(weights, metadata, family)
+    size = 768 if family is SD2 and prediction == "v_prediction" else family.size
     return Layout(
         family,
         "mini" if mini else family.id,
-        int(metadata.get("modelspec.resolution", str(usual_size)).split("x")[0]),
+        _resolution(metadata.get("modelspec.resolution", "")) or size,
         parts.unet(),
         parts.vae(),
         [parts.text(text) for text in family.texts],
+        TOKENIZER,
+        prediction,
+        zero_snr=prediction == "v_prediction" and "ztsnr" in stored,
     )
+
+
+def _resolution(text: str) -> int | None:
+    """The shorter side of "1024x1024" or "1024"; None for any other text."""
+    match = re.fullmatch(r"\s*([0-9]{1,5})(?:\s*[x*,]\s*([0-9]{1,5}))?\s*", text, re.IGNORECASE)
+    return usual_size(min(int(side) for side in match.groups() if side)) if match else None
 
 
 @dataclass(frozen=True)
 class _Parts:
     """The nets of a file, from the shapes of its weights."""
 
-    path: Path
+    weights: Weights
     family: Family
-    stored: Mapping[str, tuple[int, ...]]
+    stored: Mapping[str, Shape]
 
     def unet(self) -> Part:
         def make(config: dict[str, Any]) -> nn.Module:
@@ -104,12 +112,12 @@ class _Parts:
         }
         try:
             config = config_of(own)
-            return part_of(self.path, self.stored, lambda: make(config), prefix, naming)
-        except (KeyError, ValueError, StopIteration) as error:
+        except (KeyError, IndexError, StopIteration, ValueError) as error:
             raise CheckpointError(
-                f"{self.path}: the weights under {prefix} are incomplete ({error}). Expected a "
-                f"full {self.family.name} model in one file."
+                f"{self.weights.path}: the weights under {prefix} are incomplete ({error}). "
+                f"Expected a full {self.family.name} model in one file."
             ) from None
+        return part_of(self.weights, lambda: make(config), prefix, naming)
 
 
 def _tiny_vae(_config: dict[str, Any]) -> nn.Module:
@@ -117,65 +125,16 @@ def _tiny_vae(_config: dict[str, Any]) -> nn.Module:
     return AutoencoderTiny(scaling_factor=1.0)
 
 
-def load_file(
-    path: Path, layout: Layout, file: Any, device: torch.device, dtype: torch.dtype
-) -> Backbone:
-    fingerprint = Fingerprint()
-
-    def put_in_unet(unet: nn.Module, name: str, weight: Tensor) -> None:
-        fingerprint.add(name, weight)
-        put_unet(unet, name, weight.to(device), dtype)
-
-    def put_in_vae(vae: nn.Module, name: str, weight: Tensor) -> None:
-        put(vae, name, weight, torch.float32)
-
-    def put_in_text(model: nn.Module, name: str, weight: Tensor) -> None:
-        stored = weight.dtype if dtype != torch.float32 else None
-        put(model, name, weight.to(device), torch.float32, stored)
-
-    unet = layout.unet.fill(file, put_in_unet)
-    vae = layout.vae.fill(file, put_in_vae)
-    tokenizer = CLIPTokenizer.from_pretrained(str(TOKENIZER))
-    encoders = []
-    for part, text in zip(layout.texts, layout.family.texts, strict=True):
-        model = part.fill(file, put_in_text)
-        _fill_position_ids(model, device)
-        encoders.append(text_encoder(model, text, tokenizer))
-    prediction = _prediction(file, layout.family)
-    return Backbone(
-        path,
-        unet,
-        vae,
-        encoders,
-        tokenizer,
-        layout.preset,
-        layout.size,
-        fingerprint.hexdigest(),
-        prediction,
-        zero_snr=prediction == "v_prediction" and "ztsnr" in file.keys(),  # noqa: SIM118 - not a dict
-        device=device,
-    )
-
-
-def _fill_position_ids(model: Any, device: torch.device) -> None:
-    """A buffer that no file stores."""
-    for module in model.modules():
-        if "position_ids" in module._buffers:
-            count = module.position_embedding.num_embeddings
-            module._buffers["position_ids"] = torch.arange(count, device=device)[None]
-
-
-def _prediction(file: Any, family: Family) -> str:
+def _prediction(weights: Weights, metadata: Mapping[str, str], family: Family) -> str:
     """What the net predicts, in diffusers' words.
 
     The metadata say so; else SDXL's fine-tunes mark it with a key, and for SD2.x ComfyUI's rule of
     thumb holds.
     """
-    names = file.keys()
-    if declared := (file.metadata() or {}).get("modelspec.prediction_type"):
+    if declared := metadata.get("modelspec.prediction_type"):
         v = declared.startswith("v")
     elif family is SD2:
-        v = _V_BIAS in names and float(file.get_tensor(_V_BIAS).float().std(correction=0)) > 0.09
+        v = _V_BIAS in weights and float(weights.read(_V_BIAS).float().std(correction=0)) > 0.09
     else:
-        v = "v_pred" in names
+        v = "v_pred" in weights
     return "v_prediction" if v else "epsilon"
