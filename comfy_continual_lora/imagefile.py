@@ -27,9 +27,10 @@ from .files import write_whole
 # Decoders that start no other program. MPO: JPEGs from phones; AVIF and HEIF: if Pillow has them
 FORMATS = ("JPEG", "MPO", "PNG", "WEBP", "BMP", "DIB", "TIFF", "GIF", "PPM", "AVIF", "HEIF")
 ENDINGS = (".png", ".jpg", ".jpeg", ".webp")  # of images that we write
-# Pixels in millions that decoders read in less than 700 MB; JPEGs are decoded at a smaller scale
-_MOST = {"JPEG": 110, "MPO": 110, "TIFF": 50, "HEIF": 50, "WEBP": 35, "AVIF": 35}
-_MOST_OTHERS = 70
+# Pixels in millions that are read in half a gigabyte. JPEGs are decoded at a smaller scale, but
+# progressive ones only after all their coefficients are in memory
+_MOST = {"JPEG": 170, "MPO": 170, "progressive JPEG": 60, "WEBP": 25, "AVIF": 35}
+_MOST_OTHERS = 50
 NARROWEST = 8  # pixels; less shows nothing
 _ENOUGH = 16_000_000  # pixels: larger images are reduced
 UNNAMED = "The image"  # in messages about open files
@@ -197,11 +198,11 @@ def _check_size(image: Image.Image, name: object) -> None:
             f"{name} is too narrow: {shape}; expected at least {NARROWEST} each way. Replace or "
             "remove it."
         )
-    most = _MOST.get(str(image.format), _MOST_OTHERS)
+    kind = "progressive JPEG" if image.info.get("progressive") else str(image.format)
+    most = _MOST.get(kind, _MOST_OTHERS)
     if image.width * image.height > most * 1_000_000:
         raise ConceptImagesError(
-            f"{name} is too large: {shape}; {image.format} is read up to {most} million. Scale it "
-            "down."
+            f"{name} is too large: {shape}; {kind} is read up to {most} million. Scale it down."
         )
 
 
