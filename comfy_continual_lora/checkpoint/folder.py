@@ -50,7 +50,7 @@ def folder_layout(path: Path, open_file: Callable[[Path], Any]) -> Layout:
         unet,
         vae,
         texts,
-        _folder(path, "tokenizer"),
+        _tokenizer(path),
         prediction,
         zero_snr,
     )
@@ -115,7 +115,10 @@ class _Nets:
         config = _read_json(file)
         for field, parameter in inspect.signature(kind).parameters.items():
             value = config.get(field)
-            if value is not None and (expected := _mismatch(value, parameter.default)):
+            if value is None or field == "sample_size":
+                continue
+            per_block = "tuple" in str(parameter.annotation).lower()
+            if expected := _mismatch(value, parameter.default, per_block):
                 raise CheckpointError(
                     f"{file}: {field} is {value!r:.100}. Expected {expected}; get a complete copy "
                     "of the model folder."
@@ -154,24 +157,22 @@ class _Nets:
         )
 
 
-def _mismatch(value: Any, default: Any) -> str:
+def _mismatch(value: Any, default: Any, per_block: bool) -> str:
     """What is expected in place of a value of another type than the default; empty if it fits.
 
-    A number or a switch may be given for each block, as a list.
+    `per_block`: there may be a list, of a value for each block.
     """
     if default is Parameter.empty:
         return ""
-    if isinstance(default, tuple):
-        if not isinstance(value, list) or not value:
-            return "a list"
-        return _mismatch(value, default[0])
-    if isinstance(value, list) and not isinstance(default, str):
-        return next(filter(None, (_mismatch(one, default) for one in value)), "")
+    if isinstance(default, tuple) and not (isinstance(value, list) and value):
+        return "a list"
+    if isinstance(value, list) and per_block:
+        inner = default[0] if isinstance(default, tuple) else default
+        return next(filter(None, (_mismatch(one, inner, per_block) for one in value)), "")
     if isinstance(default, bool):
         return "" if isinstance(value, bool) else "true or false"
     if isinstance(default, str):
-        values = value if isinstance(value, list) else [value]
-        return "" if all(isinstance(one, str) for one in values) else "text"
+        return "" if isinstance(value, str) else "text"
     if not isinstance(value, (int, float)) or isinstance(value, bool):
         return "" if default is None else "a number"
     is_plausible = math.isfinite(value) and abs(value) <= _LARGEST
@@ -215,6 +216,17 @@ def _scheduler(path: Path, family: Family) -> tuple[str, bool]:
             "on the noise schedule of Stable Diffusion; take a model with that."
         )
     return prediction, zero_snr
+
+
+def _tokenizer(path: Path) -> Path:
+    """Errors: CheckpointError if its files are missing; the library would make up an empty one."""
+    folder = _folder(path, "tokenizer")
+    if not any((folder / name).is_file() for name in ("tokenizer.json", "vocab.json")):
+        raise CheckpointError(
+            f"There is neither vocab.json nor tokenizer.json in {folder}. Get a complete model "
+            "folder."
+        )
+    return folder
 
 
 def _folder(path: Path, name: str) -> Path:

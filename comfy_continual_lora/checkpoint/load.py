@@ -83,7 +83,8 @@ def _tokenizer(layout: Layout) -> CLIPTokenizer:
             warnings.simplefilter("ignore")
             tokenizer = CLIPTokenizer.from_pretrained(str(layout.tokenizer), local_files_only=True)
         ends = {tokenizer.bos_token_id, tokenizer.eos_token_id}
-        largest = max(tokenizer.get_vocab().values())
+        vocabulary = tokenizer.get_vocab()
+        largest = max(vocabulary.values())
     except Exception as error:  # the library raises anything for files of another kind
         reason = " ".join(str(error).split())
         raise CheckpointError(
@@ -92,10 +93,11 @@ def _tokenizer(layout: Layout) -> CLIPTokenizer:
             "complete model folder."
         ) from None
     words = min(part.module.config.vocab_size for part in layout.texts)
-    if largest >= words or len(ends - {None}) < 2:
+    if largest >= words or len(ends - {None}) < 2 or "a</w>" not in vocabulary:
         raise CheckpointError(
             f"The tokenizer {layout.tokenizer} does not fit: its largest token is {largest}, its "
             f"start and end are {sorted(map(str, ends))}, the text encoder knows {words} tokens. "
+            "Expected CLIP's. "
             "Get a complete model folder."
         )
     tokenizer.model_max_length = PROMPT_LENGTH  # without tokenizer_config.json it is endless
