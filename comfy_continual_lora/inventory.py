@@ -40,6 +40,7 @@ _FOREIGN = re.compile(  # endings of images that have to be converted first
     r"tga|xcf)"
 )
 Note = tuple[str, str]  # a file's name, and what was changed or chosen
+_MASK_ALONE = "a mask without picture"
 _OTHER_PROGRAMS = ("__macosx", "__pycache__", "lost+found", "system volume information")
 
 
@@ -151,8 +152,9 @@ def inventory(source: str | Path | Iterable[str | Path]) -> Inventory:
         raise ConceptImagesError("No pictures were given. Give 3 to 15 of the thing to learn.")
     if missing := [str(file) for file in files if not file.is_file()]:
         raise ConceptImagesError(f"There is no picture {', '.join(missing)}.")
+    given = set(files)
     beside = {
-        folder: _by_name(entry for entry in _listed(folder) if entry not in files)
+        folder: _by_name(entry for entry in _listed(folder) if entry not in given)
         for folder in {file.parent for file in files}
     }
     return Inventory(tuple(_picture(file, beside[file.parent]) for file in files))
@@ -161,12 +163,14 @@ def inventory(source: str | Path | Iterable[str | Path]) -> Inventory:
 def sorted_out(files: Sequence[Path]) -> Inventory:
     """What these files are by their names, wherever they lie. There may be no picture."""
     names = _by_name(files)
-    pictures = [_picture(file, names) for file in files if not _why_left_out(file)]
-    used = {one for picture in pictures for one in (*picture.captions, *picture.masks)}
+    found = [_picture(file, names) for file in files if not _why_left_out(file)]
+    masks = {mask for picture in found for mask in picture.masks}
+    pictures = [picture for picture in found if picture.file not in masks]
+    used = {one for of in pictures for one in (of.file, *of.captions, *of.masks)}
     rest = [file for file in files if file not in used]
     return Inventory(
-        tuple(picture for picture in pictures if picture.file not in used),
-        tuple(f"{file.name}{why}" for file in rest if (why := _why_left_out(file))),
+        tuple(pictures),
+        tuple(f"{file.name} ({_why_left_out(file) or _MASK_ALONE})" for file in rest),
     )
 
 
@@ -181,7 +185,7 @@ def groups(source: Path | list[Path]) -> tuple[list[tuple[str, list[Path]]], Inv
         return [("", found.files)], found
     entries = _listed(source)
     folders = [entry for entry in entries if entry.is_dir()]
-    own = sorted_out([entry for entry in entries if entry not in folders])
+    own = sorted_out([entry for entry in entries if not entry.is_dir()])
     parts = [(folder.name, sorted_out(_listed(folder))) for folder in folders]
     left_out = [f"{name}/{one}" for name, part in parts for one in part.left_out]
     parts = [(name, part) for name, part in [(source.name, own), *parts] if part.pictures]
@@ -250,19 +254,19 @@ def _found(names: Sequence[str], beside: Mapping[str, Path]) -> tuple[Path, ...]
 
 
 def _why_left_out(file: Path) -> str:
-    """Why a file is no picture, in brackets; empty if it is one. A caption or a mask is none unless
-    it belongs to a picture.
+    """Why a file is no picture; empty if it is one. A caption or a mask is none unless it belongs
+    to a picture.
     """
     ending = file.suffix.lower()
     if file.is_dir():
-        return " (a folder)"
+        return "a folder"
     if not file.is_file():
-        return " (not a file)"
+        return "not a file"
     if ending in _CAPTIONS:
-        return " (no picture has this name)"
+        return "no picture has this name"
     if ending in PICTURES and not undecodable(file):
-        return " (a mask without picture)" if file.stem.lower().endswith(_MASKS[0]) else ""
-    return " (convert it)" if ending in PICTURES or _FOREIGN.fullmatch(ending) else " (no picture)"
+        return _MASK_ALONE if file.stem.lower().endswith(_MASKS[0]) else ""
+    return "convert it" if ending in PICTURES or _FOREIGN.fullmatch(ending) else "no picture"
 
 
 # --- content -------------------------------------------------------------------------------------
@@ -279,7 +283,7 @@ def read_caption(file: Path) -> tuple[str, list[str]]:
     except OSError as error:
         raise _unreadable(file, error) from None
     notes: list[str] = []
-    text, joined = as_caption(_decoded(data, notes), f"The caption {file}")
+    text, joined = as_caption(_decoded(data, notes), f"The caption {file.name}")
     return text, notes + joined
 
 

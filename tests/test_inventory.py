@@ -11,8 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from comfy_continual_lora.errors import ConceptImagesError
+from comfy_continual_lora.errors import CheckpointError, ConceptImagesError
 from comfy_continual_lora.inventory import Inventory, groups, inventory, read_caption, sorted_out
+from comfy_continual_lora.operations import OPERATIONS
 
 
 def _pictures(folder: Path, *names: str) -> None:
@@ -60,6 +61,15 @@ def test_few_pictures_and_choices_are_told(tmp_path: Path) -> None:
     assert few.startswith("2 pictures: too few")
     assert captions == "a.png: 3 captions, a.png.txt, a.txt, a.caption; the first counts."
     assert masks == "a.png: 2 masks, a.mask.png, a_mask.png; the first counts."
+
+
+def test_what_belongs_to_a_mask_is_named(tmp_path: Path) -> None:
+    _pictures(tmp_path, "a.png", "a_mask.png", "a_mask_mask.png")
+    (tmp_path / "a_mask.txt").write_text("a mask")
+    assert inventory(tmp_path).summary() == (
+        "1 picture, no captions, 1 mask; left out: a_mask.txt (no picture has this name), "
+        "a_mask_mask.png (a mask without picture)"
+    )
 
 
 def test_what_is_left_out_is_named_up_to_ten(tmp_path: Path) -> None:
@@ -177,3 +187,24 @@ def test_a_caption_is_one_line_of_text_or_refused(
     assert len(text.splitlines()) <= 1
     assert "\0" not in text
     text.encode()
+
+
+@pytest.mark.parametrize("operation", ["learn", "scores"])
+def test_all_is_told_before_the_checkpoint_is_opened(tmp_path: Path, operation: str) -> None:
+    _pictures(tmp_path / "p", "a.png", "b.gif")
+    (tmp_path / "p" / "IMG_2.HEIC").write_bytes(b"\0\0\0\x18ftypheic" + bytes(99))
+    images, words = tmp_path / "p", {"token": "V1", "noun": "ball"}
+    notes: list[str] = []
+    of = OPERATIONS[operation]
+    rest = words if operation == "learn" else {}
+    request = of.request(tmp_path / "none.safetensors", images=images, **rest)
+    with pytest.raises(CheckpointError):
+        of(request, lambda progress: notes.append(progress.note))
+    assert notes[0].startswith("2 pictures")
+    assert notes[0].endswith("; left out: IMG_2.HEIC (convert it)")
+    if operation == "learn":
+        assert notes[1].startswith("2 pictures: too few")
+        return
+    (images / "cut.jpg").write_bytes(b"\xff\xd8\xff")
+    with pytest.raises(ConceptImagesError, match=r"cut\.jpg can't be read"):
+        of(request)

@@ -224,6 +224,8 @@ def test_what_is_dropped_is_used_or_named(
         handlers.scores("mini.safetensors", "", given)[0]
     )
     assert handlers.thumbnails([], []) == [[], [], ""]
+    emptied = uploads.found_in(given[:-1], [["a.jpg", ""]])
+    assert [one.caption for one in emptied] == ["", "dropped"]
     sent = uploads.found_in(given[:-1], [["b.PNG", "typed"]])
     assert [one.name for one in sent] == ["a.jpg", "b.PNG"]
     assert [one.caption for one in sent] == ["on a café's table", "typed"]

@@ -54,8 +54,8 @@ def picture_at(path: Path | str, side: int = 10_000) -> Image.Image | None:
 
 
 def found_in(files: Sequence[Any] | None, captions: Sequence[Sequence[Any]] | None) -> list[Sent]:
-    """The uploaded pictures with their captions and masks. A typed caption counts before a dropped
-    one.
+    """The uploaded pictures with their captions, from the table if it has a row for them, and their
+    masks.
 
     Errors: ValueError as `uploaded`, and if there is no picture; ConceptImagesError.
     """
@@ -66,7 +66,7 @@ def found_in(files: Sequence[Any] | None, captions: Sequence[Sequence[Any]] | No
         Sent(
             one.file.name,
             one.file.read_bytes(),
-            written.get(one.file.name, "").strip() or one.caption or "",
+            written.get(one.file.name, one.caption or "").strip(),
             one.mask.read_bytes() if one.mask else None,
         )
         for one in found.pictures
