@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -22,7 +22,7 @@ from .progress import OnProgress, Progress
 from .requests import Request
 from .settings import ResolvedSettings
 from .snapshot import identity, other_runs
-from .stack import CheckpointInfo, ConceptRecord, ConceptStack
+from .stack import ConceptRecord, ConceptStack
 from .store import change, load_stack, save_stack, writing
 from .training import asked_for
 
@@ -76,8 +76,11 @@ def open_session(
         backbone = load_backbone(request.checkpoint, device=request.device, precision=precision)
         with writing(path) if writes and is_first() else nullcontext():
             stack = fitting(load_stack(path, backbone.fingerprint), path, backbone)
-            stack.checkpoint = CheckpointInfo(
-                backbone.preset, backbone.prediction, backbone.word_widths
+            stack.checkpoint = replace(
+                stack.checkpoint,
+                preset=backbone.preset,
+                prediction=backbone.prediction,
+                word_widths=backbone.word_widths,
             )
             yield Session(path, backbone, stack, on_progress, writes)
 

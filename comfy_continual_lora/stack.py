@@ -39,6 +39,7 @@ class ConceptRecord:
     with_noun: bool = True  # whether prompts name it "V1 mug" or "V1"
     request: str = ""  # hash of the request: pictures, captions, words, settings
     consolidated: str = ""  # hash of the last request to consolidate it
+    later: dict[str, Any] = field(default_factory=dict)  # what later releases added, kept as it is
 
     @property
     def name(self) -> str:
@@ -59,6 +60,7 @@ class CheckpointInfo:
     preset: str = "sd1"
     prediction: str = "epsilon"
     word_widths: Sequence[int] = ()  # how many numbers of a word's vector each text encoder takes
+    later: dict[str, Any] = field(default_factory=dict)  # as of a record
 
 
 @dataclass
@@ -82,6 +84,7 @@ class ConceptStack:
     checkpoint: CheckpointInfo = field(default_factory=CheckpointInfo)
     identity: str = ""  # whose the exported files are; set when the stack is first stored
     history: int = HISTORY  # how many earlier versions are kept
+    later: dict[str, Any] = field(default_factory=dict)  # as of a record
 
     @property
     def tokens(self) -> dict[str, Tensor]:

@@ -20,6 +20,7 @@ from .files import real_file
 from .stackschema import Shape, checked, damaged, refuse_number, unique_pairs, unreadable
 
 _MOST_HEADER = 100_000_000  # bytes, as in the safetensors library
+_MOST_VALUES = 4_000_000  # in the header, which takes up to a hundred bytes of memory for each
 
 
 def read_header(path: Path) -> dict[str, Any]:
@@ -59,8 +60,11 @@ def _content(path: Path, file: IO[bytes]) -> tuple[dict[str, str], dict[str, Sha
         length = struct.unpack("<Q", start)[0] if len(start) == 8 else 0
         if not 2 <= length <= _MOST_HEADER:
             raise ValueError("it has no header")
+        text = _whole(file.read(length), length)
+        if sum(map(text.count, (b",", b"[", b"{"))) > _MOST_VALUES:
+            raise ValueError("its header is absurdly long")
         content = json.loads(
-            _whole(file.read(length), length),
+            text,
             parse_constant=refuse_number,
             object_pairs_hook=unique_pairs,
         )

@@ -1,7 +1,8 @@
 """Stage 6: the schema of a stack file's header and tensors. Light.
 
 A stack file may come from an untrusted source: `checked` validates everything before it is used, and
-names whatever differs from what `store.save_stack` writes.
+names whatever differs from what `store.save_stack` writes. Fields that a later release added to the
+same format version are kept, under "later".
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import json
 import math
 import re
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
@@ -16,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from .adapters import DENSE, PARTS, kind_with
-from .errors import StackError
+from .errors import StackError, excerpt
 from .files import TOKEN, history_folder
 from .presets import ADAPTERS, METHODS, PRESETS
 from .settings import MOST_VECTORS
@@ -134,6 +136,14 @@ def _one_of(choices: Sequence[str]) -> Check:
     return lambda value: isinstance(value, str) and value in choices
 
 
+def _plain(value: Any, levels: int = 4) -> bool:
+    """JSON of a few levels."""
+    if isinstance(value, dict | list):
+        parts = [*value, *value.values()] if isinstance(value, dict) else value
+        return levels > 0 and all(_plain(one, levels - 1) for one in parts)
+    return value is None or type(value) is bool or _ANY(value) or _number(-math.inf)(value)
+
+
 def _date(value: Any) -> bool:
     try:
         return isinstance(value, str) and bool(datetime.fromisoformat(value)) and len(value) <= 40
@@ -191,7 +201,7 @@ _CHANGE: dict[str, tuple[Check, str]] = {
     "when": (_date, "a date and time"),
 }
 _HEADER: dict[str, tuple[Check, str]] = {
-    "version": (_WHOLE, "a format version"),
+    "version": (_count(1, VERSION), f"a format version from 1 to {VERSION}"),
     "fingerprint": (_text(r"[0-9a-f]{8,128}"), "a hash"),
     "rank": (_or_none(_RANK), "a rank"),
     "tau": (_or_none(_number(1e-30)), "a temperature above 0"),
@@ -244,8 +254,8 @@ def checked(path: Path, metadata: Any, shapes: Mapping[str, Shape]) -> dict[str,
     version = header.get("version")
     if type(version) is int and version > VERSION:
         raise StackError(
-            f"{path} has format version {version}; this program reads up to {VERSION}. Update "
-            "comfy-continual-lora."
+            f"{path} has format version {excerpt(version)}; this program reads up to {VERSION}. "
+            "Update comfy-continual-lora."
         )
     header = _fields(path, "", {**_HEADER_DEFAULTS, **header}, _HEADER)
     header["base"] = _fields(
@@ -261,8 +271,8 @@ def checked(path: Path, metadata: Any, shapes: Mapping[str, Shape]) -> dict[str,
         for number, record in enumerate(header["concepts"], start=1)
     ]
     for name in ("id", "token"):
-        values = [record[name].lower() for record in header["concepts"]]
-        if twice := next((value for value in values if values.count(value) > 1), None):
+        counts = Counter(record[name].lower() for record in header["concepts"])
+        if twice := next((value for value, count in counts.items() if count > 1), None):
             raise _wrong(path, f"two concepts have the {name} {twice!r}")
     _tensors_fit(path, header, shapes)
     return header
@@ -271,29 +281,29 @@ def checked(path: Path, metadata: Any, shapes: Mapping[str, Shape]) -> dict[str,
 def _fields(
     path: Path, where: str, given: dict[str, Any], schema: Mapping[str, tuple[Check, str]]
 ) -> dict[str, Any]:
-    if unknown := sorted(given.keys() - schema.keys()):
-        raise StackError(
-            f"The concept stack {path} has a field this version does not know "
-            f"({where}{unknown[0][:64]!r}): a newer one wrote it. Update comfy-continual-lora."
-        )
+    """The fields of the schema, checked, and under "later" those that it does not have."""
     for name, (check, expected) in schema.items():
         if name not in given:
             raise _wrong(path, f"{where}{name} is missing")
         if not check(given[name]):
-            raise _wrong(path, f"{where}{name} is {given[name]!r:.80}, expected {expected}")
-    return given
+            raise _wrong(path, f"{where}{name} is {excerpt(given[name])}, expected {expected}")
+    later = {name: value for name, value in given.items() if name not in schema}
+    if not _plain(later):
+        raise _wrong(path, f"{where}its unknown fields {excerpt(list(later))} are no plain values")
+    return {**{name: given[name] for name in schema}, "later": later}
 
 
 def _wrong(path: Path, what: str) -> StackError:
     return StackError(
-        f"The concept stack {path} can't be used: {what}. It is damaged or was tampered with; get "
-        "the file again, or restore an earlier version."
+        f"The concept stack {path} can't be used: {what}. It is damaged, was tampered with, or is of "
+        "a later version: get the file again, restore an earlier version, or update "
+        "comfy-continual-lora."
     )
 
 
 def _tensors_fit(path: Path, header: Mapping[str, Any], shapes: Mapping[str, Shape]) -> None:
     """Check that every word and layer is there, and that their shapes fit each other."""
-    ids = [record["id"] for record in header["concepts"]]
+    ids = {record["id"] for record in header["concepts"]}
     words: dict[str, tuple[int, ...]] = {}
     adapters: dict[str, dict[str, dict[str, tuple[int, ...]]]] = {}  # by part, layer, tensor
     for name, shape in shapes.items():

@@ -100,6 +100,7 @@ def _stack_of(header: dict[str, Any], tensors: dict[str, Tensor]) -> ConceptStac
     stack = ConceptStack(header["fingerprint"], records, rank=header["rank"], tau=header["tau"])
     stack.checkpoint = CheckpointInfo(**header["base"])
     stack.history, stack.identity = header["history"], header["identity"]
+    stack.later = header["later"]
     stack.identity = stack.owner
     for key, tensor in tensors.items():
         part, _, rest = key.partition(".")
@@ -222,13 +223,14 @@ def write(
         "fingerprint": stack.fingerprint,
         "rank": stack.rank,
         "tau": stack.tau,
-        "base": dataclasses.asdict(stack.checkpoint),
-        "concepts": [dataclasses.asdict(r) for r in stack.records],
+        "base": _fields_of(stack.checkpoint),
+        "concepts": [_fields_of(record) for record in stack.records],
         "identity": stack.identity,
         "number": number,
         "parent": parent,
-        "change": None if change is None else dataclasses.asdict(change),
+        "change": None if change is None else _fields_of(change),
         "history": stack.history,
+        **stack.later,
     }
     metadata = {"format": FORMAT, "stack": json.dumps(header)}
     checked(
@@ -252,6 +254,13 @@ def _tensors_of(stack: ConceptStack) -> dict[str, Tensor]:
         for concept, adapter in adapters.items():
             tensors |= {f"{part}.{concept}.{name}": tensor for name, tensor in adapter.items()}
     return {name: tensor.detach().float().contiguous().cpu() for name, tensor in tensors.items()}
+
+
+def _fields_of(part: ConceptRecord | CheckpointInfo | Change) -> dict[str, Any]:
+    """A part of the header as it is stored."""
+    fields = dataclasses.asdict(part)
+    later = fields.pop("later")
+    return {**fields, **later}
 
 
 def prune(path: Path, most: int) -> None:

@@ -8,7 +8,7 @@ too.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,8 @@ from .errors import StackError
 from .files import real_file
 from .stackfile import read_header
 from .stackschema import CHANGES, history_files, previous_file
+
+_MOST_NUMBER = 10**8  # no stack has been changed as often: a larger number is a stranger's
 
 
 @dataclass(frozen=True)
@@ -25,6 +27,7 @@ class Change:
     kind: str  # a key of CHANGES
     names: Sequence[str]  # of the concepts it is about, as in prompts
     when: str  # ISO 8601, UTC
+    later: Mapping[str, Any] = field(default_factory=dict)  # what later releases added
 
     def __str__(self) -> str:
         return CHANGES[self.kind].format(", ".join(self.names) or "nothing")
@@ -78,9 +81,10 @@ def _readable(file: Path, number: int) -> Version | None:
 def _version(file: Path, number: int, *, current: bool) -> Version:
     header = read_header(file)
     parent = header["parent"]
-    if current and header["number"] is not None:
-        number = header["number"]
-    if header["number"] is None and number:  # an early version of this program overwrote its parent
+    stored = header["number"]
+    if current and stored is not None and stored < _MOST_NUMBER:
+        number = stored
+    if stored is None and number:  # an early version of this program overwrote its parent
         parent = number - 1
     records = header["concepts"]
     tokens = [record["token"] for record in records]

@@ -137,7 +137,8 @@ TOPS = [
     ("concepts", [1]), ("history", -1), ("history", 10**9), ("number", "1"), ("parent", -3),
     ("identity", HTML), ("change", {"kind": "x", "names": [], "when": ""}),
     ("change", {"kind": "learned", "names": [HTML * 1000], "when": "2026-01-01T00:00:00+00:00"}),
-    ("version", "1"), ("version", None),
+    ("version", "1"), ("version", None), ("version", 0), ("version", -1), ("version", 1.0),
+    ("version", True), ("version", 2), ("version", 10**400), ("version", [[]]),
 ]  # fmt: skip
 
 
@@ -148,16 +149,54 @@ def test_the_stack_header_is_checked(
     refused(changed(whole, lambda stack: stack.update({field: value})), tmp_path)
 
 
-@pytest.mark.parametrize("where", ["concepts", "top"])
-def test_a_field_of_a_later_program_says_to_update(
-    whole: bytes, tmp_path: Path, where: str
-) -> None:
-    """It is never dropped in silence: the file would be stored without it at the next change."""
+def test_fields_of_a_later_program_are_kept(whole: bytes, tmp_path: Path) -> None:
+    """A later release may add fields to the same format version; what they say is not lost."""
+    new = {"strength": 1.5, "later": None, "areas": [{"box": [0, 1]}]}
 
-    def later(stack: dict[str, Any]) -> None:
-        (stack if where == "top" else stack["concepts"][0])["strength"] = 1.0
+    def add(stack: dict[str, Any]) -> None:
+        stack["change"] = {"kind": "learned", "names": [], "when": "2026-01-01T00:00:00+00:00"}
+        for part in (stack, stack["base"], stack["change"], stack["concepts"][0]):
+            part.update(new)
 
-    refused(changed(whole, later), tmp_path, "'strength'.*Update")
+    path, out = tmp_path / "s.concepts.safetensors", tmp_path / "out"
+    path.write_bytes(changed(whole, add))
+    for read in every_reader(path, out)[:-1]:
+        read()
+    history.keep_versions(path, 3)  # stored again, with its change
+    header, _ = split(path.read_bytes())
+    stack = json.loads(header["__metadata__"]["stack"])
+    for part in (stack, stack["base"], stack["change"], stack["concepts"][0]):
+        assert {name: part.get(name) for name in new} == new
+        assert part.keys().isdisjoint({"later"} - new.keys())
+    assert "strength" not in stack["concepts"][1]
+
+
+def test_unknown_fields_are_no_way_around_the_checks(whole: bytes, tmp_path: Path) -> None:
+    deep: list[Any] = []
+    for _ in range(900):
+        deep = [deep]
+    for value in (deep, "\ud800", float("1e999"), "x" * 100_001, {"\ud800": 1}):
+        refused(
+            changed(whole, lambda stack, value=value: stack["concepts"][0].update(more=value)),
+            tmp_path,
+        )
+    refused(changed(whole, lambda stack: stack.update(rank=deep)), tmp_path, "rank is")
+
+
+def test_a_stack_numbered_absurdly_can_be_changed(whole: bytes, tmp_path: Path) -> None:
+    path = tmp_path / "s.concepts.safetensors"
+    for number in (2**63 - 1, 10**9, 10**8, 10**8 - 1):
+        path.write_bytes(changed(whole, lambda stack, n=number: stack.update(number=n, parent=n)))
+        before = store.open_stack(path)
+        store.save_stack(before.undone(), path, store.change("undone", before.records[:1]))
+        assert history.undo(path).tokens == ["V1", "V2"]
+        shutil.rmtree(files.history_folder(path))
+
+
+def test_a_header_of_absurd_length_is_refused_before_it_is_parsed(tmp_path: Path) -> None:
+    for one in ("[],", "1,", '{"a":1},'):
+        text = '{"a":[' + one * (5_000_000 // one.count(",")) + "0]}"
+        refused(joined(text.encode(), b""), tmp_path, "absurdly long", slice(1))
 
 
 def test_two_concepts_of_one_word_or_id_are_refused(whole: bytes, tmp_path: Path) -> None:
