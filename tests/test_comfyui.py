@@ -16,6 +16,7 @@ from typing import Any
 import helpers_full_size as full_size
 import numpy as np
 import pytest
+import torch
 from helpers_browser import CHROMIUM, page
 from helpers_comfyui import (
     ComfyUI,
@@ -26,7 +27,7 @@ from helpers_comfyui import (
     write_control_net,
 )
 from PIL import Image
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from comfy_continual_lora.files import snapshots_of
 from comfy_continual_lora.snapshot import read_snapshot
@@ -498,6 +499,34 @@ def test_learned_things_are_kept_apart_under_a_control_net(host: ComfyUI) -> Non
     assert np.abs(controlled - picture(0.5, mixed=True)).mean() > 0.5
     assert np.abs(controlled - picture(0.0, mixed=False)).mean() > 0.5
     assert "are drawn mixed" not in host.log.read_text()
+
+
+def test_a_stack_on_another_checkpoint_is_told(host: ComfyUI) -> None:
+    """Also in other precisions, and while the LoRA is on the model."""
+    mini = host.pack / "models" / "mini-sd.safetensors"
+    folder = host.base / "models" / "checkpoints"
+    folder.mkdir(parents=True, exist_ok=True)
+    weights = {name: one for name, one in load_file(mini).items() if one.is_floating_point()}
+    save_file({name: one.half() for name, one in weights.items()}, folder / "half.safetensors")
+    draws = torch.Generator().manual_seed(0)
+    other = {
+        name: one + 0.05 * one.abs().mean() * torch.randn(one.shape, generator=draws)
+        for name, one in weights.items()
+    }
+    save_file(other, folder / "other.safetensors")
+
+    def told(checkpoint: str) -> int:
+        before = host.log.read_text().count("This MODEL is not mini-sd.safetensors")
+        graph = {**_both_learned("apart"), **draw("a photo of a V1", "4")}
+        graph["20"]["inputs"]["ckpt_name"] = checkpoint
+        for strength in (1.0, 0.9):
+            graph["4"]["inputs"]["strength"] = strength
+            host.run(graph)
+        return host.log.read_text().count("This MODEL is not mini-sd.safetensors") - before
+
+    assert told("mini-sd.safetensors") == 0
+    assert told("half.safetensors") == 0
+    assert told("other.safetensors") == 2
 
 
 def test_there_are_no_areas_where_nothing_was_kept_apart(host: ComfyUI) -> None:

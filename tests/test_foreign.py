@@ -216,7 +216,9 @@ def test_a_strength_that_can_not_be_is_refused(
     if strength:
         with pytest.raises(SettingError, match="strength"):
             requests.parse(requests.ImportRequest, given)
-        with pytest.raises(SettingError, match=r"strength is .*(the range is -10 to 10|a finite number)"):
+        with pytest.raises(
+            SettingError, match=r"strength is .*(the range is -10 to 10|a finite number)"
+        ):
             requests.ImportRequest(Path("c"), Path("a"), "W1", strength=strength).check()
     if strength != 11:
         with pytest.raises(StackError, match="at strength"):

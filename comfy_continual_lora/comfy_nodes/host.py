@@ -172,6 +172,22 @@ def to_image(pictures: Sequence[Image]) -> Tensor:
 # --- progress and memory -------------------------------------------------------------------------
 
 
+def tell(text: str) -> None:
+    """Show a warning at the node that is running, and in the console."""
+    logging.warning("comfy-continual-lora: %s", text)
+    try:
+        from comfy_execution.utils import (  # pyright: ignore[reportMissingImports]
+            get_executing_context,
+        )
+        from server import PromptServer  # pyright: ignore[reportMissingImports]
+
+        server, running = PromptServer.instance, get_executing_context()
+        if running is not None:
+            server.send_progress_text(text, running.node_id)
+    except (ImportError, AttributeError):  # an older ComfyUI
+        pass
+
+
 class Reporter:
     """Shows progress, lets the user cancel, and collects the run's notes for its report.
 

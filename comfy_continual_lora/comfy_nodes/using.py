@@ -16,6 +16,7 @@ from ..requests import EvaluateRequest, ScoreRequest, SelectRequest
 from ..settings import EvaluateSettings, ScoreSettings, SolveSettings
 from . import host
 from .handle import StackHandle
+from .origin import is_from
 from .schema import (
     ADVANCED,
     Stack,
@@ -110,6 +111,7 @@ class ApplyConcepts(io.ComfyNode):
     ) -> Any:
         concepts = (stack.as_of(version) if version else stack).read()
         if concepts is None or not concepts.records:
+            host.tell(f"The stack {stack.file.name} holds no concept yet, so nothing is applied.")
             return io.NodeOutput(model, clip)
         if strength:
             model = cls._patched(model, stack, concepts, strength)
@@ -138,6 +140,11 @@ class ApplyConcepts(io.ComfyNode):
                 f"The stack {stack.file.name} changes {len(layers)} layers, but this MODEL has only "
                 f"{after - before} of them: it belongs to another kind of checkpoint. Load "
                 f"{stack.checkpoint.name}."
+            )
+        if not is_from(model, stack.checkpoint):
+            host.tell(
+                f"This MODEL is not {stack.checkpoint.name}, for which the stack {stack.file.name} "
+                f"was learned: its concepts may come out wrong. Load {stack.checkpoint.name}."
             )
         return patched
 
