@@ -121,10 +121,10 @@ def whole_words(words: Iterable[str]) -> re.Pattern[str]:
     """A pattern for any of these words as a whole word, in any case; group 1 is the word.
 
     A word ends where no letter of a learned word follows: V10, V1-a and V1_a don't contain V1, but
-    "V1's" and "(V1:1.2)" do.
+    "V1's" and "(V1:1.2)" do. Case is ASCII's: a long s is no s.
     """
     either = "|".join(map(re.escape, words))
-    return re.compile(rf"(?<!{_LETTER})({either})(?!{_LETTER})", re.IGNORECASE)
+    return re.compile(rf"(?<!{_LETTER})({either})(?!{_LETTER})", re.IGNORECASE | re.ASCII)
 
 
 def unknown_words(prompts: Iterable[str], words: Collection[str]) -> list[str]:

@@ -18,7 +18,7 @@ from comfy_continual_lora.errors import ConceptImagesError, SettingError
 from comfy_continual_lora.mentions import named, not_learned, unknown_words, whole_words
 from comfy_continual_lora.progress import Progress
 
-WORDS = ["V1", "V1-a", "V10", "V1_a", "my-V1"]
+WORDS = ["sks", "V1", "V1-a", "V10", "V1_a", "my-V1"]
 
 
 @pytest.mark.parametrize(
@@ -31,6 +31,7 @@ WORDS = ["V1", "V1-a", "V10", "V1_a", "my-V1"]
         ("V1-ab V1- V100 xV1 V1x", []),
         ("V1狗 éV1", ["V1"]),
         ("embedding:V1-a", ["V1-a"]),
+        ("\u017fks and s\u212as", []),
     ],
 )
 def test_a_word_ends_where_no_letter_of_words_follows(text: str, found: list[str]) -> None:
