@@ -26,6 +26,7 @@ from .files import write_whole
 
 # Decoders that start no other program. MPO: JPEGs from phones; AVIF and HEIF: if Pillow has them
 FORMATS = ("JPEG", "MPO", "PNG", "WEBP", "BMP", "DIB", "TIFF", "GIF", "PPM", "AVIF", "HEIF")
+_TRANSPARENT = ("RGBA", "RGBa", "LA", "La", "PA")  # modes
 ENDINGS = (".png", ".jpg", ".jpeg", ".webp")  # of images that we write
 # Pixels in millions that are read in half a gigabyte. JPEGs are decoded at a smaller scale, but
 # progressive ones only after all their coefficients are in memory
@@ -154,7 +155,8 @@ def _eight_bit(image: Image.Image, reduced: Image.Image, notes: list[str]) -> Im
 
 
 def _rgb(image: Image.Image, ground: str) -> Image.Image:
-    if image.has_transparency_data:
+    # Image.has_transparency_data is not in AUTOMATIC1111's Pillow, which is 9.5
+    if image.mode in _TRANSPARENT or "transparency" in image.info:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, ground), image)
     return image.convert("RGB")
