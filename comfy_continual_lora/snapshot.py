@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import struct
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -24,6 +25,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
 
+from .errors import excerpt
 from .files import write_whole
 
 _SOURCES = {
@@ -85,15 +87,16 @@ def read_snapshot(path: Path) -> Snapshot:
         raise DamagedSnapshot("its checksum is wrong")
     try:
         losses = [float(loss) for loss in json.loads(header["losses"])]
-        return Snapshot(
-            header["identity"],
-            int(header["step"]),
-            losses,
-            dict(json.loads(header["asked"])),
-            tensors,
-        )
-    except (KeyError, ValueError, TypeError, RecursionError) as error:
-        raise DamagedSnapshot(f"it is incomplete: {error}") from None
+        asked = dict(json.loads(header["asked"]))
+        snapshot = Snapshot(header["identity"], int(header["step"]), losses, asked, tensors)
+    except (KeyError, ValueError, TypeError, OverflowError, RecursionError) as error:
+        raise DamagedSnapshot(f"it is incomplete: {error!s:.200}") from None
+    if snapshot.step != len(losses) or not isinstance(asked.get("settings", {}), dict):
+        raise DamagedSnapshot("its parts do not fit each other")
+    numbers = [one.float() for one in tensors.values() if one.is_floating_point()]
+    if not all(map(math.isfinite, losses)) or not all(one.isfinite().all() for one in numbers):
+        raise DamagedSnapshot("it contains infinite or NaN values")
+    return snapshot
 
 
 def _checksum(tensors: Mapping[str, Tensor], header: Mapping[str, str]) -> str:
@@ -130,7 +133,7 @@ def _differences(theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> str:
     words = [text for name, text in _SOURCES.items() if theirs.get(name) != ours.get(name)]
     before, now = theirs.get("settings", {}), ours.get("settings", {})
     words += [
-        f"{name} ({before.get(name)}, now {now.get(name)})"
+        f"{excerpt(name)[1:-1]} ({excerpt(before.get(name))}, now {excerpt(now.get(name))})"
         for name in sorted({*before, *now})
         if before.get(name) != now.get(name)
     ]
