@@ -8,8 +8,8 @@ same format version are kept, under "later".
 from __future__ import annotations
 
 import json
-import math
 import re
+import sys
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -114,10 +114,9 @@ def _text(pattern: str = r"[^\x00-\x1f\ud800-\udfff]*", most: int = 1000) -> Che
     )
 
 
-def _number(low: float, high: float = math.inf) -> Check:
-    return lambda value: (
-        type(value) in (int, float) and math.isfinite(value) and low <= value <= high
-    )
+def _number(low: float = -sys.float_info.max) -> Check:
+    """A finite number; a whole one that no float can hold is none."""
+    return lambda value: type(value) in (int, float) and low <= value <= sys.float_info.max
 
 
 def _count(low: int, high: int) -> Check:
@@ -141,7 +140,7 @@ def _plain(value: Any, levels: int = 4) -> bool:
     if isinstance(value, dict | list):
         parts = [*value, *value.values()] if isinstance(value, dict) else value
         return levels > 0 and all(_plain(one, levels - 1) for one in parts)
-    return value is None or type(value) is bool or _ANY(value) or _number(-math.inf)(value)
+    return value is None or type(value) is bool or _ANY(value) or _number()(value)
 
 
 def _date(value: Any) -> bool:
@@ -155,9 +154,7 @@ def _settings(value: Any) -> bool:
     """The settings a concept was learned with: names and plain values."""
     if not isinstance(value, dict) or not all(map(_text(r"\w*", 64), value)):
         return False
-    plain = all(
-        v is None or type(v) is bool or _LINE(v) or _number(-math.inf)(v) for v in value.values()
-    )
+    plain = all(v is None or type(v) is bool or _LINE(v) or _number()(v) for v in value.values())
     return plain and _or_none(_RANK)(value.get("rank")) and value.get("adapter", "lora") in ADAPTERS
 
 
@@ -179,7 +176,7 @@ _RECORD: dict[str, tuple[Check, str]] = {
     "prompts": (_list(_ANY), "a list of prompts"),
     "hashes": (_list(_DIGEST), "a list of hashes"),
     "learned": (_date, "a date and time"),
-    "loss": (_number(-math.inf), "a finite number"),
+    "loss": (_number(), "a finite number"),
     "preview": (
         _text(r"(?:[A-Za-z0-9+/]{4})*(?:[A-Za-z0-9+/]{2}==|[A-Za-z0-9+/]{3}=)?", 1_000_000),
         "a picture in base64",
