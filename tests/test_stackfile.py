@@ -9,6 +9,7 @@ import json
 import shutil
 import struct
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -299,7 +300,8 @@ def test_a_damaged_byte_is_refused_or_harmless(
         *(t for a in (stack.adapter, *stack.pool.values()) for t in (a or {}).values()),
     ]
     assert all(t.isfinite().all() for t in tensors)
-    export.export_files(stack, folder / "a" / "out", folder / "a" / "out", "x")
+    with suppress(ContinualLoraError):  # other programs' files can't hold every finite number
+        export.export_files(stack, folder / "a" / "out", folder / "a" / "out", "x")
     assert {p.name for p in folder.iterdir()} <= {"s", "a"}
 
 
