@@ -86,6 +86,8 @@ SDXL = Family(
 
 _TAKE = "Take an SD1.x, SD2.x or SDXL checkpoint (Illustrious, NoobAI and Pony are SDXL)."
 _FULL = "Get the full model."
+_BESIDE = "Give the checkpoint it is used with."
+_SCHEDULE = "Its noise schedule is not known here; take SDXL or a fine-tune of it."
 
 
 @dataclass(frozen=True)
@@ -104,12 +106,10 @@ _OTHERS = (
     Other(
         "a ControlNet",
         r"^control_model\.|controlnet_|^lora_controlnet|^(input_hint_block|zero_convs)\.",
-        "Give the checkpoint it is used with.",
+        _BESIDE,
     ),
-    Other("an IP-Adapter", r"^ip_adapter\.", "Give the checkpoint it is used with."),
-    Other(
-        "an AnimateDiff motion module", r"motion_modules\.", "Give the checkpoint it is used with."
-    ),
+    Other("an IP-Adapter", r"^ip_adapter\.", _BESIDE),
+    Other("an AnimateDiff motion module", r"motion_modules\.", _BESIDE),
     Other(
         "a LoRA",
         r"lora|hada_w|lokr_w",
@@ -181,20 +181,16 @@ _OTHERS = (
     ),
     Other("an upscaler", r"^model\.1\.sub\.|conv_first\.|residual_group\.|^body\.0\.weight$"),
 )
-_RELATIVES = {
-    "edm_mean": (
-        "Playground v2.5",
-        "Its noise schedule is not known here; take SDXL or a fine-tune of it.",
-    ),
-    "edm_vpred.sigma_max": (
-        "CosXL",
-        "Its noise schedule is not known here; take SDXL or a fine-tune of it.",
-    ),
-    "embedder.model.visual.": (
+# Models that have all parts of one of the families
+_RELATIVES = (
+    Other("Playground v2.5", r"edm_mean", _SCHEDULE),
+    Other("CosXL", r"edm_vpred\.sigma_max", _SCHEDULE),
+    Other(
         "SD2.x unCLIP",
+        r"embedder\.model\.visual\.",
         "It draws from pictures, not from text; take SD2.1.",
     ),
-}
+)
 _CHANNELS = {9: "an inpainting model", 8: "an instruct-pix2pix model", 5: "a depth model"}
 
 
@@ -203,29 +199,17 @@ def family_of(path: Path, shapes: Mapping[str, tuple[int, ...]]) -> Family:
 
     Errors: CheckpointError for what is none of them, by its name, with what to do.
     """
-    stem = shapes.get(UNET_STEM, ())
-    family = None
-    for candidate in (SD1, SD2, SDXL):
-        if len(stem) == 4 and all(text.table in shapes for text in candidate.texts):
-            family = candidate
-            break
-    kind, advice = "", _FULL
-    if family:
-        for part, kind_and_advice in _RELATIVES.items():
-            if any(part in name for name in shapes):
-                kind, advice = kind_and_advice
-                break
-        else:
-            check_channels(path, stem[1])
-            return family
-    else:
-        names = "\n".join(shapes)
-        for other in _OTHERS:
-            if re.search(other.marks, names, re.MULTILINE):
-                kind, advice = other.kind, other.advice
-                break
+    stem, names = shapes.get(UNET_STEM, ()), "\n".join(shapes)
+    families = (SD1, SD2, SDXL) if len(stem) == 4 else ()
+    family = next((one for one in families if all(t.table in shapes for t in one.texts)), None)
+    others = _RELATIVES if family else _OTHERS
+    other = next((one for one in others if re.search(one.marks, names, re.MULTILINE)), None)
+    if family and not other:
+        check_channels(path, stem[1])
+        return family
+    kind, advice = (other.kind, other.advice) if other else ("something else", _FULL)
     raise CheckpointError(
-        f"{path} can't be taught: its weights look like {kind or 'something else'} (first key: "
+        f"{path} can't be taught: its weights look like {kind} (first key: "
         f"{next(iter(shapes), 'none')}). {advice} Expected SD1.x, SD2.x or SDXL in one file: "
         "U-Net, text encoders and VAE."
     )
