@@ -17,7 +17,6 @@ from .errors import ConceptImagesError
 from .inventory import inventory
 from .mentions import named
 from .presets import TEMPLATES
-from .progress import Progress
 from .session import Session
 from .settings import ResolvedSettings
 from .stack import ConceptRecord, ConceptStack
@@ -65,10 +64,10 @@ def load_concept(
     if settings.flip:
         pictures = (*pictures, *(image.flip(-1) for image in pictures))
         masks = masks and (*masks, *(mask.flip(-1) for mask in masks))
-    latents = backbone.encode_images(pictures)
     prompt_noun = noun if with_noun else ""
     prompts = [concepts.prompts_for(token, prompt_noun, TEMPLATES, one) for one in loaded.captions]
     _check_length(session, prompts, token, settings.vectors)
+    latents = backbone.encode_images(pictures)
     small = None
     if masks is not None:
         small = [
@@ -103,7 +102,7 @@ def _check_length(
     )
     if unnamed:
         note += f" In {len(unnamed)} of them {token} is not read. Name it at their beginning."
-    session.on_progress(Progress("load", 1, 1, note=note))
+    session.tell(note)
 
 
 def source_of(

@@ -88,11 +88,23 @@ def noun_positions(
 
 def too_long(prompt: str, unseen: Sequence[str]) -> str:
     """The note for a prompt that names these words where no text encoder sees them."""
-    shown = prompt if len(prompt) <= 60 else f"{prompt[:57]}..."
     return (
-        f'The prompt "{shown}" is too long: the text encoder doesn\'t see {" and ".join(unseen)}. It '
-        "is drawn without keeping its things apart. Name them earlier, or shorten it."
+        f"{_is_too_long(prompt)} the text encoder doesn't see {' and '.join(unseen)}. It is drawn "
+        "without keeping its things apart. Name them earlier, or shorten it."
     )
+
+
+def not_read(prompt: str, end: str) -> str:
+    """The note for a prompt whose end no text encoder reads."""
+    return (
+        f'{_is_too_long(prompt)} the text encoder does not read its end, "{end[:200]}". Shorten it, '
+        "or begin with what matters most."
+    )
+
+
+def _is_too_long(prompt: str) -> str:
+    shown = prompt if len(prompt) <= 60 else f"{prompt[:57]}..."
+    return f'The prompt "{shown}" is too long:'
 
 
 def not_in_use(token: str) -> str:

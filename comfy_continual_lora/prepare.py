@@ -66,8 +66,9 @@ def make_room(session: Session, request: LearnRequest) -> str:
 def tell_of_noun(session: Session, request: LearnRequest | ImportRequest) -> None:
     """Say if prompts will use the class noun without its article."""
     if request.class_noun != request.noun.strip():
-        note = f'The class noun is "{request.class_noun}": prompts have an article of their own.'
-        session.on_progress(Progress("load", 1, 1, note=note))
+        session.tell(
+            f'The class noun is "{request.class_noun}": prompts have an article of their own.'
+        )
 
 
 def _without_newest(stack: ConceptStack, token: str) -> ConceptStack:

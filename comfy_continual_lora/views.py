@@ -25,7 +25,7 @@ from .errors import ConceptImagesError, SettingError, StackError
 from .export import Exported, export_files
 from .files import stack_stem
 from .imagefile import check_folder, check_output, save_own
-from .mentions import named, not_in_use, not_learned, unknown_words
+from .mentions import named, not_in_use, not_learned, not_read, unknown_words
 from .progress import OnProgress, Progress, ignore
 from .requests import (
     DrawRequest,
@@ -267,14 +267,8 @@ def _notes(backbone: Backbone, stack: ConceptStack, prompts: Iterable[str]) -> l
     notes = []
     if unknown := unknown_words(prompts, stack.tokens):
         notes.append(not_learned(unknown, stack.tokens))
-    for prompt in prompts:
-        if end := backbone.not_read(prompt, stack.tokens):
-            shown = prompt if len(prompt) <= 60 else f"{prompt[:57]}..."
-            notes.append(
-                f'The prompt "{shown}" is too long: the text encoder does not read its end, '
-                f'"{end[:200]}". Shorten it, or begin with what matters most.'
-            )
-    return notes
+    ends = ((prompt, backbone.not_read(prompt, stack.tokens)) for prompt in prompts)
+    return [*notes, *(not_read(prompt, end) for prompt, end in ends if end)]
 
 
 def _groups(images: Path | list[Path], on_progress: OnProgress) -> list[tuple[str, list[Path]]]:
