@@ -58,7 +58,8 @@ def with_words(
             f"The vectors of the stack's words have {width} numbers, this CLIP's {sum(widths)}: "
             "they belong to another kind of checkpoint. Use the CLIP of the stack's own checkpoint."
         )
-    pattern = re.compile(rf"(?<!embedding:){whole_words(words).pattern}", re.IGNORECASE | re.ASCII)
+    whole = whole_words(words)
+    pattern = re.compile(rf"(?<!embedding:){whole.pattern}", whole.flags)
     parts = {token: word.split(widths, 1) for token, word in words.items()}
     extended = clip.clone()
     extended.tokenizer = copy.copy(clip.tokenizer)
