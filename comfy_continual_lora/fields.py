@@ -211,8 +211,7 @@ def check_range(field: dataclasses.Field, value: Any) -> None:
         return
     low, high = meta["low"], meta["high"]
     unit = f" {meta['unit']}" if meta["unit"] else ""
-    # NaN is in no range
-    if (low is not None and not value >= low) or (high is not None and not value <= high):
+    if (low is not None and value < low) or (high is not None and value > high):
         upper = " and more" if high is None else f" to {high:g}"
         raise SettingError(f"`{name}` is {value:g}; the range is {low:g}{upper}{unit}.")
     if meta["multiple"] > 1 and value % meta["multiple"]:
