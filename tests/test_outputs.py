@@ -91,10 +91,8 @@ def test_a_result_is_printed_if_its_plot_can_not_be_written(
 
 def test_a_console_without_the_letters_of_a_name(checkpoint: Path, tmp_path: Path) -> None:
     out = tmp_path / "狗"
-    done = _run(
-        "draw", "--checkpoint", checkpoint, "--prompt", "a ball", "--out", out, *QUICK,
-        PYTHONIOENCODING="ascii",
-    )  # fmt: skip
+    words = ["draw", "--checkpoint", checkpoint, "--prompt", "a ball", "--out", out, *QUICK]
+    done = _run(*words, PYTHONIOENCODING="ascii")
     assert done.returncode == 0, done.stderr
     assert "\\u72d7/a-ball-0.png" in done.stdout.replace(os.sep, "/")
 
