@@ -219,7 +219,7 @@ def test_a_run_goes_on_whatever_the_number_of_threads(checkpoint: Path, pictures
         pipeline.learn_concept(request, notes)
     finally:
         torch.set_num_threads(before)
-    assert notes == ["Resuming from step 3 of 6."]
+    assert notes == ["4 pictures, no captions", "Resuming from step 3 of 6."]
     assert not list(checkpoint.parent.glob("*snapshot*"))
 
 
