@@ -7,7 +7,7 @@
     sd.draw("a photo of a V1 dog on grass")[0].image.save("dog.png")
 
 Methods are the operations of `operations.py`: `run` calls any of them by name, the others spell out
-the arguments of those used most. Settings are keyword arguments, named as the command line's flags.
+the arguments of those used most. Settings are keyword arguments, those of `settings.py`.
 Each call opens the checkpoint's files again and keeps no memory in use, so that it is cheaper to
 draw many prompts in one call.
 

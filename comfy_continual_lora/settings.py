@@ -212,7 +212,7 @@ class TrainSettings(DscSettings, RetentionSettings, EwcSettings, LoopSettings):
 class LearnSettings(TrainSettings):
     """How to learn one concept."""
 
-    method: str = setting("retention", "how to learn; see the table in README", choices=METHODS)
+    method: str = setting("retention", "how to learn; docs/how-it-works.md has a table", choices=METHODS)
     steps: int | None = setting(None, "training steps", low=1, high=1_000_000)
     weighting: str | None = setting(
         None,
