@@ -45,7 +45,7 @@ def add_fields(
     for field in dataclasses.fields(operation.request):
         if isinstance(field.default, Settings):
             add_settings(parser, type(field.default), operation.name)
-        elif field.name != "device" or operation.name not in _WITHOUT_DEVICE:
+        elif field.name not in ("device", "prediction") or operation.name not in _WITHOUT_DEVICE:
             _add_field(parser, operation.name, field, field.name in optional)
 
 

@@ -40,6 +40,7 @@ from .prepare import (
     settings_for,
     take_stock,
     tell_of_noun,
+    tell_of_objective,
 )
 from .progress import OnProgress, ignore
 from .requests import (
@@ -102,6 +103,7 @@ def learn_concept(request: LearnRequest, on_progress: OnProgress = ignore) -> Le
                 settings,
                 with_noun=not method.fresh_adapter(settings),
             )
+            tell_of_objective(session, concept)
             start = method.start(session, concept, settings)
             penalties = method.penalties(session, settings, start.retention)
             inputs = method.training_inputs(session, concept, settings, start, penalties)

@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import asdict, replace
 from pathlib import Path
 
-from . import concepts
+from . import concepts, objective
 from .adapters.adapter import Adapter, attached
-from .concept import load_concept
+from .concept import Concept, load_concept
 from .errors import SettingError, StackError, TokenError
 from .files import check_names
 from .inventory import inventory
@@ -69,6 +69,14 @@ def tell_of_noun(session: Session, request: LearnRequest | ImportRequest) -> Non
         session.tell(
             f'The class noun is "{request.class_noun}": prompts have an article of their own.'
         )
+
+
+def tell_of_objective(session: Session, concept: Concept) -> None:
+    """Before a stack's first concept, say if the checkpoint seems to predict something else."""
+    if not session.stack.records:
+        prompt = f"a photo of a {concept.noun}"
+        if note := objective.doubt(session.backbone, concept.latents, prompt):
+            session.tell(note)
 
 
 def _without_newest(stack: ConceptStack, token: str) -> ConceptStack:

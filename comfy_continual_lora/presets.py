@@ -22,6 +22,8 @@ METHODS = [  # lists, so that an extension can add to them
     "closed_form",
 ]
 ADAPTERS = ["lora", "vera"]
+# what a checkpoint's net predicts: the name here, and diffusers'
+PREDICTIONS = {"epsilon": "epsilon", "v": "v_prediction", "flow": "flow_prediction"}
 TEMPLATES = (
     "a photo of a {}",
     "photo of a {}",

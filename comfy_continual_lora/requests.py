@@ -18,6 +18,7 @@ from typing import Any, TypeVar
 from .errors import SettingError, excerpt
 from .fields import Settings, check_field, check_names, check_type, option
 from .files import stack_path
+from .presets import PREDICTIONS
 from .settings import (
     EXECUTION_SETTINGS,
     FORMATS,
@@ -32,6 +33,10 @@ from .settings import (
 CHECKPOINT_HELP = "a .safetensors checkpoint or a diffusers folder"
 STACK_HELP = "the concept stack, if not the file beside the checkpoint"
 DEVICE_HELP = "auto, cpu, cuda, cuda:1 or mps"
+PREDICTION_HELP = (
+    "what the checkpoint's net predicts; auto: what the stack or the file says, which can't tell a "
+    "rectified flow (flow)"
+)
 IMAGES_HELP = (
     "folder with 3 to 15 pictures; name.txt beside name.jpg is its caption, name.mask.png its mask "
     "(white is learned from)"
@@ -54,6 +59,7 @@ class Request:
     _: KW_ONLY
     stack: Path | None = option(STACK_HELP, None)
     device: str = option(DEVICE_HELP, "auto")
+    prediction: str = option(PREDICTION_HELP, "auto", choices=("auto", *PREDICTIONS))
 
     @property
     def stack_file(self) -> Path:

@@ -18,6 +18,7 @@ from .checkpoint.load import load_backbone
 from .errors import StackError, TrainingError
 from .files import cache_folder, check_names, real_file, snapshot_path, snapshots_of
 from .parallel import is_first
+from .presets import PREDICTIONS
 from .progress import OnProgress, Progress
 from .requests import Request
 from .settings import ResolvedSettings
@@ -76,6 +77,7 @@ def open_session(
         backbone = load_backbone(request.checkpoint, device=request.device, precision=precision)
         with writing(path) if writes and is_first() else nullcontext():
             stack = fitting(load_stack(path, backbone.fingerprint), path, backbone)
+            backbone = replace(backbone, prediction=_prediction(request, backbone, stack))
             stack.checkpoint = replace(
                 stack.checkpoint,
                 preset=backbone.preset,
@@ -83,6 +85,24 @@ def open_session(
                 word_widths=backbone.word_widths,
             )
             yield Session(path, backbone, stack, on_progress, writes)
+
+
+def _prediction(request: Request, backbone: Backbone, stack: ConceptStack) -> str:
+    """What the net predicts: as asked for, as the stack was learned, or as the files say.
+
+    Errors: StackError if the stack was learned by another.
+    """
+    asked = PREDICTIONS.get(request.prediction)
+    if not stack.records:
+        return asked or backbone.prediction
+    learned = stack.checkpoint.prediction
+    if asked not in (None, learned):
+        names = {value: name for name, value in PREDICTIONS.items()}
+        raise StackError(
+            f"The concepts of {request.stack_file} were learned with `prediction` {names[learned]}, "
+            f"but {request.prediction} is asked for. Leave it out, or start another `stack`."
+        )
+    return learned
 
 
 @contextmanager

@@ -212,7 +212,9 @@ class TrainSettings(DscSettings, RetentionSettings, EwcSettings, LoopSettings):
 class LearnSettings(TrainSettings):
     """How to learn one concept."""
 
-    method: str = setting("retention", "how to learn; docs/how-it-works.md has a table", choices=METHODS)
+    method: str = setting(
+        "retention", "how to learn; docs/how-it-works.md has a table", choices=METHODS
+    )
     steps: int | None = setting(None, "training steps", low=1, high=1_000_000)
     weighting: str | None = setting(
         None,
@@ -374,6 +376,13 @@ class DrawSettings(Settings):
         None, "side of the drawn pictures", low=64, high=4096, unit="pixels", multiple=8
     )
     negative: str = setting("", "what not to draw")
+    flow_shift: float = setting(
+        6.0,
+        "of a rectified-flow checkpoint, how far the steps move towards high noise, as in ComfyUI's "
+        "ModelSamplingSD3",
+        low=0.01,
+        high=100,
+    )
     mixed: bool = setting(
         False,
         "let the looks of several learned things in one prompt mix, as a program without this one "

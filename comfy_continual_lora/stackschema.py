@@ -20,7 +20,7 @@ from typing import Any
 from .adapters import DENSE, PARTS, kind_with
 from .errors import StackError, excerpt
 from .files import TOKEN, history_folder
-from .presets import ADAPTERS, METHODS, PRESETS
+from .presets import ADAPTERS, METHODS, PREDICTIONS, PRESETS
 from .settings import MOST_VECTORS
 
 FORMAT = "comfy-continual-lora"
@@ -189,7 +189,7 @@ _RECORD: dict[str, tuple[Check, str]] = {
 _RECORD_DEFAULTS = {"with_noun": True, "request": "", "consolidated": ""}
 _BASE: dict[str, tuple[Check, str]] = {
     "preset": (_one_of(tuple(PRESETS)), f"one of {', '.join(PRESETS)}"),
-    "prediction": (_one_of(("epsilon", "v_prediction")), "a prediction type this version knows"),
+    "prediction": (_one_of(tuple(PREDICTIONS.values())), "a prediction type this version knows"),
     "word_widths": (_list(_count(1, 100_000), 4), "a list of widths"),
 }
 _CHANGE: dict[str, tuple[Check, str]] = {

@@ -323,4 +323,10 @@ def asked_for(
     choices = {
         name: value for name, value in asdict(settings).items() if name not in EXECUTION_SETTINGS
     }
-    return {**source, "checkpoint": backbone.fingerprint, "prompts": prompts, "settings": choices}
+    return {
+        **source,
+        "checkpoint": backbone.fingerprint,
+        "prediction": backbone.prediction,
+        "prompts": prompts,
+        "settings": choices,
+    }

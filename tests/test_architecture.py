@@ -53,7 +53,7 @@ LAYERS = (
     ("concept", "session"),
     ("learn", "requests", "targets"),
     ("moments", "results", "sample", "solve", "training"),
-    ("classifier", "hostareas", "together"),
+    ("classifier", "hostareas", "objective", "together"),
     ("mini",),
     ("ewc", "textspace"),
     ("penalty", "store"),

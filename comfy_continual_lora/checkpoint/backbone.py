@@ -52,7 +52,7 @@ class Backbone:
     preset: str  # which row of settings.PRESETS suits it
     size: int  # pixels a side it was trained at
     fingerprint: str  # SHA-256 of the file's K/V weights: which checkpoint a stack was made for
-    prediction: str = "epsilon"  # what the net predicts, in diffusers' words, or "v_prediction"
+    prediction: str = "epsilon"  # what the net predicts, a value of `PREDICTIONS`
     zero_snr: bool = False  # whether nothing of the picture is left at the last timestep
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
 

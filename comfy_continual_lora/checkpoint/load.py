@@ -29,9 +29,16 @@ from .text import TextEncoder
 _PICKLES = {".ckpt", ".pt", ".pth", ".bin", ".pkl"}
 
 
-def load_backbone(path: str | Path, *, device: str = "auto", precision: str = "fp32") -> Backbone:
+def load_backbone(
+    path: str | Path,
+    *,
+    device: str = "auto",
+    precision: str = "fp32",
+    prediction: str | None = None,
+) -> Backbone:
     """Load a checkpoint for learning and drawing.
 
+    `prediction`: what the net predicts, in diffusers' words, if not what its files say.
     `precision` (a setting) is the U-Net's; the VAE is float32 (SDXL's overflows in float16).
     Errors: CheckpointError for a missing file, a pickle, another architecture, a damaged file or
     missing weights.
@@ -70,7 +77,7 @@ def load_backbone(path: str | Path, *, device: str = "auto", precision: str = "f
         layout.preset,
         layout.size,
         fingerprint.hexdigest(),
-        layout.prediction,
+        prediction or layout.prediction,
         layout.zero_snr,
         target,
     )
