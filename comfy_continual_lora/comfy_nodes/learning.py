@@ -94,7 +94,7 @@ class LearnConcept(io.ComfyNode):
                     "the newest), which stays until the new one is stored.",
                 ),
                 # last: saved workflows identify widgets by their position
-                *widgets(LearnSettings, (), ("vectors",)),
+                *widgets(LearnSettings, (), ("vectors", "accumulate")),
             ],
             outputs=[
                 Stack.Output(display_name="stack"),
@@ -174,6 +174,8 @@ class Consolidate(io.ComfyNode):
         "retention_weight",
         "precision",
         "fisher_samples",
+        "checkpointing",
+        "accumulate",
     )
 
     @classmethod

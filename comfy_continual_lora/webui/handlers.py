@@ -4,6 +4,7 @@ first also return the values of `ASKING`.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ import gradio as gr
 
 from ..curves import curve_picture
 from ..errors import ConceptImagesError, ContinualLoraError
-from ..settings import LearnSettings
+from ..settings import LearnSettings, TrainSettings
 from .asking import QUESTIONS
 from .copies import Batch
 from .environment import NotReady
@@ -49,6 +50,7 @@ ADVANCED = (
     "fisher_samples",
     "precision",
     "checkpointing",
+    "accumulate",
     "preview_every",
 )
 OUTPUTS = (
@@ -202,12 +204,15 @@ class Handlers:
         return self._hand_in(checkpoint, name, jobs_of)
 
     def consolidate(
-        self, checkpoint: str, name: str, files: Any, captions: Any = None
+        self, checkpoint: str, name: str, files: Any, captions: Any, *advanced: Any
     ) -> list[Any]:
         def jobs_of(path: Path, stack: Path) -> Jobs:
+            chosen = settings_of(LearnSettings, ADVANCED, advanced)
+            own = {field.name for field in dataclasses.fields(TrainSettings)}
+            settings = {name: value for name, value in chosen.items() if name in own}
             place = place_of(path, stack)
             batch = self._pictures(files, captions, stack, newest_word(stack))
-            request = {**place, "images": batch.paths}
+            request = {**place, "images": batch.paths, "settings": settings}
             return [("consolidate", request), self.host.export_job(place)], batch
 
         return self._hand_in(checkpoint, name, jobs_of)
