@@ -22,7 +22,7 @@ import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 
-from .errors import ConceptImagesError, SettingError, TokenError
+from .errors import ConceptImagesError, SettingError, TokenError, excerpt
 from .files import TOKEN, is_reserved
 from .imagefile import Read, read
 from .inventory import Note, Picture, feed, inventory, sentences
@@ -116,7 +116,7 @@ def _problem_of(file: Path, notes: list[Note]) -> str:
     try:
         _read_picture(file, notes)
     except ConceptImagesError as error:
-        return str(error)
+        return error.marked
     return ""
 
 
@@ -140,7 +140,7 @@ def load_images(
             digest = hashlib.sha256()
             feed(digest, one.file)
         except ConceptImagesError as error:
-            problems.append(str(error))
+            problems.append(error.marked)
             continue
         pictures.append(fitted(picture.image, size, fit))
         hashes.append(digest.hexdigest())
@@ -239,14 +239,14 @@ _ADVICE = "Choose a short word of your own, such as V1."
 def check_spelling(token: str) -> None:
     """Raise TokenError unless `token` can be used in prompts and file names of every host."""
     if not token.strip():
-        raise TokenError(f"The token is empty. {_ADVICE}")
+        raise TokenError(f"`token` is empty. {_ADVICE}")
     if is_reserved(token):
         raise TokenError(
-            f"The token {token!r} can't be a file name on Windows, where it is a device. {_ADVICE}"
+            f"`token` {token!r} can't be a file name on Windows, where it is a device. {_ADVICE}"
         )
     if not TOKEN.fullmatch(token):
         raise TokenError(
-            f"The token {token!r} may contain only letters, digits, - and _ (at most 64): it "
+            f"`token` {excerpt(token)} may contain only letters, digits, - and _ (at most 64): it "
             f"becomes a word and a file name. {_ADVICE}"
         )
 
@@ -262,8 +262,8 @@ def check_noun(noun: str, token: str) -> None:
         problem = f"contains {token} itself"
     if problem:
         raise SettingError(
-            f"The class noun {noun[:40]!r} {problem}. Say in one or two words what the thing is, "
-            "such as teapot or cat; what a single picture shows belongs into its caption."
+            f"`noun` {excerpt(noun)} {problem}. Say in one or two words what the thing is, such as "
+            "teapot or cat; what a single picture shows belongs into its caption."
         )
 
 
@@ -272,11 +272,11 @@ def check_token(token: str, taken: Iterable[str], is_known_word: Callable[[str],
     check_spelling(token)
     if token.lower() in {t.lower() for t in taken}:
         raise TokenError(
-            f"The token {token!r} is already taken by a concept of this stack. Choose another, "
-            "replace that concept (`replace`) if it is the newest, or undo it first."
+            f"`token` {token!r} is already taken by a concept of this stack. Choose another, replace "
+            "that concept (`replace`) if it is the newest, or take it off first (`forget`)."
         )
     if is_known_word(token):
         raise TokenError(
-            f"The token {token!r} is a word the checkpoint already knows; prompts that use it "
-            f"would change meaning. {_ADVICE}"
+            f"`token` {token!r} is a word the checkpoint already knows; prompts that use it would "
+            f"change meaning. {_ADVICE}"
         )

@@ -30,8 +30,7 @@ def checked_method(request: LearnRequest) -> Method:
     concepts.check_noun(request.noun, request.token)
     if not request.class_noun:
         raise SettingError(
-            "The class noun is empty. Say in one or two words what the thing is, such as teapot or "
-            "cat."
+            "`noun` is empty. Say in one or two words what the thing is, such as teapot or cat."
         )
     check_names(request.stack_file, request.token)
     method = METHODS[request.settings.method]
@@ -77,7 +76,7 @@ def _without_newest(stack: ConceptStack, token: str) -> ConceptStack:
     if newest.token.lower() != token.lower():
         raise TokenError(
             f"{token} can't be replaced: {newest.token} was learned after it and builds on it. "
-            f"Forget {token} first, or choose another word."
+            f"Forget {token} first (`forget`), or choose another word."
         )
     return stack.undone()
 

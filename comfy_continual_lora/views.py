@@ -257,7 +257,7 @@ def _plotted(image: Image, plot: Path | None, on_progress: OnProgress) -> Path |
     try:
         save_own(image, plot)
     except SettingError as error:
-        on_progress(Progress("plot", 1, 1, note=str(error)))
+        on_progress(Progress("plot", 1, 1, note=error.marked))
         return None
     return plot
 

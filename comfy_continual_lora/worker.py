@@ -8,11 +8,12 @@ in, later             {"stop": true}         stop between two steps; what was le
 in, the end           the host is gone: stop in the same way, then exit
 out, any number of    {"event": "progress", "stage", "step", "steps", "loss", "rate",
                        "seconds_left", "preview", "note"}
-                      preview: JPEG in base64, or null; note: a sentence for the user, or empty
+                      preview: JPEG in base64, or null; note: a sentence for the user, with names
+                      in backquotes (`errors`), or empty
 out, after each job   {"event": "result", "job": NAME, "result": {...}}
 out, the last         {"event": "done", "results": {NAME: {...}}}
                       {"event": "failed", "message": ..., "marked": ..., "kind": ...}
-                      marked: the message with fields and settings in backquotes (`errors`);
+                      marked: the message with names in backquotes;
                       kind: a class of `errors`, or "Bug" with the traceback as message
                       {"event": "stopped", "message": ...}
 
@@ -137,8 +138,8 @@ def serve(source: IO[str], target: IO[str], host_gone: Callable[[], object] = la
         wire.say("done", results=results)
         return 0
     except ContinualLoraError as error:
-        marked = str(error.args[0]) if error.args else ""
-        wire.say("failed", kind=type(error).__name__, message=str(error), marked=marked)
+        kind = type(error).__name__
+        wire.say("failed", kind=kind, message=str(error), marked=error.marked)
     except Cancelled as stopped:
         wire.say("stopped", message=str(stopped))
     except BrokenPipeError:

@@ -538,7 +538,7 @@ def test_there_are_no_areas_where_nothing_was_kept_apart(host: ComfyUI) -> None:
     }
     graph["31"] = {"class_type": "MaskPreview", "inputs": {"mask": ["30", 0]}}
     done = host.finished(host.queue(graph))
-    assert "There are no areas: nothing was sampled with this model" in error_of(done)
+    assert "There are no areas: nothing was sampled with this MODEL" in error_of(done)
 
 
 def test_a_prompt_that_was_changed_after_it_was_encoded_is_drawn_the_plain_way(

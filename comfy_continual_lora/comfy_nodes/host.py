@@ -18,9 +18,10 @@ import folder_paths  # pyright: ignore[reportMissingImports]
 from comfy import model_management  # pyright: ignore[reportMissingImports]
 from comfy.utils import ProgressBar  # pyright: ignore[reportMissingImports]
 
-from ..errors import ConceptImagesError, StackError
+from ..errors import ConceptImagesError, StackError, spelled
 from ..files import STACKS, stack_path
 from ..progress import Progress
+from .schema import WIDGETS
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -204,8 +205,9 @@ class Reporter:
             model_management.unload_all_models()
             model_management.soft_empty_cache()
         if progress.note:
-            logging.info("comfy-continual-lora: %s", progress.note)
-            self.notes.append(progress.note)
+            note = spelled(progress.note, WIDGETS)
+            logging.info("comfy-continual-lora: %s", note)
+            self.notes.append(note)
         bar = self.bars.setdefault(progress.stage, ProgressBar(progress.steps))
         preview = ("JPEG", progress.preview, 512) if progress.preview is not None else None
         bar.update_absolute(progress.step, progress.steps, preview)

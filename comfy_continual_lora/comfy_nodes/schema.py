@@ -1,4 +1,4 @@
-"""How nodes are declared: schemas, widgets made from settings, errors with the names of widgets.
+"""How nodes are declared: schemas, widgets made from settings, messages with the names of widgets.
 
 Defaults, ranges and help come from settings.py.
 """
@@ -14,17 +14,39 @@ from comfy_api.latest import io  # pyright: ignore[reportMissingImports] - only 
 
 from ..errors import ContinualLoraError
 from ..fields import from_widget, help_of
+from ..operations import NAMES
 from ..settings import SolveSettings
 
 CATEGORY = "Continual LoRA"
 Stack = io.Custom("CONCEPT_STACK")
 ADVANCED = {"advanced": True}  # collapsed if the host supports that
-_WIDGETS = {  # of a request's fields, if they have other names
+_WIDGETS = {  # of a request's fields, if they have other names or are at another node
+    "checkpoint": "checkpoint of Load Concept Stack",
     "stack": "stack_name of Load Concept Stack",
     "only": "tokens of Select Concepts",
     "replace": "if_word_exists",
+    "clip": "clip_folder",
+    "version": "restore of Stack History",
+    "keep": "keep of Stack History",
     "remove_superseded": "remove_superseded of Export Concepts",
 }
+TITLES = {  # of the nodes of operations
+    "learn": "Learn Concept",
+    "consolidate": "Consolidate (DSC)",
+    "closed_form": "Consolidate (closed form)",
+    "forget": "Forget Concept",
+    "merge": "Merge Concept Stacks",
+    "import": "Import LoRA as Concept",
+    "scores": "Compute DC Scores",
+    "evaluate": "Evaluate Retention",
+    "draw": "Apply Concepts",
+    "export": "Export Concepts",
+    "undo": "Undo Concept",
+    "history": "Stack History",
+    "restore": "Stack History",
+    "info": "Load Concept Stack",
+}
+WIDGETS = {name: TITLES.get(name) or _WIDGETS.get(name, name) for name in NAMES}
 
 
 def schema(name: str, title: str, description: str, aliases: Sequence[str], **rest: Any) -> Any:
@@ -107,11 +129,6 @@ def solving_widgets() -> list[Any]:
 _Execute = TypeVar("_Execute", bound=Callable[..., Any])
 
 
-def widget_of(name: str) -> str:
-    """The widget's name for a field or a setting."""
-    return _WIDGETS.get(name, name)
-
-
 def in_widget_names(execute: _Execute) -> _Execute:
     """Decorator for `execute`: its errors name widgets."""
 
@@ -120,7 +137,7 @@ def in_widget_names(execute: _Execute) -> _Execute:
         try:
             return execute(*args, **given)
         except ContinualLoraError as error:
-            error.args = (error.spelled(widget_of),)
+            error.args = (error.spelled(WIDGETS),)
             raise
 
     return wrapped  # type: ignore[return-value]

@@ -46,7 +46,7 @@ from typing import Any
 from fastapi import Depends, FastAPI, HTTPException, Request
 from fastapi.security import HTTPBasic, HTTPBasicCredentials
 
-from ..errors import ContinualLoraError, SettingError, excerpt
+from ..errors import ContinualLoraError, SettingError, excerpt, spelled
 from ..fields import check_names
 from ..inventory import inventory
 from ..operations import OPERATIONS
@@ -384,8 +384,8 @@ def _described(job: Job | None) -> Body:
         "name": job.name,
         "state": job.state,
         "message": job.message,
-        "notes": job.notes,
-        "text": status(job, str, str),
+        "notes": [spelled(note) for note in job.notes],
+        "text": status(job, str, None),
         "failed": job.unfinished if job.state == "failed" else None,
         "progress": job.progress,
         "results": job.results,
