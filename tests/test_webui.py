@@ -31,12 +31,13 @@ from PIL import Image
 gradio = pytest.importorskip("gradio")
 
 from comfy_continual_lora import pipeline  # noqa: E402
-from comfy_continual_lora.errors import SettingError  # noqa: E402
+from comfy_continual_lora.errors import SettingError, StackError  # noqa: E402
 from comfy_continual_lora.files import stack_path  # noqa: E402
 from comfy_continual_lora.operations import OPERATIONS  # noqa: E402
 from comfy_continual_lora.requests import LearnRequest, parse  # noqa: E402
 from comfy_continual_lora.settings import LearnSettings  # noqa: E402
 from comfy_continual_lora.store import read_records  # noqa: E402
+from comfy_continual_lora.versions import versions  # noqa: E402
 from comfy_continual_lora.webui import alone, host, shown, uploads  # noqa: E402
 from comfy_continual_lora.webui.environment import REQUIREMENTS  # noqa: E402
 from comfy_continual_lora.webui.handlers import ADVANCED, ASKING, OUTPUTS, Handlers  # noqa: E402
@@ -76,20 +77,18 @@ def test_widgets_become_the_settings_that_differ() -> None:
 def test_the_table_reads_a_stack_without_torch(checkpoint: Path, pictures: Path) -> None:
     quick = LearnSettings(method="lora", steps=1, batch=1, rank=4, size=64)
     pipeline.learn_concept(LearnRequest(checkpoint, pictures, "V1", "<ball>", quick, device="cpu"))
-    stack = host.stack_file(checkpoint)
-    assert stack == stack_path(checkpoint)
+    stack = stack_path(checkpoint)
     table = shown.table(host.concepts_of(stack), {"V1 <ball>": 0.5})
     assert "&lt;ball&gt;" in table
     assert "50 %" in table
-    assert "learned V1 &lt;ball&gt;" in shown.history(host.versions_of(stack))
-    assert host.versions_of(stack.with_name("none")) == []
+    assert "learned V1 &lt;ball&gt;" in shown.history(versions(stack))
     assert host.concepts_of(stack.with_name("none")) == []
     stack.write_bytes(stack.read_bytes()[:100])
-    for read in (host.concepts_of, host.versions_of):
-        with pytest.raises(ValueError, match=r"can't be (read|used)|damaged"):
-            read(stack)
-    with pytest.raises(ValueError, match="only letters"):
-        host.stack_file(checkpoint, "../up")
+    with pytest.raises(StackError, match=r"can't be (read|used)|damaged"):
+        host.concepts_of(stack)
+    page = Handlers(host.Host(checkpoint.parent, checkpoint.parent / "work"))
+    assert "can&#x27;t be read" in page.stack_shown(checkpoint.name, "")[0]
+    assert "only letters" in page.stack_shown(checkpoint.name, "../up")[0]
 
 
 def test_captions_are_read_whatever_columns_there_are() -> None:
