@@ -13,7 +13,8 @@ from typing import Any, TypeVar
 from comfy_api.latest import io  # pyright: ignore[reportMissingImports] - only inside ComfyUI
 
 from ..errors import ContinualLoraError
-from ..fields import from_widget, help_of
+from ..fields import check_field, from_widget, help_of
+from ..files import stack_path
 from ..operations import NAMES
 from ..settings import SolveSettings
 
@@ -125,6 +126,35 @@ def solving_widgets() -> list[Any]:
 
 
 # --- errors --------------------------------------------------------------------------------------
+
+
+def valid(settings: type | None = None, *, needs_noun: bool = False, **given: Any) -> bool | str:
+    """What `validate_inputs` returns for these inputs, token, noun, stack_name or settings: true,
+    or what is wrong, which ComfyUI shows at the node before anything runs.
+
+    ComfyUI marks all the inputs that `validate_inputs` takes, and no longer compares these with
+    their ranges. So it takes only those for which a range says too little.
+    """
+    from ..concepts import check_noun, check_spelling
+
+    values = {
+        name: one[0] if isinstance(one, (list, tuple)) else one for name, one in given.items()
+    }
+    values = {name: value for name, value in values.items() if value is not None}  # None: a wire
+    try:
+        if "token" in values:
+            check_spelling(values["token"].strip())
+        if "noun" in values:
+            check_noun(values["noun"], values.get("token", "").strip(), required=needs_noun)
+        if "stack_name" in values:
+            stack_path("checkpoint", values["stack_name"].strip())
+        for field in dataclasses.fields(settings) if settings else ():
+            if field.name in values:
+                check_field(field, from_widget(field, values[field.name]))
+    except ContinualLoraError as error:
+        return error.spelled(WIDGETS)
+    return True
+
 
 _Execute = TypeVar("_Execute", bound=Callable[..., Any])
 
