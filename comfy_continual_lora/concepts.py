@@ -97,24 +97,24 @@ def fitted(image: Image.Image, size: int, fit: str) -> Image.Image:
 
 def load_image(file: Path, size: int, *, fit: str = "crop") -> Tensor:
     """One picture without caption and mask: (3, h, w) in -1..1. Errors: ConceptImagesError."""
-    return to_tensor(fitted(_read_picture(file, []).image, size, fit))
+    return to_tensor(fitted(read_image(file), size, fit))
 
 
-def check_readable(files: Sequence[Path], tell: Tell = _nobody) -> None:
+def check_readable(pictures: Sequence[Picture], tell: Tell = _nobody) -> None:
     """Read every picture once, and tell what is changed.
 
     Errors: ConceptImagesError, one for all problems.
     """
     notes: list[Note] = []
-    if problems := [problem for file in files if (problem := _problem_of(file, notes))]:
+    if problems := [problem for one in pictures if (problem := _problem_of(one, notes))]:
         raise ConceptImagesError("\n".join(problems))
     for sentence in sentences(notes):
         tell(sentence)
 
 
-def _problem_of(file: Path, notes: list[Note]) -> str:
+def _problem_of(one: Picture, notes: list[Note]) -> str:
     try:
-        _read_picture(file, notes)
+        _read_picture(one, notes)
     except ConceptImagesError as error:
         return error.marked
     return ""
@@ -134,7 +134,7 @@ def load_images(
     found = inventory(source).pictures
     for one in found:
         try:
-            picture = _read_picture(one.file, notes)
+            picture = _read_picture(one, notes)
             masks.append(_read_mask(one, picture, size, fit, notes))
             captions.append(one.caption)
             digest = hashlib.sha256()
@@ -148,7 +148,7 @@ def load_images(
         raise ConceptImagesError("\n".join(problems))
     for number, one in enumerate(found):
         if (first := hashes.index(hashes[number])) < number:
-            notes.append((one.file.name, f"the same picture as {found[first].file.name}"))
+            notes.append((one.name, f"the same picture as {found[first].name}"))
     for sentence in sentences(notes):
         tell(sentence)
     loaded = from_pil(pictures, captions, hashes)
@@ -159,10 +159,10 @@ def load_images(
     return replace(loaded, masks=masked if any(mask is not None for mask in masks) else None)
 
 
-def _read_picture(file: Path, notes: list[Note]) -> Read:
+def _read_picture(one: Picture, notes: list[Note]) -> Read:
     """Errors: ConceptImagesError as `imagefile.read`."""
-    picture = read(file)
-    notes += [(file.name, note) for note in picture.notes]
+    picture = read(one.file, name=one.name)
+    notes += [(one.name, note) for note in picture.notes]
     return picture
 
 
@@ -170,17 +170,17 @@ def _read_mask(of: Picture, picture: Read, size: int, fit: str, notes: list[Note
     """The mask, scaled to its picture. Errors: ConceptImagesError."""
     if of.mask is None:
         return None
-    mask = read(of.mask, ground="black")
-    notes += [(of.mask.name, note) for note in mask.notes]
+    mask = read(of.mask, ground="black", name=of.mask_name)
+    notes += [(of.name, f"its mask: {note}") for note in mask.notes]
     if mask.size != picture.size:
         own, whole = (f"{width} x {height}" for width, height in (mask.size, picture.size))
-        notes.append((of.mask.name, f"{own} pixels, scaled to its picture's {whole}"))
+        notes.append((of.name, f"its mask of {own} pixels is scaled to the picture's {whole}"))
     grey = mask.image.resize(picture.image.size).convert("L").convert("RGB")
     values = (to_tensor(fitted(grey, size, fit))[:1] + 1) / 2
     if values.max() < 0.05:
         raise ConceptImagesError(
-            f"The mask {of.mask.name} is black where its picture is used, so nothing of it would be "
-            "learned. Paint the thing white, or remove the mask."
+            f"{of.mask_name} is black where the picture is used, so nothing of it would be learned. "
+            "Paint the thing white, or remove the mask."
         )
     return values
 

@@ -19,7 +19,8 @@ out, the last         {"event": "done", "results": {NAME: {...}}}
 
 NAME is a key of JOBS. A request has the fields of the operation's request (`requests`): paths as
 strings, settings as an object of those that are not at their default. A result is the operation's
-`as_json()`, except that `kept` of an evaluation is by concept name.
+`as_json()`, except that `kept` of an evaluation is by concept name, and `file` of scores is a name: a
+host may hand in copies.
 """
 
 from __future__ import annotations
@@ -33,6 +34,7 @@ import threading
 import traceback
 from collections.abc import Callable, Mapping
 from functools import partial
+from pathlib import Path
 from typing import IO, Any
 
 from .errors import Cancelled, ContinualLoraError
@@ -53,6 +55,9 @@ def run_job(name: str, given: Mapping[str, Any], on_progress: OnProgress) -> dic
     result = operation(parse(operation.request, given), on_progress).as_json()
     if name == "evaluate":
         result["kept"] = dict(zip(result["concepts"], result["kept"], strict=True))
+    if name == "scores":
+        for one in result["images"]:
+            one["file"] = Path(one["file"]).name
     return result
 
 

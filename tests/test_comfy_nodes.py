@@ -213,10 +213,16 @@ def test_masks_of_the_input_are_saved_unless_they_stand_for_none(
         found = inventory(files)
         assert found.summary() == "4 pictures, 4 captions (.txt), 2 masks"
         assert [bool(picture.mask) for picture in found.pictures] == [False, False, True, True]
-        assert [file.name for file in files] == [f"picture {number}.png" for number in range(1, 5)]
+        assert [file.name for file in files] == [f"picture {number}" for number in range(1, 5)]
     for wrong in (float("nan"), float("inf")):
-        with pytest.raises(ConceptImagesError, match="not finite"):
-            host.save_pictures([torch.full((1, 48, 32, 3), wrong)])
+        with pytest.raises(ConceptImagesError, match=r"In the input, picture 3 has .* not finite"):
+            host.save_pictures([torch.zeros(2, 48, 32, 3), torch.full((1, 48, 32, 3), wrong)])
+        with pytest.raises(ConceptImagesError, match="the mask of picture 2 has"):
+            host.save_pictures(
+                [torch.zeros(2, 48, 32, 3)], (), [torch.zeros(48, 32), torch.full((48, 32), wrong)]
+            )
+    with pytest.raises(ConceptImagesError, match=r"^The caption of picture 2 is not text"):
+        host.save_pictures([torch.zeros(2, 48, 32, 3)], ["one", "\0"])
 
 
 def test_the_masks_input_says_which_way_white_means(nodes: Any) -> None:

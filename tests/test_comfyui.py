@@ -566,6 +566,15 @@ def test_mistakes_are_reported_in_words_and_lose_nothing(host: ComfyUI) -> None:
         (failed,) = [m[1] for m in done["status"]["messages"] if m[0] == "execution_error"]
         assert failed["exception_type"].startswith("continual_lora.")  # shown before the message
         assert (failed["node_id"], failed["node_type"]) == ("3", "ContinualLora_Learn")
+    graph = learn("mistakes", "V2", masks=["5", 0])
+    graph["2"]["inputs"]["count"] = 1
+    graph["5"] = {
+        "class_type": "SolidMask",
+        "inputs": {"value": 0.0, "width": 48, "height": 48},
+    }
+    wrong = error_of(host.finished(host.queue(graph)))
+    assert wrong.startswith("The mask of picture 1 is black where the picture is used")
+    assert str(host.base) not in wrong
     stack_of(host, "broken").write_bytes(data[: len(data) // 2])
     assert "can't be read" in error_of(host.finished(host.queue(learn("broken"))))
     assert stack_of(host, "mistakes").read_bytes() == data

@@ -317,8 +317,8 @@ def _images(
         raise refused("images has to be a list of pictures in base64, or the path of a folder.")
     pictures = [
         Sent(
-            f"Picture {number}",
-            _decoded(f"Picture {number}", image),
+            f"picture {number}",
+            _decoded(f"picture {number}", image),
             (caption or "").strip(),
             _decoded(f"The mask of picture {number}", mask) if mask else None,
         )
