@@ -20,7 +20,7 @@ from contextlib import nullcontext, redirect_stdout
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .cliflags import add_fields, add_settings, flag_of, request_of
+from .cliflags import add_fields, add_settings, names_in, request_of
 from .cliprogress import FIRST, Bar
 from .errors import Cancelled, ContinualLoraError, SettingError
 from .operations import OPERATIONS
@@ -44,15 +44,15 @@ def main(argv: list[str] | None = None) -> int:
         if isinstance(stream, io.TextIOWrapper):  # a console may lack letters of a name
             stream.reconfigure(errors="backslashreplace")
     arguments = parser().parse_args(argv)
-    bar = Bar()
+    names = names_in(arguments.command)
+    bar = Bar(names)
     try:
         with nullcontext() if FIRST else redirect_stdout(io.StringIO()):
             arguments.run(arguments, bar)
             sys.stdout.flush()
     except ContinualLoraError as error:
         bar.clear()
-        message = error.spelled(lambda name: flag_of(name, arguments.command))
-        print(_wrapped(f"continual-lora: {message}"), file=sys.stderr)
+        print(_wrapped(f"continual-lora: {error.spelled(names)}"), file=sys.stderr)
         return 2
     except Cancelled as stopped:
         bar.clear()

@@ -1,4 +1,5 @@
-"""The command line's flags, made from the fields of requests and settings. Light.
+"""The command line's flags, made from the fields of requests and settings, and its names for
+messages. Light.
 
 A flag is named after its field, with the exceptions of FLAGS; help, type, choices and heading come
 from the field's declaration.
@@ -13,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from .fields import Settings, in_words, suiting
-from .operations import Operation
+from .operations import NAMES, OPERATIONS, Operation
 from .requests import Request, settings_of
 
 FLAGS = {"rate": "--lr", "prompts": "--prompt"}
@@ -23,6 +24,9 @@ FLAGS_OF = {  # of one command
     ("restore", "version"): "version",
 }
 SHORT = {("draw", "count"): "-n"}
+COMMANDS = {name: f"continual-lora {name}" for name in OPERATIONS} | {
+    "closed_form": "continual-lora consolidate --closed-form"
+}
 DEFAULTS: dict[tuple[str, str], Any] = {("draw", "out"): Path("drawn")}
 _PROMPT_HELP = 'what to draw, such as "a photo of a V1 teapot"; may be given several times'
 _METAVARS = {"only": "WORD", "keep": "N"}
@@ -33,6 +37,11 @@ _NUMBERS = {"int": int, "float": float}
 def flag_of(name: str, command: str = "") -> str:
     """The flag of a field or a setting; a name without dashes is a positional argument."""
     return FLAGS_OF.get((command, name)) or FLAGS.get(name) or f"--{name.replace('_', '-')}"
+
+
+def names_in(command: str) -> dict[str, str]:
+    """What messages call operations, fields and settings while this command runs."""
+    return {name: COMMANDS.get(name) or flag_of(name, command) for name in NAMES}
 
 
 def add_fields(

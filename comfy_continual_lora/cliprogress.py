@@ -6,8 +6,9 @@ import os
 import signal
 import sys
 import threading
+from collections.abc import Mapping
 
-from .errors import Cancelled
+from .errors import Cancelled, spelled
 from .progress import Progress
 
 FIRST = os.environ.get("RANK", "0") == "0"  # of several processes (`parallel`), only one prints
@@ -16,10 +17,11 @@ _RESUMED = ("learn", "calibrate", "consolidate", "fisher")  # stages a stopped r
 
 class Bar:
     """Progress on one line of a terminal, or an occasional line elsewhere; Ctrl-C stops between two
-    steps, a second one immediately.
+    steps, a second one immediately. `names`: what notes call settings (`errors.spelled`).
     """
 
-    def __init__(self) -> None:
+    def __init__(self, names: Mapping[str, str] | None = None) -> None:
+        self.names = names
         self.stop, self.width, self.tenth = False, 0, -1
         is_main = threading.current_thread() is threading.main_thread()
         self.before = signal.signal(signal.SIGINT, self._interrupt) if is_main else None
@@ -36,7 +38,8 @@ class Bar:
             return
         if progress.note:
             self.clear()
-            print(f"continual-lora: {progress.note}", file=sys.stderr, flush=True)
+            note = spelled(progress.note, self.names)
+            print(f"continual-lora: {note}", file=sys.stderr, flush=True)
         self._show(progress)
 
     def _show(self, progress: Progress) -> None:

@@ -201,7 +201,7 @@ def check_solvable(stack: ConceptStack) -> None:
     if stack.adapter and not kind_of(stack.adapter).solvable:
         raise StackError(
             f"The closed form can't be written as {kind_of(stack.adapter).name}, which this stack "
-            "was learned with. Use DSC, or learn with LoRA."
+            "was learned with. Use DSC (`consolidate`), or learn with LoRA."
         )
 
 

@@ -48,7 +48,7 @@ def undo(path: Path, version: int | None = None) -> UndoResult:
         if version is not None and version != current.number:
             raise StackError(
                 f"The stack {path} has changed: it is at version {current.number} now "
-                f"({current.change}). Look again, then undo."
+                f"({current.change}). Look at its history (`history`), then undo."
             )
         if (parent := parent_of(path)) is not None:
             _go_back(path, parent)
@@ -120,7 +120,7 @@ def keep_versions(path: Path, count: int) -> None:
     Errors: StackError for a number out of range.
     """
     if not 0 <= count <= 1000:
-        raise StackError(f"A stack can keep 0 to 1000 earlier versions, not {count}.")
+        raise StackError(f"`keep` is {count}; a stack can keep 0 to 1000 earlier versions.")
     path = real_file(path)
     with writing(path):
         stack, current = open_stack(path), in_use(path)

@@ -1,14 +1,17 @@
 """The table of operations, which every front end reads. Light.
 
 A front end makes an operation's request from its user's input, calls the operation, and shows the
-result's `summary()` or sends its `as_json()`.
+result's `summary()` or sends its `as_json()`. Messages and notes mark the names of NAMES, for which
+each front end has its own (`errors.spelled`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import dataclasses
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
+from .fields import Settings
 from .progress import OnProgress, ignore
 from .requests import (
     ConsolidateRequest,
@@ -114,3 +117,15 @@ _ALL = (
     Operation("info", InfoRequest, "show what a checkpoint has learned", "info"),
 )
 OPERATIONS = {operation.name: operation for operation in _ALL}
+
+
+def _names() -> Iterator[str]:
+    for operation in _ALL:
+        yield operation.name
+        for field in dataclasses.fields(operation.request):
+            yield field.name
+            if isinstance(field.default, Settings):
+                yield from (one.name for one in dataclasses.fields(field.default))  # type: ignore[arg-type]
+
+
+NAMES = frozenset(_names())  # of operations, fields of requests and settings

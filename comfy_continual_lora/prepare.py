@@ -27,12 +27,7 @@ def checked_method(request: LearnRequest) -> Method:
     request.check()
     inventory(request.images)
     concepts.check_spelling(request.token)
-    concepts.check_noun(request.noun, request.token)
-    if not request.class_noun:
-        raise SettingError(
-            "The class noun is empty. Say in one or two words what the thing is, such as teapot or "
-            "cat."
-        )
+    concepts.check_noun(request.noun, request.token, required=True)
     check_names(request.stack_file, request.token)
     method = METHODS[request.settings.method]
     # a concept to be replaced does not count; settings_for checks again once the stack is read
@@ -85,7 +80,7 @@ def _without_newest(stack: ConceptStack, token: str) -> ConceptStack:
     if newest.token.lower() != token.lower():
         raise TokenError(
             f"{token} can't be replaced: {newest.token} was learned after it and builds on it. "
-            f"Forget {token} first, or choose another word."
+            f"Forget {token} first (`forget`), or choose another word."
         )
     return stack.undone()
 

@@ -21,7 +21,7 @@ from .parallel import is_first
 from .presets import PREDICTIONS
 from .progress import OnProgress, Progress
 from .requests import Request
-from .settings import ResolvedSettings
+from .settings import ResolvedSettings, TrainSettings
 from .snapshot import identity, other_runs
 from .stack import ConceptRecord, ConceptStack
 from .store import change, load_stack, save_stack, writing
@@ -31,6 +31,14 @@ if TYPE_CHECKING:
     from .concept import Concept
 
 _OUT_OF_MEMORY = re.compile("out of memory|can't allocate memory|not enough memory", re.IGNORECASE)
+_LESS_MEMORY = {  # by setting
+    "checkpointing": "turn on `checkpointing`",
+    "accumulate": "increase `accumulate`",
+    "precision": "set `precision` to fp8",
+    "size": "reduce `size`",
+    "batch": "reduce `batch`",
+    "rows": "reduce `rows`",
+}
 
 
 @dataclass
@@ -72,7 +80,7 @@ def open_session(
     path = request.stack_file
     if writes:
         check_names(path)
-    with explain_oom():
+    with explain_oom(request):
         on_progress(Progress("load", 0, 1))
         backbone = load_backbone(request.checkpoint, device=request.device, precision=precision)
         with writing(path) if writes and is_first() else nullcontext():
@@ -106,8 +114,8 @@ def _prediction(request: Request, backbone: Backbone, stack: ConceptStack) -> st
 
 
 @contextmanager
-def explain_oom() -> Iterator[None]:
-    """Turn running out of memory into a TrainingError that says what needs less."""
+def explain_oom(request: Request) -> Iterator[None]:
+    """Turn running out of memory into a TrainingError that says which settings need less."""
     try:
         yield
     except (RuntimeError, MemoryError) as error:
@@ -115,13 +123,19 @@ def explain_oom() -> Iterator[None]:
         if not is_oom:
             raise
         lines = str(error).strip().splitlines()
-        raise TrainingError(
-            f"Out of memory ({lines[0] if lines else 'main memory'}). To use less, turn on "
-            "`checkpointing`, increase `accumulate`, set `precision` to fp8, or reduce `size` or "
-            "`batch`; for drawing and scoring, reduce `size` or `rows`. The stored concepts are "
-            "untouched, and learning resumes from its snapshot, also with a different "
-            "`checkpointing` or `accumulate`."
-        ) from None
+        settings = getattr(request, "settings", None)
+        ways = [way for name, way in _LESS_MEMORY.items() if hasattr(settings, name)]
+        less = ", or ".join(ways) or "close other programs"
+        message = (
+            f"Out of memory ({lines[0] if lines else 'main memory'}). To use less, {less}. The "
+            "stored concepts are untouched"
+        )
+        if isinstance(settings, TrainSettings):
+            message += (
+                "; learning resumes from its snapshot, also with a different `checkpointing` or "
+                "`accumulate`"
+            )
+        raise TrainingError(f"{message}.") from None
 
 
 def fitting(stack: ConceptStack, path: Path, backbone: Backbone) -> ConceptStack:
@@ -138,7 +152,7 @@ def fitting(stack: ConceptStack, path: Path, backbone: Backbone) -> ConceptStack
     if not fits:
         raise StackError(
             f"The concept stack {path} does not fit this checkpoint, although its header names it. "
-            "Get the file again, or restore an earlier version."
+            "Get the file again, or go back to an earlier version (`restore`)."
         )
     return stack
 

@@ -95,7 +95,7 @@ def damaged(path: Path, why: str) -> StackError:
     earlier = [p for p in (*history_files(path).values(), previous_file(path)) if p.exists()]
     advice = "Get the file again."
     if earlier:
-        advice = f"The version before it is {earlier[0]}: restore goes back to it."
+        advice = f"The version before it is {earlier[0]}: go back to it (`restore`)."
     return StackError(
         f"The concept stack {path} can't be read ({why}): it is truncated or was changed by another "
         f"program. {advice}"
@@ -293,8 +293,8 @@ def _fields(
 def _wrong(path: Path, what: str) -> StackError:
     return StackError(
         f"The concept stack {path} can't be used: {what}. It is damaged, was tampered with, or is of "
-        "a later version: get the file again, restore an earlier version, or update "
-        "comfy-continual-lora."
+        "a later version: get the file again, go back to an earlier version (`restore`), or "
+        "update comfy-continual-lora."
     )
 
 

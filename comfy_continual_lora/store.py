@@ -82,7 +82,8 @@ def _check_finite(path: Path, tensors: Mapping[str, Tensor]) -> None:
     if bad := next((key for key, tensor in tensors.items() if not tensor.isfinite().all()), None):
         raise StackError(
             f"The concept stack {path} contains infinite or NaN values (first in {bad}), which "
-            "would make every picture black. Restore an earlier version, or get the file again."
+            "would make every picture black. Go back to an earlier version (`restore`), or get the "
+            "file again."
         )
 
 

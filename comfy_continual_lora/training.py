@@ -7,6 +7,7 @@ bits as an uninterrupted one.
 from __future__ import annotations
 
 import math
+import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -193,7 +194,7 @@ class Run:
             raise TrainingError(
                 f"The snapshot {self.path} can't be written ({error.strerror or error}): no room "
                 f"or no permission there. Learning stopped at step {self.step}; the stored "
-                "concepts are untouched. Free some space and give the same command again."
+                "concepts are untouched. Free some space, then learn again with the same settings."
             ) from None
 
     def resume(self) -> str:
@@ -277,8 +278,8 @@ def optimizer_for(
         from bitsandbytes.optim import AdamW8bit  # pyright: ignore[reportMissingImports]
     except ImportError as error:
         raise SettingError(
-            f"`optimizer` adamw8bit needs bitsandbytes ({error}). Install it (pip install "
-            "bitsandbytes), or use adamw."
+            f"`optimizer` adamw8bit needs bitsandbytes ({error}). Install it for {sys.executable}, "
+            "or use adamw."
         ) from None
     return AdamW8bit(groups)
 

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import torch
 from PIL.Image import Image
+from torch import Tensor
 
 from . import classifier, concepts, consolidation, inventory, report, sample, stackfile, store
 from . import evaluate as evaluation
@@ -49,6 +50,8 @@ from .session import Session, open_session
 from .settings import ScoreSettings, SolveSettings
 from .stack import ConceptRecord, ConceptStack
 from .versions import versions
+
+Group = tuple[str, list[inventory.Picture]]  # a folder's name, and its pictures
 
 
 def dc_scores(request: ScoreRequest, on_progress: OnProgress = ignore) -> ScoreResult:
@@ -111,7 +114,7 @@ def evaluate(
     is retained.
     """
     request.check()
-    groups = dict(_groups(request.images, on_progress)) if request.images else {}
+    groups = _groups(request.images, on_progress) if request.images else []
     if request.plot:
         check_output(request.plot)
     with open_session(request, on_progress) as session:
@@ -195,9 +198,9 @@ def learned_before(request: LearnRequest) -> ConceptRecord | None:
 
 
 def scored_pictures(
-    session: Session, groups: Sequence[tuple[str, list[Path]]], settings: ScoreSettings
+    session: Session, groups: Sequence[Group], settings: ScoreSettings
 ) -> list[Scored]:
-    """The scores of every picture in these groups, (folder name, files), for all concepts."""
+    """The scores of every picture in these groups for all concepts."""
     stack, backbone = session.stack, session.backbone
     if not stack.records:
         raise StackError(
@@ -208,25 +211,29 @@ def scored_pictures(
             "All concepts of this stack were imported, so its DC scores were never calibrated. "
             "Learn one concept here first."
         )
+    if unknown := _unknown(stack, groups):
+        session.tell(
+            f"No concept is named {' or '.join(unknown)}, so these pictures are scored, but count "
+            f"neither as right nor as wrong. There are {', '.join(stack.tokens)}."
+        )
     features = classifier.candidates(stack.records, FrozenText(backbone, stack.tokens))
     size, scored = settings.size or backbone.size, []
     with attached(backbone, stack.adapter):
-        for label, files in groups:
+        for label, pictures in groups:
             concept = stack.find(label)
-            for file in files:
-                picture = concepts.load_image(file, size, fit=settings.fit)
+            for one in pictures:
+                picture = concepts.load_image(one.file, size, fit=settings.fit)
                 latent = backbone.encode_images([picture])[0]
                 scores = classifier.classify(
                     backbone, latent, features, stack.tau, settings, session.on_progress
                 )
-                scored.append(Scored(file, concept.token if concept else None, scores))
+                scored.append(Scored(one.file, concept.token if concept else None, scores))
     return scored
 
 
 def evaluated(
-    session: Session, request: EvaluateRequest, groups: dict[str, list[Path]]
+    session: Session, request: EvaluateRequest, groups: Sequence[Group]
 ) -> evaluation.RetentionReport:
-    """`groups`: files by folder name."""
     stack, backbone = session.stack, session.backbone
     if not stack.records:
         raise StackError(
@@ -234,20 +241,29 @@ def evaluated(
         )
     settings = request.settings.resolved(backbone.preset)
     size = settings.size or backbone.size
-    own_images = {}
-    for name, files in groups.items():
-        if record := stack.find(name):
-            pictures = [concepts.load_image(file, size) for file in files]
-            own_images[record.token] = torch.stack(pictures)
+    own_images: dict[str, list[Tensor]] = {}
+    for label, pictures in groups:
+        if record := stack.find(label):
+            loaded = [concepts.load_image(one.file, size) for one in pictures]
+            own_images.setdefault(record.token, []).extend(loaded)
+        elif pictures[0].folder:
+            session.tell(f"Left out: the pictures in {label}; no concept has this name.")
         else:
-            session.tell(f"Left out: the pictures in {name}; no concept has this name.")
+            session.tell(f"Left out: the pictures beside the folders in {request.images}.")
     if groups and not own_images:
+        found = ", ".join(_unknown(stack, groups)) or "no folder with pictures"
         raise ConceptImagesError(
             f"No folder in {request.images} is named after a concept. Expected "
-            f"{', '.join(stack.tokens)}; found {', '.join(groups)}."
+            f"{', '.join(stack.tokens)}; found {found}."
         )
+    own = {token: torch.stack(images) for token, images in own_images.items()}
     features = evaluation.features(backbone, request.clip)
-    return evaluation.evaluate(backbone, stack, own_images, features, settings, session.on_progress)
+    return evaluation.evaluate(backbone, stack, own, features, settings, session.on_progress)
+
+
+def _unknown(stack: ConceptStack, groups: Sequence[Group]) -> list[str]:
+    """The subfolders that are not named after a concept of the stack."""
+    return [name for name, pictures in groups if pictures[0].folder and not stack.find(name)]
 
 
 def _plotted(image: Image, plot: Path | None, on_progress: OnProgress) -> Path | None:
@@ -257,7 +273,7 @@ def _plotted(image: Image, plot: Path | None, on_progress: OnProgress) -> Path |
     try:
         save_own(image, plot)
     except SettingError as error:
-        on_progress(Progress("plot", 1, 1, note=str(error)))
+        on_progress(Progress("plot", 1, 1, note=error.marked))
         return None
     return plot
 
@@ -271,7 +287,7 @@ def _notes(backbone: Backbone, stack: ConceptStack, prompts: Iterable[str]) -> l
     return [*notes, *(not_read(prompt, end) for prompt, end in ends if end)]
 
 
-def _groups(images: Path | list[Path], on_progress: OnProgress) -> list[tuple[str, list[Path]]]:
+def _groups(images: Path | list[Path], on_progress: OnProgress) -> list[Group]:
     """`inventory.groups`; all pictures are read once, so that one that can't be is found before the
     work, and what is left out or changed is told.
     """
@@ -282,7 +298,7 @@ def _groups(images: Path | list[Path], on_progress: OnProgress) -> list[tuple[st
     groups, found = inventory.groups(images)
     if found.left_out:
         tell(f"{len(found.pictures)} pictures{found.rest()}")
-    concepts.check_readable(found.files, tell)
+    concepts.check_readable(found.pictures, tell)
     return groups
 
 

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
+import inspect
 import json
 import re
 import subprocess
@@ -15,12 +16,16 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import hypothesis
+import hypothesis.strategies as st
 import pytest
 import torch
+from helpers_messages import marked_names
 from helpers_store import make_stack
 
-from comfy_continual_lora import store
+from comfy_continual_lora import concepts, store
 from comfy_continual_lora.errors import ConceptImagesError, SettingError, StackError
+from comfy_continual_lora.fields import check_field, from_widget
 from comfy_continual_lora.inventory import inventory
 from comfy_continual_lora.progress import Progress
 from comfy_continual_lora.settings import (
@@ -45,6 +50,18 @@ CORE = {  # core nodes the workflows use: outputs
     "MarkdownNote": 0,
     "ConditioningSetArea": 1,
     "ConditioningCombine": 1,
+}
+
+
+SETTINGS_OF = {
+    "LearnConcept": LearnSettings,
+    "Consolidate": TrainSettings,
+    "ComputeScores": ScoreSettings,
+    "EvaluateRetention": EvaluateSettings,
+    "ConsolidateInClosedForm": SolveSettings,
+    "SelectConcepts": SolveSettings,
+    "ForgetConcept": SolveSettings,
+    "MergeStacks": SolveSettings,
 }
 
 
@@ -129,7 +146,7 @@ def nodes(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> It
 
 
 def test_ids_names_and_help(nodes: Any) -> None:
-    schemas = [node.define_schema() for node in nodes.NODES]
+    schemas = _schemas(nodes)
     assert len({s.node_id for s in schemas}) == len(schemas)
     for s in schemas:
         assert s.node_id.startswith("ContinualLora_")
@@ -159,16 +176,8 @@ def test_every_widget_reaches_its_setting(nodes: Any) -> None:
     and the defaults are the settings' own.
     """
     settings_from = importlib.import_module("comfy_continual_lora.comfy_nodes.schema").settings_from
-    for node, settings in (
-        (nodes.LearnConcept, LearnSettings),
-        (nodes.Consolidate, TrainSettings),
-        (nodes.ComputeScores, ScoreSettings),
-        (nodes.EvaluateRetention, EvaluateSettings),
-        (nodes.ConsolidateInClosedForm, SolveSettings),
-        (nodes.SelectConcepts, SolveSettings),
-        (nodes.ForgetConcept, SolveSettings),
-        (nodes.MergeStacks, SolveSettings),
-    ):
+    for name, settings in SETTINGS_OF.items():
+        node = getattr(nodes, name)
         names = {f.name for f in dataclasses.fields(settings)}
         ports = {port.id: port for port in node.define_schema().inputs if port.id in names}
         assert ports
@@ -204,10 +213,16 @@ def test_masks_of_the_input_are_saved_unless_they_stand_for_none(
         found = inventory(files)
         assert found.summary() == "4 pictures, 4 captions (.txt), 2 masks"
         assert [bool(picture.mask) for picture in found.pictures] == [False, False, True, True]
-        assert [file.name for file in files] == [f"picture {number}.png" for number in range(1, 5)]
+        assert [file.name for file in files] == [f"picture {number}" for number in range(1, 5)]
     for wrong in (float("nan"), float("inf")):
-        with pytest.raises(ConceptImagesError, match="not finite"):
-            host.save_pictures([torch.full((1, 48, 32, 3), wrong)])
+        with pytest.raises(ConceptImagesError, match=r"In the input, picture 3 has .* not finite"):
+            host.save_pictures([torch.zeros(2, 48, 32, 3), torch.full((1, 48, 32, 3), wrong)])
+        with pytest.raises(ConceptImagesError, match="the mask of picture 2 has"):
+            host.save_pictures(
+                [torch.zeros(2, 48, 32, 3)], (), [torch.zeros(48, 32), torch.full((48, 32), wrong)]
+            )
+    with pytest.raises(ConceptImagesError, match=r"^The caption of picture 2 is not text"):
+        host.save_pictures([torch.zeros(2, 48, 32, 3)], ["one", "\0"])
 
 
 def test_the_masks_input_says_which_way_white_means(nodes: Any) -> None:
@@ -343,6 +358,106 @@ def test_exported_files_that_were_deleted_are_written_again(
         assert node.fingerprint_inputs(stack=None) == fresh
 
 
+def test_what_a_range_does_not_say_is_found_before_anything_runs(nodes: Any) -> None:
+    """ComfyUI compares numbers with their widget's range, but for inputs that `validate_inputs`
+    takes; so that takes exactly those whose setting refuses a number in the range.
+    """
+    for node in nodes.NODES:
+        validate = getattr(node, "validate_inputs", None)
+        checked = set(inspect.signature(validate).parameters) if validate else set()
+        inputs = {port.id: port for port in node.define_schema().inputs}
+        assert checked <= inputs.keys()
+        assert inspect.getfullargspec(validate).varkw is None if validate else True
+        kind = SETTINGS_OF.get(node.__name__)
+        for field in dataclasses.fields(kind) if kind else ():
+            port = inputs.get(field.name)
+            if port is None or port.io_type not in ("INT", "FLOAT"):
+                continue
+            low, high = port.rest["min"], port.rest["max"]
+            inside = [one for one in (low, low + 1, high - 1, high) if low <= one <= high]
+            refused = [value for value in inside if _refuses(field, value)]
+            assert (field.name in checked) == bool(refused), field.name
+            for value in refused:
+                given = {"token": "V1", "noun": "ball"} if "token" in checked else {}
+                assert validate
+                problem = validate(**given, **{field.name: [value]})
+                assert isinstance(problem, str)
+                assert problem.startswith(f"{field.name} is {value}; ")
+                assert validate(**given, **{field.name: port.rest["default"]}) is True
+
+
+def _refuses(field: dataclasses.Field, value: float) -> bool:
+    try:
+        check_field(field, from_widget(field, value))
+    except SettingError:
+        return True
+    return False
+
+
+@pytest.mark.parametrize(
+    ("given", "problem"),
+    [
+        ({"token": ["V1"], "noun": ["ball"]}, ""),
+        ({"token": " V1 ", "noun": (None,)}, ""),
+        ({"token": None, "noun": "a V1"}, ""),
+        ({"token": [""], "noun": ["ball"]}, "token is empty"),
+        ({"token": "../V1", "noun": "ball"}, "token '../V1' may contain only letters"),
+        ({"token": "com1", "noun": "ball"}, "can't be a file name on Windows"),
+        ({"token": ["V1"], "noun": [" "]}, "noun is empty"),
+        ({"token": "V1", "noun": "ball\nof wool"}, "not a single line"),
+        ({"token": "V1", "noun": "v1 ball"}, "contains V1 itself"),
+        ({"token": "V1", "noun": "word " * 9}, "more than 8 words"),
+    ],
+)
+def test_a_word_and_a_noun_are_checked_before_anything_runs(
+    nodes: Any, given: dict[str, Any], problem: str
+) -> None:
+    """Wires are not: their value is None until they have one."""
+    seen = nodes.LearnConcept.validate_inputs(**given)
+    assert problem in seen if problem else seen is True
+    if problem != "noun is empty":  # an imported LoRA may have none
+        assert nodes.ImportLora.validate_inputs(**given) == seen
+
+
+@hypothesis.settings(
+    max_examples=100,
+    deadline=None,
+    derandomize=True,
+    suppress_health_check=[hypothesis.HealthCheck.function_scoped_fixture],
+)
+@hypothesis.given(token=st.text(max_size=70), noun=st.text(max_size=90), name=st.text(max_size=70))
+def test_any_text_is_accepted_or_refused_in_words(
+    nodes: Any, token: str, noun: str, name: str
+) -> None:
+    schema = importlib.import_module("comfy_continual_lora.comfy_nodes.schema")
+    for word in (token, "V1"):
+        seen = schema.valid(token=word, noun=noun, needs_noun=True)
+        assert seen is True or (isinstance(seen, str) and len(seen) < 400)
+        if seen is True:
+            concepts.check_spelling(word.strip())
+            assert noun.strip()
+    seen = schema.valid(stack_name=name)
+    assert (seen is True) == bool(re.fullmatch(r"[\w-]{0,64}", name.strip()))
+
+
+# What messages may name though no node shows it
+NOT_IN_NODES = {"prompts", "out", "format", "settings", "optimizer"}
+
+
+def test_every_name_in_a_message_is_a_widget_or_a_node(nodes: Any) -> None:
+    schema = importlib.import_module("comfy_continual_lora.comfy_nodes.schema")
+    shown = {s.display_name: {port.id for port in s.inputs} for s in _schemas(nodes)}
+    inputs = set().union(*shown.values())
+    for name in {*schema._WIDGETS, *schema.TITLES, *marked_names()} - NOT_IN_NODES:
+        widget, _, node = schema.WIDGETS[name].partition(" of ")
+        known = shown[node] if node else {*inputs, *(one.split(" (continual")[0] for one in shown)}
+        assert widget in known, name
+
+
+def _schemas(nodes: Any) -> list[Any]:
+    return [node.define_schema() for node in nodes.NODES]
+
+
 def test_errors_name_widgets(nodes: Any, closed_stack: Any) -> None:
     schema = importlib.import_module("comfy_continual_lora.comfy_nodes.schema")
 
@@ -359,11 +474,6 @@ def test_errors_name_widgets(nodes: Any, closed_stack: Any) -> None:
         nodes.ConsolidateInClosedForm.execute(closed_stack, energy=3.0)
     for node in nodes.NODES:
         assert hasattr(node.execute, "__wrapped__") or node is nodes.ExamplePictures, node
-
-
-def test_no_message_of_the_nodes_mentions_flags() -> None:
-    for path in (REPOSITORY / "comfy_continual_lora" / "comfy_nodes").glob("*.py"):
-        assert not re.findall(r"(?<![\w-])--[a-z]+", path.read_text()), path
 
 
 def test_nothing_to_do_leaves_the_models_in_place(
@@ -394,7 +504,7 @@ def test_nothing_to_do_leaves_the_models_in_place(
 def test_workflows_fit_the_nodes(nodes: Any, path: Path) -> None:
     """Every node, input and link of a workflow exists; it has a picture of the same name."""
     workflow = json.loads(path.read_text())
-    ours = {s.node_id: s for s in (node.define_schema() for node in nodes.NODES)}
+    ours = {s.node_id: s for s in _schemas(nodes)}
     by_id = {node["id"]: node for node in workflow["nodes"]}
     for node in workflow["nodes"]:
         assert node["type"] in ours or node["type"] in CORE

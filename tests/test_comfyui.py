@@ -258,9 +258,8 @@ def test_replacing_is_one_step(host: ComfyUI) -> None:
         stack_of(host, "replace").read_bytes(),
         {"which": 7, "if_word_exists": "replace the newest"},
     )
-    assert "class noun is empty" in error_of(
-        host.finished(host.queue(learn("replace", noun="", **replace)))
-    )
+    wrong = host.finished(host.queue(learn("replace", **replace, rate=float("nan"))))
+    assert "rate is nan; it has to be a finite number" in error_of(wrong)
     long = host.queue(learn("replace", steps=4000, **replace))
     while not snapshots_of(stack_of(host, "replace"), "V1"):
         time.sleep(0.1)
@@ -538,7 +537,7 @@ def test_there_are_no_areas_where_nothing_was_kept_apart(host: ComfyUI) -> None:
     }
     graph["31"] = {"class_type": "MaskPreview", "inputs": {"mask": ["30", 0]}}
     done = host.finished(host.queue(graph))
-    assert "There are no areas: nothing was sampled with this model" in error_of(done)
+    assert "There are no areas: nothing was sampled with this MODEL" in error_of(done)
 
 
 def test_a_prompt_that_was_changed_after_it_was_encoded_is_drawn_the_plain_way(
@@ -558,17 +557,59 @@ def test_mistakes_are_reported_in_words_and_lose_nothing(host: ComfyUI) -> None:
     data = stack_of(host, "mistakes").read_bytes()
     for change, message in (
         ({"token": "dog"}, "already knows"),
-        ({"token": ""}, "empty"),
-        ({"token": "V2", "noun": ""}, "class noun is empty"),
         ({"token": "v1"}, "taken"),
         ({"token": "V2", "rank": 8}, "rank is 8"),
         ({"token": "V2", "method": "custom_diffusion"}, "kind"),
     ):
         done = host.finished(host.queue(learn("mistakes", **change)))
         assert message in error_of(done)
+        (failed,) = [m[1] for m in done["status"]["messages"] if m[0] == "execution_error"]
+        assert failed["exception_type"].startswith("continual_lora.")  # shown before the message
+        assert (failed["node_id"], failed["node_type"]) == ("3", "ContinualLora_Learn")
+    graph = learn("mistakes", "V2", masks=["5", 0])
+    graph["2"]["inputs"]["count"] = 1
+    graph["5"] = {
+        "class_type": "SolidMask",
+        "inputs": {"value": 0.0, "width": 48, "height": 48},
+    }
+    wrong = error_of(host.finished(host.queue(graph)))
+    assert wrong.startswith("The mask of picture 1 is black where the picture is used")
+    assert str(host.base) not in wrong
     stack_of(host, "broken").write_bytes(data[: len(data) // 2])
     assert "can't be read" in error_of(host.finished(host.queue(learn("broken"))))
     assert stack_of(host, "mistakes").read_bytes() == data
+
+
+@pytest.mark.parametrize(
+    ("change", "kind", "message"),
+    [
+        ({"token": "a b"}, "custom_validation_failed", "token - token 'a b' may contain only"),
+        ({"noun": ""}, "custom_validation_failed", "noun - noun is empty. Say in one or two words"),
+        ({"size": 20}, "custom_validation_failed", "size - size is 20; the range is 64 to 4096"),
+        ({"size": 100}, "custom_validation_failed", "it has to be a multiple of 8 pixels"),
+        ({"rank": 300}, "value_bigger_than_max", "rank"),
+        ({"rate": -0.1}, "value_smaller_than_min", "rate"),
+        ({"fit": "squash"}, "value_not_in_list", "fit"),
+    ],
+)
+def test_the_node_is_marked_before_anything_runs(
+    host: ComfyUI, change: dict[str, Any], kind: str, message: str
+) -> None:
+    with pytest.raises(RuntimeError, match=r"^400 ") as refused:
+        host.queue(learn("marked", **change))
+    (marked,) = json.loads(str(refused.value).removeprefix("400 "))["node_errors"].items()
+    assert marked[0] == "3"
+    assert [one["type"] for one in marked[1]["errors"]].count(kind) >= 1
+    assert any(message in one["details"] for one in marked[1]["errors"])
+    assert not stack_of(host, "marked").exists()
+
+
+def test_a_stacks_name_is_marked_at_its_node(host: ComfyUI) -> None:
+    with pytest.raises(RuntimeError, match=r"^400 ") as refused:
+        host.queue(learn("../up"))
+    errors = json.loads(str(refused.value).removeprefix("400 "))["node_errors"]
+    assert list(errors) == ["1"]
+    assert "The stack's name '../up' may contain only" in str(errors)
 
 
 def test_undo_is_safe_to_queue_twice(host: ComfyUI) -> None:

@@ -108,7 +108,10 @@ def test_folders_of_other_programs_are_no_groups(tmp_path: Path) -> None:
     (tmp_path / "V1" / "x.heic").write_bytes(b"\0\0\0\x18ftypheic" + bytes(99))
     (tmp_path / "empty").mkdir()
     found, whole = groups(tmp_path)
-    assert [(name, len(files)) for name, files in found] == [(tmp_path.name, 2), ("V1", 1)]
+    assert [(name, [one.name for one in pictures]) for name, pictures in found] == [
+        (tmp_path.name, ["0.png", "1.png"]),
+        ("V1", ["V1/2.png"]),
+    ]
     assert whole.rest() == "; left out: V1/x.heic (convert it)"
     for name in ("0.png", "1.png", "V1/2.png"):
         (tmp_path / name).unlink()

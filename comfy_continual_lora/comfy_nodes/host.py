@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import gc
 import hashlib
+import itertools
 import logging
 import shutil
 from collections.abc import Iterator, Sequence
@@ -18,9 +19,10 @@ import folder_paths  # pyright: ignore[reportMissingImports]
 from comfy import model_management  # pyright: ignore[reportMissingImports]
 from comfy.utils import ProgressBar  # pyright: ignore[reportMissingImports]
 
-from ..errors import ConceptImagesError, StackError
+from ..errors import ConceptImagesError, StackError, spelled
 from ..files import STACKS, stack_path
 from ..progress import Progress
+from .schema import WIDGETS
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -89,8 +91,8 @@ def saved_pictures(
 def save_pictures(
     images: Sequence[Tensor], captions: Sequence[str] = (), masks: Sequence[Tensor] = ()
 ) -> list[Path]:
-    """IMAGE batches (n, h, w, 3 or 4) in 0..1, of any sizes -> PNG files in ComfyUI's temporary
-    folder; the same images give the same files.
+    """IMAGE batches (n, h, w, 3 or 4) in 0..1, of any sizes -> files "picture 1", ... in ComfyUI's
+    temporary folder, as PNG; the same images give the same files.
 
     `captions`: none, one for all, or one per image; an empty one counts as none. `masks`: MASK
     batches (n, h, w), none or one mask per image; `_is_placeholder` counts as none.
@@ -98,12 +100,22 @@ def save_pictures(
     """
     from PIL import Image
 
-    arrays = [_pixels(image) for batch in images for image in batch]
-    mask_arrays = []
-    for batch in masks:
-        mask_arrays += [_pixels(mask) for mask in (batch if batch.dim() == 3 else batch[None])]
+    from ..inventory import as_caption
+
+    arrays = [
+        _pixels(image, f"picture {number}")
+        for number, image in enumerate(itertools.chain.from_iterable(images), 1)
+    ]
+    parts = (batch if batch.dim() == 3 else batch[None] for batch in masks)
+    mask_arrays = [
+        _pixels(mask, f"the mask of picture {number}")
+        for number, mask in enumerate(itertools.chain.from_iterable(parts), 1)
+    ]
     _check_counts(len(arrays), len(captions), len(mask_arrays))
-    texts = list(captions) or [""]
+    texts = [
+        as_caption(text, f"The caption of picture {number}")[0]
+        for number, text in enumerate(captions, 1)
+    ] or [""]
     texts *= len(arrays) // len(texts)
     digest = hashlib.sha256(repr(texts).encode())
     for array in (*arrays, *mask_arrays):
@@ -112,13 +124,13 @@ def save_pictures(
     folder.mkdir(parents=True, exist_ok=True)
     files = []
     for number, (array, text) in enumerate(zip(arrays, texts, strict=True)):
-        file = folder / f"picture {number + 1}.png"
-        Image.fromarray(array).save(file)
+        name = f"picture {number + 1}"  # without an ending: messages say it
+        files.append(folder / name)
+        Image.fromarray(array).save(files[-1], "PNG")
         if mask_arrays and not _is_placeholder(mask_arrays[number]):
-            Image.fromarray(mask_arrays[number]).save(file.with_suffix(".mask.png"))
-        if text.strip():
-            file.with_suffix(".txt").write_text(text.strip(), encoding="utf-8")
-        files.append(file)
+            Image.fromarray(mask_arrays[number]).save(folder / f"{name}.mask.png")
+        if text:
+            (folder / f"{name}.txt").write_text(text, encoding="utf-8")
     return files
 
 
@@ -147,14 +159,14 @@ def _is_placeholder(mask: Any) -> bool:
     return mask.shape == (64, 64) and mask.min() == mask.max() and mask.min() in (0, 255)
 
 
-def _pixels(values: Tensor) -> Any:
+def _pixels(values: Tensor, name: str) -> Any:
     """Values in 0..1 -> an array of bytes. Errors: ConceptImagesError for NaN and infinity."""
     import numpy as np
 
     if not values.isfinite().all():
         raise ConceptImagesError(
-            "A picture or mask of the input has values that are not finite, so the node that made it "
-            "failed. Check its other outputs, or use a VAE in fp32."
+            f"In the input, {name} has values that are not finite, so the node that made it failed. "
+            "Check its other outputs, or use a VAE in fp32."
         )
     return np.clip(values.cpu().float().numpy() * 255 + 0.5, 0, 255).astype(np.uint8)
 
@@ -204,8 +216,9 @@ class Reporter:
             model_management.unload_all_models()
             model_management.soft_empty_cache()
         if progress.note:
-            logging.info("comfy-continual-lora: %s", progress.note)
-            self.notes.append(progress.note)
+            note = spelled(progress.note, WIDGETS)
+            logging.info("comfy-continual-lora: %s", note)
+            self.notes.append(note)
         bar = self.bars.setdefault(progress.stage, ProgressBar(progress.steps))
         preview = ("JPEG", progress.preview, 512) if progress.preview is not None else None
         bar.update_absolute(progress.step, progress.steps, preview)

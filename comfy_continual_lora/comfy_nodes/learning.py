@@ -21,6 +21,7 @@ from .schema import (
     settings_from,
     solving_widgets,
     stack_and_report,
+    valid,
     widgets,
 )
 from .using import scores_table
@@ -94,7 +95,7 @@ class LearnConcept(io.ComfyNode):
                     "the newest), which stays until the new one is stored.",
                 ),
                 # last: saved workflows identify widgets by their position
-                *widgets(LearnSettings, (), ("vectors",)),
+                *widgets(LearnSettings, (), ("vectors", "accumulate")),
             ],
             outputs=[
                 Stack.Output(display_name="stack"),
@@ -103,6 +104,10 @@ class LearnConcept(io.ComfyNode):
                 io.String.Output(display_name="report"),
             ],
         )
+
+    @classmethod
+    def validate_inputs(cls, token: Any, noun: Any, size: Any = None) -> bool | str:
+        return valid(LearnSettings, token=token, noun=noun, needs_noun=True, size=size)
 
     @classmethod
     @in_widget_names
@@ -174,6 +179,8 @@ class Consolidate(io.ComfyNode):
         "retention_weight",
         "precision",
         "fisher_samples",
+        "checkpointing",
+        "accumulate",
     )
 
     @classmethod
@@ -200,6 +207,10 @@ class Consolidate(io.ComfyNode):
                 io.String.Output(display_name="report"),
             ],
         )
+
+    @classmethod
+    def validate_inputs(cls, size: Any = None) -> bool | str:
+        return valid(TrainSettings, size=size)
 
     @classmethod
     @in_widget_names

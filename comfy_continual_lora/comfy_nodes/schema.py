@@ -1,4 +1,4 @@
-"""How nodes are declared: schemas, widgets made from settings, errors with the names of widgets.
+"""How nodes are declared: schemas, widgets made from settings, messages with the names of widgets.
 
 Defaults, ranges and help come from settings.py.
 """
@@ -13,18 +13,41 @@ from typing import Any, TypeVar
 from comfy_api.latest import io  # pyright: ignore[reportMissingImports] - only inside ComfyUI
 
 from ..errors import ContinualLoraError
-from ..fields import from_widget, help_of
+from ..fields import check_field, from_widget, help_of
+from ..files import stack_path
+from ..operations import NAMES
 from ..settings import SolveSettings
 
 CATEGORY = "Continual LoRA"
 Stack = io.Custom("CONCEPT_STACK")
 ADVANCED = {"advanced": True}  # collapsed if the host supports that
-_WIDGETS = {  # of a request's fields, if they have other names
+_WIDGETS = {  # of a request's fields, if they have other names or are at another node
+    "checkpoint": "checkpoint of Load Concept Stack",
     "stack": "stack_name of Load Concept Stack",
     "only": "tokens of Select Concepts",
     "replace": "if_word_exists",
+    "clip": "clip_folder",
+    "version": "restore of Stack History",
+    "keep": "keep of Stack History",
     "remove_superseded": "remove_superseded of Export Concepts",
 }
+TITLES = {  # of the nodes of operations
+    "learn": "Learn Concept",
+    "consolidate": "Consolidate (DSC)",
+    "closed_form": "Consolidate (closed form)",
+    "forget": "Forget Concept",
+    "merge": "Merge Concept Stacks",
+    "import": "Import LoRA as Concept",
+    "scores": "Compute DC Scores",
+    "evaluate": "Evaluate Retention",
+    "draw": "Apply Concepts",
+    "export": "Export Concepts",
+    "undo": "Undo Concept",
+    "history": "Stack History",
+    "restore": "Stack History",
+    "info": "Load Concept Stack",
+}
+WIDGETS = {name: TITLES.get(name) or _WIDGETS.get(name, name) for name in NAMES}
 
 
 def schema(name: str, title: str, description: str, aliases: Sequence[str], **rest: Any) -> Any:
@@ -104,12 +127,36 @@ def solving_widgets() -> list[Any]:
 
 # --- errors --------------------------------------------------------------------------------------
 
+
+def valid(settings: type | None = None, *, needs_noun: bool = False, **given: Any) -> bool | str:
+    """What `validate_inputs` returns for these inputs, token, noun, stack_name or settings: true,
+    or what is wrong, which ComfyUI shows at the node before anything runs.
+
+    ComfyUI marks all the inputs that `validate_inputs` takes, and no longer compares these with
+    their ranges. So it takes only those for which a range says too little.
+    """
+    from ..concepts import check_noun, check_spelling
+
+    values = {
+        name: one[0] if isinstance(one, (list, tuple)) else one for name, one in given.items()
+    }
+    values = {name: value for name, value in values.items() if value is not None}  # None: a wire
+    try:
+        if "token" in values:
+            check_spelling(values["token"].strip())
+        if "noun" in values:
+            check_noun(values["noun"], values.get("token", "").strip(), required=needs_noun)
+        if "stack_name" in values:
+            stack_path("checkpoint", values["stack_name"].strip())
+        for field in dataclasses.fields(settings) if settings else ():
+            if field.name in values:
+                check_field(field, from_widget(field, values[field.name]))
+    except ContinualLoraError as error:
+        return error.spelled(WIDGETS)
+    return True
+
+
 _Execute = TypeVar("_Execute", bound=Callable[..., Any])
-
-
-def widget_of(name: str) -> str:
-    """The widget's name for a field or a setting."""
-    return _WIDGETS.get(name, name)
 
 
 def in_widget_names(execute: _Execute) -> _Execute:
@@ -120,7 +167,7 @@ def in_widget_names(execute: _Execute) -> _Execute:
         try:
             return execute(*args, **given)
         except ContinualLoraError as error:
-            error.args = (error.spelled(widget_of),)
+            error.args = (error.spelled(WIDGETS),)
             raise
 
     return wrapped  # type: ignore[return-value]

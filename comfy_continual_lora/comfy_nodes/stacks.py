@@ -28,6 +28,7 @@ from .schema import (
     settings_from,
     solving_widgets,
     stack_and_report,
+    valid,
 )
 
 
@@ -56,6 +57,10 @@ class LoadConceptStack(io.ComfyNode):
             ],
             outputs=[Stack.Output(display_name="stack"), io.String.Output(display_name="concepts")],
         )
+
+    @classmethod
+    def validate_inputs(cls, stack_name: Any = None) -> bool | str:
+        return valid(stack_name=stack_name)
 
     @classmethod
     @in_widget_names
@@ -308,6 +313,10 @@ class ImportLora(io.ComfyNode):
             ],
             outputs=stack_and_report(),
         )
+
+    @classmethod
+    def validate_inputs(cls, token: Any, noun: Any) -> bool | str:
+        return valid(token=token, noun=noun)
 
     @classmethod
     @in_widget_names

@@ -26,6 +26,7 @@ from .schema import (
     settings_from,
     solving_widgets,
     stack_and_report,
+    valid,
     widgets,
 )
 from .words import with_words
@@ -241,6 +242,10 @@ class ComputeScores(io.ComfyNode):
         )
 
     @classmethod
+    def validate_inputs(cls, size: Any = None) -> bool | str:
+        return valid(ScoreSettings, size=size)
+
+    @classmethod
     @in_widget_names
     def execute(cls, images: list, **given: list) -> Any:
         from .. import report
@@ -351,6 +356,10 @@ class EvaluateRetention(io.ComfyNode):
                 io.String.Output(display_name="report"),
             ],
         )
+
+    @classmethod
+    def validate_inputs(cls, size: Any = None) -> bool | str:
+        return valid(EvaluateSettings, size=size)
 
     @classmethod
     @in_widget_names

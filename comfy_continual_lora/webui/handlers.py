@@ -4,6 +4,7 @@ first also return the values of `ASKING`.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,8 +12,10 @@ from typing import Any
 import gradio as gr
 
 from ..curves import curve_picture
-from ..errors import ConceptImagesError, ContinualLoraError
-from ..settings import LearnSettings
+from ..errors import ContinualLoraError
+from ..files import stack_path
+from ..settings import LearnSettings, TrainSettings
+from ..versions import versions
 from .asking import QUESTIONS
 from .copies import Batch
 from .environment import NotReady
@@ -22,8 +25,6 @@ from .host import (
     concepts_of,
     newest_word,
     place_of,
-    stack_file,
-    versions_of,
 )
 from .labels import METHOD_LABELS, in_labels
 from .runner import Busy
@@ -49,6 +50,7 @@ ADVANCED = (
     "fisher_samples",
     "precision",
     "checkpointing",
+    "accumulate",
     "preview_every",
 )
 OUTPUTS = (
@@ -78,22 +80,22 @@ class Handlers:
     # --- what is shown -------------------------------------------------------------------------
 
     def place(self, checkpoint: str, name: str) -> tuple[Path, Path]:
-        """A checkpoint and its stack. Errors: ValueError."""
+        """A checkpoint and its stack. Errors: ValueError, StackError."""
         if not checkpoint:
             raise ValueError("Choose a checkpoint first.")
         path = self.host.checkpoints().get(checkpoint)
         if path is None:
             raise ValueError(f"The checkpoint {checkpoint} is gone; press Refresh.")
-        return path, stack_file(path, (name or "").strip())
+        return path, stack_path(path, (name or "").strip())
 
     def stack_shown(self, checkpoint: str, name: str) -> list[str]:
         """The concepts and the history of a stack."""
         try:
             _, stack = self.place(checkpoint, name)
             concepts = table(concepts_of(stack), self.kept.get(str(stack), {}))
-            return [concepts, history(versions_of(stack))]
-        except ValueError as error:
-            return [f"<p>{html(error)}</p>", ""]
+            return [concepts, history(versions(stack))]
+        except REFUSED as error:
+            return [f"<p>{html(in_labels(error))}</p>", ""]
 
     @property
     def is_busy(self) -> bool:
@@ -202,12 +204,15 @@ class Handlers:
         return self._hand_in(checkpoint, name, jobs_of)
 
     def consolidate(
-        self, checkpoint: str, name: str, files: Any, captions: Any = None
+        self, checkpoint: str, name: str, files: Any, captions: Any, *advanced: Any
     ) -> list[Any]:
         def jobs_of(path: Path, stack: Path) -> Jobs:
+            chosen = settings_of(LearnSettings, ADVANCED, advanced)
+            own = {field.name for field in dataclasses.fields(TrainSettings)}
+            settings = {name: value for name, value in chosen.items() if name in own}
             place = place_of(path, stack)
             batch = self._pictures(files, captions, stack, newest_word(stack))
-            request = {**place, "images": batch.paths}
+            request = {**place, "images": batch.paths, "settings": settings}
             return [("consolidate", request), self.host.export_job(place)], batch
 
         return self._hand_in(checkpoint, name, jobs_of)
@@ -309,6 +314,6 @@ class Handlers:
         """The gallery, the caption table, and what was dropped in words."""
         try:
             pictures, rows, told = thumbnails(files, captions)
-        except (ValueError, ConceptImagesError) as error:
-            raise gr.Error(str(error)) from None
+        except REFUSED as error:
+            raise gr.Error(in_labels(error)) from None
         return [pictures, rows, markdown(told)]

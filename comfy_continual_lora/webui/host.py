@@ -14,10 +14,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from ..errors import StackError
-from ..files import checkpoints_in, stack_path
+from ..files import checkpoints_in
 from ..stackfile import read_header
-from ..versions import Version, versions
 from .copies import Batch, Copies
 from .environment import Preparation
 from .job import Job
@@ -134,34 +132,15 @@ def place_of(checkpoint: Path, stack: Path) -> dict[str, str]:
     return {"checkpoint": str(checkpoint), "stack": str(stack)}
 
 
-def stack_file(checkpoint: Path, name: str = "") -> Path:
-    """`files.stack_path`, whose StackError becomes a ValueError."""
-    try:
-        return stack_path(checkpoint, name)
-    except StackError as error:
-        raise ValueError(str(error)) from None
-
-
 def concepts_of(stack: Path) -> list[dict[str, Any]]:
     """The concepts of a stack file, from its header; none if there is no file.
 
-    Errors: ValueError for a file that is not a stack.
+    Errors: StackError, OSError for a file that is not a stack.
     """
-    try:
-        return read_header(stack)["concepts"] if stack.exists() else []
-    except (StackError, OSError) as error:
-        raise ValueError(str(error)) from None
+    return read_header(stack)["concepts"] if stack.exists() else []
 
 
 def newest_word(stack: Path) -> str:
-    """The newest concept's word; empty if there is no concept. Errors: ValueError."""
+    """The newest concept's word; empty if there is no concept. Errors: as `concepts_of`."""
     concepts = concepts_of(stack)
     return concepts[-1]["token"] if concepts else ""
-
-
-def versions_of(stack: Path) -> list[Version]:
-    """The versions of a stack that are kept, the newest first. Errors: ValueError."""
-    try:
-        return versions(stack)
-    except (StackError, OSError) as error:
-        raise ValueError(str(error)) from None

@@ -110,7 +110,9 @@ def _how_to_learn(parts: SimpleNamespace, host: Host) -> None:
         elem_id="continual_lora_replace",
     )
     with gr.Row():
-        parts.learn = gr.Button("Learn", variant="primary", elem_id="continual_lora_learn")
+        parts.learn = gr.Button(
+            label_of("learn"), variant="primary", elem_id="continual_lora_learn"
+        )
         parts.stop = gr.Button("Stop", elem_id="continual_lora_stop")
 
 
@@ -171,12 +173,12 @@ def _what_is_shown(parts: SimpleNamespace, host: Host, concepts: str) -> None:
 
 def _actions(parts: SimpleNamespace) -> None:
     with gr.Row():
-        parts.consolidate = gr.Button("Consolidate (DSC)")
-        parts.closed_form = gr.Button("Consolidate (closed form)")
-        parts.scores = gr.Button("Compute DC scores")
-        parts.evaluate = gr.Button("Evaluate retention")
+        parts.consolidate = gr.Button(label_of("consolidate"))
+        parts.closed_form = gr.Button(label_of("closed_form"))
+        parts.scores = gr.Button(label_of("scores"))
+        parts.evaluate = gr.Button(label_of("evaluate"))
     with gr.Row():
-        parts.export = gr.Button("Export", elem_id="continual_lora_export")
+        parts.export = gr.Button(label_of("export"), elem_id="continual_lora_export")
         parts.export_some = gr.Button(
             "Export only the words on the left", elem_id="continual_lora_some"
         )
@@ -187,8 +189,8 @@ def _actions(parts: SimpleNamespace) -> None:
             elem_id="continual_lora_remove_superseded",
         )
     with gr.Row():
-        parts.undo = gr.Button("Undo the last change ...", elem_id="continual_lora_undo")
-        parts.forget = gr.Button("Forget the word on the left ...", elem_id="continual_lora_forget")
+        parts.undo = gr.Button(f"{label_of('undo')} ...", elem_id="continual_lora_undo")
+        parts.forget = gr.Button(f"{label_of('forget')} ...", elem_id="continual_lora_forget")
 
 
 def _question(parts: SimpleNamespace) -> None:
@@ -200,14 +202,14 @@ def _question(parts: SimpleNamespace) -> None:
 
 
 def _history(parts: SimpleNamespace, versions: str) -> None:
-    with gr.Accordion("History of the stack", open=False):
+    with gr.Accordion(label_of("history"), open=False):
         parts.history = gr.HTML(versions, elem_id="continual_lora_history")
         with gr.Row():
             parts.version = gr.Number(
                 value=1, precision=0, label=label_of("version"), elem_id="continual_lora_version"
             )
             parts.restore = gr.Button(
-                "Go back to this version ...", elem_id="continual_lora_restore"
+                f"{label_of('restore')} ...", elem_id="continual_lora_restore"
             )
 
 
@@ -229,7 +231,11 @@ def _connect_jobs(parts: SimpleNamespace, handlers: Handlers, page: gr.Blocks) -
     learning = [files, parts.captions, parts.token, parts.noun, parts.method, parts.replace]
     for event, handler, inputs in (
         (parts.learn.click, handlers.learn, [*place, *learning, *parts.advanced]),
-        (parts.consolidate.click, handlers.consolidate, [*place, files, parts.captions]),
+        (
+            parts.consolidate.click,
+            handlers.consolidate,
+            [*place, files, parts.captions, *parts.advanced],
+        ),
         (parts.closed_form.click, handlers.closed_form, place),
         (parts.scores.click, handlers.scores, [*place, files]),
         (parts.evaluate.click, handlers.evaluate, place),
