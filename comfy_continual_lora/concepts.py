@@ -223,12 +223,21 @@ def name_of(token: str, noun: str) -> str:
     return f"{token} {noun}".strip()
 
 
-def prompts_for(token: str, noun: str, templates: Sequence[str], caption: str | None) -> list[str]:
-    """A picture's training prompts: its own caption (with the token), or else every template."""
+def prompts_for(
+    token: str,
+    noun: str,
+    templates: Sequence[str],
+    caption: str | None,
+    others: Iterable[str] = (),
+) -> list[str]:
+    """A picture's training prompts: its own caption (with the token), or else every template.
+
+    `others`: all other learned words, which a caption may name too.
+    """
     name = name_of(token, noun)
     if caption is None:
         return [template.format(name) for template in templates]
-    if named([caption], [token]):
+    if token in named([caption], [*others, token]):
         return [caption]
     return [f"a photo of a {name}, {caption}"]
 
