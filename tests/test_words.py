@@ -30,6 +30,7 @@ from comfy_continual_lora.mentions import (
     unknown_words,
     whole_words,
 )
+from comfy_continual_lora.moments import MomentCache
 from comfy_continual_lora.progress import Progress
 
 WORDS = ["sks", "V1", "V1-a", "V10", "V1_a", "my-V1"]
@@ -286,3 +287,16 @@ def test_a_caption_that_names_another_learned_word_teaches_the_new_one_too(
         note.startswith("In captions: V1-b is not a learned word (learned: V1, V2)")
         for note in notes
     )
+
+
+def test_a_moment_is_of_the_words_that_are_read(backbone: Backbone, tmp_path: Path) -> None:
+    generator = torch.Generator().manual_seed(0)
+    words = {
+        token: torch.randn(1, backbone.word_width, generator=generator)
+        for token in ("v1", "V1-red", "red")
+    }
+    cache = MomentCache(backbone, tmp_path)
+    for prompt in ("a V1-red ball", "a V1-reddish ball"):
+        for known in ({}, {"v1": words["v1"]}, words, {"red": words["red"]}):
+            matrix = cache(known, [prompt])
+            assert torch.equal(matrix, MomentCache(backbone)(known, [prompt]))
