@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 from helpers_learn import QUICK, save_concept
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from comfy_continual_lora import concepts, pipeline, requests
@@ -32,6 +32,7 @@ from comfy_continual_lora.mentions import (
 )
 from comfy_continual_lora.moments import MomentCache
 from comfy_continual_lora.progress import Progress
+from comfy_continual_lora.webui import tokens
 
 WORDS = ["sks", "V1", "V1-a", "V10", "V1_a", "my-V1"]
 
@@ -300,3 +301,53 @@ def test_a_moment_is_of_the_words_that_are_read(backbone: Backbone, tmp_path: Pa
         for known in ({}, {"v1": words["v1"]}, words, {"red": words["red"]}):
             matrix = cache(known, [prompt])
             assert torch.equal(matrix, MomentCache(backbone)(known, [prompt]))
+
+
+# --- web UIs --------------------------------------------------------------------------------------
+
+
+def _web_ui_reads(backbone: Backbone, text: str, words: list[str]) -> list[str]:
+    """What AUTOMATIC1111's `find_embedding_at_position` finds, token by token."""
+    ids = {word: backbone.token_ids(word) for word in words}
+    tokens, found, at = backbone.token_ids(text), [], 0
+    while at < len(tokens):
+        here = [word for word in words if tokens[at : at + len(ids[word])] == ids[word]]
+        if here:
+            found.append(max(here, key=lambda word: len(ids[word])))
+        at += len(ids[found[-1]]) if here else 1
+    return found
+
+
+@_FEW
+@given(_texts(["V1", "V10", "V1-a", "sks"]))
+def test_what_the_web_ui_reads_otherwise_is_told(backbone: Backbone, text: str) -> None:
+    words = ["V1", "V1-a", "sks"]
+    # to CLIP, 's is a token even before letters; where letters begin with others, it depends on them
+    assume(not re.search(r"'s|[^\W\d_](V1|sks)", text))
+    read = _web_ui_reads(backbone, text, words)
+    assert [match[0] for match in tokens.by_tokens(words).finditer(text)] == read
+    told = " ".join(tokens.notes([text], words, list))
+    differs = whole_words(words).findall(text) != read
+    assert ("web UI" in told) == differs
+
+
+def test_the_web_ui_s_embeddings_are_asked_for_only_if_a_word_looks_unknown() -> None:
+    asked: list[str] = []
+
+    def embeddings() -> list[str]:
+        asked.append("")
+        return ["V1", "V12", "style-v1", "ng_deepnegative_v1_75t"]
+
+    assert tokens.notes(["a V1 ball, V1-coloured", "easynegative"], ["V1"], embeddings) == []
+    assert not asked
+    foreign = ["V12 style-v1, ng_deepnegative_v1_75t"]
+    assert tokens.notes(foreign, ["V1"], embeddings) == []
+    assert asked == [""]
+    first, second = tokens.notes(["a V10 ball", "v3"], ["V1"], embeddings)
+    assert first == (
+        'In "V10" the web UI reads V1 and more: to it, a word ends at any digit or sign. Write V1 '
+        "with a space around it if it is meant, or leave it out."
+    )
+    assert second.startswith("v3 is not a learned word (learned: V1)")
+    (other,) = tokens.notes(["a sks狗"], ["sks"], embeddings)
+    assert 'In "sks狗" the web UI does not read sks' in other
