@@ -19,7 +19,7 @@ from . import evaluate as evaluation
 from . import history as stack_history
 from . import plan as planning
 from .adapters.adapter import attached
-from .checkpoint.backbone import Backbone, FrozenText
+from .checkpoint.backbone import FrozenText
 from .checkpoint.load import fingerprint
 from .errors import ConceptImagesError, SettingError, StackError
 from .export import Exported, export_files
@@ -76,18 +76,16 @@ def draw(request: DrawRequest, on_progress: OnProgress = ignore) -> DrawResult:
         check_folder(request.out)
     with open_session(request, on_progress) as session:
         backbone, stack = session.backbone, session.stack
-        for note in _notes(
-            backbone, stack, dict.fromkeys(one for parts in prompts for one in parts)
-        ):
-            on_progress(Progress("draw", 0, 1, note=note))
+        asked = [*(one for parts in prompts for one in parts), request.settings.negative]
+        _tell_of_prompts(session, "draw", asked)
         if request.only:
-            left_out = stack.tokens.keys()
+            words = stack.tokens
             stack = consolidation.selected(
                 backbone, stack, request.only, SolveSettings(), on_progress, session.cache
             )
-            left_out -= stack.tokens.keys()
-            for token in named([one for parts in prompts for one in parts], left_out):
-                on_progress(Progress("draw", 0, 1, note=not_in_use(token)))
+            for token in named(asked, words):
+                if token not in stack.tokens:
+                    on_progress(Progress("draw", 0, 1, note=not_in_use(token)))
         settings = request.settings.resolved(backbone.preset)
         areas, seeds = [], []
         for parts in prompts:
@@ -208,6 +206,7 @@ def scored_pictures(
             "All concepts of this stack were imported, so its DC scores were never calibrated. "
             "Learn one concept here first."
         )
+    _tell_of_prompts(session, "score", classifier.prompts_of(stack.records).values())
     features = classifier.candidates(stack.records, FrozenText(backbone, stack.tokens))
     size, scored = settings.size or backbone.size, []
     with attached(backbone, stack.adapter):
@@ -246,6 +245,7 @@ def evaluated(
             f"No folder in {request.images} is named after a concept. Expected "
             f"{', '.join(stack.tokens)}; found {', '.join(groups)}."
         )
+    _tell_of_prompts(session, "evaluate", evaluation.prompts_of(stack.records))
     features = evaluation.features(backbone, request.clip)
     return evaluation.evaluate(backbone, stack, own_images, features, settings, session.on_progress)
 
@@ -262,13 +262,16 @@ def _plotted(image: Image, plot: Path | None, on_progress: OnProgress) -> Path |
     return plot
 
 
-def _notes(backbone: Backbone, stack: ConceptStack, prompts: Iterable[str]) -> list[str]:
-    """What these prompts name that is not learned, and what of them is not read."""
+def _tell_of_prompts(session: Session, stage: str, prompts: Iterable[str]) -> None:
+    """Say what these prompts name that is not learned, and what of them is not read."""
+    words, distinct = session.stack.tokens, list(dict.fromkeys(prompts))
     notes = []
-    if unknown := unknown_words(prompts, stack.tokens):
-        notes.append(not_learned(unknown, stack.tokens))
-    ends = ((prompt, backbone.not_read(prompt, stack.tokens)) for prompt in prompts)
-    return [*notes, *(not_read(prompt, end) for prompt, end in ends if end)]
+    if unknown := unknown_words(distinct, words):
+        notes.append(not_learned(unknown, words))
+    ends = ((prompt, session.backbone.not_read(prompt, words)) for prompt in distinct)
+    notes += [not_read(prompt, end) for prompt, end in ends if end]
+    for note in notes:
+        session.on_progress(Progress(stage, 0, 1, note=note))
 
 
 def _groups(images: Path | list[Path], on_progress: OnProgress) -> list[tuple[str, list[Path]]]:

@@ -16,7 +16,7 @@ from helpers_learn import QUICK, save_concept
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from comfy_continual_lora import concepts, pipeline, requests
+from comfy_continual_lora import concepts, pipeline, requests, store
 from comfy_continual_lora.checkpoint.backbone import Backbone
 from comfy_continual_lora.errors import (
     ConceptImagesError,
@@ -257,15 +257,42 @@ def test_nouns_that_prompts_could_not_contain(noun: str, problem: str) -> None:
 
 def test_drawing_tells_what_is_not_learned_and_not_read(checkpoint: Path) -> None:
     seen: list[Progress] = []
-    drawing = requests.DrawSettings(steps=1, size=64)
+    drawing = requests.DrawSettings(steps=1, size=64, negative=f"V9, {LONG} blurred")
     prompts = ["a photo of a V7 ball", LONG]
     pipeline.draw(
         requests.DrawRequest(checkpoint, prompts, drawing, device="cpu"),
         seen.append,
     )
     notes = [progress.note for progress in seen if progress.note]
-    assert "V7 is not a learned word (nothing is learned yet)" in notes[0]
+    assert "V7 and V9 are not learned words (nothing is learned yet)" in notes[0]
     assert "is too long: the text encoder does not read its end" in notes[1]
+    assert 'The prompt "V9, a very' in notes[2]
+    assert "is too long" in notes[2]
+
+
+def test_scores_and_evaluate_tell_what_is_not_read(
+    learned: Callable[..., Path], folders: dict[str, Path]
+) -> None:
+    checkpoint = learned(replace(QUICK, method="lora"), "V1")
+    path = store.stack_path(checkpoint)
+    stack = store.open_stack(path)
+    noun = "V7 " + "very " * 80 + "old ball"
+    stack.records = [replace(stack.records[0], noun=noun)]
+    store.save_stack(stack, path, store.change("learned", stack.records))
+    scores = requests.ScoreRequest(
+        checkpoint, folders["V1"], requests.ScoreSettings(trials=1, size=64), device="cpu"
+    )
+    evaluation = requests.EvaluateRequest(
+        checkpoint,
+        settings=requests.EvaluateSettings(pictures=1, steps=1, trials=1, size=64),
+        device="cpu",
+    )
+    for operation, request in ((pipeline.dc_scores, scores), (pipeline.evaluate, evaluation)):
+        seen: list[Progress] = []
+        operation(request, seen.append)  # type: ignore[operator]
+        notes = [progress.note for progress in seen if progress.note]
+        assert notes[0].startswith("V7 is not a learned word (learned: V1)")
+        assert any('its end, "very' in note and 'old ball"' in note for note in notes)
 
 
 def test_a_caption_that_names_another_learned_word_teaches_the_new_one_too(
