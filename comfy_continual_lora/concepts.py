@@ -258,6 +258,11 @@ def check_spelling(token: str) -> None:
             f"The token {token!r} may contain only letters, digits, - and _ (at most 64): it "
             f"becomes a word and a file name. {_ADVICE}"
         )
+    if not any(letter.isalpha() for letter in token):
+        raise TokenError(
+            f"The token {token!r} has no letter, so it would be read in every prompt with a number "
+            f"or a sign like it. {_ADVICE}"
+        )
 
 
 def check_noun(noun: str, token: str) -> None:

@@ -21,7 +21,9 @@ from comfy_continual_lora.checkpoint.backbone import Backbone
 from comfy_continual_lora.errors import (
     ConceptImagesError,
     SettingError,
+    TokenError,
 )
+from comfy_continual_lora.files import is_reserved
 from comfy_continual_lora.mentions import (
     in_other_words,
     named,
@@ -315,6 +317,26 @@ def test_a_caption_that_names_another_learned_word_teaches_the_new_one_too(
         note.startswith("In captions: V1-b is not a learned word (learned: V1, V2)")
         for note in notes
     )
+
+
+@pytest.mark.parametrize(
+    "name", ["CON", "nul.txt", "con.any.thing", "COM¹", "lpt³.a", "CONIN$", "aux. "]
+)
+def test_names_that_windows_reserves(name: str) -> None:
+    assert is_reserved(name)
+    with pytest.raises(TokenError, match="Windows, where it is a device"):
+        concepts.check_spelling(name)
+
+
+@pytest.mark.parametrize("name", ["CONE", "COM10", "V1.con", "null", "CONIN", "acom1"])
+def test_names_that_windows_does_not_reserve(name: str) -> None:
+    assert not is_reserved(name)
+
+
+@pytest.mark.parametrize("token", ["123", "-", "_1-2"])
+def test_a_word_without_a_letter_is_refused(token: str) -> None:
+    with pytest.raises(TokenError, match="has no letter"):
+        concepts.check_spelling(token)
 
 
 def test_a_moment_is_of_the_words_that_are_read(backbone: Backbone, tmp_path: Path) -> None:
