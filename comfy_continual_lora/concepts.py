@@ -272,6 +272,8 @@ def check_noun(noun: str, token: str) -> None:
         problem = "is not a single line of text"
     elif len(noun) > NOUN_LETTERS or len(noun.split()) > NOUN_WORDS:
         problem = f"has more than {NOUN_WORDS} words or {NOUN_LETTERS} letters"
+    elif noun.strip() and not any(letter.isalpha() for letter in noun):
+        problem = "has no letter"
     elif named([noun], [token]):
         problem = f"contains {token} itself"
     if problem:

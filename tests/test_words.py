@@ -235,7 +235,17 @@ def test_a_noun_is_learned_without_its_article(checkpoint: Path, tmp_path: Path)
 
 @pytest.mark.parametrize(
     ("noun", "class_noun"),
-    [("an apple", "apple"), ("the the", "the"), ("a", "a"), ("Andes", "Andes"), ("ant", "ant")],
+    [
+        ("an apple", "apple"),
+        ("the the", "the"),
+        ("a", "a"),
+        ("Andes", "Andes"),
+        ("ant", "ant"),
+        ("My dog", "dog"),
+        ("this  cat", "cat"),
+        ("some flowers", "flowers"),
+        ("somebody", "somebody"),
+    ],
 )
 def test_articles(noun: str, class_noun: str) -> None:
     assert requests.without_article(noun) == class_noun
@@ -249,12 +259,15 @@ def test_articles(noun: str, class_noun: str) -> None:
         ("dog\ncat", "not a single line"),
         ("dog\0", "not a single line"),
         ("v1 dog", "contains V1 itself"),
+        ("123", "has no letter"),
+        ("!?", "has no letter"),
     ],
 )
 def test_nouns_that_prompts_could_not_contain(noun: str, problem: str) -> None:
     with pytest.raises(SettingError, match=problem):
         concepts.check_noun(noun, "V1")
-    concepts.check_noun("black and white border collie", "V1")
+    for good in ("black and white border collie", "犬", "R2-D2", ""):
+        concepts.check_noun(good, "V1")
 
 
 def test_drawing_tells_what_is_not_learned_and_not_read(checkpoint: Path) -> None:
