@@ -16,12 +16,13 @@ from helpers_learn import QUICK, save_concept
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from comfy_continual_lora import concepts, pipeline, requests, store
+from comfy_continual_lora import concepts, learn, pipeline, requests, store
 from comfy_continual_lora.checkpoint.backbone import Backbone
 from comfy_continual_lora.errors import (
     ConceptImagesError,
     SettingError,
     TokenError,
+    TrainingError,
 )
 from comfy_continual_lora.files import is_reserved
 from comfy_continual_lora.mentions import (
@@ -330,6 +331,26 @@ def test_a_caption_that_names_another_learned_word_teaches_the_new_one_too(
         note.startswith("In captions: V1-b is not a learned word (learned: V1, V2)")
         for note in notes
     )
+
+
+def test_a_word_that_learning_leaves_as_it_was_is_refused(
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As if no prompt that is drawn named it."""
+    monkeypatch.setattr(learn, "one_of", lambda _prompts, _generator: "a photo of a ball")
+    request = requests.LearnRequest(
+        checkpoint,
+        save_concept(tmp_path / "p", 0, 3),
+        "V1",
+        "ball",
+        replace(QUICK, method="lora"),
+        device="cpu",
+    )
+    with pytest.raises(TrainingError, match="V1 was not learned: in 2 steps its vectors did not"):
+        pipeline.learn_concept(request)
+    assert not list(tmp_path.glob("mini.*concepts*"))
+    fixed = replace(request, settings=replace(request.settings, token_rate=0.0))
+    assert pipeline.learn_concept(fixed).record.token == "V1"
 
 
 @pytest.mark.parametrize(
