@@ -140,6 +140,7 @@ def export(request: ExportRequest, on_progress: OnProgress = ignore) -> Exported
         request.format,
         request.only,
         request.remove_superseded,
+        [record.token for record in store.read_records(request.stack_file)],
     )
 
 
