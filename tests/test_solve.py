@@ -503,6 +503,11 @@ def test_importing_an_exported_lora_gives_it_back(
         own,
         atol=2e-3 * float(own.abs().max()),
     )
+    assert pipeline.import_concept(request).again
+    with pytest.raises(
+        StackError, match=r"as W1 ball at strength 1, so it was not imported at 0.5"
+    ):
+        pipeline.import_concept(replace(request, strength=0.5))
     with pytest.raises(StackError, match="never calibrated"):
         pipeline.dc_scores(
             requests.ScoreRequest(checkpoint, folders["V1"], stack=bare, device="cpu")
