@@ -26,7 +26,7 @@ from .export import Exported, export_files
 from .files import stack_stem
 from .imagefile import check_folder, check_output, save_own
 from .mentions import named, not_in_use, not_learned, not_read, unknown_words
-from .progress import OnProgress, Progress, ignore
+from .progress import OnProgress, Progress, counted, ignore
 from .requests import (
     DrawRequest,
     EvaluateRequest,
@@ -285,7 +285,7 @@ def _groups(images: Path | list[Path], on_progress: OnProgress) -> list[tuple[st
 
     groups, found = inventory.groups(images)
     if found.left_out:
-        tell(f"{len(found.pictures)} pictures{found.rest()}")
+        tell(f"{counted(len(found.pictures), 'picture')}{found.rest()}")
     concepts.check_readable(found.files, tell)
     return groups
 
