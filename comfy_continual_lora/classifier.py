@@ -151,10 +151,15 @@ class Scores:
         return self.margin_low > 0
 
 
-def candidates(records: Sequence[ConceptRecord], text: FrozenText) -> dict[str, Tensor]:
-    """The prompts (77, d) that `classify` compares: each concept's by token, each noun's by "c_0 noun"."""
+def prompts_of(records: Sequence[ConceptRecord]) -> dict[str, str]:
+    """Each concept's prompt by its token, each noun's by "c_0 noun"."""
     prompts = {record.token: f"a photo of a {record.name}" for record in records}
-    prompts |= {f"c_0 {record.noun}": f"a photo of a {record.noun}" for record in records}
+    return prompts | {f"c_0 {record.noun}": f"a photo of a {record.noun}" for record in records}
+
+
+def candidates(records: Sequence[ConceptRecord], text: FrozenText) -> dict[str, Tensor]:
+    """The prompts (77, d) that `classify` compares, named as in `prompts_of`."""
+    prompts = prompts_of(records)
     return dict(zip(prompts, text(list(prompts.values())), strict=True))
 
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from . import concepts
 from .errors import ConceptImagesError
 from .inventory import inventory
-from .mentions import named
+from .mentions import named, not_learned, unknown_words
 from .presets import TEMPLATES
 from .session import Session
 from .settings import ResolvedSettings
@@ -65,8 +65,11 @@ def load_concept(
         pictures = (*pictures, *(image.flip(-1) for image in pictures))
         masks = masks and (*masks, *(mask.flip(-1) for mask in masks))
     prompt_noun = noun if with_noun else ""
-    prompts = [concepts.prompts_for(token, prompt_noun, TEMPLATES, one) for one in loaded.captions]
-    _check_length(session, prompts, token, settings.vectors)
+    others = session.stack.tokens
+    prompts = [
+        concepts.prompts_for(token, prompt_noun, TEMPLATES, one, others) for one in loaded.captions
+    ]
+    _check_prompts(session, prompts, token, settings.vectors)
     latents = backbone.encode_images(pictures)
     small = None
     if masks is not None:
@@ -78,18 +81,22 @@ def load_concept(
     return Concept(token, noun, with_noun, loaded, latents, prompts, small, source)
 
 
-def _check_length(
+def _check_prompts(
     session: Session, prompts: Sequence[Sequence[str]], token: str, vectors: int
 ) -> None:
-    """Tell of captions that are too long, and refuse them if no prompt would teach the word."""
+    """Tell of captions that name unknown words or are too long; refuse these if no prompt would teach
+    the word.
+    """
     backbone = session.backbone
     words = {**session.stack.tokens, token: torch.zeros(vectors, backbone.word_width)}
+    if unknown := unknown_words((one for own in prompts for one in own), words):
+        session.tell(f"In captions: {not_learned(unknown, words)}")
     ends = [backbone.not_read(one[0], words) for one in prompts]
     too_long = [number for number, end in enumerate(ends) if end]
     if not too_long:
         return
     before = [one[0].removesuffix(end) for one, end in zip(prompts, ends, strict=True)]
-    unnamed = [number for number in too_long if not named([before[number]], [token])]
+    unnamed = [number for number in too_long if token not in named([before[number]], words)]
     if len(unnamed) == len(prompts):
         raise ConceptImagesError(
             f"{token} would not be learned: every caption is so long that the text encoder stops "

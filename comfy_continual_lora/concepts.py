@@ -223,12 +223,21 @@ def name_of(token: str, noun: str) -> str:
     return f"{token} {noun}".strip()
 
 
-def prompts_for(token: str, noun: str, templates: Sequence[str], caption: str | None) -> list[str]:
-    """A picture's training prompts: its own caption (with the token), or else every template."""
+def prompts_for(
+    token: str,
+    noun: str,
+    templates: Sequence[str],
+    caption: str | None,
+    others: Iterable[str] = (),
+) -> list[str]:
+    """A picture's training prompts: its own caption (with the token), or else every template.
+
+    `others`: all other learned words, which a caption may name too.
+    """
     name = name_of(token, noun)
     if caption is None:
         return [template.format(name) for template in templates]
-    if named([caption], [token]):
+    if token in named([caption], [*others, token]):
         return [caption]
     return [f"a photo of a {name}, {caption}"]
 
@@ -249,6 +258,11 @@ def check_spelling(token: str) -> None:
             f"`token` {excerpt(token)} may contain only letters, digits, - and _ (at most 64): it "
             f"becomes a word and a file name. {_ADVICE}"
         )
+    if not any(letter.isalpha() for letter in token):
+        raise TokenError(
+            f"`token` {excerpt(token)} has no letter, so it would be read in every prompt with a number "
+            f"or a sign like it. {_ADVICE}"
+        )
 
 
 def check_noun(noun: str, token: str, *, required: bool = False) -> None:
@@ -264,6 +278,8 @@ def check_noun(noun: str, token: str, *, required: bool = False) -> None:
         problem = "is not a single line of text"
     elif len(noun) > NOUN_LETTERS or len(noun.split()) > NOUN_WORDS:
         problem = f"has more than {NOUN_WORDS} words or {NOUN_LETTERS} letters"
+    elif noun.strip() and not any(letter.isalpha() for letter in noun):
+        problem = "has no letter"
     elif token and named([noun], [token]):
         problem = f"contains {token} itself"
     if problem:

@@ -32,7 +32,7 @@ from .errors import CheckpointError
 from .metrics import paired_similarity, similarity
 from .progress import OnProgress, Progress
 from .settings import DrawSettings, EvaluateSettings, ScoreSettings
-from .stack import ConceptStack
+from .stack import ConceptRecord, ConceptStack
 
 Features = Callable[[Tensor], Tensor]  # pictures (n, 3, h, w) in -1..1 -> (n, d)
 PROMPTS = ("a photo of a {}", "a good photo of a {}")
@@ -96,6 +96,12 @@ def _without_nan(value: Any) -> Any:
     if isinstance(value, list):
         return [_without_nan(one) for one in value]
     return None if value != value else value
+
+
+def prompts_of(records: Sequence[ConceptRecord]) -> list[str]:
+    """All prompts that are drawn, with each concept's name and with its noun alone."""
+    names = [name for record in records for name in (record.name, record.noun)]
+    return [prompt.format(name) for name in names for prompt in PROMPTS]
 
 
 def features(backbone: Backbone, clip: Path | None) -> Features:

@@ -22,6 +22,7 @@ from typing import Any
 from .errors import ConceptImagesError
 from .files import PICTURES
 from .imagefile import undecodable
+from .progress import counted
 
 FEW = 3  # with fewer pictures, more than the thing is learned
 _CAPTIONS = (".txt", ".caption")
@@ -116,10 +117,10 @@ class Inventory:
         """
         texts = [texts[0][0] for picture in self.pictures if (texts := picture.texts())]
         endings = ", ".join(sorted({file.suffix.lower() for file in texts}, reverse=True))
-        captions = f"{_counted(len(texts), 'caption')} ({endings})" if texts else "no captions"
+        captions = f"{counted(len(texts), 'caption')} ({endings})" if texts else "no captions"
         masks = sum(bool(picture.masks) for picture in self.pictures)
-        parts = [_counted(len(self.pictures), "picture"), captions]
-        return ", ".join([*parts, *([_counted(masks, "mask")] if masks else [])]) + self.rest()
+        parts = [counted(len(self.pictures), "picture"), captions]
+        return ", ".join([*parts, *([counted(masks, "mask")] if masks else [])]) + self.rest()
 
     def rest(self) -> str:
         """The end of a summary: what is left out."""
@@ -133,7 +134,7 @@ class Inventory:
         notes = [self.summary()]
         if len(self.pictures) < FEW:
             notes.append(
-                f"{_counted(len(self.pictures), 'picture')}: too few to tell the thing from what is "
+                f"{counted(len(self.pictures), 'picture')}: too few to tell the thing from what is "
                 "around it, which is learned too. Better are 3 to 15, each in another place."
             )
         return notes + sentences(note for picture in self.pictures for note in picture.notes())
@@ -371,7 +372,3 @@ def _enumerated(names: Sequence[str]) -> str:
     """The first names, and how many more there are."""
     more = len(names) - _NAMED
     return ", ".join([*names[:_NAMED], *([f"{more} more"] if more > 0 else [])])
-
-
-def _counted(number: int, noun: str) -> str:
-    return f"{number} {noun}{'' if number == 1 else 's'}"

@@ -29,7 +29,9 @@ from .diffusion import (
     random_batch,
     timestep_weight,
 )
+from .errors import TrainingError
 from .lossscale import LossScale
+from .parallel import is_first
 from .penalty import Penalty, Step
 from .progress import OnProgress, Progress
 from .sample import draw
@@ -81,7 +83,7 @@ def learn(
     """Learn one concept.
 
     If `on_progress` raises, a snapshot is left and the exception passes through. The net keeps the
-    dtype it learned with. Errors: TrainingError if learning diverges.
+    dtype it learned with. Errors: TrainingError if learning diverges, or leaves the word as it was.
     """
     adapter = attached(
         backbone,
@@ -108,7 +110,17 @@ def learn(
             learned = {name: value.detach().cpu().clone() for name, value in factors.items()}
         if inputs.frozen_adapter and learned:
             learned = joined(inputs.frozen_adapter, learned)
-        return Trained(learned, word.detach().cpu().clone(), run.losses)
+        vectors = word.detach().cpu().clone()
+        if settings.token_rate and torch.equal(vectors, inputs.word.float().cpu()):
+            if is_first():
+                snapshot.unlink(missing_ok=True)  # the same run would end like this again
+            raise TrainingError(
+                f"{inputs.token} was not learned: in {settings.steps} steps its vectors did not change. "
+                "Nothing was stored, and the stack is unchanged. Check that the captions name it and "
+                "that the pictures show it, or use a higher `token_rate` (it was "
+                f"{settings.token_rate:g})."
+            )
+        return Trained(learned, vectors, run.losses)
 
 
 def _run(

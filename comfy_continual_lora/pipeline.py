@@ -27,7 +27,7 @@ from . import history as versions
 from .adapters.adapter import rank_of
 from .concept import load_concept, record_of
 from .errors import StackError
-from .foreign import imported_concept
+from .foreign import check_same_strength, imported_concept
 from .learn import learn
 from .methods.method import LearnedConcept
 from .methods.stages import calibrated, distilled
@@ -225,6 +225,7 @@ def import_concept(request: ImportRequest, on_progress: OnProgress = ignore) -> 
         tell_of_noun(session, request)
         word, adapter, record = imported_concept(session.backbone, request)
         if known := next((one for one in session.stack.records if one.id == record.id), None):
+            check_same_strength(known, request)
             return ImportResult(known, request.lora, again=True)
         concepts.check_token(request.token, session.stack.tokens, session.backbone.is_known_word)
         other = ConceptStack(session.stack.fingerprint, rank=rank_of(adapter))

@@ -59,10 +59,11 @@ def make_room(session: Session, request: LearnRequest) -> str:
 
 
 def tell_of_noun(session: Session, request: LearnRequest | ImportRequest) -> None:
-    """Say if prompts will use the class noun without its article."""
-    if request.class_noun != request.noun.strip():
+    """Say if prompts will use the class noun without its first words."""
+    if (noun := request.class_noun) != (given := request.noun.strip()):
         session.tell(
-            f'The class noun is "{request.class_noun}": prompts have an article of their own.'
+            f'The class noun is "{noun}", without "{given.removesuffix(noun).strip()}": prompts have '
+            "an article of their own."
         )
 
 

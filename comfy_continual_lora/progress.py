@@ -33,3 +33,8 @@ OnProgress = Callable[[Progress], None]
 
 def ignore(_progress: Progress) -> None:
     """An `on_progress` that does nothing."""
+
+
+def counted(number: int, noun: str) -> str:
+    """ "1 picture", "2 pictures" """
+    return f"{number} {noun}{'' if number == 1 else 's'}"

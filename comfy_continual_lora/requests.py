@@ -95,7 +95,7 @@ class LearnRequest(Request):
 
     @property
     def class_noun(self) -> str:
-        """`noun` without spaces around it and without an article: prompts have their own."""
+        """`noun` without spaces around it and without article or "my": prompts have their own."""
         return without_article(self.noun)
 
 
@@ -249,8 +249,9 @@ class InfoRequest(Request):
 
 
 def without_article(noun: str) -> str:
-    """ "a dog" -> "dog" """
-    return re.sub(r"^(an?|the)\s+(?=\S)", "", noun.strip(), flags=re.IGNORECASE)
+    """ "a dog" and "my dog" -> "dog" """
+    articles = r"^(?:(?:an?|the|this|that|these|those|some|my|our|your)\s+)+(?=\S)"
+    return re.sub(articles, "", noun.strip(), flags=re.IGNORECASE)
 
 
 def _digest(images: Path | list[Path], settings: TrainSettings, *words: str) -> str:

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
+from .progress import counted
+
 if TYPE_CHECKING:
     from PIL.Image import Image
 
@@ -37,13 +39,14 @@ class LearnResult:
     again: bool = False
 
     def summary(self) -> str:
-        name, images = self.record.name, self.record.images
+        name = self.record.name
         if self.again:
             return (
                 f"{name} is already on the stack, learned from the same pictures and settings on "
                 f"{self.record.learned[:10]}; nothing was done."
             )
-        return f"Learned {name} from {images} pictures; stored in {self.stack_file}"
+        pictures = counted(self.record.images, "picture")
+        return f"Learned {name} from {pictures}; stored in {self.stack_file}"
 
     def as_json(self) -> dict[str, Any]:
         return {**_concept(self), "noun": self.record.noun, "loss": self.record.loss}
@@ -67,7 +70,7 @@ class ConsolidateResult:
             )
         return (
             f"Consolidated {self.record.name} with the {self.earlier} before it in "
-            f"{len(self.losses)} steps; stored in {self.stack_file}"
+            f"{counted(len(self.losses), 'step')}; stored in {self.stack_file}"
         )
 
     def as_json(self) -> dict[str, Any]:
@@ -232,7 +235,7 @@ class DrawResult:
     files: list[Path]
 
     def summary(self) -> str:
-        return "\n".join(map(str, self.files)) or f"Drew {len(self.pictures)} pictures."
+        return "\n".join(map(str, self.files)) or f"Drew {counted(len(self.pictures), 'picture')}."
 
     def as_json(self) -> dict[str, Any]:
         return {"files": [str(path) for path in self.files]}
@@ -316,9 +319,8 @@ class InfoResult:
             f"{self.trainable_parameters:,} trainable parameters",
         ]
         for one in self.concepts:
-            how = (
-                f"{one['images']} pictures, {one['steps']} steps, {one['method']}, {one['learned']}"
-            )
+            counts = f"{counted(one['images'], 'picture')}, {counted(one['steps'], 'step')}"
+            how = f"{counts}, {one['method']}, {one['learned']}"
             lines.append(f"  {one['token']:<12} {one['noun']:<16} {how}")
         return "\n".join(lines if self.concepts else [*lines, "  no concepts yet"])
 

@@ -20,14 +20,14 @@ from . import evaluate as evaluation
 from . import history as stack_history
 from . import plan as planning
 from .adapters.adapter import attached
-from .checkpoint.backbone import Backbone, FrozenText
+from .checkpoint.backbone import FrozenText
 from .checkpoint.load import fingerprint
 from .errors import ConceptImagesError, SettingError, StackError
 from .export import Exported, export_files
 from .files import stack_stem
 from .imagefile import check_folder, check_output, save_own
 from .mentions import named, not_in_use, not_learned, not_read, unknown_words
-from .progress import OnProgress, Progress, ignore
+from .progress import OnProgress, Progress, counted, ignore
 from .requests import (
     DrawRequest,
     EvaluateRequest,
@@ -79,18 +79,16 @@ def draw(request: DrawRequest, on_progress: OnProgress = ignore) -> DrawResult:
         check_folder(request.out)
     with open_session(request, on_progress) as session:
         backbone, stack = session.backbone, session.stack
-        for note in _notes(
-            backbone, stack, dict.fromkeys(one for parts in prompts for one in parts)
-        ):
-            on_progress(Progress("draw", 0, 1, note=note))
+        asked = [*(one for parts in prompts for one in parts), request.settings.negative]
+        _tell_of_prompts(session, "draw", asked)
         if request.only:
-            left_out = stack.tokens.keys()
+            words = stack.tokens
             stack = consolidation.selected(
                 backbone, stack, request.only, SolveSettings(), on_progress, session.cache
             )
-            left_out -= stack.tokens.keys()
-            for token in named([one for parts in prompts for one in parts], left_out):
-                on_progress(Progress("draw", 0, 1, note=not_in_use(token)))
+            for token in named(asked, words):
+                if token not in stack.tokens:
+                    on_progress(Progress("draw", 0, 1, note=not_in_use(token)))
         settings = request.settings.resolved(backbone.preset)
         areas, seeds = [], []
         for parts in prompts:
@@ -145,6 +143,7 @@ def export(request: ExportRequest, on_progress: OnProgress = ignore) -> Exported
         request.format,
         request.only,
         request.remove_superseded,
+        [record.token for record in store.read_records(request.stack_file)],
     )
 
 
@@ -216,6 +215,7 @@ def scored_pictures(
             f"No concept is named {' or '.join(unknown)}, so these pictures are scored, but count "
             f"neither as right nor as wrong. There are {', '.join(stack.tokens)}."
         )
+    _tell_of_prompts(session, "score", classifier.prompts_of(stack.records).values())
     features = classifier.candidates(stack.records, FrozenText(backbone, stack.tokens))
     size, scored = settings.size or backbone.size, []
     with attached(backbone, stack.adapter):
@@ -257,6 +257,7 @@ def evaluated(
             f"{', '.join(stack.tokens)}; found {found}."
         )
     own = {token: torch.stack(images) for token, images in own_images.items()}
+    _tell_of_prompts(session, "evaluate", evaluation.prompts_of(stack.records))
     features = evaluation.features(backbone, request.clip)
     return evaluation.evaluate(backbone, stack, own, features, settings, session.on_progress)
 
@@ -278,13 +279,16 @@ def _plotted(image: Image, plot: Path | None, on_progress: OnProgress) -> Path |
     return plot
 
 
-def _notes(backbone: Backbone, stack: ConceptStack, prompts: Iterable[str]) -> list[str]:
-    """What these prompts name that is not learned, and what of them is not read."""
+def _tell_of_prompts(session: Session, stage: str, prompts: Iterable[str]) -> None:
+    """Say what these prompts name that is not learned, and what of them is not read."""
+    words, distinct = session.stack.tokens, list(dict.fromkeys(prompts))
     notes = []
-    if unknown := unknown_words(prompts, stack.tokens):
-        notes.append(not_learned(unknown, stack.tokens))
-    ends = ((prompt, backbone.not_read(prompt, stack.tokens)) for prompt in prompts)
-    return [*notes, *(not_read(prompt, end) for prompt, end in ends if end)]
+    if unknown := unknown_words(distinct, words):
+        notes.append(not_learned(unknown, words))
+    ends = ((prompt, session.backbone.not_read(prompt, words)) for prompt in distinct)
+    notes += [not_read(prompt, end) for prompt, end in ends if end]
+    for note in notes:
+        session.on_progress(Progress(stage, 0, 1, note=note))
 
 
 def _groups(images: Path | list[Path], on_progress: OnProgress) -> list[Group]:
@@ -297,7 +301,7 @@ def _groups(images: Path | list[Path], on_progress: OnProgress) -> list[Group]:
 
     groups, found = inventory.groups(images)
     if found.left_out:
-        tell(f"{len(found.pictures)} pictures{found.rest()}")
+        tell(f"{counted(len(found.pictures), 'picture')}{found.rest()}")
     concepts.check_readable(found.pictures, tell)
     return groups
 

@@ -808,3 +808,17 @@ def test_templates_open_and_run_in_a_browser(host: ComfyUI) -> None:
         )
         assert opened.evaluate(QUEUE) == "done"
     assert stack_of(host, "browser").exists()
+
+
+def test_words_in_prompts_are_what_they_are_in_every_program(host: ComfyUI) -> None:
+    def picture(prompt: str) -> np.ndarray:
+        done = host.run({**_both_learned("apart"), **draw(prompt, "4")})
+        return np.asarray(Image.open(host.pictures(done, "26")[0]).convert("RGB"), int)
+
+    before = len(host.log.read_text())
+    plain = picture("a V1 -coloured cup")
+    assert np.array_equal(picture("a V1-coloured cup"), plain)
+    assert "not a learned word" not in host.log.read_text()[before:]
+    assert not np.array_equal(picture("a V1-b cup"), picture("a V1 -b cup"))
+    told = "V1-b is not a learned word (learned: V1, V2), so it is read as ordinary text."
+    assert host.log.read_text()[before:].count(told) == 1

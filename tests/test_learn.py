@@ -630,3 +630,11 @@ def test_pictures_of_several_shapes_keep_them_in_every_stage(
         )
     ).images
     assert len(scored) == 2
+
+
+def test_one_picture_is_no_pictures(checkpoint: Path, tmp_path: Path) -> None:
+    folder = save_concept(tmp_path / "p", 0, 1)
+    settings = LearnSettings(method="textual_inversion", steps=1, batch=1, size=64)
+    request = requests.LearnRequest(checkpoint, folder, "V1", "ball", settings, device="cpu")
+    assert "Learned V1 ball from 1 picture; stored in" in pipeline.learn_concept(request).summary()
+    assert "1 picture, 1 step, tex" in pipeline.info(requests.InfoRequest(checkpoint)).summary()

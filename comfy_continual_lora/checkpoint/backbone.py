@@ -23,7 +23,7 @@ from diffusers import AutoencoderKL, AutoencoderTiny, UNet2DConditionModel
 from torch import Tensor, nn
 from transformers import CLIPTokenizer
 
-from ..mentions import whole_words
+from ..mentions import split
 from .text import TextEncoder
 
 KV_MODULES = r".*\.attn2\.to_[kv]"
@@ -133,7 +133,7 @@ class Backbone:
     ) -> Tensor:
         """Text features (n, 77, d), or (n, 78, d) with pooled text.
 
-        Each token of `words` that a prompt contains (as a whole word, in any case) is replaced by its
+        Each token of `words` that a prompt contains (`mentions.whole_words`) is replaced by its
         vectors (k, d); gradients flow into them.
         """
         words = words or {}
@@ -204,13 +204,11 @@ class Backbone:
         for token, word in words.items():
             slots[token.lower()] = range(count, count + len(word))
             count += len(word)
-        pieces = [prompt]
-        if words:
-            pieces = whole_words(words).split(prompt)
         ids = [int(self.tokenizer.bos_token_id)]  # type: ignore[arg-type]
         slot = [-1]
-        for piece in pieces:
-            if vectors := slots.get(piece.lower()):
+        for number, piece in enumerate(split(prompt, words)):
+            if number % 2:
+                vectors = slots[piece.lower()]
                 # any id but the end token's, which is where the pooled text is taken
                 ids += [0] * len(vectors)
                 slot += vectors

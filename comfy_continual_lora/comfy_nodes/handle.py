@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..progress import counted
 from . import host
 
 if TYPE_CHECKING:
@@ -72,8 +73,8 @@ class StackHandle:
                 )
             return text
         lines = [
-            f"{n}. {one.name}   {one.method}, {one.steps} steps, {one.images} pictures, "
-            f"{one.learned[:10]}"
+            f"{n}. {one.name}   {one.method}, {counted(one.steps, 'step')}, "
+            f"{counted(one.images, 'picture')}, {one.learned[:10]}"
             for n, one in enumerate(records, start=1)
         ]
         return "\n".join([*lines, f"in {file}"])

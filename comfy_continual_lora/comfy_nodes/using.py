@@ -305,6 +305,7 @@ class ExportConcepts(io.ComfyNode):
         import folder_paths  # pyright: ignore[reportMissingImports]
 
         from ..export import export_files
+        from ..store import read_records
 
         concepts = stack.read()
         if concepts is None:
@@ -322,6 +323,7 @@ class ExportConcepts(io.ComfyNode):
             stack_stem(stack.file),
             only=[record.token for record in concepts.records] if stack.selected else [],
             remove=remove_superseded,
+            words=[record.token for record in read_records(stack.file)],
         )
         _EXPORTED.difference_update(result.removed)
         _EXPORTED.update(result.files)

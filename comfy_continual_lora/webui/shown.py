@@ -17,6 +17,7 @@ from typing import Any
 from PIL import Image
 
 from ..errors import spelled
+from ..progress import counted
 from ..versions import Version
 from .job import Job
 from .labels import LABELS
@@ -231,11 +232,12 @@ def table(concepts: Sequence[Mapping[str, Any]], kept: Mapping[str, float | None
     for one in concepts:
         name = f"{one['token']} {one['noun']}" if one["with_noun"] else one["token"]
         share = kept.get(name)
+        how = f"{counted(one['steps'], 'step')}, {counted(one['images'], 'picture')}"
         cells = (
             _thumbnail(one["preview"]),
             f"<b>{html(one['token'])}</b> {html(one['noun'])}",
             html(str(one["learned"])[:10]),
-            html(f"{one['method']}, {one['steps']} steps, {one['images']} pictures"),
+            html(f"{one['method']}, {how}"),
             "-" if share is None else f"{100 * share:.0f} %",
         )
         rows.append("<tr>" + "".join(f"<td>{cell}</td>" for cell in cells) + "</tr>")
