@@ -8,7 +8,7 @@ from pathlib import Path
 from . import concepts
 from .adapters.adapter import Adapter, attached
 from .concept import load_concept
-from .errors import SettingError, StackError, TokenError
+from .errors import SettingError, StackError
 from .files import check_names
 from .inventory import inventory
 from .learn import preview
@@ -20,6 +20,7 @@ from .requests import ConsolidateRequest, ImportRequest, LearnRequest
 from .session import Session, Snapshots
 from .settings import LearnSettings, ResolvedSettings
 from .stack import ConceptRecord, ConceptStack
+from .words import check_newest
 
 
 def checked_method(request: LearnRequest) -> Method:
@@ -73,12 +74,7 @@ def tell_of_noun(session: Session, request: LearnRequest | ImportRequest) -> Non
 
 def _without_newest(stack: ConceptStack, token: str) -> ConceptStack:
     """Errors: TokenError if the newest concept has another word."""
-    newest = stack.records[-1]
-    if newest.token.lower() != token.lower():
-        raise TokenError(
-            f"{token} can't be replaced: {newest.token} was learned after it and builds on it. "
-            f"Forget {token} first, or choose another word."
-        )
+    check_newest(token, stack.records[-1].token)
     return stack.undone()
 
 

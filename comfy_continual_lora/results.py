@@ -239,6 +239,36 @@ class DrawResult:
 
 
 @dataclass(frozen=True)
+class RenameResult:
+    """`name`: how prompts name the concept now; `unfinished`: files of runs about either word, which
+    are not continued any more.
+    """
+
+    token: str
+    to: str
+    name: str
+    stack_file: Path
+    unfinished: list[Path]
+
+    def summary(self) -> str:
+        lines = [
+            f"Renamed {self.token} to {self.to}: prompts say {self.name} from now on.",
+            f"Files exported before still say {self.token}; export again for the new word.",
+        ]
+        if self.unfinished:
+            names = ", ".join(path.name for path in self.unfinished)
+            lines.append(f"Unfinished runs that no longer fit, and can be removed: {names}")
+        return "\n".join(lines)
+
+    def as_json(self) -> dict[str, Any]:
+        paths = {
+            "stack_file": str(self.stack_file),
+            "unfinished": [str(path) for path in self.unfinished],
+        }
+        return {**dataclasses.asdict(self), **paths}
+
+
+@dataclass(frozen=True)
 class UndoResult:
     """What was undone."""
 
@@ -301,26 +331,35 @@ class HistoryResult:
 
 @dataclass(frozen=True)
 class InfoResult:
-    """`concepts`: the records as the stack's header holds them."""
+    """`concepts`: the records as the stack's header holds them; `fingerprint` and `rank` are None if
+    nothing was learned.
+    """
 
     concepts: list[dict[str, Any]]
     stack_file: Path
-    fingerprint: str
+    fingerprint: str | None
     rank: int | None
     trainable_parameters: int
 
     def summary(self) -> str:
-        lines = [
-            str(self.stack_file),
-            f"fingerprint {self.fingerprint[:12]}, rank {self.rank}, "
-            f"{self.trainable_parameters:,} trainable parameters",
-        ]
+        if self.fingerprint is None:
+            return f"Nothing has been learned yet. It will be stored in {self.stack_file}"
+        widths = [max([len(one[key]) for one in self.concepts] or [0]) for key in ("token", "noun")]
+        lines = [str(self.stack_file)]
         for one in self.concepts:
-            how = (
-                f"{one['images']} pictures, {one['steps']} steps, {one['method']}, {one['learned']}"
+            name = "  ".join(
+                one[k].ljust(w) for k, w in zip(("token", "noun"), widths, strict=True)
             )
-            lines.append(f"  {one['token']:<12} {one['noun']:<16} {how}")
-        return "\n".join(lines if self.concepts else [*lines, "  no concepts yet"])
+            when = one["learned"][:16].replace("T", " ")
+            how = f"{one['images']} pictures, {one['steps']} steps, {one['method']}, {when}"
+            lines.append(f"  {name}  {how}")
+        if not self.concepts:
+            lines.append("  no concepts yet")
+        lines.append(
+            f"rank {self.rank}, {self.trainable_parameters:,} trainable parameters, checkpoint "
+            f"{self.fingerprint[:12]}"
+        )
+        return "\n".join(lines)
 
     def as_json(self) -> dict[str, Any]:
         return {**dataclasses.asdict(self), "stack_file": str(self.stack_file)}

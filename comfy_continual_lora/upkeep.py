@@ -1,0 +1,115 @@
+"""Operations on a stack's file alone: what it holds, its history, undo, another word. Light: no
+tensor is loaded, so that they take a fraction of a second.
+
+Part of the pipeline, which re-exports these functions.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from . import history as stack_history
+from .checkpoint.path import check_path
+from .errors import StackError, TokenError
+from .files import check_names, real_file, snapshots_of
+from .keeping import add_version, new_change, rewrite, writing
+from .mentions import whole_words
+from .progress import OnProgress, ignore
+from .requests import HistoryRequest, InfoRequest, RenameRequest, RestoreRequest, UndoRequest
+from .results import HistoryResult, InfoResult, RenameResult, RestoreResult, UndoResult
+from .stackfile import read_header, read_shapes
+from .versions import versions
+from .words import check_noun, check_token, is_ordinary, name_of
+
+
+def info(request: InfoRequest, on_progress: OnProgress = ignore) -> InfoResult:
+    """What a checkpoint has learned, from the stack's header."""
+    path = request.stack_file
+    if not path.exists():
+        check_path(request.checkpoint)
+        return InfoResult([], path, None, None, 0)
+    header, shapes = read_shapes(path)
+    newest = f"word.{header['concepts'][-1]['id']}" if header["concepts"] else ""
+    used = [shape for key, shape in shapes.items() if key.startswith("adapter.") or key == newest]
+    trainable = sum(math.prod(shape.sizes) for shape in used)
+    return InfoResult(header["concepts"], path, header["fingerprint"], header["rank"], trainable)
+
+
+def history(request: HistoryRequest, on_progress: OnProgress = ignore) -> HistoryResult:
+    """The stack's versions that are kept, the newest first; `keep` sets how many from now on."""
+    if request.keep is not None:
+        stack_history.keep_versions(request.stack_file, request.keep)
+    elif not request.stack_file.exists():
+        check_path(request.checkpoint)
+    return HistoryResult(versions(request.stack_file))
+
+
+def undo(request: UndoRequest, on_progress: OnProgress = ignore) -> UndoResult:
+    """Undo the last change of the stack, whatever it was."""
+    return stack_history.undo(request.stack_file, request.version)
+
+
+def restore(request: RestoreRequest, on_progress: OnProgress = ignore) -> RestoreResult:
+    """Go back to a version of the history; the one in use now stays in it."""
+    return RestoreResult(stack_history.restore(request.stack_file, request.version))
+
+
+def rename(request: RenameRequest, on_progress: OnProgress = ignore) -> RenameResult:
+    """Give a concept another word; its vectors and what the LoRA knows of it stay as they are.
+
+    Its prompts, and what later concepts' captions say of it, name the new word too. The version
+    before goes into the history. Errors: StackError for a word that is not on the stack; TokenError
+    for a new one that is taken or can't be used.
+    """
+    path = real_file(request.stack_file)
+    with writing(path):
+        header = read_header(path)
+        records = header["concepts"]
+        number = _index_of(records, request.token)
+        old, new = records[number]["token"], request.to
+        if new.lower() == old.lower():
+            raise TokenError(f"{old} and {new} are the same word: prompts take any case for it.")
+        if new.lower() in (record["token"].lower() for record in records):
+            raise TokenError(f"{new} is another concept's word. Choose one that is free.")
+        check_token(new, (), is_ordinary)
+        check_noun(records[number]["noun"], new)
+        check_names(path, new)
+        renamed = [_renamed(record, old, new) for record in records[number:]]
+        name = _name(renamed[0])
+        change = new_change("renamed", [f"{_name(records[number])} to {name}"])
+        concepts = [*records[:number], *renamed]
+
+        def write(number: int, parent: int | None) -> None:
+            changed = {"number": number, "parent": parent, "change": vars(change)}
+            rewrite(path, path, {**changed, "concepts": concepts})
+
+        add_version(path, header["history"], write)
+    unfinished = [*snapshots_of(path, old), *snapshots_of(path, new)]
+    return RenameResult(old, new, name, request.stack_file, unfinished)
+
+
+def _index_of(records: list[dict[str, Any]], token: str) -> int:
+    tokens = [record["token"] for record in records]
+    for number, one in enumerate(tokens):
+        if one.lower() == token.lower():
+            return number
+    raise StackError(
+        f"There is no concept {token!r} on the stack. It has: {', '.join(tokens) or 'none'}."
+    )
+
+
+def _renamed(record: dict[str, Any], old: str, new: str) -> dict[str, Any]:
+    """A record where a concept of its stack has another word; the requests that made it had the old
+    one, so it is no longer theirs.
+    """
+    pattern = whole_words([old])
+    prompts = [pattern.sub(new, prompt) for prompt in record["prompts"]]
+    if record["token"] != old:
+        return {**record, "prompts": prompts}
+    return {**record, "token": new, "prompts": prompts, "request": ""}
+
+
+def _name(record: Mapping[str, Any]) -> str:
+    return name_of(record["token"], record["noun"] if record["with_noun"] else "")
