@@ -8,8 +8,8 @@ from pathlib import Path
 from . import concepts
 from .adapters.adapter import Adapter, attached
 from .concept import load_concept
+from .early import check_learn
 from .errors import SettingError, StackError
-from .files import check_names
 from .inventory import inventory
 from .learn import preview
 from .methods import METHODS
@@ -26,15 +26,7 @@ from .words import check_newest
 def checked_method(request: LearnRequest) -> Method:
     """The request's method, after all checks that do not need the checkpoint."""
     request.check()
-    inventory(request.images)
-    concepts.check_spelling(request.token)
-    concepts.check_noun(request.noun, request.token)
-    if not request.class_noun:
-        raise SettingError(
-            "The class noun is empty. Say in one or two words what the thing is, such as teapot or "
-            "cat."
-        )
-    check_names(request.stack_file, request.token)
+    check_learn(request)
     method = METHODS[request.settings.method]
     # a concept to be replaced does not count; settings_for checks again once the stack is read
     stack = StackSummary() if request.replace else summary_of_file(request.stack_file)

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
+
+from .files import STACKS
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -363,3 +366,43 @@ class InfoResult:
 
     def as_json(self) -> dict[str, Any]:
         return {**dataclasses.asdict(self), "stack_file": str(self.stack_file)}
+
+
+@dataclass(frozen=True)
+class Listed:
+    """A checkpoint's stack, or one whose checkpoint is not beside it as a file; `names`: how prompts
+    name what is learned.
+    """
+
+    checkpoint: Path | None
+    stack_file: Path | None = None
+    names: Sequence[str] = ()
+    problem: str = ""
+
+
+@dataclass(frozen=True)
+class ListResult:
+    folder: Path
+    rows: list[Listed]
+
+    def summary(self) -> str:
+        lines = []
+        for row in self.rows:
+            stack = row.stack_file
+            file = row.checkpoint or stack
+            own = row.checkpoint and stack and stack.name == f"{row.checkpoint.stem}{STACKS}"
+            also = f" ({stack.name})" if row.checkpoint and stack and not own else ""
+            lines.append(f"{file}{also}")
+            lines.append(f"    {row.problem or ', '.join(row.names) or 'nothing learned yet'}")
+        return "\n".join(lines) or f"There is no checkpoint in {self.folder}."
+
+    def as_json(self) -> list[dict[str, Any]]:
+        return [
+            {
+                "checkpoint": str(row.checkpoint) if row.checkpoint else None,
+                "stack_file": str(row.stack_file) if row.stack_file else None,
+                "names": list(row.names),
+                "problem": row.problem or None,
+            }
+            for row in self.rows
+        ]

@@ -8,17 +8,26 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from . import history as stack_history
 from .checkpoint.path import check_path
-from .errors import StackError, TokenError
-from .files import check_names, real_file, snapshots_of
+from .errors import SettingError, StackError, TokenError
+from .files import STACKS, check_names, checkpoints_in, real_file, snapshots_of
 from .keeping import add_version, new_change, rewrite, writing
 from .mentions import whole_words
 from .progress import OnProgress, ignore
 from .requests import HistoryRequest, InfoRequest, RenameRequest, RestoreRequest, UndoRequest
-from .results import HistoryResult, InfoResult, RenameResult, RestoreResult, UndoResult
+from .results import (
+    HistoryResult,
+    InfoResult,
+    Listed,
+    ListResult,
+    RenameResult,
+    RestoreResult,
+    UndoResult,
+)
 from .stackfile import read_header, read_shapes
 from .versions import versions
 from .words import check_noun, check_token, is_ordinary, name_of
@@ -54,6 +63,33 @@ def undo(request: UndoRequest, on_progress: OnProgress = ignore) -> UndoResult:
 def restore(request: RestoreRequest, on_progress: OnProgress = ignore) -> RestoreResult:
     """Go back to a version of the history; the one in use now stays in it."""
     return RestoreResult(stack_history.restore(request.stack_file, request.version))
+
+
+def stacks_in(folder: Path) -> ListResult:
+    """The checkpoints in a folder and those below it, with their stacks.
+
+    Errors: SettingError if it is not a folder.
+    """
+    if not folder.is_dir():
+        raise SettingError(f"There is no folder {folder}. Give one with checkpoints.")
+    rows: list[Listed] = []
+    stacks = sorted(folder.rglob(f"*{STACKS}"))
+    for checkpoint in checkpoints_in(folder):
+        beside = f"{checkpoint.stem}."
+        own = [s for s in stacks if s.parent == checkpoint.parent and s.name.startswith(beside)]
+        rows += [_listed(checkpoint, stack) for stack in own] or [Listed(checkpoint)]
+        stacks = [stack for stack in stacks if stack not in own]
+    # of diffusers folders, and of checkpoints that are elsewhere
+    rows += [_listed(None, stack) for stack in stacks]
+    return ListResult(folder, rows)
+
+
+def _listed(checkpoint: Path | None, stack: Path) -> Listed:
+    try:
+        names = [_name(record) for record in read_header(stack)["concepts"]]
+    except StackError as error:
+        return Listed(checkpoint, stack, problem=str(error))
+    return Listed(checkpoint, stack, names)
 
 
 def rename(request: RenameRequest, on_progress: OnProgress = ignore) -> RenameResult:
