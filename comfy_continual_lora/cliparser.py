@@ -51,7 +51,7 @@ class Parser(argparse.ArgumentParser):
 
     # --- mistakes -----------------------------------------------------------------------------
 
-    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
         words = sys.argv[1:] if args is None else list(args)
         self._check_flags(words)
         return super().parse_known_args(words, namespace)
