@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -222,9 +222,12 @@ class ScoreResult:
 
 @dataclass(frozen=True)
 class Drawn:
+    """`texts`: what its PNG says of it, by name (`infotext`)."""
+
     prompt: str
     seed: int
     image: Image
+    texts: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

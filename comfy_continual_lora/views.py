@@ -12,14 +12,14 @@ from pathlib import Path
 import torch
 from PIL.Image import Image
 
-from . import classifier, concepts, consolidation, inventory, report, sample, store
+from . import classifier, concepts, consolidation, infotext, inventory, report, sample, store
 from . import evaluate as evaluation
 from . import plan as planning
 from .adapters.adapter import attached
 from .checkpoint.backbone import Backbone, FrozenText
 from .errors import ConceptImagesError, SettingError, StackError
 from .export import Exported, export_files
-from .files import stack_stem
+from .files import stack_stem, with_name
 from .imagefile import check_folder, check_output, save_own
 from .mentions import named, not_in_use, not_learned, not_read, unknown_words
 from .prepare import checked_method
@@ -41,6 +41,7 @@ from .results import (
 from .session import Session, open_session
 from .settings import ScoreSettings, SolveSettings
 from .stack import ConceptRecord, ConceptStack
+from .versions import in_use
 
 
 def dc_scores(request: ScoreRequest, on_progress: OnProgress = ignore) -> ScoreResult:
@@ -89,11 +90,26 @@ def draw(request: DrawRequest, on_progress: OnProgress = ignore) -> DrawResult:
             images = sample.draw(
                 backbone, stack.tokens, areas, seeds, settings, on_progress, stack.nouns
             )
-        drawn = [
-            Drawn(" | ".join(parts), seed, concepts.to_pil(image))
-            for parts, seed, image in zip(areas, seeds, images, strict=True)
-        ]
+        origin = _origin(session, stack, request.only)
+        drawn = []
+        for parts, seed, image in zip(areas, seeds, map(concepts.to_pil, images), strict=True):
+            texts = infotext.texts(origin, parts, seed, image.size, settings)
+            drawn.append(Drawn(" | ".join(parts), seed, image, texts))
     return DrawResult(drawn, report.save_pictures(drawn, request.out) if request.out else [])
+
+
+def _origin(session: Session, stack: ConceptStack, only: Sequence[str]) -> infotext.Origin:
+    """`stack`: what is drawn with, which may be some of the session's concepts."""
+    path = session.path
+    now = in_use(path) if path.exists() else None
+    return infotext.Origin(
+        with_name(session.backbone.path).stem,
+        session.backbone.fingerprint,
+        stack_stem(path),
+        now.number if now else None,
+        [record.name for record in stack.records],
+        only,
+    )
 
 
 def evaluate(
