@@ -273,7 +273,12 @@ def _completion(arguments: argparse.Namespace, bar: Bar) -> None:
         raise SettingError(
             "Completion needs shtab, which is not installed: pip install shtab."
         ) from None
-    print(shtab.complete(parser(), arguments.shell))
+    whole = parser()
+    for command in whole.commands().values():
+        for action in command._actions:
+            if action.type is Path:
+                action.complete = shtab.FILE  # type: ignore[attr-defined]
+    print(shtab.complete(whole, arguments.shell))
 
 
 def _ui(arguments: argparse.Namespace, bar: Bar) -> None:

@@ -311,6 +311,10 @@ class RestoreResult:
         return {"version": one.number, "change": one.change, "tokens": one.tokens}
 
 
+def _size(count: int) -> str:
+    return f"{count / 1e6:.1f} MB" if count >= 100_000 else f"{count / 1e3:.0f} kB"
+
+
 @dataclass(frozen=True)
 class HistoryResult:
     """The versions that are kept, the newest first."""
@@ -323,13 +327,17 @@ class HistoryResult:
         lines = []
         for one in self.versions:
             mark = "*" if one.current else " "
+            when = one.when[:16].replace("T", " ")
             lines.append(
-                f"{mark} {one.number:>4}  {one.when[:16]:<16}  {one.size / 1e6:>8.1f} MB  "
-                f"{one.change}  [{', '.join(one.tokens)}]"
+                f"{mark} {one.number:>3}  {when:<16}  {_size(one.size):>8}  {one.change}  "
+                f"[{', '.join(one.tokens)}]"
             )
-        sizes = [one.size for one in self.versions if not one.current]
-        others = f"{len(sizes)} other versions take {sum(sizes) / 1e6:.1f} MB"
-        return "\n".join([*lines, f"* is in use. {others}; each can be restored by its number."])
+        others = [one.size for one in self.versions if not one.current]
+        last = "* is in use."
+        if others:
+            kept = "1 other version takes" if len(others) == 1 else f"{len(others)} others take"
+            last += f" {kept} {_size(sum(others))}; restore NUMBER goes to one."
+        return "\n".join([*lines, last])
 
     def as_json(self) -> list[dict[str, Any]]:
         return [{**dataclasses.asdict(one), "file": str(one.file)} for one in self.versions]

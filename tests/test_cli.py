@@ -119,7 +119,7 @@ def test_mini_learn_learn_info_draw_undo(
     )
     assert "Consolidated V2" in done.stdout, done.stderr
     listed = run("history", "--checkpoint", checkpoint).stdout.splitlines()
-    assert [line.split("MB  ")[1].split("  ")[0] for line in listed[:3]] == [
+    assert [re.split("[kM]B  ", line)[1].split("  ")[0] for line in listed[:3]] == [
         "consolidated V2 fish",
         "learned V2 fish",
         "learned V1 ball",
