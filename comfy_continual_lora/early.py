@@ -45,11 +45,7 @@ def check_learn(request: LearnRequest) -> None:
     check_path(request.checkpoint)
     inventory(request.images)
     check_spelling(request.token)
-    check_noun(request.noun, request.token)
-    if not request.class_noun:
-        raise SettingError(
-            "`noun` is empty. Say in one or two words what the thing is, such as teapot or cat."
-        )
+    check_noun(request.noun, request.token, required=True)
     check_names(request.stack_file, request.token)
     records = _records(request)
     tokens = [record["token"] for record in records]

@@ -18,7 +18,14 @@ from .files import STACKS, check_names, checkpoints_in, real_file, snapshots_of
 from .keeping import add_version, new_change, rewrite, writing
 from .mentions import whole_words
 from .progress import OnProgress, ignore
-from .requests import HistoryRequest, InfoRequest, RenameRequest, RestoreRequest, UndoRequest
+from .requests import (
+    HistoryRequest,
+    InfoRequest,
+    RenameRequest,
+    Request,
+    RestoreRequest,
+    UndoRequest,
+)
 from .results import (
     HistoryResult,
     InfoResult,
@@ -29,7 +36,8 @@ from .results import (
     UndoResult,
 )
 from .stackfile import read_header, read_shapes
-from .versions import versions
+from .stackschema import unreadable
+from .versions import earlier, versions
 from .words import check_noun, check_token, is_ordinary, name_of
 
 
@@ -57,12 +65,23 @@ def history(request: HistoryRequest, on_progress: OnProgress = ignore) -> Histor
 
 def undo(request: UndoRequest, on_progress: OnProgress = ignore) -> UndoResult:
     """Undo the last change of the stack, whatever it was."""
-    return stack_history.undo(request.stack_file, request.version)
+    return stack_history.undo(_existing(request), request.version)
 
 
 def restore(request: RestoreRequest, on_progress: OnProgress = ignore) -> RestoreResult:
     """Go back to a version of the history; the one in use now stays in it."""
-    return RestoreResult(stack_history.restore(request.stack_file, request.version))
+    return RestoreResult(stack_history.restore(_existing(request), request.version))
+
+
+def _existing(request: Request) -> Path:
+    """The stack's file, so that nothing is written, not even a lock, where there is none.
+
+    Errors: StackError if there is neither a stack nor an earlier version of it.
+    """
+    path = request.stack_file
+    if not real_file(path).exists() and not earlier(path):
+        raise unreadable(path, FileNotFoundError())
+    return path
 
 
 def stacks_in(folder: Path) -> ListResult:
@@ -99,7 +118,7 @@ def rename(request: RenameRequest, on_progress: OnProgress = ignore) -> RenameRe
     before goes into the history. Errors: StackError for a word that is not on the stack; TokenError
     for a new one that is taken or can't be used.
     """
-    path = real_file(request.stack_file)
+    path = real_file(_existing(request))
     with writing(path):
         header = read_header(path)
         records = header["concepts"]

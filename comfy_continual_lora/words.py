@@ -37,14 +37,20 @@ def check_spelling(token: str) -> None:
         )
 
 
-def check_noun(noun: str, token: str) -> None:
-    """Raise SettingError unless `noun` says in one line and a few words what the thing is."""
+def check_noun(noun: str, token: str, *, required: bool = False) -> None:
+    """Raise SettingError unless `noun` says in one line and a few words what the thing is; it may
+    be empty if it is not `required`.
+    """
+    if required and not noun.strip():
+        raise SettingError(
+            "`noun` is empty. Say in one or two words what the thing is, such as teapot or cat."
+        )
     problem = ""
     if any(unicodedata.category(letter) in ("Cc", "Cs") for letter in noun):
         problem = "is not a single line of text"
     elif len(noun) > NOUN_LETTERS or len(noun.split()) > NOUN_WORDS:
         problem = f"has more than {NOUN_WORDS} words or {NOUN_LETTERS} letters"
-    elif named([noun], [token]):
+    elif token and named([noun], [token]):
         problem = f"contains {token} itself"
     if problem:
         raise SettingError(

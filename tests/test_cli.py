@@ -357,11 +357,18 @@ def test_torch_is_not_imported(words: str, status: int, two_learned: Path, tmp_p
         "sys.exit(status)"
     )
     given = [str(paths.get(word, word)) for word in words.split()]
-    done = subprocess.run([sys.executable, "-c", code, *given], capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-c", code, *given],
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+    )
     assert done.returncode == status, done.stderr
     assert done.stdout.splitlines()[-1] == "[]"
     assert "Traceback" not in done.stderr
     assert bool(done.stderr) == (status == FAILS)
+    assert not list(tmp_path.rglob("*missing*"))  # nor is anything left where nothing was
 
 
 _VALUES = {int: 65, float: 0.5, str: None}

@@ -258,7 +258,7 @@ def test_replacing_is_one_step(host: ComfyUI) -> None:
         stack_of(host, "replace").read_bytes(),
         {"which": 7, "if_word_exists": "replace the newest"},
     )
-    assert "class noun is empty" in error_of(
+    assert "noun is empty" in error_of(
         host.finished(host.queue(learn("replace", noun="", **replace)))
     )
     long = host.queue(learn("replace", steps=4000, **replace))
@@ -559,7 +559,7 @@ def test_mistakes_are_reported_in_words_and_lose_nothing(host: ComfyUI) -> None:
     for change, message in (
         ({"token": "dog"}, "already knows"),
         ({"token": ""}, "empty"),
-        ({"token": "V2", "noun": ""}, "class noun is empty"),
+        ({"token": "V2", "noun": ""}, "noun is empty"),
         ({"token": "v1"}, "taken"),
         ({"token": "V2", "rank": 8}, "rank is 8"),
         ({"token": "V2", "method": "custom_diffusion"}, "kind"),
