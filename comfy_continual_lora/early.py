@@ -50,11 +50,11 @@ def check_learn(request: LearnRequest) -> None:
     records = _records(request)
     tokens = [record["token"] for record in records]
     if request.token.lower() in map(str.lower, tokens):
+        if request.digest in (record["request"] for record in records):
+            return  # it was learned before, and nothing will be done
         if request.replace:
             check_newest(request.token, tokens[-1])
             tokens = []
-        elif request.digest in (record["request"] for record in records):
-            tokens = []  # it was learned before, and nothing will be done
     check_token(request.token, tokens, is_ordinary)
 
 
