@@ -12,7 +12,6 @@ import base64
 import hashlib
 import io
 import math
-import unicodedata
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -22,14 +21,16 @@ import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 
-from .errors import ConceptImagesError, SettingError, TokenError, excerpt
-from .files import TOKEN, is_reserved
+from .errors import ConceptImagesError
 from .imagefile import Read, read
 from .inventory import Note, Picture, feed, inventory, sentences
 from .mentions import named
+from .words import check_noun as check_noun
+from .words import check_spelling as check_spelling
+from .words import check_token as check_token
+from .words import name_of as name_of
 
 PREVIEW = 96
-NOUN_WORDS, NOUN_LETTERS = 8, 80  # prompts say much more, within the encoder's 77 positions
 Tell = Callable[[str], object]  # is called with a sentence for the user
 
 
@@ -218,11 +219,6 @@ def preview(image: Image.Image) -> str:
     return base64.b64encode(buffer.getvalue()).decode()
 
 
-def name_of(token: str, noun: str) -> str:
-    """How prompts name a concept: "V1 mug"."""
-    return f"{token} {noun}".strip()
-
-
 def prompts_for(
     token: str,
     noun: str,
@@ -240,65 +236,3 @@ def prompts_for(
     if token in named([caption], [*others, token]):
         return [caption]
     return [f"a photo of a {name}, {caption}"]
-
-
-_ADVICE = "Choose a short word of your own, such as V1."
-
-
-def check_spelling(token: str) -> None:
-    """Raise TokenError unless `token` can be used in prompts and file names of every host."""
-    if not token.strip():
-        raise TokenError(f"`token` is empty. {_ADVICE}")
-    if is_reserved(token):
-        raise TokenError(
-            f"`token` {token!r} can't be a file name on Windows, where it is a device. {_ADVICE}"
-        )
-    if not TOKEN.fullmatch(token):
-        raise TokenError(
-            f"`token` {excerpt(token)} may contain only letters, digits, - and _ (at most 64): it "
-            f"becomes a word and a file name. {_ADVICE}"
-        )
-    if not any(letter.isalpha() for letter in token):
-        raise TokenError(
-            f"`token` {excerpt(token)} has no letter, so it would be read in every prompt with a number "
-            f"or a sign like it. {_ADVICE}"
-        )
-
-
-def check_noun(noun: str, token: str, *, required: bool = False) -> None:
-    """Raise SettingError unless `noun` says in one line and a few words what the thing is; it may
-    be empty if it is not `required`.
-    """
-    if required and not noun.strip():
-        raise SettingError(
-            "`noun` is empty. Say in one or two words what the thing is, such as teapot or cat."
-        )
-    problem = ""
-    if any(unicodedata.category(letter) in ("Cc", "Cs") for letter in noun):
-        problem = "is not a single line of text"
-    elif len(noun) > NOUN_LETTERS or len(noun.split()) > NOUN_WORDS:
-        problem = f"has more than {NOUN_WORDS} words or {NOUN_LETTERS} letters"
-    elif noun.strip() and not any(letter.isalpha() for letter in noun):
-        problem = "has no letter"
-    elif token and named([noun], [token]):
-        problem = f"contains {token} itself"
-    if problem:
-        raise SettingError(
-            f"`noun` {excerpt(noun)} {problem}. Say in one or two words what the thing is, such as "
-            "teapot or cat; what a single picture shows belongs into its caption."
-        )
-
-
-def check_token(token: str, taken: Iterable[str], is_known_word: Callable[[str], bool]) -> None:
-    """Raise TokenError unless `token` can name a new concept on a stack with the `taken` tokens."""
-    check_spelling(token)
-    if token.lower() in {t.lower() for t in taken}:
-        raise TokenError(
-            f"`token` {token!r} is already taken by a concept of this stack. Choose another, replace "
-            "that concept (`replace`) if it is the newest, or take it off first (`forget`)."
-        )
-    if is_known_word(token):
-        raise TokenError(
-            f"`token` {token!r} is a word the checkpoint already knows; prompts that use it would "
-            f"change meaning. {_ADVICE}"
-        )

@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from importlib import import_module
 
 from .fields import Settings
 from .progress import OnProgress, ignore
@@ -24,6 +25,7 @@ from .requests import (
     InfoRequest,
     LearnRequest,
     MergeRequest,
+    RenameRequest,
     Request,
     RestoreRequest,
     ScoreRequest,
@@ -35,18 +37,20 @@ from .results import Result
 
 @dataclass(frozen=True)
 class Operation:
-    """`name`: of the command, the route and the worker's job; `function`: of the pipeline."""
+    """`name`: of the command, the route and the worker's job; `function`: of the pipeline, or of a
+    light `module` of it.
+    """
 
     name: str
     request: type[Request]
     help: str
     function: str
+    module: str = "pipeline"
 
     def __call__(self, request: Request, on_progress: OnProgress = ignore) -> Result:
-        from . import pipeline
-
         request.check()
-        run: Callable[[Request, OnProgress], Result] = getattr(pipeline, self.function)
+        module = import_module(f".{self.module}", __package__)
+        run: Callable[[Request, OnProgress], Result] = getattr(module, self.function)
         return run(request, on_progress)
 
 
@@ -101,20 +105,35 @@ _ALL = (
         "write one LoRA and one embedding per word, for ComfyUI, A1111, Forge and diffusers",
         "export",
     ),
-    Operation("undo", UndoRequest, "undo the last change of the stack, whatever it was", "undo"),
+    Operation(
+        "rename",
+        RenameRequest,
+        "give a concept another word",
+        "rename",
+        "upkeep",
+    ),
+    Operation(
+        "undo",
+        UndoRequest,
+        "undo the last change of the stack, whatever it was",
+        "undo",
+        "upkeep",
+    ),
     Operation(
         "history",
         HistoryRequest,
         "list the stack's versions, what made them and their size",
         "history",
+        "upkeep",
     ),
     Operation(
         "restore",
         RestoreRequest,
         "go back to another version of the stack; the one in use is kept",
         "restore",
+        "upkeep",
     ),
-    Operation("info", InfoRequest, "show what a checkpoint has learned", "info"),
+    Operation("info", InfoRequest, "show what a checkpoint has learned", "info", "upkeep"),
 )
 OPERATIONS = {operation.name: operation for operation in _ALL}
 

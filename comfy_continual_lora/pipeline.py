@@ -23,7 +23,6 @@ from __future__ import annotations
 from dataclasses import replace
 
 from . import concepts, consolidation, parallel, store
-from . import history as versions
 from .adapters.adapter import rank_of
 from .concept import load_concept, record_of
 from .errors import StackError
@@ -49,9 +48,7 @@ from .requests import (
     ImportRequest,
     LearnRequest,
     MergeRequest,
-    RestoreRequest,
     SolveRequest,
-    UndoRequest,
 )
 from .results import (
     ConsolidateResult,
@@ -59,20 +56,21 @@ from .results import (
     ImportResult,
     LearnResult,
     MergeResult,
-    RestoreResult,
     SolveResult,
-    UndoResult,
 )
 from .session import Snapshots, open_session
 from .stack import ConceptStack
 from .stackfile import read_header
 from .targets import prompt_bank
+from .upkeep import history as history
+from .upkeep import info as info
+from .upkeep import rename as rename
+from .upkeep import restore as restore
+from .upkeep import undo as undo
 from .views import dc_scores as dc_scores
 from .views import draw as draw
 from .views import evaluate as evaluate
 from .views import export as export
-from .views import history as history
-from .views import info as info
 from .views import learned_before as learned_before
 from .views import plan as plan
 from .views import select as select
@@ -235,13 +233,3 @@ def import_concept(request: ImportRequest, on_progress: OnProgress = ignore) -> 
         )
         session.commit(stack, "imported", [record])
     return ImportResult(record, request.lora)
-
-
-def undo(request: UndoRequest, on_progress: OnProgress = ignore) -> UndoResult:
-    """Undo the last change of the stack, whatever it was."""
-    return versions.undo(request.stack_file, request.version)
-
-
-def restore(request: RestoreRequest, on_progress: OnProgress = ignore) -> RestoreResult:
-    """Go back to a version of the history; the one in use now stays in it."""
-    return RestoreResult(versions.restore(request.stack_file, request.version))

@@ -8,8 +8,8 @@ from pathlib import Path
 from . import concepts, objective
 from .adapters.adapter import Adapter, attached
 from .concept import Concept, load_concept
-from .errors import SettingError, StackError, TokenError
-from .files import check_names
+from .early import check_learn
+from .errors import SettingError, StackError
 from .inventory import inventory
 from .learn import preview
 from .methods import METHODS
@@ -20,15 +20,13 @@ from .requests import ConsolidateRequest, ImportRequest, LearnRequest
 from .session import Session, Snapshots
 from .settings import LearnSettings, ResolvedSettings
 from .stack import ConceptRecord, ConceptStack
+from .words import check_newest
 
 
 def checked_method(request: LearnRequest) -> Method:
     """The request's method, after all checks that do not need the checkpoint."""
     request.check()
-    inventory(request.images)
-    concepts.check_spelling(request.token)
-    concepts.check_noun(request.noun, request.token, required=True)
-    check_names(request.stack_file, request.token)
+    check_learn(request)
     method = METHODS[request.settings.method]
     # a concept to be replaced does not count; settings_for checks again once the stack is read
     stack = StackSummary() if request.replace else summary_of_file(request.stack_file)
@@ -77,12 +75,7 @@ def tell_of_objective(session: Session, concept: Concept) -> None:
 
 def _without_newest(stack: ConceptStack, token: str) -> ConceptStack:
     """Errors: TokenError if the newest concept has another word."""
-    newest = stack.records[-1]
-    if newest.token.lower() != token.lower():
-        raise TokenError(
-            f"{token} can't be replaced: {newest.token} was learned after it and builds on it. "
-            f"Forget {token} first (`forget`), or choose another word."
-        )
+    check_newest(token, stack.records[-1].token)
     return stack.undone()
 
 

@@ -9,10 +9,12 @@ import base64
 import html
 import io
 import re
+import unicodedata
 from collections.abc import Sequence
 from pathlib import Path
 
 from PIL import Image, ImageDraw
+from PIL.PngImagePlugin import PngInfo
 
 from .concepts import fitted, read_image
 from .curves import smoothed
@@ -49,11 +51,14 @@ def save_pictures(drawn: Sequence[Drawn], folder: Path) -> list[Path]:
     """
     files = []
     for picture in drawn:
-        stem = f"{re.sub(r'[^A-Za-z0-9]+', '-', picture.prompt).strip('-')[:60]}-{picture.seed}"
+        stem = f"{_named(picture.prompt)}-{picture.seed}"
         path, again = folder / f"{stem}.png", 1
         while path.exists():
             path, again = folder / f"{stem}-{again}.png", again + 1
-        save_new(picture.image, path)
+        info = PngInfo()
+        for name, text in picture.texts.items():
+            info.add_text(name, text)
+        save_new(picture.image, path, pnginfo=info)
         files.append(path)
     if len(drawn) > 1:
         per_prompt = sum(d.prompt == drawn[0].prompt for d in drawn)
@@ -64,6 +69,12 @@ def save_pictures(drawn: Sequence[Drawn], folder: Path) -> list[Path]:
             files[-1],
         )
     return files
+
+
+def _named(prompt: str) -> str:
+    """A prompt as part of a file's name: letters of any script and digits, the first 60."""
+    words = re.sub(r"[\W_]+", "-", unicodedata.normalize("NFC", prompt)).strip("-")[:60]
+    return words.encode()[:120].decode(errors="ignore").strip("-") or "picture"
 
 
 def score_sheet(scored: Sequence[Scored], *, side: int = 96, bars: int = 5) -> Image.Image:

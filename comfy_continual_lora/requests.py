@@ -221,6 +221,14 @@ class ExportRequest(Request):
 
 
 @dataclass(frozen=True)
+class RenameRequest(Request):
+    """Give a concept another word."""
+
+    token: str = option("its word now")
+    to: str = option("its new word, such as V2")
+
+
+@dataclass(frozen=True)
 class UndoRequest(Request):
     """Undo the last change."""
 

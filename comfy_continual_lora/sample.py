@@ -30,7 +30,7 @@ from .settings import DrawSettings
 from .together import drawn_together, out_of_sight
 
 BATCH = 8
-OVERLAP = 0.25  # of an area's side
+OVERLAP = 0.25  # of an area's width
 
 
 Solver = DDIMScheduler | DPMSolverMultistepScheduler | FlowMatchEulerDiscreteScheduler
@@ -67,10 +67,10 @@ def draw(
     nouns: Mapping[str, str] | None = None,
     areas: AreaSettings | None = None,
 ) -> Tensor:
-    """One picture for each prompt and its seed, (n, 3, size, size) in -1..1; `settings` are resolved.
+    """One picture for each prompt and its seed, (n, 3, height, width) in -1..1; `settings` are resolved.
 
     A picture does not depend on the others in the batch. Several prompts for a picture (equally many
-    for all) are drawn from left to right, each in an area of its own: (n, 3, size, width). With
+    for all) are drawn from left to right, each in an area of its own. With
     `nouns`, the class noun of each word, several learned things in one prompt are kept apart, unless
     `settings.mixed`; `areas` says how, if not as usual.
     Classifier-free guidance (Ho & Salimans 2022): eps = eps(negative) + g (eps(prompt) -
@@ -120,8 +120,10 @@ class _Drawing:
         """`count`: prompts for each picture."""
         self.backbone, self.text, self.settings, self.areas = backbone, text, settings, areas
         self.on_progress = on_progress
-        self.size = (settings.size or backbone.size) // 8
-        shares, self.sides = _areas(self.size, count)
+        side = settings.size or backbone.size
+        # height and width of the latents, of one area if there are several
+        self.size = (settings.height or side) // 8, (settings.width or side) // 8
+        shares, self.sides = _areas(self.size[1], count)
         self.shares = shares.to(backbone.device)
         self.negative = text([settings.negative]) if settings.guidance != 1 else None
         self.done, self.total = 0, 0
@@ -138,7 +140,7 @@ class _Drawing:
         """Pictures from these prompts; `scenes` are what they mention, if things are kept apart."""
         noise = [
             torch.randn(
-                4, self.size, self.shares.shape[1], generator=torch.Generator().manual_seed(seed)
+                4, self.size[0], self.shares.shape[1], generator=torch.Generator().manual_seed(seed)
             )
             for seed in seeds
         ]
@@ -177,8 +179,9 @@ class _Drawing:
             return None if self.negative is None else self.negative.expand(count, -1, -1)
 
         if scenes:
-            size = (self.size, self.size)
-            with drawn_together(self.backbone, self.text, scenes, size, self.areas) as together:
+            with drawn_together(
+                self.backbone, self.text, scenes, self.size, self.areas
+            ) as together:
                 yield lambda noisy, t: guided(together.predict(noisy, t, unwanted(len(noisy))))
             return
         positive = self.text([one[k] for k in range(len(self.sides)) for one in parts])
@@ -195,7 +198,8 @@ class _Drawing:
 
 
 def _areas(size: int, count: int) -> tuple[Tensor, list[slice]]:
-    """Each area's weight at each column of the latents, (count, width), and its columns.
+    """Each area's weight at each column of the latents, (count, width), and its columns; `size` is
+    an area's width.
 
     The weights of a column sum to 1.
     """

@@ -17,6 +17,7 @@ from .checkpoint.backbone import Backbone
 from .checkpoint.load import load_backbone
 from .errors import StackError, TrainingError
 from .files import cache_folder, check_names, real_file, snapshot_path, snapshots_of
+from .keeping import writing
 from .parallel import is_first
 from .presets import PREDICTIONS
 from .progress import OnProgress, Progress
@@ -24,7 +25,7 @@ from .requests import Request
 from .settings import ResolvedSettings, TrainSettings
 from .snapshot import identity, other_runs
 from .stack import ConceptRecord, ConceptStack
-from .store import change, load_stack, save_stack, writing
+from .store import change, load_stack, save_stack
 from .training import asked_for
 
 if TYPE_CHECKING:

@@ -375,6 +375,24 @@ class DrawSettings(Settings):
     size: int | None = setting(
         None, "side of the drawn pictures", low=64, high=4096, unit="pixels", multiple=8
     )
+    width: int | None = setting(
+        None,
+        "width of the drawn pictures, if it is not the size",
+        low=64,
+        high=4096,
+        unit="pixels",
+        multiple=8,
+        by_checkpoint=False,
+    )
+    height: int | None = setting(
+        None,
+        "height of the drawn pictures, if it is not the size",
+        low=64,
+        high=4096,
+        unit="pixels",
+        multiple=8,
+        by_checkpoint=False,
+    )
     negative: str = setting("", "what not to draw")
     flow_shift: float = setting(
         6.0,

@@ -36,6 +36,7 @@ CHANGES = {
     "forgot": "forgot {}",
     "merged": "merged {} from another stack",
     "imported": "imported {}",
+    "renamed": "renamed {}",
     "undone": "undid the newest change; left: {}",
 }
 

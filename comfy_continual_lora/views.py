@@ -1,12 +1,10 @@
-"""Read-only operations on a stack: scores, pictures, evaluation, export, plan, history.
+"""Read-only operations on a stack: scores, pictures, evaluation, export, plan.
 
-Part of the pipeline, which re-exports these functions; none of them changes the stack file, except
-that `history` can set how many versions are kept.
+Part of the pipeline, which re-exports these functions; none of them changes the stack file.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -15,25 +13,22 @@ import torch
 from PIL.Image import Image
 from torch import Tensor
 
-from . import classifier, concepts, consolidation, inventory, report, sample, stackfile, store
+from . import classifier, concepts, consolidation, infotext, inventory, report, sample, store
 from . import evaluate as evaluation
-from . import history as stack_history
 from . import plan as planning
 from .adapters.adapter import attached
 from .checkpoint.backbone import FrozenText
-from .checkpoint.load import fingerprint
 from .errors import ConceptImagesError, SettingError, StackError
 from .export import Exported, export_files
-from .files import stack_stem
+from .files import stack_stem, with_name
 from .imagefile import check_folder, check_output, save_own
 from .mentions import named, not_in_use, not_learned, not_read, unknown_words
+from .prepare import checked_method
 from .progress import OnProgress, Progress, counted, ignore
 from .requests import (
     DrawRequest,
     EvaluateRequest,
     ExportRequest,
-    HistoryRequest,
-    InfoRequest,
     LearnRequest,
     ScoreRequest,
     SelectRequest,
@@ -41,15 +36,13 @@ from .requests import (
 from .results import (
     Drawn,
     DrawResult,
-    HistoryResult,
-    InfoResult,
     Scored,
     ScoreResult,
 )
 from .session import Session, open_session
 from .settings import ScoreSettings, SolveSettings
 from .stack import ConceptRecord, ConceptStack
-from .versions import versions
+from .versions import in_use
 
 Group = tuple[str, list[inventory.Picture]]  # a folder's name, and its pictures
 
@@ -98,11 +91,26 @@ def draw(request: DrawRequest, on_progress: OnProgress = ignore) -> DrawResult:
             images = sample.draw(
                 backbone, stack.tokens, areas, seeds, settings, on_progress, stack.nouns
             )
-        drawn = [
-            Drawn(" | ".join(parts), seed, concepts.to_pil(image))
-            for parts, seed, image in zip(areas, seeds, images, strict=True)
-        ]
+        origin = _origin(session, stack, request.only)
+        drawn = []
+        for parts, seed, image in zip(areas, seeds, map(concepts.to_pil, images), strict=True):
+            texts = infotext.texts(origin, parts, seed, image.size, settings)
+            drawn.append(Drawn(" | ".join(parts), seed, image, texts))
     return DrawResult(drawn, report.save_pictures(drawn, request.out) if request.out else [])
+
+
+def _origin(session: Session, stack: ConceptStack, only: Sequence[str]) -> infotext.Origin:
+    """`stack`: what is drawn with, which may be some of the session's concepts."""
+    path = session.path
+    now = in_use(path) if path.exists() else None
+    return infotext.Origin(
+        with_name(session.backbone.path).stem,
+        session.backbone.fingerprint,
+        stack_stem(path),
+        now.number if now else None,
+        [record.name for record in stack.records],
+        only,
+    )
 
 
 def evaluate(
@@ -162,30 +170,9 @@ def select(request: SelectRequest, on_progress: OnProgress = ignore) -> ConceptS
         )
 
 
-def history(request: HistoryRequest, on_progress: OnProgress = ignore) -> HistoryResult:
-    """The stack's versions that are kept, the newest first; `keep` sets how many from now on."""
-    if request.keep is not None:
-        stack_history.keep_versions(request.stack_file, request.keep)
-    return HistoryResult(versions(request.stack_file))
-
-
-def info(request: InfoRequest, on_progress: OnProgress = ignore) -> InfoResult:
-    """What a checkpoint has learned, from the stack's header; without a stack, the checkpoint is
-    opened.
-    """
-    path = request.stack_file
-    if not path.exists():
-        return InfoResult([], path, fingerprint(request.checkpoint), None, 0)
-    header, shapes = stackfile.read_shapes(path)
-    newest = f"word.{header['concepts'][-1]['id']}" if header["concepts"] else ""
-    used = [shape for key, shape in shapes.items() if key.startswith("adapter.") or key == newest]
-    trainable = sum(math.prod(shape.sizes) for shape in used)
-    return InfoResult(header["concepts"], path, header["fingerprint"], header["rank"], trainable)
-
-
 def plan(request: LearnRequest) -> planning.Plan:
     """What learning this will take, without loading the checkpoint."""
-    request.check()
+    checked_method(request)
     return planning.plan(request.checkpoint, request.stack_file, request.settings, request.device)
 
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from comfy_continual_lora import cli, pipeline, worker
+from comfy_continual_lora import cli, early, pipeline, worker
 from comfy_continual_lora.errors import Cancelled
 from comfy_continual_lora.progress import ignore
 from comfy_continual_lora.settings import (
@@ -83,6 +83,7 @@ def arrived(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, Any]]:
 
     for name in {name for name, _ in COMMANDS.values()}:
         monkeypatch.setattr(pipeline, name, stand_in(name))
+    monkeypatch.setattr(early, "check", lambda _: None)  # the files are not there
     monkeypatch.setattr(pipeline, "learned_before", lambda _: None, raising=False)
     return requests
 

@@ -7,7 +7,6 @@ family does not use are ignored, missing ones are named.
 
 from __future__ import annotations
 
-import os
 import warnings
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -23,10 +22,9 @@ from .backbone import Backbone
 from .folder import folder_layout
 from .layout import PROMPT_LENGTH, Fingerprint, Layout, open_safetensors
 from .narrow import dtype_for, put, put_unet
+from .path import check_path
 from .single_file import file_layout
 from .text import TextEncoder
-
-_PICKLES = {".ckpt", ".pt", ".pth", ".bin", ".pkl"}
 
 
 def load_backbone(
@@ -119,19 +117,6 @@ def _fill_position_ids(model: Any, device: torch.device) -> None:
             module._buffers["position_ids"] = torch.arange(count, device=device)[None]
 
 
-def fingerprint(path: Path) -> str:
-    """`Backbone.fingerprint`, read without the rest.
-
-    Errors: CheckpointError as in `load_backbone`.
-    """
-    digest = Fingerprint()
-    with open_checkpoint(path) as layout:
-        for name in layout.unet.names:
-            if digest.covers(name):
-                digest.add(name, layout.unet.read(name))
-    return digest.hexdigest()
-
-
 def pick_device(name: str) -> torch.device:
     """The device of a setting: "auto" is CUDA, then Apple's MPS, then the CPU.
 
@@ -155,7 +140,7 @@ def open_checkpoint(path: Path) -> Iterator[Layout]:
 
     Errors: CheckpointError as in `load_backbone`.
     """
-    _check_path(path)
+    check_path(path)
     with ExitStack() as stack:
         if path.is_dir():
             layout = folder_layout(path, lambda file: stack.enter_context(open_safetensors(file)))
@@ -163,18 +148,3 @@ def open_checkpoint(path: Path) -> Iterator[Layout]:
             layout = file_layout(path, stack.enter_context(open_safetensors(path)))
         layout.check(path)
         yield layout
-
-
-def _check_path(path: Path) -> None:
-    """Errors: CheckpointError if nothing is there, and for a pickle."""
-    if not os.path.exists(path):
-        raise CheckpointError(
-            f"There is no checkpoint at {path}. Give the path of a .safetensors file or of a "
-            "diffusers folder."
-        )
-    if path.suffix.lower() in _PICKLES and not path.is_dir():
-        raise CheckpointError(
-            f"{path} is a pickle ({path.suffix}): loading one can run any program hidden in it, "
-            "so it is refused. Get the same model as .safetensors, or convert it in a program you "
-            "trust (A1111: Checkpoint Merger, one model, safetensors)."
-        )
