@@ -79,6 +79,11 @@ def draw(request: DrawRequest, on_progress: OnProgress = ignore) -> DrawResult:
         check_folder(request.out)
     with open_session(request, on_progress) as session:
         backbone, stack = session.backbone, session.stack
+        if not stack.records:
+            session.tell(
+                f"{session.path} holds no concept yet, so the checkpoint draws as it is. Learn one "
+                "first (`learn`), or name another stack (`stack`)."
+            )
         for note in _notes(
             backbone, stack, dict.fromkeys(one for parts in prompts for one in parts)
         ):
@@ -167,7 +172,7 @@ def history(request: HistoryRequest, on_progress: OnProgress = ignore) -> Histor
     """The stack's versions that are kept, the newest first; `keep` sets how many from now on."""
     if request.keep is not None:
         stack_history.keep_versions(request.stack_file, request.keep)
-    return HistoryResult(versions(request.stack_file))
+    return HistoryResult(versions(request.stack_file), request.stack_file)
 
 
 def info(request: InfoRequest, on_progress: OnProgress = ignore) -> InfoResult:

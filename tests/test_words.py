@@ -164,5 +164,6 @@ def test_drawing_tells_what_is_not_learned_and_not_read(checkpoint: Path) -> Non
         seen.append,
     )
     notes = [progress.note for progress in seen if progress.note]
-    assert "V7 is not a learned word (nothing is learned yet)" in notes[0]
-    assert "is too long: the text encoder does not read its end" in notes[1]
+    assert "holds no concept yet" in notes[0]
+    assert "V7 is not a learned word (nothing is learned yet)" in notes[1]
+    assert "is too long: the text encoder does not read its end" in notes[2]

@@ -5,7 +5,6 @@ several learned things what each is drawn from. Only ComfyUI imports this module
 from __future__ import annotations
 
 import copy
-import logging
 import re
 from collections.abc import Mapping
 from functools import cache, lru_cache
@@ -22,6 +21,7 @@ from ..mentions import (
     unknown_words,
     whole_words,
 )
+from . import host
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -106,7 +106,7 @@ def _extended(tokenizer: Any, pattern: re.Pattern[str], vectors: Mapping[str, Te
 @lru_cache(maxsize=64)  # an SDXL's text encoders read the same prompt
 def _warn_of_unknown(text: str, words: tuple[str, ...]) -> None:
     if unknown := unknown_words([text], words):
-        logging.warning("comfy-continual-lora: %s", not_learned(unknown, words))
+        host.tell(not_learned(unknown, words))
 
 
 # --- several learned things in one prompt ---------------------------------------------------------
