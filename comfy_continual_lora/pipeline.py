@@ -198,7 +198,13 @@ def merge(request: MergeRequest, on_progress: OnProgress = ignore) -> MergeResul
     """Put those concepts of another stack of the same checkpoint on this one that it lacks."""
     request.check()
     own = {record.id for record in store.read_records(request.stack_file)}
-    if own.issuperset(record["id"] for record in read_header(request.other)["concepts"]):
+    theirs = {record["id"] for record in read_header(request.other)["concepts"]}
+    if not theirs:
+        raise StackError(
+            f"The stack {request.other} holds no concept, so there is nothing to merge. Choose "
+            "another as `other`."
+        )
+    if theirs <= own:
         return MergeResult([], {}, request.stack_file)
     with open_session(request, on_progress, writes=True) as session:
         own = set(session.stack.words)

@@ -52,6 +52,8 @@ def make_room(session: Session, request: LearnRequest) -> str:
     if request.replace and session.stack.find(request.token) is not None:
         session.stack = _without_newest(session.stack, request.token)
         change = "replaced"
+    elif request.replace:
+        session.tell(f"The stack has no {request.token} to replace, so it is learned as a new one.")
     concepts.check_token(request.token, session.stack.tokens, session.backbone.is_known_word)
     return change
 

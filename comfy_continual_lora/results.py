@@ -322,10 +322,11 @@ class HistoryResult:
     """The versions that are kept, the newest first."""
 
     versions: list[Version]
+    stack_file: Path
 
     def summary(self) -> str:
         if not self.versions:
-            return "Nothing has been learned yet."
+            return f"Nothing has been learned yet: there is no stack {self.stack_file}"
         lines = []
         for one in self.versions:
             mark = "*" if one.current else " "

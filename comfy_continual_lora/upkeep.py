@@ -16,7 +16,7 @@ from .checkpoint.path import check_path
 from .errors import SettingError, StackError, TokenError
 from .files import STACKS, check_names, checkpoints_in, real_file, snapshots_of
 from .keeping import add_version, new_change, rewrite, writing
-from .mentions import whole_words
+from .mentions import in_other_words
 from .progress import OnProgress, ignore
 from .requests import (
     HistoryRequest,
@@ -131,7 +131,8 @@ def rename(request: RenameRequest, on_progress: OnProgress = ignore) -> RenameRe
         check_token(new, (), is_ordinary)
         check_noun(records[number]["noun"], new)
         check_names(path, new)
-        renamed = [_renamed(record, old, new) for record in records[number:]]
+        names = {token: new if token == old else token for token in map(_token, records)}
+        renamed = [_renamed(record, names) for record in records[number:]]
         name = _name(renamed[0])
         change = new_change("renamed", [f"{_name(records[number])} to {name}"])
         concepts = [*records[:number], *renamed]
@@ -155,15 +156,18 @@ def _index_of(records: list[dict[str, Any]], token: str) -> int:
     )
 
 
-def _renamed(record: dict[str, Any], old: str, new: str) -> dict[str, Any]:
-    """A record where a concept of its stack has another word; the requests that made it had the old
-    one, so it is no longer theirs.
+def _renamed(record: dict[str, Any], names: Mapping[str, str]) -> dict[str, Any]:
+    """A record where concepts of its stack have other words, by their old ones; the request that
+    made it had the old one, so it is no longer its own.
     """
-    pattern = whole_words([old])
-    prompts = [pattern.sub(new, prompt) for prompt in record["prompts"]]
-    if record["token"] != old:
+    prompts = [in_other_words(prompt, names) for prompt in record["prompts"]]
+    if (new := names[record["token"]]) == record["token"]:
         return {**record, "prompts": prompts}
     return {**record, "token": new, "prompts": prompts, "request": ""}
+
+
+def _token(record: Mapping[str, Any]) -> str:
+    return record["token"]
 
 
 def _name(record: Mapping[str, Any]) -> str:

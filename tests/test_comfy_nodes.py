@@ -239,6 +239,15 @@ def test_a_selection_is_not_merged(nodes: Any) -> None:
         nodes.MergeStacks.execute(stack, dataclasses.replace(stack, selected=ConceptStack("")))
 
 
+def test_a_version_beyond_the_end_is_refused(nodes: Any, closed_stack: Any) -> None:
+    store.save_stack(make_stack(2), closed_stack.file)
+    with pytest.raises(StackError, match=r"no version 3 of the stack none.* it holds 2 concepts"):
+        nodes.ApplyConcepts.execute(None, None, closed_stack, 0.0, version=3)
+    for version in (0, 1, 2):  # as far as a CLIP that is none
+        with pytest.raises(AttributeError, match="tokenizer"):
+            nodes.ApplyConcepts.execute(None, None, closed_stack.now(), 0.0, version, mixed=True)
+
+
 @pytest.fixture
 def closed_stack(nodes: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
     """A stack of a checkpoint that is not there, in a host that computes on the CPU."""

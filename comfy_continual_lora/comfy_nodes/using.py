@@ -110,6 +110,11 @@ class ApplyConcepts(io.ComfyNode):
         mixed: bool = False,
         masks: Any = None,
     ) -> Any:
+        if 0 < (count := stack.now().count) < version:
+            raise StackError(
+                f"There is no version {version} of the stack {stack.file.name}: it holds {count} "
+                f"concepts. Set version to 1 to {count}, or to 0 for the version of the input."
+            )
         concepts = (stack.as_of(version) if version else stack).read()
         if concepts is None or not concepts.records:
             host.tell(f"The stack {stack.file.name} holds no concept yet, so nothing is applied.")
