@@ -60,7 +60,7 @@ def history(request: HistoryRequest, on_progress: OnProgress = ignore) -> Histor
         stack_history.keep_versions(request.stack_file, request.keep)
     elif not request.stack_file.exists():
         check_path(request.checkpoint)
-    return HistoryResult(versions(request.stack_file))
+    return HistoryResult(versions(request.stack_file), request.stack_file)
 
 
 def undo(request: UndoRequest, on_progress: OnProgress = ignore) -> UndoResult:

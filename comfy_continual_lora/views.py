@@ -72,20 +72,13 @@ def draw(request: DrawRequest, on_progress: OnProgress = ignore) -> DrawResult:
         check_folder(request.out)
     with open_session(request, on_progress) as session:
         backbone, stack = session.backbone, session.stack
-<<<<<<< HEAD
-        asked = [*(one for parts in prompts for one in parts), request.settings.negative]
-        _tell_of_prompts(session, "draw", asked)
-=======
         if not stack.records:
             session.tell(
                 f"{session.path} holds no concept yet, so the checkpoint draws as it is. Learn one "
                 "first (`learn`), or name another stack (`stack`)."
             )
-        for note in _notes(
-            backbone, stack, dict.fromkeys(one for parts in prompts for one in parts)
-        ):
-            on_progress(Progress("draw", 0, 1, note=note))
->>>>>>> f/part-f
+        asked = [*(one for parts in prompts for one in parts), request.settings.negative]
+        _tell_of_prompts(session, "draw", asked)
         if request.only:
             words = stack.tokens
             stack = consolidation.selected(
@@ -182,30 +175,6 @@ def select(request: SelectRequest, on_progress: OnProgress = ignore) -> ConceptS
         )
 
 
-<<<<<<< HEAD
-=======
-def history(request: HistoryRequest, on_progress: OnProgress = ignore) -> HistoryResult:
-    """The stack's versions that are kept, the newest first; `keep` sets how many from now on."""
-    if request.keep is not None:
-        stack_history.keep_versions(request.stack_file, request.keep)
-    return HistoryResult(versions(request.stack_file), request.stack_file)
-
-
-def info(request: InfoRequest, on_progress: OnProgress = ignore) -> InfoResult:
-    """What a checkpoint has learned, from the stack's header; without a stack, the checkpoint is
-    opened.
-    """
-    path = request.stack_file
-    if not path.exists():
-        return InfoResult([], path, fingerprint(request.checkpoint), None, 0)
-    header, shapes = stackfile.read_shapes(path)
-    newest = f"word.{header['concepts'][-1]['id']}" if header["concepts"] else ""
-    used = [shape for key, shape in shapes.items() if key.startswith("adapter.") or key == newest]
-    trainable = sum(math.prod(shape.sizes) for shape in used)
-    return InfoResult(header["concepts"], path, header["fingerprint"], header["rank"], trainable)
-
-
->>>>>>> f/part-f
 def plan(request: LearnRequest) -> planning.Plan:
     """What learning this will take, without loading the checkpoint."""
     checked_method(request)

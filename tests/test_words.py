@@ -280,11 +280,11 @@ def test_drawing_tells_what_is_not_learned_and_not_read(checkpoint: Path) -> Non
         seen.append,
     )
     notes = [progress.note for progress in seen if progress.note]
-<<<<<<< HEAD
-    assert "V7 and V9 are not learned words (nothing is learned yet)" in notes[0]
-    assert "is too long: the text encoder does not read its end" in notes[1]
-    assert 'The prompt "V9, a very' in notes[2]
-    assert "is too long" in notes[2]
+    assert "holds no concept yet" in notes[0]
+    assert "V7 and V9 are not learned words (nothing is learned yet)" in notes[1]
+    assert "is too long: the text encoder does not read its end" in notes[2]
+    assert 'The prompt "V9, a very' in notes[3]
+    assert "is too long" in notes[3]
 
 
 def test_scores_and_evaluate_tell_what_is_not_read(
@@ -435,8 +435,3 @@ def test_the_web_ui_s_embeddings_are_asked_for_only_if_a_word_looks_unknown() ->
     assert second.startswith("v3 is not a learned word (learned: V1)")
     (other,) = tokens.notes(["a sks狗"], ["sks"], embeddings)
     assert 'In "sks狗" the web UI does not read sks' in other
-=======
-    assert "holds no concept yet" in notes[0]
-    assert "V7 is not a learned word (nothing is learned yet)" in notes[1]
-    assert "is too long: the text encoder does not read its end" in notes[2]
->>>>>>> f/part-f

@@ -21,7 +21,6 @@ from ..mentions import (
     unknown_words,
     whole_words,
 )
-from . import host
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -100,15 +99,6 @@ def _extended(tokenizer: Any, pattern: re.Pattern[str], vectors: Mapping[str, Te
     return extended
 
 
-<<<<<<< HEAD
-=======
-@lru_cache(maxsize=64)  # an SDXL's text encoders read the same prompt
-def _warn_of_unknown(text: str, words: tuple[str, ...]) -> None:
-    if unknown := unknown_words([text], words):
-        host.tell(not_learned(unknown, words))
-
-
->>>>>>> f/part-f
 # --- several learned things in one prompt ---------------------------------------------------------
 
 
