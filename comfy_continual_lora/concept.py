@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import concepts
+from . import concepts, likeness
 from .errors import ConceptImagesError
 from .inventory import inventory
 from .mentions import named
@@ -132,6 +132,11 @@ def source_of(
         "pictures": pictures.hexdigest(),
         "start": start.hexdigest(),
     }
+
+
+def kept_features(session: Session, concept: Concept) -> str:
+    """What a stack keeps of the pictures, if the user wants that."""
+    return likeness.packed(likeness.features(session.backbone, concept.images.images, concept.noun))
 
 
 def record_of(

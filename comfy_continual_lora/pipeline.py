@@ -25,7 +25,7 @@ from dataclasses import replace
 from . import concepts, consolidation, parallel, store
 from . import history as versions
 from .adapters.adapter import rank_of
-from .concept import load_concept, record_of
+from .concept import kept_features, load_concept, record_of
 from .errors import StackError
 from .foreign import imported_concept
 from .learn import learn
@@ -109,6 +109,8 @@ def learn_concept(request: LearnRequest, on_progress: OnProgress = ignore) -> Le
             snapshots.tell_of_others(on_progress)
             trained = learn(session.backbone, inputs, settings, snapshots.path(), on_progress)
             record = record_of(concept, session.stack, settings, trained.losses, digest)
+            if settings.keep_features:
+                record = replace(record, features=kept_features(session, concept))
             learned = LearnedConcept(
                 session, settings, concept, record, trained.word, penalties, snapshots, start.bank
             )

@@ -94,7 +94,8 @@ def score_sheet(scored: Sequence[Scored], *, side: int = 96, bars: int = 5) -> I
 
 def retention_sheet(result: RetentionReport, *, side: int = 96, per_cell: int = 2) -> Image.Image:
     """The heat map of R with pictures: a row for each concept, a column for each version of the
-    stack; green is similar, red is not.
+    stack; red is as near to the user's pictures as any thing of the noun is, green half way to how
+    near they are to each other and more.
     """
     count, margin = len(result.names), 130
     width = per_cell * side + 8
@@ -104,9 +105,7 @@ def retention_sheet(result: RetentionReport, *, side: int = 96, per_cell: int = 
         draw.text((margin + i * width + 4, 6), f"after {name}", fill="black")
     for (i, j), pictures in result.pictures.items():
         left, top = margin + i * width, 24 + j * (side + 26)
-        low = min(float(result.floor[j]), float(result.likeness[j, j]) - 0.05)
-        share = (float(result.likeness[i, j]) - low) / (float(result.likeness[j, j]) - low)
-        share = min(1.0, max(0.0, share))
+        share = result.shade(i, j)
         color = (int(220 - 120 * share), int(110 + 90 * share), 110)
         draw.rectangle((left, top, left + width - 3, top + side + 23), fill=color)
         for place, picture in enumerate(pictures[:per_cell]):

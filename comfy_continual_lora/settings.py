@@ -244,6 +244,12 @@ class LearnSettings(TrainSettings):
         high=MOST_VECTORS,
     )
     token_rate: float | None = setting(None, "learning rate of the word's vectors", low=0, high=1)
+    keep_features: bool = setting(
+        False,
+        "keep what evaluate needs to compare with these pictures once they are gone: some hundred "
+        "numbers for each of at most 16, which say how the thing looks but not where anything is; "
+        "they go wherever the stack file goes. Otherwise it has a thumbnail of the first",
+    )
     c_lora_weight: float = setting(1e8, "weight of C-LoRA's penalty", low=0, group="C-LoRA")
     c_lora_variant: str = setting(
         "sequential",

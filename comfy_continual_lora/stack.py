@@ -39,6 +39,7 @@ class ConceptRecord:
     with_noun: bool = True  # whether prompts name it "V1 mug" or "V1"
     request: str = ""  # hash of the request: pictures, captions, words, settings
     consolidated: str = ""  # hash of the last request to consolidate it
+    features: str = ""  # of its pictures, if the user wanted them kept (`likeness.packed`)
     later: dict[str, Any] = field(default_factory=dict)  # what later releases added, kept as it is
 
     @property

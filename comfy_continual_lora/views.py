@@ -52,7 +52,7 @@ from .versions import versions
 
 
 def dc_scores(request: ScoreRequest, on_progress: OnProgress = ignore) -> ScoreResult:
-    """Which concept, or which class noun without one (c_0), each picture shows.
+    """Which concept each picture shows, another thing of one's noun, or none of these.
 
     A folder may have subfolders, whose names are the labels of their pictures.
     """
@@ -247,7 +247,15 @@ def evaluated(
             f"{', '.join(stack.tokens)}; found {', '.join(groups)}."
         )
     features = evaluation.features(backbone, request.clip)
-    return evaluation.evaluate(backbone, stack, own_images, features, settings, session.on_progress)
+    return evaluation.evaluate(
+        backbone,
+        stack,
+        own_images,
+        features,
+        settings,
+        session.on_progress,
+        use_kept=request.clip is None,
+    )
 
 
 def _plotted(image: Image, plot: Path | None, on_progress: OnProgress) -> Path | None:

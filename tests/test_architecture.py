@@ -52,7 +52,7 @@ LAYERS = (
     ("concept", "session"),
     ("learn", "requests", "targets"),
     ("moments", "results", "sample", "solve", "training"),
-    ("classifier", "hostareas", "together"),
+    ("classifier", "hostareas", "likeness", "together"),
     ("mini",),
     ("ewc", "textspace"),
     ("penalty", "store"),
