@@ -201,8 +201,17 @@ RUNS: dict[str, Run] = {"learn": _learn, "consolidate": _consolidate, "draw": _d
 def _demo(arguments: argparse.Namespace, bar: Bar) -> None:
     from .demo import run_demo
 
-    report = run_demo(arguments.out, bar, lambda text: (bar.clear(), print(text, flush=True)))
+    def say(text: str) -> None:
+        bar.clear()
+        print(text, flush=True)
+
+    report = run_demo(arguments.out, bar, say, arguments.steps)
+    bar.clear()
     print(f"The report: {report}")
+    if sys.stdout.isatty() and not arguments.no_browser:
+        import webbrowser
+
+        webbrowser.open(report.resolve().as_uri())
 
 
 def _mini(arguments: argparse.Namespace, bar: Bar) -> None:
@@ -306,6 +315,12 @@ _MORE = {"learn": _add_to_learn, "consolidate": _add_to_consolidate, "draw": _ad
 def _add_to_demo(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--out", type=Path, default=Path("demo"), help="folder for the report (default: demo)"
+    )
+    command.add_argument(
+        "--steps", type=int, help="training steps of each concept (default: the mini-SD's 300)"
+    )
+    command.add_argument(
+        "--no-browser", action="store_true", help="do not open the report in a browser"
     )
 
 

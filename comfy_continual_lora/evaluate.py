@@ -149,18 +149,20 @@ class RetentionReport:
 
     def _verdict(self, j: int, grade: str) -> str:
         name, kept, learned = self.names[j], float(self.kept[j]), float(self.likeness[j, j])
-        compared = f"compared with {REFERENCES[self.reference[j]]}"
+        compared = ""
+        if self.reference[j] != "pictures":
+            compared = f" (compared with {REFERENCES[self.reference[j]]})"
         faded = f", but it has faded: {100 * kept:.0f} % is left" if kept < FADED else ""
         if grade == "well":
-            return f"{name}: looks like your pictures ({compared}){faded}."
+            return f"{name}: looks like your pictures{compared}{faded}."
         if grade == "partly":
-            return f"{name}: looks like your pictures in part ({compared}){faded}."
+            return f"{name}: looks like your pictures in part{compared}{faded}."
         if grade == "unknown":
             still = f"drawn as when it was new, to {100 * kept:.0f} %" if kept == kept else "drawn"
             return f"{name}: {still}; whether it looks like the thing is not known."
         if learned - float(self.floor[j]) > 2 * float(self.spread[j]) and j < len(self.names) - 1:
-            return f"{name}: forgotten; it looks like any thing of its kind again ({compared})."
-        return f"{name}: not learned; it looks like any thing of its kind ({compared})."
+            return f"{name}: forgotten; it looks like any thing of its kind again{compared}."
+        return f"{name}: not learned; it looks like any thing of its kind{compared}."
 
     @property
     def verdict(self) -> str:

@@ -45,7 +45,7 @@ LAYERS = (
     ("operations",),
     ("pipeline",),
     ("views",),
-    ("plan", "prepare", "report"),
+    ("plan", "prepare", "report", "reportpage"),
     ("methods",),
     ("consolidation", "dsc", "evaluate", "export", "fisher", "foreign", "history", "stock"),
     ("loraconfig",),
