@@ -15,6 +15,7 @@ from torch import Tensor
 from . import concepts, likeness
 from .errors import ConceptImagesError
 from .inventory import inventory
+from .learn import Trained
 from .mentions import named
 from .presets import TEMPLATES
 from .session import Session
@@ -143,12 +144,13 @@ def record_of(
     concept: Concept,
     stack: ConceptStack,
     settings: ResolvedSettings,
-    losses: Sequence[float],
+    trained: Trained,
     request: str,
 ) -> ConceptRecord:
     """The concept's record for the stack; `request` is the request's digest."""
     now = datetime.now(timezone.utc).isoformat(timespec="seconds")
     begun = f"{stack.fingerprint}/{concept.token}/{now}/{len(stack.records)}"
+    losses = trained.losses[: trained.steps]
     tail = losses[-max(1, len(losses) // 10) :]
     prompts: list[str] = []
     for own in dict.fromkeys(map(tuple, concept.prompts)):
@@ -159,7 +161,7 @@ def record_of(
         noun=concept.noun,
         method=settings.method,
         images=len(concept.images.images),
-        steps=settings.steps,
+        steps=trained.steps,
         seed=settings.seed,
         prompts=prompts,
         hashes=list(concept.images.hashes),
@@ -169,4 +171,5 @@ def record_of(
         settings=asdict(settings),
         with_noun=concept.with_noun,
         request=request,
+        watched=[[point.step, point.likeness, point.moved] for point in trained.points],
     )

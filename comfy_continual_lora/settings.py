@@ -244,6 +244,19 @@ class LearnSettings(TrainSettings):
         high=MOST_VECTORS,
     )
     token_rate: float | None = setting(None, "learning rate of the word's vectors", low=0, high=1)
+    watch_every: int = setting(
+        0,
+        "steps between looks at how it is going: likeness to one picture in five, which is held out "
+        "(of five or more), and how far earlier concepts move; 0: no looks, or, until good, a "
+        "twentieth of the steps",
+        low=0,
+    )
+    until: str = setting(
+        "steps",
+        "when learning ends: after all steps, or when the likeness to the pictures held out no longer "
+        "rises; the best version is kept",
+        choices=("steps", "good"),
+    )
     keep_features: bool = setting(
         False,
         "keep what evaluate needs to compare with these pictures once they are gone: some hundred "

@@ -51,7 +51,7 @@ LAYERS = (
     ("loraconfig",),
     ("concept", "session"),
     ("learn", "requests", "targets"),
-    ("moments", "results", "sample", "solve", "training"),
+    ("moments", "results", "sample", "solve", "training", "watch"),
     ("classifier", "hostareas", "likeness", "together"),
     ("mini",),
     ("ewc", "textspace"),
