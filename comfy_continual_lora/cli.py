@@ -118,7 +118,10 @@ def _learn(arguments: argparse.Namespace, bar: Bar) -> None:
         bar(progress)
 
     result: Any = operation(request, show)
+    plot = _plot_looks(request, result) if not result.again and result.record.watched else None
     _show(result, arguments, bar)
+    if plot and not arguments.json:
+        print(f"The curve: {plot}")
     if not arguments.json and not result.again:
         command = ["continual-lora", "draw", "--checkpoint", str(arguments.checkpoint)]
         if arguments.stack:
@@ -132,10 +135,25 @@ def _pasted(command: Sequence[str]) -> str:
     return subprocess.list2cmdline(command) if os.name == "nt" else shlex.join(command)
 
 
-def _preview_file(request: LearnRequest) -> Path:
+def _plot_looks(request: LearnRequest, result: Any) -> Path | None:
+    """Draw how it went beside the stack; None if there is no room."""
+    from .curves import looks_picture
+    from .imagefile import save_own
+
+    path = _preview_file(request, "likeness")
+    caption = "likeness to the pictures held out (blue), how far earlier ones moved (red)"
+    try:
+        save_own(looks_picture(result.record.watched, caption), path)
+    except SettingError as error:
+        print(f"continual-lora: {error}", file=sys.stderr)
+        return None
+    return path
+
+
+def _preview_file(request: LearnRequest, kind: str = "preview") -> Path:
     from .files import with_name
 
-    name = f"{with_name(request.checkpoint).stem}.{Path(request.token).name}.preview.png"
+    name = f"{with_name(request.checkpoint).stem}.{Path(request.token).name}.{kind}.png"
     return request.stack_file.with_name(name)
 
 

@@ -8,11 +8,12 @@ from pathlib import Path
 import pytest
 import torch
 from helpers_learn import save_concept, stack_of
+from PIL import Image
 
-from comfy_continual_lora import pipeline, watch
+from comfy_continual_lora import cli, pipeline, watch
 from comfy_continual_lora.checkpoint.backbone import Backbone
 from comfy_continual_lora.errors import Cancelled
-from comfy_continual_lora.progress import Point, Progress
+from comfy_continual_lora.progress import Progress
 from comfy_continual_lora.requests import LearnRequest
 from comfy_continual_lora.results import LearnResult
 from comfy_continual_lora.settings import LearnSettings
@@ -129,4 +130,18 @@ def test_likeness_is_measured_from_the_bare_checkpoint(backbone: Backbone) -> No
     assert looked.look(4, 10) == ""
     assert looked.look(5, 10)
     assert looked.look(5, 10) == ""  # not twice
-    assert looked.points == [Point(5, pytest.approx(0.0, abs=1e-6), 0.0)]
+    assert [point.step for point in looked.points] == [5]
+    assert looked.points[0].likeness == pytest.approx(0.0, abs=1e-6)
+
+
+def test_the_curve_is_drawn_beside_the_stack(
+    checkpoint: Path, five: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["learn", "--checkpoint", checkpoint, "--images", five, "--token", "V1"]
+    words += ["--noun", "ball", "--method", "lora", "--steps", 2, "--batch", 1, "--rank", 2]
+    words += ["--size", 64, "--device", "cpu", "--watch-every", 1]
+    assert cli.main([str(word) for word in words]) == 0
+    file = checkpoint.with_name("mini.V1.likeness.png")
+    assert f"The curve: {file}" in capsys.readouterr().out
+    colors = Image.open(file).convert("RGB").getcolors(100_000)
+    assert any(color == (0x25, 0x63, 0xEB) for _, color in colors or [])
