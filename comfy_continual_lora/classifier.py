@@ -30,6 +30,8 @@ from .stack import ConceptRecord
 
 # what tau is calibrated to: the mean probability of the likeliest concept after one trial
 CONFIDENCE = 0.7
+# a picture that shows none of the concepts or their nouns, and the prompt that stands for it
+NONE, NOTHING = "none of these", "a photo"
 
 
 # --- scores as pure functions --------------------------------------------------------------------
@@ -152,9 +154,13 @@ class Scores:
 
 
 def prompts_of(records: Sequence[ConceptRecord]) -> dict[str, str]:
-    """Each concept's prompt by its token, each noun's by "c_0 noun"."""
+    """What `classify` compares, by the names that people read: each concept's token, "another mug"
+    for its class noun without it, and `NONE` for a picture of something else.
+    """
     prompts = {record.token: f"a photo of a {record.name}" for record in records}
-    return prompts | {f"c_0 {record.noun}": f"a photo of a {record.noun}" for record in records}
+    nouns = filter(None, (record.noun for record in records))
+    prompts |= {f"another {noun}": f"a photo of a {noun}" for noun in nouns}
+    return {**prompts, NONE: NOTHING}
 
 
 def candidates(records: Sequence[ConceptRecord], text: FrozenText) -> dict[str, Tensor]:

@@ -160,7 +160,10 @@ def _learn(arguments: argparse.Namespace, bar: Bar) -> None:
         bar(progress)
 
     result: Any = operation(request, show)
+    plot = _plot_looks(request, result) if not result.again and result.record.watched else None
     _show(result, arguments, bar)
+    if plot and not arguments.json:
+        print(f"The curve: {plot}")
     if not arguments.json and not result.again:
         command = ["continual-lora", "draw", "--checkpoint", str(arguments.checkpoint)]
         if arguments.stack:
@@ -180,10 +183,25 @@ def _pasted(command: Sequence[str]) -> str:
     return subprocess.list2cmdline(command) if os.name == "nt" else shlex.join(command)
 
 
-def _preview_file(request: LearnRequest) -> Path:
+def _plot_looks(request: LearnRequest, result: Any) -> Path | None:
+    """Draw how it went beside the stack; None if there is no room."""
+    from .curves import looks_picture
+    from .imagefile import save_own
+
+    path = _preview_file(request, "likeness")
+    caption = "likeness to the pictures held out (blue), how far earlier ones moved (red)"
+    try:
+        save_own(looks_picture(result.record.watched, caption), path)
+    except SettingError as error:
+        print(f"continual-lora: {error}", file=sys.stderr)
+        return None
+    return path
+
+
+def _preview_file(request: LearnRequest, kind: str = "preview") -> Path:
     from .files import with_name
 
-    name = f"{with_name(request.checkpoint).stem}.{Path(request.token).name}.preview.png"
+    name = f"{with_name(request.checkpoint).stem}.{Path(request.token).name}.{kind}.png"
     return request.stack_file.with_name(name)
 
 
@@ -250,8 +268,17 @@ _CHANGING = (*("learn", "consolidate", "forget", "merge", "import", "rename", "u
 def _demo(arguments: argparse.Namespace, bar: Bar) -> None:
     from .demo import run_demo
 
-    report = run_demo(arguments.out, bar, lambda text: (bar.clear(), print(text, flush=True)))
+    def say(text: str) -> None:
+        bar.clear()
+        print(text, flush=True)
+
+    report = run_demo(arguments.out, bar, say, arguments.steps)
+    bar.clear()
     print(f"The report: {report}")
+    if sys.stdout.isatty() and not arguments.no_browser:
+        import webbrowser
+
+        webbrowser.open(report.resolve().as_uri())
 
 
 def _mini(arguments: argparse.Namespace, bar: Bar) -> None:
@@ -394,6 +421,12 @@ _MORE = {"learn": _add_to_learn, "consolidate": _add_to_consolidate, "draw": _ad
 def _add_to_demo(command: Parser) -> None:
     command.add_argument(
         "--out", type=Path, default=Path("demo"), help="folder for the report (default: demo)"
+    )
+    command.add_argument(
+        "--steps", type=int, help="training steps of each concept (default: the mini-SD's 300)"
+    )
+    command.add_argument(
+        "--no-browser", action="store_true", help="do not open the report in a browser"
     )
 
 

@@ -40,7 +40,8 @@ SHORT = {  # in every command that has the field
 # is all shown
 FIRST = {
     "learn": (
-        *("checkpoint", "images", "token", "noun", "steps", "size", "method", "preview_every"),
+        *("checkpoint", "images", "token", "noun", "kind", "steps", "until", "size", "method"),
+        *("preview_every",),
         *("replace", "plan", "config"),
     ),
     "consolidate": ("checkpoint", "images", "closed_form", "dsc_steps", "config"),

@@ -12,9 +12,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import concepts
+from . import concepts, likeness
 from .errors import ConceptImagesError
 from .inventory import inventory
+from .learn import Trained
 from .mentions import named, not_learned, unknown_words
 from .presets import TEMPLATES
 from .session import Session
@@ -141,16 +142,22 @@ def source_of(
     }
 
 
+def kept_features(session: Session, concept: Concept) -> str:
+    """What a stack keeps of the pictures, if the user wants that."""
+    return likeness.packed(likeness.features(session.backbone, concept.images.images, concept.noun))
+
+
 def record_of(
     concept: Concept,
     stack: ConceptStack,
     settings: ResolvedSettings,
-    losses: Sequence[float],
+    trained: Trained,
     request: str,
 ) -> ConceptRecord:
     """The concept's record for the stack; `request` is the request's digest."""
     now = datetime.now(timezone.utc).isoformat(timespec="seconds")
     begun = f"{stack.fingerprint}/{concept.token}/{now}/{len(stack.records)}"
+    losses = trained.losses[: trained.steps]
     tail = losses[-max(1, len(losses) // 10) :]
     prompts: list[str] = []
     for own in dict.fromkeys(map(tuple, concept.prompts)):
@@ -161,7 +168,7 @@ def record_of(
         noun=concept.noun,
         method=settings.method,
         images=len(concept.images.images),
-        steps=settings.steps,
+        steps=trained.steps,
         seed=settings.seed,
         prompts=prompts,
         hashes=list(concept.images.hashes),
@@ -171,4 +178,5 @@ def record_of(
         settings=asdict(settings),
         with_noun=concept.with_noun,
         request=request,
+        watched=[[point.step, point.likeness, point.moved] for point in trained.points],
     )

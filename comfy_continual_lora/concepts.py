@@ -219,6 +219,15 @@ def preview(image: Image.Image) -> str:
     return base64.b64encode(buffer.getvalue()).decode()
 
 
+def picture_of(text: str) -> Image.Image | None:
+    """The picture that `preview` wrote; None for text it did not write."""
+    try:
+        data = io.BytesIO(base64.b64decode(text, validate=True))
+        return Image.open(data, formats=["JPEG"]).convert("RGB")
+    except (OSError, ValueError):  # binascii.Error and UnidentifiedImageError are of these
+        return None
+
+
 def prompts_for(
     token: str,
     noun: str,

@@ -17,7 +17,7 @@ from typing import Any
 from typing_extensions import Self
 
 from .errors import SettingError, excerpt
-from .presets import ADAPTER_RATES, METHOD_PRESETS, PRESETS
+from .presets import ADAPTER_RATES, KINDS, METHOD_PRESETS, PRESETS
 
 
 def setting(
@@ -195,6 +195,10 @@ class Settings:
         row = PRESETS[preset] | METHOD_PRESETS.get((preset, getattr(self, "method", "")), {})
         if factor := ADAPTER_RATES.get(getattr(self, "adapter", "")):
             row["rate"] = factor * PRESETS[preset]["rate"]
+        if kind := KINDS.get(getattr(self, "kind", None) or ""):
+            batch = getattr(self, "batch", None) or row["batch"]
+            row["steps"] = max(1, round(row["steps"] * row["batch"] * kind["pictures"] / batch))
+            row["rate"] = kind["rate"] * row["rate"]
         defaults = {name: value for name, value in row.items() if getattr(self, name, 0) is None}
         resolved = dataclasses.replace(self, **defaults)  # type: ignore[type-var]
         resolved.check()

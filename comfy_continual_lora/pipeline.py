@@ -24,7 +24,7 @@ from dataclasses import replace
 
 from . import concepts, consolidation, parallel, store
 from .adapters.adapter import rank_of
-from .concept import load_concept, record_of
+from .concept import kept_features, load_concept, record_of
 from .errors import StackError
 from .foreign import check_same_strength, imported_concept
 from .learn import learn
@@ -40,6 +40,7 @@ from .prepare import (
     take_stock,
     tell_of_noun,
     tell_of_objective,
+    watched,
 )
 from .progress import OnProgress, ignore
 from .requests import (
@@ -105,10 +106,14 @@ def learn_concept(request: LearnRequest, on_progress: OnProgress = ignore) -> Le
             start = method.start(session, concept, settings)
             penalties = method.penalties(session, settings, start.retention)
             inputs = method.training_inputs(session, concept, settings, start, penalties)
-            snapshots = Snapshots.of(session, concept, settings, concept.prompts)
+            if settings.watch_every or settings.until == "good":
+                inputs = watched(session, concept, inputs)
+            snapshots = Snapshots.of(session, concept, settings, inputs.prompts)
             snapshots.tell_of_others(on_progress)
             trained = learn(session.backbone, inputs, settings, snapshots.path(), on_progress)
-            record = record_of(concept, session.stack, settings, trained.losses, digest)
+            record = record_of(concept, session.stack, settings, trained, digest)
+            if settings.keep_features:
+                record = replace(record, features=kept_features(session, concept))
             learned = LearnedConcept(
                 session, settings, concept, record, trained.word, penalties, snapshots, start.bank
             )

@@ -11,7 +11,7 @@ from .concept import Concept, load_concept
 from .early import check_learn
 from .errors import SettingError, StackError
 from .inventory import inventory
-from .learn import preview
+from .learn import TrainingInputs, preview
 from .methods import METHODS
 from .methods.method import LearnedConcept, Method, StackSummary, summary_of, summary_of_file
 from .methods.stages import past_adapters
@@ -20,6 +20,7 @@ from .requests import ConsolidateRequest, ImportRequest, LearnRequest
 from .session import Session, Snapshots
 from .settings import LearnSettings, ResolvedSettings
 from .stack import ConceptRecord, ConceptStack
+from .watch import Names, held_out
 from .words import check_newest
 
 
@@ -147,6 +148,30 @@ def _settings_again(
     }
     settings = LearnSettings(**{**asdict(request.settings), **same})
     return settings.resolved(earlier.backbone.preset)
+
+
+def watched(session: Session, concept: Concept, inputs: TrainingInputs) -> TrainingInputs:
+    """The same, with some pictures held out to look at; without, if there are too few."""
+    count = len(concept.images.images)
+    held = held_out(count)
+    if not held:
+        session.tell(
+            f"{count} pictures are too few to hold one out, so how good it gets is not watched and "
+            "it learns all steps. Five are enough."
+        )
+        return inputs
+    session.tell(f"{len(held)} of {count} pictures are held out, to see when it is done.")
+    learned = [i for i in range(len(inputs.latents)) if i % count not in held]
+    masks = inputs.masks
+    earlier = [(record.name, record.noun) for record in session.stack.records]
+    return replace(
+        inputs,
+        latents=[inputs.latents[i] for i in learned],
+        prompts=[one for i, one in enumerate(inputs.prompts) if i not in held],
+        masks=masks and [masks[i] for i in learned],
+        held_out=[inputs.latents[i] for i in held],
+        names=Names((concept.name, concept.noun or "thing"), earlier),
+    )
 
 
 def preview_both(session: Session, stack: ConceptStack) -> None:

@@ -14,6 +14,23 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
+class Point:
+    """A look at a run (`watch`): likeness to the pictures held out, 0 at the floor, and how far
+    earlier concepts moved.
+    """
+
+    step: int
+    likeness: float
+    moved: float
+
+    @property
+    def note(self) -> str:
+        """For people."""
+        moved = f"; earlier concepts moved by {self.moved:.0%}" if self.moved else ""
+        return f"Step {self.step}: likeness to the pictures held out {self.likeness:.1%}{moved}."
+
+
+@dataclass(frozen=True)
 class Progress:
     """One report of a job."""
 

@@ -185,7 +185,9 @@ class EvaluateRequest(Request):
         "folder with folders named after tokens, with their pictures, if you still have them", None
     )
     clip: Path | None = option(
-        "folder with a CLIP vision model (as transformers saves it) to compare pictures with", None
+        "folder with a CLIP vision model (as transformers saves it) to compare pictures with, in place "
+        "of what the checkpoint itself sees",
+        None,
     )
     settings: EvaluateSettings = EvaluateSettings()
     plot: Path | None = option(PLOT_HELP, None)

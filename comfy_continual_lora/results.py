@@ -48,10 +48,23 @@ class LearnResult:
                 f"{self.record.learned[:10]}; nothing was done."
             )
         pictures = counted(self.record.images, "picture")
-        return f"Learned {name} from {pictures}; stored in {self.stack_file}"
+        done = f"Learned {name} from {pictures}; stored in {self.stack_file}"
+        if not self.record.watched:
+            return done
+        looks = {int(step): likeness for step, likeness, _ in self.record.watched}
+        at = looks.get(self.record.steps, self.record.watched[-1][1])
+        return (
+            f"{done}\nLikeness to the pictures held out: {at:.1%} at step {self.record.steps}, "
+            f"at most {max(looks.values()):.1%} (the checkpoint without it: 0 %)."
+        )
 
     def as_json(self) -> dict[str, Any]:
-        return {**_concept(self), "noun": self.record.noun, "loss": self.record.loss}
+        return {
+            **_concept(self),
+            "noun": self.record.noun,
+            "loss": self.record.loss,
+            "watched": self.record.watched,
+        }
 
 
 @dataclass(frozen=True)

@@ -186,8 +186,22 @@ _RECORD: dict[str, tuple[Check, str]] = {
     "with_noun": (lambda value: type(value) is bool, "true or false"),
     "request": (_DIGEST, "a hash"),
     "consolidated": (_DIGEST, "a hash"),
+    "watched": (
+        _list(_list(_number(), 3), 10_000),
+        "looks of three numbers each",
+    ),
+    "features": (
+        _text(r"(?:[0-9]{1,4}:[A-Za-z0-9+/]*={0,2})?", 100_000),
+        "numbers of its pictures in base64",
+    ),
 }
-_RECORD_DEFAULTS = {"with_noun": True, "request": "", "consolidated": ""}
+_RECORD_DEFAULTS = {
+    "with_noun": True,
+    "request": "",
+    "consolidated": "",
+    "features": "",
+    "watched": [],
+}
 _BASE: dict[str, tuple[Check, str]] = {
     "preset": (_one_of(tuple(PRESETS)), f"one of {', '.join(PRESETS)}"),
     "prediction": (_one_of(tuple(PREDICTIONS.values())), "a prediction type this version knows"),

@@ -48,7 +48,7 @@ Group = tuple[str, list[inventory.Picture]]  # a folder's name, and its pictures
 
 
 def dc_scores(request: ScoreRequest, on_progress: OnProgress = ignore) -> ScoreResult:
-    """Which concept, or which class noun without one (c_0), each picture shows.
+    """Which concept each picture shows, another thing of one's noun, or none of these.
 
     A folder may have subfolders, whose names are the labels of their pictures.
     """
@@ -251,7 +251,15 @@ def evaluated(
     own = {token: torch.stack(images) for token, images in own_images.items()}
     _tell_of_prompts(session, "evaluate", evaluation.prompts_of(stack.records))
     features = evaluation.features(backbone, request.clip)
-    return evaluation.evaluate(backbone, stack, own, features, settings, session.on_progress)
+    return evaluation.evaluate(
+        backbone,
+        stack,
+        own,
+        features,
+        settings,
+        session.on_progress,
+        use_kept=request.clip is None,
+    )
 
 
 def _unknown(stack: ConceptStack, groups: Sequence[Group]) -> list[str]:

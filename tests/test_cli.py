@@ -501,5 +501,6 @@ def test_the_demo(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     report = (tmp_path / "demo" / "report.html").read_text()
     assert report.count("<svg") == 2
-    assert report.count("<img") == 5 + 4 + 5 + 8 + 4 + 4
+    assert report.count("<img") == 5 + 4 + 5 + 8 + 4 + 4 + 2 * 3
+    assert "to be learned again" not in report
     assert "http" not in report.replace("http://www.w3.org", "")

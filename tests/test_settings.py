@@ -152,3 +152,24 @@ def test_every_setting_reaches_the_worker_through_the_api(
         handed_job, request = handed.pop()
         assert handed_job == job
         assert request["settings"] == {name: value}
+
+
+@pytest.mark.parametrize(
+    ("preset", "given", "steps", "rate"),
+    [
+        ("sd1", {}, 1000, 2e-4),
+        ("sd1", {"batch": 4}, 1000, 2e-4),
+        ("sd1", {"kind": "thing"}, 1000, 2e-4),
+        ("sd1", {"kind": "thing", "batch": 4}, 250, 2e-4),
+        ("sd1", {"kind": "person"}, 4000, 1e-4),
+        ("sdxl", {"kind": "person", "batch": 4}, 1000, 5e-5),
+        ("sd1", {"kind": "person", "steps": 70, "rate": 3e-4}, 70, 3e-4),
+        ("sd1", {"kind": "style"}, 4000, 2e-4),
+        ("mini", {"kind": "person"}, 1200, 6.5e-4),
+    ],
+)
+def test_a_kind_sets_the_pictures_seen_and_the_rate(
+    preset: str, given: dict[str, Any], steps: int, rate: float
+) -> None:
+    resolved = LearnSettings(**given).resolved(preset)
+    assert (resolved.steps, resolved.rate) == (steps, pytest.approx(rate))

@@ -222,8 +222,8 @@ class ComputeScores(io.ComfyNode):
         return schema(
             "Scores",
             "Compute DC Scores",
-            "Which of the learned concepts, or which class noun without one (c_0), does each "
-            "picture show, and how certain is that?",
+            "Which of the learned concepts does each picture show, or another thing of that kind, "
+            "or none of these, and how certain is that?",
             ["classify", "diffusion classifier", "which concept"],
             is_input_list=True,
             inputs=[
