@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import concepts
+from .curves import thinned
 from .errors import ConceptImagesError
 from .inventory import inventory
 from .mentions import named
@@ -164,4 +165,5 @@ def record_of(
         settings=asdict(settings),
         with_noun=concept.with_noun,
         request=request,
+        losses=thinned(losses),
     )

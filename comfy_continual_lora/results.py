@@ -29,12 +29,15 @@ class Result(Protocol):
 
 @dataclass(frozen=True)
 class LearnResult:
-    """`again`: the same request was learned before, so nothing was done now."""
+    """`again`: the same request was learned before, so nothing was done now; `losses` are then those
+    that the stack keeps. `scores`: of as many of its pictures as were asked for.
+    """
 
     record: ConceptRecord
     losses: list[float]
     stack_file: Path
     again: bool = False
+    scores: ScoreResult | None = None
 
     def summary(self) -> str:
         name, images = self.record.name, self.record.images
@@ -43,10 +46,13 @@ class LearnResult:
                 f"{name} is already on the stack, learned from the same pictures and settings on "
                 f"{self.record.learned[:10]}; nothing was done."
             )
-        return f"Learned {name} from {images} pictures; stored in {self.stack_file}"
+        text = f"Learned {name} from {images} pictures; stored in {self.stack_file}"
+        return text if self.scores is None else f"{text}\n{self.scores.summary()}"
 
     def as_json(self) -> dict[str, Any]:
-        return {**_concept(self), "noun": self.record.noun, "loss": self.record.loss}
+        scores = self.scores and self.scores.as_json()["images"]
+        concept = {**_concept(self), "noun": self.record.noun, "loss": self.record.loss}
+        return {**concept, **({"scores": scores} if scores else {})}
 
 
 @dataclass(frozen=True)

@@ -185,8 +185,9 @@ _RECORD: dict[str, tuple[Check, str]] = {
     "with_noun": (lambda value: type(value) is bool, "true or false"),
     "request": (_DIGEST, "a hash"),
     "consolidated": (_DIGEST, "a hash"),
+    "losses": (_list(_number(), 1000), "at most 1000 finite numbers"),
 }
-_RECORD_DEFAULTS = {"with_noun": True, "request": "", "consolidated": ""}
+_RECORD_DEFAULTS = {"with_noun": True, "request": "", "consolidated": "", "losses": []}
 _BASE: dict[str, tuple[Check, str]] = {
     "preset": (_one_of(tuple(PRESETS)), f"one of {', '.join(PRESETS)}"),
     "prediction": (_one_of(("epsilon", "v_prediction")), "a prediction type this version knows"),

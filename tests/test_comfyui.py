@@ -756,7 +756,7 @@ def test_templates_open_and_run_in_a_browser(host: ComfyUI) -> None:
             )
             assert opened.evaluate(MISSING) == []
         workflow = json.loads(
-            next(p for p in WORKFLOWS if p.stem == "learn-one-concept").read_text()
+            next(p for p in WORKFLOWS if p.stem == "1-learn-one-concept").read_text()
         )
         opened.evaluate("workflow => app.loadGraphData(workflow, true, true, 'test')", workflow)
         few = {**QUICK, "stack_name": "browser"}
