@@ -522,6 +522,50 @@ def test_a_workflow_that_was_saved_with_numbers_for_auto_asks_for_the_same(nodes
     assert (given["token"], given["if_word_exists"]) == ("V1", "refuse")
 
 
+def test_the_app_shows_widgets_that_exist() -> None:
+    """App mode lists the widgets and the outputs to show, by their nodes."""
+    (path,) = (path for path in WORKFLOWS if path.name.endswith(".app.json"))
+    workflow = json.loads(path.read_text())
+    types = {str(node["id"]): node["type"] for node in workflow["nodes"]}
+    assert workflow["extra"]["linearMode"] is True
+    shown = workflow["extra"]["linearData"]
+    assert [types[node] for node in shown["outputs"]] == ["PreviewImage", "PreviewAny"]
+    assert {(types[node], widget) for node, widget in shown["inputs"]} >= {
+        ("ContinualLora_LoadStack", "checkpoint"),
+        ("ContinualLora_Learn", "token"),
+        ("CLIPTextEncode", "text"),
+    }
+
+
+def test_the_blueprint_fits_the_nodes(nodes: Any) -> None:
+    """A subgraph for the node library: its links, and the widgets it shows, exist."""
+    (path,) = (REPOSITORY / "subgraphs").glob("*.json")
+    blueprint = json.loads(path.read_text())
+    (inner,) = blueprint["definitions"]["subgraphs"]
+    (outer,) = blueprint["nodes"]
+    assert outer["type"] == inner["id"]
+    assert path.stem == inner["name"]
+    ours = {s.node_id: s for s in (node.define_schema() for node in nodes.NODES)}
+    by_id = {node["id"]: node for node in inner["nodes"]}
+    for node in inner["nodes"]:
+        if node["type"] in ours:
+            names = {port.id for port in ours[node["type"]].inputs}
+            assert {one["name"] for one in node["inputs"]} <= names
+        else:
+            assert node["type"] in CORE
+    for node, widget in outer["properties"]["proxyWidgets"]:
+        schema = ours.get(by_id[int(node)]["type"])
+        assert schema is None or widget in {port.id for port in schema.inputs}
+    for link in inner["links"]:
+        if link["origin_id"] > 0:
+            source = by_id[link["origin_id"]]["outputs"][link["origin_slot"]]
+            assert link["id"] in source["links"]
+        if link["target_id"] > 0:
+            assert by_id[link["target_id"]]["inputs"][link["target_slot"]]["link"] == link["id"]
+    for side in ("inputs", "outputs"):
+        assert [one["name"] for one in inner[side]] == [one["name"] for one in outer[side]]
+
+
 def test_the_workflows_are_numbered() -> None:
     assert [path.stem[:2] for path in WORKFLOWS] == [f"{n}-" for n in range(1, len(WORKFLOWS) + 1)]
     assert len(WORKFLOWS) >= 5
