@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import concepts, likeness
+from .curves import thinned
 from .errors import ConceptImagesError
 from .inventory import inventory
 from .learn import Trained
@@ -179,4 +180,5 @@ def record_of(
         with_noun=concept.with_noun,
         request=request,
         watched=[[point.step, point.likeness, point.moved] for point in trained.points],
+        losses=thinned(losses),
     )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import accumulate
+from itertools import accumulate, pairwise
 
 from PIL import Image, ImageDraw
 
@@ -16,6 +16,14 @@ def smoothed(values: Sequence[float]) -> list[float]:
         (sums[i + 1] - sums[max(0, i - window + 1)]) / min(i + 1, window)
         for i in range(len(values))
     ]
+
+
+def thinned(values: Sequence[float], most: int = 200) -> list[float]:
+    """At most so many means of equal parts, of five digits each."""
+    parts = min(most, len(values))
+    edges = [len(values) * i // parts for i in range(parts + 1)] if parts else []
+    means = [sum(values[a:b]) / (b - a) for a, b in pairwise(edges)]
+    return [float(f"{mean:.5g}") for mean in means]
 
 
 def curve_picture(

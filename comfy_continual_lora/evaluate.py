@@ -225,11 +225,13 @@ def _clip_features(folder: Path, device: torch.device) -> Features:
     from transformers import CLIPImageProcessor, CLIPVisionModelWithProjection
 
     try:
-        model = CLIPVisionModelWithProjection.from_pretrained(
+        model = CLIPVisionModelWithProjection.from_pretrained(  # nosec B615 - a folder
             folder, local_files_only=True, use_safetensors=True
         )
         model = model.to(device).eval()  # type: ignore[arg-type]
-        processor = CLIPImageProcessor.from_pretrained(folder, local_files_only=True)
+        processor = CLIPImageProcessor.from_pretrained(  # nosec B615 - a folder
+            folder, local_files_only=True
+        )
     except (OSError, ValueError) as error:
         raise CheckpointError(
             f"{folder} can't be loaded as a CLIP vision model ({error}). Expected a folder as "

@@ -106,13 +106,14 @@ def export_files(
     only: Sequence[str] = (),
     remove: bool = False,
     words: Iterable[str] = (),
+    metadata: Mapping[str, str] | None = None,
 ) -> Exported:
     """Write the files; the LoRA is named after the stack and its concepts, and ends in a hash.
 
     `stem` names the stack, `only` the concepts it was solved for, if not all; `remove` removes
-    earlier exports of the same concepts; `words` are all of the stack's, if it has more. Only files
-    of this stack are overwritten: if another file has a word's name, the word is exported under a new
-    one, which is no other word's.
+    earlier exports of the same concepts; `words` are all of the stack's, if it has more; `metadata`
+    is more for the LoRA's. Only files of this stack are overwritten: if another file has a word's
+    name, the word is exported under a new one, which is no other word's.
     Errors: StackError for an empty stack or a folder that can't be written.
     """
     _check_exportable(stack)
@@ -132,7 +133,9 @@ def export_files(
             ]
             if tensors:
                 nouns = {written[record.token].stem: record.noun for record in stack.records}
-                lora = _write_lora(stack, tensors, out, stem, triggers, nouns, format, only)
+                lora = _write_lora(
+                    stack, tensors, out, stem, triggers, nouns, format, only, metadata or {}
+                )
             current = (lora, *written.values())
             earlier = [p for p in _earlier(stack, out, embeddings, only) if p not in current]
             removed = [path for path in earlier if remove and _remove(path)]
@@ -309,6 +312,7 @@ def _write_lora(
     nouns: Mapping[str, str],
     format: str,
     only: Sequence[str],
+    more: Mapping[str, str],
 ) -> Path:
     digest = hashlib.sha256()
     for name in sorted(tensors):
@@ -317,6 +321,7 @@ def _write_lora(
     name = lora_name(stem, [record.token for record in stack.records], digest.hexdigest())
     rank = rank_in(tensors)
     metadata = {
+        **more,
         **metadata_of(stack, name, triggers, rank),
         _STACK: stack.owner,
         _ONLY: _joined(only),

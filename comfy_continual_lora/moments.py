@@ -27,9 +27,9 @@ from .textspace import moment
 
 
 def clear_cache(folder: Path) -> None:
-    """Remove all moments of a folder, and the folder."""
+    """Remove all moments and reports of a folder, and the folder."""
     with suppress(OSError):
-        for path in folder.glob("*.moment"):
+        for path in (*folder.glob("*.moment"), *folder.glob("*.report")):
             path.unlink(missing_ok=True)
         folder.rmdir()
 

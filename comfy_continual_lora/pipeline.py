@@ -74,6 +74,7 @@ from .views import evaluate as evaluate
 from .views import export as export
 from .views import learned_before as learned_before
 from .views import plan as plan
+from .views import scored_after_learning
 from .views import select as select
 
 
@@ -85,7 +86,7 @@ def learn_concept(request: LearnRequest, on_progress: OnProgress = ignore) -> Le
     method = checked_method(request)  # the cheapest mistakes first: nothing is loaded yet
     digest = request.digest
     if known := store.record_of_request(request.stack_file, digest):
-        return LearnResult(known, [], request.stack_file, again=True)
+        return LearnResult(known, list(known.losses), request.stack_file, again=True)
     take_stock(request.images, on_progress)
     with parallel.together(request.device) as device:
         request = replace(request, device=device)
@@ -127,7 +128,10 @@ def learn_concept(request: LearnRequest, on_progress: OnProgress = ignore) -> Le
                     preview_both(session, stack)
                 session.commit(stack, change, [record])
                 snapshots.remove()
-    return LearnResult(record, trained.losses, request.stack_file)
+            scores = None
+            if request.score and parallel.is_first():
+                scores = scored_after_learning(session, request)
+    return LearnResult(record, trained.losses, request.stack_file, scores=scores)
 
 
 def consolidate(request: ConsolidateRequest, on_progress: OnProgress = ignore) -> ConsolidateResult:

@@ -87,6 +87,9 @@ class LearnRequest(Request):
         "replace the newest concept if it has this word; it stays until the new one is stored",
         False,
     )
+    score: int = option(
+        "how many of its pictures are scored once it is learned; 0: none", 0, low=0, high=1000
+    )
 
     @property
     def digest(self) -> str:

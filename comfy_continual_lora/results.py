@@ -33,12 +33,15 @@ class Result(Protocol):
 
 @dataclass(frozen=True)
 class LearnResult:
-    """`again`: the same request was learned before, so nothing was done now."""
+    """`again`: the same request was learned before, so nothing was done now; `losses` are then those
+    that the stack keeps. `scores`: of as many of its pictures as were asked for.
+    """
 
     record: ConceptRecord
     losses: list[float]
     stack_file: Path
     again: bool = False
+    scores: ScoreResult | None = None
 
     def summary(self) -> str:
         name = self.record.name
@@ -49,21 +52,26 @@ class LearnResult:
             )
         pictures = counted(self.record.images, "picture")
         done = f"Learned {name} from {pictures}; stored in {self.stack_file}"
-        if not self.record.watched:
-            return done
+        if self.record.watched:
+            done += f"\n{self._watched()}"
+        return done if self.scores is None else f"{done}\n{self.scores.summary()}"
+
+    def _watched(self) -> str:
         looks = {int(step): likeness for step, likeness, _ in self.record.watched}
         at = looks.get(self.record.steps, self.record.watched[-1][1])
         return (
-            f"{done}\nLikeness to the pictures held out: {at:.1%} at step {self.record.steps}, "
+            f"Likeness to the pictures held out: {at:.1%} at step {self.record.steps}, "
             f"at most {max(looks.values()):.1%} (the checkpoint without it: 0 %)."
         )
 
     def as_json(self) -> dict[str, Any]:
+        scores = self.scores and self.scores.as_json()["images"]
         return {
             **_concept(self),
             "noun": self.record.noun,
             "loss": self.record.loss,
             "watched": self.record.watched,
+            **({"scores": scores} if scores else {}),
         }
 
 

@@ -42,6 +42,7 @@ class ConceptRecord:
     # the looks at it while it was learned (`watch`): step, likeness, how far earlier ones moved
     watched: list[list[float]] = field(default_factory=list)
     features: str = ""  # of its pictures, if the user wanted them kept (`likeness.packed`)
+    losses: list[float] = field(default_factory=list)  # the curve of learning it (`curves.thinned`)
     later: dict[str, Any] = field(default_factory=dict)  # what later releases added, kept as it is
 
     @property

@@ -190,6 +190,7 @@ _RECORD: dict[str, tuple[Check, str]] = {
         _list(_list(_number(), 3), 10_000),
         "looks of three numbers each",
     ),
+    "losses": (_list(_number(), 1000), "at most 1000 finite numbers"),
     "features": (
         _text(r"(?:[0-9]{1,4}:[A-Za-z0-9+/]*={0,2})?", 100_000),
         "numbers of its pictures in base64",
@@ -200,6 +201,7 @@ _RECORD_DEFAULTS = {
     "request": "",
     "consolidated": "",
     "features": "",
+    "losses": [],
     "watched": [],
 }
 _BASE: dict[str, tuple[Check, str]] = {

@@ -210,6 +210,12 @@ def scored_pictures(
     _tell_of_prompts(session, "score", classifier.prompts_of(stack.records).values())
     features = classifier.candidates(stack.records, FrozenText(backbone, stack.tokens))
     size, scored = settings.size or backbone.size, []
+    count = sum(len(files) for _, files in groups)
+
+    def report(progress: Progress) -> None:  # of one picture -> of all
+        step = len(scored) * progress.steps + progress.step
+        session.on_progress(replace(progress, step=step, steps=count * progress.steps))
+
     with attached(backbone, stack.adapter):
         for label, pictures in groups:
             concept = stack.find(label)
@@ -217,10 +223,18 @@ def scored_pictures(
                 picture = concepts.load_image(one.file, size, fit=settings.fit)
                 latent = backbone.encode_images([picture])[0]
                 scores = classifier.classify(
-                    backbone, latent, features, stack.tau, settings, session.on_progress
+                    backbone, latent, features, stack.tau, settings, report
                 )
                 scored.append(Scored(one.file, concept.token if concept else None, scores))
     return scored
+
+
+def scored_after_learning(session: Session, request: LearnRequest) -> ScoreResult:
+    """The scores of the first pictures of a concept that was just learned, in few trials."""
+    asked = request.settings
+    pictures = list(inventory.inventory(request.images).pictures[: request.score])
+    settings = ScoreSettings(trials=8, size=asked.size, fit=asked.fit)
+    return ScoreResult(scored_pictures(session, [("", pictures)], settings))
 
 
 def evaluated(

@@ -77,6 +77,12 @@ def _type(io_type: str) -> Any:
     return made
 
 
+def _several_types(port: _Port, more: list[Any]) -> _Port:
+    """A widget that numbers can be connected to as well."""
+    kinds = [port.io_type, *(one.Output().io_type for one in more)]
+    return _Port(",".join(kinds), port.id, {**port.rest, "widgetType": port.io_type})
+
+
 def _stand_in(schema_fields: list[str]) -> dict[str, types.ModuleType]:
     io: Any = types.ModuleType("io")
     io.Schema = dataclasses.make_dataclass(
@@ -97,6 +103,8 @@ def _stand_in(schema_fields: list[str]) -> dict[str, types.ModuleType]:
         "LoraModel",
     ):
         setattr(io, name, _type(name.upper()))
+    io.MultiType = types.SimpleNamespace(Input=_several_types)
+    io.Hidden = types.SimpleNamespace(prompt="PROMPT", extra_pnginfo="EXTRA_PNGINFO")
     latest: Any = types.ModuleType("comfy_api.latest")
     latest.io, latest.ComfyExtension = io, object
     memory, utils, folders = (
@@ -108,6 +116,7 @@ def _stand_in(schema_fields: list[str]) -> dict[str, types.ModuleType]:
     folders.get_filename_list = lambda _kind: [
         "mini-sd.safetensors",
         "mini-sd.concepts.safetensors",
+        "mini-sd.family.concepts.safetensors",
     ]  # type: ignore[attr-defined]
     names = {
         "comfy_api": types.ModuleType("comfy_api"),
@@ -128,6 +137,7 @@ NEW = [
     "search_aliases",
     "is_input_list",
     "is_output_node",
+    "hidden",
 ]
 
 
@@ -171,6 +181,27 @@ def test_our_own_files_are_not_offered_as_checkpoints(nodes: Any) -> None:
     assert first.rest["options"] == ["mini-sd.safetensors"]
 
 
+def test_existing_stacks_are_listed_and_old_workflows_name_theirs(
+    nodes: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    node = nodes.LoadConceptStack
+    stack = node.define_schema().inputs[2]
+    assert (stack.rest["options"], stack.rest["default"]) == (["own", "new", "family"], "own")
+    host = importlib.import_module("comfy_continual_lora.comfy_nodes.host")
+    monkeypatch.setattr(host, "checkpoint_path", lambda name: tmp_path / name)
+    (tmp_path / "mini-sd.safetensors").touch()
+    for given, file in (
+        ({}, "mini-sd.concepts.safetensors"),
+        ({"stack_name": "old"}, "mini-sd.old.concepts.safetensors"),  # before there was a list
+        ({"stack_name": "fresh", "stack": "new"}, "mini-sd.fresh.concepts.safetensors"),
+        ({"stack_name": "fresh", "stack": "family"}, "mini-sd.family.concepts.safetensors"),
+    ):
+        loaded, _ = node.execute("mini-sd.safetensors", **given)
+        assert loaded.file == tmp_path / file
+    with pytest.raises(StackError, match=r"A new stack needs a name\. Write one into stack_name"):
+        node.execute("mini-sd.safetensors", stack="new")
+
+
 def test_every_widget_reaches_its_setting(nodes: Any) -> None:
     """The value of each widget, set to something else than its default, arrives in the settings,
     and the defaults are the settings' own.
@@ -190,13 +221,64 @@ def test_every_widget_reaches_its_setting(nodes: Any) -> None:
                 changed = settings_from(settings, {name: not defaults[name]})
                 assert getattr(changed, name) is not defaults[name]
                 continue
-            other = (
-                next(o for o in port.rest["options"] if o != port.rest["default"])
-                if "options" in port.rest
-                else port.rest["default"] + 1
-            )
+            if "options" in port.rest:
+                other = next(o for o in port.rest["options"] if o != port.rest["default"])
+            else:
+                other = 1 if defaults[name] == "auto" else defaults[name] + 1
             value = getattr(settings_from(settings, {name: other}), name)
             assert value == {"yes": True, "no": False}.get(other, other)
+
+
+def test_what_the_checkpoint_decides_says_auto_and_takes_numbers(nodes: Any) -> None:
+    """Workflows saved when these widgets were numbers hold 0 for auto; PrimitiveFloat and other
+    nodes can still be connected.
+    """
+    ports = {port.id: port for port in nodes.LearnConcept.define_schema().inputs}
+    assert ports["rate"].io_type == "STRING,FLOAT,INT"
+    assert ports["rank"].io_type == "STRING,INT"
+    for name in ("steps", "rank", "rate", "vectors", "size", "ewc_strength"):
+        assert ports[name].rest["default"] == "auto"
+        assert "Auto: what suits the checkpoint" in ports[name].rest["tooltip"]
+    of = importlib.import_module("comfy_continual_lora.comfy_nodes.schema").settings_from
+    for nothing in (0, 0.0, "0", "0.000000", "", "auto", " Auto "):
+        assert of(LearnSettings, {"steps": nothing, "rate": nothing}) == LearnSettings()
+    typed = of(LearnSettings, {"steps": " 300 ", "rate": "1.5e-4", "rank": 8, "size": 512.0})
+    assert typed == LearnSettings(steps=300, rate=1.5e-4, rank=8, size=512)
+    for wrong in ("many", "nan", "inf", "3.5"):
+        with pytest.raises(SettingError, match=r"`?steps`? is"):
+            of(LearnSettings, {"steps": wrong}).check()
+
+
+def test_learn_shows_five_widgets(nodes: Any) -> None:
+    ports = nodes.LearnConcept.define_schema().inputs
+    widgets = [port for port in ports if "default" in port.rest]
+    shown = [port.id for port in widgets if not (port.rest.get("extra_dict") or {})]
+    assert shown == ["token", "noun", "steps", "seed", "preview_every"]
+
+
+def test_widgets_stay_where_saved_workflows_have_them(nodes: Any) -> None:
+    """A saved workflow lists values by position, so new widgets come last."""
+    before = {
+        "LearnConcept": "token noun method steps rank rate seed preview_every token_rate batch size "
+        "fit flip adapter ewc_strength retention_weight dsc_steps fisher_samples precision "
+        "checkpointing if_word_exists vectors",
+        "Consolidate": "dsc_steps dsc_rate seed rate batch size fit flip dsc_a1 dsc_a2 dsc_b1 dsc_b2 "
+        "dsc_redraw ewc_strength retention_weight precision fisher_samples",
+        "LoadConceptStack": "checkpoint stack_name",
+        "ComputeScores": "trials seed stages weighting rows size fit",
+        "EvaluateRetention": "pictures steps seed guidance trials size clip_folder",
+        "ExportConcepts": "remove_superseded",
+        "ApplyConcepts": "strength version mixed",
+    }
+    for name, widgets in before.items():
+        ports = getattr(nodes, name).define_schema().inputs
+        kinds = ("STRING", "INT", "FLOAT", "COMBO", "BOOLEAN")
+        ids = [
+            port.id
+            for port in ports
+            if port.io_type.split(",")[0] in kinds and not port.rest.get("force_input")
+        ]
+        assert ids[: len(widgets.split())] == widgets.split()
 
 
 def test_masks_of_the_input_are_saved_unless_they_stand_for_none(
@@ -517,6 +599,9 @@ def test_workflows_fit_the_nodes(nodes: Any, path: Path) -> None:
     by_id = {node["id"]: node for node in workflow["nodes"]}
     for node in workflow["nodes"]:
         assert node["type"] in ours or node["type"] in CORE
+        assert (
+            node["type"].startswith("Preview") or node.get("title") or node["type"] == "VAEDecode"
+        )
         if node["type"] in ours:
             schema = ours[node["type"]]
             assert {one["name"] for one in node["inputs"]} <= {port.id for port in schema.inputs}
@@ -530,7 +615,7 @@ def test_workflows_fit_the_nodes(nodes: Any, path: Path) -> None:
             widgets = [
                 p
                 for p in schema.inputs
-                if p.io_type in ("STRING", "INT", "FLOAT", "COMBO", "BOOLEAN")
+                if p.io_type.split(",")[0] in ("STRING", "INT", "FLOAT", "COMBO", "BOOLEAN")
                 and not p.rest.get("force_input")
             ]
             assert len(node["widgets_values"]) == len(widgets) + extra
@@ -541,8 +626,68 @@ def test_workflows_fit_the_nodes(nodes: Any, path: Path) -> None:
     assert path.with_suffix(".jpg").exists()
 
 
-def test_there_are_five_workflows() -> None:
-    assert len(WORKFLOWS) == 5
+def test_a_workflow_that_was_saved_with_numbers_for_auto_asks_for_the_same(nodes: Any) -> None:
+    """Its values fall into the widgets that had them, and 0 still leaves it to the checkpoint."""
+    saved = json.loads((REPOSITORY / "tests/data/workflow-with-numbers-for-auto.json").read_text())
+    values = next(n for n in saved["nodes"] if n["type"] == "ContinualLora_Learn")["widgets_values"]
+    ports = [
+        port
+        for port in nodes.LearnConcept.define_schema().inputs
+        if "default" in port.rest and not port.rest.get("force_input")
+    ]
+    given = {port.id: value for port, value in zip(ports, values, strict=False)}
+    of = importlib.import_module("comfy_continual_lora.comfy_nodes.schema").settings_from
+    assert of(LearnSettings, given) == LearnSettings(preview_every=50)
+    assert (given["token"], given["if_word_exists"]) == ("V1", "refuse")
+
+
+def test_the_app_shows_widgets_that_exist() -> None:
+    """App mode lists the widgets and the outputs to show, by their nodes."""
+    (path,) = (path for path in WORKFLOWS if path.name.endswith(".app.json"))
+    workflow = json.loads(path.read_text())
+    types = {str(node["id"]): node["type"] for node in workflow["nodes"]}
+    assert workflow["extra"]["linearMode"] is True
+    shown = workflow["extra"]["linearData"]
+    assert [types[node] for node in shown["outputs"]] == ["PreviewImage", "PreviewAny"]
+    assert {(types[node], widget) for node, widget in shown["inputs"]} >= {
+        ("ContinualLora_LoadStack", "checkpoint"),
+        ("ContinualLora_Learn", "token"),
+        ("CLIPTextEncode", "text"),
+    }
+
+
+def test_the_blueprint_fits_the_nodes(nodes: Any) -> None:
+    """A subgraph for the node library: its links, and the widgets it shows, exist."""
+    (path,) = (REPOSITORY / "subgraphs").glob("*.json")
+    blueprint = json.loads(path.read_text())
+    (inner,) = blueprint["definitions"]["subgraphs"]
+    (outer,) = blueprint["nodes"]
+    assert outer["type"] == inner["id"]
+    assert path.stem == inner["name"]
+    ours = {s.node_id: s for s in (node.define_schema() for node in nodes.NODES)}
+    by_id = {node["id"]: node for node in inner["nodes"]}
+    for node in inner["nodes"]:
+        if node["type"] in ours:
+            names = {port.id for port in ours[node["type"]].inputs}
+            assert {one["name"] for one in node["inputs"]} <= names
+        else:
+            assert node["type"] in CORE
+    for node, widget in outer["properties"]["proxyWidgets"]:
+        schema = ours.get(by_id[int(node)]["type"])
+        assert schema is None or widget in {port.id for port in schema.inputs}
+    for link in inner["links"]:
+        if link["origin_id"] > 0:
+            source = by_id[link["origin_id"]]["outputs"][link["origin_slot"]]
+            assert link["id"] in source["links"]
+        if link["target_id"] > 0:
+            assert by_id[link["target_id"]]["inputs"][link["target_slot"]]["link"] == link["id"]
+    for side in ("inputs", "outputs"):
+        assert [one["name"] for one in inner[side]] == [one["name"] for one in outer[side]]
+
+
+def test_the_workflows_are_numbered() -> None:
+    assert [path.stem[:2] for path in WORKFLOWS] == [f"{n}-" for n in range(1, len(WORKFLOWS) + 1)]
+    assert len(WORKFLOWS) >= 5
 
 
 def test_registering_imports_nothing_heavy_of_ours() -> None:

@@ -177,7 +177,7 @@ def stack_of(host: ComfyUI, name: str) -> Path:
 def test_workflows_run_to_their_pictures(
     host: ComfyUI, node_types: dict[str, Any], path: Path
 ) -> None:
-    prompt = quick(to_prompt(json.loads(path.read_text()), node_types), path.stem)
+    prompt = quick(to_prompt(json.loads(path.read_text()), node_types), path.stem.split(".")[0])
     done = host.run(prompt)
     shown = [node for node, one in prompt.items() if one["class_type"] == "PreviewImage"]
     assert shown
@@ -797,7 +797,7 @@ def test_templates_open_and_run_in_a_browser(host: ComfyUI) -> None:
             )
             assert opened.evaluate(MISSING) == []
         workflow = json.loads(
-            next(p for p in WORKFLOWS if p.stem == "learn-one-concept").read_text()
+            next(p for p in WORKFLOWS if p.stem == "1-learn-one-concept").read_text()
         )
         opened.evaluate("workflow => app.loadGraphData(workflow, true, true, 'test')", workflow)
         few = {**QUICK, "stack_name": "browser"}

@@ -554,6 +554,27 @@ def test_textual_inversion_learns_only_the_word(checkpoint: Path, pictures: Path
     assert stack.tokens["V1"].shape == (4, TEXT_WIDTH)
 
 
+def test_the_curve_is_kept_and_some_pictures_are_scored(checkpoint: Path, pictures: Path) -> None:
+    """With the checkpoint that is loaded; neither changes what the request is, and a second one
+    gives the same curve.
+    """
+    stages: list[str] = []
+    request = requests.LearnRequest(
+        checkpoint, pictures, "V1", "ball", replace(QUICK, method="lora"), device="cpu", score=2
+    )
+    result = pipeline.learn_concept(request, lambda progress: stages.append(progress.stage))
+    assert result.scores is not None
+    assert len(result.scores.images) == 2
+    assert result.scores.images[0].scores.names[0] in ("V1", "c_0 ball")
+    assert "V1 " in result.summary()
+    assert len(result.as_json()["scores"]) == 2
+    assert result.record.losses == [float(f"{loss:.5g}") for loss in result.losses]
+    assert not {"load", "learn"} & set(stages[stages.index("score") :])
+    again = pipeline.learn_concept(replace(request, score=0))
+    assert again.again
+    assert again.losses == result.record.losses
+
+
 def test_mistakes_leave_the_stack_as_it_was(
     checkpoint: Path, pictures: Path, tmp_path: Path
 ) -> None:

@@ -86,7 +86,9 @@ def _tokenizer(layout: Layout) -> CLIPTokenizer:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            tokenizer = CLIPTokenizer.from_pretrained(str(layout.tokenizer), local_files_only=True)
+            tokenizer = CLIPTokenizer.from_pretrained(  # nosec B615 - a folder
+                str(layout.tokenizer), local_files_only=True
+            )
         ends = {tokenizer.bos_token_id, tokenizer.eos_token_id}
         vocabulary = tokenizer.get_vocab()
         largest = max(vocabulary.values())

@@ -7,11 +7,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..files import cache_folder, real_file
 from ..progress import counted
 from . import host
 
 if TYPE_CHECKING:
     from ..stack import ConceptRecord, ConceptStack
+
+
+def kept_report(stack: Path, concept: str) -> Path:
+    """Where the report of learning a concept is kept: in the stack's cache."""
+    return cache_folder(real_file(stack)) / f"{concept}.report"
 
 
 @dataclass(frozen=True)

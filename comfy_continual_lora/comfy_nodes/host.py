@@ -8,8 +8,10 @@ from __future__ import annotations
 import gc
 import hashlib
 import itertools
+import json
 import logging
 import shutil
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -21,7 +23,7 @@ from comfy.utils import ProgressBar  # pyright: ignore[reportMissingImports]
 
 from ..errors import ConceptImagesError, StackError, spelled
 from ..files import STACKS, stack_path
-from ..progress import Progress
+from ..progress import OneBar, Progress, duration
 from .schema import WIDGETS
 
 if TYPE_CHECKING:
@@ -65,10 +67,34 @@ def stack_file(checkpoint: Path, name: str) -> Path:
     return stack_path(checkpoint, name.strip())
 
 
+def stack_names() -> list[str]:
+    """The names of all stacks that are not a checkpoint's own, over all checkpoints."""
+    files = folder_paths.get_filename_list("checkpoints")
+    stems = {name.rpartition(".")[0] for name in files if not name.endswith(STACKS)}
+    ends = [name.removesuffix(STACKS).rpartition(".") for name in files if name.endswith(STACKS)]
+    return sorted({name for stem, _, name in ends if stem in stems})
+
+
 def stacks_without_checkpoint(folder: Path) -> list[str]:
     stacks = [path.name for path in folder.glob(f"*{STACKS}")]
     stems = {path.stem for path in folder.iterdir() if not path.name.endswith(STACKS)}
     return sorted(name for name in stacks if not any(name.startswith(f"{stem}.") for stem in stems))
+
+
+def workflow_of(node: Any) -> dict[str, str]:
+    """What ComfyUI writes into the metadata of a picture: the prompt and the workflow, as JSON.
+
+    `node` is a node's class with these hidden inputs. Empty if the user has turned metadata off.
+    """
+    hidden = getattr(node, "hidden", None)
+    if hidden is None:
+        return {}
+    from comfy.cli_args import args  # pyright: ignore[reportMissingImports]
+
+    if args.disable_metadata:
+        return {}
+    parts = {"prompt": hidden.prompt, **(hidden.extra_pnginfo or {})}
+    return {name: json.dumps(value) for name, value in parts.items() if value is not None}
 
 
 # --- pictures ------------------------------------------------------------------------------------
@@ -187,6 +213,10 @@ def to_image(pictures: Sequence[Image]) -> Tensor:
 def tell(text: str) -> None:
     """Show a warning at the node that is running, and in the console."""
     logging.warning("comfy-continual-lora: %s", text)
+    _show_at_node(text)
+
+
+def _show_at_node(text: str) -> None:
     try:
         from comfy_execution.utils import (  # pyright: ignore[reportMissingImports]
             get_executing_context,
@@ -200,28 +230,55 @@ def tell(text: str) -> None:
         pass
 
 
+_PARTS = 1000  # of the bar
+_SECONDS_AT_NODE, _SECONDS_IN_CONSOLE = 0.5, 10.0  # between two lines about the same stage
+
+
 class Reporter:
-    """Shows progress, lets the user cancel, and collects the run's notes for its report.
+    """Shows progress as one bar and a line of text, lets the user cancel, and collects the run's
+    notes for its report.
 
     The first call frees the GPU; work done before that needs none, and may be all there is to do.
     """
 
     def __init__(self) -> None:
-        self.bars: dict[str, Any] = {}
         self.notes: list[str] = []
+        self._bar: Any = None
+        self._done, self._stage = OneBar(), ""
+        self._started = time.monotonic()
+        self._shown = self._logged = 0.0
 
     def __call__(self, progress: Progress) -> None:
         model_management.throw_exception_if_processing_interrupted()
-        if not self.bars:
+        if self._bar is None:
+            self._bar = ProgressBar(_PARTS)
             model_management.unload_all_models()
             model_management.soft_empty_cache()
         if progress.note:
             note = spelled(progress.note, WIDGETS)
             logging.info("comfy-continual-lora: %s", note)
             self.notes.append(note)
-        bar = self.bars.setdefault(progress.stage, ProgressBar(progress.steps))
         preview = ("JPEG", progress.preview, 512) if progress.preview is not None else None
-        bar.update_absolute(progress.step, progress.steps, preview)
+        self._bar.update_absolute(int(_PARTS * self._done(progress)), _PARTS, preview)
+        self._say(progress)
+
+    def _say(self, progress: Progress) -> None:
+        """The line of text: at the node, and less often in the console."""
+        now = time.monotonic()
+        edge = progress.stage != self._stage or progress.step == progress.steps
+        self._stage = progress.stage
+        if edge or now - self._shown >= _SECONDS_AT_NODE:
+            self._shown = now
+            _show_at_node(progress.in_words())
+        if edge or now - self._logged >= _SECONDS_IN_CONSOLE:
+            self._logged = now
+            logging.info("comfy-continual-lora: %s", progress.in_words())
+
+    def finish(self) -> None:
+        """Fill the bar, if there is one, and say how long it took."""
+        if self._bar is not None:
+            self._bar.update_absolute(_PARTS, _PARTS)
+            _show_at_node(f"done in {duration(time.monotonic() - self._started)}")
 
     def with_notes(self, text: str) -> str:
         """The run's notes, followed by the report."""
@@ -235,7 +292,9 @@ def at_work() -> Iterator[Reporter]:
 
     try:
         with torch.inference_mode(False), torch.enable_grad():
-            yield Reporter()
+            reporter = Reporter()
+            yield reporter
+            reporter.finish()
     finally:
         gc.collect()
         model_management.soft_empty_cache()

@@ -66,7 +66,10 @@ def schema(name: str, title: str, description: str, aliases: Sequence[str], **re
 
 def stack_and_report() -> list[Any]:
     """The outputs of a node that changes a stack."""
-    return [Stack.Output(display_name="stack"), io.String.Output(display_name="report")]
+    return [
+        Stack.Output(display_name="stack", tooltip="The stack as it is now."),
+        io.String.Output(display_name="report", tooltip="What was done, and what the stack holds."),
+    ]
 
 
 def first_values(given: dict[str, list]) -> dict[str, Any]:
@@ -74,15 +77,19 @@ def first_values(given: dict[str, list]) -> dict[str, Any]:
     return {name: values[0] for name, values in given.items()}
 
 
-def widgets(settings: type, main: Sequence[str], advanced: Sequence[str] = ()) -> list[Any]:
-    return [_widget(settings, name, name in advanced) for name in (*main, *advanced)]
+def widgets(settings: type, names: Sequence[str], shown: Sequence[str] = ()) -> list[Any]:
+    """The settings' widgets, in this order; all but those `shown` are advanced.
+
+    Saved workflows identify widgets by their position: new ones come last on their node.
+    """
+    return [_widget(settings, name, name not in shown) for name in names]
 
 
 def _widget(settings: type, name: str, advanced: bool) -> Any:
-    """A setting's widget; 0 or auto stands for a default of None."""
+    """A setting's widget; "auto" stands for a default of None."""
     f = next(f for f in dataclasses.fields(settings) if f.name == name)
     meta, kind = f.metadata, str(f.type).split(" ")[0]
-    help = help_of(f)
+    help = help_of(f, "Auto")
     help = help[0].upper() + help[1:]
     rest: dict[str, Any] = {
         "optional": True,
@@ -96,22 +103,36 @@ def _widget(settings: type, name: str, advanced: bool) -> Any:
         return io.Combo.Input(name, options=["auto", "yes", "no"], default="auto", **rest)
     if kind == "bool":
         return io.Boolean.Input(name, default=f.default, **rest)
-    low = 0 if f.default is None else meta["low"]
+    if f.default is None:  # text, so that it can say auto; numbers can still be connected
+        return io.MultiType.Input(
+            io.String.Input(name, default="auto", **rest),
+            [io.Int] if kind == "int" else [io.Float, io.Int],
+        )
     high = min(meta["high"] or 1_000_000, 2**63 - 1)
     if kind == "int":
         if name == "seed":
             # else ComfyUI would change it at every queue, making each a new request
             rest["control_after_generate"] = False
         return io.Int.Input(
-            name, default=f.default or 0, min=int(low), max=int(high), step=meta["multiple"], **rest
+            name,
+            default=f.default,
+            min=int(meta["low"]),
+            max=int(high),
+            step=meta["multiple"],
+            **rest,
         )
+    default: Any = f.default
+    step = 1e-6 if 0 < default < 0.01 else 1e-3  # it decides how many digits are shown
     return io.Float.Input(
-        name, default=f.default or 0.0, min=low, max=high, step=1e-6, round=1e-7, **rest
+        name, default=default, min=meta["low"], max=high, step=step, round=1e-7, **rest
     )
 
 
 def settings_from(settings: type, given: dict[str, Any]) -> Any:
-    """Widgets' values -> settings; 0 and auto become None if that is the default."""
+    """Widgets' values -> settings; auto and 0 become None if that is the default.
+
+    Errors: SettingError for text that is no number.
+    """
     return settings(
         **{
             f.name: from_widget(f, given.get(f.name, f.default))
@@ -122,7 +143,7 @@ def settings_from(settings: type, given: dict[str, Any]) -> Any:
 
 def solving_widgets() -> list[Any]:
     """The widgets of the closed form."""
-    return widgets(SolveSettings, (), ("energy", "rank", "ridge", "ordinary_weight", "language"))
+    return widgets(SolveSettings, ("energy", "rank", "ridge", "ordinary_weight", "language"))
 
 
 # --- errors --------------------------------------------------------------------------------------

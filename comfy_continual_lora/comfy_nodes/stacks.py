@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 from comfy_api.latest import io  # pyright: ignore[reportMissingImports] - only inside ComfyUI
@@ -31,6 +32,8 @@ from .schema import (
     valid,
 )
 
+_OWN, _NEW = "own", "new"  # choices beside the names of stacks
+
 
 class LoadConceptStack(io.ComfyNode):
     @classmethod
@@ -38,7 +41,8 @@ class LoadConceptStack(io.ComfyNode):
         return schema(
             "LoadStack",
             "Load Concept Stack",
-            "Load what a checkpoint has learned so far: one file beside it.",
+            "Load what a checkpoint has learned so far: one file beside it. A checkpoint may have "
+            "several stacks; choose one, or start a new one.",
             ["concepts", "checkpoint", "open stack"],
             inputs=[
                 io.Combo.Input(
@@ -50,13 +54,38 @@ class LoadConceptStack(io.ComfyNode):
                     "stack_name",
                     default="",
                     optional=True,
-                    extra_dict=ADVANCED,
-                    tooltip="Empty for the checkpoint's own stack; a name for another one, kept "
-                    "apart from it.",
+                    tooltip="The name of a new stack (letters, digits, - and _), which is kept apart "
+                    "from the checkpoint's own; empty for that one.",
+                ),
+                io.Combo.Input(
+                    "stack",
+                    options=[_OWN, _NEW, *host.stack_names()],
+                    default=_OWN,
+                    optional=True,
+                    tooltip="own: the checkpoint's own stack, or the one that stack_name says. new: "
+                    "one more, named by stack_name. Or one of those that are there.",
                 ),
             ],
-            outputs=[Stack.Output(display_name="stack"), io.String.Output(display_name="concepts")],
+            outputs=[
+                Stack.Output(
+                    display_name="stack", tooltip="For Learn Concept, or for Apply Concepts."
+                ),
+                io.String.Output(
+                    display_name="concepts", tooltip="What is on the stack, and where its file is."
+                ),
+            ],
         )
+
+    @staticmethod
+    def _file(checkpoint: str, stack_name: str, stack: str) -> Path:
+        """Errors: StackError for a new stack without a name."""
+        if stack == _NEW and not stack_name.strip():
+            raise StackError(
+                "A new stack needs a name. Write one into stack_name, such as family, or choose "
+                f"{_OWN} for the checkpoint's own stack."
+            )
+        name = stack_name if stack in (_OWN, _NEW) else stack
+        return host.stack_file(host.checkpoint_path(checkpoint), name)
 
     @classmethod
     def validate_inputs(cls, stack_name: Any = None) -> bool | str:
@@ -64,18 +93,18 @@ class LoadConceptStack(io.ComfyNode):
 
     @classmethod
     @in_widget_names
-    def fingerprint_inputs(cls, checkpoint: str, stack_name: str = "") -> str:
-        file = host.stack_file(host.checkpoint_path(checkpoint), stack_name)
+    def fingerprint_inputs(cls, checkpoint: str, stack_name: str = "", stack: str = _OWN) -> str:
+        file = cls._file(checkpoint, stack_name, stack)
         if not file.exists():
             return f"{file} {host.stacks_without_checkpoint(file.parent)}"
         return f"{file} {file.stat().st_mtime_ns} {file.stat().st_size}"
 
     @classmethod
     @in_widget_names
-    def execute(cls, checkpoint: str, stack_name: str = "") -> Any:
-        path = host.checkpoint_path(checkpoint)
-        stack = StackHandle(path, host.stack_file(path, stack_name), 0).now()
-        return io.NodeOutput(stack, stack.described())
+    def execute(cls, checkpoint: str, stack_name: str = "", stack: str = _OWN) -> Any:
+        file = cls._file(checkpoint, stack_name, stack)
+        loaded = StackHandle(host.checkpoint_path(checkpoint), file, 0).now()
+        return io.NodeOutput(loaded, loaded.described())
 
 
 class UndoConcept(io.ComfyNode):
