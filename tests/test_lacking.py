@@ -12,7 +12,7 @@ import pytest
 from helpers_learn import QUICK, save_concept
 
 from comfy_continual_lora import store
-from comfy_continual_lora.checkpoint.load import fingerprint
+from comfy_continual_lora.checkpoint.load import load_backbone
 from comfy_continual_lora.errors import ContinualLoraError
 from comfy_continual_lora.operations import OPERATIONS
 from comfy_continual_lora.progress import Progress
@@ -74,7 +74,7 @@ def test_no_concept(
     name: str, is_empty: bool, checkpoint: Path, pictures: Path, tmp_path: Path
 ) -> None:
     if is_empty:
-        empty = ConceptStack(fingerprint(checkpoint))
+        empty = ConceptStack(load_backbone(checkpoint, device="cpu").fingerprint)
         for path in (store.stack_path(checkpoint), tmp_path / "other.concepts.safetensors"):
             store.save_stack(empty, path)
     said = _said(name, checkpoint, **_fields(name, tmp_path, pictures))

@@ -34,6 +34,7 @@ class StackHandle:
     count: int
     consolidated: bool = True
     selected: ConceptStack | None = None
+    prediction: str = "auto"  # of the checkpoint's net, as asked for
 
     @property
     def records(self) -> list[ConceptRecord]:
@@ -45,7 +46,12 @@ class StackHandle:
     @property
     def place(self) -> dict[str, Any]:
         """The fields that every request has."""
-        return {"checkpoint": self.checkpoint, "stack": self.file, "device": host.device()}
+        return {
+            "checkpoint": self.checkpoint,
+            "stack": self.file,
+            "device": host.device(),
+            "prediction": self.prediction,
+        }
 
     def read(self) -> ConceptStack | None:
         """The version's stack; None if there is none yet."""

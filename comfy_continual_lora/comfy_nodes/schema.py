@@ -24,6 +24,7 @@ ADVANCED = {"advanced": True}  # collapsed if the host supports that
 _WIDGETS = {  # of a request's fields, if they have other names or are at another node
     "checkpoint": "checkpoint of Load Concept Stack",
     "stack": "stack_name of Load Concept Stack",
+    "prediction": "prediction of Load Concept Stack",
     "only": "tokens of Select Concepts",
     "replace": "if_word_exists",
     "clip": "clip_folder",

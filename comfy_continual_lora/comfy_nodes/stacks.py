@@ -9,6 +9,7 @@ from comfy_api.latest import io  # pyright: ignore[reportMissingImports] - only 
 
 from ..errors import StackError
 from ..operations import OPERATIONS
+from ..presets import PREDICTIONS
 from ..requests import (
     ForgetRequest,
     HistoryRequest,
@@ -65,6 +66,16 @@ class LoadConceptStack(io.ComfyNode):
                     tooltip="own: the checkpoint's own stack, or the one that stack_name says. new: "
                     "one more, named by stack_name. Or one of those that are there.",
                 ),
+                io.Combo.Input(
+                    "prediction",
+                    options=["auto", *PREDICTIONS],
+                    default="auto",
+                    optional=True,
+                    extra_dict=ADVANCED,
+                    tooltip="What the checkpoint's net predicts. auto: what the stack or the file "
+                    "says, which can't tell a rectified flow: choose flow for one, and put "
+                    "ModelSamplingSD3 in front of the sampler.",
+                ),
             ],
             outputs=[
                 Stack.Output(
@@ -93,7 +104,9 @@ class LoadConceptStack(io.ComfyNode):
 
     @classmethod
     @in_widget_names
-    def fingerprint_inputs(cls, checkpoint: str, stack_name: str = "", stack: str = _OWN) -> str:
+    def fingerprint_inputs(
+        cls, checkpoint: str, stack_name: str = "", stack: str = _OWN, prediction: str = "auto"
+    ) -> str:
         file = cls._file(checkpoint, stack_name, stack)
         if not file.exists():
             return f"{file} {host.stacks_without_checkpoint(file.parent)}"
@@ -101,9 +114,11 @@ class LoadConceptStack(io.ComfyNode):
 
     @classmethod
     @in_widget_names
-    def execute(cls, checkpoint: str, stack_name: str = "", stack: str = _OWN) -> Any:
-        file = cls._file(checkpoint, stack_name, stack)
-        loaded = StackHandle(host.checkpoint_path(checkpoint), file, 0).now()
+    def execute(
+        cls, checkpoint: str, stack_name: str = "", stack: str = _OWN, prediction: str = "auto"
+    ) -> Any:
+        file, path = cls._file(checkpoint, stack_name, stack), host.checkpoint_path(checkpoint)
+        loaded = StackHandle(path, file, 0, prediction=prediction).now()
         return io.NodeOutput(loaded, loaded.described())
 
 

@@ -32,6 +32,7 @@ _LABELS = {
     "restore": "Go back to this version",
     "history": "History of the stack",
     # what the tab does not have
+    "prediction": "prediction, on the command line",
     "import": "import, on the command line",
     "merge": "merge, on the command line",
 }
