@@ -187,6 +187,11 @@ def to_image(pictures: Sequence[Image]) -> Tensor:
 def tell(text: str) -> None:
     """Show a warning at the node that is running, and in the console."""
     logging.warning("comfy-continual-lora: %s", text)
+    _show(text)
+
+
+def _show(text: str) -> None:
+    """Show a text at the node that is running, in place of the one before."""
     try:
         from comfy_execution.utils import (  # pyright: ignore[reportMissingImports]
             get_executing_context,
@@ -201,7 +206,8 @@ def tell(text: str) -> None:
 
 
 class Reporter:
-    """Shows progress, lets the user cancel, and collects the run's notes for its report.
+    """Shows progress, lets the user cancel, shows the run's notes at its node as they come, and keeps
+    them for its report.
 
     The first call frees the GPU; work done before that needs none, and may be all there is to do.
     """
@@ -217,8 +223,10 @@ class Reporter:
             model_management.soft_empty_cache()
         if progress.note:
             note = spelled(progress.note, WIDGETS)
-            logging.info("comfy-continual-lora: %s", note)
-            self.notes.append(note)
+            if note not in self.notes:
+                logging.info("comfy-continual-lora: %s", note)
+                self.notes.append(note)
+                _show("\n".join(self.notes))
         bar = self.bars.setdefault(progress.stage, ProgressBar(progress.steps))
         preview = ("JPEG", progress.preview, 512) if progress.preview is not None else None
         bar.update_absolute(progress.step, progress.steps, preview)

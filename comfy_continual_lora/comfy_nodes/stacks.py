@@ -231,7 +231,7 @@ class ForgetConcept(io.ComfyNode):
         request = ForgetRequest(**stack.place, token=token.strip(), settings=settings)
         with host.at_work() as on_progress:
             result = OPERATIONS["forget"](request, on_progress)
-        return _output(stack, result.summary())
+        return _output(stack, on_progress.with_notes(result.summary()))
 
 
 class MergeStacks(io.ComfyNode):
@@ -264,7 +264,7 @@ class MergeStacks(io.ComfyNode):
         request = MergeRequest(**stack.place, other=other.file, settings=settings)
         with host.at_work() as on_progress:
             result = OPERATIONS["merge"](request, on_progress)
-        return _output(stack, result.summary())
+        return _output(stack, on_progress.with_notes(result.summary()))
 
 
 class ImportLora(io.ComfyNode):
@@ -341,7 +341,7 @@ class ImportLora(io.ComfyNode):
         )
         with host.at_work() as on_progress:
             result = OPERATIONS["import"](request, on_progress)
-        return _output(stack, result.summary())
+        return _output(stack, on_progress.with_notes(result.summary()))
 
 
 def _output(stack: StackHandle, report: str) -> Any:

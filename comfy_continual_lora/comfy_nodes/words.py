@@ -21,7 +21,6 @@ from ..mentions import (
     unknown_words,
     whole_words,
 )
-from . import host
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -106,7 +105,9 @@ def _extended(tokenizer: Any, pattern: re.Pattern[str], vectors: Mapping[str, Te
 @lru_cache(maxsize=64)  # an SDXL's text encoders read the same prompt
 def _warn_of_unknown(text: str, words: tuple[str, ...]) -> None:
     if unknown := unknown_words([text], words):
-        host.tell(not_learned(unknown, words))
+        from .host import tell
+
+        tell(not_learned(unknown, words))
 
 
 # --- several learned things in one prompt ---------------------------------------------------------
