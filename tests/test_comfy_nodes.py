@@ -591,6 +591,28 @@ def test_nothing_to_do_leaves_the_models_in_place(
     assert calls.count("unload_all_models") == 1
 
 
+def test_notes_are_shown_at_the_node_as_they_come_and_in_its_report(
+    nodes: Any, closed_stack: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    host = importlib.import_module("comfy_continual_lora.comfy_nodes.host")
+    bar = type("Bar", (), {"__init__": lambda *_: None, "update_absolute": lambda *_: None})
+    shown: list[str] = []
+    monkeypatch.setattr(host, "ProgressBar", bar)
+    monkeypatch.setattr(host, "_show", shown.append)
+    operations = importlib.import_module("comfy_continual_lora.operations").OPERATIONS
+
+    def run(_: object, on_progress: Any) -> Any:
+        for note in ("`stack` is new", "`stack` is new", "left out: a"):
+            on_progress(Progress("load", 0, 1, note=note))
+        return types.SimpleNamespace(summary=lambda: "Merged.")
+
+    monkeypatch.setitem(operations, "merge", run)
+    _, report = nodes.MergeStacks.execute(closed_stack, closed_stack)
+    name = "stack_name of Load Concept Stack is new"
+    assert shown == [name, f"{name}\nleft out: a"]
+    assert report.startswith(f"{name}\nleft out: a\nMerged.")
+
+
 @pytest.mark.parametrize("path", WORKFLOWS, ids=lambda p: p.stem)
 def test_workflows_fit_the_nodes(nodes: Any, path: Path) -> None:
     """Every node, input and link of a workflow exists; it has a picture of the same name."""

@@ -5,17 +5,23 @@ from __future__ import annotations
 import copy
 import pickle
 import re
+from pathlib import Path
 
 import pytest
 from helpers_messages import COMMAND_LINE, INSTALLING, marked_names, sentences
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from comfy_continual_lora import errors
+from comfy_continual_lora import cli, errors
 from comfy_continual_lora.cliflags import names_in
-from comfy_continual_lora.errors import ContinualLoraError, spelled
+from comfy_continual_lora.cliprogress import Bar
+from comfy_continual_lora.errors import ContinualLoraError, SettingError, spelled
 from comfy_continual_lora.operations import NAMES, OPERATIONS
-from comfy_continual_lora.webui.labels import LABELS
+from comfy_continual_lora.progress import Progress, ignore
+from comfy_continual_lora.webui.job import Job
+from comfy_continual_lora.webui.labels import LABELS, in_labels
+from comfy_continual_lora.webui.shown import status
+from comfy_continual_lora.worker import run_job
 
 KINDS = [ContinualLoraError, *ContinualLoraError.__subclasses__()]
 
@@ -85,3 +91,33 @@ def test_an_error_survives_a_pickle_and_hosts_show_a_short_type(kind: type, text
 def test_every_kind_of_error_is_in_the_tree() -> None:
     assert errors.__doc__
     assert set(re.findall(r"\w+Error", errors.__doc__)) == {kind.__name__ for kind in KINDS}
+
+
+def test_the_same_mistake_in_each_front_end(
+    checkpoint: Path, pictures: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["learn", "--checkpoint", checkpoint, "--images", pictures, "--token", "V1"]
+    assert cli.main([*map(str, words), "--noun", " "]) == 2
+    assert "--noun is empty. Say in one or two words" in capsys.readouterr().err
+    request = {"checkpoint": str(checkpoint), "images": str(pictures), "token": "V1", "noun": " "}
+    with pytest.raises(SettingError) as refused:
+        run_job("learn", request, ignore)
+    job = Job(1, [("learn", request)])
+    job._end("failed", str(refused.value), refused.value.marked)
+    assert "Class noun is empty." in status(job, str)
+    assert "noun is empty." in status(job, str, None)
+    assert in_labels(refused.value).startswith("Class noun is empty.")
+
+
+def test_notes_are_in_each_front_ends_language_too(capsys: pytest.CaptureFixture[str]) -> None:
+    note = Progress("load", 0, 1, note="It differs in `rate` (1, now 2).")
+    bar = Bar(names_in("learn"))
+    bar(note)
+    bar.close()
+    assert "It differs in --lr (1, now 2)." in capsys.readouterr().err
+    job = Job(1, [("learn", {})])
+    job.notes = [note.note]
+    assert "It differs in rate (1, now 2)." in status(job, str)
+    job.notes = ["Another `stack`"]
+    assert status(job, str).endswith("Another Stack")
+    assert status(job, str, None).endswith("Another stack")

@@ -235,8 +235,8 @@ _SECONDS_AT_NODE, _SECONDS_IN_CONSOLE = 0.5, 10.0  # between two lines about the
 
 
 class Reporter:
-    """Shows progress as one bar and a line of text, lets the user cancel, and collects the run's
-    notes for its report.
+    """Shows progress as one bar and a line of text under the run's notes, lets the user cancel, and
+    keeps the notes for its report.
 
     The first call frees the GPU; work done before that needs none, and may be all there is to do.
     """
@@ -256,8 +256,9 @@ class Reporter:
             model_management.soft_empty_cache()
         if progress.note:
             note = spelled(progress.note, WIDGETS)
-            logging.info("comfy-continual-lora: %s", note)
-            self.notes.append(note)
+            if note not in self.notes:
+                logging.info("comfy-continual-lora: %s", note)
+                self.notes.append(note)
         preview = ("JPEG", progress.preview, 512) if progress.preview is not None else None
         self._bar.update_absolute(int(_PARTS * self._done(progress)), _PARTS, preview)
         self._say(progress)
@@ -269,7 +270,7 @@ class Reporter:
         self._stage = progress.stage
         if edge or now - self._shown >= _SECONDS_AT_NODE:
             self._shown = now
-            _show_at_node(progress.in_words())
+            _show_at_node("\n".join([*self.notes, progress.in_words()]))
         if edge or now - self._logged >= _SECONDS_IN_CONSOLE:
             self._logged = now
             logging.info("comfy-continual-lora: %s", progress.in_words())
@@ -278,7 +279,8 @@ class Reporter:
         """Fill the bar, if there is one, and say how long it took."""
         if self._bar is not None:
             self._bar.update_absolute(_PARTS, _PARTS)
-            _show_at_node(f"done in {duration(time.monotonic() - self._started)}")
+            done = f"done in {duration(time.monotonic() - self._started)}"
+            _show_at_node("\n".join([*self.notes, done]))
 
     def with_notes(self, text: str) -> str:
         """The run's notes, followed by the report."""

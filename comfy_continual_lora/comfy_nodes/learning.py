@@ -290,7 +290,7 @@ class ConsolidateInClosedForm(io.ComfyNode):
         request = SolveRequest(**stack.place, settings=settings_from(SolveSettings, given))
         with host.at_work() as on_progress:
             result = OPERATIONS["closed_form"](request, on_progress)
-        return io.NodeOutput(stack.now(), result.summary())
+        return io.NodeOutput(stack.now(), on_progress.with_notes(result.summary()))
 
 
 class ExamplePictures(io.ComfyNode):

@@ -275,7 +275,7 @@ class ForgetConcept(io.ComfyNode):
         request = ForgetRequest(**stack.place, token=token.strip(), settings=settings)
         with host.at_work() as on_progress:
             result = OPERATIONS["forget"](request, on_progress)
-        return _output(stack, result.summary())
+        return _output(stack, on_progress.with_notes(result.summary()))
 
 
 class MergeStacks(io.ComfyNode):
@@ -308,7 +308,7 @@ class MergeStacks(io.ComfyNode):
         request = MergeRequest(**stack.place, other=other.file, settings=settings)
         with host.at_work() as on_progress:
             result = OPERATIONS["merge"](request, on_progress)
-        return _output(stack, result.summary())
+        return _output(stack, on_progress.with_notes(result.summary()))
 
 
 class ImportLora(io.ComfyNode):
@@ -385,7 +385,7 @@ class ImportLora(io.ComfyNode):
         )
         with host.at_work() as on_progress:
             result = OPERATIONS["import"](request, on_progress)
-        return _output(stack, result.summary())
+        return _output(stack, on_progress.with_notes(result.summary()))
 
 
 def _output(stack: StackHandle, report: str) -> Any:

@@ -223,7 +223,8 @@ class SelectConcepts(io.ComfyNode):
             selected = pipeline.select(request, on_progress)
         names = ", ".join(record.name for record in selected.records)
         report = f"Solved for {names} alone; rank {selected.rank}."
-        return io.NodeOutput(dataclasses.replace(stack, selected=selected), report)
+        chosen = dataclasses.replace(stack, selected=selected)
+        return io.NodeOutput(chosen, on_progress.with_notes(report))
 
 
 class ComputeScores(io.ComfyNode):
@@ -280,7 +281,7 @@ class ComputeScores(io.ComfyNode):
         best = [one.scores.best for one in result.images]
         probabilities = [one.probabilities for one in result.images]
         return io.NodeOutput(
-            scores_table(result),
+            on_progress.with_notes(scores_table(result)),
             host.to_image([chart]),
             max(best, key=best.count),
             json.dumps(probabilities),
@@ -451,4 +452,5 @@ class EvaluateRetention(io.ComfyNode):
         )
         with host.at_work() as on_progress:
             result: Any = OPERATIONS["evaluate"](request, on_progress)
-        return io.NodeOutput(host.to_image([report.retention_sheet(result)]), result.summary())
+        sheet = host.to_image([report.retention_sheet(result)])
+        return io.NodeOutput(sheet, on_progress.with_notes(result.summary()))
