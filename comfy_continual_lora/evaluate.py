@@ -225,11 +225,11 @@ def _clip_features(folder: Path, device: torch.device) -> Features:
     from transformers import CLIPImageProcessor, CLIPVisionModelWithProjection
 
     try:
-        model = CLIPVisionModelWithProjection.from_pretrained(  # nosec B615 - a folder
+        model = CLIPVisionModelWithProjection.from_pretrained(  # nosec B615
             folder, local_files_only=True, use_safetensors=True
         )
         model = model.to(device).eval()  # type: ignore[arg-type]
-        processor = CLIPImageProcessor.from_pretrained(  # nosec B615 - a folder
+        processor = CLIPImageProcessor.from_pretrained(  # nosec B615
             folder, local_files_only=True
         )
     except (OSError, ValueError) as error:

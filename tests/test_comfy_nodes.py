@@ -663,6 +663,36 @@ def test_a_workflow_that_was_saved_with_numbers_for_auto_asks_for_the_same(nodes
     assert (given["token"], given["if_word_exists"]) == ("V1", "refuse")
 
 
+LANGUAGES = ("zh", "ja", "ko", "de", "fr", "es")
+
+
+@pytest.mark.parametrize("language", LANGUAGES)
+def test_a_language_has_every_name_and_tooltip(nodes: Any, language: str) -> None:
+    """Neither more nor less than the nodes declare, none empty, and none left in English."""
+    path = REPOSITORY / "locales" / language / "nodeDefs.json"
+    locale = json.loads(path.read_text(encoding="utf-8"))
+    schemas = [node.define_schema() for node in nodes.NODES]
+    assert locale.keys() == {s.node_id for s in schemas}
+    for s in schemas:
+        one = locale[s.node_id]
+        assert one.keys() == {"display_name", "description", "inputs", "outputs"}
+        assert one["display_name"] != s.display_name
+        assert one["description"] != s.description
+        assert one["inputs"].keys() == {port.id for port in s.inputs}
+        assert one["outputs"].keys() == {str(number) for number in range(len(s.outputs))}
+        pairs = [(port, one["inputs"][port.id]) for port in s.inputs]
+        pairs += [(port, one["outputs"][str(n)]) for n, port in enumerate(s.outputs)]
+        for port, words in pairs:
+            tooltip = port.rest.get("tooltip")
+            assert words.keys() == ({"name", "tooltip"} if tooltip else {"name"}), port.id
+            assert all(words.values())
+            assert words.get("tooltip") != tooltip or not tooltip
+
+
+def test_all_languages_are_tested() -> None:
+    assert {path.name for path in (REPOSITORY / "locales").iterdir()} == set(LANGUAGES)
+
+
 def test_the_app_shows_widgets_that_exist() -> None:
     """App mode lists the widgets and the outputs to show, by their nodes."""
     (path,) = (path for path in WORKFLOWS if path.name.endswith(".app.json"))

@@ -86,7 +86,7 @@ def _tokenizer(layout: Layout) -> CLIPTokenizer:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            tokenizer = CLIPTokenizer.from_pretrained(  # nosec B615 - a folder
+            tokenizer = CLIPTokenizer.from_pretrained(  # nosec B615
                 str(layout.tokenizer), local_files_only=True
             )
         ends = {tokenizer.bos_token_id, tokenizer.eos_token_id}

@@ -24,7 +24,7 @@ from . import world
 
 @cache
 def tokenizer() -> CLIPTokenizer:
-    return CLIPTokenizer.from_pretrained(  # nosec B615 - a folder
+    return CLIPTokenizer.from_pretrained(  # nosec B615
         str(TOKENIZER), local_files_only=True
     )
 
