@@ -40,8 +40,7 @@ SHORT = {  # in every command that has the field
 # is all shown
 FIRST = {
     "learn": (
-        *("checkpoint", "images", "token", "noun", "kind", "steps", "until", "size", "method"),
-        *("preview_every",),
+        *("checkpoint", "images", "token", "noun", "kind", "steps", "until", "method"),
         *("replace", "plan", "config"),
     ),
     "consolidate": ("checkpoint", "images", "closed_form", "dsc_steps", "config"),

@@ -71,14 +71,14 @@ def doubt(backbone: Backbone, latents: Sequence[Tensor], prompt: str) -> str:
     best = min(errors, key=lambda name: errors[name])
     if errors[best] * _FAR < errors[chosen]:
         return (
-            f"The checkpoint is taught as one with `prediction` {chosen}, but your pictures fit "
-            f"{best} far better ({errors[chosen] / errors[best]:.1f} times smaller errors). Unless it "
-            f"draws well as it is, stop, and start again with `prediction` {best}."
+            f"The checkpoint is taught with `prediction` set to {chosen}, but your pictures fit {best} "
+            f"far better ({errors[chosen] / errors[best]:.1f} times smaller errors). Unless it draws "
+            f"well as it is, stop, and start again with `prediction` set to {best}."
         )
     denied = errors[chosen] * _FAR <= errors["flow"]
     if chosen != "flow" and not denied and _FLOW.search(backbone.path.name):
         return (
-            f"{backbone.path.name} is called a rectified flow, and is taught as one with "
-            f"`prediction` {chosen}. If it is one, start again with `prediction` flow."
+            f"{backbone.path.name} is called a rectified flow, but is taught with `prediction` set to "
+            f"{chosen}. If it is one, start again with `prediction` set to flow."
         )
     return ""

@@ -11,7 +11,17 @@ import comfy_continual_lora
 
 PACKAGE = Path(comfy_continual_lora.__file__).parent
 # what only the command line says, and what is said while it installs something
-COMMAND_LINE = ("cli.py", "cliflags.py", "cliprogress.py", "demo.py")
+COMMAND_LINE = (
+    "cli.py",
+    "cliconfig.py",
+    "cliflags.py",
+    "cliparser.py",
+    "cliprogress.py",
+    "cliterminal.py",
+    "demo.py",
+    "infotext.py",
+    "reportpage.py",
+)
 INSTALLING = ("webui/install.py", "webui/environment.py", "webui/a1111.py", "mini/pretrain.py")
 
 

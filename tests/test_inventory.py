@@ -200,7 +200,9 @@ def test_all_is_told_before_the_checkpoint_is_opened(tmp_path: Path, operation: 
     notes: list[str] = []
     of = OPERATIONS[operation]
     rest = words if operation == "learn" else {}
-    request = of.request(tmp_path / "none.safetensors", images=images, **rest)
+    broken = tmp_path / "broken.safetensors"
+    broken.write_bytes(b"not a checkpoint")
+    request = of.request(broken, images=images, **rest)
     with pytest.raises(CheckpointError):
         of(request, lambda progress: notes.append(progress.note))
     assert notes[0].startswith("2 pictures")

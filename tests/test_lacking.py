@@ -37,7 +37,7 @@ def _said(name: str, checkpoint: Path, **given: Any) -> str:
         if progress.note:
             notes.append(progress.note)
 
-    if name not in ("undo", "history", "restore", "info"):
+    if name not in ("undo", "history", "restore", "rename", "info"):
         given["device"] = "cpu"
     try:
         result = operation(operation.request(checkpoint, **given), on_progress)
@@ -63,6 +63,7 @@ def _fields(name: str, tmp_path: Path, pictures: Path) -> dict[str, Any]:
         "draw": {"prompts": ["a ball"], "settings": DRAWING},
         "export": {"out": tmp_path / "out"},
         "restore": {"version": 7},
+        "rename": {"token": "V9", "to": "V8"},
     }
     return fields.get(name, {})
 
@@ -91,6 +92,7 @@ def test_no_concept(
         "undo": "nothing to undo: the stack is empty",
         "history": r"\[\]",
         "restore": "no version 7 of .*Available: 1",
+        "rename": "no concept 'V9' on the stack. It has: none",
         "info": "no concepts yet",
     }
     missing = {
@@ -98,7 +100,9 @@ def test_no_concept(
         "export": "no concept stack at",
         "undo": "no concept stack at",
         "history": "Nothing has been learned yet: there is no stack .*mini.concepts.safetensors",
-        "restore": "no version 7 of .*Available: none",
+        "restore": "no concept stack at",
+        "rename": "no concept stack at",
+        "info": "Nothing has been learned yet. It will be stored in .*mini.concepts.safetensors",
     }
     expected = nothing if is_empty else {**nothing, **missing}
     _matches(expected[name], said)

@@ -52,8 +52,8 @@ def test_the_right_objective_fits_far_better_and_another_is_told(
         if (name, wrong) == ("flow", "v"):  # too much alike
             continue
         note = doubt(replace(right, prediction=PREDICTIONS[wrong]), latents, "a photo of a teapot")
-        assert f"`prediction` {wrong}, but" in note
-        assert f"start again with `prediction` {name}" in note
+        assert f"`prediction` set to {wrong}, but" in note
+        assert f"start again with `prediction` set to {name}" in note
 
 
 @pytest.mark.parametrize(

@@ -394,7 +394,7 @@ def _inside(folder: Path, subfolder: str) -> Path:
     bad = [part for part in parts if set(part) == {"."} or re.search(r'[<>:"|?*\x00-\x1f]', part)]
     if bad or subfolder.strip().startswith(("/", "\\")):
         raise SettingError(
-            f"`subfolder` is {excerpt(subfolder)}; it has to be a folder inside {folder}, such as "
+            f"subfolder is {excerpt(subfolder)}; it has to be a folder inside {folder}, such as "
             "mine/dogs."
         )
     return folder.joinpath(*parts)

@@ -29,6 +29,7 @@ REQUIREMENTS = (
     "transformers>=4.46",
     "peft>=0.13",
     "filelock>=3.12",
+    "tomli>=2; python_version < '3.11'",
 )
 OLDEST_TORCH = (2, 1)
 CAUTIOUS = (
