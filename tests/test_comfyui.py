@@ -39,6 +39,7 @@ pytestmark = [
     pytest.mark.skipif(FOUND is None, reason="no ComfyUI at COMFYUI_PATH or ~/comfy/ComfyUI"),
 ]
 WORKFLOWS = sorted((Path(__file__).parents[1] / "workflows").glob("*.json"))
+NUMBERS_FOR_AUTO = Path(__file__).parent / "data" / "workflow-with-numbers-for-auto.json"
 QUICK = {"steps": 6, "batch": 2, "rank": 4, "dsc_steps": 3, "fisher_samples": 4, "preview_every": 3}
 
 
@@ -707,6 +708,40 @@ def test_a_renamed_checkpoint_is_reported(host: ComfyUI) -> None:
     assert lone.name in text_of(done, "2")
 
 
+def test_the_same_again_has_the_same_curve_and_report_after_a_restart(host: ComfyUI) -> None:
+    """Also from a workflow that was saved with numbers for auto."""
+
+    def curve_and_report() -> tuple[np.ndarray, str]:
+        graph = learn("again", rate=0.0, size=0, vectors=0)
+        graph["5"] = {"class_type": "PreviewImage", "inputs": {"images": ["3", 2]}}
+        done = host.run(graph)
+        picture = Image.open(host.pictures(done, "5")[0]).convert("RGB")
+        return np.asarray(picture, int), text_of(done, "4")
+
+    curve, report = curve_and_report()
+    assert report.count("picture ") == 3  # three were scored
+    assert "comfy-continual-lora: learning 6/6, loss" in host.log.read_text()
+    host.stop()
+    host.start()
+    again, second = curve_and_report()
+    assert (again == curve).all()
+    assert "nothing was done" in second
+    assert second.endswith(report)
+
+
+def test_an_export_has_its_folder_its_name_and_its_workflow(host: ComfyUI) -> None:
+    export = {"stack": ["3", 0], "prefix": "pets", "subfolder": "mine/dogs"}
+    graph = learn("named")
+    graph["9"] = {"class_type": "ContinualLora_Export", "inputs": export}
+    graph["10"] = {"class_type": "PreviewAny", "inputs": {"source": ["9", 0]}}
+    name = text_of(host.run(graph), "10")
+    assert name.startswith("mine/dogs/pets-V1-")
+    assert (host.base / "models" / "loras" / name).exists()
+    for bad in ("../out", "/tmp", "a:b"):
+        export["subfolder"] = bad
+        assert "has to be a folder inside" in error_of(host.finished(host.queue(graph)))
+
+
 def test_two_stacks_at_once_and_a_list_of_pictures_of_mixed_sizes(host: ComfyUI) -> None:
     """Pictures of two sizes come as a list; a stack applied on top of another adds its words."""
     sizes = {
@@ -775,6 +810,13 @@ MISSING = (
     "() => app.graph._nodes.filter(n => n.has_errors || "
     "!LiteGraph.registered_node_types[n.type]).map(n => n.type)"
 )
+LEARN = "app.graph._nodes.find(node => node.type === 'ContinualLora_Learn')"
+SHOWN = f"() => {LEARN}.widgets.filter(w => !w.hidden && w.type !== 'button').map(w => w.name)"
+BYPASSED = f"""async () => {{
+    {LEARN}.mode = 4;
+    const nodes = Object.values((await app.graphToPrompt()).output);
+    return nodes.find(node => node.class_type === 'ContinualLora_Apply').inputs.stack;
+}}"""
 QUEUE = """() => new Promise(done => {
     app.api.addEventListener('execution_success', () => done('done'));
     app.api.addEventListener('execution_error', event => done(event.detail.exception_message));
@@ -796,10 +838,19 @@ def test_templates_open_and_run_in_a_browser(host: ComfyUI) -> None:
                 json.loads(path.read_text()),
             )
             assert opened.evaluate(MISSING) == []
+        load = "workflow => app.loadGraphData(workflow, true, true, 'test')"
+        opened.evaluate(load, json.loads(NUMBERS_FOR_AUTO.read_text()))
+        assert (
+            opened.evaluate(f"() => {LEARN}.widgets.find(w => w.name === 'rate').value") == "auto"
+        )
         workflow = json.loads(
             next(p for p in WORKFLOWS if p.stem == "1-learn-one-concept").read_text()
         )
-        opened.evaluate("workflow => app.loadGraphData(workflow, true, true, 'test')", workflow)
+        opened.evaluate(load, workflow)
+        assert opened.evaluate(SHOWN) == ["token", "noun", "steps", "seed", "preview_every"]
+        stack = next(n for n in workflow["nodes"] if n["type"] == "ContinualLora_LoadStack")
+        assert opened.evaluate(BYPASSED) == [str(stack["id"]), 0]
+        opened.evaluate(load, workflow)
         few = {**QUICK, "stack_name": "browser"}
         opened.evaluate(
             "few => app.graph._nodes.forEach(n => n.widgets?.forEach(w => { if (w.name in few) "

@@ -7,6 +7,16 @@ const isOurs = (node) => node.comfyClass?.startsWith("ContinualLora_");
 const isLinked = (node, widget) =>
     node.inputs?.some((input) => input.widget?.name === widget.name && input.link != null);
 
+const MORE = {
+    en: ["more settings", "fewer settings"],
+    zh: ["更多设置", "收起设置"],
+    ja: ["その他の設定", "設定を隠す"],
+    ko: ["설정 더 보기", "설정 접기"],
+    de: ["mehr Einstellungen", "weniger Einstellungen"],
+    fr: ["plus de réglages", "moins de réglages"],
+    es: ["más ajustes", "menos ajustes"],
+};
+
 function fold(node) {
     const advanced = (node.widgets ?? []).filter((widget) => widget.options?.advanced);
     if (!advanced.length || !node.toggleAdvanced) return; // an older ComfyUI shows them all
@@ -18,9 +28,10 @@ function fold(node) {
             set: () => {},
         });
     }
-    const button = node.addWidget("button", "more settings", null, () => {
+    const words = MORE[app.extensionManager?.setting?.get("Comfy.Locale")] ?? MORE.en;
+    const button = node.addWidget("button", words[0], null, () => {
         node.toggleAdvanced();
-        button.label = node.showAdvanced ? "fewer settings" : "more settings";
+        button.label = words[node.showAdvanced ? 1 : 0];
         node.setSize([node.size[0], node.computeSize()[1]]);
     });
     button.serialize = false;
