@@ -51,8 +51,6 @@ from .settings import ScoreSettings, SolveSettings
 from .stack import ConceptRecord, ConceptStack
 from .versions import versions
 
-Group = tuple[str, list[inventory.Picture]]  # a folder's name, and its pictures
-
 
 def dc_scores(request: ScoreRequest, on_progress: OnProgress = ignore) -> ScoreResult:
     """Which concept, or which class noun without one (c_0), each picture shows.
@@ -203,7 +201,7 @@ def learned_before(request: LearnRequest) -> ConceptRecord | None:
 
 
 def scored_pictures(
-    session: Session, groups: Sequence[Group], settings: ScoreSettings
+    session: Session, groups: Sequence[inventory.Group], settings: ScoreSettings
 ) -> list[Scored]:
     """The scores of every picture in these groups for all concepts."""
     stack, backbone = session.stack, session.backbone
@@ -237,7 +235,7 @@ def scored_pictures(
 
 
 def evaluated(
-    session: Session, request: EvaluateRequest, groups: Sequence[Group]
+    session: Session, request: EvaluateRequest, groups: Sequence[inventory.Group]
 ) -> evaluation.RetentionReport:
     stack, backbone = session.stack, session.backbone
     if not stack.records:
@@ -266,7 +264,7 @@ def evaluated(
     return evaluation.evaluate(backbone, stack, own, features, settings, session.on_progress)
 
 
-def _unknown(stack: ConceptStack, groups: Sequence[Group]) -> list[str]:
+def _unknown(stack: ConceptStack, groups: Sequence[inventory.Group]) -> list[str]:
     """The subfolders that are not named after a concept of the stack."""
     return [name for name, pictures in groups if pictures[0].folder and not stack.find(name)]
 
@@ -292,7 +290,7 @@ def _notes(backbone: Backbone, stack: ConceptStack, prompts: Iterable[str]) -> l
     return [*notes, *(not_read(prompt, end) for prompt, end in ends if end)]
 
 
-def _groups(images: Path | list[Path], on_progress: OnProgress) -> list[Group]:
+def _groups(images: Path | list[Path], on_progress: OnProgress) -> list[inventory.Group]:
     """`inventory.groups`; all pictures are read once, so that one that can't be is found before the
     work, and what is left out or changed is told.
     """

@@ -230,7 +230,7 @@ def test_another_runs_snapshot_is_told_of_and_can_be_gone_on_with(
         checkpoint, pictures, "V1", "ball", replace(QUICK, snapshot_every=1), device="cpu"
     )
     others = {
-        "steps (6, now 5)": replace(first, settings=replace(first.settings, steps=5)),
+        "`steps` (6, now 5)": replace(first, settings=replace(first.settings, steps=5)),
         "the class noun": replace(first, noun="box"),
         "the pictures": replace(first, images=folders["V1"]),
     }

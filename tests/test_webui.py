@@ -49,7 +49,7 @@ ROOT = Path(__file__).parents[1]
 # that only other front ends have
 NOT_IN_THE_TAB = {
     *("import", "embedding", "trigger", "strength", "prompts", "out", "format"),
-    *("settings", "optimizer", "ridge", "rows", "keep"),
+    *("settings", "optimizer", "ridge", "rows", "keep", "other"),
 }
 
 
