@@ -100,6 +100,9 @@ class Picture:
         return notes
 
 
+Group = tuple[str, list[Picture]]  # a folder's name, and its pictures
+
+
 @dataclass(frozen=True)
 class Inventory:
     """Pictures, and the names of what is left out, with the reason in brackets."""
@@ -186,7 +189,7 @@ def sorted_out(files: Sequence[Path]) -> Inventory:
     )
 
 
-def groups(source: Path | list[Path]) -> tuple[list[tuple[str, list[Picture]]], Inventory]:
+def groups(source: Path | list[Path]) -> tuple[list[Group], Inventory]:
     """The pictures of a folder and of its subfolders, each with the folder's name, as far as they
     have any; those of a list have no name. And the inventory of all together.
 

@@ -44,8 +44,6 @@ from .settings import ScoreSettings, SolveSettings
 from .stack import ConceptRecord, ConceptStack
 from .versions import in_use
 
-Group = tuple[str, list[inventory.Picture]]  # a folder's name, and its pictures
-
 
 def dc_scores(request: ScoreRequest, on_progress: OnProgress = ignore) -> ScoreResult:
     """Which concept each picture shows, another thing of one's noun, or none of these.
@@ -189,7 +187,7 @@ def learned_before(request: LearnRequest) -> ConceptRecord | None:
 
 
 def scored_pictures(
-    session: Session, groups: Sequence[Group], settings: ScoreSettings
+    session: Session, groups: Sequence[inventory.Group], settings: ScoreSettings
 ) -> list[Scored]:
     """The scores of every picture in these groups for all concepts."""
     stack, backbone = session.stack, session.backbone
@@ -238,7 +236,7 @@ def scored_after_learning(session: Session, request: LearnRequest) -> ScoreResul
 
 
 def evaluated(
-    session: Session, request: EvaluateRequest, groups: Sequence[Group]
+    session: Session, request: EvaluateRequest, groups: Sequence[inventory.Group]
 ) -> evaluation.RetentionReport:
     stack, backbone = session.stack, session.backbone
     if not stack.records:
@@ -276,7 +274,7 @@ def evaluated(
     )
 
 
-def _unknown(stack: ConceptStack, groups: Sequence[Group]) -> list[str]:
+def _unknown(stack: ConceptStack, groups: Sequence[inventory.Group]) -> list[str]:
     """The subfolders that are not named after a concept of the stack."""
     return [name for name, pictures in groups if pictures[0].folder and not stack.find(name)]
 
@@ -305,7 +303,7 @@ def _tell_of_prompts(session: Session, stage: str, prompts: Iterable[str]) -> No
         session.on_progress(Progress(stage, 0, 1, note=note))
 
 
-def _groups(images: Path | list[Path], on_progress: OnProgress) -> list[Group]:
+def _groups(images: Path | list[Path], on_progress: OnProgress) -> list[inventory.Group]:
     """`inventory.groups`; all pictures are read once, so that one that can't be is found before the
     work, and what is left out or changed is told.
     """
