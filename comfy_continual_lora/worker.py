@@ -17,15 +17,17 @@ out, the last         {"event": "done", "results": {NAME: {...}}}
                       kind: a class of `errors`, or "Bug" with the traceback as message
                       {"event": "stopped", "message": ...}
 
-NAME is a key of JOBS. A request has the fields of the operation's request (`requests`): paths as
-strings, settings as an object of those that are not at their default. A result is the operation's
-`as_json()`, except that `kept` of an evaluation is by concept name, and `file` of scores is a name: a
-host may hand in copies.
+NAME is a key of JOBS: an operation, or plan, which takes learn's request, learns nothing and
+answers with what it would take (`plan.Plan`). A request has the fields of the operation's request
+(`requests`): paths as strings, settings as an object of those that are not at their default. A
+result is the operation's `as_json()`, except that `kept` of an evaluation is by concept name, and
+`file` of scores is a name: a host may hand in copies.
 """
 
 from __future__ import annotations
 
 import base64
+import dataclasses
 import io
 import json
 import os
@@ -40,7 +42,7 @@ from typing import IO, Any
 from .errors import Cancelled, ContinualLoraError
 from .operations import OPERATIONS
 from .progress import OnProgress, Progress
-from .requests import parse
+from .requests import LearnRequest, parse
 
 GRACE = 20.0  # seconds between the host's end and ours, for the snapshot
 _LIGHT = ("history", "info")  # these only read headers, which a host does itself
@@ -61,8 +63,16 @@ def run_job(name: str, given: Mapping[str, Any], on_progress: OnProgress) -> dic
     return result
 
 
+def plan_job(given: Mapping[str, Any], _: OnProgress) -> dict[str, Any]:
+    """What learning would take: the fields of `plan.Plan`. Errors: those of `parse` and `plan`."""
+    from . import pipeline
+
+    return dataclasses.asdict(pipeline.plan(parse(LearnRequest, given)))
+
+
 Work = Callable[[Mapping[str, Any], OnProgress], dict[str, Any]]
 JOBS: dict[str, Work] = {name: partial(run_job, name) for name in OPERATIONS if name not in _LIGHT}
+JOBS["plan"] = plan_job
 
 
 # --- the process ---------------------------------------------------------------------------------

@@ -6,14 +6,19 @@ requests whose responses it can't read, and through DNS rebinding with readable 
 
 from __future__ import annotations
 
+import os
+import signal
+import sys
+import threading
+from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 from urllib.parse import urlsplit
 
 import gradio as gr
 from starlette.middleware import Middleware
 
-from .host import Host
+from .host import Host, leave
 from .tab import build
 
 NAMES = ("127.0.0.1", "localhost", "::1")
@@ -96,4 +101,22 @@ def launch(models: Path, port: int | None, browser: bool) -> None:
         inbrowser=browser,
         allowed_paths=[str(folder.resolve()) for folder in host.exports()],
         app_kwargs={"middleware": [Middleware(OwnPagesOnly)]},
+        prevent_thread_lock=True,
     )
+    # the command line's own handler waits for the end of a step
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    print("Press Ctrl-C to end it.", flush=True)
+    with suppress(KeyboardInterrupt):
+        threading.Event().wait()
+    _leave(host)
+
+
+def _leave(host: Host) -> NoReturn:
+    """End this process at once: the server would wait for open pages. A job's worker finishes its
+    step, keeps what was learned and ends by itself.
+    """
+    if host.runner.is_busy:
+        print("A job was running. What it learned so far is kept; the same request resumes it.")
+    leave()
+    sys.stdout.flush()
+    os._exit(0)

@@ -6,23 +6,30 @@ No gradio, no torch: the API also works without the tab, and this runs inside th
 from __future__ import annotations
 
 import functools
+import itertools
+import logging
 import os
 import re
 import sys
 import tempfile
+import threading
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from ..files import checkpoints_in
+from ..errors import StackError
+from ..files import checkpoints_in, stack_path
 from ..stackfile import read_header
+from .album import Album
 from .copies import Batch, Copies
-from .environment import Preparation
+from .environment import NotReady, Preparation
 from .job import Job
 from .labels import METHOD_LABELS
-from .runner import JobRunner
+from .runner import Busy, JobRunner
+from .shown import status
 
 JobRequest = tuple[str, dict[str, Any]]  # for `worker`
+Waiting = tuple[tuple[JobRequest, ...], Batch | None]
 
 
 class Host:
@@ -33,13 +40,20 @@ class Host:
     CONTINUAL_LORA_FOLDERS, more folders the API may read pictures from, separated as in PATH.
     """
 
+    offers_files = True  # whether the page offers exports for download
+    sends_prompts = False  # whether there is a txt2img to send prompts to
+
     def __init__(self, models: Path, folder: Path) -> None:
-        """`folder`: for pictures the API may read, and for the tab's copies and exports."""
+        """`folder`: for pictures the API may read, for the tab's copies, drawings and exports."""
         self.models, self.folder = models, folder
-        self.copies = Copies(folder)
+        self.copies, self.album = Copies(folder), Album(folder / "album")
+        self.opened: tuple[str, str] | None = None  # checkpoint and stack of the page's last job
+        self.waiting: list[Waiting] = []  # what is learned after the running job
+        self.past: list[str] = []  # how the jobs before a waiting one ended, as Markdown
+        self._queue_lock = threading.RLock()
         self.runner = JobRunner(self.python)
         self.preparation = Preparation(self.prepare)
-        self.runner.tidy = lambda job: self.copies.tidy(shown=_chart_folders(job))
+        self.runner.tidy, self.runner.after = self._tidy, self._go_on
         self.copies.tidy()
 
     def python(self) -> str:
@@ -52,6 +66,29 @@ class Host:
     def checkpoints(self) -> dict[str, Path]:
         """Checkpoints by their name in the list."""
         return {str(path.relative_to(self.models)): path for path in checkpoints_in(self.models)}
+
+    def refresh(self) -> None:
+        """Look for checkpoints again, where the program keeps a list of them."""
+
+    def loaded(self) -> str:
+        """The name of the checkpoint that the program uses now; empty if that is not known."""
+        return ""
+
+    def preferred(self) -> tuple[str, str]:
+        """The checkpoint and the stack's name that a page opens with: the last job's, else those in
+        use, else the ones that learned last, else the first.
+        """
+        known = self.checkpoints()
+        if self.opened and self.opened[0] in known:
+            return self.opened
+        if (name := self.loaded()) in known:
+            return name, ""
+        stacks = {name: _changed(path) for name, path in known.items()}
+        return max(stacks, key=lambda name: stacks[name], default=""), ""
+
+    def drawn(self) -> Path:
+        """The folder for pictures that the page draws."""
+        return self.folder / "drawn"
 
     def exports(self) -> tuple[Path, Path]:
         """Folders for LoRAs and for embeddings."""
@@ -98,6 +135,72 @@ class Host:
 
         return self.runner.start(*jobs, before=before)
 
+    # --- the queue --------------------------------------------------------------------------------
+
+    @property
+    def is_busy(self) -> bool:
+        return self.runner.is_busy or bool(self.waiting)
+
+    def hand_in_or_wait(self, *jobs: JobRequest, batch: Batch | None = None) -> bool:
+        """Start jobs, or let them wait for those before them; returns whether they wait.
+
+        Errors: those of `hand_in`, except Busy.
+        """
+        with self._queue_lock:
+            if not self.is_busy:
+                self.past = []
+                self.hand_in(*jobs, batch=batch)
+                return False
+            self.python()
+            self.waiting.append((jobs, batch))
+            return True
+
+    def stop(self) -> None:
+        """Stop the running job, and start none of those that wait."""
+        with self._queue_lock:
+            self.waiting.clear()
+        if self.runner.job:
+            self.runner.job.stop()
+
+    def _go_on(self, job: Job) -> None:
+        """Start what waits, after this job."""
+        with self._queue_lock:
+            while self.waiting and not self.runner.is_busy:
+                self.past.append(status(job))
+                jobs, batch = self.waiting.pop(0)
+                try:
+                    self.hand_in(*jobs, batch=batch)
+                except (Busy, NotReady, OSError) as error:
+                    logging.exception("continual-lora: a job that waited could not start")
+                    self.past.append(f"**{jobs[0][1].get('token', '')}**: {error}")
+
+    def in_work(self, stack: Path) -> list[str]:
+        """The words that are being learned, or wait to be."""
+        running = self.runner.job.jobs if self.runner.job and self.runner.is_busy else []
+        requests = [running, *(jobs for jobs, _ in self.waiting)]
+        return [
+            request["token"]
+            for jobs in requests
+            for name, request in jobs
+            if name == "learn" and request["stack"] == str(stack)
+        ]
+
+    def free_word(self, stack: Path) -> str:
+        """The next word that is neither learned nor being learned: V1, V2, ... Errors: ValueError."""
+        tokens = [one["token"] for one in concepts_of(stack)] + self.in_work(stack)
+        taken = {token.lower() for token in tokens}
+        return next(word for n in itertools.count(1) if (word := f"V{n}").lower() not in taken)
+
+    def _tidy(self, job: Job) -> None:
+        """Keep what an ended job shows of its stack's concepts; remove copies no one needs."""
+        stack = Path(job.jobs[0][1].get("stack", ""))
+        try:
+            if job.results and stack.name:
+                self.album.add(stack, concepts_of(stack), job)
+        except (OSError, ValueError):
+            logging.exception("continual-lora: the drawings could not be kept")
+        self.copies.tidy(shown=_chart_folders(job))
+
     # --- jobs -------------------------------------------------------------------------------------
 
     def chart(self, name: str) -> str:
@@ -116,6 +219,19 @@ class Host:
 def _chart_folders(job: Job) -> list[str]:
     """The folders of the charts that a job draws."""
     return [str(Path(request["plot"]).parent) for _, request in job.jobs if request.get("plot")]
+
+
+def _changed(checkpoint: Path) -> float:
+    """When the checkpoint's stack changed; 0 if there is none."""
+    try:
+        return stack_path(checkpoint).stat().st_mtime
+    except (OSError, StackError):
+        return 0.0
+
+
+def leave() -> None:
+    """Remove the example pictures; for an end of the process that runs no cleanup."""
+    _examples().cleanup()
 
 
 @functools.cache

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from ..errors import ContinualLoraError
 from ..operations import NAMES
+from ..presets import METHODS
 
 METHOD_LABELS = {
     "Recommended: hold what earlier prompts do": "retention",
@@ -14,7 +15,10 @@ _LABELS = {
     "checkpoint": "Checkpoint",
     "images": "Pictures of the thing",
     "token": "Word",
-    "only": "Word",
+    "only": "Words",
+    "prompts": "Prompt",
+    "method": "Method",
+    "count": "Pictures",
     "noun": "Class noun",
     "stack": "Stack",
     "version": "Version",
@@ -36,6 +40,16 @@ _LABELS = {
     "import": "import, on the command line",
     "merge": "merge, on the command line",
 }
+
+
+def methods() -> list[str]:
+    """All methods as the page lists them: the labels, then the names of those without one."""
+    return [*METHOD_LABELS, *(name for name in METHODS if name not in METHOD_LABELS.values())]
+
+
+def method_of(listed: str) -> str:
+    """The method's name."""
+    return METHOD_LABELS.get(listed, listed)
 
 
 def label_of(name: str) -> str:

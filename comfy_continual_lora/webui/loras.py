@@ -8,7 +8,7 @@ from pathlib import Path
 from safetensors import SafetensorError, safe_open
 
 from ..areas import FINE
-from ..files import PRESET, TOKEN, WORDS
+from ..files import PRESET, TOKEN, WORDS, stack_stem
 
 _LONGEST = 200  # characters of a class noun
 
@@ -29,3 +29,11 @@ def words_of(path: Path) -> tuple[dict[str, str], str]:
         if not TOKEN.fullmatch(word) or not isinstance(noun, str) or len(noun) > _LONGEST:
             return {}, ""
     return words, preset
+
+
+def newest_lora(folder: Path, stack: Path, token: str) -> Path | None:
+    """The newest exported LoRA of a stack that knows the word; None if there is none."""
+    start = stack_stem(stack)
+    found = [path for path in folder.glob("*.safetensors") if path.name.startswith(f"{start}-")]
+    known = [path for path in found if token in words_of(path)[0]]
+    return max(known, key=lambda path: path.stat().st_mtime, default=None)

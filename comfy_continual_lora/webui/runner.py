@@ -22,8 +22,8 @@ class JobRunner:
     """Runs one job at a time.
 
     `around` is a context manager around each job (the host's GPU lock), `follow` is called a few
-    times a second while it runs, `ended` afterwards. `tidy` is called when a job has ended, before
-    its end is shown, and after one that could not be started.
+    times a second while it runs, `ended` afterwards, and then `after`, when another may start. `tidy`
+    is called when a job has ended, before its end is shown, and after one that could not be started.
     """
 
     def __init__(self, python: Callable[[], str]) -> None:
@@ -31,6 +31,7 @@ class JobRunner:
         self.around: Callable[[Job], AbstractContextManager[Any]] = nullcontext
         self.follow: Callable[[Job], object] = nothing
         self.ended: Callable[[Job], object] = nothing
+        self.after: Callable[[Job], object] = nothing
         self.tidy: Callable[[Job], object] = nothing
         self.job: Job | None = None
         self._lock, self._complaint = threading.Lock(), ""
@@ -75,6 +76,7 @@ class JobRunner:
             job.fail(str(error) or type(error).__name__)
         finally:
             self._quietly(self.ended, job)
+            self._quietly(self.after, job)
 
     def _quietly(self, call: Callable[[Job], object], job: Job) -> None:
         """A failure in the host's callbacks must not end the job; it is logged once."""

@@ -99,6 +99,13 @@ def _state(job: Job, say: Say, names: Mapping[str, str] | None) -> str:
     return line
 
 
+def _in_unit(seconds: float) -> tuple[float, str]:
+    """A time in the unit that suits it."""
+    units = (("hours", 3600), ("minutes", 60), ("seconds", 1))
+    unit, size = next(one for one in units if seconds >= 2 * one[1] or one[1] == 1)
+    return seconds / size, unit
+
+
 def _failure(job: Job, say: Say, names: Mapping[str, str] | None) -> str:
     """What failed, after what was finished and stored before."""
     message = spelled(job.marked or job.message, names)
@@ -115,6 +122,28 @@ def _endings(results: Mapping[str, Any], say: Say) -> list[str]:
         if name in results:
             paragraphs += sentences(results[name], say)
     return paragraphs
+
+
+def _planned(result: Mapping[str, Any], say: Say) -> list[str]:
+    least, most = result["seconds"]
+    count, unit = _in_unit(most)
+    few = least / most * count
+    time = (
+        f"{few:,.0f} to {count:,.0f} {unit}"
+        if round(few) < round(count)
+        else f"{count:,.0f} {unit}"
+    )
+    gigabytes = result["peak"] / 1e9
+    return [
+        f"**About {time}** of learning and at least {gigabytes:,.1f} GB of memory on "
+        f"{say(result['device'])}, at {result['size']} x {result['size']} pixels. The stack takes "
+        f"{result['stack_file'] / 1e6:,.0f} MB, an export {result['exported'] / 1e6:,.1f} MB."
+    ]
+
+
+def _drawn(result: Mapping[str, Any], say: Say) -> list[str]:
+    files = result["files"]
+    return [f"**Drawn.** The pictures are in {say(Path(files[0]).parent)}."] if files else []
 
 
 def _learned(result: Mapping[str, Any], say: Say) -> list[str]:
@@ -174,10 +203,13 @@ def _exported(result: Mapping[str, Any], say: Say) -> list[str]:
         return ["No concept is left to export.", *notes]
     lora = say(f"<lora:{Path(result['lora']).stem}:1>") if result["lora"] else ""
     prompt = say(f"a photo of a {result['triggers'][-1]}")
-    return [f"Prompts know it now: *{prompt}* {lora}".rstrip(), *notes]
+    folder = f" The files are in {say(Path(result['lora']).parent)}." if result["lora"] else ""
+    return [f"Prompts know it now: *{prompt}* {lora}".rstrip() + folder, *notes]
 
 
 _ENDINGS: dict[str, Callable[[Mapping[str, Any], Say], list[str]]] = {
+    "plan": _planned,
+    "draw": _drawn,
     "learn": _learned,
     "consolidate": _consolidated,
     "closed_form": _solved,
@@ -212,6 +244,13 @@ def history(versions: Sequence[Version]) -> str:
         for name in ("version", "date", "change", "holds", "size", "")
     )
     return f"<table><tr>{head}</tr>{''.join(rows)}</table>" if rows else "<p>No version yet.</p>"
+
+
+def name_of(concept: Mapping[str, Any]) -> str:
+    """How prompts name a concept of a stack's header."""
+    if concept["with_noun"]:
+        return f"{concept['token']} {concept['noun']}"
+    return concept["token"]
 
 
 def picture_of(encoded: str | None) -> Image.Image | None:

@@ -1,5 +1,5 @@
-"""The tab's layout: pictures, word and class noun, Learn; the stack's concepts; consolidate, score,
-evaluate, export, undo. gradio 3.41 to 6.
+"""The page's layout: what to learn at the left, what is known at the right - cards, drawing, checks,
+history. gradio 3.41 to 6.
 
 `build(host, page)` creates the components inside an open `gr.Blocks` and connects them with
 `Handlers`.
@@ -15,10 +15,22 @@ import gradio as gr
 
 from ..fields import help_of
 from ..settings import LearnSettings
-from .handlers import ADVANCED, ASKING, HAS_TIMER, OUTPUTS, Handlers
+from .cards import STYLE
+from .handlers import (
+    ADVANCED,
+    ASKING,
+    CARDS,
+    CHIPS,
+    DEFAULTS,
+    HAS_TIMER,
+    OUTPUTS,
+    PICTURES,
+    SLOTS,
+    STACK,
+    Handlers,
+)
 from .host import Host
-from .labels import METHOD_LABELS, label_of
-from .shown import status
+from .labels import label_of, methods
 
 # gradio 3 has no timer, so a script presses a button while that reads "busy" and the page is
 # visible. No handler may run long: in gradio 3, one whose page was closed keeps the server from
@@ -29,102 +41,146 @@ _PULSE = """() => {
   const isBusy = () => button()?.textContent.includes("busy") && !document.hidden;
   setInterval(() => isBusy() && button().click(), 1000);
 }"""
-# defaults that differ in the tab: previews while learning are worth their time
-DEFAULTS: dict[str, Any] = {"preview_every": 50}
+# The web UI's own page: its prompt, and its way to the tab. Empty prompts are refusals.
+_SEND = """(prompt) => {
+  if (!prompt) return;
+  const field = document.querySelector("#txt2img_prompt textarea");
+  field.value = prompt;
+  field.dispatchEvent(new Event("input", {bubbles: true}));
+  if (window.switch_to_txt2img) window.switch_to_txt2img();
+}"""
+_JS = "_js" if gr.__version__.startswith("3.") else "js"
 
 
 def build(host: Host, page: gr.Blocks) -> None:
-    """Create the tab's components inside the open `page`, and connect their events."""
+    """Create the page's components inside the open `page`, and connect their events."""
     handlers, parts = Handlers(host), SimpleNamespace()
-    names = list(host.checkpoints())
-    first = handlers.stack_shown(names[0], "") if names else ["", ""]
-    with gr.Row():
-        with gr.Column():
-            _environment(parts, handlers.environment_shown())
-            _what_to_learn(parts, names)
-            _how_to_learn(parts, host)
-            _for_experts(parts)
-        with gr.Column():
-            _what_is_shown(parts, host, first[0])
-            _actions(parts)
-            _question(parts)
-            _history(parts, first[1])
-    parts.mark, parts.pending = gr.State(""), gr.State(None)
-    parts.pulse = _pulse()
+    gr.HTML(f"<style>{STYLE}</style>", elem_id="continual_lora_style")
+    parts.mark, parts.pending = gr.State(("", "")), gr.State(None)
+    parts.first, parts.tokens, parts.names = gr.State(0), gr.State([]), gr.State([])
+    with gr.Column(elem_id="continual_lora_page"):
+        _environment(parts, handlers.environment_shown())
+        with gr.Row():
+            with gr.Column(min_width=340):
+                _what_to_learn(parts, host)
+                _learning(parts)
+                _for_experts(parts, host)
+            with gr.Column(min_width=340):
+                _known(parts, host)
+                _drawing(parts)
+                _checks(parts)
+                _history(parts)
+        parts.pulse = _pulse()
     _connect_jobs(parts, handlers, page)
+    _connect_cards(parts, handlers)
     _connect_questions(parts, handlers)
     _connect_pulse(parts, handlers, page)
     _connect_inputs(parts, handlers)
 
 
-# --- components ----------------------------------------------------------------------------------
+def _text(name: str, value: str = "", **rest: Any) -> Any:
+    """Markdown under our ids."""
+    return gr.Markdown(value, elem_id=f"continual_lora_{name}", latex_delimiters=[], **rest)
+
+
+def _button(name: str, text: str, **rest: Any) -> Any:
+    return gr.Button(text, elem_id=f"continual_lora_{name}", **rest)
+
+
+# --- learning ------------------------------------------------------------------------------------
 
 
 def _environment(parts: SimpleNamespace, lacks: str) -> None:
-    with gr.Group(visible=bool(lacks)):
-        parts.environment = gr.Markdown(lacks, latex_delimiters=[])
-        parts.prepare = gr.Button("Prepare environment")
+    with gr.Group(visible=bool(lacks)) as parts.lacking:
+        parts.environment = _text("environment", lacks)
+        parts.prepare = _button("prepare", "Prepare environment")
 
 
-def _what_to_learn(parts: SimpleNamespace, names: list[str]) -> None:
+def _what_to_learn(parts: SimpleNamespace, host: Host) -> None:
+    gr.Markdown("### Learn something new")
+    names, chosen = list(host.checkpoints()), host.preferred()[0]
     with gr.Row():
         parts.checkpoint = gr.Dropdown(
             names,
-            value=names[0] if names else None,
+            value=chosen or None,
             label=label_of("checkpoint"),
             elem_id="continual_lora_checkpoint",
+            scale=4,
         )
-        parts.refresh = gr.Button("Refresh", scale=0)
+        parts.refresh = _button("refresh", "Refresh", scale=1, min_width=80)
     parts.files = gr.File(
         file_count="multiple",
-        label=f"{label_of('images')}, 3 to 15, with their captions (a.txt) and masks (a.mask.png: white is "
-        "learned from) if there are any",
+        label=f"{label_of('images')}, 3 to 15; captions (a.txt) and masks (a.mask.png: white is learned "
+        "from), if there are any",
         elem_id="continual_lora_files",
+        height=150,
     )
-    parts.gallery = gr.Gallery(label="Pictures", columns=5, height=160)
-    parts.inventory = gr.Markdown("", elem_id="continual_lora_inventory", latex_delimiters=[])
-    parts.example = gr.Button(
-        "Example pictures, to try it on the mini-SD", elem_id="continual_lora_example"
-    )
+    parts.inventory = _text("inventory")
+    with gr.Row():
+        for number in range(SLOTS):
+            with gr.Column(
+                visible=False, min_width=130, elem_id=f"continual_lora_slot_{number}"
+            ) as slot:
+                thumb = gr.HTML("")
+                caption = gr.Textbox(
+                    "",
+                    lines=2,
+                    label=f"Caption of picture {number + 1}",
+                    show_label=False,
+                    placeholder="caption, if any",
+                    elem_id=f"continual_lora_caption_{number}",
+                )
+            for kind, part in (("slot", slot), ("thumb", thumb), ("caption", caption)):
+                setattr(parts, f"{kind}_{number}", part)
     with gr.Row():
         parts.token = gr.Textbox(
-            "V1",
+            "",
             label=label_of("token"),
             info="new; prompts use it from now on",
             elem_id="continual_lora_token",
+            min_width=120,
         )
         parts.noun = gr.Textbox(
             "",
             label=label_of("noun"),
             info="what kind of thing it is, such as teapot or dog",
             elem_id="continual_lora_noun",
+            min_width=120,
         )
 
 
-def _how_to_learn(parts: SimpleNamespace, host: Host) -> None:
-    parts.method = gr.Radio(list(METHOD_LABELS), value=host.default_method(), label="Method")
-    parts.replace = gr.Checkbox(
-        value=False,
-        label=label_of("replace"),
-        info="the old one stays until the new one is stored",
-        elem_id="continual_lora_replace",
-    )
+def _learning(parts: SimpleNamespace) -> None:
     with gr.Row():
-        parts.learn = gr.Button(
-            label_of("learn"), variant="primary", elem_id="continual_lora_learn"
+        parts.learn = _button("learn", "Learn", variant="primary", scale=2, min_width=120)
+        parts.estimate = _button("estimate", "How long?", min_width=80)
+        parts.stop = _button("stop", "Stop", interactive=False, min_width=80)
+    parts.changed = _text("changed")
+    parts.bar = gr.HTML("", elem_id="continual_lora_bar")
+    parts.status = _text("status")
+    with gr.Row():
+        parts.preview = gr.Image(
+            label="Preview: the new concept, and the first one",
+            type="pil",
+            height=220,
+            visible=False,
         )
-        parts.stop = gr.Button("Stop", elem_id="continual_lora_stop")
+        parts.losses = gr.Image(label="Loss", type="pil", height=220, visible=False)
+    parts.example = _button("example", "Example pictures, to try it on the mini-SD", size="sm")
 
 
-def _for_experts(parts: SimpleNamespace) -> None:
-    with gr.Accordion("Captions, and settings for experts", open=False):
-        parts.captions = gr.Dataframe(
-            headers=["picture", "caption"],
-            type="array",
-            interactive=True,
-            elem_id="continual_lora_captions",
-            label="Captions: type one beside a picture, or drop its .txt with it; prompts are made "
-            "up for pictures without one",
+def _for_experts(parts: SimpleNamespace, host: Host) -> None:
+    with gr.Accordion("Method, and settings for experts", open=False):
+        parts.method = gr.Dropdown(
+            methods(),
+            value=host.default_method(),
+            label=label_of("method"),
+            elem_id="continual_lora_method",
+        )
+        parts.replace = gr.Checkbox(
+            value=False,
+            label=label_of("replace"),
+            info="the old one stays until the new one is stored",
+            elem_id="continual_lora_replace",
         )
         parts.stack = gr.Textbox(
             "",
@@ -147,6 +203,7 @@ def _setting(name: str) -> Any:
         "label": label_of(name),
         "info": help_of(field),
         "elem_id": f"continual_lora_{name}",
+        "min_width": 150,
     }
     if choices and default is None:
         return gr.Dropdown(["auto", *choices], value="auto", **rest)
@@ -159,28 +216,98 @@ def _setting(name: str) -> Any:
     return gr.Number(value=default or 0, precision=0 if kind == "int" else None, **rest)
 
 
-def _what_is_shown(parts: SimpleNamespace, host: Host, concepts: str) -> None:
-    parts.status = gr.Markdown(
-        status(host.runner.job), elem_id="continual_lora_status", latex_delimiters=[]
-    )
-    parts.preview = gr.Image(
-        label="Preview: the new concept, and the first one", type="pil", height=220
-    )
-    parts.losses = gr.Image(label="Loss", type="pil", height=220)
-    parts.chart = gr.Image(label="Chart", type="pil", visible=False)
-    parts.concepts = gr.HTML(concepts, elem_id="continual_lora_concepts")
+# --- what is known -------------------------------------------------------------------------------
 
 
-def _actions(parts: SimpleNamespace) -> None:
+def _known(parts: SimpleNamespace, host: Host) -> None:
+    gr.Markdown("### What it knows")
+    parts.none = gr.HTML("", elem_id="continual_lora_none")
+    with gr.Row(elem_id="continual_lora_concepts"):
+        for number in range(CARDS):
+            _card(parts, host, number)
+    parts.more = _button("more", "Show others", visible=False, size="sm")
+    with gr.Group(visible=False, elem_id="continual_lora_asking") as parts.asking:
+        parts.question = _text("question")
+        with gr.Row():
+            parts.yes = _button("yes", "Yes", variant="stop")
+            parts.no = _button("no", "Cancel")
+    parts.said_bar = gr.HTML("", elem_id="continual_lora_said_bar")
+    parts.said = _text("said")
+    parts.downloads = gr.File(
+        label="Exported files",
+        file_count="multiple",
+        interactive=False,
+        visible=False,
+        elem_id="continual_lora_downloads",
+    )
+
+
+def _card(parts: SimpleNamespace, host: Host, number: int) -> None:
+    """A concept with what can be done to it; the card's face is HTML."""
+    with gr.Column(visible=False, min_width=200, elem_id=f"continual_lora_card_{number}") as card:
+        face = gr.HTML("")
+        with gr.Row():
+            small: dict[str, Any] = {"size": "sm", "min_width": 60}
+            draw = _button(f"draw_{number}", "Draw", **small)
+            export = _button(f"export_{number}", "Export", **small)
+            forget = _button(f"forget_{number}", "Forget ...", **small)
+        send = _button(f"send_{number}", "Send to txt2img", visible=host.sends_prompts, **small)
+    for kind, part in (
+        ("card", card),
+        ("face", face),
+        ("draw", draw),
+        ("export", export),
+        ("forget", forget),
+        ("send", send),
+    ):
+        setattr(parts, f"{kind}_{number}", part)
+
+
+def _drawing(parts: SimpleNamespace) -> None:
+    gr.Markdown("### Draw")
+    parts.prompt = gr.Textbox(
+        "",
+        lines=2,
+        label=label_of("prompts"),
+        info="may name several learned things; each line is a prompt of its own",
+        elem_id="continual_lora_prompt",
+    )
     with gr.Row():
-        parts.consolidate = gr.Button(label_of("consolidate"))
-        parts.closed_form = gr.Button(label_of("closed_form"))
-        parts.scores = gr.Button(label_of("scores"))
-        parts.evaluate = gr.Button(label_of("evaluate"))
+        for number in range(CHIPS):
+            chip = _button(f"chip_{number}", "", visible=False, size="sm", min_width=120)
+            setattr(parts, f"chip_{number}", chip)
     with gr.Row():
-        parts.export = gr.Button(label_of("export"), elem_id="continual_lora_export")
-        parts.export_some = gr.Button(
-            "Export only the words on the left", elem_id="continual_lora_some"
+        parts.count = gr.Number(
+            4, precision=0, label=label_of("count"), elem_id="continual_lora_count", min_width=90
+        )
+        parts.sampling = gr.Number(
+            25, precision=0, label="Sampling steps", elem_id="continual_lora_sampling", min_width=90
+        )
+        parts.drawn_seed = gr.Number(
+            -1,
+            precision=0,
+            label="Seed (-1: any)",
+            elem_id="continual_lora_drawn_seed",
+            min_width=90,
+        )
+    parts.negative = gr.Textbox(
+        "", label="What not to draw", lines=1, elem_id="continual_lora_negative"
+    )
+    with gr.Row():
+        parts.draw = _button("draw", "Draw", variant="primary", scale=2, min_width=120)
+        parts.halt = _button("halt", "Stop", interactive=False, min_width=80)
+    parts.gallery = gr.Gallery(
+        label="Drawn", columns=4, visible=False, elem_id="continual_lora_gallery"
+    )
+
+
+def _checks(parts: SimpleNamespace) -> None:
+    with gr.Accordion("Export all, check and consolidate", open=False):
+        parts.words = gr.Textbox(
+            "",
+            label=label_of("only"),
+            info="to export alone, in one LoRA solved for them, such as V1, V3; empty: all",
+            elem_id="continual_lora_words",
         )
         parts.remove_superseded = gr.Checkbox(
             value=False,
@@ -188,29 +315,26 @@ def _actions(parts: SimpleNamespace) -> None:
             info="exports of the same concepts of this stack; otherwise they are listed",
             elem_id="continual_lora_remove_superseded",
         )
-    with gr.Row():
-        parts.undo = gr.Button(f"{label_of('undo')} ...", elem_id="continual_lora_undo")
-        parts.forget = gr.Button(f"{label_of('forget')} ...", elem_id="continual_lora_forget")
-
-
-def _question(parts: SimpleNamespace) -> None:
-    with gr.Group(visible=False, elem_id="continual_lora_asking") as parts.asking:
-        parts.question = gr.Markdown("", latex_delimiters=[], elem_id="continual_lora_question")
+        parts.export = _button("export", "Export")
         with gr.Row():
-            parts.yes = gr.Button("Yes", variant="stop", elem_id="continual_lora_yes")
-            parts.no = gr.Button("Cancel", elem_id="continual_lora_no")
+            parts.evaluate = _button("evaluate", "How much is kept?", min_width=140)
+            parts.scores = _button("scores", "Which concept is in the pictures?", min_width=140)
+        with gr.Row():
+            parts.closed_form = _button("closed_form", "Consolidate (closed form)", min_width=140)
+            parts.consolidate = _button("consolidate", "Consolidate (DSC)", min_width=140)
+        gr.Markdown("DSC and the question of pictures take the pictures dropped under Learn.")
+        parts.chart = gr.Image(label="Chart", type="pil", visible=False)
 
 
-def _history(parts: SimpleNamespace, versions: str) -> None:
-    with gr.Accordion(label_of("history"), open=False):
-        parts.history = gr.HTML(versions, elem_id="continual_lora_history")
+def _history(parts: SimpleNamespace) -> None:
+    with gr.Accordion("History: undo, go back", open=False):
+        parts.undo = _button("undo", "Undo the last change ...")
+        parts.history = gr.HTML("", elem_id="continual_lora_history")
         with gr.Row():
             parts.version = gr.Number(
                 value=1, precision=0, label=label_of("version"), elem_id="continual_lora_version"
             )
-            parts.restore = gr.Button(
-                f"{label_of('restore')} ...", elem_id="continual_lora_restore"
-            )
+            parts.restore = _button("restore", "Go back to this version ...")
 
 
 def _pulse() -> Any:
@@ -226,64 +350,100 @@ def _outputs(parts: SimpleNamespace, names: tuple[str, ...] = OUTPUTS) -> list[A
     return [getattr(parts, name) for name in names]
 
 
+def _place(parts: SimpleNamespace) -> list[Any]:
+    return [parts.checkpoint, parts.stack, parts.first]
+
+
+def _captions(parts: SimpleNamespace) -> list[Any]:
+    return [getattr(parts, f"caption_{number}") for number in range(SLOTS)]
+
+
 def _connect_jobs(parts: SimpleNamespace, handlers: Handlers, page: gr.Blocks) -> None:
-    place, files = [parts.checkpoint, parts.stack], parts.files
-    learning = [files, parts.captions, parts.token, parts.noun, parts.method, parts.replace]
+    place, files, captions = _place(parts), parts.files, _captions(parts)
+    words = [parts.token, parts.noun, parts.method, parts.replace]
+    learning = [*place, files, parts.names, *words, *parts.advanced, *captions]
+    how = [parts.count, parts.sampling, parts.drawn_seed, parts.negative]
     for event, handler, inputs in (
-        (parts.learn.click, handlers.learn, [*place, *learning, *parts.advanced]),
+        (parts.learn.click, handlers.learn, learning),
+        (parts.estimate.click, handlers.estimate, learning),
         (
             parts.consolidate.click,
             handlers.consolidate,
-            [*place, files, parts.captions, *parts.advanced],
+            [*place, files, parts.names, *parts.advanced, *captions],
         ),
         (parts.closed_form.click, handlers.closed_form, place),
         (parts.scores.click, handlers.scores, [*place, files]),
         (parts.evaluate.click, handlers.evaluate, place),
-        (parts.export.click, handlers.export, [*place, parts.remove_superseded]),
         (
-            parts.export_some.click,
-            handlers.export_some,
-            [*place, parts.remove_superseded, parts.token],
+            parts.export.click,
+            handlers.export,
+            [*place, parts.remove_superseded, parts.words],
         ),
+        (parts.draw.click, handlers.draw, [*place, parts.prompt, *how]),
         (parts.stop.click, handlers.stop, place),
+        (parts.halt.click, handlers.stop, place),
         (parts.prepare.click, handlers.prepare, place),
-        (page.load, handlers.view, place),  # opened, or opened again, while a job runs
     ):
         event(handler, inputs, _outputs(parts))
+    # opened, or opened again, whatever happened meanwhile
+    page.load(handlers.load, None, [parts.checkpoint, parts.stack, *_outputs(parts)])
+
+
+def _connect_cards(parts: SimpleNamespace, handlers: Handlers) -> None:
+    place, outputs = _place(parts), _outputs(parts)
+    how = [parts.count, parts.sampling, parts.drawn_seed, parts.negative]
+    named = [parts.checkpoint, parts.stack, parts.tokens]
+    asking = _outputs(parts, (*OUTPUTS, *ASKING))
+    sent = gr.Textbox("", visible=False)
+    script: dict[str, Any] = {_JS: _SEND}
+    for number in range(CARDS):
+        draw, export, forget, send = (
+            getattr(parts, f"{kind}_{number}") for kind in ("draw", "export", "forget", "send")
+        )
+        draw.click(handlers.draw_card(number), [*place, parts.tokens, *how], outputs)
+        export.click(
+            handlers.export_card(number), [*place, parts.tokens, parts.remove_superseded], outputs
+        )
+        forget.click(handlers.ask_forget(number), named, asking)
+        if handlers.host.sends_prompts:
+            done = send.click(handlers.send_card(number), named, [sent, parts.said])
+            done.then(None, sent, None, **script)
+    for number in range(CHIPS):
+        chip = getattr(parts, f"chip_{number}")
+        chip.click(lambda prompt: prompt, chip, parts.prompt)
+    turned = [parts.first, *_outputs(parts, STACK)]
+    parts.more.click(handlers.turn, place, turned)
 
 
 def _connect_questions(parts: SimpleNamespace, handlers: Handlers) -> None:
     place, outputs = [parts.checkpoint, parts.stack], _outputs(parts, (*OUTPUTS, *ASKING))
     parts.undo.click(handlers.ask("undo"), place, outputs)
-    parts.forget.click(handlers.ask("forget"), [*place, parts.token], outputs)
     parts.restore.click(handlers.ask("restore"), [*place, parts.version], outputs)
-    parts.yes.click(handlers.confirm, [*place, parts.pending], outputs)
+    parts.yes.click(handlers.confirm, [*_place(parts), parts.pending], outputs)
     parts.no.click(handlers.not_asked, None, _outputs(parts, ASKING))
 
 
 def _connect_pulse(parts: SimpleNamespace, handlers: Handlers, page: gr.Blocks) -> None:
-    inputs, outputs = [parts.checkpoint, parts.stack, parts.mark], _outputs(parts)
+    inputs = [*_place(parts), parts.mark, parts.token, parts.replace]
+    outputs = _outputs(parts)
     if HAS_TIMER:
         parts.pulse.tick(handlers.look, inputs, outputs, show_progress="hidden")
         return
     parts.pulse.click(handlers.look, inputs, outputs, show_progress="hidden", queue=False)
-    script: dict[str, Any] = {"_js": _PULSE}
+    script: dict[str, Any] = {_JS: _PULSE}
     page.load(None, None, None, **script)
 
 
 def _connect_inputs(parts: SimpleNamespace, handlers: Handlers) -> None:
-    host, place = handlers.host, [parts.checkpoint, parts.stack]
-
-    def other_stack(checkpoint: str, name: str) -> list[Any]:
-        return [*handlers.stack_shown(checkpoint, name), *handlers.not_asked()]
-
+    host = handlers.host
     parts.example.click(host.example, parts.token, [parts.files, parts.noun])
-    parts.files.change(
-        handlers.thumbnails,
-        [parts.files, parts.captions],
-        [parts.gallery, parts.captions, parts.inventory],
-    )
-    parts.refresh.click(lambda: gr.update(choices=list(host.checkpoints())), None, parts.checkpoint)
-    shown = _outputs(parts, ("concepts", "history", *ASKING))
-    for changed in place:
-        changed.change(other_stack, place, shown)
+    fit = parts.advanced[ADVANCED.index("fit")]
+    dropped = [parts.files, parts.names, fit, *_captions(parts)]
+    for changed in (parts.files, fit):
+        changed.change(handlers.pictures, dropped, _outputs(parts, PICTURES))
+    parts.refresh.click(handlers.refresh, parts.checkpoint, parts.checkpoint)
+    shown = [parts.first, *_outputs(parts, (*STACK, "token", *ASKING))]
+    for changed in (parts.checkpoint, parts.stack):
+        changed.change(handlers.other_stack, [parts.checkpoint, parts.stack, parts.token], shown)
+    for setting in (parts.method, *parts.advanced):
+        setting.change(handlers.changed, [parts.method, *parts.advanced], parts.changed)

@@ -5,11 +5,12 @@ from __future__ import annotations
 import dataclasses
 import os
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from PIL import Image
+from PIL import Image, ImageChops
 
 from .. import imagefile
 from ..errors import ConceptImagesError
@@ -53,52 +54,69 @@ def picture_at(path: Path | str, side: int = 10_000) -> Image.Image | None:
     return picture
 
 
-def found_in(files: Sequence[Any] | None, captions: Sequence[Sequence[Any]] | None) -> list[Sent]:
-    """The uploaded pictures with their captions, from the table if it has a row for them, and their
-    masks.
+def found_in(files: Sequence[Any] | None, typed: Mapping[str, str]) -> list[Sent]:
+    """The uploaded pictures with their captions - those `typed` for a name, if there are any, else
+    the ones uploaded with them - and their masks.
 
     Errors: ValueError as `uploaded`, and if there is no picture; ConceptImagesError.
     """
-    found, written = sorted_out(uploaded(files)), typed(captions)
+    found = sorted_out(uploaded(files))
     if not found.pictures:
         raise ValueError(f"No pictures yet: drop 3 to 15 pictures of the thing{found.rest()}.")
     return [
         Sent(
             one.file.name,
             one.file.read_bytes(),
-            written.get(one.file.name, one.caption or "").strip(),
+            typed.get(one.file.name, one.caption or "").strip(),
             one.mask.read_bytes() if one.mask else None,
         )
         for one in found.pictures
     ]
 
 
-def thumbnails(
-    files: Sequence[Any] | None, captions: Sequence[Sequence[Any]] | None
-) -> tuple[list[tuple[Image.Image, str]], list[list[str]], str]:
-    """Thumbnails with their names; a row of the caption table for each picture, with the caption
-    typed for that name before, or else the one dropped with it; and what was dropped, in words.
+@dataclass(frozen=True)
+class Dropped:
+    """A picture with its caption; `image` is None if it can't be read."""
+
+    name: str
+    caption: str
+    image: Image.Image | None
+
+
+def dropped(
+    files: Sequence[Any] | None, typed: Mapping[str, str], fit: str = "crop"
+) -> tuple[list[Dropped], str]:
+    """The uploaded pictures, with the caption typed for a name before, or else the one uploaded with
+    it, and what was uploaded, in words. What is not learned from is dark: outside the crop, or of
+    the mask.
 
     Errors: ValueError as `uploaded`; ConceptImagesError as `read_caption`.
     """
-    found, written = sorted_out(uploaded(files)), typed(captions)
-    pictures, rows, problems = [], [], []
+    found = sorted_out(uploaded(files))
+    pictures, problems = [], []
     for one in found.pictures:
-        rows.append([one.file.name, written.get(one.file.name) or one.caption or ""])
-        picture = picture_at(one.file, 400)
-        if picture is None:
+        caption = typed.get(one.file.name) or one.caption or ""
+        image = picture_at(one.file, 400)
+        if image is None:
             problems.append((one.file.name, "can't be read as a picture; replace or remove it"))
         else:
-            pictures.append((picture, one.file.name))
+            image = _learned_from(image, picture_at(one.mask) if one.mask else None, fit)
+        pictures.append(Dropped(one.file.name, caption, image))
     told = found.notes() if found.pictures else [found.summary()] if files else []
-    return pictures, rows, "\n".join([*told, *sentences(problems)])
+    return pictures, "\n".join([*told, *sentences(problems)])
 
 
-def typed(captions: Sequence[Sequence[Any]] | None) -> dict[str, str]:
-    """The caption table by picture. A user may have added columns; without pictures, older gradio
-    versions have a row without columns.
-    """
-    return {str(row[0]): str(row[1] or "") for row in captions or () if len(row) > 1}
+def _learned_from(image: Image.Image, mask: Image.Image | None, fit: str) -> Image.Image:
+    """The picture with all dark that is not learned from."""
+    image, kept = image.convert("RGB"), Image.new("L", image.size, 255)
+    if fit == "crop":
+        side = min(image.size)
+        left, top = (image.width - side) // 2, (image.height - side) // 2
+        kept = Image.new("L", image.size)
+        kept.paste(255, (left, top, left + side, top + side))
+    if mask is not None:
+        kept = ImageChops.multiply(kept, mask.convert("L").resize(image.size))
+    return Image.composite(image, image.point([value // 4 for value in range(256)] * 3), kept)
 
 
 def settings_of(kind: type, names: Sequence[str], values: Sequence[Any]) -> dict[str, Any]:
