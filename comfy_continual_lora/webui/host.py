@@ -186,7 +186,7 @@ class Host:
         ]
 
     def free_word(self, stack: Path) -> str:
-        """The next word that is neither learned nor being learned: V1, V2, ... Errors: ValueError."""
+        """The next word that is neither learned nor being learned: V1, V2, ... Errors: StackError."""
         tokens = [one["token"] for one in concepts_of(stack)] + self.in_work(stack)
         taken = {token.lower() for token in tokens}
         return next(word for n in itertools.count(1) if (word := f"V{n}").lower() not in taken)
@@ -197,7 +197,7 @@ class Host:
         try:
             if job.results and stack.name:
                 self.album.add(stack, concepts_of(stack), job)
-        except (OSError, ValueError):
+        except (OSError, ValueError, StackError):
             logging.exception("continual-lora: the drawings could not be kept")
         self.copies.tidy(shown=_chart_folders(job))
 
