@@ -4,25 +4,30 @@
 
 from __future__ import annotations
 
+import base64
 import contextlib
 import dataclasses
 import html
 import http.client
+import io
 import json
 import os
 import re
+import shutil
+import signal
 import subprocess
 import sys
+import threading
 import time
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from helpers_browser import CHROMIUM, page, type_beside, wait_for_text
+from helpers_browser import CHROMIUM, page, wait_for_text
 from helpers_server import free_port
 from helpers_webui import asks_first, fill_settings
 from PIL import Image
@@ -36,9 +41,21 @@ from comfy_continual_lora.operations import OPERATIONS  # noqa: E402
 from comfy_continual_lora.requests import LearnRequest, parse  # noqa: E402
 from comfy_continual_lora.settings import LearnSettings  # noqa: E402
 from comfy_continual_lora.store import read_records  # noqa: E402
-from comfy_continual_lora.webui import alone, host, shown, uploads  # noqa: E402
+from comfy_continual_lora.webui import alone, cards, host, shown, uploads  # noqa: E402
+from comfy_continual_lora.webui import job as job_module  # noqa: E402
+from comfy_continual_lora.webui.album import Album  # noqa: E402
 from comfy_continual_lora.webui.environment import REQUIREMENTS  # noqa: E402
-from comfy_continual_lora.webui.handlers import ADVANCED, ASKING, OUTPUTS, Handlers  # noqa: E402
+from comfy_continual_lora.webui.handlers import (  # noqa: E402
+    ADVANCED,
+    ASKING,
+    CARDS,
+    DEFAULTS,
+    OUTPUTS,
+    PICTURES,
+    SLOTS,
+    STACK,
+    Handlers,
+)
 from comfy_continual_lora.webui.job import Job  # noqa: E402
 from comfy_continual_lora.webui.labels import METHOD_LABELS, label_of  # noqa: E402
 
@@ -53,10 +70,10 @@ def test_the_environment_asks_for_what_the_package_does() -> None:
 
 
 def test_widgets_become_the_settings_that_differ() -> None:
-    names = ("method", "steps", "flip", "rate", "checkpointing", "seed")
-    untouched = ("lora", 0, "auto", 0, False, 0)
-    assert uploads.settings_of(LearnSettings, names, untouched) == {"method": "lora"}
-    changed = (LearnSettings().method, 40.0, "no", 0.001, True, 3.0)
+    names = ("adapter", "steps", "flip", "rate", "checkpointing", "seed")
+    untouched = ("vera", 0, "auto", 0, False, 0)
+    assert uploads.settings_of(LearnSettings, names, untouched) == {"adapter": "vera"}
+    changed = (LearnSettings().adapter, 40.0, "no", 0.001, True, 3.0)
     assert uploads.settings_of(LearnSettings, names, changed) == {
         "steps": 40,
         "flip": False,
@@ -66,14 +83,18 @@ def test_widgets_become_the_settings_that_differ() -> None:
     }
 
 
-def test_the_table_reads_a_stack_without_torch(checkpoint: Path, pictures: Path) -> None:
+def test_a_card_shows_a_concept_of_a_stack(checkpoint: Path, pictures: Path) -> None:
     quick = LearnSettings(method="lora", steps=1, batch=1, rank=4, size=64)
     pipeline.learn_concept(LearnRequest(checkpoint, pictures, "V1", "<ball>", quick, device="cpu"))
     stack = host.stack_file(checkpoint)
     assert stack == stack_path(checkpoint)
-    table = shown.table(host.concepts_of(stack), {"V1 <ball>": 0.5})
-    assert "&lt;ball&gt;" in table
-    assert "50 %" in table
+    (concept,) = host.concepts_of(stack)
+    face = cards.card(concept, b"", 0.5)
+    assert "V1 &lt;ball&gt;" in face
+    assert "<ball>" not in face
+    assert "50 % kept" in face
+    assert face.count("data:image/jpeg;base64,") == 1
+    assert "not drawn yet" in face
     assert "learned V1 &lt;ball&gt;" in shown.history(host.versions_of(stack))
     assert host.versions_of(stack.with_name("none")) == []
     assert host.concepts_of(stack.with_name("none")) == []
@@ -83,14 +104,6 @@ def test_the_table_reads_a_stack_without_torch(checkpoint: Path, pictures: Path)
             read(stack)
     with pytest.raises(ValueError, match="only letters"):
         host.stack_file(checkpoint, "../up")
-
-
-def test_captions_are_read_whatever_columns_there_are() -> None:
-    assert uploads.typed([["0.png", "a ball", "more"], ["1.png", ""]]) == {
-        "0.png": "a ball",
-        "1.png": "",
-    }
-    assert uploads.typed([[]]) == {}  # gradio 3 after the pictures were cleared
 
 
 def test_every_state_of_a_job_is_described() -> None:
@@ -160,37 +173,72 @@ def test_what_is_clicked_reaches_the_worker(
     handlers: Handlers, pictures: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("GRADIO_TEMP_DIR", str(pictures.parent))
-    place = ("mini.safetensors", "")
+    place = ("mini.safetensors", "", 0)
     files = [str(path) for path in sorted(pictures.glob("*.png"))]
-    defaults = {f.name: f.default for f in dataclasses.fields(LearnSettings)}
-    values = ["auto" if name == "flip" else defaults[name] or 0 for name in ADVANCED]
+    names = [Path(file).name for file in files]
+    values = [*_untouched(), *("a caption" if n == 1 else "" for n in range(SLOTS))]
     paper = next(label for label, name in METHOD_LABELS.items() if name == "lora_dsc_ewc_dc")
-    words = (" V1 ", "ball", paper)
-    for replace in (False, True):
-        outputs = handlers.learn(*place, files, [], *words, replace, *values)
-        assert len(outputs) == len(OUTPUTS)
-        request = _request(handlers, "learn")
-        assert (request["token"], request["noun"], request["replace"]) == ("V1", "ball", replace)
-        assert request["settings"] == {"method": "lora_dsc_ewc_dc"}
-        assert handlers.host.runner.job
-        assert handlers.host.runner.job.wait(20)
+    for method, chosen in ((paper, "lora_dsc_ewc_dc"), ("lora_ewc", "lora_ewc")):
+        for replace in (False, True):
+            words = (" V1 ", "ball", method, replace)
+            outputs = handlers.learn(*place, files, names, *words, *values)
+            assert len(outputs) == len(OUTPUTS)
+            request = _request(handlers, "learn")
+            assert (request["token"], request["noun"], request["replace"]) == ("V1", "ball", replace)
+            assert request["settings"] == {"method": chosen, "preview_every": 50}
+            _wait(handlers)
+    handlers.estimate(*place, files, names, "V1", "ball", paper, False, *values)
+    job = handlers.host.runner.job
+    assert job
+    parse(LearnRequest, dict(job.jobs)["plan"])
+    _wait(handlers)
     for remove in (False, True):
         handlers.export(*place, remove)
         assert _request(handlers, "export")["remove_superseded"] is remove
-        assert handlers.host.runner.job.wait(20)
-        handlers.export_some(*place, remove, "V1, V2")
+        _wait(handlers)
+        handlers.export(*place, remove, "V1, V2")
         request = _request(handlers, "export")
         assert (request["only"], request["remove_superseded"]) == (["V1", "V2"], remove)
-        assert handlers.host.runner.job.wait(20)
+        _wait(handlers)
     for click, arguments, name in (
-        (handlers.consolidate, (files,), "consolidate"),
+        (handlers.consolidate, (files, names, "a caption"), "consolidate"),
         (handlers.closed_form, (), "closed_form"),
         (handlers.scores, (files,), "scores"),
         (handlers.evaluate, (), "evaluate"),
     ):
         click(*place, *arguments)
         assert _request(handlers, name)["checkpoint"].endswith("mini.safetensors")
-        assert handlers.host.runner.job.wait(20)
+        _wait(handlers)
+
+
+def test_each_line_of_the_prompt_is_drawn(handlers: Handlers) -> None:
+    place = ("mini.safetensors", "", 0)
+    handlers.draw(*place, "a V1 ball\n\n a V1 ball and a V2 box ", 2, 10, 7, " blurred ")
+    request = _request(handlers, "draw")
+    assert request["prompts"] == ["a V1 ball", "a V1 ball and a V2 box"]
+    assert request["settings"] == {"count": 2, "steps": 10, "seed": 7, "negative": "blurred"}
+    seeds = set()
+    for _ in range(3):
+        _wait(handlers)
+        handlers.draw(*place, "a V1 ball")
+        seeds.add(_request(handlers, "draw")["settings"]["seed"])
+    assert len(seeds) > 1
+    assert "No prompt yet" in _value(handlers.draw(*place, " "), "said")
+
+
+def _untouched() -> list[Any]:
+    """The values of the settings' widgets as the page begins."""
+    defaults = {f.name: f.default for f in dataclasses.fields(LearnSettings)} | DEFAULTS
+    return ["auto" if name == "flip" else defaults[name] or 0 for name in ADVANCED]
+
+
+def _wait(handlers: Handlers) -> None:
+    assert handlers.host.runner.job
+    assert handlers.host.runner.job.wait(20)
+
+
+def _value(outputs: list[Any], name: str) -> Any:
+    return outputs[OUTPUTS.index(name)]
 
 
 def test_what_is_dropped_is_used_or_named(
@@ -210,39 +258,229 @@ def test_what_is_dropped_is_used_or_named(
     files["IMG_2.HEIC"].write_bytes(b"\0\0\0\x18ftypheic" + bytes(99))
     files["cut.jpg"].write_bytes(files["a.jpg"].read_bytes()[:300])
     given = [str(file) for file in files.values()]
-    gallery, rows, told = handlers.thumbnails(given, [["b.PNG", "typed"]])
-    assert [name for _, name in gallery] == ["a.jpg", "b.PNG"]
-    assert gallery[0][0].mode == "RGB"
-    assert gallery[0][0].getpixel((5, 5))[0] > 200 > gallery[0][0].getpixel((5, 5))[2]
-    assert rows == [["a.jpg", "on a café's table"], ["b.PNG", "typed"], ["cut.jpg", ""]]
-    told = html.unescape(told).split("<br>")
+    pictures, told = uploads.dropped(given, {"b.PNG": "typed"})
+    assert [(one.name, one.caption) for one in pictures] == [
+        ("a.jpg", "on a café's table"),
+        ("b.PNG", "typed"),
+        ("cut.jpg", ""),
+    ]
+    image = pictures[0].image
+    assert image
+    assert image.getpixel((8, 5))[0] > 200 > image.getpixel((8, 5))[2]
+    assert image.getpixel((0, 5))[0] < 80  # outside the crop
+    assert uploads.dropped(given, {}, "pad")[0][0].image.getpixel((0, 5))[0] > 200  # type: ignore[union-attr]
+    assert pictures[2].image is None
+    told = told.splitlines()
     assert told[0] == (
         "3 pictures, 2 captions (.txt, .caption), 1 mask; left out: IMG_2.HEIC (convert it)"
     )
     assert told[-1].startswith("cut.jpg: can't be read as a picture")
     assert "cut.jpg can't be read" in html.unescape(
-        handlers.scores("mini.safetensors", "", given)[0]
+        _value(handlers.scores("mini.safetensors", "", 0, given), "said")
     )
-    assert handlers.thumbnails([], []) == [[], [], ""]
-    emptied = uploads.found_in(given[:-1], [["a.jpg", ""]])
+    emptied = uploads.found_in(given[:-1], {"a.jpg": ""})
     assert [one.caption for one in emptied] == ["", "dropped"]
-    sent = uploads.found_in(given[:-1], [["b.PNG", "typed"]])
+    sent = uploads.found_in(given[:-1], {"b.PNG": "typed"})
     assert [one.name for one in sent] == ["a.jpg", "b.PNG"]
     assert [one.caption for one in sent] == ["on a café's table", "typed"]
     assert [one.mask for one in sent] == [files["a.mask.png"].read_bytes(), None]
+    Image.new("L", (16, 12)).save(files["a.mask.png"])
+    masked = uploads.dropped(given, {})[0][0].image
+    assert masked
+    assert masked.getpixel((8, 5))[0] < 80
+
+
+def test_captions_stay_beside_their_pictures(
+    handlers: Handlers, pictures: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What was typed beside one goes with it when others are dropped; what is shown is escaped."""
+    monkeypatch.setenv("GRADIO_TEMP_DIR", str(pictures.parent))
+    files = [str(path) for path in sorted(pictures.glob("*.png"))]
+
+    def shown(outputs: list[Any], kind: str) -> list[Any]:
+        return [value for name, value in zip(PICTURES, outputs, strict=True) if kind in name]
+
+    first = handlers.pictures(files[1:], [], "crop", *[""] * SLOTS)
+    names, typed = first[0], ["", "typed", *[""] * (SLOTS - 2)]
+    again = handlers.pictures(files, names, "crop", *typed)
+    assert again[0] == [Path(file).name for file in files]
+    assert shown(again, "caption_")[: len(files)] == ["", "", "typed", *[""] * (len(files) - 3)]
+    assert [one["visible"] for one in shown(again, "slot_")].count(True) == len(files)
+    assert "&lt;b&gt;.png" in cards.thumbnail("<b>.png", None)
+    assert shown(handlers.pictures([], names, "crop", *typed), "thumb_") == [""] * SLOTS
+
+
+def test_the_page_opens_as_it_was_left(
+    learned: Callable[..., Path], handlers: Handlers, tmp_path: Path
+) -> None:
+    """Another checkpoint learned last: it is chosen, with its cards and the next free word."""
+    folder = handlers.host.models
+    shutil.copy(folder / "mini.safetensors", folder / "a-first.safetensors")
+    checkpoint = learned(LearnSettings(method="lora", steps=1, batch=1, rank=4, size=64), "V1", "v3")
+    for file in checkpoint.parent.glob("*.safetensors"):
+        shutil.copy(file, folder / file.name.replace(checkpoint.stem, "other"))
+    choice, name, *outputs = handlers.load()
+    assert (choice["value"], name) == ("other.safetensors", "")
+    assert set(choice["choices"]) >= {"a-first.safetensors", "other.safetensors"}
+    assert _value(outputs, "token") == "V2"
+    assert _value(outputs, "tokens") == ["v3", "V1"]
+    visible = [_value(outputs, f"card_{number}")["visible"] for number in range(CARDS)]
+    assert visible == [True, True, *[False] * (CARDS - 2)]
+    assert "V1" in _value(outputs, "face_1")
+    assert "a photo of a v3" in _value(outputs, "chip_0")["value"]
+    assert _value(outputs, "stop")["interactive"] is False
+    assert _value(handlers.look("other.safetensors", "", 0, ("", ""), "V1"), "token") == "V2"
+    assert _value(handlers.look("other.safetensors", "", 0, ("", ""), "V1", True), "token") != "V2"
+    place = ("other.safetensors", "", 0, ["v3", "V1"])
+    handlers.draw_card(1)(*place, 1, 5, 3, "")
+    assert _request(handlers, "draw")["prompts"][0].startswith("a photo of a V1 ")
+    _wait(handlers)
+    handlers.export_card(0)(*place, False)
+    assert _request(handlers, "export")["only"] == ["v3"]
+    _wait(handlers)
+    assert "V1" in handlers.ask_forget(1)("other.safetensors", "", ["v3", "V1"])[-1]["sentence"]
+    gone = handlers.draw_card(0)("other.safetensors", "", 0, ["V9"], 1, 5, 3, "")
+    assert "not on the stack" in _value(gone, "said")
+
+
+def test_concepts_wait_for_those_before_them(
+    handlers: Handlers, pictures: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A word is learned once, the next ones wait; Stop empties the queue; a failure does not."""
+    monkeypatch.setenv("GRADIO_TEMP_DIR", str(pictures.parent))
+    host, release = handlers.host, threading.Event()
+
+    @contextmanager
+    def held(_: Job) -> Iterator[None]:
+        yield
+        release.wait(20)
+
+    host.runner.around = held
+    monkeypatch.setattr(job_module.Job, "start", lambda self, _: release.wait(20) and self.fail("no"))
+    files = [str(path) for path in sorted(pictures.glob("*.png"))]
+    place, values = ("mini.safetensors", "", 0), [*_untouched(), *[""] * SLOTS]
+
+    def learn(token: str) -> list[Any]:
+        return handlers.learn(*place, files, [], token, "ball", "lora", False, *values)
+
+    assert not isinstance(_value(learn("V1"), "token"), str)
+    assert "is being learned already" in _value(learn("v1"), "status")
+    outputs = learn("V2")
+    assert _value(outputs, "token") == "V3"
+    assert "Waiting: V2 ball" in _value(outputs, "status")
+    assert _value(outputs, "learn")["value"] == "Add to the queue"
+    assert _value(outputs, "stop")["interactive"] is True
+    release.set()
+    deadline = time.monotonic() + 20
+    while host.is_busy:
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    assert host.runner.job
+    assert dict(host.runner.job.jobs)["learn"]["token"] == "V2"
+    shown_now = _value(handlers.view(*place), "status")
+    assert shown_now.count("failed.") == 2
+    release.clear()
+    learn("V1")
+    learn("V2")
+    assert len(host.waiting) == 1
+    handlers.stop(*place)
+    release.set()
+    _wait(handlers)
+    assert dict(host.runner.job.jobs)["learn"]["token"] == "V1"
+    assert host.waiting == []
+
+
+def test_only_what_is_new_is_sent(handlers: Handlers) -> None:
+    """While a job goes on, the pictures and cards are not sent again."""
+    place = ("mini.safetensors", "", 0)
+    handlers.closed_form(*place)
+    _wait(handlers)
+    mark = handlers.mark()
+    job = handlers.host.runner.job
+    assert job
+    unchanged = handlers.look(*place, mark)
+    assert all(value == gradio.update() for value in unchanged)
+    job.losses = [1.0, 0.5]
+    outputs = handlers.look(*place, mark)
+    assert _value(outputs, "losses")["visible"] is True
+    assert all(_value(outputs, name) == gradio.update() for name in (*STACK, "gallery"))
+    assert _value(outputs, "said").startswith("**closed&#95;form failed")
+    assert _value(handlers.look(*place, ("", "")), "face_0") == ""
+
+
+def test_changed_settings_are_said(handlers: Handlers) -> None:
+    method, values = handlers.host.default_method(), _untouched()
+    assert handlers.changed(method, *values) == ""
+    values[ADVANCED.index("steps")] = 40
+    told = html.unescape(handlers.changed("lora_ewc", *values))
+    assert told == "Changed below: method lora_ewc, steps 40."
+
+
+def test_the_album_keeps_what_was_drawn_and_measured(tmp_path: Path) -> None:
+    """Of concepts on the stack; a picture of two things is nobody's portrait."""
+    album, stack = Album(tmp_path / "album"), tmp_path / "a.concepts.safetensors"
+    one, two = (
+        {"id": name, "token": name, "noun": "ball", "with_noun": True} for name in ("V1", "V2")
+    )
+    files = []
+    for number, colour in enumerate(("red", "green", "blue")):
+        files.append(str(tmp_path / f"{number}.png"))
+        Image.new("RGB", (600, 600), colour).save(files[-1])
+    prompts = ["a V1 ball", "a V1 ball and a V2 ball", "v2"]
+    job = Job(1, [("draw", {"prompts": prompts, "settings": {"count": 1, "seed": 0}})])
+    job.results = {"draw": {"files": files}, "evaluate": {"kept": {"V1 ball": 0.9, "V2 ball": None}}}
+    album.add(stack, [one, two], job)
+    red, blue = (Image.open(io.BytesIO(album.drawing(stack, concept))) for concept in (one, two))
+    assert red.size == (384, 384)
+    assert red.getpixel((9, 9))[0] > 200
+    assert blue.getpixel((9, 9))[2] > 200
+    assert album.kept(stack) == {"V1": 0.9}
+    assert album.drawing(tmp_path / "b.concepts.safetensors", one) == b""
+    job.results = {}
+    album.add(stack, [two], job)
+    assert album.drawing(stack, one) == b""
+    assert album.drawing(stack, two)
+
+
+def test_the_photograph_of_the_first_concept_is_not_taken_for_the_new_one(tmp_path: Path) -> None:
+    album, stack = Album(tmp_path), tmp_path / "a.concepts.safetensors"
+    one, two = (
+        {"id": name, "token": name, "noun": "ball", "with_noun": True} for name in ("V1", "V2")
+    )
+    preview = Image.new("RGB", (256, 128), "red")
+    preview.paste("blue", (0, 0, 128, 128))
+    buffer = io.BytesIO()
+    preview.save(buffer, "JPEG")
+    job = Job(1, [("learn", {})])
+    job.preview, job.results = base64.b64encode(buffer.getvalue()).decode(), {"learn": {"token": "V2"}}
+    album.add(stack, [one, two], job)
+    new, first = (Image.open(io.BytesIO(album.drawing(stack, concept))) for concept in (two, one))
+    assert new.getpixel((60, 60))[2] > 200
+    assert first.getpixel((60, 60))[0] > 200
+
+
+def test_progress_is_a_share_of_the_stage() -> None:
+    job = Job(1, [("learn", {})])
+    assert cards.bar(None) == ""
+    job.state, job.progress = "running", {"stage": "<learn>", "step": 30, "steps": 40}
+    assert "aria-valuenow='75'" in cards.bar(job)
+    assert "&lt;learn&gt;" in cards.bar(job)
+    job.state = "done"
+    assert cards.bar(job) == ""
 
 
 def test_a_refusal_names_fields_by_their_labels(
     handlers: Handlers, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    assert "Choose a checkpoint first" in handlers.export("", "", False)[0]
-    assert "No pictures yet" in handlers.scores("mini.safetensors", "", [])[0]
+    assert "Choose a checkpoint first" in _value(handlers.export("", "", 0, False), "said")
+    assert "No pictures yet" in _value(handlers.scores("mini.safetensors", "", 0, []), "said")
 
     def refuses(*_: object, **__: object) -> None:
         raise SettingError("Start another `stack`; `ewc_strength` is 3.")
 
     monkeypatch.setattr(handlers.host, "hand_in", refuses)
-    message = html.unescape(handlers.export("mini.safetensors", "", False)[0])
+    refusal = _value(handlers.export("mini.safetensors", "", 0, False), "said")
+    message = html.unescape(refusal)
     assert message == "**Start another Stack; ewc strength is 3.**"
     assert len(handlers.ask("undo")("mini.safetensors", "")) == len(OUTPUTS) + len(ASKING)
 
