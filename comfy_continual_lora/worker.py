@@ -17,9 +17,9 @@ out, the last         {"event": "done", "results": {NAME: {...}}}
                       {"event": "stopped", "message": ...}
 
 NAME is a key of JOBS: an operation, or plan, which takes learn's request, learns nothing and answers
-with what it would take (`plan.Plan`). A request has the fields of the operation's request (`requests`): paths as
-strings, settings as an object of those that are not at their default. A result is the operation's
-`as_json()`, except that `kept` of an evaluation is by concept name.
+with what it would take (`plan.Plan`). A request has the fields of the operation's request
+(`requests`): paths as strings, settings as an object of those that are not at their default. A result
+is the operation's `as_json()`, except that `kept` of an evaluation is by concept name.
 """
 
 from __future__ import annotations

@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from helpers_browser import page, type_beside, wait_for_text
+from helpers_browser import page, wait_for_text
 from helpers_server import Server, free_port
 from PIL import Image
 from safetensors.torch import load_file
@@ -275,30 +275,39 @@ def learns_in_a_browser(host: WebUI, pictures: Path, screenshot: Path) -> None:
         opened.wait_for_selector("#txt2img_generate", timeout=120_000)
         opened.click("button:has-text('Continual LoRA')")
         files = sorted(pictures.glob("*.png"))
-        caption = files[0].with_suffix(".txt")
-        caption.write_text("a photo of B1 on sand")
+        text = files[0].with_suffix(".txt")
+        text.write_text("a photo of B1 on sand")
         drop = "#continual_lora_files input[type=file]"
         opened.set_input_files(drop, str(files[0]))
         # as before the next concept
         opened.click("#continual_lora_files button[aria-label='Clear']", timeout=60_000)
         opened.wait_for_timeout(2_000)
-        opened.set_input_files(drop, [str(path) for path in (*files, caption)])
+        opened.set_input_files(drop, [str(path) for path in (*files, text)])
         opened.fill("#continual_lora_token textarea", "B1")
         opened.fill("#continual_lora_noun textarea", "ball")
-        opened.click("text=Captions, and settings for experts")
-        wait_for_text(opened, "#continual_lora_captions", "a photo of B1 on sand", 60_000)
-        type_beside(opened, "#continual_lora_captions", files[1].name, "B1 ball in front of a wall")
+        caption = "#continual_lora_caption_{} textarea"
+        opened.wait_for_function(
+            f"document.querySelector('{caption.format(0)}')?.value === 'a photo of B1 on sand'",
+            timeout=60_000,
+        )
+        opened.fill(caption.format(1), "B1 ball in front of a wall")
+        opened.click("text=Method, and settings for experts")
         fill_settings(opened, steps=4, batch=2, rank=4, fisher_samples=4, preview_every=2)
         opened.fill("#continual_lora_stack textarea", "browser")
         opened.click("#continual_lora_learn")
         wait_for_text(opened, "#continual_lora_status", "Learned B1 ball", 1_800_000)
-        wait_for_text(opened, "#continual_lora_concepts", "4 steps, ", 60_000)
-        opened.screenshot(path=str(screenshot))
+        wait_for_text(opened, "#continual_lora_card_0", "4 steps, ", 60_000)
+        opened.screenshot(path=str(screenshot), full_page=True)
+        _sends(opened)
         stack = host.checkpoint.with_name("mini-sd.browser.concepts.safetensors")
         prompts = read_records(stack)[0].prompts
         assert {"a photo of B1 on sand", "B1 ball in front of a wall"} <= set(prompts)
         assert copies_of(host, "browser") == []
         asks_first(opened, stack, "B1")
+        opened.reload()  # the last job's stack is chosen again
+        opened.wait_for_selector("#txt2img_generate", timeout=120_000)
+        opened.click("button:has-text('Continual LoRA')")
+        wait_for_text(opened, "#continual_lora_card_0", "B1 ball", 60_000)
         opened.click("button:has-text('Neighbour')")
         opened.click("#neighbour_button")
         opened.wait_for_function(
@@ -307,6 +316,18 @@ def learns_in_a_browser(host: WebUI, pictures: Path, screenshot: Path) -> None:
             timeout=60_000,
         )
     assert host.get("/neighbour") == {"still": "here"}
+
+
+def _sends(opened: Any) -> None:
+    """The prompt of a card, with the LoRA of its export, to txt2img."""
+    opened.click("#continual_lora_send_0")
+    opened.wait_for_function(
+        "document.querySelector('#txt2img_prompt textarea').value.startsWith("
+        "'a photo of a B1 ball <lora:mini-sd.browser-B1-')",
+        timeout=60_000,
+    )
+    opened.wait_for_selector("#txt2img_generate", state="visible")
+    opened.click("button:has-text('Continual LoRA')")
 
 
 def fill_settings(opened: Any, **values: int) -> None:
@@ -333,42 +354,37 @@ def asks_first(opened: Any, stack: Path, token: str = "V1") -> None:
     def holds(*tokens: str) -> None:
         assert [record.token for record in read_records(stack)] == list(tokens)
 
-    field = "#continual_lora_token input, #continual_lora_token textarea"
-    opened.fill(field, "V9")
-    opened.click("#continual_lora_forget")
-    shows("status", f"The word V9 is not on the stack; the stack holds {token}.")
-    opened.fill(field, token)
-    opened.click("#continual_lora_forget")
+    opened.click("#continual_lora_forget_0")
     shows("question", f"This removes {token} ball")
     holds(token)
     opened.click("#continual_lora_no")
     opened.wait_for_selector("#continual_lora_yes", state="hidden")
     holds(token)
+    opened.click("text=History: undo, go back")
     opened.click("#continual_lora_undo")
     shows("question", f"Undo takes back: learned {token} ball")
     number = next(one.number for one in versions(stack) if one.current)
     history.undo(stack)  # by another program, meanwhile
     opened.click("#continual_lora_yes")
-    shows("status", "There is nothing to undo")
+    shows("said", "There is nothing to undo")
     history.restore(stack, number)
     opened.click("#continual_lora_undo")
     shows("question", f"Undo takes back: learned {token} ball")
     holds(token)
     opened.click("#continual_lora_yes")
-    shows("status", f"Undone: learned {token} ball. The stack now holds no concept.")
-    shows("concepts", "No concept learned yet")
+    shows("said", f"Undone: learned {token} ball. The stack now holds no concept.")
+    shows("none", "Nothing learned yet")
     holds()
-    opened.click("text=History of the stack")
     opened.fill("#continual_lora_version input", "77")
     opened.click("#continual_lora_restore")
-    shows("status", "There is no version 77")
+    shows("said", "There is no version 77")
     number = next(one.number for one in versions(stack) if one.tokens == [token])
     opened.fill("#continual_lora_version input", str(number))
     opened.click("#continual_lora_restore")
     shows("question", f"This goes back to version {number}")
     holds()
     opened.click("#continual_lora_yes")
-    shows("status", f"Went back to version {number}")
+    shows("said", f"Went back to version {number}")
     holds(token)
 
 

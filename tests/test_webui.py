@@ -184,7 +184,11 @@ def test_what_is_clicked_reaches_the_worker(
             outputs = handlers.learn(*place, files, names, *words, *values)
             assert len(outputs) == len(OUTPUTS)
             request = _request(handlers, "learn")
-            assert (request["token"], request["noun"], request["replace"]) == ("V1", "ball", replace)
+            assert (request["token"], request["noun"], request["replace"]) == (
+                "V1",
+                "ball",
+                replace,
+            )
             assert request["settings"] == {"method": chosen, "preview_every": 50}
             _wait(handlers)
     handlers.estimate(*place, files, names, "V1", "ball", paper, False, *values)
@@ -316,29 +320,31 @@ def test_the_page_opens_as_it_was_left(
     """Another checkpoint learned last: it is chosen, with its cards and the next free word."""
     folder = handlers.host.models
     shutil.copy(folder / "mini.safetensors", folder / "a-first.safetensors")
-    checkpoint = learned(LearnSettings(method="lora", steps=1, batch=1, rank=4, size=64), "V1", "v3")
+    checkpoint = learned(
+        LearnSettings(method="lora", steps=1, batch=1, rank=4, size=64), "V1", "V3"
+    )
     for file in checkpoint.parent.glob("*.safetensors"):
         shutil.copy(file, folder / file.name.replace(checkpoint.stem, "other"))
     choice, name, *outputs = handlers.load()
     assert (choice["value"], name) == ("other.safetensors", "")
     assert set(choice["choices"]) >= {"a-first.safetensors", "other.safetensors"}
     assert _value(outputs, "token") == "V2"
-    assert _value(outputs, "tokens") == ["v3", "V1"]
+    assert _value(outputs, "tokens") == ["V3", "V1"]
     visible = [_value(outputs, f"card_{number}")["visible"] for number in range(CARDS)]
     assert visible == [True, True, *[False] * (CARDS - 2)]
     assert "V1" in _value(outputs, "face_1")
-    assert "a photo of a v3" in _value(outputs, "chip_0")["value"]
+    assert "a photo of a V3" in _value(outputs, "chip_0")["value"]
     assert _value(outputs, "stop")["interactive"] is False
     assert _value(handlers.look("other.safetensors", "", 0, ("", ""), "V1"), "token") == "V2"
     assert _value(handlers.look("other.safetensors", "", 0, ("", ""), "V1", True), "token") != "V2"
-    place = ("other.safetensors", "", 0, ["v3", "V1"])
+    place = ("other.safetensors", "", 0, ["V3", "V1"])
     handlers.draw_card(1)(*place, 1, 5, 3, "")
     assert _request(handlers, "draw")["prompts"][0].startswith("a photo of a V1 ")
     _wait(handlers)
     handlers.export_card(0)(*place, False)
-    assert _request(handlers, "export")["only"] == ["v3"]
+    assert _request(handlers, "export")["only"] == ["V3"]
     _wait(handlers)
-    assert "V1" in handlers.ask_forget(1)("other.safetensors", "", ["v3", "V1"])[-1]["sentence"]
+    assert "V1" in handlers.ask_forget(1)("other.safetensors", "", ["V3", "V1"])[-1]["sentence"]
     gone = handlers.draw_card(0)("other.safetensors", "", 0, ["V9"], 1, 5, 3, "")
     assert "not on the stack" in _value(gone, "said")
 
@@ -356,7 +362,9 @@ def test_concepts_wait_for_those_before_them(
         release.wait(20)
 
     host.runner.around = held
-    monkeypatch.setattr(job_module.Job, "start", lambda self, _: release.wait(20) and self.fail("no"))
+    monkeypatch.setattr(
+        job_module.Job, "start", lambda self, _: release.wait(20) and self.fail("no")
+    )
     files = [str(path) for path in sorted(pictures.glob("*.png"))]
     place, values = ("mini.safetensors", "", 0), [*_untouched(), *[""] * SLOTS]
 
@@ -428,7 +436,10 @@ def test_the_album_keeps_what_was_drawn_and_measured(tmp_path: Path) -> None:
         Image.new("RGB", (600, 600), colour).save(files[-1])
     prompts = ["a V1 ball", "a V1 ball and a V2 ball", "v2"]
     job = Job(1, [("draw", {"prompts": prompts, "settings": {"count": 1, "seed": 0}})])
-    job.results = {"draw": {"files": files}, "evaluate": {"kept": {"V1 ball": 0.9, "V2 ball": None}}}
+    job.results = {
+        "draw": {"files": files},
+        "evaluate": {"kept": {"V1 ball": 0.9, "V2 ball": None}},
+    }
     album.add(stack, [one, two], job)
     red, blue = (Image.open(io.BytesIO(album.drawing(stack, concept))) for concept in (one, two))
     assert red.size == (384, 384)
@@ -452,7 +463,10 @@ def test_the_photograph_of_the_first_concept_is_not_taken_for_the_new_one(tmp_pa
     buffer = io.BytesIO()
     preview.save(buffer, "JPEG")
     job = Job(1, [("learn", {})])
-    job.preview, job.results = base64.b64encode(buffer.getvalue()).decode(), {"learn": {"token": "V2"}}
+    job.preview, job.results = (
+        base64.b64encode(buffer.getvalue()).decode(),
+        {"learn": {"token": "V2"}},
+    )
     album.add(stack, [one, two], job)
     new, first = (Image.open(io.BytesIO(album.drawing(stack, concept))) for concept in (two, one))
     assert new.getpixel((60, 60))[2] > 200
@@ -504,7 +518,7 @@ def test_the_page_has_every_part_and_label(tmp_path: Path) -> None:
 
 def test_no_message_of_the_tab_mentions_flags() -> None:
     for path in (ROOT / "comfy_continual_lora" / "webui").glob("*.py"):
-        if path.name not in ("environment.py", "install.py", "a1111.py"):
+        if path.name not in ("environment.py", "install.py", "a1111.py", "style.py"):
             assert not re.findall(r"(?<![\w-])--[a-z]+", path.read_text()), path
 
 
@@ -597,6 +611,13 @@ def test_other_pages_are_not_answered(headers: dict[str, str]) -> None:
 @contextmanager
 def _served(folder: Path) -> Iterator[str]:
     """The address of `continual-lora ui` on that folder of checkpoints."""
+    with _serving(folder) as (address, _):
+        yield address
+
+
+@contextmanager
+def _serving(folder: Path) -> Iterator[tuple[str, subprocess.Popen]]:
+    """Its address and its process."""
     port = free_port()
     command = [
         sys.executable,
@@ -616,7 +637,7 @@ def _served(folder: Path) -> Iterator[str]:
     ):
         try:
             _wait_for(f"http://127.0.0.1:{port}", server, log)
-            yield f"http://127.0.0.1:{port}"
+            yield f"http://127.0.0.1:{port}", server
         finally:
             server.terminate()
 
@@ -700,26 +721,57 @@ def test_the_tab_by_itself_in_a_browser(tmp_path: Path) -> None:
             "document.querySelector('#continual_lora_noun input, #continual_lora_noun "
             "textarea').value === 'ball'"
         )
-        opened.click("text=Captions, and settings for experts")
-        wait_for_text(opened, "#continual_lora_captions", ".png", 30_000)
-        type_beside(opened, "#continual_lora_captions", "0.png", "a photo of V1 in a garden")
+        field = "#continual_lora_token input, #continual_lora_token textarea"
+        assert opened.input_value(field) == "V1"
+        assert opened.is_disabled("#continual_lora_stop")
+        opened.fill("#continual_lora_caption_0 textarea", "a photo of V1 in a garden")
+        opened.click("text=Method, and settings for experts")
         fill_settings(opened, steps=6, batch=2, rank=4, fisher_samples=4, preview_every=3)
+        wait_for_text(opened, "#continual_lora_changed", "steps 6, rank 4, batch 2")
         opened.click("#continual_lora_learn")
+        wait_for_text(opened, "#continual_lora_learn", "Add to the queue")
+        opened.reload()  # the page comes back as it was
+        wait_for_text(opened, "#continual_lora_learn", "Add to the queue", 30_000)
+        assert not opened.is_disabled("#continual_lora_stop")
         wait_for_text(opened, "#continual_lora_status", "Learned V1 ball")
-        wait_for_text(opened, "#continual_lora_concepts", "6 steps, 5 pictures")
+        wait_for_text(opened, "#continual_lora_card_0", "6 steps, 5 pictures")
+        opened.wait_for_function(f"document.querySelector('{field}').value === 'V2'")
+        assert opened.locator("#continual_lora_card_0 img").count() == 2  # photograph and drawing
         stack = stack_path(next(tmp_path.glob("*.safetensors")))
         assert "a photo of V1 in a garden" in str(read_records(stack))
         copies = (tmp_path / "continual-lora" / "copies").rglob("*")
         assert [p for p in copies if p.is_file() and p.name != "lock"] == []
+        opened.click("#continual_lora_chip_1")
+        for name, value in (("count", 2), ("sampling", 3)):
+            opened.fill(f"#continual_lora_{name} input", str(value))
+        opened.click("#continual_lora_draw")
+        wait_for_text(opened, "#continual_lora_said", "Drawn.")
+        opened.wait_for_function(
+            "document.querySelectorAll('#continual_lora_gallery img').length >= 2", timeout=30_000
+        )
+        opened.click("#continual_lora_example")
+        opened.wait_for_selector("#continual_lora_caption_0 textarea")
+        opened.fill(field, "V1")
         opened.fill("#continual_lora_noun input, #continual_lora_noun textarea", "box")
         opened.click("#continual_lora_learn")
         wait_for_text(opened, "#continual_lora_status", "is already taken")
-        opened.screenshot(path=str(tmp_path / "tab.png"))
+        opened.screenshot(path=str(tmp_path / "tab.png"), full_page=True)
         asks_first(opened, stack)
         opened.reload()
-        wait_for_text(opened, "#continual_lora_concepts", "6 steps, 5 pictures")
+        wait_for_text(opened, "#continual_lora_card_0", "6 steps, 5 pictures")
         with urllib.request.urlopen(f"{address}/config") as answer:
             assert json.load(answer)["version"] == gradio.__version__
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this machine")
+@pytest.mark.skipif(os.name != "posix", reason="sends SIGINT")
+def test_ctrl_c_ends_it_at_once(checkpoint: Path) -> None:
+    """Even while a page is open, which the server would wait for."""
+    with _serving(checkpoint.parent) as (address, server), page(address) as opened:
+        opened.wait_for_selector("#continual_lora_learn")
+        server.send_signal(signal.SIGINT)
+        assert server.wait(5) == 0
 
 
 @pytest.mark.slow
@@ -732,18 +784,19 @@ def test_a_strangers_stack_runs_nothing_in_a_browser(checkpoint: Path, pictures:
     quick = LearnSettings(method="lora", steps=1, batch=1, rank=4, size=64)
     pipeline.learn_concept(LearnRequest(checkpoint, pictures, "V1", noun, quick, device="cpu"))
     with _served(checkpoint.parent) as address, page(address, height=1800) as opened:
-        wait_for_text(opened, "#continual_lora_concepts", "<img src=x")
-        opened.click("text=History of the stack")
+        wait_for_text(opened, "#continual_lora_card_0", "<img src=x")
+        wait_for_text(opened, "#continual_lora_chip_0", "<img src=x")
+        opened.click("text=History: undo, go back")
         wait_for_text(opened, "#continual_lora_history", "<img src=x")
-        for button in ("undo", "forget"):
+        for button in ("undo", "forget_0"):
             opened.click(f"#continual_lora_{button}")
             wait_for_text(opened, "#continual_lora_question", "<img src=x")
             opened.click("#continual_lora_no")
-        opened.click("#continual_lora_export")
-        wait_for_text(opened, "#continual_lora_status", "<img src=x")
+        opened.click("#continual_lora_export_0")
+        wait_for_text(opened, "#continual_lora_said", "<img src=x")
         opened.click("#continual_lora_undo")
         opened.click("#continual_lora_yes")
-        wait_for_text(opened, "#continual_lora_status", "Undone: learned V1 <img src=x")
+        wait_for_text(opened, "#continual_lora_said", "Undone: learned V1 <img src=x")
         assert opened.evaluate("window.pwned") is None
         images = 'img[src=x], img[src="http://127.0.0.1/x"]'
         assert opened.evaluate(f"document.querySelectorAll('{images}').length") == 0

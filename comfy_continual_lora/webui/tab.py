@@ -15,7 +15,6 @@ import gradio as gr
 
 from ..fields import help_of
 from ..settings import LearnSettings
-from .cards import STYLE
 from .handlers import (
     ADVANCED,
     ASKING,
@@ -31,6 +30,7 @@ from .handlers import (
 )
 from .host import Host
 from .labels import label_of, methods
+from .style import STYLE
 
 # gradio 3 has no timer, so a script presses a button while that reads "busy" and the page is
 # visible. No handler may run long: in gradio 3, one whose page was closed keeps the server from
