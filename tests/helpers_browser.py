@@ -41,4 +41,4 @@ def page(address: str, width: int = 1600, height: int = 1000) -> Iterator[Any]:
 
 def wait_for_text(opened: Any, where: str, text: str, timeout: float = 300_000) -> None:
     """Until the element at this selector shows the text."""
-    opened.wait_for_function(SHOWS, arg=[where, text], timeout=min(timeout, 60_000))
+    opened.wait_for_function(SHOWS, arg=[where, text], timeout=timeout)
