@@ -30,6 +30,8 @@ from .stack import ConceptRecord
 
 # what tau is calibrated to: the mean probability of the likeliest concept after one trial
 CONFIDENCE = 0.7
+# a picture that shows none of the concepts or their nouns, and the prompt that stands for it
+NONE, NOTHING = "none of these", "a photo"
 
 
 # --- scores as pure functions --------------------------------------------------------------------
@@ -151,10 +153,19 @@ class Scores:
         return self.margin_low > 0
 
 
-def candidates(records: Sequence[ConceptRecord], text: FrozenText) -> dict[str, Tensor]:
-    """The prompts (77, d) that `classify` compares: each concept's by token, each noun's by "c_0 noun"."""
+def prompts_of(records: Sequence[ConceptRecord]) -> dict[str, str]:
+    """What `classify` compares, by the names that people read: each concept's token, "another mug"
+    for its class noun without it, and `NONE` for a picture of something else.
+    """
     prompts = {record.token: f"a photo of a {record.name}" for record in records}
-    prompts |= {f"c_0 {record.noun}": f"a photo of a {record.noun}" for record in records}
+    nouns = filter(None, (record.noun for record in records))
+    prompts |= {f"another {noun}": f"a photo of a {noun}" for noun in nouns}
+    return {**prompts, NONE: NOTHING}
+
+
+def candidates(records: Sequence[ConceptRecord], text: FrozenText) -> dict[str, Tensor]:
+    """The prompts (77, d) that `classify` compares, named as in `prompts_of`."""
+    prompts = prompts_of(records)
     return dict(zip(prompts, text(list(prompts.values())), strict=True))
 
 

@@ -6,21 +6,33 @@ import os
 import signal
 import sys
 import threading
+import time
+from collections.abc import Mapping
 
-from .errors import Cancelled
+from .cliterminal import styled, wrapped
+from .errors import Cancelled, spelled
 from .progress import Progress
 
 FIRST = os.environ.get("RANK", "0") == "0"  # of several processes (`parallel`), only one prints
+SILENCE = 30.0  # seconds after which a line is written where no terminal shows progress
 _RESUMED = ("learn", "calibrate", "consolidate", "fisher")  # stages a stopped run resumes from
 
 
 class Bar:
-    """Progress on one line of a terminal, or an occasional line elsewhere; Ctrl-C stops between two
-    steps, a second one immediately.
+    """Progress on one line of a terminal; elsewhere a line at each tenth, and after every half
+    minute without one, whatever takes so long. Ctrl-C stops between two steps, a second one
+    immediately. `names`: what notes call settings (`errors.spelled`).
     """
 
-    def __init__(self) -> None:
-        self.stop, self.width, self.tenth = False, 0, -1
+    def __init__(self, names: Mapping[str, str] | None = None) -> None:
+        self.names = names
+        self.stop, self.width, self.tenth = False, 0, ("", -1)
+        self.line, self.started = "", time.monotonic()
+        self.wrote = self.started
+        self.closed, self.lock = threading.Event(), threading.Lock()
+        self.is_terminal = sys.stderr.isatty()
+        if FIRST and not self.is_terminal:
+            threading.Thread(target=self._break_silence, daemon=True).start()
         is_main = threading.current_thread() is threading.main_thread()
         self.before = signal.signal(signal.SIGINT, self._interrupt) if is_main else None
 
@@ -36,17 +48,36 @@ class Bar:
             return
         if progress.note:
             self.clear()
-            print(f"continual-lora: {progress.note}", file=sys.stderr, flush=True)
+            name, _, rest = wrapped(
+                f"continual-lora: {spelled(progress.note, self.names)}"
+            ).partition(":")
+            self._write(f"{styled(name, 'yellow', sys.stderr)}:{rest}")
         self._show(progress)
 
     def _show(self, progress: Progress) -> None:
-        line, tenth = _line(progress), progress.step * 10 // progress.steps
-        if sys.stderr.isatty():
-            print("\r" + line.ljust(self.width), end="", file=sys.stderr, flush=True)
-            self.width = len(line)
+        self.line = _line(progress)
+        tenth = progress.stage, progress.step * 10 // progress.steps
+        if self.is_terminal:
+            print("\r" + self.line.ljust(self.width), end="", file=sys.stderr, flush=True)
+            self.width = len(self.line)
         elif progress.step == progress.steps or tenth != self.tenth:
             self.tenth = tenth
+            self._write(self.line)
+
+    def _write(self, line: str) -> None:
+        with self.lock:
             print(line, file=sys.stderr, flush=True)
+            self.wrote = time.monotonic()
+
+    def _break_silence(self) -> None:
+        """Write the last line again, with the time since the start, whenever none was written for
+        so long.
+        """
+        while not self.closed.wait(max(0.01, self.wrote + SILENCE - time.monotonic())):
+            if time.monotonic() - self.wrote >= SILENCE:
+                self._write(
+                    f"{self.line or 'starting':<40}  {_clock(time.monotonic() - self.started)}"
+                )
 
     def clear(self) -> None:
         if self.width:
@@ -54,6 +85,7 @@ class Bar:
             self.width = 0
 
     def close(self) -> None:
+        self.closed.set()
         self.clear()
         if self.before is not None:
             signal.signal(signal.SIGINT, self.before)
@@ -71,6 +103,10 @@ def _line(progress: Progress) -> str:
     if progress.loss is not None:
         line += f"  loss {progress.loss:.4f}  rate {progress.rate:.2g}"
     if progress.seconds_left is not None:
-        minutes, seconds = divmod(int(progress.seconds_left), 60)
-        line += f"  {minutes}:{seconds:02d} left"
+        line += f"  {_clock(progress.seconds_left)} left"
     return line
+
+
+def _clock(seconds: float) -> str:
+    minutes, rest = divmod(int(seconds), 60)
+    return f"{minutes}:{rest:02d}"

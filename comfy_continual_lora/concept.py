@@ -12,10 +12,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import concepts
+from . import concepts, likeness
+from .curves import thinned
 from .errors import ConceptImagesError
 from .inventory import inventory
-from .mentions import named
+from .learn import Trained
+from .mentions import named, not_learned, unknown_words
 from .presets import TEMPLATES
 from .session import Session
 from .settings import ResolvedSettings
@@ -65,8 +67,11 @@ def load_concept(
         pictures = (*pictures, *(image.flip(-1) for image in pictures))
         masks = masks and (*masks, *(mask.flip(-1) for mask in masks))
     prompt_noun = noun if with_noun else ""
-    prompts = [concepts.prompts_for(token, prompt_noun, TEMPLATES, one) for one in loaded.captions]
-    _check_length(session, prompts, token, settings.vectors)
+    others = session.stack.tokens
+    prompts = [
+        concepts.prompts_for(token, prompt_noun, TEMPLATES, one, others) for one in loaded.captions
+    ]
+    _check_prompts(session, prompts, token, settings.vectors)
     latents = backbone.encode_images(pictures)
     small = None
     if masks is not None:
@@ -78,18 +83,22 @@ def load_concept(
     return Concept(token, noun, with_noun, loaded, latents, prompts, small, source)
 
 
-def _check_length(
+def _check_prompts(
     session: Session, prompts: Sequence[Sequence[str]], token: str, vectors: int
 ) -> None:
-    """Tell of captions that are too long, and refuse them if no prompt would teach the word."""
+    """Tell of captions that name unknown words or are too long; refuse these if no prompt would teach
+    the word.
+    """
     backbone = session.backbone
     words = {**session.stack.tokens, token: torch.zeros(vectors, backbone.word_width)}
+    if unknown := unknown_words((one for own in prompts for one in own), words):
+        session.tell(f"In captions: {not_learned(unknown, words)}")
     ends = [backbone.not_read(one[0], words) for one in prompts]
     too_long = [number for number, end in enumerate(ends) if end]
     if not too_long:
         return
     before = [one[0].removesuffix(end) for one, end in zip(prompts, ends, strict=True)]
-    unnamed = [number for number in too_long if not named([before[number]], [token])]
+    unnamed = [number for number in too_long if token not in named([before[number]], words)]
     if len(unnamed) == len(prompts):
         raise ConceptImagesError(
             f"{token} would not be learned: every caption is so long that the text encoder stops "
@@ -134,16 +143,22 @@ def source_of(
     }
 
 
+def kept_features(session: Session, concept: Concept) -> str:
+    """What a stack keeps of the pictures, if the user wants that."""
+    return likeness.packed(likeness.features(session.backbone, concept.images.images, concept.noun))
+
+
 def record_of(
     concept: Concept,
     stack: ConceptStack,
     settings: ResolvedSettings,
-    losses: Sequence[float],
+    trained: Trained,
     request: str,
 ) -> ConceptRecord:
     """The concept's record for the stack; `request` is the request's digest."""
     now = datetime.now(timezone.utc).isoformat(timespec="seconds")
     begun = f"{stack.fingerprint}/{concept.token}/{now}/{len(stack.records)}"
+    losses = trained.losses[: trained.steps]
     tail = losses[-max(1, len(losses) // 10) :]
     prompts: list[str] = []
     for own in dict.fromkeys(map(tuple, concept.prompts)):
@@ -154,7 +169,7 @@ def record_of(
         noun=concept.noun,
         method=settings.method,
         images=len(concept.images.images),
-        steps=settings.steps,
+        steps=trained.steps,
         seed=settings.seed,
         prompts=prompts,
         hashes=list(concept.images.hashes),
@@ -164,4 +179,6 @@ def record_of(
         settings=asdict(settings),
         with_noun=concept.with_noun,
         request=request,
+        watched=[[point.step, point.likeness, point.moved] for point in trained.points],
+        losses=thinned(losses),
     )

@@ -12,7 +12,6 @@ import base64
 import hashlib
 import io
 import math
-import unicodedata
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -22,14 +21,16 @@ import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 
-from .errors import ConceptImagesError, SettingError, TokenError
-from .files import TOKEN, is_reserved
+from .errors import ConceptImagesError
 from .imagefile import Read, read
 from .inventory import Note, Picture, feed, inventory, sentences
 from .mentions import named
+from .words import check_noun as check_noun
+from .words import check_spelling as check_spelling
+from .words import check_token as check_token
+from .words import name_of as name_of
 
 PREVIEW = 96
-NOUN_WORDS, NOUN_LETTERS = 8, 80  # prompts say much more, within the encoder's 77 positions
 Tell = Callable[[str], object]  # is called with a sentence for the user
 
 
@@ -97,26 +98,26 @@ def fitted(image: Image.Image, size: int, fit: str) -> Image.Image:
 
 def load_image(file: Path, size: int, *, fit: str = "crop") -> Tensor:
     """One picture without caption and mask: (3, h, w) in -1..1. Errors: ConceptImagesError."""
-    return to_tensor(fitted(_read_picture(file, []).image, size, fit))
+    return to_tensor(fitted(read_image(file), size, fit))
 
 
-def check_readable(files: Sequence[Path], tell: Tell = _nobody) -> None:
+def check_readable(pictures: Sequence[Picture], tell: Tell = _nobody) -> None:
     """Read every picture once, and tell what is changed.
 
     Errors: ConceptImagesError, one for all problems.
     """
     notes: list[Note] = []
-    if problems := [problem for file in files if (problem := _problem_of(file, notes))]:
+    if problems := [problem for one in pictures if (problem := _problem_of(one, notes))]:
         raise ConceptImagesError("\n".join(problems))
     for sentence in sentences(notes):
         tell(sentence)
 
 
-def _problem_of(file: Path, notes: list[Note]) -> str:
+def _problem_of(one: Picture, notes: list[Note]) -> str:
     try:
-        _read_picture(file, notes)
+        _read_picture(one, notes)
     except ConceptImagesError as error:
-        return str(error)
+        return error.marked
     return ""
 
 
@@ -134,13 +135,13 @@ def load_images(
     found = inventory(source).pictures
     for one in found:
         try:
-            picture = _read_picture(one.file, notes)
+            picture = _read_picture(one, notes)
             masks.append(_read_mask(one, picture, size, fit, notes))
             captions.append(one.caption)
             digest = hashlib.sha256()
             feed(digest, one.file)
         except ConceptImagesError as error:
-            problems.append(str(error))
+            problems.append(error.marked)
             continue
         pictures.append(fitted(picture.image, size, fit))
         hashes.append(digest.hexdigest())
@@ -148,7 +149,7 @@ def load_images(
         raise ConceptImagesError("\n".join(problems))
     for number, one in enumerate(found):
         if (first := hashes.index(hashes[number])) < number:
-            notes.append((one.file.name, f"the same picture as {found[first].file.name}"))
+            notes.append((one.name, f"the same picture as {found[first].name}"))
     for sentence in sentences(notes):
         tell(sentence)
     loaded = from_pil(pictures, captions, hashes)
@@ -159,10 +160,10 @@ def load_images(
     return replace(loaded, masks=masked if any(mask is not None for mask in masks) else None)
 
 
-def _read_picture(file: Path, notes: list[Note]) -> Read:
+def _read_picture(one: Picture, notes: list[Note]) -> Read:
     """Errors: ConceptImagesError as `imagefile.read`."""
-    picture = read(file)
-    notes += [(file.name, note) for note in picture.notes]
+    picture = read(one.file, name=one.name)
+    notes += [(one.name, note) for note in picture.notes]
     return picture
 
 
@@ -170,17 +171,17 @@ def _read_mask(of: Picture, picture: Read, size: int, fit: str, notes: list[Note
     """The mask, scaled to its picture. Errors: ConceptImagesError."""
     if of.mask is None:
         return None
-    mask = read(of.mask, ground="black")
-    notes += [(of.mask.name, note) for note in mask.notes]
+    mask = read(of.mask, ground="black", name=of.mask_name)
+    notes += [(of.name, f"its mask: {note}") for note in mask.notes]
     if mask.size != picture.size:
         own, whole = (f"{width} x {height}" for width, height in (mask.size, picture.size))
-        notes.append((of.mask.name, f"{own} pixels, scaled to its picture's {whole}"))
+        notes.append((of.name, f"its mask of {own} pixels is scaled to the picture's {whole}"))
     grey = mask.image.resize(picture.image.size).convert("L").convert("RGB")
     values = (to_tensor(fitted(grey, size, fit))[:1] + 1) / 2
     if values.max() < 0.05:
         raise ConceptImagesError(
-            f"The mask {of.mask.name} is black where its picture is used, so nothing of it would be "
-            "learned. Paint the thing white, or remove the mask."
+            f"{of.mask_name} is black where the picture is used, so nothing of it would be learned. "
+            "Paint the thing white, or remove the mask."
         )
     return values
 
@@ -218,65 +219,29 @@ def preview(image: Image.Image) -> str:
     return base64.b64encode(buffer.getvalue()).decode()
 
 
-def name_of(token: str, noun: str) -> str:
-    """How prompts name a concept: "V1 mug"."""
-    return f"{token} {noun}".strip()
+def picture_of(text: str) -> Image.Image | None:
+    """The picture that `preview` wrote; None for text it did not write."""
+    try:
+        data = io.BytesIO(base64.b64decode(text, validate=True))
+        return Image.open(data, formats=["JPEG"]).convert("RGB")
+    except (OSError, ValueError):  # binascii.Error and UnidentifiedImageError are of these
+        return None
 
 
-def prompts_for(token: str, noun: str, templates: Sequence[str], caption: str | None) -> list[str]:
-    """A picture's training prompts: its own caption (with the token), or else every template."""
+def prompts_for(
+    token: str,
+    noun: str,
+    templates: Sequence[str],
+    caption: str | None,
+    others: Iterable[str] = (),
+) -> list[str]:
+    """A picture's training prompts: its own caption (with the token), or else every template.
+
+    `others`: all other learned words, which a caption may name too.
+    """
     name = name_of(token, noun)
     if caption is None:
         return [template.format(name) for template in templates]
-    if named([caption], [token]):
+    if token in named([caption], [*others, token]):
         return [caption]
     return [f"a photo of a {name}, {caption}"]
-
-
-_ADVICE = "Choose a short word of your own, such as V1."
-
-
-def check_spelling(token: str) -> None:
-    """Raise TokenError unless `token` can be used in prompts and file names of every host."""
-    if not token.strip():
-        raise TokenError(f"The token is empty. {_ADVICE}")
-    if is_reserved(token):
-        raise TokenError(
-            f"The token {token!r} can't be a file name on Windows, where it is a device. {_ADVICE}"
-        )
-    if not TOKEN.fullmatch(token):
-        raise TokenError(
-            f"The token {token!r} may contain only letters, digits, - and _ (at most 64): it "
-            f"becomes a word and a file name. {_ADVICE}"
-        )
-
-
-def check_noun(noun: str, token: str) -> None:
-    """Raise SettingError unless `noun` says in one line and a few words what the thing is."""
-    problem = ""
-    if any(unicodedata.category(letter) in ("Cc", "Cs") for letter in noun):
-        problem = "is not a single line of text"
-    elif len(noun) > NOUN_LETTERS or len(noun.split()) > NOUN_WORDS:
-        problem = f"has more than {NOUN_WORDS} words or {NOUN_LETTERS} letters"
-    elif named([noun], [token]):
-        problem = f"contains {token} itself"
-    if problem:
-        raise SettingError(
-            f"The class noun {noun[:40]!r} {problem}. Say in one or two words what the thing is, "
-            "such as teapot or cat; what a single picture shows belongs into its caption."
-        )
-
-
-def check_token(token: str, taken: Iterable[str], is_known_word: Callable[[str], bool]) -> None:
-    """Raise TokenError unless `token` can name a new concept on a stack with the `taken` tokens."""
-    check_spelling(token)
-    if token.lower() in {t.lower() for t in taken}:
-        raise TokenError(
-            f"The token {token!r} is already taken by a concept of this stack. Choose another, "
-            "replace that concept (`replace`) if it is the newest, or undo it first."
-        )
-    if is_known_word(token):
-        raise TokenError(
-            f"The token {token!r} is a word the checkpoint already knows; prompts that use it "
-            f"would change meaning. {_ADVICE}"
-        )

@@ -7,8 +7,7 @@ two stacks.
 
 from __future__ import annotations
 
-import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,6 +16,7 @@ from torch import Tensor
 from .adapters.adapter import Adapter, kind_of
 from .checkpoint.backbone import Backbone
 from .errors import StackError
+from .mentions import in_other_words
 from .progress import OnProgress, Progress
 from .results import SolveResult
 from .settings import SolveSettings
@@ -150,13 +150,18 @@ def merged(
     pairs = zip(other.records, own_adapters(other), strict=True)
     new = [(record, adapter) for record, adapter in pairs if record.id not in shared]
     renamed = _new_names(stack, [record.token for record, _ in new])
+    here = {record.id: record.token for record in stack.records}
+    names = {
+        record.token: here.get(record.id) or renamed.get(record.token, record.token)
+        for record in other.records
+    }
     if len({kind_of(one).name for one in (stack.adapter, other.adapter) if one}) > 1:
         raise StackError(
             "The two stacks hold adapters of different kinds (a LoRA and another one), so they "
             "can't be merged. Both need the same kind."
         )
     check_solvable(stack)
-    records = [_with_word(record, renamed.get(record.token, record.token)) for record, _ in new]
+    records = [_with_names(record, names) for record, _ in new]
     targets = {one.id: other.targets[one.id] for one in records if one.id in other.targets}
     after = stack.ready_to_merge(other, targets)
     nouns = [record.noun for record in [*stack.records, *records]]
@@ -201,7 +206,7 @@ def check_solvable(stack: ConceptStack) -> None:
     if stack.adapter and not kind_of(stack.adapter).solvable:
         raise StackError(
             f"The closed form can't be written as {kind_of(stack.adapter).name}, which this stack "
-            "was learned with. Use DSC, or learn with LoRA."
+            "was learned with. Use DSC (`consolidate`), or learn with LoRA."
         )
 
 
@@ -218,10 +223,9 @@ def _new_names(stack: ConceptStack, tokens: Sequence[str]) -> dict[str, str]:
     return renamed
 
 
-def _with_word(record: ConceptRecord, token: str) -> ConceptRecord:
-    """The same concept under another word."""
-    if token == record.token:
+def _with_names(record: ConceptRecord, names: Mapping[str, str]) -> ConceptRecord:
+    """The same concept with its word and captions as `names` has the words of its stack."""
+    prompts = [in_other_words(prompt, names) for prompt in record.prompts]
+    if (token := names[record.token]) == record.token and prompts == record.prompts:
         return record
-    word = re.compile(rf"(?<!\w){re.escape(record.token)}(?!\w)", re.IGNORECASE)
-    prompts = [word.sub(token, prompt) for prompt in record.prompts]
     return replace(record, token=token, prompts=prompts, request="")

@@ -3,7 +3,8 @@
 T = 1000, betas linear in their square roots from 0.00085 to 0.012 (Rombach et al. 2022, arXiv
 2112.10752). A net predicts the noise eps, or v = sqrt(a_t) eps - sqrt(1 - a_t) z_0 (Salimans & Ho
 2022, arXiv 2202.00512); some fine-tunes that predict v were trained on a schedule that ends in pure
-noise (Lin et al. 2023, arXiv 2305.08891).
+noise (Lin et al. 2023, arXiv 2305.08891). Rectified-flow fine-tunes have z_t = (1 - t/T) z_0 +
+t/T eps and predict eps - z_0 (Liu et al. 2022, arXiv 2209.03003).
 """
 
 from __future__ import annotations
@@ -49,7 +50,10 @@ def add_noise(clean: Tensor, noise: Tensor, timestep: Tensor, alphas: Tensor) ->
 def noised(
     backbone: Backbone, clean: Tensor, noise: Tensor, timestep: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """z_t and the target of the prediction, eps or v; all (n, 4, h, w), timestep (n,)."""
+    """z_t and the target of the prediction; all (n, 4, h, w), timestep (n,)."""
+    if backbone.prediction == "flow_prediction":
+        share = (timestep / TIMESTEPS).view(-1, 1, 1, 1)
+        return (1 - share) * clean + share * noise, noise - clean
     alphas = alphas_cumprod(backbone.zero_snr, clean.device)
     noisy = add_noise(clean, noise, timestep, alphas)
     if backbone.prediction == "epsilon":
@@ -74,7 +78,7 @@ def timestep_weight(backbone: Backbone, timestep: Tensor, weighting: str | None)
 
     The latter weighs high noise more, where an image's shapes and colours are decided and the error
     of eps is smallest. After Yu et al. 2023 (arXiv 2310.08442), whose 1 / sqrt(SNR) gives next to
-    nothing to the details. The error of v is larger there anyway and is left alone.
+    nothing to the details. The other errors are larger there anyway and are left alone.
     """
     if weighting != "debiased" or backbone.prediction != "epsilon":
         return torch.ones(len(timestep), device=timestep.device)

@@ -1,16 +1,21 @@
-"""Stage 8: how much a user's stack retains.
+"""Stage 8: how much a user's stack retains, and whether it looks like the user's pictures at all.
 
 The stack holds the LoRA as it was after every concept, so its whole history can be drawn.
 
     R[i, j] = likeness of concept j, drawn after concept i was learned, to its reference (i >= j;
               same prompts, same seeds)
-    kept[j] = (R[N, j] - floor[j]) / (R[j, j] - floor[j])   1: as when it had just been learned
-                                                            0: as if it had never been learned
     floor   = likeness of what the checkpoint without the stack draws for the class noun
+    own     = likeness of the reference pictures to each other
+    near[j] = (R[N, j] - floor[j]) / (own[j] - floor[j])    0: any thing of its noun
+                                                            1: as another picture of it
+    kept[j] = (R[N, j] - floor[j]) / (R[j, j] - floor[j])   1: as when it had just been learned
+              none if it was at the floor when it had just been learned: there is nothing to keep
 
-in: a backbone and its stack - out: `RetentionReport`. The reference is the concept's own images if
-the user still has them (likeness: mean cosine over all pairs), otherwise those drawn when it had
-just been learned (mean cosine of images with the same seed). Features: `features`.
+in: a backbone and its stack - out: `RetentionReport`. The reference is, of what there is, the first
+of: the user's own pictures, their features in the stack (`likeness`), the thumbnail in the stack;
+likeness is then the mean cosine over all pairs. Without any (an imported concept) it is what was
+drawn when it had just been learned, picture by picture with the same seed, which says nothing about
+the thing itself. Features: `features`.
 """
 
 from __future__ import annotations
@@ -21,27 +26,43 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from PIL import Image as images
 from PIL.Image import Image
 from torch import Tensor
 
-from . import classifier, sample
+from . import classifier, likeness, sample
 from .adapters.adapter import attached
 from .checkpoint.backbone import Backbone, FrozenText
-from .concepts import to_pil
+from .concepts import PREVIEW, picture_of, to_pil, to_tensor
 from .errors import CheckpointError
-from .metrics import paired_similarity, similarity
+from .metrics import own_similarity, similarity
 from .progress import OnProgress, Progress
 from .settings import DrawSettings, EvaluateSettings, ScoreSettings
-from .stack import ConceptStack
+from .stack import ConceptRecord, ConceptStack
 
-Features = Callable[[Tensor], Tensor]  # pictures (n, 3, h, w) in -1..1 -> (n, d)
+# pictures (n, 3, h, w) in -1..1 and the class noun of what they show -> (n, d)
+Features = Callable[[Tensor, str], Tensor]
 PROMPTS = ("a photo of a {}", "a good photo of a {}")
+
+
+# what concepts are compared with, in words
+REFERENCES = {
+    "pictures": "your pictures",
+    "features": "what the stack keeps of your pictures",
+    "thumbnail": "the thumbnail of its first picture",
+    "drawn": "what was drawn when it was new",
+}
+# Shares of the way from the class noun to the user's own pictures: on the mini-SD, whose concepts
+# reach .98 in 300 steps (benchmarks/LOG.md)
+WELL, PARTLY = 0.5, 0.25
+FADED = 0.7  # share kept
 
 
 @dataclass(frozen=True)
 class RetentionReport:
     """n concepts: their names in prompts; likeness R (n, n), NaN if i < j; floor, kept (n,); DC
-    scores of the references (n,), NaN without scores.
+    scores of the references (n,), NaN without scores; own (n,), NaN for a reference of one picture;
+    spread (n,): the standard error of R[N, j] - floor[j]; what each is compared with (REFERENCES).
 
     pictures[i, j] are those of concept j drawn after concept i, counted from 0.
     """
@@ -51,44 +72,130 @@ class RetentionReport:
     floor: Tensor
     recognised: Tensor
     pictures: dict[tuple[int, int], list[Image]]
+    own: Tensor
+    spread: Tensor
+    reference: list[str]
     chart: Path | None = None
 
     def summary(self) -> str:
         """One line per concept: its likeness when just learned and now, the class noun's likeness,
-        the share kept, the DC score now.
+        its pictures' to each other, the share kept, the DC score now. Then a verdict on each.
         """
-        lines = ["concept                  learned   now   noun   kept   DC score"]
-        shares = self.kept
+        lines = ["concept                  noun   learned    now   own    kept  DC score"]
         for j, name in enumerate(self.names):
-            kept, score = shares[j], self.recognised[j]
-            kept_text = "     -" if kept.isnan() else f"{100 * float(kept):5.0f} %"
-            score_text = "      -" if score.isnan() else f"{float(score):7.2f}"
-            learned, now, noun = (
-                float(x) for x in (self.likeness[j, j], self.likeness[-1, j], self.floor[j])
-            )
-            lines.append(
-                f"{name[:24]:<24} {learned:7.2f} {now:6.2f} {noun:6.2f} {kept_text}  {score_text}"
-            )
-        return "\n".join(lines)
+            values = (self.floor[j], self.likeness[j, j], self.likeness[-1, j], self.own[j])
+            noun, learned, now, own = (_or_dash(float(x), ".2f", 6) for x in values)
+            kept = _or_dash(100 * float(self.kept[j]), ".0f", 4, " %")
+            score = _or_dash(float(self.recognised[j]), ".2f", 6)
+            lines.append(f"{name[:24]:<24}{noun}  {learned} {now}{own} {kept}    {score}")
+        return "\n".join([*lines, "", *self.verdicts, self.verdict])
 
     def as_json(self) -> dict[str, Any]:
         """`kept`: a share for each concept in order, null if there is no share."""
         values = {
             "likeness": self.likeness,
             "floor": self.floor,
+            "own": self.own,
+            "near": self.near,
             "kept": self.kept,
             "recognised": self.recognised,
         }
         plain = {name: _without_nan(tensor.tolist()) for name, tensor in values.items()}
+        words = {"verdicts": self.verdicts, "verdict": self.verdict, "reference": self.reference}
         chart = str(self.chart) if self.chart else None
-        return {"concepts": self.names, **plain, "table": self.summary(), "chart": chart}
+        return {"concepts": self.names, **plain, **words, "table": self.summary(), "chart": chart}
 
     @property
     def kept(self) -> Tensor:
         learned = self.likeness.diagonal() - self.floor
         share = (self.likeness[-1] - self.floor) / learned
         # if a concept never differed from its noun, there is nothing to keep
-        return torch.where(learned > 0.01, share, torch.nan)
+        return torch.where(learned > torch.clamp(2 * self.spread, min=0.01), share, torch.nan)
+
+    def shade(self, i: int, j: int) -> float:
+        """How good R[i, j] is to look at: 0 at the floor, 1 from where it counts as "well"."""
+        floor, own = float(self.floor[j]), float(self.own[j])
+        top = floor + WELL * (own - floor)
+        if own != own:  # compared with a single picture, or with drawn ones
+            top = max(float(self.likeness[j, j]), floor + max(0.01, 4 * float(self.spread[j])))
+        way = max(top - floor, 1e-6)
+        return min(1.0, max(0.0, (float(self.likeness[i, j]) - floor) / way))
+
+    @property
+    def near(self) -> Tensor:
+        """How far from the class noun to the user's own pictures, NaN for a single picture."""
+        way = self.own - self.floor
+        return torch.where(way > 0.01, (self.likeness[-1] - self.floor) / way, torch.nan)
+
+    @property
+    def grades(self) -> list[str]:
+        """For each concept: "well", "partly", "floor" (like any thing of its noun) or "unknown"
+        (compared with nothing of the user's).
+        """
+        return [self._grade(j) for j in range(len(self.names))]
+
+    def _grade(self, j: int) -> str:
+        if self.reference[j] == "drawn":
+            return "unknown"
+        near, gain = float(self.near[j]), float(self.likeness[-1, j] - self.floor[j])
+        if gain <= 2 * float(self.spread[j]) or near < PARTLY:
+            return "floor"
+        return "partly" if near < WELL else "well"
+
+    @property
+    def verdicts(self) -> list[str]:
+        """A sentence for each concept."""
+        return [self._verdict(j, grade) for j, grade in enumerate(self.grades)]
+
+    def _verdict(self, j: int, grade: str) -> str:
+        name, kept, learned = self.names[j], float(self.kept[j]), float(self.likeness[j, j])
+        compared = ""
+        if self.reference[j] != "pictures":
+            compared = f" (compared with {REFERENCES[self.reference[j]]})"
+        faded = f", but it has faded: {100 * kept:.0f} % is left" if kept < FADED else ""
+        if grade == "well":
+            return f"{name}: looks like your pictures{compared}{faded}."
+        if grade == "partly":
+            return f"{name}: looks like your pictures in part{compared}{faded}."
+        if grade == "unknown":
+            still = f"drawn as when it was new, to {100 * kept:.0f} %" if kept == kept else "drawn"
+            return f"{name}: {still}; whether it looks like the thing is not known."
+        if learned - float(self.floor[j]) > 2 * float(self.spread[j]) and j < len(self.names) - 1:
+            return f"{name}: forgotten; it looks like any thing of its kind again{compared}."
+        return f"{name}: not learned; it looks like any thing of its kind{compared}."
+
+    @property
+    def verdict(self) -> str:
+        """A sentence on the whole stack, and what to do."""
+        grades, count = self.grades, len(self.names)
+        bad = [name for name, grade in zip(self.names, grades, strict=True) if grade == "floor"]
+        some = [name for name, grade in zip(self.names, grades, strict=True) if grade == "partly"]
+        known = [grade for grade in grades if grade != "unknown"]
+        if not known:
+            return (
+                "Whether they look like the things is not known: give your pictures to compare "
+                "with (`images`)."
+            )
+        if bad:
+            return (
+                f"In all: not good. {_listed(bad)} {'has' if len(bad) == 1 else 'have'} to be learned "
+                "again, with more steps or better pictures."
+            )
+        if some:
+            return f"In all: fair. More steps or pictures may bring {_listed(some)} nearer."
+        faded = [n for n, k in zip(self.names, self.kept.tolist(), strict=True) if k < FADED]
+        if faded:
+            return f"In all: good, though {_listed(faded)} faded since it was learned."
+        return "In all: good." if count > 1 else "Good."
+
+
+def _listed(names: Sequence[str]) -> str:
+    return " and ".join(filter(None, [", ".join(names[:-1]), names[-1]]))
+
+
+def _or_dash(value: float, form: str, width: int, unit: str = "") -> str:
+    """A number right-aligned, or a dash for NaN."""
+    return ("-" if value != value else f"{value:{form}}{unit}").rjust(width + len(unit))
 
 
 def _without_nan(value: Any) -> Any:
@@ -98,31 +205,33 @@ def _without_nan(value: Any) -> Any:
     return None if value != value else value
 
 
+def prompts_of(records: Sequence[ConceptRecord]) -> list[str]:
+    """All prompts that are drawn, with each concept's name and with its noun alone."""
+    names = [name for record in records for name in (record.name, record.noun)]
+    return [prompt.format(name) for name in names for prompt in PROMPTS]
+
+
 def features(backbone: Backbone, clip: Path | None) -> Features:
-    """Image features: of a CLIP in a local folder, else the mini-SD's own CLIP, else latents.
+    """Image features: of a CLIP in a local folder, else of the checkpoint itself (`likeness`).
 
     Errors: CheckpointError for a folder that holds no CLIP vision model.
     """
     if clip is not None:
         return _clip_features(clip, backbone.device)
-    if backbone.preset == "mini":
-        from .mini.weights import vision_features
-
-        return vision_features
-    return lambda pictures: torch.nn.functional.normalize(
-        torch.stack(backbone.encode_images(pictures)).flatten(1).float().cpu(), dim=1
-    )
+    return lambda pictures, noun: likeness.features(backbone, pictures, noun)
 
 
 def _clip_features(folder: Path, device: torch.device) -> Features:
     from transformers import CLIPImageProcessor, CLIPVisionModelWithProjection
 
     try:
-        model = CLIPVisionModelWithProjection.from_pretrained(
+        model = CLIPVisionModelWithProjection.from_pretrained(  # nosec B615
             folder, local_files_only=True, use_safetensors=True
         )
         model = model.to(device).eval()  # type: ignore[arg-type]
-        processor = CLIPImageProcessor.from_pretrained(folder, local_files_only=True)
+        processor = CLIPImageProcessor.from_pretrained(  # nosec B615
+            folder, local_files_only=True
+        )
     except (OSError, ValueError) as error:
         raise CheckpointError(
             f"{folder} can't be loaded as a CLIP vision model ({error}). Expected a folder as "
@@ -130,7 +239,7 @@ def _clip_features(folder: Path, device: torch.device) -> Features:
         ) from None
 
     @torch.no_grad()
-    def run(pictures: Tensor) -> Tensor:
+    def run(pictures: Tensor, _noun: str) -> Tensor:
         pixels = processor([to_pil(p) for p in pictures], return_tensors="pt")["pixel_values"]
         return model(pixels.to(device)).image_embeds.float().cpu()
 
@@ -144,9 +253,11 @@ def evaluate(
     embed: Features,
     settings: EvaluateSettings,
     on_progress: OnProgress,
+    *,
+    use_kept: bool = True,
 ) -> RetentionReport:
     """Draw and compare; `own` holds the user's pictures by token, (n, 3, size, size) in -1..1.
-    `settings` are resolved.
+    `settings` are resolved. `use_kept`: whether features in the stack are of the same kind.
     """
     records = stack.records
     count = len(records)
@@ -177,24 +288,77 @@ def evaluate(
         for j in range(i + 1):
             after[i, j] = drawn(records[j].name, versions[i])
     plain = [drawn(record.noun, None) for record in records]
-    reference = [own.get(record.token, after[j, j]) for j, record in enumerate(records)]
-
-    def likeness(pictures: Tensor, j: int) -> float:
-        compare = similarity if records[j].token in own else paired_similarity
-        return compare(embed(pictures), embed(reference[j]))
-
+    references = [
+        _reference(record, own.get(record.token), embed, after[j, j], use_kept)
+        for j, record in enumerate(records)
+    ]
     matrix = torch.full((count, count), torch.nan)
     for (i, j), pictures in after.items():
-        matrix[i, j] = likeness(pictures, j)
-    floor = torch.tensor([likeness(pictures, j) for j, pictures in enumerate(plain)])
-    recognised = torch.tensor(_recognised(backbone, stack, reference, settings, on_progress))
+        matrix[i, j] = references[j].likeness(pictures).mean()
+    at_floor = [references[j].likeness(pictures) for j, pictures in enumerate(plain)]
+    gains = [references[j].likeness(after[count - 1, j]) - at_floor[j] for j in range(count)]
+    shown = [own.get(record.token, after[j, j]) for j, record in enumerate(records)]
     return RetentionReport(
         [r.name for r in records],
         matrix,
-        floor,
-        recognised,
+        torch.stack([one.mean() for one in at_floor]),
+        torch.tensor(_recognised(backbone, stack, shown, settings, on_progress)),
         {at: [to_pil(p) for p in pictures] for at, pictures in after.items()},
+        torch.tensor([one.own for one in references]),
+        torch.stack([_standard_error(gain) for gain in gains]),
+        [one.kind for one in references],
     )
+
+
+def _standard_error(values: Tensor) -> Tensor:
+    """Of a mean, 0 for one value."""
+    return values.std() / len(values) ** 0.5 if len(values) > 1 else torch.tensor(0.0)
+
+
+@dataclass(frozen=True)
+class _Reference:
+    """What a concept is compared with: its kind (REFERENCES) and its features (n, d)."""
+
+    kind: str
+    seen: Tensor
+    embed: Callable[[Tensor], Tensor]
+
+    @property
+    def own(self) -> float:
+        return own_similarity(self.seen) if self.kind != "drawn" else torch.nan
+
+    def likeness(self, pictures: Tensor) -> Tensor:
+        """Of each picture, (n,)."""
+        seen = self.embed(pictures)
+        if self.kind == "drawn":
+            return torch.nn.functional.cosine_similarity(seen, self.seen)
+        return torch.stack([torch.tensor(similarity(one[None], self.seen)) for one in seen])
+
+
+def _reference(
+    record: ConceptRecord, own: Tensor | None, embed: Features, drawn: Tensor, use_kept: bool
+) -> _Reference:
+    def seen(pictures: Tensor) -> Tensor:
+        return embed(pictures, record.noun)
+
+    if own is not None:
+        return _Reference("pictures", seen(own), seen)
+    if use_kept and (kept := likeness.unpacked(record.features)) is not None:
+        return _Reference("features", kept, seen)
+    if (thumbnail := picture_of(record.preview)) is not None:
+        size = drawn.shape[-1]
+
+        def seen_small(pictures: Tensor) -> Tensor:
+            """As a thumbnail of them is seen: it has lost its details."""
+            return seen(torch.stack([_through_thumbnail(to_pil(one), size) for one in pictures]))
+
+        return _Reference("thumbnail", seen(_through_thumbnail(thumbnail, size)[None]), seen_small)
+    return _Reference("drawn", seen(drawn), seen)
+
+
+def _through_thumbnail(picture: Image, size: int) -> Tensor:
+    smooth = images.Resampling.LANCZOS
+    return to_tensor(picture.resize((PREVIEW, PREVIEW), smooth).resize((size, size), smooth))
 
 
 def _recognised(

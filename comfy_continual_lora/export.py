@@ -13,7 +13,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -105,12 +105,15 @@ def export_files(
     format: str = "kohya",
     only: Sequence[str] = (),
     remove: bool = False,
+    words: Iterable[str] = (),
+    metadata: Mapping[str, str] | None = None,
 ) -> Exported:
     """Write the files; the LoRA is named after the stack and its concepts, and ends in a hash.
 
     `stem` names the stack, `only` the concepts it was solved for, if not all; `remove` removes
-    earlier exports of the same concepts. Only files of this stack are overwritten: if another file
-    has a word's name, the word is exported under a new one.
+    earlier exports of the same concepts; `words` are all of the stack's, if it has more; `metadata`
+    is more for the LoRA's. Only files of this stack are overwritten: if another file has a word's
+    name, the word is exported under a new one, which is no other word's.
     Errors: StackError for an empty stack or a folder that can't be written.
     """
     _check_exportable(stack)
@@ -119,19 +122,22 @@ def export_files(
     try:
         with _exporting(out, embeddings):
             taken = _taken(embeddings)
-            words = {
-                record.token: _write_word(stack, record, embeddings, taken)
+            own = {token.lower() for token in (*words, *stack.tokens)}
+            written = {
+                record.token: _write_word(stack, record, embeddings, taken, own)
                 for record in stack.records
             }
             triggers = [
-                name_of(words[record.token].stem, record.noun if record.with_noun else "")
+                name_of(written[record.token].stem, record.noun if record.with_noun else "")
                 for record in stack.records
             ]
             if tensors:
-                nouns = {words[record.token].stem: record.noun for record in stack.records}
-                lora = _write_lora(stack, tensors, out, stem, triggers, nouns, format, only)
-            written = (lora, *words.values())
-            earlier = [p for p in _earlier(stack, out, embeddings, only) if p not in written]
+                nouns = {written[record.token].stem: record.noun for record in stack.records}
+                lora = _write_lora(
+                    stack, tensors, out, stem, triggers, nouns, format, only, metadata or {}
+                )
+            current = (lora, *written.values())
+            earlier = [p for p in _earlier(stack, out, embeddings, only) if p not in current]
             removed = [path for path in earlier if remove and _remove(path)]
     except OSError as error:
         raise StackError(
@@ -140,9 +146,9 @@ def export_files(
         ) from None
     return Exported(
         lora,
-        list(words.values()),
+        list(written.values()),
         triggers,
-        {token: path.stem for token, path in words.items() if path.stem != token},
+        {token: path.stem for token, path in written.items() if path.stem != token},
         [path for path in earlier if path not in removed],
         removed,
     )
@@ -192,16 +198,25 @@ def _taken(folder: Path) -> dict[str, list[Path]]:
 
 
 def _write_word(
-    stack: ConceptStack, record: ConceptRecord, folder: Path, taken: dict[str, list[Path]]
+    stack: ConceptStack,
+    record: ConceptRecord,
+    folder: Path,
+    taken: dict[str, list[Path]],
+    words: Collection[str],
 ) -> Path:
-    """Write the embedding under its word's name, numbered if that is another file's; update `taken`."""
+    """Write the embedding under its word's name, numbered if that is another file's, and then not as
+    one of the stack's `words`; update `taken`.
+    """
     tensors = {
         name: tensor.contiguous()
         for name, tensor in embedding(stack.words[record.id], stack.checkpoint).items()
     }
     data = save(tensors, {_STACK: stack.owner, _TOKEN: record.token})
     for number in range(1, 10_000):
-        path = folder / f"{record.token if number == 1 else f'{record.token}-{number}'}.safetensors"
+        name = record.token if number == 1 else f"{record.token}-{number}"
+        if number > 1 and name.lower() in words:
+            continue
+        path = folder / f"{name}.safetensors"
         others = taken.get(path.stem.lower(), [])
         if all(other == path and _is_own(other, stack, record, tensors) for other in others):
             write_whole(path, data, new=not others)
@@ -213,13 +228,14 @@ def _write_word(
 def _is_own(
     path: Path, stack: ConceptStack, record: ConceptRecord, tensors: Mapping[str, Tensor]
 ) -> bool:
-    """Whether an embedding's file is this stack's for this word.
+    """Whether an embedding's file is this stack's for this word, or for another under this word's
+    name, which it had before the word was learned.
 
     A file without an owner, as early versions wrote it, counts if it holds the same vectors.
     """
     owner = _owner(path)
     if owner.get(_STACK):
-        return owner[_STACK] == stack.owner and owner.get(_TOKEN) == record.token
+        return owner[_STACK] == stack.owner and record.token in (owner.get(_TOKEN), path.stem)
     try:
         existing = load_file(path)
     except (SafetensorError, OSError):
@@ -296,6 +312,7 @@ def _write_lora(
     nouns: Mapping[str, str],
     format: str,
     only: Sequence[str],
+    more: Mapping[str, str],
 ) -> Path:
     digest = hashlib.sha256()
     for name in sorted(tensors):
@@ -304,6 +321,7 @@ def _write_lora(
     name = lora_name(stem, [record.token for record in stack.records], digest.hexdigest())
     rank = rank_in(tensors)
     metadata = {
+        **more,
         **metadata_of(stack, name, triggers, rank),
         _STACK: stack.owner,
         _ONLY: _joined(only),

@@ -17,7 +17,7 @@ from typing import Any
 from typing_extensions import Self
 
 from .errors import SettingError, excerpt
-from .presets import ADAPTER_RATES, METHOD_PRESETS, PRESETS
+from .presets import ADAPTER_RATES, KINDS, METHOD_PRESETS, PRESETS
 
 
 def setting(
@@ -61,15 +61,15 @@ def option(
     return setting(default, help, low=low, high=high, choices=choices)
 
 
-def help_of(field: dataclasses.Field) -> str:
-    """A setting's help for a widget, including the value that stands for a default of None and what
-    that means.
+def help_of(field: dataclasses.Field, nothing: str = "0") -> str:
+    """A setting's help for a widget, including the value that stands for a default of None
+    (`nothing`) and what that means.
     """
     if field.default is not None:
         return field.metadata["help"]
     if not field.metadata["by_checkpoint"]:
-        return f"{field.metadata['help']}. 0: not given"
-    nothing = "Auto" if str(field.type).startswith("bool") else "0"
+        return f"{field.metadata['help']}. {nothing}: not given"
+    nothing = "Auto" if str(field.type).startswith("bool") else nothing
     suits = suiting(field)
     values = f" ({suits})" if suits else ""
     return f"{field.metadata['help']}. {nothing}: what suits the checkpoint{values}"
@@ -101,12 +101,34 @@ def in_words(value: Any) -> str:
 
 
 def from_widget(field: dataclasses.Field, value: Any) -> Any:
-    """A widget's value -> the setting's; 0 and "auto" become None if that is the default."""
+    """A widget's value -> the setting's; 0 and "auto" become None if that is the default, and a
+    number may be given as text.
+
+    Errors: SettingError for text that is neither.
+    """
     if str(field.type) == "bool | None":
         return {"auto": None, "yes": True, "no": False}.get(value, value)
+    if isinstance(value, str) and str(field.type) in ("int | None", "float | None"):
+        value = _number_in(field.name, value)
     if field.default is None and (not value or value == "auto"):
         return None
-    return int(value) if str(field.type).startswith("int") and value is not None else value
+    if str(field.type).startswith("int") and isinstance(value, float) and value.is_integer():
+        return int(value)
+    return value
+
+
+def _number_in(name: str, text: str) -> float | int | None:
+    """The number that is written there; None for "auto" and for nothing."""
+    text = text.strip().lower()
+    if text in ("", "auto"):
+        return None
+    try:
+        number = float(text)
+    except ValueError:
+        raise SettingError(
+            f"`{name}` is {excerpt(text)}; it has to be a number, or auto."
+        ) from None
+    return int(number) if number.is_integer() else number
 
 
 _TYPES = {
@@ -195,6 +217,10 @@ class Settings:
         row = PRESETS[preset] | METHOD_PRESETS.get((preset, getattr(self, "method", "")), {})
         if factor := ADAPTER_RATES.get(getattr(self, "adapter", "")):
             row["rate"] = factor * PRESETS[preset]["rate"]
+        if kind := KINDS.get(getattr(self, "kind", None) or ""):
+            batch = getattr(self, "batch", None) or row["batch"]
+            row["steps"] = max(1, round(row["steps"] * row["batch"] * kind["pictures"] / batch))
+            row["rate"] = kind["rate"] * row["rate"]
         defaults = {name: value for name, value in row.items() if getattr(self, name, 0) is None}
         resolved = dataclasses.replace(self, **defaults)  # type: ignore[type-var]
         resolved.check()

@@ -43,8 +43,10 @@ WORDS = (
 PRESET = "continual_lora.preset"  # in a LoRA: the kind of checkpoint it is for
 TOKEN = re.compile(r"[A-Za-z0-9_-]{1,64}")  # a concept's word, also used in file names
 _TEMPORARY = re.compile(r"\.continual-lora-[0-9a-f]{16}\.tmp")
-# Device names that Windows reserves, whatever the suffix
-_RESERVED = re.compile(r"(con|prn|aux|nul|com[0-9]|lpt[0-9])", re.IGNORECASE)
+# Device names that Windows reserves, whatever the suffix; it drops dots and spaces at the end
+_RESERVED = re.compile(
+    r"(con|prn|aux|nul|conin\$|conout\$|(com|lpt)[0-9¹²³])\s*(\..*)?", re.IGNORECASE | re.DOTALL
+)
 
 
 def stack_path(checkpoint: str | Path, name: str = "") -> Path:
@@ -180,8 +182,10 @@ def _longest_name(folder: Path) -> int:
 
 
 def is_reserved(name: str) -> bool:
-    """Whether Windows reserves this name for a device, so that no file can have it as its stem."""
-    return bool(_RESERVED.fullmatch(name))
+    """Whether Windows reserves this name for a device, so that no file can have it, or have it as its
+    stem.
+    """
+    return bool(_RESERVED.fullmatch(name.strip()))
 
 
 # --- writing -------------------------------------------------------------------------------------

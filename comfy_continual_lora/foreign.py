@@ -312,10 +312,21 @@ def imported_concept(
         learned=datetime.now(timezone.utc).isoformat(timespec="seconds"),
         loss=0.0,
         preview="",
-        settings={},
+        settings={"strength": request.strength},
         with_noun=bool(request.class_noun),
     )
     return word, adapter, record
+
+
+def check_same_strength(known: ConceptRecord, request: ImportRequest) -> None:
+    """Errors: StackError if this file and word are on the stack at another strength."""
+    before = known.settings.get("strength")  # early versions didn't store it
+    if isinstance(before, (int, float)) and before != request.strength:
+        raise StackError(
+            f"{request.lora} is on the stack already, as {known.name} at `strength` {before:g}, so it "
+            f"was not imported at {request.strength:g}. Forget {known.token} first, or give another "
+            "`token`."
+        )
 
 
 def _plain(name: str) -> str:

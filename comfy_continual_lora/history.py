@@ -1,5 +1,5 @@
 """Stage 6: going back in a stack's history: undo the last change, restore a version, set how many
-versions are kept.
+versions are kept. Light: whole files are moved, and tensors stay as they are.
 """
 
 from __future__ import annotations
@@ -9,21 +9,11 @@ from typing import Any
 
 from .errors import StackError
 from .files import real_file, set_aside
+from .keeping import check_finite, explain_failed_write, keep, prune, rewrite, writing
 from .results import UndoResult
 from .stackfile import read_header
-from .store import (
-    change,
-    explain_failed_write,
-    keep,
-    open_stack,
-    prune,
-    save_version,
-    write,
-    writing,
-)
 from .versions import (
     Version,
-    change_of,
     earlier,
     in_use,
     parent_of,
@@ -48,17 +38,23 @@ def undo(path: Path, version: int | None = None) -> UndoResult:
         if version is not None and version != current.number:
             raise StackError(
                 f"The stack {path} has changed: it is at version {current.number} now "
-                f"({current.change}). Look again, then undo."
+                f"({current.change}). Look at its history (`history`), then undo."
             )
         if (parent := parent_of(path)) is not None:
             _go_back(path, parent)
         elif takes_off_newest(path):
-            stack = open_stack(path).undone()
-            save_version(stack, path, change("undone", stack.records), knows_parent=False)
+            _take_off_newest(path)
         else:
             raise StackError(undo_preview(path))
         after = read_header(path)
     return _undone(before["concepts"], after["concepts"], current)
+
+
+def _take_off_newest(path: Path) -> None:
+    from .store import change, open_stack, save_version
+
+    stack = open_stack(path).undone()
+    save_version(stack, path, change("undone", stack.records), knows_parent=False)
 
 
 def _undone(
@@ -96,7 +92,9 @@ def restore(path: Path, number: int) -> Version:
 
 
 def _go_back(path: Path, chosen: Version) -> None:
-    stack, header = open_stack(chosen.file), read_header(chosen.file)
+    check_finite(chosen.file)
+    header = read_header(chosen.file)
+    history = header["history"]
     with explain_failed_write(path):
         try:
             current = in_use(path)
@@ -104,13 +102,14 @@ def _go_back(path: Path, chosen: Version) -> None:
             current = None
             set_aside(path)
         if current is not None:
-            stack.history = read_header(path)["history"]
-            if stack.history:
+            history = read_header(path)["history"]
+            if history:
                 keep(path, current, versions(path)[0].number + 1)
-        if (header["number"], header["history"]) == (chosen.number, stack.history):
+        if (header["number"], header["history"]) == (chosen.number, history):
             chosen.file.replace(path)  # needs no disk space
         else:
-            write(stack, path, chosen.number, chosen.parent, change_of(header))
+            changed = {"number": chosen.number, "parent": chosen.parent, "history": history}
+            rewrite(chosen.file, path, changed)
             chosen.file.unlink()
 
 
@@ -120,12 +119,13 @@ def keep_versions(path: Path, count: int) -> None:
     Errors: StackError for a number out of range.
     """
     if not 0 <= count <= 1000:
-        raise StackError(f"A stack can keep 0 to 1000 earlier versions, not {count}.")
+        raise StackError(f"`keep` is {count}; a stack can keep 0 to 1000 earlier versions.")
     path = real_file(path)
     with writing(path):
-        stack, current = open_stack(path), in_use(path)
+        check_finite(path)
+        current = in_use(path)
         assert current  # it has just been read
-        stack.history = count
+        changed = {"number": current.number, "parent": current.parent, "history": count}
         with explain_failed_write(path):
-            write(stack, path, current.number, current.parent, change_of(read_header(path)))
+            rewrite(path, path, changed)
             prune(path, count)

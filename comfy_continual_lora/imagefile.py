@@ -34,7 +34,6 @@ _MOST = {"JPEG": 170, "MPO": 170, "progressive JPEG": 60, "WEBP": 25, "AVIF": 35
 _MOST_OTHERS = 50
 NARROWEST = 8  # pixels; less shows nothing
 _ENOUGH = 16_000_000  # pixels: larger images are reduced
-UNNAMED = "The image"  # in messages about open files
 _SOFTWARE, _US = 0x0131, "comfy-continual-lora"
 _ORIENTATION = 0x0112
 _UPRIGHT = {
@@ -69,12 +68,12 @@ class Read:
     notes: tuple[str, ...]  # what was ignored or changed
 
 
-def read(source: Path | IO[bytes], *, ground: str = "white") -> Read:
+def read(source: Path | IO[bytes], *, ground: str = "white", name: str = "") -> Read:
     """An image; transparency is composited on `ground`, and of several frames the first is read.
 
     Errors: ConceptImagesError as `opened`, and for floats in no known range.
     """
-    with opened(source) as image:
+    with opened(source, name) as image:
         size, notes = image.size, []
         # a JPEG may hold a second picture for bright screens
         if image.format != "MPO" and getattr(image, "is_animated", False):
@@ -166,12 +165,13 @@ def _rgb(image: Image.Image, ground: str) -> Image.Image:
 
 
 @contextmanager
-def opened(source: Path | IO[bytes]) -> Iterator[Image.Image]:
+def opened(source: Path | IO[bytes], name: str = "") -> Iterator[Image.Image]:
     """An image file of one of FORMATS, not decoded yet; `source` may be an open file.
 
     Errors: ConceptImagesError for any other file, one that is damaged, too few or too many pixels.
+    It calls the image `name`, or else by its file's name: the path may be that of a copy.
     """
-    name = source if isinstance(source, Path) else UNNAMED
+    name = name or (source.name if isinstance(source, Path) else "The image")
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of large images and of damaged metadata
@@ -192,7 +192,7 @@ def opened(source: Path | IO[bytes]) -> Iterator[Image.Image]:
         ) from None
 
 
-def _check_size(image: Image.Image, name: object) -> None:
+def _check_size(image: Image.Image, name: str) -> None:
     """Errors: ConceptImagesError."""
     shape = f"{image.width} x {image.height} pixels"
     if min(image.size) < NARROWEST:
@@ -250,7 +250,7 @@ def _modern(path: Path) -> str:
     return _MODERN.get(start[8:12], "") if start[4:8] == b"ftyp" else ""
 
 
-def _unknown(source: Path | IO[bytes], name: object) -> str:
+def _unknown(source: Path | IO[bytes], name: str) -> str:
     """The message for a file that none of our decoders accepts."""
     if modern := _modern(source) if isinstance(source, Path) else "":
         return (

@@ -15,13 +15,14 @@ import codecs
 import re
 import unicodedata
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from .errors import ConceptImagesError
 from .files import PICTURES
 from .imagefile import undecodable
+from .progress import counted
 
 FEW = 3  # with fewer pictures, more than the thing is learned
 _CAPTIONS = (".txt", ".caption")
@@ -47,12 +48,23 @@ _OTHER_PROGRAMS = ("__macosx", "__pycache__", "lost+found", "system volume infor
 @dataclass(frozen=True)
 class Picture:
     """A picture's file and what lies beside it. Of several captions the first that is not empty
-    counts, of several masks the first.
+    counts, of several masks the first. `folder`: the name of its subfolder, if it is in one.
     """
 
     file: Path
     captions: tuple[Path, ...] = ()
     masks: tuple[Path, ...] = ()
+    folder: str = ""
+
+    @property
+    def name(self) -> str:
+        """How messages call it. Not by its path: it may be a host's copy, which its user never saw."""
+        return f"{self.folder}/{self.file.name}" if self.folder else self.file.name
+
+    @property
+    def mask_name(self) -> str:
+        """How messages call its mask, which a host may have written under another name."""
+        return f"The mask of {self.name}"
 
     @property
     def mask(self) -> Path | None:
@@ -84,8 +96,11 @@ class Picture:
         for kind, files in (("captions", captions), ("masks", self.masks)):
             if len(files) > 1:
                 names = ", ".join(file.name for file in files)
-                notes.append((self.file.name, f"{len(files)} {kind}, {names}; the first counts"))
+                notes.append((self.name, f"{len(files)} {kind}, {names}; the first counts"))
         return notes
+
+
+Group = tuple[str, list[Picture]]  # a folder's name, and its pictures
 
 
 @dataclass(frozen=True)
@@ -105,10 +120,10 @@ class Inventory:
         """
         texts = [texts[0][0] for picture in self.pictures if (texts := picture.texts())]
         endings = ", ".join(sorted({file.suffix.lower() for file in texts}, reverse=True))
-        captions = f"{_counted(len(texts), 'caption')} ({endings})" if texts else "no captions"
+        captions = f"{counted(len(texts), 'caption')} ({endings})" if texts else "no captions"
         masks = sum(bool(picture.masks) for picture in self.pictures)
-        parts = [_counted(len(self.pictures), "picture"), captions]
-        return ", ".join([*parts, *([_counted(masks, "mask")] if masks else [])]) + self.rest()
+        parts = [counted(len(self.pictures), "picture"), captions]
+        return ", ".join([*parts, *([counted(masks, "mask")] if masks else [])]) + self.rest()
 
     def rest(self) -> str:
         """The end of a summary: what is left out."""
@@ -122,7 +137,7 @@ class Inventory:
         notes = [self.summary()]
         if len(self.pictures) < FEW:
             notes.append(
-                f"{_counted(len(self.pictures), 'picture')}: too few to tell the thing from what is "
+                f"{counted(len(self.pictures), 'picture')}: too few to tell the thing from what is "
                 "around it, which is learned too. Better are 3 to 15, each in another place."
             )
         return notes + sentences(note for picture in self.pictures for note in picture.notes())
@@ -150,7 +165,7 @@ def inventory(source: str | Path | Iterable[str | Path]) -> Inventory:
     files = [Path(one) for one in source]
     if not files:
         raise ConceptImagesError("No pictures were given. Give 3 to 15 of the thing to learn.")
-    if missing := [str(file) for file in files if not file.is_file()]:
+    if missing := [file.name for file in files if not file.is_file()]:
         raise ConceptImagesError(f"There is no picture {', '.join(missing)}.")
     given = set(files)
     beside = {
@@ -174,7 +189,7 @@ def sorted_out(files: Sequence[Path]) -> Inventory:
     )
 
 
-def groups(source: Path | list[Path]) -> tuple[list[tuple[str, list[Path]]], Inventory]:
+def groups(source: Path | list[Path]) -> tuple[list[Group], Inventory]:
     """The pictures of a folder and of its subfolders, each with the folder's name, as far as they
     have any; those of a list have no name. And the inventory of all together.
 
@@ -182,16 +197,26 @@ def groups(source: Path | list[Path]) -> tuple[list[tuple[str, list[Path]]], Inv
     """
     if not isinstance(source, Path) or not source.is_dir():
         found = inventory(source)
-        return [("", found.files)], found
+        return [("", list(found.pictures))], found
     entries = _listed(source)
     folders = [entry for entry in entries if entry.is_dir()]
-    own = sorted_out([entry for entry in entries if not entry.is_dir()])
-    parts = [(folder.name, sorted_out(_listed(folder))) for folder in folders]
-    left_out = [f"{name}/{one}" for name, part in parts for one in part.left_out]
-    parts = [(name, part) for name, part in [(source.name, own), *parts] if part.pictures]
-    pictures = tuple(picture for _, part in parts for picture in part.pictures)
-    whole = _some(Inventory(pictures, (*own.left_out, *left_out)), source)
-    return [(name, part.files) for name, part in parts], whole
+    own = sorted_out([entry for entry in entries if entry not in folders])
+    parts = [(one.name, _within(one.name, sorted_out(_listed(one)))) for one in folders]
+    parts.insert(0, (source.name, own))
+    pictures, left_out = [], []
+    for _, part in parts:
+        pictures += part.pictures
+        left_out += part.left_out
+    whole = _some(Inventory(tuple(pictures), tuple(left_out)), source)
+    return [(name, list(part.pictures)) for name, part in parts if part.pictures], whole
+
+
+def _within(folder: str, found: Inventory) -> Inventory:
+    """What a subfolder holds, with names that begin with its own."""
+    return Inventory(
+        tuple(replace(picture, folder=folder) for picture in found.pictures),
+        tuple(f"{folder}/{one}" for one in found.left_out),
+    )
 
 
 def _some(found: Inventory, folder: Path) -> Inventory:
@@ -341,14 +366,12 @@ def feed(digest: Any, file: Path) -> None:
 
 def _unreadable(file: Path, error: OSError) -> ConceptImagesError:
     why = error.strerror or error
-    return ConceptImagesError(f"{file} can't be read ({why}). Give this user access, or remove it.")
+    return ConceptImagesError(
+        f"{file.name} can't be read ({why}). Give this user access to it, or remove it."
+    )
 
 
 def _enumerated(names: Sequence[str]) -> str:
     """The first names, and how many more there are."""
     more = len(names) - _NAMED
     return ", ".join([*names[:_NAMED], *([f"{more} more"] if more > 0 else [])])
-
-
-def _counted(number: int, noun: str) -> str:
-    return f"{number} {noun}{'' if number == 1 else 's'}"

@@ -10,6 +10,7 @@ word) - out: `Trained`.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -29,12 +30,15 @@ from .diffusion import (
     random_batch,
     timestep_weight,
 )
+from .errors import TrainingError
 from .lossscale import LossScale
+from .parallel import is_first
 from .penalty import Penalty, Step
-from .progress import OnProgress, Progress
+from .progress import OnProgress, Point, Progress
 from .sample import draw
 from .settings import DrawSettings, ResolvedSettings
 from .training import Run, asked_for, compute_dtype, optimizer_for, precondition
+from .watch import LOOKS, Names, Watch
 
 
 @dataclass(frozen=True)
@@ -58,6 +62,8 @@ class TrainingInputs:
     masks: Sequence[Tensor] | None = None  # (1, h, w): the weight of each latent pixel in the loss
     preconditioner: Tensor | None = None  # (d, d): coordinates of text space that A is trained in
     source: Mapping[str, str] = field(default_factory=dict)  # identifies the data (`source_of`)
+    held_out: Sequence[Tensor] = ()  # latents that are looked at and not learned from (`watch`)
+    names: Names | None = None  # in prompts, of what is looked at
 
 
 @dataclass(frozen=True)
@@ -69,6 +75,8 @@ class Trained:
     adapter: Adapter | None
     word: Tensor
     losses: list[float]
+    steps: int  # that the result has learned; fewer than the losses if the best version is kept
+    points: Sequence[Point] = ()  # the looks at it
 
 
 def learn(
@@ -81,7 +89,7 @@ def learn(
     """Learn one concept.
 
     If `on_progress` raises, a snapshot is left and the exception passes through. The net keeps the
-    dtype it learned with. Errors: TrainingError if learning diverges.
+    dtype it learned with. Errors: TrainingError if learning diverges, or leaves the word as it was.
     """
     adapter = attached(
         backbone,
@@ -89,9 +97,14 @@ def learn(
         trainable=inputs.trains_adapter,
         frozen_adapter=inputs.frozen_adapter,
     )
-    with compute_dtype(backbone, settings), adapter as factors:
+    with compute_dtype(backbone, settings), ExitStack() as stack:
+        watch = _watch(backbone, inputs, settings)
+        factors = stack.enter_context(adapter)
         word = nn.Parameter(inputs.word.to(backbone.device, torch.float32, copy=True))
         run = _run(backbone, inputs, settings, snapshot, factors, word)
+        if watch is not None:
+            run.watch = watch
+            watch.begin(lambda: {**inputs.words, inputs.token: word}, run.parameters)
 
         def terms(step: int, rows: slice) -> dict[str, Tensor]:
             return _terms(backbone, inputs, settings, factors, word, step, rows)
@@ -103,12 +116,36 @@ def learn(
             on_progress(progress)
 
         run.train(terms, settings.batch, report)
+        steps = run.step
+        if watch is not None and watch.best:
+            steps = watch.best_step
+            with torch.no_grad():
+                for name, parameter in run.parameters.items():
+                    parameter.copy_(watch.best[name])
         learned = inputs.adapter
         if factors:
             learned = {name: value.detach().cpu().clone() for name, value in factors.items()}
         if inputs.frozen_adapter and learned:
             learned = joined(inputs.frozen_adapter, learned)
-        return Trained(learned, word.detach().cpu().clone(), run.losses)
+        vectors = word.detach().cpu().clone()
+        if settings.token_rate and torch.equal(vectors, inputs.word.float().cpu()):
+            if is_first():
+                snapshot.unlink(missing_ok=True)  # the same run would end like this again
+            raise TrainingError(
+                f"{inputs.token} was not learned: in {settings.steps} steps its vectors did not change. "
+                "Nothing was stored, and the stack is unchanged. Check that the captions name it and "
+                "that the pictures show it, or use a higher `token_rate` (it was "
+                f"{settings.token_rate:g})."
+            )
+        return Trained(learned, vectors, run.losses, steps, watch.points if watch else ())
+
+
+def _watch(backbone: Backbone, inputs: TrainingInputs, settings: ResolvedSettings) -> Watch | None:
+    """Made before anything is attached; None if nothing is held out."""
+    if not inputs.held_out or inputs.names is None:
+        return None
+    every = settings.watch_every or max(1, settings.steps // LOOKS)
+    return Watch(backbone, inputs.held_out, inputs.names, every, settings.until)
 
 
 def _run(

@@ -15,7 +15,16 @@ from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 UNKNOWN_NOUN = "thing"  # of imported concepts, which may have none
-_LETTER = "[0-9A-Za-z_-]"  # what learned words consist of (`files.TOKEN`)
+# Where a learned word begins and ends (`whole_words`)
+_BEGIN = r"(?<![0-9A-Za-z_])(?<![0-9A-Za-z_]-)"
+_END = r"(?=(?:-[A-Za-z]{2,})*(?:--|-?(?![0-9A-Za-z_-])))(?!\.[0-9])"
+_RUN = re.compile(r"[0-9A-Za-z_]+(?:-[0-9A-Za-z_]+)*")  # what looks like one word
+_DECIMAL = re.compile(r"\.[0-9]")  # behind "v2"
+# "V8 engine", "V8 Mustang", "V12 sports car"
+_ENGINE = re.compile(
+    r"V(?:6|8|10|12|16)[\s-]+(?:[A-Z]|(?:[\w-]+\s+)?(?:engine|motor|car|truck|bike)s?\b)"
+)
+_NAME_BEFORE = re.compile(r"[^.!?\s]\s+[A-Z]\w{2,}\s+$")  # "in Realistic Vision ", before "V5"
 # a noun after one of these belongs to something else: "a V1 on a mug"
 _ENDS = (
     "a|an|the|and|or|with|without|of|in|on|at|by|to|from|near|under|over|behind|beside|next|is|are"
@@ -121,6 +130,19 @@ def named(prompts: Iterable[str], words: Collection[str]) -> list[str]:
     return [word for word in words if word in found]
 
 
+def split(text: str, words: Collection[str]) -> list[str]:
+    """The text cut at its learned words: every second part is one, as it is spelled there."""
+    return whole_words(words).split(text) if words else [text]
+
+
+def in_other_words(text: str, names: Mapping[str, str]) -> str:
+    """The text with other words for the learned ones; `names` has all that it may name."""
+    parts = split(text, names)
+    other = {old.lower(): new for old, new in names.items() if new != old}
+    parts[1::2] = [other.get(word.lower(), word) for word in parts[1::2]]
+    return "".join(parts)
+
+
 def _matches(prompt: str, words: Collection[str]) -> list[tuple[re.Match[str], str]]:
     """Where a prompt has which word, in order."""
     if not words:
@@ -130,36 +152,78 @@ def _matches(prompt: str, words: Collection[str]) -> list[tuple[re.Match[str], s
 
 
 def whole_words(words: Iterable[str]) -> re.Pattern[str]:
-    """A pattern for any of these words as a whole word, in any case; group 1 is the word.
+    """A pattern for these words wherever a text names one, in any case; group 1 is the word.
 
-    A word ends where no letter of a learned word follows: V10, V1-a and V1_a don't contain V1, but
-    "V1's" and "(V1:1.2)" do. Case is ASCII's: a long s is no s.
+    The one rule for prompts, captions, renaming and hosts. The longest of the words at a place is
+    meant. No letter, digit or _ touches it: "V1's" and "(V1:1.2)" name V1, while V10, V1_a and V1.5
+    don't. Hyphens join names, so V1-a, V1-2 and my-V1 are other words than V1; but with words of two
+    letters or more behind it, V1-coloured and V1-ball say something of V1, if they are not learned
+    themselves. Case is ASCII's: a long s is no s.
     """
-    either = "|".join(map(re.escape, words))
-    return re.compile(rf"(?<!{_LETTER})({either})(?!{_LETTER})", re.IGNORECASE | re.ASCII)
+    longest_first = sorted(words, key=len, reverse=True)
+    either = "|".join(map(re.escape, longest_first))
+    return re.compile(f"{_BEGIN}({either}){_END}", re.IGNORECASE | re.ASCII)
 
 
 def unknown_words(prompts: Iterable[str], words: Collection[str]) -> list[str]:
     """What the prompts name that looks like a learned word but is none of `words`, each once.
 
-    It has another number than they have (V3 if there is a V1, and always, because V1 is what every
-    example calls its concept), or is one of them with more behind - or _. ComfyUI's embeddings and
-    what web UIs write in <> are left aside.
+    It has another number than they have (V3 if there is a V1), is one of them with more behind it
+    (V1-b, V1s) or before it (my-V1), or is V and a number, as every example calls its concepts. What
+    ordinary prompts have is left aside: v2.0, V8 engine, and names with v2 or V5 behind them as long
+    as no such word is learned; so are ComfyUI's embeddings and what web UIs write in <>.
     """
     known = {word.lower() for word in words}
-    numbered = {"v", *(word.rstrip("0123456789") for word in known if word[-1:].isdigit())} - {""}
-    longer = tuple(word + joint for word in known for joint in "-_")
+    beginnings, endings = tuple(known), tuple(f"-{word}" for word in words)
+    numbered = {word.rstrip("0123456789") for word in known if word[-1:].isdigit()} - {""}
+    read = whole_words(words) if words else None
     found: dict[str, str] = {}
     for prompt in prompts:
-        text = re.sub(r"<[^<>]*>", " ", prompt)
-        for word in re.findall(rf"(?<!{_LETTER})(?<!embedding:){_LETTER}+", text, re.IGNORECASE):
-            lower = word.lower().rstrip("-_")
+        text = re.sub(r"<[^<>]*>|embedding:\S+", " ", prompt, flags=re.IGNORECASE)
+        for run in _RUN.finditer(text):
+            # the rule looks two characters ahead
+            first = read and read.search(text, run.start(), run.end() + 2)
+            if first and first.start() < run.end():
+                continue
+            word = _without_compound(run[0])
+            lower = word.lower()
             stem = lower.rstrip("0123456789")
             if lower in known:
-                continue
-            if (stem != lower and stem in numbered) or lower.startswith(longer):
+                is_unknown = False
+            elif stem != lower and (stem in numbered or stem == "v"):
+                is_unknown = not _is_ordinary(text, run.start(), word, stem in numbered)
+            else:
+                is_unknown = word.endswith(endings) or (
+                    lower.startswith(beginnings) and any(_extends(lower, one) for one in known)
+                )
+            if is_unknown:
                 found.setdefault(lower, word)
     return list(found.values())
+
+
+def _without_compound(run: str) -> str:
+    """What a run of letters names, without what it says of it: "V3" of "V3-coloured"."""
+    parts = run.split("-")
+    while len(parts) > 1 and len(parts[-1]) > 1 and parts[-1].isalpha():
+        parts.pop()
+    return "-".join(parts)
+
+
+def _is_ordinary(text: str, start: int, word: str, is_series: bool) -> bool:
+    """Whether a word that ends in a number is ordinary language; `is_series`: learned ones are
+    numbered like it.
+    """
+    if _DECIMAL.match(text, start + len(word)) or _ENGINE.match(text, start):
+        return True
+    is_name = word[0] == "v" or _NAME_BEFORE.search(text, max(0, start - 80), start)
+    return bool(is_name) and not is_series
+
+
+def _extends(run: str, word: str) -> bool:
+    """Whether a run of letters is a learned word with more behind it: V1-b, V1_x, V1s."""
+    if not run.startswith(word) or run == word:
+        return False
+    return run[len(word)] in "-_" or word[-1].isdigit()
 
 
 def not_learned(unknown: Sequence[str], words: Collection[str]) -> str:

@@ -75,6 +75,14 @@ def paired_similarity(x: Tensor, y: Tensor) -> float:
     return float(F.cosine_similarity(x, y).mean())
 
 
+def own_similarity(x: Tensor) -> float:
+    """Mean cosine over all pairs of different ones of a set; NaN for fewer than two."""
+    n = len(x)
+    if n < 2:
+        return float("nan")
+    return (n * similarity(x, x) - 1) / (n - 1)
+
+
 def retention_matrix(
     real: Sequence[Tensor], drawn: Mapping[tuple[int, int], Tensor], kernel: Kernel = quadratic
 ) -> Tensor:

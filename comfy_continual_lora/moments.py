@@ -10,6 +10,7 @@ longer to prepare than to learn.
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -21,13 +22,14 @@ from torch import Tensor
 
 from .checkpoint.backbone import Backbone
 from .files import write_whole
+from .mentions import named, split
 from .textspace import moment
 
 
 def clear_cache(folder: Path) -> None:
-    """Remove all moments of a folder, and the folder."""
+    """Remove all moments and reports of a folder, and the folder."""
     with suppress(OSError):
-        for path in folder.glob("*.moment"):
+        for path in (*folder.glob("*.moment"), *folder.glob("*.report")):
             path.unlink(missing_ok=True)
         folder.rmdir()
 
@@ -72,11 +74,10 @@ class MomentCache:
                 empty = self.backbone.encode_prompts([""]).float().cpu().numpy()
             self.encoder = hashlib.sha256(empty.tobytes()).hexdigest()
         key = hashlib.sha256(f"{self.encoder} {share}".encode())
-        for prompt in prompts:
-            key.update(prompt.encode() + b"\0")
-        for token, word in words.items():
-            if any(token in prompt for prompt in prompts):
-                key.update(token.encode() + word.detach().cpu().float().numpy().tobytes())
+        for prompt in prompts:  # as it is read: a later release may read other words in it
+            key.update(json.dumps(split(prompt, words)).encode())
+        for token in named(prompts, words):
+            key.update(token.encode() + words[token].detach().cpu().float().numpy().tobytes())
         path = self.folder / f"{key.hexdigest()[:32]}.moment"
         self.used.add(path)
         return path

@@ -23,11 +23,10 @@ from __future__ import annotations
 from dataclasses import replace
 
 from . import concepts, consolidation, parallel, store
-from . import history as versions
 from .adapters.adapter import rank_of
-from .concept import load_concept, record_of
+from .concept import kept_features, load_concept, record_of
 from .errors import StackError
-from .foreign import imported_concept
+from .foreign import check_same_strength, imported_concept
 from .learn import learn
 from .methods.method import LearnedConcept
 from .methods.stages import calibrated, distilled
@@ -40,6 +39,8 @@ from .prepare import (
     settings_for,
     take_stock,
     tell_of_noun,
+    tell_of_objective,
+    watched,
 )
 from .progress import OnProgress, ignore
 from .requests import (
@@ -48,9 +49,7 @@ from .requests import (
     ImportRequest,
     LearnRequest,
     MergeRequest,
-    RestoreRequest,
     SolveRequest,
-    UndoRequest,
 )
 from .results import (
     ConsolidateResult,
@@ -58,22 +57,24 @@ from .results import (
     ImportResult,
     LearnResult,
     MergeResult,
-    RestoreResult,
     SolveResult,
-    UndoResult,
 )
 from .session import Snapshots, open_session
 from .stack import ConceptStack
 from .stackfile import read_header
 from .targets import prompt_bank
+from .upkeep import history as history
+from .upkeep import info as info
+from .upkeep import rename as rename
+from .upkeep import restore as restore
+from .upkeep import undo as undo
 from .views import dc_scores as dc_scores
 from .views import draw as draw
 from .views import evaluate as evaluate
 from .views import export as export
-from .views import history as history
-from .views import info as info
 from .views import learned_before as learned_before
 from .views import plan as plan
+from .views import scored_after_learning
 from .views import select as select
 
 
@@ -85,7 +86,7 @@ def learn_concept(request: LearnRequest, on_progress: OnProgress = ignore) -> Le
     method = checked_method(request)  # the cheapest mistakes first: nothing is loaded yet
     digest = request.digest
     if known := store.record_of_request(request.stack_file, digest):
-        return LearnResult(known, [], request.stack_file, again=True)
+        return LearnResult(known, list(known.losses), request.stack_file, again=True)
     take_stock(request.images, on_progress)
     with parallel.together(request.device) as device:
         request = replace(request, device=device)
@@ -102,13 +103,18 @@ def learn_concept(request: LearnRequest, on_progress: OnProgress = ignore) -> Le
                 settings,
                 with_noun=not method.fresh_adapter(settings),
             )
+            tell_of_objective(session, concept)
             start = method.start(session, concept, settings)
             penalties = method.penalties(session, settings, start.retention)
             inputs = method.training_inputs(session, concept, settings, start, penalties)
-            snapshots = Snapshots.of(session, concept, settings, concept.prompts)
+            if settings.watch_every or settings.until == "good":
+                inputs = watched(session, concept, inputs)
+            snapshots = Snapshots.of(session, concept, settings, inputs.prompts)
             snapshots.tell_of_others(on_progress)
             trained = learn(session.backbone, inputs, settings, snapshots.path(), on_progress)
-            record = record_of(concept, session.stack, settings, trained.losses, digest)
+            record = record_of(concept, session.stack, settings, trained, digest)
+            if settings.keep_features:
+                record = replace(record, features=kept_features(session, concept))
             learned = LearnedConcept(
                 session, settings, concept, record, trained.word, penalties, snapshots, start.bank
             )
@@ -122,7 +128,10 @@ def learn_concept(request: LearnRequest, on_progress: OnProgress = ignore) -> Le
                     preview_both(session, stack)
                 session.commit(stack, change, [record])
                 snapshots.remove()
-    return LearnResult(record, trained.losses, request.stack_file)
+            scores = None
+            if request.score and parallel.is_first():
+                scores = scored_after_learning(session, request)
+    return LearnResult(record, trained.losses, request.stack_file, scores=scores)
 
 
 def consolidate(request: ConsolidateRequest, on_progress: OnProgress = ignore) -> ConsolidateResult:
@@ -198,7 +207,13 @@ def merge(request: MergeRequest, on_progress: OnProgress = ignore) -> MergeResul
     """Put those concepts of another stack of the same checkpoint on this one that it lacks."""
     request.check()
     own = {record.id for record in store.read_records(request.stack_file)}
-    if own.issuperset(record["id"] for record in read_header(request.other)["concepts"]):
+    theirs = {record["id"] for record in read_header(request.other)["concepts"]}
+    if not theirs:
+        raise StackError(
+            f"The stack {request.other} holds no concept, so there is nothing to merge. Choose "
+            "another as `other`."
+        )
+    if theirs <= own:
         return MergeResult([], {}, request.stack_file)
     with open_session(request, on_progress, writes=True) as session:
         own = set(session.stack.words)
@@ -223,6 +238,7 @@ def import_concept(request: ImportRequest, on_progress: OnProgress = ignore) -> 
         tell_of_noun(session, request)
         word, adapter, record = imported_concept(session.backbone, request)
         if known := next((one for one in session.stack.records if one.id == record.id), None):
+            check_same_strength(known, request)
             return ImportResult(known, request.lora, again=True)
         concepts.check_token(request.token, session.stack.tokens, session.backbone.is_known_word)
         other = ConceptStack(session.stack.fingerprint, rank=rank_of(adapter))
@@ -232,13 +248,3 @@ def import_concept(request: ImportRequest, on_progress: OnProgress = ignore) -> 
         )
         session.commit(stack, "imported", [record])
     return ImportResult(record, request.lora)
-
-
-def undo(request: UndoRequest, on_progress: OnProgress = ignore) -> UndoResult:
-    """Undo the last change of the stack, whatever it was."""
-    return versions.undo(request.stack_file, request.version)
-
-
-def restore(request: RestoreRequest, on_progress: OnProgress = ignore) -> RestoreResult:
-    """Go back to a version of the history; the one in use now stays in it."""
-    return RestoreResult(versions.restore(request.stack_file, request.version))

@@ -5,13 +5,13 @@ from __future__ import annotations
 from dataclasses import asdict, replace
 from pathlib import Path
 
-from . import concepts
+from . import concepts, objective
 from .adapters.adapter import Adapter, attached
-from .concept import load_concept
-from .errors import SettingError, StackError, TokenError
-from .files import check_names
+from .concept import Concept, load_concept
+from .early import check_learn
+from .errors import SettingError, StackError
 from .inventory import inventory
-from .learn import preview
+from .learn import TrainingInputs, preview
 from .methods import METHODS
 from .methods.method import LearnedConcept, Method, StackSummary, summary_of, summary_of_file
 from .methods.stages import past_adapters
@@ -20,20 +20,14 @@ from .requests import ConsolidateRequest, ImportRequest, LearnRequest
 from .session import Session, Snapshots
 from .settings import LearnSettings, ResolvedSettings
 from .stack import ConceptRecord, ConceptStack
+from .watch import Names, held_out
+from .words import check_newest
 
 
 def checked_method(request: LearnRequest) -> Method:
     """The request's method, after all checks that do not need the checkpoint."""
     request.check()
-    inventory(request.images)
-    concepts.check_spelling(request.token)
-    concepts.check_noun(request.noun, request.token)
-    if not request.class_noun:
-        raise SettingError(
-            "The class noun is empty. Say in one or two words what the thing is, such as teapot or "
-            "cat."
-        )
-    check_names(request.stack_file, request.token)
+    check_learn(request)
     method = METHODS[request.settings.method]
     # a concept to be replaced does not count; settings_for checks again once the stack is read
     stack = StackSummary() if request.replace else summary_of_file(request.stack_file)
@@ -59,26 +53,32 @@ def make_room(session: Session, request: LearnRequest) -> str:
     if request.replace and session.stack.find(request.token) is not None:
         session.stack = _without_newest(session.stack, request.token)
         change = "replaced"
+    elif request.replace:
+        session.tell(f"The stack has no {request.token} to replace, so it is learned as a new one.")
     concepts.check_token(request.token, session.stack.tokens, session.backbone.is_known_word)
     return change
 
 
 def tell_of_noun(session: Session, request: LearnRequest | ImportRequest) -> None:
-    """Say if prompts will use the class noun without its article."""
-    if request.class_noun != request.noun.strip():
+    """Say if prompts will use the class noun without its first words."""
+    if (noun := request.class_noun) != (given := request.noun.strip()):
         session.tell(
-            f'The class noun is "{request.class_noun}": prompts have an article of their own.'
+            f'The class noun is "{noun}", without "{given.removesuffix(noun).strip()}": prompts have '
+            "an article of their own."
         )
+
+
+def tell_of_objective(session: Session, concept: Concept) -> None:
+    """Before a stack's first concept, say if the checkpoint seems to predict something else."""
+    if not session.stack.records:
+        prompt = f"a photo of a {concept.noun}"
+        if note := objective.doubt(session.backbone, concept.latents, prompt):
+            session.tell(note)
 
 
 def _without_newest(stack: ConceptStack, token: str) -> ConceptStack:
     """Errors: TokenError if the newest concept has another word."""
-    newest = stack.records[-1]
-    if newest.token.lower() != token.lower():
-        raise TokenError(
-            f"{token} can't be replaced: {newest.token} was learned after it and builds on it. "
-            f"Forget {token} first, or choose another word."
-        )
+    check_newest(token, stack.records[-1].token)
     return stack.undone()
 
 
@@ -148,6 +148,30 @@ def _settings_again(
     }
     settings = LearnSettings(**{**asdict(request.settings), **same})
     return settings.resolved(earlier.backbone.preset)
+
+
+def watched(session: Session, concept: Concept, inputs: TrainingInputs) -> TrainingInputs:
+    """The same, with some pictures held out to look at; without, if there are too few."""
+    count = len(concept.images.images)
+    held = held_out(count)
+    if not held:
+        session.tell(
+            f"{count} pictures are too few to hold one out, so how good it gets is not watched and "
+            "it learns all steps. Five are enough."
+        )
+        return inputs
+    session.tell(f"{len(held)} of {count} pictures are held out, to see when it is done.")
+    learned = [i for i in range(len(inputs.latents)) if i % count not in held]
+    masks = inputs.masks
+    earlier = [(record.name, record.noun) for record in session.stack.records]
+    return replace(
+        inputs,
+        latents=[inputs.latents[i] for i in learned],
+        prompts=[one for i, one in enumerate(inputs.prompts) if i not in held],
+        masks=masks and [masks[i] for i in learned],
+        held_out=[inputs.latents[i] for i in held],
+        names=Names((concept.name, concept.noun or "thing"), earlier),
+    )
 
 
 def preview_both(session: Session, stack: ConceptStack) -> None:

@@ -1,34 +1,19 @@
-"""Stage 8: image grids, charts, loss curves and the HTML report.
-
-The report is one file, without scripts or external resources.
-"""
+"""Stage 8: image grids and charts, as pictures. The HTML report is `reportpage`."""
 
 from __future__ import annotations
 
-import base64
-import html
-import io
 import re
+import unicodedata
 from collections.abc import Sequence
 from pathlib import Path
 
 from PIL import Image, ImageDraw
+from PIL.PngImagePlugin import PngInfo
 
 from .concepts import fitted, read_image
-from .curves import smoothed
 from .evaluate import RetentionReport
 from .imagefile import is_own, save_new, save_own
 from .results import Drawn, Scored
-
-_STYLE = """
-body { font: 16px/1.5 system-ui, sans-serif; max-width: 1080px; margin: 2rem auto; padding: 0 1rem;
-       color: #222; background: #fafafa }
-h1 { font-size: 1.6rem }
-h2 { font-size: 1.2rem; margin-top: 2.2rem; border-top: 1px solid #ddd; padding-top: 1.2rem }
-figure { margin: .8rem 0 } figcaption { color: #555; font-size: .9rem }
-img { image-rendering: auto; border-radius: 4px; margin: 0 4px 4px 0 }
-table { border-collapse: collapse } td, th { padding: .2rem .8rem; text-align: left }
-"""
 
 
 def grid(images: Sequence[Image.Image], columns: int, gap: int = 4) -> Image.Image:
@@ -49,11 +34,14 @@ def save_pictures(drawn: Sequence[Drawn], folder: Path) -> list[Path]:
     """
     files = []
     for picture in drawn:
-        stem = f"{re.sub(r'[^A-Za-z0-9]+', '-', picture.prompt).strip('-')[:60]}-{picture.seed}"
+        stem = f"{_named(picture.prompt)}-{picture.seed}"
         path, again = folder / f"{stem}.png", 1
         while path.exists():
             path, again = folder / f"{stem}-{again}.png", again + 1
-        save_new(picture.image, path)
+        info = PngInfo()
+        for name, text in picture.texts.items():
+            info.add_text(name, text)
+        save_new(picture.image, path, pnginfo=info)
         files.append(path)
     if len(drawn) > 1:
         per_prompt = sum(d.prompt == drawn[0].prompt for d in drawn)
@@ -64,6 +52,12 @@ def save_pictures(drawn: Sequence[Drawn], folder: Path) -> list[Path]:
             files[-1],
         )
     return files
+
+
+def _named(prompt: str) -> str:
+    """A prompt as part of a file's name: letters of any script and digits, the first 60."""
+    words = re.sub(r"[\W_]+", "-", unicodedata.normalize("NFC", prompt)).strip("-")[:60]
+    return words.encode()[:120].decode(errors="ignore").strip("-") or "picture"
 
 
 def score_sheet(scored: Sequence[Scored], *, side: int = 96, bars: int = 5) -> Image.Image:
@@ -94,7 +88,8 @@ def score_sheet(scored: Sequence[Scored], *, side: int = 96, bars: int = 5) -> I
 
 def retention_sheet(result: RetentionReport, *, side: int = 96, per_cell: int = 2) -> Image.Image:
     """The heat map of R with pictures: a row for each concept, a column for each version of the
-    stack; green is similar, red is not.
+    stack; red is as near to the user's pictures as any thing of the noun is, green half way to how
+    near they are to each other and more.
     """
     count, margin = len(result.names), 130
     width = per_cell * side + 8
@@ -104,9 +99,7 @@ def retention_sheet(result: RetentionReport, *, side: int = 96, per_cell: int = 
         draw.text((margin + i * width + 4, 6), f"after {name}", fill="black")
     for (i, j), pictures in result.pictures.items():
         left, top = margin + i * width, 24 + j * (side + 26)
-        low = min(float(result.floor[j]), float(result.likeness[j, j]) - 0.05)
-        share = (float(result.likeness[i, j]) - low) / (float(result.likeness[j, j]) - low)
-        share = min(1.0, max(0.0, share))
+        share = result.shade(i, j)
         color = (int(220 - 120 * share), int(110 + 90 * share), 110)
         draw.rectangle((left, top, left + width - 3, top + side + 23), fill=color)
         for place, picture in enumerate(pictures[:per_cell]):
@@ -114,51 +107,3 @@ def retention_sheet(result: RetentionReport, *, side: int = 96, per_cell: int = 
         draw.text((left + 6, top + side + 7), f"{float(result.likeness[i, j]):.2f}", fill="black")
         draw.text((4, top + side // 2), result.names[j], fill="black")
     return sheet
-
-
-def figure(images: Sequence[Image.Image], caption: str, width: int = 128) -> str:
-    """A row of images with a caption, as HTML."""
-    tags = "".join(
-        f'<img width="{width}" alt="" src="data:image/png;base64,{_png(image)}">'
-        for image in images
-    )
-    return f"<figure>{tags}<figcaption>{html.escape(caption)}</figcaption></figure>"
-
-
-def curve(values: Sequence[float], caption: str, *, width: int = 520, height: int = 140) -> str:
-    """A loss curve as SVG: the running mean over a twentieth of the steps."""
-    smooth = smoothed(values)
-    low, high = min(smooth), max(smooth)
-    spread = high - low or 1.0
-    across, down = (width - 50) / max(1, len(smooth) - 1), (height - 35) / spread
-    points = " ".join(
-        f"{40 + i * across:.1f},{10 + (high - v) * down:.1f}" for i, v in enumerate(smooth)
-    )
-    return (
-        f'<figure><svg viewBox="0 0 {width} {height}" width="{width}" role="img" '
-        f'aria-label="{html.escape(caption)}">'
-        f'<polyline points="{points}" fill="none" stroke="#2563eb" stroke-width="2"/>'
-        f'<g font-size="11" fill="#555"><text x="0" y="15">{high:.3f}</text><text x="0" '
-        f'y="{height - 24}">{low:.3f}</text>'
-        f'<text x="40" y="{height - 6}">step 1</text><text x="{width - 60}" '
-        f'y="{height - 6}">{len(values)}</text></g></svg>'
-        f"<figcaption>{html.escape(caption)}</figcaption></figure>"
-    )
-
-
-def page(title: str, intro: str, sections: Sequence[tuple[str, Sequence[str]]]) -> str:
-    """A whole HTML page; section bodies are HTML made by `figure` and `curve`."""
-    body = "".join(
-        f"<h2>{html.escape(heading)}</h2>{''.join(parts)}" for heading, parts in sections
-    )
-    return (
-        '<!doctype html><html lang="en"><head><meta '
-        f'charset="utf-8"><title>{html.escape(title)}</title><style>{_STYLE}</style></head>'
-        f"<body><h1>{html.escape(title)}</h1><p>{html.escape(intro)}</p>{body}</body></html>"
-    )
-
-
-def _png(image: Image.Image) -> str:
-    buffer = io.BytesIO()
-    image.save(buffer, "PNG")
-    return base64.b64encode(buffer.getvalue()).decode()

@@ -18,6 +18,7 @@ from typing import Any, TypeVar
 from .errors import SettingError, excerpt
 from .fields import Settings, check_field, check_names, check_type, option
 from .files import stack_path
+from .presets import PREDICTIONS
 from .settings import (
     EXECUTION_SETTINGS,
     FORMATS,
@@ -32,6 +33,10 @@ from .settings import (
 CHECKPOINT_HELP = "a .safetensors checkpoint or a diffusers folder"
 STACK_HELP = "the concept stack, if not the file beside the checkpoint"
 DEVICE_HELP = "auto, cpu, cuda, cuda:1 or mps"
+PREDICTION_HELP = (
+    "what the checkpoint's net predicts; auto: what the stack or the file says, which can't tell a "
+    "rectified flow (flow)"
+)
 IMAGES_HELP = (
     "folder with 3 to 15 pictures; name.txt beside name.jpg is its caption, name.mask.png its mask "
     "(white is learned from)"
@@ -54,6 +59,7 @@ class Request:
     _: KW_ONLY
     stack: Path | None = option(STACK_HELP, None)
     device: str = option(DEVICE_HELP, "auto")
+    prediction: str = option(PREDICTION_HELP, "auto", choices=("auto", *PREDICTIONS))
 
     @property
     def stack_file(self) -> Path:
@@ -81,6 +87,9 @@ class LearnRequest(Request):
         "replace the newest concept if it has this word; it stays until the new one is stored",
         False,
     )
+    score: int = option(
+        "how many of its pictures are scored once it is learned; 0: none", 0, low=0, high=1000
+    )
 
     @property
     def digest(self) -> str:
@@ -89,7 +98,7 @@ class LearnRequest(Request):
 
     @property
     def class_noun(self) -> str:
-        """`noun` without spaces around it and without an article: prompts have their own."""
+        """`noun` without spaces around it and without article or "my": prompts have their own."""
         return without_article(self.noun)
 
 
@@ -179,7 +188,9 @@ class EvaluateRequest(Request):
         "folder with folders named after tokens, with their pictures, if you still have them", None
     )
     clip: Path | None = option(
-        "folder with a CLIP vision model (as transformers saves it) to compare pictures with", None
+        "folder with a CLIP vision model (as transformers saves it) to compare pictures with, in place "
+        "of what the checkpoint itself sees",
+        None,
     )
     settings: EvaluateSettings = EvaluateSettings()
     plot: Path | None = option(PLOT_HELP, None)
@@ -215,6 +226,14 @@ class ExportRequest(Request):
 
 
 @dataclass(frozen=True)
+class RenameRequest(Request):
+    """Give a concept another word."""
+
+    token: str = option("its word now")
+    to: str = option("its new word, such as V2")
+
+
+@dataclass(frozen=True)
 class UndoRequest(Request):
     """Undo the last change."""
 
@@ -243,8 +262,9 @@ class InfoRequest(Request):
 
 
 def without_article(noun: str) -> str:
-    """ "a dog" -> "dog" """
-    return re.sub(r"^(an?|the)\s+(?=\S)", "", noun.strip(), flags=re.IGNORECASE)
+    """ "a dog" and "my dog" -> "dog" """
+    articles = r"^(?:(?:an?|the|this|that|these|those|some|my|our|your)\s+)+(?=\S)"
+    return re.sub(articles, "", noun.strip(), flags=re.IGNORECASE)
 
 
 def _digest(images: Path | list[Path], settings: TrainSettings, *words: str) -> str:

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
+
+from .files import STACKS
+from .progress import counted
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -29,24 +33,46 @@ class Result(Protocol):
 
 @dataclass(frozen=True)
 class LearnResult:
-    """`again`: the same request was learned before, so nothing was done now."""
+    """`again`: the same request was learned before, so nothing was done now; `losses` are then those
+    that the stack keeps. `scores`: of as many of its pictures as were asked for.
+    """
 
     record: ConceptRecord
     losses: list[float]
     stack_file: Path
     again: bool = False
+    scores: ScoreResult | None = None
 
     def summary(self) -> str:
-        name, images = self.record.name, self.record.images
+        name = self.record.name
         if self.again:
             return (
                 f"{name} is already on the stack, learned from the same pictures and settings on "
                 f"{self.record.learned[:10]}; nothing was done."
             )
-        return f"Learned {name} from {images} pictures; stored in {self.stack_file}"
+        pictures = counted(self.record.images, "picture")
+        done = f"Learned {name} from {pictures}; stored in {self.stack_file}"
+        if self.record.watched:
+            done += f"\n{self._watched()}"
+        return done if self.scores is None else f"{done}\n{self.scores.summary()}"
+
+    def _watched(self) -> str:
+        looks = {int(step): likeness for step, likeness, _ in self.record.watched}
+        at = looks.get(self.record.steps, self.record.watched[-1][1])
+        return (
+            f"Likeness to the pictures held out: {at:.1%} at step {self.record.steps}, "
+            f"at most {max(looks.values()):.1%} (the checkpoint without it: 0 %)."
+        )
 
     def as_json(self) -> dict[str, Any]:
-        return {**_concept(self), "noun": self.record.noun, "loss": self.record.loss}
+        scores = self.scores and self.scores.as_json()["images"]
+        return {
+            **_concept(self),
+            "noun": self.record.noun,
+            "loss": self.record.loss,
+            "watched": self.record.watched,
+            **({"scores": scores} if scores else {}),
+        }
 
 
 @dataclass(frozen=True)
@@ -67,7 +93,7 @@ class ConsolidateResult:
             )
         return (
             f"Consolidated {self.record.name} with the {self.earlier} before it in "
-            f"{len(self.losses)} steps; stored in {self.stack_file}"
+            f"{counted(len(self.losses), 'step')}; stored in {self.stack_file}"
         )
 
     def as_json(self) -> dict[str, Any]:
@@ -219,9 +245,12 @@ class ScoreResult:
 
 @dataclass(frozen=True)
 class Drawn:
+    """`texts`: what its PNG says of it, by name (`infotext`)."""
+
     prompt: str
     seed: int
     image: Image
+    texts: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -232,10 +261,40 @@ class DrawResult:
     files: list[Path]
 
     def summary(self) -> str:
-        return "\n".join(map(str, self.files)) or f"Drew {len(self.pictures)} pictures."
+        return "\n".join(map(str, self.files)) or f"Drew {counted(len(self.pictures), 'picture')}."
 
     def as_json(self) -> dict[str, Any]:
         return {"files": [str(path) for path in self.files]}
+
+
+@dataclass(frozen=True)
+class RenameResult:
+    """`name`: how prompts name the concept now; `unfinished`: files of runs about either word, which
+    are not continued any more.
+    """
+
+    token: str
+    to: str
+    name: str
+    stack_file: Path
+    unfinished: list[Path]
+
+    def summary(self) -> str:
+        lines = [
+            f"Renamed {self.token} to {self.to}: prompts say {self.name} from now on.",
+            f"Files exported before still say {self.token}; export again for the new word.",
+        ]
+        if self.unfinished:
+            names = ", ".join(path.name for path in self.unfinished)
+            lines.append(f"Unfinished runs that no longer fit, and can be removed: {names}")
+        return "\n".join(lines)
+
+    def as_json(self) -> dict[str, Any]:
+        paths = {
+            "stack_file": str(self.stack_file),
+            "unfinished": [str(path) for path in self.unfinished],
+        }
+        return {**dataclasses.asdict(self), **paths}
 
 
 @dataclass(frozen=True)
@@ -275,25 +334,34 @@ class RestoreResult:
         return {"version": one.number, "change": one.change, "tokens": one.tokens}
 
 
+def _size(count: int) -> str:
+    return f"{count / 1e6:.1f} MB" if count >= 100_000 else f"{count / 1e3:.0f} kB"
+
+
 @dataclass(frozen=True)
 class HistoryResult:
     """The versions that are kept, the newest first."""
 
     versions: list[Version]
+    stack_file: Path
 
     def summary(self) -> str:
         if not self.versions:
-            return "Nothing has been learned yet."
+            return f"Nothing has been learned yet: there is no stack {self.stack_file}"
         lines = []
         for one in self.versions:
             mark = "*" if one.current else " "
+            when = one.when[:16].replace("T", " ")
             lines.append(
-                f"{mark} {one.number:>4}  {one.when[:16]:<16}  {one.size / 1e6:>8.1f} MB  "
-                f"{one.change}  [{', '.join(one.tokens)}]"
+                f"{mark} {one.number:>3}  {when:<16}  {_size(one.size):>8}  {one.change}  "
+                f"[{', '.join(one.tokens)}]"
             )
-        sizes = [one.size for one in self.versions if not one.current]
-        others = f"{len(sizes)} other versions take {sum(sizes) / 1e6:.1f} MB"
-        return "\n".join([*lines, f"* is in use. {others}; each can be restored by its number."])
+        others = [one.size for one in self.versions if not one.current]
+        last = "* is in use."
+        if others:
+            kept = "1 other version takes" if len(others) == 1 else f"{len(others)} others take"
+            last += f" {kept} {_size(sum(others))}; restore NUMBER goes to one."
+        return "\n".join([*lines, last])
 
     def as_json(self) -> list[dict[str, Any]]:
         return [{**dataclasses.asdict(one), "file": str(one.file)} for one in self.versions]
@@ -301,26 +369,76 @@ class HistoryResult:
 
 @dataclass(frozen=True)
 class InfoResult:
-    """`concepts`: the records as the stack's header holds them."""
+    """`concepts`: the records as the stack's header holds them; `fingerprint` and `rank` are None if
+    nothing was learned.
+    """
 
     concepts: list[dict[str, Any]]
     stack_file: Path
-    fingerprint: str
+    fingerprint: str | None
     rank: int | None
     trainable_parameters: int
 
     def summary(self) -> str:
-        lines = [
-            str(self.stack_file),
-            f"fingerprint {self.fingerprint[:12]}, rank {self.rank}, "
-            f"{self.trainable_parameters:,} trainable parameters",
-        ]
+        if self.fingerprint is None:
+            return f"Nothing has been learned yet. It will be stored in {self.stack_file}"
+        widths = [max([len(one[key]) for one in self.concepts] or [0]) for key in ("token", "noun")]
+        lines = [str(self.stack_file)]
         for one in self.concepts:
-            how = (
-                f"{one['images']} pictures, {one['steps']} steps, {one['method']}, {one['learned']}"
+            name = "  ".join(
+                one[k].ljust(w) for k, w in zip(("token", "noun"), widths, strict=True)
             )
-            lines.append(f"  {one['token']:<12} {one['noun']:<16} {how}")
-        return "\n".join(lines if self.concepts else [*lines, "  no concepts yet"])
+            when = one["learned"][:16].replace("T", " ")
+            counts = f"{counted(one['images'], 'picture')}, {counted(one['steps'], 'step')}"
+            how = f"{counts}, {one['method']}, {when}"
+            lines.append(f"  {name}  {how}")
+        if not self.concepts:
+            lines.append("  no concepts yet")
+        lines.append(
+            f"rank {self.rank}, {self.trainable_parameters:,} trainable parameters, checkpoint "
+            f"{self.fingerprint[:12]}"
+        )
+        return "\n".join(lines)
 
     def as_json(self) -> dict[str, Any]:
         return {**dataclasses.asdict(self), "stack_file": str(self.stack_file)}
+
+
+@dataclass(frozen=True)
+class Listed:
+    """A checkpoint's stack, or one whose checkpoint is not beside it as a file; `names`: how prompts
+    name what is learned.
+    """
+
+    checkpoint: Path | None
+    stack_file: Path | None = None
+    names: Sequence[str] = ()
+    problem: str = ""
+
+
+@dataclass(frozen=True)
+class ListResult:
+    folder: Path
+    rows: list[Listed]
+
+    def summary(self) -> str:
+        lines = []
+        for row in self.rows:
+            stack = row.stack_file
+            file = row.checkpoint or stack
+            own = row.checkpoint and stack and stack.name == f"{row.checkpoint.stem}{STACKS}"
+            also = f" ({stack.name})" if row.checkpoint and stack and not own else ""
+            lines.append(f"{file}{also}")
+            lines.append(f"    {row.problem or ', '.join(row.names) or 'nothing learned yet'}")
+        return "\n".join(lines) or f"There is no checkpoint in {self.folder}."
+
+    def as_json(self) -> list[dict[str, Any]]:
+        return [
+            {
+                "checkpoint": str(row.checkpoint) if row.checkpoint else None,
+                "stack_file": str(row.stack_file) if row.stack_file else None,
+                "names": list(row.names),
+                "problem": row.problem or None,
+            }
+            for row in self.rows
+        ]

@@ -11,9 +11,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import torch
-from diffusers import DDIMScheduler, DPMSolverMultistepScheduler
+from diffusers import (
+    DDIMScheduler,
+    DPMSolverMultistepScheduler,
+    FlowMatchEulerDiscreteScheduler,
+)
 from torch import Tensor
 
 from .areas import FINE, AreaSettings
@@ -25,10 +30,18 @@ from .settings import DrawSettings
 from .together import drawn_together, out_of_sight
 
 BATCH = 8
-OVERLAP = 0.25  # of an area's side
+OVERLAP = 0.25  # of an area's width
 
 
-def make_solver(name: str, backbone: Backbone) -> DDIMScheduler | DPMSolverMultistepScheduler:
+Solver = DDIMScheduler | DPMSolverMultistepScheduler | FlowMatchEulerDiscreteScheduler
+
+
+def make_solver(settings: DrawSettings, backbone: Backbone) -> Solver:
+    """A flow is integrated by Euler's method, whatever the solver of the settings; the makers of
+    rectified-flow fine-tunes know of no other that is reliable (bigASP 2.5's model card).
+    """
+    if backbone.prediction == "flow_prediction":
+        return FlowMatchEulerDiscreteScheduler(TIMESTEPS, shift=settings.flow_shift)
     schedule = {
         "num_train_timesteps": TIMESTEPS,
         "beta_start": BETA_START,
@@ -38,7 +51,7 @@ def make_solver(name: str, backbone: Backbone) -> DDIMScheduler | DPMSolverMulti
     }
     if backbone.zero_snr:  # sampling has to start at the last timestep, in pure noise
         schedule |= {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
-    if name == "ddim":
+    if settings.solver == "ddim":
         return DDIMScheduler(**schedule, clip_sample=False, set_alpha_to_one=False, steps_offset=1)
     return DPMSolverMultistepScheduler(**schedule, steps_offset=1)
 
@@ -54,10 +67,10 @@ def draw(
     nouns: Mapping[str, str] | None = None,
     areas: AreaSettings | None = None,
 ) -> Tensor:
-    """One picture for each prompt and its seed, (n, 3, size, size) in -1..1; `settings` are resolved.
+    """One picture for each prompt and its seed, (n, 3, height, width) in -1..1; `settings` are resolved.
 
     A picture does not depend on the others in the batch. Several prompts for a picture (equally many
-    for all) are drawn from left to right, each in an area of its own: (n, 3, size, width). With
+    for all) are drawn from left to right, each in an area of its own. With
     `nouns`, the class noun of each word, several learned things in one prompt are kept apart, unless
     `settings.mixed`; `areas` says how, if not as usual.
     Classifier-free guidance (Ho & Salimans 2022): eps = eps(negative) + g (eps(prompt) -
@@ -107,8 +120,10 @@ class _Drawing:
         """`count`: prompts for each picture."""
         self.backbone, self.text, self.settings, self.areas = backbone, text, settings, areas
         self.on_progress = on_progress
-        self.size = (settings.size or backbone.size) // 8
-        shares, self.sides = _areas(self.size, count)
+        side = settings.size or backbone.size
+        # height and width of the latents, of one area if there are several
+        self.size = (settings.height or side) // 8, (settings.width or side) // 8
+        shares, self.sides = _areas(self.size[1], count)
         self.shares = shares.to(backbone.device)
         self.negative = text([settings.negative]) if settings.guidance != 1 else None
         self.done, self.total = 0, 0
@@ -125,13 +140,14 @@ class _Drawing:
         """Pictures from these prompts; `scenes` are what they mention, if things are kept apart."""
         noise = [
             torch.randn(
-                4, self.size, self.shares.shape[1], generator=torch.Generator().manual_seed(seed)
+                4, self.size[0], self.shares.shape[1], generator=torch.Generator().manual_seed(seed)
             )
             for seed in seeds
         ]
-        solver = make_solver(self.settings.solver, self.backbone)
+        solver: Any = make_solver(self.settings, self.backbone)
         solver.set_timesteps(self.settings.steps)
-        latents = torch.stack(noise).to(self.backbone.device) * solver.init_noise_sigma
+        latents = torch.stack(noise).to(self.backbone.device)
+        latents = latents * getattr(solver, "init_noise_sigma", 1.0)
         with self._predictor(parts, scenes) as predict:
             for timestep in solver.timesteps:
                 seen = torch.cat([latents[..., side] for side in self.sides])
@@ -140,7 +156,7 @@ class _Drawing:
                 areas = predicted.chunk(len(self.sides))
                 for share, side, own in zip(self.shares, self.sides, areas, strict=True):
                     joined[..., side] += share[side] * own
-                latents = solver.step(joined, timestep, latents).prev_sample  # type: ignore[union-attr]
+                latents = solver.step(joined, timestep, latents).prev_sample
                 self.done += 1
                 self.on_progress(Progress("draw", self.done, self.total))
         return self.backbone.decode_latents(latents)
@@ -163,8 +179,9 @@ class _Drawing:
             return None if self.negative is None else self.negative.expand(count, -1, -1)
 
         if scenes:
-            size = (self.size, self.size)
-            with drawn_together(self.backbone, self.text, scenes, size, self.areas) as together:
+            with drawn_together(
+                self.backbone, self.text, scenes, self.size, self.areas
+            ) as together:
                 yield lambda noisy, t: guided(together.predict(noisy, t, unwanted(len(noisy))))
             return
         positive = self.text([one[k] for k in range(len(self.sides)) for one in parts])
@@ -181,7 +198,8 @@ class _Drawing:
 
 
 def _areas(size: int, count: int) -> tuple[Tensor, list[slice]]:
-    """Each area's weight at each column of the latents, (count, width), and its columns.
+    """Each area's weight at each column of the latents, (count, width), and its columns; `size` is
+    an area's width.
 
     The weights of a column sum to 1.
     """

@@ -17,19 +17,29 @@ from .checkpoint.backbone import Backbone
 from .checkpoint.load import load_backbone
 from .errors import StackError, TrainingError
 from .files import cache_folder, check_names, real_file, snapshot_path, snapshots_of
+from .keeping import writing
 from .parallel import is_first
+from .presets import PREDICTIONS
 from .progress import OnProgress, Progress
 from .requests import Request
-from .settings import ResolvedSettings
+from .settings import ResolvedSettings, TrainSettings
 from .snapshot import identity, other_runs
 from .stack import ConceptRecord, ConceptStack
-from .store import change, load_stack, save_stack, writing
+from .store import change, load_stack, save_stack
 from .training import asked_for
 
 if TYPE_CHECKING:
     from .concept import Concept
 
 _OUT_OF_MEMORY = re.compile("out of memory|can't allocate memory|not enough memory", re.IGNORECASE)
+_LESS_MEMORY = {  # by setting
+    "checkpointing": "turn on `checkpointing`",
+    "accumulate": "increase `accumulate`",
+    "precision": "set `precision` to fp8",
+    "size": "reduce `size`",
+    "batch": "reduce `batch`",
+    "rows": "reduce `rows`",
+}
 
 
 @dataclass
@@ -71,11 +81,12 @@ def open_session(
     path = request.stack_file
     if writes:
         check_names(path)
-    with explain_oom():
+    with explain_oom(request):
         on_progress(Progress("load", 0, 1))
         backbone = load_backbone(request.checkpoint, device=request.device, precision=precision)
         with writing(path) if writes and is_first() else nullcontext():
             stack = fitting(load_stack(path, backbone.fingerprint), path, backbone)
+            backbone = replace(backbone, prediction=_prediction(request, backbone, stack))
             stack.checkpoint = replace(
                 stack.checkpoint,
                 preset=backbone.preset,
@@ -85,9 +96,27 @@ def open_session(
             yield Session(path, backbone, stack, on_progress, writes)
 
 
+def _prediction(request: Request, backbone: Backbone, stack: ConceptStack) -> str:
+    """What the net predicts: as asked for, as the stack was learned, or as the files say.
+
+    Errors: StackError if the stack was learned by another.
+    """
+    asked = PREDICTIONS.get(request.prediction)
+    if not stack.records:
+        return asked or backbone.prediction
+    learned = stack.checkpoint.prediction
+    if asked not in (None, learned):
+        names = {value: name for name, value in PREDICTIONS.items()}
+        raise StackError(
+            f"The concepts of {request.stack_file} were learned with `prediction` {names[learned]}, "
+            f"but {request.prediction} is asked for. Leave it out, or start another `stack`."
+        )
+    return learned
+
+
 @contextmanager
-def explain_oom() -> Iterator[None]:
-    """Turn running out of memory into a TrainingError that says what needs less."""
+def explain_oom(request: Request) -> Iterator[None]:
+    """Turn running out of memory into a TrainingError that says which settings need less."""
     try:
         yield
     except (RuntimeError, MemoryError) as error:
@@ -95,13 +124,19 @@ def explain_oom() -> Iterator[None]:
         if not is_oom:
             raise
         lines = str(error).strip().splitlines()
-        raise TrainingError(
-            f"Out of memory ({lines[0] if lines else 'main memory'}). To use less, turn on "
-            "`checkpointing`, increase `accumulate`, set `precision` to fp8, or reduce `size` or "
-            "`batch`; for drawing and scoring, reduce `size` or `rows`. The stored concepts are "
-            "untouched, and learning resumes from its snapshot, also with a different "
-            "`checkpointing` or `accumulate`."
-        ) from None
+        settings = getattr(request, "settings", None)
+        ways = [way for name, way in _LESS_MEMORY.items() if hasattr(settings, name)]
+        less = ", or ".join(ways) or "close other programs"
+        message = (
+            f"Out of memory ({lines[0] if lines else 'main memory'}). To use less, {less}. The "
+            "stored concepts are untouched"
+        )
+        if isinstance(settings, TrainSettings):
+            message += (
+                "; learning resumes from its snapshot, also with a different `checkpointing` or "
+                "`accumulate`"
+            )
+        raise TrainingError(f"{message}.") from None
 
 
 def fitting(stack: ConceptStack, path: Path, backbone: Backbone) -> ConceptStack:
@@ -118,7 +153,7 @@ def fitting(stack: ConceptStack, path: Path, backbone: Backbone) -> ConceptStack
     if not fits:
         raise StackError(
             f"The concept stack {path} does not fit this checkpoint, although its header names it. "
-            "Get the file again, or restore an earlier version."
+            "Get the file again, or go back to an earlier version (`restore`)."
         )
     return stack
 

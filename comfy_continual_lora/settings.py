@@ -12,7 +12,7 @@ from typing import Any
 
 from .fields import Settings, setting
 from .language import LANGUAGE
-from .presets import ADAPTERS, METHODS
+from .presets import ADAPTERS, KINDS, METHODS
 
 SOLVERS = ("dpm++", "ddim")
 MOST_VECTORS = 16  # of a word: prompts about two concepts have to fit into 77 positions
@@ -212,7 +212,17 @@ class TrainSettings(DscSettings, RetentionSettings, EwcSettings, LoopSettings):
 class LearnSettings(TrainSettings):
     """How to learn one concept."""
 
-    method: str = setting("retention", "how to learn; see the table in README", choices=METHODS)
+    method: str = setting(
+        "retention", "how to learn; docs/how-it-works.md has a table", choices=METHODS
+    )
+    kind: str | None = setting(
+        None,
+        "what is learned: sets the steps and the rate that are not given, whatever the batch; thing: "
+        "1,000 pictures seen, person: 4,000 at half the rate, style: 4,000, place: 1,000 (the "
+        "mini-SD: 2,400, and as many times more)",
+        choices=tuple(KINDS),
+        by_checkpoint=False,
+    )
     steps: int | None = setting(None, "training steps", low=1, high=1_000_000)
     weighting: str | None = setting(
         None,
@@ -244,6 +254,25 @@ class LearnSettings(TrainSettings):
         high=MOST_VECTORS,
     )
     token_rate: float | None = setting(None, "learning rate of the word's vectors", low=0, high=1)
+    watch_every: int = setting(
+        0,
+        "steps between looks at how it is going: likeness to one picture in five, which is held out "
+        "(of five or more), and how far earlier concepts move; 0: no looks, or, until good, a "
+        "twentieth of the steps",
+        low=0,
+    )
+    until: str = setting(
+        "steps",
+        "when learning ends: after all steps, or when the likeness to the pictures held out no longer "
+        "rises; the best version is kept",
+        choices=("steps", "good"),
+    )
+    keep_features: bool = setting(
+        False,
+        "keep what evaluate needs to compare with these pictures once they are gone: some hundred "
+        "numbers for each of at most 16, which say how the thing looks but not where anything is; "
+        "they go wherever the stack file goes. Otherwise it has a thumbnail of the first",
+    )
     c_lora_weight: float = setting(1e8, "weight of C-LoRA's penalty", low=0, group="C-LoRA")
     c_lora_variant: str = setting(
         "sequential",
@@ -373,7 +402,32 @@ class DrawSettings(Settings):
     size: int | None = setting(
         None, "side of the drawn pictures", low=64, high=4096, unit="pixels", multiple=8
     )
+    width: int | None = setting(
+        None,
+        "width of the drawn pictures, if it is not the size",
+        low=64,
+        high=4096,
+        unit="pixels",
+        multiple=8,
+        by_checkpoint=False,
+    )
+    height: int | None = setting(
+        None,
+        "height of the drawn pictures, if it is not the size",
+        low=64,
+        high=4096,
+        unit="pixels",
+        multiple=8,
+        by_checkpoint=False,
+    )
     negative: str = setting("", "what not to draw")
+    flow_shift: float = setting(
+        6.0,
+        "of a rectified-flow checkpoint, how far the steps move towards high noise, as in ComfyUI's "
+        "ModelSamplingSD3",
+        low=0.01,
+        high=100,
+    )
     mixed: bool = setting(
         False,
         "let the looks of several learned things in one prompt mix, as a program without this one "

@@ -133,7 +133,7 @@ def _differences(theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> str:
     words = [text for name, text in _SOURCES.items() if theirs.get(name) != ours.get(name)]
     before, now = theirs.get("settings", {}), ours.get("settings", {})
     words += [
-        f"{excerpt(name)[1:-1]} ({excerpt(before.get(name))}, now {excerpt(now.get(name))})"
+        f"`{excerpt(name)[1:-1]}` ({excerpt(before.get(name))}, now {excerpt(now.get(name))})"
         for name in sorted({*before, *now})
         if before.get(name) != now.get(name)
     ]

@@ -59,7 +59,7 @@ def _explain_unsolvable() -> Iterator[None]:
         raise StackError(
             f"The closed form has no solution ({reason}): the prompts' features or an adapter have "
             "values that are not finite, or `ridge` is too small for them. The stack is unchanged. "
-            "Increase `ridge`, or forget the concept whose pictures are black."
+            "Increase `ridge`, or forget the concept whose pictures are black (`forget`)."
         ) from None
 
 

@@ -39,6 +39,10 @@ class ConceptRecord:
     with_noun: bool = True  # whether prompts name it "V1 mug" or "V1"
     request: str = ""  # hash of the request: pictures, captions, words, settings
     consolidated: str = ""  # hash of the last request to consolidate it
+    # the looks at it while it was learned (`watch`): step, likeness, how far earlier ones moved
+    watched: list[list[float]] = field(default_factory=list)
+    features: str = ""  # of its pictures, if the user wanted them kept (`likeness.packed`)
+    losses: list[float] = field(default_factory=list)  # the curve of learning it (`curves.thinned`)
     later: dict[str, Any] = field(default_factory=dict)  # what later releases added, kept as it is
 
     @property

@@ -20,7 +20,7 @@ from typing import Any
 from .adapters import DENSE, PARTS, kind_with
 from .errors import StackError, excerpt
 from .files import TOKEN, history_folder
-from .presets import ADAPTERS, METHODS, PRESETS
+from .presets import ADAPTERS, METHODS, PREDICTIONS, PRESETS
 from .settings import MOST_VECTORS
 
 FORMAT = "comfy-continual-lora"
@@ -36,6 +36,7 @@ CHANGES = {
     "forgot": "forgot {}",
     "merged": "merged {} from another stack",
     "imported": "imported {}",
+    "renamed": "renamed {}",
     "undone": "undid the newest change; left: {}",
 }
 
@@ -95,7 +96,7 @@ def damaged(path: Path, why: str) -> StackError:
     earlier = [p for p in (*history_files(path).values(), previous_file(path)) if p.exists()]
     advice = "Get the file again."
     if earlier:
-        advice = f"The version before it is {earlier[0]}: restore goes back to it."
+        advice = f"The version before it is {earlier[0]}: go back to it (`restore`)."
     return StackError(
         f"The concept stack {path} can't be read ({why}): it is truncated or was changed by another "
         f"program. {advice}"
@@ -185,11 +186,27 @@ _RECORD: dict[str, tuple[Check, str]] = {
     "with_noun": (lambda value: type(value) is bool, "true or false"),
     "request": (_DIGEST, "a hash"),
     "consolidated": (_DIGEST, "a hash"),
+    "watched": (
+        _list(_list(_number(), 3), 10_000),
+        "looks of three numbers each",
+    ),
+    "losses": (_list(_number(), 1000), "at most 1000 finite numbers"),
+    "features": (
+        _text(r"(?:[0-9]{1,4}:[A-Za-z0-9+/]*={0,2})?", 100_000),
+        "numbers of its pictures in base64",
+    ),
 }
-_RECORD_DEFAULTS = {"with_noun": True, "request": "", "consolidated": ""}
+_RECORD_DEFAULTS = {
+    "with_noun": True,
+    "request": "",
+    "consolidated": "",
+    "features": "",
+    "losses": [],
+    "watched": [],
+}
 _BASE: dict[str, tuple[Check, str]] = {
     "preset": (_one_of(tuple(PRESETS)), f"one of {', '.join(PRESETS)}"),
-    "prediction": (_one_of(("epsilon", "v_prediction")), "a prediction type this version knows"),
+    "prediction": (_one_of(tuple(PREDICTIONS.values())), "a prediction type this version knows"),
     "word_widths": (_list(_count(1, 100_000), 4), "a list of widths"),
 }
 _CHANGE: dict[str, tuple[Check, str]] = {
@@ -293,8 +310,8 @@ def _fields(
 def _wrong(path: Path, what: str) -> StackError:
     return StackError(
         f"The concept stack {path} can't be used: {what}. It is damaged, was tampered with, or is of "
-        "a later version: get the file again, restore an earlier version, or update "
-        "comfy-continual-lora."
+        "a later version: get the file again, go back to an earlier version (`restore`), or "
+        "update comfy-continual-lora."
     )
 
 

@@ -156,6 +156,7 @@ def metadata_of(
         metadata |= {"ss_network_dim": str(rank), "ss_network_alpha": str(rank)}
     if preset == "sd2":
         metadata["ss_v2"] = "True"
-    if predicts_v:
-        metadata["modelspec.prediction_type"] = "v"
+    if stack.checkpoint.prediction != "epsilon":
+        predicted = stack.checkpoint.prediction.removesuffix("_prediction")
+        metadata["modelspec.prediction_type"] = predicted
     return metadata

@@ -15,28 +15,26 @@ beside it; one program writes at a time.
 from __future__ import annotations
 
 import dataclasses
-import glob
 import json
 import math
 import secrets
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
-from datetime import datetime, timezone
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any
 
 import torch
-from filelock import FileLock, Timeout
 from safetensors.torch import save
 from torch import Tensor
 
 from .errors import StackError
-from .files import check_names, clean_temporary, copy_whole, history_folder, real_file, write_whole
+from .files import real_file, write_whole
 from .files import stack_path as stack_path
+from .keeping import add_version, new_change, not_finite
+from .keeping import writing as writing
 from .stack import CheckpointInfo, ConceptRecord, ConceptStack
 from .stackfile import opened, read_header
 from .stackschema import FORMAT, VERSION, Shape, checked
-from .versions import Change, Version, parent_of, versions
+from .versions import Change
 
 # The tensors' and numbers' names in words; {} is a concept's word
 _PARTS = {
@@ -80,10 +78,7 @@ def _read(path: Path) -> ConceptStack:
 
 def _check_finite(path: Path, tensors: Mapping[str, Tensor]) -> None:
     if bad := next((key for key, tensor in tensors.items() if not tensor.isfinite().all()), None):
-        raise StackError(
-            f"The concept stack {path} contains infinite or NaN values (first in {bad}), which "
-            "would make every picture black. Restore an earlier version, or get the file again."
-        )
+        raise not_finite(path, bad)
 
 
 def _tensor(file: IO[bytes], shape: Shape) -> Tensor:
@@ -136,11 +131,7 @@ def open_stack(path: Path) -> ConceptStack:
 
 def change(kind: str, records: Sequence[ConceptRecord]) -> Change:
     """The change that is about to be stored, with the current time."""
-    return Change(
-        kind,
-        [record.name for record in records],
-        datetime.now(timezone.utc).isoformat(timespec="seconds"),
-    )
+    return new_change(kind, [record.name for record in records])
 
 
 def save_stack(stack: ConceptStack, path: Path, change: Change | None = None) -> None:
@@ -175,41 +166,12 @@ def save_version(
     stack: ConceptStack, path: Path, change: Change | None, *, knows_parent: bool
 ) -> None:
     """`save_stack` at a real path; `knows_parent` false: undo has no version to go back to."""
-    existing = versions(path)
-    current = next((one for one in existing if one.current), None)
-    free = max((one.number for one in existing), default=0) + 1
-    parent = None
-    with explain_failed_write(path):
-        if current is not None:
-            parent = keep(path, current, free) if stack.history else current.number
-        number = free if parent is None else max(free, parent + 1)
-        write(stack, path, number, parent if knows_parent else None, change)
-        prune(path, stack.history)
-
-
-def keep(path: Path, current: Version, free: int) -> int:
-    """Put the version in use into the history; returns its number there. `free` is an unused number."""
-    folder = history_folder(path)
-    folder.mkdir(exist_ok=True)
-    number = current.number
-    target = folder / f"{number}.stack"
-    if target.exists() and not _same_version(target, path):  # the file came from elsewhere
-        number = free
-        target = folder / f"{number}.stack"
-    copy_whole(path, target)
-    return number
-
-
-def _same_version(one: Path, other: Path) -> bool:
-    """Whether both are the same change of the same stack."""
-    try:
-        headers = [
-            {**read_header(path), "number": None, "parent": None, "identity": "", "history": 0}
-            for path in (one, other)
-        ]
-    except StackError:
-        return False
-    return headers[0] == headers[1]
+    add_version(
+        path,
+        stack.history,
+        lambda number, parent: write(stack, path, number, parent, change),
+        knows_parent=knows_parent,
+    )
 
 
 def write(
@@ -261,64 +223,3 @@ def _fields_of(part: ConceptRecord | CheckpointInfo | Change) -> dict[str, Any]:
     fields = dataclasses.asdict(part)
     later = fields.pop("later")
     return {**fields, **later}
-
-
-def prune(path: Path, most: int) -> None:
-    """Keep `most` earlier versions: the one that undo goes back to, and the newest others."""
-    earlier = [one for one in versions(path) if not one.current]
-    parent = parent_of(path) if most else None
-    spare = [one for one in earlier if parent is None or one.number != parent.number]
-    for one in spare[max(0, most - (parent is not None)) :]:
-        one.file.unlink(missing_ok=True)
-    if not most:
-        with suppress(OSError):
-            history_folder(path).rmdir()
-
-
-@contextmanager
-def explain_failed_write(path: Path) -> Iterator[None]:
-    """Turn an OSError into a StackError that gives the reason."""
-    try:
-        yield
-    except OSError as error:
-        raise StackError(
-            f"The concept stack {path} can't be written ({error.strerror or error}): no room or "
-            "no permission there. The concepts stored before are untouched."
-        ) from None
-
-
-@contextmanager
-def writing(path: Path) -> Iterator[None]:
-    """Lock the stack for one writer, from reading it to replacing it; files that killed writers
-    left are cleaned up first.
-
-    Errors: StackError, immediately, if another program holds it or the folder is not writable.
-    """
-    path = real_file(path)
-    check_names(path)
-    lock = FileLock(path.with_name(f".{path.name}.lock"))
-    try:
-        lock.acquire(timeout=0)
-    except Timeout:
-        raise StackError(
-            f"Another program is changing {path} right now. Wait until it is done, or stop it."
-        ) from None
-    except OSError as error:
-        raise StackError(
-            f"The folder {path.parent} can't be written to ({error.strerror or error}). Allow "
-            "writing there, or put the stack elsewhere."
-        ) from None
-    try:
-        _clean(path)
-        yield
-    finally:
-        lock.release()
-
-
-def _clean(path: Path) -> None:
-    with suppress(OSError):
-        for folder in (path.parent, history_folder(path)):
-            clean_temporary(folder)
-        # temporary files of earlier versions of this program
-        for stray in path.parent.glob(f".{glob.escape(path.name)}.????????"):
-            stray.unlink()

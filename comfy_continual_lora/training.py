@@ -7,12 +7,13 @@ bits as an uninterrupted one.
 from __future__ import annotations
 
 import math
+import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -58,6 +59,16 @@ def compute_dtype(backbone: Backbone, settings: ResolvedSettings) -> Iterator[No
             backbone.unet.eval()
 
 
+class Watcher(Protocol):
+    """Looks at a run, if it is to be watched (`learn`)."""
+
+    @property
+    def done(self) -> bool: ...
+    def look(self, step: int, steps: int) -> str: ...
+    def state(self) -> dict[str, Tensor]: ...
+    def restore(self, tensors: Mapping[str, Tensor]) -> None: ...
+
+
 class Run:
     """Parameters, optimizer, step and losses of one run, and their snapshot on disk."""
 
@@ -77,6 +88,7 @@ class Run:
         self.steps, self.scale, self.path = steps, scale, path
         self.asked, self.identity = asked, identity(asked)
         self.step, self.losses, self.whole = 0, [], True
+        self.watch: Watcher | None = None
 
     def train(
         self, terms: Callable[[int, slice], dict[str, Tensor]], n: int, on_progress: OnProgress
@@ -92,11 +104,13 @@ class Run:
         rates = [group["lr"] for group in self.optimizer.param_groups]
         started, first = time.monotonic(), self.step
         try:
-            while self.step < self.steps:
+            self._look()  # a run that stopped in the middle of one does it now
+            while self.step < self.steps and not (self.watch and self.watch.done):
                 for group, rate in zip(self.optimizer.param_groups, rates, strict=True):
                     group["lr"] = rate * min(1.0, (self.step + 1) / max(1, self.settings.warmup))
                 parts = self.update(terms, n)
                 self._check_converging()
+                seen = self._look()
                 if self.step % self.settings.snapshot_every == 0 or self.step == self.steps:
                     self.save()
                 pace = (time.monotonic() - started) / (self.step - first)
@@ -108,7 +122,7 @@ class Run:
                     self.optimizer.param_groups[-1]["lr"],
                     pace * (self.steps - self.step),
                     parts if len(parts) > 1 else {},
-                    note=note,
+                    note=" ".join(filter(None, [note, seen])),
                 )
                 note = ""
                 on_progress(progress)
@@ -153,6 +167,9 @@ class Run:
         self.whole = True
         return parts
 
+    def _look(self) -> str:
+        return self.watch.look(self.step, self.steps) if self.watch else ""
+
     def _check_converging(self) -> None:
         """Errors: TrainingError if the loss is far above that of the first step, or of a net that
         predicts nothing, which is about 1.
@@ -185,6 +202,8 @@ class Run:
                 tensors[f"state.{key}.{name}"] = (
                     value.cpu() if isinstance(value, Tensor) else torch.tensor(value)
                 )
+        if self.watch:
+            tensors |= self.watch.state()
         try:
             write_snapshot(
                 self.path, Snapshot(self.identity, self.step, self.losses, self.asked, tensors)
@@ -193,7 +212,7 @@ class Run:
             raise TrainingError(
                 f"The snapshot {self.path} can't be written ({error.strerror or error}): no room "
                 f"or no permission there. Learning stopped at step {self.step}; the stored "
-                "concepts are untouched. Free some space and give the same command again."
+                "concepts are untouched. Free some space, then learn again with the same settings."
             ) from None
 
     def resume(self) -> str:
@@ -247,6 +266,8 @@ class Run:
         if "scale" in snapshot.tensors:
             self.scale.value, steps = snapshot.tensors["scale"].tolist()
             self.scale.steps = int(steps)
+        if self.watch:
+            self.watch.restore(snapshot.tensors)
         with torch.no_grad():
             for name, p in self.parameters.items():
                 p.copy_(snapshot.tensors[f"value.{name}"])
@@ -277,8 +298,8 @@ def optimizer_for(
         from bitsandbytes.optim import AdamW8bit  # pyright: ignore[reportMissingImports]
     except ImportError as error:
         raise SettingError(
-            f"`optimizer` adamw8bit needs bitsandbytes ({error}). Install it (pip install "
-            "bitsandbytes), or use adamw."
+            f"`optimizer` adamw8bit needs bitsandbytes ({error}). Install it for {sys.executable}, "
+            "or use adamw."
         ) from None
     return AdamW8bit(groups)
 
@@ -323,4 +344,10 @@ def asked_for(
     choices = {
         name: value for name, value in asdict(settings).items() if name not in EXECUTION_SETTINGS
     }
-    return {**source, "checkpoint": backbone.fingerprint, "prompts": prompts, "settings": choices}
+    return {
+        **source,
+        "checkpoint": backbone.fingerprint,
+        "prediction": backbone.prediction,
+        "prompts": prompts,
+        "settings": choices,
+    }

@@ -1,38 +1,34 @@
-"""Read-only operations on a stack: scores, pictures, evaluation, export, plan, history.
+"""Read-only operations on a stack: scores, pictures, evaluation, export, plan.
 
-Part of the pipeline, which re-exports these functions; none of them changes the stack file, except
-that `history` can set how many versions are kept.
+Part of the pipeline, which re-exports these functions; none of them changes the stack file.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
 import torch
 from PIL.Image import Image
+from torch import Tensor
 
-from . import classifier, concepts, consolidation, inventory, report, sample, stackfile, store
+from . import classifier, concepts, consolidation, infotext, inventory, report, sample, store
 from . import evaluate as evaluation
-from . import history as stack_history
 from . import plan as planning
 from .adapters.adapter import attached
-from .checkpoint.backbone import Backbone, FrozenText
-from .checkpoint.load import fingerprint
+from .checkpoint.backbone import FrozenText
 from .errors import ConceptImagesError, SettingError, StackError
 from .export import Exported, export_files
-from .files import stack_stem
+from .files import stack_stem, with_name
 from .imagefile import check_folder, check_output, save_own
 from .mentions import named, not_in_use, not_learned, not_read, unknown_words
-from .progress import OnProgress, Progress, ignore
+from .prepare import checked_method
+from .progress import OnProgress, Progress, counted, ignore
 from .requests import (
     DrawRequest,
     EvaluateRequest,
     ExportRequest,
-    HistoryRequest,
-    InfoRequest,
     LearnRequest,
     ScoreRequest,
     SelectRequest,
@@ -40,19 +36,17 @@ from .requests import (
 from .results import (
     Drawn,
     DrawResult,
-    HistoryResult,
-    InfoResult,
     Scored,
     ScoreResult,
 )
 from .session import Session, open_session
 from .settings import ScoreSettings, SolveSettings
 from .stack import ConceptRecord, ConceptStack
-from .versions import versions
+from .versions import in_use
 
 
 def dc_scores(request: ScoreRequest, on_progress: OnProgress = ignore) -> ScoreResult:
-    """Which concept, or which class noun without one (c_0), each picture shows.
+    """Which concept each picture shows, another thing of one's noun, or none of these.
 
     A folder may have subfolders, whose names are the labels of their pictures.
     """
@@ -76,18 +70,21 @@ def draw(request: DrawRequest, on_progress: OnProgress = ignore) -> DrawResult:
         check_folder(request.out)
     with open_session(request, on_progress) as session:
         backbone, stack = session.backbone, session.stack
-        for note in _notes(
-            backbone, stack, dict.fromkeys(one for parts in prompts for one in parts)
-        ):
-            on_progress(Progress("draw", 0, 1, note=note))
+        if not stack.records:
+            session.tell(
+                f"{session.path} holds no concept yet, so the checkpoint draws as it is. Learn one "
+                "first (`learn`), or name another stack (`stack`)."
+            )
+        asked = [*(one for parts in prompts for one in parts), request.settings.negative]
+        _tell_of_prompts(session, "draw", asked)
         if request.only:
-            left_out = stack.tokens.keys()
+            words = stack.tokens
             stack = consolidation.selected(
                 backbone, stack, request.only, SolveSettings(), on_progress, session.cache
             )
-            left_out -= stack.tokens.keys()
-            for token in named([one for parts in prompts for one in parts], left_out):
-                on_progress(Progress("draw", 0, 1, note=not_in_use(token)))
+            for token in named(asked, words):
+                if token not in stack.tokens:
+                    on_progress(Progress("draw", 0, 1, note=not_in_use(token)))
         settings = request.settings.resolved(backbone.preset)
         areas, seeds = [], []
         for parts in prompts:
@@ -97,11 +94,26 @@ def draw(request: DrawRequest, on_progress: OnProgress = ignore) -> DrawResult:
             images = sample.draw(
                 backbone, stack.tokens, areas, seeds, settings, on_progress, stack.nouns
             )
-        drawn = [
-            Drawn(" | ".join(parts), seed, concepts.to_pil(image))
-            for parts, seed, image in zip(areas, seeds, images, strict=True)
-        ]
+        origin = _origin(session, stack, request.only)
+        drawn = []
+        for parts, seed, image in zip(areas, seeds, map(concepts.to_pil, images), strict=True):
+            texts = infotext.texts(origin, parts, seed, image.size, settings)
+            drawn.append(Drawn(" | ".join(parts), seed, image, texts))
     return DrawResult(drawn, report.save_pictures(drawn, request.out) if request.out else [])
+
+
+def _origin(session: Session, stack: ConceptStack, only: Sequence[str]) -> infotext.Origin:
+    """`stack`: what is drawn with, which may be some of the session's concepts."""
+    path = session.path
+    now = in_use(path) if path.exists() else None
+    return infotext.Origin(
+        with_name(session.backbone.path).stem,
+        session.backbone.fingerprint,
+        stack_stem(path),
+        now.number if now else None,
+        [record.name for record in stack.records],
+        only,
+    )
 
 
 def evaluate(
@@ -111,7 +123,7 @@ def evaluate(
     is retained.
     """
     request.check()
-    groups = dict(_groups(request.images, on_progress)) if request.images else {}
+    groups = _groups(request.images, on_progress) if request.images else []
     if request.plot:
         check_output(request.plot)
     with open_session(request, on_progress) as session:
@@ -142,6 +154,7 @@ def export(request: ExportRequest, on_progress: OnProgress = ignore) -> Exported
         request.format,
         request.only,
         request.remove_superseded,
+        [record.token for record in store.read_records(request.stack_file)],
     )
 
 
@@ -160,30 +173,9 @@ def select(request: SelectRequest, on_progress: OnProgress = ignore) -> ConceptS
         )
 
 
-def history(request: HistoryRequest, on_progress: OnProgress = ignore) -> HistoryResult:
-    """The stack's versions that are kept, the newest first; `keep` sets how many from now on."""
-    if request.keep is not None:
-        stack_history.keep_versions(request.stack_file, request.keep)
-    return HistoryResult(versions(request.stack_file))
-
-
-def info(request: InfoRequest, on_progress: OnProgress = ignore) -> InfoResult:
-    """What a checkpoint has learned, from the stack's header; without a stack, the checkpoint is
-    opened.
-    """
-    path = request.stack_file
-    if not path.exists():
-        return InfoResult([], path, fingerprint(request.checkpoint), None, 0)
-    header, shapes = stackfile.read_shapes(path)
-    newest = f"word.{header['concepts'][-1]['id']}" if header["concepts"] else ""
-    used = [shape for key, shape in shapes.items() if key.startswith("adapter.") or key == newest]
-    trainable = sum(math.prod(shape.sizes) for shape in used)
-    return InfoResult(header["concepts"], path, header["fingerprint"], header["rank"], trainable)
-
-
 def plan(request: LearnRequest) -> planning.Plan:
     """What learning this will take, without loading the checkpoint."""
-    request.check()
+    checked_method(request)
     return planning.plan(request.checkpoint, request.stack_file, request.settings, request.device)
 
 
@@ -195,9 +187,9 @@ def learned_before(request: LearnRequest) -> ConceptRecord | None:
 
 
 def scored_pictures(
-    session: Session, groups: Sequence[tuple[str, list[Path]]], settings: ScoreSettings
+    session: Session, groups: Sequence[inventory.Group], settings: ScoreSettings
 ) -> list[Scored]:
-    """The scores of every picture in these groups, (folder name, files), for all concepts."""
+    """The scores of every picture in these groups for all concepts."""
     stack, backbone = session.stack, session.backbone
     if not stack.records:
         raise StackError(
@@ -208,25 +200,44 @@ def scored_pictures(
             "All concepts of this stack were imported, so its DC scores were never calibrated. "
             "Learn one concept here first."
         )
+    if unknown := _unknown(stack, groups):
+        session.tell(
+            f"No concept is named {' or '.join(unknown)}, so these pictures are scored, but count "
+            f"neither as right nor as wrong. There are {', '.join(stack.tokens)}."
+        )
+    _tell_of_prompts(session, "score", classifier.prompts_of(stack.records).values())
     features = classifier.candidates(stack.records, FrozenText(backbone, stack.tokens))
     size, scored = settings.size or backbone.size, []
+    count = sum(len(files) for _, files in groups)
+
+    def report(progress: Progress) -> None:  # of one picture -> of all
+        step = len(scored) * progress.steps + progress.step
+        session.on_progress(replace(progress, step=step, steps=count * progress.steps))
+
     with attached(backbone, stack.adapter):
-        for label, files in groups:
+        for label, pictures in groups:
             concept = stack.find(label)
-            for file in files:
-                picture = concepts.load_image(file, size, fit=settings.fit)
+            for one in pictures:
+                picture = concepts.load_image(one.file, size, fit=settings.fit)
                 latent = backbone.encode_images([picture])[0]
                 scores = classifier.classify(
-                    backbone, latent, features, stack.tau, settings, session.on_progress
+                    backbone, latent, features, stack.tau, settings, report
                 )
-                scored.append(Scored(file, concept.token if concept else None, scores))
+                scored.append(Scored(one.file, concept.token if concept else None, scores))
     return scored
 
 
+def scored_after_learning(session: Session, request: LearnRequest) -> ScoreResult:
+    """The scores of the first pictures of a concept that was just learned, in few trials."""
+    asked = request.settings
+    pictures = list(inventory.inventory(request.images).pictures[: request.score])
+    settings = ScoreSettings(trials=8, size=asked.size, fit=asked.fit)
+    return ScoreResult(scored_pictures(session, [("", pictures)], settings))
+
+
 def evaluated(
-    session: Session, request: EvaluateRequest, groups: dict[str, list[Path]]
+    session: Session, request: EvaluateRequest, groups: Sequence[inventory.Group]
 ) -> evaluation.RetentionReport:
-    """`groups`: files by folder name."""
     stack, backbone = session.stack, session.backbone
     if not stack.records:
         raise StackError(
@@ -234,20 +245,38 @@ def evaluated(
         )
     settings = request.settings.resolved(backbone.preset)
     size = settings.size or backbone.size
-    own_images = {}
-    for name, files in groups.items():
-        if record := stack.find(name):
-            pictures = [concepts.load_image(file, size) for file in files]
-            own_images[record.token] = torch.stack(pictures)
+    own_images: dict[str, list[Tensor]] = {}
+    for label, pictures in groups:
+        if record := stack.find(label):
+            loaded = [concepts.load_image(one.file, size) for one in pictures]
+            own_images.setdefault(record.token, []).extend(loaded)
+        elif pictures[0].folder:
+            session.tell(f"Left out: the pictures in {label}; no concept has this name.")
         else:
-            session.tell(f"Left out: the pictures in {name}; no concept has this name.")
+            session.tell(f"Left out: the pictures beside the folders in {request.images}.")
     if groups and not own_images:
+        found = ", ".join(_unknown(stack, groups)) or "no folder with pictures"
         raise ConceptImagesError(
             f"No folder in {request.images} is named after a concept. Expected "
-            f"{', '.join(stack.tokens)}; found {', '.join(groups)}."
+            f"{', '.join(stack.tokens)}; found {found}."
         )
+    own = {token: torch.stack(images) for token, images in own_images.items()}
+    _tell_of_prompts(session, "evaluate", evaluation.prompts_of(stack.records))
     features = evaluation.features(backbone, request.clip)
-    return evaluation.evaluate(backbone, stack, own_images, features, settings, session.on_progress)
+    return evaluation.evaluate(
+        backbone,
+        stack,
+        own,
+        features,
+        settings,
+        session.on_progress,
+        use_kept=request.clip is None,
+    )
+
+
+def _unknown(stack: ConceptStack, groups: Sequence[inventory.Group]) -> list[str]:
+    """The subfolders that are not named after a concept of the stack."""
+    return [name for name, pictures in groups if pictures[0].folder and not stack.find(name)]
 
 
 def _plotted(image: Image, plot: Path | None, on_progress: OnProgress) -> Path | None:
@@ -257,21 +286,24 @@ def _plotted(image: Image, plot: Path | None, on_progress: OnProgress) -> Path |
     try:
         save_own(image, plot)
     except SettingError as error:
-        on_progress(Progress("plot", 1, 1, note=str(error)))
+        on_progress(Progress("plot", 1, 1, note=error.marked))
         return None
     return plot
 
 
-def _notes(backbone: Backbone, stack: ConceptStack, prompts: Iterable[str]) -> list[str]:
-    """What these prompts name that is not learned, and what of them is not read."""
+def _tell_of_prompts(session: Session, stage: str, prompts: Iterable[str]) -> None:
+    """Say what these prompts name that is not learned, and what of them is not read."""
+    words, distinct = session.stack.tokens, list(dict.fromkeys(prompts))
     notes = []
-    if unknown := unknown_words(prompts, stack.tokens):
-        notes.append(not_learned(unknown, stack.tokens))
-    ends = ((prompt, backbone.not_read(prompt, stack.tokens)) for prompt in prompts)
-    return [*notes, *(not_read(prompt, end) for prompt, end in ends if end)]
+    if unknown := unknown_words(distinct, words):
+        notes.append(not_learned(unknown, words))
+    ends = ((prompt, session.backbone.not_read(prompt, words)) for prompt in distinct)
+    notes += [not_read(prompt, end) for prompt, end in ends if end]
+    for note in notes:
+        session.on_progress(Progress(stage, 0, 1, note=note))
 
 
-def _groups(images: Path | list[Path], on_progress: OnProgress) -> list[tuple[str, list[Path]]]:
+def _groups(images: Path | list[Path], on_progress: OnProgress) -> list[inventory.Group]:
     """`inventory.groups`; all pictures are read once, so that one that can't be is found before the
     work, and what is left out or changed is told.
     """
@@ -281,8 +313,8 @@ def _groups(images: Path | list[Path], on_progress: OnProgress) -> list[tuple[st
 
     groups, found = inventory.groups(images)
     if found.left_out:
-        tell(f"{len(found.pictures)} pictures{found.rest()}")
-    concepts.check_readable(found.files, tell)
+        tell(f"{counted(len(found.pictures), 'picture')}{found.rest()}")
+    concepts.check_readable(found.pictures, tell)
     return groups
 
 

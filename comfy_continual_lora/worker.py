@@ -8,18 +8,20 @@ in, later             {"stop": true}         stop between two steps; what was le
 in, the end           the host is gone: stop in the same way, then exit
 out, any number of    {"event": "progress", "stage", "step", "steps", "loss", "rate",
                        "seconds_left", "preview", "note"}
-                      preview: JPEG in base64, or null; note: a sentence for the user, or empty
+                      preview: JPEG in base64, or null; note: a sentence for the user, with names
+                      in backquotes (`errors`), or empty
 out, after each job   {"event": "result", "job": NAME, "result": {...}}
 out, the last         {"event": "done", "results": {NAME: {...}}}
                       {"event": "failed", "message": ..., "marked": ..., "kind": ...}
-                      marked: the message with fields and settings in backquotes (`errors`);
+                      marked: the message with names in backquotes;
                       kind: a class of `errors`, or "Bug" with the traceback as message
                       {"event": "stopped", "message": ...}
 
 NAME is a key of JOBS: an operation, or plan, which takes learn's request, learns nothing and answers
 with what it would take (`plan.Plan`). A request has the fields of the operation's request
 (`requests`): paths as strings, settings as an object of those that are not at their default. A result
-is the operation's `as_json()`, except that `kept` of an evaluation is by concept name.
+is the operation's `as_json()`, except that `kept` of an evaluation is by concept name, and `file` of
+scores is a name: a host may hand in copies.
 """
 
 from __future__ import annotations
@@ -34,6 +36,7 @@ import threading
 import traceback
 from collections.abc import Callable, Mapping
 from functools import partial
+from pathlib import Path
 from typing import IO, Any
 
 from .errors import Cancelled, ContinualLoraError
@@ -54,6 +57,9 @@ def run_job(name: str, given: Mapping[str, Any], on_progress: OnProgress) -> dic
     result = operation(parse(operation.request, given), on_progress).as_json()
     if name == "evaluate":
         result["kept"] = dict(zip(result["concepts"], result["kept"], strict=True))
+    if name == "scores":
+        for one in result["images"]:
+            one["file"] = Path(one["file"]).name
     return result
 
 
@@ -147,8 +153,8 @@ def serve(source: IO[str], target: IO[str], host_gone: Callable[[], object] = la
         wire.say("done", results=results)
         return 0
     except ContinualLoraError as error:
-        marked = str(error.args[0]) if error.args else ""
-        wire.say("failed", kind=type(error).__name__, message=str(error), marked=marked)
+        kind = type(error).__name__
+        wire.say("failed", kind=kind, message=str(error), marked=error.marked)
     except Cancelled as stopped:
         wire.say("stopped", message=str(stopped))
     except BrokenPipeError:

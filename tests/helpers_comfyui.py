@@ -22,6 +22,8 @@ PACK = (
     "comfy_continual_lora",
     "workflows",
     "web",
+    "locales",
+    "subgraphs",
     "pyproject.toml",
     "requirements.txt",
 )
@@ -152,7 +154,7 @@ def to_prompt(workflow: dict[str, Any], node_types: dict[str, Any]) -> dict[str,
             options = spec[1] if len(spec) > 1 else {}
             is_widget = (
                 isinstance(spec[0], list)
-                or spec[0] in ("INT", "FLOAT", "STRING", "BOOLEAN", "COMBO")
+                or spec[0].split(",")[0] in ("INT", "FLOAT", "STRING", "BOOLEAN", "COMBO")
             ) and not options.get("forceInput")
             if is_widget:
                 inputs[name] = next(values)

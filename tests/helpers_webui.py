@@ -10,6 +10,7 @@ import base64
 import io
 import json
 import os
+import re
 import shutil
 import subprocess
 import time
@@ -242,8 +243,18 @@ def keeps_things_apart(host: WebUI, pictures: Path) -> None:
     assert np.array_equal(drawn_with(host, one)[0], drawn_with(host, one, **off)[0])
     without = both.replace(lora, "")
     assert np.array_equal(drawn_with(host, without)[0], drawn_with(host, without, **off)[0])
+    assert "are drawn mixed" not in host.log.read_text()
+    _tells_what_it_reads(host, first.split()[0], lora)
+
+
+def _tells_what_it_reads(host: WebUI, word: str, lora: str) -> None:
+    """Where the web UI reads a word as we do, and where it does otherwise, which is told."""
+    for prompt in (f"a {word}-coloured ball", f"a ({word}'s:1.1) ball", f"a {word}0 ball"):
+        _, told = drawn_with(host, f"{prompt} {lora}", negative_prompt="easynegative, model v2")
+        assert re.search(rf'TI( hashes)?: "?{word}\b', told), told
     log = host.log.read_text()
-    assert "are drawn mixed" not in log
+    assert log.count(f'In "{word}0" the web UI reads {word} and more') == 1
+    assert "not a learned word" not in log
 
 
 def learns_and_draws(host: WebUI, pictures: Path) -> None:
@@ -360,7 +371,7 @@ def asks_first(opened: Any, stack: Path, token: str = "V1") -> None:
     opened.click("#continual_lora_no")
     opened.wait_for_selector("#continual_lora_yes", state="hidden")
     holds(token)
-    opened.click("text=History: undo, go back")
+    opened.click("text=History of the stack")
     opened.click("#continual_lora_undo")
     shows("question", f"Undo takes back: learned {token} ball")
     number = next(one.number for one in versions(stack) if one.current)

@@ -17,22 +17,31 @@ PACKAGE = Path(comfy_continual_lora.__file__).parent
 LIGHT = (
     "adapters",
     "cli",
+    "cliconfig",
     "cliflags",
+    "cliparser",
     "cliprogress",
+    "cliterminal",
     "errors",
     "fields",
     "files",
+    "history",
+    "infotext",
+    "keeping",
     "language",
     "mentions",
     "operations",
     "presets",
     "progress",
+    "python_api",
     "requests",
     "results",
     "settings",
     "stackfile",
     "stackschema",
+    "upkeep",
     "versions",
+    "words",
     "worker",
     "__main__",
 )
@@ -40,22 +49,25 @@ LIGHT = (
 LAYERS = (
     ("__main__",),
     ("cli", "comfy_nodes"),
-    ("cliflags", "cliprogress"),
-    ("demo", "webui", "worker"),
+    ("cliconfig", "cliflags", "cliprogress"),
+    ("cliparser",),
+    ("cliterminal",),
+    ("demo", "python_api", "webui", "worker"),
     ("operations",),
     ("pipeline",),
-    ("views",),
-    ("plan", "prepare", "report"),
+    ("upkeep", "views"),
+    ("plan", "prepare", "report", "reportpage"),
     ("methods",),
     ("consolidation", "dsc", "evaluate", "export", "fisher", "foreign", "history", "stock"),
     ("loraconfig",),
-    ("concept", "session"),
-    ("learn", "requests", "targets"),
-    ("moments", "results", "sample", "solve", "training"),
-    ("classifier", "hostareas", "together"),
+    ("concept", "early", "session"),
+    ("infotext", "learn", "requests", "targets"),
+    ("moments", "results", "sample", "solve", "training", "watch"),
+    ("classifier", "hostareas", "likeness", "objective", "together"),
     ("mini",),
     ("ewc", "textspace"),
     ("penalty", "store"),
+    ("keeping",),
     ("concepts", "diffusion", "lossscale", "metrics", "parallel", "snapshot", "stack"),
     ("stackfile", "versions"),
     ("stackschema",),
@@ -63,7 +75,7 @@ LAYERS = (
     ("checkpoint",),
     ("inventory",),
     ("imagefile",),
-    ("settings",),
+    ("settings", "words"),
     ("areas", "curves", "fields", "files", "language", "mentions", "presets", "progress"),
     ("errors",),
 )
@@ -99,7 +111,7 @@ FILES = [p for p in PACKAGE.rglob("*.py") if p != PACKAGE / "__init__.py"]
 @pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(PACKAGE)))
 def test_imports_point_one_way(path: Path) -> None:
     me = path.relative_to(PACKAGE).parts[0].removesuffix(".py")
-    for other in _imports(path) - {me}:
+    for other in _imports(path) - {me, "__version__"}:
         assert _layer(me) <= _layer(other), f"{me} must not import {other}"
 
 

@@ -187,6 +187,9 @@ def test_each_part_is_read_in_the_format_it_has(folder: Path, backbone: Backbone
         ("vae", "scaling_factor", float("nan")),
         ("text_encoder", "num_hidden_layers", 10**9),
         ("text_encoder", "hidden_size", "64"),
+        ("text_encoder", "num_attention_heads", -1),
+        ("unet", "norm_eps", -1e-5),
+        ("vae", "scaling_factor", -0.18),
     ],
 )
 def test_a_bad_value_is_named(folder: Path, part: str, field: str, value: object) -> None:

@@ -7,7 +7,9 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import re
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -17,9 +19,10 @@ from typing import Any
 
 import pytest
 from helpers_learn import save_concept
+from helpers_store import make_stack
 from PIL import Image
 
-from comfy_continual_lora import cli, cliflags
+from comfy_continual_lora import cli, cliflags, store
 from comfy_continual_lora.files import stack_path
 from comfy_continual_lora.operations import OPERATIONS
 from comfy_continual_lora.settings import (
@@ -116,7 +119,7 @@ def test_mini_learn_learn_info_draw_undo(
     )
     assert "Consolidated V2" in done.stdout, done.stderr
     listed = run("history", "--checkpoint", checkpoint).stdout.splitlines()
-    assert [line.split("MB  ")[1].split("  ")[0] for line in listed[:3]] == [
+    assert [re.split("[kM]B  ", line)[1].split("  ")[0] for line in listed[:3]] == [
         "consolidated V2 fish",
         "learned V2 fish",
         "learned V1 ball",
@@ -230,25 +233,142 @@ def test_an_unknown_flag_and_a_missing_one_end_with_2() -> None:
     assert run("draw", "--checkpoint", "x", "--prompt", "y", "--nonsense").returncode == 2
 
 
+@pytest.mark.parametrize("command", sorted(cli.parser().commands()))
+def test_help(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """All flags are in one of the two levels, and the first has about ten."""
+    own = cli.parser().commands()[command]
+    shown = {}
+    for flag in ("--help", *(["--help-all"] if own.experts else [])):
+        with pytest.raises(SystemExit) as end:
+            cli.main([command, flag])
+        assert end.value.code == 0
+        shown[flag] = capsys.readouterr().out
+    assert shown["--help"].startswith(f"usage: continual-lora {command}")
+    names = [max(one.option_strings, key=len) for one in own._actions if one.option_strings]
+    assert sum(f"{name} " in shown["--help"] for name in names) <= 14
+    assert all(re.search(rf"{name}\b", [*shown.values()][-1]) for name in names)
+
+
+def test_without_a_command_all_are_shown(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main([]) == 0
+    shown = capsys.readouterr().out
+    for command in cli.parser().commands():
+        assert len(re.findall(rf"^  {command}\b", shown, re.MULTILINE)) == 1
+
+
 @pytest.mark.parametrize(
-    "command",
+    ("words", "message"),
     [
-        "demo",
-        "mini",
-        "learn",
-        "consolidate",
-        "scores",
-        "evaluate",
-        "draw",
-        "export",
-        "info",
-        "undo",
+        ("lern", "there is no command 'lern'. Did you mean learn?"),
+        ("--verson", "there is no flag --verson. Did you mean --version?"),
+        ("learn --tokn V1", "there is no flag --tokn. Did you mean --token?"),
+        ("info -x", "there is no flag -x."),
+        ("learn -c c -i i -t V1 -n n --method retntion", "Did you mean retention?"),
+        ("learn -c c -i i -t V1 -n n --precision no", "There are: auto, fp32, bf16, fp16, fp8."),
+        ("learn -c c -i i -n n", "-t/--token missing."),
+        ("draw -c c -p p -s x", "-s/--steps: invalid int value: 'x'."),
     ],
 )
-def test_help(command: str) -> None:
-    done = run(command, "--help")
-    assert done.returncode == 0
-    assert "usage: continual-lora" in done.stdout
+def test_a_mistyped_command_line_is_one_line(
+    words: str, message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as end:
+        cli.main(words.split())
+    assert end.value.code == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert error.count("\n") == 1
+    assert "--help.\n" in error
+
+
+def test_version(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as end:
+        cli.main(["--version"])
+    assert end.value.code == 0
+    assert re.fullmatch(r"continual-lora \S+, Python 3\S+, torch \S+\n", capsys.readouterr().out)
+
+
+# --- what needs no torch -------------------------------------------------------------------------
+
+WORKS, FAILS = 0, 2
+LEARN = "learn -c MINI -i PICTURES -t V3 -n ball "
+
+
+@pytest.fixture(scope="module")
+def two_learned(
+    tmp_path_factory: pytest.TempPathFactory, thin_file: Path, folders: dict[str, Path]
+) -> Path:
+    """A folder with a checkpoint, its stack of V1 and V2 and its pictures. Not to be changed."""
+    root = tmp_path_factory.mktemp("light")
+    stack = stack_path(shutil.copy(thin_file, root / "mini.safetensors"))
+    for count in (1, 2):
+        whole = make_stack(count)
+        store.save_stack(whole, stack, store.change("learned", whole.records[-1:]))
+    shutil.copytree(folders["V1"], root / "pictures")
+    return root
+
+
+@pytest.mark.parametrize(
+    ("words", "status"),
+    [
+        ("--help", WORKS),
+        ("--version", WORKS),
+        ("learn --help-all", WORKS),
+        ("info -c MINI", WORKS),
+        ("history -c MINI", WORKS),
+        ("history -c MINI --keep 4", WORKS),
+        ("undo -c MINI", WORKS),
+        ("rename -c MINI V1 W1", WORKS),
+        ("list FOLDER", WORKS),
+        ("info -c missing", FAILS),
+        ("undo -c missing", FAILS),
+        ("restore -c MINI 7", FAILS),
+        ("rename -c MINI V1 dog", FAILS),
+        (LEARN.replace("MINI", "missing"), FAILS),
+        (LEARN.replace("PICTURES", "missing"), FAILS),
+        (LEARN.replace("PICTURES", "missing") + "--plan", FAILS),
+        (LEARN.replace("V3", "V1"), FAILS),
+        (LEARN.replace("V3", "a/b") + "--plan", FAILS),
+        (LEARN.replace("V3", "dog") + "--plan", FAILS),
+        (LEARN.replace("V3", "V1") + "--replace", FAILS),
+        (LEARN.replace("ball", "V3") + "--plan", FAILS),
+        (LEARN + "--rank 1000", FAILS),
+        ("draw -c missing -p p", FAILS),
+        ("draw -c MINI -p p -o MINI", FAILS),
+        ("draw -c MINI -p p --only V7", FAILS),
+        ("forget -c MINI -t V7", FAILS),
+        ("merge -c MINI missing", FAILS),
+        ("import -c MINI --lora missing -t W1", FAILS),
+        ("scores -c MINI -i missing", FAILS),
+        ("evaluate -c MINI --plot a.txt", FAILS),
+        ("export -c MINI -o MINI", FAILS),
+        ("consolidate -c MINI -i missing", FAILS),
+    ],
+)
+def test_torch_is_not_imported(words: str, status: int, two_learned: Path, tmp_path: Path) -> None:
+    """Importing it takes seconds, which who only looks or mistypes should not wait for."""
+    root = Path(shutil.copytree(two_learned, tmp_path / "copy"))
+    paths = {"MINI": root / "mini.safetensors", "PICTURES": root / "pictures", "FOLDER": root}
+    code = (
+        "import sys; from comfy_continual_lora.cli import main\n"
+        "try: status = main(sys.argv[1:])\n"
+        "except SystemExit as end: status = end.code\n"
+        "print([name for name in ('torch', 'transformers', 'diffusers') if name in sys.modules])\n"
+        "sys.exit(status)"
+    )
+    given = [str(paths.get(word, word)) for word in words.split()]
+    done = subprocess.run(
+        [sys.executable, "-c", code, *given],
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+    )
+    assert done.returncode == status, done.stderr
+    assert done.stdout.splitlines()[-1] == "[]"
+    assert "Traceback" not in done.stderr
+    assert bool(done.stderr) == (status == FAILS)
+    assert not list(tmp_path.rglob("*missing*"))  # nor is anything left where nothing was
 
 
 _VALUES = {int: 65, float: 0.5, str: None}
@@ -257,6 +377,7 @@ _COMMANDS = {
     "consolidate": "consolidate --checkpoint c --images i",
     "closed_form": "consolidate --checkpoint c --closed-form",
     "forget": "forget --checkpoint c --token V1",
+    "rename": "rename --checkpoint c V1 V2",
     "merge": "merge --checkpoint c o",
     "import": "import --checkpoint c --lora l --token W1",
     "scores": "scores --checkpoint c --images i",
@@ -380,5 +501,6 @@ def test_the_demo(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     report = (tmp_path / "demo" / "report.html").read_text()
     assert report.count("<svg") == 2
-    assert report.count("<img") == 5 + 4 + 5 + 8 + 4 + 4
+    assert report.count("<img") == 5 + 4 + 5 + 8 + 4 + 4 + 2 * 3
+    assert "to be learned again" not in report
     assert "http" not in report.replace("http://www.w3.org", "")

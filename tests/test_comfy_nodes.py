@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
+import inspect
 import json
 import re
 import subprocess
@@ -15,12 +16,16 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import hypothesis
+import hypothesis.strategies as st
 import pytest
 import torch
+from helpers_messages import marked_names
 from helpers_store import make_stack
 
-from comfy_continual_lora import store
+from comfy_continual_lora import concepts, store
 from comfy_continual_lora.errors import ConceptImagesError, SettingError, StackError
+from comfy_continual_lora.fields import check_field, from_widget
 from comfy_continual_lora.inventory import inventory
 from comfy_continual_lora.progress import Progress
 from comfy_continual_lora.settings import (
@@ -48,6 +53,18 @@ CORE = {  # core nodes the workflows use: outputs
 }
 
 
+SETTINGS_OF = {
+    "LearnConcept": LearnSettings,
+    "Consolidate": TrainSettings,
+    "ComputeScores": ScoreSettings,
+    "EvaluateRetention": EvaluateSettings,
+    "ConsolidateInClosedForm": SolveSettings,
+    "SelectConcepts": SolveSettings,
+    "ForgetConcept": SolveSettings,
+    "MergeStacks": SolveSettings,
+}
+
+
 class _Port:
     def __init__(self, io_type: str, id: str | None, rest: dict[str, Any]) -> None:
         self.io_type, self.id, self.rest = io_type, id, rest
@@ -58,6 +75,12 @@ def _type(io_type: str) -> Any:
     made.Input = lambda id, **rest: _Port(io_type, id, rest)
     made.Output = lambda id=None, **rest: _Port(io_type, id, rest)
     return made
+
+
+def _several_types(port: _Port, more: list[Any]) -> _Port:
+    """A widget that numbers can be connected to as well."""
+    kinds = [port.io_type, *(one.Output().io_type for one in more)]
+    return _Port(",".join(kinds), port.id, {**port.rest, "widgetType": port.io_type})
 
 
 def _stand_in(schema_fields: list[str]) -> dict[str, types.ModuleType]:
@@ -80,6 +103,8 @@ def _stand_in(schema_fields: list[str]) -> dict[str, types.ModuleType]:
         "LoraModel",
     ):
         setattr(io, name, _type(name.upper()))
+    io.MultiType = types.SimpleNamespace(Input=_several_types)
+    io.Hidden = types.SimpleNamespace(prompt="PROMPT", extra_pnginfo="EXTRA_PNGINFO")
     latest: Any = types.ModuleType("comfy_api.latest")
     latest.io, latest.ComfyExtension = io, object
     memory, utils, folders = (
@@ -91,6 +116,7 @@ def _stand_in(schema_fields: list[str]) -> dict[str, types.ModuleType]:
     folders.get_filename_list = lambda _kind: [
         "mini-sd.safetensors",
         "mini-sd.concepts.safetensors",
+        "mini-sd.family.concepts.safetensors",
     ]  # type: ignore[attr-defined]
     names = {
         "comfy_api": types.ModuleType("comfy_api"),
@@ -111,6 +137,7 @@ NEW = [
     "search_aliases",
     "is_input_list",
     "is_output_node",
+    "hidden",
 ]
 
 
@@ -129,7 +156,7 @@ def nodes(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> It
 
 
 def test_ids_names_and_help(nodes: Any) -> None:
-    schemas = [node.define_schema() for node in nodes.NODES]
+    schemas = _schemas(nodes)
     assert len({s.node_id for s in schemas}) == len(schemas)
     for s in schemas:
         assert s.node_id.startswith("ContinualLora_")
@@ -154,21 +181,34 @@ def test_our_own_files_are_not_offered_as_checkpoints(nodes: Any) -> None:
     assert first.rest["options"] == ["mini-sd.safetensors"]
 
 
+def test_existing_stacks_are_listed_and_old_workflows_name_theirs(
+    nodes: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    node = nodes.LoadConceptStack
+    stack = node.define_schema().inputs[2]
+    assert (stack.rest["options"], stack.rest["default"]) == (["own", "new", "family"], "own")
+    host = importlib.import_module("comfy_continual_lora.comfy_nodes.host")
+    monkeypatch.setattr(host, "checkpoint_path", lambda name: tmp_path / name)
+    (tmp_path / "mini-sd.safetensors").touch()
+    for given, file in (
+        ({}, "mini-sd.concepts.safetensors"),
+        ({"stack_name": "old"}, "mini-sd.old.concepts.safetensors"),  # before there was a list
+        ({"stack_name": "fresh", "stack": "new"}, "mini-sd.fresh.concepts.safetensors"),
+        ({"stack_name": "fresh", "stack": "family"}, "mini-sd.family.concepts.safetensors"),
+    ):
+        loaded, _ = node.execute("mini-sd.safetensors", **given)
+        assert loaded.file == tmp_path / file
+    with pytest.raises(StackError, match=r"A new stack needs a name\. Write one into stack_name"):
+        node.execute("mini-sd.safetensors", stack="new")
+
+
 def test_every_widget_reaches_its_setting(nodes: Any) -> None:
     """The value of each widget, set to something else than its default, arrives in the settings,
     and the defaults are the settings' own.
     """
     settings_from = importlib.import_module("comfy_continual_lora.comfy_nodes.schema").settings_from
-    for node, settings in (
-        (nodes.LearnConcept, LearnSettings),
-        (nodes.Consolidate, TrainSettings),
-        (nodes.ComputeScores, ScoreSettings),
-        (nodes.EvaluateRetention, EvaluateSettings),
-        (nodes.ConsolidateInClosedForm, SolveSettings),
-        (nodes.SelectConcepts, SolveSettings),
-        (nodes.ForgetConcept, SolveSettings),
-        (nodes.MergeStacks, SolveSettings),
-    ):
+    for name, settings in SETTINGS_OF.items():
+        node = getattr(nodes, name)
         names = {f.name for f in dataclasses.fields(settings)}
         ports = {port.id: port for port in node.define_schema().inputs if port.id in names}
         assert ports
@@ -181,13 +221,64 @@ def test_every_widget_reaches_its_setting(nodes: Any) -> None:
                 changed = settings_from(settings, {name: not defaults[name]})
                 assert getattr(changed, name) is not defaults[name]
                 continue
-            other = (
-                next(o for o in port.rest["options"] if o != port.rest["default"])
-                if "options" in port.rest
-                else port.rest["default"] + 1
-            )
+            if "options" in port.rest:
+                other = next(o for o in port.rest["options"] if o != port.rest["default"])
+            else:
+                other = 1 if defaults[name] == "auto" else defaults[name] + 1
             value = getattr(settings_from(settings, {name: other}), name)
             assert value == {"yes": True, "no": False}.get(other, other)
+
+
+def test_what_the_checkpoint_decides_says_auto_and_takes_numbers(nodes: Any) -> None:
+    """Workflows saved when these widgets were numbers hold 0 for auto; PrimitiveFloat and other
+    nodes can still be connected.
+    """
+    ports = {port.id: port for port in nodes.LearnConcept.define_schema().inputs}
+    assert ports["rate"].io_type == "STRING,FLOAT,INT"
+    assert ports["rank"].io_type == "STRING,INT"
+    for name in ("steps", "rank", "rate", "vectors", "size", "ewc_strength"):
+        assert ports[name].rest["default"] == "auto"
+        assert "Auto: what suits the checkpoint" in ports[name].rest["tooltip"]
+    of = importlib.import_module("comfy_continual_lora.comfy_nodes.schema").settings_from
+    for nothing in (0, 0.0, "0", "0.000000", "", "auto", " Auto "):
+        assert of(LearnSettings, {"steps": nothing, "rate": nothing}) == LearnSettings()
+    typed = of(LearnSettings, {"steps": " 300 ", "rate": "1.5e-4", "rank": 8, "size": 512.0})
+    assert typed == LearnSettings(steps=300, rate=1.5e-4, rank=8, size=512)
+    for wrong in ("many", "nan", "inf", "3.5"):
+        with pytest.raises(SettingError, match=r"`?steps`? is"):
+            of(LearnSettings, {"steps": wrong}).check()
+
+
+def test_learn_shows_five_widgets(nodes: Any) -> None:
+    ports = nodes.LearnConcept.define_schema().inputs
+    widgets = [port for port in ports if "default" in port.rest]
+    shown = [port.id for port in widgets if not (port.rest.get("extra_dict") or {})]
+    assert shown == ["token", "noun", "steps", "seed", "preview_every"]
+
+
+def test_widgets_stay_where_saved_workflows_have_them(nodes: Any) -> None:
+    """A saved workflow lists values by position, so new widgets come last."""
+    before = {
+        "LearnConcept": "token noun method steps rank rate seed preview_every token_rate batch size "
+        "fit flip adapter ewc_strength retention_weight dsc_steps fisher_samples precision "
+        "checkpointing if_word_exists vectors",
+        "Consolidate": "dsc_steps dsc_rate seed rate batch size fit flip dsc_a1 dsc_a2 dsc_b1 dsc_b2 "
+        "dsc_redraw ewc_strength retention_weight precision fisher_samples",
+        "LoadConceptStack": "checkpoint stack_name",
+        "ComputeScores": "trials seed stages weighting rows size fit",
+        "EvaluateRetention": "pictures steps seed guidance trials size clip_folder",
+        "ExportConcepts": "remove_superseded",
+        "ApplyConcepts": "strength version mixed",
+    }
+    for name, widgets in before.items():
+        ports = getattr(nodes, name).define_schema().inputs
+        kinds = ("STRING", "INT", "FLOAT", "COMBO", "BOOLEAN")
+        ids = [
+            port.id
+            for port in ports
+            if port.io_type.split(",")[0] in kinds and not port.rest.get("force_input")
+        ]
+        assert ids[: len(widgets.split())] == widgets.split()
 
 
 def test_masks_of_the_input_are_saved_unless_they_stand_for_none(
@@ -204,10 +295,16 @@ def test_masks_of_the_input_are_saved_unless_they_stand_for_none(
         found = inventory(files)
         assert found.summary() == "4 pictures, 4 captions (.txt), 2 masks"
         assert [bool(picture.mask) for picture in found.pictures] == [False, False, True, True]
-        assert [file.name for file in files] == [f"picture {number}.png" for number in range(1, 5)]
+        assert [file.name for file in files] == [f"picture {number}" for number in range(1, 5)]
     for wrong in (float("nan"), float("inf")):
-        with pytest.raises(ConceptImagesError, match="not finite"):
-            host.save_pictures([torch.full((1, 48, 32, 3), wrong)])
+        with pytest.raises(ConceptImagesError, match=r"In the input, picture 3 has .* not finite"):
+            host.save_pictures([torch.zeros(2, 48, 32, 3), torch.full((1, 48, 32, 3), wrong)])
+        with pytest.raises(ConceptImagesError, match="the mask of picture 2 has"):
+            host.save_pictures(
+                [torch.zeros(2, 48, 32, 3)], (), [torch.zeros(48, 32), torch.full((48, 32), wrong)]
+            )
+    with pytest.raises(ConceptImagesError, match=r"^The caption of picture 2 is not text"):
+        host.save_pictures([torch.zeros(2, 48, 32, 3)], ["one", "\0"])
 
 
 def test_the_masks_input_says_which_way_white_means(nodes: Any) -> None:
@@ -222,6 +319,15 @@ def test_a_selection_is_not_merged(nodes: Any) -> None:
     stack = handle.StackHandle(Path("mini-sd.safetensors"), Path("mini-sd.concepts.safetensors"), 0)
     with pytest.raises(StackError, match="Connect the other's Load Concept Stack"):
         nodes.MergeStacks.execute(stack, dataclasses.replace(stack, selected=ConceptStack("")))
+
+
+def test_a_version_beyond_the_end_is_refused(nodes: Any, closed_stack: Any) -> None:
+    store.save_stack(make_stack(2), closed_stack.file)
+    with pytest.raises(StackError, match=r"no version 3 of the stack none.* it holds 2 concepts"):
+        nodes.ApplyConcepts.execute(None, None, closed_stack, 0.0, version=3)
+    for version in (0, 1, 2):  # as far as a CLIP that is none
+        with pytest.raises(AttributeError, match="tokenizer"):
+            nodes.ApplyConcepts.execute(None, None, closed_stack.now(), 0.0, version, mixed=True)
 
 
 @pytest.fixture
@@ -343,6 +449,106 @@ def test_exported_files_that_were_deleted_are_written_again(
         assert node.fingerprint_inputs(stack=None) == fresh
 
 
+def test_what_a_range_does_not_say_is_found_before_anything_runs(nodes: Any) -> None:
+    """ComfyUI compares numbers with their widget's range, but for inputs that `validate_inputs`
+    takes; so that takes exactly those whose setting refuses a number in the range.
+    """
+    for node in nodes.NODES:
+        validate = getattr(node, "validate_inputs", None)
+        checked = set(inspect.signature(validate).parameters) if validate else set()
+        inputs = {port.id: port for port in node.define_schema().inputs}
+        assert checked <= inputs.keys()
+        assert inspect.getfullargspec(validate).varkw is None if validate else True
+        kind = SETTINGS_OF.get(node.__name__)
+        for field in dataclasses.fields(kind) if kind else ():
+            port = inputs.get(field.name)
+            if port is None or port.io_type not in ("INT", "FLOAT"):
+                continue
+            low, high = port.rest["min"], port.rest["max"]
+            inside = [one for one in (low, low + 1, high - 1, high) if low <= one <= high]
+            refused = [value for value in inside if _refuses(field, value)]
+            assert (field.name in checked) == bool(refused), field.name
+            for value in refused:
+                given = {"token": "V1", "noun": "ball"} if "token" in checked else {}
+                assert validate
+                problem = validate(**given, **{field.name: [value]})
+                assert isinstance(problem, str)
+                assert problem.startswith(f"{field.name} is {value}; ")
+                assert validate(**given, **{field.name: port.rest["default"]}) is True
+
+
+def _refuses(field: dataclasses.Field, value: float) -> bool:
+    try:
+        check_field(field, from_widget(field, value))
+    except SettingError:
+        return True
+    return False
+
+
+@pytest.mark.parametrize(
+    ("given", "problem"),
+    [
+        ({"token": ["V1"], "noun": ["ball"]}, ""),
+        ({"token": " V1 ", "noun": (None,)}, ""),
+        ({"token": None, "noun": "a V1"}, ""),
+        ({"token": [""], "noun": ["ball"]}, "token is empty"),
+        ({"token": "../V1", "noun": "ball"}, "token '../V1' may contain only letters"),
+        ({"token": "com1", "noun": "ball"}, "can't be a file name on Windows"),
+        ({"token": ["V1"], "noun": [" "]}, "noun is empty"),
+        ({"token": "V1", "noun": "ball\nof wool"}, "not a single line"),
+        ({"token": "V1", "noun": "v1 ball"}, "contains V1 itself"),
+        ({"token": "V1", "noun": "word " * 9}, "more than 8 words"),
+    ],
+)
+def test_a_word_and_a_noun_are_checked_before_anything_runs(
+    nodes: Any, given: dict[str, Any], problem: str
+) -> None:
+    """Wires are not: their value is None until they have one."""
+    seen = nodes.LearnConcept.validate_inputs(**given)
+    assert problem in seen if problem else seen is True
+    if problem != "noun is empty":  # an imported LoRA may have none
+        assert nodes.ImportLora.validate_inputs(**given) == seen
+
+
+@hypothesis.settings(
+    max_examples=100,
+    deadline=None,
+    derandomize=True,
+    suppress_health_check=[hypothesis.HealthCheck.function_scoped_fixture],
+)
+@hypothesis.given(token=st.text(max_size=70), noun=st.text(max_size=90), name=st.text(max_size=70))
+def test_any_text_is_accepted_or_refused_in_words(
+    nodes: Any, token: str, noun: str, name: str
+) -> None:
+    schema = importlib.import_module("comfy_continual_lora.comfy_nodes.schema")
+    for word in (token, "V1"):
+        seen = schema.valid(token=word, noun=noun, needs_noun=True)
+        assert seen is True or (isinstance(seen, str) and len(seen) < 400)
+        if seen is True:
+            concepts.check_spelling(word.strip())
+            assert noun.strip()
+    seen = schema.valid(stack_name=name)
+    assert (seen is True) == bool(re.fullmatch(r"[\w-]{0,64}", name.strip()))
+
+
+# What messages may name though no node shows it
+NOT_IN_NODES = {"prompts", "out", "format", "settings", "optimizer"}
+
+
+def test_every_name_in_a_message_is_a_widget_or_a_node(nodes: Any) -> None:
+    schema = importlib.import_module("comfy_continual_lora.comfy_nodes.schema")
+    shown = {s.display_name: {port.id for port in s.inputs} for s in _schemas(nodes)}
+    inputs = set().union(*shown.values())
+    for name in {*schema._WIDGETS, *schema.TITLES, *marked_names()} - NOT_IN_NODES:
+        widget, _, node = schema.WIDGETS[name].partition(" of ")
+        known = shown[node] if node else {*inputs, *(one.split(" (continual")[0] for one in shown)}
+        assert widget in known, name
+
+
+def _schemas(nodes: Any) -> list[Any]:
+    return [node.define_schema() for node in nodes.NODES]
+
+
 def test_errors_name_widgets(nodes: Any, closed_stack: Any) -> None:
     schema = importlib.import_module("comfy_continual_lora.comfy_nodes.schema")
 
@@ -359,11 +565,6 @@ def test_errors_name_widgets(nodes: Any, closed_stack: Any) -> None:
         nodes.ConsolidateInClosedForm.execute(closed_stack, energy=3.0)
     for node in nodes.NODES:
         assert hasattr(node.execute, "__wrapped__") or node is nodes.ExamplePictures, node
-
-
-def test_no_message_of_the_nodes_mentions_flags() -> None:
-    for path in (REPOSITORY / "comfy_continual_lora" / "comfy_nodes").glob("*.py"):
-        assert not re.findall(r"(?<![\w-])--[a-z]+", path.read_text()), path
 
 
 def test_nothing_to_do_leaves_the_models_in_place(
@@ -390,14 +591,40 @@ def test_nothing_to_do_leaves_the_models_in_place(
     assert calls.count("unload_all_models") == 1
 
 
+def test_notes_are_shown_at_the_node_as_they_come_and_in_its_report(
+    nodes: Any, closed_stack: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    host = importlib.import_module("comfy_continual_lora.comfy_nodes.host")
+    bar = type("Bar", (), {"__init__": lambda *_: None, "update_absolute": lambda *_: None})
+    shown: list[str] = []
+    monkeypatch.setattr(host, "ProgressBar", bar)
+    monkeypatch.setattr(host, "_show_at_node", shown.append)
+    operations = importlib.import_module("comfy_continual_lora.operations").OPERATIONS
+
+    def run(_: object, on_progress: Any) -> Any:
+        for note in ("`stack` is new", "`stack` is new", "left out: a"):
+            on_progress(Progress("load", 0, 1, note=note))
+        return types.SimpleNamespace(summary=lambda: "Merged.")
+
+    monkeypatch.setitem(operations, "merge", run)
+    _, report = nodes.MergeStacks.execute(closed_stack, closed_stack)
+    name = "stack_name of Load Concept Stack is new"
+    assert shown[0].startswith(f"{name}\n")
+    assert shown[-1].startswith(f"{name}\nleft out: a\n")
+    assert report.startswith(f"{name}\nleft out: a\nMerged.")
+
+
 @pytest.mark.parametrize("path", WORKFLOWS, ids=lambda p: p.stem)
 def test_workflows_fit_the_nodes(nodes: Any, path: Path) -> None:
     """Every node, input and link of a workflow exists; it has a picture of the same name."""
     workflow = json.loads(path.read_text())
-    ours = {s.node_id: s for s in (node.define_schema() for node in nodes.NODES)}
+    ours = {s.node_id: s for s in _schemas(nodes)}
     by_id = {node["id"]: node for node in workflow["nodes"]}
     for node in workflow["nodes"]:
         assert node["type"] in ours or node["type"] in CORE
+        assert (
+            node["type"].startswith("Preview") or node.get("title") or node["type"] == "VAEDecode"
+        )
         if node["type"] in ours:
             schema = ours[node["type"]]
             assert {one["name"] for one in node["inputs"]} <= {port.id for port in schema.inputs}
@@ -411,7 +638,7 @@ def test_workflows_fit_the_nodes(nodes: Any, path: Path) -> None:
             widgets = [
                 p
                 for p in schema.inputs
-                if p.io_type in ("STRING", "INT", "FLOAT", "COMBO", "BOOLEAN")
+                if p.io_type.split(",")[0] in ("STRING", "INT", "FLOAT", "COMBO", "BOOLEAN")
                 and not p.rest.get("force_input")
             ]
             assert len(node["widgets_values"]) == len(widgets) + extra
@@ -422,8 +649,98 @@ def test_workflows_fit_the_nodes(nodes: Any, path: Path) -> None:
     assert path.with_suffix(".jpg").exists()
 
 
-def test_there_are_five_workflows() -> None:
-    assert len(WORKFLOWS) == 5
+def test_a_workflow_that_was_saved_with_numbers_for_auto_asks_for_the_same(nodes: Any) -> None:
+    """Its values fall into the widgets that had them, and 0 still leaves it to the checkpoint."""
+    saved = json.loads((REPOSITORY / "tests/data/workflow-with-numbers-for-auto.json").read_text())
+    values = next(n for n in saved["nodes"] if n["type"] == "ContinualLora_Learn")["widgets_values"]
+    ports = [
+        port
+        for port in nodes.LearnConcept.define_schema().inputs
+        if "default" in port.rest and not port.rest.get("force_input")
+    ]
+    given = {port.id: value for port, value in zip(ports, values, strict=False)}
+    of = importlib.import_module("comfy_continual_lora.comfy_nodes.schema").settings_from
+    assert of(LearnSettings, given) == LearnSettings(preview_every=50)
+    assert (given["token"], given["if_word_exists"]) == ("V1", "refuse")
+
+
+LANGUAGES = ("zh", "ja", "ko", "de", "fr", "es")
+
+
+@pytest.mark.parametrize("language", LANGUAGES)
+def test_a_language_has_every_name_and_tooltip(nodes: Any, language: str) -> None:
+    """Neither more nor less than the nodes declare, none empty, and none left in English."""
+    path = REPOSITORY / "locales" / language / "nodeDefs.json"
+    locale = json.loads(path.read_text(encoding="utf-8"))
+    schemas = [node.define_schema() for node in nodes.NODES]
+    assert locale.keys() == {s.node_id for s in schemas}
+    for s in schemas:
+        one = locale[s.node_id]
+        assert one.keys() == {"display_name", "description", "inputs", "outputs"}
+        assert one["display_name"] != s.display_name
+        assert one["description"] != s.description
+        assert one["inputs"].keys() == {port.id for port in s.inputs}
+        assert one["outputs"].keys() == {str(number) for number in range(len(s.outputs))}
+        pairs = [(port, one["inputs"][port.id]) for port in s.inputs]
+        pairs += [(port, one["outputs"][str(n)]) for n, port in enumerate(s.outputs)]
+        for port, words in pairs:
+            tooltip = port.rest.get("tooltip")
+            assert words.keys() == ({"name", "tooltip"} if tooltip else {"name"}), port.id
+            assert all(words.values())
+            assert words.get("tooltip") != tooltip or not tooltip
+
+
+def test_all_languages_are_tested() -> None:
+    assert {path.name for path in (REPOSITORY / "locales").iterdir()} == set(LANGUAGES)
+
+
+def test_the_app_shows_widgets_that_exist() -> None:
+    """App mode lists the widgets and the outputs to show, by their nodes."""
+    (path,) = (path for path in WORKFLOWS if path.name.endswith(".app.json"))
+    workflow = json.loads(path.read_text())
+    types = {str(node["id"]): node["type"] for node in workflow["nodes"]}
+    assert workflow["extra"]["linearMode"] is True
+    shown = workflow["extra"]["linearData"]
+    assert [types[node] for node in shown["outputs"]] == ["PreviewImage", "PreviewAny"]
+    assert {(types[node], widget) for node, widget in shown["inputs"]} >= {
+        ("ContinualLora_LoadStack", "checkpoint"),
+        ("ContinualLora_Learn", "token"),
+        ("CLIPTextEncode", "text"),
+    }
+
+
+def test_the_blueprint_fits_the_nodes(nodes: Any) -> None:
+    """A subgraph for the node library: its links, and the widgets it shows, exist."""
+    (path,) = (REPOSITORY / "subgraphs").glob("*.json")
+    blueprint = json.loads(path.read_text())
+    (inner,) = blueprint["definitions"]["subgraphs"]
+    (outer,) = blueprint["nodes"]
+    assert outer["type"] == inner["id"]
+    assert path.stem == inner["name"]
+    ours = {s.node_id: s for s in (node.define_schema() for node in nodes.NODES)}
+    by_id = {node["id"]: node for node in inner["nodes"]}
+    for node in inner["nodes"]:
+        if node["type"] in ours:
+            names = {port.id for port in ours[node["type"]].inputs}
+            assert {one["name"] for one in node["inputs"]} <= names
+        else:
+            assert node["type"] in CORE
+    for node, widget in outer["properties"]["proxyWidgets"]:
+        schema = ours.get(by_id[int(node)]["type"])
+        assert schema is None or widget in {port.id for port in schema.inputs}
+    for link in inner["links"]:
+        if link["origin_id"] > 0:
+            source = by_id[link["origin_id"]]["outputs"][link["origin_slot"]]
+            assert link["id"] in source["links"]
+        if link["target_id"] > 0:
+            assert by_id[link["target_id"]]["inputs"][link["target_slot"]]["link"] == link["id"]
+    for side in ("inputs", "outputs"):
+        assert [one["name"] for one in inner[side]] == [one["name"] for one in outer[side]]
+
+
+def test_the_workflows_are_numbered() -> None:
+    assert [path.stem[:2] for path in WORKFLOWS] == [f"{n}-" for n in range(1, len(WORKFLOWS) + 1)]
+    assert len(WORKFLOWS) >= 5
 
 
 def test_registering_imports_nothing_heavy_of_ours() -> None:

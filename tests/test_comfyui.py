@@ -39,6 +39,7 @@ pytestmark = [
     pytest.mark.skipif(FOUND is None, reason="no ComfyUI at COMFYUI_PATH or ~/comfy/ComfyUI"),
 ]
 WORKFLOWS = sorted((Path(__file__).parents[1] / "workflows").glob("*.json"))
+NUMBERS_FOR_AUTO = Path(__file__).parent / "data" / "workflow-with-numbers-for-auto.json"
 QUICK = {"steps": 6, "batch": 2, "rank": 4, "dsc_steps": 3, "fisher_samples": 4, "preview_every": 3}
 
 
@@ -177,7 +178,7 @@ def stack_of(host: ComfyUI, name: str) -> Path:
 def test_workflows_run_to_their_pictures(
     host: ComfyUI, node_types: dict[str, Any], path: Path
 ) -> None:
-    prompt = quick(to_prompt(json.loads(path.read_text()), node_types), path.stem)
+    prompt = quick(to_prompt(json.loads(path.read_text()), node_types), path.stem.split(".")[0])
     done = host.run(prompt)
     shown = [node for node, one in prompt.items() if one["class_type"] == "PreviewImage"]
     assert shown
@@ -258,9 +259,8 @@ def test_replacing_is_one_step(host: ComfyUI) -> None:
         stack_of(host, "replace").read_bytes(),
         {"which": 7, "if_word_exists": "replace the newest"},
     )
-    assert "class noun is empty" in error_of(
-        host.finished(host.queue(learn("replace", noun="", **replace)))
-    )
+    wrong = host.finished(host.queue(learn("replace", **replace, rate=float("nan"))))
+    assert "rate is nan; it has to be a finite number" in error_of(wrong)
     long = host.queue(learn("replace", steps=4000, **replace))
     while not snapshots_of(stack_of(host, "replace"), "V1"):
         time.sleep(0.1)
@@ -538,7 +538,7 @@ def test_there_are_no_areas_where_nothing_was_kept_apart(host: ComfyUI) -> None:
     }
     graph["31"] = {"class_type": "MaskPreview", "inputs": {"mask": ["30", 0]}}
     done = host.finished(host.queue(graph))
-    assert "There are no areas: nothing was sampled with this model" in error_of(done)
+    assert "There are no areas: nothing was sampled with this MODEL" in error_of(done)
 
 
 def test_a_prompt_that_was_changed_after_it_was_encoded_is_drawn_the_plain_way(
@@ -558,17 +558,59 @@ def test_mistakes_are_reported_in_words_and_lose_nothing(host: ComfyUI) -> None:
     data = stack_of(host, "mistakes").read_bytes()
     for change, message in (
         ({"token": "dog"}, "already knows"),
-        ({"token": ""}, "empty"),
-        ({"token": "V2", "noun": ""}, "class noun is empty"),
         ({"token": "v1"}, "taken"),
         ({"token": "V2", "rank": 8}, "rank is 8"),
         ({"token": "V2", "method": "custom_diffusion"}, "kind"),
     ):
         done = host.finished(host.queue(learn("mistakes", **change)))
         assert message in error_of(done)
+        (failed,) = [m[1] for m in done["status"]["messages"] if m[0] == "execution_error"]
+        assert failed["exception_type"].startswith("continual_lora.")  # shown before the message
+        assert (failed["node_id"], failed["node_type"]) == ("3", "ContinualLora_Learn")
+    graph = learn("mistakes", "V2", masks=["5", 0])
+    graph["2"]["inputs"]["count"] = 1
+    graph["5"] = {
+        "class_type": "SolidMask",
+        "inputs": {"value": 0.0, "width": 48, "height": 48},
+    }
+    wrong = error_of(host.finished(host.queue(graph)))
+    assert wrong.startswith("The mask of picture 1 is black where the picture is used")
+    assert str(host.base) not in wrong
     stack_of(host, "broken").write_bytes(data[: len(data) // 2])
     assert "can't be read" in error_of(host.finished(host.queue(learn("broken"))))
     assert stack_of(host, "mistakes").read_bytes() == data
+
+
+@pytest.mark.parametrize(
+    ("change", "kind", "message"),
+    [
+        ({"token": "a b"}, "custom_validation_failed", "token - token 'a b' may contain only"),
+        ({"noun": ""}, "custom_validation_failed", "noun - noun is empty. Say in one or two words"),
+        ({"size": 20}, "custom_validation_failed", "size - size is 20; the range is 64 to 4096"),
+        ({"size": 100}, "custom_validation_failed", "it has to be a multiple of 8 pixels"),
+        ({"rank": 300}, "value_bigger_than_max", "rank"),
+        ({"rate": -0.1}, "value_smaller_than_min", "rate"),
+        ({"fit": "squash"}, "value_not_in_list", "fit"),
+    ],
+)
+def test_the_node_is_marked_before_anything_runs(
+    host: ComfyUI, change: dict[str, Any], kind: str, message: str
+) -> None:
+    with pytest.raises(RuntimeError, match=r"^400 ") as refused:
+        host.queue(learn("marked", **change))
+    (marked,) = json.loads(str(refused.value).removeprefix("400 "))["node_errors"].items()
+    assert marked[0] == "3"
+    assert [one["type"] for one in marked[1]["errors"]].count(kind) >= 1
+    assert any(message in one["details"] for one in marked[1]["errors"])
+    assert not stack_of(host, "marked").exists()
+
+
+def test_a_stacks_name_is_marked_at_its_node(host: ComfyUI) -> None:
+    with pytest.raises(RuntimeError, match=r"^400 ") as refused:
+        host.queue(learn("../up"))
+    errors = json.loads(str(refused.value).removeprefix("400 "))["node_errors"]
+    assert list(errors) == ["1"]
+    assert "The stack's name '../up' may contain only" in str(errors)
 
 
 def test_undo_is_safe_to_queue_twice(host: ComfyUI) -> None:
@@ -666,6 +708,40 @@ def test_a_renamed_checkpoint_is_reported(host: ComfyUI) -> None:
     assert lone.name in text_of(done, "2")
 
 
+def test_the_same_again_has_the_same_curve_and_report_after_a_restart(host: ComfyUI) -> None:
+    """Also from a workflow that was saved with numbers for auto."""
+
+    def curve_and_report() -> tuple[np.ndarray, str]:
+        graph = learn("again", rate=0.0, size=0, vectors=0)
+        graph["5"] = {"class_type": "PreviewImage", "inputs": {"images": ["3", 2]}}
+        done = host.run(graph)
+        picture = Image.open(host.pictures(done, "5")[0]).convert("RGB")
+        return np.asarray(picture, int), text_of(done, "4")
+
+    curve, report = curve_and_report()
+    assert report.count("picture ") == 3  # three were scored
+    assert "comfy-continual-lora: learning 6/6, loss" in host.log.read_text()
+    host.stop()
+    host.start()
+    again, second = curve_and_report()
+    assert (again == curve).all()
+    assert "nothing was done" in second
+    assert second.endswith(report)
+
+
+def test_an_export_has_its_folder_its_name_and_its_workflow(host: ComfyUI) -> None:
+    export = {"stack": ["3", 0], "prefix": "pets", "subfolder": "mine/dogs"}
+    graph = learn("named")
+    graph["9"] = {"class_type": "ContinualLora_Export", "inputs": export}
+    graph["10"] = {"class_type": "PreviewAny", "inputs": {"source": ["9", 0]}}
+    name = text_of(host.run(graph), "10")
+    assert name.startswith("mine/dogs/pets-V1-")
+    assert (host.base / "models" / "loras" / name).exists()
+    for bad in ("../out", "/tmp", "a:b"):
+        export["subfolder"] = bad
+        assert "has to be a folder inside" in error_of(host.finished(host.queue(graph)))
+
+
 def test_two_stacks_at_once_and_a_list_of_pictures_of_mixed_sizes(host: ComfyUI) -> None:
     """Pictures of two sizes come as a list; a stack applied on top of another adds its words."""
     sizes = {
@@ -734,6 +810,13 @@ MISSING = (
     "() => app.graph._nodes.filter(n => n.has_errors || "
     "!LiteGraph.registered_node_types[n.type]).map(n => n.type)"
 )
+LEARN = "app.graph._nodes.find(node => node.type === 'ContinualLora_Learn')"
+SHOWN = f"() => {LEARN}.widgets.filter(w => !w.hidden && w.type !== 'button').map(w => w.name)"
+BYPASSED = f"""async () => {{
+    {LEARN}.mode = 4;
+    const nodes = Object.values((await app.graphToPrompt()).output);
+    return nodes.find(node => node.class_type === 'ContinualLora_Apply').inputs.stack;
+}}"""
 QUEUE = """() => new Promise(done => {
     app.api.addEventListener('execution_success', () => done('done'));
     app.api.addEventListener('execution_error', event => done(event.detail.exception_message));
@@ -755,10 +838,19 @@ def test_templates_open_and_run_in_a_browser(host: ComfyUI) -> None:
                 json.loads(path.read_text()),
             )
             assert opened.evaluate(MISSING) == []
-        workflow = json.loads(
-            next(p for p in WORKFLOWS if p.stem == "learn-one-concept").read_text()
+        load = "workflow => app.loadGraphData(workflow, true, true, 'test')"
+        opened.evaluate(load, json.loads(NUMBERS_FOR_AUTO.read_text()))
+        assert (
+            opened.evaluate(f"() => {LEARN}.widgets.find(w => w.name === 'rate').value") == "auto"
         )
-        opened.evaluate("workflow => app.loadGraphData(workflow, true, true, 'test')", workflow)
+        workflow = json.loads(
+            next(p for p in WORKFLOWS if p.stem == "1-learn-one-concept").read_text()
+        )
+        opened.evaluate(load, workflow)
+        assert opened.evaluate(SHOWN) == ["token", "noun", "steps", "seed", "preview_every"]
+        stack = next(n for n in workflow["nodes"] if n["type"] == "ContinualLora_LoadStack")
+        assert opened.evaluate(BYPASSED) == [str(stack["id"]), 0]
+        opened.evaluate(load, workflow)
         few = {**QUICK, "stack_name": "browser"}
         opened.evaluate(
             "few => app.graph._nodes.forEach(n => n.widgets?.forEach(w => { if (w.name in few) "
@@ -767,3 +859,17 @@ def test_templates_open_and_run_in_a_browser(host: ComfyUI) -> None:
         )
         assert opened.evaluate(QUEUE) == "done"
     assert stack_of(host, "browser").exists()
+
+
+def test_words_in_prompts_are_what_they_are_in_every_program(host: ComfyUI) -> None:
+    def picture(prompt: str) -> np.ndarray:
+        done = host.run({**_both_learned("apart"), **draw(prompt, "4")})
+        return np.asarray(Image.open(host.pictures(done, "26")[0]).convert("RGB"), int)
+
+    before = len(host.log.read_text())
+    plain = picture("a V1 -coloured cup")
+    assert np.array_equal(picture("a V1-coloured cup"), plain)
+    assert "not a learned word" not in host.log.read_text()[before:]
+    assert not np.array_equal(picture("a V1-b cup"), picture("a V1 -b cup"))
+    told = "V1-b is not a learned word (learned: V1, V2), so it is read as ordinary text."
+    assert host.log.read_text()[before:].count(told) == 1

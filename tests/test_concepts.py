@@ -208,9 +208,11 @@ def test_masks(tmp_path: Path) -> None:
     assert again.masks is not None
     assert torch.allclose(again.masks[1], again.masks[0], atol=0.3)
     assert notes == [
-        "b.mask.png: 32 x 48 pixels, scaled to its picture's 64 x 48.",
+        "b.png: its mask of 32 x 48 pixels is scaled to the picture's 64 x 48.",
         "b.png: the same picture as a.png.",
     ]
     Image.fromarray(half * 0).save(tmp_path / "b.mask.png")
-    with pytest.raises(ConceptImagesError, match="is black"):
+    with pytest.raises(
+        ConceptImagesError, match=r"^The mask of b\.png is black where the picture is used"
+    ):
         concepts.load_images(tmp_path, 32)

@@ -14,12 +14,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from helpers_learn import QUICK
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from PIL import Image
 
+from comfy_continual_lora import worker
 from comfy_continual_lora.errors import ConceptImagesError
 from comfy_continual_lora.files import checkpoints_in, snapshots_of
 from comfy_continual_lora.inventory import inventory
-from comfy_continual_lora.webui.copies import Copies, Sent, suffix_of
+from comfy_continual_lora.webui.copies import Copies, Sent, file_name
 
 ROOT = Path(__file__).parents[1]
 
@@ -58,7 +62,7 @@ def test_the_same_pictures_are_the_same_copies(tmp_path: Path) -> None:
     copies.write(first)
     paths = [Path(path) for path in first.paths]
     assert [p.read_bytes() for p in paths] == [one.data for one in pictures]
-    assert [p.name for p in paths] == ["1-a.png", "2-b.jpg"]
+    assert [p.name for p in paths] == ["a.png", "b.jpg"]
     assert inventory(paths).summary() == "2 pictures, 1 caption (.txt)"
 
 
@@ -70,7 +74,8 @@ def test_captions_and_masks_lie_beside_their_copies(tmp_path: Path) -> None:
     copies.write(batch)
     found = inventory(batch.paths)
     assert found.summary() == "6 pictures, 6 captions (.txt), 6 masks"
-    assert {file.parent for file in found.files} == {batch.folder}
+    assert {file.parent.parent for file in found.files} == {batch.folder}
+    assert [picture.name for picture in found.pictures[:3]] == [*names[:3]]
     assert [picture.caption for picture in found.pictures[:2]] == ["of 'a.png'", "of 'a.jpg'"]
     mask = _picture()[:50]
     with pytest.raises(ConceptImagesError, match=r"The mask of a\.png can't be read"):
@@ -98,15 +103,71 @@ def test_what_is_no_picture_is_refused_before_anything_is_written(
     assert not list(tmp_path.iterdir())
 
 
-def test_a_picture_is_named_after_what_it_holds() -> None:
-    for kind, suffix in (
-        ("PNG", ".png"),
-        ("JPEG", ".jpg"),
-        ("WEBP", ".webp"),
-        ("BMP", ".bmp"),
-        ("TIFF", ".tif"),
-    ):
-        assert suffix_of("any.thing", _picture(kind)) == suffix
+@pytest.mark.parametrize(
+    ("name", "copy"),
+    [
+        ("IMG (1), é.JPG", "IMG (1), é.JPG"),
+        ("picture 3", "picture 3"),
+        ("Screenshot at 10.00.00\u202fAM.png", "Screenshot at 10.00.00 AM.png"),
+        (".hidden.png", "hidden.png"),
+        ("con.png", "_con.png"),
+        ("a/b\\c:d\n.png", "a_b_c_d .png"),
+        ("x" * 100 + ".jpeg", "x" * 60 + ".jpeg"),
+    ],
+)
+def test_a_copy_has_the_name_that_its_user_knows(name: str, copy: str) -> None:
+    assert file_name(name) == copy
+
+
+def test_what_is_said_of_copies_names_what_was_sent(tmp_path: Path, learned: Any) -> None:
+    """By an operation in the worker, which sees the copies alone: never a path of theirs."""
+    checkpoint, copies, said = learned(QUICK, "V1"), Copies(tmp_path / "work"), []
+    frames = io.BytesIO()
+    blue, green = Image.new("RGB", (64, 64), "blue"), Image.new("RGB", (64, 64), "green")
+    blue.save(frames, "GIF", save_all=True, append_images=[green])
+    black = io.BytesIO()
+    Image.new("L", (32, 32)).save(black, "PNG")
+    sent = [
+        Sent("IMG (1).png", _picture()),
+        Sent("picture 2", frames.getvalue()),
+        Sent("IMG (1).png", _picture(), mask=black.getvalue()),
+    ]
+
+    def run(name: str, pictures: list[Sent], **given: Any) -> dict[str, Any]:
+        batch = copies.batch(pictures, "s")
+        copies.write(batch)
+        request = {"checkpoint": str(checkpoint), "images": batch.paths, "device": "cpu", **given}
+        return worker.run_job(name, request, lambda progress: said.append(progress.note))
+
+    words = {"token": "V2", "noun": "ball", "settings": {"steps": 1, "size": 64}}
+    with pytest.raises(ConceptImagesError, match=r"^The mask of IMG \(1\)\.png is black") as error:
+        run("learn", sent, **words)
+    run("learn", sent[:2] * 2, **words)
+    scores = run("scores", sent[:2], settings={"trials": 1, "stages": 1})
+    assert [one["file"] for one in scores["images"]] == ["IMG (1).png", "picture 2"]
+    notes = "\n".join(said)
+    assert "picture 2: several frames or pages" in notes
+    assert "IMG (1).png: the same picture as IMG (1).png" in notes
+    for text in (str(error.value), notes):
+        assert str(tmp_path / "work") not in text
+        assert copies.mine.name not in text
+
+
+@given(st.text(st.characters(exclude_categories=()), max_size=300))
+@settings(max_examples=200, deadline=None, derandomize=True)
+def test_any_name_becomes_that_of_a_file(
+    tmp_path_factory: pytest.TempPathFactory, name: str
+) -> None:
+    """Beside which a caption and a mask have room, and are found."""
+    folder, copy = tmp_path_factory.getbasetemp() / "copies", file_name(name)
+    assert Path(copy).name == copy
+    folder.mkdir(exist_ok=True)
+    files = [folder / f"{copy}{ending}" for ending in ("", ".txt", ".mask.png")]
+    for file in files:
+        file.write_text("a ball")
+    (found,) = inventory(files[:1]).pictures
+    assert (found.caption, found.mask) == ("a ball", files[2])
+    shutil.rmtree(folder)
 
 
 def test_copies_stay_exactly_while_a_snapshot_needs_them(tmp_path: Path) -> None:
@@ -118,7 +179,7 @@ def test_copies_stay_exactly_while_a_snapshot_needs_them(tmp_path: Path) -> None
     for path in (snapshot, other):
         path.touch()
     copies.tidy()
-    assert _left(tmp_path / "work") == ["1-a.png", "1-a.txt", "of.json"]
+    assert _left(tmp_path / "work") == ["a.png", "a.png.txt", "of.json"]
     assert kept.exists()
     snapshot.unlink()
     copies.tidy()
@@ -169,11 +230,11 @@ def test_another_programs_copies_are_left_alone_until_it_is_gone(tmp_path: Path)
         copies = Copies(folder)
         _written(copies, stack, "V3")
         copies.tidy()
-        assert _left(folder) == 2 * ["1-a.png"] + 2 * ["1-a.txt"] + 2 * ["of.json"]
+        assert _left(folder) == 2 * ["a.png"] + 2 * ["a.png.txt"] + 2 * ["of.json"]
         os.kill(another.pid, signal.SIGKILL) if os.name != "nt" else another.kill()
     (tmp_path / "a.concepts.V2.snapshot").touch()
     Copies(folder).tidy()
-    assert _left(folder) == ["1-a.png", "1-a.txt", "of.json"]
+    assert _left(folder) == ["a.png", "a.png.txt", "of.json"]
     (tmp_path / "a.concepts.V2.snapshot").unlink()
     Copies(folder).tidy()
     assert _left(folder) == []

@@ -4,6 +4,8 @@ pictures.
 
 from __future__ import annotations
 
+import re
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,7 +15,7 @@ import torch
 from helpers_learn import save_concept
 from transformers import CLIPImageProcessor, CLIPVisionConfig, CLIPVisionModelWithProjection
 
-from comfy_continual_lora import evaluate, pipeline, report, requests, store
+from comfy_continual_lora import evaluate, likeness, pipeline, report, requests, store
 from comfy_continual_lora.checkpoint.backbone import Backbone
 from comfy_continual_lora.errors import CheckpointError, ConceptImagesError, StackError
 from comfy_continual_lora.progress import Progress
@@ -40,7 +42,7 @@ def taught(mini_file: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[P
     return checkpoint, root / "concepts"
 
 
-def test_against_what_was_drawn_right_after_learning(
+def test_without_pictures_it_compares_with_the_thumbnails(
     taught: tuple[Path, Path], tmp_path: Path
 ) -> None:
     seen: list[Progress] = []
@@ -48,12 +50,10 @@ def test_against_what_was_drawn_right_after_learning(
         requests.EvaluateRequest(taught[0], settings=QUICK, device="cpu"), seen.append
     )
     assert result.names == ["V1 ball", "V2 teapot"]
-    assert torch.allclose(result.likeness.diagonal(), torch.ones(2), atol=1e-5)
+    assert result.reference == ["thumbnail"] * 2
+    assert result.own.isnan().all()
     assert result.likeness[0, 1].isnan()
-    assert result.likeness[1, 0] < 1
-    expected = (result.likeness[1, 0] - result.floor[0]) / (1 - result.floor[0])
-    assert torch.isclose(result.kept[0], expected)
-    assert torch.isclose(result.kept[1], torch.tensor(1.0), atol=1e-4)
+    assert (result.likeness.diagonal() < 1).all()
     assert ((result.recognised >= 0) & (result.recognised <= 1)).all()
     assert {at: len(pictures) for at, pictures in result.pictures.items()} == {
         (0, 0): 2,
@@ -65,7 +65,8 @@ def test_against_what_was_drawn_right_after_learning(
     )
     assert {p.stage for p in seen} == {"load", "evaluate", "score"}
     report.retention_sheet(result).save(tmp_path / "sheet.png")
-    assert len(result.summary().splitlines()) == 3
+    lines = result.summary().splitlines()
+    assert [line.split(":")[0] for line in lines[4:]] == ["V1 ball", "V2 teapot", "In all"]
 
 
 def test_against_the_users_own_pictures(taught: tuple[Path, Path]) -> None:
@@ -82,11 +83,57 @@ def test_against_the_users_own_pictures(taught: tuple[Path, Path]) -> None:
 
 def test_a_concept_no_different_from_its_noun_has_nothing_to_keep() -> None:
     likeness = torch.tensor([[0.5, torch.nan], [0.4, 0.9]])
-    result = evaluate.RetentionReport(
-        ["a", "b"], likeness, torch.tensor([0.495, 0.5]), torch.zeros(2), {}
-    )
+    result = _report(likeness, floor=[0.495, 0.5], own=[0.9, 0.9])
     assert result.kept[0].isnan()
     assert result.kept[1] == 1
+    # what a blob once got: 100 % of nothing, in green
+    assert result.grades == ["floor", "well"]
+    assert result.shade(0, 0) < 0.1
+    assert result.verdicts[0].startswith("a: not learned")
+    assert "learned again" in result.verdict
+
+
+def _report(
+    likeness: torch.Tensor, floor: list[float], own: list[float], reference: str = "pictures"
+) -> evaluate.RetentionReport:
+    count = len(floor)
+    return evaluate.RetentionReport(
+        [chr(ord("a") + j) for j in range(count)],
+        likeness,
+        torch.tensor(floor),
+        torch.zeros(count),
+        {},
+        torch.tensor(own),
+        torch.full((count,), 0.01),
+        [reference] * count,
+    )
+
+
+@pytest.mark.parametrize(
+    ("learned", "now", "grade", "said"),
+    [
+        (0.85, 0.84, "well", "In all: good."),
+        (0.62, 0.62, "partly", "In all: fair. .*a"),
+        (0.85, 0.51, "floor", "a has to be learned again"),
+        (0.515, 0.515, "floor", "a has to be learned again"),
+        (0.99, 0.76, "well", "good, though a faded"),
+    ],
+)
+def test_verdicts(learned: float, now: float, grade: str, said: str) -> None:
+    matrix = torch.tensor([[learned, torch.nan], [now, 0.9]])
+    result = _report(matrix, floor=[0.5, 0.5], own=[0.9, 0.9])
+    assert result.grades == [grade, "well"]
+    assert re.search(said, result.verdict)
+    forgotten = result.verdicts[0].startswith("a: forgotten")
+    assert forgotten == (grade == "floor" and learned > 0.6)
+
+
+def test_what_only_it_has_drawn_is_no_proof() -> None:
+    matrix = torch.tensor([[1.0]])
+    result = _report(matrix, floor=[0.5], own=[torch.nan], reference="drawn")
+    assert result.grades == ["unknown"]
+    assert "not known" in result.verdicts[0]
+    assert "`images`" in result.verdict
 
 
 def test_features_of_a_clip_in_a_folder(backbone: Backbone, tmp_path: Path) -> None:
@@ -106,12 +153,31 @@ def test_features_of_a_clip_in_a_folder(backbone: Backbone, tmp_path: Path) -> N
     ).save_pretrained(tmp_path)
     embed = evaluate.features(backbone, tmp_path)
     pictures = torch.rand(3, 3, 64, 64) * 2 - 1
-    assert embed(pictures).shape == (3, 16)
-    assert torch.allclose(embed(pictures)[1], embed(pictures[1:2])[0], atol=1e-5)
+    assert embed(pictures, "").shape == (3, 16)
+    assert torch.allclose(embed(pictures, "")[1], embed(pictures[1:2], "")[0], atol=1e-5)
     with pytest.raises(CheckpointError, match="can't be loaded as a CLIP vision model"):
         evaluate.features(backbone, tmp_path / "nowhere")
-    latents = evaluate.features(replace(backbone, preset="sd1"), None)
-    assert latents(pictures).shape == (3, 4 * 8 * 8)
+
+
+def test_features_are_kept_if_the_user_wants_that(
+    learned: Callable[..., Path], folders: dict[str, Path]
+) -> None:
+    settings = LearnSettings(method="lora", steps=2, batch=2, rank=2, size=64)
+    plain, kept = (learned(replace(settings, keep_features=keep), "V1") for keep in (False, True))
+    records = [store.read_records(store.stack_path(path))[0] for path in (plain, kept)]
+    assert records[0].features == ""
+    seen = likeness.unpacked(records[1].features)
+    assert seen is not None
+    assert len(seen) == len(list(folders["V1"].glob("*.png"))) == 2
+    tensors = [store.open_stack(store.stack_path(path)).adapter or {} for path in (plain, kept)]
+    assert all(torch.equal(tensors[0][key], value) for key, value in tensors[1].items())
+    result = pipeline.evaluate(requests.EvaluateRequest(kept, settings=QUICK, device="cpu"))
+    assert result.reference == ["features"]
+    assert not result.own.isnan().any()
+    own = pipeline.evaluate(
+        requests.EvaluateRequest(kept, folders["V1"].parent, settings=QUICK, device="cpu")
+    )
+    assert own.reference == ["pictures"]
 
 
 def test_mistakes(taught: tuple[Path, Path], checkpoint: Path, tmp_path: Path) -> None:

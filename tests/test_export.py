@@ -243,6 +243,27 @@ def test_two_stacks_share_folders_and_each_keeps_its_own(
     )
 
 
+def test_a_new_name_is_no_other_word_of_the_stack(backbone: Backbone, tmp_path: Path) -> None:
+    """V1's name is another file's, and V1-2 is a concept of its own, learned after an export."""
+    theirs = tmp_path / "embeddings" / "V1.safetensors"
+    theirs.parent.mkdir()
+    theirs.write_bytes(THEIRS["V1.safetensors"])
+    alone = _owned(backbone, "a" * 16)
+    assert _export(alone, tmp_path).renamed == {"V1": "V1-2"}
+    word = torch.ones(1, backbone.word_width)
+    both = alone.learned(dataclasses.replace(make_record(2), token="v1-2"), word, alone.adapter)
+    done = _export(both, tmp_path)
+    assert done.renamed == {"V1": "V1-3", "v1-2": "v1-2-2"}  # V1's older file stays
+    both.records[1] = dataclasses.replace(both.records[1], token="V1-2")
+    done = _export(both, tmp_path)
+    assert done.renamed == {"V1": "V1-3"}
+    assert torch.equal(load_file(done.embeddings[1])["emb_params"].float(), word)
+    some = export.export_files(
+        alone, tmp_path / "some", theirs.parent, "mini", only=["V1"], words=both.tokens
+    )
+    assert some.renamed == {"V1": "V1-3"}
+
+
 def test_what_an_earlier_program_exported_is_taken_for_its_own(
     backbone: Backbone, tmp_path: Path
 ) -> None:

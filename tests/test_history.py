@@ -12,10 +12,11 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from helpers_learn import NOUNS
+from helpers_learn import NOUNS, tensors_of
 from helpers_store import FINGERPRINT, make_stack, same, writer
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -28,6 +29,7 @@ from comfy_continual_lora.errors import (
     StackError,
     TokenError,
 )
+from comfy_continual_lora.operations import OPERATIONS
 from comfy_continual_lora.progress import Progress
 from comfy_continual_lora.settings import LearnSettings, TrainSettings
 
@@ -440,3 +442,94 @@ def test_errors_of_going_back_leave_everything(two: Path) -> None:
         with pytest.raises(ContinualLoraError):
             wrong()
     assert path.read_bytes() == before
+
+
+# --- another word --------------------------------------------------------------------------------
+
+
+def _rename(path: Path, token: str, to: str) -> Any:
+    request = requests.RenameRequest(path.with_name("none"), token, to, stack=path)
+    return OPERATIONS["rename"](request)
+
+
+@pytest.fixture
+def stored(tmp_path: Path) -> Path:
+    """A stack of V1 and V2, whose captions name both."""
+    path = tmp_path / "s.concepts.safetensors"
+    stack = make_stack(2)
+    for number, prompts in enumerate((["a V1 mug, v1's handle, V10"], ["a V2 mug beside V1"])):
+        stack.records[number] = dataclasses.replace(
+            stack.records[number], prompts=prompts, request="abc", later={"new": [1]}
+        )
+    store.save_stack(stack, path, store.change("learned", stack.records[-1:]))
+    return path
+
+
+def test_rename_changes_a_word_and_nothing_else(stored: Path) -> None:
+    before = store.open_stack(stored)
+    result = _rename(stored, "v1", "Rexo")
+    after = store.open_stack(stored)
+    assert [record.token for record in after.records] == ["Rexo", "V2"]
+    assert [record.prompts for record in after.records] == [
+        ["a Rexo mug, Rexo's handle, V10"],
+        ["a V2 mug beside Rexo"],
+    ]
+    assert [record.request for record in after.records] == ["", "abc"]
+    assert [record.later for record in after.records] == [{"new": [1]}] * 2
+    assert list(after.tokens) == ["Rexo", "V2"]
+    assert tensors_of(after).keys() == tensors_of(before).keys()
+    assert all(torch.equal(one, tensors_of(after)[key]) for key, one in tensors_of(before).items())
+    assert (after.identity, after.fingerprint) == (before.identity, before.fingerprint)
+    assert "prompts say Rexo mug" in result.summary()
+    newest = versions.in_use(stored)
+    assert newest
+    assert newest.change == "renamed V1 mug to Rexo mug"
+    assert history.undo(stored).tokens == ["V1", "V2"]
+    assert same(store.open_stack(stored), before)
+
+
+@pytest.mark.parametrize(
+    ("token", "to", "message"),
+    [
+        ("V1", "v2", "another concept's word"),
+        ("V1", "v1", "the same word"),
+        ("V1", "dog", "already knows"),
+        ("V1", "a/b", "may contain only"),
+        ("V1", "NUL", "Windows"),
+        ("V1", "mug", r"already knows|contains mug itself"),
+        ("V3", "V4", "no concept 'V3'"),
+    ],
+)
+def test_rename_refuses_what_can_not_be_a_word(
+    stored: Path, token: str, to: str, message: str
+) -> None:
+    before = stored.read_bytes()
+    with pytest.raises((TokenError, StackError), match=message):
+        _rename(stored, token, to)
+    assert stored.read_bytes() == before
+    assert not files.history_folder(stored).exists()
+
+
+def test_rename_tells_of_unfinished_runs_and_exports_follow(stored: Path, tmp_path: Path) -> None:
+    run = files.snapshot_path(stored, "V1", "0" * 12, "dsc")
+    run.touch()
+    out = tmp_path / "out"
+    request = requests.ExportRequest(stored, out, stack=stored)
+    assert (out / "V1.safetensors") in pipeline.export(request).embeddings
+    assert _rename(stored, "V1", "Rexo").unfinished == [run]
+    exported = pipeline.export(request)
+    assert exported.triggers == ["Rexo mug", "V2 mug"]
+    assert (out / "V1.safetensors") in exported.superseded
+
+
+def test_a_version_is_restored_without_reading_its_tensors_as_numbers(stored: Path) -> None:
+    """With another history length, the header is written again and the tensors are copied."""
+    _rename(stored, "V1", "Rexo")
+    history.keep_versions(stored, 3)
+    before = store.open_stack(files.history_folder(stored) / "1.stack")
+    restored = history.restore(stored, 1)
+    after = store.open_stack(stored)
+    assert (restored.number, restored.change) == (1, "learned V2 mug")
+    assert after.history == 3
+    assert same(after, before)
+    assert after.records == before.records

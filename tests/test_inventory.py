@@ -108,7 +108,10 @@ def test_folders_of_other_programs_are_no_groups(tmp_path: Path) -> None:
     (tmp_path / "V1" / "x.heic").write_bytes(b"\0\0\0\x18ftypheic" + bytes(99))
     (tmp_path / "empty").mkdir()
     found, whole = groups(tmp_path)
-    assert [(name, len(files)) for name, files in found] == [(tmp_path.name, 2), ("V1", 1)]
+    assert [(name, [one.name for one in pictures]) for name, pictures in found] == [
+        (tmp_path.name, ["0.png", "1.png"]),
+        ("V1", ["V1/2.png"]),
+    ]
     assert whole.rest() == "; left out: V1/x.heic (convert it)"
     for name in ("0.png", "1.png", "V1/2.png"):
         (tmp_path / name).unlink()
@@ -197,7 +200,9 @@ def test_all_is_told_before_the_checkpoint_is_opened(tmp_path: Path, operation: 
     notes: list[str] = []
     of = OPERATIONS[operation]
     rest = words if operation == "learn" else {}
-    request = of.request(tmp_path / "none.safetensors", images=images, **rest)
+    broken = tmp_path / "broken.safetensors"
+    broken.write_bytes(b"not a checkpoint")
+    request = of.request(broken, images=images, **rest)
     with pytest.raises(CheckpointError):
         of(request, lambda progress: notes.append(progress.note))
     assert notes[0].startswith("2 pictures")

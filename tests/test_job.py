@@ -17,10 +17,13 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from comfy_continual_lora.webui import job as module
 from comfy_continual_lora.webui.job import Job
 from comfy_continual_lora.webui.runner import Busy, JobRunner
+from comfy_continual_lora.webui.shown import status
 
 pytestmark = pytest.mark.skipif(os.name == "nt", reason="the workers here are shell scripts")
 
@@ -120,6 +123,34 @@ def test_what_was_done_before_a_failure_is_known(tmp_path: Path) -> None:
         )
         assert message in job.message
         assert marked in job.marked
+
+
+@settings(max_examples=100, deadline=None, derandomize=True)
+@given(st.lists(st.text(min_size=1, max_size=3) | st.just("x" * 5000), max_size=3 * module.NOTES))
+def test_notes_are_kept_once_and_do_not_grow_for_ever(said: list[str]) -> None:
+    """The first ones, which say what is learned from, and the newest, with a line for the rest."""
+    job, half = Job(1, [("learn", {})]), module.NOTES // 2
+    event = {**json.loads(START), "event": "progress"}
+    for note in said:
+        job._update({**event, "note": note})
+    distinct = list(dict.fromkeys(note[: module._NOTE] for note in said))
+    assert len(job.notes) <= module.NOTES + 1
+    if len(distinct) <= module.NOTES:
+        assert job.notes == distinct
+        return
+    assert job.notes[:half] == distinct[:half]
+    assert job.notes[half].endswith(" more notes)")
+    assert job.notes[-1] in distinct
+
+
+def test_of_very_many_notes_the_first_and_the_newest_are_shown() -> None:
+    job = Job(1, [("learn", {})])
+    for number in range(100):
+        job._update({**json.loads(START), "note": f"note {number}"})
+    shown = status(job, str).split("\n\n")[1:]
+    assert shown[:20] == [f"note {number}" for number in range(20)]
+    assert shown[20] == "(60 more notes)"
+    assert shown[21:] == [f"note {number}" for number in range(80, 100)]
 
 
 def test_a_job_whose_program_is_not_there_ends() -> None:

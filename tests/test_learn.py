@@ -230,7 +230,7 @@ def test_another_runs_snapshot_is_told_of_and_can_be_gone_on_with(
         checkpoint, pictures, "V1", "ball", replace(QUICK, snapshot_every=1), device="cpu"
     )
     others = {
-        "steps (6, now 5)": replace(first, settings=replace(first.settings, steps=5)),
+        "`steps` (6, now 5)": replace(first, settings=replace(first.settings, steps=5)),
         "the class noun": replace(first, noun="box"),
         "the pictures": replace(first, images=folders["V1"]),
     }
@@ -554,6 +554,27 @@ def test_textual_inversion_learns_only_the_word(checkpoint: Path, pictures: Path
     assert stack.tokens["V1"].shape == (4, TEXT_WIDTH)
 
 
+def test_the_curve_is_kept_and_some_pictures_are_scored(checkpoint: Path, pictures: Path) -> None:
+    """With the checkpoint that is loaded; neither changes what the request is, and a second one
+    gives the same curve.
+    """
+    stages: list[str] = []
+    request = requests.LearnRequest(
+        checkpoint, pictures, "V1", "ball", replace(QUICK, method="lora"), device="cpu", score=2
+    )
+    result = pipeline.learn_concept(request, lambda progress: stages.append(progress.stage))
+    assert result.scores is not None
+    assert len(result.scores.images) == 2
+    assert result.scores.images[0].scores.names[0] in ("V1", "c_0 ball")
+    assert "V1 " in result.summary()
+    assert len(result.as_json()["scores"]) == 2
+    assert result.record.losses == [float(f"{loss:.5g}") for loss in result.losses]
+    assert not {"load", "learn"} & set(stages[stages.index("score") :])
+    again = pipeline.learn_concept(replace(request, score=0))
+    assert again.again
+    assert again.losses == result.record.losses
+
+
 def test_mistakes_leave_the_stack_as_it_was(
     checkpoint: Path, pictures: Path, tmp_path: Path
 ) -> None:
@@ -630,3 +651,11 @@ def test_pictures_of_several_shapes_keep_them_in_every_stage(
         )
     ).images
     assert len(scored) == 2
+
+
+def test_one_picture_is_no_pictures(checkpoint: Path, tmp_path: Path) -> None:
+    folder = save_concept(tmp_path / "p", 0, 1)
+    settings = LearnSettings(method="textual_inversion", steps=1, batch=1, size=64)
+    request = requests.LearnRequest(checkpoint, folder, "V1", "ball", settings, device="cpu")
+    assert "Learned V1 ball from 1 picture; stored in" in pipeline.learn_concept(request).summary()
+    assert "1 picture, 1 step, tex" in pipeline.info(requests.InfoRequest(checkpoint)).summary()

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import json
+import re
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 
 from comfy_continual_lora import pipeline, requests, sample
 from comfy_continual_lora.checkpoint.backbone import Backbone
 from comfy_continual_lora.errors import Cancelled, SettingError
 from comfy_continual_lora.progress import Progress
-from comfy_continual_lora.settings import DrawSettings
+from comfy_continual_lora.settings import DrawSettings, LearnSettings
 
 QUICK = DrawSettings(steps=3, size=64).resolved("mini")
 
@@ -90,3 +94,64 @@ def test_settings_out_of_range_are_named() -> None:
         DrawSettings(steps=0).check()
     with pytest.raises(SettingError, match="size is 100; it has to be a multiple of 8 pixels"):
         DrawSettings(size=100).check()
+
+
+# --- the picture's size, and what its file says --------------------------------------------------
+
+
+def test_width_and_height_go_before_the_size(backbone: Backbone) -> None:
+    wide = replace(QUICK, width=96, height=72)
+    assert sample.draw(backbone, {}, ["a red mug"], [0], wide).shape == (1, 3, 72, 96)
+    tall = replace(QUICK, height=96)
+    assert sample.draw(backbone, {}, ["a red mug"], [0], tall).shape == (1, 3, 96, 64)
+    both = sample.draw(backbone, {}, [("a red mug", "a star")], [0], wide)
+    assert both.shape == (1, 3, 72, 96 + 72)
+    square = replace(QUICK, width=64, height=64)
+    assert torch.equal(*(sample.draw(backbone, {}, ["a mug"], [0], s) for s in (QUICK, square)))
+
+
+def test_things_are_kept_apart_in_a_wide_picture(learned: Callable[..., Path]) -> None:
+    checkpoint = learned(LearnSettings(method="lora", steps=1, batch=1, rank=2), "V1", "V2")
+    settings = DrawSettings(steps=2, width=96, height=64)
+    request = requests.DrawRequest(checkpoint, ["a V1 ball and a V2 fish"], settings, device="cpu")
+    (drawn,) = pipeline.draw(request).pictures
+    assert drawn.image.size == (96, 64)
+
+
+# AUTOMATIC1111's rule for the last line of a PNG's text, and ComfyUI's for where it begins
+_PAIR = re.compile(r'\s*(\w[\w \-/]+):\s*("(?:\\.|[^\\"])+"|[^,]*)(?:,|$)')
+
+
+def test_a_png_says_how_it_was_drawn(learned: Callable[..., Path], tmp_path: Path) -> None:
+    checkpoint = learned(LearnSettings(method="lora", steps=1, batch=1, rank=2), "V1", "V2")
+    settings = DrawSettings(steps=2, width=72, height=64, seed=7, negative="blur, Steps: 9")
+    request = requests.DrawRequest(
+        checkpoint, ["a V1 ball,\nat night 夜"], settings, ["V1"], tmp_path / "out", device="cpu"
+    )
+    (file,) = pipeline.draw(request).files
+    assert file.name == "a-V1-ball-at-night-夜-7.png"
+    with Image.open(file) as picture:
+        texts: dict[str, str] = picture.text  # type: ignore[attr-defined]
+    prompt, negative, last = texts["parameters"].split("\n")
+    assert prompt == "a V1 ball, at night 夜"
+    assert negative == "Negative prompt: blur, Steps: 9"
+    pairs = dict(_PAIR.findall(last))
+    assert pairs["Steps"] == "2"
+    assert (pairs["Sampler"], pairs["CFG scale"]) == ("DPM++ 2M", "4.0")
+    assert (pairs["Seed"], pairs["Size"], pairs["Model"]) == ("7", "72x64", "mini")
+    assert (pairs["Concepts"], pairs["Concept stack"]) == ("V1 ball", "mini version 2")
+    everything = json.loads(texts["continual_lora"])
+    assert everything["prompts"] == ["a V1 ball,\nat night 夜"]
+    assert DrawSettings(**everything["settings"]) == settings.resolved("mini")
+    assert (everything["only"], everything["version"]) == (["V1"], 2)
+    assert pipeline.draw(request).files[0].name == "a-V1-ball-at-night-夜-7-1.png"
+    assert not {"prompt", "workflow"} & texts.keys()  # a graph that did not draw it would be a lie
+
+
+def test_a_png_drawn_without_a_stack_names_none(checkpoint: Path, tmp_path: Path) -> None:
+    settings = DrawSettings(steps=1, size=64)
+    request = requests.DrawRequest(checkpoint, ["?"], settings, out=tmp_path, device="cpu")
+    (file,) = pipeline.draw(request).files
+    assert file.name == "picture-0.png"
+    with Image.open(file) as picture:
+        assert "Concept" not in picture.text["parameters"]  # type: ignore[attr-defined]

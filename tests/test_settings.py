@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from comfy_continual_lora import cli, pipeline, worker
+from comfy_continual_lora import cli, early, pipeline, worker
 from comfy_continual_lora.errors import Cancelled
 from comfy_continual_lora.progress import ignore
 from comfy_continual_lora.settings import (
@@ -83,6 +83,7 @@ def arrived(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, Any]]:
 
     for name in {name for name, _ in COMMANDS.values()}:
         monkeypatch.setattr(pipeline, name, stand_in(name))
+    monkeypatch.setattr(early, "check", lambda _: None)  # the files are not there
     monkeypatch.setattr(pipeline, "learned_before", lambda _: None, raising=False)
     return requests
 
@@ -151,3 +152,24 @@ def test_every_setting_reaches_the_worker_through_the_api(
         handed_job, request = handed.pop()
         assert handed_job == job
         assert request["settings"] == {name: value}
+
+
+@pytest.mark.parametrize(
+    ("preset", "given", "steps", "rate"),
+    [
+        ("sd1", {}, 1000, 2e-4),
+        ("sd1", {"batch": 4}, 1000, 2e-4),
+        ("sd1", {"kind": "thing"}, 1000, 2e-4),
+        ("sd1", {"kind": "thing", "batch": 4}, 250, 2e-4),
+        ("sd1", {"kind": "person"}, 4000, 1e-4),
+        ("sdxl", {"kind": "person", "batch": 4}, 1000, 5e-5),
+        ("sd1", {"kind": "person", "steps": 70, "rate": 3e-4}, 70, 3e-4),
+        ("sd1", {"kind": "style"}, 4000, 2e-4),
+        ("mini", {"kind": "person"}, 1200, 6.5e-4),
+    ],
+)
+def test_a_kind_sets_the_pictures_seen_and_the_rate(
+    preset: str, given: dict[str, Any], steps: int, rate: float
+) -> None:
+    resolved = LearnSettings(**given).resolved(preset)
+    assert (resolved.steps, resolved.rate) == (steps, pytest.approx(rate))

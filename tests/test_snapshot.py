@@ -48,7 +48,7 @@ def test_what_is_written_is_read(tmp_path: Path) -> None:
         ASKED,
     )
     (note,) = other_runs([path], {**ASKED, "settings": {"steps": 6, "rate": 0.1}})
-    assert "steps (5, now 6)" in note
+    assert "`steps` (5, now 6)" in note
 
 
 @pytest.mark.parametrize(

@@ -434,6 +434,38 @@ def test_merging_two_stacks(
     assert store.open_stack(theirs).records == other.records
 
 
+def test_merging_renames_a_word_wherever_the_other_stack_names_it(
+    learned: Callable[..., Path], folders: dict[str, Path], tmp_path: Path
+) -> None:
+    """Also one that both began with, and that has another name here since an earlier merge."""
+    checkpoint = learned(QUICKER, "V1")
+    theirs = tmp_path / "theirs.concepts.safetensors"
+    for token in ("V1", "V3"):
+        request = replace(learn_request(checkpoint, folders, token, QUICKER), stack=theirs)
+        pipeline.learn_concept(request)
+    _with_captions(theirs, "V1", "a V1-red ball, not V10")
+    _with_captions(theirs, "V3", "a V3 mug on a v1-coloured ball, V1.")
+    merging = requests.MergeRequest(checkpoint, theirs, device="cpu")
+    assert pipeline.merge(merging).renamed == {"V1": "V1_2"}
+    both = stack_of(checkpoint)
+    assert [record.prompts for record in both.records[1:]] == [
+        ["a V1_2-red ball, not V10"],
+        ["a V3 mug on a V1_2-coloured ball, V1_2."],
+    ]
+    pipeline.learn_concept(replace(learn_request(checkpoint, folders, "V2", QUICKER), stack=theirs))
+    _with_captions(theirs, "V2", "a V2 fish beside V1")
+    assert pipeline.merge(merging).added == ["V2 fish"]
+    assert stack_of(checkpoint).records[-1].prompts == ["a V2 fish beside V1_2"]
+
+
+def _with_captions(path: Path, token: str, *captions: str) -> None:
+    """The stack as if this concept had been learned with these captions."""
+    stack = store.open_stack(path)
+    number = stack.index_of(token)
+    stack.records[number] = replace(stack.records[number], prompts=list(captions))
+    store.save_stack(stack, path, store.change("learned", stack.records))
+
+
 def test_an_empty_stack_takes_another_as_it_is(two: Path, tmp_path: Path) -> None:
     mine, fresh = stack_of(two), tmp_path / "fresh.concepts.safetensors"
     assert (
@@ -471,6 +503,11 @@ def test_importing_an_exported_lora_gives_it_back(
         own,
         atol=2e-3 * float(own.abs().max()),
     )
+    assert pipeline.import_concept(request).again
+    with pytest.raises(
+        StackError, match=r"as W1 ball at strength 1, so it was not imported at 0.5"
+    ):
+        pipeline.import_concept(replace(request, strength=0.5))
     with pytest.raises(StackError, match="never calibrated"):
         pipeline.dc_scores(
             requests.ScoreRequest(checkpoint, folders["V1"], stack=bare, device="cpu")

@@ -30,6 +30,7 @@ from comfy_continual_lora import (
     store,
     versions,
 )
+from comfy_continual_lora.checkpoint.backbone import Backbone
 from comfy_continual_lora.errors import ContinualLoraError, StackError
 from comfy_continual_lora.settings import DrawSettings
 
@@ -345,10 +346,10 @@ def test_what_an_earlier_program_kept_can_be_gone_back_to(tmp_path: Path) -> Non
 
 
 def test_shapes_of_another_checkpoint_are_refused_whatever_the_fingerprint(
-    checkpoint: Path, tmp_path: Path
+    checkpoint: Path, backbone: Backbone
 ) -> None:
     stack = make_stack(1)
-    stack.fingerprint = pipeline.info(requests.InfoRequest(checkpoint)).fingerprint
+    stack.fingerprint = backbone.fingerprint
     store.save_stack(stack, store.stack_path(checkpoint))
     with pytest.raises(StackError, match="does not fit this checkpoint"):
         pipeline.draw(requests.DrawRequest(checkpoint, ["a V1 mug"], device="cpu"))

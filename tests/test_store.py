@@ -66,7 +66,9 @@ def test_stack_files_that_cannot_be_used(tmp_path: Path) -> None:
         store.load_stack(path, "0" * 64)
     whole = path.read_bytes()
     path.write_bytes(whole[: len(whole) // 2])
-    with pytest.raises(StackError, match=r"truncated.*s\.history/1\.stack: restore goes back"):
+    with pytest.raises(
+        StackError, match=r"truncated.*s\.history/1\.stack: go back to it \(restore\)"
+    ):
         store.load_stack(path, FINGERPRINT)
     assert same(store.load_stack(tmp_path / "s.history" / "1.stack", FINGERPRINT), make_stack(1))
     history.restore(path, 1)

@@ -337,7 +337,7 @@ def test_the_api_needs_no_gradio() -> None:
 def test_copies_are_there_while_the_job_runs_and_not_after_it(host: Host, tmp_path: Path) -> None:
     client, seen = _client(host), tmp_path / "seen"
     script = tmp_path / "python"
-    script.write_text(f"#!/bin/sh\nfind {host.folder} -name '*.png' > {seen}\nexec sleep 100\n")
+    script.write_text(f"#!/bin/sh\nfind {host.folder} -name 'picture*' > {seen}\nexec sleep 100\n")
     script.chmod(0o755)
     host.runner.python = lambda: str(script)
     body = {
@@ -374,9 +374,9 @@ def test_captions_and_masks_come_with_their_pictures(host: Host, checkpoint: Pat
         ({"captions": ["one"]}, "There are 1 captions for 2 pictures"),
         ({"captions": "one"}, "captions has to be a list"),
         ({"captions": [1, 2]}, "captions has to be a list"),
-        ({"captions": ["\ud800", None]}, "The caption of Picture 1 is not text"),
+        ({"captions": ["\ud800", None]}, "The caption of picture 1 is not text"),
         ({"masks": [None, "?"]}, "The mask of picture 2 is not valid base64"),
-        ({"masks": [None, "AAAA"]}, "The mask of Picture 2 can't be read"),
+        ({"masks": [None, "AAAA"]}, "The mask of picture 2 can't be read"),
         ({"masks": {}}, "masks has to be a list"),
         ({"images": "pictures", "masks": [_encoded()]}, "beside its pictures"),
     ):
@@ -393,7 +393,7 @@ def test_copies_stay_while_a_snapshot_needs_them(host: Host, checkpoint: Path) -
     client.post(f"{api.PREFIX}/learn", json=body)
     assert host.runner.job
     assert host.runner.job.wait(10)
-    assert [p.suffix for p in sorted(_files(host.folder))] == [".png", ".json"]
+    assert [p.name for p in sorted(_files(host.folder))] == ["picture 1", "of.json"]
     snapshot.unlink()
     client.post(f"{api.PREFIX}/undo", json=WHERE)
     assert host.runner.job.wait(10)

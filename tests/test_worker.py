@@ -120,7 +120,7 @@ def test_a_killed_worker_is_told_about(checkpoint: Path, pictures: Path, runner:
 @pytest.mark.parametrize(
     ("change", "kind", "message"),
     [
-        ({"noun": ""}, "SettingError", "class noun is empty"),
+        ({"noun": ""}, "SettingError", "noun is empty"),
         ({"images": "/nowhere"}, "ConceptImagesError", "no folder /nowhere"),
         ({"settings": {"stepz": 3}}, "SettingError", "no setting 'stepz'. Did you mean steps?"),
         ({"checkpoint": "/nowhere.safetensors"}, "CheckpointError", "no checkpoint at"),

@@ -23,7 +23,7 @@ from diffusers import AutoencoderKL, AutoencoderTiny, UNet2DConditionModel
 from torch import Tensor, nn
 from transformers import CLIPTokenizer
 
-from ..mentions import whole_words
+from ..mentions import split
 from .text import TextEncoder
 
 KV_MODULES = r".*\.attn2\.to_[kv]"
@@ -52,7 +52,7 @@ class Backbone:
     preset: str  # which row of settings.PRESETS suits it
     size: int  # pixels a side it was trained at
     fingerprint: str  # SHA-256 of the file's K/V weights: which checkpoint a stack was made for
-    prediction: str = "epsilon"  # what the net predicts, in diffusers' words, or "v_prediction"
+    prediction: str = "epsilon"  # what the net predicts, a value of `PREDICTIONS`
     zero_snr: bool = False  # whether nothing of the picture is left at the last timestep
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
 
@@ -133,7 +133,7 @@ class Backbone:
     ) -> Tensor:
         """Text features (n, 77, d), or (n, 78, d) with pooled text.
 
-        Each token of `words` that a prompt contains (as a whole word, in any case) is replaced by its
+        Each token of `words` that a prompt contains (`mentions.whole_words`) is replaced by its
         vectors (k, d); gradients flow into them.
         """
         words = words or {}
@@ -204,13 +204,11 @@ class Backbone:
         for token, word in words.items():
             slots[token.lower()] = range(count, count + len(word))
             count += len(word)
-        pieces = [prompt]
-        if words:
-            pieces = whole_words(words).split(prompt)
         ids = [int(self.tokenizer.bos_token_id)]  # type: ignore[arg-type]
         slot = [-1]
-        for piece in pieces:
-            if vectors := slots.get(piece.lower()):
+        for number, piece in enumerate(split(prompt, words)):
+            if number % 2:
+                vectors = slots[piece.lower()]
                 # any id but the end token's, which is where the pooled text is taken
                 ids += [0] * len(vectors)
                 slot += vectors

@@ -113,15 +113,14 @@ _OTHERS = (
     Other(
         "a LoRA",
         r"lora|hada_w|lokr_w",
-        "Give the checkpoint it was made for; a K/V LoRA can become a concept of it "
-        "(continual-lora import).",
+        "Give the checkpoint it was made for; a K/V LoRA can become a concept of it (`import`).",
     ),
     Other("a concept stack", r"^word\.", "Give the checkpoint it lies beside."),
     Other(
         "the embedding of a word",
         r"^(emb_params|clip_[lg]|string_to_param.*)$",
         "Give the checkpoint it was made for; it can become a concept of it together with a LoRA "
-        "(continual-lora import).",
+        "(`import`).",
     ),
     Other(
         "the SDXL refiner",

@@ -176,7 +176,9 @@ def _mismatch(value: Any, default: Any, per_block: bool) -> str:
     if not isinstance(value, (int, float)) or isinstance(value, bool):
         return "" if default is None else "a number"
     is_plausible = math.isfinite(value) and abs(value) <= _LARGEST
-    return "" if is_plausible else f"a number of at most {_LARGEST}"
+    if is_plausible and (value >= 0 or default is None):
+        return ""
+    return f"a number from {0 if default is not None else -_LARGEST} to {_LARGEST}"
 
 
 def _size(path: Path, sample_size: Any, family: Family) -> int:

@@ -7,7 +7,6 @@ family does not use are ignored, missing ones are named.
 
 from __future__ import annotations
 
-import os
 import warnings
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -23,15 +22,21 @@ from .backbone import Backbone
 from .folder import folder_layout
 from .layout import PROMPT_LENGTH, Fingerprint, Layout, open_safetensors
 from .narrow import dtype_for, put, put_unet
+from .path import check_path
 from .single_file import file_layout
 from .text import TextEncoder
 
-_PICKLES = {".ckpt", ".pt", ".pth", ".bin", ".pkl"}
 
-
-def load_backbone(path: str | Path, *, device: str = "auto", precision: str = "fp32") -> Backbone:
+def load_backbone(
+    path: str | Path,
+    *,
+    device: str = "auto",
+    precision: str = "fp32",
+    prediction: str | None = None,
+) -> Backbone:
     """Load a checkpoint for learning and drawing.
 
+    `prediction`: what the net predicts, in diffusers' words, if not what its files say.
     `precision` (a setting) is the U-Net's; the VAE is float32 (SDXL's overflows in float16).
     Errors: CheckpointError for a missing file, a pickle, another architecture, a damaged file or
     missing weights.
@@ -70,7 +75,7 @@ def load_backbone(path: str | Path, *, device: str = "auto", precision: str = "f
         layout.preset,
         layout.size,
         fingerprint.hexdigest(),
-        layout.prediction,
+        prediction or layout.prediction,
         layout.zero_snr,
         target,
     )
@@ -81,7 +86,9 @@ def _tokenizer(layout: Layout) -> CLIPTokenizer:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            tokenizer = CLIPTokenizer.from_pretrained(str(layout.tokenizer), local_files_only=True)
+            tokenizer = CLIPTokenizer.from_pretrained(  # nosec B615
+                str(layout.tokenizer), local_files_only=True
+            )
         ends = {tokenizer.bos_token_id, tokenizer.eos_token_id}
         vocabulary = tokenizer.get_vocab()
         largest = max(vocabulary.values())
@@ -112,19 +119,6 @@ def _fill_position_ids(model: Any, device: torch.device) -> None:
             module._buffers["position_ids"] = torch.arange(count, device=device)[None]
 
 
-def fingerprint(path: Path) -> str:
-    """`Backbone.fingerprint`, read without the rest.
-
-    Errors: CheckpointError as in `load_backbone`.
-    """
-    digest = Fingerprint()
-    with open_checkpoint(path) as layout:
-        for name in layout.unet.names:
-            if digest.covers(name):
-                digest.add(name, layout.unet.read(name))
-    return digest.hexdigest()
-
-
 def pick_device(name: str) -> torch.device:
     """The device of a setting: "auto" is CUDA, then Apple's MPS, then the CPU.
 
@@ -148,7 +142,7 @@ def open_checkpoint(path: Path) -> Iterator[Layout]:
 
     Errors: CheckpointError as in `load_backbone`.
     """
-    _check_path(path)
+    check_path(path)
     with ExitStack() as stack:
         if path.is_dir():
             layout = folder_layout(path, lambda file: stack.enter_context(open_safetensors(file)))
@@ -156,18 +150,3 @@ def open_checkpoint(path: Path) -> Iterator[Layout]:
             layout = file_layout(path, stack.enter_context(open_safetensors(path)))
         layout.check(path)
         yield layout
-
-
-def _check_path(path: Path) -> None:
-    """Errors: CheckpointError if nothing is there, and for a pickle."""
-    if not os.path.exists(path):
-        raise CheckpointError(
-            f"There is no checkpoint at {path}. Give the path of a .safetensors file or of a "
-            "diffusers folder."
-        )
-    if path.suffix.lower() in _PICKLES and not path.is_dir():
-        raise CheckpointError(
-            f"{path} is a pickle ({path.suffix}): loading one can run any program hidden in it, "
-            "so it is refused. Get the same model as .safetensors, or convert it in a program you "
-            "trust (A1111: Checkpoint Merger, one model, safetensors)."
-        )

@@ -132,6 +132,8 @@ def _prediction(weights: Weights, metadata: Mapping[str, str], family: Family) -
     thumb holds.
     """
     if declared := metadata.get("modelspec.prediction_type"):
+        if declared.lower().startswith(("flow", "rectified")):
+            return "flow_prediction"
         v = declared.startswith("v")
     elif family is SD2:
         v = _V_BIAS in weights and float(weights.read(_V_BIAS).float().std(correction=0)) > 0.09

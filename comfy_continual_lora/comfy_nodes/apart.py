@@ -88,7 +88,7 @@ def found_masks(model: Any, samples: Tensor) -> Tensor:
     found = areas.found if isinstance(areas, HostAreas) else []
     if not found:
         raise SettingError(
-            "There are no areas: nothing was sampled with this `model` from a prompt that names two "
+            "There are no areas: nothing was sampled with this MODEL from a prompt that names two "
             "or more learned things. Connect the MODEL of Apply Concepts, also to the sampler."
         )
     size = [8 * side for side in samples.shape[-2:]]

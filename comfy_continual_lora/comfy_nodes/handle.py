@@ -7,10 +7,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..files import cache_folder, real_file
+from ..progress import counted
 from . import host
 
 if TYPE_CHECKING:
     from ..stack import ConceptRecord, ConceptStack
+
+
+def kept_report(stack: Path, concept: str) -> Path:
+    """Where the report of learning a concept is kept: in the stack's cache."""
+    return cache_folder(real_file(stack)) / f"{concept}.report"
 
 
 @dataclass(frozen=True)
@@ -27,6 +34,7 @@ class StackHandle:
     count: int
     consolidated: bool = True
     selected: ConceptStack | None = None
+    prediction: str = "auto"  # of the checkpoint's net, as asked for
 
     @property
     def records(self) -> list[ConceptRecord]:
@@ -38,7 +46,12 @@ class StackHandle:
     @property
     def place(self) -> dict[str, Any]:
         """The fields that every request has."""
-        return {"checkpoint": self.checkpoint, "stack": self.file, "device": host.device()}
+        return {
+            "checkpoint": self.checkpoint,
+            "stack": self.file,
+            "device": host.device(),
+            "prediction": self.prediction,
+        }
 
     def read(self) -> ConceptStack | None:
         """The version's stack; None if there is none yet."""
@@ -72,8 +85,8 @@ class StackHandle:
                 )
             return text
         lines = [
-            f"{n}. {one.name}   {one.method}, {one.steps} steps, {one.images} pictures, "
-            f"{one.learned[:10]}"
+            f"{n}. {one.name}   {one.method}, {counted(one.steps, 'step')}, "
+            f"{counted(one.images, 'picture')}, {one.learned[:10]}"
             for n, one in enumerate(records, start=1)
         ]
         return "\n".join([*lines, f"in {file}"])

@@ -7,8 +7,11 @@ from __future__ import annotations
 
 import gc
 import hashlib
+import itertools
+import json
 import logging
 import shutil
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,9 +21,10 @@ import folder_paths  # pyright: ignore[reportMissingImports]
 from comfy import model_management  # pyright: ignore[reportMissingImports]
 from comfy.utils import ProgressBar  # pyright: ignore[reportMissingImports]
 
-from ..errors import ConceptImagesError, StackError
+from ..errors import ConceptImagesError, StackError, spelled
 from ..files import STACKS, stack_path
-from ..progress import Progress
+from ..progress import OneBar, Progress, duration
+from .schema import WIDGETS
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -63,10 +67,34 @@ def stack_file(checkpoint: Path, name: str) -> Path:
     return stack_path(checkpoint, name.strip())
 
 
+def stack_names() -> list[str]:
+    """The names of all stacks that are not a checkpoint's own, over all checkpoints."""
+    files = folder_paths.get_filename_list("checkpoints")
+    stems = {name.rpartition(".")[0] for name in files if not name.endswith(STACKS)}
+    ends = [name.removesuffix(STACKS).rpartition(".") for name in files if name.endswith(STACKS)]
+    return sorted({name for stem, _, name in ends if stem in stems})
+
+
 def stacks_without_checkpoint(folder: Path) -> list[str]:
     stacks = [path.name for path in folder.glob(f"*{STACKS}")]
     stems = {path.stem for path in folder.iterdir() if not path.name.endswith(STACKS)}
     return sorted(name for name in stacks if not any(name.startswith(f"{stem}.") for stem in stems))
+
+
+def workflow_of(node: Any) -> dict[str, str]:
+    """What ComfyUI writes into the metadata of a picture: the prompt and the workflow, as JSON.
+
+    `node` is a node's class with these hidden inputs. Empty if the user has turned metadata off.
+    """
+    hidden = getattr(node, "hidden", None)
+    if hidden is None:
+        return {}
+    from comfy.cli_args import args  # pyright: ignore[reportMissingImports]
+
+    if args.disable_metadata:
+        return {}
+    parts = {"prompt": hidden.prompt, **(hidden.extra_pnginfo or {})}
+    return {name: json.dumps(value) for name, value in parts.items() if value is not None}
 
 
 # --- pictures ------------------------------------------------------------------------------------
@@ -89,8 +117,8 @@ def saved_pictures(
 def save_pictures(
     images: Sequence[Tensor], captions: Sequence[str] = (), masks: Sequence[Tensor] = ()
 ) -> list[Path]:
-    """IMAGE batches (n, h, w, 3 or 4) in 0..1, of any sizes -> PNG files in ComfyUI's temporary
-    folder; the same images give the same files.
+    """IMAGE batches (n, h, w, 3 or 4) in 0..1, of any sizes -> files "picture 1", ... in ComfyUI's
+    temporary folder, as PNG; the same images give the same files.
 
     `captions`: none, one for all, or one per image; an empty one counts as none. `masks`: MASK
     batches (n, h, w), none or one mask per image; `_is_placeholder` counts as none.
@@ -98,12 +126,22 @@ def save_pictures(
     """
     from PIL import Image
 
-    arrays = [_pixels(image) for batch in images for image in batch]
-    mask_arrays = []
-    for batch in masks:
-        mask_arrays += [_pixels(mask) for mask in (batch if batch.dim() == 3 else batch[None])]
+    from ..inventory import as_caption
+
+    arrays = [
+        _pixels(image, f"picture {number}")
+        for number, image in enumerate(itertools.chain.from_iterable(images), 1)
+    ]
+    parts = (batch if batch.dim() == 3 else batch[None] for batch in masks)
+    mask_arrays = [
+        _pixels(mask, f"the mask of picture {number}")
+        for number, mask in enumerate(itertools.chain.from_iterable(parts), 1)
+    ]
     _check_counts(len(arrays), len(captions), len(mask_arrays))
-    texts = list(captions) or [""]
+    texts = [
+        as_caption(text, f"The caption of picture {number}")[0]
+        for number, text in enumerate(captions, 1)
+    ] or [""]
     texts *= len(arrays) // len(texts)
     digest = hashlib.sha256(repr(texts).encode())
     for array in (*arrays, *mask_arrays):
@@ -112,13 +150,13 @@ def save_pictures(
     folder.mkdir(parents=True, exist_ok=True)
     files = []
     for number, (array, text) in enumerate(zip(arrays, texts, strict=True)):
-        file = folder / f"picture {number + 1}.png"
-        Image.fromarray(array).save(file)
+        name = f"picture {number + 1}"  # without an ending: messages say it
+        files.append(folder / name)
+        Image.fromarray(array).save(files[-1], "PNG")
         if mask_arrays and not _is_placeholder(mask_arrays[number]):
-            Image.fromarray(mask_arrays[number]).save(file.with_suffix(".mask.png"))
-        if text.strip():
-            file.with_suffix(".txt").write_text(text.strip(), encoding="utf-8")
-        files.append(file)
+            Image.fromarray(mask_arrays[number]).save(folder / f"{name}.mask.png")
+        if text:
+            (folder / f"{name}.txt").write_text(text, encoding="utf-8")
     return files
 
 
@@ -147,14 +185,14 @@ def _is_placeholder(mask: Any) -> bool:
     return mask.shape == (64, 64) and mask.min() == mask.max() and mask.min() in (0, 255)
 
 
-def _pixels(values: Tensor) -> Any:
+def _pixels(values: Tensor, name: str) -> Any:
     """Values in 0..1 -> an array of bytes. Errors: ConceptImagesError for NaN and infinity."""
     import numpy as np
 
     if not values.isfinite().all():
         raise ConceptImagesError(
-            "A picture or mask of the input has values that are not finite, so the node that made it "
-            "failed. Check its other outputs, or use a VAE in fp32."
+            f"In the input, {name} has values that are not finite, so the node that made it failed. "
+            "Check its other outputs, or use a VAE in fp32."
         )
     return np.clip(values.cpu().float().numpy() * 255 + 0.5, 0, 255).astype(np.uint8)
 
@@ -175,6 +213,10 @@ def to_image(pictures: Sequence[Image]) -> Tensor:
 def tell(text: str) -> None:
     """Show a warning at the node that is running, and in the console."""
     logging.warning("comfy-continual-lora: %s", text)
+    _show_at_node(text)
+
+
+def _show_at_node(text: str) -> None:
     try:
         from comfy_execution.utils import (  # pyright: ignore[reportMissingImports]
             get_executing_context,
@@ -188,27 +230,57 @@ def tell(text: str) -> None:
         pass
 
 
+_PARTS = 1000  # of the bar
+_SECONDS_AT_NODE, _SECONDS_IN_CONSOLE = 0.5, 10.0  # between two lines about the same stage
+
+
 class Reporter:
-    """Shows progress, lets the user cancel, and collects the run's notes for its report.
+    """Shows progress as one bar and a line of text under the run's notes, lets the user cancel, and
+    keeps the notes for its report.
 
     The first call frees the GPU; work done before that needs none, and may be all there is to do.
     """
 
     def __init__(self) -> None:
-        self.bars: dict[str, Any] = {}
         self.notes: list[str] = []
+        self._bar: Any = None
+        self._done, self._stage = OneBar(), ""
+        self._started = time.monotonic()
+        self._shown = self._logged = 0.0
 
     def __call__(self, progress: Progress) -> None:
         model_management.throw_exception_if_processing_interrupted()
-        if not self.bars:
+        if self._bar is None:
+            self._bar = ProgressBar(_PARTS)
             model_management.unload_all_models()
             model_management.soft_empty_cache()
         if progress.note:
-            logging.info("comfy-continual-lora: %s", progress.note)
-            self.notes.append(progress.note)
-        bar = self.bars.setdefault(progress.stage, ProgressBar(progress.steps))
+            note = spelled(progress.note, WIDGETS)
+            if note not in self.notes:
+                logging.info("comfy-continual-lora: %s", note)
+                self.notes.append(note)
         preview = ("JPEG", progress.preview, 512) if progress.preview is not None else None
-        bar.update_absolute(progress.step, progress.steps, preview)
+        self._bar.update_absolute(int(_PARTS * self._done(progress)), _PARTS, preview)
+        self._say(progress)
+
+    def _say(self, progress: Progress) -> None:
+        """The line of text: at the node, and less often in the console."""
+        now = time.monotonic()
+        edge = progress.stage != self._stage or progress.step == progress.steps
+        self._stage = progress.stage
+        if edge or now - self._shown >= _SECONDS_AT_NODE:
+            self._shown = now
+            _show_at_node("\n".join([*self.notes, progress.in_words()]))
+        if edge or now - self._logged >= _SECONDS_IN_CONSOLE:
+            self._logged = now
+            logging.info("comfy-continual-lora: %s", progress.in_words())
+
+    def finish(self) -> None:
+        """Fill the bar, if there is one, and say how long it took."""
+        if self._bar is not None:
+            self._bar.update_absolute(_PARTS, _PARTS)
+            done = f"done in {duration(time.monotonic() - self._started)}"
+            _show_at_node("\n".join([*self.notes, done]))
 
     def with_notes(self, text: str) -> str:
         """The run's notes, followed by the report."""
@@ -222,7 +294,9 @@ def at_work() -> Iterator[Reporter]:
 
     try:
         with torch.inference_mode(False), torch.enable_grad():
-            yield Reporter()
+            reporter = Reporter()
+            yield reporter
+            reporter.finish()
     finally:
         gc.collect()
         model_management.soft_empty_cache()

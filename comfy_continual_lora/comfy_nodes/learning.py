@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
+from contextlib import suppress
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from comfy_api.latest import io  # pyright: ignore[reportMissingImports] - only inside ComfyUI
 
 from ..operations import OPERATIONS
-from ..requests import ConsolidateRequest, LearnRequest, ScoreRequest, SolveRequest
-from ..settings import LearnSettings, ScoreSettings, SolveSettings, TrainSettings
+from ..requests import ConsolidateRequest, LearnRequest, SolveRequest
+from ..settings import LearnSettings, SolveSettings, TrainSettings
 from . import host
-from .handle import StackHandle
+from .handle import StackHandle, kept_report
 from .schema import (
     ADVANCED,
     Stack,
@@ -21,14 +23,23 @@ from .schema import (
     settings_from,
     solving_widgets,
     stack_and_report,
+    valid,
     widgets,
 )
 from .using import scores_table
 
+if TYPE_CHECKING:
+    from ..results import LearnResult
+
 
 class LearnConcept(io.ComfyNode):
-    MAIN = ("method", "steps", "rank", "rate", "seed", "preview_every")
-    ADVANCED = (
+    SETTINGS = (
+        "method",
+        "steps",
+        "rank",
+        "rate",
+        "seed",
+        "preview_every",
         "token_rate",
         "batch",
         "size",
@@ -42,6 +53,7 @@ class LearnConcept(io.ComfyNode):
         "precision",
         "checkpointing",
     )
+    SHOWN = ("steps", "seed", "preview_every")
 
     @classmethod
     def define_schema(cls) -> Any:
@@ -82,7 +94,7 @@ class LearnConcept(io.ComfyNode):
                     "MASK is white where the picture is transparent: put InvertMask between. One of "
                     "another size is scaled. Fishers and DC scores see the whole picture.",
                 ),
-                *widgets(LearnSettings, cls.MAIN, cls.ADVANCED),
+                *widgets(LearnSettings, cls.SETTINGS, cls.SHOWN),
                 io.Combo.Input(
                     "if_word_exists",
                     options=["refuse", "replace the newest"],
@@ -94,15 +106,43 @@ class LearnConcept(io.ComfyNode):
                     "the newest), which stays until the new one is stored.",
                 ),
                 # last: saved workflows identify widgets by their position
-                *widgets(LearnSettings, (), ("vectors",)),
+                *widgets(LearnSettings, ("vectors", "accumulate")),
+                io.Int.Input(
+                    "score_pictures",
+                    default=4,
+                    min=0,
+                    max=1000,
+                    optional=True,
+                    extra_dict=ADVANCED,
+                    tooltip="How many of its pictures are scored once it is learned, for the "
+                    "report: which of the concepts does each show? 0: none.",
+                ),
             ],
             outputs=[
-                Stack.Output(display_name="stack"),
-                io.LoraModel.Output(display_name="lora"),
-                io.Image.Output(display_name="loss curve"),
-                io.String.Output(display_name="report"),
+                Stack.Output(
+                    display_name="stack",
+                    tooltip="With the new concept on top: for Apply Concepts, Export Concepts or the "
+                    "next Learn Concept.",
+                ),
+                io.LoraModel.Output(
+                    display_name="lora",
+                    tooltip="The stack's LoRA for stock nodes; words need Apply Concepts.",
+                ),
+                io.Image.Output(
+                    display_name="loss curve",
+                    tooltip="The loss over the steps, also where it was learned before.",
+                ),
+                io.String.Output(
+                    display_name="report",
+                    tooltip="What was learned, notes on the pictures, scores, and what is on the "
+                    "stack.",
+                ),
             ],
         )
+
+    @classmethod
+    def validate_inputs(cls, token: Any, noun: Any, size: Any = None) -> bool | str:
+        return valid(LearnSettings, token=token, noun=noun, needs_noun=True, size=size)
 
     @classmethod
     @in_widget_names
@@ -125,41 +165,46 @@ class LearnConcept(io.ComfyNode):
                 noun=values["noun"].strip(),
                 settings=settings_from(LearnSettings, values),
                 replace=values.get("if_word_exists", "refuse") != "refuse",
+                score=values.get("score_pictures", 4),
             )
             result: Any = OPERATIONS["learn"](request, on_progress)
-            report = result.summary()
-            if not result.again:
-                report += f"\nLoss {result.record.loss:.4f} after {result.record.steps} steps."
-                report += f"\nDC scores of its pictures:\n{cls._scores(request, on_progress)}"
+            report = cls._report(stack.file, result, on_progress)
         number = [one.id for one in stack.now().records].index(result.record.id) + 1
         after = dataclasses.replace(stack.as_of(number), consolidated=False)
         learned = after.read()
         assert learned  # it has just been stored
-        curve = curve_picture(result.losses, f"Loss while learning {result.record.token}")
+        curve = curve_picture(result.record.losses, f"Loss while learning {result.record.token}")
         return io.NodeOutput(
             after,
             stock_lora(learned),
             host.to_image([curve]),
-            f"{on_progress.with_notes(report)}\n\n{after.described()}",
+            f"{report}\n\n{after.described()}",
         )
 
     @staticmethod
-    def _scores(learned: LearnRequest, on_progress: host.Reporter) -> str:
-        settings = ScoreSettings(trials=8, size=learned.settings.size, fit=learned.settings.fit)
-        request = ScoreRequest(
-            learned.checkpoint,
-            learned.images,
-            settings,
-            stack=learned.stack,
-            device=learned.device,
-        )
-        result: Any = OPERATIONS["scores"](request, on_progress)
-        return scores_table(result)
+    def _report(stack: Path, result: LearnResult, on_progress: host.Reporter) -> str:
+        """What was done and with what; it is kept, so that the same request has the same report."""
+        record = result.record
+        kept = kept_report(stack, record.id)
+        done = dataclasses.replace(result, scores=None).summary()
+        loss = f"Loss {record.loss:.4f} after {record.steps} steps."
+        if result.again:
+            before = kept.read_text(encoding="utf-8") if kept.exists() else loss
+            return on_progress.with_notes(f"{done}\n{before}")
+        report = on_progress.with_notes(f"{done}\n{loss}")
+        if result.scores is not None:
+            report += f"\nDC scores of its pictures:\n{scores_table(result.scores)}"
+        with suppress(OSError):  # a cache: without it only the loss is told again
+            kept.parent.mkdir(exist_ok=True)
+            kept.write_text(report, encoding="utf-8")
+        return report
 
 
 class Consolidate(io.ComfyNode):
-    MAIN = ("dsc_steps", "dsc_rate", "seed")
-    ADVANCED = (
+    SETTINGS = (
+        "dsc_steps",
+        "dsc_rate",
+        "seed",
         "rate",
         "batch",
         "size",
@@ -174,7 +219,10 @@ class Consolidate(io.ComfyNode):
         "retention_weight",
         "precision",
         "fisher_samples",
+        "checkpointing",
+        "accumulate",
     )
+    SHOWN = ("dsc_steps", "dsc_rate", "seed")
 
     @classmethod
     def define_schema(cls) -> Any:
@@ -192,14 +240,18 @@ class Consolidate(io.ComfyNode):
                 io.Image.Input(
                     "images", tooltip="The pictures the newest concept was learned from."
                 ),
-                *widgets(TrainSettings, cls.MAIN, cls.ADVANCED),
+                *widgets(TrainSettings, cls.SETTINGS, cls.SHOWN),
             ],
             outputs=[
-                Stack.Output(display_name="stack"),
-                io.Image.Output(display_name="loss curve"),
-                io.String.Output(display_name="report"),
+                Stack.Output(display_name="stack", tooltip="The stack with its new LoRA."),
+                io.Image.Output(display_name="loss curve", tooltip="The loss over the steps."),
+                io.String.Output(display_name="report", tooltip="What was done."),
             ],
         )
+
+    @classmethod
+    def validate_inputs(cls, size: Any = None) -> bool | str:
+        return valid(TrainSettings, size=size)
 
     @classmethod
     @in_widget_names
@@ -238,7 +290,7 @@ class ConsolidateInClosedForm(io.ComfyNode):
         request = SolveRequest(**stack.place, settings=settings_from(SolveSettings, given))
         with host.at_work() as on_progress:
             result = OPERATIONS["closed_form"](request, on_progress)
-        return io.NodeOutput(stack.now(), result.summary())
+        return io.NodeOutput(stack.now(), on_progress.with_notes(result.summary()))
 
 
 class ExamplePictures(io.ComfyNode):
@@ -261,7 +313,10 @@ class ExamplePictures(io.ComfyNode):
                     tooltip="How many pictures of it, each on another background.",
                 ),
             ],
-            outputs=[io.Image.Output(display_name="images"), io.String.Output(display_name="noun")],
+            outputs=[
+                io.Image.Output(display_name="images", tooltip="Its pictures, one batch."),
+                io.String.Output(display_name="noun", tooltip="What kind of thing it is."),
+            ],
         )
 
     @classmethod

@@ -1,4 +1,4 @@
-"""How nodes are declared: schemas, widgets made from settings, errors with the names of widgets.
+"""How nodes are declared: schemas, widgets made from settings, messages with the names of widgets.
 
 Defaults, ranges and help come from settings.py.
 """
@@ -13,18 +13,42 @@ from typing import Any, TypeVar
 from comfy_api.latest import io  # pyright: ignore[reportMissingImports] - only inside ComfyUI
 
 from ..errors import ContinualLoraError
-from ..fields import from_widget, help_of
+from ..fields import check_field, from_widget, help_of
+from ..files import stack_path
+from ..operations import NAMES
 from ..settings import SolveSettings
 
 CATEGORY = "Continual LoRA"
 Stack = io.Custom("CONCEPT_STACK")
 ADVANCED = {"advanced": True}  # collapsed if the host supports that
-_WIDGETS = {  # of a request's fields, if they have other names
+_WIDGETS = {  # of a request's fields, if they have other names or are at another node
+    "checkpoint": "checkpoint of Load Concept Stack",
     "stack": "stack_name of Load Concept Stack",
+    "prediction": "prediction of Load Concept Stack",
     "only": "tokens of Select Concepts",
     "replace": "if_word_exists",
+    "clip": "clip_folder",
+    "version": "restore of Stack History",
+    "keep": "keep of Stack History",
     "remove_superseded": "remove_superseded of Export Concepts",
 }
+TITLES = {  # of the nodes of operations
+    "learn": "Learn Concept",
+    "consolidate": "Consolidate (DSC)",
+    "closed_form": "Consolidate (closed form)",
+    "forget": "Forget Concept",
+    "merge": "Merge Concept Stacks",
+    "import": "Import LoRA as Concept",
+    "scores": "Compute DC Scores",
+    "evaluate": "Evaluate Retention",
+    "draw": "Apply Concepts",
+    "export": "Export Concepts",
+    "undo": "Undo Concept",
+    "history": "Stack History",
+    "restore": "Stack History",
+    "info": "Load Concept Stack",
+}
+WIDGETS = {name: TITLES.get(name) or _WIDGETS.get(name, name) for name in NAMES}
 
 
 def schema(name: str, title: str, description: str, aliases: Sequence[str], **rest: Any) -> Any:
@@ -43,7 +67,10 @@ def schema(name: str, title: str, description: str, aliases: Sequence[str], **re
 
 def stack_and_report() -> list[Any]:
     """The outputs of a node that changes a stack."""
-    return [Stack.Output(display_name="stack"), io.String.Output(display_name="report")]
+    return [
+        Stack.Output(display_name="stack", tooltip="The stack as it is now."),
+        io.String.Output(display_name="report", tooltip="What was done, and what the stack holds."),
+    ]
 
 
 def first_values(given: dict[str, list]) -> dict[str, Any]:
@@ -51,15 +78,19 @@ def first_values(given: dict[str, list]) -> dict[str, Any]:
     return {name: values[0] for name, values in given.items()}
 
 
-def widgets(settings: type, main: Sequence[str], advanced: Sequence[str] = ()) -> list[Any]:
-    return [_widget(settings, name, name in advanced) for name in (*main, *advanced)]
+def widgets(settings: type, names: Sequence[str], shown: Sequence[str] = ()) -> list[Any]:
+    """The settings' widgets, in this order; all but those `shown` are advanced.
+
+    Saved workflows identify widgets by their position: new ones come last on their node.
+    """
+    return [_widget(settings, name, name not in shown) for name in names]
 
 
 def _widget(settings: type, name: str, advanced: bool) -> Any:
-    """A setting's widget; 0 or auto stands for a default of None."""
+    """A setting's widget; "auto" stands for a default of None."""
     f = next(f for f in dataclasses.fields(settings) if f.name == name)
     meta, kind = f.metadata, str(f.type).split(" ")[0]
-    help = help_of(f)
+    help = help_of(f, "Auto")
     help = help[0].upper() + help[1:]
     rest: dict[str, Any] = {
         "optional": True,
@@ -73,22 +104,36 @@ def _widget(settings: type, name: str, advanced: bool) -> Any:
         return io.Combo.Input(name, options=["auto", "yes", "no"], default="auto", **rest)
     if kind == "bool":
         return io.Boolean.Input(name, default=f.default, **rest)
-    low = 0 if f.default is None else meta["low"]
+    if f.default is None:  # text, so that it can say auto; numbers can still be connected
+        return io.MultiType.Input(
+            io.String.Input(name, default="auto", **rest),
+            [io.Int] if kind == "int" else [io.Float, io.Int],
+        )
     high = min(meta["high"] or 1_000_000, 2**63 - 1)
     if kind == "int":
         if name == "seed":
             # else ComfyUI would change it at every queue, making each a new request
             rest["control_after_generate"] = False
         return io.Int.Input(
-            name, default=f.default or 0, min=int(low), max=int(high), step=meta["multiple"], **rest
+            name,
+            default=f.default,
+            min=int(meta["low"]),
+            max=int(high),
+            step=meta["multiple"],
+            **rest,
         )
+    default: Any = f.default
+    step = 1e-6 if 0 < default < 0.01 else 1e-3  # it decides how many digits are shown
     return io.Float.Input(
-        name, default=f.default or 0.0, min=low, max=high, step=1e-6, round=1e-7, **rest
+        name, default=default, min=meta["low"], max=high, step=step, round=1e-7, **rest
     )
 
 
 def settings_from(settings: type, given: dict[str, Any]) -> Any:
-    """Widgets' values -> settings; 0 and auto become None if that is the default."""
+    """Widgets' values -> settings; auto and 0 become None if that is the default.
+
+    Errors: SettingError for text that is no number.
+    """
     return settings(
         **{
             f.name: from_widget(f, given.get(f.name, f.default))
@@ -99,17 +144,41 @@ def settings_from(settings: type, given: dict[str, Any]) -> Any:
 
 def solving_widgets() -> list[Any]:
     """The widgets of the closed form."""
-    return widgets(SolveSettings, (), ("energy", "rank", "ridge", "ordinary_weight", "language"))
+    return widgets(SolveSettings, ("energy", "rank", "ridge", "ordinary_weight", "language"))
 
 
 # --- errors --------------------------------------------------------------------------------------
 
+
+def valid(settings: type | None = None, *, needs_noun: bool = False, **given: Any) -> bool | str:
+    """What `validate_inputs` returns for these inputs, token, noun, stack_name or settings: true,
+    or what is wrong, which ComfyUI shows at the node before anything runs.
+
+    ComfyUI marks all the inputs that `validate_inputs` takes, and no longer compares these with
+    their ranges. So it takes only those for which a range says too little.
+    """
+    from ..concepts import check_noun, check_spelling
+
+    values = {
+        name: one[0] if isinstance(one, (list, tuple)) else one for name, one in given.items()
+    }
+    values = {name: value for name, value in values.items() if value is not None}  # None: a wire
+    try:
+        if "token" in values:
+            check_spelling(values["token"].strip())
+        if "noun" in values:
+            check_noun(values["noun"], values.get("token", "").strip(), required=needs_noun)
+        if "stack_name" in values:
+            stack_path("checkpoint", values["stack_name"].strip())
+        for field in dataclasses.fields(settings) if settings else ():
+            if field.name in values:
+                check_field(field, from_widget(field, values[field.name]))
+    except ContinualLoraError as error:
+        return error.spelled(WIDGETS)
+    return True
+
+
 _Execute = TypeVar("_Execute", bound=Callable[..., Any])
-
-
-def widget_of(name: str) -> str:
-    """The widget's name for a field or a setting."""
-    return _WIDGETS.get(name, name)
 
 
 def in_widget_names(execute: _Execute) -> _Execute:
@@ -120,7 +189,7 @@ def in_widget_names(execute: _Execute) -> _Execute:
         try:
             return execute(*args, **given)
         except ContinualLoraError as error:
-            error.args = (error.spelled(widget_of),)
+            error.args = (error.spelled(WIDGETS),)
             raise
 
     return wrapped  # type: ignore[return-value]

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 from comfy_api.latest import io  # pyright: ignore[reportMissingImports] - only inside ComfyUI
 
 from ..errors import StackError
 from ..operations import OPERATIONS
+from ..presets import PREDICTIONS
 from ..requests import (
     ForgetRequest,
     HistoryRequest,
@@ -28,7 +30,10 @@ from .schema import (
     settings_from,
     solving_widgets,
     stack_and_report,
+    valid,
 )
+
+_OWN, _NEW = "own", "new"  # choices beside the names of stacks
 
 
 class LoadConceptStack(io.ComfyNode):
@@ -37,7 +42,8 @@ class LoadConceptStack(io.ComfyNode):
         return schema(
             "LoadStack",
             "Load Concept Stack",
-            "Load what a checkpoint has learned so far: one file beside it.",
+            "Load what a checkpoint has learned so far: one file beside it. A checkpoint may have "
+            "several stacks; choose one, or start a new one.",
             ["concepts", "checkpoint", "open stack"],
             inputs=[
                 io.Combo.Input(
@@ -49,28 +55,71 @@ class LoadConceptStack(io.ComfyNode):
                     "stack_name",
                     default="",
                     optional=True,
+                    tooltip="The name of a new stack (letters, digits, - and _), which is kept apart "
+                    "from the checkpoint's own; empty for that one.",
+                ),
+                io.Combo.Input(
+                    "stack",
+                    options=[_OWN, _NEW, *host.stack_names()],
+                    default=_OWN,
+                    optional=True,
+                    tooltip="own: the checkpoint's own stack, or the one that stack_name says. new: "
+                    "one more, named by stack_name. Or one of those that are there.",
+                ),
+                io.Combo.Input(
+                    "prediction",
+                    options=["auto", *PREDICTIONS],
+                    default="auto",
+                    optional=True,
                     extra_dict=ADVANCED,
-                    tooltip="Empty for the checkpoint's own stack; a name for another one, kept "
-                    "apart from it.",
+                    tooltip="What the checkpoint's net predicts. auto: what the stack or the file "
+                    "says, which can't tell a rectified flow: choose flow for one, and put "
+                    "ModelSamplingSD3 in front of the sampler.",
                 ),
             ],
-            outputs=[Stack.Output(display_name="stack"), io.String.Output(display_name="concepts")],
+            outputs=[
+                Stack.Output(
+                    display_name="stack", tooltip="For Learn Concept, or for Apply Concepts."
+                ),
+                io.String.Output(
+                    display_name="concepts", tooltip="What is on the stack, and where its file is."
+                ),
+            ],
         )
+
+    @staticmethod
+    def _file(checkpoint: str, stack_name: str, stack: str) -> Path:
+        """Errors: StackError for a new stack without a name."""
+        if stack == _NEW and not stack_name.strip():
+            raise StackError(
+                "A new stack needs a name. Write one into stack_name, such as family, or choose "
+                f"{_OWN} for the checkpoint's own stack."
+            )
+        name = stack_name if stack in (_OWN, _NEW) else stack
+        return host.stack_file(host.checkpoint_path(checkpoint), name)
+
+    @classmethod
+    def validate_inputs(cls, stack_name: Any = None) -> bool | str:
+        return valid(stack_name=stack_name)
 
     @classmethod
     @in_widget_names
-    def fingerprint_inputs(cls, checkpoint: str, stack_name: str = "") -> str:
-        file = host.stack_file(host.checkpoint_path(checkpoint), stack_name)
+    def fingerprint_inputs(
+        cls, checkpoint: str, stack_name: str = "", stack: str = _OWN, prediction: str = "auto"
+    ) -> str:
+        file = cls._file(checkpoint, stack_name, stack)
         if not file.exists():
             return f"{file} {host.stacks_without_checkpoint(file.parent)}"
         return f"{file} {file.stat().st_mtime_ns} {file.stat().st_size}"
 
     @classmethod
     @in_widget_names
-    def execute(cls, checkpoint: str, stack_name: str = "") -> Any:
-        path = host.checkpoint_path(checkpoint)
-        stack = StackHandle(path, host.stack_file(path, stack_name), 0).now()
-        return io.NodeOutput(stack, stack.described())
+    def execute(
+        cls, checkpoint: str, stack_name: str = "", stack: str = _OWN, prediction: str = "auto"
+    ) -> Any:
+        file, path = cls._file(checkpoint, stack_name, stack), host.checkpoint_path(checkpoint)
+        loaded = StackHandle(path, file, 0, prediction=prediction).now()
+        return io.NodeOutput(loaded, loaded.described())
 
 
 class UndoConcept(io.ComfyNode):
@@ -226,7 +275,7 @@ class ForgetConcept(io.ComfyNode):
         request = ForgetRequest(**stack.place, token=token.strip(), settings=settings)
         with host.at_work() as on_progress:
             result = OPERATIONS["forget"](request, on_progress)
-        return _output(stack, result.summary())
+        return _output(stack, on_progress.with_notes(result.summary()))
 
 
 class MergeStacks(io.ComfyNode):
@@ -259,7 +308,7 @@ class MergeStacks(io.ComfyNode):
         request = MergeRequest(**stack.place, other=other.file, settings=settings)
         with host.at_work() as on_progress:
             result = OPERATIONS["merge"](request, on_progress)
-        return _output(stack, result.summary())
+        return _output(stack, on_progress.with_notes(result.summary()))
 
 
 class ImportLora(io.ComfyNode):
@@ -310,6 +359,10 @@ class ImportLora(io.ComfyNode):
         )
 
     @classmethod
+    def validate_inputs(cls, token: Any, noun: Any) -> bool | str:
+        return valid(token=token, noun=noun)
+
+    @classmethod
     @in_widget_names
     def execute(
         cls,
@@ -332,7 +385,7 @@ class ImportLora(io.ComfyNode):
         )
         with host.at_work() as on_progress:
             result = OPERATIONS["import"](request, on_progress)
-        return _output(stack, result.summary())
+        return _output(stack, on_progress.with_notes(result.summary()))
 
 
 def _output(stack: StackHandle, report: str) -> Any:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from comfy_api.latest import io  # pyright: ignore[reportMissingImports] - only inside ComfyUI
 
-from ..errors import StackError
+from ..errors import SettingError, StackError, excerpt
 from ..files import stack_stem
 from ..operations import OPERATIONS
 from ..requests import EvaluateRequest, ScoreRequest, SelectRequest
@@ -26,6 +27,7 @@ from .schema import (
     settings_from,
     solving_widgets,
     stack_and_report,
+    valid,
     widgets,
 )
 from .words import with_words
@@ -94,7 +96,14 @@ class ApplyConcepts(io.ComfyNode):
                     "them, one mask each, of any size; without them, areas are found.",
                 ),
             ],
-            outputs=[io.Model.Output(display_name="model"), io.Clip.Output(display_name="clip")],
+            outputs=[
+                io.Model.Output(
+                    display_name="model", tooltip="For KSampler: it draws what was learned."
+                ),
+                io.Clip.Output(
+                    display_name="clip", tooltip="For CLIP Text Encode: it knows V1, V2, ..."
+                ),
+            ],
         )
 
     @classmethod
@@ -109,6 +118,11 @@ class ApplyConcepts(io.ComfyNode):
         mixed: bool = False,
         masks: Any = None,
     ) -> Any:
+        if 0 < (count := stack.now().count) < version:
+            raise StackError(
+                f"There is no version {version} of the stack {stack.file.name}: it holds {count} "
+                f"concepts. Set version to 1 to {count}, or to 0 for the version of the input."
+            )
         concepts = (stack.as_of(version) if version else stack).read()
         if concepts is None or not concepts.records:
             host.tell(f"The stack {stack.file.name} holds no concept yet, so nothing is applied.")
@@ -162,7 +176,9 @@ class ConceptAreas(io.ComfyNode):
                 io.Model.Input("model", tooltip="The model that was sampled with."),
                 io.Latent.Input("latent", tooltip="What was sampled."),
             ],
-            outputs=[io.Mask.Output(display_name="masks")],
+            outputs=[
+                io.Mask.Output(display_name="masks", tooltip="One mask per learned thing, a batch.")
+            ],
         )
 
     @classmethod
@@ -207,7 +223,8 @@ class SelectConcepts(io.ComfyNode):
             selected = pipeline.select(request, on_progress)
         names = ", ".join(record.name for record in selected.records)
         report = f"Solved for {names} alone; rank {selected.rank}."
-        return io.NodeOutput(dataclasses.replace(stack, selected=selected), report)
+        chosen = dataclasses.replace(stack, selected=selected)
+        return io.NodeOutput(chosen, on_progress.with_notes(report))
 
 
 class ComputeScores(io.ComfyNode):
@@ -216,8 +233,8 @@ class ComputeScores(io.ComfyNode):
         return schema(
             "Scores",
             "Compute DC Scores",
-            "Which of the learned concepts, or which class noun without one (c_0), does each "
-            "picture show, and how certain is that?",
+            "Which of the learned concepts does each picture show, or another thing of that kind, "
+            "or none of these, and how certain is that?",
             ["classify", "diffusion classifier", "which concept"],
             is_input_list=True,
             inputs=[
@@ -225,20 +242,29 @@ class ComputeScores(io.ComfyNode):
                 io.Image.Input("images", tooltip="Pictures to score, as a batch or a list."),
                 *widgets(
                     ScoreSettings,
+                    ("trials", "seed", "stages", "weighting", "rows", "size", "fit"),
                     ("trials", "seed"),
-                    ("stages", "weighting", "rows", "size", "fit"),
                 ),
             ],
             outputs=[
-                io.String.Output(display_name="scores"),
-                io.Image.Output(display_name="chart"),
-                io.String.Output(display_name="best concept"),
+                io.String.Output(
+                    display_name="scores", tooltip="One line per picture, the likeliest first."
+                ),
+                io.Image.Output(display_name="chart", tooltip="The same as bars."),
+                io.String.Output(
+                    display_name="best concept",
+                    tooltip="The word that most pictures show, or c_0 for none.",
+                ),
                 io.String.Output(
                     display_name="probabilities",
                     tooltip="JSON: for each picture the probability of every concept.",
                 ),
             ],
         )
+
+    @classmethod
+    def validate_inputs(cls, size: Any = None) -> bool | str:
+        return valid(ScoreSettings, size=size)
 
     @classmethod
     @in_widget_names
@@ -255,7 +281,7 @@ class ComputeScores(io.ComfyNode):
         best = [one.scores.best for one in result.images]
         probabilities = [one.probabilities for one in result.images]
         return io.NodeOutput(
-            scores_table(result),
+            on_progress.with_notes(scores_table(result)),
             host.to_image([chart]),
             max(best, key=best.count),
             json.dumps(probabilities),
@@ -282,10 +308,37 @@ class ExportConcepts(io.ComfyNode):
                     tooltip="Also remove this stack's earlier exports of the same concepts; "
                     "otherwise they are listed.",
                 ),
+                io.String.Input(
+                    "prefix",
+                    default="",
+                    optional=True,
+                    tooltip="What the LoRA's name begins with; empty: the stack's name.",
+                ),
+                io.String.Input(
+                    "subfolder",
+                    default="",
+                    optional=True,
+                    tooltip="A folder in ComfyUI's loras folder, such as mine/dogs; it is made if "
+                    "need be. Embeddings stay in the embeddings folder.",
+                ),
+                io.Boolean.Input(
+                    "save_workflow",
+                    default=True,
+                    optional=True,
+                    extra_dict=ADVANCED,
+                    tooltip="Put this workflow into the LoRA's metadata, as ComfyUI does with "
+                    "pictures: drop the file on the canvas to see how it was made.",
+                ),
             ],
+            hidden=[io.Hidden.prompt, io.Hidden.extra_pnginfo],
             outputs=[
-                io.String.Output(display_name="lora name"),
-                io.String.Output(display_name="report"),
+                io.String.Output(
+                    display_name="lora name", tooltip="As Load LoRA lists it, with its subfolder."
+                ),
+                io.String.Output(
+                    display_name="report",
+                    tooltip="The files, and what to write in prompts to use them.",
+                ),
             ],
         )
 
@@ -296,10 +349,18 @@ class ExportConcepts(io.ComfyNode):
 
     @classmethod
     @in_widget_names
-    def execute(cls, stack: StackHandle, remove_superseded: bool = False) -> Any:
+    def execute(
+        cls,
+        stack: StackHandle,
+        remove_superseded: bool = False,
+        prefix: str = "",
+        subfolder: str = "",
+        save_workflow: bool = True,
+    ) -> Any:
         import folder_paths  # pyright: ignore[reportMissingImports]
 
         from ..export import export_files
+        from ..store import read_records
 
         concepts = stack.read()
         if concepts is None:
@@ -310,17 +371,33 @@ class ExportConcepts(io.ComfyNode):
         loras, embeddings = (
             Path(folder_paths.get_folder_paths(kind)[0]) for kind in ("loras", "embeddings")
         )
+        folder = _inside(loras, subfolder)
         result = export_files(
             concepts,
-            loras,
+            folder,
             embeddings,
-            stack_stem(stack.file),
+            prefix.strip() or stack_stem(stack.file),
             only=[record.token for record in concepts.records] if stack.selected else [],
             remove=remove_superseded,
+            words=[record.token for record in read_records(stack.file)],
+            metadata=host.workflow_of(cls) if save_workflow else {},
         )
         _EXPORTED.difference_update(result.removed)
         _EXPORTED.update(result.files)
-        return io.NodeOutput(result.lora.name if result.lora else "", result.summary())
+        name = str(result.lora.relative_to(loras)) if result.lora else ""
+        return io.NodeOutput(name, result.summary())
+
+
+def _inside(folder: Path, subfolder: str) -> Path:
+    """A folder in this one. Errors: SettingError for one that is elsewhere."""
+    parts = [part.strip() for part in subfolder.replace("\\", "/").split("/") if part.strip()]
+    bad = [part for part in parts if set(part) == {"."} or re.search(r'[<>:"|?*\x00-\x1f]', part)]
+    if bad or subfolder.strip().startswith(("/", "\\")):
+        raise SettingError(
+            f"subfolder is {excerpt(subfolder)}; it has to be a folder inside {folder}, such as "
+            "mine/dogs."
+        )
+    return folder.joinpath(*parts)
 
 
 class EvaluateRetention(io.ComfyNode):
@@ -335,7 +412,9 @@ class EvaluateRetention(io.ComfyNode):
             inputs=[
                 Stack.Input("stack"),
                 *widgets(
-                    EvaluateSettings, ("pictures", "steps", "seed"), ("guidance", "trials", "size")
+                    EvaluateSettings,
+                    ("pictures", "steps", "seed", "guidance", "trials", "size"),
+                    ("pictures", "steps", "seed"),
                 ),
                 io.String.Input(
                     "clip_folder",
@@ -347,10 +426,19 @@ class EvaluateRetention(io.ComfyNode):
                 ),
             ],
             outputs=[
-                io.Image.Output(display_name="heat map"),
-                io.String.Output(display_name="report"),
+                io.Image.Output(
+                    display_name="heat map",
+                    tooltip="Rows: concepts; columns: after each one that was learned.",
+                ),
+                io.String.Output(
+                    display_name="report", tooltip="How much of each concept is retained."
+                ),
             ],
         )
+
+    @classmethod
+    def validate_inputs(cls, size: Any = None) -> bool | str:
+        return valid(EvaluateSettings, size=size)
 
     @classmethod
     @in_widget_names
@@ -364,4 +452,5 @@ class EvaluateRetention(io.ComfyNode):
         )
         with host.at_work() as on_progress:
             result: Any = OPERATIONS["evaluate"](request, on_progress)
-        return io.NodeOutput(host.to_image([report.retention_sheet(result)]), result.summary())
+        sheet = host.to_image([report.retention_sheet(result)])
+        return io.NodeOutput(sheet, on_progress.with_notes(result.summary()))

@@ -5,10 +5,9 @@ several learned things what each is drawn from. Only ComfyUI imports this module
 from __future__ import annotations
 
 import copy
-import logging
 import re
-from collections.abc import Mapping
-from functools import cache, lru_cache
+from collections.abc import Iterable, Mapping, Sequence
+from functools import cache
 from typing import TYPE_CHECKING, Any
 
 from ..areas import mask_of
@@ -59,16 +58,16 @@ def with_words(
             "they belong to another kind of checkpoint. Use the CLIP of the stack's own checkpoint."
         )
     whole = whole_words(words)
-    pattern = re.compile(rf"(?<!embedding:){whole.pattern}", whole.flags)
+    pattern = re.compile(f"(?<!embedding:){whole.pattern}", whole.flags)
     parts = {token: word.split(widths, 1) for token, word in words.items()}
     extended = clip.clone()
     extended.tokenizer = copy.copy(clip.tokenizer)
     for number, (name, tokenizer) in enumerate(inner.items()):
         vectors = {token: part[number] for token, part in parts.items()}
         setattr(extended.tokenizer, name, _extended(tokenizer, pattern, vectors))
+    known = {**getattr(clip, "learned_nouns", {}), **nouns} if nouns else {}
+    extended.tokenizer = _with_scenes(extended.tokenizer, next(iter(inner)), words, known)
     if nouns:
-        known = {**getattr(clip, "learned_nouns", {}), **nouns}
-        extended.tokenizer = _with_scenes(extended.tokenizer, next(iter(inner)), known)
         extended.learned_nouns = known
         extended.__class__ = _clip_with_scenes(type(clip))
     return extended
@@ -81,8 +80,6 @@ def _extended(tokenizer: Any, pattern: re.Pattern[str], vectors: Mapping[str, Te
 
     class Words(type(tokenizer)):
         def tokenize_with_weights(self, text: str, *args: Any, **kwargs: Any) -> Any:
-            if type(self) is Words:  # else another stack's words were added after these
-                _warn_of_unknown(text, self.learned_words)
             return super().tokenize_with_weights(
                 pattern.sub(r" embedding:\1 ", text), *args, **kwargs
             )
@@ -99,14 +96,7 @@ def _extended(tokenizer: Any, pattern: re.Pattern[str], vectors: Mapping[str, Te
     extended = copy.copy(tokenizer)
     extended.__class__ = Words
     extended.embedding_directory = extended.embedding_directory or []
-    extended.learned_words = (*getattr(tokenizer, "learned_words", ()), *vectors)
     return extended
-
-
-@lru_cache(maxsize=64)  # an SDXL's text encoders read the same prompt
-def _warn_of_unknown(text: str, words: tuple[str, ...]) -> None:
-    if unknown := unknown_words([text], words):
-        logging.warning("comfy-continual-lora: %s", not_learned(unknown, words))
 
 
 # --- several learned things in one prompt ---------------------------------------------------------
@@ -121,10 +111,13 @@ class _Tokens(list[Any]):
     own: list[list[Any]]
 
 
-def _with_scenes(tokenizer: Any, encoder: str, nouns: Mapping[str, str]) -> Any:
-    """A copy of a CLIP's tokenizer whose tokens of a prompt with several learned things are `_Tokens`.
+def _with_scenes(
+    tokenizer: Any, encoder: str, words: Iterable[str], nouns: Mapping[str, str]
+) -> Any:
+    """A copy of a CLIP's tokenizer whose tokens of a prompt with several learned things are `_Tokens`;
+    it tells of words that only look like learned ones.
 
-    `encoder`: the name of one of its text encoders.
+    `encoder`: the name of one of its text encoders; `nouns`: none, to let looks mix.
     """
 
     class WithScenes(type(tokenizer)):
@@ -132,6 +125,8 @@ def _with_scenes(tokenizer: Any, encoder: str, nouns: Mapping[str, str]) -> Any:
             def tokens_of(prompt: str) -> dict[str, Any]:
                 return super(WithScenes, self).tokenize_with_weights(prompt, *args, **kwargs)
 
+            if type(self) is WithScenes:  # else another stack's words were added after these
+                _tell_of_unknown(text, self.learned_words)
             tokens, scene = tokens_of(text), mentions(text, known)
             if scene is None:
                 return tokens
@@ -153,7 +148,16 @@ def _with_scenes(tokenizer: Any, encoder: str, nouns: Mapping[str, str]) -> Any:
     known = dict(nouns)
     extended = copy.copy(tokenizer)
     extended.__class__ = WithScenes
+    extended.learned_words = (*getattr(tokenizer, "learned_words", ()), *words)
     return extended
+
+
+def _tell_of_unknown(text: str, words: Sequence[str]) -> None:
+    """Warn at the node that encodes the prompt, and in the console."""
+    if unknown := unknown_words([text], words):
+        from .host import tell
+
+        tell(not_learned(unknown, words))
 
 
 @cache

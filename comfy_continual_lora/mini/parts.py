@@ -24,7 +24,9 @@ from . import world
 
 @cache
 def tokenizer() -> CLIPTokenizer:
-    return CLIPTokenizer.from_pretrained(str(TOKENIZER))
+    return CLIPTokenizer.from_pretrained(  # nosec B615
+        str(TOKENIZER), local_files_only=True
+    )
 
 
 class Vocabulary:

@@ -8,6 +8,7 @@ where its noun is. Only these import this module.
 
 from __future__ import annotations
 
+import logging
 import sys
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -25,11 +26,10 @@ from ..mentions import (
     Mentions,
     mentions,
     named,
-    not_learned,
     noun_positions,
-    unknown_words,
 )
 from .loras import words_of
+from .tokens import notes
 
 OPTION = "continual_lora_apart"
 INFOTEXT = "Concepts kept apart"
@@ -49,8 +49,11 @@ class Apart:
         self.end()
         nouns, preset = words_in_use()
         prompts = [*p.prompts, *(getattr(p, "hr_prompts", None) or [])]
-        if nouns and (unknown := unknown_words(prompts, [*nouns, *_embeddings()])):
-            p.comment(not_learned(unknown, nouns))  # shown under the picture
+        if nouns:
+            unwanted = [*p.negative_prompts, *(getattr(p, "hr_negative_prompts", None) or [])]
+            for note in notes([*prompts, *unwanted], nouns, _embeddings):
+                p.comment(note)  # shown under the picture, but not to users of the API
+                logging.warning("comfy-continual-lora: %s", note)
         if not getattr(shared.opts, OPTION, True) or not any(
             mentions(one, nouns) for one in prompts
         ):
@@ -198,9 +201,9 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, options: dict[str, Any]) -> Tensor:
 # --- words and their places ----------------------------------------------------------------------
 
 
-def _embeddings() -> list[str]:
+def _embeddings() -> Iterator[str]:
     """The names of the web UI's embeddings, ours and others."""
-    return [path.stem for path in Path(shared.cmd_opts.embeddings_dir).rglob("*.*")]
+    return (path.stem for path in Path(shared.cmd_opts.embeddings_dir).rglob("*.*"))
 
 
 def words_in_use() -> tuple[dict[str, str], str]:

@@ -46,15 +46,17 @@ from typing import Any
 from fastapi import Depends, FastAPI, HTTPException, Request
 from fastapi.security import HTTPBasic, HTTPBasicCredentials
 
-from ..errors import ContinualLoraError, SettingError, excerpt
+from ..errors import ContinualLoraError, SettingError, excerpt, spelled
 from ..fields import check_names
+from ..files import stack_path
 from ..inventory import inventory
 from ..operations import OPERATIONS
 from ..requests import parse
 from ..stackschema import unique_pairs
+from ..versions import versions
 from .copies import Batch, Sent
 from .environment import NotReady
-from .host import Host, JobRequest, concepts_of, newest_word, place_of, stack_file, versions_of
+from .host import Host, JobRequest, concepts_of, newest_word, place_of
 from .job import Job
 from .runner import Busy
 from .shown import status
@@ -128,8 +130,8 @@ class Endpoints:
         return _plain(_asked(concepts_of, Path(self._place(query)["stack"])))
 
     def history(self, query: Body) -> Any:
-        versions = _asked(versions_of, Path(self._place(query)["stack"]))
-        rows = [dataclasses.asdict(one) for one in versions]
+        kept = _asked(versions, Path(self._place(query)["stack"]))
+        rows = [dataclasses.asdict(one) for one in kept]
         return [{name: row[name] for name in row if name != "file"} for row in rows]
 
     def jobs(self, query: Body) -> Body:
@@ -196,7 +198,7 @@ class Endpoints:
         if name not in paths:
             known = ", ".join(paths) or "none"
             raise refused(f"There is no checkpoint {excerpt(name)}. Known: {known}.")
-        stack = _asked(stack_file, paths[name], _text(body, "stack"))
+        stack = _asked(stack_path, paths[name], _text(body, "stack"))
         return place_of(paths[name], stack)
 
     def _start(self, *jobs: JobRequest, batch: Batch | None = None) -> Body:
@@ -315,8 +317,8 @@ def _images(
         raise refused("images has to be a list of pictures in base64, or the path of a folder.")
     pictures = [
         Sent(
-            f"Picture {number}",
-            _decoded(f"Picture {number}", image),
+            f"picture {number}",
+            _decoded(f"picture {number}", image),
             (caption or "").strip(),
             _decoded(f"The mask of picture {number}", mask) if mask else None,
         )
@@ -384,8 +386,8 @@ def _described(job: Job | None) -> Body:
         "name": job.name,
         "state": job.state,
         "message": job.message,
-        "notes": job.notes,
-        "text": status(job, str, str),
+        "notes": [spelled(note) for note in job.notes],
+        "text": status(job, str, None),
         "failed": job.unfinished if job.state == "failed" else None,
         "progress": job.progress,
         "results": job.results,

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from .. import versions
+from ..progress import counted
 from ..stackfile import read_header
 from .host import JobRequest, place_of
 
@@ -48,7 +49,7 @@ def forget(checkpoint: Path, stack: Path, token: object) -> Question:
     rest = ", ".join(other for other in tokens if other != token) or "no concept"
     sentence = (
         f"This removes {token} {concept['noun']}, learned on {concept['learned'][:10]} from "
-        f"{concept['images']} pictures, and what later adapters know of it. "
+        f"{counted(concept['images'], 'picture')}, and what later adapters know of it. "
         f"The stack then holds {rest}. It can be undone as long as the history keeps this version."
     )
     request = {**place_of(checkpoint, stack), "token": token}

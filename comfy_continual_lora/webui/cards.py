@@ -12,6 +12,7 @@ from typing import Any
 
 from PIL import Image
 
+from ..progress import counted
 from .job import Job
 from .shown import html
 
@@ -21,7 +22,8 @@ _JPEG = b"\xff\xd8\xff"
 def card(concept: Mapping[str, Any], drawing: bytes, kept: float | None) -> str:
     """A concept: its photograph beside how it was last drawn, its name, and how it was learned."""
     name = f"{concept['token']} {concept['noun']}"
-    how = f"{concept['method']}, {concept['steps']} steps, {concept['images']} pictures"
+    counts = f"{counted(concept['steps'], 'step')}, {counted(concept['images'], 'picture')}"
+    how = f"{concept['method']}, {counts}"
     share = "" if kept is None else f"<b>{100 * kept:.0f} % kept</b> at the last check. "
     photo = _image(_decoded(concept["preview"]), f"One of the pictures of {name}")
     drawn = _image(drawing, f"{name}, as it was last drawn")

@@ -1,10 +1,11 @@
 """Copies of the pictures that jobs learn from, and the charts they draw: where they are stored, and
 when they are removed.
 
-    <folder>/copies/<process>/lock                held as long as the process runs
-    <folder>/copies/<process>/<digest>/1-IMG.png  a copy, with its caption and mask beside it
-    <folder>/copies/<process>/<digest>/of.json    the stack and the word it is for
-    <folder>/copies/<process>/charts-<number>/    the charts of a job
+    <folder>/copies/<process>/lock                 held as long as the process runs
+    <folder>/copies/<process>/<digest>/1/IMG.png   a copy under its own name, which messages say,
+                                                   with its caption and mask beside it
+    <folder>/copies/<process>/<digest>/of.json     the stack and the word it is for
+    <folder>/copies/<process>/charts-<number>/     the charts of a job
 
 A copy is removed when its job has ended, unless the snapshot of an unfinished run beside the stack
 still needs it. Charts are removed when the next job has ended. The same rules apply to files that a
@@ -27,23 +28,12 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 from .. import imagefile
-from ..errors import ConceptImagesError
-from ..files import snapshots_of
+from ..files import is_reserved, snapshots_of
 from ..inventory import as_caption
 
-_SUFFIXES = {
-    "PNG": ".png",
-    "GIF": ".png",
-    "PPM": ".png",
-    "WEBP": ".webp",
-    "BMP": ".bmp",
-    "DIB": ".bmp",
-    "TIFF": ".tif",
-    "AVIF": ".avif",
-    "HEIF": ".heic",
-}
 _OF = "of.json"
-_UNSAFE = re.compile(r"[^\w .-]+")  # in names of files
+_UNSAFE = frozenset('/\\:*?"<>|')  # in names of files
+_LONGEST = 60  # characters of a name, of up to four bytes; captions and masks add to it
 
 
 @dataclass(frozen=True)
@@ -58,8 +48,8 @@ class Sent:
 
 @dataclass(frozen=True)
 class Batch:
-    """The files of one request by name, checked but not written yet; `pictures` names the
-    pictures.
+    """The files of one request by their paths in the folder, checked but not written yet;
+    `pictures` are those of the pictures.
     """
 
     folder: Path
@@ -91,22 +81,21 @@ class Copies:
 
         Errors: ConceptImagesError for a picture, a mask or a caption that is none.
         """
-        files, names = {}, []
+        files, copies = {}, []
         for number, one in enumerate(pictures, 1):
-            stem = f"{number}-{_UNSAFE.sub('_', Path(one.name).stem)[:40]}"
-            names.append(stem + suffix_of(one.name, one.data))
-            files[names[-1]] = one.data
+            copy = f"{number}/{file_name(one.name)}"
+            copies.append(copy)
+            files[copy] = _checked(one.data, one.name)
             caption, _ = as_caption(one.caption, f"The caption of {one.name}")
             if caption:
-                files[f"{stem}.txt"] = caption.encode()
+                files[f"{copy}.txt"] = caption.encode()
             if one.mask is not None:
-                suffix = suffix_of(f"The mask of {one.name}", one.mask)
-                files[f"{stem}.mask{suffix}"] = one.mask
+                files[f"{copy}.mask.png"] = _checked(one.mask, f"The mask of {one.name}")
         digest = hashlib.sha256(repr((str(stack), token, list(files))).encode())
         for data in files.values():
             digest.update(hashlib.sha256(data).digest())
         folder = self.mine / digest.hexdigest()[:24]
-        return Batch(folder, files, names, str(stack), token)
+        return Batch(folder, files, copies, str(stack), token)
 
     def write(self, batch: Batch) -> None:
         """Errors: OSError, after which `tidy` removes the incomplete batch."""
@@ -114,7 +103,9 @@ class Copies:
         batch.folder.mkdir(exist_ok=True)
         (batch.folder / _OF).write_text(json.dumps({"stack": batch.stack, "token": batch.token}))
         for name, data in batch.files.items():
-            (batch.folder / name).write_bytes(data)
+            file = batch.folder / name
+            file.parent.mkdir(exist_ok=True)
+            file.write_bytes(data)
 
     def charts(self) -> str:
         """A folder for a job's charts; the job creates it."""
@@ -152,15 +143,18 @@ class Copies:
                 shutil.rmtree(one, ignore_errors=True)
 
 
-def suffix_of(name: str, data: bytes) -> str:
-    """The file suffix for a picture's format. The picture is read once.
+def file_name(name: str) -> str:
+    """A picture's own name as that of a file on any system: what no name may hold becomes _."""
+    spaced = re.sub(r"\s", " ", name)
+    safe = "".join(c if c.isprintable() and c not in _UNSAFE else "_" for c in spaced).strip(". ")
+    stem, suffix = Path(safe or "picture").stem[:_LONGEST], Path(safe).suffix[:10]
+    return f"{stem}{suffix}" if not is_reserved(stem) else f"_{stem}{suffix}"
 
-    Errors: ConceptImagesError for data that is not a picture.
-    """
-    try:
-        return _SUFFIXES.get(imagefile.read(io.BytesIO(data)).format, ".jpg")
-    except ConceptImagesError as error:
-        raise ConceptImagesError(str(error).replace(imagefile.UNNAMED, name)) from None
+
+def _checked(data: bytes, name: str) -> bytes:
+    """A picture's data, after it was read once. Errors: ConceptImagesError for any other data."""
+    imagefile.read(io.BytesIO(data), name=name)
+    return data
 
 
 def _is_needed(folder: Path) -> bool:

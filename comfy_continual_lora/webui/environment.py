@@ -29,6 +29,7 @@ REQUIREMENTS = (
     "transformers>=4.46",
     "peft>=0.13",
     "filelock>=3.12",
+    "tomli>=2; python_version < '3.11'",
 )
 OLDEST_TORCH = (2, 1)
 CAUTIOUS = (
@@ -61,8 +62,8 @@ def python_of(folder: Path) -> str:
     """The environment's Python. Errors: NotReady."""
     if not _is_ready(folder):
         raise NotReady(
-            f"The worker's environment in {folder} is not prepared yet. Prepare it (this needs "
-            "the package index once), then try again."
+            f"The worker's environment in {folder} is not prepared yet. Press Prepare environment "
+            "in the tab (this needs the package index once), then try again."
         )
     return str(_python(folder))
 

@@ -7,6 +7,7 @@ concepts (`said`, `said_bar`).
 
 from __future__ import annotations
 
+import dataclasses
 import secrets
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -15,8 +16,10 @@ from typing import Any
 import gradio as gr
 
 from ..curves import curve_picture
-from ..errors import ConceptImagesError, ContinualLoraError
-from ..settings import LearnSettings
+from ..errors import ContinualLoraError
+from ..files import stack_path
+from ..settings import LearnSettings, TrainSettings
+from ..versions import versions
 from .asking import QUESTIONS
 from .cards import bar, card, no_card, thumbnail
 from .copies import Batch
@@ -27,8 +30,6 @@ from .host import (
     concepts_of,
     newest_word,
     place_of,
-    stack_file,
-    versions_of,
 )
 from .job import Job
 from .labels import in_labels, label_of, method_of
@@ -55,6 +56,7 @@ ADVANCED = (
     "fisher_samples",
     "precision",
     "checkpointing",
+    "accumulate",
     "preview_every",
 )
 # defaults that differ on the page: previews while learning are worth their time
@@ -90,6 +92,7 @@ STACK = (
 )
 OUTPUTS = (*_FAST, *STACK, "chart", "gallery", "downloads", "token", "prompt")
 ASKING = ("asking", "question", "yes", "pending")
+RENAMING = ("renaming", "renamed", "to")
 PICTURES = (
     "names",
     "inventory",
@@ -118,13 +121,13 @@ class Handlers:
     # --- what is shown -------------------------------------------------------------------------
 
     def place(self, checkpoint: str, name: str) -> tuple[Path, Path]:
-        """A checkpoint and its stack. Errors: ValueError."""
+        """A checkpoint and its stack. Errors: ValueError, StackError."""
         if not checkpoint:
             raise ValueError("Choose a checkpoint first.")
         path = self.host.checkpoints().get(checkpoint)
         if path is None:
             raise ValueError(f"The checkpoint {checkpoint} is gone; press Refresh.")
-        return path, stack_file(path, (name or "").strip())
+        return path, stack_path(path, (name or "").strip())
 
     @property
     def is_busy(self) -> bool:
@@ -263,14 +266,14 @@ class Handlers:
 
     def _stack(self, checkpoint: str, name: str, first: int) -> Values:
         """Cards, proposed prompts and history, the newest concepts first."""
-        concepts, versions, message = [], "", "Nothing learned yet: the first concept comes here."
+        concepts, table, message = [], "", "Nothing learned yet: the first concept comes here."
         album, stack = self.host.album, Path()
         try:
             _, stack = self.place(checkpoint, name)
             concepts = list(reversed(concepts_of(stack)))
-            versions = history(versions_of(stack))
-        except ValueError as error:
-            message = str(error)
+            table = history(versions(stack))
+        except REFUSED as error:
+            message = in_labels(error)
         shown, kept = concepts[first : first + CARDS], album.kept(stack)
         values: Values = {
             "none": no_card("" if concepts else message),
@@ -279,7 +282,7 @@ class Handlers:
                 value=f"{first + 1} to {first + len(shown)} of {len(concepts)}: show others",
             ),
             "tokens": [one["token"] for one in shown],
-            "history": versions,
+            "history": table,
         }
         for number in range(CARDS):
             one = shown[number] if number < len(shown) else None
@@ -413,14 +416,19 @@ class Handlers:
         name: str,
         first: int,
         files: Any,
-        names: Sequence[str] = (),
-        *captions: str,
+        names: Sequence[str],
+        *rest: Any,
     ) -> list[Any]:
+        """`rest`: advanced settings, then captions."""
+
         def jobs_of(path: Path, stack: Path) -> Jobs:
+            chosen = settings_of(LearnSettings, ADVANCED, rest[: len(ADVANCED)])
+            own = {field.name for field in dataclasses.fields(TrainSettings)}
+            settings = {name: value for name, value in chosen.items() if name in own}
             place = place_of(path, stack)
-            pictures = found_in(files, _typed(names, captions))
+            pictures = found_in(files, _typed(names, rest[len(ADVANCED) :]))
             batch = self.host.copies.batch(pictures, stack, newest_word(stack))
-            request = {**place, "images": batch.paths}
+            request = {**place, "images": batch.paths, "settings": settings}
             return [("consolidate", request), self.host.export_job(place)], batch
 
         return self._hand_in(checkpoint, name, first, jobs_of)
@@ -575,6 +583,23 @@ class Handlers:
 
         return handler
 
+    def ask_name(self, number: int) -> Callable[..., list[Any]]:
+        """Ask for the new word of this card's concept: the values of `RENAMING`."""
+
+        def handler(checkpoint: str, name: str, tokens: Sequence[str]) -> list[Any]:
+            token = tokens[number] if number < len(tokens or ()) else ""
+            label = f"The new word for {token}"
+            return [gr.update(visible=True), token, gr.update(value=token, label=label)]
+
+        return handler
+
+    def rename(self, checkpoint: str, name: str, first: int, token: str, to: str) -> list[Any]:
+        def jobs_of(path: Path, stack: Path) -> Jobs:
+            request = {**place_of(path, stack), "token": token, "to": (to or "").strip()}
+            return [("rename", request)], None
+
+        return [*self._hand_in(checkpoint, name, first, jobs_of), gr.update(visible=False)]
+
     @staticmethod
     def not_asked() -> list[Any]:
         """Values of `ASKING`."""
@@ -605,8 +630,8 @@ class Handlers:
         """The values of `PICTURES` for what was dropped."""
         try:
             found, told = dropped(files, _typed(names, captions), fit)
-        except (ValueError, ConceptImagesError) as error:
-            raise gr.Error(str(error)) from None
+        except REFUSED as error:
+            raise gr.Error(in_labels(error)) from None
         if len(found) > SLOTS:
             told += f"\nCaptions of the first {SLOTS} can be typed here; drop a.txt with a.jpg for others."
         values: Values = {"names": [one.name for one in found], "inventory": markdown(told)}

@@ -17,10 +17,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from ..errors import StackError
+from ..errors import ContinualLoraError
 from ..files import checkpoints_in, stack_path
 from ..stackfile import read_header
-from ..versions import Version, versions
 from .album import Album
 from .copies import Batch, Copies
 from .environment import NotReady, Preparation
@@ -187,7 +186,7 @@ class Host:
         ]
 
     def free_word(self, stack: Path) -> str:
-        """The next word that is neither learned nor being learned: V1, V2, ... Errors: ValueError."""
+        """The next word that is neither learned nor being learned: V1, V2, ... Errors: as `concepts_of`."""
         tokens = [one["token"] for one in concepts_of(stack)] + self.in_work(stack)
         taken = {token.lower() for token in tokens}
         return next(word for n in itertools.count(1) if (word := f"V{n}").lower() not in taken)
@@ -198,7 +197,7 @@ class Host:
         try:
             if job.results and stack.name:
                 self.album.add(stack, concepts_of(stack), job)
-        except (OSError, ValueError):
+        except (OSError, ValueError, ContinualLoraError):
             logging.exception("continual-lora: the drawings could not be kept")
         self.copies.tidy(shown=_chart_folders(job))
 
@@ -225,8 +224,8 @@ def _chart_folders(job: Job) -> list[str]:
 def _changed(checkpoint: Path) -> float:
     """When the checkpoint's stack changed; 0 if there is none."""
     try:
-        return stack_file(checkpoint).stat().st_mtime
-    except (OSError, ValueError):
+        return stack_path(checkpoint).stat().st_mtime
+    except (OSError, ContinualLoraError):
         return 0.0
 
 
@@ -249,34 +248,15 @@ def place_of(checkpoint: Path, stack: Path) -> dict[str, str]:
     return {"checkpoint": str(checkpoint), "stack": str(stack)}
 
 
-def stack_file(checkpoint: Path, name: str = "") -> Path:
-    """`files.stack_path`, whose StackError becomes a ValueError."""
-    try:
-        return stack_path(checkpoint, name)
-    except StackError as error:
-        raise ValueError(str(error)) from None
-
-
 def concepts_of(stack: Path) -> list[dict[str, Any]]:
     """The concepts of a stack file, from its header; none if there is no file.
 
-    Errors: ValueError for a file that is not a stack.
+    Errors: StackError, OSError for a file that is not a stack.
     """
-    try:
-        return read_header(stack)["concepts"] if stack.exists() else []
-    except (StackError, OSError) as error:
-        raise ValueError(str(error)) from None
+    return read_header(stack)["concepts"] if stack.exists() else []
 
 
 def newest_word(stack: Path) -> str:
-    """The newest concept's word; empty if there is no concept. Errors: ValueError."""
+    """The newest concept's word; empty if there is no concept. Errors: as `concepts_of`."""
     concepts = concepts_of(stack)
     return concepts[-1]["token"] if concepts else ""
-
-
-def versions_of(stack: Path) -> list[Version]:
-    """The versions of a stack that are kept, the newest first. Errors: ValueError."""
-    try:
-        return versions(stack)
-    except (StackError, OSError) as error:
-        raise ValueError(str(error)) from None

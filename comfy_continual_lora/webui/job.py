@@ -34,6 +34,8 @@ STOP = 600.0  # from Stop to its end; one step of a large model on a CPU takes m
 AGAIN = 5.0  # from Stop to a second Stop that kills it
 LEAVE = 20.0  # from its last event to its end
 _LINE = 64_000_000  # maximum bytes per line; a preview takes a hundred thousand
+NOTES = 40  # of a job; of more, the first half and the newest half are kept
+_NOTE = 2000  # maximum characters of a note
 _KILLED = (
     "It was killed, most likely because it ran out of memory: use a smaller batch or size, or close "
     "other programs."
@@ -69,7 +71,7 @@ class Job:
         self.results: dict[str, dict[str, Any]] = {}
         self.process: subprocess.Popen[bytes] | None = None
         self._python = ""
-        self._tidy = tidy
+        self._tidy, self._skipped_notes = tidy, 0
         self._final_event: dict[str, Any] | None = None
         self._last_lines: collections.deque[str] = collections.deque(maxlen=20)
         self._outbox: queue.SimpleQueue[bytes | None] = queue.SimpleQueue()
@@ -249,11 +251,21 @@ class Job:
                 self.losses = []  # each stage has its own curve
             self.losses.append(event["loss"])
         self.preview = event["preview"] or self.preview
-        if event["note"] and event["note"] not in self.notes:
-            self.notes = [*self.notes[-9:], event["note"]]
+        if event["note"]:
+            self._keep(event["note"][:_NOTE])
         self.progress = {
             name: value for name, value in event.items() if name not in ("event", "preview", "note")
         }
+
+    def _keep(self, note: str) -> None:
+        """Keep a note once. The first ones say what is learned from, the newest what happens now."""
+        if note in self.notes:
+            return
+        notes, half = [*self.notes, note], NOTES // 2
+        if len(notes) > NOTES:
+            self._skipped_notes += 1
+            notes = [*notes[:half], f"({self._skipped_notes} more notes)", *notes[-half:]]
+        self.notes = notes
 
     def _conclude(self, process: subprocess.Popen[bytes]) -> None:
         """End the job by the worker's final event, or else by what happened to the process."""

@@ -1,8 +1,9 @@
-"""The tab's names for methods, fields of requests and settings. Light."""
+"""The tab's names for methods, operations, fields of requests and settings. Light."""
 
 from __future__ import annotations
 
 from ..errors import ContinualLoraError
+from ..operations import NAMES
 from ..presets import METHODS
 
 METHOD_LABELS = {
@@ -10,7 +11,7 @@ METHOD_LABELS = {
     "The paper's: EWC, DC scores, consolidation": "lora_dsc_ewc_dc",
     "No protection (forgets; for comparison)": "lora",
 }
-_FIELDS = {
+_LABELS = {
     "checkpoint": "Checkpoint",
     "images": "Pictures of the thing",
     "token": "Word",
@@ -23,6 +24,23 @@ _FIELDS = {
     "version": "Version",
     "replace": "Replace the newest concept of this word",
     "remove_superseded": "Remove earlier exports",
+    # buttons
+    "learn": "Learn",
+    "consolidate": "Consolidate (DSC)",
+    "closed_form": "Consolidate (closed form)",
+    "scores": "Which concept is in the pictures?",
+    "evaluate": "How much is kept?",
+    "export": "Export",
+    "undo": "Undo the last change",
+    "forget": "Forget",
+    "rename": "Rename",
+    "to": "The new word",
+    "restore": "Go back to this version",
+    "history": "History of the stack",
+    # what the tab does not have
+    "prediction": "prediction, on the command line",
+    "import": "import, on the command line",
+    "merge": "merge, on the command line",
 }
 
 
@@ -37,10 +55,13 @@ def method_of(listed: str) -> str:
 
 
 def label_of(name: str) -> str:
-    """The tab's name for a field or a setting."""
-    return _FIELDS.get(name) or name.replace("_", " ")
+    """The tab's name for an operation, a field or a setting."""
+    return _LABELS.get(name) or name.replace("_", " ")
+
+
+LABELS = {name: label_of(name) for name in NAMES}
 
 
 def in_labels(error: BaseException) -> str:
-    """An error's message with the tab's names for fields and settings."""
-    return error.spelled(label_of) if isinstance(error, ContinualLoraError) else str(error)
+    """An error's message with the tab's names."""
+    return error.spelled(LABELS) if isinstance(error, ContinualLoraError) else str(error)

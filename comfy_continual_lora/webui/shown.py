@@ -16,10 +16,11 @@ from typing import Any
 
 from PIL import Image
 
-from ..errors import ContinualLoraError
+from ..errors import spelled
+from ..progress import counted
 from ..versions import Version
 from .job import Job
-from .labels import label_of
+from .labels import LABELS
 
 _PUNCTUATION = re.compile(r"[!-/:-@\[-`{-~]")  # all of ASCII's: most of it is Markdown syntax
 _JOINERS = "\u200c\u200d"  # several scripts and emoji need them
@@ -62,20 +63,20 @@ def code(text: object) -> str:
 Say = Callable[[object], str]
 
 
-def status(job: Job | None, say: Say = markdown, spell: Callable[[str], str] = label_of) -> str:
+def status(job: Job | None, say: Say = markdown, names: Mapping[str, str] | None = LABELS) -> str:
     """What the job is doing, its progress and time left; or how it ended.
 
-    `say` escapes text for Markdown, or is str for plain text; `spell` maps the names of fields and
-    settings in an error, or is str to keep them.
+    `say` escapes text for Markdown, or is str for plain text; `names`: as of `errors.spelled`.
     """
     if job is None:
         return "Ready."
-    return "\n\n".join([_state(job, say, spell), *map(say, job.notes)])
+    notes = [say(spelled(note, names)) for note in job.notes]
+    return "\n\n".join([_state(job, say, names), *notes])
 
 
-def _state(job: Job, say: Say, spell: Callable[[str], str]) -> str:
+def _state(job: Job, say: Say, names: Mapping[str, str] | None) -> str:
     if job.state == "failed":
-        return _failure(job, say, spell)
+        return _failure(job, say, names)
     if job.state == "stopped":
         stopped = (
             f"**Stopped.** {say(job.message)}. What was learned so far is kept: the same request "
@@ -105,9 +106,9 @@ def _counted(seconds: float) -> tuple[float, str]:
     return seconds / size, unit
 
 
-def _failure(job: Job, say: Say, spell: Callable[[str], str]) -> str:
+def _failure(job: Job, say: Say, names: Mapping[str, str] | None) -> str:
     """What failed, after what was finished and stored before."""
-    message = ContinualLoraError(job.marked or job.message).spelled(spell)
+    message = spelled(job.marked or job.message, names)
     failed = f"**{say(job.unfinished)} failed.** {say(message)}"
     if not job.results:
         return failed
@@ -175,6 +176,11 @@ def _forgotten(result: Mapping[str, Any], say: Say) -> list[str]:
     return [f"**Forgot {word}.** LoRAs exported before still contain it."]
 
 
+def _renamed(result: Mapping[str, Any], say: Say) -> list[str]:
+    old, new = say(result["token"]), say(result["to"])
+    return [f"**Renamed {old} to {new}.** Files exported before still say {old}: export again."]
+
+
 def _undone(result: Mapping[str, Any], say: Say) -> list[str]:
     return [f"**Undone: {say(result['change'])}.** {_holds(result, say)}"]
 
@@ -188,7 +194,7 @@ def _scored(result: Mapping[str, Any], say: Say) -> list[str]:
     best = []
     for one in result["images"]:
         unsure = "" if one["sure"] else " (not sure)"
-        best.append(f"{say(Path(one['file']).name)}: {say(one['best'])}{unsure}")
+        best.append(f"{say(one['file'])}: {say(one['best'])}{unsure}")
     return [f"**DC scores.** {', '.join(best)}"]
 
 
@@ -213,6 +219,7 @@ _ENDINGS: dict[str, Callable[[Mapping[str, Any], Say], list[str]]] = {
     "consolidate": _consolidated,
     "closed_form": _solved,
     "forget": _forgotten,
+    "rename": _renamed,
     "undo": _undone,
     "restore": _restored,
     "scores": _scored,

@@ -1,4 +1,4 @@
-"""The figures of the README's tables are those of the benchmark's rows."""
+"""The figures of the results page are those of the benchmark's rows."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from jobs import read_rows
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "retention" / "results"
-# the README's columns after the method's name and the paper's figure
+# the table's columns after the method's name and the paper's figure
 COLUMNS: dict[str, Callable[[dict[str, Any]], float | None]] = {
     "A_MMD": lambda row: 1000 * row["a_mmd"],
     "F_MMD": lambda row: 1000 * row["f_mmd"],
@@ -32,7 +32,7 @@ def _percent(share: float | None) -> float | None:
 
 def _table(first: str) -> list[list[str]]:
     """The cells of the table whose first line begins like this, its header first."""
-    lines = (ROOT / "README.md").read_text(encoding="utf-8").splitlines()
+    lines = (ROOT / "docs" / "results.md").read_text(encoding="utf-8").splitlines()
     start = next(n for n, line in enumerate(lines) if line.startswith(first))
     rows = []
     for line in lines[start:]:

@@ -1,0 +1,154 @@
+"""A command's flags in a TOML file, and what was run as such a file. Light.
+
+    # continual-lora learn --config dog.toml
+    checkpoint = "models/sd15.safetensors"
+    images = "photos/dog"
+    token = "V1"
+    noun = "dog"
+    steps = 500
+
+A line is a flag without its dashes; `_` may stand for `-`. Paths are relative to the file's folder. A
+flag that is given on the command line too counts there.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from argparse import Namespace
+from collections.abc import Sequence
+from contextlib import suppress
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any
+
+from . import __version__
+from .cliparser import Parser
+from .errors import SettingError, excerpt
+from .files import write_whole
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib  # pyright: ignore[reportMissingImports]
+
+CONFIG_HELP = "a TOML file with flags of this command, a line each, without their dashes"
+_MARK = "# Written by continual-lora"
+_NOT_RUN = ("help", "help_all", "config", "plan", "json")  # flags that are not part of a run
+
+
+def with_config(words: Sequence[str], parser: Parser) -> list[str]:
+    """The command line with the flags of its `--config` file in front of its own.
+
+    Errors: SettingError for a file that can't be read, or that has no flags of this command.
+    """
+    command = next((word for word in words if word in parser.commands()), "")
+    file = _config_in(words)
+    if not command or file is None:
+        return [*words]
+    at = words.index(command) + 1
+    own = parser.commands()[command]
+    return [*words[:at], *_words_of(file, own, words[at:]), *words[at:]]
+
+
+def _config_in(words: Sequence[str]) -> Path | None:
+    for number, word in enumerate(words):
+        if word == "--config" and number + 1 < len(words):
+            return Path(words[number + 1])
+        if word.startswith("--config="):
+            return Path(word.partition("=")[2])
+    return None
+
+
+def _words_of(file: Path, parser: Parser, given: Sequence[str]) -> list[str]:
+    """The file as words of a command line, without the flags that are given there."""
+    own = {word.partition("=")[0] for word in given if word.startswith("-")}
+    first: list[str] = []
+    flags: list[str] = []
+    for name, value in _read(file).items():
+        action = parser.flag(f"--{name.replace('_', '-')}") or parser.flag(name)
+        if action is None or action.dest in _NOT_RUN:
+            names = [one.lstrip("-") for one in parser._option_string_actions if one[:2] == "--"]
+            near = get_close_matches(name, names, 1)
+            advice = f"Did you mean {near[0]}?" if near else f"There are: {', '.join(names)}."
+            raise SettingError(f"{file}: there is no flag --{excerpt(name)[1:-1]}. {advice}")
+        if own & {*action.option_strings}:
+            continue
+        values = [_text(file, name, one) for one in (value if isinstance(value, list) else [value])]
+        if action.type is Path:
+            values = [str(file.parent / one) for one in values]
+        flag = next((one for one in action.option_strings if one.startswith("--")), "")
+        if not flag:
+            first += values
+        elif isinstance(value, bool):
+            opposite = f"--no-{flag.removeprefix('--')}"
+            flags += [flag] if value else [opposite] if opposite in action.option_strings else []
+        elif action.nargs == "+":
+            flags += [flag, *values]
+        else:
+            flags += [f"{flag}={one}" for one in values]
+    return [*first, *flags]
+
+
+def _read(file: Path) -> dict[str, Any]:
+    try:
+        return tomllib.loads(file.read_text(encoding="utf-8-sig"))
+    except OSError as error:
+        raise SettingError(f"The file {file} can't be read ({error.strerror}).") from None
+    except ValueError as error:  # not UTF-8, or not TOML
+        raise SettingError(
+            f"{file} is not TOML ({error}). A line is a flag without its dashes, such as steps = 500."
+        ) from None
+
+
+def _text(file: Path, name: str, value: Any) -> str:
+    if isinstance(value, (str, int, float)):
+        return str(value)
+    raise SettingError(
+        f"{file}: {name} is {excerpt(value)}; it has to be a text, a number, true or false, or a list "
+        "of them."
+    )
+
+
+# --- writing -------------------------------------------------------------------------------------
+
+
+def write_config(path: Path, parser: Parser, arguments: Namespace) -> Path | None:
+    """Write the flags of a run; what this program did not write is left as it is.
+
+    Returns the path, or None if it was not written.
+    """
+    lines = [
+        f"{_MARK} {__version__}. Run again with",
+        f"#     {parser.prog} --config {path.name}",
+        *(f"{name} = {_toml(value)}" for name, value in _given(parser, arguments)),
+    ]
+    with suppress(OSError, UnicodeError):
+        if path.exists() and not path.read_text(encoding="utf-8").startswith(_MARK):
+            return None
+        write_whole(path, ("\n".join(lines) + "\n").encode())
+        return path
+    return None
+
+
+def _given(parser: Parser, arguments: Namespace) -> list[tuple[str, Any]]:
+    """The flags that are not at their default, by name."""
+    given = []
+    for action in parser._actions:
+        value = getattr(arguments, action.dest, None)
+        if action.dest in _NOT_RUN or value is None or value == action.default:
+            continue
+        flags = [one for one in action.option_strings if one.startswith("--")]
+        given.append((flags[0].removeprefix("--") if flags else action.dest, value))
+    return given
+
+
+def _toml(value: Any) -> str:
+    if isinstance(value, list):
+        return f"[{', '.join(map(_toml, value))}]"
+    if isinstance(value, Path):
+        return _toml(os.path.abspath(value))
+    if isinstance(value, str):
+        return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
+    return str(value).lower() if isinstance(value, bool) else repr(value)

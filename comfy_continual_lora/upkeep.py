@@ -1,0 +1,174 @@
+"""Operations on a stack's file alone: what it holds, its history, undo, another word. Light: no
+tensor is loaded, so that they take a fraction of a second.
+
+Part of the pipeline, which re-exports these functions.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from . import history as stack_history
+from .checkpoint.path import check_path
+from .errors import SettingError, StackError, TokenError
+from .files import STACKS, check_names, checkpoints_in, real_file, snapshots_of
+from .keeping import add_version, new_change, rewrite, writing
+from .mentions import in_other_words
+from .progress import OnProgress, ignore
+from .requests import (
+    HistoryRequest,
+    InfoRequest,
+    RenameRequest,
+    Request,
+    RestoreRequest,
+    UndoRequest,
+)
+from .results import (
+    HistoryResult,
+    InfoResult,
+    Listed,
+    ListResult,
+    RenameResult,
+    RestoreResult,
+    UndoResult,
+)
+from .stackfile import read_header, read_shapes
+from .stackschema import unreadable
+from .versions import earlier, versions
+from .words import check_noun, check_token, is_ordinary, name_of
+
+
+def info(request: InfoRequest, on_progress: OnProgress = ignore) -> InfoResult:
+    """What a checkpoint has learned, from the stack's header."""
+    path = request.stack_file
+    if not path.exists():
+        check_path(request.checkpoint)
+        return InfoResult([], path, None, None, 0)
+    header, shapes = read_shapes(path)
+    newest = f"word.{header['concepts'][-1]['id']}" if header["concepts"] else ""
+    used = [shape for key, shape in shapes.items() if key.startswith("adapter.") or key == newest]
+    trainable = sum(math.prod(shape.sizes) for shape in used)
+    return InfoResult(header["concepts"], path, header["fingerprint"], header["rank"], trainable)
+
+
+def history(request: HistoryRequest, on_progress: OnProgress = ignore) -> HistoryResult:
+    """The stack's versions that are kept, the newest first; `keep` sets how many from now on."""
+    if request.keep is not None:
+        stack_history.keep_versions(request.stack_file, request.keep)
+    elif not request.stack_file.exists():
+        check_path(request.checkpoint)
+    return HistoryResult(versions(request.stack_file), request.stack_file)
+
+
+def undo(request: UndoRequest, on_progress: OnProgress = ignore) -> UndoResult:
+    """Undo the last change of the stack, whatever it was."""
+    return stack_history.undo(_existing(request), request.version)
+
+
+def restore(request: RestoreRequest, on_progress: OnProgress = ignore) -> RestoreResult:
+    """Go back to a version of the history; the one in use now stays in it."""
+    return RestoreResult(stack_history.restore(_existing(request), request.version))
+
+
+def _existing(request: Request) -> Path:
+    """The stack's file, so that nothing is written, not even a lock, where there is none.
+
+    Errors: StackError if there is neither a stack nor an earlier version of it.
+    """
+    path = request.stack_file
+    if not real_file(path).exists() and not earlier(path):
+        raise unreadable(path, FileNotFoundError())
+    return path
+
+
+def stacks_in(folder: Path) -> ListResult:
+    """The checkpoints in a folder and those below it, with their stacks.
+
+    Errors: SettingError if it is not a folder.
+    """
+    if not folder.is_dir():
+        raise SettingError(f"There is no folder {folder}. Give one with checkpoints.")
+    rows: list[Listed] = []
+    stacks = sorted(folder.rglob(f"*{STACKS}"))
+    for checkpoint in checkpoints_in(folder):
+        beside = f"{checkpoint.stem}."
+        own = [s for s in stacks if s.parent == checkpoint.parent and s.name.startswith(beside)]
+        rows += [_listed(checkpoint, stack) for stack in own] or [Listed(checkpoint)]
+        stacks = [stack for stack in stacks if stack not in own]
+    # of diffusers folders, and of checkpoints that are elsewhere
+    rows += [_listed(None, stack) for stack in stacks]
+    return ListResult(folder, rows)
+
+
+def _listed(checkpoint: Path | None, stack: Path) -> Listed:
+    try:
+        names = [_name(record) for record in read_header(stack)["concepts"]]
+    except StackError as error:
+        return Listed(checkpoint, stack, problem=str(error))
+    return Listed(checkpoint, stack, names)
+
+
+def rename(request: RenameRequest, on_progress: OnProgress = ignore) -> RenameResult:
+    """Give a concept another word; its vectors and what the LoRA knows of it stay as they are.
+
+    Its prompts, and what later concepts' captions say of it, name the new word too. The version
+    before goes into the history. Errors: StackError for a word that is not on the stack; TokenError
+    for a new one that is taken or can't be used.
+    """
+    path = real_file(_existing(request))
+    with writing(path):
+        header = read_header(path)
+        records = header["concepts"]
+        number = _index_of(records, request.token)
+        old, new = records[number]["token"], request.to
+        if new.lower() == old.lower():
+            raise TokenError(f"{old} and {new} are the same word: prompts take any case for it.")
+        if new.lower() in (record["token"].lower() for record in records):
+            raise TokenError(f"{new} is another concept's word. Choose one that is free.")
+        check_token(new, (), is_ordinary)
+        check_noun(records[number]["noun"], new)
+        check_names(path, new)
+        names = {token: new if token == old else token for token in map(_token, records)}
+        renamed = [_renamed(record, names) for record in records[number:]]
+        name = _name(renamed[0])
+        change = new_change("renamed", [f"{_name(records[number])} to {name}"])
+        concepts = [*records[:number], *renamed]
+
+        def write(number: int, parent: int | None) -> None:
+            changed = {"number": number, "parent": parent, "change": vars(change)}
+            rewrite(path, path, {**changed, "concepts": concepts})
+
+        add_version(path, header["history"], write)
+    unfinished = [*snapshots_of(path, old), *snapshots_of(path, new)]
+    return RenameResult(old, new, name, request.stack_file, unfinished)
+
+
+def _index_of(records: list[dict[str, Any]], token: str) -> int:
+    tokens = [record["token"] for record in records]
+    for number, one in enumerate(tokens):
+        if one.lower() == token.lower():
+            return number
+    raise StackError(
+        f"There is no concept {token!r} on the stack. It has: {', '.join(tokens) or 'none'}."
+    )
+
+
+def _renamed(record: dict[str, Any], names: Mapping[str, str]) -> dict[str, Any]:
+    """A record where concepts of its stack have other words, by their old ones; the request that
+    made it had the old one, so it is no longer its own.
+    """
+    prompts = [in_other_words(prompt, names) for prompt in record["prompts"]]
+    if (new := names[record["token"]]) == record["token"]:
+        return {**record, "prompts": prompts}
+    return {**record, "token": new, "prompts": prompts, "request": ""}
+
+
+def _token(record: Mapping[str, Any]) -> str:
+    return record["token"]
+
+
+def _name(record: Mapping[str, Any]) -> str:
+    return name_of(record["token"], record["noun"] if record["with_noun"] else "")

@@ -1,0 +1,102 @@
+"""Stage 2: which words and class nouns a concept may have. Light."""
+
+from __future__ import annotations
+
+import functools
+import json
+import unicodedata
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+from .errors import SettingError, TokenError, excerpt
+from .files import TOKEN, is_reserved
+from .mentions import named
+
+NOUN_WORDS, NOUN_LETTERS = 8, 80  # prompts say much more, within the encoder's 77 positions
+VOCABULARY = Path(__file__).parent / "checkpoint" / "tokenizer" / "vocab.json"
+_ADVICE = "Choose a short word of your own, such as V1."
+
+
+def name_of(token: str, noun: str) -> str:
+    """How prompts name a concept: "V1 mug"."""
+    return f"{token} {noun}".strip()
+
+
+def check_spelling(token: str) -> None:
+    """Raise TokenError unless `token` can be used in prompts and file names of every host."""
+    if not token.strip():
+        raise TokenError(f"`token` is empty. {_ADVICE}")
+    if is_reserved(token):
+        raise TokenError(
+            f"`token` {token!r} can't be a file name on Windows, where it is a device. {_ADVICE}"
+        )
+    if not TOKEN.fullmatch(token):
+        raise TokenError(
+            f"`token` {excerpt(token)} may contain only letters, digits, - and _ (at most 64): it "
+            f"becomes a word and a file name. {_ADVICE}"
+        )
+    if not any(letter.isalpha() for letter in token):
+        raise TokenError(
+            f"`token` {excerpt(token)} has no letter, so it would be read in every prompt with a "
+            f"number or a sign like it. {_ADVICE}"
+        )
+
+
+def check_noun(noun: str, token: str, *, required: bool = False) -> None:
+    """Raise SettingError unless `noun` says in one line and a few words what the thing is; it may
+    be empty if it is not `required`.
+    """
+    if required and not noun.strip():
+        raise SettingError(
+            "`noun` is empty. Say in one or two words what the thing is, such as teapot or cat."
+        )
+    problem = ""
+    if any(unicodedata.category(letter) in ("Cc", "Cs") for letter in noun):
+        problem = "is not a single line of text"
+    elif len(noun) > NOUN_LETTERS or len(noun.split()) > NOUN_WORDS:
+        problem = f"has more than {NOUN_WORDS} words or {NOUN_LETTERS} letters"
+    elif noun.strip() and not any(letter.isalpha() for letter in noun):
+        problem = "has no letter"
+    elif token and named([noun], [token]):
+        problem = f"contains {token} itself"
+    if problem:
+        raise SettingError(
+            f"`noun` {excerpt(noun)} {problem}. Say in one or two words what the thing is, such as "
+            "teapot or cat; what a single picture shows belongs into its caption."
+        )
+
+
+def check_token(token: str, taken: Iterable[str], is_known_word: Callable[[str], bool]) -> None:
+    """Raise TokenError unless `token` can name a new concept on a stack with the `taken` tokens."""
+    check_spelling(token)
+    if token.lower() in {t.lower() for t in taken}:
+        raise TokenError(
+            f"`token` {token!r} is already taken by a concept of this stack. Choose another, replace "
+            "that concept (`replace`) if it is the newest, or take it off first (`forget`)."
+        )
+    if is_known_word(token):
+        raise TokenError(
+            f"`token` {token!r} is a word the checkpoint already knows; prompts that use it would "
+            f"change meaning. {_ADVICE}"
+        )
+
+
+def check_newest(token: str, newest: str) -> None:
+    """Raise TokenError unless the newest concept, whose word is given, is the one to be replaced."""
+    if newest.lower() != token.lower():
+        raise TokenError(
+            f"{token} can't be replaced: {newest} was learned after it and builds on it. Forget "
+            f"{token} first (`forget`), or choose another word."
+        )
+
+
+def is_ordinary(token: str) -> bool:
+    """`Backbone.is_known_word` for CLIP's tokenizer, which every checkpoint has, without loading
+    it: a word is one token if the vocabulary holds it.
+    """
+    return f"{token.lower()}</w>" in _vocabulary()
+
+
+@functools.cache
+def _vocabulary() -> frozenset[str]:
+    return frozenset(json.loads(VOCABULARY.read_text(encoding="utf-8")))

@@ -1,0 +1,184 @@
+"""Flags in a TOML file, and what was run as such a file."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+from helpers_store import make_stack
+
+from comfy_continual_lora import cli, cliflags, store
+from comfy_continual_lora.cliconfig import with_config, write_config
+from comfy_continual_lora.errors import SettingError
+from comfy_continual_lora.files import stack_path
+from comfy_continual_lora.operations import OPERATIONS
+
+DOG = """
+checkpoint = "models/sd15.safetensors"
+images = 'dog'
+token = "V1"
+noun = "black dog"
+steps = 500
+lr = 1e-3
+preview_every = 7
+flip = false
+replace = true
+method = "lora"
+"""
+
+
+def request_of(*words: str) -> Any:
+    whole = cli.parser()
+    arguments = whole.parse_args(with_config(words, whole))
+    return cliflags.request_of(OPERATIONS[arguments.command], arguments)
+
+
+def write(folder: Path, text: str) -> str:
+    path = folder / "own.toml"
+    path.write_text(text, encoding="utf-8")
+    return str(path)
+
+
+def test_a_file_gives_flags_and_the_command_line_has_the_last_word(tmp_path: Path) -> None:
+    file = write(tmp_path, DOG)
+    request = request_of("learn", "--config", file)
+    assert request.checkpoint == tmp_path / "models" / "sd15.safetensors"
+    assert (request.images, request.noun) == (tmp_path / "dog", "black dog")
+    assert (request.settings.steps, request.settings.rate) == (500, 1e-3)
+    assert (request.settings.preview_every, request.settings.flip) == (7, False)
+    assert (request.settings.method, request.replace) == ("lora", True)
+    request = request_of("learn", f"--config={file}", "-s", "9", "--images", "cat", "--flip")
+    assert (request.settings.steps, request.settings.flip) == (9, True)
+    assert (request.images, request.noun) == (Path("cat"), "black dog")
+
+
+def test_lists_and_what_has_no_dashes(tmp_path: Path) -> None:
+    file = write(tmp_path, 'checkpoint = "c"\nprompt = ["a", "-b c"]\nonly = ["V1", "V2"]')
+    request = request_of("draw", "--config", file)
+    assert (request.prompts, request.only) == (["a", "-b c"], ["V1", "V2"])
+    assert request_of("draw", "--config", file, "-p", "d").prompts == ["d"]
+    request = request_of(
+        "rename", "--config", write(tmp_path, 'checkpoint="c"\ntoken="V1"\nto="V2"')
+    )
+    assert (request.token, request.to) == ("V1", "V2")
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("steps = ", "is not TOML"),
+        ("\xff\0", "is not TOML"),
+        ("step = 5", "there is no flag --step. Did you mean steps?"),
+        ("config = 'x'", "there is no flag --config"),
+        ("[settings]\nsteps = 5", "there is no flag --settings"),
+        ("steps = 1979-05-27", "steps is datetime.date"),
+        ("steps = [[1]]", "steps is [1]"),
+    ],
+)
+def test_a_wrong_file_is_named(tmp_path: Path, text: str, message: str) -> None:
+    file = write(tmp_path, text)
+    with pytest.raises(SettingError) as error:
+        request_of("learn", "--config", file)
+    assert message in str(error.value)
+    assert file in str(error.value)
+
+
+def test_a_missing_file_and_a_wrong_value_are_told(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main(["learn", "--config", str(tmp_path / "none")]) == 2
+    assert "none can't be read" in capsys.readouterr().err.replace("\n", " ")
+    with pytest.raises(SystemExit):
+        cli.main(["learn", "--config", write(tmp_path, DOG.replace("500", '"many"'))])
+    assert "--steps: invalid int value: 'many'" in capsys.readouterr().err
+
+
+def test_what_was_run_can_be_given_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    words = ["learn", "-c", "a b.safetensors", "-i", 'p"\\\n狗', "-t", "V1", "-n", "dog"]
+    words += ["--lr", "1e-05", "--no-flip", "--replace", "--dsc-steps", "3", "--json"]
+    whole = cli.parser()
+    arguments = whole.parse_args(words)
+    own = whole.commands()["learn"]
+    path = write_config(tmp_path / "run.toml", own, arguments)
+    assert path
+    assert "continual-lora learn --config run.toml" in path.read_text(encoding="utf-8")
+    again = request_of("learn", "--config", str(path))
+    first = cliflags.request_of(OPERATIONS["learn"], arguments)
+    assert again.checkpoint == tmp_path / first.checkpoint
+    assert again.images == tmp_path / first.images
+    assert (again.settings, again.token, again.replace) == (first.settings, "V1", True)
+    assert again.stack is None
+    assert write_config(path, own, arguments) == path  # its own file is written again
+    path.write_text("mine = 1")
+    assert write_config(path, own, arguments) is None
+    assert path.read_text() == "mine = 1"
+
+
+def test_learning_leaves_what_was_run(
+    checkpoint: Path, pictures: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["learn", "-c", checkpoint, "-i", pictures, "-t", "V1", "-n", "ball", "--size", 64]
+    words += ["--method", "textual_inversion", "-s", 1, "--batch", 1, "--device", "cpu"]
+    assert cli.main([*map(str, words)]) == 0
+    line = capsys.readouterr().out.splitlines()[-1]
+    file = checkpoint.with_name("mini.concepts.V1.toml")
+    assert line == f"What was run: {file}"
+    assert cli.main(["learn", "--config", str(file)]) == 0
+    assert "V1 ball is already on the stack" in capsys.readouterr().out
+
+
+# --- list, completion ----------------------------------------------------------------------------
+
+
+def test_list_shows_what_each_checkpoint_has_learned(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    deep = tmp_path / "deep"
+    deep.mkdir()
+    for name in ("a.safetensors", "deep/b.safetensors", "ab.safetensors"):
+        (tmp_path / name).touch()
+    store.save_stack(make_stack(2), stack_path(tmp_path / "a.safetensors"))
+    store.save_stack(make_stack(1), stack_path(tmp_path / "a.safetensors", "other"))
+    store.save_stack(make_stack(1), tmp_path / "folder.concepts.safetensors")
+    stack_path(deep / "b.safetensors").write_bytes(b"damaged")
+    assert cli.main(["list", str(tmp_path)]) == 0
+    lines = capsys.readouterr().out.replace(str(tmp_path), ".").replace("\\", "/").splitlines()
+    assert lines[:4] == [
+        "./a.safetensors",
+        "    V1 mug, V2 mug",
+        "./a.safetensors (a.other.concepts.safetensors)",
+        "    V1 mug",
+    ]
+    assert lines[4:6] == ["./ab.safetensors", "    nothing learned yet"]
+    assert lines[6] == "./deep/b.safetensors"
+    assert "can't be read" in lines[7]
+    assert lines[-2:] == ["./folder.concepts.safetensors", "    V1 mug"]
+    assert cli.main(["list", str(tmp_path), "--json"]) == 0
+    rows = json.loads(capsys.readouterr().out)
+    assert [row["names"] for row in rows] == [["V1 mug", "V2 mug"], ["V1 mug"], [], [], ["V1 mug"]]
+    assert cli.main(["list", str(tmp_path / "none")]) == 2
+    assert cli.main(["list", str(deep.with_name("deeper"))]) == 2
+
+
+@pytest.mark.parametrize("shell", ["bash", "zsh", "tcsh"])
+def test_completion(shell: str, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("shtab", reason="completion needs shtab")
+    assert cli.main(["completion", shell]) == 0
+    script = capsys.readouterr().out
+    assert "install-webui" in script
+    assert "preview-every" in script
+    if shell == "bash":
+        subprocess.run(["bash", "-n"], input=script, text=True, check=True)
+        assert "_shtab_continual_lora_learn___checkpoint_COMPGEN=_shtab_compgen_files" in script
+
+
+def test_completion_without_its_library_says_what_to_install(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(__import__("sys").modules, "shtab", None)
+    assert cli.main(["completion", "bash"]) == 2
+    assert "pip install shtab" in " ".join(capsys.readouterr().err.split())
