@@ -17,11 +17,11 @@ out, the last         {"event": "done", "results": {NAME: {...}}}
                       kind: a class of `errors`, or "Bug" with the traceback as message
                       {"event": "stopped", "message": ...}
 
-NAME is a key of JOBS: an operation, or plan, which takes learn's request, learns nothing and
-answers with what it would take (`plan.Plan`). A request has the fields of the operation's request
-(`requests`): paths as strings, settings as an object of those that are not at their default. A
-result is the operation's `as_json()`, except that `kept` of an evaluation is by concept name, and
-`file` of scores is a name: a host may hand in copies.
+NAME is a key of JOBS: an operation, or plan, which takes learn's request, learns nothing and answers
+with what it would take (`plan.Plan`). A request has the fields of the operation's request
+(`requests`): paths as strings, settings as an object of those that are not at their default. A result
+is the operation's `as_json()`, except that `kept` of an evaluation is by concept name, and `file` of
+scores is a name: a host may hand in copies.
 """
 
 from __future__ import annotations

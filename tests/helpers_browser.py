@@ -42,14 +42,3 @@ def page(address: str, width: int = 1600, height: int = 1000) -> Iterator[Any]:
 def wait_for_text(opened: Any, where: str, text: str, timeout: float = 300_000) -> None:
     """Until the element at this selector shows the text."""
     opened.wait_for_function(SHOWS, arg=[where, text], timeout=timeout)
-
-
-def type_beside(opened: Any, table: str, name: str, text: str) -> None:
-    """Write into the cell right of the one that says `name`, in a gradio table of any version."""
-    cell = ":is(tbody td, [role=gridcell])"
-    beside = f"{cell}:has-text('{name}') + {cell}"
-    # the first may be an invisible one for sizes
-    opened.dblclick(f"{table} {beside} >> visible=true >> nth=-1")
-    opened.keyboard.press("Control+A")
-    opened.keyboard.type(text)
-    opened.keyboard.press("Enter")

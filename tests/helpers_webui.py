@@ -286,34 +286,39 @@ def learns_in_a_browser(host: WebUI, pictures: Path, screenshot: Path) -> None:
         opened.wait_for_selector("#txt2img_generate", timeout=120_000)
         opened.click("button:has-text('Continual LoRA')")
         files = sorted(pictures.glob("*.png"))
-        caption = files[0].with_suffix(".txt")
-        caption.write_text("a photo of B1 on sand")
+        text = files[0].with_suffix(".txt")
+        text.write_text("a photo of B1 on sand")
         drop = "#continual_lora_files input[type=file]"
         opened.set_input_files(drop, str(files[0]))
         # as before the next concept
         opened.click("#continual_lora_files button[aria-label='Clear']", timeout=60_000)
         opened.wait_for_timeout(2_000)
-        opened.set_input_files(drop, [str(path) for path in (*files, caption)])
+        opened.set_input_files(drop, [str(path) for path in (*files, text)])
         opened.fill("#continual_lora_token textarea", "B1")
         opened.fill("#continual_lora_noun textarea", "ball")
+        caption = "#continual_lora_caption_{} textarea"
         opened.wait_for_function(
-            "document.querySelector('#continual_lora_caption_0 textarea')?.value === "
-            "'a photo of B1 on sand'",
+            f"document.querySelector('{caption.format(0)}')?.value === 'a photo of B1 on sand'",
             timeout=60_000,
         )
-        opened.fill("#continual_lora_caption_1 textarea", "B1 ball in front of a wall")
+        opened.fill(caption.format(1), "B1 ball in front of a wall")
         opened.click("text=Method, and settings for experts")
         fill_settings(opened, steps=4, batch=2, rank=4, fisher_samples=4, preview_every=2)
         opened.fill("#continual_lora_stack textarea", "browser")
         opened.click("#continual_lora_learn")
         wait_for_text(opened, "#continual_lora_status", "Learned B1 ball", 1_800_000)
-        wait_for_text(opened, "#continual_lora_concepts", "4 steps, ", 60_000)
-        opened.screenshot(path=str(screenshot))
+        wait_for_text(opened, "#continual_lora_card_0", "4 steps, ", 60_000)
+        opened.screenshot(path=str(screenshot), full_page=True)
+        _sends(opened)
         stack = host.checkpoint.with_name("mini-sd.browser.concepts.safetensors")
         prompts = read_records(stack)[0].prompts
         assert {"a photo of B1 on sand", "B1 ball in front of a wall"} <= set(prompts)
         assert copies_of(host, "browser") == []
         asks_first(opened, stack, "B1")
+        opened.reload()  # the last job's stack is chosen again
+        opened.wait_for_selector("#txt2img_generate", timeout=120_000)
+        opened.click("button:has-text('Continual LoRA')")
+        wait_for_text(opened, "#continual_lora_card_0", "B1 ball", 60_000)
         opened.click("button:has-text('Neighbour')")
         opened.click("#neighbour_button")
         opened.wait_for_function(
@@ -322,6 +327,18 @@ def learns_in_a_browser(host: WebUI, pictures: Path, screenshot: Path) -> None:
             timeout=60_000,
         )
     assert host.get("/neighbour") == {"still": "here"}
+
+
+def _sends(opened: Any) -> None:
+    """The prompt of a card, with the LoRA of its export, to txt2img."""
+    opened.click("#continual_lora_send_0")
+    opened.wait_for_function(
+        "document.querySelector('#txt2img_prompt textarea').value.startsWith("
+        "'a photo of a B1 ball <lora:mini-sd.browser-B1-')",
+        timeout=60_000,
+    )
+    opened.wait_for_selector("#txt2img_generate", state="visible")
+    opened.click("button:has-text('Continual LoRA')")
 
 
 def fill_settings(opened: Any, **values: int) -> None:
@@ -354,7 +371,7 @@ def asks_first(opened: Any, stack: Path, token: str = "V1") -> None:
     opened.click("#continual_lora_no")
     opened.wait_for_selector("#continual_lora_yes", state="hidden")
     holds(token)
-    opened.click("text=History: undo, go back")
+    opened.click("text=History of the stack")
     opened.click("#continual_lora_undo")
     shows("question", f"Undo takes back: learned {token} ball")
     number = next(one.number for one in versions(stack) if one.current)

@@ -14,6 +14,7 @@ import json
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import threading
@@ -106,6 +107,9 @@ def test_a_card_shows_a_concept_of_a_stack(checkpoint: Path, pictures: Path) -> 
     stack.write_bytes(stack.read_bytes()[:100])
     with pytest.raises(StackError, match=r"can't be (read|used)|damaged"):
         host.concepts_of(stack)
+    page = Handlers(host.Host(checkpoint.parent, checkpoint.parent / "work"))
+    assert "can&#x27;t be read" in _value(page.view(checkpoint.name, ""), "none")
+    assert "only letters" in _value(page.view(checkpoint.name, "../up"), "none")
 
 
 def test_every_state_of_a_job_is_described() -> None:
@@ -206,15 +210,20 @@ def test_what_is_clicked_reaches_the_worker(
         request = _request(handlers, "export")
         assert (request["only"], request["remove_superseded"]) == (["V1", "V2"], remove)
         _wait(handlers)
+    values[ADVANCED.index("dsc_steps")] = values[ADVANCED.index("steps")] = 7
     for click, arguments, name in (
-        (handlers.consolidate, (files, names, *values, "a caption"), "consolidate"),
+        (handlers.consolidate, (files, names, *values), "consolidate"),
         (handlers.closed_form, (), "closed_form"),
         (handlers.scores, (files,), "scores"),
         (handlers.evaluate, (), "evaluate"),
     ):
         click(*place, *arguments)
-        assert _request(handlers, name)["checkpoint"].endswith("mini.safetensors")
+        request = _request(handlers, name)
+        assert request["checkpoint"].endswith("mini.safetensors")
+        assert request.get("settings", {}) == ({"dsc_steps": 7} if name == "consolidate" else {})
         _wait(handlers)
+    handlers.rename(*place, "V1", " V5 ")
+    assert _request(handlers, "rename")["to"] == "V5"
 
 
 def test_each_line_of_the_prompt_is_drawn(handlers: Handlers) -> None:
@@ -516,7 +525,7 @@ def test_the_page_has_every_part_and_label(tmp_path: Path) -> None:
     result = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
     seen = [line.removesuffix(" ...") for line in result.stdout.splitlines()]
     named = {*ADVANCED, *marked_names()} - NOT_IN_THE_TAB
-    for name in ("images", "replace", "remove_superseded", "stack", *named):
+    for name in ("images", "replace", "remove_superseded", "stack", "history", *named):
         assert any(line.startswith(label_of(name)) for line in seen), (name, result.stderr)
 
 
@@ -609,6 +618,13 @@ def test_other_pages_are_not_answered(headers: dict[str, str]) -> None:
 @contextmanager
 def _served(folder: Path) -> Iterator[str]:
     """The address of `continual-lora ui` on that folder of checkpoints."""
+    with _serving(folder) as (address, _):
+        yield address
+
+
+@contextmanager
+def _serving(folder: Path) -> Iterator[tuple[str, subprocess.Popen]]:
+    """Its address and its process."""
     port = free_port()
     command = [
         sys.executable,
@@ -628,7 +644,7 @@ def _served(folder: Path) -> Iterator[str]:
     ):
         try:
             _wait_for(f"http://127.0.0.1:{port}", server, log)
-            yield f"http://127.0.0.1:{port}"
+            yield f"http://127.0.0.1:{port}", server
         finally:
             server.terminate()
 
@@ -712,25 +728,57 @@ def test_the_tab_by_itself_in_a_browser(tmp_path: Path) -> None:
             "document.querySelector('#continual_lora_noun input, #continual_lora_noun "
             "textarea').value === 'ball'"
         )
+        field = "#continual_lora_token input, #continual_lora_token textarea"
+        assert opened.input_value(field) == "V1"
+        assert opened.is_disabled("#continual_lora_stop")
         opened.fill("#continual_lora_caption_0 textarea", "a photo of V1 in a garden")
         opened.click("text=Method, and settings for experts")
         fill_settings(opened, steps=6, batch=2, rank=4, fisher_samples=4, preview_every=3)
+        wait_for_text(opened, "#continual_lora_changed", "steps 6, rank 4, batch 2")
         opened.click("#continual_lora_learn")
+        wait_for_text(opened, "#continual_lora_learn", "Add to the queue")
+        opened.reload()  # the page comes back as it was
+        wait_for_text(opened, "#continual_lora_learn", "Add to the queue", 30_000)
+        assert not opened.is_disabled("#continual_lora_stop")
         wait_for_text(opened, "#continual_lora_status", "Learned V1 ball")
-        wait_for_text(opened, "#continual_lora_concepts", "6 steps, 5 pictures")
+        wait_for_text(opened, "#continual_lora_card_0", "6 steps, 5 pictures")
+        opened.wait_for_function(f"document.querySelector('{field}').value === 'V2'")
+        assert opened.locator("#continual_lora_card_0 img").count() == 2  # photograph and drawing
         stack = stack_path(next(tmp_path.glob("*.safetensors")))
         assert "a photo of V1 in a garden" in str(read_records(stack))
         copies = (tmp_path / "continual-lora" / "copies").rglob("*")
         assert [p for p in copies if p.is_file() and p.name != "lock"] == []
+        opened.click("#continual_lora_chip_1")
+        for name, value in (("count", 2), ("sampling", 3)):
+            opened.fill(f"#continual_lora_{name} input", str(value))
+        opened.click("#continual_lora_draw")
+        wait_for_text(opened, "#continual_lora_said", "Drawn.")
+        opened.wait_for_function(
+            "document.querySelectorAll('#continual_lora_gallery img').length >= 2", timeout=30_000
+        )
+        opened.click("#continual_lora_example")
+        opened.wait_for_selector("#continual_lora_caption_0 textarea")
+        opened.fill(field, "V1")
         opened.fill("#continual_lora_noun input, #continual_lora_noun textarea", "box")
         opened.click("#continual_lora_learn")
         wait_for_text(opened, "#continual_lora_status", "is already taken")
-        opened.screenshot(path=str(tmp_path / "tab.png"))
+        opened.screenshot(path=str(tmp_path / "tab.png"), full_page=True)
         asks_first(opened, stack)
         opened.reload()
-        wait_for_text(opened, "#continual_lora_concepts", "6 steps, 5 pictures")
+        wait_for_text(opened, "#continual_lora_card_0", "6 steps, 5 pictures")
         with urllib.request.urlopen(f"{address}/config") as answer:
             assert json.load(answer)["version"] == gradio.__version__
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this machine")
+@pytest.mark.skipif(os.name != "posix", reason="sends SIGINT")
+def test_ctrl_c_ends_it_at_once(checkpoint: Path) -> None:
+    """Even while a page is open, which the server would wait for."""
+    with _serving(checkpoint.parent) as (address, server), page(address) as opened:
+        opened.wait_for_selector("#continual_lora_learn")
+        server.send_signal(signal.SIGINT)
+        assert server.wait(5) == 0
 
 
 @pytest.mark.slow
@@ -743,18 +791,19 @@ def test_a_strangers_stack_runs_nothing_in_a_browser(checkpoint: Path, pictures:
     quick = LearnSettings(method="lora", steps=1, batch=1, rank=4, size=64)
     pipeline.learn_concept(LearnRequest(checkpoint, pictures, "V1", noun, quick, device="cpu"))
     with _served(checkpoint.parent) as address, page(address, height=1800) as opened:
-        wait_for_text(opened, "#continual_lora_concepts", "<img src=x")
+        wait_for_text(opened, "#continual_lora_card_0", "<img src=x")
+        wait_for_text(opened, "#continual_lora_chip_0", "<img src=x")
         opened.click("text=History of the stack")
         wait_for_text(opened, "#continual_lora_history", "<img src=x")
-        for button in ("undo", "forget"):
+        for button in ("undo", "forget_0"):
             opened.click(f"#continual_lora_{button}")
             wait_for_text(opened, "#continual_lora_question", "<img src=x")
             opened.click("#continual_lora_no")
-        opened.click("#continual_lora_export")
-        wait_for_text(opened, "#continual_lora_status", "<img src=x")
+        opened.click("#continual_lora_export_0")
+        wait_for_text(opened, "#continual_lora_said", "<img src=x")
         opened.click("#continual_lora_undo")
         opened.click("#continual_lora_yes")
-        wait_for_text(opened, "#continual_lora_status", "Undone: learned V1 <img src=x")
+        wait_for_text(opened, "#continual_lora_said", "Undone: learned V1 <img src=x")
         assert opened.evaluate("window.pwned") is None
         images = 'img[src=x], img[src="http://127.0.0.1/x"]'
         assert opened.evaluate(f"document.querySelectorAll('{images}').length") == 0

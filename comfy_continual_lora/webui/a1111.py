@@ -33,6 +33,9 @@ def host(extension: Path) -> WebuiHost:
 
 
 class WebuiHost(Host):
+    offers_files = False  # they are where the web UI loads them
+    sends_prompts = True
+
     def __init__(self, extension: Path) -> None:
         super().__init__(Path(), home_of(extension))
         self.runner.around = self.around
@@ -51,6 +54,17 @@ class WebuiHost(Host):
     def checkpoints(self) -> dict[str, Path]:
         paths = {info.name: Path(info.filename) for info in sd_models.checkpoints_list.values()}
         return {name: path for name, path in paths.items() if is_checkpoint(path.name)}
+
+    def refresh(self) -> None:
+        sd_models.list_models()
+
+    def loaded(self) -> str:
+        """Of the model in use; else of the one in the web UI's settings. Nothing is loaded to look."""
+        model = sd_models.model_data.sd_model
+        info = getattr(model, "sd_checkpoint_info", None)
+        if info is None:
+            info = sd_models.checkpoint_aliases.get(shared.opts.data.get("sd_model_checkpoint"))
+        return getattr(info, "name", "")
 
     def exports(self) -> tuple[Path, Path]:
         return Path(shared.cmd_opts.lora_dir), Path(shared.cmd_opts.embeddings_dir)

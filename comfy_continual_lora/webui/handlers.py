@@ -92,6 +92,7 @@ STACK = (
 )
 OUTPUTS = (*_FAST, *STACK, "chart", "gallery", "downloads", "token", "prompt")
 ASKING = ("asking", "question", "yes", "pending")
+RENAMING = ("renaming", "renamed", "to")
 PICTURES = (
     "names",
     "inventory",
@@ -265,12 +266,12 @@ class Handlers:
 
     def _stack(self, checkpoint: str, name: str, first: int) -> Values:
         """Cards, proposed prompts and history, the newest concepts first."""
-        concepts, past, message = [], "", "Nothing learned yet: the first concept comes here."
+        concepts, table, message = [], "", "Nothing learned yet: the first concept comes here."
         album, stack = self.host.album, Path()
         try:
             _, stack = self.place(checkpoint, name)
             concepts = list(reversed(concepts_of(stack)))
-            past = history(versions(stack))
+            table = history(versions(stack))
         except REFUSED as error:
             message = in_labels(error)
         shown, kept = concepts[first : first + CARDS], album.kept(stack)
@@ -281,7 +282,7 @@ class Handlers:
                 value=f"{first + 1} to {first + len(shown)} of {len(concepts)}: show others",
             ),
             "tokens": [one["token"] for one in shown],
-            "history": past,
+            "history": table,
         }
         for number in range(CARDS):
             one = shown[number] if number < len(shown) else None
@@ -417,7 +418,7 @@ class Handlers:
         name: str,
         first: int,
         files: Any,
-        names: Sequence[str] = (),
+        names: Sequence[str],
         *rest: Any,
     ) -> list[Any]:
         """`rest`: advanced settings, then captions."""
@@ -587,6 +588,23 @@ class Handlers:
             return ask(checkpoint, name, tokens[number] if number < len(tokens or ()) else "")
 
         return handler
+
+    def ask_name(self, number: int) -> Callable[..., list[Any]]:
+        """Ask for the new word of this card's concept: the values of `RENAMING`."""
+
+        def handler(checkpoint: str, name: str, tokens: Sequence[str]) -> list[Any]:
+            token = tokens[number] if number < len(tokens or ()) else ""
+            label = f"The new word for {token}"
+            return [gr.update(visible=True), token, gr.update(value=token, label=label)]
+
+        return handler
+
+    def rename(self, checkpoint: str, name: str, first: int, token: str, to: str) -> list[Any]:
+        def jobs_of(path: Path, stack: Path) -> Jobs:
+            request = {**place_of(path, stack), "token": token, "to": (to or "").strip()}
+            return [("rename", request)], None
+
+        return [*self._hand_in(checkpoint, name, first, jobs_of), gr.update(visible=False)]
 
     @staticmethod
     def not_asked() -> list[Any]:

@@ -17,7 +17,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from ..errors import StackError
+from ..errors import ContinualLoraError
 from ..files import checkpoints_in, stack_path
 from ..stackfile import read_header
 from .album import Album
@@ -186,7 +186,7 @@ class Host:
         ]
 
     def free_word(self, stack: Path) -> str:
-        """The next word that is neither learned nor being learned: V1, V2, ... Errors: StackError."""
+        """The next word that is neither learned nor being learned: V1, V2, ... Errors: as `concepts_of`."""
         tokens = [one["token"] for one in concepts_of(stack)] + self.in_work(stack)
         taken = {token.lower() for token in tokens}
         return next(word for n in itertools.count(1) if (word := f"V{n}").lower() not in taken)
@@ -197,7 +197,7 @@ class Host:
         try:
             if job.results and stack.name:
                 self.album.add(stack, concepts_of(stack), job)
-        except (OSError, ValueError, StackError):
+        except (OSError, ValueError, ContinualLoraError):
             logging.exception("continual-lora: the drawings could not be kept")
         self.copies.tidy(shown=_chart_folders(job))
 
@@ -225,7 +225,7 @@ def _changed(checkpoint: Path) -> float:
     """When the checkpoint's stack changed; 0 if there is none."""
     try:
         return stack_path(checkpoint).stat().st_mtime
-    except (OSError, StackError):
+    except (OSError, ContinualLoraError):
         return 0.0
 
 

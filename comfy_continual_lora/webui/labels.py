@@ -33,8 +33,10 @@ _LABELS = {
     "export": "Export",
     "undo": "Undo the last change",
     "forget": "Forget",
+    "rename": "Rename",
+    "to": "The new word",
     "restore": "Go back to this version",
-    "history": "History: undo, go back",
+    "history": "History of the stack",
     # what the tab does not have
     "prediction": "prediction, on the command line",
     "import": "import, on the command line",

@@ -17,7 +17,6 @@ from typing import Any
 from PIL import Image
 
 from ..errors import spelled
-from ..progress import counted
 from ..versions import Version
 from .job import Job
 from .labels import LABELS
@@ -99,7 +98,7 @@ def _state(job: Job, say: Say, names: Mapping[str, str] | None) -> str:
     return line
 
 
-def _in_unit(seconds: float) -> tuple[float, str]:
+def _counted(seconds: float) -> tuple[float, str]:
     """A time in the unit that suits it."""
     units = (("hours", 3600), ("minutes", 60), ("seconds", 1))
     unit, size = next(one for one in units if seconds >= 2 * one[1] or one[1] == 1)
@@ -126,7 +125,7 @@ def _endings(results: Mapping[str, Any], say: Say) -> list[str]:
 
 def _planned(result: Mapping[str, Any], say: Say) -> list[str]:
     least, most = result["seconds"]
-    count, unit = _in_unit(most)
+    count, unit = _counted(most)
     few = least / most * count
     time = (
         f"{few:,.0f} to {count:,.0f} {unit}"
@@ -176,6 +175,11 @@ def _forgotten(result: Mapping[str, Any], say: Say) -> list[str]:
     return [f"**Forgot {word}.** LoRAs exported before still contain it."]
 
 
+def _renamed(result: Mapping[str, Any], say: Say) -> list[str]:
+    old, new = say(result["token"]), say(result["to"])
+    return [f"**Renamed {old} to {new}.** Files exported before still say {old}: export again."]
+
+
 def _undone(result: Mapping[str, Any], say: Say) -> list[str]:
     return [f"**Undone: {say(result['change'])}.** {_holds(result, say)}"]
 
@@ -214,6 +218,7 @@ _ENDINGS: dict[str, Callable[[Mapping[str, Any], Say], list[str]]] = {
     "consolidate": _consolidated,
     "closed_form": _solved,
     "forget": _forgotten,
+    "rename": _renamed,
     "undo": _undone,
     "restore": _restored,
     "scores": _scored,
@@ -261,37 +266,3 @@ def picture_of(encoded: str | None) -> Image.Image | None:
         )
     except (OSError, ValueError):
         return None
-
-
-def table(concepts: Sequence[Mapping[str, Any]], kept: Mapping[str, float | None]) -> str:
-    """The stack as HTML: preview, word, date and method, share kept at the last evaluation."""
-    if not concepts:
-        return "<p>No concept learned yet.</p>"
-    rows = []
-    for one in concepts:
-        name = f"{one['token']} {one['noun']}" if one["with_noun"] else one["token"]
-        share = kept.get(name)
-        how = f"{counted(one['steps'], 'step')}, {counted(one['images'], 'picture')}"
-        cells = (
-            _thumbnail(one["preview"]),
-            f"<b>{html(one['token'])}</b> {html(one['noun'])}",
-            html(str(one["learned"])[:10]),
-            html(f"{one['method']}, {how}"),
-            "-" if share is None else f"{100 * share:.0f} %",
-        )
-        rows.append("<tr>" + "".join(f"<td>{cell}</td>" for cell in cells) + "</tr>")
-    head = "".join(
-        f"<th align='left'>{name}</th>" for name in ("", "concept", "learned", "how", "kept")
-    )
-    return f"<table><tr>{head}</tr>{''.join(rows)}</table>"
-
-
-def _thumbnail(encoded: object) -> str:
-    """An HTML image, encoded again by us; empty if the data is not a JPEG."""
-    try:
-        data = base64.b64decode(encoded, validate=True) if isinstance(encoded, str) else b""
-    except ValueError:
-        return ""
-    if not data.startswith(b"\xff\xd8\xff"):  # JPEG
-        return ""
-    return f'<img alt="" width="64" src="data:image/jpeg;base64,{base64.b64encode(data).decode()}">'

@@ -15,7 +15,6 @@ import gradio as gr
 
 from ..fields import help_of
 from ..settings import LearnSettings
-from .cards import STYLE
 from .handlers import (
     ADVANCED,
     ASKING,
@@ -25,12 +24,14 @@ from .handlers import (
     HAS_TIMER,
     OUTPUTS,
     PICTURES,
+    RENAMING,
     SLOTS,
     STACK,
     Handlers,
 )
 from .host import Host
 from .labels import label_of, methods
+from .style import STYLE
 
 # gradio 3 has no timer, so a script presses a button while that reads "busy" and the page is
 # visible. No handler may run long: in gradio 3, one whose page was closed keeps the server from
@@ -151,7 +152,7 @@ def _what_to_learn(parts: SimpleNamespace, host: Host) -> None:
 
 def _learning(parts: SimpleNamespace) -> None:
     with gr.Row():
-        parts.learn = _button("learn", "Learn", variant="primary", scale=2, min_width=120)
+        parts.learn = _button("learn", label_of("learn"), variant="primary", scale=2, min_width=120)
         parts.estimate = _button("estimate", "How long?", min_width=80)
         parts.stop = _button("stop", "Stop", interactive=False, min_width=80)
     parts.changed = _text("changed")
@@ -231,6 +232,12 @@ def _known(parts: SimpleNamespace, host: Host) -> None:
         with gr.Row():
             parts.yes = _button("yes", "Yes", variant="stop")
             parts.no = _button("no", "Cancel")
+    parts.renamed = gr.State("")
+    with gr.Group(visible=False, elem_id="continual_lora_renaming") as parts.renaming:
+        parts.to = gr.Textbox("", label=label_of("to"), elem_id="continual_lora_to")
+        with gr.Row():
+            parts.rename = _button("rename", label_of("rename"), variant="primary")
+            parts.keep = _button("keep", "Cancel")
     parts.said_bar = gr.HTML("", elem_id="continual_lora_said_bar")
     parts.said = _text("said")
     parts.downloads = gr.File(
@@ -250,13 +257,15 @@ def _card(parts: SimpleNamespace, host: Host, number: int) -> None:
             small: dict[str, Any] = {"size": "sm", "min_width": 60}
             draw = _button(f"draw_{number}", "Draw", **small)
             export = _button(f"export_{number}", "Export", **small)
-            forget = _button(f"forget_{number}", "Forget ...", **small)
+            rename = _button(f"rename_{number}", f"{label_of('rename')} ...", **small)
+            forget = _button(f"forget_{number}", f"{label_of('forget')} ...", **small)
         send = _button(f"send_{number}", "Send to txt2img", visible=host.sends_prompts, **small)
     for kind, part in (
         ("card", card),
         ("face", face),
         ("draw", draw),
         ("export", export),
+        ("rename", rename),
         ("forget", forget),
         ("send", send),
     ):
@@ -315,26 +324,26 @@ def _checks(parts: SimpleNamespace) -> None:
             info="exports of the same concepts of this stack; otherwise they are listed",
             elem_id="continual_lora_remove_superseded",
         )
-        parts.export = _button("export", "Export")
+        parts.export = _button("export", label_of("export"))
         with gr.Row():
-            parts.evaluate = _button("evaluate", "How much is kept?", min_width=140)
-            parts.scores = _button("scores", "Which concept is in the pictures?", min_width=140)
+            parts.evaluate = _button("evaluate", label_of("evaluate"), min_width=140)
+            parts.scores = _button("scores", label_of("scores"), min_width=140)
         with gr.Row():
-            parts.closed_form = _button("closed_form", "Consolidate (closed form)", min_width=140)
-            parts.consolidate = _button("consolidate", "Consolidate (DSC)", min_width=140)
+            parts.closed_form = _button("closed_form", label_of("closed_form"), min_width=140)
+            parts.consolidate = _button("consolidate", label_of("consolidate"), min_width=140)
         gr.Markdown("DSC and the question of pictures take the pictures dropped under Learn.")
         parts.chart = gr.Image(label="Chart", type="pil", visible=False)
 
 
 def _history(parts: SimpleNamespace) -> None:
-    with gr.Accordion("History: undo, go back", open=False):
-        parts.undo = _button("undo", "Undo the last change ...")
+    with gr.Accordion(label_of("history"), open=False):
+        parts.undo = _button("undo", f"{label_of('undo')} ...")
         parts.history = gr.HTML("", elem_id="continual_lora_history")
         with gr.Row():
             parts.version = gr.Number(
                 value=1, precision=0, label=label_of("version"), elem_id="continual_lora_version"
             )
-            parts.restore = _button("restore", "Go back to this version ...")
+            parts.restore = _button("restore", f"{label_of('restore')} ...")
 
 
 def _pulse() -> Any:
@@ -397,17 +406,23 @@ def _connect_cards(parts: SimpleNamespace, handlers: Handlers) -> None:
     sent = gr.Textbox("", visible=False)
     script: dict[str, Any] = {_JS: _SEND}
     for number in range(CARDS):
-        draw, export, forget, send = (
-            getattr(parts, f"{kind}_{number}") for kind in ("draw", "export", "forget", "send")
+        draw, export, rename, forget, send = (
+            getattr(parts, f"{kind}_{number}")
+            for kind in ("draw", "export", "rename", "forget", "send")
         )
         draw.click(handlers.draw_card(number), [*place, parts.tokens, *how], outputs)
         export.click(
             handlers.export_card(number), [*place, parts.tokens, parts.remove_superseded], outputs
         )
         forget.click(handlers.ask_forget(number), named, asking)
+        rename.click(handlers.ask_name(number), named, _outputs(parts, RENAMING))
         if handlers.host.sends_prompts:
             done = send.click(handlers.send_card(number), named, [sent, parts.said])
             done.then(None, sent, None, **script)
+    renaming = [*place, parts.renamed, parts.to]
+    parts.rename.click(handlers.rename, renaming, [*outputs, parts.renaming])
+    parts.to.submit(handlers.rename, renaming, [*outputs, parts.renaming])
+    parts.keep.click(lambda: gr.update(visible=False), None, parts.renaming)
     for number in range(CHIPS):
         chip = getattr(parts, f"chip_{number}")
         chip.click(lambda prompt: prompt, chip, parts.prompt)
