@@ -12,10 +12,7 @@ import io
 import json
 import os
 import platform
-import shlex
-import subprocess
 import sys
-from collections.abc import Callable, Sequence
 from contextlib import nullcontext, redirect_stdout
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,17 +20,18 @@ from typing import TYPE_CHECKING, Any
 from . import __version__
 from .cliconfig import CONFIG_HELP, with_config, write_config
 from .cliflags import add_fields, add_settings, hide_experts, names_in, request_of
+from .cliown import OWN
 from .cliparser import Parser
 from .cliprogress import FIRST, Bar
-from .cliterminal import styled, wrapped
+from .clirun import Run, checked, operate, run, show
+from .cliterminal import said
 from .errors import Cancelled, ContinualLoraError, SettingError
-from .operations import OPERATIONS, Operation
+from .operations import OPERATIONS
 from .progress import Progress
 from .requests import settings_of
 
 if TYPE_CHECKING:
     from .requests import LearnRequest
-    from .results import Result
 
 EPILOG = (
     "Everything a checkpoint has learned is in one file beside it: "
@@ -48,7 +46,7 @@ GROUPS = {
     "with a page or a web UI": ("ui", "install-webui"),
     "for the shell": ("completion",),
 }
-Run = Callable[[argparse.Namespace, Bar], None]
+_COMPLETION = "print what makes a shell complete commands"
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -94,6 +92,10 @@ def main(argv: list[str] | None = None) -> int:
     return 0
 
 
+def _complain(message: str, style: str = "red") -> None:
+    print(said(message, style, sys.stderr), file=sys.stderr)
+
+
 def _problem(error: OSError) -> str:
     """In words, of a file or folder that nothing else checks."""
     if error.filename is None:
@@ -101,49 +103,12 @@ def _problem(error: OSError) -> str:
     return f"{error.filename} can't be read or written ({error.strerror})."
 
 
-def _complain(message: str, style: str = "red") -> None:
-    name, _, rest = wrapped(f"continual-lora: {message}").partition(":")
-    print(f"{styled(name, style, sys.stderr)}:{rest}", file=sys.stderr)
-
-
 # --- the commands of operations ------------------------------------------------------------------
-
-
-def _operate(arguments: argparse.Namespace, bar: Bar) -> None:
-    _run(arguments.command, arguments, bar)
-
-
-def _run(name: str, arguments: argparse.Namespace, bar: Bar, **other: Any) -> None:
-    """Run an operation and show its result; `other`: fields that do not come from flags."""
-    operation = OPERATIONS[name]
-    request = _checked(operation, request_of(operation, arguments, **other))
-    _show(operation(request, bar), arguments, bar)
-
-
-def _checked(operation: Operation, request: Any) -> Any:
-    """The request, without the mistakes that can be found before anything heavy is imported."""
-    if operation.module == "pipeline":
-        from .early import check
-
-        check(request)
-    return request
-
-
-def _show(result: Result, arguments: argparse.Namespace, bar: Bar) -> None:
-    bar.clear()
-    if arguments.json:
-        print(json.dumps(result.as_json()))
-        return
-    for number, line in enumerate(result.summary().splitlines()):
-        # what was done, and the version that is in use
-        is_first = number == 0 and arguments.command in _CHANGING
-        style = "green" if is_first else "bold" if line.startswith("* ") else ""
-        print(styled(line, style, sys.stdout) if style else line)
 
 
 def _learn(arguments: argparse.Namespace, bar: Bar) -> None:
     operation = OPERATIONS["learn"]
-    request: Any = _checked(operation, request_of(operation, arguments))
+    request: Any = checked(operation, request_of(operation, arguments))
     if arguments.plan:
         return _plan(request, arguments.json)
     preview = _preview_file(request)
@@ -152,35 +117,32 @@ def _learn(arguments: argparse.Namespace, bar: Bar) -> None:
 
         check_output(preview)
 
-    def show(progress: Progress) -> None:
+    def report(progress: Progress) -> None:
         if progress.preview is not None:
             from .imagefile import save_own
 
             save_own(progress.preview, preview)
         bar(progress)
 
-    result: Any = operation(request, show)
+    result: Any = operation(request, report)
     plot = _plot_looks(request, result) if not result.again and result.record.watched else None
-    _show(result, arguments, bar)
+    show(result, arguments, bar)
     if plot and not arguments.json:
         print(f"The curve: {plot}")
     if not arguments.json and not result.again:
+        from .reportpage import pasted
+
         command = ["continual-lora", "draw", "--checkpoint", str(arguments.checkpoint)]
         if arguments.stack:
             command += ["--stack", str(arguments.stack)]
         command += ["--prompt", f"a photo of a {result.record.name}"]
-        print(f"Try: {_pasted(command)}")
+        print(f"Try: {pasted(command)}")
     if not result.again:
         file = request.stack_file
         beside = f"{file.name.removesuffix('.safetensors')}.{result.record.token}.toml"
         written = write_config(file.with_name(beside), parser().commands()["learn"], arguments)
         if written and not arguments.json:
             print(f"What was run: {written}")
-
-
-def _pasted(command: Sequence[str]) -> str:
-    """A command as this system's shell takes it."""
-    return subprocess.list2cmdline(command) if os.name == "nt" else shlex.join(command)
 
 
 def _plot_looks(request: LearnRequest, result: Any) -> Path | None:
@@ -242,56 +204,23 @@ def _size(name: str, size: int, note: str = "") -> None:
 
 def _consolidate(arguments: argparse.Namespace, bar: Bar) -> None:
     if arguments.closed_form:
-        return _run("closed_form", arguments, bar)
+        return run("closed_form", arguments, bar)
     if arguments.images is None:
         raise SettingError(
             "DSC needs `images`, the pictures the newest concept was learned from; without "
             "pictures there is `closed_form`."
         )
-    _operate(arguments, bar)
+    operate(arguments, bar)
 
 
 def _draw(arguments: argparse.Namespace, bar: Bar) -> None:
     beside = arguments.beside or []
     prompts = [(prompt, *beside) for prompt in arguments.prompts]
-    _run("draw", arguments, bar, prompts=prompts)
+    run("draw", arguments, bar, prompts=prompts)
 
 
 RUNS: dict[str, Run] = {"learn": _learn, "consolidate": _consolidate, "draw": _draw}
-# The first line of their results says what was done
-_CHANGING = (*("learn", "consolidate", "forget", "merge", "import", "rename", "undo", "restore"),)
-
-
 # --- the command line's own commands -------------------------------------------------------------
-
-
-def _demo(arguments: argparse.Namespace, bar: Bar) -> None:
-    from .demo import run_demo
-
-    def say(text: str) -> None:
-        bar.clear()
-        print(text, flush=True)
-
-    report = run_demo(arguments.out, bar, say, arguments.steps)
-    bar.clear()
-    print(f"The report: {report}")
-    if sys.stdout.isatty() and not arguments.no_browser:
-        import webbrowser
-
-        webbrowser.open(report.resolve().as_uri())
-
-
-def _mini(arguments: argparse.Namespace, bar: Bar) -> None:
-    from .mini.weights import write_checkpoint
-
-    write_checkpoint(arguments.path, stock=arguments.stock)
-    print(f"Wrote {arguments.path} ({arguments.path.stat().st_size / 2**20:.0f} MiB)")
-
-
-def _list(arguments: argparse.Namespace, bar: Bar) -> None:
-    from .upkeep import stacks_in
-
-    _show(stacks_in(arguments.folder), arguments, bar)
 
 
 def _completion(arguments: argparse.Namespace, bar: Bar) -> None:
@@ -309,32 +238,6 @@ def _completion(arguments: argparse.Namespace, bar: Bar) -> None:
     print(shtab.complete(whole, arguments.shell))
 
 
-def _ui(arguments: argparse.Namespace, bar: Bar) -> None:
-    try:
-        import gradio  # noqa: F401
-    except ImportError:
-        raise SettingError(
-            "The tab needs gradio, which is not installed: pip install 'comfy-continual-lora[ui]'."
-        ) from None
-    from .files import checkpoints_in
-    from .mini.weights import write_checkpoint
-    from .webui.alone import launch
-
-    models: Path = arguments.models
-    if not checkpoints_in(models):
-        write_checkpoint(models / "mini-sd.safetensors")
-        print(
-            f"There was no checkpoint in {models}, so the mini-SD was put there for trying it out."
-        )
-    launch(models, arguments.port, not arguments.no_browser)
-
-
-def _install_webui(arguments: argparse.Namespace, bar: Bar) -> None:
-    from .webui.install import install
-
-    print(install(arguments.path, copy=arguments.copy))
-
-
 # --- the parser ----------------------------------------------------------------------------------
 
 
@@ -350,12 +253,13 @@ def parser() -> Parser:
         "--version", action=_Version, nargs=0, help="show the versions of this program and torch"
     )
     commands = whole.add_subparsers(required=True, metavar="COMMAND")
-    for name, run, help, add in OWN:
-        add(_command(commands, name, run, help))
+    own = (*OWN, ("completion", _completion, _COMPLETION, _add_to_completion))
+    for name, work, help, add in own:
+        add(_command(commands, name, work, help))
     for name, operation in OPERATIONS.items():
         if name == "closed_form":
             continue  # consolidate --closed-form
-        command = _command(commands, name, RUNS.get(name, _operate), operation.help)
+        command = _command(commands, name, RUNS.get(name, operate), operation.help)
         add_fields(command, operation, optional=("images",) if name == "consolidate" else ())
         if name in _MORE:
             _MORE[name](command)
@@ -418,88 +322,8 @@ def _add_to_draw(command: Parser) -> None:
 _MORE = {"learn": _add_to_learn, "consolidate": _add_to_consolidate, "draw": _add_to_draw}
 
 
-def _add_to_demo(command: Parser) -> None:
-    command.add_argument(
-        "--out", type=Path, default=Path("demo"), help="folder for the report (default: demo)"
-    )
-    command.add_argument(
-        "--steps", type=int, help="training steps of each concept (default: the mini-SD's 300)"
-    )
-    command.add_argument(
-        "--no-browser", action="store_true", help="do not open the report in a browser"
-    )
-
-
-def _add_to_mini(command: Parser) -> None:
-    command.add_argument("path", type=Path, help="where to write it, such as mini.safetensors")
-    command.add_argument(
-        "--stock",
-        action="store_true",
-        help="the same net with SD1.5's layer sizes, for programs that accept nothing else",
-    )
-
-
-def _add_to_list(command: Parser) -> None:
-    command.add_argument(
-        "folder",
-        type=Path,
-        nargs="?",
-        default=Path(),
-        metavar="FOLDER",
-        help="where to look, with the folders below it (default: this folder)",
-    )
-    command.add_argument("--json", action="store_true", help="print the result as JSON")
-
-
 def _add_to_completion(command: Parser) -> None:
     command.add_argument("shell", choices=("bash", "zsh", "tcsh"), help="the shell to write it for")
-
-
-def _add_to_ui(command: Parser) -> None:
-    command.add_argument(
-        "--models",
-        type=Path,
-        default=Path("models"),
-        help="folder of checkpoints; the mini-SD is put there if it has none (default: models)",
-    )
-    command.add_argument(
-        "--port", type=int, help="port of the page (default: the first free one from 7860 on)"
-    )
-    command.add_argument("--no-browser", action="store_true", help="do not open a browser")
-
-
-def _add_to_install(command: Parser) -> None:
-    command.add_argument("path", type=Path, help="the web UI's folder (or its --data-dir)")
-    command.add_argument(
-        "--copy",
-        action="store_true",
-        help="copy the files; otherwise a clone is linked, so that updating it updates the tab",
-    )
-
-
-OWN: tuple[tuple[str, Run, str, Callable[[Parser], None]], ...] = (
-    ("demo", _demo, "learn two concepts on the mini-SD and write a report", _add_to_demo),
-    (
-        "mini",
-        _mini,
-        "write the mini-SD, a small Stable Diffusion for trying things out, as a checkpoint",
-        _add_to_mini,
-    ),
-    (
-        "list",
-        _list,
-        "list the checkpoints of a folder and what they have learned",
-        _add_to_list,
-    ),
-    ("completion", _completion, "print what makes a shell complete commands", _add_to_completion),
-    ("ui", _ui, "open the tab by itself, in a browser on this machine", _add_to_ui),
-    (
-        "install-webui",
-        _install_webui,
-        "put the tab into AUTOMATIC1111, reForge, Forge or Forge Neo as an extension",
-        _add_to_install,
-    ),
-)
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ import threading
 import time
 from collections.abc import Mapping
 
-from .cliterminal import styled, wrapped
+from .cliterminal import said
 from .errors import Cancelled, spelled
 from .progress import Progress
 
@@ -48,10 +48,7 @@ class Bar:
             return
         if progress.note:
             self.clear()
-            name, _, rest = wrapped(
-                f"continual-lora: {spelled(progress.note, self.names)}"
-            ).partition(":")
-            self._write(f"{styled(name, 'yellow', sys.stderr)}:{rest}")
+            self._write(said(spelled(progress.note, self.names), "yellow", sys.stderr))
         self._show(progress)
 
     def _show(self, progress: Progress) -> None:

@@ -29,3 +29,9 @@ def wrapped(text: str) -> str:
         for line in text.splitlines()
     ]
     return "\n".join(lines)
+
+
+def said(message: str, style: str, stream: TextIO) -> str:
+    """A wrapped message of this program, whose name in front is in a style."""
+    name, _, rest = wrapped(f"continual-lora: {message}").partition(":")
+    return f"{styled(name, style, stream)}:{rest}"

@@ -15,6 +15,7 @@ from collections.abc import Mapping, Sequence
 from PIL import Image
 
 from .curves import smoothed
+from .progress import counted
 
 _STYLE = """
 :root { color-scheme: light dark; --text: #1f2328; --soft: #59636e; --page: #fff; --box: #f3f4f6;
@@ -134,17 +135,13 @@ def page(title: str, intro: str, sections: Sequence[tuple[str, Sequence[str]]]) 
 def duration(seconds: float) -> str:
     """In the words of people: "40 seconds", "24 minutes", "1 hour 5 minutes"."""
     if seconds < 90:
-        return _counted(max(1, round(seconds)), "second")
+        return counted(max(1, round(seconds)), "second")
     minutes = round(seconds / 60)
     if minutes < 90:
-        return _counted(minutes, "minute")
+        return counted(minutes, "minute")
     hours, rest = divmod(minutes, 60)
-    whole = _counted(hours, "hour")
-    return f"{whole} {_counted(rest, 'minute')}" if rest else whole
-
-
-def _counted(number: int, unit: str) -> str:
-    return f"{number} {unit}{'' if number == 1 else 's'}"
+    whole = counted(hours, "hour")
+    return f"{whole} {counted(rest, 'minute')}" if rest else whole
 
 
 def _image(image: Image.Image, alt: str) -> str:

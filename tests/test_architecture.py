@@ -20,7 +20,9 @@ LIGHT = (
     "cliconfig",
     "cliflags",
     "cliparser",
+    "cliown",
     "cliprogress",
+    "clirun",
     "cliterminal",
     "errors",
     "fields",
@@ -49,6 +51,8 @@ LIGHT = (
 LAYERS = (
     ("__main__",),
     ("cli", "comfy_nodes"),
+    ("cliown",),
+    ("clirun",),
     ("cliconfig", "cliflags", "cliprogress"),
     ("cliparser",),
     ("cliterminal",),
