@@ -27,7 +27,7 @@ from .clirun import Run, checked, operate, run, show
 from .cliterminal import said
 from .errors import Cancelled, ContinualLoraError, SettingError
 from .operations import OPERATIONS
-from .progress import Progress
+from .progress import Progress, unit_for
 from .requests import settings_of
 
 if TYPE_CHECKING:
@@ -190,8 +190,7 @@ def _plan(request: LearnRequest, as_json: bool) -> None:
     _size("stack", plan.stack_file, "plus the version before it")
     _size("exported LoRA and embedding", plan.exported)
     least, most = plan.seconds
-    units = [("hours", 3600), ("minutes", 60), ("seconds", 1)]
-    unit, seconds = next(one for one in units if least >= 2 * one[1] or one[1] == 1)
+    unit, seconds = unit_for(least)
     print(
         f"Time: {least / seconds:,.0f} to {most / seconds:,.0f} {unit} of training, judged by how "
         "fast this device computes."

@@ -82,6 +82,12 @@ def duration(seconds: float) -> str:
     return f"{seconds / 3600:.1f} h"
 
 
+def unit_for(seconds: float) -> tuple[str, int]:
+    """The unit that a time is best told in, and how many seconds it has."""
+    units = (("hours", 3600), ("minutes", 60), ("seconds", 1))
+    return next(one for one in units if seconds >= 2 * one[1] or one[1] == 1)
+
+
 class OneBar:
     """How much of a job with several stages is done, from 0 to 1; it never goes back.
 

@@ -14,9 +14,9 @@ from typing import Any
 from torch import Tensor
 
 from .adapters.adapter import Adapter, kind_of, rank_of
-from .concepts import name_of
 from .errors import StackError
 from .stackschema import HISTORY
+from .words import name_of, position_of
 
 
 @dataclass(frozen=True)
@@ -124,11 +124,7 @@ class ConceptStack:
 
     def index_of(self, token: str) -> int:
         """Errors: StackError for a token that is not on the stack."""
-        record = self.find(token)
-        if record is None:
-            tokens = ", ".join(one.token for one in self.records) or "none"
-            raise StackError(f"There is no concept {token!r} on the stack. It has: {tokens}.")
-        return self.records.index(record)
+        return position_of(token, [one.token for one in self.records])
 
     def adapter_after(self, concept: str) -> Adapter | None:
         """The adapter as it was right after this concept was learned."""

@@ -38,7 +38,7 @@ from .results import (
 from .stackfile import read_header, read_shapes
 from .stackschema import unreadable
 from .versions import earlier, versions
-from .words import check_noun, check_token, is_ordinary, name_of
+from .words import check_noun, check_token, is_ordinary, name_in, position_of
 
 
 def info(request: InfoRequest, on_progress: OnProgress = ignore) -> InfoResult:
@@ -105,7 +105,7 @@ def stacks_in(folder: Path) -> ListResult:
 
 def _listed(checkpoint: Path | None, stack: Path) -> Listed:
     try:
-        names = [_name(record) for record in read_header(stack)["concepts"]]
+        names = [name_in(record) for record in read_header(stack)["concepts"]]
     except StackError as error:
         return Listed(checkpoint, stack, problem=str(error))
     return Listed(checkpoint, stack, names)
@@ -122,19 +122,20 @@ def rename(request: RenameRequest, on_progress: OnProgress = ignore) -> RenameRe
     with writing(path):
         header = read_header(path)
         records = header["concepts"]
-        number = _index_of(records, request.token)
-        old, new = records[number]["token"], request.to
+        tokens = [record["token"] for record in records]
+        number = position_of(request.token, tokens)
+        old, new = tokens[number], request.to
         if new.lower() == old.lower():
             raise TokenError(f"{old} and {new} are the same word: prompts take any case for it.")
-        if new.lower() in (record["token"].lower() for record in records):
+        if new.lower() in map(str.lower, tokens):
             raise TokenError(f"{new} is another concept's word. Choose one that is free.")
         check_token(new, (), is_ordinary)
         check_noun(records[number]["noun"], new)
         check_names(path, new)
-        names = {token: new if token == old else token for token in map(_token, records)}
+        names = {token: new if token == old else token for token in tokens}
         renamed = [_renamed(record, names) for record in records[number:]]
-        name = _name(renamed[0])
-        change = new_change("renamed", [f"{_name(records[number])} to {name}"])
+        name = name_in(renamed[0])
+        change = new_change("renamed", [f"{name_in(records[number])} to {name}"])
         concepts = [*records[:number], *renamed]
 
         def write(number: int, parent: int | None) -> None:
@@ -146,16 +147,6 @@ def rename(request: RenameRequest, on_progress: OnProgress = ignore) -> RenameRe
     return RenameResult(old, new, name, request.stack_file, unfinished)
 
 
-def _index_of(records: list[dict[str, Any]], token: str) -> int:
-    tokens = [record["token"] for record in records]
-    for number, one in enumerate(tokens):
-        if one.lower() == token.lower():
-            return number
-    raise StackError(
-        f"There is no concept {token!r} on the stack. It has: {', '.join(tokens) or 'none'}."
-    )
-
-
 def _renamed(record: dict[str, Any], names: Mapping[str, str]) -> dict[str, Any]:
     """A record where concepts of its stack have other words, by their old ones; the request that
     made it had the old one, so it is no longer its own.
@@ -164,11 +155,3 @@ def _renamed(record: dict[str, Any], names: Mapping[str, str]) -> dict[str, Any]
     if (new := names[record["token"]]) == record["token"]:
         return {**record, "prompts": prompts}
     return {**record, "token": new, "prompts": prompts, "request": ""}
-
-
-def _token(record: Mapping[str, Any]) -> str:
-    return record["token"]
-
-
-def _name(record: Mapping[str, Any]) -> str:
-    return name_of(record["token"], record["noun"] if record["with_noun"] else "")

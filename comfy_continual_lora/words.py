@@ -5,10 +5,11 @@ from __future__ import annotations
 import functools
 import json
 import unicodedata
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
-from .errors import SettingError, TokenError, excerpt
+from .errors import SettingError, StackError, TokenError, excerpt
 from .files import TOKEN, is_reserved
 from .mentions import named
 
@@ -20,6 +21,24 @@ _ADVICE = "Choose a short word of your own, such as V1."
 def name_of(token: str, noun: str) -> str:
     """How prompts name a concept: "V1 mug"."""
     return f"{token} {noun}".strip()
+
+
+def name_in(record: Mapping[str, Any]) -> str:
+    """How prompts name the concept of a record in a stack's header."""
+    return name_of(record["token"], record["noun"] if record["with_noun"] else "")
+
+
+def position_of(token: str, tokens: Sequence[str]) -> int:
+    """Where a word, in any case, is among those of a stack.
+
+    Errors: StackError if it is not there.
+    """
+    for number, one in enumerate(tokens):
+        if one.lower() == token.lower():
+            return number
+    raise StackError(
+        f"There is no concept {token!r} on the stack. It has: {', '.join(tokens) or 'none'}."
+    )
 
 
 def check_spelling(token: str) -> None:

@@ -23,7 +23,8 @@ from .. import imagefile
 from ..errors import ConceptImagesError
 from ..files import write_whole
 from ..mentions import named
-from .shown import name_of, picture_of
+from ..words import name_in
+from .shown import picture_of
 
 _SIDE = 384  # pixels of a drawing
 
@@ -58,7 +59,7 @@ class Album:
             small.save(buffer, "JPEG", quality=90)
             self._write(self._file(stack, concept), buffer.getvalue())
         if measured := job.results.get("evaluate", {}).get("kept"):
-            shares = {one["id"]: measured.get(name_of(one)) for one in concepts}
+            shares = {one["id"]: measured.get(name_in(one)) for one in concepts}
             known = {name: share for name, share in shares.items() if share is not None}
             self._write(self._of(stack) / "kept.json", json.dumps(known).encode())
 

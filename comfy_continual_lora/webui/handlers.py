@@ -20,6 +20,7 @@ from ..errors import ContinualLoraError
 from ..files import stack_path
 from ..settings import LearnSettings, TrainSettings
 from ..versions import versions
+from ..words import name_in
 from .asking import QUESTIONS
 from .cards import bar, card, no_card, thumbnail
 from .copies import Batch
@@ -35,7 +36,7 @@ from .job import Job
 from .labels import in_labels, label_of, method_of
 from .loras import newest_lora
 from .runner import Busy
-from .shown import code, history, markdown, name_of, picture_of, status
+from .shown import code, history, markdown, picture_of, status
 from .uploads import dropped, found_in, picture_at, settings_of
 
 ADVANCED = (
@@ -519,7 +520,7 @@ class Handlers:
                 concept = self._concept(checkpoint, name, tokens, number)
             except REFUSED as error:
                 return self.refused(error)
-            return self.draw(checkpoint, name, first, f"a photo of a {name_of(concept)}", *how)
+            return self.draw(checkpoint, name, first, f"a photo of a {name_in(concept)}", *how)
 
         return handler
 
@@ -549,7 +550,7 @@ class Handlers:
                     raise ValueError("There is no export of this stack yet: press Export first.")
             except REFUSED as error:
                 return ["", f"**{markdown(in_labels(error))}**"]
-            return [f"a photo of a {name_of(concept)} <lora:{lora.stem}:1>", gr.update()]
+            return [f"a photo of a {name_in(concept)} <lora:{lora.stem}:1>", gr.update()]
 
         return handler
 
@@ -683,7 +684,7 @@ def _typed(names: Sequence[str], captions: Sequence[str]) -> dict[str, str]:
 
 def _proposed(concepts: Sequence[Mapping[str, Any]]) -> list[str]:
     """Prompts about the newest concepts."""
-    names = [name_of(one) for one in concepts[:2]]
+    names = [name_in(one) for one in concepts[:2]]
     if not names:
         return []
     prompts = [f"a photo of a {names[0]}", f"a {names[0]} on grass", f"a painting of a {names[0]}"]

@@ -17,6 +17,7 @@ from typing import Any
 from PIL import Image
 
 from ..errors import spelled
+from ..progress import unit_for
 from ..versions import Version
 from .job import Job
 from .labels import LABELS
@@ -98,13 +99,6 @@ def _state(job: Job, say: Say, names: Mapping[str, str] | None) -> str:
     return line
 
 
-def _counted(seconds: float) -> tuple[float, str]:
-    """A time in the unit that suits it."""
-    units = (("hours", 3600), ("minutes", 60), ("seconds", 1))
-    unit, size = next(one for one in units if seconds >= 2 * one[1] or one[1] == 1)
-    return seconds / size, unit
-
-
 def _failure(job: Job, say: Say, names: Mapping[str, str] | None) -> str:
     """What failed, after what was finished and stored before."""
     message = spelled(job.marked or job.message, names)
@@ -125,8 +119,8 @@ def _endings(results: Mapping[str, Any], say: Say) -> list[str]:
 
 def _planned(result: Mapping[str, Any], say: Say) -> list[str]:
     least, most = result["seconds"]
-    count, unit = _counted(most)
-    few = least / most * count
+    unit, seconds = unit_for(most)
+    few, count = least / seconds, most / seconds
     time = (
         f"{few:,.0f} to {count:,.0f} {unit}"
         if round(few) < round(count)
@@ -249,13 +243,6 @@ def history(versions: Sequence[Version]) -> str:
         for name in ("version", "date", "change", "holds", "size", "")
     )
     return f"<table><tr>{head}</tr>{''.join(rows)}</table>" if rows else "<p>No version yet.</p>"
-
-
-def name_of(concept: Mapping[str, Any]) -> str:
-    """How prompts name a concept of a stack's header."""
-    if concept["with_noun"]:
-        return f"{concept['token']} {concept['noun']}"
-    return concept["token"]
 
 
 def picture_of(encoded: str | None) -> Image.Image | None:
