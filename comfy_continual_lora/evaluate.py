@@ -83,11 +83,12 @@ class RetentionReport:
         """
         lines = ["concept                  noun   learned    now   own    kept  DC score"]
         for j, name in enumerate(self.names):
-            values = (self.floor[j], self.likeness[j, j], self.likeness[-1, j], self.own[j])
-            noun, learned, now, own = (_or_dash(float(x), ".2f", 6) for x in values)
+            learned, now = _column(self.likeness[j, j]), _column(self.likeness[-1, j])
             kept = _or_dash(100 * float(self.kept[j]), ".0f", 4, " %")
-            score = _or_dash(float(self.recognised[j]), ".2f", 6)
-            lines.append(f"{name[:24]:<24}{noun}  {learned} {now}{own} {kept}    {score}")
+            lines.append(
+                f"{name[:24]:<24}{_column(self.floor[j])}  {learned} {now}{_column(self.own[j])} "
+                f"{kept}    {_column(self.recognised[j])}"
+            )
         return "\n".join([*lines, "", *self.verdicts, self.verdict])
 
     def as_json(self) -> dict[str, Any]:
@@ -191,6 +192,10 @@ class RetentionReport:
 
 def _listed(names: Sequence[str]) -> str:
     return " and ".join(filter(None, [", ".join(names[:-1]), names[-1]]))
+
+
+def _column(value: Tensor) -> str:
+    return _or_dash(float(value), ".2f", 6)
 
 
 def _or_dash(value: float, form: str, width: int, unit: str = "") -> str:

@@ -109,7 +109,7 @@ def _prediction(request: Request, backbone: Backbone, stack: ConceptStack) -> st
         names = {value: name for name, value in PREDICTIONS.items()}
         raise StackError(
             f"The concepts of {request.stack_file} were learned with `prediction` {names[learned]}, "
-            f"but {request.prediction} is asked for. Leave it out, or start another `stack`."
+            f"not {request.prediction}. Leave it out, or start another `stack`."
         )
     return learned
 

@@ -336,7 +336,7 @@ class Handlers:
         self.host.opened, self.host.past = (checkpoint, (name or "").strip()), []
         return self.view(checkpoint, name, first, **more)
 
-    def _learn_jobs(
+    def _learn_request(
         self,
         path: Path,
         stack: Path,
@@ -346,7 +346,7 @@ class Handlers:
         noun: str,
         method: str,
         replace: bool,
-        rest: Sequence[Any],
+        *rest: Any,
     ) -> tuple[dict[str, Any], Batch]:
         """The request to learn, with its pictures. `rest`: advanced settings, then captions."""
         settings = settings_of(LearnSettings, ADVANCED, rest[: len(ADVANCED)])
@@ -359,25 +359,14 @@ class Handlers:
         request |= {"noun": (noun or "").strip(), "replace": bool(replace), "settings": settings}
         return request, batch
 
-    def learn(
-        self,
-        checkpoint: str,
-        name: str,
-        first: int,
-        files: Any,
-        names: Sequence[str],
-        token: str,
-        noun: str,
-        method: str,
-        replace: bool,
-        *rest: Any,
-    ) -> list[Any]:
-        """Learn, then export, so that prompts know the word at once; after what is running."""
+    def learn(self, checkpoint: str, name: str, first: int, *given: Any) -> list[Any]:
+        """Learn, then export, so that prompts know the word at once; after what is running.
+
+        `given`: as `_learn_request` takes it.
+        """
         try:
             path, stack = self.place(checkpoint, name)
-            request, batch = self._learn_jobs(
-                path, stack, files, names, token, noun, method, replace, rest
-            )
+            request, batch = self._learn_request(path, stack, *given)
             if request["token"].lower() in [word.lower() for word in self.host.in_work(stack)]:
                 raise ValueError(
                     f"{request['token']} is being learned already; choose another word."
@@ -387,28 +376,14 @@ class Handlers:
         except REFUSED as error:
             return self.refused(error, "status")
         self.host.opened = checkpoint, (name or "").strip()
-        more = {"token": self.host.free_word(stack)} if waits and not replace else {}
+        more = {"token": self.host.free_word(stack)} if waits and not request["replace"] else {}
         return self.view(checkpoint, name, first, **more)
 
-    def estimate(
-        self,
-        checkpoint: str,
-        name: str,
-        first: int,
-        files: Any,
-        names: Sequence[str],
-        token: str,
-        noun: str,
-        method: str,
-        replace: bool,
-        *rest: Any,
-    ) -> list[Any]:
-        """What learning would take."""
+    def estimate(self, checkpoint: str, name: str, first: int, *given: Any) -> list[Any]:
+        """What learning would take. `given`: as `_learn_request` takes it."""
 
         def jobs_of(path: Path, stack: Path) -> Jobs:
-            request, batch = self._learn_jobs(
-                path, stack, files, names, token, noun, method, replace, rest
-            )
+            request, batch = self._learn_request(path, stack, *given)
             return [("plan", request)], batch
 
         return self._hand_in(checkpoint, name, first, jobs_of, "status")
