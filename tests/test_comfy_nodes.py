@@ -477,6 +477,29 @@ def test_what_a_range_does_not_say_is_found_before_anything_runs(nodes: Any) -> 
                 assert validate(**given, **{field.name: port.rest["default"]}) is True
 
 
+def test_a_number_that_may_be_auto_has_a_range_all_the_same(nodes: Any) -> None:
+    """Its widget is text, which has none in ComfyUI."""
+    seen = set()
+    for node in nodes.NODES:
+        kind = SETTINGS_OF.get(node.__name__)
+        ports = {port.id: port for port in node.define_schema().inputs}
+        for field in dataclasses.fields(kind) if kind else ():
+            port = ports.get(field.name)
+            if port is None or field.default is not None or port.io_type == "COMBO":
+                continue
+            validate = node.validate_inputs
+            assert field.name in inspect.signature(validate).parameters
+            given = {"token": "V1", "noun": "ball"} if hasattr(node, "LATER") else {}
+            low = min(field.metadata["low"], 0) - 1  # 0 stands for auto
+            wrong = [low, str(low), "many"]
+            wrong += [field.metadata["high"] + 1] if field.metadata["high"] else []
+            for value in wrong:
+                assert field.name in str(validate(**given, **{field.name: value})), value
+            assert validate(**given, **{field.name: "auto"}) is True
+            seen.add((node.__name__, field.name))
+    assert {("LearnConcept", "rank"), ("LearnConcept", "rate"), ("MergeStacks", "rank")} <= seen
+
+
 def _refuses(field: dataclasses.Field, value: float) -> bool:
     try:
         check_field(field, from_widget(field, value))
@@ -520,14 +543,13 @@ def test_a_word_and_a_noun_are_checked_before_anything_runs(
 def test_any_text_is_accepted_or_refused_in_words(
     nodes: Any, token: str, noun: str, name: str
 ) -> None:
-    schema = importlib.import_module("comfy_continual_lora.comfy_nodes.schema")
     for word in (token, "V1"):
-        seen = schema.valid(token=word, noun=noun, needs_noun=True)
+        seen = nodes.LearnConcept.validate_inputs(token=word, noun=noun)
         assert seen is True or (isinstance(seen, str) and len(seen) < 400)
         if seen is True:
             concepts.check_spelling(word.strip())
             assert noun.strip()
-    seen = schema.valid(stack_name=name)
+    seen = nodes.LoadConceptStack.validate_inputs(stack_name=name)
     assert (seen is True) == bool(re.fullmatch(r"[\w-]{0,64}", name.strip()))
 
 

@@ -588,8 +588,9 @@ def test_mistakes_are_reported_in_words_and_lose_nothing(host: ComfyUI) -> None:
         ({"noun": ""}, "custom_validation_failed", "noun - noun is empty. Say in one or two words"),
         ({"size": 20}, "custom_validation_failed", "size - size is 20; the range is 64 to 4096"),
         ({"size": 100}, "custom_validation_failed", "it has to be a multiple of 8 pixels"),
-        ({"rank": 300}, "value_bigger_than_max", "rank"),
-        ({"rate": -0.1}, "value_smaller_than_min", "rate"),
+        ({"rank": 300}, "custom_validation_failed", "rank is 300; the range is 1 to 256"),
+        ({"rate": "-.1"}, "custom_validation_failed", "rate is -0.1; the range is"),
+        ({"seed": -1}, "value_smaller_than_min", "seed"),
         ({"fit": "squash"}, "value_not_in_list", "fit"),
     ],
 )

@@ -23,7 +23,7 @@ from .schema import (
     settings_from,
     solving_widgets,
     stack_and_report,
-    valid,
+    validates,
     widgets,
 )
 from .using import scores_table
@@ -53,6 +53,7 @@ class LearnConcept(io.ComfyNode):
         "precision",
         "checkpointing",
     )
+    LATER = ("vectors", "accumulate")
     SHOWN = ("steps", "seed", "preview_every")
 
     @classmethod
@@ -106,7 +107,7 @@ class LearnConcept(io.ComfyNode):
                     "the newest), which stays until the new one is stored.",
                 ),
                 # last: saved workflows identify widgets by their position
-                *widgets(LearnSettings, ("vectors", "accumulate")),
+                *widgets(LearnSettings, cls.LATER),
                 io.Int.Input(
                     "score_pictures",
                     default=4,
@@ -140,9 +141,9 @@ class LearnConcept(io.ComfyNode):
             ],
         )
 
-    @classmethod
-    def validate_inputs(cls, token: Any, noun: Any, size: Any = None) -> bool | str:
-        return valid(LearnSettings, token=token, noun=noun, needs_noun=True, size=size)
+    validate_inputs = validates(
+        LearnSettings, (*SETTINGS, *LATER), ("token", "noun"), needs_noun=True
+    )
 
     @classmethod
     @in_widget_names
@@ -249,9 +250,7 @@ class Consolidate(io.ComfyNode):
             ],
         )
 
-    @classmethod
-    def validate_inputs(cls, size: Any = None) -> bool | str:
-        return valid(TrainSettings, size=size)
+    validate_inputs = validates(TrainSettings, SETTINGS)
 
     @classmethod
     @in_widget_names
@@ -283,6 +282,8 @@ class ConsolidateInClosedForm(io.ComfyNode):
             inputs=[Stack.Input("stack"), *solving_widgets()],
             outputs=stack_and_report(),
         )
+
+    validate_inputs = validates()
 
     @classmethod
     @in_widget_names

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Sequence
+import inspect
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, TypeVar
 
 from comfy_api.latest import io  # pyright: ignore[reportMissingImports] - only inside ComfyUI
@@ -104,7 +105,7 @@ def _widget(settings: type, name: str, advanced: bool) -> Any:
         return io.Combo.Input(name, options=["auto", "yes", "no"], default="auto", **rest)
     if kind == "bool":
         return io.Boolean.Input(name, default=f.default, **rest)
-    if f.default is None:  # text, so that it can say auto; numbers can still be connected
+    if _may_be_auto(f):  # text, so that it can say so; numbers can still be connected
         return io.MultiType.Input(
             io.String.Input(name, default="auto", **rest),
             [io.Int] if kind == "int" else [io.Float, io.Int],
@@ -129,6 +130,11 @@ def _widget(settings: type, name: str, advanced: bool) -> Any:
     )
 
 
+def _may_be_auto(f: dataclasses.Field) -> bool:
+    """Is it a number's widget that may say auto?"""
+    return f.default is None and not f.metadata["choices"] and f.type != "bool | None"
+
+
 def settings_from(settings: type, given: dict[str, Any]) -> Any:
     """Widgets' values -> settings; auto and 0 become None if that is the default.
 
@@ -142,21 +148,49 @@ def settings_from(settings: type, given: dict[str, Any]) -> Any:
     )
 
 
+_SOLVING = ("energy", "rank", "ridge", "ordinary_weight", "language")
+
+
 def solving_widgets() -> list[Any]:
     """The widgets of the closed form."""
-    return widgets(SolveSettings, ("energy", "rank", "ridge", "ordinary_weight", "language"))
+    return widgets(SolveSettings, _SOLVING)
 
 
 # --- errors --------------------------------------------------------------------------------------
 
 
-def valid(settings: type | None = None, *, needs_noun: bool = False, **given: Any) -> bool | str:
-    """What `validate_inputs` returns for these inputs, token, noun, stack_name or settings: true,
-    or what is wrong, which ComfyUI shows at the node before anything runs.
+def validates(
+    settings: type = SolveSettings,
+    names: Iterable[str] = _SOLVING,
+    others: Sequence[str] = (),
+    *,
+    needs_noun: bool = False,
+) -> Any:
+    """A node's `validate_inputs` for widgets of settings, and for `others`: token, noun, stack_name.
 
-    ComfyUI marks all the inputs that `validate_inputs` takes, and no longer compares these with
-    their ranges. So it takes only those for which a range says too little.
+    ComfyUI marks all the inputs in its signature if one is wrong, and no longer compares these
+    with their ranges. So it has only those for which ComfyUI has no range, or a range says too
+    little: numbers that may be auto, and multiples.
     """
+    unbounded = [
+        f.name
+        for f in dataclasses.fields(settings)
+        if f.name in names and (_may_be_auto(f) or f.metadata["multiple"] > 1)
+    ]
+
+    def validate_inputs(cls: type, **given: Any) -> bool | str:
+        return _valid(settings, given, needs_noun)
+
+    kind = inspect.Parameter.POSITIONAL_OR_KEYWORD
+    validate_inputs.__signature__ = inspect.Signature(  # type: ignore[attr-defined]
+        [inspect.Parameter("cls", kind)]
+        + [inspect.Parameter(name, kind, default=None) for name in (*others, *unbounded)]
+    )
+    return classmethod(validate_inputs)
+
+
+def _valid(settings: type, given: dict[str, Any], needs_noun: bool) -> bool | str:
+    """True, or what is wrong, which ComfyUI shows at the node before anything runs."""
     from ..concepts import check_noun, check_spelling
 
     values = {
@@ -170,7 +204,7 @@ def valid(settings: type | None = None, *, needs_noun: bool = False, **given: An
             check_noun(values["noun"], values.get("token", "").strip(), required=needs_noun)
         if "stack_name" in values:
             stack_path("checkpoint", values["stack_name"].strip())
-        for field in dataclasses.fields(settings) if settings else ():
+        for field in dataclasses.fields(settings):
             if field.name in values:
                 check_field(field, from_widget(field, values[field.name]))
     except ContinualLoraError as error:

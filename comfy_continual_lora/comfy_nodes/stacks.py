@@ -30,7 +30,7 @@ from .schema import (
     settings_from,
     solving_widgets,
     stack_and_report,
-    valid,
+    validates,
 )
 
 _OWN, _NEW = "own", "new"  # choices beside the names of stacks
@@ -98,9 +98,7 @@ class LoadConceptStack(io.ComfyNode):
         name = stack_name if stack in (_OWN, _NEW) else stack
         return host.stack_file(host.checkpoint_path(checkpoint), name)
 
-    @classmethod
-    def validate_inputs(cls, stack_name: Any = None) -> bool | str:
-        return valid(stack_name=stack_name)
+    validate_inputs = validates(names=(), others=("stack_name",))
 
     @classmethod
     @in_widget_names
@@ -265,6 +263,8 @@ class ForgetConcept(io.ComfyNode):
             outputs=stack_and_report(),
         )
 
+    validate_inputs = validates()
+
     @classmethod
     @in_widget_names
     def execute(cls, stack: StackHandle, token: str, **given: Any) -> Any:
@@ -295,6 +295,8 @@ class MergeStacks(io.ComfyNode):
             ],
             outputs=stack_and_report(),
         )
+
+    validate_inputs = validates()
 
     @classmethod
     @in_widget_names
@@ -358,9 +360,7 @@ class ImportLora(io.ComfyNode):
             outputs=stack_and_report(),
         )
 
-    @classmethod
-    def validate_inputs(cls, token: Any, noun: Any) -> bool | str:
-        return valid(token=token, noun=noun)
+    validate_inputs = validates(names=(), others=("token", "noun"))
 
     @classmethod
     @in_widget_names

@@ -27,7 +27,7 @@ from .schema import (
     settings_from,
     solving_widgets,
     stack_and_report,
-    valid,
+    validates,
     widgets,
 )
 from .words import with_words
@@ -211,6 +211,8 @@ class SelectConcepts(io.ComfyNode):
             outputs=stack_and_report(),
         )
 
+    validate_inputs = validates()
+
     @classmethod
     @in_widget_names
     def execute(cls, stack: StackHandle, tokens: str, **given: Any) -> Any:
@@ -228,6 +230,8 @@ class SelectConcepts(io.ComfyNode):
 
 
 class ComputeScores(io.ComfyNode):
+    SETTINGS = ("trials", "seed", "stages", "weighting", "rows", "size", "fit")
+
     @classmethod
     def define_schema(cls) -> Any:
         return schema(
@@ -240,11 +244,7 @@ class ComputeScores(io.ComfyNode):
             inputs=[
                 Stack.Input("stack"),
                 io.Image.Input("images", tooltip="Pictures to score, as a batch or a list."),
-                *widgets(
-                    ScoreSettings,
-                    ("trials", "seed", "stages", "weighting", "rows", "size", "fit"),
-                    ("trials", "seed"),
-                ),
+                *widgets(ScoreSettings, cls.SETTINGS, ("trials", "seed")),
             ],
             outputs=[
                 io.String.Output(
@@ -262,9 +262,7 @@ class ComputeScores(io.ComfyNode):
             ],
         )
 
-    @classmethod
-    def validate_inputs(cls, size: Any = None) -> bool | str:
-        return valid(ScoreSettings, size=size)
+    validate_inputs = validates(ScoreSettings, SETTINGS)
 
     @classmethod
     @in_widget_names
@@ -401,6 +399,8 @@ def _inside(folder: Path, subfolder: str) -> Path:
 
 
 class EvaluateRetention(io.ComfyNode):
+    SETTINGS = ("pictures", "steps", "seed", "guidance", "trials", "size")
+
     @classmethod
     def define_schema(cls) -> Any:
         return schema(
@@ -411,11 +411,7 @@ class EvaluateRetention(io.ComfyNode):
             ["forgetting", "heat map", "retention"],
             inputs=[
                 Stack.Input("stack"),
-                *widgets(
-                    EvaluateSettings,
-                    ("pictures", "steps", "seed", "guidance", "trials", "size"),
-                    ("pictures", "steps", "seed"),
-                ),
+                *widgets(EvaluateSettings, cls.SETTINGS, ("pictures", "steps", "seed")),
                 io.String.Input(
                     "clip_folder",
                     default="",
@@ -436,9 +432,7 @@ class EvaluateRetention(io.ComfyNode):
             ],
         )
 
-    @classmethod
-    def validate_inputs(cls, size: Any = None) -> bool | str:
-        return valid(EvaluateSettings, size=size)
+    validate_inputs = validates(EvaluateSettings, SETTINGS)
 
     @classmethod
     @in_widget_names
