@@ -103,7 +103,6 @@ def learn_concept(request: LearnRequest, on_progress: OnProgress = ignore) -> Le
                 settings,
                 with_noun=not method.fresh_adapter(settings),
             )
-            tell_of_objective(session, concept)
             start = method.start(session, concept, settings)
             penalties = method.penalties(session, settings, start.retention)
             inputs = method.training_inputs(session, concept, settings, start, penalties)
@@ -111,6 +110,8 @@ def learn_concept(request: LearnRequest, on_progress: OnProgress = ignore) -> Le
                 inputs = watched(session, concept, inputs)
             snapshots = Snapshots.of(session, concept, settings, inputs.prompts)
             snapshots.tell_of_others(on_progress)
+            if not snapshots.path().exists():
+                tell_of_objective(session, concept)
             trained = learn(session.backbone, inputs, settings, snapshots.path(), on_progress)
             record = record_of(concept, session.stack, settings, trained, digest)
             if settings.keep_features:
