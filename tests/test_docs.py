@@ -56,7 +56,7 @@ def commands(text: str) -> list[list[str]]:
         if language != "sh":
             continue
         for line in block.replace("\\\n", " ").splitlines():
-            for one in line.split("&&"):
+            for one in re.sub(r" > \S+", "", line).split("&&"):
                 words = shlex.split(one, comments=True)
                 if words and words[0].endswith("continual-lora"):
                     found.append(words[1:])
