@@ -100,7 +100,9 @@ def test_a_stack_keeps_its_objective(checkpoint: Path, pictures: Path) -> None:
     request = LearnRequest(checkpoint, pictures, "V1", "ball", settings, prediction="flow")
     pipeline.learn_concept(request)
     assert open_stack(stack_path(checkpoint)).checkpoint.prediction == "flow_prediction"
-    with pytest.raises(StackError, match="learned with prediction flow, not epsilon. Leave it out"):
+    with pytest.raises(
+        StackError, match=r"learned with prediction flow, not epsilon\. Leave it out"
+    ):
         pipeline.draw(DrawRequest(checkpoint, ["a V1 ball"], prediction="epsilon"))
     draw = DrawSettings(steps=2)
     own, asked = (
