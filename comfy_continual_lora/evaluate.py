@@ -53,8 +53,8 @@ REFERENCES = {
     "drawn": "what was drawn when it was new",
 }
 # Shares of the way from the class noun to the user's own pictures. On the mini-SD .3 has nothing of
-# the thing, .75 is a blob of one of its colours, .97 is the thing (benchmarks/LOG.md)
-WELL, PARTLY = 0.85, 0.5
+# the thing, .75 is a blob of one of its colours, .84 and more is the thing (benchmarks/LOG.md)
+WELL, PARTLY = 0.8, 0.5
 FADED = 0.7  # share kept
 
 
