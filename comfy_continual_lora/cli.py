@@ -151,7 +151,7 @@ def _plot_looks(request: LearnRequest, result: Any) -> Path | None:
     from .imagefile import save_own
 
     path = _preview_file(request, "likeness")
-    caption = "likeness to the pictures held out (blue), how far earlier ones moved (red)"
+    caption = "how much better held-out pictures are predicted (blue), earlier ones moved (red)"
     try:
         save_own(looks_picture(result.record.watched, caption), path)
     except SettingError as error:

@@ -15,7 +15,8 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Point:
-    """A look at a run (`watch`): likeness to the pictures held out, 0 at the floor, and how far
+    """A look at a run (`watch`): likeness to the pictures held out, as the share of the bare
+    checkpoint's error that is gone, 0 at the floor, and how far
     earlier concepts moved.
     """
 
@@ -27,7 +28,10 @@ class Point:
     def note(self) -> str:
         """For people."""
         moved = f"; earlier concepts moved by {self.moved:.0%}" if self.moved else ""
-        return f"Step {self.step}: likeness to the pictures held out {self.likeness:.1%}{moved}."
+        return (
+            f"Step {self.step}: predicts the pictures held out {self.likeness:.1%} better than the bare "
+            f"checkpoint{moved}."
+        )
 
 
 @dataclass(frozen=True)

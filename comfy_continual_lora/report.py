@@ -88,8 +88,7 @@ def score_sheet(scored: Sequence[Scored], *, side: int = 96, bars: int = 5) -> I
 
 def retention_sheet(result: RetentionReport, *, side: int = 96, per_cell: int = 2) -> Image.Image:
     """The heat map of R with pictures: a row for each concept, a column for each version of the
-    stack; red is as near to the user's pictures as any thing of the noun is, green half way to how
-    near they are to each other and more.
+    stack; red is nothing or little of the user's thing, green is the thing (`RetentionReport.shade`).
     """
     count, margin = len(result.names), 130
     width = per_cell * side + 8

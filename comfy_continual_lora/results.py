@@ -60,8 +60,8 @@ class LearnResult:
         looks = {int(step): likeness for step, likeness, _ in self.record.watched}
         at = looks.get(self.record.steps, self.record.watched[-1][1])
         return (
-            f"Likeness to the pictures held out: {at:.1%} at step {self.record.steps}, "
-            f"at most {max(looks.values()):.1%} (the checkpoint without it: 0 %)."
+            f"As of step {self.record.steps} it predicts the pictures held out {at:.1%} better "
+            f"than the bare checkpoint (at most: {max(looks.values()):.1%})."
         )
 
     def as_json(self) -> dict[str, Any]:
