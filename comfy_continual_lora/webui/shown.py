@@ -17,7 +17,6 @@ from typing import Any
 from PIL import Image
 
 from ..errors import spelled
-from ..progress import counted
 from ..versions import Version
 from .job import Job
 from .labels import LABELS
