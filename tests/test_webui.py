@@ -108,8 +108,8 @@ def test_a_card_shows_a_concept_of_a_stack(checkpoint: Path, pictures: Path) -> 
     with pytest.raises(StackError, match=r"can't be (read|used)|damaged"):
         host.concepts_of(stack)
     page = Handlers(host.Host(checkpoint.parent, checkpoint.parent / "work"))
-    assert "can&#x27;t be read" in _value(page.view(checkpoint.name, ""), "none")
-    assert "only letters" in _value(page.view(checkpoint.name, "../up"), "none")
+    assert "can&#x27;t be read" in _value(page.view(checkpoint.name, ""), "none")["value"]
+    assert "only letters" in _value(page.view(checkpoint.name, "../up"), "none")["value"]
 
 
 def test_every_state_of_a_job_is_described() -> None:
