@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import secrets
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -106,6 +107,16 @@ HAS_TIMER = hasattr(gr, "Timer")
 Jobs = tuple[list[JobRequest], Batch | None]
 Values = dict[str, Any]
 Mark = tuple[str, str]
+
+
+@dataclass(frozen=True)
+class _Words:
+    """What the page says about the new concept."""
+
+    token: str
+    noun: str
+    method: str
+    replace: bool
 
 
 class Handlers:
@@ -336,28 +347,24 @@ class Handlers:
         self.host.opened, self.host.past = (checkpoint, (name or "").strip()), []
         return self.view(checkpoint, name, first, **more)
 
-    def _learn_jobs(
+    def _learn_request(
         self,
         path: Path,
         stack: Path,
         files: Any,
         names: Sequence[str],
-        token: str,
-        noun: str,
-        method: str,
-        replace: bool,
+        words: _Words,
         rest: Sequence[Any],
     ) -> tuple[dict[str, Any], Batch]:
         """The request to learn, with its pictures. `rest`: advanced settings, then captions."""
         settings = settings_of(LearnSettings, ADVANCED, rest[: len(ADVANCED)])
-        if (chosen := method_of(method)) != LearnSettings().method:
-            settings["method"] = chosen
-        word = (token or "").strip()
+        if (method := method_of(words.method)) != LearnSettings().method:
+            settings["method"] = method
+        token, noun = (words.token or "").strip(), (words.noun or "").strip()
         typed = _typed(names, rest[len(ADVANCED) :])
-        batch = self.host.copies.batch(found_in(files, typed), stack, word)
-        request = {**place_of(path, stack), "images": batch.paths, "token": word}
-        request |= {"noun": (noun or "").strip(), "replace": bool(replace), "settings": settings}
-        return request, batch
+        batch = self.host.copies.batch(found_in(files, typed), stack, token)
+        request = {**place_of(path, stack), "images": batch.paths, "token": token, "noun": noun}
+        return {**request, "replace": bool(words.replace), "settings": settings}, batch
 
     def learn(
         self,
@@ -373,10 +380,10 @@ class Handlers:
         *rest: Any,
     ) -> list[Any]:
         """Learn, then export, so that prompts know the word at once; after what is running."""
-        words: tuple[Any, ...] = (token, noun, method, replace)
         try:
             path, stack = self.place(checkpoint, name)
-            request, batch = self._learn_jobs(path, stack, files, names, *words, rest)
+            words = _Words(token, noun, method, replace)
+            request, batch = self._learn_request(path, stack, files, names, words, rest)
             if request["token"].lower() in [word.lower() for word in self.host.in_work(stack)]:
                 raise ValueError(
                     f"{request['token']} is being learned already; choose another word."
@@ -405,8 +412,8 @@ class Handlers:
         """What learning would take."""
 
         def jobs_of(path: Path, stack: Path) -> Jobs:
-            words: tuple[Any, ...] = (token, noun, method, replace)
-            request, batch = self._learn_jobs(path, stack, files, names, *words, rest)
+            words = _Words(token, noun, method, replace)
+            request, batch = self._learn_request(path, stack, files, names, words, rest)
             return [("plan", request)], batch
 
         return self._hand_in(checkpoint, name, first, jobs_of, "status")
@@ -486,7 +493,7 @@ class Handlers:
             if not prompts:
                 raise ValueError("No prompt yet: say what to draw, such as a photo of a V1 dog.")
             start = secrets.randbelow(2**31) if seed is None or seed < 0 else int(seed)
-            settings = {"count": int(count or 1), "steps": int(steps or 25), "seed": start}
+            settings: Values = {"count": int(count or 1), "steps": int(steps or 25), "seed": start}
             if negative and negative.strip():
                 settings["negative"] = negative.strip()
             request = {**place_of(path, stack), "prompts": prompts, "out": str(self.host.drawn())}
