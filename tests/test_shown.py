@@ -15,7 +15,7 @@ import pytest
 from PIL import Image
 
 from comfy_continual_lora.versions import Version
-from comfy_continual_lora.webui import shown
+from comfy_continual_lora.webui import cards, shown
 from comfy_continual_lora.webui.job import Job
 
 markdown_it = pytest.importorskip("markdown_it")
@@ -181,11 +181,11 @@ def _concept(**changes: Any) -> dict[str, Any]:
 
 @pytest.mark.parametrize("text", [*HOSTILE, 5, None, ["<b>"], {"<b>": 1}, True])
 @pytest.mark.parametrize("field", _concept())
-def test_the_table_shows_every_field_and_obeys_none(field: str, text: Any) -> None:
-    seen = _Seen(shown.table([_concept(**{field: text})], {}))
-    assert seen.tags <= {"table", "tr", "th", "td", "b", "img"}
+def test_a_card_shows_every_field_and_obeys_none(field: str, text: Any) -> None:
+    seen = _Seen(cards.card(_concept(**{field: text}), b"", 0.5))
+    assert seen.tags <= {"div", "figure", "b", "img"}
     names = {one.split("=")[0] for one in seen.attributes}
-    assert names <= {"align", "alt", "width", "src"}
+    assert names <= {"class", "alt", "src"}
     assert all(
         one.startswith("src=data:image/jpeg;base64,/9j/")
         for one in seen.attributes
@@ -205,7 +205,7 @@ def test_the_history_shows_every_field_and_obeys_none(text: str) -> None:
 
 
 def test_a_preview_is_a_jpeg_or_nothing() -> None:
-    assert "<img" in shown.table([_concept()], {})
+    assert "<img" in cards.card(_concept(), b"", None)
     for bad in (
         "",
         '"onerror="alert(1)',
@@ -214,6 +214,6 @@ def test_a_preview_is_a_jpeg_or_nothing() -> None:
         "ÿ",
         "x" * 9,
     ):
-        assert "<img" not in shown.table([_concept(preview=bad)], {})
+        assert "<img" not in cards.card(_concept(preview=bad), b"", None)
         assert shown.picture_of(bad) is None
     assert shown.picture_of(_concept()["preview"]).size == (8, 8)

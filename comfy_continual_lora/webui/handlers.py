@@ -493,7 +493,11 @@ class Handlers:
             if not prompts:
                 raise ValueError("No prompt yet: say what to draw, such as a photo of a V1 dog.")
             start = secrets.randbelow(2**31) if seed is None or seed < 0 else int(seed)
-            settings: Values = {"count": int(count or 1), "steps": int(steps or 25), "seed": start}
+            settings: dict[str, Any] = {
+                "count": int(count or 1),
+                "steps": int(steps or 25),
+                "seed": start,
+            }
             if negative and negative.strip():
                 settings["negative"] = negative.strip()
             request = {**place_of(path, stack), "prompts": prompts, "out": str(self.host.drawn())}

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from PIL import Image, ImageChops, ImageEnhance
+from PIL import Image, ImageChops
 
 from .. import imagefile
 from ..errors import ConceptImagesError
@@ -116,7 +116,7 @@ def _learned_from(image: Image.Image, mask: Image.Image | None, fit: str) -> Ima
         kept.paste(255, (left, top, left + side, top + side))
     if mask is not None:
         kept = ImageChops.multiply(kept, mask.convert("L").resize(image.size))
-    return Image.composite(image, ImageEnhance.Brightness(image).enhance(0.25), kept)
+    return Image.composite(image, image.point([value // 4 for value in range(256)] * 3), kept)
 
 
 def settings_of(kind: type, names: Sequence[str], values: Sequence[Any]) -> dict[str, Any]:
