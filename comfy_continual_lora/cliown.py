@@ -59,6 +59,7 @@ def _ui(arguments: argparse.Namespace, bar: Bar) -> None:
         print(
             f"There was no checkpoint in {models}, so the mini-SD was put there for trying it out."
         )
+    bar.close()  # the page shows progress, and Ctrl-C ends it
     launch(models, arguments.port, not arguments.no_browser)
 
 

@@ -70,7 +70,7 @@ def test_what_is_no_known_name_stays_as_it_is(parts: list[str]) -> None:
 
 def test_only_the_command_line_speaks_of_commands_and_flags() -> None:
     said = []
-    for module, text in sentences(*COMMAND_LINE, *INSTALLING, "webui/style.py"):  # CSS has --names
+    for module, text in sentences(*COMMAND_LINE, *INSTALLING):
         if re.search(r"pip install|(?<!comfy-)continual-lora [a-z{]|Try:|(?<![\w-])--[a-z]", text):
             said.append(f"{module}: {text}")
     assert not said

@@ -5,6 +5,7 @@
     environment.py      the worker's Python environment, created once           standard library
     host.py             host program, stacks and jobs, for tab and API          no gradio
     shown.py, labels.py texts about jobs and stacks; names of methods, fields   no gradio
+    album.py, cards.py  what the page keeps and shows of concepts               no gradio
     copies.py           copies of the pictures that jobs learn from             no gradio
     asking.py           the question before a destructive click                 no gradio
     api.py              what the tab does, as JSON over HTTP                    fastapi

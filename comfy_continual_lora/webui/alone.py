@@ -7,7 +7,6 @@ requests whose responses it can't read, and through DNS rebinding with readable 
 from __future__ import annotations
 
 import os
-import signal
 import sys
 import threading
 from contextlib import suppress
@@ -103,8 +102,6 @@ def launch(models: Path, port: int | None, browser: bool) -> None:
         app_kwargs={"middleware": [Middleware(OwnPagesOnly)]},
         prevent_thread_lock=True,
     )
-    # the command line's own handler waits for the end of a step
-    signal.signal(signal.SIGINT, signal.default_int_handler)
     print("Press Ctrl-C to end it.", flush=True)
     with suppress(KeyboardInterrupt):
         threading.Event().wait()

@@ -38,7 +38,7 @@ def card(concept: Mapping[str, Any], drawing: bytes, kept: float | None) -> str:
 
 def no_card(message: str) -> str:
     """In place of the cards."""
-    return f"<p>{html(message)}</p>" if message else ""
+    return f"<p>{html(message)}</p>"
 
 
 def bar(job: Job | None) -> str:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import secrets
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -101,6 +102,7 @@ PICTURES = (
     *(f"thumb_{number}" for number in range(SLOTS)),
     *(f"caption_{number}" for number in range(SLOTS)),
 )
+_BARS = {"status": "bar", "said": "said_bar"}
 REFUSED = (ValueError, OSError, ContinualLoraError, Busy, NotReady)  # shown instead of a traceback
 HAS_TIMER = hasattr(gr, "Timer")
 Jobs = tuple[list[JobRequest], Batch | None]
@@ -219,8 +221,8 @@ class Handlers:
         side, other = ("status", "said") if _is_learning(job) else ("said", "status")
         values = {
             side: self._status(job) if side == "status" else status(job),
-            f"{side}_bar".removeprefix("status_"): bar(job),
-            f"{other}_bar".removeprefix("status_"): "",
+            _BARS[side]: _visible(bar(job)),
+            _BARS[other]: _visible(""),
             "learn": gr.update(value="Add to the queue" if self.host.is_busy else "Learn"),
             "stop": gr.update(interactive=self.host.is_busy),
             "halt": gr.update(interactive=self.host.is_busy),
@@ -277,7 +279,7 @@ class Handlers:
             message = in_labels(error)
         shown, kept = concepts[first : first + CARDS], album.kept(stack)
         values: Values = {
-            "none": no_card("" if concepts else message),
+            "none": _visible("" if concepts else no_card(message)),
             "more": gr.update(
                 visible=len(concepts) > CARDS,
                 value=f"{first + 1} to {first + len(shown)} of {len(concepts)}: show others",
@@ -640,6 +642,11 @@ class Handlers:
 def _in_order(values: Mapping[str, Any], names: Sequence[str] = OUTPUTS) -> list[Any]:
     """A value for each output; those without one stay as they are."""
     return [values[name] if name in values else gr.update() for name in names]
+
+
+def _visible(text: str) -> Any:
+    """An update of a part that takes no room while it is empty."""
+    return gr.update(value=text, visible=bool(text))
 
 
 def _is_learning(job: Job | None) -> bool:

@@ -8,6 +8,7 @@ history. gradio 3.41 to 6.
 from __future__ import annotations
 
 import dataclasses
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -31,7 +32,6 @@ from .handlers import (
 )
 from .host import Host
 from .labels import label_of, methods
-from .style import STYLE
 
 # gradio 3 has no timer, so a script presses a button while that reads "busy" and the page is
 # visible. No handler may run long: in gradio 3, one whose page was closed keeps the server from
@@ -56,7 +56,8 @@ _JS = "_js" if gr.__version__.startswith("3.") else "js"
 def build(host: Host, page: gr.Blocks) -> None:
     """Create the page's components inside the open `page`, and connect their events."""
     handlers, parts = Handlers(host), SimpleNamespace()
-    gr.HTML(f"<style>{STYLE}</style>", elem_id="continual_lora_style")
+    style = Path(__file__).with_name("style.css").read_text(encoding="utf-8")
+    gr.HTML(f"<style>{style}</style>", elem_id="continual_lora_style")
     parts.mark, parts.pending = gr.State(("", "")), gr.State(None)
     parts.first, parts.tokens, parts.names = gr.State(0), gr.State([]), gr.State([])
     with gr.Column(elem_id="continual_lora_page"):
@@ -116,6 +117,7 @@ def _what_to_learn(parts: SimpleNamespace, host: Host) -> None:
         elem_id="continual_lora_files",
         height=150,
     )
+    parts.example = _button("example", "Example pictures, to try it on the mini-SD", size="sm")
     parts.inventory = _text("inventory")
     with gr.Row():
         for number in range(SLOTS):
@@ -156,7 +158,7 @@ def _learning(parts: SimpleNamespace) -> None:
         parts.estimate = _button("estimate", "How long?", min_width=80)
         parts.stop = _button("stop", "Stop", interactive=False, min_width=80)
     parts.changed = _text("changed")
-    parts.bar = gr.HTML("", elem_id="continual_lora_bar")
+    parts.bar = gr.HTML("", visible=False, elem_id="continual_lora_bar")
     parts.status = _text("status")
     with gr.Row():
         parts.preview = gr.Image(
@@ -166,7 +168,6 @@ def _learning(parts: SimpleNamespace) -> None:
             visible=False,
         )
         parts.losses = gr.Image(label="Loss", type="pil", height=220, visible=False)
-    parts.example = _button("example", "Example pictures, to try it on the mini-SD", size="sm")
 
 
 def _for_experts(parts: SimpleNamespace, host: Host) -> None:
@@ -222,7 +223,7 @@ def _setting(name: str) -> Any:
 
 def _known(parts: SimpleNamespace, host: Host) -> None:
     gr.Markdown("### What it knows")
-    parts.none = gr.HTML("", elem_id="continual_lora_none")
+    parts.none = gr.HTML("", visible=False, elem_id="continual_lora_none")
     with gr.Row(elem_id="continual_lora_concepts"):
         for number in range(CARDS):
             _card(parts, host, number)
@@ -238,7 +239,7 @@ def _known(parts: SimpleNamespace, host: Host) -> None:
         with gr.Row():
             parts.rename = _button("rename", label_of("rename"), variant="primary")
             parts.keep = _button("keep", "Cancel")
-    parts.said_bar = gr.HTML("", elem_id="continual_lora_said_bar")
+    parts.said_bar = gr.HTML("", visible=False, elem_id="continual_lora_said_bar")
     parts.said = _text("said")
     parts.downloads = gr.File(
         label="Exported files",
@@ -254,7 +255,7 @@ def _card(parts: SimpleNamespace, host: Host, number: int) -> None:
     with gr.Column(visible=False, min_width=200, elem_id=f"continual_lora_card_{number}") as card:
         face = gr.HTML("")
         with gr.Row():
-            small: dict[str, Any] = {"size": "sm", "min_width": 60}
+            small: dict[str, Any] = {"size": "sm", "min_width": 48}
             draw = _button(f"draw_{number}", "Draw", **small)
             export = _button(f"export_{number}", "Export", **small)
             rename = _button(f"rename_{number}", f"{label_of('rename')} ...", **small)
