@@ -25,6 +25,7 @@ class Origin:
 
     checkpoint: str  # its file's name, without the ending
     fingerprint: str
+    prediction: str  # what its net predicts: epsilon, v or flow
     stack: str  # its file's name
     version: int | None  # of the stack; None if there is none
     concepts: Sequence[str]
@@ -54,15 +55,18 @@ def _parameters(
     origin: Origin, prompts: Sequence[str], seed: int, size: tuple[int, int], settings: DrawSettings
 ) -> str:
     """ComfyUI needs the line of the negative prompt, even if it is empty."""
+    flow = origin.prediction == "flow"  # integrated by Euler's method, whatever the solver
     pairs: dict[str, Any] = {
         "Steps": settings.steps,
-        "Sampler": _SAMPLERS[settings.solver],
+        "Sampler": "Euler" if flow else _SAMPLERS[settings.solver],
         "CFG scale": settings.guidance,
         "Seed": seed,
         "Size": f"{size[0]}x{size[1]}",
         "Model": origin.checkpoint,
         "RNG": "CPU",
     }
+    if flow:
+        pairs["Shift"] = settings.flow_shift
     if origin.version is not None:
         pairs["Concepts"] = ", ".join(origin.concepts)
         pairs["Concept stack"] = f"{origin.stack} version {origin.version}"

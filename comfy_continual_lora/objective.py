@@ -16,7 +16,7 @@ from torch import Tensor
 
 from .checkpoint.backbone import Backbone
 from .diffusion import TIMESTEPS, alphas_cumprod, generator_for, noised
-from .presets import PREDICTIONS
+from .presets import PREDICTION_NAMES, PREDICTIONS
 
 _TRIED = (50, 200, 350, 500, 650, 800, 950)  # timesteps
 _MOST = 2  # pictures
@@ -67,7 +67,7 @@ def doubt(backbone: Backbone, latents: Sequence[Tensor], prompt: str) -> str:
     that it is a flow and the pictures don't deny it; empty if all is well.
     """
     errors = relative_errors(backbone, latents, prompt)
-    chosen = next(name for name, one in PREDICTIONS.items() if one == backbone.prediction)
+    chosen = PREDICTION_NAMES[backbone.prediction]
     best = min(errors, key=lambda name: errors[name])
     if errors[best] * _FAR < errors[chosen]:
         return (

@@ -24,6 +24,7 @@ METHODS = [  # lists, so that an extension can add to them
 ADAPTERS = ["lora", "vera"]
 # what a checkpoint's net predicts: the name here, and diffusers'
 PREDICTIONS = {"epsilon": "epsilon", "v": "v_prediction", "flow": "flow_prediction"}
+PREDICTION_NAMES = {value: name for name, value in PREDICTIONS.items()}
 TEMPLATES = (
     "a photo of a {}",
     "photo of a {}",

@@ -19,7 +19,7 @@ from .errors import StackError, TrainingError
 from .files import cache_folder, check_names, real_file, snapshot_path, snapshots_of
 from .keeping import writing
 from .parallel import is_first
-from .presets import PREDICTIONS
+from .presets import PREDICTION_NAMES, PREDICTIONS
 from .progress import OnProgress, Progress
 from .requests import Request
 from .settings import ResolvedSettings, TrainSettings
@@ -106,10 +106,9 @@ def _prediction(request: Request, backbone: Backbone, stack: ConceptStack) -> st
         return asked or backbone.prediction
     learned = stack.checkpoint.prediction
     if asked not in (None, learned):
-        names = {value: name for name, value in PREDICTIONS.items()}
         raise StackError(
-            f"The concepts of {request.stack_file} were learned with `prediction` {names[learned]}, "
-            f"not {request.prediction}. Leave it out, or start another `stack`."
+            f"The concepts of {request.stack_file} were learned with `prediction` "
+            f"{PREDICTION_NAMES[learned]}, not {request.prediction}. Leave it out, or start another `stack`."
         )
     return learned
 

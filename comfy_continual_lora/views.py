@@ -24,6 +24,7 @@ from .files import stack_stem, with_name
 from .imagefile import check_folder, check_output, save_own
 from .mentions import named, not_in_use, not_learned, not_read, unknown_words
 from .prepare import checked_method
+from .presets import PREDICTION_NAMES
 from .progress import OnProgress, Progress, counted, ignore
 from .requests import (
     DrawRequest,
@@ -109,6 +110,7 @@ def _origin(session: Session, stack: ConceptStack, only: Sequence[str]) -> infot
     return infotext.Origin(
         with_name(session.backbone.path).stem,
         session.backbone.fingerprint,
+        PREDICTION_NAMES[session.backbone.prediction],
         stack_stem(path),
         now.number if now else None,
         [record.name for record in stack.records],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from pathlib import Path
 
@@ -110,6 +111,9 @@ def test_a_stack_keeps_its_objective(checkpoint: Path, pictures: Path) -> None:
         for one in ("auto", "flow")
     )
     assert own.image.tobytes() == asked.image.tobytes()
+    assert "Sampler: Euler," in own.texts["parameters"]
+    assert f"Shift: {draw.flow_shift}," in own.texts["parameters"]
+    assert json.loads(own.texts["continual_lora"])["prediction"] == "flow"
     again = LearnRequest(checkpoint, pictures, "V2", "ball", settings)
     pipeline.learn_concept(again)
     assert open_stack(stack_path(checkpoint)).checkpoint.prediction == "flow_prediction"
