@@ -151,9 +151,8 @@ def _plot_looks(request: LearnRequest, result: Any) -> Path | None:
     from .imagefile import save_own
 
     path = _preview_file(request, "likeness")
-    caption = "how much better held-out pictures are predicted (blue), earlier ones moved (red)"
     try:
-        save_own(looks_picture(result.record.watched, caption), path)
+        save_own(looks_picture(result.record.watched), path)
     except SettingError as error:
         print(f"continual-lora: {error}", file=sys.stderr)
         return None

@@ -7,6 +7,8 @@ from itertools import accumulate, pairwise
 
 from PIL import Image, ImageDraw
 
+LOOKS = "how much better held-out pictures are predicted (blue), earlier ones moved (red)"
+
 
 def smoothed(values: Sequence[float]) -> list[float]:
     """The running mean over a twentieth of the steps."""
@@ -47,8 +49,18 @@ def curve_picture(
     return image
 
 
+def stacked(pictures: Sequence[Image.Image]) -> Image.Image:
+    """Pictures of one width, one below the other."""
+    image = Image.new("RGB", (pictures[0].width, sum(one.height for one in pictures)), "white")
+    top = 0
+    for one in pictures:
+        image.paste(one, (0, top))
+        top += one.height
+    return image
+
+
 def looks_picture(
-    looks: Sequence[Sequence[float]], caption: str, *, width: int = 520, height: int = 200
+    looks: Sequence[Sequence[float]], caption: str = LOOKS, *, width: int = 520, height: int = 200
 ) -> Image.Image:
     """The looks at a run (`watch`): likeness to the pictures held out in blue, how far earlier
     concepts moved in red, over the steps; the grey line is the floor, 0.

@@ -47,6 +47,10 @@ def check_learn(request: LearnRequest) -> None:
     check_spelling(request.token)
     check_noun(request.noun, request.token, required=True)
     check_names(request.stack_file, request.token)
+    if request.settings.preview_prompts.strip() and not request.settings.preview_every:
+        raise SettingError(
+            "`preview_prompts` are never drawn: `preview_every` is 0. Set it, such as to 100 steps."
+        )
     records = _records(request)
     tokens = [record["token"] for record in records]
     if request.token.lower() in map(str.lower, tokens):

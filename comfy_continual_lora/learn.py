@@ -36,7 +36,7 @@ from .parallel import is_first
 from .penalty import Penalty, Step
 from .progress import OnProgress, Point, Progress
 from .sample import draw
-from .settings import DrawSettings, ResolvedSettings
+from .settings import DrawSettings, LearnSettings, ResolvedSettings
 from .training import Run, asked_for, compute_dtype, optimizer_for, precondition
 from .watch import LOOKS, Names, Watch
 
@@ -58,7 +58,8 @@ class TrainingInputs:
     trains_adapter: bool = True
     penalties: Mapping[str, Penalty] = field(default_factory=dict)
     frozen_adapter: Adapter | None = None  # a LoRA under the new one
-    preview_names: Sequence[str] = ()  # the concepts in previews, as prompts name them
+    previewed: Sequence[str] = ()  # prompts
+    nouns: Mapping[str, str] = field(default_factory=dict)  # by word, of all concepts
     masks: Sequence[Tensor] | None = None  # (1, h, w): the weight of each latent pixel in the loss
     preconditioner: Tensor | None = None  # (d, d): coordinates of text space that A is trained in
     source: Mapping[str, str] = field(default_factory=dict)  # identifies the data (`source_of`)
@@ -112,7 +113,8 @@ def learn(
         def report(progress: Progress) -> None:
             if settings.preview_every and progress.step % settings.preview_every == 0:
                 words = {**inputs.words, inputs.token: word}
-                progress = replace(progress, preview=preview(backbone, words, inputs.preview_names))
+                image = preview(backbone, words, inputs.previewed, inputs.nouns)
+                progress = replace(progress, preview=image)
             on_progress(progress)
 
         run.train(terms, settings.batch, report)
@@ -203,15 +205,24 @@ def _terms(
     return {"denoising": (error * weight).mean(), **penalties}
 
 
-def preview(backbone: Backbone, words: Mapping[str, Tensor], names: Sequence[str]) -> Image:
-    """These concepts as they are drawn now, side by side.
+def previewed(settings: LearnSettings, names: Sequence[str]) -> list[str]:
+    """The prompts of previews: the user's, or a photo of each of these concepts."""
+    own = [prompt.strip() for prompt in settings.preview_prompts.split("|") if prompt.strip()]
+    return own or [f"a photo of a {name}" for name in names]
+
+
+def preview(
+    backbone: Backbone,
+    words: Mapping[str, Tensor],
+    prompts: Sequence[str],
+    nouns: Mapping[str, str],
+) -> Image:
+    """These prompts as they are drawn now, side by side.
 
     It uses its own random draws, so a run with previews ends like one without.
     """
     settings = DrawSettings(steps=15).resolved(backbone.preset)
-    pictures = draw(
-        backbone, words, [f"a photo of a {name}" for name in names], [0] * len(names), settings
-    )
+    pictures = draw(backbone, words, prompts, [0] * len(prompts), settings, nouns=nouns)
     return to_pil(torch.cat(list(pictures), dim=2))
 
 

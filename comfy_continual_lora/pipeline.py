@@ -35,11 +35,12 @@ from .prepare import (
     checked_method,
     make_room,
     newest_again,
-    preview_both,
+    preview_last,
     settings_for,
     take_stock,
     tell_of_noun,
     tell_of_objective,
+    tell_of_previews,
     watched,
 )
 from .progress import OnProgress, ignore
@@ -112,6 +113,7 @@ def learn_concept(request: LearnRequest, on_progress: OnProgress = ignore) -> Le
             snapshots.tell_of_others(on_progress)
             if not snapshots.path().exists():
                 tell_of_objective(session, concept)
+            tell_of_previews(session, concept, settings)
             trained = learn(session.backbone, inputs, settings, snapshots.path(), on_progress)
             record = record_of(concept, session.stack, settings, trained, digest)
             if settings.keep_features:
@@ -126,7 +128,7 @@ def learn_concept(request: LearnRequest, on_progress: OnProgress = ignore) -> Le
             if parallel.is_first():
                 stack = method.remember(learned, adapter)
                 if settings.preview_every and stack.adapter is not trained.adapter:
-                    preview_both(session, stack)
+                    preview_last(session, stack, settings)
                 session.commit(stack, change, [record])
                 snapshots.remove()
             scores = None

@@ -26,6 +26,7 @@ FIT_HELP = (
 EXECUTION_SETTINGS = (
     "snapshot_every",
     "preview_every",
+    "preview_prompts",
     "checkpointing",
     "accumulate",
     "compile",
@@ -235,6 +236,11 @@ class LearnSettings(TrainSettings):
         "steps between previews of the new concept, and of the first one if it is protected while "
         "learning; 0 for none",
         low=0,
+    )
+    preview_prompts: str = setting(
+        "",
+        "what previews show instead: one prompt or several with | between, such as a V1 dog on grass "
+        "| a painting of a V1 dog",
     )
     adapter: str = setting(
         "lora",

@@ -223,6 +223,8 @@ def test_every_widget_reaches_its_setting(nodes: Any) -> None:
                 continue
             if "options" in port.rest:
                 other = next(o for o in port.rest["options"] if o != port.rest["default"])
+            elif port.io_type == "STRING":
+                other = "a V1 ball"
             else:
                 other = 1 if defaults[name] == "auto" else defaults[name] + 1
             value = getattr(settings_from(settings, {name: other}), name)

@@ -438,6 +438,32 @@ def test_previews_show_both_and_change_nothing(
     assert all(torch.equal(with_previews.adapter[k], t) for k, t in without.adapter.items())
 
 
+def test_previews_show_the_prompts_that_are_asked_for(checkpoint: Path, pictures: Path) -> None:
+    told: list[Progress] = []
+    prompts = "a V1 ball on grass | a painting of a V1 ball| a V7 ball "
+    settings = replace(QUICK, preview_every=QUICK.steps, preview_prompts=prompts)
+    request = requests.LearnRequest(checkpoint, pictures, "V1", "ball", settings, device="cpu")
+    learned = pipeline.learn_concept(request, told.append)
+    drawn = [one.preview for one in told if one.preview]
+    assert [one.size for one in drawn] == [(3 * 128, 128)]
+    parts = [drawn[0].crop((left, 0, left + 128, 128)).tobytes() for left in (0, 128, 256)]
+    assert len(set(parts)) == 3
+    assert "V7" in " ".join(one.note for one in told)
+    # they change nothing, so that the same is not learned again with others
+    other = replace(request, settings=replace(QUICK, preview_every=2, preview_prompts="a V1 ball"))
+    assert pipeline.learn_concept(other).record == learned.record
+
+
+def test_prompts_of_previews_that_are_never_drawn_are_refused(
+    checkpoint: Path, pictures: Path
+) -> None:
+    settings = replace(QUICK, preview_prompts="a V1 ball")
+    request = requests.LearnRequest(checkpoint, pictures, "V1", "ball", settings, device="cpu")
+    for operation in (pipeline.learn_concept, pipeline.plan):
+        with pytest.raises(SettingError, match="preview_every is 0"):
+            operation(request)
+
+
 def test_masks_weigh_the_loss(
     checkpoint: Path, pictures: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -47,7 +47,10 @@ from comfy_continual_lora.webui import alone, cards, host, shown, uploads  # noq
 from comfy_continual_lora.webui import job as job_module  # noqa: E402
 from comfy_continual_lora.webui.album import Album  # noqa: E402
 from comfy_continual_lora.webui.environment import REQUIREMENTS  # noqa: E402
-from comfy_continual_lora.webui.handlers import (  # noqa: E402
+from comfy_continual_lora.webui.handlers import Handlers  # noqa: E402
+from comfy_continual_lora.webui.job import Job  # noqa: E402
+from comfy_continual_lora.webui.labels import METHOD_LABELS, label_of  # noqa: E402
+from comfy_continual_lora.webui.outputs import (  # noqa: E402
     ADVANCED,
     ASKING,
     CARDS,
@@ -56,10 +59,7 @@ from comfy_continual_lora.webui.handlers import (  # noqa: E402
     PICTURES,
     SLOTS,
     STACK,
-    Handlers,
 )
-from comfy_continual_lora.webui.job import Job  # noqa: E402
-from comfy_continual_lora.webui.labels import METHOD_LABELS, label_of  # noqa: E402
 
 ROOT = Path(__file__).parents[1]
 # What messages may name though the tab shows no part for it: what belongs to operations and settings
@@ -248,7 +248,8 @@ def _at(image: Image.Image, x: int, y: int) -> tuple[int, int, int]:
 def _untouched() -> list[Any]:
     """The values of the settings' widgets as the page begins."""
     defaults = {f.name: f.default for f in dataclasses.fields(LearnSettings)} | DEFAULTS
-    return ["auto" if name == "flip" else defaults[name] or 0 for name in ADVANCED]
+    shown = {"flip": "auto", "kind": "auto", "preview_prompts": ""}
+    return [shown.get(name, defaults[name] or 0) for name in ADVANCED]
 
 
 def _wait(handlers: Handlers) -> None:
@@ -431,6 +432,16 @@ def test_only_what_is_new_is_sent(handlers: Handlers) -> None:
     assert all(_value(outputs, name) == gradio.update() for name in (*STACK, "gallery"))
     assert _value(outputs, "said").startswith("**closed&#95;form failed")
     assert _value(handlers.look(*place, ("", "")), "face_0") == ""
+    loss = _value(outputs, "losses")["value"]
+    learned = {
+        "token": "V1",
+        "noun": "ball",
+        "again": False,
+        "watched": [[10, 0.1, 0], [20, 0.2, 0]],
+    }
+    job.results = {"learn": learned}
+    both = _value(handlers.look(*place, mark), "losses")["value"]
+    assert both.size == (loss.width, 2 * loss.height)
 
 
 def test_changed_settings_are_said(handlers: Handlers) -> None:

@@ -54,6 +54,7 @@ class LearnConcept(io.ComfyNode):
         "checkpointing",
     )
     LATER = ("vectors", "accumulate")
+    LAST = ("kind", "until", "watch_every", "preview_prompts", "keep_features")
     SHOWN = ("steps", "seed", "preview_every")
 
     @classmethod
@@ -118,6 +119,7 @@ class LearnConcept(io.ComfyNode):
                     tooltip="How many of its pictures are scored once it is learned, for the "
                     "report: which of the concepts does each show? 0: none.",
                 ),
+                *widgets(LearnSettings, cls.LAST),
             ],
             outputs=[
                 Stack.Output(
@@ -131,7 +133,8 @@ class LearnConcept(io.ComfyNode):
                 ),
                 io.Image.Output(
                     display_name="loss curve",
-                    tooltip="The loss over the steps, also where it was learned before.",
+                    tooltip="The loss over the steps, also where it was learned before; with "
+                    "watch_every, a second picture shows the likeness to pictures held out.",
                 ),
                 io.String.Output(
                     display_name="report",
@@ -150,7 +153,7 @@ class LearnConcept(io.ComfyNode):
     def execute(
         cls, images: list, captions: list | None = None, masks: list | None = None, **given: list
     ) -> Any:
-        from ..curves import curve_picture
+        from ..curves import curve_picture, looks_picture
         from ..stock import stock_lora
 
         values = first_values(given)
@@ -174,11 +177,14 @@ class LearnConcept(io.ComfyNode):
         after = dataclasses.replace(stack.as_of(number), consolidated=False)
         learned = after.read()
         assert learned  # it has just been stored
-        curve = curve_picture(result.record.losses, f"Loss while learning {result.record.token}")
+        record = result.record
+        curves = [curve_picture(record.losses, f"Loss while learning {record.token}")]
+        if record.watched:
+            curves.append(looks_picture(record.watched))
         return io.NodeOutput(
             after,
             stock_lora(learned),
-            host.to_image([curve]),
+            host.to_image(curves),
             f"{report}\n\n{after.described()}",
         )
 

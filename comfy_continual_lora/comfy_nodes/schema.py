@@ -105,6 +105,8 @@ def _widget(settings: type, name: str, advanced: bool) -> Any:
         return io.Combo.Input(name, options=["auto", "yes", "no"], default="auto", **rest)
     if kind == "bool":
         return io.Boolean.Input(name, default=f.default, **rest)
+    if kind == "str":
+        return io.String.Input(name, default=f.default, **rest)
     if _may_be_auto(f):  # text, so that it can say so; numbers can still be connected
         return io.MultiType.Input(
             io.String.Input(name, default="auto", **rest),

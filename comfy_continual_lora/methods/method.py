@@ -23,7 +23,7 @@ from ..adapters.adapter import KINDS, Adapter, kind_of, new_adapter, rank_of
 from ..concept import Concept
 from ..errors import SettingError
 from ..files import real_file
-from ..learn import TrainingInputs
+from ..learn import TrainingInputs, previewed
 from ..penalty import Penalty
 from ..presets import ADAPTERS
 from ..session import Session, Snapshots
@@ -232,7 +232,8 @@ class Method:
             trains_adapter=bool(self.adapter_kind(settings)),
             penalties={**penalties, **self.word_penalties(session, settings, start.retention)},
             frozen_adapter=start.frozen_adapter,
-            preview_names=names,
+            previewed=previewed(settings, names),
+            nouns={**session.stack.nouns, concept.token: concept.noun},
             masks=concept.masks,
             preconditioner=start.preconditioner,
             source=concept.source,

@@ -9,6 +9,8 @@
     copies.py           copies of the pictures that jobs learn from             no gradio
     asking.py           the question before a destructive click                 no gradio
     api.py              what the tab does, as JSON over HTTP                    fastapi
-    tab.py, handlers.py the layout, and its event handlers (uploads.py)         gradio 3.41 to 6
+    tab.py, outputs.py  the layout, and which parts of it change                gradio 3.41 to 6
+    view.py             what it shows                                           gradio
+    handlers.py         what clicks do (uploads.py)                             gradio
     alone.py, a1111.py  the standalone tab; the tab in a web UI                 gradio
 """

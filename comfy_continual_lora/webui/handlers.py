@@ -1,322 +1,35 @@
-"""The page's event handlers. Each returns the values of `OUTPUTS`, in that order; those that ask
-first also return the values of `ASKING`.
-
-What is said of learning stands beside Learn (`status`, `bar`), what is said of all else beside the
-concepts (`said`, `said_bar`).
+"""The page's event handlers: what clicks do. Each returns the values of `OUTPUTS`, in that order;
+those that ask first also return the values of `ASKING`.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import secrets
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import gradio as gr
 
-from ..curves import curve_picture
-from ..errors import ContinualLoraError
-from ..files import stack_path
 from ..settings import LearnSettings, TrainSettings
-from ..versions import versions
 from ..words import name_in
 from .asking import QUESTIONS
-from .cards import bar, card, no_card, thumbnail
+from .cards import thumbnail
 from .copies import Batch
-from .environment import NotReady
-from .host import (
-    Host,
-    JobRequest,
-    concepts_of,
-    newest_word,
-    place_of,
-)
-from .job import Job
+from .host import JobRequest, concepts_of, newest_word, place_of
 from .labels import in_labels, label_of, method_of
 from .loras import newest_lora
-from .runner import Busy
-from .shown import code, history, markdown, picture_of, status
-from .uploads import dropped, found_in, picture_at, settings_of
+from .outputs import ADVANCED, DEFAULTS, PICTURES, REFUSED, SLOTS, Values, in_order, not_asked
+from .shown import markdown
+from .uploads import dropped, found_in, settings_of
+from .view import View
 
-ADVANCED = (
-    "steps",
-    "rank",
-    "rate",
-    "vectors",
-    "token_rate",
-    "batch",
-    "size",
-    "fit",
-    "flip",
-    "seed",
-    "adapter",
-    "ewc_strength",
-    "retention_weight",
-    "dsc_steps",
-    "fisher_samples",
-    "precision",
-    "checkpointing",
-    "accumulate",
-    "preview_every",
-)
-# defaults that differ on the page: previews while learning are worth their time
-DEFAULTS: dict[str, Any] = {"preview_every": 50}
-CARDS = 12  # concepts that are shown at a time
-SLOTS = 20  # pictures whose captions can be typed
-CHIPS = 4  # prompts that are proposed
-_SHOWN = 24  # pictures in the gallery
-
-_FAST = (
-    "status",
-    "bar",
-    "said",
-    "said_bar",
-    "learn",
-    "stop",
-    "halt",
-    "losses",
-    "preview",
-    "environment",
-    "lacking",
-    "pulse",
-    "mark",
-)
-STACK = (
-    *(f"card_{number}" for number in range(CARDS)),
-    *(f"face_{number}" for number in range(CARDS)),
-    "none",
-    "more",
-    "tokens",
-    *(f"chip_{number}" for number in range(CHIPS)),
-    "history",
-)
-OUTPUTS = (*_FAST, *STACK, "chart", "gallery", "downloads", "token", "prompt")
-ASKING = ("asking", "question", "yes", "pending")
-RENAMING = ("renaming", "renamed", "to")
-PICTURES = (
-    "names",
-    "inventory",
-    *(f"slot_{number}" for number in range(SLOTS)),
-    *(f"thumb_{number}" for number in range(SLOTS)),
-    *(f"caption_{number}" for number in range(SLOTS)),
-)
-_BARS = {"status": "bar", "said": "said_bar"}
-REFUSED = (ValueError, OSError, ContinualLoraError, Busy, NotReady)  # shown instead of a traceback
-HAS_TIMER = hasattr(gr, "Timer")
 Jobs = tuple[list[JobRequest], Batch | None]
-Values = dict[str, Any]
-Mark = tuple[str, str]
 
 
-class Handlers:
-    """The handlers of one page.
-
-    `first`: how many of the newest concepts are on earlier pages of cards. `names`: the pictures
-    that the captions are of, in order.
-    """
-
-    def __init__(self, host: Host) -> None:
-        self.host = host
-        self.gallery: list[tuple[str, str]] = []  # files last drawn, with prompt and seed
-
-    # --- what is shown -------------------------------------------------------------------------
-
-    def place(self, checkpoint: str, name: str) -> tuple[Path, Path]:
-        """A checkpoint and its stack. Errors: ValueError, StackError."""
-        if not checkpoint:
-            raise ValueError("Choose a checkpoint first.")
-        path = self.host.checkpoints().get(checkpoint)
-        if path is None:
-            raise ValueError(f"The checkpoint {checkpoint} is gone; press Refresh.")
-        return path, stack_path(path, (name or "").strip())
-
-    @property
-    def is_busy(self) -> bool:
-        return self.host.is_busy or self.host.preparation.is_running
-
-    def environment_shown(self) -> str:
-        """The progress of preparing the environment, or what is missing; empty if it is ready."""
-        preparation = self.host.preparation
-        if preparation.is_running:
-            return code("\n".join(list(preparation.lines)))
-        if preparation.error:
-            return f"**{markdown(preparation.error)}**"
-        try:
-            self.host.python()
-            return "The environment for learning is ready." if preparation.is_done else ""
-        except NotReady as error:
-            return f"**{markdown(error)}**"
-
-    def mark(self) -> Mark:
-        """What changes whenever there is something new to show: of the stack, and of the job."""
-        host, job = self.host, self.host.runner.job
-        stack = (job.number, job.state, list(job.results)) if job else ()
-        seen = (len(job.losses), job.progress, job.notes) if job else ()
-        lines = list(host.preparation.lines)
-        waits = (len(host.waiting), len(host.past))
-        return repr((stack, waits)), repr((seen, lines, self.is_busy))
-
-    def view(self, checkpoint: str, name: str, first: int = 0, **more: Any) -> list[Any]:
-        """The current values of all outputs."""
-        return _in_order({**self._progress(), **self._rest(checkpoint, name, first), **more})
-
-    def look(
-        self,
-        checkpoint: str,
-        name: str,
-        first: int,
-        before: Sequence[str],
-        token: str = "",
-        replace: bool = False,
-    ) -> list[Any]:
-        """What is new since the mark `before`."""
-        now, seen = self.mark(), tuple(before or ())
-        if now == seen:
-            return _in_order({})
-        if seen and now[0] == seen[0]:
-            return _in_order(self._progress())
-        more = {} if replace else self._next_word(checkpoint, name, token)
-        return self.view(checkpoint, name, first, **more)
-
-    def load(self) -> list[Any]:
-        """Of a page that is opened or loaded again: its checkpoints, the chosen one, the stack's
-        name, and all outputs.
-        """
-        checkpoint, name = self.host.preferred()
-        names = list(self.host.checkpoints())
-        choice = gr.update(choices=names, value=checkpoint or None)
-        return [choice, name, *self.view(checkpoint, name, token=self._free_word(checkpoint, name))]
-
-    def refresh(self, checkpoint: str) -> Any:
-        """Checkpoints that are new; the chosen one stays, if it is still there."""
-        self.host.refresh()
-        names = list(self.host.checkpoints())
-        chosen = checkpoint if checkpoint in names else next(iter(names), None)
-        return gr.update(choices=names, value=chosen)
-
-    def turn(self, checkpoint: str, name: str, first: int) -> list[Any]:
-        """The cards of earlier concepts, or from the newest again; `first`, then `STACK`."""
-        first = int(first or 0) + CARDS
-        try:
-            count = len(concepts_of(self.place(checkpoint, name)[1]))
-        except REFUSED:
-            count = 0
-        first = first if first < count else 0
-        return [first, *_in_order(self._stack(checkpoint, name, first), STACK)]
-
-    def other_stack(self, checkpoint: str, name: str, token: str) -> list[Any]:
-        """Another checkpoint or stack was chosen: `first`, `STACK`, the word, `ASKING`."""
-        word = self._next_word(checkpoint, name, token).get("token", gr.update())
-        return [0, *_in_order(self._stack(checkpoint, name, 0), STACK), word, *self.not_asked()]
-
-    def _progress(self) -> Values:
-        """The outputs that change while a job runs."""
-        job, is_busy = self.host.runner.job, self.is_busy
-        lacks = self.environment_shown()
-        losses = job.losses if job else []
-        preview = picture_of(job.preview) if job else None
-        curve = curve_picture(losses, f"loss, {len(losses)} steps") if losses else None
-        side, other = ("status", "said") if _is_learning(job) else ("said", "status")
-        values = {
-            side: self._status(job) if side == "status" else status(job),
-            _BARS[side]: _visible(bar(job)),
-            _BARS[other]: _visible(""),
-            "learn": gr.update(value="Add to the queue" if self.host.is_busy else "Learn"),
-            "stop": gr.update(interactive=self.host.is_busy),
-            "halt": gr.update(interactive=self.host.is_busy),
-            "losses": gr.update(value=curve, visible=bool(curve)),
-            "preview": gr.update(value=preview, visible=bool(preview)),
-            "environment": lacks,
-            "lacking": gr.update(visible=bool(lacks)),
-            "pulse": gr.update(active=is_busy)
-            if HAS_TIMER
-            else gr.update(value="busy" if is_busy else "idle"),
-            "mark": self.mark(),
-        }
-        return values
-
-    def _status(self, job: Job | None) -> str:
-        """The job beside Learn, what waits for it, and how those before it ended."""
-        host = self.host
-        told = [status(job)]
-        if waiting := [_title(jobs) for jobs, _ in list(host.waiting)]:
-            told.append(f"Waiting: {markdown(', '.join(waiting))}. Stop takes them off, too.")
-        if host.past:
-            told += ["Before that:", *list(host.past)]
-        return "\n\n".join(told)
-
-    def _rest(self, checkpoint: str, name: str, first: int) -> Values:
-        """The outputs that change when a job begins or ends."""
-        job = self.host.runner.job
-        results = job.results if job else {}
-        charts = [one["chart"] for one in results.values() if one.get("chart")]
-        chart = picture_at(charts[-1]) if charts else None
-        if job and "draw" in results:
-            self.gallery = _with_prompts(job)
-        pictures = [(picture_at(file), told) for file, told in self.gallery[:_SHOWN]]
-        pictures = [one for one in pictures if one[0] is not None]
-        files = _exported(results.get("export", {})) if self.host.offers_files else []
-        other = "said" if _is_learning(job) else "status"
-        return {
-            other: "" if other == "said" else self._status(None),
-            "chart": gr.update(value=chart, visible=bool(chart)),
-            "gallery": gr.update(value=pictures, visible=bool(pictures)),
-            "downloads": gr.update(value=files or None, visible=bool(files)),
-            **self._stack(checkpoint, name, first),
-        }
-
-    def _stack(self, checkpoint: str, name: str, first: int) -> Values:
-        """Cards, proposed prompts and history, the newest concepts first."""
-        concepts, table, message = [], "", "Nothing learned yet: the first concept comes here."
-        album, stack = self.host.album, Path()
-        try:
-            _, stack = self.place(checkpoint, name)
-            concepts = list(reversed(concepts_of(stack)))
-            table = history(versions(stack))
-        except REFUSED as error:
-            message = in_labels(error)
-        shown, kept = concepts[first : first + CARDS], album.kept(stack)
-        values: Values = {
-            "none": _visible("" if concepts else no_card(message)),
-            "more": gr.update(
-                visible=len(concepts) > CARDS,
-                value=f"{first + 1} to {first + len(shown)} of {len(concepts)}: show others",
-            ),
-            "tokens": [one["token"] for one in shown],
-            "history": table,
-        }
-        for number in range(CARDS):
-            one = shown[number] if number < len(shown) else None
-            values[f"card_{number}"] = gr.update(visible=one is not None)
-            values[f"face_{number}"] = (
-                card(one, album.drawing(stack, one), kept.get(one["id"])) if one else ""
-            )
-        prompts = _proposed(concepts)
-        for number in range(CHIPS):
-            prompt = prompts[number] if number < len(prompts) else ""
-            values[f"chip_{number}"] = gr.update(value=prompt, visible=bool(prompt))
-        return values
-
-    def _free_word(self, checkpoint: str, name: str) -> Any:
-        try:
-            return self.host.free_word(self.place(checkpoint, name)[1])
-        except REFUSED:
-            return gr.update()
-
-    def _next_word(self, checkpoint: str, name: str, token: str) -> Values:
-        """The next free word, if the one on the page has been learned."""
-        try:
-            _, stack = self.place(checkpoint, name)
-            learned = [one["token"].lower() for one in concepts_of(stack)]
-            if (token or "").strip().lower() in learned:
-                return {"token": self.host.free_word(stack)}
-        except REFUSED:
-            pass
-        return {}
-
-    def refused(self, error: Exception, side: str = "said") -> list[Any]:
-        return _in_order({side: f"**{markdown(in_labels(error))}**"})
+class Handlers(View):
+    """The handlers of one page. `names`: the pictures that the captions are of, in order."""
 
     # --- jobs ----------------------------------------------------------------------------------
 
@@ -550,10 +263,10 @@ class Handlers:
             try:
                 question = QUESTIONS[kind](*self.place(checkpoint, name), given)
             except REFUSED as error:
-                return [*self.refused(error), *self.not_asked()]
+                return [*self.refused(error), *not_asked()]
             pending = {"ask": (kind, checkpoint, name, given), "sentence": question.sentence}
             texts = [f"**{markdown(question.sentence)}**", gr.update(value=question.yes)]
-            return [*_in_order({}), gr.update(visible=True), *texts, pending]
+            return [*in_order({}), gr.update(visible=True), *texts, pending]
 
         return handler
 
@@ -583,11 +296,6 @@ class Handlers:
 
         return [*self._hand_in(checkpoint, name, first, jobs_of), gr.update(visible=False)]
 
-    @staticmethod
-    def not_asked() -> list[Any]:
-        """Values of `ASKING`."""
-        return [gr.update(visible=False), "", gr.update(), None]
-
     def confirm(
         self, checkpoint: str, name: str, first: int, pending: dict[str, Any] | None
     ) -> list[Any]:
@@ -601,8 +309,8 @@ class Handlers:
                 raise ValueError("The stack has changed in the meantime. Check it, then try again.")
             self.host.hand_in(question.job)
         except REFUSED as error:
-            return [*self.refused(error), *self.not_asked()]
-        return [*self.view(checkpoint, name, first), *self.not_asked()]
+            return [*self.refused(error), *not_asked()]
+        return [*self.view(checkpoint, name, first), *not_asked()]
 
     # --- inputs --------------------------------------------------------------------------------
 
@@ -623,7 +331,7 @@ class Handlers:
             values[f"slot_{number}"] = gr.update(visible=one is not None)
             values[f"thumb_{number}"] = thumbnail(one.name, one.image) if one else ""
             values[f"caption_{number}"] = one.caption if one else ""
-        return _in_order(values, PICTURES)
+        return in_order(values, PICTURES)
 
     def changed(self, method: str, *advanced: Any) -> str:
         """Which settings differ from what the page began with."""
@@ -638,53 +346,6 @@ class Handlers:
         return f"Changed below: {markdown(', '.join(told))}." if told else ""
 
 
-def _in_order(values: Mapping[str, Any], names: Sequence[str] = OUTPUTS) -> list[Any]:
-    """A value for each output; those without one stay as they are."""
-    return [values[name] if name in values else gr.update() for name in names]
-
-
-def _visible(text: str) -> Any:
-    """An update of a part that takes no room while it is empty."""
-    return gr.update(value=text, visible=bool(text))
-
-
-def _is_learning(job: Job | None) -> bool:
-    """Whether what is said of the job stands beside Learn."""
-    return job is None or job.name in ("learn", "plan")
-
-
-def _title(jobs: Sequence[JobRequest]) -> str:
-    request = jobs[0][1]
-    return f"{request.get('token', '')} {request.get('noun', '')}".strip()
-
-
 def _typed(names: Sequence[str], captions: Sequence[str]) -> dict[str, str]:
     """The captions by picture."""
     return {name: caption or "" for name, caption in zip(names or (), captions, strict=False)}
-
-
-def _proposed(concepts: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Prompts about the newest concepts."""
-    names = [name_in(one) for one in concepts[:2]]
-    if not names:
-        return []
-    prompts = [f"a photo of a {names[0]}", f"a {names[0]} on grass", f"a painting of a {names[0]}"]
-    return [*prompts, f"a photo of a {names[0]} and a {names[1]}"] if len(names) > 1 else prompts
-
-
-def _with_prompts(job: Job) -> list[tuple[str, str]]:
-    """The pictures that a job has drawn, with prompt and seed; not the sheet of all of them."""
-    request, files = dict(job.jobs)["draw"], job.results["draw"]["files"]
-    count, seed = request["settings"]["count"], request["settings"]["seed"]
-    told = [
-        f"{prompt} - seed {seed + number}"
-        for prompt in request["prompts"]
-        for number in range(count)
-    ]
-    return list(zip(map(str, files), told, strict=False))
-
-
-def _exported(result: Mapping[str, Any]) -> list[str]:
-    """The files of an export."""
-    files = [result.get("lora"), *result.get("embeddings", ())]
-    return [file for file in files if file and Path(file).is_file()]

@@ -16,7 +16,10 @@ import gradio as gr
 
 from ..fields import help_of
 from ..settings import LearnSettings
-from .handlers import (
+from .handlers import Handlers
+from .host import Host
+from .labels import label_of, methods
+from .outputs import (
     ADVANCED,
     ASKING,
     CARDS,
@@ -28,10 +31,8 @@ from .handlers import (
     RENAMING,
     SLOTS,
     STACK,
-    Handlers,
+    not_asked,
 )
-from .host import Host
-from .labels import label_of, methods
 
 # gradio 3 has no timer, so a script presses a button while that reads "busy" and the page is
 # visible. No handler may run long: in gradio 3, one whose page was closed keeps the server from
@@ -167,7 +168,7 @@ def _learning(parts: SimpleNamespace) -> None:
             height=220,
             visible=False,
         )
-        parts.losses = gr.Image(label="Loss", type="pil", height=220, visible=False)
+        parts.losses = gr.Image(label="How it went", type="pil", height=220, visible=False)
 
 
 def _for_experts(parts: SimpleNamespace, host: Host) -> None:
@@ -215,6 +216,8 @@ def _setting(name: str) -> Any:
         return gr.Dropdown(["auto", "yes", "no"], value="auto", **rest)
     if kind == "bool":
         return gr.Checkbox(value=default, **rest)
+    if kind == "str":
+        return gr.Textbox(value=default, **rest)
     return gr.Number(value=default or 0, precision=0 if kind == "int" else None, **rest)
 
 
@@ -436,7 +439,7 @@ def _connect_questions(parts: SimpleNamespace, handlers: Handlers) -> None:
     parts.undo.click(handlers.ask("undo"), place, outputs)
     parts.restore.click(handlers.ask("restore"), [*place, parts.version], outputs)
     parts.yes.click(handlers.confirm, [*_place(parts), parts.pending], outputs)
-    parts.no.click(handlers.not_asked, None, _outputs(parts, ASKING))
+    parts.no.click(not_asked, None, _outputs(parts, ASKING))
 
 
 def _connect_pulse(parts: SimpleNamespace, handlers: Handlers, page: gr.Blocks) -> None:
