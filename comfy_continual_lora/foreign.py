@@ -2,20 +2,18 @@
 
 in: a safetensors file with kohya's, diffusers' or PEFT's names - out: an `Adapter` for the
 checkpoint's layers, as strong as the file says (`loraconfig`); an embedding's vectors. Only changes
-of cross-attention's K and V can become a concept: anything else in the file is refused, not dropped.
+of cross-attention's K and V can become a concept: anything else in the file is refused, or left out
+or kept in a file of its own if that is asked for (`rest`).
 """
 
 from __future__ import annotations
 
 import hashlib
-import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from .adapters.adapter import Adapter
@@ -23,26 +21,27 @@ from .adapters.lora import padded_to_rank
 from .checkpoint import keys
 from .checkpoint.backbone import Backbone
 from .errors import SettingError, StackError
-from .loraconfig import WEIGHTS, LoraConfig, lora_config
+from .loraconfig import lora_config
+from .lorafile import (
+    DOWN,
+    ENDINGS,
+    FLOATS,
+    PREFIX,
+    Layer,
+    Rest,
+    check_values,
+    described,
+    lora_file,
+    plain,
+    read,
+    rest_of,
+    scale,
+)
 from .requests import ImportRequest
 from .settings import MOST_VECTORS
 from .stack import ConceptRecord
 from .stackschema import MOST_RANK
 
-_DOWN = (
-    ".lora_down.weight",
-    ".lora_A.weight",
-    ".lora_A.default.weight",
-    ".lora.down.weight",
-    "_lora.down.weight",
-)
-_UP = tuple(name.replace("down", "up").replace("lora_A", "lora_B") for name in _DOWN)
-_ENDINGS = {
-    ending: kind
-    for kind, endings in (("down", _DOWN), ("up", _UP), ("alpha", (".alpha",)))
-    for ending in endings
-}
-_PREFIX = re.compile(r"^(lora_unet_|unet\.|base_model\.model\.|diffusion_model\.)+")
 # What other kinds of adapters add to a layer's name
 _OTHER_KINDS = {
     "dora_scale": "a DoRA",
@@ -52,43 +51,32 @@ _OTHER_KINDS = {
     "lora_mid": "a LoCon with a third matrix",
     "diff": "a full-size change of the weight",
 }
-_FLOATS = (
-    torch.float64,
-    torch.float32,
-    torch.float16,
-    torch.bfloat16,
-    torch.float8_e4m3fn,
-    torch.float8_e5m2,
-)
-_WHOLE = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
-# Exported files hold 16 bits
-_LARGEST = torch.finfo(torch.float16).max
-
-
-@dataclass
-class _Layer:
-    """One layer's tensors in a file, by kind ("down", "up", "alpha"), and their names there."""
-
-    name: str
-    tensors: dict[str, Tensor] = field(default_factory=dict)
-    names: dict[str, str] = field(default_factory=dict)
-
-
-def lora_file(path: Path) -> Path:
-    """The file that holds a LoRA's matrices: the path itself, or one in PEFT's folder."""
-    return path / WEIGHTS if path.is_dir() else path
 
 
 def read_lora(path: Path, backbone: Backbone, strength: float = 1.0) -> Adapter:
-    """The change of the checkpoint's K/V layers in a file or PEFT's folder, A (r, d_text) and
-    B (d_out, r), zero in layers it does not change.
+    """As `read_parts`, of a file that changes K and V alone. Errors: StackError if it doesn't, too."""
+    adapter, rest = read_parts(path, backbone, strength)
+    if rest:
+        raise StackError(
+            f"{lora_file(path)} changes {rest.described()}, for example {rest.example}. That can't "
+            "become part of a concept: give `rest` drop, to leave it out, or keep, to have it in a LoRA "
+            "file of its own; or choose a LoRA of K and V alone (Custom Diffusion's layers)."
+        )
+    return adapter
 
-    Errors: StackError for a file that is not a LoRA, is broken, changes nothing or other layers
-    too, or belongs to another kind of checkpoint.
+
+def read_parts(
+    path: Path, backbone: Backbone, strength: float = 1.0
+) -> tuple[Adapter, Rest | None]:
+    """The change of the checkpoint's K/V layers in a file or PEFT's folder, A (r, d_text) and
+    B (d_out, r), zero in layers it does not change; and what else it changes.
+
+    Errors: StackError for a file that is not a LoRA, is broken, changes nothing of K and V, or
+    belongs to another kind of checkpoint.
     """
     path = lora_file(path)
-    tensors, metadata = _read(path)
-    layers = _layers_in(path, tensors, backbone)
+    tensors, metadata = read(path)
+    layers, others = _layers_in(path, tensors, backbone)
     config = lora_config(path, metadata)
     adapter, rank = {}, 1
     for layer, module in backbone.kv_layers.items():
@@ -96,8 +84,8 @@ def read_lora(path: Path, backbone: Backbone, strength: float = 1.0) -> Adapter:
         down, up = torch.zeros(0, width), torch.zeros(out, 0)
         if found := layers.get(layer):
             down, up = _matrices(path, found, out, width)
-            up = up * (strength * _scale(path, found, len(down), config))
-            _check_values(f"{path}: {found.names['up']} at `strength` {strength:g}", up)
+            up = up * (strength * scale(path, found, len(down), config))
+            check_values(f"{path}: {found.names['up']} at `strength` {strength:g}", up)
         if down.any() and up.any():
             rank = max(rank, len(down))
             adapter |= {f"{layer}.A": down, f"{layer}.B": up}
@@ -105,48 +93,46 @@ def read_lora(path: Path, backbone: Backbone, strength: float = 1.0) -> Adapter:
             adapter |= {f"{layer}.A": down[:0], f"{layer}.B": up[:, :0]}
     if not any(len(tensor) for name, tensor in adapter.items() if name.endswith(".A")):
         raise StackError(
-            f"{path} at `strength` {strength:g} changes nothing: every product of matrices and "
-            "alpha is 0. Choose another file, or another strength."
+            f"{path} at `strength` {strength:g} changes nothing of K and V of cross-attention: every "
+            "product of matrices and alpha is 0, or they are not there. Choose another file, or "
+            "another strength."
         )
-    return padded_to_rank(adapter, rank)
+    rest = rest_of(path, others, layers.values(), config, metadata) if others else None
+    return padded_to_rank(adapter, rank), rest
 
 
-def _layers_in(path: Path, tensors: Mapping[str, Tensor], backbone: Backbone) -> dict[str, _Layer]:
-    """The file's tensors by the checkpoint's layer.
+def _layers_in(
+    path: Path, tensors: Mapping[str, Tensor], backbone: Backbone
+) -> tuple[dict[str, Layer], dict[str, Tensor]]:
+    """The file's tensors by the checkpoint's layer, and its others.
 
-    Errors: StackError for tensors that are no part of a K/V LoRA, or are missing for one.
+    Errors: StackError for tensors that are no part of a LoRA, or are missing for one.
     """
     known = {}
     for layer, ldm in keys.unet_names(backbone.kv_layers).items():
-        known[_plain(layer)] = known[_plain(ldm)] = layer
-    layers: dict[str, _Layer] = {}
-    others = set()
+        known[plain(layer)] = known[plain(ldm)] = layer
+    layers: dict[str, Layer] = {}
+    others = {}
     for name, tensor in tensors.items():
-        ending = next((e for e in _ENDINGS if name.endswith(e)), "")
+        ending = next((e for e in ENDINGS if name.endswith(e)), "")
         start = name.removesuffix(ending)
-        layer = known.get(_plain(start))
+        layer = known.get(plain(start))
         if not ending or layer is None:
-            others.add(start)
+            others[name] = tensor
             continue
-        found = layers.setdefault(layer, _Layer(_PREFIX.sub("", start)))
-        kind = _ENDINGS[ending]
+        found = layers.setdefault(layer, Layer(PREFIX.sub("", start)))
+        kind = ENDINGS[ending]
         if kind in found.tensors:
             raise StackError(
                 f"{path} has two tensors for the same matrix of {layer}: {found.names[kind]} and "
                 f"{name}. Get the file again, in one layout."
             )
         found.tensors[kind], found.names[kind] = tensor, name
-    _check_plain(path, [name for name in others if _plain(name).startswith(tuple(known))])
-    if not any(name.endswith(_DOWN) for name in tensors):
+    _check_plain(path, [name for name in others if plain(name).startswith(tuple(known))])
+    if not any(name.endswith(DOWN) for name in tensors):
         raise StackError(
             f"{path} is not a LoRA this program can read: it contains no pair of lora_down and "
             "lora_up (or lora_A and lora_B). Choose another file."
-        )
-    if others:
-        raise StackError(
-            f"{path} changes {len(others)} layers besides K and V of cross-attention, for example "
-            f"{min(others)}, which could not be kept. Only K/V LoRAs (Custom Diffusion's layers) "
-            "can become a concept."
         )
     halves = [layer for layer, one in layers.items() if not one.tensors.keys() >= {"down", "up"}]
     if halves:
@@ -154,7 +140,7 @@ def _layers_in(path: Path, tensors: Mapping[str, Tensor], backbone: Backbone) ->
             f"{path} is damaged: layers with only one of their two matrices: {len(halves)}, the "
             f"first is {min(halves)}. Get the file again."
         )
-    return layers
+    return layers, others
 
 
 def _check_plain(path: Path, names: Sequence[str]) -> None:
@@ -168,7 +154,7 @@ def _check_plain(path: Path, names: Sequence[str]) -> None:
         )
 
 
-def _matrices(path: Path, layer: _Layer, out: int, width: int) -> tuple[Tensor, Tensor]:
+def _matrices(path: Path, layer: Layer, out: int, width: int) -> tuple[Tensor, Tensor]:
     """A layer's A (r, d_text) and B (d_out, r), float32.
 
     Errors: StackError for tensors that are no matrices, don't fit, or have values out of range.
@@ -178,13 +164,13 @@ def _matrices(path: Path, layer: _Layer, out: int, width: int) -> tuple[Tensor, 
         tensor, name = layer.tensors[kind], layer.names[kind]
         if tensor.dim() == 4 and tensor.shape[2:] == (1, 1):  # as some programs store all layers
             tensor = tensor.flatten(1)
-        if tensor.dim() != 2 or tensor.dtype not in _FLOATS:
+        if tensor.dim() != 2 or tensor.dtype not in FLOATS:
             raise StackError(
-                f"{path}: its tensor {name} is {_described(layer.tensors[kind])}; expected a "
+                f"{path}: its tensor {name} is {described(layer.tensors[kind])}; expected a "
                 "matrix of floating-point numbers. Get the file again, not quantised."
             )
         found[kind] = tensor.float()
-        _check_values(f"{path}: its tensor {name}", found[kind])
+        check_values(f"{path}: its tensor {name}", found[kind])
     down, up = found["down"], found["up"]
     if down.shape[1] != width or len(up) != out:
         raise StackError(
@@ -201,58 +187,23 @@ def _matrices(path: Path, layer: _Layer, out: int, width: int) -> tuple[Tensor, 
     return down, up
 
 
-def _scale(path: Path, layer: _Layer, rank: int, config: LoraConfig | None) -> float:
-    """The factor of B A. Errors: StackError for an alpha that is not a number, or two of them."""
-    alpha = layer.tensors.get("alpha")
-    if alpha is None:
-        return config.scale(layer.name, rank) if config else 1.0
-    name = layer.names["alpha"]
-    if config:
-        raise StackError(
-            f"{path} has the tensor {name}, but {config.source} says how strong the LoRA is, too. "
-            "Expected one of them: export the LoRA again in one layout."
-        )
-    if alpha.numel() != 1 or alpha.dtype not in (*_FLOATS, *_WHOLE):
-        raise StackError(
-            f"{path}: its tensor {name} is {_described(alpha)}; expected one number. Get the file "
-            "again."
-        )
-    _check_values(f"{path}: its tensor {name}", alpha)
-    return float(alpha) / rank
-
-
-def _check_values(what: str, tensor: Tensor) -> None:
-    """Errors: StackError for values that exported files could not hold."""
-    largest = float(tensor.float().abs().max()) if tensor.numel() else 0.0
-    if not largest <= _LARGEST:
-        raise StackError(
-            f"{what} has the value {largest:g}; expected finite numbers up to {_LARGEST:g}. Every "
-            "picture would be black or noise: choose another file, such as an earlier epoch's."
-        )
-
-
-def _described(tensor: Tensor) -> str:
-    sizes = " x ".join(map(str, tensor.shape)) or "a single number"
-    return f"{sizes} of {str(tensor.dtype).removeprefix('torch.')}"
-
-
 def read_word(path: Path, backbone: Backbone) -> Tensor:
     """The vectors of a textual-inversion embedding, (k, d).
 
     Errors: StackError for a file that is not an embedding, has another width, or values out of
     range.
     """
-    tensors, _ = _read(path)
+    tensors, _ = read(path)
     names = ("clip_l", "clip_g") if len(backbone.word_widths) == 2 else tuple(tensors)[:1]
     widths = dict(zip(names, backbone.word_widths, strict=False))
     fits = tensors.keys() == widths.keys() and all(
-        tensor.dim() in (1, 2) and tensor.shape[-1] == widths[name] and tensor.dtype in _FLOATS
+        tensor.dim() in (1, 2) and tensor.shape[-1] == widths[name] and tensor.dtype in FLOATS
         for name, tensor in tensors.items()
     )
     parts = [torch.atleast_2d(tensors[name]).float() for name in widths] if fits else []
     counts = {len(part) for part in parts}
     if len(counts) != 1 or not 1 <= counts.pop() <= MOST_VECTORS:
-        found = ", ".join(f"{name} ({_described(t)})" for name, t in sorted(tensors.items())[:4])
+        found = ", ".join(f"{name} ({described(t)})" for name, t in sorted(tensors.items())[:4])
         expected = " and ".join(
             f"{width} numbers each" + f" in {name}" * (len(widths) > 1)
             for name, width in widths.items()
@@ -263,7 +214,7 @@ def read_word(path: Path, backbone: Backbone) -> Tensor:
             "of checkpoint."
         )
     for name, part in zip(widths, parts, strict=True):
-        _check_values(f"{path}: its tensor {name}", part)
+        check_values(f"{path}: its tensor {name}", part)
     return torch.cat(parts, 1)
 
 
@@ -282,9 +233,9 @@ def word_of_vocabulary(trigger: str, backbone: Backbone) -> Tensor:
 
 def imported_concept(
     backbone: Backbone, request: ImportRequest
-) -> tuple[Tensor, Adapter, ConceptRecord]:
-    """Word, adapter and record of a concept from another program. Its id is a hash of the file and
-    the word.
+) -> tuple[Tensor, Adapter, ConceptRecord, Rest | None]:
+    """Word, adapter and record of a concept from another program, and what is no part of it. Its id
+    is a hash of the file and the word.
 
     Errors: SettingError without embedding and trigger, or with both; StackError as in `read_lora`.
     """
@@ -297,7 +248,10 @@ def imported_concept(
         word = read_word(request.embedding, backbone)
     else:
         word = word_of_vocabulary(request.trigger, backbone)
-    adapter = read_lora(request.lora, backbone, request.strength)
+    if request.rest == "refuse":
+        adapter, rest = read_lora(request.lora, backbone, request.strength), None
+    else:
+        adapter, rest = read_parts(request.lora, backbone, request.strength)
     content = lora_file(request.lora).read_bytes() + request.token.encode()
     record = ConceptRecord(
         id=hashlib.sha256(content).hexdigest()[:12],
@@ -315,7 +269,7 @@ def imported_concept(
         settings={"strength": request.strength},
         with_noun=bool(request.class_noun),
     )
-    return word, adapter, record
+    return word, adapter, record, rest
 
 
 def check_same_strength(known: ConceptRecord, request: ImportRequest) -> None:
@@ -327,26 +281,3 @@ def check_same_strength(known: ConceptRecord, request: ImportRequest) -> None:
             f"was not imported at {request.strength:g}. Forget {known.token} first, or give another "
             "`token`."
         )
-
-
-def _plain(name: str) -> str:
-    """A layer's name, spelled the same for all three layouts."""
-    return re.sub(r"[._]", "", _PREFIX.sub("", name).replace("processor", ""))
-
-
-def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """The tensors and the metadata of a safetensors file. Errors: StackError."""
-    try:
-        if not path.is_file():
-            raise StackError(
-                f"There is no file {path}. Expected a .safetensors file, or PEFT's folder with "
-                f"{WEIGHTS}."
-            )
-        with safe_open(path, framework="pt") as file:
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-            return tensors, file.metadata() or {}
-    except (SafetensorError, OSError) as error:
-        raise StackError(
-            f"{path} can't be read ({error}): it is truncated or not a safetensors file. Pickles "
-            "(.pt, .bin) are not loaded."
-        ) from None

@@ -25,7 +25,7 @@ from .stackschema import MOST_RANK
 
 WEIGHTS = "adapter_model.safetensors"
 CONFIG = "adapter_config.json"
-_METADATA = "lora_adapter_metadata"  # diffusers' name for it in a file's metadata
+DECLARED = "lora_adapter_metadata"  # diffusers' name for it in a file's metadata
 _MOST_ALPHA = 1e6
 _ENDING = r"(.*\.)?({})$"  # a pattern has to match the end of a layer's name
 # PEFT's ways to start that also change the checkpoint's own weights, which the file does not hold
@@ -80,8 +80,8 @@ def lora_config(path: Path, metadata: Mapping[str, str]) -> LoraConfig | None:
                 f"{beside} can't be read ({error.strerror or error}). It says how strong the LoRA "
                 "is: give this user permission to read it."
             ) from None
-    if _METADATA in metadata:
-        return _config(f"{path} (its metadata {_METADATA})", metadata[_METADATA])
+    if DECLARED in metadata:
+        return _config(f"{path} (its metadata {DECLARED})", metadata[DECLARED])
     return None
 
 

@@ -239,7 +239,7 @@ def import_concept(request: ImportRequest, on_progress: OnProgress = ignore) -> 
     concepts.check_noun(request.noun, request.token)
     with open_session(request, on_progress, writes=True) as session:
         tell_of_noun(session, request)
-        word, adapter, record = imported_concept(session.backbone, request)
+        word, adapter, record, rest = imported_concept(session.backbone, request)
         if known := next((one for one in session.stack.records if one.id == record.id), None):
             check_same_strength(known, request)
             return ImportResult(known, request.lora, again=True)
@@ -249,5 +249,6 @@ def import_concept(request: ImportRequest, on_progress: OnProgress = ignore) -> 
         stack, _ = consolidation.merged(
             session.backbone, session.stack, other, request.settings, on_progress, session.cache
         )
+        kept = rest.keep(request.lora) if rest and request.rest == "keep" else None
         session.commit(stack, "imported", [record])
-    return ImportResult(record, request.lora)
+    return ImportResult(record, request.lora, rest=rest.described() if rest else "", kept=kept)

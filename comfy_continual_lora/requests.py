@@ -162,6 +162,12 @@ class ImportRequest(Request):
     )
     strength: float = option("strength it is used at", 1.0, low=-10, high=10)
     settings: SolveSettings = SolveSettings()
+    rest: str = option(
+        "what to do with changes of other layers than K and V of cross-attention: refuse the file, drop "
+        "them, or keep them in a LoRA beside it, NAME-without-kv, to load at the same strength",
+        "refuse",
+        choices=("refuse", "drop", "keep"),
+    )
 
     @property
     def class_noun(self) -> str:

@@ -172,17 +172,31 @@ class MergeResult:
 
 @dataclass(frozen=True)
 class ImportResult:
+    """`rest`: what the LoRA changes besides, in words; `kept`: the file that has it."""
+
     record: ConceptRecord
     lora: Path
     again: bool = False
+    rest: str = ""
+    kept: Path | None = None
 
     def summary(self) -> str:
         if self.again:
             return f"{self.lora} is already on the stack as {self.record.name}; nothing was done."
-        return f"{self.lora} is now on the stack as {self.record.name}."
+        done = f"{self.lora} is now on the stack as {self.record.name}."
+        if self.kept:
+            strength = self.record.settings["strength"]
+            return f"{done} Its {self.rest}, are in {self.kept}: load that too, at strength {strength:g}."
+        return f"{done} Left out: its {self.rest}." if self.rest else done
 
     def as_json(self) -> dict[str, Any]:
-        return {"token": self.record.token, "noun": self.record.noun, "again": self.again}
+        return {
+            "token": self.record.token,
+            "noun": self.record.noun,
+            "again": self.again,
+            "rest": self.rest,
+            "kept": self.kept and str(self.kept),
+        }
 
 
 @dataclass(frozen=True)

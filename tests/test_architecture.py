@@ -63,6 +63,7 @@ LAYERS = (
     ("plan", "prepare", "report", "reportpage"),
     ("methods",),
     ("consolidation", "dsc", "evaluate", "export", "fisher", "foreign", "history", "stock"),
+    ("lorafile",),
     ("loraconfig",),
     ("concept", "early", "session"),
     ("infotext", "learn", "requests", "targets"),

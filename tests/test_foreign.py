@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -319,3 +320,118 @@ def _is_finite_or_refused(read: Callable[[], list[Tensor]], path: Path) -> bool:
         return all(bool(tensor.isfinite().all()) for tensor in read())
     except ContinualLoraError as error:
         return str(path) in str(error)
+
+
+# --- what a LoRA changes besides K and V ---------------------------------------------------------
+
+
+@pytest.mark.parametrize("layout", ["folder", "diffusers"])
+def test_the_rest_of_a_lora_is_measured_and_kept_as_strong_as_it_was(
+    backbone: Backbone, tmp_path: Path, layout: str
+) -> None:
+    """A LoRA of all attention and a convolution: K and V become the concept, and with the file of
+    the rest they are what PEFT computes.
+    """
+    torch.manual_seed(0)
+    config = LoraConfig(
+        r=4,
+        lora_alpha=2,
+        target_modules=["to_q", "to_k", "to_v", "to_out.0", "conv1"],
+        alpha_pattern={"to_q": 12},
+        init_lora_weights=False,
+    )
+    unet: Any = get_peft_model(copy.deepcopy(backbone.unet), config)  # type: ignore[arg-type]
+    folder = tmp_path / "lora"
+    unet.save_pretrained(str(folder))
+    path = folder
+    if layout == "diffusers":
+        declared = json.loads((folder / "adapter_config.json").read_text())
+        path = tmp_path / "lora.safetensors"
+        save_file(
+            {
+                name.replace("base_model.model", "unet"): tensor
+                for name, tensor in load_file(folder / "adapter_model.safetensors").items()
+            },
+            path,
+            {"lora_adapter_metadata": json.dumps({f"unet.{k}": v for k, v in declared.items()})},
+        )
+    changes = {
+        name.removeprefix("base_model.model."): module.get_delta_weight("default").detach()
+        for name, module in unet.named_modules()
+        if hasattr(module, "get_delta_weight")
+    }
+    whole = sum(float(change.square().sum()) for change in changes.values())
+    others = {name: one for name, one in changes.items() if name not in backbone.kv_layers}
+    share = sum(float(change.square().sum()) for change in others.values()) / whole
+
+    with pytest.raises(StackError, match=rf"{len(others)} layers besides K .* are {share:.0%} of"):
+        foreign.read_lora(path, backbone)
+    adapter, rest = foreign.read_parts(path, backbone)
+    assert rest
+    assert rest.layers == len(others)
+    assert rest.share == pytest.approx(share, rel=1e-4)
+    for layer, change in delta_weights(backbone, adapter).items():
+        assert torch.allclose(change, changes[layer], atol=1e-5)
+
+    kept = rest.keep(path)
+    assert kept == tmp_path / "lora-without-kv.safetensors"
+    stored = load_file(kept)
+    assert len(stored) == 2 * len(others)
+    for layer, change in others.items():
+        down, up = (
+            next(t for n, t in stored.items() if f".{layer}.lora_{letter}." in n) for letter in "AB"
+        )
+        found = (up.flatten(1) @ down.flatten(1)).view_as(change)
+        assert torch.allclose(found, change, atol=1e-5 * float(change.abs().max()))
+    with pytest.raises(StackError, match="changes nothing of K and V"):
+        foreign.read_parts(kept, backbone)
+
+
+def with_others(backbone: Backbone) -> Tensors:
+    """K and V, a text encoder's layer, and a DoRA's layer with its magnitudes."""
+    return {
+        **kohya_lora(backbone, alpha=2.0),
+        "lora_te_text_model_encoder_layers_0_mlp_fc1.lora_down.weight": torch.ones(2, 64),
+        "lora_te_text_model_encoder_layers_0_mlp_fc1.lora_up.weight": torch.ones(128, 2),
+        "lora_te_text_model_encoder_layers_0_mlp_fc1.alpha": torch.tensor(1.0),
+        "lora_unet_mid_block_attentions_0_proj_in.dora_scale": torch.ones(8),
+    }
+
+
+def test_the_rest_is_refused_left_out_or_kept_as_asked_for(
+    checkpoint: Path, backbone: Backbone, tmp_path: Path
+) -> None:
+    lora, tensors = tmp_path / "dog.safetensors", with_others(backbone)
+    save_file(tensors, lora, {"ss_output_name": "dog"})
+    request = requests.ImportRequest(checkpoint, lora, "W1", "ball", trigger="red", device="cpu")
+    with pytest.raises(StackError, match=r"2 layers besides.*give rest drop.*or keep"):
+        pipeline.import_concept(request)
+    left = pipeline.import_concept(replace(request, rest="drop"))
+    assert "Left out: its 2 layers besides K and V" in left.summary()
+    file = tmp_path / "dog-without-kv.safetensors"
+    assert not file.exists()
+
+    file.write_bytes(b"another's")
+    keep = replace(request, token="W2", rest="keep", strength=0.5)
+    with pytest.raises(StackError, match="exists and is another file"):
+        pipeline.import_concept(keep)
+    assert file.read_bytes() == b"another's"
+    file.unlink()
+    kept = pipeline.import_concept(keep)
+    assert kept.kept == file
+    assert "load that too, at strength 0.5" in kept.summary()
+    stored = load_file(file)
+    assert stored.keys() == tensors.keys() - kohya_lora(backbone, alpha=2.0).keys()
+    assert all(torch.equal(stored[name], tensors[name]) for name in stored)
+    tokens = store.open_stack(store.stack_path(checkpoint)).tokens
+    assert list(tokens) == ["W1", "W2"]
+
+
+def test_a_rest_with_values_out_of_range_is_not_kept(backbone: Backbone, tmp_path: Path) -> None:
+    lora = tmp_path / "dog.safetensors"
+    save_file(with_others(backbone) | {"more.lora_up.weight": torch.full((2, 2), NAN)}, lora)
+    _, rest = foreign.read_parts(lora, backbone)
+    assert rest
+    with pytest.raises(StackError, match=r"more\.lora_up\.weight has the value nan"):
+        rest.keep(lora)
+    assert [path.name for path in tmp_path.iterdir()] == ["dog.safetensors"]

@@ -356,6 +356,15 @@ class ImportLora(io.ComfyNode):
                     step=0.01,
                     tooltip="Strength it is used at.",
                 ),
+                io.Combo.Input(
+                    "rest",
+                    options=["refuse", "drop", "keep"],
+                    default="refuse",
+                    optional=True,
+                    tooltip="What to do with changes of other layers than K and V of cross-attention: "
+                    "refuse the file, drop them, or keep them in a LoRA beside it, NAME-without-kv, to "
+                    "load at the same strength.",
+                ),
             ],
             outputs=stack_and_report(),
         )
@@ -373,6 +382,7 @@ class ImportLora(io.ComfyNode):
         embedding: str,
         trigger: str,
         strength: float,
+        rest: str = "refuse",
     ) -> Any:
         request = ImportRequest(
             **stack.place,
@@ -382,6 +392,7 @@ class ImportLora(io.ComfyNode):
             embedding=host.file_of("embeddings", embedding) if embedding else None,
             trigger=trigger.strip(),
             strength=strength,
+            rest=rest,
         )
         with host.at_work() as on_progress:
             result = OPERATIONS["import"](request, on_progress)
