@@ -32,7 +32,7 @@ from .settings import (
 
 CHECKPOINT_HELP = "a .safetensors checkpoint or a diffusers folder"
 STACK_HELP = "the concept stack, if not the file beside the checkpoint"
-DEVICE_HELP = "auto, cpu, cuda, cuda:1 or mps"
+DEVICE_HELP = "auto, cpu, cuda (NVIDIA, AMD), cuda:1, xpu (Intel) or mps (Apple)"
 PREDICTION_HELP = (
     "what the checkpoint's net predicts; auto: what the stack or the file says, which can't tell a "
     "rectified flow (flow)"

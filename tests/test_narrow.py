@@ -258,3 +258,27 @@ def test_loading_a_full_size_sd15_takes_the_model_and_at_most_the_file_beside_it
             assert memory["loaded"] < memory["held"] + 1.2 * size
     finally:
         path.unlink()
+
+
+@pytest.mark.parametrize(
+    ("device", "capability", "hip", "expected"),
+    [
+        ("cuda", (7, 5), None, torch.float16),  # Turing: torch calls its emulation supported
+        ("cuda", (8, 0), None, torch.bfloat16),
+        ("cuda", (12, 0), None, torch.bfloat16),
+        ("cuda", (7, 5), "6.2", torch.bfloat16),  # AMD counts otherwise
+        ("xpu", None, None, torch.bfloat16),
+        ("mps", None, None, torch.float32),
+        ("cpu", None, None, torch.float32),
+    ],
+)
+def test_auto_precision_is_what_the_device_has(
+    monkeypatch: pytest.MonkeyPatch,
+    device: str,
+    capability: tuple[int, int] | None,
+    hip: str | None,
+    expected: torch.dtype,
+) -> None:
+    monkeypatch.setattr(torch.version, "hip", hip)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
+    assert narrow.dtype_for("auto", torch.device(device)) == expected

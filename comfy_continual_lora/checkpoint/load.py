@@ -120,7 +120,8 @@ def _fill_position_ids(model: Any, device: torch.device) -> None:
 
 
 def pick_device(name: str) -> torch.device:
-    """The device of a setting: "auto" is CUDA, then Apple's MPS, then the CPU.
+    """The device of a setting: "auto" is CUDA (NVIDIA, and AMD under ROCm), then Intel's XPU, then
+    Apple's MPS, then the CPU.
 
     Errors: CheckpointError for a device that can't be used here.
     """
@@ -129,10 +130,12 @@ def pick_device(name: str) -> torch.device:
             return torch.empty(0, device=name).device
         except (RuntimeError, AssertionError) as error:
             raise CheckpointError(
-                f"The device {name!r} can't be used here: {error}. Use auto, cpu, cuda or mps."
+                f"The device {name!r} can't be used here: {error}. Use auto, cpu, cuda, xpu or mps."
             ) from None
     if torch.cuda.is_available():
         return torch.device("cuda")
+    if hasattr(torch, "xpu") and torch.xpu.is_available():
+        return torch.device("xpu")
     return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
 
 

@@ -28,17 +28,23 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, 
 def dtype_for(precision: str, device: torch.device) -> torch.dtype:
     """The dtype that `precision` (a setting) stands for.
 
-    "auto" is bf16 on a GPU that supports it, fp16 on another GPU, fp32 elsewhere.
+    "auto" is bf16 on an NVIDIA, AMD or Intel GPU that has it, fp16 on another one, fp32 elsewhere.
     """
     if precision == "auto":
-        return half_dtype(device) if device.type == "cuda" else torch.float32
+        return half_dtype(device) if device.type in ("cuda", "xpu") else torch.float32
     return DTYPES[precision]
 
 
 def half_dtype(device: torch.device) -> torch.dtype:
-    """The dtype of 16 bits to compute in."""
+    """The dtype of 16 bits to compute in: bf16 where the device has it.
+
+    NVIDIA's has it from compute capability 8 (Ampere); before, torch emulates it slowly, and says
+    that it is supported.
+    """
     lacks_bf16 = device.type == "mps" or (
-        device.type == "cuda" and not torch.cuda.is_bf16_supported()
+        device.type == "cuda"
+        and torch.version.hip is None
+        and torch.cuda.get_device_capability(device)[0] < 8
     )
     return torch.float16 if lacks_bf16 else torch.bfloat16
 
