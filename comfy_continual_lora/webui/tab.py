@@ -156,7 +156,7 @@ def _what_to_learn(parts: SimpleNamespace, host: Host) -> None:
 def _learning(parts: SimpleNamespace) -> None:
     with gr.Row():
         parts.learn = _button("learn", label_of("learn"), variant="primary", scale=2, min_width=120)
-        parts.estimate = _button("estimate", "How long?", min_width=80)
+        parts.estimate = _button("estimate", "How long?", min_width=110)
         parts.stop = _button("stop", "Stop", interactive=False, min_width=80)
     parts.changed = _text("changed")
     parts.bar = gr.HTML("", visible=False, elem_id="continual_lora_bar")
@@ -204,7 +204,7 @@ def _setting(name: str) -> Any:
     default = DEFAULTS.get(name, field.default)
     rest: dict[str, Any] = {
         "label": label_of(name),
-        "info": help_of(field),
+        "info": help_of(field, "auto" if choices else "0"),
         "elem_id": f"continual_lora_{name}",
         "min_width": 150,
     }
