@@ -129,7 +129,7 @@ def _number_in(name: str, text: str) -> float | int | None:
         raise SettingError(
             f"`{name}` is {excerpt(text)}; it has to be a number, or auto."
         ) from None
-    return int(number) if number.is_integer() else number
+    return int(number) if number.is_integer() and abs(number) < _WHOLE else number
 
 
 _TYPES = {

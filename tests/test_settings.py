@@ -182,3 +182,11 @@ def test_what_no_widget_gives_is_refused_by_name(field: dataclasses.Field, value
     """A page's handlers can be called with any JSON."""
     with pytest.raises(SettingError, match=f"`?{field.name}`?"):
         check_field(field, from_widget(field, value))
+
+
+@pytest.mark.parametrize("text", ["1e300", "-1e19", "9" * 400])
+def test_a_number_typed_without_measure_is_told_as_it_was_typed(text: str) -> None:
+    fields = {field.name: field for field in dataclasses.fields(LearnSettings)}
+    with pytest.raises(SettingError, match=r"^rate is (-?1e|inf)") as refused:
+        check_field(fields["rate"], from_widget(fields["rate"], text))
+    assert len(str(refused.value)) < 100
