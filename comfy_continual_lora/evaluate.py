@@ -242,6 +242,11 @@ def features(backbone: Backbone, clip: Path | None) -> Features:
 def _clip_features(folder: Path, device: torch.device) -> Features:
     from transformers import CLIPImageProcessor, CLIPVisionModelWithProjection
 
+    if not folder.is_dir():  # else it would be taken for a name on the Hugging Face Hub
+        raise CheckpointError(
+            f"There is no folder {folder}. Expected one with a CLIP vision model, as transformers "
+            "saves it."
+        )
     try:
         model = CLIPVisionModelWithProjection.from_pretrained(  # nosec B615
             folder, local_files_only=True, use_safetensors=True
@@ -250,9 +255,9 @@ def _clip_features(folder: Path, device: torch.device) -> Features:
         processor = CLIPImageProcessor.from_pretrained(  # nosec B615
             folder, local_files_only=True
         )
-    except (OSError, ValueError) as error:
+    except Exception as error:  # transformers may raise anything
         raise CheckpointError(
-            f"{folder} can't be loaded as a CLIP vision model ({error}). Expected a folder as "
+            f"{folder} can't be loaded as a CLIP vision model ({error!s:.300}). Expected a folder as "
             "transformers saves it."
         ) from None
 

@@ -107,10 +107,11 @@ def from_widget(field: dataclasses.Field, value: Any) -> Any:
     Errors: SettingError for text that is neither.
     """
     if str(field.type) == "bool | None":
-        return {"auto": None, "yes": True, "no": False}.get(value, value)
+        answers = {"auto": None, "yes": True, "no": False}
+        return answers.get(value, value) if isinstance(value, str) else value
     if isinstance(value, str) and str(field.type) in ("int | None", "float | None"):
         value = _number_in(field.name, value)
-    if field.default is None and (not value or value == "auto"):
+    if field.default is None and value in (None, 0, "", "auto"):
         return None
     if str(field.type).startswith("int") and isinstance(value, float) and value.is_integer():
         return int(value)
@@ -128,7 +129,7 @@ def _number_in(name: str, text: str) -> float | int | None:
         raise SettingError(
             f"`{name}` is {excerpt(text)}; it has to be a number, or auto."
         ) from None
-    return int(number) if number.is_integer() else number
+    return int(number) if number.is_integer() and abs(number) < _WHOLE else number
 
 
 _TYPES = {

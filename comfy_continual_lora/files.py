@@ -135,6 +135,14 @@ def is_checkpoint(name: str) -> bool:
     return name.endswith(".safetensors") and not name.endswith(STACKS)
 
 
+def check_regular(path: Path) -> None:
+    """Errors: OSError for a pipe or a device, which could be read for ever; nothing if there is no
+    file.
+    """
+    if path.exists() and not path.is_file() and not path.is_dir():
+        raise OSError("it is a pipe or a device, not a file")
+
+
 def real_file(path: Path) -> Path:
     """The file behind a path: a symlink is written through, never replaced by a file.
 

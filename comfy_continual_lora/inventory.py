@@ -300,7 +300,7 @@ def _why_left_out(file: Path) -> str:
 def read_caption(file: Path) -> tuple[str, list[str]]:
     """A caption as one line of text, and how it was read if that is unusual.
 
-    Errors: ConceptImagesError for a file that can't be read, and as `as_caption`.
+    Errors: ConceptImagesError for a file that can't be read or is not text, and as `as_caption`.
     """
     try:
         with file.open("rb") as opened:
@@ -308,7 +308,13 @@ def read_caption(file: Path) -> tuple[str, list[str]]:
     except OSError as error:
         raise _unreadable(file, error) from None
     notes: list[str] = []
-    text, joined = as_caption(_decoded(data, notes), f"The caption {file.name}")
+    text = _decoded(data, notes)
+    if any(map(_is_binary, text)):
+        raise ConceptImagesError(
+            f"The caption {file.name} is not text in UTF-8, in UTF-16 with a byte order mark or in "
+            "Windows-1252. Save it as UTF-8, or remove it."
+        )
+    text, joined = as_caption(text, f"The caption {file.name}")
     return text, notes + joined
 
 
@@ -322,10 +328,10 @@ def as_caption(text: str, name: str) -> tuple[str, list[str]]:
             f"{name} is longer than {_LONGEST:,} characters. Expected a sentence or some tags; "
             "shorten or remove it."
         )
-    if any(_is_binary(letter) for letter in text):
+    if binary := next(filter(_is_binary, text), None):
         raise ConceptImagesError(
-            f"{name} is not text in UTF-8, in UTF-16 with a byte order mark or in Windows-1252. "
-            "Save it as UTF-8, or remove it."
+            f"{name} contains {binary!a}, which is no letter of a text. Expected a sentence or some "
+            "tags; type it again."
         )
     lines = [line.strip() for line in text.splitlines() if line.strip()]
     notes = [f"{len(lines)} lines, which were joined to one caption"] if len(lines) > 1 else []

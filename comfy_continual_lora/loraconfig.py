@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from .errors import StackError
+from .files import check_regular
 from .stackschema import MOST_RANK
 
 WEIGHTS = "adapter_model.safetensors"
@@ -74,6 +75,7 @@ def lora_config(path: Path, metadata: Mapping[str, str]) -> LoraConfig | None:
     beside = path.with_name(CONFIG)
     if path.name == WEIGHTS and beside.exists():
         try:
+            check_regular(beside)
             return _config(str(beside), beside.read_bytes())
         except OSError as error:
             raise StackError(

@@ -14,8 +14,10 @@ import torch
 from torch import Tensor
 
 from .errors import TrainingError
+from .snapshot import DamagedSnapshot
 
 _FIRST = 1024.0
+_MOST = 2.0**60
 _GROWS_AFTER = 2000
 
 
@@ -25,6 +27,15 @@ class LossScale:
     def __init__(self, dtype: torch.dtype = torch.float32) -> None:
         self.grows = dtype == torch.float16
         self.value, self.steps = _FIRST if self.grows else 1.0, 0
+
+    @staticmethod
+    def checked(stored: Tensor) -> tuple[float, int]:
+        """The scale and the number of steps in a snapshot. Errors: DamagedSnapshot."""
+        numbers = stored.tolist() if stored.shape == (2,) and stored.is_floating_point() else (0, 0)
+        value, steps = numbers
+        if not 1 <= value <= _MOST or not 0 <= steps < 2**40:
+            raise DamagedSnapshot("its scale of the loss is none")
+        return value, int(steps)
 
     def fits(self, norm: Tensor) -> bool:
         """Whether gradients of this norm did not overflow; adapts the scale.

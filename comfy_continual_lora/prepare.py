@@ -123,6 +123,11 @@ def newest_again(
     concept = load_concept(
         earlier, request.images, record.token, record.noun, settings, with_noun=record.with_noun
     )
+    if record.hashes and set(record.hashes).isdisjoint(concept.images.hashes):
+        session.tell(
+            f"None of these is one of the pictures that {record.token} was learned from. If they "
+            f"show another thing, {record.token} becomes that thing: stop, and give its own."
+        )
     bank = method.held_bank(earlier, record.noun, settings)
     held = method.retention(earlier, settings, bank)
     penalties = method.penalties(earlier, settings, held)

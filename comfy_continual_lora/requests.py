@@ -29,6 +29,7 @@ from .settings import (
     SolveSettings,
     TrainSettings,
 )
+from .words import ARTICLES
 
 CHECKPOINT_HELP = "a .safetensors checkpoint or a diffusers folder"
 STACK_HELP = "the concept stack, if not the file beside the checkpoint"
@@ -269,8 +270,7 @@ class InfoRequest(Request):
 
 def without_article(noun: str) -> str:
     """ "a dog" and "my dog" -> "dog" """
-    articles = r"^(?:(?:an?|the|this|that|these|those|some|my|our|your)\s+)+(?=\S)"
-    return re.sub(articles, "", noun.strip(), flags=re.IGNORECASE)
+    return re.sub(rf"^(?:{ARTICLES}\s+)+(?=\S)", "", noun.strip(), flags=re.IGNORECASE)
 
 
 def _digest(images: Path | list[Path], settings: TrainSettings, *words: str) -> str:

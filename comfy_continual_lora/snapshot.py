@@ -14,6 +14,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import re
 import struct
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -91,12 +92,20 @@ def read_snapshot(path: Path) -> Snapshot:
         snapshot = Snapshot(header["identity"], int(header["step"]), losses, asked, tensors)
     except (KeyError, ValueError, TypeError, OverflowError, RecursionError) as error:
         raise DamagedSnapshot(f"it is incomplete: {error!s:.200}") from None
+    if not re.fullmatch("[0-9a-f]{64}", snapshot.identity):  # a part of it is in names of files
+        raise DamagedSnapshot("its identity is not a hash")
     if snapshot.step != len(losses) or not isinstance(asked.get("settings", {}), dict):
         raise DamagedSnapshot("its parts do not fit each other")
     numbers = [one.float() for one in tensors.values() if one.is_floating_point()]
     if not all(map(math.isfinite, losses)) or not all(one.isfinite().all() for one in numbers):
         raise DamagedSnapshot("it contains infinite or NaN values")
     return snapshot
+
+
+def is_like(value: Tensor | None, other: Any) -> bool:
+    """Whether there is a value, of the other's shape and dtype."""
+    other = torch.as_tensor(other)
+    return value is not None and (value.shape, value.dtype) == (other.shape, other.dtype)
 
 
 def _checksum(tensors: Mapping[str, Tensor], header: Mapping[str, str]) -> str:

@@ -16,7 +16,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import IO, Any
 
-from .files import real_file
+from .files import check_regular, real_file
 from .stackschema import Shape, checked, damaged, refuse_number, unique_pairs, unreadable
 
 _MOST_HEADER = 100_000_000  # bytes, as in the safetensors library
@@ -43,7 +43,9 @@ def opened(path: Path) -> Iterator[tuple[IO[bytes], dict[str, Any], dict[str, Sh
     this program.
     """
     try:
-        with real_file(path).open("rb") as file:
+        real = real_file(path)
+        check_regular(real)
+        with real.open("rb") as file:
             metadata, shapes = _content(path, file)
             yield file, checked(path, metadata, shapes), shapes
     except OSError as error:

@@ -85,9 +85,11 @@ def unreadable(path: Path, error: OSError) -> StackError:
     why = error.strerror or str(error)
     if isinstance(error, FileNotFoundError):
         return StackError(f"There is no concept stack at {path}. Learn a concept first.")
+    advice = "Name the file of a concept stack"
+    if isinstance(error, PermissionError):
+        advice = "Give this user permission to read it"
     return StackError(
-        f"The concept stack {path} can't be read ({why}). Give this user permission to read it; it "
-        "was not changed."
+        f"The concept stack {path} can't be read ({why}). {advice}; it was not changed."
     )
 
 

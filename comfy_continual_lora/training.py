@@ -26,7 +26,7 @@ from .lossscale import LossScale
 from .parallel import average, is_first, shares
 from .progress import OnProgress, Progress
 from .settings import EXECUTION_SETTINGS, ResolvedSettings
-from .snapshot import DamagedSnapshot, Snapshot, identity, read_snapshot, write_snapshot
+from .snapshot import DamagedSnapshot, Snapshot, identity, is_like, read_snapshot, write_snapshot
 
 # A loss that grew by this factor is not noise
 MOST_GROWTH = 10.0
@@ -66,7 +66,7 @@ class Watcher(Protocol):
     def done(self) -> bool: ...
     def look(self, step: int, steps: int) -> str: ...
     def state(self) -> dict[str, Tensor]: ...
-    def restore(self, tensors: Mapping[str, Tensor]) -> None: ...
+    def restore(self, tensors: Mapping[str, Tensor], step: int) -> None: ...
 
 
 class Run:
@@ -254,29 +254,50 @@ class Run:
 
     def _restore(self, snapshot: Snapshot) -> None:
         """Errors: DamagedSnapshot, with nothing changed, if it does not fit this run."""
-        values = {name: snapshot.tensors.get(f"value.{name}") for name in self.parameters}
-        fits = all(
-            value is not None and value.shape == self.parameters[name].shape
-            for name, value in values.items()
-        )
-        fits = fits and 0 <= snapshot.step <= self.steps
-        if not fits or len(snapshot.losses) != snapshot.step:
-            raise DamagedSnapshot("it does not fit this run")
-        self.step, self.losses = snapshot.step, snapshot.losses
-        if "scale" in snapshot.tensors:
-            self.scale.value, steps = snapshot.tensors["scale"].tolist()
-            self.scale.steps = int(steps)
+        tensors, states = snapshot.tensors, {}
+        if not 0 <= snapshot.step <= self.steps:
+            raise DamagedSnapshot("its step is not one of this run")
+        for name, p in self.parameters.items():
+            if not is_like(tensors.get(f"value.{name}"), p):
+                raise DamagedSnapshot(f"its values of {name} do not fit this run")
+            states[name] = _state_in(snapshot, name, p, self.optimizer)
+        scale = LossScale.checked(tensors["scale"]) if "scale" in tensors else None
         if self.watch:
-            self.watch.restore(snapshot.tensors)
+            self.watch.restore(tensors, snapshot.step)
+        self.step, self.losses = snapshot.step, snapshot.losses
+        if scale:
+            self.scale.value, self.scale.steps = scale
         with torch.no_grad():
             for name, p in self.parameters.items():
-                p.copy_(snapshot.tensors[f"value.{name}"])
-                state = {
-                    k.split(".", 2)[1]: v
-                    for k, v in snapshot.tensors.items()
-                    if k.startswith("state.") and k.split(".", 2)[2] == name
+                p.copy_(tensors[f"value.{name}"])
+                self.optimizer.state[p] = {
+                    key: _as_it_was(key, value, p.device) for key, value in states[name].items()
                 }
-                self.optimizer.state[p] = {k: _as_it_was(k, v, p.device) for k, v in state.items()}
+
+
+def _state_in(
+    snapshot: Snapshot, name: str, parameter: nn.Parameter, optimizer: torch.optim.Optimizer
+) -> dict[str, Tensor]:
+    """The optimizer's state of a parameter; empty if it had made no step.
+
+    Errors: DamagedSnapshot for one that this optimizer would not write.
+    """
+    like = nn.Parameter(torch.zeros_like(parameter))
+    like.grad = torch.zeros_like(parameter)
+    kind: Any = type(optimizer)
+    fresh = kind([like])  # a step of its own shows what belongs to the state
+    fresh.step()
+    expected = fresh.state[like]
+    given = {key: snapshot.tensors.get(f"state.{key}.{name}") for key in expected}
+    state = {key: value for key, value in given.items() if value is not None}
+    if not state:
+        return {}
+    fits = all(is_like(given[key], value) for key, value in expected.items())
+    if not fits or not 0 <= state["step"] <= snapshot.step:
+        raise DamagedSnapshot(f"its optimizer's state of {name} does not fit this run")
+    if "exp_avg_sq" in state and (state["exp_avg_sq"] < 0).any():  # a mean of squares
+        raise DamagedSnapshot(f"its optimizer's state of {name} is below 0")
+    return state
 
 
 def _as_it_was(name: str, value: Tensor, device: torch.device) -> Tensor | int:

@@ -76,10 +76,13 @@ def restore(request: RestoreRequest, on_progress: OnProgress = ignore) -> Restor
 def _existing(request: Request) -> Path:
     """The stack's file, so that nothing is written, not even a lock, where there is none.
 
-    Errors: StackError if there is neither a stack nor an earlier version of it.
+    Errors: StackError if there is neither a stack nor an earlier version of it; CheckpointError if
+    there is no checkpoint either.
     """
     path = request.stack_file
     if not real_file(path).exists() and not earlier(path):
+        if request.stack is None:
+            check_path(request.checkpoint)
         raise unreadable(path, FileNotFoundError())
     return path
 

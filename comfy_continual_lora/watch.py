@@ -23,6 +23,7 @@ from torch import Tensor
 from .checkpoint.backbone import Backbone
 from .diffusion import generator_for, loss_per_example, noised, stratified
 from .progress import Point
+from .snapshot import DamagedSnapshot, is_like
 
 HELD_OUT = 5  # one picture in this many
 DRAWS = 24
@@ -136,11 +137,23 @@ class Watch:
         points = torch.tensor(rows, dtype=torch.float64)
         return {"watch": points, **{f"best.{name}": value for name, value in self.best.items()}}
 
-    def restore(self, tensors: Mapping[str, Tensor]) -> None:
-        rows = tensors["watch"].tolist() if "watch" in tensors else []
-        self.points = [Point(int(step), likeness, moved) for step, likeness, moved in rows]
-        self.best = {
-            name.removeprefix("best."): value
-            for name, value in tensors.items()
-            if name.startswith("best.")
-        }
+    def restore(self, tensors: Mapping[str, Tensor], step: int) -> None:
+        """Go on from what was seen up to this step.
+
+        Errors: DamagedSnapshot, with nothing changed, for what `state` would not give.
+        """
+        seen = tensors.get("watch", torch.zeros(0, 3))
+        rows = seen.tolist() if seen.dim() == 2 and seen.is_floating_point() else [[0.0]]
+        points = [Point(int(row[0]), *row[1:]) for row in rows if len(row) == 3]
+        steps = [0, *(point.step for point in points)]
+        if len(points) < len(rows) or steps != sorted(set(steps)) or steps[-1] > step:
+            raise DamagedSnapshot("its looks at the run are none")
+        best = {name: tensors.get(f"best.{name}") for name in self.trained}
+        if points and self.until == "good":
+            fits = all(is_like(best[name], value) for name, value in self.trained.items())
+        else:
+            fits = not any(name.startswith("best.") for name in tensors)
+        if not fits:
+            raise DamagedSnapshot("its best values do not fit this run")
+        self.points = points
+        self.best = {name: value for name, value in best.items() if value is not None}

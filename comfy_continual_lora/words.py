@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+import re
 import unicodedata
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
@@ -15,6 +16,8 @@ from .mentions import named
 
 NOUN_WORDS, NOUN_LETTERS = 8, 80  # prompts say much more, within the encoder's 77 positions
 VOCABULARY = Path(__file__).parent / "checkpoint" / "tokenizer" / "vocab.json"
+# What may stand before a noun, and is none
+ARTICLES = r"(?:an?|the|this|that|these|those|some|my|our|your)"
 _ADVICE = "Choose a short word of your own, such as V1."
 
 
@@ -59,6 +62,10 @@ def check_spelling(token: str) -> None:
             f"`token` {excerpt(token)} has no letter, so it would be read in every prompt with a "
             f"number or a sign like it. {_ADVICE}"
         )
+    if token.startswith("-"):
+        raise TokenError(
+            f"`token` {excerpt(token)} begins with -, so commands would take it for a flag. {_ADVICE}"
+        )
 
 
 def check_noun(noun: str, token: str, *, required: bool = False) -> None:
@@ -76,6 +83,8 @@ def check_noun(noun: str, token: str, *, required: bool = False) -> None:
         problem = f"has more than {NOUN_WORDS} words or {NOUN_LETTERS} letters"
     elif noun.strip() and not any(letter.isalpha() for letter in noun):
         problem = "has no letter"
+    elif re.fullmatch(rf"(?:{ARTICLES}\s+)*{ARTICLES}", noun.strip(), re.IGNORECASE):
+        problem = "is an article alone"
     elif token and named([noun], [token]):
         problem = f"contains {token} itself"
     if problem:

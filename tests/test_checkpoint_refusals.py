@@ -18,8 +18,11 @@ from safetensors.torch import load_file, save_file
 
 from comfy_continual_lora.checkpoint.backbone import Backbone
 from comfy_continual_lora.checkpoint.load import load_backbone, open_checkpoint
+from comfy_continual_lora.checkpoint.path import check_path
 from comfy_continual_lora.errors import CheckpointError
 from comfy_continual_lora.files import stack_path
+from comfy_continual_lora.operations import OPERATIONS
+from comfy_continual_lora.requests import parse
 
 KEYS = {
     "SD3": ["model.diffusion_model.joint_blocks.0.x_block.attn.qkv.weight", "pos_embed.pos_embed"],
@@ -167,6 +170,27 @@ def test_a_missing_part_is_named(folder: Path, part: str) -> None:
         load_backbone(folder, device="cpu")
 
 
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="pipes with names")
+@pytest.mark.parametrize("file", ["", "unet/config.json", "vae/config.json"])
+def test_a_pipe_is_not_waited_for(folder: Path, tmp_path: Path, file: str) -> None:
+    """Nor a device, such as /dev/zero, which has no end."""
+    path = folder / file if file else tmp_path / "a.safetensors"
+    path.unlink(missing_ok=True)
+    os.mkfifo(path)
+    with pytest.raises(CheckpointError, match="a pipe or a device"):
+        load_backbone(folder if file else path, device="cpu")
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="pipes with names")
+@pytest.mark.parametrize("part", ["unet", "vae", "text_encoder"])
+def test_weights_that_are_a_pipe_are_not_waited_for(folder: Path, part: str) -> None:
+    (file,) = (folder / part).glob("*.safetensors")
+    file.unlink()
+    os.mkfifo(file)
+    with pytest.raises(CheckpointError, match=f"{part}.*(pipe|lacks|no )"):
+        load_backbone(folder, device="cpu")
+
+
 def test_each_part_is_read_in_the_format_it_has(folder: Path, backbone: Backbone) -> None:
     plain = folder / "text_encoder" / "model.safetensors"
     plain.rename(plain.with_name("model.fp16.safetensors"))
@@ -234,3 +258,23 @@ def test_any_configuration_is_read_or_refused(folder: Path) -> None:
             files[part].write_text(texts[part])
 
     check()
+
+
+def test_a_link_to_nothing_is_told(tmp_path: Path) -> None:
+    path = tmp_path / "a.safetensors"
+    path.symlink_to("moved.safetensors")
+    with pytest.raises(CheckpointError, match="a link that leads to nothing"):
+        check_path(path)
+
+
+@pytest.mark.parametrize("change", ["undo", "restore", "rename"])
+def test_a_misspelled_checkpoint_is_named_before_its_stack(
+    thin_file: Path, tmp_path: Path, change: str
+) -> None:
+    shutil.copy(thin_file, tmp_path / "model.safetensors")
+    given = {"restore": {"version": 1}, "rename": {"token": "V1", "to": "V2"}}.get(change, {})
+    request = parse(
+        OPERATIONS[change].request, {"checkpoint": str(tmp_path / "modle.safetensors"), **given}
+    )
+    with pytest.raises(CheckpointError, match=r"no checkpoint at .*modle.*Did you mean .*model"):
+        OPERATIONS[change](request)

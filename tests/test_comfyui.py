@@ -738,7 +738,7 @@ def test_an_export_has_its_folder_its_name_and_its_workflow(host: ComfyUI) -> No
     name = text_of(host.run(graph), "10")
     assert name.startswith("mine/dogs/pets-V1-")
     assert (host.base / "models" / "loras" / name).exists()
-    for bad in ("../out", "/tmp", "a:b"):
+    for bad in ("../out", "/tmp", "a:b", "dogs/nul"):
         export["subfolder"] = bad
         assert "has to be a folder inside" in error_of(host.finished(host.queue(graph)))
 

@@ -80,8 +80,8 @@ def test_captions_and_masks_lie_beside_their_copies(tmp_path: Path) -> None:
     mask = _picture()[:50]
     with pytest.raises(ConceptImagesError, match=r"The mask of a\.png can't be read"):
         copies.batch([Sent("a.png", _picture(), mask=mask)], "s")
-    for caption in ("\ud800", "\0", "x" * 100_000):
-        with pytest.raises(ConceptImagesError, match=r"The caption of a\.png is"):
+    for caption in ("\ud800", "\0", "x" * 100_000):  # typed: nothing about files
+        with pytest.raises(ConceptImagesError, match=r"The caption of a\.png (contains|is long)"):
             copies.batch([Sent("a.png", _picture(), caption)], "s")
 
 

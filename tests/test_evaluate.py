@@ -165,8 +165,16 @@ def test_features_of_a_clip_in_a_folder(backbone: Backbone, tmp_path: Path) -> N
     pictures = torch.rand(3, 3, 64, 64) * 2 - 1
     assert embed(pictures, "").shape == (3, 16)
     assert torch.allclose(embed(pictures, "")[1], embed(pictures[1:2], "")[0], atol=1e-5)
-    with pytest.raises(CheckpointError, match="can't be loaded as a CLIP vision model"):
-        evaluate.features(backbone, tmp_path / "nowhere")
+    for file in ("config.json", "model.safetensors", "preprocessor_config.json"):
+        for content in (b"", b"[]"):
+            whole = (tmp_path / file).read_bytes()
+            (tmp_path / file).write_bytes(content)
+            with pytest.raises(CheckpointError, match="can't be loaded as a CLIP vision model"):
+                evaluate.features(backbone, tmp_path)
+            (tmp_path / file).write_bytes(whole)
+    for folder in (tmp_path / "nowhere", tmp_path / "config.json", "openai/clip"):
+        with pytest.raises(CheckpointError, match="There is no folder"):
+            evaluate.features(backbone, Path(folder))
 
 
 def test_features_are_kept_if_the_user_wants_that(

@@ -242,6 +242,21 @@ def test_consolidate_by_itself(learned: Callable[..., Path], folders: dict[str, 
         )
 
 
+def test_consolidating_with_other_pictures_is_told(
+    learned: Callable[..., Path], folders: dict[str, Path]
+) -> None:
+    checkpoint = learned(VARIANTS["lora_ewc"], "V1", "V2")
+    wanted = TrainSettings(batch=3, size=64, fisher_samples=3, dsc_steps=1)
+    notes = {}
+    for of in ("V1", "V2"):
+        seen: list[str] = []
+        request = requests.ConsolidateRequest(checkpoint, folders[of], wanted, device="cpu")
+        pipeline.consolidate(request, lambda p, seen=seen: seen.append(p.note))
+        notes[of] = " ".join(seen)
+    assert "None of these is one of the pictures that V2 was learned from" in notes["V1"]
+    assert "None of these" not in notes["V2"]
+
+
 def test_kinds_of_adapters_do_not_mix(
     learned: Callable[..., Path], folders: dict[str, Path]
 ) -> None:

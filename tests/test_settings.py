@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 
 from comfy_continual_lora import cli, early, pipeline, worker
-from comfy_continual_lora.errors import Cancelled
+from comfy_continual_lora.errors import Cancelled, SettingError
+from comfy_continual_lora.fields import check_field, from_widget
 from comfy_continual_lora.progress import ignore
 from comfy_continual_lora.settings import (
     DrawSettings,
@@ -173,3 +174,19 @@ def test_a_kind_sets_the_pictures_seen_and_the_rate(
 ) -> None:
     resolved = LearnSettings(**given).resolved(preset)
     assert (resolved.steps, resolved.rate) == (steps, pytest.approx(rate))
+
+
+@pytest.mark.parametrize("field", dataclasses.fields(LearnSettings), ids=lambda field: field.name)
+@pytest.mark.parametrize("value", [[], [1], {}, {"a": 1}, [[]], (1, 2)], ids=repr)
+def test_what_no_widget_gives_is_refused_by_name(field: dataclasses.Field, value: Any) -> None:
+    """A page's handlers can be called with any JSON."""
+    with pytest.raises(SettingError, match=f"`?{field.name}`?"):
+        check_field(field, from_widget(field, value))
+
+
+@pytest.mark.parametrize("text", ["1e300", "-1e19", "9" * 400])
+def test_a_number_typed_without_measure_is_told_as_it_was_typed(text: str) -> None:
+    fields = {field.name: field for field in dataclasses.fields(LearnSettings)}
+    with pytest.raises(SettingError, match=r"^rate is (-?1e|inf)") as refused:
+        check_field(fields["rate"], from_widget(fields["rate"], text))
+    assert len(str(refused.value)) < 100

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +11,12 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from safetensors.torch import save
+from safetensors.torch import load, save
+from torch import Tensor, nn
 
+from comfy_continual_lora.lossscale import LossScale
+from comfy_continual_lora.progress import Progress
+from comfy_continual_lora.settings import LearnSettings
 from comfy_continual_lora.snapshot import (
     DamagedSnapshot,
     Snapshot,
@@ -21,6 +26,7 @@ from comfy_continual_lora.snapshot import (
     read_snapshot,
     write_snapshot,
 )
+from comfy_continual_lora.training import Run
 
 ASKED = {"token": "V1", "noun": "ball", "settings": {"steps": 5, "rate": 0.1}}
 TENSORS = {"value.a": torch.ones(2, 3), "state.step.a": torch.tensor(2)}
@@ -54,6 +60,8 @@ def test_what_is_written_is_read(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "value"),
     [
+        ("identity", "../../a"),
+        ("identity", ""),
         ("step", "-1"),
         ("step", "3"),
         ("step", "9" * 5000),
@@ -99,3 +107,73 @@ def test_any_content_is_used_or_refused(
     path.write_bytes(path.read_bytes()[:cut])
     with pytest.raises(DamagedSnapshot):
         read_snapshot(path)
+
+
+# --- what a run does with the tensors -------------------------------------------------------------
+
+
+def _trained(path: Path, stop: int = 6) -> tuple[Tensor, list[str]]:
+    """A run of six steps on two numbers up to this step: what it learned, and what it said."""
+    parameter = nn.Parameter(torch.ones(2))
+    run = Run(
+        "learn",
+        {"a": parameter},
+        torch.optim.AdamW([{"params": [parameter], "lr": 0.1}]),
+        LearnSettings(steps=6, snapshot_every=1).resolved("mini"),
+        6,
+        LossScale(),
+        path,
+        ASKED,
+    )
+    notes = []
+
+    def on_progress(progress: Progress) -> None:
+        notes.append(progress.note)
+        if progress.step == stop < 6:
+            raise KeyboardInterrupt
+
+    with suppress(KeyboardInterrupt):
+        run.train(lambda _step, _rows: {"loss": parameter.square().mean()}, 1, on_progress)
+    return parameter.detach(), list(filter(None, notes))
+
+
+@pytest.mark.parametrize(
+    ("name", "tensor"),
+    [
+        ("scale", torch.ones(1)),
+        ("scale", torch.tensor([0.5, 0.0])),
+        ("scale", torch.tensor([1e30, 0.0])),
+        ("scale", torch.tensor([1.0, -3.0])),
+        ("scale", torch.ones(2, dtype=torch.complex64)),
+        ("value.a", None),
+        ("value.a", torch.ones(2, dtype=torch.int64)),
+        ("value.a", torch.ones(2, dtype=torch.complex64)),
+        ("value.a", torch.ones(2, 1)),
+        ("state.exp_avg.a", None),
+        ("state.exp_avg.a", torch.ones(3)),
+        ("state.exp_avg_sq.a", torch.tensor([1.0, -1.0])),
+        ("state.exp_avg_sq.a", torch.ones(2, dtype=torch.float8_e4m3fn)),
+        ("state.step.a", torch.tensor(-1.0)),
+        ("state.step.a", torch.tensor(4.0)),
+        ("state.step.a", torch.ones(2)),
+    ],
+)
+def test_tensors_that_no_run_wrote_are_not_gone_on_from(
+    tmp_path: Path, name: str, tensor: Tensor | None
+) -> None:
+    path = tmp_path / "x.snapshot"
+    _trained(path, stop=3)
+    header = dict(HEADER, step="3", losses="[1.0, 1.0, 1.0]")
+    tensors = load(path.read_bytes()) | ({} if tensor is None else {name: tensor})
+    if tensor is None:
+        del tensors[name]
+    learned, notes = _trained(_written(path, header, tensors))
+    assert "damaged" in notes[0]
+    assert torch.equal(learned, _trained(tmp_path / "undisturbed")[0])
+
+
+def test_a_run_goes_on_from_what_it_wrote(tmp_path: Path) -> None:
+    _trained(tmp_path / "x.snapshot", stop=3)
+    learned, notes = _trained(tmp_path / "x.snapshot")
+    assert notes == ["Resuming from step 3 of 6."]
+    assert torch.equal(learned, _trained(tmp_path / "undisturbed")[0])

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import shutil
 import struct
 from collections.abc import Callable
@@ -92,6 +93,15 @@ def refused(
     left = {p for p in tmp_path.rglob("*") if p.is_file() and p.suffix != ".lock"} - before
     assert not left
     assert path.read_bytes() == data
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="pipes with names")
+def test_a_pipe_is_not_waited_for(tmp_path: Path) -> None:
+    path = tmp_path / "theirs.concepts.safetensors"
+    os.mkfifo(path)
+    for read in every_reader(path, tmp_path / "out"):
+        with pytest.raises(StackError, match="a pipe or a device, not a file"):
+            read()
 
 
 @pytest.mark.parametrize(

@@ -17,6 +17,7 @@ from comfy_continual_lora.progress import Progress
 from comfy_continual_lora.requests import LearnRequest
 from comfy_continual_lora.results import LearnResult
 from comfy_continual_lora.settings import LearnSettings
+from comfy_continual_lora.snapshot import DamagedSnapshot
 
 QUICK = LearnSettings(method="lora", steps=6, batch=2, rank=2, size=64, snapshot_every=4)
 WATCHED = replace(QUICK, watch_every=2)
@@ -132,6 +133,45 @@ def test_likeness_is_measured_from_the_bare_checkpoint(backbone: Backbone) -> No
     assert looked.look(5, 10) == ""  # not twice
     assert [point.step for point in looked.points] == [5]
     assert looked.points[0].likeness == pytest.approx(0.0, abs=1e-6)
+
+
+def _watch(backbone: Backbone, until: str) -> watch.Watch:
+    latents = [torch.randn(4, 8, 8, generator=torch.Generator().manual_seed(0))]
+    made = watch.Watch(backbone, latents, watch.Names(("ball", "ball")), 2, until)
+    made.begin(dict, {"word": torch.ones(1, 4)})
+    return made
+
+
+@pytest.mark.parametrize(
+    ("name", "tensor"),
+    [
+        ("watch", torch.zeros(1, 3)),
+        ("watch", torch.tensor([[4.0, 0.1, 0.0], [2.0, 0.1, 0.0]])),
+        ("watch", torch.tensor([[9.0, 0.1, 0.0]])),
+        ("watch", torch.ones(2, 2)),
+        ("watch", torch.ones(3)),
+        ("watch", torch.ones(1, 3, dtype=torch.complex64)),
+        ("best.word", torch.ones(4)),
+        ("best.word", torch.ones(1, 4, dtype=torch.int64)),
+        ("best.word", None),
+    ],
+)
+def test_looks_that_no_run_wrote_are_refused(
+    backbone: Backbone, name: str, tensor: torch.Tensor | None
+) -> None:
+    looked = _watch(backbone, "good")
+    looked.look(2, 10)
+    looked.look(4, 10)
+    state = looked.state()
+    other = _watch(backbone, "good")
+    with pytest.raises(DamagedSnapshot):
+        other.restore({key: v for key, v in {**state, name: tensor}.items() if v is not None}, 4)
+    assert not other.points
+    with pytest.raises(DamagedSnapshot):
+        _watch(backbone, "steps").restore(state, 4)
+    other.restore(state, 4)
+    assert other.points == looked.points
+    assert torch.equal(other.best["word"], torch.ones(1, 4))
 
 
 def test_the_curve_is_drawn_beside_the_stack(

@@ -262,6 +262,8 @@ def test_articles(noun: str, class_noun: str) -> None:
         ("v1 dog", "contains V1 itself"),
         ("123", "has no letter"),
         ("!?", "has no letter"),
+        ("The", "is an article alone"),
+        (" this my ", "is an article alone"),
     ],
 )
 def test_nouns_that_prompts_could_not_contain(noun: str, problem: str) -> None:
@@ -372,6 +374,13 @@ def test_names_that_windows_does_not_reserve(name: str) -> None:
 def test_a_word_without_a_letter_is_refused(token: str) -> None:
     with pytest.raises(TokenError, match="has no letter"):
         concepts.check_spelling(token)
+
+
+@pytest.mark.parametrize("token", ["-a", "--help", "-X_1"])
+def test_a_word_that_commands_take_for_a_flag_is_refused(token: str) -> None:
+    with pytest.raises(TokenError, match="begins with -"):
+        concepts.check_spelling(token)
+    concepts.check_spelling(token.lstrip("-") + "-")
 
 
 def test_a_moment_is_of_the_words_that_are_read(backbone: Backbone, tmp_path: Path) -> None:

@@ -21,6 +21,7 @@ from diffusers import AutoencoderKL, AutoencoderTiny, UNet2DConditionModel
 from transformers import CLIPTextConfig
 
 from ..errors import CheckpointError
+from ..files import check_regular
 from . import keys
 from .families import SD1, SD2, SDXL, Family, TextPart, check_channels, pipeline_kind
 from .layout import Layout, Part, Weights, check_layer_counts, part_of, usual_size
@@ -244,6 +245,7 @@ def _folder(path: Path, name: str) -> Path:
 def _read_json(file: Path) -> dict[str, Any]:
     """Errors: CheckpointError for a file that is missing or holds no JSON object."""
     try:
+        check_regular(file)
         value = json.loads(file.read_text("utf-8-sig"))
         if isinstance(value, dict):
             return value

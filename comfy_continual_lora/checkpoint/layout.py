@@ -19,6 +19,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from ..errors import CheckpointError
+from ..files import check_regular
 from .backbone import KV_MODULES
 from .families import Family
 
@@ -49,6 +50,7 @@ Naming = Callable[[Iterable[str]], dict[str, str]]
 def open_safetensors(path: Path) -> Iterator[Any]:
     """Errors: CheckpointError for a file that can't be read, now or while the block reads it."""
     try:
+        check_regular(path)
         file = safe_open(path, framework="pt")
     except (SafetensorError, OSError) as error:
         raise _unreadable(path, error) from None
@@ -60,13 +62,13 @@ def open_safetensors(path: Path) -> Iterator[Any]:
 
 
 def _unreadable(path: Path, error: Exception) -> CheckpointError:
-    with suppress(OSError), open(path, "rb") as file:
-        start = file.read(32)
-        for beginning, (kind, advice) in _BEGINNINGS.items():
-            if start.startswith(beginning):
-                return CheckpointError(
-                    f"{path} is {kind}, not a .safetensors file ({error}). {advice}"
-                )
+    start = b""
+    if path.is_file():
+        with suppress(OSError), open(path, "rb") as file:
+            start = file.read(32)
+    for beginning, (kind, advice) in _BEGINNINGS.items():
+        if start.startswith(beginning):
+            return CheckpointError(f"{path} is {kind}, not a .safetensors file ({error}). {advice}")
     return CheckpointError(
         f"{path} can't be read as safetensors ({error}). Expected a complete .safetensors file; "
         "download or copy it again."

@@ -13,12 +13,14 @@ _PICKLES = {".ckpt", ".pt", ".pth", ".bin", ".pkl"}
 
 
 def check_path(path: Path) -> None:
-    """Errors: CheckpointError if nothing is there, and for a pickle."""
+    """Errors: CheckpointError if no file or folder is there, and for a pickle."""
+    advice = "Give the path of a .safetensors file or of a diffusers folder."
+    if os.path.islink(path) and not os.path.exists(path):
+        raise CheckpointError(f"{path} is a link that leads to nothing. {advice}")
     if not os.path.exists(path):
-        raise CheckpointError(
-            f"There is no checkpoint at {path}. {_nearest(path)}Give the path of a .safetensors "
-            "file or of a diffusers folder."
-        )
+        raise CheckpointError(f"There is no checkpoint at {path}. {_nearest(path)}{advice}")
+    if not path.is_file() and not path.is_dir():
+        raise CheckpointError(f"{path} is a pipe or a device. {advice}")
     if path.suffix.lower() in _PICKLES and not path.is_dir():
         raise CheckpointError(
             f"{path} is a pickle ({path.suffix}): loading one can run any program hidden in it, "

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from comfy_api.latest import io  # pyright: ignore[reportMissingImports] - only inside ComfyUI
 
 from ..errors import SettingError, StackError, excerpt
-from ..files import stack_stem
+from ..files import is_reserved, stack_stem
 from ..operations import OPERATIONS
 from ..requests import EvaluateRequest, ScoreRequest, SelectRequest
 from ..settings import EvaluateSettings, ScoreSettings, SolveSettings
@@ -389,7 +389,11 @@ class ExportConcepts(io.ComfyNode):
 def _inside(folder: Path, subfolder: str) -> Path:
     """A folder in this one. Errors: SettingError for one that is elsewhere."""
     parts = [part.strip() for part in subfolder.replace("\\", "/").split("/") if part.strip()]
-    bad = [part for part in parts if set(part) == {"."} or re.search(r'[<>:"|?*\x00-\x1f]', part)]
+    bad = [
+        part
+        for part in parts
+        if is_reserved(part) or set(part) == {"."} or re.search(r'[<>:"|?*\x00-\x1f]', part)
+    ]
     if bad or subfolder.strip().startswith(("/", "\\")):
         raise SettingError(
             f"subfolder is {excerpt(subfolder)}; it has to be a folder inside {folder}, such as "
