@@ -65,7 +65,7 @@ ROOT = Path(__file__).parents[1]
 # What messages may name though the tab shows no part for it: what belongs to operations and settings
 # that only other front ends have
 NOT_IN_THE_TAB = {
-    *("import", "embedding", "trigger", "strength", "prompts", "out", "format"),
+    *("import", "embedding", "trigger", "strength", "rest", "prompts", "out", "format"),
     *("settings", "optimizer", "ridge", "rows", "keep", "prediction", "other"),
 }
 

@@ -40,7 +40,6 @@ _LABELS = {
     # what the tab does not have
     "prediction": "prediction, on the command line",
     "import": "import, on the command line",
-    "rest": "rest of import, on the command line",
     "merge": "merge, on the command line",
 }
 
