@@ -117,6 +117,11 @@ def newest_again(
             "with a LoRA."
         )
     record = stack.records[-1]
+    if record.method not in METHODS:
+        raise StackError(
+            f"{record.token} was imported, so there are no pictures that it was learned from. Use "
+            "`closed_form`, which needs none."
+        )
     earlier = replace(session, stack=stack.undone(), writes=False)
     settings = _settings_again(request, record, earlier)
     method = METHODS[settings.method]

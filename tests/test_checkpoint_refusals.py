@@ -213,6 +213,9 @@ def test_each_part_is_read_in_the_format_it_has(folder: Path, backbone: Backbone
         ("text_encoder", "hidden_size", "64"),
         ("text_encoder", "num_attention_heads", -1),
         ("unet", "norm_eps", -1e-5),
+        ("unet", "norm_eps", None),
+        ("unet", "mid_block_scale_factor", None),
+        ("text_encoder", "layer_norm_eps", None),
         ("vae", "scaling_factor", -0.18),
     ],
 )
@@ -220,6 +223,19 @@ def test_a_bad_value_is_named(folder: Path, part: str, field: str, value: object
     _configure(folder, part, **{field: value})
     with pytest.raises(CheckpointError, match=rf"config\.json: {field} is "):
         load_backbone(folder, device="cpu")
+
+
+@pytest.mark.parametrize("name", [None, 5, ["StableDiffusionPipeline"]])
+def test_a_pipeline_without_a_name_is_told(folder: Path, name: object) -> None:
+    (folder / "model_index.json").write_text(json.dumps({"_class_name": name}))
+    with pytest.raises(CheckpointError, match="it holds no pipeline with a name"):
+        load_backbone(folder, device="cpu")
+
+
+def test_null_stands_for_most_defaults(folder: Path) -> None:
+    _configure(folder, "unet", num_attention_heads=None, time_cond_proj_dim=None)
+    _configure(folder, "vae", force_upcast=None)
+    load_backbone(folder, device="cpu")
 
 
 def test_a_stack_lies_beside_the_folder_that_dots_stand_for(

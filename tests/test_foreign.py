@@ -21,6 +21,7 @@ from comfy_continual_lora import foreign, pipeline, requests, store
 from comfy_continual_lora.adapters.adapter import delta_weights
 from comfy_continual_lora.checkpoint.backbone import KV_MODULES, Backbone
 from comfy_continual_lora.errors import ContinualLoraError, SettingError, StackError
+from comfy_continual_lora.settings import LearnSettings
 
 Tensors = dict[str, Tensor]
 FIRST = "down_blocks.0.attentions.0.transformer_blocks.0.attn2.to_k"
@@ -263,6 +264,19 @@ def test_a_folder_of_peft_becomes_a_concept(
     plain = kohya_lora(backbone)
     wanted = 4 * plain[UP] @ plain[DOWN]
     assert torch.allclose(delta_weights(backbone, adapter)[FIRST], wanted, atol=1e-4)
+
+
+def test_an_imported_concept_has_no_pictures_to_consolidate_with(
+    learned: Callable[..., Path], backbone: Backbone, folders: dict[str, Path], tmp_path: Path
+) -> None:
+    checkpoint = learned(LearnSettings(method="lora", steps=2, batch=2, rank=2, size=64), "V1")
+    save_file(kohya_lora(backbone), tmp_path / "a.safetensors")
+    lora = tmp_path / "a.safetensors"
+    pipeline.import_concept(
+        requests.ImportRequest(checkpoint, lora, "W1", "ball", trigger="red", device="cpu")
+    )
+    with pytest.raises(StackError, match="W1 was imported, so there are no pictures"):
+        pipeline.consolidate(requests.ConsolidateRequest(checkpoint, folders["V1"], device="cpu"))
 
 
 NUMBERS = st.sampled_from([NAN, INFINITE, -1.0, 0.0, 1e-40, 1.0, 3e4, 1e38])

@@ -69,8 +69,9 @@ def _family(path: Path) -> Family:
     if pipeline == SDXL.pipeline:
         return SDXL
     if pipeline != SD1.pipeline:
+        kind = pipeline_kind(pipeline) if isinstance(pipeline, str) else "no pipeline with a name"
         raise CheckpointError(
-            f"{path} can't be taught: it holds {pipeline_kind(str(pipeline))}. Expected a "
+            f"{path} can't be taught: it holds {kind}. Expected a "
             f"{SD1.pipeline} (SD1.x, SD2.x) or a {SDXL.pipeline} in {index.name}."
         )
     config = _read_json(_folder(path, "unet") / "config.json")
@@ -116,7 +117,10 @@ class _Nets:
         config = _read_json(file)
         for field, parameter in inspect.signature(kind).parameters.items():
             value = config.get(field)
-            if value is None or field == "sample_size":
+            # null may stand for a default, but not for a number that is computed with
+            is_float = parameter.annotation in (float, "float") or type(parameter.default) is float
+            may_be_null = field not in config or not is_float
+            if field == "sample_size" or (value is None and may_be_null):
                 continue
             per_block = "tuple" in str(parameter.annotation).lower()
             if expected := _mismatch(value, parameter.default, per_block):
