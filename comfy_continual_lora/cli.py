@@ -51,6 +51,9 @@ _COMPLETION = "print what makes a shell complete commands"
 
 def main(argv: list[str] | None = None) -> int:
     """Exit status: 0 done, 2 a user error (explained in one paragraph), 130 stopped with Ctrl-C."""
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:  # whoever started it has closed them
+            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # a console may lack letters of a name
             stream.reconfigure(errors="backslashreplace")

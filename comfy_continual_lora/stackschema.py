@@ -85,7 +85,7 @@ def unreadable(path: Path, error: OSError) -> StackError:
     why = error.strerror or str(error)
     if isinstance(error, FileNotFoundError):
         return StackError(f"There is no concept stack at {path}. Learn a concept first.")
-    advice = "Name the file of a concept stack"
+    advice = "Try again" if path.is_file() else "Name the file of a concept stack"
     if isinstance(error, PermissionError):
         advice = "Give this user permission to read it"
     return StackError(

@@ -112,3 +112,15 @@ def test_the_next_command_can_be_pasted(
     assert cli.main([*pasted, "--out", str(out), *map(str, QUICK)]) == 0
     assert [path.name for path in out.iterdir()] == ["a-photo-of-a-V1-ball-0.png"]
     assert "not a learned word" not in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("closed", ["1", "2", "both"])
+def test_closed_outputs_are_no_error(checkpoint: Path, tmp_path: Path, closed: str) -> None:
+    """As `>&-` closes them, and some programs that start others."""
+    close = {"1": ">&- 2>err", "2": "2>&- >out", "both": ">&- 2>&-"}[closed]
+    program = shlex.join([sys.executable, "-m", "comfy_continual_lora"])
+    for words, status in ((f"info --checkpoint {checkpoint}", 0), ("info --checkpoint none", 2)):
+        done = subprocess.run(f"{program} {words} {close}", shell=True, cwd=tmp_path, check=False)
+        assert done.returncode == status
+    error = tmp_path / "err"
+    assert "Traceback" not in (error.read_text() if error.exists() else "")
