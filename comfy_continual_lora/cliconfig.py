@@ -70,7 +70,12 @@ def _words_of(file: Path, parser: Parser, given: Sequence[str]) -> list[str]:
         action = parser.flag(f"--{name.replace('_', '-')}") or parser.flag(name)
         if action is None or action.dest in _NOT_RUN:
             names = [one.lstrip("-") for one in parser._option_string_actions if one[:2] == "--"]
-            near = get_close_matches(name, names, 1)
+            settings = {
+                one.dest: one.option_strings[-1].lstrip("-")
+                for one in parser._actions
+                if one.option_strings
+            }
+            near = [settings[name]] if name in settings else get_close_matches(name, names, 1)
             advice = f"Did you mean {near[0]}?" if near else f"There are: {', '.join(names)}."
             raise SettingError(f"{file}: there is no flag --{excerpt(name)[1:-1]}. {advice}")
         if own & {*action.option_strings}:

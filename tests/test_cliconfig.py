@@ -72,6 +72,7 @@ def test_lists_and_what_has_no_dashes(tmp_path: Path) -> None:
         ("steps = ", "is not TOML"),
         ("\xff\0", "is not TOML"),
         ("step = 5", "there is no flag --step. Did you mean steps?"),
+        ("rate = 5", "there is no flag --rate. Did you mean lr?"),
         ("config = 'x'", "there is no flag --config"),
         ("[settings]\nsteps = 5", "there is no flag --settings"),
         ("steps = 1979-05-27", "steps is datetime.date"),

@@ -371,7 +371,7 @@ def test_captions_and_masks_come_with_their_pictures(host: Host, checkpoint: Pat
     assert [picture.caption for picture in found.pictures] == ["a V1 ball on grass", None]
     assert [bool(picture.mask) for picture in found.pictures] == [False, True]
     for wrong, message in (
-        ({"captions": ["one"]}, "There are 1 captions for 2 pictures"),
+        ({"captions": ["one"]}, "Got 1 caption for 2 pictures"),
         ({"captions": "one"}, "captions has to be a list"),
         ({"captions": [1, 2]}, "captions has to be a list"),
         ({"captions": ["\ud800", None]}, "The caption of picture 1 contains"),

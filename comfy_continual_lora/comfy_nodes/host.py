@@ -23,7 +23,7 @@ from comfy.utils import ProgressBar  # pyright: ignore[reportMissingImports]
 
 from ..errors import ConceptImagesError, StackError, spelled
 from ..files import STACKS, stack_path
-from ..progress import OneBar, Progress, duration
+from ..progress import OneBar, Progress, counted, duration
 from .schema import WIDGETS
 
 if TYPE_CHECKING:
@@ -169,12 +169,12 @@ def _check_counts(pictures: int, captions: int, masks: int) -> None:
         )
     if captions not in (0, 1, pictures):
         raise ConceptImagesError(
-            f"There are {captions} captions for {pictures} pictures. Give one for each, one for "
-            "all, or none."
+            f"Got {counted(captions, 'caption')} for {counted(pictures, 'picture')}. Give one for "
+            "each, one for all, or none."
         )
     if masks not in (0, pictures):
         raise ConceptImagesError(
-            f"There are {masks} masks for {pictures} pictures. Give one for each, or none."
+            f"Got {counted(masks, 'mask')} for {counted(pictures, 'picture')}. Give one for each, or none."
         )
 
 

@@ -51,6 +51,7 @@ from ..fields import check_names
 from ..files import stack_path
 from ..inventory import inventory
 from ..operations import OPERATIONS
+from ..progress import counted
 from ..requests import parse
 from ..stackschema import unique_pairs
 from ..versions import versions
@@ -338,7 +339,8 @@ def _each(body: Body, name: str) -> list[str | None]:
     if not isinstance(values, list) or not all(isinstance(one, str | None) for one in values):
         raise refused(f"{name} has to be a list of strings or nulls, one for each picture.")
     if len(values) != count:
-        raise refused(f"There are {len(values)} {name} for {count} pictures; give one for each.")
+        found = f"{counted(len(values), name[:-1])} for {counted(count, 'picture')}"
+        raise refused(f"Got {found}; give one for each.")
     return values
 
 
