@@ -59,9 +59,7 @@ class Apart:
         ):
             return
         self._encode_scenes(p.sd_model, nouns)
-        for cache in ("cached_c", "cached_hr_c"):  # what was encoded without keeping its scenes
-            if hasattr(p, cache):
-                getattr(p, cache)[:] = [None, None]
+        encode_again(p, "cached_c", "cached_hr_c")  # their scenes were not kept
         self.areas = HostAreas(AreaSettings(FINE[preset]))
         self.things = named(prompts, nouns)
 
@@ -196,6 +194,15 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, options: dict[str, Any]) -> Tensor:
             attention = getattr(module, "attention_function", None) or module.optimized_attention
             return attention(q, k, v, options["n_heads"])
     return attend(q, k, v, options["n_heads"])
+
+
+def encode_again(processing: Any, *caches: str) -> None:
+    """Have the web UI forget prompts that it keeps encoded from one generation to the next."""
+    for name in caches:
+        if cache := getattr(processing, name, None):
+            cache[:] = [None] * len(
+                cache
+            )  # Forge keeps the infotext of the prompts in a third place
 
 
 # --- words and their places ----------------------------------------------------------------------
