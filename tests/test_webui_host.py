@@ -119,3 +119,12 @@ def test_reforge_unloads_through_its_memory_management(
     with host.around(_exported()):
         pass
     assert modules.did == ["all"]
+
+
+def test_stacks_are_not_among_the_web_uis_checkpoints(host: Any, modules: Any) -> None:
+    models = modules.sd_models
+    assert list(models.checkpoints_list) == list(models.checkpoint_aliases) == ["a.safetensors"]
+    modules.disk += ["b.safetensors", "b.mine.concepts.safetensors"]
+    host.refresh()
+    assert list(models.checkpoints_list) == ["a.safetensors", "b.safetensors"]
+    assert list(host.checkpoints()) == ["a.safetensors", "b.safetensors"]

@@ -16,7 +16,7 @@ from typing import Any
 import gradio as gr
 from modules import call_queue, processing, sd_models, shared  # pyright: ignore[reportMissingImports]
 
-from ..files import is_checkpoint
+from ..files import STACKS, is_checkpoint
 from .apart import OPTION, encode_again
 from .environment import environment_of, home_of, prepare, python_of
 from .host import Host
@@ -46,6 +46,7 @@ class WebuiHost(Host):
         self._last_preview: str | None = None
         self._interrupted = self._has_queue = False
         self.outlive_reload()
+        self.hide_stacks()
 
     def own_python(self) -> str:
         return python_of(environment_of(self.folder))
@@ -163,6 +164,21 @@ class WebuiHost(Host):
                 reload()
 
         state.request_restart = request_restart
+
+    def hide_stacks(self) -> None:
+        """Keep stacks, which lie beside their checkpoints, out of the web UI's list: it loads the first
+        of that list if no other is chosen.
+        """
+        list_all = sd_models.list_models
+
+        def list_models() -> None:
+            list_all()
+            for listed in (sd_models.checkpoints_list, sd_models.checkpoint_aliases):
+                for name in [n for n, info in listed.items() if info.filename.endswith(STACKS)]:
+                    del listed[name]
+
+        sd_models.list_models = list_models
+        list_models()
 
     def ended(self, job: Job) -> None:
         """Make new words and their LoRA available immediately."""
