@@ -15,6 +15,7 @@ import pytest
 
 pytest.importorskip("gradio")
 
+from comfy_continual_lora.hostareas import warn
 from comfy_continual_lora.webui.job import Job
 
 A1111, APART = (f"comfy_continual_lora.webui.{name}" for name in ("a1111", "apart"))
@@ -128,3 +129,11 @@ def test_stacks_are_not_among_the_web_uis_checkpoints(host: Any, modules: Any) -
     host.refresh()
     assert list(models.checkpoints_list) == ["a.safetensors", "b.safetensors"]
     assert list(host.checkpoints()) == ["a.safetensors", "b.safetensors"]
+
+
+def test_a_warning_is_shown_by_a_web_ui_that_logs_errors_alone(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(logging.root, "level", logging.ERROR)
+    warn("V1 and V2 are drawn mixed")
+    assert "V1 and V2 are drawn mixed" in caplog.text

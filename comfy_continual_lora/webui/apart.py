@@ -8,7 +8,6 @@ where its noun is. Only these import this module.
 
 from __future__ import annotations
 
-import logging
 import sys
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -21,7 +20,7 @@ from modules.prompt_parser import SdConditioning  # pyright: ignore[reportMissin
 from torch import Tensor
 
 from ..areas import FINE, AreaSettings, attend, mask_of
-from ..hostareas import HostAreas, Part, SceneText, followed, patched
+from ..hostareas import HostAreas, Part, SceneText, followed, patched, warn
 from ..mentions import (
     Mentions,
     mentions,
@@ -53,7 +52,7 @@ class Apart:
             unwanted = [*p.negative_prompts, *(getattr(p, "hr_negative_prompts", None) or [])]
             for note in notes([*prompts, *unwanted], nouns, _embeddings):
                 p.comment(note)  # shown under the picture, but not to users of the API
-                logging.warning("comfy-continual-lora: %s", note)
+                warn(note)
         if not getattr(shared.opts, OPTION, True) or not any(
             mentions(one, nouns) for one in prompts
         ):
