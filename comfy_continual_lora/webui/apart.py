@@ -240,13 +240,26 @@ def _scene_text(model: Any, scene: Mentions, whole: Tensor, variants: Tensor) ->
 
 @contextmanager
 def _infotext_kept() -> Iterator[None]:
-    """AUTOMATIC1111 lists the words of all it encodes in the infotext; inside the block it does not."""
-    hijack = getattr(sys.modules.get("modules.sd_hijack"), "model_hijack", None)
-    shown = getattr(hijack, "extra_generation_params", {})
-    before = dict(shown)
+    """A web UI lists the words of all it encodes in the infotext; inside the block it does not."""
+    kept = [(shown, dict(shown)) for shown in _infotexts()]
     yield
-    shown.clear()
-    shown.update(before)
+    for shown, before in kept:
+        shown.clear()
+        shown.update(before)
+
+
+def _infotexts() -> Iterator[dict[str, Any]]:
+    """Where a web UI notes what goes into the infotext while it encodes prompts."""
+    module = sys.modules.get
+    hijack = getattr(module("modules.sd_hijack"), "model_hijack", None)
+    neo = getattr(module("backend.args"), "dynamic_args", None)
+    for holder, name in (
+        (hijack, "extra_generation_params"),  # AUTOMATIC1111, reForge
+        (module("backend.text_processing.classic_engine"), "last_extra_generation_params"),  # Forge
+        (neo, "last_extra_generation_params"),
+    ):
+        if isinstance(shown := getattr(holder, name, None), dict):
+            yield shown
 
 
 def _text_engine(model: Any) -> Any:
