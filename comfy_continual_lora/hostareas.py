@@ -25,6 +25,15 @@ Attend = Callable[[Tensor, Tensor, Tensor, dict[str, Any]], Tensor]  # q, k, v, 
 Options = dict[str, Any]  # a host's transformer_options
 
 
+_LOG = logging.getLogger("comfy-continual-lora")
+_LOG.setLevel(logging.WARNING)  # whatever the host's is: Forge Neo shows errors alone
+
+
+def warn(text: str) -> None:
+    """Say something in the host's console."""
+    _LOG.warning("comfy-continual-lora: %s", text)
+
+
 @dataclass(frozen=True, eq=False)
 class SceneText:
     """What a prompt about several learned things is drawn from: text features (1, t, d) of the whole
@@ -116,11 +125,7 @@ class HostAreas:
         if key not in self.areas:
             problem = self._problem(scene, context)
             if problem:
-                logging.warning(
-                    "comfy-continual-lora: %s are drawn mixed, because %s.",
-                    " and ".join(scene.tokens),
-                    problem,
-                )
+                warn(f"{' and '.join(scene.tokens)} are drawn mixed, because {problem}.")
                 self.areas[key] = None
             else:
                 nouns = scene.nouns.to(x.device).expand(len(x), -1, -1)

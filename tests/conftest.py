@@ -71,17 +71,15 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 
 @pytest.fixture(scope="module")
-def frozen(request: pytest.FixtureRequest) -> str:
-    """What is installed in the module's web UI, `FOUND`, before anything of ours."""
-    return freeze(request.module.FOUND)
+def frozen(webui: Path) -> str:
+    """What is installed in the module's `webui` before anything of ours."""
+    return freeze(webui)
 
 
 @pytest.fixture(scope="module")
-def host(
-    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, frozen: str
-) -> Iterator[WebUI]:
-    """The module's web UI, running."""
-    server = WebUI(request.module.FOUND, tmp_path_factory.mktemp("webui"))
+def host(webui: Path, tmp_path_factory: pytest.TempPathFactory, frozen: str) -> Iterator[WebUI]:
+    """The module's `webui`, running."""
+    server = WebUI(webui, tmp_path_factory.mktemp("webui"))
     server.put_the_mini_and_us()
     server.start()
     yield server

@@ -1,7 +1,7 @@
-"""A real AUTOMATIC1111 or Forge for the tests.
+"""A real AUTOMATIC1111, Forge, reForge or Forge Neo for the tests.
 
-It is found, given the mini-SD, the extension and a neighbour in a data folder of its own, started,
-driven through its API and in a browser.
+It is found, given a small checkpoint, the extension and a neighbour in a data folder of its own,
+started, driven through its API and in a browser.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ import numpy as np
 import torch
 from helpers_browser import page, wait_for_text
 from helpers_server import Server, free_port
+from helpers_thin import STOCK, write_thin
 from PIL import Image
 from safetensors.torch import load_file
 
@@ -30,6 +31,7 @@ from comfy_continual_lora.mini.weights import write_checkpoint
 from comfy_continual_lora.store import read_records
 from comfy_continual_lora.versions import versions
 from comfy_continual_lora.webui.install import install
+from comfy_continual_lora.webui.labels import METHOD_LABELS
 
 API = "/continual-lora/v1"
 QUICK = {"method": "lora", "steps": 6, "batch": 2, "rank": 4}
@@ -124,11 +126,12 @@ class WebUI(Server):
 
     def __init__(self, webui: Path, data: Path) -> None:
         self.webui, self.data, self.log = webui, data, data / "log.txt"
-        self.forge = (webui / "modules_forge").exists()
+        self.forge = (webui / "modules_forge").exists()  # or one of its family
+        self.neo = self.forge and not (webui / "modules" / "sd_hijack.py").exists()
         self.checkpoint = data / "models" / "Stable-diffusion" / "mini-sd.safetensors"
 
     def put_the_mini_and_us(self) -> None:
-        _put_mini(self.checkpoint, self.data, stock=self.forge)
+        _put_checkpoint(self.checkpoint, self.data, forge=self.forge)
         self.put_extension("neighbour", _NEIGHBOUR)
         install(self.data, copy=True)
         # what the web UI does with every extension at its start
@@ -152,7 +155,8 @@ class WebUI(Server):
         }
         if cache.exists():
             env["HF_HOME"] = str(cache)
-        forge = ["--always-cpu", "--gradio-allowed-path", str(self.webui)]
+        cpu = "--cpu" if self.neo else "--always-cpu"
+        forge = [cpu, "--gradio-allowed-path", str(self.webui)]
         command = [
             str(_python(self.webui)),
             "launch.py",
@@ -219,7 +223,7 @@ def keeps_things_apart(host: WebUI, pictures: Path) -> None:
     for token, noun in (("V1", "ball"), ("V2", "box")):
         asked = learn(pictures, token, "apart", rate=0.01, token_rate=0.05, steps=6)
         host.post(f"{API}/learn", {**asked, "noun": noun})
-        job = host.ended(1800)
+        job = host.ended()
         assert job["state"] == "done", job
     result = job["results"]["export"]
     first, second = result["triggers"]
@@ -230,10 +234,14 @@ def keeps_things_apart(host: WebUI, pictures: Path) -> None:
     mixed, silent = drawn_with(host, both, **off)
     names = ", ".join(trigger.split()[0] for trigger in (first, second))
     assert f'Concepts kept apart: "{names}"' in told
+    listed = re.search(r'TI(?: hashes)?: "(.*?)"', told)
+    assert listed
+    assert sorted(re.sub(": [0-9a-f]+", "", listed[1]).split(", ")) == sorted(names.split(", "))
     assert "kept apart" not in silent
     assert np.abs(apart - mixed).mean() > 0.5
     assert np.array_equal(apart, drawn_with(host, both)[0])
-    hires = {"enable_hr": True, "hr_scale": 1.5, "hr_upscaler": "Latent", "denoising_strength": 0.6}
+    hires = {"enable_hr": True, "hr_scale": 1.5, "denoising_strength": 0.6}
+    hires["hr_upscaler"] = "None" if host.neo else "Latent"  # which Neo no longer has
     if host.forge:  # its API has no default
         hires["hr_additional_modules"] = ["Use same choices"]
     larger, told = drawn_with(host, both, **hires, hr_second_pass_steps=4)
@@ -263,17 +271,48 @@ def learns_and_draws(host: WebUI, pictures: Path) -> None:
     """
     before = drawn(host, "a photo of a V1 ball")
     host.post(f"{API}/learn", learn(pictures, "V1", "", rate=0.01, token_rate=0.05, steps=10))
-    job = host.ended(1800)  # the stock mini-SD takes twenty times as long
+    job = host.ended()
     assert job["state"] == "done", job
     lora = Path(job["results"]["export"]["lora"])
     assert lora.parent == host.data / "models" / "Lora"
     assert lora.with_suffix(".json").exists()
+    assert [one.parent.name for one in host.data.rglob("V1.safetensors")] == ["embeddings"]
+    host.post("/sdapi/v1/refresh-checkpoints", {})
+    assert [one["model_name"] for one in host.get("/sdapi/v1/sd-models")] == ["mini-sd"]
     with_word = drawn(host, "a photo of a V1 ball")
     with_both = drawn(host, f"a photo of a V1 ball <lora:{lora.stem}:1>")
     assert np.abs(with_word - before).mean() > 1
     assert np.abs(with_both - with_word).mean() > 1
     learned = host.get(f"{API}/concepts?checkpoint=mini-sd.safetensors")
     assert [concept["token"] for concept in learned] == ["V1"]
+
+
+def is_calm_without_a_model(host: WebUI, pictures: Path) -> None:
+    """With the web UI's model unloaded, a job works and its end tells of no trouble; then the web UI
+    draws again.
+    """
+    before = host.log.read_text()
+    host.post("/sdapi/v1/unload-checkpoint", {})
+    host.post(f"{API}/learn", learn(pictures, "V1", "calm"))
+    job = host.ended()
+    assert job["state"] == "done", job
+    assert "Traceback" not in host.log.read_text().removeprefix(before)
+    assert drawn(host, "a photo of a V1 ball").std() > 1
+
+
+def stops_when_interrupted(host: WebUI, pictures: Path) -> None:
+    host.post(f"{API}/learn", learn(pictures, "V3", "stopped", steps=3000))
+    until_it_learns(host)
+    host.post("/sdapi/v1/interrupt", {})
+    assert host.ended()["state"] == "stopped"
+
+
+def until_it_learns(host: WebUI) -> dict[str, Any]:
+    """The job, once it takes steps."""
+    while not (job := host.get(f"{API}/jobs"))["progress"].get("loss"):
+        assert job["state"] in ("starting", "running"), job
+        time.sleep(0.2)
+    return job
 
 
 def learns_in_a_browser(host: WebUI, pictures: Path, screenshot: Path) -> None:
@@ -399,15 +438,18 @@ def asks_first(opened: Any, stack: Path, token: str = "V1") -> None:
     holds(token)
 
 
-def _put_mini(checkpoint: Path, data: Path, *, stock: bool) -> None:
-    """The mini-SD, for AUTOMATIC1111 narrow (20 times as fast) with a .yaml of its sizes; and its
-    TAESD, since it has no KL autoencoder.
+def _put_checkpoint(checkpoint: Path, data: Path, *, forge: bool) -> None:
+    """For AUTOMATIC1111 the mini-SD with a .yaml of its sizes; Forge knows models by their widths and
+    gets a thin one of SD1.x'. And their TAESD, since they have no KL autoencoder.
 
-    AUTOMATIC1111 finds a LoRA's layers by SD1.x's numbers of blocks, of which the narrow one has
-    fewer: some of its layers go without.
+    AUTOMATIC1111 finds a LoRA's layers by SD1.x's numbers of blocks, of which the mini-SD has fewer:
+    some of its layers go without.
     """
-    write_checkpoint(checkpoint, stock=stock)
-    if not stock:
+    if forge:
+        checkpoint.parent.mkdir(parents=True)
+        write_thin(checkpoint, *STOCK)
+    else:
+        write_checkpoint(checkpoint)
         text = Path(shutil.copytree(TOKENIZER, data / "text"))
         (text / "config.json").write_text(json.dumps(_TEXT))
         checkpoint.with_suffix(".yaml").write_text(_NET.format(text=json.dumps(str(text))))
@@ -423,9 +465,14 @@ def _put_mini(checkpoint: Path, data: Path, *, stock: bool) -> None:
         path = data / "models" / "VAE-taesd" / f"taesd_{half}.pth"
         # its unpickler knows no newer format
         torch.save(state, path, _use_new_zipfile_serialization=False)
-    options = {
+    options: dict[str, Any] = {
         "sd_vae_decode_method": "TAESD",
         "sd_vae_encode_method": "TAESD",
         "show_progress_type": "Approx cheap",
+        "VERSION_UID": "PY313",  # without it Neo takes this file for an older version's, and asks
     }
+    if forge:
+        # the recommended method first encodes a thousand prompts, and the text encoder is of full size
+        options["continual_lora_plan"] = next(k for k, v in METHOD_LABELS.items() if v == "lora")
     (data / "config.json").write_text(json.dumps(options))
+    (data / "tmp").mkdir()  # as webui.sh does, and Neo relies on

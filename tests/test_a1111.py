@@ -9,7 +9,6 @@ import signal
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
 
 import pytest
 from helpers_browser import CHROMIUM, page
@@ -22,10 +21,12 @@ from helpers_webui import (
     drawn,
     find_webui,
     freeze,
+    is_calm_without_a_model,
     keeps_things_apart,
     learn,
     learns_and_draws,
     learns_in_a_browser,
+    until_it_learns,
 )
 
 from comfy_continual_lora import pipeline
@@ -41,12 +42,22 @@ pytestmark = [
 ]
 
 
+@pytest.fixture(scope="module")
+def webui() -> Path:
+    assert FOUND
+    return FOUND
+
+
 def test_what_is_learned_acts_in_txt2img_at_once(host: WebUI, pictures: Path) -> None:
     learns_and_draws(host, pictures)
 
 
 def test_several_learned_things_in_one_prompt_are_kept_apart(host: WebUI, pictures: Path) -> None:
     keeps_things_apart(host, pictures)
+
+
+def test_a_model_that_is_not_loaded_is_no_trouble(host: WebUI, pictures: Path) -> None:
+    is_calm_without_a_model(host, pictures)
 
 
 def test_the_web_uis_packages_are_what_they_were(host: WebUI, frozen: str) -> None:
@@ -64,7 +75,7 @@ def test_the_same_stack_opens_on_the_command_line(host: WebUI, pictures: Path) -
 def test_interrupt_stops_a_job_and_the_same_request_goes_on(host: WebUI, pictures: Path) -> None:
     request = learn(pictures, "V1", "stopped", steps=3000, snapshot_every=1)
     host.post(f"{API}/learn", request)
-    _until_it_learns(host)
+    until_it_learns(host)
     while "learn step" not in str(
         (shown := host.get("/sdapi/v1/progress?skip_current_image=true"))["textinfo"]
     ):
@@ -76,23 +87,16 @@ def test_interrupt_stops_a_job_and_the_same_request_goes_on(host: WebUI, picture
     assert host.ended()["state"] == "stopped"
     reached = host.get(f"{API}/jobs")["progress"]["step"]
     host.post(f"{API}/learn", request)
-    assert _until_it_learns(host)["progress"]["step"] > reached
+    assert until_it_learns(host)["progress"]["step"] > reached
     host.post(f"{API}/jobs/stop", {})
     assert host.ended()["state"] == "stopped"
-
-
-def _until_it_learns(host: WebUI) -> dict[str, Any]:
-    while not (job := host.get(f"{API}/jobs"))["progress"].get("loss"):
-        assert job["state"] in ("starting", "running"), job
-        time.sleep(0.2)
-    return job
 
 
 def test_a_generation_queued_meanwhile_waits_and_the_web_ui_survives_the_workers_death(
     host: WebUI, pictures: Path
 ) -> None:
     host.post(f"{API}/learn", learn(pictures, "V1", "killed", steps=3000))
-    _until_it_learns(host)
+    until_it_learns(host)
     with ThreadPoolExecutor() as pool:
         generation = pool.submit(drawn, host, "a red ball")
         time.sleep(3)
@@ -195,7 +199,7 @@ def test_no_option_chooses_a_program_or_opens_a_folder(
 @pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this machine")
 def test_reload_ui_leaves_a_job_alone_and_interrupt_stops_it(host: WebUI, pictures: Path) -> None:
     host.post(f"{API}/learn", learn(pictures, "V1", "reloaded", steps=100_000))
-    before = _until_it_learns(host)["progress"]["step"]
+    before = until_it_learns(host)["progress"]["step"]
     with page(host.address) as opened:
         opened.wait_for_selector("#txt2img_generate", timeout=120_000)
         opened.evaluate("gradioApp().getElementById('settings_restart_gradio').click()")
@@ -218,7 +222,7 @@ def test_the_tab_learns_from_a_browser(host: WebUI, pictures: Path, tmp_path: Pa
 
 def test_the_worker_ends_with_the_web_ui(host: WebUI, pictures: Path) -> None:
     host.post(f"{API}/learn", learn(pictures, "V1", "ended", steps=100_000))
-    _until_it_learns(host)
+    until_it_learns(host)
     worker = _worker(host)
     host.stop(kill=True)
     deadline = time.monotonic() + 60
@@ -227,6 +231,6 @@ def test_the_worker_ends_with_the_web_ui(host: WebUI, pictures: Path) -> None:
         time.sleep(0.2)
     host.start()
     host.post(f"{API}/learn", learn(pictures, "V1", "ended", steps=100_000))
-    assert _until_it_learns(host)["progress"]["step"] > 1  # from the snapshot
+    assert until_it_learns(host)["progress"]["step"] > 1  # from the snapshot
     host.post(f"{API}/jobs/stop", {})
     assert host.ended()["state"] == "stopped"

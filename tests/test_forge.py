@@ -1,5 +1,5 @@
-"""The extension in a real Forge, found through FORGE_PATH, else ~/stable-diffusion-webui-forge:
-what its own gradio and memory management touch.
+"""The extension in a real Forge, reForge and Forge Neo, each found through its variable, else in the
+home folder: what their own gradio, memory management and embeddings touch.
 """
 
 from __future__ import annotations
@@ -12,18 +12,28 @@ from helpers_webui import (
     WebUI,
     find_webui,
     freeze,
+    is_calm_without_a_model,
     keeps_things_apart,
     learns_and_draws,
     learns_in_a_browser,
+    stops_when_interrupted,
 )
 
-FOUND = find_webui("FORGE_PATH", "stable-diffusion-webui-forge")
-pytestmark = [
-    pytest.mark.slow,
-    pytest.mark.skipif(
-        FOUND is None, reason="no Forge with a venv at FORGE_PATH or ~/stable-diffusion-webui-forge"
-    ),
-]
+FAMILY = {
+    "Forge": ("FORGE_PATH", "stable-diffusion-webui-forge"),
+    "reForge": ("REFORGE_PATH", "stable-diffusion-webui-reForge"),
+    "Neo": ("NEO_PATH", "sd-webui-forge-neo"),
+}
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module", params=FAMILY)
+def webui(request: pytest.FixtureRequest) -> Path:
+    variable, default = FAMILY[request.param]
+    found = find_webui(variable, default)
+    if found is None:
+        pytest.skip(f"no {request.param} with a venv at {variable} or ~/{default}")
+    return found
 
 
 def test_what_is_learned_acts_in_txt2img_at_once(host: WebUI, pictures: Path) -> None:
@@ -34,10 +44,18 @@ def test_several_learned_things_in_one_prompt_are_kept_apart(host: WebUI, pictur
     keeps_things_apart(host, pictures)
 
 
-def test_forges_packages_are_what_they_were(host: WebUI, frozen: str) -> None:
+def test_a_model_that_is_not_loaded_is_no_trouble(host: WebUI, pictures: Path) -> None:
+    is_calm_without_a_model(host, pictures)
+
+
+def test_interrupt_stops_a_job(host: WebUI, pictures: Path) -> None:
+    stops_when_interrupted(host, pictures)
+
+
+def test_the_web_uis_packages_are_what_they_were(host: WebUI, frozen: str) -> None:
     assert freeze(host.webui) == frozen
 
 
 @pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this machine")
 def test_the_tab_learns_from_a_browser(host: WebUI, pictures: Path, tmp_path: Path) -> None:
-    learns_in_a_browser(host, pictures, tmp_path / "forge.png")
+    learns_in_a_browser(host, pictures, tmp_path / "page.png")

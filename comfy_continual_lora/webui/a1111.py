@@ -6,6 +6,7 @@ Only these import this module, once: its state survives "Reload UI".
 from __future__ import annotations
 
 import logging
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache
@@ -15,8 +16,8 @@ from typing import Any
 import gradio as gr
 from modules import call_queue, processing, sd_models, shared  # pyright: ignore[reportMissingImports]
 
-from ..files import is_checkpoint
-from .apart import OPTION
+from ..files import STACKS, is_checkpoint
+from .apart import OPTION, encode_again
 from .environment import environment_of, home_of, prepare, python_of
 from .host import Host
 from .job import Job
@@ -24,6 +25,7 @@ from .labels import METHOD_LABELS
 from .shown import picture_of, status
 
 _SECTION = ("continual_lora", "Continual LoRA")
+_CACHES = ("cached_c", "cached_uc", "cached_hr_c", "cached_hr_uc")  # of encoded prompts
 
 
 @cache
@@ -44,6 +46,7 @@ class WebuiHost(Host):
         self._last_preview: str | None = None
         self._interrupted = self._has_queue = False
         self.outlive_reload()
+        self.hide_stacks()
 
     def own_python(self) -> str:
         return python_of(environment_of(self.folder))
@@ -60,8 +63,7 @@ class WebuiHost(Host):
 
     def loaded(self) -> str:
         """Of the model in use; else of the one in the web UI's settings. Nothing is loaded to look."""
-        model = sd_models.model_data.sd_model
-        info = getattr(model, "sd_checkpoint_info", None)
+        info = getattr(_model(), "sd_checkpoint_info", None)
         if info is None:
             info = sd_models.checkpoint_aliases.get(shared.opts.data.get("sd_model_checkpoint"))
         return getattr(info, "name", "")
@@ -119,16 +121,16 @@ class WebuiHost(Host):
         with call_queue.queue_lock:
             shared.state.begin(job=f"continual-lora {job.name}")
             shared.state.job_count = 1
-            was_loaded = sd_models.model_data.sd_model is not None
+            was_loaded = _model() is not None
             self._interrupted, self._has_queue = False, True
             try:
                 if was_loaded:
-                    sd_models.unload_model_weights()
+                    _free_the_gpu()
                 yield
             finally:
                 try:
                     # the Forge family reloads its model by itself
-                    if was_loaded and not hasattr(sd_models, "FakeInitialModel"):
+                    if was_loaded and not _is_forge():
                         sd_models.send_model_to_device(shared.sd_model)
                 finally:
                     self._has_queue = False
@@ -163,20 +165,57 @@ class WebuiHost(Host):
 
         state.request_restart = request_restart
 
+    def hide_stacks(self) -> None:
+        """Keep stacks, which lie beside their checkpoints, out of the web UI's list: it loads the first
+        of that list if no other is chosen.
+        """
+        list_all = sd_models.list_models
+
+        def list_models() -> None:
+            list_all()
+            for listed in (sd_models.checkpoints_list, sd_models.checkpoint_aliases):
+                for name in [n for n, info in listed.items() if info.filename.endswith(STACKS)]:
+                    del listed[name]
+
+        sd_models.list_models = list_models
+        list_models()
+
     def ended(self, job: Job) -> None:
         """Make new words and their LoRA available immediately."""
-        if "export" not in job.results or sd_models.model_data.sd_model is None:
-            return  # a model that is loaded later finds the embeddings itself
+        if "export" not in job.results:
+            return
         with call_queue.queue_lock:
+            model = _model()
             try:
-                _reload_embeddings(sd_models.model_data.sd_model)
+                if model is not None:  # one that is loaded later finds the embeddings itself
+                    _reload_embeddings(model)
             except Exception:
                 logging.exception(
                     "continual-lora: the new words could not be loaded into the web UI; Reload UI "
                     "loads them"
                 )
-        for name in ("cached_c", "cached_uc"):
-            getattr(processing.StableDiffusionProcessing, name)[:] = [None, None]
+            encode_again(processing.StableDiffusionProcessingTxt2Img, *_CACHES)
+
+
+def _is_forge() -> bool:
+    """Whether this is Forge, reForge or Forge Neo."""
+    return "modules_forge" in sys.modules
+
+
+def _model() -> Any:
+    """The web UI's model; None if there is none, for which Forge and Neo have a placeholder."""
+    model = sd_models.model_data.sd_model
+    return None if isinstance(model, getattr(sd_models, "FakeInitialModel", ())) else model
+
+
+def _free_the_gpu() -> None:
+    """reForge's own way to unload a model hides it from its memory management, which then takes it
+    for loaded at the next generation.
+    """
+    if reforge := sys.modules.get("ldm_patched.modules.model_management"):
+        reforge.unload_all_models()
+    else:
+        sd_models.unload_model_weights()
 
 
 def _reload_embeddings(model: Any) -> None:

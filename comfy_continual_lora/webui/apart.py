@@ -8,7 +8,6 @@ where its noun is. Only these import this module.
 
 from __future__ import annotations
 
-import logging
 import sys
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -21,7 +20,7 @@ from modules.prompt_parser import SdConditioning  # pyright: ignore[reportMissin
 from torch import Tensor
 
 from ..areas import FINE, AreaSettings, attend, mask_of
-from ..hostareas import HostAreas, Part, SceneText, followed, patched
+from ..hostareas import HostAreas, Part, SceneText, followed, patched, warn
 from ..mentions import (
     Mentions,
     mentions,
@@ -53,15 +52,13 @@ class Apart:
             unwanted = [*p.negative_prompts, *(getattr(p, "hr_negative_prompts", None) or [])]
             for note in notes([*prompts, *unwanted], nouns, _embeddings):
                 p.comment(note)  # shown under the picture, but not to users of the API
-                logging.warning("comfy-continual-lora: %s", note)
+                warn(note)
         if not getattr(shared.opts, OPTION, True) or not any(
             mentions(one, nouns) for one in prompts
         ):
             return
         self._encode_scenes(p.sd_model, nouns)
-        for cache in ("cached_c", "cached_hr_c"):  # what was encoded without keeping its scenes
-            if hasattr(p, cache):
-                getattr(p, cache)[:] = [None, None]
+        encode_again(p, "cached_c", "cached_hr_c")  # their scenes were not kept
         self.areas = HostAreas(AreaSettings(FINE[preset]))
         self.things = named(prompts, nouns)
 
@@ -198,6 +195,15 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, options: dict[str, Any]) -> Tensor:
     return attend(q, k, v, options["n_heads"])
 
 
+def encode_again(processing: Any, *caches: str) -> None:
+    """Have the web UI forget prompts that it keeps encoded from one generation to the next."""
+    for name in caches:
+        if cache := getattr(processing, name, None):
+            cache[:] = [None] * len(
+                cache
+            )  # Forge keeps the infotext of the prompts in a third place
+
+
 # --- words and their places ----------------------------------------------------------------------
 
 
@@ -234,13 +240,26 @@ def _scene_text(model: Any, scene: Mentions, whole: Tensor, variants: Tensor) ->
 
 @contextmanager
 def _infotext_kept() -> Iterator[None]:
-    """AUTOMATIC1111 lists the words of all it encodes in the infotext; inside the block it does not."""
-    hijack = getattr(sys.modules.get("modules.sd_hijack"), "model_hijack", None)
-    shown = getattr(hijack, "extra_generation_params", {})
-    before = dict(shown)
+    """A web UI lists the words of all it encodes in the infotext; inside the block it does not."""
+    kept = [(shown, dict(shown)) for shown in _infotexts()]
     yield
-    shown.clear()
-    shown.update(before)
+    for shown, before in kept:
+        shown.clear()
+        shown.update(before)
+
+
+def _infotexts() -> Iterator[dict[str, Any]]:
+    """Where a web UI notes what goes into the infotext while it encodes prompts."""
+    module = sys.modules.get
+    hijack = getattr(module("modules.sd_hijack"), "model_hijack", None)
+    neo = getattr(module("backend.args"), "dynamic_args", None)
+    for holder, name in (
+        (hijack, "extra_generation_params"),  # AUTOMATIC1111, reForge
+        (module("backend.text_processing.classic_engine"), "last_extra_generation_params"),  # Forge
+        (neo, "last_extra_generation_params"),
+    ):
+        if isinstance(shown := getattr(holder, name, None), dict):
+            yield shown
 
 
 def _text_engine(model: Any) -> Any:

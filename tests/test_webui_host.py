@@ -1,0 +1,139 @@
+"""The tab's host in a web UI, with stand-ins for the web UI's own modules."""
+
+from __future__ import annotations
+
+import importlib
+import logging
+import sys
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+from typing import Any
+
+import pytest
+
+pytest.importorskip("gradio")
+
+from comfy_continual_lora.hostareas import warn
+from comfy_continual_lora.webui.job import Job
+
+A1111, APART = (f"comfy_continual_lora.webui.{name}" for name in ("a1111", "apart"))
+
+
+class FakeInitialModel:
+    """What Forge and Neo have in place of a model that is not loaded."""
+
+
+@pytest.fixture
+def modules(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+    """A web UI without a model, whose checkpoints lie where `disk` says."""
+    web = ModuleType("modules")
+    disk = ["a.concepts.safetensors", "a.safetensors"]
+    state = SimpleNamespace(begin=lambda job: None, end=lambda: None, request_restart=lambda: None)
+    models = SimpleNamespace(
+        FakeInitialModel=FakeInitialModel,
+        model_data=SimpleNamespace(sd_model=FakeInitialModel()),
+        checkpoints_list={},
+        checkpoint_aliases={},
+        unload_model_weights=lambda: did.append("unload"),
+        send_model_to_device=lambda model: did.append("send"),
+    )
+
+    def list_models() -> None:
+        for listed in (models.checkpoints_list, models.checkpoint_aliases):
+            listed.clear()
+            listed.update({name: SimpleNamespace(name=name, filename=name) for name in disk})
+
+    did: list[str] = []
+    models.list_models = list_models
+    list_models()
+    parts: dict[str, Any] = {
+        "call_queue": SimpleNamespace(queue_lock=threading.Lock()),
+        "processing": SimpleNamespace(
+            StableDiffusionProcessingTxt2Img=SimpleNamespace(
+                cached_c=["c", 1, 2], cached_uc=["u", 1]
+            )
+        ),
+        "sd_models": models,
+        "shared": SimpleNamespace(state=state, sd_model=None),
+    }
+    for name, part in parts.items():
+        setattr(web, name, part)
+    monkeypatch.setitem(sys.modules, "modules", web)
+    parser = SimpleNamespace(SdConditioning=list)
+    monkeypatch.setitem(sys.modules, "modules.prompt_parser", parser)
+    yield SimpleNamespace(**parts, did=did, disk=disk)
+    for name in (A1111, APART):  # they hold these stand-ins
+        sys.modules.pop(name, None)
+
+
+@pytest.fixture
+def host(modules: Any, tmp_path: Path) -> Any:
+    return importlib.import_module(A1111).WebuiHost(tmp_path / "extensions" / "continual-lora")
+
+
+def _exported() -> Job:
+    job = Job(1, [("export", {})])
+    job.results = {"export": {}}
+    return job
+
+
+def test_a_placeholder_is_no_model(
+    host: Any, modules: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level(logging.ERROR), host.around(_exported()):
+        pass
+    host.ended(_exported())
+    assert not caplog.records
+    assert modules.did == []
+
+
+def test_prompts_are_encoded_again_with_new_words(host: Any, modules: Any) -> None:
+    """Even if no model is loaded when a job ends: that of Forge and Neo has made room for the job."""
+    processing = modules.processing.StableDiffusionProcessingTxt2Img
+    host.ended(_exported())
+    assert (processing.cached_c, processing.cached_uc) == ([None] * 3, [None] * 2)
+
+
+@pytest.mark.parametrize("forge", [False, True])
+def test_a_loaded_model_makes_room_and_the_forge_family_reloads_its_own(
+    host: Any, modules: Any, forge: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if forge:
+        monkeypatch.setitem(sys.modules, "modules_forge", ModuleType("modules_forge"))
+    else:
+        del modules.sd_models.FakeInitialModel
+    modules.sd_models.model_data.sd_model = object()
+    with host.around(_exported()):
+        assert modules.did == ["unload"]
+    assert modules.did == (["unload"] if forge else ["unload", "send"])
+
+
+def test_reforge_unloads_through_its_memory_management(
+    host: Any, modules: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    management = SimpleNamespace(unload_all_models=lambda: modules.did.append("all"))
+    monkeypatch.setitem(sys.modules, "ldm_patched.modules.model_management", management)
+    monkeypatch.setitem(sys.modules, "modules_forge", ModuleType("modules_forge"))
+    modules.sd_models.model_data.sd_model = object()
+    with host.around(_exported()):
+        pass
+    assert modules.did == ["all"]
+
+
+def test_stacks_are_not_among_the_web_uis_checkpoints(host: Any, modules: Any) -> None:
+    models = modules.sd_models
+    assert list(models.checkpoints_list) == list(models.checkpoint_aliases) == ["a.safetensors"]
+    modules.disk += ["b.safetensors", "b.mine.concepts.safetensors"]
+    host.refresh()
+    assert list(models.checkpoints_list) == ["a.safetensors", "b.safetensors"]
+    assert list(host.checkpoints()) == ["a.safetensors", "b.safetensors"]
+
+
+def test_a_warning_is_shown_by_a_web_ui_that_logs_errors_alone(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(logging.root, "level", logging.ERROR)
+    warn("V1 and V2 are drawn mixed")
+    assert "V1 and V2 are drawn mixed" in caplog.text
