@@ -36,7 +36,7 @@ from .parallel import is_first
 from .penalty import Penalty, Step
 from .progress import OnProgress, Point, Progress
 from .sample import draw
-from .settings import DrawSettings, LearnSettings, ResolvedSettings
+from .settings import DrawSettings, ResolvedSettings
 from .training import Run, asked_for, compute_dtype, optimizer_for, precondition
 from .watch import LOOKS, Names, Watch
 
@@ -203,12 +203,6 @@ def _terms(
     now = Step(factors, words, prompts, features)
     penalties = {name: penalty(now) for name, penalty in inputs.penalties.items()}
     return {"denoising": (error * weight).mean(), **penalties}
-
-
-def previewed(settings: LearnSettings, names: Sequence[str]) -> list[str]:
-    """The prompts of previews: the user's, or a photo of each of these concepts."""
-    own = [prompt.strip() for prompt in settings.preview_prompts.split("|") if prompt.strip()]
-    return own or [f"a photo of a {name}" for name in names]
 
 
 def preview(

@@ -124,6 +124,14 @@ def not_in_use(token: str) -> str:
     )
 
 
+def previewed(preview_prompts: str, names: Iterable[str]) -> list[str]:
+    """What previews show from left to right: the prompts of the setting, which has | between them, or
+    without any a photo of each of these concepts, as prompts name them.
+    """
+    own = [prompt.strip() for prompt in preview_prompts.split("|") if prompt.strip()]
+    return own or [f"a photo of a {name}" for name in names]
+
+
 def named(prompts: Iterable[str], words: Collection[str]) -> list[str]:
     """Which of the words the prompts name."""
     found = {token for prompt in prompts for _, token in _matches(prompt, words)}

@@ -11,8 +11,8 @@ from .concept import Concept, load_concept
 from .early import check_learn
 from .errors import SettingError, StackError
 from .inventory import inventory
-from .learn import TrainingInputs, preview, previewed
-from .mentions import not_learned, unknown_words
+from .learn import TrainingInputs, preview
+from .mentions import not_learned, previewed, unknown_words
 from .methods import METHODS
 from .methods.method import LearnedConcept, Method, StackSummary, summary_of, summary_of_file
 from .methods.stages import past_adapters
@@ -188,13 +188,14 @@ def watched(session: Session, concept: Concept, inputs: TrainingInputs) -> Train
 def tell_of_previews(session: Session, concept: Concept, settings: LearnSettings) -> None:
     """Say what the prompts of previews name that will not be learned."""
     words = [*session.stack.tokens, concept.token]
-    if unknown := unknown_words(previewed(settings, ()), words):
+    if unknown := unknown_words(previewed(settings.preview_prompts, ()), words):
         session.tell(not_learned(unknown, words))
 
 
 def preview_last(session: Session, stack: ConceptStack, settings: LearnSettings) -> None:
     """Show what previews show, or the new concept and the first one, as they are drawn now."""
-    prompts = previewed(settings, [stack.records[-1].name, stack.records[0].name])
+    names = [stack.records[-1].name, stack.records[0].name]
+    prompts = previewed(settings.preview_prompts, names)
     with attached(session.backbone, stack.adapter):
         image = preview(session.backbone, stack.tokens, prompts, stack.nouns)
     session.on_progress(Progress("preview", 1, 1, preview=image))

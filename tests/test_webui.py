@@ -501,6 +501,29 @@ def test_the_photograph_of_the_first_concept_is_not_taken_for_the_new_one(tmp_pa
     assert _at(first, 60, 60)[0] > 200
 
 
+def test_previews_of_own_prompts_are_portraits_of_what_they_name(tmp_path: Path) -> None:
+    album, stack = Album(tmp_path), tmp_path / "a.concepts.safetensors"
+    one, two, three = (
+        {"id": name, "token": name, "noun": "ball", "with_noun": True}
+        for name in ("V1", "V2", "V3")
+    )
+    preview = Image.new("RGB", (384, 128), "red")
+    preview.paste("blue", (128, 0, 256, 128))
+    preview.paste("lime", (256, 0, 384, 128))
+    buffer = io.BytesIO()
+    preview.save(buffer, "JPEG")
+    prompts = "a V1 ball and a V3 ball | a V3 ball on grass| a painting of a V2 ball"
+    job = Job(1, [("learn", {"settings": {"preview_prompts": prompts}})])
+    job.preview = base64.b64encode(buffer.getvalue()).decode()
+    job.results = {"learn": {"token": "V3"}}
+    album.add(stack, [one, two, three], job)
+    assert album.drawing(stack, one) == b""
+    second, new = (Image.open(io.BytesIO(album.drawing(stack, x))) for x in (two, three))
+    assert _at(second, 60, 60)[1] > 200
+    assert _at(new, 60, 60)[2] > 200
+    assert max(second.width, new.width) == 128
+
+
 def test_progress_is_a_share_of_the_stage() -> None:
     job = Job(1, [("learn", {})])
     assert cards.bar(None) == ""

@@ -23,7 +23,8 @@ from ..adapters.adapter import KINDS, Adapter, kind_of, new_adapter, rank_of
 from ..concept import Concept
 from ..errors import SettingError
 from ..files import real_file
-from ..learn import TrainingInputs, previewed
+from ..learn import TrainingInputs
+from ..mentions import previewed
 from ..penalty import Penalty
 from ..presets import ADAPTERS
 from ..session import Session, Snapshots
@@ -232,7 +233,7 @@ class Method:
             trains_adapter=bool(self.adapter_kind(settings)),
             penalties={**penalties, **self.word_penalties(session, settings, start.retention)},
             frozen_adapter=start.frozen_adapter,
-            previewed=previewed(settings, names),
+            previewed=previewed(settings.preview_prompts, names),
             nouns={**session.stack.nouns, concept.token: concept.noun},
             masks=concept.masks,
             preconditioner=start.preconditioner,

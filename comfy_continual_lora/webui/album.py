@@ -22,7 +22,7 @@ from PIL import Image
 from .. import imagefile
 from ..errors import ConceptImagesError
 from ..files import write_whole
-from ..mentions import named
+from ..mentions import named, previewed
 from ..words import name_in
 from .shown import picture_of
 
@@ -86,21 +86,36 @@ def _drawn(
 ) -> list[tuple[Mapping[str, Any], Image.Image]]:
     """The concepts that a job has drawn, each alone in its picture."""
     by_token = {one["token"]: one for one in concepts}
-    found = []
-    if "learn" in job.results and (preview := picture_of(job.preview)):
-        # the new concept at the left, then perhaps the first one
-        side = preview.height
-        learned = by_token.get(job.results["learn"]["token"])
-        if learned:
-            found.append((learned, preview.crop((0, 0, side, side))))
-        if preview.width > side and concepts[0] is not learned:
-            found.append((concepts[0], preview.crop((side, 0, 2 * side, side))))
+    pictures = _previews_of(by_token, job)
     for prompt, file in drawings_of(job).items():
+        with suppress(ConceptImagesError):
+            pictures.append((prompt, imagefile.read(file).image))
+    found = []
+    for prompt, picture in pictures:
         tokens = named([prompt], by_token)
         if len(tokens) == 1:
-            with suppress(ConceptImagesError):
-                found.append((by_token[tokens[0]], imagefile.read(file).image))
+            found.append((by_token[tokens[0]], picture))
     return found
+
+
+def _previews_of(
+    by_token: Mapping[str, Mapping[str, Any]], job: Any
+) -> list[tuple[str, Image.Image]]:
+    """The prompts of a job's last preview and their pictures, which stand side by side; none unless
+    it has learned.
+    """
+    learned = by_token.get(job.results.get("learn", {}).get("token"))
+    preview = picture_of(job.preview)
+    if learned is None or preview is None:
+        return []
+    settings = dict(job.jobs)["learn"].get("settings", {})
+    shown = [name_in(learned), name_in(next(iter(by_token.values())))]  # unless it says otherwise
+    prompts = previewed(settings.get("preview_prompts", ""), dict.fromkeys(shown))
+    side = preview.height
+    return [
+        (prompt, preview.crop((left, 0, left + side, side)))
+        for prompt, left in zip(prompts, range(0, preview.width, side), strict=False)
+    ]
 
 
 def drawings_of(job: Any) -> dict[str, Path]:
