@@ -28,6 +28,7 @@ from .concept import kept_features, load_concept, record_of
 from .errors import StackError
 from .foreign import check_same_strength, imported_concept
 from .learn import learn
+from .mentions import previewed
 from .methods.method import LearnedConcept
 from .methods.stages import calibrated, distilled
 from .moments import clear_cache
@@ -40,7 +41,7 @@ from .prepare import (
     take_stock,
     tell_of_noun,
     tell_of_objective,
-    tell_of_previews,
+    tell_of_prompts,
     watched,
 )
 from .progress import OnProgress, ignore
@@ -113,7 +114,9 @@ def learn_concept(request: LearnRequest, on_progress: OnProgress = ignore) -> Le
             snapshots.tell_of_others(on_progress)
             if not snapshots.path().exists():
                 tell_of_objective(session, concept)
-            tell_of_previews(session, concept, settings)
+            words = {**session.stack.tokens, concept.token: start.word}
+            own = previewed(settings.preview_prompts, ())
+            tell_of_prompts(session, own, words)
             trained = learn(session.backbone, inputs, settings, snapshots.path(), on_progress)
             record = record_of(concept, session.stack, settings, trained, digest)
             if settings.keep_features:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
+
+from torch import Tensor
 
 from . import concepts, objective
 from .adapters.adapter import Adapter, attached
@@ -12,7 +15,7 @@ from .early import check_learn
 from .errors import SettingError, StackError
 from .inventory import inventory
 from .learn import TrainingInputs, preview
-from .mentions import not_learned, previewed, unknown_words
+from .mentions import not_learned, not_read, previewed, unknown_words
 from .methods import METHODS
 from .methods.method import LearnedConcept, Method, StackSummary, summary_of, summary_of_file
 from .methods.stages import past_adapters
@@ -185,11 +188,15 @@ def watched(session: Session, concept: Concept, inputs: TrainingInputs) -> Train
     )
 
 
-def tell_of_previews(session: Session, concept: Concept, settings: LearnSettings) -> None:
-    """Say what the prompts of previews name that will not be learned."""
-    words = [*session.stack.tokens, concept.token]
-    if unknown := unknown_words(previewed(settings.preview_prompts, ()), words):
-        session.tell(not_learned(unknown, words))
+def tell_of_prompts(session: Session, prompts: Iterable[str], words: Mapping[str, Tensor]) -> None:
+    """Say what these prompts name that is none of the learned words, and what of them is not read."""
+    distinct, notes = list(dict.fromkeys(prompts)), []
+    if unknown := unknown_words(distinct, words):
+        notes.append(not_learned(unknown, words))
+    ends = ((prompt, session.backbone.not_read(prompt, words)) for prompt in distinct)
+    notes += [not_read(prompt, end) for prompt, end in ends if end]
+    for note in notes:
+        session.tell(note)
 
 
 def preview_last(session: Session, stack: ConceptStack, settings: LearnSettings) -> None:

@@ -5,7 +5,7 @@ Part of the pipeline, which re-exports these functions; none of them changes the
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -22,8 +22,8 @@ from .errors import ConceptImagesError, SettingError, StackError
 from .export import Exported, export_files
 from .files import stack_stem, with_name
 from .imagefile import check_folder, check_output, save_own
-from .mentions import named, not_in_use, not_learned, not_read, unknown_words
-from .prepare import checked_method
+from .mentions import named, not_in_use
+from .prepare import checked_method, tell_of_prompts
 from .presets import PREDICTION_NAMES
 from .progress import OnProgress, Progress, counted, ignore
 from .requests import (
@@ -77,7 +77,7 @@ def draw(request: DrawRequest, on_progress: OnProgress = ignore) -> DrawResult:
                 "first (`learn`), or name another stack (`stack`)."
             )
         asked = [*(one for parts in prompts for one in parts), request.settings.negative]
-        _tell_of_prompts(session, "draw", asked)
+        tell_of_prompts(session, asked, stack.tokens)
         if request.only:
             words = stack.tokens
             stack = consolidation.selected(
@@ -207,7 +207,8 @@ def scored_pictures(
             f"No concept is named {' or '.join(unknown)}, so these pictures are scored, but count "
             f"neither as right nor as wrong. There are {', '.join(stack.tokens)}."
         )
-    _tell_of_prompts(session, "score", classifier.prompts_of(stack.records).values())
+    prompts = classifier.prompts_of(stack.records)
+    tell_of_prompts(session, prompts.values(), stack.tokens)
     features = classifier.candidates(stack.records, FrozenText(backbone, stack.tokens))
     size, scored = settings.size or backbone.size, []
     count = sum(len(files) for _, files in groups)
@@ -263,7 +264,7 @@ def evaluated(
             f"{', '.join(stack.tokens)}; found {found}."
         )
     own = {token: torch.stack(images) for token, images in own_images.items()}
-    _tell_of_prompts(session, "evaluate", evaluation.prompts_of(stack.records))
+    tell_of_prompts(session, evaluation.prompts_of(stack.records), stack.tokens)
     features = evaluation.features(backbone, request.clip)
     return evaluation.evaluate(
         backbone,
@@ -291,18 +292,6 @@ def _plotted(image: Image, plot: Path | None, on_progress: OnProgress) -> Path |
         on_progress(Progress("plot", 1, 1, note=error.marked))
         return None
     return plot
-
-
-def _tell_of_prompts(session: Session, stage: str, prompts: Iterable[str]) -> None:
-    """Say what these prompts name that is not learned, and what of them is not read."""
-    words, distinct = session.stack.tokens, list(dict.fromkeys(prompts))
-    notes = []
-    if unknown := unknown_words(distinct, words):
-        notes.append(not_learned(unknown, words))
-    ends = ((prompt, session.backbone.not_read(prompt, words)) for prompt in distinct)
-    notes += [not_read(prompt, end) for prompt, end in ends if end]
-    for note in notes:
-        session.on_progress(Progress(stage, 0, 1, note=note))
 
 
 def _groups(images: Path | list[Path], on_progress: OnProgress) -> list[inventory.Group]:
