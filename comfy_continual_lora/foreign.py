@@ -3,7 +3,7 @@
 in: a safetensors file with kohya's, diffusers' or PEFT's names - out: an `Adapter` for the
 checkpoint's layers, as strong as the file says (`loraconfig`); an embedding's vectors. Only changes
 of cross-attention's K and V can become a concept: anything else in the file is refused, or left out
-or kept in a file of its own if that is asked for (`rest`).
+or kept in a file of its own, as `rest` says.
 """
 
 from __future__ import annotations
@@ -24,7 +24,6 @@ from .errors import SettingError, StackError
 from .loraconfig import lora_config
 from .lorafile import (
     DOWN,
-    ENDINGS,
     FLOATS,
     PREFIX,
     Layer,
@@ -36,6 +35,7 @@ from .lorafile import (
     read,
     rest_of,
     scale,
+    split_name,
 )
 from .requests import ImportRequest
 from .settings import MOST_VECTORS
@@ -114,14 +114,12 @@ def _layers_in(
     layers: dict[str, Layer] = {}
     others = {}
     for name, tensor in tensors.items():
-        ending = next((e for e in ENDINGS if name.endswith(e)), "")
-        start = name.removesuffix(ending)
+        start, kind = split_name(name)
         layer = known.get(plain(start))
-        if not ending or layer is None:
+        if not kind or layer is None:
             others[name] = tensor
             continue
         found = layers.setdefault(layer, Layer(PREFIX.sub("", start)))
-        kind = ENDINGS[ending]
         if kind in found.tensors:
             raise StackError(
                 f"{path} has two tensors for the same matrix of {layer}: {found.names[kind]} and "

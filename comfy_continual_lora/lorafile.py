@@ -96,6 +96,12 @@ def described(tensor: Tensor) -> str:
     return f"{sizes} of {str(tensor.dtype).removeprefix('torch.')}"
 
 
+def split_name(name: str) -> tuple[str, str]:
+    """The layer's and the matrix' part of a tensor's name: down, up or alpha; empty for none of these."""
+    ending = next((ending for ending in ENDINGS if name.endswith(ending)), "")
+    return name.removesuffix(ending), ENDINGS.get(ending, "")
+
+
 def plain(name: str) -> str:
     """A layer's name, spelled the same for all three layouts."""
     return re.sub(r"[._]", "", PREFIX.sub("", name).replace("processor", ""))
@@ -182,10 +188,10 @@ def rest_of(
     """
     layers: dict[str, Layer] = {}
     for name, tensor in tensors.items():
-        ending = next((e for e in ENDINGS if name.endswith(e)), "." + name.rpartition(".")[2])
-        start = name.removesuffix(ending)
+        start, kind = split_name(name)
+        if not kind:
+            start, _, kind = name.rpartition(".")
         layer = layers.setdefault(start, Layer(PREFIX.sub("", start)))
-        kind = ENDINGS.get(ending, ending)
         layer.tensors[kind], layer.names[kind] = tensor, name
     stored, left = dict(tensors), 0.0
     for layer in layers.values():
