@@ -93,6 +93,17 @@ def learn(stack: str, token: str = "V1", which: int = 1, **change: Any) -> dict[
     }
 
 
+def black_mask(stack: str, **change: Any) -> dict[str, Any]:
+    """A graph whose Learn node refuses its picture once it has it."""
+    graph = learn(stack, masks=["5", 0], **change)
+    graph["2"]["inputs"]["count"] = 1
+    graph["5"] = {
+        "class_type": "SolidMask",
+        "inputs": {"value": 0.0, "width": 48, "height": 48},
+    }
+    return graph
+
+
 def draw(prompt: str, source: str) -> dict[str, Any]:
     """Nodes 21 to 26: sample with the MODEL and CLIP of node `source`; node 20 loads the
     checkpoint.
@@ -259,8 +270,10 @@ def test_replacing_is_one_step(host: ComfyUI) -> None:
         stack_of(host, "replace").read_bytes(),
         {"which": 7, "if_word_exists": "replace the newest"},
     )
-    wrong = host.finished(host.queue(learn("replace", **replace, rate=float("nan"))))
-    assert "rate is nan; it has to be a finite number" in error_of(wrong)
+    with pytest.raises(RuntimeError, match="rate is nan; it has to be a finite number"):
+        host.queue(learn("replace", **replace, rate=float("nan")))
+    wrong = host.finished(host.queue(black_mask("replace", **replace)))
+    assert error_of(wrong).startswith("The mask of picture 1 is black where the picture is used")
     long = host.queue(learn("replace", steps=4000, **replace))
     while not snapshots_of(stack_of(host, "replace"), "V1"):
         time.sleep(0.1)
@@ -567,13 +580,7 @@ def test_mistakes_are_reported_in_words_and_lose_nothing(host: ComfyUI) -> None:
         (failed,) = [m[1] for m in done["status"]["messages"] if m[0] == "execution_error"]
         assert failed["exception_type"].startswith("continual_lora.")  # shown before the message
         assert (failed["node_id"], failed["node_type"]) == ("3", "ContinualLora_Learn")
-    graph = learn("mistakes", "V2", masks=["5", 0])
-    graph["2"]["inputs"]["count"] = 1
-    graph["5"] = {
-        "class_type": "SolidMask",
-        "inputs": {"value": 0.0, "width": 48, "height": 48},
-    }
-    wrong = error_of(host.finished(host.queue(graph)))
+    wrong = error_of(host.finished(host.queue(black_mask("mistakes", token="V2"))))
     assert wrong.startswith("The mask of picture 1 is black where the picture is used")
     assert str(host.base) not in wrong
     stack_of(host, "broken").write_bytes(data[: len(data) // 2])
