@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from datetime import datetime, timezone
 from pathlib import Path
 
@@ -229,11 +230,18 @@ def word_of_vocabulary(trigger: str, backbone: Backbone) -> Tensor:
     return word
 
 
-def imported_concept(
-    backbone: Backbone, request: ImportRequest
-) -> tuple[Tensor, Adapter, ConceptRecord, Rest | None]:
-    """Word, adapter and record of a concept from another program, and what is no part of it. Its id
-    is a hash of the file and the word.
+@dataclass
+class Imported:
+    """A concept from another program; `rest` is what of its file is no part of it."""
+
+    word: Tensor
+    adapter: Adapter
+    record: ConceptRecord
+    rest: Rest | None
+
+
+def imported_concept(backbone: Backbone, request: ImportRequest) -> Imported:
+    """The concept that a request names. Its id is a hash of the file and the word.
 
     Errors: SettingError without embedding and trigger, or with both; StackError as in `read_lora`.
     """
@@ -267,7 +275,7 @@ def imported_concept(
         settings={"strength": request.strength},
         with_noun=bool(request.class_noun),
     )
-    return word, adapter, record, rest
+    return Imported(word, adapter, record, rest)
 
 
 def check_same_strength(known: ConceptRecord, request: ImportRequest) -> None:

@@ -242,13 +242,14 @@ def import_concept(request: ImportRequest, on_progress: OnProgress = ignore) -> 
     concepts.check_noun(request.noun, request.token)
     with open_session(request, on_progress, writes=True) as session:
         tell_of_noun(session, request)
-        word, adapter, record, rest = imported_concept(session.backbone, request)
+        imported = imported_concept(session.backbone, request)
+        record, rest = imported.record, imported.rest
         if known := next((one for one in session.stack.records if one.id == record.id), None):
             check_same_strength(known, request)
             return ImportResult(known, request.lora, again=True)
         concepts.check_token(request.token, session.stack.tokens, session.backbone.is_known_word)
-        other = ConceptStack(session.stack.fingerprint, rank=rank_of(adapter))
-        other = other.learned(record, word, adapter)
+        other = ConceptStack(session.stack.fingerprint, rank=rank_of(imported.adapter))
+        other = other.learned(record, imported.word, imported.adapter)
         stack, _ = consolidation.merged(
             session.backbone, session.stack, other, request.settings, on_progress, session.cache
         )

@@ -15,9 +15,10 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Point:
-    """A look at a run (`watch`): likeness to the pictures held out, as the share of the bare
-    checkpoint's error that is gone, 0 at the floor, and how far
-    earlier concepts moved.
+    """A look at a run (`watch`).
+
+    `likeness` to the pictures held out is the share of the bare checkpoint's error that is gone,
+    0 at the floor; `moved` is how far earlier concepts moved.
     """
 
     step: int

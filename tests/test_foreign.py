@@ -57,6 +57,18 @@ def of_first(part: str) -> str:
     return f"lora_unet_{FIRST.replace('.', '_')}.{part}"
 
 
+def in_diffusers_layout(folder: Path) -> Path:
+    """What PEFT saved in `folder`, as diffusers saves it: one file, with the settings in its header."""
+    declared = json.loads((folder / "adapter_config.json").read_text())
+    tensors = load_file(folder / "adapter_model.safetensors")
+    save_file(
+        {name.replace("base_model.model", "unet"): one for name, one in tensors.items()},
+        path := folder / "diffusers.safetensors",
+        {"lora_adapter_metadata": json.dumps({f"unet.{k}": v for k, v in declared.items()})},
+    )
+    return path
+
+
 PEFT_FIELDS: list[dict[str, Any]] = [
     {"r": 4, "lora_alpha": 16},
     {"r": 4, "lora_alpha": 16, "use_rslora": True},
@@ -77,16 +89,7 @@ def test_the_strength_is_the_one_peft_computes(
     unet.save_pretrained(str(tmp_path))
     path = tmp_path / ("" if layout == "folder" else "adapter_model.safetensors")
     if layout == "diffusers":
-        written = json.loads((tmp_path / "adapter_config.json").read_text())
-        path = tmp_path / "diffusers.safetensors"
-        save_file(
-            {
-                name.replace("base_model.model", "unet"): tensor
-                for name, tensor in load_file(tmp_path / "adapter_model.safetensors").items()
-            },
-            path,
-            {"lora_adapter_metadata": json.dumps({f"unet.{k}": v for k, v in written.items()})},
-        )
+        path = in_diffusers_layout(tmp_path)
     found = delta_weights(backbone, foreign.read_lora(path, backbone))
     for layer, change in found.items():
         wanted = (
@@ -357,18 +360,7 @@ def test_the_rest_of_a_lora_is_measured_and_kept_as_strong_as_it_was(
     unet: Any = get_peft_model(copy.deepcopy(backbone.unet), config)  # type: ignore[arg-type]
     folder = tmp_path / "lora"
     unet.save_pretrained(str(folder))
-    path = folder
-    if layout == "diffusers":
-        declared = json.loads((folder / "adapter_config.json").read_text())
-        path = tmp_path / "lora.safetensors"
-        save_file(
-            {
-                name.replace("base_model.model", "unet"): tensor
-                for name, tensor in load_file(folder / "adapter_model.safetensors").items()
-            },
-            path,
-            {"lora_adapter_metadata": json.dumps({f"unet.{k}": v for k, v in declared.items()})},
-        )
+    path = in_diffusers_layout(folder) if layout == "diffusers" else folder
     changes = {
         name.removeprefix("base_model.model."): module.get_delta_weight("default").detach()
         for name, module in unet.named_modules()
@@ -388,7 +380,7 @@ def test_the_rest_of_a_lora_is_measured_and_kept_as_strong_as_it_was(
         assert torch.allclose(change, changes[layer], atol=1e-5)
 
     kept = rest.keep(path)
-    assert kept == tmp_path / "lora-without-kv.safetensors"
+    assert kept == path.with_name(f"{path.stem}-without-kv.safetensors")
     stored = load_file(kept)
     assert len(stored) == 2 * len(others)
     for layer, change in others.items():

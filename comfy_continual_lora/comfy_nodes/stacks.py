@@ -31,6 +31,7 @@ from .schema import (
     solving_widgets,
     stack_and_report,
     validates,
+    widgets,
 )
 
 _OWN, _NEW = "own", "new"  # choices beside the names of stacks
@@ -356,15 +357,7 @@ class ImportLora(io.ComfyNode):
                     step=0.01,
                     tooltip="Strength it is used at.",
                 ),
-                io.Combo.Input(
-                    "rest",
-                    options=["refuse", "drop", "keep"],
-                    default="refuse",
-                    optional=True,
-                    tooltip="What to do with changes of other layers than K and V of cross-attention: "
-                    "refuse the file, drop them, or keep them in a LoRA beside it, NAME-without-kv, to "
-                    "load at the same strength.",
-                ),
+                *widgets(ImportRequest, ("rest",), shown=("rest",)),
             ],
             outputs=stack_and_report(),
         )

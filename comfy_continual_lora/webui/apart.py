@@ -196,12 +196,13 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, options: dict[str, Any]) -> Tensor:
 
 
 def encode_again(processing: Any, *caches: str) -> None:
-    """Have the web UI forget prompts that it keeps encoded from one generation to the next."""
+    """Have the web UI forget prompts that it keeps encoded from one generation to the next.
+
+    A cache has two places, or three: Forge keeps the infotext of the prompts beside them.
+    """
     for name in caches:
         if cache := getattr(processing, name, None):
-            cache[:] = [None] * len(
-                cache
-            )  # Forge keeps the infotext of the prompts in a third place
+            cache[:] = [None] * len(cache)
 
 
 # --- words and their places ----------------------------------------------------------------------
