@@ -393,7 +393,16 @@ def test_concepts_wait_for_those_before_them(
     assert "is being learned already" in _value(learn("v1"), "status")
     outputs = learn("V2")
     assert _value(outputs, "token") == "V3"
-    assert "Waiting: V2 ball" in _value(outputs, "status")
+    assert "Waiting: 1. V2 ball" in html.unescape(_value(outputs, "status"))
+    assert _value(outputs, "queue")["visible"] is True
+    outputs = handlers.learn_next(*place, _value(learn("V3"), "waits")["choices"][1])
+    assert _value(outputs, "waits")["choices"] == ["1. V3 ball", "2. V2 ball"]
+    assert _value(outputs, "waits")["value"] == "1. V3 ball"
+    again = handlers.learn_next(*place, "2. V3 ball")
+    assert "choose again" in _value(again, "status")
+    assert host.waits() == ["1. V3 ball", "2. V2 ball"]
+    outputs = handlers.take_off(*place, "1. V3 ball")
+    assert _value(outputs, "waits")["choices"] == ["1. V2 ball"]
     assert _value(outputs, "learn")["value"] == "Add to the queue"
     assert _value(outputs, "stop")["interactive"] is True
     release.set()
@@ -414,6 +423,7 @@ def test_concepts_wait_for_those_before_them(
     _wait(handlers)
     assert dict(host.runner.job.jobs)["learn"]["token"] == "V1"
     assert host.waiting == []
+    assert _value(handlers.view(*place), "queue")["visible"] is False
 
 
 def test_only_what_is_new_is_sent(handlers: Handlers) -> None:

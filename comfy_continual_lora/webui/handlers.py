@@ -193,6 +193,19 @@ class Handlers(View):
         self.host.stop()
         return self.view(checkpoint, name, first)
 
+    def learn_next(self, checkpoint: str, name: str, first: int, waits: str) -> list[Any]:
+        return self._queued(self.host.learn_next, waits, checkpoint, name, first)
+
+    def take_off(self, checkpoint: str, name: str, first: int, waits: str) -> list[Any]:
+        return self._queued(self.host.take_off, waits, checkpoint, name, first)
+
+    def _queued(self, change: Callable[[str], object], waits: str, *place: Any) -> list[Any]:
+        try:
+            change(waits or "")
+        except REFUSED as error:
+            return self.refused(error, "status")
+        return self.view(*place)
+
     def prepare(self, checkpoint: str, name: str, first: int) -> list[Any]:
         self.host.preparation.start()
         return self.view(checkpoint, name, first)

@@ -20,6 +20,7 @@ from typing import Any
 from ..errors import ContinualLoraError
 from ..files import checkpoints_in, stack_path
 from ..stackfile import read_header
+from ..words import name_of
 from .album import Album
 from .copies import Batch, Copies
 from .environment import NotReady, Preparation
@@ -154,6 +155,25 @@ class Host:
             self.python()
             self.waiting.append((jobs, batch))
             return True
+
+    def waits(self) -> list[str]:
+        """What waits to be learned, in this order: "1. V2 mug", ..."""
+        requests = [jobs[0][1] for jobs, _ in list(self.waiting)]
+        named = [name_of(one.get("token", ""), one.get("noun", "")) for one in requests]
+        return [f"{number}. {name}" for number, name in enumerate(named, 1)]
+
+    def learn_next(self, waits: str) -> None:
+        """Let one of those that wait be the next. Errors: as `take_off`."""
+        with self._queue_lock:
+            self.waiting.insert(0, self.take_off(waits))
+
+    def take_off(self, waits: str) -> Waiting:
+        """Take one off the queue, named as in `waits`. Errors: ValueError if it is no longer there."""
+        with self._queue_lock:
+            try:
+                return self.waiting.pop(self.waits().index(waits))
+            except ValueError:
+                raise ValueError("The queue has changed in the meantime; choose again.") from None
 
     def stop(self) -> None:
         """Stop the running job, and start none of those that wait."""

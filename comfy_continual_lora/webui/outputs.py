@@ -67,7 +67,7 @@ STACK = (
     *(f"chip_{number}" for number in range(CHIPS)),
     "history",
 )
-OUTPUTS = (*_FAST, *STACK, "chart", "gallery", "downloads", "token", "prompt")
+OUTPUTS = (*_FAST, *STACK, "chart", "gallery", "downloads", "queue", "waits", "token", "prompt")
 ASKING = ("asking", "question", "yes", "pending")
 RENAMING = ("renaming", "renamed", "to")
 PICTURES = (

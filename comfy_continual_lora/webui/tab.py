@@ -161,6 +161,12 @@ def _learning(parts: SimpleNamespace) -> None:
     parts.changed = _text("changed")
     parts.bar = gr.HTML("", visible=False, elem_id="continual_lora_bar")
     parts.status = _text("status")
+    with gr.Row(visible=False, elem_id="continual_lora_queue") as parts.queue:
+        parts.waits = gr.Dropdown(
+            [], label="Waiting", elem_id="continual_lora_waits", scale=2, min_width=160
+        )
+        parts.learn_next = _button("learn_next", "Learn next", size="sm", min_width=90)
+        parts.take_off = _button("take_off", "Take off", size="sm", min_width=90)
     with gr.Row():
         parts.preview = gr.Image(
             label="Preview: the new concept, and the first one",
@@ -395,6 +401,8 @@ def _connect_jobs(parts: SimpleNamespace, handlers: Handlers, page: gr.Blocks) -
         (parts.draw.click, handlers.draw, [*place, parts.prompt, *how]),
         (parts.stop.click, handlers.stop, place),
         (parts.halt.click, handlers.stop, place),
+        (parts.learn_next.click, handlers.learn_next, [*place, parts.waits]),
+        (parts.take_off.click, handlers.take_off, [*place, parts.waits]),
         (parts.prepare.click, handlers.prepare, place),
     ):
         event(handler, inputs, _outputs(parts))

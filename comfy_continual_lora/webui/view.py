@@ -18,7 +18,7 @@ from ..versions import versions
 from ..words import name_in
 from .cards import bar, card, no_card
 from .environment import NotReady
-from .host import Host, JobRequest, concepts_of
+from .host import Host, concepts_of
 from .job import Job
 from .labels import in_labels
 from .outputs import CARDS, CHIPS, HAS_TIMER, REFUSED, STACK, Values, in_order, not_asked, visible
@@ -69,7 +69,7 @@ class View:
         stack = (job.number, job.state, list(job.results)) if job else ()
         seen = (len(job.losses), job.progress, job.notes) if job else ()
         lines = list(host.preparation.lines)
-        waits = (len(host.waiting), len(host.past))
+        waits = (host.waits(), len(host.past))
         return repr((stack, waits)), repr((seen, lines, self.is_busy))
 
     def view(self, checkpoint: str, name: str, first: int = 0, **more: Any) -> list[Any]:
@@ -154,8 +154,8 @@ class View:
         """The job beside Learn, what waits for it, and how those before it ended."""
         host = self.host
         told = [status(job)]
-        if waiting := [_title(jobs) for jobs, _ in list(host.waiting)]:
-            told.append(f"Waiting: {markdown(', '.join(waiting))}. Stop takes them off, too.")
+        if waits := host.waits():
+            told.append(f"Waiting: {markdown(', '.join(waits))}. Stop takes them off, too.")
         if host.past:
             told += ["Before that:", *list(host.past)]
         return "\n\n".join(told)
@@ -172,11 +172,14 @@ class View:
         pictures = [one for one in pictures if one[0] is not None]
         files = _exported(results.get("export", {})) if self.host.offers_files else []
         other = "said" if _is_learning(job) else "status"
+        waits = self.host.waits()
         return {
             other: "" if other == "said" else self._status(None),
             "chart": gr.update(value=chart, visible=bool(chart)),
             "gallery": gr.update(value=pictures, visible=bool(pictures)),
             "downloads": gr.update(value=files or None, visible=bool(files)),
+            "queue": gr.update(visible=bool(waits)),
+            "waits": gr.update(choices=waits, value=waits[0] if waits else None),
             **self._stack(checkpoint, name, first),
         }
 
@@ -246,11 +249,6 @@ def _curves(job: Job | None) -> Image.Image | None:
 def _is_learning(job: Job | None) -> bool:
     """Whether what is said of the job stands beside Learn."""
     return job is None or job.name in ("learn", "plan")
-
-
-def _title(jobs: Sequence[JobRequest]) -> str:
-    request = jobs[0][1]
-    return f"{request.get('token', '')} {request.get('noun', '')}".strip()
 
 
 def _proposed(concepts: Sequence[Mapping[str, Any]]) -> list[str]:
