@@ -29,13 +29,12 @@ from torch import Tensor
 from .adapters.adapter import layers_of
 from .concepts import name_of
 from .errors import StackError
-from .files import PRESET, TOKEN, WORDS, clean_temporary, write_whole
+from .files import OWNER, PRESET, TOKEN, WORDS, clean_temporary, write_whole
 from .stack import ConceptRecord, ConceptStack
 from .stock import card, embedding, metadata_of, rank_in, stock_lora
 
-# A file's owner: the stack's identity, the word of an embedding, and the concepts a LoRA was solved
-# for (empty for all)
-_STACK = "continual_lora.stack"
+# A file's owner: the stack's identity (OWNER), the word of an embedding, and the concepts a LoRA was
+# solved for (empty for all)
 _TOKEN = "continual_lora.token"
 _ONLY = "continual_lora.only"
 # suffixes that some program loads as an embedding, named by the file's stem
@@ -211,7 +210,7 @@ def _write_word(
         name: tensor.contiguous()
         for name, tensor in embedding(stack.words[record.id], stack.checkpoint).items()
     }
-    data = save(tensors, {_STACK: stack.owner, _TOKEN: record.token})
+    data = save(tensors, {OWNER: stack.owner, _TOKEN: record.token})
     for number in range(1, 10_000):
         name = record.token if number == 1 else f"{record.token}-{number}"
         if number > 1 and name.lower() in words:
@@ -234,8 +233,8 @@ def _is_own(
     A file without an owner, as early versions wrote it, counts if it holds the same vectors.
     """
     owner = _owner(path)
-    if owner.get(_STACK):
-        return owner[_STACK] == stack.owner and record.token in (owner.get(_TOKEN), path.stem)
+    if owner.get(OWNER):
+        return owner[OWNER] == stack.owner and record.token in (owner.get(_TOKEN), path.stem)
     try:
         existing = load_file(path)
     except (SafetensorError, OSError):
@@ -260,14 +259,14 @@ def _earlier(stack: ConceptStack, out: Path, embeddings: Path, only: Sequence[st
     earlier = []
     for path in sorted(out.iterdir()):
         owner = _owner(path) if path.suffix == ".safetensors" or path.is_dir() else {}
-        if owner.get(_STACK) == stack.owner and owner.get(_ONLY) == _joined(only):
+        if owner.get(OWNER) == stack.owner and owner.get(_ONLY) == _joined(only):
             earlier.append(path)
     if only:
         return earlier
     current = {"", *stack.tokens}
     for path in sorted(embeddings.glob("*.safetensors")):
         owner = _owner(path)
-        if owner.get(_STACK) == stack.owner and owner.get(_TOKEN, "") not in current:
+        if owner.get(OWNER) == stack.owner and owner.get(_TOKEN, "") not in current:
             earlier.append(path)
     return earlier
 
@@ -323,7 +322,7 @@ def _write_lora(
     metadata = {
         **more,
         **metadata_of(stack, name, triggers, rank),
-        _STACK: stack.owner,
+        OWNER: stack.owner,
         _ONLY: _joined(only),
         WORDS: json.dumps(nouns),
         PRESET: stack.checkpoint.preset,
@@ -341,7 +340,7 @@ def _write_lora(
     path = out / f"{name}.safetensors"
     before = _owner(path)
     if before != metadata:  # else it was exported before
-        write_whole(path, save(tensors, metadata), new=not before.get(_STACK))
+        write_whole(path, save(tensors, metadata), new=not before.get(OWNER))
     if format == "kohya":
         for ending, data in card(stack, triggers).items():
             beside = out / f"{name}{ending}"

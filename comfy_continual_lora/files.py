@@ -40,6 +40,7 @@ STACKS = ".concepts.safetensors"
 WORDS = (
     "continual_lora.words"  # in a LoRA: JSON, the class noun of each word by its embedding's name
 )
+OWNER = "continual_lora.stack"  # in an export: the identity of the stack it is of
 PRESET = "continual_lora.preset"  # in a LoRA: the kind of checkpoint it is for
 TOKEN = re.compile(r"[A-Za-z0-9_-]{1,64}")  # a concept's word, also used in file names
 _TEMPORARY = re.compile(r"\.continual-lora-[0-9a-f]{16}\.tmp")

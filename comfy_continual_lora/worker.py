@@ -102,7 +102,7 @@ class _Wire:
     def on_progress(self, progress: Progress) -> None:
         if self.stop.is_set():
             raise Cancelled(
-                f"stopped in {progress.stage} at step {progress.step} of {progress.steps}"
+                f"It stopped in {progress.stage} at step {progress.step} of {progress.steps}"
             )
         self.tell(progress)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import json
+import os
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -22,7 +23,7 @@ from comfy_continual_lora.adapters.adapter import KINDS, delta_weights, new_adap
 from comfy_continual_lora.checkpoint.backbone import Backbone
 from comfy_continual_lora.errors import StackError
 from comfy_continual_lora.files import PRESET, WORDS
-from comfy_continual_lora.webui.loras import words_of
+from comfy_continual_lora.webui.loras import exports_of, newest_lora, words_of
 
 
 def _stack(backbone: Backbone, kind: str) -> store.ConceptStack:
@@ -92,6 +93,29 @@ def test_a_lora_says_which_words_it_is_for(backbone: Backbone, tmp_path: Path) -
     assert words_of(lora) == ({}, "")
     assert _export(stack, tmp_path).lora == lora
     assert words_of(lora) == words
+
+
+def test_a_stacks_exports_are_found_whatever_their_names(
+    backbone: Backbone, tmp_path: Path
+) -> None:
+    """Another stack's and a stranger's are left out; the newest comes first."""
+    stack, other = _stack(backbone, "lora"), _stack(backbone, "lora")
+    stack.fingerprint = other.fingerprint = "0" * 64
+    own, path = tmp_path / "own.concepts.safetensors", tmp_path / "renamed.safetensors"
+    store.save_stack(stack, own)
+    store.save_stack(other, tmp_path / "other.concepts.safetensors")
+    lora = _export(stack, tmp_path / "out").lora
+    assert lora
+    lora.rename(path := tmp_path / "out" / "renamed.safetensors")
+    theirs = _export(other, tmp_path / "out").lora
+    assert theirs
+    (tmp_path / "out" / "broken.safetensors").write_bytes(b"no tensors")
+    os.utime(path, (1, 1))
+    found = exports_of(tmp_path / "out", own)
+    assert found == [path]
+    assert newest_lora(tmp_path / "out", own, "V1") == path
+    assert newest_lora(tmp_path / "out", own, "V9") is None
+    assert exports_of(tmp_path / "out", tmp_path / "none.concepts.safetensors") == []
 
 
 @pytest.mark.parametrize(

@@ -186,7 +186,7 @@ def test_what_is_clicked_reaches_the_worker(
     paper = next(label for label, name in METHOD_LABELS.items() if name == "lora_dsc_ewc_dc")
     for method, chosen in ((paper, "lora_dsc_ewc_dc"), ("lora_ewc", "lora_ewc")):
         for replace in (False, True):
-            words = (" V1 ", "ball", method, replace)
+            words = (" V1 ", "ball", method, replace, "flow" if replace else "auto")
             outputs = handlers.learn(*place, files, names, *words, *values)
             assert len(outputs) == len(OUTPUTS)
             request = _request(handlers, "learn")
@@ -195,9 +195,10 @@ def test_what_is_clicked_reaches_the_worker(
                 "ball",
                 replace,
             )
+            assert request["prediction"] == ("flow" if replace else "auto")
             assert request["settings"] == {"method": chosen, "preview_every": 50}
             _wait(handlers)
-    handlers.estimate(*place, files, names, "V1", "ball", paper, False, *values)
+    handlers.estimate(*place, files, names, "V1", "ball", paper, False, "auto", *values)
     job = handlers.host.runner.job
     assert job
     parse(LearnRequest, dict(job.jobs)["plan"])
@@ -387,7 +388,7 @@ def test_concepts_wait_for_those_before_them(
     place, values = ("mini.safetensors", "", 0), [*_untouched(), *[""] * SLOTS]
 
     def learn(token: str) -> list[Any]:
-        return handlers.learn(*place, files, [], token, "ball", "lora", False, *values)
+        return handlers.learn(*place, files, [], token, "ball", "lora", False, "auto", *values)
 
     assert not isinstance(_value(learn("V1"), "token"), str)
     assert "is being learned already" in _value(learn("v1"), "status")
@@ -456,10 +457,10 @@ def test_only_what_is_new_is_sent(handlers: Handlers) -> None:
 
 def test_changed_settings_are_said(handlers: Handlers) -> None:
     method, values = handlers.host.default_method(), _untouched()
-    assert handlers.changed(method, *values) == ""
+    assert handlers.changed(method, "auto", *values)["value"] == ""
     values[ADVANCED.index("steps")] = 40
-    told = html.unescape(handlers.changed("lora_ewc", *values))
-    assert told == "Changed below: method lora_ewc, steps 40."
+    told = html.unescape(handlers.changed("lora_ewc", "v", *values)["value"])
+    assert told == "Changed below: method lora_ewc, What its net predicts v, steps 40."
 
 
 def test_the_album_keeps_what_was_drawn_and_measured(tmp_path: Path) -> None:

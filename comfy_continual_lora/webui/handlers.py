@@ -20,7 +20,17 @@ from .copies import Batch
 from .host import JobRequest, concepts_of, newest_word, place_of
 from .labels import in_labels, label_of, method_of
 from .loras import newest_lora
-from .outputs import ADVANCED, DEFAULTS, PICTURES, REFUSED, SLOTS, Values, in_order, not_asked
+from .outputs import (
+    ADVANCED,
+    DEFAULTS,
+    PICTURES,
+    REFUSED,
+    SLOTS,
+    Values,
+    in_order,
+    not_asked,
+    visible,
+)
 from .shown import markdown
 from .uploads import dropped, found_in, settings_of
 from .view import View
@@ -60,6 +70,7 @@ class Handlers(View):
         noun: str,
         method: str,
         replace: bool,
+        prediction: str,
         *rest: Any,
     ) -> tuple[dict[str, Any], Batch]:
         """The request to learn, with its pictures. `rest`: advanced settings, then captions."""
@@ -71,6 +82,7 @@ class Handlers(View):
         batch = self.host.copies.batch(found_in(files, typed), stack, word)
         request = {**place_of(path, stack), "images": batch.paths, "token": word}
         request |= {"noun": (noun or "").strip(), "replace": bool(replace), "settings": settings}
+        request["prediction"] = prediction or "auto"
         return request, batch
 
     def learn(self, checkpoint: str, name: str, first: int, *given: Any) -> list[Any]:
@@ -83,7 +95,8 @@ class Handlers(View):
             request, batch = self._learn_request(path, stack, *given)
             if request["token"].lower() in [word.lower() for word in self.host.in_work(stack)]:
                 raise ValueError(
-                    f"{request['token']} is being learned already; choose another word."
+                    f"{request['token']} is being learned already; give the next thing another "
+                    f"word, such as {self.host.free_word(stack)}."
                 )
             export = self.host.export_job(place_of(path, stack))
             waits = self.host.hand_in_or_wait(("learn", request), export, batch=batch)
@@ -338,7 +351,10 @@ class Handlers(View):
             raise gr.Error(in_labels(error)) from None
         if len(found) > SLOTS:
             told += f"\nCaptions of the first {SLOTS} can be typed here; drop a.txt with a.jpg for others."
-        values: Values = {"names": [one.name for one in found], "inventory": markdown(told)}
+        values: Values = {
+            "names": [one.name for one in found],
+            "inventory": visible(markdown(told)),
+        }
         for number in range(SLOTS):
             one = found[number] if number < len(found) else None
             values[f"slot_{number}"] = gr.update(visible=one is not None)
@@ -346,7 +362,7 @@ class Handlers(View):
             values[f"caption_{number}"] = one.caption if one else ""
         return in_order(values, PICTURES)
 
-    def changed(self, method: str, *advanced: Any) -> str:
+    def changed(self, method: str, prediction: str, *advanced: Any) -> Any:
         """Which settings differ from what the page began with."""
         settings = settings_of(LearnSettings, ADVANCED, advanced)
         told = [
@@ -354,9 +370,11 @@ class Handlers(View):
             for name, value in settings.items()
             if value != DEFAULTS.get(name)
         ]
+        if prediction != "auto":
+            told.insert(0, f"{label_of('prediction')} {prediction}")
         if method != self.host.default_method():
             told.insert(0, f"method {method}")
-        return f"Changed below: {markdown(', '.join(told))}." if told else ""
+        return visible(f"Changed below: {markdown(', '.join(told))}." if told else "")
 
 
 def _typed(names: Sequence[str], captions: Sequence[str]) -> dict[str, str]:

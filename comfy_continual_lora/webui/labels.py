@@ -22,6 +22,7 @@ _LABELS = {
     "noun": "Class noun",
     "stack": "Stack",
     "version": "Version",
+    "prediction": "What its net predicts",
     "replace": "Replace the newest concept of this word",
     "remove_superseded": "Remove earlier exports",
     # buttons
@@ -38,7 +39,6 @@ _LABELS = {
     "restore": "Go back to this version",
     "history": "History of the stack",
     # what the tab does not have
-    "prediction": "prediction, on the command line",
     "import": "import, on the command line",
     "merge": "merge, on the command line",
 }

@@ -1,4 +1,4 @@
-"""What our exported LoRAs say of their words. Light; the web UI imports it."""
+"""What our exported files say of themselves. Light; the web UI imports it."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ from pathlib import Path
 from safetensors import SafetensorError, safe_open
 
 from ..areas import FINE
-from ..files import PRESET, TOKEN, WORDS, stack_stem
+from ..files import OWNER, PRESET, TOKEN, WORDS
+from ..stackfile import read_header
 
 _LONGEST = 200  # characters of a class noun
 
@@ -17,11 +18,10 @@ def words_of(path: Path) -> tuple[dict[str, str], str]:
     """The class nouns of the words that a LoRA is for, by the names of their embeddings, and its kind
     of checkpoint; none for any other file than an export of ours.
     """
+    metadata = _metadata(path)
     try:
-        with safe_open(path, "pt") as file:
-            metadata = file.metadata() or {}
         words, preset = json.loads(metadata.get(WORDS, "{}")), metadata.get(PRESET, "")
-    except (OSError, SafetensorError, ValueError, RecursionError):
+    except (ValueError, RecursionError):
         return {}, ""
     if preset not in FINE or not isinstance(words, dict):
         return {}, ""
@@ -31,9 +31,29 @@ def words_of(path: Path) -> tuple[dict[str, str], str]:
     return words, preset
 
 
+def exports_of(folder: Path, stack: Path) -> list[Path]:
+    """The LoRAs and embeddings that were exported from a stack, the newest first.
+
+    Errors: StackError, OSError for a file that is not a stack.
+    """
+    owner = read_header(stack)["identity"] if stack.exists() else ""
+    files = folder.glob("*.safetensors") if owner else ()
+    own = [path for path in files if _metadata(path).get(OWNER) == owner]
+    return sorted(own, key=lambda path: path.stat().st_mtime, reverse=True)
+
+
 def newest_lora(folder: Path, stack: Path, token: str) -> Path | None:
-    """The newest exported LoRA of a stack that knows the word; None if there is none."""
-    start = stack_stem(stack)
-    found = [path for path in folder.glob("*.safetensors") if path.name.startswith(f"{start}-")]
-    known = [path for path in found if token in words_of(path)[0]]
-    return max(known, key=lambda path: path.stat().st_mtime, default=None)
+    """The newest exported LoRA of a stack that knows the word; None if there is none.
+
+    Errors: as `exports_of`.
+    """
+    return next((one for one in exports_of(folder, stack) if token in words_of(one)[0]), None)
+
+
+def _metadata(path: Path) -> dict[str, str]:
+    """The metadata of a safetensors file; empty for any other."""
+    try:
+        with safe_open(path, "pt") as file:
+            return file.metadata() or {}
+    except (OSError, SafetensorError):
+        return {}

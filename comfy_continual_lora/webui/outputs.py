@@ -63,6 +63,7 @@ STACK = (
     *(f"face_{number}" for number in range(CARDS)),
     "none",
     "more",
+    "exports",
     "tokens",
     *(f"chip_{number}" for number in range(CHIPS)),
     "history",

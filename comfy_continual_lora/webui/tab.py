@@ -15,6 +15,7 @@ from typing import Any
 import gradio as gr
 
 from ..fields import help_of
+from ..requests import LearnRequest
 from ..settings import LearnSettings
 from .handlers import Handlers
 from .host import Host
@@ -119,7 +120,7 @@ def _what_to_learn(parts: SimpleNamespace, host: Host) -> None:
         height=150,
     )
     parts.example = _button("example", "Example pictures, to try it on the mini-SD", size="sm")
-    parts.inventory = _text("inventory")
+    parts.inventory = _text("inventory", visible=False)
     with gr.Row():
         for number in range(SLOTS):
             with gr.Column(
@@ -158,7 +159,7 @@ def _learning(parts: SimpleNamespace) -> None:
         parts.learn = _button("learn", label_of("learn"), variant="primary", scale=2, min_width=120)
         parts.estimate = _button("estimate", "How long?", min_width=110)
         parts.stop = _button("stop", "Stop", interactive=False, min_width=80)
-    parts.changed = _text("changed")
+    parts.changed = _text("changed", visible=False)
     parts.bar = gr.HTML("", visible=False, elem_id="continual_lora_bar")
     parts.status = _text("status")
     with gr.Row(visible=False, elem_id="continual_lora_queue") as parts.queue:
@@ -191,6 +192,7 @@ def _for_experts(parts: SimpleNamespace, host: Host) -> None:
             info="the old one stays until the new one is stored",
             elem_id="continual_lora_replace",
         )
+        parts.prediction = _widget(LearnRequest, "prediction")
         parts.stack = gr.Textbox(
             "",
             label=label_of("stack"),
@@ -200,13 +202,15 @@ def _for_experts(parts: SimpleNamespace, host: Host) -> None:
         parts.advanced = []
         for start in range(0, len(ADVANCED), 3):
             with gr.Row():
-                parts.advanced += [_setting(name) for name in ADVANCED[start : start + 3]]
+                parts.advanced += [
+                    _widget(LearnSettings, name) for name in ADVANCED[start : start + 3]
+                ]
 
 
-def _setting(name: str) -> Any:
-    """A setting's component; label, range and help come from its declaration."""
-    field = next(f for f in dataclasses.fields(LearnSettings) if f.name == name)
-    choices, kind = field.metadata["choices"], str(field.type).split(" ")[0]
+def _widget(kind: type, name: str) -> Any:
+    """A setting's or a request's component; label, range and help come from its declaration."""
+    field = next(f for f in dataclasses.fields(kind) if f.name == name)
+    choices, type_ = field.metadata["choices"], str(field.type).split(" ")[0]
     default = DEFAULTS.get(name, field.default)
     rest: dict[str, Any] = {
         "label": label_of(name),
@@ -218,13 +222,13 @@ def _setting(name: str) -> Any:
         return gr.Dropdown(["auto", *choices], value="auto", **rest)
     if choices:
         return gr.Dropdown(list(choices), value=default, **rest)
-    if kind == "bool" and default is None:
+    if type_ == "bool" and default is None:
         return gr.Dropdown(["auto", "yes", "no"], value="auto", **rest)
-    if kind == "bool":
+    if type_ == "bool":
         return gr.Checkbox(value=default, **rest)
-    if kind == "str":
+    if type_ == "str":
         return gr.Textbox(value=default, **rest)
-    return gr.Number(value=default or 0, precision=0 if kind == "int" else None, **rest)
+    return gr.Number(value=default or 0, precision=0 if type_ == "int" else None, **rest)
 
 
 # --- what is known -------------------------------------------------------------------------------
@@ -251,7 +255,7 @@ def _known(parts: SimpleNamespace, host: Host) -> None:
     parts.said_bar = gr.HTML("", visible=False, elem_id="continual_lora_said_bar")
     parts.said = _text("said")
     parts.downloads = gr.File(
-        label="Exported files",
+        label="Exported just now",
         file_count="multiple",
         interactive=False,
         visible=False,
@@ -335,6 +339,13 @@ def _checks(parts: SimpleNamespace) -> None:
             elem_id="continual_lora_remove_superseded",
         )
         parts.export = _button("export", label_of("export"))
+        parts.exports = gr.File(
+            label="All that was exported, the newest first",
+            file_count="multiple",
+            interactive=False,
+            visible=False,
+            elem_id="continual_lora_exports",
+        )
         with gr.Row():
             parts.evaluate = _button("evaluate", label_of("evaluate"), min_width=140)
             parts.scores = _button("scores", label_of("scores"), min_width=140)
@@ -379,7 +390,7 @@ def _captions(parts: SimpleNamespace) -> list[Any]:
 
 def _connect_jobs(parts: SimpleNamespace, handlers: Handlers, page: gr.Blocks) -> None:
     place, files, captions = _place(parts), parts.files, _captions(parts)
-    words = [parts.token, parts.noun, parts.method, parts.replace]
+    words = [parts.token, parts.noun, parts.method, parts.replace, parts.prediction]
     learning = [*place, files, parts.names, *words, *parts.advanced, *captions]
     how = [parts.count, parts.sampling, parts.drawn_seed, parts.negative]
     for event, handler, inputs in (
@@ -472,5 +483,6 @@ def _connect_inputs(parts: SimpleNamespace, handlers: Handlers) -> None:
     shown = [parts.first, *_outputs(parts, (*STACK, "token", *ASKING))]
     for changed in (parts.checkpoint, parts.stack):
         changed.change(handlers.other_stack, [parts.checkpoint, parts.stack, parts.token], shown)
-    for setting in (parts.method, *parts.advanced):
-        setting.change(handlers.changed, [parts.method, *parts.advanced], parts.changed)
+    settings = [parts.method, parts.prediction, *parts.advanced]
+    for setting in settings:
+        setting.change(handlers.changed, settings, parts.changed)

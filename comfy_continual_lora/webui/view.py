@@ -21,6 +21,7 @@ from .environment import NotReady
 from .host import Host, concepts_of
 from .job import Job
 from .labels import in_labels
+from .loras import exports_of
 from .outputs import CARDS, CHIPS, HAS_TIMER, REFUSED, STACK, Values, in_order, not_asked, visible
 from .shown import code, history, markdown, picture_of, status
 from .uploads import picture_at
@@ -186,11 +187,13 @@ class View:
     def _stack(self, checkpoint: str, name: str, first: int) -> Values:
         """Cards, proposed prompts and history, the newest concepts first."""
         concepts, table, message = [], "", "Nothing learned yet: the first concept comes here."
-        album, stack = self.host.album, Path()
+        album, stack, exports = self.host.album, Path(), []
         try:
             _, stack = self.place(checkpoint, name)
             concepts = list(reversed(concepts_of(stack)))
             table = history(versions(stack))
+            if self.host.offers_files:
+                exports = [str(path) for path in exports_of(self.host.exports()[0], stack)]
         except REFUSED as error:
             message = in_labels(error)
         shown, kept = concepts[first : first + CARDS], album.kept(stack)
@@ -202,6 +205,7 @@ class View:
             ),
             "tokens": [one["token"] for one in shown],
             "history": table,
+            "exports": gr.update(value=exports or None, visible=bool(exports)),
         }
         for number in range(CARDS):
             one = shown[number] if number < len(shown) else None
