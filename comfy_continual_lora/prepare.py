@@ -72,6 +72,15 @@ def tell_of_noun(session: Session, request: LearnRequest | ImportRequest) -> Non
         )
 
 
+def tell_of_clip_skip(session: Session, imported: int) -> None:
+    """Say if an imported LoRA was trained with another clip skip than the stack's concepts."""
+    if session.stack.records and imported != (own := session.backbone.clip_skip):
+        session.tell(
+            f"The LoRA says that it was trained with clip skip {imported}; this stack has {own}, so it "
+            "may draw less well here. To keep its own, import it into another `stack`."
+        )
+
+
 def tell_of_objective(session: Session, concept: Concept) -> None:
     """Before a stack's first concept, say if the checkpoint seems to predict something else."""
     if not session.stack.records:
@@ -90,6 +99,7 @@ def settings_for(session: Session, request: LearnRequest, method: Method) -> Res
     """The resolved settings. Errors: SettingError if they don't suit the stack."""
     method.check(request.settings, summary_of(session.stack))
     settings = _with_rank_of(session.stack, request.settings)
+    settings = replace(settings, clip_skip=session.backbone.clip_skip)
     return settings.resolved(session.backbone.preset)
 
 

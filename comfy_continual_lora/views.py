@@ -115,6 +115,7 @@ def _origin(session: Session, stack: ConceptStack, only: Sequence[str]) -> infot
         now.number if now else None,
         [record.name for record in stack.records],
         only,
+        session.backbone.clip_skip,
     )
 
 

@@ -12,7 +12,7 @@ import re
 from bisect import bisect_right
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -71,6 +71,18 @@ class Backbone:
         To be read before any adapter is attached.
         """
         return kv_layers(self.unet)
+
+    @property
+    def clip_skip(self) -> int:
+        """Which layer of the text encoder is used, counted from the end."""
+        return self.text_encoders[0].clip_skip
+
+    def with_clip_skip(self, clip_skip: int) -> Backbone:
+        """The same checkpoint, whose text features are those of another layer, normed as the last
+        layer's are (AUTOMATIC1111's "Clip skip"); for SD1.x.
+        """
+        encoders = [replace(encoder, clip_skip=clip_skip) for encoder in self.text_encoders]
+        return replace(self, text_encoders=encoders)
 
     @property
     def word_widths(self) -> list[int]:
