@@ -117,7 +117,7 @@ def learn_concept(request: LearnRequest, on_progress: OnProgress = ignore) -> Le
                 tell_of_objective(session, concept)
             words = {**session.stack.tokens, concept.token: start.word}
             own = previewed(settings.preview_prompts, ())
-            tell_of_prompts(session, own, words)
+            tell_of_prompts(session, own, words, drawn=True)
             trained = learn(session.backbone, inputs, settings, snapshots.path(), on_progress)
             record = record_of(concept, session.stack, settings, trained, digest)
             if settings.keep_features:

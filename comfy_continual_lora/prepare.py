@@ -198,13 +198,18 @@ def watched(session: Session, concept: Concept, inputs: TrainingInputs) -> Train
     )
 
 
-def tell_of_prompts(session: Session, prompts: Iterable[str], words: Mapping[str, Tensor]) -> None:
-    """Say what these prompts name that is none of the learned words, and what of them is not read."""
+def tell_of_prompts(
+    session: Session, prompts: Iterable[str], words: Mapping[str, Tensor], *, drawn: bool = False
+) -> None:
+    """Say what these prompts name that is none of the learned words, and what of them is not read;
+    all of those that are `drawn` is.
+    """
     distinct, notes = list(dict.fromkeys(prompts)), []
     if unknown := unknown_words(distinct, words):
         notes.append(not_learned(unknown, words))
-    ends = ((prompt, session.backbone.not_read(prompt, words)) for prompt in distinct)
-    notes += [not_read(prompt, end) for prompt, end in ends if end]
+    if not drawn:
+        ends = ((prompt, session.backbone.not_read(prompt, words)) for prompt in distinct)
+        notes += [not_read(prompt, end) for prompt, end in ends if end]
     for note in notes:
         session.tell(note)
 

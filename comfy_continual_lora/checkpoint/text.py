@@ -76,6 +76,21 @@ class TextEncoder:
         return rows.mean(0) + (noise * rows.std() * 0.1 if ids else rows.std(0) * noise)
 
 
+def weighted(features: Tensor, weights: Tensor) -> Tensor:
+    """Features (c, 77, d) of chunks times the weights (c, 77) of their positions; each chunk's mean
+    stays as it was.
+
+    Source: AUTOMATIC1111 1.10, modules/sd_emphasis.py, its default "Original".
+    """
+    chunks = []
+    for chunk, weight in zip(features, weights.to(features), strict=True):
+        if bool((weight != 1).any()):
+            scaled = chunk * weight[:, None]
+            chunk = scaled * (chunk.mean() / scaled.mean())
+        chunks.append(chunk)
+    return torch.stack(chunks)
+
+
 @contextmanager
 def _replaced(table: nn.Embedding, slot: Tensor, vectors: Tensor) -> Iterator[None]:
     """While inside, the embedding table gives vectors[slot] where slot >= 0."""
