@@ -30,6 +30,7 @@ from .adapters.adapter import layers_of
 from .concepts import name_of
 from .errors import StackError
 from .files import OWNER, PRESET, TOKEN, WORDS, clean_temporary, write_whole
+from .presets import CLIP_SKIP_2
 from .stack import ConceptRecord, ConceptStack
 from .stock import card, embedding, metadata_of, rank_in, stock_lora
 
@@ -51,6 +52,7 @@ class Exported:
     renamed: dict[str, str]  # by word: its embedding's name, if another file has the word's
     superseded: list[Path]  # earlier exports of the same stack that still exist
     removed: list[Path]  # earlier exports of the same stack that were removed on request
+    clip_skip: int = 1  # of the stack
 
     @property
     def files(self) -> list[Path]:
@@ -87,6 +89,8 @@ class Exported:
             "prompts."
             for word, name in self.renamed.items()
         ]
+        if self.clip_skip == 2:
+            notes.append(CLIP_SKIP_2)
         if self.removed:
             names = ", ".join(path.name for path in self.removed)
             notes.append(f"Removed earlier exports of this stack: {names}.")
@@ -150,6 +154,7 @@ def export_files(
         {token: path.stem for token, path in written.items() if path.stem != token},
         [path for path in earlier if path not in removed],
         removed,
+        stack.checkpoint.clip_skip,
     )
 
 

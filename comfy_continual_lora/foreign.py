@@ -30,6 +30,7 @@ from .lorafile import (
     Layer,
     Rest,
     check_values,
+    clip_skip_of,
     described,
     lora_file,
     plain,
@@ -38,6 +39,7 @@ from .lorafile import (
     scale,
     split_name,
 )
+from .presets import CLIP_SKIP_PRESETS
 from .requests import ImportRequest
 from .settings import MOST_VECTORS
 from .stack import ConceptRecord
@@ -238,6 +240,7 @@ class Imported:
     adapter: Adapter
     record: ConceptRecord
     rest: Rest | None
+    clip_skip: int = 1  # that its file says it was trained with
 
 
 def imported_concept(backbone: Backbone, request: ImportRequest) -> Imported:
@@ -275,7 +278,9 @@ def imported_concept(backbone: Backbone, request: ImportRequest) -> Imported:
         settings={"strength": request.strength},
         with_noun=bool(request.class_noun),
     )
-    return Imported(word, adapter, record, rest)
+    takes_clip_skip = backbone.preset in CLIP_SKIP_PRESETS
+    clip_skip = clip_skip_of(request.lora) if takes_clip_skip else 1
+    return Imported(word, adapter, record, rest, clip_skip)
 
 
 def check_same_strength(known: ConceptRecord, request: ImportRequest) -> None:

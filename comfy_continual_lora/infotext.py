@@ -30,6 +30,7 @@ class Origin:
     version: int | None  # of the stack; None if there is none
     concepts: Sequence[str]
     only: Sequence[str]  # the words that were solved for, if not all
+    clip_skip: int = 1
 
 
 def texts(
@@ -65,6 +66,8 @@ def _parameters(
         "Model": origin.checkpoint,
         "RNG": "CPU",
     }
+    if origin.clip_skip != 1:
+        pairs["Clip skip"] = origin.clip_skip
     if flow:
         pairs["Shift"] = settings.flow_shift
     if origin.version is not None:

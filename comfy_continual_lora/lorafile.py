@@ -47,6 +47,14 @@ WHOLE = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 LARGEST = torch.finfo(torch.float16).max
 
 
+def clip_skip_of(path: Path) -> int:
+    """The clip skip that a LoRA's file says it was trained with (kohya's metadata), 1 or 2; other
+    values count as 1. Errors: StackError for a file that can't be read.
+    """
+    _, metadata = read(lora_file(path))
+    return 2 if metadata.get("ss_clip_skip") == "2" else 1
+
+
 @dataclass
 class Layer:
     """One layer's tensors in a file, by kind ("down", "up", "alpha"), and their names there."""

@@ -95,25 +95,24 @@ def noun_positions(
     return found
 
 
-def too_long(prompt: str, unseen: Sequence[str]) -> str:
-    """The note for a prompt that names these words where no text encoder sees them."""
+def noun_not_found(prompt: str, unseen: Sequence[str]) -> str:
+    """The note for a prompt among whose tokens the nouns of these words are not."""
     return (
-        f"{_is_too_long(prompt)} the text encoder doesn't see {' and '.join(unseen)}. It is drawn "
-        "without keeping its things apart. Name them earlier, or shorten it."
+        f'The noun of {" and ".join(unseen)} was not found in the prompt "{_shown(prompt)}", so it is '
+        "drawn without keeping its things apart. Write the noun behind its word, between spaces."
     )
 
 
 def not_read(prompt: str, end: str) -> str:
-    """The note for a prompt whose end no text encoder reads."""
+    """The note for a prompt that is not drawn and whose end no text encoder reads."""
     return (
-        f'{_is_too_long(prompt)} the text encoder does not read its end, "{end[:200]}". Shorten it, '
-        "or begin with what matters most."
+        f'The prompt "{_shown(prompt)}" is too long: the text encoder does not read its end, '
+        f'"{end[:200]}". Shorten it, or begin with what matters most.'
     )
 
 
-def _is_too_long(prompt: str) -> str:
-    shown = prompt if len(prompt) <= 60 else f"{prompt[:57]}..."
-    return f'The prompt "{shown}" is too long:'
+def _shown(prompt: str) -> str:
+    return prompt if len(prompt) <= 60 else f"{prompt[:57]}..."
 
 
 def not_in_use(token: str) -> str:

@@ -39,6 +39,7 @@ from .prepare import (
     preview_last,
     settings_for,
     take_stock,
+    tell_of_clip_skip,
     tell_of_noun,
     tell_of_objective,
     tell_of_prompts,
@@ -116,7 +117,7 @@ def learn_concept(request: LearnRequest, on_progress: OnProgress = ignore) -> Le
                 tell_of_objective(session, concept)
             words = {**session.stack.tokens, concept.token: start.word}
             own = previewed(settings.preview_prompts, ())
-            tell_of_prompts(session, own, words)
+            tell_of_prompts(session, own, words, drawn=True)
             trained = learn(session.backbone, inputs, settings, snapshots.path(), on_progress)
             record = record_of(concept, session.stack, settings, trained, digest)
             if settings.keep_features:
@@ -248,7 +249,9 @@ def import_concept(request: ImportRequest, on_progress: OnProgress = ignore) -> 
             check_same_strength(known, request)
             return ImportResult(known, request.lora, again=True)
         concepts.check_token(request.token, session.stack.tokens, session.backbone.is_known_word)
+        tell_of_clip_skip(session, imported.clip_skip)
         other = ConceptStack(session.stack.fingerprint, rank=rank_of(imported.adapter))
+        other.checkpoint = replace(other.checkpoint, clip_skip=imported.clip_skip)
         other = other.learned(record, imported.word, imported.adapter)
         stack, _ = consolidation.merged(
             session.backbone, session.stack, other, request.settings, on_progress, session.cache

@@ -72,6 +72,15 @@ def tell_of_noun(session: Session, request: LearnRequest | ImportRequest) -> Non
         )
 
 
+def tell_of_clip_skip(session: Session, imported: int) -> None:
+    """Say if an imported LoRA was trained with another clip skip than the stack's concepts."""
+    if session.stack.records and imported != (own := session.backbone.clip_skip):
+        session.tell(
+            f"The LoRA says that it was trained with clip skip {imported}; this stack has {own}, so it "
+            "may draw less well here. To keep its own, import it into another `stack`."
+        )
+
+
 def tell_of_objective(session: Session, concept: Concept) -> None:
     """Before a stack's first concept, say if the checkpoint seems to predict something else."""
     if not session.stack.records:
@@ -90,6 +99,7 @@ def settings_for(session: Session, request: LearnRequest, method: Method) -> Res
     """The resolved settings. Errors: SettingError if they don't suit the stack."""
     method.check(request.settings, summary_of(session.stack))
     settings = _with_rank_of(session.stack, request.settings)
+    settings = replace(settings, clip_skip=session.backbone.clip_skip)
     return settings.resolved(session.backbone.preset)
 
 
@@ -188,13 +198,18 @@ def watched(session: Session, concept: Concept, inputs: TrainingInputs) -> Train
     )
 
 
-def tell_of_prompts(session: Session, prompts: Iterable[str], words: Mapping[str, Tensor]) -> None:
-    """Say what these prompts name that is none of the learned words, and what of them is not read."""
+def tell_of_prompts(
+    session: Session, prompts: Iterable[str], words: Mapping[str, Tensor], *, drawn: bool = False
+) -> None:
+    """Say what these prompts name that is none of the learned words, and what of them is not read;
+    all of those that are `drawn` is.
+    """
     distinct, notes = list(dict.fromkeys(prompts)), []
     if unknown := unknown_words(distinct, words):
         notes.append(not_learned(unknown, words))
-    ends = ((prompt, session.backbone.not_read(prompt, words)) for prompt in distinct)
-    notes += [not_read(prompt, end) for prompt, end in ends if end]
+    if not drawn:
+        ends = ((prompt, session.backbone.not_read(prompt, words)) for prompt in distinct)
+        notes += [not_read(prompt, end) for prompt, end in ends if end]
     for note in notes:
         session.tell(note)
 

@@ -25,6 +25,11 @@ ADAPTERS = ["lora", "vera"]
 # what a checkpoint's net predicts: the name here, and diffusers'
 PREDICTIONS = {"epsilon": "epsilon", "v": "v_prediction", "flow": "flow_prediction"}
 PREDICTION_NAMES = {value: name for name, value in PREDICTIONS.items()}
+CLIP_SKIP_PRESETS = ("sd1", "mini")  # of checkpoints that take `clip_skip`
+CLIP_SKIP_2 = (  # what users of other programs have to set
+    "It was learned with clip skip 2, so draw with that: in ComfyUI CLIP Set Last Layer at -2, in "
+    "AUTOMATIC1111 and Forge Clip skip at 2."
+)
 TEMPLATES = (
     "a photo of a {}",
     "photo of a {}",

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from .files import STACKS
+from .presets import CLIP_SKIP_2
 from .progress import counted
 
 if TYPE_CHECKING:
@@ -54,6 +55,8 @@ class LearnResult:
         done = f"Learned {name} from {pictures}; stored in {self.stack_file}"
         if self.record.watched:
             done += f"\n{self._watched()}"
+        if self.record.settings.get("clip_skip") == 2:
+            done += f"\n{CLIP_SKIP_2}"
         return done if self.scores is None else f"{done}\n{self.scores.summary()}"
 
     def _watched(self) -> str:
@@ -392,6 +395,7 @@ class InfoResult:
     fingerprint: str | None
     rank: int | None
     trainable_parameters: int
+    clip_skip: int = 1
 
     def summary(self) -> str:
         if self.fingerprint is None:
@@ -412,6 +416,8 @@ class InfoResult:
             f"rank {self.rank}, {self.trainable_parameters:,} trainable parameters, checkpoint "
             f"{self.fingerprint[:12]}"
         )
+        if self.clip_skip != 1:
+            lines.append(f"clip skip {self.clip_skip}")
         return "\n".join(lines)
 
     def as_json(self) -> dict[str, Any]:

@@ -9,6 +9,7 @@ Source: Bar-Tal et al. 2023 (MultiDiffusion, arXiv 2302.08113).
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -22,9 +23,9 @@ from diffusers import (
 from torch import Tensor
 
 from .areas import FINE, AreaSettings
-from .checkpoint.backbone import Backbone, FrozenText
+from .checkpoint.backbone import Backbone, DrawnText
 from .diffusion import BETA_END, BETA_START, TIMESTEPS
-from .mentions import Mentions, mentions, too_long
+from .mentions import Mentions, mentions, noun_not_found
 from .progress import OnProgress, Progress, ignore
 from .settings import DrawSettings
 from .together import drawn_together, out_of_sight
@@ -81,12 +82,12 @@ def draw(
     count = len(parts[0])
     apart = {} if settings.mixed or count > 1 else nouns or {}
     areas = areas or AreaSettings(FINE[backbone.preset])
-    drawing = _Drawing(backbone, FrozenText(backbone, words), settings, areas, on_progress, count)
+    drawing = _Drawing(backbone, DrawnText(backbone, words), settings, areas, on_progress, count)
     found = {one: drawing.scene(one, apart) for one in dict.fromkeys(one[0] for one in parts)}
     scenes = [found[one[0]] for one in parts]
-    alike: dict[int, list[int]] = {}  # pictures by how many things are kept apart
+    alike: dict[tuple[int, ...], list[int]] = {}  # pictures that can be drawn in one batch
     for number, scene in enumerate(scenes):
-        alike.setdefault(len(scene.tokens) if scene else 0, []).append(number)
+        alike.setdefault(drawing.kind(parts[number], scene), []).append(number)
     batch = max(1, BATCH // count)
     batches = [
         numbers[start : start + batch]
@@ -111,7 +112,7 @@ class _Drawing:
     def __init__(
         self,
         backbone: Backbone,
-        text: FrozenText,
+        text: DrawnText,
         settings: DrawSettings,
         areas: AreaSettings,
         on_progress: OnProgress,
@@ -132,9 +133,16 @@ class _Drawing:
         """The things of a prompt that are to be kept apart, if any; a note if they can't be."""
         scene = mentions(prompt, nouns)
         if scene and (unseen := out_of_sight(self.backbone, scene)):
-            self.on_progress(Progress("draw", 0, 1, note=too_long(prompt, unseen)))
+            self.on_progress(Progress("draw", 0, 1, note=noun_not_found(prompt, unseen)))
             return None
         return scene
+
+    def kind(self, prompts: Sequence[str], scene: Mentions | None) -> tuple[int, ...]:
+        """How many things of these prompts are kept apart, and the lengths of what is encoded."""
+        if scene is None:
+            return 0, self.text.length(prompts)
+        texts = (scene.neutral, *scene.own)
+        return len(scene.tokens), *(self.text.length([text]) for text in texts)
 
     def batch(self, parts: list[list[str]], seeds: list[int], scenes: Sequence[Mentions]) -> Tensor:
         """Pictures from these prompts; `scenes` are what they mention, if things are kept apart."""
@@ -178,18 +186,23 @@ class _Drawing:
         def unwanted(count: int) -> Tensor | None:
             return None if self.negative is None else self.negative.expand(count, -1, -1)
 
+        longest = 1 if self.negative is None else self.text.length([self.settings.negative])
         if scenes:
             with drawn_together(
-                self.backbone, self.text, scenes, self.size, self.areas
+                self.backbone, self.text, scenes, self.size, self.areas, unwanted=longest
             ) as together:
                 yield lambda noisy, t: guided(together.predict(noisy, t, unwanted(len(noisy))))
             return
-        positive = self.text([one[k] for k in range(len(self.sides)) for one in parts])
+        prompts = [one[k] for k in range(len(self.sides)) for one in parts]
+        positive = self.text(prompts)
+        length = math.lcm(longest, self.text.length(prompts))
+        positive = self.backbone.lengthened(positive, length)
 
         def predict(noisy: Tensor, timestep: Tensor) -> Tensor:
             if self.negative is None:
                 return self.backbone.predict(noisy, timestep, positive)
-            both = torch.cat([self.negative.expand_as(positive), positive])
+            negative = self.backbone.lengthened(self.negative, length)
+            both = torch.cat([negative.expand_as(positive), positive])
             return guided(
                 self.backbone.predict(torch.cat([noisy] * 2), torch.cat([timestep] * 2), both)
             )

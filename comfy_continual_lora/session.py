@@ -15,11 +15,11 @@ from .adapters import DENSE, PARTS, kind_with
 from .adapters.adapter import layers_of
 from .checkpoint.backbone import Backbone
 from .checkpoint.load import load_backbone
-from .errors import StackError, TrainingError
+from .errors import SettingError, StackError, TrainingError
 from .files import cache_folder, check_names, real_file, snapshot_path, snapshots_of
 from .keeping import writing
 from .parallel import is_first
-from .presets import PREDICTION_NAMES, PREDICTIONS
+from .presets import CLIP_SKIP_PRESETS, PREDICTION_NAMES, PREDICTIONS
 from .progress import OnProgress, Progress
 from .requests import Request
 from .settings import ResolvedSettings, TrainSettings
@@ -58,8 +58,15 @@ class Session:
         return cache_folder(real_file(self.path))
 
     def load(self, path: Path) -> ConceptStack:
-        """Another stack of the same checkpoint. Errors: StackError."""
-        return fitting(load_stack(path, self.backbone.fingerprint), path, self.backbone)
+        """Another stack of the same checkpoint, to be merged with this one. Errors: StackError."""
+        other = fitting(load_stack(path, self.backbone.fingerprint), path, self.backbone)
+        theirs, own = other.checkpoint.clip_skip, self.backbone.clip_skip
+        if self.stack.records and theirs != own:
+            raise StackError(
+                f"The concepts of {path} were learned with `clip_skip` {theirs}, those of {self.path} "
+                f"with {own}; one stack has one. Keep them apart, or learn the others again."
+            )
+        return other
 
     def tell(self, note: str) -> None:
         """Report a sentence for the user."""
@@ -87,11 +94,13 @@ def open_session(
         with writing(path) if writes and is_first() else nullcontext():
             stack = fitting(load_stack(path, backbone.fingerprint), path, backbone)
             backbone = replace(backbone, prediction=_prediction(request, backbone, stack))
+            backbone = backbone.with_clip_skip(_clip_skip(request, backbone, stack))
             stack.checkpoint = replace(
                 stack.checkpoint,
                 preset=backbone.preset,
                 prediction=backbone.prediction,
                 word_widths=backbone.word_widths,
+                clip_skip=backbone.clip_skip,
             )
             yield Session(path, backbone, stack, on_progress, writes)
 
@@ -109,6 +118,33 @@ def _prediction(request: Request, backbone: Backbone, stack: ConceptStack) -> st
         raise StackError(
             f"The concepts of {request.stack_file} were learned with `prediction` "
             f"{PREDICTION_NAMES[learned]}, not {request.prediction}. Leave it out, or start another `stack`."
+        )
+    return learned
+
+
+def _clip_skip(request: Request, backbone: Backbone, stack: ConceptStack) -> int:
+    """The layer of the text encoder: as asked for, or as the stack was learned.
+
+    Errors: SettingError for another than the checkpoint's own, StackError if the stack was learned
+    with another.
+    """
+    settings = getattr(request, "settings", None)
+    asked = getattr(settings, "clip_skip", None)
+    if backbone.preset not in CLIP_SKIP_PRESETS:
+        if asked not in (None, 1):
+            family = {"sd2": "SD2.x", "sdxl": "SDXL"}[backbone.preset]
+            raise SettingError(
+                f"`clip_skip` is {asked}, but {backbone.path.name} is {family}, which always uses the "
+                "layer before the last (some pages call that clip skip 2). Leave it out."
+            )
+        return 1
+    if not stack.records:
+        return asked or 1
+    learned = stack.checkpoint.clip_skip
+    if asked not in (None, learned):
+        raise StackError(
+            f"The concepts of {request.stack_file} were learned with `clip_skip` {learned}, not "
+            f"{asked}; one stack has one. Leave it out, or start another `stack`."
         )
     return learned
 

@@ -279,6 +279,15 @@ class LearnSettings(TrainSettings):
         "numbers for each of at most 16, which say how the thing looks but not where anything is; "
         "they go wherever the stack file goes. Otherwise it has a thumbnail of the first",
     )
+    clip_skip: int | None = setting(
+        None,
+        "of an SD1.x checkpoint, the layer of the text encoder that is used, counted from the end: 2 "
+        "for fine-tunes whose pages say clip skip 2, as many for anime do; a stack keeps its first "
+        "one, which is 1 unless you say 2",
+        low=1,
+        high=2,
+        by_checkpoint=False,
+    )
     c_lora_weight: float = setting(1e8, "weight of C-LoRA's penalty", low=0, group="C-LoRA")
     c_lora_variant: str = setting(
         "sequential",

@@ -64,6 +64,7 @@ class CheckpointInfo:
     preset: str = "sd1"
     prediction: str = "epsilon"
     word_widths: Sequence[int] = ()  # how many numbers of a word's vector each text encoder takes
+    clip_skip: int = 1  # the layer of SD1.x's text encoder that is used, counted from the end
     later: dict[str, Any] = field(default_factory=dict)  # as of a record
 
 
@@ -261,7 +262,7 @@ class ConceptStack:
         """The other stack's concepts, as this stack's own."""
         return replace(
             other._copy(),
-            checkpoint=self.checkpoint,
+            checkpoint=replace(self.checkpoint, clip_skip=other.checkpoint.clip_skip),
             identity=self.identity,
             history=self.history,
         )

@@ -210,7 +210,9 @@ _BASE: dict[str, tuple[Check, str]] = {
     "preset": (_one_of(tuple(PRESETS)), f"one of {', '.join(PRESETS)}"),
     "prediction": (_one_of(tuple(PREDICTIONS.values())), "a prediction type this version knows"),
     "word_widths": (_list(_count(1, 100_000), 4), "a list of widths"),
+    "clip_skip": (_count(1, 2), "1 or 2"),
 }
+_BASE_DEFAULTS = {"preset": "sd1", "prediction": "epsilon", "word_widths": [], "clip_skip": 1}
 _CHANGE: dict[str, tuple[Check, str]] = {
     "kind": (_one_of(tuple(CHANGES)), "a change this version knows"),
     "names": (_list(_LINE), "a list of names"),
@@ -277,7 +279,7 @@ def checked(path: Path, metadata: Any, shapes: Mapping[str, Shape]) -> dict[str,
     header["base"] = _fields(
         path,
         "base: ",
-        {"preset": "sd1", "prediction": "epsilon", "word_widths": [], **header["base"]},
+        {**_BASE_DEFAULTS, **header["base"]},
         _BASE,
     )
     if header["change"] is not None:

@@ -27,6 +27,7 @@ from .stack import CheckpointInfo, ConceptStack
 
 _PREFIXES = {"diffusers": "unet.", "peft": "base_model.model."}
 # modelspec.architecture, ss_base_model_version, and A1111's name of the family
+CLIP_SKIP = "ss_clip_skip"  # kohya's name of it; absent or "None" for 1
 _SD1 = ("stable-diffusion-v1", "sd_v1", "SD1")
 _FAMILIES = {
     "sd2": ("stable-diffusion-v2-512", "sd_v2", "SD2"),
@@ -159,4 +160,6 @@ def metadata_of(
     if stack.checkpoint.prediction != "epsilon":
         predicted = stack.checkpoint.prediction.removesuffix("_prediction")
         metadata["modelspec.prediction_type"] = predicted
+    if stack.checkpoint.clip_skip != 1:
+        metadata[CLIP_SKIP] = str(stack.checkpoint.clip_skip)
     return metadata

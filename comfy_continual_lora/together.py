@@ -7,7 +7,8 @@ backbone does while its block lasts.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import math
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -15,7 +16,7 @@ import torch
 from torch import Tensor
 
 from .areas import Areas, AreaSettings, attend, mask_of
-from .checkpoint.backbone import Backbone, FrozenText
+from .checkpoint.backbone import Backbone
 from .mentions import Mentions, noun_positions
 
 
@@ -25,24 +26,32 @@ class Together:
     def __init__(
         self,
         backbone: Backbone,
-        text: FrozenText,
+        text: Callable[[Sequence[str]], Tensor],
         scenes: Sequence[Mentions],
         size: tuple[int, int],
         settings: AreaSettings,
         given: Tensor | None = None,
+        unwanted: int = 1,
     ) -> None:
-        """`size`: height and width of the latents; `given`: masks, as `Areas` takes them."""
+        """`text`: prompts (k,) -> features (k, t, d); `size`: height and width of the latents; `given`:
+        masks, as `Areas` takes them; `unwanted`: positions of the negative prompt.
+        """
         self.backbone = backbone
-        rows = text([scene.whole for scene in scenes])
+        whole = text([scene.whole for scene in scenes])
         neutral = backbone.context(text([scene.neutral for scene in scenes]))
         # SDXL's pooled text is of the whole prompt, as in hosts, where this sees contexts alone
-        self.neutral = torch.cat([neutral, rows[:, neutral.shape[1] :]], 1)
+        pooled = whole[:, backbone.context(whole).shape[1] :]
+        self.neutral = torch.cat([neutral, pooled], 1)
         # (n, t, d) for each concept
         self.own = [
             backbone.context(text([scene.own[k] for scene in scenes]))
             for k in range(len(scenes[0].own))
         ]
         nouns = torch.stack([noun_mask(backbone, scene) for scene in scenes])
+        # negative and neutral prompt are of one batch, so of one length
+        self.length = math.lcm(neutral.shape[1], unwanted)
+        self.neutral = backbone.lengthened(self.neutral, self.length)
+        nouns = nouns.repeat(1, 1, self.length // nouns.shape[2])
         self.areas = Areas(nouns.to(backbone.device), size, settings, given)
         self.rows = slice(0, 0)  # of the batch, those drawn from the prompts
 
@@ -63,7 +72,7 @@ class Together:
         if unwanted is None:
             features = self.neutral
         else:
-            features = torch.cat([unwanted, self.neutral])
+            features = torch.cat([self.backbone.lengthened(unwanted, self.length), self.neutral])
             noisy, timestep = torch.cat([noisy] * 2), torch.cat([timestep] * 2)
         self.rows = slice(len(features) - n, None)
         predicted = self.backbone.predict(noisy, timestep, features)
@@ -112,12 +121,13 @@ class _ByAreas:
 
 
 def out_of_sight(backbone: Backbone, scene: Mentions) -> list[str]:
-    """The words whose nouns the text encoder doesn't see, because the prompt is too long."""
+    """The words whose nouns are not among the prompt's tokens."""
     seen = noun_mask(backbone, scene).any(1).tolist()
     return [token for token, one in zip(scene.tokens, seen, strict=True) if not one]
 
 
 def noun_mask(backbone: Backbone, scene: Mentions) -> Tensor:
-    """Where each concept's nouns are among the text positions of the neutral prompt, (k, 77): 1 or 0."""
-    ids = backbone.tokenize(scene.neutral, {})[0]
-    return mask_of(noun_positions(scene, ids, backbone.token_ids), len(ids))
+    """Where each concept's nouns are among the text positions of the neutral prompt, (k, t): 1 or 0."""
+    ids, positions, count = backbone.drawn_positions(scene.neutral)
+    nouns = noun_positions(scene, ids, backbone.token_ids)
+    return mask_of([[positions[place] for place in one] for one in nouns], count)

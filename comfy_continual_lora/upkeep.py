@@ -51,7 +51,14 @@ def info(request: InfoRequest, on_progress: OnProgress = ignore) -> InfoResult:
     newest = f"word.{header['concepts'][-1]['id']}" if header["concepts"] else ""
     used = [shape for key, shape in shapes.items() if key.startswith("adapter.") or key == newest]
     trainable = sum(math.prod(shape.sizes) for shape in used)
-    return InfoResult(header["concepts"], path, header["fingerprint"], header["rank"], trainable)
+    return InfoResult(
+        header["concepts"],
+        path,
+        header["fingerprint"],
+        header["rank"],
+        trainable,
+        header["base"]["clip_skip"],
+    )
 
 
 def history(request: HistoryRequest, on_progress: OnProgress = ignore) -> HistoryResult:

@@ -77,7 +77,7 @@ def draw(request: DrawRequest, on_progress: OnProgress = ignore) -> DrawResult:
                 "first (`learn`), or name another stack (`stack`)."
             )
         asked = [*(one for parts in prompts for one in parts), request.settings.negative]
-        tell_of_prompts(session, asked, stack.tokens)
+        tell_of_prompts(session, asked, stack.tokens, drawn=True)
         if request.only:
             words = stack.tokens
             stack = consolidation.selected(
@@ -115,6 +115,7 @@ def _origin(session: Session, stack: ConceptStack, only: Sequence[str]) -> infot
         now.number if now else None,
         [record.name for record in stack.records],
         only,
+        session.backbone.clip_skip,
     )
 
 

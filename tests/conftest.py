@@ -51,7 +51,7 @@ def _prompts_are_encoded_once() -> Iterator[None]:
         if words or torch.is_grad_enabled() or len(prompts) < 16 or self.device.type != "cpu":
             return encode(self, prompts, words)
         dtypes = [next(part.parameters()).dtype for part in self.parts]
-        key = (self.fingerprint, *dtypes, torch.get_num_threads(), *prompts)
+        key = (self.fingerprint, self.clip_skip, *dtypes, torch.get_num_threads(), *prompts)
         if key not in known:
             if len(known) == 512:
                 del known[next(iter(known))]  # the oldest: a third of a MB, of the mini-SD 1.3

@@ -130,6 +130,9 @@ class _Random:
         return self.state(kind, CLIPTextConfig(**config))
 
     def _one(self, meta: Tensor, name: str) -> Tensor:
+        if name.endswith("final_layer_norm.bias"):
+            # with zeros the mean of text features would be 0, which weights of prompts keep
+            return (torch.rand(meta.shape, generator=self.generator) * 0.2).half()
         if meta.ndim == 1:
             return (torch.zeros if name.endswith("bias") else torch.ones)(
                 meta.shape, dtype=torch.float16

@@ -24,6 +24,7 @@ LIGHT = (
     "cliprogress",
     "clirun",
     "cliterminal",
+    "emphasis",
     "errors",
     "fields",
     "files",
@@ -81,7 +82,17 @@ LAYERS = (
     ("inventory",),
     ("imagefile",),
     ("settings", "words"),
-    ("areas", "curves", "fields", "files", "language", "mentions", "presets", "progress"),
+    (
+        "areas",
+        "curves",
+        "emphasis",
+        "fields",
+        "files",
+        "language",
+        "mentions",
+        "presets",
+        "progress",
+    ),
     ("errors",),
 )
 

@@ -638,6 +638,33 @@ def test_notes_are_shown_at_the_node_as_they_come_and_in_its_report(
     assert report.startswith(f"{name}\nleft out: a\nMerged.")
 
 
+class _Clip:
+    """As much of ComfyUI's CLIP as says which layer is used."""
+
+    def __init__(self, layer: int | None) -> None:
+        self.layer_idx = layer
+
+    def clone(self) -> _Clip:
+        return _Clip(self.layer_idx)
+
+    def clip_layer(self, layer: int) -> None:
+        self.layer_idx = layer
+
+
+def test_clip_skip_is_applied_unless_the_user_chose_a_layer(
+    nodes: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    with_clip_skip = nodes.ApplyConcepts._with_clip_skip
+    free, chosen, right = _Clip(None), _Clip(-1), _Clip(-2)
+    assert with_clip_skip(free, 1) is free
+    assert with_clip_skip(free, 2).layer_idx == -2
+    assert free.layer_idx is None
+    assert with_clip_skip(right, 2) is right
+    assert not caplog.text
+    assert with_clip_skip(chosen, 2).layer_idx == -1
+    assert "clip skip 2, but CLIP Set Last Layer is at -1. Set it to -2" in caplog.text
+
+
 @pytest.mark.parametrize("path", WORKFLOWS, ids=lambda p: p.stem)
 def test_workflows_fit_the_nodes(nodes: Any, path: Path) -> None:
     """Every node, input and link of a workflow exists; it has a picture of the same name."""

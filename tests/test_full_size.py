@@ -1,6 +1,6 @@
 """Full-size SD1.5, SD2.1 and SDXL: what is learned on them does in diffusers, in a stock ComfyUI
 and in an AUTOMATIC1111 exactly what it does in our own net, and the learned word means in their
-prompts what it means in ours.
+prompts what it means in ours; long prompts, weights, BREAK and clip skip give the same features.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import json
 import os
 import shutil
 import subprocess
+from collections.abc import Callable
 from pathlib import Path
 
 import helpers_full_size as full_size
@@ -22,9 +23,11 @@ from helpers_comfyui import REPOSITORY, find_comfyui, python_of
 from helpers_webui import WebUI, find_webui
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from torch import Tensor
 
 from comfy_continual_lora import pipeline, requests, store
 from comfy_continual_lora.adapters.adapter import attached
+from comfy_continual_lora.checkpoint.backbone import Backbone
 from comfy_continual_lora.checkpoint.load import load_backbone
 from comfy_continual_lora.checkpoint.single_file import TOKENIZER
 from comfy_continual_lora.settings import LearnSettings
@@ -35,10 +38,25 @@ LARGE = pytest.mark.skipif(
     reason="FULL_SIZE is not set; SDXL takes 16 GB of memory, 7 GB of disk and five minutes",
 )
 PROMPT = "a photo of a red V1 ball on grass, and v1"
+_LONG = " ".join(["a small red ball on green grass"] * 11)  # 77 tokens
+# prompts by what they try, with their clip skip; the hosts agree on those without commas and marks
+HABITS = {
+    "long": (f"a V1 ball and {_LONG} at night", 1),
+    "word in the second chunk": (f"{_LONG} and a V1 ball at night", 1),
+    "clip skip": (f"{_LONG} and a V1 ball at night", 2),
+}
+WEIGHTS = "a (V1 ball:1.3) on ((grass)) at night"
+IN_A1111_ALONE = {
+    "weights": (r"a (V1 ball:1.3) on [grass], ((at) night), \(sharp\)", 1),
+    "weights and clip skip": (WEIGHTS, 2),
+    "BREAK": ("a V1 ball BREAK on grass BREAK at night", 1),
+    "commas": (f"{_LONG[:-30]}, golden hour, a V1 ball, dramatic shadows, " * 3, 1),
+    "weights in the second chunk": (f"{_LONG} and a (V1 ball:1.3), [at night:0.7]", 1),
+}
 # in ComfyUI's own Python: its text features of the prompt, and its net's answers to what ours was
 # asked, without the LoRA and with it
 IN_COMFYUI = """
-import sys
+import json, sys
 folder, checkpoint, repository, prompt, sys.argv = *sys.argv[1:5], ["main.py", "--cpu", "--force-fp32"]
 import comfy.options
 comfy.options.enable_args_parsing()
@@ -52,6 +70,12 @@ clip = sd.load_checkpoint_guess_config(checkpoint, output_vae=False, output_mode
 clip = with_words(clip, {"V1": asked["word"]})
 context, pooled = clip.encode_from_tokens(clip.tokenize(prompt), return_pooled=True)
 answers = {"said": context.float().contiguous()}
+for name, (prompt, skip) in json.load(open(f"{folder}/habits.json")).items():
+    other = clip.clone()
+    if skip == 2:
+        other.clip_layer(-2)
+    tokens = other.tokenize(prompt)
+    answers[name] = other.encode_from_tokens(tokens).float().contiguous()
 if "pooled" in asked:
     answers["said_pooled"] = pooled.float().contiguous()
 del clip
@@ -74,7 +98,7 @@ save_file(answers, f"{folder}/answers.safetensors", {"patched": str(patched)})
 # an extension that answers the same in AUTOMATIC1111, with its own loader of checkpoints, LoRAs and
 # embeddings
 IN_A1111 = """
-import sys
+import json, sys
 import torch
 from modules import prompt_parser, script_callbacks, shared
 from safetensors.torch import load_file, save_file
@@ -92,6 +116,12 @@ def answer(body: dict):
         added["y"] = torch.cat([asked["pooled"], sizes], 1)
         said = said["crossattn"]
     answers["said"] = said
+    for name, (text, skip) in json.load(open(f"{body['folder']}/habits.json")).items():
+        shared.opts.CLIP_stop_at_last_layers = skip
+        text = prompt_parser.SdConditioning([text], width=64, height=64)
+        said = model.get_learned_conditioning(text)
+        answers[name] = said["crossattn"] if isinstance(said, dict) else said
+    shared.opts.CLIP_stop_at_last_layers = 1
     net = model.model.diffusion_model
     for name, wanted in (("plain", []), ("taught", ["lora"])):
         loras.load_networks(wanted, [1.0], [1.0], [None])
@@ -157,6 +187,36 @@ def in_a1111(webui: Path, folder: Path, checkpoint: Path) -> None:
         host.post("/answer", {"folder": str(folder), "prompt": PROMPT})
     finally:
         host.stop()
+
+
+Habits = dict[str, tuple[str, int]]
+
+
+def _habits(
+    backbone: Backbone, words: dict[str, Tensor]
+) -> tuple[dict[str, Tensor], dict[Callable[..., None], Habits]]:
+    """Our features of what is tried, and what each program is asked."""
+    takes_clip_skip = backbone.preset == "sd1"
+    both, alone = (
+        {name: one for name, one in habits.items() if takes_clip_skip or one[1] == 1}
+        for habits in (HABITS, IN_A1111_ALONE)
+    )
+    features = {}
+    for name, (prompt, clip_skip) in {**both, **alone}.items():
+        chosen = backbone.with_clip_skip(clip_skip)
+        features[name] = backbone.context(chosen.encode_drawn(prompt, words)).contiguous()
+    # ComfyUI's rule: the weight of what differs from the empty prompt (comfy/sd1_clip.py)
+    plain, empty = (
+        backbone.context(backbone.encode_drawn(prompt, words))
+        for prompt in ("a V1 ball on grass at night", "")
+    )
+    count = len(words["V1"])
+    weights = torch.ones(1, plain.shape[1], 1)
+    weights[:, 2 : 3 + count] = 1.3
+    weights[:, 4 + count] = 1.1 * 1.1
+    features["weights by its own rule"] = empty + (plain - empty) * weights
+    of_comfyui = {**both, "weights by its own rule": (WEIGHTS, 1)}
+    return features, {in_comfyui: of_comfyui, in_a1111: {**both, **alone}}
 
 
 @pytest.mark.slow
@@ -233,6 +293,7 @@ def test_other_programs_nets_answer_as_ours(
             text[:, -1, : backbone.text_encoders[-1].pooled_width] for text in (features, said)
         )
     wanted |= {"plain": plain, "taught": taught}
+    habits, theirs = _habits(backbone, {"V1": word})
     save_file(
         {name: tensor.contiguous() for name, tensor in asked.items()},
         tmp_path / "asked.safetensors",
@@ -243,14 +304,20 @@ def test_other_programs_nets_answer_as_ours(
     for program, ask in ((COMFYUI, in_comfyui), (A1111, in_a1111)):
         if program is None:
             continue
+        own = {name: habits[name] for name in theirs[ask]}
+        (tmp_path / "habits.json").write_text(json.dumps(theirs[ask]))
         ask(program, tmp_path, path)
         answers = load_file(tmp_path / "answers.safetensors")
         with safe_open(tmp_path / "answers.safetensors", framework="pt") as file:
             assert file.metadata() == {"patched": str(layers)}
         (tmp_path / "answers.safetensors").unlink()  # the next one gives its own
-        assert answers.keys() == wanted.keys()
-        for name, tensor in wanted.items():
-            assert (answers[name] - tensor).abs().max() <= 1e-4, (ask.__name__, name)
+        expected = {**wanted, **own}
+        assert answers.keys() == expected.keys()
+        apart = {
+            name: float((answers[name] - tensor).abs().max()) for name, tensor in expected.items()
+        }
+        print(ask.__name__, apart)  # what was measured, with -s
+        assert max(apart.values()) <= 1e-4, (ask.__name__, apart)
     if missing := [
         name
         for name, program in (("ComfyUI", COMFYUI), ("AUTOMATIC1111", A1111))

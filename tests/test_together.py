@@ -122,8 +122,11 @@ def test_a_mask_for_the_whole_picture_is_that_concept_s_prompt(backbone: Backbon
 # --- what goes wrong -----------------------------------------------------------------------------
 
 
-def test_a_prompt_that_is_too_long_is_drawn_the_plain_way_with_a_note(backbone: Backbone) -> None:
-    prompt = f"a V1 mug {'very ' * 90} and a V2 fish"
+def test_a_noun_that_is_not_found_is_drawn_the_plain_way_with_a_note(
+    backbone: Backbone, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sample, "out_of_sight", lambda *_: ["V2"])
+    prompt = "a V1 mug and a V2 fish"
     notes: list[str] = []
 
     def note(progress: Progress) -> None:
@@ -135,7 +138,8 @@ def test_a_prompt_that_is_too_long_is_drawn_the_plain_way_with_a_note(backbone: 
     plain = sample.draw(backbone, words, [prompt] * 2, [0, 1], SETTINGS)
     assert torch.equal(drawn, plain)
     assert len(notes) == 1
-    assert "too long: the text encoder doesn't see V2. It is drawn without keeping" in notes[0]
+    assert "The noun of V2 was not found" in notes[0]
+    assert "drawn without keeping" in notes[0]
 
 
 def test_cancelling_leaves_the_net_as_it_was(backbone: Backbone) -> None:

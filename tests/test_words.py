@@ -273,7 +273,7 @@ def test_nouns_that_prompts_could_not_contain(noun: str, problem: str) -> None:
         concepts.check_noun(good, "V1")
 
 
-def test_drawing_tells_what_is_not_learned_and_not_read(checkpoint: Path) -> None:
+def test_drawing_tells_what_is_not_learned(checkpoint: Path) -> None:
     seen: list[Progress] = []
     drawing = requests.DrawSettings(steps=1, size=64, negative=f"V9, {LONG} blurred")
     prompts = ["a photo of a V7 ball", LONG]
@@ -284,9 +284,7 @@ def test_drawing_tells_what_is_not_learned_and_not_read(checkpoint: Path) -> Non
     notes = [progress.note for progress in seen if progress.note]
     assert "holds no concept yet" in notes[0]
     assert "V7 and V9 are not learned words (nothing is learned yet)" in notes[1]
-    assert "is too long: the text encoder does not read its end" in notes[2]
-    assert 'The prompt "V9, a very' in notes[3]
-    assert "is too long" in notes[3]
+    assert not any("too long" in note for note in notes)  # all of it is drawn
 
 
 def test_scores_and_evaluate_tell_what_is_not_read(

@@ -2,17 +2,21 @@
 
 Shapes: n pictures, latents (n, 4, h/8, w/8), text features (n, 77, d); pictures are float32 in
 -1..1. A word is k vectors, (k, d) float32; with two text encoders a vector is both encoders' vectors
-concatenated, as their features are. The pooled text that SDXL's net takes too is a 78th row of the
+concatenated, as their features are. The pooled text that SDXL's net takes too is one row more of the
 features, padded with zeros; `Backbone.context` gives the rows that cross-attention sees.
+
+What is learned from is one chunk of 75 tokens, read as plain text (`encode_prompts`); what is drawn
+has any number of chunks, and weights (`encode_drawn`, `emphasis`).
 """
 
 from __future__ import annotations
 
+import math
 import re
 from bisect import bisect_right
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -23,8 +27,9 @@ from diffusers import AutoencoderKL, AutoencoderTiny, UNet2DConditionModel
 from torch import Tensor, nn
 from transformers import CLIPTokenizer
 
+from ..emphasis import Token, chunks, weighted_texts
 from ..mentions import split
-from .text import TextEncoder
+from .text import TextEncoder, weighted
 
 KV_MODULES = r".*\.attn2\.to_[kv]"
 
@@ -71,6 +76,18 @@ class Backbone:
         To be read before any adapter is attached.
         """
         return kv_layers(self.unet)
+
+    @property
+    def clip_skip(self) -> int:
+        """Which layer of the text encoder is used, counted from the end."""
+        return self.text_encoders[0].clip_skip
+
+    def with_clip_skip(self, clip_skip: int) -> Backbone:
+        """The same checkpoint, whose text features are those of another layer, normed as the last
+        layer's are (AUTOMATIC1111's "Clip skip"); for SD1.x.
+        """
+        encoders = [replace(encoder, clip_skip=clip_skip) for encoder in self.text_encoders]
+        return replace(self, text_encoders=encoders)
 
     @property
     def word_widths(self) -> list[int]:
@@ -139,25 +156,48 @@ class Backbone:
         words = words or {}
         tokens = [self.tokenize(prompt, words) for prompt in prompts]
         ids, slot = torch.tensor(tokens, device=self.device).unbind(1)
+        features, pooled = self._encode(ids, slot, words)
+        return torch.cat([torch.cat(features, 2), *pooled], 1)
+
+    @torch.no_grad()
+    def encode_drawn(self, prompt: str, words: Mapping[str, Tensor] | None = None) -> Tensor:
+        """Text features of a prompt that is drawn, (1, 77 c, d) with c chunks, or a row more: in chunks
+        of 75 tokens, with weights, as AUTOMATIC1111 encodes it (`emphasis`). Pooled text is the first
+        chunk's. A short prompt without brackets gets what `encode_prompts` gives it.
+        """
+        words = words or {}
+        start, end = self.tokenizer.bos_token_id, self.tokenizer.eos_token_id
+        rows = []
+        for chunk in self.chunks(prompt, words):
+            filled = [Token(start), *chunk]  # type: ignore[arg-type]
+            rest = self.tokenizer.model_max_length - len(filled)
+            rows.append([*filled, *[Token(end)] * rest])  # type: ignore[arg-type]
+        ids, slot = (
+            torch.tensor([[getattr(token, part) for token in row] for row in rows]).to(self.device)
+            for part in ("id", "vector")
+        )
+        weights = torch.tensor([[token.weight for token in row] for row in rows])
+        features, pooled = self._encode(ids, slot, words)
+        chunked = torch.cat([weighted(one, weights) for one in features], 2)
+        return torch.cat([chunked.flatten(0, 1)[None], *(row[:1] for row in pooled)], 1)
+
+    def _encode(
+        self, ids: Tensor, slot: Tensor, words: Mapping[str, Tensor]
+    ) -> tuple[list[Tensor], list[Tensor]]:
+        """Each encoder's features (n, 77, d'), and pooled text as a row of all, (n, 1, d), if any."""
         padding = self._after_end(ids)
         vectors = torch.cat(
             [word.to(self.device) for word in words.values()]
             or [torch.zeros(1, self.word_width, device=self.device)]
         )
         encoders = zip(self.text_encoders, vectors.split(self.word_widths, 1), strict=True)
-        features, pooled = zip(
-            *(
-                encoder.encode(ids.masked_fill(padding, encoder.pad), slot, part)
-                for encoder, part in encoders
-            ),
-            strict=True,
-        )
-        rows = [
-            F.pad(row, (0, self.word_width - row.shape[1]))[:, None]
-            for row in pooled
-            if row is not None
-        ]
-        return torch.cat([torch.cat(features, 2), *rows], 1)
+        features, rows = [], []
+        for encoder, part in encoders:
+            one, pooled = encoder.encode(ids.masked_fill(padding, encoder.pad), slot, part)
+            features.append(one)
+            if pooled is not None:
+                rows.append(F.pad(pooled, (0, self.word_width - pooled.shape[1]))[:, None])
+        return features, rows
 
     def padding(self, prompts: Sequence[str], words: Mapping[str, Tensor]) -> Tensor:
         """Which positions come after the end of each prompt, (n, 77) bool."""
@@ -168,8 +208,16 @@ class Backbone:
         return ids.eq(int(self.tokenizer.eos_token_id)).cumsum(1) > 1  # type: ignore[arg-type]
 
     def context(self, features: Tensor) -> Tensor:
-        """The rows of text features that cross-attention sees, (n, 77, d)."""
-        return features[:, : self.tokenizer.model_max_length]
+        """The rows of text features that cross-attention sees, (n, 77, d) or (n, 77 c, d)."""
+        return features[:, :-1] if self.text_encoders[-1].pooled_width else features
+
+    def lengthened(self, features: Tensor, length: int) -> Tensor:
+        """The same text in more positions, a multiple of those it has: all are repeated equally often,
+        so that attention to them gives the same.
+        """
+        context = self.context(features)
+        rest = features[:, context.shape[1] :]
+        return torch.cat([context.repeat(1, length // context.shape[1], 1), rest], 1)
 
     def tokenize(self, prompt: str, words: Mapping[str, Tensor]) -> tuple[list[int], list[int]]:
         """77 token ids, padded with the end token, and which of the words' vectors replaces each.
@@ -199,24 +247,44 @@ class Backbone:
 
     def _all_tokens(self, prompt: str, words: Mapping[str, Tensor]) -> tuple[list[int], list[int]]:
         """As `tokenize`, from the start token to the prompt's end, however long."""
-        slots = {}
-        count = 0
+        tokens = [token for unit in self._units(prompt, words) for token in unit]
+        start = int(self.tokenizer.bos_token_id)  # type: ignore[arg-type]
+        return [start, *(token.id for token in tokens)], [-1, *(token.vector for token in tokens)]
+
+    def _units(
+        self, text: str, words: Mapping[str, Tensor], weight: float = 1.0
+    ) -> Iterator[list[Token]]:
+        """The text's tokens one by one, and those of a learned word together."""
+        first = 0
+        vectors = {}
         for token, word in words.items():
-            slots[token.lower()] = range(count, count + len(word))
-            count += len(word)
-        ids = [int(self.tokenizer.bos_token_id)]  # type: ignore[arg-type]
-        slot = [-1]
-        for number, piece in enumerate(split(prompt, words)):
+            vectors[token.lower()] = range(first, first + len(word))
+            first += len(word)
+        for number, piece in enumerate(split(text, words)):
             if number % 2:
-                vectors = slots[piece.lower()]
                 # any id but the end token's, which is where the pooled text is taken
-                ids += [0] * len(vectors)
-                slot += vectors
+                yield [Token(0, vector, weight) for vector in vectors[piece.lower()]]
             elif piece.strip():
-                piece_ids = self.token_ids(piece)
-                ids += piece_ids
-                slot += [-1] * len(piece_ids)
-        return ids, slot
+                yield from ([Token(one, -1, weight)] for one in self.token_ids(piece))
+
+    def chunks(self, prompt: str, words: Mapping[str, Tensor]) -> list[list[Token]]:
+        """The tokens of a prompt that is drawn, in chunks of at most 75."""
+        units: list[list[Token] | None] = []
+        for part in weighted_texts(prompt):
+            units += [None] if part is None else self._units(part.text, words, part.weight)
+        return chunks(units, self.token_ids(",")[0])
+
+    def drawn_positions(self, prompt: str) -> tuple[list[int], list[int], int]:
+        """The ids of a drawn prompt's tokens, without learned words; where each is among the positions
+        of `encode_drawn`; and the number of these.
+        """
+        ids, positions = [], []
+        width = self.tokenizer.model_max_length
+        found = self.chunks(prompt, {})
+        for number, chunk in enumerate(found):
+            ids += [token.id for token in chunk]
+            positions += [number * width + 1 + place for place in range(len(chunk))]
+        return ids, positions, width * len(found)
 
     def word_start(self, noun: str, generator: torch.Generator, count: int = 1) -> Tensor:
         """The initial vectors of a new word, (count, d) float32.
@@ -264,6 +332,30 @@ class Backbone:
             return self.unet(
                 noisy.to(dtype), timestep, self.context(features).to(dtype), added_cond_kwargs=added
             ).sample.float()
+
+
+class DrawnText:
+    """Text features of prompts that are drawn (`Backbone.encode_drawn`): prompts (k,) -> (k, t, d).
+
+    Each prompt is encoded once. Those of different lengths are repeated to a common one.
+    """
+
+    def __init__(self, backbone: Backbone, words: Mapping[str, Tensor]) -> None:
+        self.backbone, self.words = backbone, words
+        self.cache: dict[str, Tensor] = {}
+
+    def _one(self, prompt: str) -> Tensor:
+        if prompt not in self.cache:
+            self.cache[prompt] = self.backbone.encode_drawn(prompt, self.words)
+        return self.cache[prompt]
+
+    def length(self, prompts: Iterable[str]) -> int:
+        """The number of positions that all of these can be repeated to."""
+        return math.lcm(*(self.backbone.context(self._one(prompt)).shape[1] for prompt in prompts))
+
+    def __call__(self, prompts: Sequence[str]) -> Tensor:
+        length = self.length(prompts)
+        return torch.cat([self.backbone.lengthened(self._one(one), length) for one in prompts])
 
 
 class FrozenText:

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -22,6 +23,7 @@ class TextEncoder:
     model: CLIPTextModel | CLIPTextModelWithProjection
     pad: int  # the token id after the end of the prompt
     penultimate: bool = False  # the last layer but one is used, not normed; else the last, normed
+    clip_skip: int = 1  # of one that is normed: 1 the last layer is used, 2 the one before it
 
     @property
     def table(self) -> nn.Embedding:
@@ -46,9 +48,22 @@ class TextEncoder:
         Where slot (n, 77) >= 0, vectors[slot], of (k, d), replaces the token's vector.
         """
         with _replaced(self.table, slot, vectors):
-            output = self.model(ids, output_hidden_states=self.penultimate)
-        features = output.hidden_states[-2] if self.penultimate else output.last_hidden_state
+            is_last = not self.penultimate and self.clip_skip == 1
+            output = self.model(ids, output_hidden_states=not is_last)
+            if is_last:
+                features = output.last_hidden_state
+            elif self.penultimate:
+                features = output.hidden_states[-2]
+            else:
+                features = self._norm(output.hidden_states[-self.clip_skip])
         return features, output.text_embeds if self.pooled_width else None
+
+    @property
+    def _norm(self) -> nn.Module:
+        """The layer norm behind the last layer."""
+        # older transformers have a shell around it
+        inner: Any = getattr(self.model, "text_model", self.model)
+        return inner.final_layer_norm
 
     def vectors(self, ids: list[int]) -> Tensor:
         """The table's vectors of these tokens, (k, d) float32 on the CPU."""
@@ -59,6 +74,21 @@ class TextEncoder:
         rows = self.vectors(ids) if ids else self.table.weight.detach().float().cpu()
         noise = torch.randn(count, rows.shape[1], generator=generator)
         return rows.mean(0) + (noise * rows.std() * 0.1 if ids else rows.std(0) * noise)
+
+
+def weighted(features: Tensor, weights: Tensor) -> Tensor:
+    """Features (c, 77, d) of chunks times the weights (c, 77) of their positions; each chunk's mean
+    stays as it was.
+
+    Source: AUTOMATIC1111 1.10, modules/sd_emphasis.py, its default "Original".
+    """
+    chunks = []
+    for chunk, weight in zip(features, weights.to(features), strict=True):
+        if bool((weight != 1).any()):
+            scaled = chunk * weight[:, None]
+            chunk = scaled * (chunk.mean() / scaled.mean())
+        chunks.append(chunk)
+    return torch.stack(chunks)
 
 
 @contextmanager

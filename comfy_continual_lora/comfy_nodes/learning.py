@@ -54,7 +54,7 @@ class LearnConcept(io.ComfyNode):
         "checkpointing",
     )
     LATER = ("vectors", "accumulate")
-    LAST = ("kind", "until", "watch_every", "preview_prompts", "keep_features")
+    LAST = ("kind", "until", "watch_every", "preview_prompts", "keep_features", "clip_skip")
     SHOWN = ("steps", "seed", "preview_every")
 
     @classmethod
@@ -145,7 +145,7 @@ class LearnConcept(io.ComfyNode):
         )
 
     validate_inputs = validates(
-        LearnSettings, (*SETTINGS, *LATER), ("token", "noun"), needs_noun=True
+        LearnSettings, (*SETTINGS, *LATER, *LAST), ("token", "noun"), needs_noun=True
     )
 
     @classmethod

@@ -129,12 +129,28 @@ class ApplyConcepts(io.ComfyNode):
             return io.NodeOutput(model, clip)
         if strength:
             model = cls._patched(model, stack, concepts, strength)
+        clip = cls._with_clip_skip(clip, concepts.checkpoint.clip_skip)
         if mixed:
             return io.NodeOutput(model, with_words(clip, concepts.tokens))
         from .apart import with_areas
 
         clip = with_words(clip, concepts.tokens, concepts.nouns)
         return io.NodeOutput(with_areas(model, concepts.checkpoint.preset, masks), clip)
+
+    @staticmethod
+    def _with_clip_skip(clip: Any, clip_skip: int) -> Any:
+        """The CLIP at the layer that the stack was learned with, unless its user chose one."""
+        if clip_skip == 1:
+            return clip
+        if clip.layer_idx is None:
+            clip = clip.clone()
+            clip.clip_layer(-clip_skip)
+        elif clip.layer_idx != -clip_skip:
+            host.tell(
+                f"The stack was learned with clip skip {clip_skip}, but CLIP Set Last Layer is at "
+                f"{clip.layer_idx}. Set it to {-clip_skip}, or take it out."
+            )
+        return clip
 
     @staticmethod
     def _patched(model: Any, stack: StackHandle, concepts: Any, strength: float) -> Any:

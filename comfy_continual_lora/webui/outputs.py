@@ -36,6 +36,7 @@ ADVANCED = (
     "preview_every",
     "preview_prompts",
     "keep_features",
+    "clip_skip",
 )
 # defaults that differ on the page: previews while learning are worth their time
 DEFAULTS: dict[str, Any] = {"preview_every": 50}
