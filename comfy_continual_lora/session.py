@@ -87,6 +87,7 @@ def open_session(
         with writing(path) if writes and is_first() else nullcontext():
             stack = fitting(load_stack(path, backbone.fingerprint), path, backbone)
             backbone = replace(backbone, prediction=_prediction(request, backbone, stack))
+            backbone.tell = lambda note: on_progress(Progress("load", 1, 1, note=note))
             stack.checkpoint = replace(
                 stack.checkpoint,
                 preset=backbone.preset,
