@@ -29,7 +29,16 @@ from torch import Tensor
 from .adapters.adapter import layers_of
 from .concepts import name_of
 from .errors import StackError
-from .files import OWNER, PRESET, TOKEN, WORDS, clean_temporary, write_whole
+from .files import (
+    OWNER,
+    PRESET,
+    TOKEN,
+    WORDS,
+    check_path_length,
+    clean_temporary,
+    is_reserved,
+    write_whole,
+)
 from .presets import CLIP_SKIP_2
 from .stack import ConceptRecord, ConceptStack
 from .stock import card, embedding, metadata_of, rank_in, stock_lora
@@ -120,6 +129,11 @@ def export_files(
     Errors: StackError for an empty stack or a folder that can't be written.
     """
     _check_exportable(stack)
+    name = lora_name(stem, [record.token for record in stack.records], "0" * 8)
+    inside = f"{name}/adapter_model.safetensors" if format == "peft" else f"{name}.preview.jpg"
+    longest = max((record.token for record in stack.records), key=len)
+    for path in (out / inside, embeddings / f"{longest}-9999.safetensors"):
+        check_path_length(path)
     tensors = stock_lora(stack, format)
     lora = None
     try:
@@ -165,10 +179,11 @@ def _check_exportable(stack: ConceptStack) -> None:
             "The stack holds no concept, so there is nothing to export. Learn one first."
         )
     for record in stack.records:
-        if not TOKEN.fullmatch(record.token):
+        if not TOKEN.fullmatch(record.token) or is_reserved(record.token):
             raise StackError(
                 f"The word {record.token!r} can't be a file name. It may contain only letters, "
-                "digits, - and _."
+                "digits, - and _, and be no device of Windows, such as nul. Give the concept another "
+                "word first (`rename`)."
             )
 
 
@@ -299,12 +314,15 @@ def _remove(path: Path) -> bool:
 def lora_name(stem: str, tokens: Sequence[str], digest: str) -> str:
     """`sd15-V1-V2-1a2b3c4d`; for more than four concepts, only the first and the last.
 
-    Characters that break a prompt's <lora:...> or a file system become hyphens.
+    Characters that break a prompt's <lora:...> or a file system become hyphens, and a name that
+    Windows reserves for a device begins with _.
     """
     words = "-".join(tokens)
     if len(tokens) > 4:
         words = f"{tokens[0]}-to-{tokens[-1]}-{len(tokens)}-concepts"
-    return f"{re.sub(r'[<>:,|?*/&]', '-', stem)[:100]}-{words[:100]}-{digest[:8]}"
+    safe = re.sub(r'[<>:,|?*/&"\\\0-\x1f]', "-", stem)[:100]
+    name = f"{safe}-{words[:100]}-{digest[:8]}"
+    return f"_{name}" if is_reserved(name) else name
 
 
 def _write_lora(

@@ -9,6 +9,8 @@ import os
 import re
 import secrets
 import stat
+import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -20,6 +22,13 @@ try:
     import fcntl
 except ImportError:  # Windows, where an open file can't be removed
     fcntl = None
+
+WINDOWS = sys.platform == "win32"
+_LONGEST_PATH = 259  # characters, on Windows
+# Windows refuses to replace a file while a virus scanner, a search index or a program that lists
+# stacks reads it, which takes moments
+_PATIENCE = 5.0  # seconds
+_DEAD_AFTER = 3600.0  # seconds after which a temporary file is a dead writer's, without locks
 
 PICTURES = (
     ".jpg",
@@ -169,18 +178,53 @@ def real_file(path: Path) -> Path:
 
 
 def check_names(stack: Path, token: str = "") -> None:
-    """Refuse names that are too long for the file system, before any work is done.
+    """Refuse names and paths that the system does not take, before any work is done.
 
-    Errors: StackError if the name of the stack's file, or of a snapshot of a run that learns
-    `token`, is too long.
+    Errors: StackError if the name or the path of a file beside the stack, such as a snapshot of a
+    run that learns `token`, is too long, or if Windows does not take the stack's name.
     """
+    if WINDOWS and (is_reserved(stack.name) or stack.name != stack.name.rstrip(". ")):
+        raise StackError(
+            f"The file name {stack.name!r} can't be used on Windows: it is a device, or ends in a dot "
+            "or a space. Give the stack another name."
+        )
     longest = snapshot_path(stack, token or "V1", "0" * 12, "dsc").name + ".damaged"
+    temporary = f".continual-lora-{'0' * 16}.tmp"
+    for folder, name in (
+        (stack.parent, longest),
+        (history_folder(stack), temporary),
+        (cache_folder(stack), temporary),
+    ):
+        check_path_length(folder / name)
     most = _longest_name(stack.parent)
     if (length := len(os.fsencode(longest))) > most:
         raise StackError(
             f"The file name {longest} is {length} bytes long; the file system of {stack.parent} "
             f"allows {most}. Shorten the checkpoint's name, the stack's name or the word."
         )
+
+
+def check_path_length(path: Path) -> None:
+    """Errors: StackError for a path that has more characters than this Windows takes."""
+    length = len(os.path.abspath(path).encode("utf-16-le", "surrogatepass")) // 2
+    if length > _LONGEST_PATH and not _takes_long_paths():
+        raise StackError(
+            f"The path {path} has {length} characters; Windows takes {_LONGEST_PATH}, unless long "
+            "paths are enabled there (LongPathsEnabled). Move the files to a folder with a shorter "
+            "path, or enable long paths and restart."
+        )
+
+
+def _takes_long_paths() -> bool:
+    """Whether paths of more than 259 characters can be used, on Windows as its registry says."""
+    if not WINDOWS:
+        return True
+    import ctypes
+
+    try:
+        return bool(ctypes.windll.ntdll.RtlAreLongPathsEnabled())  # pyright: ignore[reportAttributeAccessIssue]
+    except (AttributeError, OSError):  # before Windows 10 1607
+        return False
 
 
 def _longest_name(folder: Path) -> int:
@@ -211,12 +255,27 @@ def write_whole(path: Path, data: bytes, *, new: bool = False) -> None:
         file.flush()
         os.fsync(file.fileno())
         _like_before(file.fileno(), path)
-        if os.name == "nt":  # Windows can't rename an open file
+        if WINDOWS:  # it can't rename an open file
             file.close()
         if new:
             _rename_new(file.name, path)
         else:
-            os.replace(file.name, path)
+            replace(file.name, path)
+
+
+def replace(source: str | Path, target: Path) -> None:
+    """`os.replace`, tried again for some seconds on Windows, where it fails while any program has the
+    target open. Errors: OSError.
+    """
+    until = time.monotonic() + _PATIENCE
+    while True:
+        try:
+            os.replace(source, target)
+            return
+        except PermissionError:
+            if not WINDOWS or time.monotonic() > until:
+                raise
+        time.sleep(0.05)
 
 
 @contextmanager
@@ -274,7 +333,7 @@ def _rename_new(name: str, path: Path) -> None:
     except OSError:  # a file system without links
         if os.path.lexists(path):
             raise FileExistsError(f"{path} already exists") from None
-        os.replace(name, path)
+        replace(name, path)
 
 
 def copy_whole(source: Path, target: Path) -> None:
@@ -290,12 +349,14 @@ def set_aside(path: Path) -> Path:
     """Rename a damaged file instead of overwriting it; returns its new path."""
     names = (path.with_name(f"{path.name}.damaged{f'-{n}' if n else ''}") for n in range(10_000))
     target = next(name for name in names if not os.path.lexists(name))
-    os.replace(path, target)
+    replace(path, target)
     return target
 
 
 def clean_temporary(folder: Path) -> None:
-    """Remove the temporary files of writers that were killed, but not those of running ones."""
+    """Remove the temporary files of writers that were killed, but not those of running ones: they
+    hold a lock, or, on a system without locks, began less than an hour ago.
+    """
     if not folder.is_dir():
         return
     with os.scandir(folder) as scan:
@@ -304,10 +365,13 @@ def clean_temporary(folder: Path) -> None:
         if not _TEMPORARY.fullmatch(entry.name):
             continue
         with suppress(OSError):
-            handle = os.open(entry.path, os.O_RDONLY)
-            try:
-                is_dead = _locked(handle)
-            finally:
-                os.close(handle)
-            if is_dead or fcntl is None:
+            if fcntl is None:
+                is_dead = time.time() - entry.stat().st_mtime > _DEAD_AFTER
+            else:
+                handle = os.open(entry.path, os.O_RDONLY)
+                try:
+                    is_dead = _locked(handle)
+                finally:
+                    os.close(handle)
+            if is_dead:
                 os.unlink(entry.path)

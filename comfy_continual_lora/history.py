@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from .errors import StackError
-from .files import real_file, set_aside
+from .files import real_file, replace, set_aside
 from .keeping import check_finite, explain_failed_write, keep, prune, rewrite, writing
 from .results import UndoResult
 from .stackfile import read_header
@@ -106,7 +106,7 @@ def _go_back(path: Path, chosen: Version) -> None:
             if history:
                 keep(path, current, versions(path)[0].number + 1)
         if (header["number"], header["history"]) == (chosen.number, history):
-            chosen.file.replace(path)  # needs no disk space
+            replace(chosen.file, path)  # needs no disk space
         else:
             changed = {"number": chosen.number, "parent": chosen.parent, "history": history}
             rewrite(chosen.file, path, changed)

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from .checkpoint.backbone import Backbone
 from .checkpoint.narrow import dtype_for, recast
 from .errors import SettingError, TrainingError
-from .files import set_aside
+from .files import replace, set_aside
 from .lossscale import LossScale
 from .parallel import average, is_first, shares
 from .progress import OnProgress, Progress
@@ -249,7 +249,7 @@ class Run:
         if is_first():
             if target is None:
                 return set_aside(self.path)
-            self.path.replace(target)
+            replace(self.path, target)
         return target or self.path
 
     def _restore(self, snapshot: Snapshot) -> None:

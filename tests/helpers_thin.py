@@ -8,6 +8,7 @@ widths, and a fifth of its U-Net.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -29,12 +30,17 @@ def write_thin(
     text_width: int = TEXT_WIDTH,
     text_layers: int = TEXT_LAYERS,
     channels: tuple[int, int] = CHANNELS,
+    factors: Mapping[str, float] | None = None,
 ) -> None:
-    """Write the thin mini-SD, the same at every call."""
+    """Write the thin mini-SD, the same at every call; `factors`, by layer of the U-Net, are what its
+    weights are multiplied by.
+    """
     torch.manual_seed(0)
     unet = UNet2DConditionModel.from_config(
         {**new_unet().config, "block_out_channels": channels, "cross_attention_dim": text_width}
     )
+    for name, factor in (factors or {}).items():
+        unet.get_submodule(name).weight.data *= factor
     text = CLIPTextModel(
         CLIPTextConfig(
             hidden_size=text_width,

@@ -11,6 +11,7 @@ has any number of chunks, and weights (`encode_drawn`, `emphasis`).
 
 from __future__ import annotations
 
+import logging
 import math
 import re
 from bisect import bisect_right
@@ -29,6 +30,7 @@ from transformers import CLIPTokenizer
 
 from ..emphasis import Token, chunks, weighted_texts
 from ..mentions import split
+from .overflow import widen_overflowing
 from .text import TextEncoder, weighted
 
 KV_MODULES = r".*\.attn2\.to_[kv]"
@@ -60,6 +62,7 @@ class Backbone:
     prediction: str = "epsilon"  # what the net predicts, a value of `PREDICTIONS`
     zero_snr: bool = False  # whether nothing of the picture is left at the last timestep
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    tell: Callable[[str], None] = logging.getLogger(__name__).warning  # a sentence for the user
 
     def __post_init__(self) -> None:
         for part in self.parts:
@@ -316,7 +319,8 @@ class Backbone:
     def predict(self, noisy: Tensor, timestep: Tensor, features: Tensor) -> Tensor:
         """The net's prediction, float32, shaped as `noisy`.
 
-        timestep (n,), features as `encode_prompts` gives them.
+        timestep (n,), features as `encode_prompts` gives them. Layers that overflow in fp16 are
+        computed in float32 from then on (`overflow`).
         """
         dtype = self.unet.dtype
         added = None
@@ -327,11 +331,25 @@ class Backbone:
                 len(noisy), -1
             )
             added = {"text_embeds": features[:, -1, :pooled].to(dtype), "time_ids": sizes}
-        # adapters stay in float32; torch before 2.3 rejects autocast to float32, even disabled
-        with torch.autocast(self.device.type, dtype) if dtype != torch.float32 else nullcontext():
-            return self.unet(
-                noisy.to(dtype), timestep, self.context(features).to(dtype), added_cond_kwargs=added
-            ).sample.float()
+
+        def answer() -> Tensor:
+            # adapters stay in float32; torch before 2.3 rejects autocast to float32, even disabled
+            half = dtype != torch.float32
+            with torch.autocast(self.device.type, dtype) if half else nullcontext():
+                context = self.context(features).to(dtype)
+                given = noisy.to(dtype), timestep, context
+                return self.unet(*given, added_cond_kwargs=added).sample.float()
+
+        prediction = answer()
+        if dtype != torch.float16 or prediction.isfinite().all():
+            return prediction
+        if not (layers := widen_overflowing(self.unet, answer)):
+            return prediction
+        self.tell(
+            f"{len(layers)} of the net's layers overflow in fp16, the first of them {layers[0]}: they "
+            "are computed in float32 from now on, the rest in fp16."
+        )
+        return answer()
 
 
 class DrawnText:

@@ -5,6 +5,7 @@
                         W = s Q; everything else is stored, and all is computed, in bf16 or fp16
     text encoders       beside a U-Net in 16 or 8 bits: stored as in the file, computed in float32,
                         which gives exactly the same features
+    overflow.py         layers whose numbers are too large for fp16
 
 A narrow layer widens its weight in the forward pass, and once more in the backward pass: the
 gradient with respect to its input needs nothing else, so nothing wide is kept.
@@ -19,6 +20,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.grad import conv2d_input
+
+from .overflow import release
 
 FP8 = torch.float8_e4m3fn
 FP8_MAX = 448.0
@@ -104,8 +107,9 @@ def put_unet(unet: nn.Module, name: str, weight: Tensor, dtype: torch.dtype) -> 
 def recast(unet: nn.Module, dtype: torch.dtype) -> None:
     """Bring the frozen U-Net into another dtype in place, if it is not in it already."""
     narrow = any(isinstance(layer, Narrow) for layer in unet.modules())
-    if narrow and dtype == FP8:
+    if dtype == (FP8 if narrow else unet.dtype):
         return
+    release(unet)
     for name, parameter in list(unet.named_parameters()):
         weight = parameter.detach()
         layer = unet.get_submodule(name.rpartition(".")[0])
