@@ -88,6 +88,7 @@ def open_session(
             stack = fitting(load_stack(path, backbone.fingerprint), path, backbone)
             backbone = replace(backbone, prediction=_prediction(request, backbone, stack))
             backbone.tell = lambda note: on_progress(Progress("load", 1, 1, note=note))
+            backbone.try_out()
             stack.checkpoint = replace(
                 stack.checkpoint,
                 preset=backbone.preset,
