@@ -96,6 +96,7 @@ def open_session(
             backbone = replace(backbone, prediction=_prediction(request, backbone, stack))
             backbone = backbone.with_clip_skip(_clip_skip(request, backbone, stack))
             backbone.tell = lambda note: on_progress(Progress("load", 1, 1, note=note))
+            backbone.try_out()
             stack.checkpoint = replace(
                 stack.checkpoint,
                 preset=backbone.preset,

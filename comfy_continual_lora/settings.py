@@ -1,7 +1,8 @@
 """Every user setting, declared once: default, range, unit, help. All front ends make their widgets,
 flags and checks from here. Light.
 
-A default of None means "what suits the checkpoint": `resolved` fills it from presets.py.
+A default of None means "what suits the checkpoint": `resolved` fills it from presets.py. Each class
+says where its other defaults are from; "measured" means on the miniature only (benchmarks/LOG.md).
 """
 
 from __future__ import annotations
@@ -36,7 +37,10 @@ EXECUTION_SETTINGS = (
 
 @dataclass(frozen=True)
 class LoopSettings(Settings):
-    """The training loop."""
+    """The training loop.
+
+    `clip` 1: diffusers' training scripts. `warmup` 20: our choice (OneTrainer's presets: 200).
+    """
 
     batch: int | None = setting(None, "pictures per step", low=1, high=256)
     rate: float | None = setting(None, "learning rate of the LoRA", low=0, high=1)
@@ -87,7 +91,12 @@ class LoopSettings(Settings):
 
 @dataclass(frozen=True)
 class EwcSettings(Settings):
-    """DC scores, and EWC."""
+    """DC scores, and EWC.
+
+    From Jha et al. 2025 (arXiv 2410.00700), its slides and reviews: `subset` 5, at least 200
+    `fisher_samples`, `ewc_mode` online. `ewc_decay` and `fisher_space` are our choice, and so is the
+    calibrated `dc_scale`, beside which the others measured the same.
+    """
 
     dc_scale: str = setting(
         "calibrated",
@@ -136,7 +145,7 @@ class EwcSettings(Settings):
 
 @dataclass(frozen=True)
 class RetentionSettings(Settings):
-    """The retention penalty in text space."""
+    """The retention penalty in text space; it is ours, and its defaults were measured."""
 
     retention_weight: float = setting(
         0.0,
@@ -180,7 +189,11 @@ class RetentionSettings(Settings):
 
 @dataclass(frozen=True)
 class DscSettings(Settings):
-    """Diffusion Scores Consolidation."""
+    """Diffusion Scores Consolidation (Jha et al. 2025), whose weights are not published.
+
+    `dsc_a1` to `dsc_b2` are our choice: other weights measured within noise of them. `dsc_rate` and
+    `dsc_redraw` were not measured.
+    """
 
     dsc_steps: int | None = setting(
         None, "steps of Diffusion Scores Consolidation", low=1, high=1_000_000, group="DSC"
@@ -211,7 +224,10 @@ class TrainSettings(DscSettings, RetentionSettings, EwcSettings, LoopSettings):
 
 @dataclass(frozen=True)
 class LearnSettings(TrainSettings):
-    """How to learn one concept."""
+    """How to learn one concept.
+
+    `kind`: as in presets.py. `c_lora_weight` 1e8: C-LoRA (arXiv 2304.06027).
+    """
 
     method: str = setting(
         "retention", "how to learn; docs/how-it-works.md has a table", choices=METHODS
@@ -323,7 +339,10 @@ class ResolvedSettings(LearnSettings):
 
 @dataclass(frozen=True)
 class SolveSettings(Settings):
-    """The closed form over stored prompts, without pictures: consolidate, forget, merge."""
+    """The closed form over stored prompts, without pictures: consolidate, forget, merge.
+
+    It is ours; `energy`, `ridge`, `ordinary_weight` and `language` were measured.
+    """
 
     energy: float = setting(
         0.999, "share of the solution's energy that the rank has to keep", low=0.5, high=1
@@ -355,7 +374,11 @@ class SolveSettings(Settings):
 
 @dataclass(frozen=True)
 class ScoreSettings(Settings):
-    """How pictures are compared with concepts."""
+    """How pictures are compared with concepts.
+
+    Stages and uniform weights: Li et al. 2023 (arXiv 2303.16203) and arXiv 2505.17955; the numbers of
+    `trials` and `stages` are our choice.
+    """
 
     trials: int = setting(
         32,
@@ -387,7 +410,7 @@ class ScoreSettings(Settings):
 
 @dataclass(frozen=True)
 class EvaluateSettings(Settings):
-    """How retention is measured."""
+    """How retention is measured; the numbers are our choice."""
 
     pictures: int = setting(4, "pictures of each concept and version", low=1, high=1000)
     steps: int = setting(20, "sampling steps", low=1, high=1000)
@@ -405,7 +428,11 @@ class EvaluateSettings(Settings):
 
 @dataclass(frozen=True)
 class DrawSettings(Settings):
-    """How pictures are drawn."""
+    """How pictures are drawn.
+
+    `flow_shift` 6, with Euler's method on evenly spaced steps: bigASP 2.5's model card. `steps` are our
+    choice.
+    """
 
     count: int = setting(1, "pictures per prompt", low=1, high=10_000)
     steps: int = setting(25, "sampling steps", low=1, high=1000)

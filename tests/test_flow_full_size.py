@@ -10,6 +10,7 @@ import os
 import subprocess
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 from unittest import mock
 
 import helpers_full_size as full_size
@@ -92,7 +93,7 @@ def ours(backbone: Backbone, folder: Path) -> dict[str, torch.Tensor]:
     predicted = backbone.predict(noisy, timestep, features.expand(3, -1, -1))
     settings = DrawSettings(steps=STEPS, guidance=1.0, size=64, flow_shift=SHIFT)
     settings = settings.resolved(backbone.preset)
-    solver = sample.make_solver(settings, backbone)
+    solver: Any = sample.make_solver(settings, backbone)
     solver.set_timesteps(STEPS)
     with mock.patch.object(Backbone, "decode_latents", lambda _, latents: latents):
         drawn = sample.draw(backbone, {}, ["a photo of a red mug"], [7], settings)

@@ -129,7 +129,8 @@ def test_learning_tells_and_goes_on(tmp_path: Path, folders: dict[str, Path]) ->
     settings = replace(QUICK, method="lora", precision="fp16", steps=3)
     told: list[Progress] = []
     pipeline.learn_concept(learn_request(path, folders, "V1", settings), told.append)
-    (note,) = (one.note for one in told if "overflow in fp16" in one.note)
-    assert f"the first of them {FEED}.0" in note
+    (at,) = (n for n, one in enumerate(told) if "overflow in fp16" in one.note)
+    assert f"the first of them {FEED}.0" in told[at].note
+    assert all(one.stage == "load" for one in told[: at + 1])
     assert all(one.loss < 10 for one in told if one.stage == "learn")
     assert stack_of(path).tokens["V1"].isfinite().all()

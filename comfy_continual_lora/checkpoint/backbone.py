@@ -316,6 +316,15 @@ class Backbone:
         # not verbose: too many tokens are cut off by `tokenize`, with no need for a warning
         return list(self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
 
+    @torch.no_grad()
+    def try_out(self) -> None:
+        """Ask a net in fp16 once, so that layers that overflow are found before anything watches it."""
+        if self.unet.dtype == torch.float16:
+            side = self.size // 8
+            noisy = torch.randn(1, 4, side, side, generator=torch.Generator().manual_seed(0))
+            timestep = torch.tensor([500], device=self.device)
+            self.predict(noisy.to(self.device), timestep, self.encode_prompts(["a photo"]))
+
     def predict(self, noisy: Tensor, timestep: Tensor, features: Tensor) -> Tensor:
         """The net's prediction, float32, shaped as `noisy`.
 
