@@ -183,7 +183,7 @@ def _check_exportable(stack: ConceptStack) -> None:
             raise StackError(
                 f"The word {record.token!r} can't be a file name. It may contain only letters, "
                 "digits, - and _, and be no device of Windows, such as nul. Give the concept another "
-                "word first (`rename`)."
+                "word first."
             )
 
 
