@@ -20,15 +20,20 @@ import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
+from .errors import SettingError, excerpt
+
 CHUNK = 75  # tokens between start and end
 BACKTRACK = 20  # what follows a comma so close to a chunk's end goes into the next one
 STRONGER = 1.1
+DEEPEST = 100  # brackets in brackets
 _MARKS = re.compile(
     r"\\[\\()\[\]]?"  # a backslash takes the meaning from what follows
     r"|:\s*(?P<weight>[+-]?[.\d]+)\s*\)"
     r"|[()\[\]:]"
     r"|[^\\()\[\]:]+"
 )
+# what web UIs read besides: extra networks, prompt editing and alternating words, composition
+_UNREAD = re.compile(r"<\w+:[^<>]+>|\[[^\[\]]*[:|][^\[\]]*\]|\bAND\b")
 _BREAK = re.compile(r"\s*\bBREAK\b\s*")
 
 
@@ -53,6 +58,7 @@ def weighted_texts(prompt: str) -> list[Text | None]:
     """The prompt's parts in order; None where it has BREAK.
 
     Brackets that are not closed reach to the end; those that were not opened are text.
+    Errors: SettingError for more than 100 brackets in each other.
     """
     texts: list[str | None] = []
     weights: list[float] = []
@@ -73,6 +79,11 @@ def weighted_texts(prompt: str) -> list[Text | None]:
             add(mark[1:])
         elif mark in opened:
             opened[mark].append(len(texts))
+            if len(opened[mark]) > DEEPEST:
+                raise SettingError(
+                    f"The prompt {excerpt(prompt)} has more than {DEEPEST} brackets in each other. "
+                    "Write the weight as a number, as in (a V1 dog:1.2)."
+                )
         elif factor is not None and opened["("]:
             weigh("(", factor)
         elif mark == ")" and opened["("]:
@@ -89,6 +100,11 @@ def weighted_texts(prompt: str) -> list[Text | None]:
     while opened["["]:
         weigh("[", 1 / STRONGER)
     return _joined(texts, weights)
+
+
+def unread(prompt: str) -> list[str]:
+    """The prompt's parts that web UIs read in a way of their own, and that are text here."""
+    return _UNREAD.findall(prompt)
 
 
 def _number(text: str | None) -> float | None:

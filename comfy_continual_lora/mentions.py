@@ -111,6 +111,14 @@ def not_read(prompt: str, end: str) -> str:
     )
 
 
+def only_in_web_uis(marks: Sequence[str]) -> str:
+    """The note for `emphasis.unread`."""
+    return (
+        f"{', '.join(marks)[:200]} is read as ordinary text here: <lora:...>, AND and prompt editing "
+        "are understood by web UIs alone. What the stack knows needs no <lora:...>."
+    )
+
+
 def _shown(prompt: str) -> str:
     return prompt if len(prompt) <= 60 else f"{prompt[:57]}..."
 

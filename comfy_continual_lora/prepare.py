@@ -12,10 +12,11 @@ from . import concepts, objective
 from .adapters.adapter import Adapter, attached
 from .concept import Concept, load_concept
 from .early import check_learn
+from .emphasis import unread
 from .errors import SettingError, StackError
 from .inventory import inventory
 from .learn import TrainingInputs, preview
-from .mentions import not_learned, not_read, previewed, unknown_words
+from .mentions import not_learned, not_read, only_in_web_uis, previewed, unknown_words
 from .methods import METHODS
 from .methods.method import LearnedConcept, Method, StackSummary, summary_of, summary_of_file
 from .methods.stages import past_adapters
@@ -201,13 +202,16 @@ def watched(session: Session, concept: Concept, inputs: TrainingInputs) -> Train
 def tell_of_prompts(
     session: Session, prompts: Iterable[str], words: Mapping[str, Tensor], *, drawn: bool = False
 ) -> None:
-    """Say what these prompts name that is none of the learned words, and what of them is not read;
-    all of those that are `drawn` is.
+    """Say what these prompts name that is none of the learned words, and what of them is not read:
+    the end of a long one, or for those that are `drawn`, what only web UIs read.
     """
     distinct, notes = list(dict.fromkeys(prompts)), []
     if unknown := unknown_words(distinct, words):
         notes.append(not_learned(unknown, words))
-    if not drawn:
+    if drawn:
+        marks = dict.fromkeys(mark for prompt in distinct for mark in unread(prompt))
+        notes += [only_in_web_uis(list(marks))] if marks else []
+    else:
         ends = ((prompt, session.backbone.not_read(prompt, words)) for prompt in distinct)
         notes += [not_read(prompt, end) for prompt, end in ends if end]
     for note in notes:

@@ -13,7 +13,8 @@ from torch import Tensor
 from comfy_continual_lora import pipeline, sample
 from comfy_continual_lora.checkpoint.backbone import Backbone, DrawnText
 from comfy_continual_lora.checkpoint.load import load_backbone
-from comfy_continual_lora.emphasis import CHUNK, Text, Token, chunks, weighted_texts
+from comfy_continual_lora.emphasis import CHUNK, Text, Token, chunks, unread, weighted_texts
+from comfy_continual_lora.errors import SettingError
 from comfy_continual_lora.mentions import mentions
 from comfy_continual_lora.requests import DrawRequest
 from comfy_continual_lora.settings import DrawSettings, LearnSettings
@@ -226,3 +227,29 @@ def test_a_long_prompt_is_drawn_without_a_note(learned: Callable[..., Path]) -> 
     request = DrawRequest(checkpoint, [f"{LONG}V1 ball"], DrawSettings(steps=1, size=64))
     pipeline.draw(request, lambda progress: notes.append(progress.note))
     assert not any(notes)
+
+
+@pytest.mark.parametrize(
+    ("prompt", "marks"),
+    [
+        ("a (V1 mug:1.2) [on] grass, 12:30", []),
+        ("a mug <lora:pets-V1:1> on grass", ["<lora:pets-V1:1>"]),
+        ("a [red:blue:.5] mug AND a [cat|dog]", ["[red:blue:.5]", "AND", "[cat|dog]"]),
+        ("SAND and ANDY", []),
+    ],
+)
+def test_what_only_web_uis_read_is_told(prompt: str, marks: list[str]) -> None:
+    assert unread(prompt) == marks
+
+
+def test_brackets_in_brackets_have_a_limit() -> None:
+    assert weighted_texts("(a" * 100 + ")" * 100)
+    assert len([*filter(None, weighted_texts("(a)[b]" * 20_000))]) == 40_000
+    for bracket in "([":
+        with pytest.raises(SettingError, match="more than 100 brackets"):
+            weighted_texts(f"{bracket}a" * 101)
+
+
+def test_weights_too_large_are_refused(backbone: Backbone) -> None:
+    with pytest.raises(SettingError, match=r"weights of the prompt .* are too large"):
+        backbone.encode_drawn(f"a (red:{'9' * 38}) mug")

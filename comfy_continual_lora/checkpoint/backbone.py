@@ -29,6 +29,7 @@ from torch import Tensor, nn
 from transformers import CLIPTokenizer
 
 from ..emphasis import Token, chunks, weighted_texts
+from ..errors import SettingError, excerpt
 from ..mentions import split
 from .overflow import widen_overflowing
 from .text import TextEncoder, weighted
@@ -167,6 +168,8 @@ class Backbone:
         """Text features of a prompt that is drawn, (1, 77 c, d) with c chunks, or a row more: in chunks
         of 75 tokens, with weights, as AUTOMATIC1111 encodes it (`emphasis`). Pooled text is the first
         chunk's. A short prompt without brackets gets what `encode_prompts` gives it.
+
+        Errors: SettingError for weights that float32 can't hold.
         """
         words = words or {}
         start, end = self.tokenizer.bos_token_id, self.tokenizer.eos_token_id
@@ -182,6 +185,11 @@ class Backbone:
         weights = torch.tensor([[token.weight for token in row] for row in rows])
         features, pooled = self._encode(ids, slot, words)
         chunked = torch.cat([weighted(one, weights) for one in features], 2)
+        if not chunked.isfinite().all():
+            raise SettingError(
+                f"The weights of the prompt {excerpt(prompt)} are too large. Give weights between 0 and "
+                "2, as in (a V1 dog:1.2)."
+            )
         return torch.cat([chunked.flatten(0, 1)[None], *(row[:1] for row in pooled)], 1)
 
     def _encode(
