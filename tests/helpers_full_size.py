@@ -115,6 +115,21 @@ def write(kind: str, path: Path, seed: int = 0) -> Path:
     return path
 
 
+def sdxl_texts(seed: int = 0) -> list[Any]:
+    """SDXL's two text encoders alone, in float32."""
+    random, models = _Random(seed), []
+    for kind, config in ((CLIPTextModel, SD15_TEXT), (CLIPTextModelWithProjection, OPENCLIP_G)):
+        with torch.device("meta"):
+            model = kind(CLIPTextConfig(**config))
+        weights = {name: tensor.float() for name, tensor in random.text(kind, config).items()}
+        model.load_state_dict(weights, assign=True)
+        for module in model.modules():
+            if "position_ids" in module._buffers:
+                module._buffers["position_ids"] = torch.arange(77)[None]
+        models.append(model.eval())
+    return models
+
+
 class _Random:
     """Weights in float16 such that activations keep their size."""
 

@@ -13,6 +13,7 @@ import shutil
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import helpers_full_size as full_size
 import pytest
@@ -24,12 +25,14 @@ from helpers_webui import WebUI, find_webui
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from transformers import CLIPTokenizer
 
 from comfy_continual_lora import pipeline, requests, store
 from comfy_continual_lora.adapters.adapter import attached
 from comfy_continual_lora.checkpoint.backbone import Backbone
 from comfy_continual_lora.checkpoint.load import load_backbone
 from comfy_continual_lora.checkpoint.single_file import TOKENIZER
+from comfy_continual_lora.checkpoint.text import TextEncoder
 from comfy_continual_lora.settings import LearnSettings
 
 COMFYUI, A1111 = find_comfyui(), find_webui()
@@ -94,6 +97,26 @@ for name, patcher in (("plain", plain), ("taught", taught)):
     patched = len(patcher.patches)
     patcher.unpatch_model()
 save_file(answers, f"{folder}/answers.safetensors", {"patched": str(patched)})
+"""
+# the same of SDXL's text encoders alone
+TEXT_IN_COMFYUI = """
+import json, sys
+folder, repository, sys.argv = *sys.argv[1:3], ["main.py", "--cpu", "--force-fp32"]
+import comfy.options
+comfy.options.enable_args_parsing()
+import torch
+from comfy import sd, utils
+from safetensors.torch import load_file, save_file
+sys.path.append(repository)
+from comfy_continual_lora.comfy_nodes.words import with_words
+states = [utils.load_torch_file(f"{folder}/clip_{letter}.safetensors") for letter in "lg"]
+clip = sd.load_text_encoder_state_dicts(states, clip_type=sd.CLIPType.STABLE_DIFFUSION)
+clip = with_words(clip, load_file(f"{folder}/words.safetensors"))
+answers = {}
+for name, (prompt, _) in json.load(open(f"{folder}/habits.json")).items():
+    context, pooled = clip.encode_from_tokens(clip.tokenize(prompt), return_pooled=True)
+    answers |= {name: context.float().contiguous(), f"{name}, pooled": pooled.float().contiguous()}
+save_file(answers, f"{folder}/answers.safetensors")
 """
 # an extension that answers the same in AUTOMATIC1111, with its own loader of checkpoints, LoRAs and
 # embeddings
@@ -326,6 +349,48 @@ def test_other_programs_nets_answer_as_ours(
         pytest.skip(
             f"no {' and no '.join(missing)} on this machine; diffusers and what else is here agreed"
         )
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(COMFYUI is None, reason="no ComfyUI at COMFYUI_PATH or ~/comfy/ComfyUI")
+def test_comfyui_reads_a_prompt_with_sdxl_s_text_encoders_as_we_do(tmp_path: Path) -> None:
+    assert COMFYUI
+    small, big = full_size.sdxl_texts()
+    for letter, model in (("l", small), ("g", big)):
+        state = {
+            name if name.startswith("text_") else f"text_model.{name}": tensor.contiguous()
+            for name, tensor in model.state_dict().items()
+        }
+        save_file(state, tmp_path / f"clip_{letter}.safetensors")
+    tokenizer = CLIPTokenizer.from_pretrained(str(TOKENIZER), local_files_only=True)
+    tokenizer.model_max_length = 77
+    encoders = [TextEncoder(small, 49407, True), TextEncoder(big, 0, True)]
+    rest: Any = torch.nn.Linear(1, 1)
+    backbone = Backbone(Path("xl"), rest, rest, encoders, tokenizer, "sdxl", 1024, "0")
+    words = {"V1": 0.02 * torch.randn(3, 2048, generator=torch.Generator().manual_seed(1))}
+    save_file(words, tmp_path / "words.safetensors")
+    with torch.no_grad():
+        wanted, theirs = _habits(backbone, words)
+    asked = theirs[in_comfyui]
+    (tmp_path / "habits.json").write_text(json.dumps(asked))
+    pooled = {
+        name: backbone.encode_drawn(prompt, words)[:, -1, :1280]
+        for name, (prompt, _) in asked.items()
+    }
+    command = [python_of(COMFYUI), "-c", TEXT_IN_COMFYUI, str(tmp_path), str(REPOSITORY)]
+    done = subprocess.run(command, cwd=COMFYUI, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    answers = load_file(tmp_path / "answers.safetensors")
+    # not normed, so values are larger than those of SD1.x
+    apart = {
+        name: float((answers[name] - wanted[name]).abs().max() / wanted[name].abs().max())
+        for name in asked
+    }
+    for name, one in pooled.items():
+        if name != "weights by its own rule":  # the weights of ours are AUTOMATIC1111's
+            apart[f"{name}, pooled"] = float((answers[f"{name}, pooled"] - one).abs().max())
+    print("in_comfyui, SDXL", apart)
+    assert max(apart.values()) <= 1e-4, apart
 
 
 @pytest.mark.slow
