@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from filelock import FileLock, Timeout
 from peft import LoraConfig
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor
 
@@ -37,6 +37,7 @@ from .files import (
     check_path_length,
     clean_temporary,
     is_reserved,
+    metadata_in,
     write_whole,
 )
 from .presets import CLIP_SKIP_2
@@ -266,12 +267,7 @@ def _is_own(
 
 def _owner(path: Path) -> dict[str, str]:
     """The metadata of a safetensors file, or of the one in a PEFT folder; empty for any other."""
-    file = path / "adapter_model.safetensors" if path.is_dir() else path
-    try:
-        with safe_open(file, framework="pt") as tensors:
-            return tensors.metadata() or {}
-    except (SafetensorError, OSError):
-        return {}
+    return metadata_in(path / "adapter_model.safetensors" if path.is_dir() else path)
 
 
 def _earlier(stack: ConceptStack, out: Path, embeddings: Path, only: Sequence[str]) -> list[Path]:

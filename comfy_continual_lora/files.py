@@ -51,6 +51,7 @@ WORDS = (
 )
 OWNER = "continual_lora.stack"  # in an export: the identity of the stack it is of
 PRESET = "continual_lora.preset"  # in a LoRA: the kind of checkpoint it is for
+CLIP_SKIP = "ss_clip_skip"  # in a LoRA, kohya's name of it; absent or "None" for 1
 TOKEN = re.compile(r"[A-Za-z0-9_-]{1,64}")  # a concept's word, also used in file names
 _TEMPORARY = re.compile(r"\.continual-lora-[0-9a-f]{16}\.tmp")
 # Device names that Windows reserves, whatever the suffix; it drops dots and spaces at the end
@@ -242,6 +243,17 @@ def is_reserved(name: str) -> bool:
 
 
 # --- writing -------------------------------------------------------------------------------------
+
+
+def metadata_in(path: Path) -> dict[str, str]:
+    """The metadata of a safetensors file; empty for any other."""
+    from safetensors import SafetensorError, safe_open  # not light
+
+    try:
+        with safe_open(path, "pt") as file:
+            return file.metadata() or {}
+    except (SafetensorError, OSError):
+        return {}
 
 
 def write_whole(path: Path, data: bytes, *, new: bool = False) -> None:

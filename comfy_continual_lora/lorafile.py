@@ -17,7 +17,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from .errors import StackError
-from .files import write_whole
+from .files import CLIP_SKIP, metadata_in, write_whole
 from .loraconfig import DECLARED, WEIGHTS, LoraConfig
 
 DOWN = (
@@ -48,11 +48,8 @@ LARGEST = torch.finfo(torch.float16).max
 
 
 def clip_skip_of(path: Path) -> int:
-    """The clip skip that a LoRA's file says it was trained with (kohya's metadata), 1 or 2; other
-    values count as 1. Errors: StackError for a file that can't be read.
-    """
-    _, metadata = read(lora_file(path))
-    return 2 if metadata.get("ss_clip_skip") == "2" else 1
+    """The clip skip that a LoRA's file says it was trained with, 1 or 2; other values count as 1."""
+    return 2 if metadata_in(lora_file(path)).get(CLIP_SKIP) == "2" else 1
 
 
 @dataclass

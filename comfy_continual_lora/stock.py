@@ -23,11 +23,11 @@ from torch import Tensor
 from .adapters.adapter import Adapter, factored, layers_of
 from .checkpoint import keys
 from .errors import StackError
+from .files import CLIP_SKIP
 from .stack import CheckpointInfo, ConceptStack
 
 _PREFIXES = {"diffusers": "unet.", "peft": "base_model.model."}
 # modelspec.architecture, ss_base_model_version, and A1111's name of the family
-CLIP_SKIP = "ss_clip_skip"  # kohya's name of it; absent or "None" for 1
 _SD1 = ("stable-diffusion-v1", "sd_v1", "SD1")
 _FAMILIES = {
     "sd2": ("stable-diffusion-v2-512", "sd_v2", "SD2"),

@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderTiny
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.torch import load_file, save, save_file
 from torch import Tensor
 from transformers import CLIPModel
@@ -27,7 +27,7 @@ from transformers import CLIPModel
 from ..checkpoint import keys
 from ..checkpoint.single_file import MINI_ARCHITECTURE
 from ..errors import SettingError
-from ..files import write_whole
+from ..files import metadata_in, write_whole
 from . import parts
 
 SHIPPED = Path(__file__).parent / "weights"
@@ -191,11 +191,7 @@ def write_checkpoint(path: Path, *, stock: bool = False) -> None:
 
 def is_mini(path: Path) -> bool:
     """Whether the file is a mini-SD that `write_checkpoint` wrote."""
-    try:
-        with safe_open(path, framework="pt") as file:
-            return (file.metadata() or {}).get("modelspec.architecture") == MINI_ARCHITECTURE
-    except (SafetensorError, OSError):
-        return False
+    return metadata_in(path).get("modelspec.architecture") == MINI_ARCHITECTURE
 
 
 def load_reader() -> parts.Reader:

@@ -5,10 +5,8 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from safetensors import SafetensorError, safe_open
-
 from ..areas import FINE
-from ..files import OWNER, PRESET, TOKEN, WORDS
+from ..files import OWNER, PRESET, TOKEN, WORDS, metadata_in
 from ..stackfile import read_header
 
 _LONGEST = 200  # characters of a class noun
@@ -18,7 +16,7 @@ def words_of(path: Path) -> tuple[dict[str, str], str]:
     """The class nouns of the words that a LoRA is for, by the names of their embeddings, and its kind
     of checkpoint; none for any other file than an export of ours.
     """
-    metadata = _metadata(path)
+    metadata = metadata_in(path)
     try:
         words, preset = json.loads(metadata.get(WORDS, "{}")), metadata.get(PRESET, "")
     except (ValueError, RecursionError):
@@ -38,7 +36,7 @@ def exports_of(folder: Path, stack: Path) -> list[Path]:
     """
     owner = read_header(stack)["identity"] if stack.exists() else ""
     files = folder.glob("*.safetensors") if owner else ()
-    own = [path for path in files if _metadata(path).get(OWNER) == owner]
+    own = [path for path in files if metadata_in(path).get(OWNER) == owner]
     return sorted(own, key=lambda path: path.stat().st_mtime, reverse=True)
 
 
@@ -48,12 +46,3 @@ def newest_lora(folder: Path, stack: Path, token: str) -> Path | None:
     Errors: as `exports_of`.
     """
     return next((one for one in exports_of(folder, stack) if token in words_of(one)[0]), None)
-
-
-def _metadata(path: Path) -> dict[str, str]:
-    """The metadata of a safetensors file; empty for any other."""
-    try:
-        with safe_open(path, "pt") as file:
-            return file.metadata() or {}
-    except (OSError, SafetensorError):
-        return {}
