@@ -9,7 +9,6 @@ Source: Bar-Tal et al. 2023 (MultiDiffusion, arXiv 2302.08113).
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -186,26 +185,21 @@ class _Drawing:
         def unwanted(count: int) -> Tensor | None:
             return None if self.negative is None else self.negative.expand(count, -1, -1)
 
-        longest = 1 if self.negative is None else self.text.length([self.settings.negative])
         if scenes:
+            longest = 1 if self.negative is None else self.text.length([self.settings.negative])
             with drawn_together(
                 self.backbone, self.text, scenes, self.size, self.areas, unwanted=longest
             ) as together:
                 yield lambda noisy, t: guided(together.predict(noisy, t, unwanted(len(noisy))))
             return
         prompts = [one[k] for k in range(len(self.sides)) for one in parts]
-        positive = self.text(prompts)
-        length = math.lcm(longest, self.text.length(prompts))
-        positive = self.backbone.lengthened(positive, length)
+        negatives = [] if self.negative is None else [self.settings.negative] * len(prompts)
+        features = self.text([*negatives, *prompts])
+        times = 2 if negatives else 1
 
         def predict(noisy: Tensor, timestep: Tensor) -> Tensor:
-            if self.negative is None:
-                return self.backbone.predict(noisy, timestep, positive)
-            negative = self.backbone.lengthened(self.negative, length)
-            both = torch.cat([negative.expand_as(positive), positive])
-            return guided(
-                self.backbone.predict(torch.cat([noisy] * 2), torch.cat([timestep] * 2), both)
-            )
+            seen, at = torch.cat([noisy] * times), torch.cat([timestep] * times)
+            return guided(self.backbone.predict(seen, at, features))
 
         yield predict
 

@@ -369,30 +369,6 @@ class Backbone:
         return answer()
 
 
-class DrawnText:
-    """Text features of prompts that are drawn (`Backbone.encode_drawn`): prompts (k,) -> (k, t, d).
-
-    Each prompt is encoded once. Those of different lengths are repeated to a common one.
-    """
-
-    def __init__(self, backbone: Backbone, words: Mapping[str, Tensor]) -> None:
-        self.backbone, self.words = backbone, words
-        self.cache: dict[str, Tensor] = {}
-
-    def _one(self, prompt: str) -> Tensor:
-        if prompt not in self.cache:
-            self.cache[prompt] = self.backbone.encode_drawn(prompt, self.words)
-        return self.cache[prompt]
-
-    def length(self, prompts: Iterable[str]) -> int:
-        """The number of positions that all of these can be repeated to."""
-        return math.lcm(*(self.backbone.context(self._one(prompt)).shape[1] for prompt in prompts))
-
-    def __call__(self, prompts: Sequence[str]) -> Tensor:
-        length = self.length(prompts)
-        return torch.cat([self.backbone.lengthened(self._one(one), length) for one in prompts])
-
-
 class FrozenText:
     """Text features of prompts whose words do not change any more: prompts (k,) -> (k, 77 or 78, d).
 
@@ -403,9 +379,32 @@ class FrozenText:
         self.backbone, self.words = backbone, words
         self.cache: dict[str, Tensor] = {}
 
-    @torch.no_grad()
     def __call__(self, prompts: Sequence[str]) -> Tensor:
-        for prompt in prompts:
-            if prompt not in self.cache:
-                self.cache[prompt] = self.backbone.encode_prompts([prompt], self.words)[0]
-        return torch.stack([self.cache[prompt] for prompt in prompts])
+        return torch.cat([self._one(prompt) for prompt in prompts])
+
+    def _one(self, prompt: str) -> Tensor:
+        if prompt not in self.cache:
+            self.cache[prompt] = self._encode(prompt)
+        return self.cache[prompt]
+
+    @torch.no_grad()
+    def _encode(self, prompt: str) -> Tensor:
+        return self.backbone.encode_prompts([prompt], self.words)
+
+
+class DrawnText(FrozenText):
+    """Text features of prompts that are drawn (`Backbone.encode_drawn`): prompts (k,) -> (k, t, d).
+
+    Those of different lengths are repeated to a common one.
+    """
+
+    def _encode(self, prompt: str) -> Tensor:
+        return self.backbone.encode_drawn(prompt, self.words)
+
+    def length(self, prompts: Iterable[str]) -> int:
+        """The number of positions that all of these can be repeated to."""
+        return math.lcm(*(self.backbone.context(self._one(prompt)).shape[1] for prompt in prompts))
+
+    def __call__(self, prompts: Sequence[str]) -> Tensor:
+        length = self.length(prompts)
+        return torch.cat([self.backbone.lengthened(self._one(one), length) for one in prompts])
