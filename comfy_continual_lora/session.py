@@ -95,8 +95,6 @@ def open_session(
             stack = fitting(load_stack(path, backbone.fingerprint), path, backbone)
             backbone = replace(backbone, prediction=_prediction(request, backbone, stack))
             backbone = backbone.with_clip_skip(_clip_skip(request, backbone, stack))
-            backbone.tell = lambda note: on_progress(Progress("load", 1, 1, note=note))
-            backbone.try_out()
             stack.checkpoint = replace(
                 stack.checkpoint,
                 preset=backbone.preset,
@@ -104,7 +102,10 @@ def open_session(
                 word_widths=backbone.word_widths,
                 clip_skip=backbone.clip_skip,
             )
-            yield Session(path, backbone, stack, on_progress, writes)
+            session = Session(path, backbone, stack, on_progress, writes)
+            backbone.tell = session.tell
+            backbone.try_out()
+            yield session
 
 
 def _prediction(request: Request, backbone: Backbone, stack: ConceptStack) -> str:

@@ -87,6 +87,17 @@ def _text(name: str, value: str = "", **rest: Any) -> Any:
     return gr.Markdown(value, elem_id=f"continual_lora_{name}", latex_delimiters=[], **rest)
 
 
+def _downloads(name: str, label: str) -> Any:
+    """Files to download; shown once there are any."""
+    return gr.File(
+        label=label,
+        file_count="multiple",
+        interactive=False,
+        visible=False,
+        elem_id=f"continual_lora_{name}",
+    )
+
+
 def _button(name: str, text: str, **rest: Any) -> Any:
     return gr.Button(text, elem_id=f"continual_lora_{name}", **rest)
 
@@ -254,13 +265,7 @@ def _known(parts: SimpleNamespace, host: Host) -> None:
             parts.keep = _button("keep", "Cancel")
     parts.said_bar = gr.HTML("", visible=False, elem_id="continual_lora_said_bar")
     parts.said = _text("said")
-    parts.downloads = gr.File(
-        label="Exported just now",
-        file_count="multiple",
-        interactive=False,
-        visible=False,
-        elem_id="continual_lora_downloads",
-    )
+    parts.downloads = _downloads("downloads", "Exported just now")
 
 
 def _card(parts: SimpleNamespace, host: Host, number: int) -> None:
@@ -339,13 +344,7 @@ def _checks(parts: SimpleNamespace) -> None:
             elem_id="continual_lora_remove_superseded",
         )
         parts.export = _button("export", label_of("export"))
-        parts.exports = gr.File(
-            label="All that was exported, the newest first",
-            file_count="multiple",
-            interactive=False,
-            visible=False,
-            elem_id="continual_lora_exports",
-        )
+        parts.exports = _downloads("exports", "All that was exported, the newest first")
         with gr.Row():
             parts.evaluate = _button("evaluate", label_of("evaluate"), min_width=140)
             parts.scores = _button("scores", label_of("scores"), min_width=140)
