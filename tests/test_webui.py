@@ -780,7 +780,7 @@ def test_the_tab_by_itself_in_a_browser(tmp_path: Path) -> None:
             "textarea').value === 'ball'"
         )
         field = "#continual_lora_token input, #continual_lora_token textarea"
-        assert opened.input_value(field) == "V1"
+        opened.wait_for_function(f"document.querySelector('{field}').value === 'V1'")
         assert opened.is_disabled("#continual_lora_stop")
         opened.fill("#continual_lora_caption_0 textarea", "a photo of V1 in a garden")
         opened.click("text=Method, and settings for experts")
