@@ -1,151 +1,133 @@
-"""Stage 5: the closed form on a stack - consolidate all concepts, select, forget or merge some.
+"""Stage 5: the closed form on a stack - consolidate all concepts, select or forget some, merge, and
+go back to an earlier number of them.
 
-in: a stack - out: a new one; the original is not changed. Consolidating, and learning by `retention`,
-solve for the targets of every concept; forgetting one drops its target; merging solves for those of
-two stacks.
+in: a stack that keeps the prompts and targets of its concepts (`targets.with_prompts`) - out: a new
+one; the original is not changed. Each is one solve for the targets of the concepts that are wanted,
+whatever their number and order, and needs no checkpoint.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from pathlib import Path
-
-from torch import Tensor
 
 from .adapters.adapter import Adapter, kind_of
-from .checkpoint.backbone import Backbone
 from .errors import StackError
 from .mentions import in_other_words
-from .progress import OnProgress, Progress
 from .results import SolveResult
 from .settings import SolveSettings
-from .solve import solve
-from .stack import ConceptRecord, ConceptStack
-from .targets import PromptBank, own_adapters, prompt_bank, relative_drift, small_target
+from .solve import Target, solve
+from .stack import ConceptRecord, ConceptStack, PromptRows
+from .targets import about_one, own_adapters, relative_drift, targets_of
 
 
-def consolidated(
-    backbone: Backbone,
+def solution(
     stack: ConceptStack,
     settings: SolveSettings,
-    on_progress: OnProgress,
-    bank: PromptBank,
-) -> tuple[ConceptStack, SolveResult]:
+    own: Sequence[Adapter | None] | None = None,
+    unlearned: Sequence[PromptRows] = (),
+) -> tuple[Adapter | None, int]:
+    """The one LoRA closest to what every concept's own adapter did to its prompts, and its rank by
+    the energy rule; None and 0 if no concept has an adapter.
+
+    `own`: these adapters, if not the stack's; `unlearned`: prompts that it is to do nothing to.
+    """
+    wanted = own_adapters(stack) if own is None else own
+    if not any(wanted):
+        return None, 0
+    assert stack.ordinary
+    weight = settings.ordinary_weight * len(stack.records)
+    ordinary = weight * stack.ordinary.moment(settings.language)
+    targets = [*targets_of(stack, wanted), *(Target("", one.rows, None) for one in unlearned)]
+    return solve(targets, settings, stack.rank or 1, ordinary)
+
+
+def consolidated(stack: ConceptStack, settings: SolveSettings) -> tuple[ConceptStack, SolveResult]:
     """One LoRA for all concepts of the stack; the previous one is kept as `unconsolidated`.
 
-    Concepts already in `bank` (none, or the first few) are not encoded again.
     Errors: StackError if the stack's adapter is of a kind that can't be solved for.
     """
     assert stack.adapter
     check_solvable(stack)
-    bank.extend(stack, on_progress)
-    newest = stack.records[-1].id
-    targets = bank.targets(own_adapters(stack), settings)
-    targets[-1] = small_target(stack, newest, targets[-1])
-    adapter, rank = solve(targets, settings, stack.rank or 1)
-    shares = [
-        {target.name: relative_drift(one, target) for target in bank.about_one(targets)}
+    adapter, rank = solution(stack, settings)
+    assert adapter
+    targets = about_one(stack, targets_of(stack, own_adapters(stack)))
+    before, after = (
+        {target.name: relative_drift(one, target) for target in targets}
         for one in (stack.adapter, adapter)
-    ]
-    return stack.solved(adapter, targets[-1].adapter), SolveResult(rank, *shares)
+    )
+    return stack.solved(adapter), SolveResult(rank, before, after)
 
 
-def selected(
-    backbone: Backbone,
-    stack: ConceptStack,
-    tokens: Sequence[str],
-    settings: SolveSettings,
-    on_progress: OnProgress,
-    cache: Path | None = None,
-) -> ConceptStack:
+def as_of(stack: ConceptStack, count: int, *, consolidated: bool = True) -> ConceptStack:
+    """The stack as it was with its first `count` concepts.
+
+    `consolidated` false: before the newest of them was consolidated. An adapter that was trained is
+    the same; a solution is solved for again, for today's ordinary prompts.
+    """
+    count = max(count, 0)
+    if count >= len(stack.records):
+        before = None if consolidated else stack.unconsolidated
+        return replace(stack, adapter=before or stack.adapter)
+    newest = stack.records[count - 1].id if count else ""
+    adapter = stack.pool.get(newest)
+    if adapter is None and stack.can_solve(newest):
+        adapter, _ = solution(stack.first(count, None), SolveSettings(language=_language(stack)))
+    return stack.first(count, adapter)
+
+
+def undone(stack: ConceptStack) -> ConceptStack:
+    """Without the newest concept, and with the adapter before it.
+
+    Errors: StackError for an empty stack.
+    """
+    if not stack.records:
+        raise StackError("There is no concept to undo: the stack is empty.")
+    return as_of(stack, len(stack.records) - 1)
+
+
+def _language(stack: ConceptStack) -> float:
+    """The usual share of the vocabulary's sample, if the stack has one."""
+    assert stack.ordinary
+    return SolveSettings().language if stack.ordinary.drawn is not None else 0.0
+
+
+def selected(stack: ConceptStack, tokens: Sequence[str], settings: SolveSettings) -> ConceptStack:
     """A stack of only these concepts, with one LoRA solved for them, so that the other concepts
-    take nothing from it; `cache` is a folder of moments.
+    take nothing from it.
 
     Errors: StackError for a token that is not on the stack, for no tokens, and for VeRA.
     """
-    chosen = sorted({stack.index_of(token) for token in tokens})
-    if not chosen:
+    if not tokens:
         names = ", ".join(record.token for record in stack.records) or "none"
         raise StackError(f"No concept was named. The stack has: {names}.")
     check_solvable(stack)
-    part = ConceptStack(
-        stack.fingerprint, tau=stack.tau, checkpoint=stack.checkpoint, identity=stack.identity
-    )
-    nouns = [stack.records[n].noun for n in chosen]
-    bank = PromptBank(
-        backbone, nouns, cache=cache, language=settings.language, on_progress=on_progress
-    )
-    for done, number in enumerate(chosen):
-        on_progress(Progress("solve", done, len(chosen)))
-        record = stack.records[number]
-        bank.add(record, stack.words[record.id])
-        part = part.learned(record, stack.words[record.id], None)
-    own = own_adapters(stack)
-    wanted = [own[n] for n in chosen]
-    if any(wanted):
-        adapter, rank = solve(bank.targets(wanted, settings), settings)
-        targets = {stack.records[n].id: one for n in chosen if (one := own[n])}
-        part = part.with_solution(adapter, rank, targets)
-    on_progress(Progress("solve", len(chosen), len(chosen)))
-    return part
+    own = {record.id: one for record, one in zip(stack.records, own_adapters(stack), strict=True)}
+    part = stack.only(tokens)
+    part.rank = None  # by the energy rule alone
+    adapter, rank = solution(part, settings, [own[record.id] for record in part.records])
+    return replace(part, adapter=adapter, rank=rank or None)
 
 
-def without(
-    backbone: Backbone,
-    stack: ConceptStack,
-    token: str,
-    settings: SolveSettings,
-    on_progress: OnProgress,
-    cache: Path | None = None,
-) -> ConceptStack:
-    """The stack without one concept: its word, record, pool entry, and its share of every later
-    adapter are gone; `cache` is a folder of moments.
-
-    Errors: StackError for a token that is not on the stack.
+def without(stack: ConceptStack, number: int) -> ConceptStack:
+    """The stack without one concept that is not the newest, and without whatever was trained after
+    it. Its adapter has to be solved for, so each later concept needs a target.
     """
-    number = stack.index_of(token)
-    if number == len(stack.records) - 1:
-        return stack.undone()
-    check_solvable(stack)
-    bank = prompt_bank(
-        backbone, stack, on_progress, number + 1, cache=cache, language=settings.language
-    )
-    wanted, later = own_adapters(stack), {}
-    wanted[number] = None
-    after = stack
-    for index in range(number + 1, len(stack.records)):  # each version with the concept in it
-        record = stack.records[index]
-        on_progress(Progress("solve", index, len(stack.records)))
-        bank.add(record, stack.words[record.id])
-        if wanted[index] is None:
-            continue
-        targets = bank.targets(wanted[: index + 1], settings)
-        targets[-1] = small_target(after, record.id, targets[-1])
-        wanted[index] = small = targets[-1].adapter
-        if small is not None:
-            after = after.with_target(record.id, small)
-        later[record.id], _ = solve(targets, settings, stack.rank or 1)
-    return after.without(stack.records[number].id, later)
+    kept = {record.id for record in stack.records[:number]}
+    rest = [*stack.records[:number], *stack.records[number + 1 :]]
+    after = stack.only([record.token for record in rest])
+    after.pool = {one: adapter for one, adapter in stack.pool.items() if one in kept}
+    return after
 
 
-def merged(
-    backbone: Backbone,
-    stack: ConceptStack,
-    other: ConceptStack,
-    settings: SolveSettings,
-    on_progress: OnProgress,
-    cache: Path | None = None,
-) -> tuple[ConceptStack, dict[str, str]]:
-    """The stack with those of the other's concepts on top that it lacks, and the new names of words
-    that both had.
+def joined(
+    stack: ConceptStack, other: ConceptStack
+) -> tuple[ConceptStack, list[Adapter | None], dict[str, str]]:
+    """The stack with those of the other's concepts on top that it lacks; the own adapters of these;
+    and the new names of words that both had. Its adapter has to be solved for.
 
-    Every version from there on is solved for, so that undo and drawing older versions still work.
-    `cache` is a folder of moments.
     Errors: StackError for adapters of different kinds, and for VeRA.
     """
-    if not stack.records:
-        return stack.in_place_of_nothing(other), {}
     shared = {record.id for record in stack.records}  # the concepts both stacks began with
     pairs = zip(other.records, own_adapters(other), strict=True)
     new = [(record, adapter) for record, adapter in pairs if record.id not in shared]
@@ -162,43 +144,7 @@ def merged(
         )
     check_solvable(stack)
     records = [_with_names(record, names) for record, _ in new]
-    targets = {one.id: other.targets[one.id] for one in records if one.id in other.targets}
-    after = stack.ready_to_merge(other, targets)
-    nouns = [record.noun for record in [*stack.records, *records]]
-    bank = PromptBank(
-        backbone, nouns, cache=cache, language=settings.language, on_progress=on_progress
-    )
-    bank.extend(stack, on_progress)
-    wanted = own_adapters(stack)
-    for number, (record, (_, own)) in enumerate(zip(records, new, strict=True)):
-        on_progress(Progress("solve", number, len(records)))
-        word = other.words[record.id]
-        bank.add(record, word)
-        wanted.append(own)
-        after = _with_one_more(after, record, word, bank, wanted, settings)
-    return after.settled(), renamed
-
-
-def _with_one_more(
-    stack: ConceptStack,
-    record: ConceptRecord,
-    word: Tensor,
-    bank: PromptBank,
-    wanted: list[Adapter | None],
-    settings: SolveSettings,
-) -> ConceptStack:
-    """`wanted` ends with the new concept's own adapter, which is replaced by its small target."""
-    own = wanted[-1]
-    adapter = stack.adapter or own
-    if stack.adapter and own:
-        targets = bank.targets(wanted, settings)
-        targets[-1] = small_target(stack, record.id, targets[-1])
-        wanted[-1] = small = targets[-1].adapter
-        if small is not None:
-            stack = stack.with_target(record.id, small)
-        adapter, _ = solve(targets, settings, stack.rank or 1)
-    # all versions have the same rank until the last is known
-    return stack.learned(record.with_rank_of(adapter), word, adapter, keep_rank=True)
+    return stack.joined(other, records), [own for _, own in new], renamed
 
 
 def check_solvable(stack: ConceptStack) -> None:

@@ -34,6 +34,7 @@ from . import classifier, likeness, sample
 from .adapters.adapter import attached
 from .checkpoint.backbone import Backbone, FrozenText
 from .concepts import PREVIEW, picture_of, to_pil, to_tensor
+from .consolidation import as_of
 from .errors import CheckpointError
 from .metrics import own_similarity, similarity
 from .progress import OnProgress, Progress
@@ -305,7 +306,7 @@ def evaluate(
         done += 1
         return pictures
 
-    versions = [stack.as_of(i + 1) for i in range(count)]
+    versions = [as_of(stack, i + 1) for i in range(count)]
     after: dict[tuple[int, int], Tensor] = {}
     for i in range(count):
         for j in range(i + 1):

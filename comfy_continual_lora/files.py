@@ -11,7 +11,7 @@ import secrets
 import stat
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO
@@ -256,14 +256,16 @@ def metadata_in(path: Path) -> dict[str, str]:
         return {}
 
 
-def write_whole(path: Path, data: bytes, *, new: bool = False) -> None:
+def write_whole(
+    path: Path, data: bytes | Iterable[bytes | memoryview], *, new: bool = False
+) -> None:
     """Write a file atomically: at every moment either the old or the new one is complete on disk.
 
     It is written under a temporary name in the same folder, synced and renamed. The file keeps its
     mode; a new one gets the umask's. Errors: OSError; FileExistsError if `new` and it exists.
     """
     with _temporary(path.parent) as file:
-        file.write(data)
+        file.writelines([data] if isinstance(data, bytes) else data)
         file.flush()
         os.fsync(file.fileno())
         _like_before(file.fileno(), path)

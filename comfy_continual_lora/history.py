@@ -51,9 +51,10 @@ def undo(path: Path, version: int | None = None) -> UndoResult:
 
 
 def _take_off_newest(path: Path) -> None:
+    from .consolidation import undone
     from .store import change, open_stack, save_version
 
-    stack = open_stack(path).undone()
+    stack = undone(open_stack(path))
     save_version(stack, path, change("undone", stack.records), knows_parent=False)
 
 

@@ -18,7 +18,7 @@ from filelock import FileLock, Timeout
 from .errors import StackError
 from .files import check_names, clean_temporary, copy_whole, history_folder, real_file, write_whole
 from .stackfile import opened, read_header
-from .stackschema import checked
+from .stackschema import BYTES, checked
 from .versions import Change, Version, parent_of, versions
 
 
@@ -124,8 +124,9 @@ def check_finite(path: Path) -> None:
     with opened(path) as (file, _, shapes):
         for name, shape in shapes.items():
             file.seek(shape.start)
-            data = file.read(4 * int(np.prod(shape.sizes, dtype=np.int64)))
-            if not np.isfinite(np.frombuffer(data, "<f4")).all():
+            size = BYTES[shape.dtype]
+            data = file.read(size * int(np.prod(shape.sizes, dtype=np.int64)))
+            if not np.isfinite(np.frombuffer(data, f"<f{size}")).all():
                 raise not_finite(path, name)
 
 

@@ -1,8 +1,8 @@
 """Stage 4: a cache of second moments of text features, beside the stack.
 
-A moment depends only on the text encoders, the prompts and the learned words, which never change
-once a concept is learned. Encoding them again for every new concept would make the hundredth take
-longer to prepare than to learn.
+A moment depends only on the text encoders, the prompts and the learned words. The stack keeps those it
+needs; the cache bridges the time until the first concept is learned, so that a run that was stopped
+does not encode a thousand prompts again.
 
     <name>.concepts.cache/<hash>.moment      a safetensors file of one matrix; may be deleted any time
 """
@@ -26,12 +26,20 @@ from .mentions import named, split
 from .textspace import moment
 
 
+def clear_moments(folder: Path) -> None:
+    """Remove all moments of a folder, and the folder if nothing else is in it."""
+    with suppress(OSError):
+        for path in folder.glob("*.moment"):
+            path.unlink(missing_ok=True)
+        folder.rmdir()
+
+
 def clear_cache(folder: Path) -> None:
     """Remove all moments and reports of a folder, and the folder."""
     with suppress(OSError):
-        for path in (*folder.glob("*.moment"), *folder.glob("*.report")):
+        for path in folder.glob("*.report"):
             path.unlink(missing_ok=True)
-        folder.rmdir()
+    clear_moments(folder)
 
 
 class MomentCache:
@@ -39,7 +47,6 @@ class MomentCache:
 
     def __init__(self, backbone: Backbone, folder: Path | None = None) -> None:
         self.backbone, self.folder = backbone, folder
-        self.used: set[Path] = set()
         self.encoder = ""  # a hash of the empty prompt's features with these encoders and device
 
     def __call__(
@@ -57,13 +64,6 @@ class MomentCache:
             self._write(path, matrix)
         return matrix
 
-    def drop_unused(self) -> None:
-        """Remove moments that this object was not asked for: those of removed concepts."""
-        if self.folder is not None and self.used:
-            with suppress(OSError):
-                for path in set(self.folder.glob("*.moment")) - self.used:
-                    path.unlink(missing_ok=True)
-
     def _path(
         self, words: Mapping[str, Tensor], prompts: Sequence[str], share: float | None
     ) -> Path | None:
@@ -78,9 +78,7 @@ class MomentCache:
             key.update(json.dumps(split(prompt, words)).encode())
         for token in named(prompts, words):
             key.update(token.encode() + words[token].detach().cpu().float().numpy().tobytes())
-        path = self.folder / f"{key.hexdigest()[:32]}.moment"
-        self.used.add(path)
-        return path
+        return self.folder / f"{key.hexdigest()[:32]}.moment"
 
     def _read(self, path: Path | None) -> Tensor | None:
         """None if there is no usable one."""

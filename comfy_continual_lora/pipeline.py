@@ -22,16 +22,14 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from . import concepts, consolidation, parallel, store
+from . import concepts, parallel, store
 from .adapters.adapter import rank_of
 from .concept import kept_features, load_concept, record_of
-from .errors import StackError
 from .foreign import check_same_strength, imported_concept
 from .learn import learn
 from .mentions import previewed
 from .methods.method import LearnedConcept
 from .methods.stages import calibrated, distilled
-from .moments import clear_cache
 from .prepare import (
     checked_method,
     make_room,
@@ -48,24 +46,21 @@ from .prepare import (
 from .progress import OnProgress, ignore
 from .requests import (
     ConsolidateRequest,
-    ForgetRequest,
     ImportRequest,
     LearnRequest,
-    MergeRequest,
-    SolveRequest,
 )
 from .results import (
     ConsolidateResult,
-    ForgetResult,
     ImportResult,
     LearnResult,
-    MergeResult,
-    SolveResult,
 )
 from .session import Snapshots, open_session
+from .solving import consolidate_in_closed_form as consolidate_in_closed_form
+from .solving import forget as forget
+from .solving import merge as merge
+from .solving import put_on_top
+from .solving import select as select
 from .stack import ConceptStack
-from .stackfile import read_header
-from .targets import prompt_bank
 from .upkeep import history as history
 from .upkeep import info as info
 from .upkeep import rename as rename
@@ -78,7 +73,6 @@ from .views import export as export
 from .views import learned_before as learned_before
 from .views import plan as plan
 from .views import scored_after_learning
-from .views import select as select
 
 
 def learn_concept(request: LearnRequest, on_progress: OnProgress = ignore) -> LearnResult:
@@ -123,7 +117,7 @@ def learn_concept(request: LearnRequest, on_progress: OnProgress = ignore) -> Le
             if settings.keep_features:
                 record = replace(record, features=kept_features(session, concept))
             learned = LearnedConcept(
-                session, settings, concept, record, trained.word, penalties, snapshots, start.bank
+                session, settings, concept, record, trained.word, penalties, snapshots
             )
             if session.stack.tau is None:
                 session.stack = session.stack.calibrated(calibrated(learned, trained.adapter))
@@ -165,79 +159,6 @@ def consolidate(request: ConsolidateRequest, on_progress: OnProgress = ignore) -
     return ConsolidateResult(stack.records[-1], losses, request.stack_file, len(stack.records) - 1)
 
 
-def consolidate_in_closed_form(
-    request: SolveRequest, on_progress: OnProgress = ignore
-) -> SolveResult:
-    """Solve for the one LoRA that does to every concept's prompts what the adapter right after it
-    did. Needs no pictures and no U-Net, and is deterministic.
-    """
-    with open_session(request, on_progress, writes=True) as session:
-        stack = session.stack
-        if len(stack.records) < 2 or stack.adapter is None:
-            raise StackError(
-                f"There is nothing to consolidate: {request.stack_file} needs at least two "
-                "concepts, learned with a LoRA."
-            )
-        bank = prompt_bank(
-            session.backbone,
-            stack,
-            on_progress,
-            count=0,
-            cache=session.cache,
-            language=request.settings.language,
-        )
-        solved, result = consolidation.consolidated(
-            session.backbone, stack, request.settings, on_progress, bank
-        )
-        session.commit(solved, "solved", solved.records)
-    return result
-
-
-def forget(request: ForgetRequest, on_progress: OnProgress = ignore) -> ForgetResult:
-    """Remove any one concept from the stack, and what later adapters know of it."""
-    with open_session(request, on_progress, writes=True) as session:
-        record = session.stack.records[session.stack.index_of(request.token)]
-        stack = consolidation.without(
-            session.backbone,
-            session.stack,
-            request.token,
-            request.settings,
-            on_progress,
-            session.cache,
-        )
-        session.commit(stack, "forgot", [record])
-        clear_cache(session.cache)  # only the history still contains the concept
-    return ForgetResult(record, request.stack_file)
-
-
-def merge(request: MergeRequest, on_progress: OnProgress = ignore) -> MergeResult:
-    """Put those concepts of another stack of the same checkpoint on this one that it lacks."""
-    request.check()
-    own = {record.id for record in store.read_records(request.stack_file)}
-    theirs = {record["id"] for record in read_header(request.other)["concepts"]}
-    if not theirs:
-        raise StackError(
-            f"The stack {request.other} holds no concept, so there is nothing to merge. Choose "
-            "another as `other`."
-        )
-    if theirs <= own:
-        return MergeResult([], {}, request.stack_file)
-    with open_session(request, on_progress, writes=True) as session:
-        own = set(session.stack.words)
-        stack, renamed = consolidation.merged(
-            session.backbone,
-            session.stack,
-            session.load(request.other),
-            request.settings,
-            on_progress,
-            session.cache,
-        )
-        added = [record for record in stack.records if record.id not in own]
-        if added:
-            session.commit(stack, "merged", added)
-    return MergeResult([record.name for record in added], renamed, request.stack_file)
-
-
 def import_concept(request: ImportRequest, on_progress: OnProgress = ignore) -> ImportResult:
     """Put a K/V LoRA that another program made on the stack, as one concept."""
     concepts.check_noun(request.noun, request.token)
@@ -253,9 +174,7 @@ def import_concept(request: ImportRequest, on_progress: OnProgress = ignore) -> 
         other = ConceptStack(session.stack.fingerprint, rank=rank_of(imported.adapter))
         other.checkpoint = replace(other.checkpoint, clip_skip=imported.clip_skip)
         other = other.learned(record, imported.word, imported.adapter)
-        stack, _ = consolidation.merged(
-            session.backbone, session.stack, other, request.settings, on_progress, session.cache
-        )
+        stack, _ = put_on_top(session, other, request.settings)
         kept = rest.keep(request.lora) if rest and request.rest == "keep" else None
         session.commit(stack, "imported", [record])
     return ImportResult(record, request.lora, rest=rest.described() if rest else "", kept=kept)

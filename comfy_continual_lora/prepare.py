@@ -11,6 +11,7 @@ from torch import Tensor
 from . import concepts, objective
 from .adapters.adapter import Adapter, attached
 from .concept import Concept, load_concept
+from .consolidation import undone
 from .early import check_learn
 from .emphasis import unread
 from .errors import SettingError, StackError
@@ -93,7 +94,7 @@ def tell_of_objective(session: Session, concept: Concept) -> None:
 def _without_newest(stack: ConceptStack, token: str) -> ConceptStack:
     """Errors: TokenError if the newest concept has another word."""
     check_newest(token, stack.records[-1].token)
-    return stack.undone()
+    return undone(stack)
 
 
 def settings_for(session: Session, request: LearnRequest, method: Method) -> ResolvedSettings:
@@ -136,7 +137,7 @@ def newest_again(
             f"{record.token} was imported, so there are no pictures that it was learned from. Use "
             "`closed_form`, which needs none."
         )
-    earlier = replace(session, stack=stack.undone(), writes=False)
+    earlier = replace(session, stack=undone(stack), writes=False)
     settings = _settings_again(request, record, earlier)
     method = METHODS[settings.method]
     concept = load_concept(
@@ -147,8 +148,8 @@ def newest_again(
             f"None of these is one of the pictures that {record.token} was learned from. If they "
             f"show another thing, {record.token} becomes that thing: stop, and give its own."
         )
-    bank = method.held_bank(earlier, record.noun, settings)
-    held = method.retention(earlier, settings, bank)
+    method.encode(earlier, record.noun, settings)
+    held = method.retention(earlier, settings)
     penalties = method.penalties(earlier, settings, held)
     snapshots = Snapshots.of(earlier, concept, settings)
     learned = LearnedConcept(

@@ -18,6 +18,7 @@ from .checkpoint.load import load_backbone
 from .errors import SettingError, StackError, TrainingError
 from .files import cache_folder, check_names, real_file, snapshot_path, snapshots_of
 from .keeping import writing
+from .moments import clear_moments
 from .parallel import is_first
 from .presets import CLIP_SKIP_PRESETS, PREDICTION_NAMES, PREDICTIONS
 from .progress import OnProgress, Progress
@@ -25,7 +26,8 @@ from .requests import Request
 from .settings import ResolvedSettings, TrainSettings
 from .snapshot import identity, other_runs
 from .stack import ConceptRecord, ConceptStack
-from .store import change, load_stack, save_stack
+from .store import change, check_checkpoint, load_stack, open_stack, save_stack
+from .targets import PromptBank
 from .training import asked_for
 
 if TYPE_CHECKING:
@@ -47,19 +49,59 @@ class Session:
     """An open checkpoint and its stack; while `writes`, no other program can change the stack."""
 
     path: Path  # of the stack
-    backbone: Backbone
+    request: Request
     stack: ConceptStack
     on_progress: OnProgress
     writes: bool
+    precision: str = "auto"
+    loaded: Backbone | None = None
 
     @property
-    def cache(self) -> Path:
-        """The folder of cached text moments."""
-        return cache_folder(real_file(self.path))
+    def backbone(self) -> Backbone:
+        """The checkpoint, loaded when it is first needed.
+
+        Errors: CheckpointError; StackError if the stack is not this checkpoint's.
+        """
+        if self.loaded is None:
+            backbone = _load(self.request, self.precision, self.on_progress)
+            check_checkpoint(self.stack, self.path, backbone.fingerprint)
+            self.use(backbone)
+        assert self.loaded
+        return self.loaded
+
+    def use(self, backbone: Backbone) -> None:
+        """Work with this checkpoint, as the request and the stack want it.
+
+        Errors: StackError, SettingError if they differ.
+        """
+        request = self.request
+        check_fits(self.stack, self.path, backbone)
+        backbone = replace(backbone, prediction=_prediction(request, backbone, self.stack))
+        backbone = backbone.with_clip_skip(_clip_skip(request, backbone, self.stack))
+        self.stack.checkpoint = replace(
+            self.stack.checkpoint,
+            preset=backbone.preset,
+            prediction=backbone.prediction,
+            word_widths=backbone.word_widths,
+            clip_skip=backbone.clip_skip,
+        )
+        backbone.tell = self.tell
+        backbone.try_out()
+        self.loaded = backbone
+
+    def bank(self, stack: ConceptStack, share: float | None = None) -> PromptBank:
+        """What encodes prompts that name the concepts of this stack; `share` as in
+        `textspace.moment`, if it is not the stack's.
+        """
+        if share is None and stack.ordinary is not None:
+            share = stack.ordinary.share
+        cache = cache_folder(real_file(self.path))
+        return PromptBank(self.backbone, stack.tokens, share, cache, self.on_progress)
 
     def load(self, path: Path) -> ConceptStack:
         """Another stack of the same checkpoint, to be merged with this one. Errors: StackError."""
-        other = fitting(load_stack(path, self.backbone.fingerprint), path, self.backbone)
+        other = load_stack(path, self.backbone.fingerprint)
+        check_fits(other, path, self.backbone)
         theirs, own = other.checkpoint.clip_skip, self.backbone.clip_skip
         if self.stack.records and theirs != own:
             raise StackError(
@@ -77,35 +119,41 @@ class Session:
         assert self.writes
         save_stack(stack, self.path, change(kind, records))
         self.stack = stack
+        if stack.ordinary is not None:
+            clear_moments(cache_folder(real_file(self.path)))  # the stack has them now
 
 
 @contextmanager
 def open_session(
-    request: Request, on_progress: OnProgress, *, precision: str = "auto", writes: bool = False
+    request: Request,
+    on_progress: OnProgress,
+    *,
+    precision: str = "auto",
+    writes: bool = False,
+    at_once: bool = True,
 ) -> Iterator[Session]:
-    """Errors: CheckpointError, StackError; TrainingError if memory runs out, also in the block."""
+    """`at_once` false: the checkpoint is loaded when it is first used, if there is a stack.
+
+    Errors: CheckpointError, StackError; TrainingError if memory runs out, also in the block.
+    """
     request.check()
     path = request.stack_file
     if writes:
         check_names(path)
     with explain_oom(request):
-        on_progress(Progress("load", 0, 1))
-        backbone = load_backbone(request.checkpoint, device=request.device, precision=precision)
+        later = not at_once and real_file(path).exists()
+        backbone = None if later else _load(request, precision, on_progress)
         with writing(path) if writes and is_first() else nullcontext():
-            stack = fitting(load_stack(path, backbone.fingerprint), path, backbone)
-            backbone = replace(backbone, prediction=_prediction(request, backbone, stack))
-            backbone = backbone.with_clip_skip(_clip_skip(request, backbone, stack))
-            stack.checkpoint = replace(
-                stack.checkpoint,
-                preset=backbone.preset,
-                prediction=backbone.prediction,
-                word_widths=backbone.word_widths,
-                clip_skip=backbone.clip_skip,
-            )
-            session = Session(path, backbone, stack, on_progress, writes)
-            backbone.tell = session.tell
-            backbone.try_out()
+            stack = load_stack(path, backbone.fingerprint) if backbone else open_stack(path)
+            session = Session(path, request, stack, on_progress, writes, precision)
+            if backbone:
+                session.use(backbone)
             yield session
+
+
+def _load(request: Request, precision: str, on_progress: OnProgress) -> Backbone:
+    on_progress(Progress("load", 0, 1))
+    return load_backbone(request.checkpoint, device=request.device, precision=precision)
 
 
 def _prediction(request: Request, backbone: Backbone, stack: ConceptStack) -> str:
@@ -177,13 +225,13 @@ def explain_oom(request: Request) -> Iterator[None]:
         raise TrainingError(f"{message}.") from None
 
 
-def fitting(stack: ConceptStack, path: Path, backbone: Backbone) -> ConceptStack:
-    """The same stack, checked against the checkpoint.
-
-    Errors: StackError if its words or layers do not fit, whatever its fingerprint says.
+def check_fits(stack: ConceptStack, path: Path, backbone: Backbone) -> None:
+    """Errors: StackError if the stack's words or layers are not the checkpoint's, whatever its
+    fingerprint says.
     """
     shapes = {name: tuple(layer.weight.shape) for name, layer in backbone.kv_layers.items()}
-    fits = all(word.shape[1] == backbone.word_width for word in stack.words.values())
+    rows = [*stack.words.values(), *(kept.alone for kept in stack.prompts.values())]
+    fits = all(one.shape[1] == backbone.word_width for one in rows)
     for adapter in stack.adapters:
         layers = layers_of(adapter)
         fits = fits and layers.keys() == shapes.keys()
@@ -193,7 +241,6 @@ def fitting(stack: ConceptStack, path: Path, backbone: Backbone) -> ConceptStack
             f"The concept stack {path} does not fit this checkpoint, although its header names it. "
             "Get the file again, or go back to an earlier version (`restore`)."
         )
-    return stack
 
 
 def _layer_fits(parts: Mapping[str, Tensor], out: int, width: int) -> bool:

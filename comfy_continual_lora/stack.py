@@ -11,10 +11,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from .adapters.adapter import Adapter, kind_of, rank_of
-from .errors import StackError
 from .stackschema import HISTORY
 from .words import name_of, position_of
 
@@ -68,11 +68,46 @@ class CheckpointInfo:
     later: dict[str, Any] = field(default_factory=dict)  # as of a record
 
 
+@dataclass(frozen=True)
+class PromptRows:
+    """The prompts about a concept, as rows with their second moment: rows^T rows = E c c^T."""
+
+    alone: Tensor  # (k, d_text) float16: prompts that name no other concept
+    shared: Tensor  # (m, d_text) float16: those with the concepts before and after it; m may be 0
+
+    @property
+    def rows(self) -> Tensor:
+        """All of them, each kind with half the weight, float32."""
+        if not len(self.shared):
+            return self.alone.float()
+        return torch.cat([self.alone, self.shared]).float() * 0.5**0.5
+
+
+@dataclass(frozen=True)
+class Ordinary:
+    """The second moments of prompts that name no concept, (d_text, d_text) float32."""
+
+    listed: Tensor  # over lists of common words and the class nouns
+    count: int  # how many prompts that is
+    nouns: tuple[str, ...]
+    drawn: Tensor | None = None  # over a sample of the tokenizer's vocabulary
+    share: float | None = None  # as in `textspace.moment`
+
+    def moment(self, language: float) -> Tensor:
+        """Of both; `language` is the share of the sample."""
+        if not language:
+            return self.listed
+        assert self.drawn is not None
+        return (1 - language) * self.listed + language * self.drawn
+
+
 @dataclass
 class ConceptStack:
     """The concepts a checkpoint has learned, in order.
 
-    `adapter` draws all of them; `pool` holds the adapter as it was after each earlier concept.
+    `adapter` draws all of them. `pool` holds the adapter as it was after an earlier concept, if it
+    was trained. A solution of the closed form is not kept: `targets`, `prompts` and `ordinary` are
+    all it takes to solve for it again (`consolidation.as_of`).
     """
 
     fingerprint: str
@@ -82,6 +117,8 @@ class ConceptStack:
     pool: dict[str, Adapter] = field(default_factory=dict)  # by id, if there was an adapter
     # by id: a concept's own adapter, if a solution for all concepts replaced it
     targets: dict[str, Adapter] = field(default_factory=dict)
+    prompts: dict[str, PromptRows] = field(default_factory=dict)  # by id
+    ordinary: Ordinary | None = None
     rank: int | None = None
     fishers: dict[str, Adapter] = field(default_factory=dict)  # by id; none for methods without EWC
     tau: float | None = None  # temperature of the DC scores, calibrated on the first concept
@@ -128,9 +165,15 @@ class ConceptStack:
         return position_of(token, [one.token for one in self.records])
 
     def adapter_after(self, concept: str) -> Adapter | None:
-        """The adapter as it was right after this concept was learned."""
+        """The adapter as it was right after this concept was learned; None if there was none, or
+        it was a solution.
+        """
         newest = self.records and concept == self.records[-1].id
         return self.adapter if newest else self.pool.get(concept)
+
+    def can_solve(self, concept: str) -> bool:
+        """Whether the adapter after this concept is a solution that can be solved for again."""
+        return self.ordinary is not None and concept in self.targets and concept in self.prompts
 
     # --- changes ------------------------------------------------------------------------------
 
@@ -148,7 +191,7 @@ class ConceptStack:
         The stack takes the rank the concept was learned with, unless `keep_rank`.
         """
         after = self._copy()
-        if self.records and self.adapter is not None:
+        if self.records and self.adapter is not None and not self.can_solve(self.records[-1].id):
             after.pool[self.records[-1].id] = self.adapter
         after.records.append(record)
         after.words[record.id] = word
@@ -170,8 +213,8 @@ class ConceptStack:
             after.fishers[self.records[-1].id] = fisher
         return after
 
-    def solved(self, adapter: Adapter, target: Adapter | None) -> ConceptStack:
-        """With one LoRA for all concepts; `target`: the newest one's target from now on.
+    def solved(self, adapter: Adapter) -> ConceptStack:
+        """With one LoRA for all concepts.
 
         Fishers are dropped, because their factors no longer exist.
         """
@@ -180,8 +223,6 @@ class ConceptStack:
         after.adapter, after.fishers = adapter, {}
         after.records[-1] = self.records[-1].with_rank_of(adapter)
         after.rank = after.records[-1].settings["rank"]
-        if target is not None:
-            after.targets[self.records[-1].id] = target
         return after
 
     def calibrated(self, tau: float) -> ConceptStack:
@@ -192,71 +233,63 @@ class ConceptStack:
         """With the current adapter counted as the newest concept's learned one, not consolidated."""
         return replace(self._copy(), unconsolidated=None)
 
-    def settled(self) -> ConceptStack:
-        """With the rank of its newest concept."""
-        return replace(self._copy(), rank=self.records[-1].settings["rank"])
-
-    def with_solution(
-        self, adapter: Adapter, rank: int, targets: Mapping[str, Adapter]
-    ) -> ConceptStack:
-        """For concepts without adapter so far: with one LoRA for all, and each one's target."""
-        return replace(self._copy(), adapter=adapter, rank=rank, targets=dict(targets))
-
     def with_target(self, concept: str, target: Adapter) -> ConceptStack:
-        """With a new target for one concept."""
+        """With a new target for one concept, in float16."""
         after = self._copy()
-        after.targets[concept] = target
+        after.targets[concept] = {name: tensor.half() for name, tensor in target.items()}
         return after
 
-    def undone(self) -> ConceptStack:
-        """Without the newest concept, its word, record and Fisher; the adapter is the previous one.
+    def with_prompts(self, prompts: Mapping[str, PromptRows], ordinary: Ordinary) -> ConceptStack:
+        """With the prompts of these concepts, and ordinary ones.
 
-        Errors: StackError for an empty stack.
+        Solutions that earlier versions of this program kept are dropped.
         """
-        if not self.records:
-            raise StackError("There is no concept to undo: the stack is empty.")
+        after = replace(self._copy(), ordinary=ordinary)
+        after.prompts |= prompts
+        after.pool = {one: held for one, held in after.pool.items() if not after.can_solve(one)}
+        return after
+
+    def with_solution(self, adapter: Adapter | None) -> ConceptStack:
+        """With another adapter for the same concepts, which takes the place of all trained ones."""
+        after = replace(self._copy(), adapter=adapter, unconsolidated=None, fishers={})
+        if after.records:
+            after.records[-1] = after.records[-1].with_rank_of(adapter)
+            after.rank = after.records[-1].settings.get("rank", self.rank)
+        return after
+
+    def first(self, count: int, adapter: Adapter | None) -> ConceptStack:
+        """Only the first `count` concepts, fewer than all, and the adapter they had then."""
         after = self._copy()
-        gone = after.records.pop()
-        del after.words[gone.id]
-        after.fishers.pop(gone.id, None)
-        after.targets.pop(gone.id, None)
-        after.unconsolidated = None
+        for gone in self.records[count:]:
+            after._drop(gone.id)
+        after.records, after.unconsolidated = self.records[:count], None
         if not after.records:
-            after.tau = after.rank = after.adapter = None
+            after.tau = after.rank = after.adapter = after.ordinary = None
             return after
         newest = after.records[-1]
+        after.pool.pop(newest.id, None)
+        after.adapter = adapter
         after.rank = newest.settings.get("rank", self.rank)  # the closed form may have raised it
-        after.adapter = after.pool.pop(newest.id, None)
         return after
 
-    def as_of(self, count: int, *, consolidated: bool = True) -> ConceptStack:
-        """The stack as it was with its first `count` concepts.
+    def only(self, tokens: Sequence[str]) -> ConceptStack:
+        """Only these concepts, in the stack's order, with no adapter: one has to be solved for.
 
-        `consolidated` false: before the newest of them was consolidated.
+        Errors: StackError for a token that is not on the stack.
         """
-        past = self._copy()
-        while len(past.records) > max(count, 0):
-            past = past.undone()
-        if not consolidated and past.unconsolidated is not None:
-            past.adapter = past.unconsolidated
-        return past
-
-    def without(self, concept: str, later: Mapping[str, Adapter]) -> ConceptStack:
-        """Without one concept that is not the newest; `later`: by id, the adapters after each later
-        concept, solved again without it.
-        """
-        after = self._copy()
-        after.records = [record for record in self.records if record.id != concept]
-        del after.words[concept]
-        after.pool.pop(concept, None)
-        after.targets.pop(concept, None)
-        newest = after.records[-1].id
-        after.adapter, after.unconsolidated = later.get(newest, self.adapter), None
-        after.fishers = {}
-        after.pool |= {one: adapter for one, adapter in later.items() if one != newest}
-        after.records = [r.with_rank_of(after.adapter_after(r.id)) for r in after.records]
-        after.rank = after.records[-1].settings["rank"]
+        after = replace(self._copy(), adapter=None, unconsolidated=None, pool={}, fishers={})
+        chosen = {self.index_of(token) for token in tokens}
+        after.records = [record for n, record in enumerate(self.records) if n in chosen]
+        for record in self.records:
+            if record not in after.records:
+                after._drop(record.id)
         return after
+
+    def _drop(self, concept: str) -> None:
+        """Forget all that is kept of a concept besides its record."""
+        del self.words[concept]
+        for kept in (self.pool, self.targets, self.prompts, self.fishers):
+            kept.pop(concept, None)
 
     def in_place_of_nothing(self, other: ConceptStack) -> ConceptStack:
         """The other stack's concepts, as this stack's own."""
@@ -267,15 +300,21 @@ class ConceptStack:
             history=self.history,
         )
 
-    def ready_to_merge(self, other: ConceptStack, targets: Mapping[str, Adapter]) -> ConceptStack:
-        """With the targets of the other's concepts, before these are put on top one by one."""
-        after = self._copy()
-        after.targets |= targets
-        after.fishers = {}
-        after.tau = self.tau or other.tau
+    def joined(self, other: ConceptStack, records: Sequence[ConceptRecord]) -> ConceptStack:
+        """With concepts of another stack on top, which keep their targets; an adapter has to be
+        solved for.
+        """
+        after = replace(self._copy(), fishers={}, tau=self.tau or other.tau)
+        if self.records and self.adapter is not None and not self.can_solve(self.records[-1].id):
+            after.pool[self.records[-1].id] = self.adapter
+        after.records += records
+        after.words |= {one.id: other.words[one.id] for one in records}
+        after.targets |= {
+            one.id: other.targets[one.id] for one in records if one.id in other.targets
+        }
         after.rank = max(filter(None, (self.rank, other.rank)), default=None)
         return after
 
     def _copy(self) -> ConceptStack:
-        names = ("records", "words", "pool", "targets", "fishers")
+        names = ("records", "words", "pool", "targets", "prompts", "fishers")
         return dataclasses.replace(self, **{name: getattr(self, name).copy() for name in names})

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from .files import check_regular, real_file
-from .stackschema import Shape, checked, damaged, refuse_number, unique_pairs, unreadable
+from .stackschema import BYTES, Shape, checked, damaged, refuse_number, unique_pairs, unreadable
 
 _MOST_HEADER = 100_000_000  # bytes, as in the safetensors library
 _MOST_VALUES = 4_000_000  # in the header, which takes up to a hundred bytes of memory for each
@@ -103,7 +103,7 @@ def _shapes(entries: Mapping[str, Any], first: int, end_of_file: int) -> dict[st
             raise ValueError(f"its tensor {name} has an invalid size")
         shapes[name] = Shape(dtype, tuple(sizes), first + start)
         spans.append((start, end))
-        if dtype == "F32" and end - start != 4 * math.prod(sizes):
+        if dtype in BYTES and end - start != BYTES[dtype] * math.prod(sizes):
             raise ValueError(f"its tensor {name} has {end - start} bytes, not as many as its shape")
     size = end_of_file - first
     spans = sorted([(0, 0), *spans, (size, size)])

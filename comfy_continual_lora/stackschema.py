@@ -24,9 +24,10 @@ from .presets import ADAPTERS, METHODS, PREDICTIONS, PRESETS
 from .settings import MOST_VECTORS
 
 FORMAT = "comfy-continual-lora"
-VERSION = 1
+VERSION = 2
 HISTORY = 5  # earlier versions kept by default
 MOST_RANK = 4096
+BYTES = {"F32": 4, "F16": 2}  # of a value, by safetensors' names
 # How a change is described; {} are the words it is about
 CHANGES = {
     "learned": "learned {}",
@@ -218,6 +219,11 @@ _CHANGE: dict[str, tuple[Check, str]] = {
     "names": (_list(_LINE), "a list of names"),
     "when": (_date, "a date and time"),
 }
+_ORDINARY: dict[str, tuple[Check, str]] = {
+    "count": (_count(1, 10**9), "a count"),
+    "nouns": (_list(_LINE), "a list of nouns"),
+    "share": (_or_none(_number(0)), "a share"),
+}
 _HEADER: dict[str, tuple[Check, str]] = {
     "version": (_count(1, VERSION), f"a format version from 1 to {VERSION}"),
     "fingerprint": (_text(r"[0-9a-f]{8,128}"), "a hash"),
@@ -229,6 +235,7 @@ _HEADER: dict[str, tuple[Check, str]] = {
     "number": (_or_none(_WHOLE), "a number"),
     "parent": (_or_none(_WHOLE), "a number"),
     "change": (_or_none(lambda value: isinstance(value, dict)), "a change"),
+    "ordinary": (_or_none(lambda value: isinstance(value, dict)), "a description of prompts"),
     "history": (_count(0, 1000), "a number of versions"),
 }
 _HEADER_DEFAULTS = {
@@ -238,6 +245,7 @@ _HEADER_DEFAULTS = {
     "number": None,
     "parent": None,
     "change": None,
+    "ordinary": None,
     "history": HISTORY,
 }
 _LAYER = r"[A-Za-z0-9_]+(?:\.[A-Za-z0-9_]+)*"
@@ -245,6 +253,8 @@ _PART = r"[A-Za-z]\w*"
 _NAMES = re.compile(
     rf"(?P<word>word)\.(?P<of>[A-Za-z0-9_-]+)"
     rf"|(?P<part>adapter|before)\.(?P<layer>{_LAYER})\.(?P<tensor>{_PART})"
+    rf"|ordinary\.(?P<ordinary>listed|drawn)"
+    rf"|(?P<prompts>alone|shared)\.(?P<about>[A-Za-z0-9_-]+)"
     rf"|(?P<held>pool|wish|fisher)\.(?P<concept>[A-Za-z0-9_-]+)"
     rf"\.(?P<held_layer>{_LAYER})\.(?P<held_tensor>{_PART})"
 )
@@ -284,6 +294,8 @@ def checked(path: Path, metadata: Any, shapes: Mapping[str, Shape]) -> dict[str,
     )
     if header["change"] is not None:
         header["change"] = _fields(path, "change: ", header["change"], _CHANGE)
+    if header["ordinary"] is not None:
+        header["ordinary"] = _fields(path, "ordinary: ", header["ordinary"], _ORDINARY)
     header["concepts"] = [
         _fields(path, f"concept {number}: ", {**_RECORD_DEFAULTS, **record}, _RECORD)
         for number, record in enumerate(header["concepts"], start=1)
@@ -323,24 +335,30 @@ def _tensors_fit(path: Path, header: Mapping[str, Any], shapes: Mapping[str, Sha
     """Check that every word and layer is there, and that their shapes fit each other."""
     ids = {record["id"] for record in header["concepts"]}
     words: dict[str, tuple[int, ...]] = {}
+    prompts: dict[str, tuple[int, ...]] = {}
     adapters: dict[str, dict[str, dict[str, tuple[int, ...]]]] = {}  # by part, layer, tensor
     for name, shape in shapes.items():
         match = _NAMES.fullmatch(name)
         if match is None:
             raise _wrong(path, f"it holds an unknown tensor {name[:100]!r}")
-        if shape.dtype != "F32":
-            raise _wrong(path, f"its tensor {name} is {shape.dtype}, expected F32")
-        concept = match["of"] or match["concept"]
+        expected = ("F16",) if match["prompts"] else ("F32", "F16") if match["held"] else ("F32",)
+        if shape.dtype not in expected:
+            raise _wrong(path, f"its tensor {name} is {shape.dtype}, expected {expected[0]}")
+        concept = match["of"] or match["concept"] or match["about"]
         if concept and concept not in ids:
             raise _wrong(path, f"its tensor {name} belongs to no concept")
         if match["word"]:
             words[concept] = shape.sizes
+            continue
+        if match["prompts"] or match["ordinary"]:
+            prompts[name] = shape.sizes
             continue
         part = match["part"] or f"{match['held']}.{concept}"
         layer = match["layer"] or match["held_layer"]
         tensor = match["tensor"] or match["held_tensor"]
         adapters.setdefault(part, {}).setdefault(layer, {})[tensor] = shape.sizes
     _words_fit(path, header, words)
+    _prompts_fit(path, header, prompts, next((sizes[-1] for sizes in words.values()), 0))
     ends: dict[str, dict[str, tuple[int | None, int | None]]] = {}
     for part, layers in adapters.items():
         ends[part] = _layers_fit(path, part, layers)
@@ -353,6 +371,27 @@ def _tensors_fit(path: Path, header: Mapping[str, Any], shapes: Mapping[str, Sha
                 raise _wrong(path, f"{part} does not fit the rest in its layer {layer}")
     if any(part != "adapter" for part in ends) and "adapter" not in ends and not ids:
         raise _wrong(path, "it holds adapters but no concept")
+
+
+def _prompts_fit(
+    path: Path, header: Mapping[str, Any], prompts: Mapping[str, tuple[int, ...]], width: int
+) -> None:
+    """Check the rows of prompts, (k, d), and the triangles of ordinary ones; `width` is d."""
+    if (header["ordinary"] is None) != ("ordinary.listed" not in prompts):
+        raise _wrong(path, "it holds only one of ordinary prompts and their description")
+    if "ordinary.drawn" in prompts and "ordinary.listed" not in prompts:
+        raise _wrong(path, "ordinary.listed is missing")
+    for name, sizes in prompts.items():
+        part, _, concept = name.partition(".")
+        if part == "ordinary":
+            fits = len(sizes) == 1 and (not width or sizes[0] == width * (width + 1) // 2)
+        else:
+            fits = len(sizes) == 2 and sizes[1] == width and sizes[0] <= width
+            other = "shared" if part == "alone" else "alone"
+            if f"{other}.{concept}" not in prompts:
+                raise _wrong(path, f"{other}.{concept} is missing")
+        if not fits:
+            raise _wrong(path, f"its tensor {name} has the shape {sizes}, which does not fit")
 
 
 def _words_fit(path: Path, header: Mapping[str, Any], words: Mapping[str, tuple[int, ...]]) -> None:

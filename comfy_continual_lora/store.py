@@ -3,13 +3,15 @@
     adapter.<layer>.<part>                the current adapter
     before.<layer>.<part>                 the adapter before the newest concept was consolidated
     pool.<concept id>.<layer>.<part>      the adapter after each earlier concept
-    wish.<concept id>.<layer>.<part>      a concept's target for the closed form (`targets`)
+    wish.<concept id>.<layer>.<part>      a concept's target for the closed form (`targets`), float16
+    alone.<concept id>, shared.<...>      rows of its prompts (`PromptRows`), float16 (k, d)
+    ordinary.listed, ordinary.drawn       ordinary prompts (`Ordinary`): each moment's upper triangle
     fisher.<concept id>.<layer>.<part>    a concept's Fisher
     word.<concept id>                     a word's vectors, float32 (k, d)
 
-The header holds the rest as JSON (`stackschema`) and can be read without loading a tensor. The file
-is written to a temporary name, synced and renamed; earlier versions are kept in the history folder
-beside it; one program writes at a time.
+All else is float32. The header holds the rest as JSON (`stackschema`) and can be read without
+loading a tensor. The file is written, tensor by tensor, to a temporary name, synced and renamed;
+earlier versions are kept in the history folder beside it; one program writes at a time.
 """
 
 from __future__ import annotations
@@ -18,12 +20,12 @@ import dataclasses
 import json
 import math
 import secrets
-from collections.abc import Mapping, Sequence
+import struct
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any
 
 import torch
-from safetensors.torch import save
 from torch import Tensor
 
 from .errors import StackError
@@ -31,11 +33,13 @@ from .files import real_file, write_whole
 from .files import stack_path as stack_path
 from .keeping import add_version, new_change, not_finite
 from .keeping import writing as writing
-from .stack import CheckpointInfo, ConceptRecord, ConceptStack
+from .stack import CheckpointInfo, ConceptRecord, ConceptStack, Ordinary, PromptRows
 from .stackfile import opened, read_header
-from .stackschema import FORMAT, VERSION, Shape, checked
+from .stackschema import BYTES, FORMAT, VERSION, Shape, checked
 from .versions import Change
 
+_DTYPES = {"F32": torch.float32, "F16": torch.float16}
+_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 # The tensors' and numbers' names in words; {} is a concept's word
 _PARTS = {
     "word": "the word {}",
@@ -43,6 +47,9 @@ _PARTS = {
     "before": "the adapter before it was consolidated",
     "pool": "the adapter after {}",
     "wish": "the target of {}",
+    "alone": "the prompts about {}",
+    "shared": "the prompts about {}",
+    "ordinary": "the ordinary prompts",
     "fisher": "the Fisher of {}",
     "loss": "the loss of {}",
     "tau": "the temperature of the DC scores",
@@ -57,13 +64,18 @@ def load_stack(path: Path, fingerprint: str) -> ConceptStack:
     if not real_file(path).exists():
         return ConceptStack(fingerprint)
     stack = _read(path)
+    check_checkpoint(stack, path, fingerprint)
+    return stack
+
+
+def check_checkpoint(stack: ConceptStack, path: Path, fingerprint: str) -> None:
+    """Errors: StackError if the stack was made for a checkpoint with another fingerprint."""
     if stack.fingerprint != fingerprint:
         raise StackError(
             f"The concept stack {path} was made for another checkpoint (its K/V weights "
             f"{stack.fingerprint[:12]}, here {fingerprint[:12]}). Use it with its own checkpoint, "
             "or name another stack file."
         )
-    return stack
 
 
 def _read(path: Path) -> ConceptStack:
@@ -82,12 +94,14 @@ def _check_finite(path: Path, tensors: Mapping[str, Tensor]) -> None:
 
 
 def _tensor(file: IO[bytes], shape: Shape) -> Tensor:
-    """A float32 tensor; `checked` has verified that the file holds it."""
-    data = bytearray(4 * math.prod(shape.sizes))
+    """`checked` has verified that the file holds it."""
+    data = bytearray(BYTES[shape.dtype] * math.prod(shape.sizes))
     file.seek(shape.start)
     if file.readinto(data) < len(data):  # pyright: ignore[reportAttributeAccessIssue]
         raise OSError("it was truncated while being read")
-    return torch.frombuffer(data, dtype=torch.float32).reshape(shape.sizes)
+    if not data:  # which `frombuffer` does not take
+        return torch.empty(shape.sizes, dtype=_DTYPES[shape.dtype])
+    return torch.frombuffer(data, dtype=_DTYPES[shape.dtype]).reshape(shape.sizes)
 
 
 def _stack_of(header: dict[str, Any], tensors: dict[str, Tensor]) -> ConceptStack:
@@ -97,6 +111,8 @@ def _stack_of(header: dict[str, Any], tensors: dict[str, Tensor]) -> ConceptStac
     stack.history, stack.identity = header["history"], header["identity"]
     stack.later = header["later"]
     stack.identity = stack.owner
+    if header["ordinary"] is not None:
+        stack.ordinary = _ordinary_of(header["ordinary"], tensors)
     for key, tensor in tensors.items():
         part, _, rest = key.partition(".")
         if part == "word":
@@ -105,11 +121,39 @@ def _stack_of(header: dict[str, Any], tensors: dict[str, Tensor]) -> ConceptStac
             stack.adapter = {**(stack.adapter or {}), rest: tensor}
         elif part == "before":
             stack.unconsolidated = {**(stack.unconsolidated or {}), rest: tensor}
-        else:
+        elif part == "alone":
+            stack.prompts[rest] = PromptRows(tensor, tensors[f"shared.{rest}"])
+        elif part in ("pool", "wish", "fisher"):
             concept, _, name = rest.partition(".")
             by_concept = {"pool": stack.pool, "wish": stack.targets, "fisher": stack.fishers}[part]
             by_concept.setdefault(concept, {})[name] = tensor
     return stack
+
+
+def _ordinary_of(header: dict[str, Any], tensors: Mapping[str, Tensor]) -> Ordinary:
+    drawn = tensors.get("ordinary.drawn")
+    return Ordinary(
+        _whole(tensors["ordinary.listed"]),
+        header["count"],
+        tuple(header["nouns"]),
+        None if drawn is None else _whole(drawn),
+        header["share"],
+    )
+
+
+def _whole(triangle: Tensor) -> Tensor:
+    """The symmetric matrix (d, d) with this upper triangle, (d (d + 1) / 2,)."""
+    width = math.isqrt(2 * len(triangle))
+    rows, columns = torch.triu_indices(width, width)
+    matrix = torch.zeros(width, width)
+    matrix[rows, columns] = triangle
+    matrix[columns, rows] = triangle
+    return matrix
+
+
+def _triangle(matrix: Tensor) -> Tensor:
+    rows, columns = torch.triu_indices(*matrix.shape)
+    return matrix[rows, columns]
 
 
 def read_records(path: Path) -> list[ConceptRecord]:
@@ -191,21 +235,48 @@ def write(
         "number": number,
         "parent": parent,
         "change": None if change is None else _fields_of(change),
+        "ordinary": None if stack.ordinary is None else _described(stack.ordinary),
         "history": stack.history,
         **stack.later,
     }
     metadata = {"format": FORMAT, "stack": json.dumps(header)}
-    checked(
-        path,
-        metadata,
-        {name: Shape("F32", tuple(tensor.shape), 0) for name, tensor in tensors.items()},
-    )
-    write_whole(path, save(tensors, metadata))
+    shapes = {
+        name: Shape(_NAMES[tensor.dtype], tuple(tensor.shape), 0)
+        for name, tensor in tensors.items()
+    }
+    checked(path, metadata, shapes)
+    write_whole(path, _file(tensors, shapes, metadata))
+
+
+def _described(ordinary: Ordinary) -> dict[str, Any]:
+    return {"count": ordinary.count, "nouns": ordinary.nouns, "share": ordinary.share}
+
+
+def _file(
+    tensors: Mapping[str, Tensor], shapes: Mapping[str, Shape], metadata: dict[str, str]
+) -> Iterator[bytes | memoryview]:
+    """A safetensors file in parts, so that no second copy of all tensors is ever in memory."""
+    names = sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))  # aligned
+    entries: dict[str, Any] = {"__metadata__": metadata}
+    start = 0
+    for name in names:
+        end = start + tensors[name].nbytes
+        entries[name] = {
+            "dtype": shapes[name].dtype,
+            "shape": shapes[name].sizes,
+            "data_offsets": [start, end],
+        }
+        start = end
+    text = json.dumps(entries).encode()
+    text += b" " * (-len(text) % 8)
+    yield struct.pack("<Q", len(text)) + text
+    for name in names:
+        yield tensors[name].numpy().data.cast("B") if tensors[name].nbytes else b""
 
 
 def _tensors_of(stack: ConceptStack) -> dict[str, Tensor]:
-    """A file's tensors by name, float32 on the CPU."""
-    tensors = {f"word.{concept}": word for concept, word in stack.words.items()}
+    """A file's tensors by name, on the CPU."""
+    tensors: dict[str, Tensor] = {f"word.{concept}": word for concept, word in stack.words.items()}
     for part, adapter in (("adapter", stack.adapter), ("before", stack.unconsolidated)):
         tensors |= {f"{part}.{name}": tensor for name, tensor in (adapter or {}).items()}
     for part, adapters in (
@@ -215,7 +286,18 @@ def _tensors_of(stack: ConceptStack) -> dict[str, Tensor]:
     ):
         for concept, adapter in adapters.items():
             tensors |= {f"{part}.{concept}.{name}": tensor for name, tensor in adapter.items()}
-    return {name: tensor.detach().float().contiguous().cpu() for name, tensor in tensors.items()}
+    for concept, kept in stack.prompts.items():
+        tensors |= {f"alone.{concept}": kept.alone, f"shared.{concept}": kept.shared}
+    if stack.ordinary is not None:
+        tensors["ordinary.listed"] = _triangle(stack.ordinary.listed)
+        if stack.ordinary.drawn is not None:
+            tensors["ordinary.drawn"] = _triangle(stack.ordinary.drawn)
+    return {
+        name: tensor.detach()
+        .to("cpu", tensor.dtype if tensor.dtype in _NAMES else torch.float32)
+        .contiguous()
+        for name, tensor in tensors.items()
+    }
 
 
 def _fields_of(part: ConceptRecord | CheckpointInfo | Change) -> dict[str, Any]:

@@ -1,42 +1,52 @@
 """Stage 4: what each concept's prompts should be mapped to.
 
-    prompts of a stack -> `PromptBank`: their second moments -> `Target`s for `solve`, or a penalty
+    words, records -> `PromptBank`: second moments of the prompts about each concept -> the stack
+    a stack that has them -> `Target`s for `solve`, or a penalty, without encoding anything
 
-A concept's target is what its own adapter, right after it was learned, did to its own prompts.
+A concept's target is what its own adapter, right after it was learned, did to its own prompts. Once
+it is known, neither needs the text encoders again.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from .adapters.adapter import Adapter, layers_of
-from .checkpoint.backbone import Backbone
+from .adapters.adapter import Adapter
 from .language import LANGUAGE, language_prompts
 from .moments import MomentCache
 from .progress import OnProgress, Progress, ignore
 from .settings import RetentionSettings, SolveSettings
-from .solve import Target, solve
-from .stack import ConceptRecord, ConceptStack
+from .solve import Target, rows_of, solve
+from .stack import ConceptRecord, ConceptStack, Ordinary, PromptRows
 from .textspace import (
     RetentionPenalty,
-    drift,
+    difference,
+    noun_prompts,
     ordinary_prompts,
     shrunk,
     single_prompts,
     sizes,
 )
 
+if TYPE_CHECKING:
+    from .checkpoint.backbone import Backbone
+
 # In the penalty each earlier concept weighs 1, and all together at most this.
 MAX_EARLIER_WEIGHT = 3.0
+# Of a moment's trace, for the stack. No less is solved for, over prompts of all kinds, than with
+# whole moments, which take three times the room: benchmarks/LOG.md, 2026-11-29.
+KEPT = 0.998
+NEIGHBORS = 2  # a concept's prompts name it beside each of so many before and after it
 
 
 class PromptBank:
-    """The moments of the prompts about a growing list of concepts, each encoded once.
+    """Encodes the prompts about concepts, and ordinary ones.
 
     In a prompt about two concepts, the positions before the second one's word count for the first,
     those from there on for the second, and the padding for both.
@@ -45,70 +55,101 @@ class PromptBank:
     def __init__(
         self,
         backbone: Backbone,
-        nouns: Sequence[str],
+        words: Mapping[str, Tensor],
         share: float | None = None,
         cache: Path | None = None,
-        *,
-        language: float = LANGUAGE,
         on_progress: OnProgress = ignore,
     ) -> None:
-        """`nouns`: the main subjects of ordinary prompts; `share` as in `textspace.moment`, for all
-        prompts but those about two concepts; `cache`: a folder of moments; `language`: the share
-        of ordinary prompts that is drawn from the tokenizer's vocabulary.
+        """`words`: vectors by token; `share` as in `textspace.moment`, for all prompts but those about
+        two concepts; `cache`: a folder of moments.
         """
-        self.backbone, self.words, self.share = backbone, {}, share
+        self.backbone, self.words, self.share = backbone, dict(words), share
         self.moments = MomentCache(backbone, cache)
-        self.ordinary = self.moments({}, ordinary_prompts(list(dict.fromkeys(nouns))), share)
-        if language:
-            drawn = self._language(on_progress)
-            self.ordinary = (1 - language) * self.ordinary + language * drawn
-        self.records: list[ConceptRecord] = []
-        self.alone: list[Tensor] = []
-        # prompts about two, by concept: sum of c c^T, and the number of c
-        self.shared: list[tuple[Tensor, float]] = []
+        self.on_progress = on_progress
+        self._alone: dict[str, Tensor] = {}  # by id
 
-    def _language(self, on_progress: OnProgress) -> Tensor:
+    # --- ordinary prompts ---------------------------------------------------------------------
+
+    def ordinary(
+        self, nouns: Iterable[str], known: Ordinary | None = None, language: float = LANGUAGE
+    ) -> Ordinary:
+        """The moments of prompts that name no concept, with these class nouns among them.
+
+        Only what `known` lacks is encoded; its other nouns stay, too. No sample of the vocabulary is
+        encoded if `language` is 0.
+        """
+        if known is None or known.share != self.share:
+            prompts = ordinary_prompts(())
+            listed = self.moments({}, prompts, self.share)
+            known = Ordinary(listed, len(prompts), (), share=self.share)
+        for noun in dict.fromkeys(nouns):
+            if noun not in known.nouns:
+                known = self._with_noun(known, noun)
+        if language and known.drawn is None:
+            known = replace(known, drawn=self._language())
+        return known
+
+    def without_nouns(self, known: Ordinary, nouns: Iterable[str]) -> Ordinary:
+        """The same without those of its class nouns that are not among these."""
+        for noun in set(known.nouns) - set(nouns):
+            prompts = noun_prompts(noun)
+            own = self.moments({}, prompts, self.share)
+            count = known.count - len(prompts)
+            listed = (known.count * known.listed - len(prompts) * own) / count
+            left = tuple(one for one in known.nouns if one != noun)
+            known = replace(known, listed=listed, count=count, nouns=left)
+        return known
+
+    def _with_noun(self, known: Ordinary, noun: str) -> Ordinary:
+        prompts = noun_prompts(noun)
+        count = known.count + len(prompts)
+        own = self.moments({}, prompts, self.share)
+        listed = (known.count * known.listed + len(prompts) * own) / count
+        return replace(known, listed=listed, count=count, nouns=(*known.nouns, noun))
+
+    def _language(self) -> Tensor:
         """The moment of a wide sample of language."""
         prompts = language_prompts(self.backbone.tokenizer)
 
         def report(done: int) -> None:
-            on_progress(Progress("language", done, len(prompts)))
+            self.on_progress(Progress("language", done, len(prompts)))
 
         return self.moments({}, prompts, self.share, report)
 
-    def add(self, record: ConceptRecord, word: Tensor) -> None:
-        """Add a concept: prompts about it alone, and together with each of the two before it."""
-        self.records.append(record)
-        self.words[record.token] = word
-        self.alone.append(self.moments(self.words, single_prompts(record), self.share))
-        self.shared.append((torch.zeros_like(self.ordinary), 0.0))
-        newest = len(self.records) - 1
-        for other in range(max(0, newest - 2), newest):
-            self._add_pair(other, newest)
-            self._add_pair(newest, other)
+    # --- prompts about concepts ---------------------------------------------------------------
 
-    def extend(
-        self, stack: ConceptStack, on_progress: OnProgress, count: int | None = None
-    ) -> None:
-        """Add the concepts of a stack that are not in the bank yet, up to its first `count`."""
-        first = len(self.records)
-        for number, record in enumerate(stack.records[first:count], start=first):
-            on_progress(Progress("solve", number, len(stack.records)))
-            self.add(record, stack.words[record.id])
+    def alone(self, record: ConceptRecord) -> Tensor:
+        """Of prompts that name no other concept, (d, d)."""
+        if record.id not in self._alone:
+            prompts = single_prompts(record)
+            self._alone[record.id] = self.moments(self.words, prompts, self.share)
+        return self._alone[record.id]
 
-    def _add_pair(self, first: int, second: int) -> None:
-        prompt = f"a photo of a {self.records[first].name} and a {self.records[second].name}"
+    def shared(self, records: Sequence[ConceptRecord], number: int) -> Tensor:
+        """Of prompts that also name a neighbor of this concept, (d, d); 0 if it has none."""
+        width = self.backbone.word_width
+        total, count = torch.zeros(width, width), 0.0
+        for other in _near([number], len(records)):
+            for first, second in ((number, other), (other, number)):
+                own, padding = self._pair(records[first], records[second], number == second)
+                total += own.T @ own + 0.5 * padding.T @ padding
+                count += len(own) + 0.5 * len(padding)
+        return total / max(count, 1.0)
+
+    def moment(self, records: Sequence[ConceptRecord], number: int) -> Tensor:
+        """Of all prompts about a concept, each kind with half the weight, (d, d)."""
+        alone, shared = self.alone(records[number]), self.shared(records, number)
+        return (alone + shared) / 2 if shared.any() else alone
+
+    def _pair(
+        self, first: ConceptRecord, second: ConceptRecord, of_second: bool
+    ) -> tuple[Tensor, Tensor]:
+        """The text features of one of the two concepts of a prompt, and of its padding, (n, d)."""
+        prompt = f"a photo of a {first.name} and a {second.name}"
         encoded = self.backbone.encode_prompts([prompt], self.words)
         features = self.backbone.context(encoded)[0].float().cpu()
-        start, end = self._second_word(prompt, self.records[second].token)
-        for concept, rows, weight in (
-            (first, features[:start], 1.0),
-            (second, features[start:end], 1.0),
-            (first, features[end:], 0.5),
-            (second, features[end:], 0.5),
-        ):
-            total, count = self.shared[concept]
-            self.shared[concept] = (total + weight * rows.T @ rows, count + weight * len(rows))
+        start, end = self._second_word(prompt, second.token)
+        return features[start:end] if of_second else features[:start], features[end:]
 
     def _second_word(self, prompt: str, token: str) -> tuple[int, int]:
         """The position at which the last learned word of a prompt begins, and that of its padding."""
@@ -121,64 +162,93 @@ class PromptBank:
         ]
         return max(words) + 1 - len(self.words[token]), max(before_padding) + 1
 
-    def targets(self, adapters: Sequence[Adapter | None], settings: SolveSettings) -> list[Target]:
-        """For every concept's prompts what its adapter does; for ordinary prompts no change."""
-        weight = settings.ordinary_weight * len(self.records)
-        targets = [Target("ordinary prompts", self.ordinary, None, weight)]
-        for record, alone, (total, count), adapter in zip(
-            self.records, self.alone, self.shared, adapters, strict=True
-        ):
-            mean = (alone + total / count) / 2 if count else alone
-            targets.append(Target(record.token, mean, adapter))
-        return targets
 
-    def about_one(self, targets: Sequence[Target]) -> list[Target]:
-        """The targets of concepts that have an adapter, over prompts that name no other concept."""
-        return [
-            replace(target, moment=alone)
-            for target, alone in zip(targets[1:], self.alone, strict=True)
-            if target.adapter
-        ]
+def _near(numbers: Iterable[int], count: int) -> list[int]:
+    """The neighbors of these concepts, without themselves."""
+    chosen = set(numbers)
+    near = {n + k for n in chosen for k in range(-NEIGHBORS, NEIGHBORS + 1)}
+    return sorted((near - chosen) & set(range(count)))
 
 
-def prompt_bank(
-    backbone: Backbone,
+def with_prompts(
+    bank: PromptBank,
     stack: ConceptStack,
-    on_progress: OnProgress,
-    count: int | None = None,
-    nouns: Sequence[str] = (),
-    share: float | None = None,
-    cache: Path | None = None,
+    nouns: Iterable[str] = (),
+    *,
+    changed: Iterable[int] = (),
     language: float = LANGUAGE,
-) -> PromptBank:
-    """The bank of a stack's first `count` concepts, or of all; `nouns`: those of concepts to come."""
-    every = [*(record.noun for record in stack.records), *nouns]
-    bank = PromptBank(backbone, every, share, cache, language=language, on_progress=on_progress)
-    bank.extend(stack, on_progress, count)
-    return bank
+) -> ConceptStack:
+    """The stack with the prompts of all its concepts, and ordinary ones with their nouns and these.
+
+    Encoded are those of concepts that have none, and of those whose neighbors are new or `changed`.
+    """
+    records = stack.records
+    missing = {n for n, record in enumerate(records) if record.id not in stack.prompts}
+    work = sorted({*missing, *_near(missing, len(records)), *changed})
+    found = {}
+    for done, number in enumerate(work):
+        bank.on_progress(Progress("solve", done, len(work)))
+        record = records[number]
+        kept = stack.prompts.get(record.id)
+        alone = kept.alone if kept else rows_of(bank.alone(record), KEPT).half()
+        shared = bank.shared(records, number)
+        rows = rows_of(shared, KEPT).half() if shared.any() else alone[:0]
+        found[record.id] = PromptRows(alone, rows)
+    every = [*(record.noun for record in records), *nouns]
+    return stack.with_prompts(found, bank.ordinary(every, stack.ordinary, language))
+
+
+def has_prompts(stack: ConceptStack, language: float) -> bool:
+    """Whether it can be solved for without the text encoders."""
+    known = stack.ordinary
+    return (
+        known is not None
+        and (known.drawn is not None or not language)
+        and all(record.id in stack.prompts for record in stack.records)
+    )
+
+
+def targets_of(stack: ConceptStack, own: Sequence[Adapter | None]) -> list[Target]:
+    """For every concept's prompts what its own adapter does."""
+    return [
+        Target(record.token, stack.prompts[record.id].rows, adapter)
+        for record, adapter in zip(stack.records, own, strict=True)
+    ]
+
+
+def about_one(stack: ConceptStack, targets: Sequence[Target]) -> list[Target]:
+    """The targets of concepts that have an adapter, over prompts that name no other concept."""
+    return [
+        replace(target, rows=stack.prompts[record.id].alone.float())
+        for record, target in zip(stack.records, targets, strict=True)
+        if target.adapter
+    ]
 
 
 def own_adapters(stack: ConceptStack) -> list[Adapter | None]:
     """Each concept's own adapter: as it was right after learning, before any consolidation that the
-    stack has a record of.
+    stack has a record of; float32.
     """
     own = [stack.targets.get(one.id) or stack.adapter_after(one.id) for one in stack.records]
     if stack.unconsolidated and stack.records[-1].id not in stack.targets:
         own[-1] = stack.unconsolidated
-    return own
+    return [one and {name: tensor.float() for name, tensor in one.items()} for one in own]
 
 
-def small_target(stack: ConceptStack, concept: str, target: Target) -> Target:
-    """The same target with a small adapter, which the stack keeps from then on: it does to the
-    concept's own prompts what its adapter did, and little else.
+def with_small_target(
+    bank: PromptBank, stack: ConceptStack, number: int, own: Adapter
+) -> ConceptStack:
+    """The stack with a small adapter as this concept's target: it does to the concept's own prompts
+    what its own adapter did, and little else.
 
     If the solution for all concepts were the target of the next solve, each solve would lose the
     same share of it again.
     """
-    small = stack.targets.get(concept)
-    if target.adapter and small is None:
-        small, _ = solve([target], SolveSettings(energy=0.9999, ridge=1e-6))
-    return replace(target, adapter=small)
+    record = stack.records[number]
+    # of the whole moment: rows of its largest directions alone would say little about other prompts
+    target = Target(record.token, rows_of(bank.moment(stack.records, number)), own)
+    small, _ = solve([target], SolveSettings(energy=0.9999, ridge=1e-6))
+    return stack.with_target(record.id, small)
 
 
 def relative_drift(adapter: Adapter, target: Target) -> float:
@@ -186,40 +256,48 @@ def relative_drift(adapter: Adapter, target: Target) -> float:
     a layer in which delta_j does almost nothing counts for almost nothing.
     """
     assert target.adapter
-    unit_sizes = dict.fromkeys(layers_of(target.adapter), torch.ones(()))
-    lost = drift(adapter, target.adapter, target.moment, unit_sizes)
-    whole = drift(target.adapter, None, target.moment, unit_sizes)
+    lost = _size(difference(adapter, target.adapter, target.rows.shape[1]), target.rows)
+    whole = _size(difference(target.adapter, None, target.rows.shape[1]), target.rows)
     return float(lost / whole.clamp(min=1e-12))
 
 
+def _size(products: Mapping[str, tuple[Tensor, Tensor]], rows: Tensor) -> Tensor:
+    """The sum over layers of E || left right c ||^2."""
+    rights = torch.stack([right for _, right in products.values()]) @ rows.T
+    inner = torch.stack([left.T @ left for left, _ in products.values()])
+    return ((rights @ rights.mT) * inner).sum()
+
+
 def retention_penalty(
-    bank: PromptBank, stack: ConceptStack, settings: RetentionSettings, weight: float
+    backbone: Backbone,
+    ordinary: Tensor,
+    earlier: Sequence[Target],
+    settings: RetentionSettings,
+    weight: float,
 ) -> RetentionPenalty:
     """The penalty while learning one more concept: the closed form's targets.
 
         sum_j w_j E_{c of j} || (delta - delta_j) c ||^2
             = E || (delta - anchor) c ||^2 + a constant        anchor: the closed form
 
-    Each concept in the bank is held at what its own adapter did; a step costs the same for any
-    number of them. Together they weigh at most MAX_EARLIER_WEIGHT, ordinary prompts
-    `settings.retention_ordinary`. The moment of the latter is shrunk, while the solve has it as it
-    is: there it would take from the concepts and protect nothing (benchmarks/LOG.md).
+    `ordinary`: the moment (d, d) of ordinary prompts. Each of the `earlier` concepts is held at what
+    its own adapter did; a step costs the same for any number of them. Together they weigh at most
+    MAX_EARLIER_WEIGHT, ordinary prompts `settings.retention_ordinary`. The moment of the latter is
+    shrunk, while the solve has it as it is: there it would take from the concepts and protect
+    nothing (benchmarks/LOG.md).
     """
-    device = bank.backbone.device
-    ordinary = shrunk(bank.ordinary)
-    own = bank.targets(own_adapters(stack)[: len(bank.records)], SolveSettings())[1:]
-    each = min(1.0, MAX_EARLIER_WEIGHT / max(1, len(own)))
-    targets = [Target("ordinary prompts", ordinary, None, settings.retention_ordinary)]
-    targets += [replace(target, weight=each) for target in own]
-    total = torch.zeros_like(ordinary)
-    for target in targets:
-        total = total + target.weight * target.moment
+    device = backbone.device
+    ordinary = shrunk(ordinary)
+    held = settings.retention_ordinary * ordinary
+    each = min(1.0, MAX_EARLIER_WEIGHT / max(1, len(earlier)))
+    targets = [replace(target, weight=each) for target in earlier]
+    total = held + sum(target.weight * target.moment for target in targets)
     anchor: Adapter = {}
     if any(target.adapter for target in targets):
-        anchor, _ = solve(targets, SolveSettings(energy=0.9999))
+        anchor, _ = solve(targets, SolveSettings(energy=0.9999), ordinary=held)
     return RetentionPenalty(
         weight,
         total.to(device),
         {name: tensor.to(device) for name, tensor in anchor.items()},
-        sizes(bank.backbone, ordinary.to(device)),
+        sizes(backbone, ordinary.to(device)),
     )

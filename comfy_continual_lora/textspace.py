@@ -127,27 +127,42 @@ def ordinary_prompts(nouns: Sequence[str]) -> list[str]:
     """Prompts that name no concept: the empty one, things in various places and looks, and the
     concepts' class nouns without their words.
     """
-    things = list(dict.fromkeys([*nouns, *THINGS]))
-    prompts = ["", *(f"a photo of a {thing}" for thing in things)]
-    for number, place in enumerate(PLACES):
-        for noun in nouns:
-            prompts.append(f"a photo of a {noun} {place}")
-            prompts.append(f"a photo of a {_look(number)} {noun} {place}")
-    for number, thing in enumerate(things):  # each with some places, looks and another thing
-        for turn in range(3):
-            look = _look(number + 31 * turn)
-            place = PLACES[(number + 5 * turn) % len(PLACES)]
-            other = things[number - 1 - turn]
-            other_look = _look(3 * number + 17 * turn + 5)
-            prompts += [
-                f"a photo of a {look} {thing} {place}",
-                f"a {thing} {place}",
-                f"a photo of a {look} {thing} and a {other_look} {other}",
-            ]
-    for number, thing in enumerate(things):
-        place = PLACES[number % len(PLACES)]
-        prompts += _long(f"a photo of a {thing} {place}", number)
+    prompts = ["", *(f"a photo of a {thing}" for thing in THINGS)]
+    for number, thing in enumerate(THINGS):
+        prompts += _in_places(thing, number)
+    for number, thing in enumerate(THINGS):
+        prompts += _long(f"a photo of a {thing} {PLACES[number % len(PLACES)]}", number)
+    for noun in nouns:
+        prompts += noun_prompts(noun)
     return list(dict.fromkeys(prompts))
+
+
+def noun_prompts(noun: str) -> list[str]:
+    """Ordinary prompts about one class noun: in every place, in looks, beside another thing."""
+    number = sum(map(ord, noun))  # so that nouns differ in what they come with
+    prompts = [f"a photo of a {noun}"]
+    for turn, place in enumerate(PLACES):
+        prompts.append(f"a photo of a {noun} {place}")
+        prompts.append(f"a photo of a {_look(turn)} {noun} {place}")
+    prompts += _in_places(noun, number)
+    prompts += _long(f"a photo of a {noun} {PLACES[number % len(PLACES)]}", number)
+    return list(dict.fromkeys(prompts))
+
+
+def _in_places(thing: str, number: int) -> list[str]:
+    """The thing in three places and looks, and beside another one."""
+    prompts = []
+    for turn in range(3):
+        look = _look(number + 31 * turn)
+        place = PLACES[(number + 5 * turn) % len(PLACES)]
+        other = THINGS[(number - 1 - turn) % len(THINGS)]
+        other_look = _look(3 * number + 17 * turn + 5)
+        prompts += [
+            f"a photo of a {look} {thing} {place}",
+            f"a {thing} {place}",
+            f"a photo of a {look} {thing} and a {other_look} {other}",
+        ]
+    return prompts
 
 
 def single_prompts(record: ConceptRecord) -> list[str]:
@@ -270,18 +285,25 @@ def drift(
 
     No anchor: delta* = 0.
     """
-    rights, inner = [], []
-    fixed = layers_of(anchor or {})
+    apart = difference(factors, anchor, moment.shape[0])
+    right = torch.stack([right for _, right in apart.values()])
+    inner = torch.stack([left.T @ left / sizes[layer] for layer, (left, _) in apart.items()])
+    return ((right @ moment @ right.mT) * inner).sum() / len(right)
+
+
+def difference(
+    factors: Mapping[str, Tensor], anchor: Adapter | None, width: int
+) -> dict[str, tuple[Tensor, Tensor]]:
+    """delta - delta* of each layer as one product, (d_out, k) and (k, d_text); `width` is d_text."""
+    fixed, products = layers_of(anchor or {}), {}
     for layer, parts in layers_of(factors).items():
-        left, right = factored(parts, moment.shape[0])
-        if layer in fixed:  # the difference of two products is one product of twice the rank
-            anchor_left, anchor_right = factored(fixed[layer], moment.shape[0])
+        left, right = factored(parts, width)
+        if layer in fixed:
+            anchor_left, anchor_right = factored(fixed[layer], width)
             left = torch.cat([left, -anchor_left], 1)
             right = torch.cat([right, anchor_right])
-        rights.append(right)
-        inner.append(left.T @ left / sizes[layer])
-    right = torch.stack(rights)
-    return ((right @ moment @ right.mT) * torch.stack(inner)).sum() / len(rights)
+        products[layer] = left, right
+    return products
 
 
 @dataclass(frozen=True)

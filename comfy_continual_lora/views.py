@@ -13,7 +13,7 @@ import torch
 from PIL.Image import Image
 from torch import Tensor
 
-from . import classifier, concepts, consolidation, infotext, inventory, report, sample, store
+from . import classifier, concepts, infotext, inventory, report, sample, store
 from . import evaluate as evaluation
 from . import plan as planning
 from .adapters.adapter import attached
@@ -42,6 +42,7 @@ from .results import (
 )
 from .session import Session, open_session
 from .settings import ScoreSettings, SolveSettings
+from .solving import chosen, select
 from .stack import ConceptRecord, ConceptStack
 from .versions import in_use
 
@@ -80,9 +81,7 @@ def draw(request: DrawRequest, on_progress: OnProgress = ignore) -> DrawResult:
         tell_of_prompts(session, asked, stack.tokens, drawn=True)
         if request.only:
             words = stack.tokens
-            stack = consolidation.selected(
-                backbone, stack, request.only, SolveSettings(), on_progress, session.cache
-            )
+            stack = chosen(session, request.only, SolveSettings())
             for token in named(asked, words):
                 if token not in stack.tokens:
                     on_progress(Progress("draw", 0, 1, note=not_in_use(token)))
@@ -159,21 +158,6 @@ def export(request: ExportRequest, on_progress: OnProgress = ignore) -> Exported
         request.remove_superseded,
         [record.token for record in store.read_records(request.stack_file)],
     )
-
-
-def select(request: SelectRequest, on_progress: OnProgress = ignore) -> ConceptStack:
-    """Some concepts of the stack with a LoRA solved for only these, to draw and to export; the
-    stack file is not changed.
-    """
-    with open_session(request, on_progress) as session:
-        return consolidation.selected(
-            session.backbone,
-            session.stack,
-            request.only,
-            request.settings,
-            on_progress,
-            session.cache,
-        )
 
 
 def plan(request: LearnRequest) -> planning.Plan:

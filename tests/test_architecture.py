@@ -60,7 +60,7 @@ LAYERS = (
     ("demo", "python_api", "webui", "worker"),
     ("operations",),
     ("pipeline",),
-    ("upkeep", "views"),
+    ("solving", "upkeep", "views"),
     ("plan", "prepare", "report", "reportpage"),
     ("methods",),
     ("consolidation", "dsc", "evaluate", "export", "fisher", "foreign", "history", "stock"),

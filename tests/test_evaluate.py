@@ -15,7 +15,15 @@ import torch
 from helpers_learn import save_concept
 from transformers import CLIPImageProcessor, CLIPVisionConfig, CLIPVisionModelWithProjection
 
-from comfy_continual_lora import evaluate, likeness, pipeline, report, requests, store
+from comfy_continual_lora import (
+    consolidation,
+    evaluate,
+    likeness,
+    pipeline,
+    report,
+    requests,
+    store,
+)
 from comfy_continual_lora.checkpoint.backbone import Backbone
 from comfy_continual_lora.errors import CheckpointError, ConceptImagesError, StackError
 from comfy_continual_lora.progress import Progress
@@ -212,8 +220,8 @@ def test_mistakes(taught: tuple[Path, Path], checkpoint: Path, tmp_path: Path) -
 
 def test_the_stack_as_it_was(taught: tuple[Path, Path]) -> None:
     stack = store.open_stack(store.stack_path(taught[0]))
-    first = stack.as_of(1)
+    first = consolidation.as_of(stack, 1)
     assert [r.token for r in first.records] == ["V1"]
     assert first.adapter is stack.pool[stack.records[0].id]
     assert [r.token for r in stack.records] == ["V1", "V2"]
-    assert stack.as_of(5).adapter is stack.adapter
+    assert consolidation.as_of(stack, 5).adapter is stack.adapter

@@ -21,7 +21,16 @@ from helpers_store import FINGERPRINT, make_stack, same, writer
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from comfy_continual_lora import files, history, pipeline, requests, stackschema, store, versions
+from comfy_continual_lora import (
+    consolidation,
+    files,
+    history,
+    pipeline,
+    requests,
+    stackschema,
+    store,
+    versions,
+)
 from comfy_continual_lora.errors import (
     Cancelled,
     ConceptImagesError,
@@ -241,7 +250,7 @@ def test_replacing_is_one_step(two: Path, folders: dict[str, Path]) -> None:
     now = store.open_stack(path)
     assert _tokens(two) == ["V1", "V2"]
     assert now.records[1].hashes != was.records[1].hashes
-    assert same(now.as_of(1), was.as_of(1))
+    assert same(consolidation.as_of(now, 1), consolidation.as_of(was, 1))
     undone = pipeline.undo(requests.UndoRequest(two))
     assert undone.change == "replaced V2 fish by learning it again"
     assert same(store.open_stack(path), was)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -14,10 +15,11 @@ from words import leak, without
 from comfy_continual_lora import language, targets, textspace
 from comfy_continual_lora.adapters.adapter import Adapter, new_adapter
 from comfy_continual_lora.checkpoint.backbone import Backbone
+from comfy_continual_lora.consolidation import solution
 from comfy_continual_lora.errors import Cancelled
 from comfy_continual_lora.progress import Progress
 from comfy_continual_lora.settings import SolveSettings
-from comfy_continual_lora.solve import solve
+from comfy_continual_lora.stack import ConceptStack
 
 # left out of every list, and of the sample of language
 NOUNS = ("star", "moon", "mug", "house", "fish", "dog", "sneaker", "mushroom")
@@ -47,15 +49,20 @@ def _captions(
     ]
 
 
-def _bank(backbone: Backbone, share: float) -> targets.PromptBank:
+def _stack(backbone: Backbone, share: float) -> ConceptStack:
     """Of two concepts with random words."""
-    bank = targets.PromptBank(backbone, ["ball", "box"], language=share)
     generator = torch.Generator().manual_seed(1)
     table = backbone.text_encoders[0].model.get_input_embeddings().weight
-    for number in (1, 2):
-        noise = torch.randn(4, backbone.word_width, generator=generator)
-        bank.add(make_record(number), table.mean(0) + table.std(0) * noise)
-    return bank
+    records = [
+        replace(make_record(number), noun=noun) for number, noun in ((1, "ball"), (2, "box"))
+    ]
+    words = {
+        record.id: table.mean(0)
+        + table.std(0) * torch.randn(4, backbone.word_width, generator=generator)
+        for record in records
+    }
+    stack = ConceptStack(backbone.fingerprint, records, words)
+    return targets.with_prompts(targets.PromptBank(backbone, stack.tokens), stack, language=share)
 
 
 @pytest.mark.slow
@@ -70,8 +77,9 @@ def test_solving_moves_no_leak_into_words_that_are_in_no_list(mini: Backbone, st
     before = sum(leak(mini, adapter, others) for adapter in adapters) / len(adapters)
     after = {}
     for share, ridge in ((0.0, 1e-4), (language.LANGUAGE, SolveSettings().ridge)):
-        settings = SolveSettings(ridge=ridge)
-        solved, _ = solve(_bank(mini, share).targets(adapters, settings), settings)
+        settings = SolveSettings(ridge=ridge, language=share)
+        solved, _ = solution(_stack(mini, share), settings, adapters)
+        assert solved
         after[share] = leak(mini, solved, others)
     assert after[0.0] > 2 * before
     assert after[language.LANGUAGE] < before
@@ -110,13 +118,14 @@ def test_encoding_it_shows_progress_can_be_stopped_and_is_done_once(
             raise Cancelled
 
     with pytest.raises(Cancelled):
-        targets.PromptBank(backbone, ["ball"], cache=tmp_path, on_progress=stop)
+        targets.PromptBank(backbone, {}, cache=tmp_path, on_progress=stop).ordinary(["ball"])
     assert seen == [0, 16, 32, 48, 64]
     seen.clear()
-    targets.PromptBank(
-        backbone, ["ball"], cache=tmp_path, on_progress=lambda p: seen.append(p.step)
+    again = targets.PromptBank(
+        backbone, {}, cache=tmp_path, on_progress=lambda p: seen.append(p.step)
     )
+    again.ordinary(["ball"])
     assert seen[-1] == language.PROMPTS - 16
     seen.clear()
-    targets.PromptBank(backbone, ["fish"], cache=tmp_path, on_progress=stop)
+    targets.PromptBank(backbone, {}, cache=tmp_path, on_progress=stop).ordinary(["fish"])
     assert not seen

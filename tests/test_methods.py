@@ -16,7 +16,7 @@ import pytest
 import torch
 from helpers_learn import NOUNS, QUICK, learn_request, same_stack, stack_of, tensors_of
 
-from comfy_continual_lora import pipeline, presets, requests, settings, store
+from comfy_continual_lora import consolidation, pipeline, presets, requests, settings, store
 from comfy_continual_lora.errors import Cancelled, SettingError
 from comfy_continual_lora.methods import METHODS
 from comfy_continual_lora.methods.c_lora import hadamard_penalty
@@ -223,7 +223,7 @@ def test_consolidate_by_itself(learned: Callable[..., Path], folders: dict[str, 
     assert before.adapter
     assert any(not torch.equal(t, before.adapter[k]) for k, t in after.adapter.items())
     assert all(torch.equal(t, before.pool[one.id][k]) for k, t in after.pool[one.id].items())
-    unconsolidated = after.as_of(2, consolidated=False).adapter
+    unconsolidated = consolidation.as_of(after, 2, consolidated=False).adapter
     assert unconsolidated
     assert all(torch.equal(t, before.adapter[k]) for k, t in unconsolidated.items())
     assert any(

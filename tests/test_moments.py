@@ -9,13 +9,15 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers_learn import QUICK, learn_request, stack_of, tensors_of
+from helpers_learn import NOUNS, QUICK, learn_request, stack_of
 
 from comfy_continual_lora import moments, pipeline, requests, store
 from comfy_continual_lora.checkpoint.backbone import Backbone
+from comfy_continual_lora.errors import Cancelled
 from comfy_continual_lora.files import cache_folder
 from comfy_continual_lora.moments import MomentCache
 from comfy_continual_lora.progress import Progress
+from comfy_continual_lora.targets import PromptBank
 
 PROMPTS = ["a photo of a V1 ball", "a V1 ball on grass"]
 
@@ -91,60 +93,75 @@ def test_a_folder_that_can_not_be_written_costs_time_alone(
     assert torch.equal(there, MomentCache(backbone)(words, PROMPTS))
 
 
-def _by_token(checkpoint: Path) -> dict[str, torch.Tensor]:
-    """The stack's tensors, named by words: a concept's id holds the second it was learned in."""
-    stack = stack_of(checkpoint)
-    names = {record.id: record.token for record in stack.records}
-    named = {}
-    for name, tensor in tensors_of(stack).items():
-        for concept, token in names.items():
-            name = name.replace(concept, token)
-        named[name] = tensor
-    return named
-
-
 @pytest.mark.slow
-def test_each_concept_is_prepared_once_and_what_is_learned_is_the_same(
+def test_each_concept_is_encoded_once(
     checkpoint: Path, folders: dict[str, Path], computed: list[list[str]]
 ) -> None:
-    """With the cache, and without it."""
+    """And ordinary prompts once for all; the stack has them from then on, and the cache is empty."""
     quick = replace(QUICK, method="retention")
-    for token in ("V1", "V2"):
+    for token in NOUNS:
+        computed.clear()
         pipeline.learn_concept(learn_request(checkpoint, folders, token, quick))
-    cache = cache_folder(store.stack_path(checkpoint))
-    kept, held = _by_token(checkpoint), len(list(cache.iterdir()))
-    pipeline.learn_concept(learn_request(checkpoint, folders, "V3", quick))
-    about_the_first = [one for one in computed if any("V1" in prompt for prompt in one)]
-    assert len(about_the_first) == 1
-    assert len(list(cache.iterdir())) == held + 1  # V3's; the nouns' are others by then
-    with_cache = _by_token(checkpoint)
-    for file in cache.iterdir():
-        file.unlink()
-    pipeline.undo(requests.UndoRequest(checkpoint))
-    undone = _by_token(checkpoint)
-    assert undone.keys() == kept.keys()
-    assert all(torch.equal(tensor, kept[name]) for name, tensor in undone.items())
-    pipeline.learn_concept(learn_request(checkpoint, folders, "V3", quick))
-    without = _by_token(checkpoint)
-    assert without.keys() == with_cache.keys()
-    assert all(torch.equal(tensor, with_cache[name]) for name, tensor in without.items())
+        for other in NOUNS:
+            about = [one for one in computed if any(f"{other} {NOUNS[other]}" in p for p in one)]
+            assert len(about) == (other == token)
+        ordinary = [prompts for prompts in computed if not any("V" in p for p in prompts)]
+        assert len(ordinary) == (3 if token == "V1" else 1)  # with the noun's
+        assert not cache_folder(store.stack_path(checkpoint)).exists()
 
 
-def test_forgetting_a_concept_leaves_no_moment_and_merging_the_same_again_loads_nothing(
+def test_a_stopped_run_encodes_ordinary_prompts_once(
+    checkpoint: Path, folders: dict[str, Path], computed: list[list[str]]
+) -> None:
+    request = learn_request(checkpoint, folders, "V1", replace(QUICK, method="retention"))
+
+    def stop(progress: Progress) -> None:
+        if progress.stage == "learn":
+            raise Cancelled
+
+    with pytest.raises(Cancelled):
+        pipeline.learn_concept(request, stop)
+    assert computed
+    computed.clear()
+    pipeline.learn_concept(request)
+    assert [prompts for prompts in computed if not any("V1" in one for one in prompts)] == []
+
+
+def test_forgetting_a_concept_leaves_no_prompt_of_it_and_merging_the_same_again_loads_nothing(
     learned: Callable[..., Path], tmp_path: Path, computed: list[list[str]]
 ) -> None:
+    """Neither in the moments of its neighbors nor in ordinary ones: they are as if it had never been."""
     checkpoint = learned(replace(QUICK, method="retention"), "V1", "V2")
     path = store.stack_path(checkpoint)
-    cache = cache_folder(path)
     same = Path(shutil.copy(path, tmp_path / "same.concepts.safetensors"))
     seen: list[Progress] = []
     merging = requests.MergeRequest(checkpoint, same, device="cpu")
     assert pipeline.merge(merging, seen.append).added == []
     assert not seen
-    assert list(cache.iterdir())
     computed.clear()
     pipeline.forget(requests.ForgetRequest(checkpoint, "V1", device="cpu"))
-    assert not cache.exists()
+    assert not cache_folder(path).exists()
     assert [prompts for prompts in computed if any("V1 ball" in one for one in prompts)] == []
+    after = store.open_stack(path)
+    assert after.ordinary
+    assert after.ordinary.nouns == ("fish",)
+    assert not len(after.prompts[after.records[0].id].shared)
+    alone = learned(replace(QUICK, method="retention"), "V2")
+    never = store.open_stack(store.stack_path(alone)).ordinary
+    assert never
+    assert torch.allclose(after.ordinary.listed, never.listed, atol=1e-4)
     assert pipeline.merge(merging).added == ["V1 ball"]
-    assert list(cache.iterdir())
+
+
+@pytest.mark.parametrize("forgotten", ["V1", "V2", "V3"])
+def test_no_prompt_that_is_held_names_what_is_forgotten(
+    learned: Callable[..., Path], backbone: Backbone, forgotten: str
+) -> None:
+    checkpoint = learned(replace(QUICK, method="retention"), *NOUNS)
+    pipeline.forget(requests.ForgetRequest(checkpoint, forgotten, device="cpu"))
+    stack = stack_of(checkpoint)
+    bank = PromptBank(backbone, stack.tokens)
+    for number, record in enumerate(stack.records):
+        shared = stack.prompts[record.id].shared.float()
+        expected = bank.shared(stack.records, number)
+        assert float((shared.T @ shared - expected).norm() / expected.norm()) < 0.02

@@ -4,7 +4,6 @@ merging and importing do what their names say.
 
 from __future__ import annotations
 
-import copy
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
@@ -15,11 +14,21 @@ import torch
 from helpers_learn import NOUNS, QUICK, learn_request, random_adapter, same_stack, stack_of
 from safetensors.torch import load_file, save_file
 
-from comfy_continual_lora import cli, foreign, pipeline, requests, solve, store, targets, textspace
+from comfy_continual_lora import (
+    cli,
+    consolidation,
+    foreign,
+    language,
+    pipeline,
+    requests,
+    solve,
+    store,
+    targets,
+    textspace,
+)
 from comfy_continual_lora.adapters.adapter import Adapter, delta_weights, layers_of, rank_of
 from comfy_continual_lora.checkpoint.backbone import Backbone
 from comfy_continual_lora.errors import SettingError, StackError
-from comfy_continual_lora.progress import ignore
 from comfy_continual_lora.settings import SolveSettings
 
 QUICKER = replace(QUICK, method="lora", rate=0.02, steps=4)
@@ -47,7 +56,7 @@ def _problem(
         features,
         adapters,
         [
-            solve.Target(str(i), f.T @ f / len(f), a)
+            solve.Target(str(i), f / len(f) ** 0.5, a)
             for i, (f, a) in enumerate(zip(features, adapters, strict=True))
         ],
     )
@@ -69,7 +78,7 @@ def test_what_all_prompts_share_does_not_raise_the_ridge() -> None:
     for times in (1, 50):
         shared = times**2 * torch.outer(start, start)
         wanted = [
-            solve.Target(f"V{n}", own.T @ own / len(own) + shared, adapter)
+            solve.Target(f"V{n}", solve.rows_of(own.T @ own / len(own) + shared), adapter)
             for n, (own, adapter) in enumerate(zip(rows, adapters, strict=True), 1)
         ]
         solved, _ = solve.solve(wanted, SolveSettings(ridge=0.03, energy=1.0))
@@ -83,11 +92,27 @@ def random_layer(generator: torch.Generator, to_nothing: torch.Tensor) -> Adapte
     return {"l.A": a - torch.outer(a @ to_nothing, to_nothing), "l.B": b}
 
 
-@pytest.mark.parametrize("moment", [-torch.eye(32), torch.full((32, 32), float("nan"))])
-def test_what_has_no_solution_is_said(moment: torch.Tensor) -> None:
+@pytest.mark.parametrize("ordinary", [-9 * torch.eye(32), torch.full((32, 32), float("nan"))])
+def test_what_has_no_solution_is_said(ordinary: torch.Tensor) -> None:
     adapter = random_layer(torch.Generator().manual_seed(0), torch.zeros(32))
     with pytest.raises(StackError, match=r"no solution .*unchanged\. Increase ridge"):
-        solve.solve([solve.Target("V1", moment, adapter)], EXACT)
+        solve.solve([solve.Target("V1", torch.eye(32), adapter)], EXACT, ordinary=ordinary)
+
+
+@pytest.mark.parametrize("share", [0.9, 0.99, 1.0])
+def test_rows_have_the_moment_they_are_of(share: float) -> None:
+    """Or as much of it as is asked for, in as few rows as that takes."""
+    generator = torch.Generator().manual_seed(3)
+    features = torch.randn(500, 24, generator=generator) * torch.linspace(4, 0.05, 24)
+    moment = features.T @ features / 500
+    rows = solve.rows_of(moment, share)
+    values = torch.linalg.eigvalsh(moment).flip(0)
+    kept = torch.linalg.eigvalsh(rows.T @ rows).flip(0)
+    assert torch.allclose(kept[: len(rows)], values[: len(rows)], rtol=1e-3)
+    assert float(kept[1:].sum() / values[1:].sum()) >= share - 1e-5
+    if share < 1:
+        assert float(kept[1 : len(rows) - 1].sum() / values[1:].sum()) < share
+        assert len(rows) < 24
 
 
 @pytest.mark.parametrize(("out", "width"), [(2, 4), (8, 4)])
@@ -226,7 +251,8 @@ def test_consolidating_brings_back_what_was_lost(two: Path, folders: dict[str, P
     assert after.rank == max(4, found.rank)
     assert after.unconsolidated is not None
     assert (
-        same_stack(after.as_of(1), replace(before.as_of(1), pool={})) or after.rank != before.rank
+        same_stack(consolidation.as_of(after, 1), consolidation.as_of(before, 1))
+        or after.rank != before.rank
     )
     again = pipeline.consolidate_in_closed_form(requests.SolveRequest(two, device="cpu"))
     assert again.after == pytest.approx(found.after)
@@ -248,33 +274,61 @@ def test_retention_ends_at_the_closed_form(
         seen.clear()
         request = learn_request(checkpoint, folders, token, replace(QUICKER, method="retention"))
         pipeline.learn_concept(request, lambda p: seen.append((p.stage, p.step)))
-    assert [step for stage, step in seen if stage == "solve"] == [0, 1, 2]
     assert seen.index(("learn", 1)) < seen.index(
         ("solve", 0)
     )  # however many there are, learning begins at once
     stack = stack_of(checkpoint)
-    goals = targets.prompt_bank(backbone, stack, ignore).targets(
-        targets.own_adapters(stack), SolveSettings()
-    )
-    solution, _ = solve.solve(goals, SolveSettings(), stack.rank or 1)
+    again, _ = consolidation.solution(stack, SolveSettings())
     assert stack.adapter
-    assert all(
-        torch.allclose(stack.adapter[name], tensor, atol=1e-5) for name, tensor in solution.items()
-    )
-    first, second, _ = stack.records
-    assert stack.targets.keys() == {
-        record.id for record in stack.records[1:]
-    }  # the first one's own adapter is in the pool
-    assert (
-        targets.relative_drift(
-            stack.pool[second.id], replace(goals[2], adapter=stack.targets[second.id])
+    assert again
+    assert all(torch.equal(stack.adapter[name], tensor) for name, tensor in again.items())
+    bank = targets.PromptBank(backbone, stack.tokens)
+    records = stack.records
+    goals = [
+        solve.Target(record.token, solve.rows_of(bank.moment(records, number)), own)
+        for number, (record, own) in enumerate(
+            zip(records, targets.own_adapters(stack), strict=True)
         )
-        > 1e-4
-    )  # a wish is not what was found for all
-    assert rank_of(stack.targets[second.id]) <= rank_of(stack.pool[second.id])
-    undone = stack.as_of(1)
+    ]  # of whole moments
+    ordinary = bank.ordinary([record.noun for record in records]).moment(language.LANGUAGE)
+    weight = 3 * SolveSettings().ordinary_weight
+    whole, _ = solve.solve(goals, SolveSettings(), stack.rank or 1, weight * ordinary)
+    for goal in goals:
+        assert targets.relative_drift(stack.adapter, goal) == pytest.approx(
+            targets.relative_drift(whole, goal), rel=0.05, abs=2e-3
+        )
+    first, second, third = records
+    assert stack.targets.keys() == {second.id, third.id}
+    assert stack.pool.keys() == {first.id}  # the only one that was trained and is in use
+    past = consolidation.as_of(stack, 2)
+    assert past.adapter
+    assert not past.pool.keys() - {first.id}
+    assert targets.relative_drift(past.adapter, goals[1]) < targets.relative_drift(
+        stack.adapter, goals[1]
+    )  # what the third one took is back
+    undone = consolidation.as_of(stack, 1)
     assert not undone.targets
     assert undone.adapter is stack.pool[first.id]
+
+
+def test_versions_are_as_good_as_they_were(
+    checkpoint: Path, folders: dict[str, Path], backbone: Backbone
+) -> None:
+    """Those that are solved again, against those that were stored at the time."""
+    stored = []
+    for token in NOUNS:
+        request = learn_request(checkpoint, folders, token, replace(QUICKER, method="retention"))
+        pipeline.learn_concept(request)
+        stored.append(stack_of(checkpoint))
+    newest = stored[-1]
+    for count, then in enumerate(stored, start=1):
+        now = consolidation.as_of(newest, count)
+        assert list(now.tokens) == list(then.tokens)
+        assert now.rank == then.rank
+        for prompt in (f"a photo of a {record.name}" for record in then.records):
+            did = _does(backbone, then, newest.tokens, prompt)
+            does = _does(backbone, now, newest.tokens, prompt)
+            assert (does - did).norm() < 0.1 * did.norm()
 
 
 def test_one_concept_has_nothing_to_consolidate(learned: Callable[..., Path]) -> None:
@@ -328,8 +382,10 @@ def test_selected_concepts_get_what_their_own_adapters_did(
         ),
     )
     assert (list(one.tokens), list(two.tokens)) == (["V1"], ["V1", "V3"])  # in the stack's order
-    own, memory = stack.as_of(1), targets.prompt_bank(backbone, stack, ignore)
-    wish = memory.about_one(memory.targets(targets.own_adapters(stack), SolveSettings()))[0]
+    own = consolidation.as_of(stack, 1)
+    bank = targets.PromptBank(backbone, stack.tokens)
+    rows = solve.rows_of(bank.alone(stack.records[0]))
+    wish = solve.Target("V1", rows, targets.own_adapters(stack)[0])
     assert one.adapter
     assert two.adapter
     assert stack.adapter
@@ -374,7 +430,7 @@ def test_forgetting_one_leaves_the_others(
     assert list(after.tokens) == ["V1", "V3"]
     assert gone.id.encode() not in raw
     assert gone.preview.encode() not in raw
-    for version in (after, after.as_of(2)):
+    for version in (after, consolidation.as_of(after, 2)):
         assert (
             _does(backbone, version, words, "a photo of a V2 fish").norm()
             < 0.2 * _does(backbone, held, words, "a photo of a V2 fish").norm()
@@ -425,12 +481,12 @@ def test_merging_two_stacks(
     for prompt, stack, there in (
         ("V1 ball", mine, "V1 ball"),
         ("V3 mug", other, "V3 mug"),
-        ("V1_2 fish", other.as_of(1), "V1 fish"),
+        ("V1_2 fish", consolidation.as_of(other, 1), "V1 fish"),
     ):
         own = _does(backbone, stack, stack.tokens, f"a photo of a {there}")
         now = _does(backbone, both, both.tokens, f"a photo of a {prompt}")
         assert (now - own).norm() < 0.5 * own.norm()
-    assert same_stack(both.as_of(1), mine) or both.rank != mine.rank
+    assert same_stack(consolidation.as_of(both, 1), mine) or both.rank != mine.rank
     assert store.open_stack(theirs).records == other.records
 
 
@@ -632,20 +688,19 @@ def test_the_commands(
 
 
 def test_prompts_about_two_are_shared_by_position(two: Path, backbone: Backbone) -> None:
-    """The second concept's moment holds nothing of the positions before its word."""
+    """Positions before the second one's word count for the first, padding half for each."""
     stack = stack_of(two)
-    memory = targets.prompt_bank(backbone, copy.deepcopy(stack), lambda p: None)
-    prompt = "a photo of a V1 ball and a V2 fish"
-    features = backbone.encode_prompts([prompt], stack.tokens)[0]
-    (first, of_first), (second, of_second) = memory.shared
-    both = backbone.encode_prompts(
-        [prompt, "a photo of a V2 fish and a V1 ball"], stack.tokens
-    ).flatten(0, 1)
-    assert of_first + of_second == pytest.approx(2 * 77)
-    assert torch.allclose(first + second, both.T @ both, rtol=1e-3, atol=1e-2)
-    start = 1 + len(["a", "photo", "of", "a"]) + 2 + 2  # the start, V1 ball, and a
-    assert (
-        float((features[start] @ second @ features[start]) / features[start].square().sum() ** 2)
-        > 0.9
-    )
+    bank = targets.PromptBank(backbone, stack.tokens)
+    prompts = ["a photo of a V1 ball and a V2 fish", "a photo of a V2 fish and a V1 ball"]
+    one, other = backbone.encode_prompts(prompts, stack.tokens)
+    length = len(stack.tokens["V1"]) + 1  # of V1 ball
+    start = 1 + len(["a", "photo", "of", "a"]) + length + len(["and", "a"])
+    end = start + length
+    half = 0.5**0.5
+    for number, (before, after) in enumerate(((one, other), (other, one))):
+        rows = [before[:start], half * before[end:], after[start:end], half * after[end:]]
+        rows = torch.cat(rows)
+        count = start + length + 77 - end
+        expected = rows.T @ rows / count
+        assert torch.allclose(bank.shared(stack.records, number), expected, rtol=1e-3, atol=1e-3)
     assert textspace.single_prompts(stack.records[0])[0].count("V1") == 1

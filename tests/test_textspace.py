@@ -12,13 +12,12 @@ import torch
 import torch.nn.functional as F
 from helpers_learn import QUICK, learn_request, random_adapter, stack_of
 
-from comfy_continual_lora import pipeline, store, targets, textspace
+from comfy_continual_lora import language, pipeline, store, targets, textspace
 from comfy_continual_lora.adapters.adapter import Adapter, delta_weights, factored, layers_of
 from comfy_continual_lora.checkpoint.backbone import Backbone, FrozenText
 from comfy_continual_lora.methods import method as base_method
 from comfy_continual_lora.penalty import Step
-from comfy_continual_lora.progress import ignore
-from comfy_continual_lora.settings import LearnSettings, SolveSettings
+from comfy_continual_lora.settings import LearnSettings
 
 
 @pytest.mark.parametrize("kind", ["lora", "vera", "full"])
@@ -150,18 +149,18 @@ def test_each_concept_is_held_at_its_own_adapter(backbone: Backbone, kind: str) 
             {},
         )
         stack = stack.learned(record, word, random_adapter(backbone, kind, number))
-    memory = targets.prompt_bank(backbone, stack, ignore, nouns=["cat"])
-    held = targets.retention_penalty(
-        memory, stack, LearnSettings(retention_ordinary=0.5), weight=2.0
-    )
-    ordinary = textspace.shrunk(memory.ordinary)
+    stack = targets.with_prompts(targets.PromptBank(backbone, stack.tokens), stack, ["cat"])
+    assert stack.ordinary
+    assert set(stack.ordinary.nouns) == {"ball", "fish", "mug", "cat"}
+    plain = stack.ordinary.moment(language.LANGUAGE)
+    goals = targets.targets_of(stack, targets.own_adapters(stack))
+    settings = LearnSettings(retention_ordinary=0.5)
+    held = targets.retention_penalty(backbone, plain, goals, settings, weight=2.0)
+    ordinary = textspace.shrunk(plain)
     sizes = textspace.sizes(backbone, ordinary)
 
     def expected(factors: Adapter) -> float:
-        own = [
-            textspace.drift(factors, w.adapter, w.moment, sizes)
-            for w in memory.targets(targets.own_adapters(stack), SolveSettings())[1:]
-        ]
+        own = [textspace.drift(factors, w.adapter, w.moment, sizes) for w in goals]
         return float(
             2.0
             * (
@@ -183,8 +182,9 @@ def test_ordinary_prompts_have_the_weight_of_the_setting(backbone: Backbone) -> 
     for share in (1.0, 0.25):
         settings = replace(QUICK, method="retention", retention_ordinary=share)
         penalty = targets.retention_penalty(
-            targets.PromptBank(backbone, ["ball"]),
-            store.ConceptStack(backbone.fingerprint),
+            backbone,
+            targets.PromptBank(backbone, {}).ordinary(["ball"]).moment(language.LANGUAGE),
+            [],
             settings,
             weight=1.0,
         )
@@ -197,8 +197,9 @@ def test_behind_the_end_of_its_prompts_nothing_may_change(backbone: Backbone) ->
     """Prompt by prompt and position by position, for a word of three vectors."""
     words = {"V1": backbone.word_start("mug", torch.Generator().manual_seed(0), 3)}
     held = targets.retention_penalty(
-        targets.PromptBank(backbone, ["mug"]),
-        store.ConceptStack(backbone.fingerprint),
+        backbone,
+        targets.PromptBank(backbone, {}).ordinary(["mug"]).moment(language.LANGUAGE),
+        [],
         LearnSettings(),
         weight=2.0,
     )

@@ -19,6 +19,7 @@ from subjects import of_world
 from comfy_continual_lora import concepts, pipeline, report, sample
 from comfy_continual_lora.adapters.adapter import attached
 from comfy_continual_lora.checkpoint.load import load_backbone
+from comfy_continual_lora.consolidation import as_of
 from comfy_continual_lora.files import stack_path
 from comfy_continual_lora.mini.weights import write_checkpoint
 from comfy_continual_lora.requests import LearnRequest
@@ -54,7 +55,7 @@ def _learned(folder: Path, method: str) -> Path:
 
 def _drawn(checkpoint: Path, count: int) -> list[Image.Image]:
     """The first thing, as it is drawn after so many."""
-    backbone, stack = load_backbone(checkpoint), open_stack(stack_path(checkpoint)).as_of(count)
+    backbone, stack = load_backbone(checkpoint), as_of(open_stack(stack_path(checkpoint)), count)
     prompts = [f"a photo of a V1 {THINGS[0].noun} {place}" for place in PLACES]
     settings = DrawSettings().resolved(backbone.preset)
     with attached(backbone, stack.adapter):

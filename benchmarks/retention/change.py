@@ -42,6 +42,7 @@ from torch import Tensor
 from comfy_continual_lora import (
     classifier,
     concepts,
+    consolidation,
     metrics,
     pipeline,
     report,
@@ -153,7 +154,7 @@ def merge(out: Path, runs: Sequence[Run]) -> list[dict[str, Any]]:
     halves = []
     for run, path in zip(runs, paths, strict=True):
         whole = store.load_stack(store.stack_path(run.checkpoint), backbone.fingerprint)
-        halves.append(whole.as_of(3))
+        halves.append(consolidation.as_of(whole, 3))
         store.save_stack(halves[-1], path)
     request = requests.MergeRequest(checkpoint, paths[1], stack=paths[0], device="cpu")
     renamed = pipeline.merge(request).renamed

@@ -27,7 +27,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from comfy_continual_lora import store, textspace
+from comfy_continual_lora import consolidation, store, textspace
 from comfy_continual_lora.adapters.adapter import Adapter
 from comfy_continual_lora.checkpoint.backbone import Backbone
 from comfy_continual_lora.checkpoint.load import load_backbone
@@ -80,7 +80,7 @@ def drift_by_kind(backbone: Backbone, stack: store.ConceptStack) -> dict[str, fl
     *earlier, _ = stack.records
     now = stack.adapter
     assert now
-    then = [stack.adapter_after(record.id) for record in earlier]
+    then = [consolidation.as_of(stack, n + 1).adapter for n in range(len(earlier))]
 
     def moment(prompts: Sequence[str]) -> Tensor:
         return textspace.moment(backbone, stack.tokens, prompts)

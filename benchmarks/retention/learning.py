@@ -22,7 +22,15 @@ from subjects import Subject
 from torch import Tensor, nn
 from words import without
 
-from comfy_continual_lora import concepts, diffusion, pipeline, requests, store, training
+from comfy_continual_lora import (
+    concepts,
+    consolidation,
+    diffusion,
+    pipeline,
+    requests,
+    store,
+    training,
+)
 from comfy_continual_lora.adapters.adapter import attached, new_adapter
 from comfy_continual_lora.checkpoint.backbone import Backbone
 from comfy_continual_lora.checkpoint.load import load_backbone
@@ -64,7 +72,7 @@ def _learn_in_sequence(job: Job) -> Learned:
             _learn_timed(job, request)
         shutil.rmtree(pictures)  # no later concept can look at them
     stack = store.open_stack(stack_file)
-    after = [stack.as_of(number) for number in range(1, job.concepts + 1)]
+    after = [consolidation.as_of(stack, number) for number in range(1, job.concepts + 1)]
     stacks = {(i, j): after[i] for i, j in job.cells}
     return Learned(stacks, sum(_seconds(job).values()), stack_file.stat().st_size)
 
@@ -201,8 +209,9 @@ def _held(job: Job, backbone: Backbone, settings: ResolvedSettings) -> Retention
     if not weight:
         return None
     language = settings.retention_language
-    bank = PromptBank(backbone, [s.noun for s in job.subjects], language=language)
-    return retention_penalty(bank, store.ConceptStack(backbone.fingerprint), settings, weight)
+    nouns = [subject.noun for subject in job.subjects]
+    ordinary = PromptBank(backbone, {}).ordinary(nouns, language=language)
+    return retention_penalty(backbone, ordinary.moment(language), [], settings, weight)
 
 
 def _train_jointly(

@@ -28,9 +28,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from comfy_continual_lora import solve, store, targets
+from comfy_continual_lora import consolidation, solve, store, targets
 from comfy_continual_lora.adapters.adapter import Adapter, factored, layers_of
 from comfy_continual_lora.checkpoint.load import load_backbone
+from comfy_continual_lora.language import LANGUAGE
 from comfy_continual_lora.settings import SolveSettings
 
 COUNTS = (1, 2, 3, 4, 6, 8, 10, 15, 20, 30, 40, 50, 100, 150, 200)
@@ -40,27 +41,28 @@ ENERGIES = (0.99, 0.999)
 def measure(run: Path) -> list[dict[str, Any]]:
     backbone = load_backbone(run / "mini.safetensors", device="cpu")
     stack = store.open_stack(run / "mini.concepts.safetensors")
-    prompt_bank = targets.PromptBank(backbone, [record.noun for record in stack.records])
-    adapters = targets.own_adapters(stack)
+    stack = targets.with_prompts(targets.PromptBank(backbone, stack.tokens), stack)
     rows = []
-    for count, record in enumerate(stack.records, start=1):
-        prompt_bank.add(record, stack.words[record.id])
-        if count not in COUNTS:
-            continue
-        goals = prompt_bank.targets(adapters[:count], SolveSettings())
-        newest = stack.adapter_after(record.id)
-        previous = stack.adapter_after(stack.records[max(0, count - 2)].id)
+    for count in (one for one in COUNTS if one <= len(stack.records)):
+        past = consolidation.as_of(stack, count)
+        newest = past.adapter
+        previous = consolidation.as_of(stack, max(1, count - 1)).adapter
         assert newest
-        held, _ = solve.solve(goals, SolveSettings(rank=stack.rank))
-        moments = sum((goal.moment for goal in goals[1:]), prompt_bank.ordinary.clone())
-        lost = [targets.relative_drift(held, goal) for goal in prompt_bank.about_one(goals)]
+        assert stack.ordinary
+        held, _ = consolidation.solution(past, SolveSettings(rank=stack.rank))
+        assert held
+        goals = targets.targets_of(past, targets.own_adapters(past))
+        moments = stack.ordinary.moment(LANGUAGE) + sum(goal.moment for goal in goals)
+        lost = [targets.relative_drift(held, goal) for goal in targets.about_one(past, goals)]
         row = {
             "run": run.name,
             "concepts": count,
             "rank": stack.rank,
             "used": used(newest, moments),
-            "moved": moved(newest, previous, goals[1:-1]),
-            "asked": [solve.solve(goals, SolveSettings(energy=energy))[1] for energy in ENERGIES],
+            "moved": moved(newest, previous, goals[:-1]),
+            "asked": [
+                consolidation.solution(past, SolveSettings(energy=energy))[1] for energy in ENERGIES
+            ],
             "lost": sum(lost) / count,
         }
         rows.append(row)
@@ -71,7 +73,7 @@ def measure(run: Path) -> list[dict[str, Any]]:
 def moved(newest: Adapter, previous: Adapter | None, goals: Sequence[solve.Target]) -> float:
     """Mean drift of the newest adapter from the previous one over these prompts."""
     drifts = [
-        targets.relative_drift(newest, solve.Target(goal.name, goal.moment, previous))
+        targets.relative_drift(newest, solve.Target(goal.name, goal.rows, previous))
         for goal in goals
     ]
     return sum(drifts) / len(drifts) if drifts else 0.0

@@ -35,7 +35,6 @@ from PIL import Image
 from comfy_continual_lora import concepts, consolidation, metrics, report, store, targets
 from comfy_continual_lora.checkpoint.backbone import Backbone
 from comfy_continual_lora.checkpoint.load import load_backbone
-from comfy_continual_lora.progress import ignore
 from comfy_continual_lora.settings import SolveSettings
 from comfy_continual_lora.store import ConceptStack
 
@@ -95,15 +94,18 @@ def groups(
         tokens = [record.token for record in stack.records[start : start + size]]
         part = stack
         if size != len(stack.records):
-            part = consolidation.selected(backbone, stack, tokens, SolveSettings(), ignore)
+            bank = targets.PromptBank(backbone, stack.tokens)
+            whole = targets.with_prompts(bank, stack)
+            part = consolidation.selected(whole, tokens, SolveSettings())
         yield part, [n for n in numbers if start <= n < start + size]
 
 
 def _lost(backbone: Backbone, stack: ConceptStack) -> list[float]:
     assert stack.adapter
-    prompt_bank = targets.prompt_bank(backbone, stack, ignore)
-    goals = prompt_bank.targets(targets.own_adapters(stack), SolveSettings())
-    return [targets.relative_drift(stack.adapter, goal) for goal in prompt_bank.about_one(goals)]
+    stack = targets.with_prompts(targets.PromptBank(backbone, stack.tokens), stack)
+    assert stack.adapter
+    goals = targets.targets_of(stack, targets.own_adapters(stack))
+    return [targets.relative_drift(stack.adapter, goal) for goal in targets.about_one(stack, goals)]
 
 
 def draw(path: Path, job: Job, numbers: Sequence[int], sizes: Sequence[int]) -> None:

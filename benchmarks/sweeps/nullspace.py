@@ -108,8 +108,12 @@ def measure(energies: list[float], steps: int, folder: Path) -> list[dict[str, A
 
     text = FrozenText(backbone, stack.tokens)
     before = gain(backbone, stack.adapter, text, "V1", first)
-    prompt_bank = targets.prompt_bank(backbone, stack, ignore, nouns=[second.noun])
-    penalty = targets.retention_penalty(prompt_bank, stack, settings, 1.0)
+    bank = targets.PromptBank(backbone, stack.tokens)
+    stack = targets.with_prompts(bank, stack, [second.noun])
+    assert stack.ordinary
+    ordinary = stack.ordinary.moment(settings.retention_language)
+    goals = targets.targets_of(stack, targets.own_adapters(stack))
+    penalty = targets.retention_penalty(backbone, ordinary, goals, settings, 1.0)
     rows = [
         {"held by": "before", "first": before},
         row("penalty", replace(inputs, penalties={"retention": penalty})),

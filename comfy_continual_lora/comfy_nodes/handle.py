@@ -55,13 +55,14 @@ class StackHandle:
 
     def read(self) -> ConceptStack | None:
         """The version's stack; None if there is none yet."""
+        from ..consolidation import as_of
         from ..store import open_stack
 
         if self.selected:
             return self.selected
         if not self.file.exists():
             return None
-        return open_stack(self.file).as_of(self.count, consolidated=self.consolidated)
+        return as_of(open_stack(self.file), self.count, consolidated=self.consolidated)
 
     def as_of(self, count: int) -> StackHandle:
         """The version with its first `count` concepts."""

@@ -25,6 +25,7 @@ from ..adapters.adapter import Adapter, layers_of
 from ..penalty import Penalty, Step
 from ..session import Session
 from ..settings import LearnSettings, ResolvedSettings
+from ..targets import own_adapters
 from ..textspace import RetentionPenalty
 from .method import Method
 
@@ -68,7 +69,7 @@ class CLora(Method):
         # the single adapter of a "published" stack is already the sum
         past = [stack.adapter]
         if not self.fresh_adapter(settings):
-            past = [stack.adapter_after(record.id) for record in stack.records]
+            past = list(own_adapters(stack))
         past_adapters = [adapter for adapter in past if adapter is not None]
         own: dict[str, Penalty] = {}
         if past_adapters:

@@ -15,10 +15,12 @@ from __future__ import annotations
 
 from ..adapters.adapter import KINDS, Adapter
 from ..consolidation import consolidated
+from ..progress import Progress
 from ..session import Session
 from ..settings import ResolvedSettings, SolveSettings
+from ..solve import Target
 from ..stack import ConceptStack
-from ..targets import PromptBank
+from ..targets import with_small_target
 from .method import LearnedConcept, Method
 
 
@@ -29,18 +31,26 @@ class ClosedForm(Method):
     def takes(self, kind: str) -> bool:
         return KINDS[kind].solvable
 
-    def prompt_bank(self, session: Session, noun: str, settings: ResolvedSettings) -> PromptBank:
-        """With no concept yet: earlier ones are solved for at the end and need not be held."""
-        return self.bank_of(session, noun, settings, 0)
+    def encode(self, session: Session, noun: str, settings: ResolvedSettings) -> None:
+        """Ordinary prompts alone; those of earlier concepts are not needed before the end."""
+        stack = session.stack
+        bank = session.bank(stack, settings.retention_words)
+        nouns = [*(record.noun for record in stack.records), noun]
+        ordinary = bank.ordinary(nouns, stack.ordinary, settings.retention_language)
+        session.stack = stack.with_prompts({}, ordinary)
+
+    def held(self, session: Session) -> list[Target]:
+        """None: earlier concepts are solved for at the end."""
+        return []
 
     def remember(self, learned: LearnedConcept, adapter: Adapter | None) -> ConceptStack:
         stack = super().remember(learned, adapter)
-        if len(stack.records) == 1:
+        if len(stack.records) == 1 or adapter is None:
             return stack
-        session, bank = learned.session, learned.bank
-        assert bank  # `prompt_bank` always makes one
-        solved, _ = consolidated(
-            session.backbone, stack, SolveSettings(), session.on_progress, bank
-        )
-        bank.moments.drop_unused()
+        session, newest = learned.session, len(stack.records) - 1
+        stack = with_small_target(session.bank(stack), stack, newest, adapter)
+        session.on_progress(Progress("solve", 0, 1))
+        settings = SolveSettings(language=learned.settings.retention_language)
+        solved, _ = consolidated(stack, settings)
+        session.on_progress(Progress("solve", 1, 1))
         return solved.as_learned()

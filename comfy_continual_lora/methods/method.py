@@ -29,9 +29,10 @@ from ..penalty import Penalty
 from ..presets import ADAPTERS
 from ..session import Session, Snapshots
 from ..settings import LearnSettings, ResolvedSettings
+from ..solve import Target
 from ..stack import ConceptRecord, ConceptStack
 from ..stackfile import read_shapes
-from ..targets import PromptBank, prompt_bank, retention_penalty
+from ..targets import own_adapters, retention_penalty, targets_of, with_prompts
 from ..textspace import PaddingPenalty, RetentionPenalty, coordinates
 
 
@@ -50,7 +51,7 @@ class Start:
     """Where learning begins.
 
     `adapter` is None if none has been learned and the method trains none; `retention` is the
-    penalty in text space, `bank` the moments of the prompts.
+    penalty in text space.
     """
 
     adapter: Adapter | None
@@ -58,7 +59,6 @@ class Start:
     frozen_adapter: Adapter | None = None
     preconditioner: Tensor | None = None
     retention: RetentionPenalty | None = None
-    bank: PromptBank | None = None
 
 
 @dataclass(frozen=True)
@@ -72,7 +72,6 @@ class LearnedConcept:
     word: Tensor  # as learned
     penalties: Mapping[str, Penalty]
     snapshots: Snapshots
-    bank: PromptBank | None = None
 
 
 class Rows(NamedTuple):
@@ -140,8 +139,8 @@ class Method:
         fresh = self.fresh_adapter(settings)
         noun = concept.noun if concept.with_noun else ""
         word = backbone.word_start(noun, generator, settings.vectors)
-        bank = self.prompt_bank(session, concept.noun, settings)
-        held = self.retention(session, settings, bank)
+        self.encode(session, concept.noun, settings)
+        held = self.retention(session, settings)
         kind = self.adapter_kind(settings)
         preconditioner = None
         if held is not None and kind and KINDS[kind].preconditioned:
@@ -150,7 +149,7 @@ class Method:
         if kind and (adapter is None or fresh):
             adapter = new_adapter(backbone, settings.rank, generator, kind, preconditioner)
         frozen_adapter = stack.adapter if fresh else None
-        return Start(adapter, word, frozen_adapter, preconditioner, held, bank)
+        return Start(adapter, word, frozen_adapter, preconditioner, held)
 
     def held_weight(self, settings: LearnSettings) -> float:
         """Weight of the retention penalty; 0 for none."""
@@ -158,43 +157,28 @@ class Method:
             return 0.0
         return settings.retention_weight or self.retention_weight
 
-    def prompt_bank(
-        self, session: Session, noun: str, settings: ResolvedSettings
-    ) -> PromptBank | None:
-        """The moments of the prompts that learning needs."""
-        return self.held_bank(session, noun, settings)
+    def held(self, session: Session) -> list[Target]:
+        """What earlier concepts' prompts are held at while learning."""
+        stack = session.stack
+        return [one for one in targets_of(stack, own_adapters(stack)) if one.adapter]
 
-    def held_bank(
-        self, session: Session, noun: str, settings: ResolvedSettings
-    ) -> PromptBank | None:
-        """All prompts that the retention penalty protects; None if there is no penalty."""
-        if not self.held_weight(settings):
-            return None
-        return self.bank_of(session, noun, settings, None)
+    def encode(self, session: Session, noun: str, settings: ResolvedSettings) -> None:
+        """Have the session's stack hold the prompts that `retention` needs, with this class noun."""
+        if self.held_weight(settings):
+            stack = session.stack
+            bank = session.bank(stack, settings.retention_words)
+            language = settings.retention_language
+            session.stack = with_prompts(bank, stack, [noun], language=language)
 
-    def bank_of(
-        self, session: Session, noun: str, settings: ResolvedSettings, count: int | None
-    ) -> PromptBank:
-        """The prompts of the stack's first `count` concepts, or of all."""
-        return prompt_bank(
-            session.backbone,
-            session.stack,
-            session.on_progress,
-            count,
-            [noun],
-            settings.retention_words,
-            session.cache,
-            settings.retention_language,
-        )
-
-    def retention(
-        self, session: Session, settings: ResolvedSettings, bank: PromptBank | None
-    ) -> RetentionPenalty | None:
+    def retention(self, session: Session, settings: ResolvedSettings) -> RetentionPenalty | None:
         """The penalty that protects prompts during learning; None for none."""
         weight = self.held_weight(settings)
-        if bank is None or not weight:
+        if not weight:
             return None
-        return retention_penalty(bank, session.stack, settings, weight)
+        stack = session.stack
+        assert stack.ordinary
+        ordinary = stack.ordinary.moment(settings.retention_language)
+        return retention_penalty(session.backbone, ordinary, self.held(session), settings, weight)
 
     def penalties(
         self, session: Session, settings: ResolvedSettings, held: RetentionPenalty | None
@@ -248,8 +232,12 @@ class Method:
 
     def remember(self, learned: LearnedConcept, adapter: Adapter | None) -> ConceptStack:
         """The stack with the concept on it; called in the first process only."""
+        session, settings = learned.session, learned.settings
         fisher = self.fisher(learned, adapter) if adapter else None
-        return learned.session.stack.learned(learned.record, learned.word, adapter, fisher=fisher)
+        stack = session.stack.learned(learned.record, learned.word, adapter, fisher=fisher)
+        if stack.ordinary is None:
+            return stack
+        return with_prompts(session.bank(stack), stack, language=settings.retention_language)
 
     def fisher(self, learned: LearnedConcept, adapter: Adapter) -> Adapter | None:
         """The concept's Fisher, if the method holds later concepts by it."""

@@ -13,6 +13,7 @@ from ..checkpoint.backbone import FrozenText
 from ..fisher import FisherInputs, fisher
 from ..penalty import Penalty
 from ..settings import ResolvedSettings
+from ..targets import own_adapters
 from ..training import compute_dtype
 from .method import LearnedConcept
 
@@ -24,9 +25,10 @@ def text_of(learned: LearnedConcept) -> FrozenText:
 
 
 def past_adapters(learned: LearnedConcept) -> list[tuple[str, Adapter]]:
-    """The past teachers of DSC: each concept's name in prompts, and the adapter right after it."""
+    """The past teachers of DSC: each concept's name in prompts, and its own adapter."""
     stack = learned.session.stack
-    past = [(record.name, stack.adapter_after(record.id)) for record in stack.records]
+    names = [record.name for record in stack.records]
+    past = zip(names, own_adapters(stack), strict=True)
     return [(name, adapter) for name, adapter in past if adapter is not None]
 
 

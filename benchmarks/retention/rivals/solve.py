@@ -17,9 +17,10 @@ from dataclasses import replace
 from types import MappingProxyType
 
 from comfy_continual_lora.adapters.adapter import Adapter, rank_of
+from comfy_continual_lora.consolidation import solution
 from comfy_continual_lora.settings import SolveSettings
-from comfy_continual_lora.solve import solve
-from comfy_continual_lora.targets import PromptBank
+from comfy_continual_lora.stack import ConceptStack
+from comfy_continual_lora.targets import PromptBank, with_prompts
 
 from .learning import record_of
 from .rival import Pool, Rival
@@ -43,9 +44,14 @@ class Solve(Rival):
         own = pool.adapters
         if len(own) == 1:
             return own[0]
-        nouns = [concept.noun for concept in pool.concepts]
-        bank = PromptBank(pool.backbone, nouns, cache=pool.cache, language=settings.language)
-        for number, concept in enumerate(pool.concepts):
-            bank.add(record_of(concept, number), concept.word)
-        adapter, _ = solve(bank.targets(own, settings), settings, max(map(rank_of, own)))
+        records = [record_of(concept, number) for number, concept in enumerate(pool.concepts)]
+        words = {
+            record.id: concept.word for record, concept in zip(records, pool.concepts, strict=True)
+        }
+        stack = ConceptStack(pool.backbone.fingerprint, records, words)
+        stack.rank = max(map(rank_of, own))
+        bank = PromptBank(pool.backbone, stack.tokens, cache=pool.cache)
+        stack = with_prompts(bank, stack, language=settings.language)
+        adapter, _ = solution(stack, settings, own)
+        assert adapter
         return adapter
