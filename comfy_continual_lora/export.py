@@ -21,13 +21,11 @@ from typing import Any
 
 import torch
 from filelock import FileLock, Timeout
-from peft import LoraConfig
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor
 
 from .adapters.adapter import layers_of
-from .concepts import name_of
 from .errors import StackError
 from .files import (
     OWNER,
@@ -43,6 +41,7 @@ from .files import (
 from .presets import CLIP_SKIP_2
 from .stack import ConceptRecord, ConceptStack
 from .stock import card, embedding, metadata_of, rank_in, stock_lora
+from .words import name_of
 
 # A file's owner: the stack's identity (OWNER), the word of an embedding, and the concepts a LoRA was
 # solved for (empty for all)
@@ -347,6 +346,8 @@ def _write_lora(
         PRESET: stack.checkpoint.preset,
     }
     if format == "peft":
+        from peft import LoraConfig  # takes seconds
+
         folder = out / name
         assert rank  # only kohya's layout takes full-size changes
         layers = list(layers_of(stack.adapter or {}))

@@ -19,7 +19,7 @@ from .errors import StackError
 from .files import check_names, clean_temporary, copy_whole, history_folder, real_file, write_whole
 from .stackfile import opened, read_header
 from .stackschema import BYTES, checked
-from .versions import Change, Version, parent_of, versions
+from .versions import Change, Version, parent_among, versions
 
 
 def new_change(kind: str, names: Sequence[str]) -> Change:
@@ -77,8 +77,9 @@ def _same_version(one: Path, other: Path) -> bool:
 
 def prune(path: Path, most: int) -> None:
     """Keep `most` earlier versions: the one that undo goes back to, and the newest others."""
-    earlier = [one for one in versions(path) if not one.current]
-    parent = parent_of(path) if most else None
+    existing = versions(path)
+    earlier = [one for one in existing if not one.current]
+    parent = parent_among(existing) if most else None
     spare = [one for one in earlier if parent is None or one.number != parent.number]
     for one in spare[max(0, most - (parent is not None)) :]:
         one.file.unlink(missing_ok=True)

@@ -14,16 +14,19 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
 
-from .checkpoint.backbone import Backbone
 from .files import write_whole
 from .mentions import named, split
 from .textspace import moment
+
+if TYPE_CHECKING:
+    from .checkpoint.backbone import Backbone
 
 
 def clear_moments(folder: Path) -> None:

@@ -67,18 +67,21 @@ _ALL = (
         SolveRequest,
         "solve for all concepts at once, in seconds, without pictures",
         "consolidate_in_closed_form",
+        "solving",
     ),
     Operation(
         "forget",
         ForgetRequest,
         "remove any one concept, and what later adapters know of it",
         "forget",
+        "solving",
     ),
     Operation(
         "merge",
         MergeRequest,
         "put the concepts of another stack of the same checkpoint on this one",
         "merge",
+        "solving",
     ),
     Operation(
         "import",
@@ -104,6 +107,7 @@ _ALL = (
         ExportRequest,
         "write one LoRA and one embedding per word, for ComfyUI, A1111, Forge and diffusers",
         "export",
+        "solving",
     ),
     Operation(
         "rename",

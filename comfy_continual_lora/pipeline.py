@@ -56,6 +56,7 @@ from .results import (
 )
 from .session import Snapshots, open_session
 from .solving import consolidate_in_closed_form as consolidate_in_closed_form
+from .solving import export as export
 from .solving import forget as forget
 from .solving import merge as merge
 from .solving import put_on_top
@@ -69,7 +70,6 @@ from .upkeep import undo as undo
 from .views import dc_scores as dc_scores
 from .views import draw as draw
 from .views import evaluate as evaluate
-from .views import export as export
 from .views import learned_before as learned_before
 from .views import plan as plan
 from .views import scored_after_learning

@@ -13,8 +13,6 @@ from torch import Tensor
 
 from .adapters import DENSE, PARTS, kind_with
 from .adapters.adapter import layers_of
-from .checkpoint.backbone import Backbone
-from .checkpoint.load import load_backbone
 from .errors import SettingError, StackError, TrainingError
 from .files import cache_folder, check_names, real_file, snapshot_path, snapshots_of
 from .keeping import writing
@@ -28,9 +26,9 @@ from .snapshot import identity, other_runs
 from .stack import ConceptRecord, ConceptStack
 from .store import change, check_checkpoint, load_stack, open_stack, save_stack
 from .targets import PromptBank
-from .training import asked_for
 
 if TYPE_CHECKING:
+    from .checkpoint.backbone import Backbone
     from .concept import Concept
 
 _OUT_OF_MEMORY = re.compile("out of memory|can't allocate memory|not enough memory", re.IGNORECASE)
@@ -153,6 +151,8 @@ def open_session(
 
 def _load(request: Request, precision: str, on_progress: OnProgress) -> Backbone:
     on_progress(Progress("load", 0, 1))
+    from .checkpoint.load import load_backbone  # takes seconds
+
     return load_backbone(request.checkpoint, device=request.device, precision=precision)
 
 
@@ -271,6 +271,8 @@ class Snapshots:
         prompts: Sequence[Sequence[str]] = (),
     ) -> Snapshots:
         """The snapshots of the run with these settings and training prompts."""
+        from .training import asked_for  # takes seconds
+
         asked = asked_for(session.backbone, settings, concept.source, prompts)
         return cls(real_file(session.path), concept.token, asked)
 

@@ -1,5 +1,5 @@
-"""Operations by the closed form: consolidate, select, forget, merge. Part of the pipeline, which
-re-exports them.
+"""Operations by the closed form - consolidate, select, forget, merge - and export, which may select.
+Part of the pipeline, which re-exports them.
 
 A stack keeps what the closed form needs of its concepts. The checkpoint is opened only to encode
 what an older stack lacks, or prompts whose neighbors changed; consolidating and selecting what was
@@ -13,10 +13,12 @@ from collections.abc import Iterable, Sequence
 from . import consolidation, store
 from .adapters.adapter import Adapter
 from .errors import StackError
-from .files import cache_folder, real_file
+from .export import Exported, export_files
+from .files import cache_folder, real_file, stack_stem
+from .imagefile import check_folder
 from .moments import clear_cache
 from .progress import OnProgress, Progress, ignore
-from .requests import ForgetRequest, MergeRequest, SelectRequest, SolveRequest
+from .requests import ExportRequest, ForgetRequest, MergeRequest, SelectRequest, SolveRequest
 from .results import ForgetResult, MergeResult, SolveResult
 from .session import Session, open_session
 from .settings import SolveSettings
@@ -65,6 +67,31 @@ def chosen(session: Session, tokens: Sequence[str], settings: SolveSettings) -> 
     part = consolidation.selected(stack, tokens, settings)
     session.on_progress(Progress("solve", 1, 1))
     return part
+
+
+def export(request: ExportRequest, on_progress: OnProgress = ignore) -> Exported:
+    """Write the stack as one LoRA and one embedding per word.
+
+    Only solving for some concepts (`only`) opens the checkpoint.
+    """
+    request.check()
+    for folder in filter(None, (request.out, request.embeddings)):
+        check_folder(folder)
+    where = {"stack": request.stack, "device": request.device}
+    if request.only:
+        stack = select(SelectRequest(request.checkpoint, only=request.only, **where), on_progress)
+    else:
+        stack = store.open_stack(request.stack_file)
+    return export_files(
+        stack,
+        request.out,
+        request.embeddings or request.out,
+        stack_stem(request.stack_file),
+        request.format,
+        request.only,
+        request.remove_superseded,
+        [record.token for record in store.read_records(request.stack_file)],
+    )
 
 
 def forget(request: ForgetRequest, on_progress: OnProgress = ignore) -> ForgetResult:

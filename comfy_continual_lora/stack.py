@@ -236,15 +236,16 @@ class ConceptStack:
     def with_target(self, concept: str, target: Adapter) -> ConceptStack:
         """With a new target for one concept, in float16."""
         after = self._copy()
-        after.targets[concept] = {name: tensor.half() for name, tensor in target.items()}
+        after.targets[concept] = _halved(target)
         return after
 
     def with_prompts(self, prompts: Mapping[str, PromptRows], ordinary: Ordinary) -> ConceptStack:
         """With the prompts of these concepts, and ordinary ones.
 
-        Solutions that earlier versions of this program kept are dropped.
+        Solutions that earlier versions of this program kept are dropped, their targets halved.
         """
         after = replace(self._copy(), ordinary=ordinary)
+        after.targets = {one: _halved(target) for one, target in self.targets.items()}
         after.prompts |= prompts
         after.pool = {one: held for one, held in after.pool.items() if not after.can_solve(one)}
         return after
@@ -318,3 +319,7 @@ class ConceptStack:
     def _copy(self) -> ConceptStack:
         names = ("records", "words", "pool", "targets", "prompts", "fishers")
         return dataclasses.replace(self, **{name: getattr(self, name).copy() for name in names})
+
+
+def _halved(adapter: Mapping[str, Tensor]) -> Adapter:
+    return {name: tensor.half() for name, tensor in adapter.items()}

@@ -253,6 +253,7 @@ _PART = r"[A-Za-z]\w*"
 _NAMES = re.compile(
     rf"(?P<word>word)\.(?P<of>[A-Za-z0-9_-]+)"
     rf"|(?P<part>adapter|before)\.(?P<layer>{_LAYER})\.(?P<tensor>{_PART})"
+    rf"|wish\.(?P<wish_of>[A-Za-z0-9_-]+)\.(?P<joined>{_PART})"
     rf"|ordinary\.(?P<ordinary>listed|drawn)"
     rf"|(?P<prompts>alone|shared)\.(?P<about>[A-Za-z0-9_-]+)"
     rf"|(?P<held>pool|wish|fisher)\.(?P<concept>[A-Za-z0-9_-]+)"
@@ -336,15 +337,16 @@ def _tensors_fit(path: Path, header: Mapping[str, Any], shapes: Mapping[str, Sha
     ids = {record["id"] for record in header["concepts"]}
     words: dict[str, tuple[int, ...]] = {}
     prompts: dict[str, tuple[int, ...]] = {}
+    joined: dict[str, dict[str, tuple[int, ...]]] = {}  # by concept, tensor
     adapters: dict[str, dict[str, dict[str, tuple[int, ...]]]] = {}  # by part, layer, tensor
     for name, shape in shapes.items():
         match = _NAMES.fullmatch(name)
         if match is None:
             raise _wrong(path, f"it holds an unknown tensor {name[:100]!r}")
-        expected = ("F16",) if match["prompts"] else ("F32", "F16") if match["held"] else ("F32",)
-        if shape.dtype not in expected:
-            raise _wrong(path, f"its tensor {name} is {shape.dtype}, expected {expected[0]}")
-        concept = match["of"] or match["concept"] or match["about"]
+        expected = "F16" if match["prompts"] or match["joined"] else "F32"
+        if shape.dtype != expected:
+            raise _wrong(path, f"its tensor {name} is {shape.dtype}, expected {expected}")
+        concept = match["of"] or match["concept"] or match["about"] or match["wish_of"]
         if concept and concept not in ids:
             raise _wrong(path, f"its tensor {name} belongs to no concept")
         if match["word"]:
@@ -352,6 +354,9 @@ def _tensors_fit(path: Path, header: Mapping[str, Any], shapes: Mapping[str, Sha
             continue
         if match["prompts"] or match["ordinary"]:
             prompts[name] = shape.sizes
+            continue
+        if match["joined"]:
+            joined.setdefault(concept, {})[match["joined"]] = shape.sizes
             continue
         part = match["part"] or f"{match['held']}.{concept}"
         layer = match["layer"] or match["held_layer"]
@@ -371,6 +376,27 @@ def _tensors_fit(path: Path, header: Mapping[str, Any], shapes: Mapping[str, Sha
                 raise _wrong(path, f"{part} does not fit the rest in its layer {layer}")
     if any(part != "adapter" for part in ends) and "adapter" not in ends and not ids:
         raise _wrong(path, "it holds adapters but no concept")
+    for concept, tensors in joined.items():
+        if not _joined_fit(tensors, list(ends.get("adapter", {}).values())):
+            listed = ", ".join(f"{name} {shape}" for name, shape in tensors.items())
+            raise _wrong(path, f"wish.{concept} does not fit the adapter: {listed}")
+
+
+def _joined_fit(
+    tensors: Mapping[str, tuple[int, ...]], ends: Sequence[tuple[int | None, int | None]]
+) -> bool:
+    """Whether these are the tensors of layers with these numbers of outputs and inputs, each joined
+    along its first dimension: A (layers r, width), B (outputs, r) or D (outputs, width).
+    """
+    kind = kind_with(set(tensors))
+    width = next((width for _, width in ends), None)
+    if kind not in ("lora", "full") or width is None or any(out is None for out, _ in ends):
+        return False
+    outputs = sum(out for out, _ in ends if out)
+    if kind == "full":
+        return tensors["D"] == (outputs, width)
+    rank = tensors["B"][-1]
+    return rank > 0 and tensors == {"A": (len(ends) * rank, width), "B": (outputs, rank)}
 
 
 def _prompts_fit(

@@ -3,7 +3,8 @@
     adapter.<layer>.<part>                the current adapter
     before.<layer>.<part>                 the adapter before the newest concept was consolidated
     pool.<concept id>.<layer>.<part>      the adapter after each earlier concept
-    wish.<concept id>.<layer>.<part>      a concept's target for the closed form (`targets`), float16
+    wish.<concept id>.<part>              a concept's target for the closed form (`targets`), float16;
+                                          the layers, in order of their names, one below the other
     alone.<concept id>, shared.<...>      rows of its prompts (`PromptRows`), float16 (k, d)
     ordinary.listed, ordinary.drawn       ordinary prompts (`Ordinary`): each moment's upper triangle
     fisher.<concept id>.<layer>.<part>    a concept's Fisher
@@ -28,6 +29,7 @@ from typing import IO, Any
 import torch
 from torch import Tensor
 
+from .adapters.adapter import Adapter, layers_of
 from .errors import StackError
 from .files import real_file, write_whole
 from .files import stack_path as stack_path
@@ -113,6 +115,7 @@ def _stack_of(header: dict[str, Any], tensors: dict[str, Tensor]) -> ConceptStac
     stack.identity = stack.owner
     if header["ordinary"] is not None:
         stack.ordinary = _ordinary_of(header["ordinary"], tensors)
+    joined: dict[str, dict[str, Tensor]] = {}
     for key, tensor in tensors.items():
         part, _, rest = key.partition(".")
         if part == "word":
@@ -123,11 +126,36 @@ def _stack_of(header: dict[str, Any], tensors: dict[str, Tensor]) -> ConceptStac
             stack.unconsolidated = {**(stack.unconsolidated or {}), rest: tensor}
         elif part == "alone":
             stack.prompts[rest] = PromptRows(tensor, tensors[f"shared.{rest}"])
+        elif part == "wish" and rest.count(".") == 1:
+            joined.setdefault(rest.partition(".")[0], {})[rest.partition(".")[2]] = tensor
         elif part in ("pool", "wish", "fisher"):
             concept, _, name = rest.partition(".")
             by_concept = {"pool": stack.pool, "wish": stack.targets, "fisher": stack.fishers}[part]
             by_concept.setdefault(concept, {})[name] = tensor
+    for concept, parts in joined.items():
+        assert stack.adapter  # `checked` has verified it
+        stack.targets[concept] = _split(parts, layers_of(stack.adapter))
     return stack
+
+
+def _joined(adapter: Adapter) -> dict[str, Tensor]:
+    """A LoRA or a full change with all layers of a part in one tensor, in order of their names: a
+    file of hundreds of concepts would have tens of thousands otherwise.
+    """
+    layers = sorted(layers_of(adapter).items())
+    return {part: torch.cat([parts[part] for _, parts in layers]) for part in layers[0][1]}
+
+
+def _split(joined: Mapping[str, Tensor], layers: Mapping[str, Mapping[str, Tensor]]) -> Adapter:
+    """The inverse of `_joined`; `layers` are those of the stack's adapter."""
+    names = sorted(layers)
+    outputs = [len(layers[name]["B" if "B" in layers[name] else "D"]) for name in names]
+    adapter = {}
+    for part, tensor in joined.items():
+        sizes = [len(tensor) // len(names)] * len(names) if part == "A" else outputs
+        for name, own in zip(names, tensor.split(sizes), strict=True):
+            adapter[f"{name}.{part}"] = own
+    return adapter
 
 
 def _ordinary_of(header: dict[str, Any], tensors: Mapping[str, Tensor]) -> Ordinary:
@@ -281,11 +309,12 @@ def _tensors_of(stack: ConceptStack) -> dict[str, Tensor]:
         tensors |= {f"{part}.{name}": tensor for name, tensor in (adapter or {}).items()}
     for part, adapters in (
         ("pool", stack.pool),
-        ("wish", stack.targets),
         ("fisher", stack.fishers),
     ):
         for concept, adapter in adapters.items():
             tensors |= {f"{part}.{concept}.{name}": tensor for name, tensor in adapter.items()}
+    for concept, target in stack.targets.items():
+        tensors |= {f"wish.{concept}.{part}": t.half() for part, t in _joined(target).items()}
     for concept, kept in stack.prompts.items():
         tensors |= {f"alone.{concept}": kept.alone, f"shared.{concept}": kept.shared}
     if stack.ordinary is not None:

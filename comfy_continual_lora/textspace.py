@@ -18,15 +18,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from .adapters.adapter import Adapter, factored, layers_of
-from .checkpoint.backbone import Backbone
 from .penalty import Step
 from .presets import TEMPLATES
 from .stack import ConceptRecord
+
+if TYPE_CHECKING:
+    from .checkpoint.backbone import Backbone
 
 SHRINKAGE = 1.0  # in learning: benchmarks/LOG.md, 2026-11-28
 PLACES = (

@@ -42,6 +42,7 @@ class Version:
     change: str
     when: str
     tokens: list[str]
+    identity: str  # of the stack
     size: int  # in bytes
     current: bool
     file: Path
@@ -93,7 +94,8 @@ def _version(file: Path, number: int, *, current: bool) -> Version:
     else:
         text = f"a change by an earlier version; newest: {tokens[-1] if tokens else 'none'}"
         when = records[-1]["learned"] if records else ""
-    return Version(number, parent, text, when, tokens, file.stat().st_size, current, file)
+    size = file.stat().st_size
+    return Version(number, parent, text, when, tokens, header["identity"], size, current, file)
 
 
 def parent_of(path: Path) -> Version | None:
@@ -101,15 +103,18 @@ def parent_of(path: Path) -> Version | None:
 
     Errors: StackError if there is no stack.
     """
-    path = real_file(path)
-    existing = versions(path)
+    return parent_among(versions(path))
+
+
+def parent_among(existing: Sequence[Version]) -> Version | None:
+    """The same among these versions of a stack."""
     current = next(one for one in existing if one.current)
     others = (one for one in existing if not one.current)
     parent = next((one for one in others if one.number == current.parent), None)
     if parent is None:
         return None
-    own, theirs = (read_header(file)["identity"] for file in (path, parent.file))
-    return None if own and theirs and own != theirs else parent
+    is_other = current.identity and parent.identity and current.identity != parent.identity
+    return None if is_other else parent
 
 
 def undo_preview(path: Path) -> str:

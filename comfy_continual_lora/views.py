@@ -19,7 +19,6 @@ from . import plan as planning
 from .adapters.adapter import attached
 from .checkpoint.backbone import FrozenText
 from .errors import ConceptImagesError, SettingError, StackError
-from .export import Exported, export_files
 from .files import stack_stem, with_name
 from .imagefile import check_folder, check_output, save_own
 from .mentions import named, not_in_use
@@ -29,10 +28,8 @@ from .progress import OnProgress, Progress, counted, ignore
 from .requests import (
     DrawRequest,
     EvaluateRequest,
-    ExportRequest,
     LearnRequest,
     ScoreRequest,
-    SelectRequest,
 )
 from .results import (
     Drawn,
@@ -42,7 +39,7 @@ from .results import (
 )
 from .session import Session, open_session
 from .settings import ScoreSettings, SolveSettings
-from .solving import chosen, select
+from .solving import chosen
 from .stack import ConceptRecord, ConceptStack
 from .versions import in_use
 
@@ -132,31 +129,6 @@ def evaluate(
         result = evaluated(session, request, groups)
     return replace(
         result, chart=_plotted(report.retention_sheet(result), request.plot, on_progress)
-    )
-
-
-def export(request: ExportRequest, on_progress: OnProgress = ignore) -> Exported:
-    """Write the stack as one LoRA and one embedding per word.
-
-    Only solving for some concepts (`only`) opens the checkpoint.
-    """
-    request.check()
-    for folder in filter(None, (request.out, request.embeddings)):
-        check_folder(folder)
-    where = {"stack": request.stack, "device": request.device}
-    if request.only:
-        stack = select(SelectRequest(request.checkpoint, only=request.only, **where), on_progress)
-    else:
-        stack = store.open_stack(request.stack_file)
-    return export_files(
-        stack,
-        request.out,
-        request.embeddings or request.out,
-        stack_stem(request.stack_file),
-        request.format,
-        request.only,
-        request.remove_superseded,
-        [record.token for record in store.read_records(request.stack_file)],
     )
 
 

@@ -196,8 +196,8 @@ def test_a_card_shows_every_field_and_obeys_none(field: str, text: Any) -> None:
 @pytest.mark.parametrize("text", HOSTILE)
 def test_the_history_shows_every_field_and_obeys_none(text: str) -> None:
     versions = [
-        Version(2, 1, text, text, [text, "V1"], 1_000_000, True, Path("x")),
-        Version(1, None, text, "", [], 1, False, Path(text)),
+        Version(2, 1, text, text, [text, "V1"], "", 1_000_000, True, Path("x")),
+        Version(1, None, text, "", [], "", 1, False, Path(text)),
     ]
     seen = _Seen(shown.history(versions))
     assert seen.tags == {"table", "tr", "th", "td"}

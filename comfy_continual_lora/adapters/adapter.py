@@ -8,17 +8,21 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from typing import TYPE_CHECKING
 
 import torch
-from peft.tuners.lora import Linear as LoraLinear
 from torch import Tensor, nn
 
-from ..checkpoint.backbone import Backbone
 from . import PARTS, kind_with
 from .full import Full
 from .kind import AdapterKind, ChangedLayer, put_module
 from .lora import Lora
 from .vera import Vera
+
+if TYPE_CHECKING:
+    from peft.tuners.lora import Linear as LoraLinear
+
+    from ..checkpoint.backbone import Backbone
 
 Adapter = dict[str, Tensor]
 KINDS: dict[str, AdapterKind] = {kind.name: kind for kind in (Lora(), Vera(), Full())}
@@ -93,6 +97,8 @@ def delta_weights(backbone: Backbone, adapter: Mapping[str, Tensor]) -> dict[str
 
 def adapted_layers(backbone: Backbone) -> dict[str, LoraLinear | ChangedLayer]:
     """The modules that carry an attached adapter, by layer."""
+    from peft.tuners.lora import Linear as LoraLinear  # not light
+
     return {
         name: module
         for name, module in backbone.unet.named_modules()

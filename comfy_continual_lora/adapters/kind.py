@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..checkpoint.backbone import Backbone
+if TYPE_CHECKING:
+    from ..checkpoint.backbone import Backbone
 
 
 class AdapterKind:

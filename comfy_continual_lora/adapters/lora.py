@@ -9,14 +9,15 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping
+from typing import TYPE_CHECKING
 
 import torch
-from peft import LoraConfig, inject_adapter_in_model
-from peft.tuners.lora import Linear as LoraLinear
 from torch import Tensor, nn
 
-from ..checkpoint.backbone import KV_MODULES, Backbone
 from .kind import AdapterKind
+
+if TYPE_CHECKING:
+    from ..checkpoint.backbone import Backbone
 
 
 class Lora(AdapterKind):
@@ -42,6 +43,12 @@ class Lora(AdapterKind):
     def attach(
         self, backbone: Backbone, layers: Mapping[str, Mapping[str, nn.Parameter]], name: str
     ) -> None:
+        # not light
+        from peft import LoraConfig, inject_adapter_in_model
+        from peft.tuners.lora import Linear as LoraLinear
+
+        from ..checkpoint.backbone import KV_MODULES
+
         rank = len(next(iter(layers.values()))["A"])
         config = LoraConfig(
             r=rank, lora_alpha=rank, target_modules=KV_MODULES, init_lora_weights=False
