@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 from helpers_browser import page, wait_for_text
 from helpers_server import Server, free_port
@@ -98,6 +99,22 @@ _TEXT = {
     "eos_token_id": 49407,
     "pad_token_id": 49407,
 }
+
+# the variable that names a web UI, and its folder in the home folder
+FAMILY = {
+    "Forge": ("FORGE_PATH", "stable-diffusion-webui-forge"),
+    "reForge": ("REFORGE_PATH", "stable-diffusion-webui-reForge"),
+    "Neo": ("NEO_PATH", "sd-webui-forge-neo"),
+}
+
+
+def of_the_family(name: str) -> Path:
+    """Skips the test where there is none."""
+    variable, default = FAMILY[name]
+    found = find_webui(variable, default)
+    if found is None:
+        pytest.skip(f"no {name} with a venv at {variable} or ~/{default}")
+    return found
 
 
 def find_webui(

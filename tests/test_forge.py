@@ -9,31 +9,23 @@ from pathlib import Path
 import pytest
 from helpers_browser import CHROMIUM
 from helpers_webui import (
+    FAMILY,
     WebUI,
-    find_webui,
     freeze,
     is_calm_without_a_model,
     keeps_things_apart,
     learns_and_draws,
     learns_in_a_browser,
+    of_the_family,
     stops_when_interrupted,
 )
 
-FAMILY = {
-    "Forge": ("FORGE_PATH", "stable-diffusion-webui-forge"),
-    "reForge": ("REFORGE_PATH", "stable-diffusion-webui-reForge"),
-    "Neo": ("NEO_PATH", "sd-webui-forge-neo"),
-}
 pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(scope="module", params=FAMILY)
 def webui(request: pytest.FixtureRequest) -> Path:
-    variable, default = FAMILY[request.param]
-    found = find_webui(variable, default)
-    if found is None:
-        pytest.skip(f"no {request.param} with a venv at {variable} or ~/{default}")
-    return found
+    return of_the_family(request.param)
 
 
 def test_what_is_learned_acts_in_txt2img_at_once(host: WebUI, pictures: Path) -> None:

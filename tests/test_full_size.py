@@ -21,6 +21,7 @@ import torch
 from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline
 from helpers_areas import follows_areas
 from helpers_comfyui import REPOSITORY, find_comfyui, python_of
+from helpers_habits import HABITS, IN_WEB_UIS, MOVED, WEIGHTS, Habits, moved_by_web_uis, own
 from helpers_webui import WebUI, find_webui
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
@@ -41,21 +42,6 @@ LARGE = pytest.mark.skipif(
     reason="FULL_SIZE is not set; SDXL takes 16 GB of memory, 7 GB of disk and five minutes",
 )
 PROMPT = "a photo of a red V1 ball on grass, and v1"
-_LONG = " ".join(["a small red ball on green grass"] * 11)  # 77 tokens
-# prompts by what they try, with their clip skip; the hosts agree on those without commas and marks
-HABITS = {
-    "long": (f"a V1 ball and {_LONG} at night", 1),
-    "word in the second chunk": (f"{_LONG} and a V1 ball at night", 1),
-    "clip skip": (f"{_LONG} and a V1 ball at night", 2),
-}
-WEIGHTS = "a (V1 ball:1.3) on ((grass)) at night"
-IN_A1111_ALONE = {
-    "weights": (r"a (V1 ball:1.3) on [grass], ((at) night), \(sharp\)", 1),
-    "weights and clip skip": (WEIGHTS, 2),
-    "BREAK": ("a V1 ball BREAK on grass BREAK at night", 1),
-    "commas": (f"{_LONG[:-30]}, golden hour, a V1 ball, dramatic shadows, " * 3, 1),
-    "weights in the second chunk": (f"{_LONG} and a (V1 ball:1.3), [at night:0.7]", 1),
-}
 # in ComfyUI's own Python: its text features of the prompt, and its net's answers to what ours was
 # asked, without the LoRA and with it
 IN_COMFYUI = """
@@ -212,9 +198,6 @@ def in_a1111(webui: Path, folder: Path, checkpoint: Path) -> None:
         host.stop()
 
 
-Habits = dict[str, tuple[str, int]]
-
-
 def _habits(
     backbone: Backbone, words: dict[str, Tensor]
 ) -> tuple[dict[str, Tensor], dict[Callable[..., None], Habits]]:
@@ -222,12 +205,11 @@ def _habits(
     takes_clip_skip = backbone.preset == "sd1"
     both, alone = (
         {name: one for name, one in habits.items() if takes_clip_skip or one[1] == 1}
-        for habits in (HABITS, IN_A1111_ALONE)
+        for habits in (HABITS, IN_WEB_UIS)
     )
-    features = {}
-    for name, (prompt, clip_skip) in {**both, **alone}.items():
-        chosen = backbone.with_clip_skip(clip_skip)
-        features[name] = backbone.context(chosen.encode_drawn(prompt, words)).contiguous()
+    features = own(backbone, words, {**both, **alone})
+    features["moved by a comma"] = moved_by_web_uis(backbone, words)
+    alone["moved by a comma"] = (MOVED, 1)
     # ComfyUI's rule: the weight of what differs from the empty prompt (comfy/sd1_clip.py)
     plain, empty = (
         backbone.context(backbone.encode_drawn(prompt, words))
@@ -327,14 +309,14 @@ def test_other_programs_nets_answer_as_ours(
     for program, ask in ((COMFYUI, in_comfyui), (A1111, in_a1111)):
         if program is None:
             continue
-        own = {name: habits[name] for name in theirs[ask]}
+        tried = {name: habits[name] for name in theirs[ask]}
         (tmp_path / "habits.json").write_text(json.dumps(theirs[ask]))
         ask(program, tmp_path, path)
         answers = load_file(tmp_path / "answers.safetensors")
         with safe_open(tmp_path / "answers.safetensors", framework="pt") as file:
             assert file.metadata() == {"patched": str(layers)}
         (tmp_path / "answers.safetensors").unlink()  # the next one gives its own
-        expected = {**wanted, **own}
+        expected = {**wanted, **tried}
         assert answers.keys() == expected.keys()
         apart = {
             name: float((answers[name] - tensor).abs().max()) for name, tensor in expected.items()

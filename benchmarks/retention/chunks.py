@@ -1,6 +1,6 @@
 """Are long prompts and weighted words held as well as short prompts are?
 
-    python benchmarks/retention/chunks.py OUT.json [--concepts 2] [--steps 300]
+    python benchmarks/retention/chunks.py OUT.json [--concepts 2] [--steps 300] [--first 0]
 
 in: nothing - out: OUT.json, and the same as a table on the screen. Development concepts are learned one
 after the other by the default method. After each, over prompts that name nothing learned,
@@ -13,7 +13,10 @@ several are learned, over prompts that name the first one,
 
     lost      mean over layers of  E || (delta - delta_1) c ||^2 / E || delta_1 c ||^2
 
-with delta_1 the adapter right after it was learned, with its name in the first or the second chunk.
+with delta_1 the adapter right after it was learned, with its name in the first or the second chunk:
+of all words there, and of the name, of what stands before it and of what stands behind it. A layer in
+which delta_1 does little weighs as much there as any other; so also, as the shares of W0 c of `change`,
+how much there was to lose, `taught`, of delta_1, and `moved`, of delta - delta_1.
 """
 
 from __future__ import annotations
@@ -22,7 +25,7 @@ import argparse
 import json
 import random
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -32,7 +35,7 @@ from comfy_continual_lora import pipeline, requests, store
 from comfy_continual_lora.adapters.adapter import Adapter, factored, layers_of
 from comfy_continual_lora.checkpoint.backbone import Backbone
 from comfy_continual_lora.checkpoint.load import load_backbone
-from comfy_continual_lora.emphasis import CHUNK
+from comfy_continual_lora.emphasis import CHUNK, Token
 from comfy_continual_lora.language import STYLES, TAGS
 from comfy_continual_lora.mini import world
 from comfy_continual_lora.mini.weights import write_checkpoint
@@ -64,15 +67,19 @@ def details(backbone: Backbone, seed: int, tokens: int) -> str:
 
 
 def rows_of(
-    backbone: Backbone, words: Mapping[str, Tensor], chunk: int, prompts: Sequence[str]
+    backbone: Backbone,
+    words: Mapping[str, Tensor],
+    chunk: int,
+    prompts: Sequence[str],
+    part: Callable[[Sequence[Token]], slice] = lambda tokens: slice(None),
 ) -> Tensor:
-    """The features of the words in one chunk of each prompt, (rows, d)."""
+    """The features of the words in one chunk of each prompt, or in a part of it, (rows, d)."""
     rows = []
     for prompt in prompts:
         features = backbone.context(backbone.encode_drawn(prompt, words))[0]
-        length = len(backbone.chunks(prompt, words)[chunk])
+        tokens = backbone.chunks(prompt, words)[chunk]
         start = chunk * (CHUNK + 2) + 1
-        rows.append(features[start : start + length])
+        rows.append(features[start : start + len(tokens)][part(tokens)])
     return torch.cat(rows)
 
 
@@ -89,31 +96,37 @@ def by_comfyui(backbone: Backbone, weight: float, prompts: Sequence[str]) -> Ten
     return torch.cat(rows)
 
 
-def moved(adapter: Adapter, rows: Tensor, sizes: Mapping[str, Tensor]) -> float:
-    """Mean over layers of sum || delta c ||^2 / sizes[layer]."""
-    shares = []
-    for layer, parts in layers_of(adapter).items():
-        left, right = factored(parts, rows.shape[1])
-        shares.append((rows @ right.T @ left.T).square().sum() / sizes[layer])
+def outputs(adapter: Adapter, rows: Tensor) -> dict[str, Tensor]:
+    """delta c by layer, (rows, d')."""
+    factors = {layer: factored(p, rows.shape[1]) for layer, p in layers_of(adapter).items()}
+    return {layer: rows @ right.T @ left.T for layer, (left, right) in factors.items()}
+
+
+def relative(some: Mapping[str, Tensor], to: Mapping[str, Tensor]) -> float:
+    """Mean over layers of sum || some ||^2 / sum || to ||^2."""
+    shares = [one.square().sum() / to[layer].square().sum() for layer, one in some.items()]
     return float(torch.stack(shares).mean())
+
+
+def bare_outputs(backbone: Backbone, rows: Tensor) -> dict[str, Tensor]:
+    """W0 c by layer, (rows, d')."""
+    return {layer: rows @ one.weight.float().T for layer, one in backbone.kv_layers.items()}
 
 
 def change(backbone: Backbone, adapter: Adapter, rows: Tensor) -> float:
-    sizes = {
-        layer: (rows @ module.weight.float().T).square().sum()
-        for layer, module in backbone.kv_layers.items()
+    return relative(outputs(adapter, rows), bare_outputs(backbone, rows))
+
+
+def losses(backbone: Backbone, adapter: Adapter, first: Adapter, rows: Tensor) -> dict[str, float]:
+    """`lost`, `taught` and `moved`."""
+    own, now = outputs(first, rows), outputs(adapter, rows)
+    bare = bare_outputs(backbone, rows)
+    apart = {layer: now[layer] - one for layer, one in own.items()}
+    return {
+        "lost": relative(apart, own),
+        "taught": relative(own, bare),
+        "moved": relative(apart, bare),
     }
-    return moved(adapter, rows, sizes)
-
-
-def lost(adapter: Adapter, first: Adapter, rows: Tensor) -> float:
-    width, shares = rows.shape[1], []
-    now = layers_of(adapter)
-    for layer, parts in layers_of(first).items():
-        (left, right), (left_now, right_now) = factored(parts, width), factored(now[layer], width)
-        own = rows @ right.T @ left.T
-        shares.append((rows @ right_now.T @ left_now.T - own).square().sum() / own.square().sum())
-    return float(torch.stack(shares).mean())
 
 
 @torch.no_grad()
@@ -140,8 +153,8 @@ def unlearned(backbone: Backbone, adapter: Adapter) -> dict[str, float]:
 
 
 @torch.no_grad()
-def of_the_first(backbone: Backbone, stack: store.ConceptStack) -> dict[str, float]:
-    """How much is lost of what the first concept's own adapter did to its prompts."""
+def of_the_first(backbone: Backbone, stack: store.ConceptStack) -> dict[str, dict[str, float]]:
+    """How much is lost of what the first concept's own adapter did to its prompts and to their parts."""
     first = stack.records[0]
     own, now = stack.pool[first.id], stack.adapter
     assert now
@@ -153,10 +166,25 @@ def of_the_first(backbone: Backbone, stack: store.ConceptStack) -> dict[str, flo
         "behind 40 tokens, first chunk": (0, middle),
         "second chunk": (1, behind),
     }
-    return {
-        name: lost(now, own, rows_of(backbone, stack.tokens, chunk, prompts))
-        for name, (chunk, prompts) in texts.items()
+    noun = len(backbone.token_ids(first.noun))
+
+    def name_of(tokens: Sequence[Token]) -> slice:
+        """The learned word and its noun."""
+        places = [place for place, token in enumerate(tokens) if token.vector >= 0]
+        return slice(places[0], places[-1] + 1 + noun)
+
+    parts: dict[str, Callable[[Sequence[Token]], slice]] = {
+        "": lambda tokens: slice(None),
+        ": the name": name_of,
+        ": before the name": lambda tokens: slice(name_of(tokens).start),
+        ": behind the name": lambda tokens: slice(name_of(tokens).stop, None),
     }
+    rows = {
+        kind + of: rows_of(backbone, stack.tokens, chunk, prompts, part)
+        for kind, (chunk, prompts) in texts.items()
+        for of, part in parts.items()
+    }
+    return {name: losses(backbone, now, own, some) for name, some in rows.items()}
 
 
 def main() -> None:
@@ -166,6 +194,9 @@ def main() -> None:
     parser.add_argument("out", type=Path)
     parser.add_argument("--concepts", type=int, default=2)
     parser.add_argument("--steps", type=int, default=300)
+    parser.add_argument(
+        "--first", type=int, default=0, help="the development concept to begin with"
+    )
     arguments = parser.parse_args()
     results = []
     with tempfile.TemporaryDirectory() as folder:
@@ -174,7 +205,8 @@ def main() -> None:
         backbone = load_backbone(checkpoint, device="cpu")
         settings = LearnSettings(steps=arguments.steps)
         for number in range(arguments.concepts):
-            concept, token = world.concepts("development")[number], f"V{number + 1}"
+            concept = world.concepts("development")[arguments.first + number]
+            token = f"V{number + 1}"
             pictures = world.save_pictures(concept, Path(folder) / token)
             request = requests.LearnRequest(
                 checkpoint, pictures, token, concept.noun, settings, device="cpu"
@@ -184,10 +216,10 @@ def main() -> None:
             assert stack.adapter
             result = {"concepts": number + 1, "change": unlearned(backbone, stack.adapter)}
             if number:
-                result["lost"] = of_the_first(backbone, stack)
+                result["first"] = of_the_first(backbone, stack)
             results.append(result)
             print(json.dumps(result, indent=1), flush=True)
-    found = {"steps": arguments.steps, "results": results}
+    found = {"steps": arguments.steps, "first": arguments.first, "results": results}
     arguments.out.write_text(json.dumps(found, indent=1) + "\n")
 
 
