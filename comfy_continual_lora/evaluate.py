@@ -31,7 +31,7 @@ from PIL.Image import Image
 from torch import Tensor
 
 from . import classifier, likeness, sample
-from .adapters.adapter import attached
+from .adapters.adapter import attached, folded
 from .checkpoint.backbone import Backbone, FrozenText
 from .concepts import PREVIEW, picture_of, to_pil, to_tensor
 from .consolidation import as_of
@@ -294,23 +294,23 @@ def evaluate(
         prompts = [PROMPTS[n % len(PROMPTS)].format(name) for n in range(settings.pictures)]
         seeds = [settings.seed + n for n in range(settings.pictures)]
         on_progress(Progress("evaluate", done, total))
-        with attached(backbone, version.adapter if version else None):
-            pictures = sample.draw(
-                backbone,
-                version.tokens if version else {},
-                prompts,
-                seeds,
-                drawing,
-                lambda p: on_progress(Progress("evaluate", done, total)),
-            )
+        pictures = sample.draw(
+            backbone,
+            version.tokens if version else {},
+            prompts,
+            seeds,
+            drawing,
+            lambda p: on_progress(Progress("evaluate", done, total)),
+        )
         done += 1
         return pictures
 
     versions = [as_of(stack, i + 1) for i in range(count)]
     after: dict[tuple[int, int], Tensor] = {}
-    for i in range(count):
-        for j in range(i + 1):
-            after[i, j] = drawn(records[j].name, versions[i])
+    for i, version in enumerate(versions):
+        with folded(backbone, version.adapter):
+            for j in range(i + 1):
+                after[i, j] = drawn(records[j].name, version)
     plain = [drawn(record.noun, None) for record in records]
     references = [
         _reference(record, own.get(record.token), embed, after[j, j], use_kept)

@@ -9,7 +9,7 @@ from pathlib import Path
 from torch import Tensor
 
 from . import concepts, objective
-from .adapters.adapter import Adapter, attached
+from .adapters.adapter import Adapter, folded
 from .concept import Concept, load_concept
 from .consolidation import undone
 from .early import check_learn
@@ -223,6 +223,6 @@ def preview_last(session: Session, stack: ConceptStack, settings: LearnSettings)
     """Show what previews show, or the new concept and the first one, as they are drawn now."""
     names = [stack.records[-1].name, stack.records[0].name]
     prompts = previewed(settings.preview_prompts, names)
-    with attached(session.backbone, stack.adapter):
+    with folded(session.backbone, stack.adapter):
         image = preview(session.backbone, stack.tokens, prompts, stack.nouns)
     session.on_progress(Progress("preview", 1, 1, preview=image))

@@ -16,7 +16,7 @@ from torch import Tensor
 from . import classifier, concepts, infotext, inventory, report, sample, store
 from . import evaluate as evaluation
 from . import plan as planning
-from .adapters.adapter import attached
+from .adapters.adapter import attached, folded
 from .checkpoint.backbone import FrozenText
 from .errors import ConceptImagesError, SettingError, StackError
 from .files import stack_stem, with_name
@@ -87,7 +87,7 @@ def draw(request: DrawRequest, on_progress: OnProgress = ignore) -> DrawResult:
         for parts in prompts:
             areas += [parts] * settings.count
             seeds += range(settings.seed, settings.seed + settings.count)
-        with attached(backbone, stack.adapter):
+        with folded(backbone, stack.adapter):
             images = sample.draw(
                 backbone, stack.tokens, areas, seeds, settings, on_progress, stack.nouns
             )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -10,12 +12,14 @@ from comfy_continual_lora.adapters.adapter import (
     Adapter,
     attached,
     delta_weights,
+    folded,
     kind_of,
     new_adapter,
     swapped_in,
 )
 from comfy_continual_lora.adapters.lora import joined
 from comfy_continual_lora.checkpoint.backbone import Backbone
+from comfy_continual_lora.checkpoint.load import load_backbone
 
 
 def _random_adapter(backbone: Backbone, kind: str = "lora") -> Adapter:
@@ -59,26 +63,51 @@ def test_detach_restores_every_bit_also_after_an_exception(backbone: Backbone, k
     assert torch.equal(_predict(backbone), before)
 
 
-def _folded(backbone: Backbone, adapter: Adapter) -> torch.Tensor:
-    """The prediction with the change added to the weights themselves."""
-    weights = {name: layer.weight for name, layer in backbone.kv_layers.items()}
-    kept = {name: weight.detach().clone() for name, weight in weights.items()}
-    for name, delta in delta_weights(backbone, adapter).items():
-        weights[name].data += delta
-    prediction = _predict(backbone)
-    for name, weight in kept.items():
-        weights[name].data.copy_(weight)
-    return prediction
-
-
 @pytest.mark.parametrize("kind", KINDS)
-def test_attached_is_w0_plus_delta(backbone: Backbone, kind: str) -> None:
+def test_attached_and_folded_are_w0_plus_delta(backbone: Backbone, kind: str) -> None:
     adapter = _random_adapter(backbone, kind)
     assert kind_of(adapter).name == kind
     with attached(backbone, adapter) as parameters:
         assert all(torch.equal(parameters[name], tensor) for name, tensor in adapter.items())
         carried = _predict(backbone)
-    assert torch.allclose(carried, _folded(backbone, adapter), atol=1e-5)
+    before = _weights(backbone)
+    with folded(backbone, adapter):
+        for name, delta in delta_weights(backbone, adapter).items():
+            assert torch.equal(backbone.kv_layers[name].weight, before[name] + delta)
+        assert torch.allclose(carried, _predict(backbone), atol=1e-5)
+
+
+def _weights(backbone: Backbone) -> dict[str, torch.Tensor]:
+    return {name: layer.weight.detach().clone() for name, layer in backbone.kv_layers.items()}
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16", "fp8"])
+def test_unfolding_restores_every_bit_also_after_an_exception(
+    thin_file: Path, precision: str
+) -> None:
+    backbone = load_backbone(thin_file, device="cpu", precision=precision)
+    adapter, before, state = _random_adapter(backbone), _weights(backbone), _state(backbone)
+    with pytest.raises(KeyboardInterrupt), folded(backbone, adapter):
+        for name, delta in delta_weights(backbone, adapter).items():
+            weight, original = backbone.kv_layers[name].weight, before[name]
+            assert weight.dtype == original.dtype
+            assert torch.equal(weight, (original.float() + delta).to(weight.dtype))
+        raise KeyboardInterrupt
+    assert _state(backbone).keys() == state.keys()
+    assert all(torch.equal(value, state[name]) for name, value in _state(backbone).items())
+
+
+def _state(backbone: Backbone) -> dict[str, torch.Tensor]:
+    return {name: value.clone() for name, value in backbone.unet.state_dict().items()}
+
+
+def test_an_adapter_that_does_not_fit_leaves_the_weights_as_they_were(backbone: Backbone) -> None:
+    adapter, before = _random_adapter(backbone), _weights(backbone)
+    last = list(backbone.kv_layers)[-1]
+    adapter[f"{last}.A"] = adapter[f"{last}.A"][:, 1:]
+    with pytest.raises(RuntimeError), folded(backbone, adapter):
+        pass
+    assert all(torch.equal(value, before[name]) for name, value in _weights(backbone).items())
 
 
 def test_every_attached_tensor_gets_a_gradient_and_a_frozen_lora_below_gets_none(

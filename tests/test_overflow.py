@@ -12,7 +12,7 @@ from helpers_thin import write_thin
 from torch import Tensor, nn
 
 from comfy_continual_lora import pipeline
-from comfy_continual_lora.adapters.adapter import attached
+from comfy_continual_lora.adapters.adapter import attached, folded
 from comfy_continual_lora.checkpoint import narrow
 from comfy_continual_lora.checkpoint.backbone import Backbone
 from comfy_continual_lora.checkpoint.load import load_backbone
@@ -121,6 +121,26 @@ def test_an_adapter_comes_off_a_widened_layer(tmp_path: Path) -> None:
         with attached(half, random_adapter(half, "lora", 1)):
             assert not torch.equal(answer(half), plain)
         assert torch.equal(answer(half), plain)
+
+
+def test_a_layer_that_is_widened_while_it_is_changed_gets_its_weights_back(tmp_path: Path) -> None:
+    """The change makes K of one layer overflow: it is found while drawing, and stays wide."""
+    path = tmp_path / "mini.safetensors"
+    write_thin(path)
+    half = load_backbone(path, device="cpu", precision="fp16")
+    half.tell = lambda _: None
+    adapter = random_adapter(half, "lora", 1)
+    layer = next(iter(half.kv_layers))
+    adapter[f"{layer}.B"] = 60_000.0 * adapter[f"{layer}.B"].sign()
+    before = {name: one.weight.detach().clone() for name, one in half.kv_layers.items()}
+    with torch.no_grad():
+        plain = answer(half)
+        with folded(half, adapter):
+            assert answer(half).isfinite().all()
+            assert layer in wide(half)
+        assert torch.allclose(answer(half), plain, atol=0.01)
+    for name, one in half.kv_layers.items():
+        assert torch.equal(one.weight, before[name].to(one.weight.dtype))
 
 
 def test_learning_tells_and_goes_on(tmp_path: Path, folders: dict[str, Path]) -> None:

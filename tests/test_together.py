@@ -14,7 +14,7 @@ from helpers_learn import QUICK, random_adapter
 from torch import Tensor
 
 from comfy_continual_lora import pipeline, requests, sample
-from comfy_continual_lora.adapters.adapter import attached
+from comfy_continual_lora.adapters.adapter import KINDS, attached, folded
 from comfy_continual_lora.areas import AreaSettings
 from comfy_continual_lora.checkpoint.backbone import Backbone, FrozenText
 from comfy_continual_lora.errors import Cancelled
@@ -140,6 +140,21 @@ def test_a_noun_that_is_not_found_is_drawn_the_plain_way_with_a_note(
     assert len(notes) == 1
     assert "The noun of V2 was not found" in notes[0]
     assert "drawn without keeping" in notes[0]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("prompt", ["a V1 mug", PROMPT, ("a V1 mug", "a V2 fish")])
+def test_a_folded_adapter_draws_as_an_attached_one(
+    backbone: Backbone, prompt: str | Sequence[str], kind: str
+) -> None:
+    drawn = []
+    for carried in (attached, folded):
+        with carried(backbone, random_adapter(backbone, kind, 1)):
+            words = words_of(backbone)
+            drawn.append(sample.draw(backbone, words, [prompt], [0], SETTINGS, nouns=NOUNS))
+    assert torch.allclose(*drawn, atol=1e-4)
+    plain = sample.draw(backbone, words, [prompt], [0], SETTINGS, nouns=NOUNS)
+    assert not torch.allclose(drawn[0], plain, atol=0.02)
 
 
 def test_cancelling_leaves_the_net_as_it_was(backbone: Backbone) -> None:

@@ -16,23 +16,20 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import statistics
 import subprocess
 import sys
 import tempfile
-import time
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
+from machine import described, write_result
 from peers import JOBS, PEERS, RANK
 from programs import PROGRAMS, checkout
 from scores import scores
 
 ROOT = Path(__file__).parents[2]
-RESULTS = Path(__file__).parent / "results"
 sys.path.insert(0, str(ROOT / "tests"))  # peers puts ROOT there
 
 
@@ -96,25 +93,12 @@ def _summary(runs: list[dict[str, Any]]) -> dict[str, Any]:
     return summary
 
 
-def _machine(threads: int) -> dict[str, Any]:
-    lines = Path("/proc/cpuinfo").read_text().splitlines()
-    models = (line.split(":")[1].strip() for line in lines if line.startswith("model name"))
-    packages = ("torch", "diffusers", "transformers", "peft")
-    return {
-        "cpu": next(models, platform.processor()),
-        "cores": os.cpu_count(),
-        "threads": threads,
-        "load_before": os.getloadavg()[0],
-        "versions": {name: version(name) for name in packages},
-    }
-
-
 def measure(arguments: argparse.Namespace, folder: Path) -> None:
     import helpers_full_size as full_size
 
     from comfy_continual_lora.mini.weights import write_checkpoint
 
-    machine = _machine(arguments.threads)
+    machine = described(arguments.threads)
     for name in filter(None, arguments.checkpoints.split(",")):
         path = folder / f"{name}.safetensors"
         if not path.exists() and name == "mini":
@@ -123,20 +107,14 @@ def measure(arguments: argparse.Namespace, folder: Path) -> None:
             full_size.write("sd1", path)
         peers = arguments.peers.split(",")
         row = compare(name, path, peers, arguments.rounds, arguments.threads)
-        _write(name, {"machine": machine, **row})
+        write_result(name, {"machine": machine, **row})
     if arguments.pictures:
         torch.set_num_threads(arguments.threads)
         path = folder / "small.safetensors"
         write_checkpoint(path)
         row = scores(path, arguments.pictures, arguments.trials)
-        _write("scores", {"machine": machine, **row})
+        write_result("scores", {"machine": machine, **row})
         print(json.dumps(row["ways"], indent=1))
-
-
-def _write(name: str, row: dict[str, Any]) -> None:
-    RESULTS.mkdir(exist_ok=True)
-    path = RESULTS / f"{time.strftime('%Y-%m-%d')}-{name}.json"
-    path.write_text(json.dumps(row, indent=1) + "\n")
 
 
 def main() -> None:

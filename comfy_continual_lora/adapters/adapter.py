@@ -1,7 +1,7 @@
 """Stage 3: attaching an adapter to a U-Net and detaching it again.
 
 An `Adapter` is plain tensors under "<layer>.<part>", all of one kind. Attach and detach are exact
-inverses.
+inverses. For drawing it is folded into the weights instead.
 """
 
 from __future__ import annotations
@@ -149,6 +149,30 @@ def attached(
         yield attach(backbone, adapter, trainable=trainable) if adapter else {}
     finally:
         detach(backbone)
+
+
+@contextmanager
+def folded(backbone: Backbone, adapter: Adapter | None) -> Iterator[None]:
+    """Inside the block the adapter is part of the weights, so that the net is as fast as without it;
+    afterwards they are what they were, bit for bit, whatever happens. For what needs no gradient.
+
+    None changes nothing. The sum is taken in float32 and rounded once. Meanwhile the originals are
+    in main memory. A layer that is widened inside the block (`checkpoint.overflow`) stays wide.
+    """
+    originals: dict[str, Tensor] = {}
+    try:
+        for name, parts in layers_of(adapter or {}).items():
+            weight = backbone.kv_layers[name].weight
+            originals[name] = weight.data.cpu()
+            change = delta(
+                {part: one.to(weight.device) for part, one in parts.items()}, weight.shape
+            )
+            weight.data = (weight.data.float() + change).to(weight.dtype)
+        yield
+    finally:
+        for name, original in originals.items():
+            weight = backbone.kv_layers[name].weight
+            weight.data = original.to(weight.device, weight.dtype)
 
 
 @contextmanager
