@@ -77,7 +77,8 @@ def plan(checkpoint: Path, stack: Path, asked: LearnSettings, device: str) -> Pl
         size = settings.size or layout.size
         method = METHODS[settings.method]
         kind = method.adapter_kind(settings)
-        step, rows = method.rows(settings, len(header.get("concepts", ())))
+        earlier = len(header.get("concepts", ()))
+        step, rows = method.rows(settings, earlier)
         weights = _weights(layout, dtype, here)
         adapter, exported = _adapter(layout, kind, rank)
         width = sum(
@@ -93,7 +94,7 @@ def plan(checkpoint: Path, stack: Path, asked: LearnSettings, device: str) -> Pl
     on_device = sum(
         bytes for name, (bytes, _) in weights.items() if name != "VAE" or here.type == "cpu"
     )
-    fisher = 4 * method.kept_numbers(adapter)
+    grows = method.kept_bytes(adapter, word, width, earlier)
     # forward, backward, and forward again with checkpointing
     passes = settings.steps * settings.accumulate * (3 if settings.checkpointing else 2)
     speed = _speed(here, wide)
@@ -112,7 +113,7 @@ def plan(checkpoint: Path, stack: Path, asked: LearnSettings, device: str) -> Pl
         optimizer,
         kept,
         on_device + learned + optimizer + kept,
-        (stack.stat().st_size if stack.exists() else 0) + learned + fisher,
+        (stack.stat().st_size if stack.exists() else 0) + grows,
         2 * (exported + word),
         (least, most),
     )

@@ -138,16 +138,10 @@ def _stack_of(header: dict[str, Any], tensors: dict[str, Tensor]) -> ConceptStac
     return stack
 
 
-def _joined(adapter: Adapter) -> dict[str, Tensor]:
-    """A LoRA or a full change with all layers of a part in one tensor, in order of their names: a
-    file of hundreds of concepts would have tens of thousands otherwise.
-    """
-    layers = sorted(layers_of(adapter).items())
-    return {part: torch.cat([parts[part] for _, parts in layers]) for part in layers[0][1]}
-
-
 def _split(joined: Mapping[str, Tensor], layers: Mapping[str, Mapping[str, Tensor]]) -> Adapter:
-    """The inverse of `_joined`; `layers` are those of the stack's adapter."""
+    """The adapter whose layers stand one below the other in these tensors, in order of their names;
+    `layers` are those of the stack's adapter.
+    """
     names = sorted(layers)
     outputs = [len(layers[name]["B" if "B" in layers[name] else "D"]) for name in names]
     adapter = {}
@@ -219,10 +213,13 @@ def save_stack(stack: ConceptStack, path: Path, change: Change | None = None) ->
 
 def _check_storable(path: Path, stack: ConceptStack) -> None:
     """Errors: StackError that names the part with values that are not finite."""
-    tensors = _tensors_of(stack)
     numbers = {f"loss.{record.id}": record.loss for record in stack.records}
-    tensors |= {name: torch.tensor(n) for name, n in {**numbers, "tau": stack.tau or 0.0}.items()}
-    bad = next((name for name, tensor in tensors.items() if not tensor.isfinite().all()), None)
+    numbers["tau"] = stack.tau or 0.0
+    tensors = {**_tensors_of(stack), **{name: [torch.tensor(n)] for name, n in numbers.items()}}
+    bad = next(
+        (name for name, pieces in tensors.items() if not all(t.isfinite().all() for t in pieces)),
+        None,
+    )
     if bad is not None:
         part, _, rest = bad.partition(".")
         tokens = {record.id: record.token for record in stack.records}
@@ -268,10 +265,7 @@ def write(
         **stack.later,
     }
     metadata = {"format": FORMAT, "stack": json.dumps(header)}
-    shapes = {
-        name: Shape(_NAMES[tensor.dtype], tuple(tensor.shape), 0)
-        for name, tensor in tensors.items()
-    }
+    shapes = {name: _shape(pieces) for name, pieces in tensors.items()}
     checked(path, metadata, shapes)
     write_whole(path, _file(tensors, shapes, metadata))
 
@@ -280,15 +274,22 @@ def _described(ordinary: Ordinary) -> dict[str, Any]:
     return {"count": ordinary.count, "nouns": ordinary.nouns, "share": ordinary.share}
 
 
+def _shape(pieces: Sequence[Tensor]) -> Shape:
+    first = pieces[0]
+    rows = (sum(len(piece) for piece in pieces),) if first.dim() else ()
+    return Shape(_NAMES[first.dtype], (*rows, *first.shape[1:]), 0)
+
+
 def _file(
-    tensors: Mapping[str, Tensor], shapes: Mapping[str, Shape], metadata: dict[str, str]
+    tensors: Mapping[str, Sequence[Tensor]], shapes: Mapping[str, Shape], metadata: dict[str, str]
 ) -> Iterator[bytes | memoryview]:
-    """A safetensors file in parts, so that no second copy of all tensors is ever in memory."""
-    names = sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))  # aligned
+    """A safetensors file in pieces, so that there never is a second copy of all tensors."""
+    sizes = {name: BYTES[shape.dtype] * math.prod(shape.sizes) for name, shape in shapes.items()}
+    names = sorted(tensors, key=lambda name: (shapes[name].dtype == "F16", name))  # aligned
     entries: dict[str, Any] = {"__metadata__": metadata}
     start = 0
     for name in names:
-        end = start + tensors[name].nbytes
+        end = start + sizes[name]
         entries[name] = {
             "dtype": shapes[name].dtype,
             "shape": shapes[name].sizes,
@@ -299,34 +300,33 @@ def _file(
     text += b" " * (-len(text) % 8)
     yield struct.pack("<Q", len(text)) + text
     for name in names:
-        yield tensors[name].numpy().data.cast("B") if tensors[name].nbytes else b""
+        for piece in tensors[name]:
+            if piece.numel():  # an empty one can't be cast
+                yield piece.contiguous().numpy().data.cast("B")
 
 
-def _tensors_of(stack: ConceptStack) -> dict[str, Tensor]:
-    """A file's tensors by name, on the CPU."""
-    tensors: dict[str, Tensor] = {f"word.{concept}": word for concept, word in stack.words.items()}
-    for part, adapter in (("adapter", stack.adapter), ("before", stack.unconsolidated)):
-        tensors |= {f"{part}.{name}": tensor for name, tensor in (adapter or {}).items()}
-    for part, adapters in (
-        ("pool", stack.pool),
-        ("fisher", stack.fishers),
-    ):
-        for concept, adapter in adapters.items():
-            tensors |= {f"{part}.{concept}.{name}": tensor for name, tensor in adapter.items()}
-    for concept, target in stack.targets.items():
-        tensors |= {f"wish.{concept}.{part}": t.half() for part, t in _joined(target).items()}
-    for concept, kept in stack.prompts.items():
-        tensors |= {f"alone.{concept}": kept.alone, f"shared.{concept}": kept.shared}
-    if stack.ordinary is not None:
-        tensors["ordinary.listed"] = _triangle(stack.ordinary.listed)
-        if stack.ordinary.drawn is not None:
-            tensors["ordinary.drawn"] = _triangle(stack.ordinary.drawn)
-    return {
-        name: tensor.detach()
-        .to("cpu", tensor.dtype if tensor.dtype in _NAMES else torch.float32)
-        .contiguous()
-        for name, tensor in tensors.items()
+def _tensors_of(stack: ConceptStack) -> dict[str, list[Tensor]]:
+    """A file's tensors by name, on the CPU, each in pieces that stand one below the other."""
+    tensors: dict[str, list[Tensor]] = {
+        f"word.{concept}": [word] for concept, word in stack.words.items()
     }
+    for part, adapter in (("adapter", stack.adapter), ("before", stack.unconsolidated)):
+        tensors |= {f"{part}.{name}": [tensor] for name, tensor in (adapter or {}).items()}
+    for part, adapters in (("pool", stack.pool), ("fisher", stack.fishers)):
+        for concept, adapter in adapters.items():
+            tensors |= {f"{part}.{concept}.{name}": [tensor] for name, tensor in adapter.items()}
+    tensors = {name: [piece.float() for piece in pieces] for name, pieces in tensors.items()}
+    for concept, target in stack.targets.items():
+        for _, layer in sorted(layers_of(target).items()):
+            for part, tensor in layer.items():
+                tensors.setdefault(f"wish.{concept}.{part}", []).append(tensor.half())
+    for concept, kept in stack.prompts.items():
+        tensors |= {f"alone.{concept}": [kept.alone], f"shared.{concept}": [kept.shared]}
+    if stack.ordinary is not None:
+        tensors["ordinary.listed"] = [_triangle(stack.ordinary.listed)]
+        if stack.ordinary.drawn is not None:
+            tensors["ordinary.drawn"] = [_triangle(stack.ordinary.drawn)]
+    return {name: [piece.detach().cpu() for piece in pieces] for name, pieces in tensors.items()}
 
 
 def _fields_of(part: ConceptRecord | CheckpointInfo | Change) -> dict[str, Any]:

@@ -42,6 +42,7 @@ MAX_EARLIER_WEIGHT = 3.0
 # Of a moment's trace, for the stack. No less is solved for, over prompts of all kinds, than with
 # whole moments, which take three times the room: benchmarks/LOG.md, 2026-11-29.
 KEPT = 0.998
+ENERGY = 0.9995  # a target keeps this share of what its concept's own adapter did (there, too)
 NEIGHBORS = 2  # a concept's prompts name it beside each of so many before and after it
 
 
@@ -247,7 +248,7 @@ def with_small_target(
     record = stack.records[number]
     # of the whole moment: rows of its largest directions alone would say little about other prompts
     target = Target(record.token, rows_of(bank.moment(stack.records, number)), own)
-    small, _ = solve([target], SolveSettings(energy=0.9999, ridge=1e-6))
+    small, _ = solve([target], SolveSettings(energy=ENERGY, ridge=1e-6))
     return stack.with_target(record.id, small)
 
 

@@ -12,6 +12,7 @@ from typing import Any
 import helpers_families as families
 import pytest
 import torch
+from helpers_learn import NOUNS, learn_request
 from helpers_thin import TEXT_WIDTH
 from safetensors.torch import load_file
 from torch import Tensor
@@ -70,6 +71,25 @@ def test_files_are_as_large_as_planned(
     ]
     assert sum(t.numel() * 2 for t in tensors) == planned.exported
     assert pipeline.plan(replace(request, token="V2")).stack_file > done.stack_file.stat().st_size
+
+
+def test_the_default_method_keeps_about_what_is_planned(
+    checkpoint: Path, folders: dict[str, Path]
+) -> None:
+    """Of three concepts (with more, if the solution's rank rises); no version has a LoRA of its own
+    but the first.
+    """
+    settings = replace(QUICK, method="retention", size=64)
+    file, grown = 0, []
+    for token in NOUNS:
+        request = learn_request(checkpoint, folders, token, settings)
+        planned = pipeline.plan(request).stack_file - file
+        path = pipeline.learn_concept(request).stack_file
+        file = path.stat().st_size
+        size = sum(tensor.nbytes for tensor in load_file(path).values())
+        grown.append(size - sum(grown))
+        assert planned / 3 < grown[-1] < 1.5 * planned
+    assert grown[2] < grown[1]
 
 
 def test_what_lowers_memory_lowers_the_plan(thin_file: Path) -> None:

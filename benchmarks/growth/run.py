@@ -18,7 +18,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import resource
 import shutil
 import statistics
 import struct
@@ -35,6 +34,7 @@ import torch
 
 from comfy_continual_lora import pipeline, requests, store
 from comfy_continual_lora.adapters.lora import padded_to_rank
+from comfy_continual_lora.files import history_folder
 from comfy_continual_lora.mini import weights, world
 from comfy_continual_lora.settings import LearnSettings
 from comfy_continual_lora.stack import ConceptStack
@@ -156,18 +156,33 @@ def _peak(process: int) -> float:
 
 
 def saved(path: Path) -> dict[str, Any]:
-    """Seconds to load and to store a stack, imports aside, and how far memory rises meanwhile."""
-    began = time.perf_counter()
-    stack = store.open_stack(path)
-    loaded = time.perf_counter() - began
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    began = time.perf_counter()
-    store.save_stack(stack, path, store.change("solved", stack.records))
-    return {
-        "load": loaded,
-        "save": time.perf_counter() - began,
-        "more_mib": (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024,
-    }
+    """Seconds to load and to store a stack that has one earlier version, imports aside; and how far
+    memory rises above what it was before loading, as a share of the file.
+    """
+    shutil.rmtree(history_folder(path), ignore_errors=True)
+    store.save_stack(store.open_stack(path), path)
+    code = (
+        "import json, resource, sys, time; from pathlib import Path\n"
+        "from comfy_continual_lora import store\n"
+        "def peak(): return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024\n"
+        "path, times, before = Path(sys.argv[1]), [time.perf_counter()], peak()\n"
+        "stack = store.open_stack(path)\n"
+        "times.append(time.perf_counter())\n"
+        "store.save_stack(stack, path)\n"
+        "times.append(time.perf_counter())\n"
+        "share = (peak() - before) / path.stat().st_size\n"
+        "print(json.dumps([times[1] - times[0], times[2] - times[1], share]))\n"
+    )
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        # in a shell, which is small: a process begins with the peak of the one that started it
+        ["/bin/sh", "-c", '"$@"; true', "sh", sys.executable, "-c", code, str(path)],
+        capture_output=True,
+        env=environment,
+        check=True,
+    )
+    load, save, share = json.loads(done.stdout)
+    return {"load": load, "save": save, "memory_by_file": share}
 
 
 def measure(

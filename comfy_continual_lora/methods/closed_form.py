@@ -4,7 +4,8 @@ does to its prompts.
 source      ours, not in Jha et al. 2025; relatives: see `solve`
 equation    the loss of `lora`; then, exactly (`solve`),
             delta = argmin sum_j E_{c of j} || (delta - delta_j) c ||^2
-remembers   the pool of past LoRAs, as DSC does; words and templates are on the stack
+remembers   for each concept, what its own adapter did to its own prompts, as a low-rank LoRA, and
+            the second moment of these prompts, as rows
 cost        `lora` + encoding 1,024 prompts per checkpoint and a few dozen per concept, once, and
             one solve per layer: seconds
 deviations  not applicable; ordinary prompts, including the empty one, are held at the checkpoint's
@@ -30,6 +31,14 @@ class ClosedForm(Method):
 
     def takes(self, kind: str) -> bool:
         return KINDS[kind].solvable
+
+    def kept_bytes(self, adapter: int, word: int, width: int, earlier: int) -> int:
+        rows = 2 * 100 * width  # a hundred or fewer, of prompts
+        if not earlier:
+            return 4 * (adapter + word + width * (width + 1)) + rows  # with ordinary prompts
+        target = 2 * adapter  # it has the adapter's rank at most
+        # the first one's adapter stays, beside the solution
+        return (4 * adapter if earlier == 1 else 0) + target + 4 * word + rows
 
     def encode(self, session: Session, noun: str, settings: ResolvedSettings) -> None:
         """Ordinary prompts alone; those of earlier concepts are not needed before the end."""

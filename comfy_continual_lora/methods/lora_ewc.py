@@ -42,8 +42,8 @@ class LoraEwc(Method):
                 "lora_dsc_ewc_dc), or start another `stack`."
             )
 
-    def kept_numbers(self, adapter: int) -> int:
-        return adapter
+    def kept_bytes(self, adapter: int, word: int, width: int, earlier: int) -> int:
+        return super().kept_bytes(adapter, word, width, earlier) + 4 * adapter  # the Fisher
 
     def penalties(
         self, session: Session, settings: ResolvedSettings, held: RetentionPenalty | None

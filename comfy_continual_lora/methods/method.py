@@ -126,9 +126,11 @@ class Method:
         step = -(-settings.batch // settings.accumulate)
         return Rows(step, step)
 
-    def kept_numbers(self, adapter: int) -> int:
-        """How many numbers the stack keeps per concept besides its adapter, which has `adapter`."""
-        return 0
+    def kept_bytes(self, adapter: int, word: int, width: int, earlier: int) -> int:
+        """By how many bytes a concept lets the stack grow, about: its adapter and word have so many
+        numbers, text features `width`; `earlier` concepts are on the stack.
+        """
+        return 4 * (adapter + word)
 
     # --- learning ---------------------------------------------------------------------------------
 

@@ -15,8 +15,7 @@ equation    the loss of `lora`
                            + w E_{ordinary c} || delta c ||^2
             This restores what learning took from earlier concepts, so they need not be held while
             learning
-remembers   for each concept, what its own adapter did to its own prompts, as a low-rank LoRA; words
-            and templates are on the stack
+remembers   what `closed_form` does
 cost        `lora` + encoding 1,024 prompts per checkpoint, once, and a few dozen per concept + one
             solve + a few products of (r, d) and (d, d) matrices per step
 deviations  not applicable; holds ordinary prompts from the first concept on, which none of the
