@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 
 from comfy_continual_lora import store
+from comfy_continual_lora.stack import Ordinary, PromptRows
 
 FINGERPRINT = "f" * 64
 
@@ -111,3 +112,20 @@ def writer(path: Path, stacks: str, work: str) -> Iterator[Callable[[float], Non
     yield kill_after
     parent.communicate()
     assert parent.returncode == 0
+
+
+def solved_stack(count: int) -> store.ConceptStack:
+    """With what the closed form keeps of each concept: a target, prompts, and ordinary ones."""
+    stack, generator = make_stack(count, 8), torch.Generator().manual_seed(0)
+    rows = torch.randn(40, 8, generator=generator)
+    ordinary = Ordinary(rows.T @ rows, 40, ("mug", "box"), rows.T @ rows / 2, 0.5)
+    prompts = {}
+    for number, record in enumerate(stack.records):
+        target = {
+            "layer.to_k.A": torch.randn(number + 1, 8, generator=generator),
+            "layer.to_k.B": torch.randn(8, number + 1, generator=generator),
+        }
+        stack = stack.with_target(record.id, target)
+        alone, shared = rows[: number + 2].half(), rows[:number].half()
+        prompts[record.id] = PromptRows(alone, shared)
+    return stack.with_prompts(prompts, ordinary)

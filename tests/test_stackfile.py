@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers_store import make_stack
+from helpers_store import make_stack, solved_stack
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -195,6 +195,83 @@ def test_unknown_fields_are_no_way_around_the_checks(whole: bytes, tmp_path: Pat
             tmp_path,
         )
     refused(changed(whole, lambda stack: stack.update(rank=deep)), tmp_path, "rank is")
+
+
+def test_what_the_closed_form_keeps_is_read_as_it_was_written(tmp_path: Path) -> None:
+    path = tmp_path / "s.concepts.safetensors"
+    stack = solved_stack(3)
+    store.save_stack(stack, path)
+    found = store.open_stack(path)
+    assert found.pool.keys() == stack.pool.keys() == set()
+    assert found.targets.keys() == stack.targets.keys()
+    for concept, target in stack.targets.items():
+        assert target.keys() == found.targets[concept].keys()
+        assert all(torch.equal(found.targets[concept][name], t) for name, t in target.items())
+    for concept, kept in stack.prompts.items():
+        assert torch.equal(found.prompts[concept].alone, kept.alone)
+        assert torch.equal(found.prompts[concept].shared, kept.shared)
+    assert stack.ordinary
+    assert found.ordinary
+    assert found.ordinary.nouns == ("mug", "box")
+    assert (found.ordinary.count, found.ordinary.share) == (40, 0.5)
+    assert torch.equal(found.ordinary.moment(0.25), stack.ordinary.moment(0.25))
+    before = path.read_bytes()
+    store.write(found, path, 1, None, None)
+    assert path.read_bytes() == before  # nothing is rounded twice
+
+
+def _renamed(header: dict[str, Any], name: str, to: str) -> None:
+    header[to] = header.pop(name)
+
+
+@pytest.mark.parametrize(
+    ("change", "match"),
+    [
+        (lambda h: _renamed(h, "alone.id1", "alone.id9"), "belongs to no concept"),
+        (lambda h: _renamed(h, "wish.id2.A", "wish.id9.A"), "belongs to no concept"),
+        (lambda h: _renamed(h, "shared.id2", "alone.id2x"), "belongs to no concept"),
+        (lambda h: _renamed(h, "wish.id2.A", "wish.id2.X"), "does not fit the adapter"),
+        (lambda h: _renamed(h, "ordinary.listed", "ordinary.other"), "unknown tensor"),
+        (lambda h: h["alone.id2"].update(shape=[4, 6]), "which does not fit"),
+        (lambda h: h["alone.id2"].update(shape=[24]), "which does not fit"),
+        (lambda h: h["ordinary.drawn"].update(shape=[6, 6]), "which does not fit"),
+        (lambda h: h["wish.id2.A"].update(shape=[4, 4]), "does not fit the adapter"),
+        (lambda h: h["wish.id2.B"].update(shape=[4, 4]), "does not fit the adapter"),
+        (lambda h: h["wish.id2.B"].update(shape=[16]), "does not fit the adapter"),
+        (lambda h: h["wish.id2.A"].update(dtype="BF16"), "is BF16, expected F16"),
+        (lambda h: h["alone.id2"].update(dtype="I16"), "is I16, expected F16"),
+    ],
+)
+def test_what_the_closed_form_keeps_is_checked(
+    tmp_path: Path, change: Callable[[dict[str, Any]], None], match: str
+) -> None:
+    store.save_stack(solved_stack(3), tmp_path / "whole")
+    header, body = split((tmp_path / "whole").read_bytes())
+    (tmp_path / "whole").unlink()
+    change(header)
+    refused(joined(header, body), tmp_path, match)
+
+
+@pytest.mark.parametrize(
+    ("ordinary", "match"),
+    [
+        (None, "only one of ordinary prompts and their description"),
+        ([], "a description of prompts"),
+        ({"count": 0, "nouns": [], "share": None}, "count is 0"),
+        ({"count": 9, "nouns": "mug", "share": None}, "a list of nouns"),
+        ({"count": 9, "nouns": ["a\nb"], "share": None}, "a list of nouns"),
+        ({"count": 9, "nouns": [], "share": -1}, "a share"),
+        ({"count": 9, "nouns": [], "share": float("nan")}, "not a number"),
+        ({"nouns": [], "share": None}, "count is missing"),
+    ],
+)
+def test_the_description_of_ordinary_prompts_is_checked(
+    tmp_path: Path, ordinary: object, match: str
+) -> None:
+    store.save_stack(solved_stack(2), tmp_path / "whole")
+    data = (tmp_path / "whole").read_bytes()
+    (tmp_path / "whole").unlink()
+    refused(changed(data, lambda stack: stack.update(ordinary=ordinary)), tmp_path, match)
 
 
 def test_a_stack_numbered_absurdly_can_be_changed(whole: bytes, tmp_path: Path) -> None:
