@@ -20,7 +20,6 @@ import json
 import os
 import shutil
 import statistics
-import struct
 import subprocess
 import sys
 import tempfile
@@ -31,8 +30,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import save_file
 
-from comfy_continual_lora import pipeline, requests, store
+from comfy_continual_lora import pipeline, requests, stackfile, stackschema, store
 from comfy_continual_lora.adapters.lora import padded_to_rank
 from comfy_continual_lora.files import history_folder
 from comfy_continual_lora.mini import weights, world
@@ -97,24 +97,27 @@ def write_stacks(folder: Path, counts: list[int]) -> None:
     world.save_pictures(concepts[5], folder / "pictures")
     stack = store.open_stack(store.stack_path(checkpoint))
     for count in counts:
-        store.save_stack(repeated(stack, count), folder / f"{count}.concepts.safetensors")
-    _as_version_1(folder, counts)
-
-
-def _as_version_1(folder: Path, counts: list[int]) -> None:
-    """Without the fields that later releases added."""
-    for count in counts:
         path = folder / f"{count}.concepts.safetensors"
-        data = path.read_bytes()
-        (length,) = struct.unpack("<Q", data[:8])
-        content = json.loads(data[8 : 8 + length])
-        header = json.loads(content["__metadata__"]["stack"])
-        header |= {"version": 1, "concepts": [_of(one, LATER) for one in header["concepts"]]}
-        header["base"] = _of(header["base"], ["clip_skip"])
-        del header["ordinary"]
-        content["__metadata__"]["stack"] = json.dumps(header)
-        text = json.dumps(content).encode()
-        path.write_bytes(struct.pack("<Q", len(text)) + text + data[8 + length :])
+        made = repeated(stack, count)
+        store.save_stack(made, path)
+        _as_version_1(made, path)
+
+
+def _as_version_1(stack: ConceptStack, path: Path) -> None:
+    """In its layout, and without the fields that later releases added."""
+    header = stackfile.read_header(path)
+    for part in (header, header["base"], *header["concepts"]):
+        part.pop("later")
+    header |= {"version": 1, "concepts": [_of(one, LATER) for one in header["concepts"]]}
+    header["base"] = _of(header["base"], ["clip_skip"])
+    header = _of(header, ["ordinary", "change"])
+    tensors = {f"word.{concept}": word for concept, word in stack.words.items()}
+    tensors |= {f"adapter.{name}": tensor for name, tensor in (stack.adapter or {}).items()}
+    for part, held in (("pool", stack.pool), ("wish", stack.targets)):
+        for concept, adapter in held.items():
+            tensors |= {f"{part}.{concept}.{name}": t.clone() for name, t in adapter.items()}
+    metadata = {"format": stackschema.FORMAT, "stack": json.dumps(header)}
+    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path, metadata)
 
 
 def _of(fields: dict[str, Any], later: Sequence[str]) -> dict[str, Any]:
