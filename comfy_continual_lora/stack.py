@@ -173,6 +173,8 @@ class ConceptStack:
 
     def can_solve(self, concept: str) -> bool:
         """Whether the adapter after this concept is a solution that can be solved for again."""
+        if any(record.consolidated for record in self.records if record.id == concept):
+            return False  # it was trained further
         return self.ordinary is not None and concept in self.targets and concept in self.prompts
 
     # --- changes ------------------------------------------------------------------------------

@@ -29,7 +29,7 @@ from comfy_continual_lora import (
 from comfy_continual_lora.adapters.adapter import Adapter, delta_weights, layers_of, rank_of
 from comfy_continual_lora.checkpoint.backbone import Backbone
 from comfy_continual_lora.errors import SettingError, StackError
-from comfy_continual_lora.settings import SolveSettings
+from comfy_continual_lora.settings import SolveSettings, TrainSettings
 
 QUICKER = replace(QUICK, method="lora", rate=0.02, steps=4)
 MODULE = "lora_unet_mid_block_attentions_0_transformer_blocks_0_attn2_to_k.lora_down.weight"
@@ -329,6 +329,24 @@ def test_versions_are_as_good_as_they_were(
             did = _does(backbone, then, newest.tokens, prompt)
             does = _does(backbone, now, newest.tokens, prompt)
             assert (does - did).norm() < 0.1 * did.norm()
+
+
+def test_a_solution_that_was_trained_further_is_kept(
+    learned: Callable[..., Path], folders: dict[str, Path]
+) -> None:
+    """Nothing else could bring it back."""
+    quick = replace(QUICK, method="retention")
+    checkpoint = learned(quick, "V1", "V2")
+    settings = TrainSettings(batch=2, size=64, dsc_steps=2)
+    pipeline.consolidate(
+        requests.ConsolidateRequest(checkpoint, folders["V2"], settings, device="cpu")
+    )
+    trained = stack_of(checkpoint).adapter
+    pipeline.learn_concept(learn_request(checkpoint, folders, "V3", quick))
+    past = consolidation.as_of(stack_of(checkpoint), 2).adapter
+    assert trained
+    assert past
+    assert all(torch.equal(past[name], tensor) for name, tensor in trained.items())
 
 
 def test_one_concept_has_nothing_to_consolidate(learned: Callable[..., Path]) -> None:
