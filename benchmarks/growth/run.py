@@ -140,7 +140,7 @@ def run(program: Path, arguments: list[str], folder: Path, stack: Path) -> dict[
         ended, peak = 0, 0.0
         while not ended:  # the peak that wait4 gives begins with what this process has
             peak = max(peak, _peak(child.pid))
-            time.sleep(0.01)
+            time.sleep(0.05)
             ended, status, usage = os.wait4(child.pid, os.WNOHANG)
         output.seek(0)
         if status:
