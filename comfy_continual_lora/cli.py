@@ -29,6 +29,7 @@ from .errors import Cancelled, ContinualLoraError, SettingError
 from .operations import OPERATIONS
 from .progress import Progress, unit_for
 from .requests import settings_of
+from .waiting import wait_briefly
 
 if TYPE_CHECKING:
     from .requests import LearnRequest
@@ -57,6 +58,8 @@ def main(argv: list[str] | None = None) -> int:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # a console may lack letters of a name
             stream.reconfigure(errors="backslashreplace")
+    if argv is None:  # the process is the command's own
+        wait_briefly()
     words = sys.argv[1:] if argv is None else argv
     all_commands = parser()
     if not words:

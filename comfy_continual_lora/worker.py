@@ -43,6 +43,7 @@ from .errors import Cancelled, ContinualLoraError
 from .operations import OPERATIONS
 from .progress import OnProgress, Progress
 from .requests import LearnRequest, parse
+from .waiting import wait_briefly
 
 GRACE = 20.0  # seconds between the host's end and ours, for the snapshot
 _LIGHT = ("history", "info")  # these only read headers, which a host does itself
@@ -174,6 +175,7 @@ def _jobs_in(line: str) -> list[tuple[str, Any]]:
 
 
 def main() -> int:
+    wait_briefly()
     target = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)  # what libraries print must not come between the lines
     sys.stdout = sys.stderr

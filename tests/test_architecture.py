@@ -44,6 +44,7 @@ LIGHT = (
     "stackschema",
     "upkeep",
     "versions",
+    "waiting",
     "words",
     "worker",
     "__main__",
@@ -92,6 +93,7 @@ LAYERS = (
         "mentions",
         "presets",
         "progress",
+        "waiting",
     ),
     ("errors",),
 )
