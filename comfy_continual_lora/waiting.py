@@ -1,7 +1,7 @@
 """How the threads of one computation wait for each other, in the processes that are the project's own:
 the command line and the worker. Light; before torch is imported.
 
-By itself OpenMP has a thread that is done look for the others in a loop, for up to milliseconds. On a
+By itself OpenMP has a thread that is done look for the others in a loop for milliseconds. On a
 machine whose cores are all busy that loop takes the core that one of the others is waiting for, so
 that a step takes many times as long (benchmarks/LOG.md). Here it looks for some microseconds, which
 is enough where the others run, and then sleeps.
