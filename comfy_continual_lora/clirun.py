@@ -34,7 +34,7 @@ def run(name: str, arguments: argparse.Namespace, bar: Bar, **other: Any) -> Non
 
 def checked(operation: Operation, request: Any) -> Any:
     """The request, without the mistakes that can be found before anything heavy is imported."""
-    if operation.module == "pipeline":
+    if operation.module != "upkeep":  # which loads nothing
         from .early import check
 
         check(request)

@@ -85,9 +85,11 @@ def suiting(field: dataclasses.Field) -> str:
     for preset, value in values.items():
         if value != values["sd1"]:
             words.append(f"{preset} {in_words(value)}")
+    exceptions: dict[tuple[str, str], list[str]] = {}  # checkpoints by method and value
     for (preset, method), row in METHOD_PRESETS.items():
         if name in row:
-            words.append(f"{method} on {preset} {in_words(row[name])}")
+            exceptions.setdefault((method, in_words(row[name])), []).append(preset)
+    words += [f"{method} on {'/'.join(on)} {value}" for (method, value), on in exceptions.items()]
     if name == "rate":
         words += [f"{kind} {factor} times as much" for kind, factor in ADAPTER_RATES.items()]
     return ", ".join(words)

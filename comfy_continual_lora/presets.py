@@ -44,27 +44,26 @@ TEMPLATES = (
 # and of more layers than K and V, and nothing was measured on such a checkpoint here.
 #   rank          16: C-LoRA (arXiv 2304.06027), sd-scripts' documentation, OneTrainer's presets; 4 in
 #                 Mix-of-Show (arXiv 2305.18292), 32 in Hugging Face's SDXL scripts
-#   vectors       1: textual inversion (arXiv 2208.01618); 2 in Mix-of-Show and Hugging Face's SDXL
-#                 scripts, which waits for a measurement
+#   vectors       2: Mix-of-Show, and Hugging Face's SDXL scripts; 1 in textual inversion
+#                 (arXiv 2208.01618)
 #   steps, batch  1,000 pictures seen: Custom Diffusion's README (250 x 4, as many again of the class),
 #                 Mix-of-Show's things (500 x 2)
 #   rate          SD1.x 2e-4: between Mix-of-Show's, sd-scripts' and cloneofsimo/lora's 1e-4 and
-#                 OneTrainer's 3e-4; SDXL 1e-4: Hugging Face's SDXL scripts. SD2.x: as SD1.x. For full
-#                 K and V Custom Diffusion has 1e-5, which waits for a measurement
-#   token_rate    1e-3: Mix-of-Show; 5e-4 in cloneofsimo/lora, 3e-4 in Hugging Face's SDXL scripts,
-#                 which waits for a measurement
+#                 OneTrainer's 3e-4; SDXL 1e-4: Hugging Face's SDXL scripts. SD2.x: as SD1.x
+#   token_rate    SD1.x 1e-3: Mix-of-Show (5e-4 in cloneofsimo/lora); SDXL 3e-4: Hugging Face's SDXL
+#                 scripts. SD2.x: as SD1.x
 #   weighting     uniform: the paper (arXiv 2410.00700)
 #   guidance      SD1.x and SD2.x 7.5: diffusers' pipeline; SDXL 7: our choice (diffusers' pipeline: 5)
 #   flip, dsc_steps, ewc_strength: our choice; the last means the same on any net (benchmarks/LOG.md,
 #                 2026-11-28) and was chosen on the mini-SD. The paper's own are not published
 _STOCK = {
-    "rank": 16, "vectors": 1, "steps": 1000, "batch": 1, "rate": 2e-4, "token_rate": 1e-3,
+    "rank": 16, "vectors": 2, "steps": 1000, "batch": 1, "rate": 2e-4, "token_rate": 1e-3,
     "weighting": "uniform", "flip": True, "ewc_strength": 3.0, "dsc_steps": 200, "guidance": 7.5,
 }  # fmt: skip
 PRESETS: dict[str, dict[str, Any]] = {
     "sd1": _STOCK,
     "sd2": _STOCK,
-    "sdxl": {**_STOCK, "rate": 1e-4, "guidance": 7.0},
+    "sdxl": {**_STOCK, "rate": 1e-4, "token_rate": 3e-4, "guidance": 7.0},
     "mini": {  # measured on development concepts (benchmarks/LOG.md)
         "rank": 16,
         "vectors": 4,
@@ -79,8 +78,14 @@ PRESETS: dict[str, dict[str, Any]] = {
         "guidance": 4.0,
     },
 }
-# Exceptions for a method on a checkpoint; only measured ones (benchmarks/LOG.md)
+# Exceptions for a method on a checkpoint: on the mini-SD measured ones (benchmarks/LOG.md); on others
+# full K and V are learned at the rate of Custom Diffusion's README, per image and GPU there
 METHOD_PRESETS: dict[tuple[str, str], dict[str, Any]] = {
+    **{
+        (preset, method): {"rate": 1e-5}
+        for preset in ("sd1", "sd2", "sdxl")
+        for method in ("custom_diffusion", "custom_diffusion_ewc")
+    },
     ("mini", "lora_dsc_ewc"): {"ewc_strength": 1.0},
     ("mini", "lora_dsc_ewc_dc"): {"ewc_strength": 1.0},
     ("mini", "retention"): {"rate": 1.3e-3},

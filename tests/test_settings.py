@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from comfy_continual_lora import cli, early, pipeline, worker
+from comfy_continual_lora import cli, early, pipeline, solving, worker
 from comfy_continual_lora.errors import Cancelled, SettingError
 from comfy_continual_lora.fields import check_field, from_widget
 from comfy_continual_lora.progress import ignore
@@ -83,7 +83,8 @@ def arrived(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, Any]]:
         return stand_in_call
 
     for name in {name for name, _ in COMMANDS.values()}:
-        monkeypatch.setattr(pipeline, name, stand_in(name))
+        for module in (pipeline, solving):
+            monkeypatch.setattr(module, name, stand_in(name), raising=False)
     monkeypatch.setattr(early, "check", lambda _: None)  # the files are not there
     monkeypatch.setattr(pipeline, "learned_before", lambda _: None, raising=False)
     return requests

@@ -5,8 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from safetensors import SafetensorError, safe_open
-
 if TYPE_CHECKING:
     from torch import Tensor
 
@@ -19,6 +17,8 @@ def is_from(model: Any, checkpoint: Path) -> bool:
     It is what learning changes, so another checkpoint's differs. LoRAs on the MODEL don't count. True
     if it can't be told, as for a folder or for weights that are kept in another form.
     """
+    from safetensors import SafetensorError, safe_open  # not light
+
     layers = {
         name: patches[0][0] if isinstance(patches[0], tuple) else patches[0]
         for name, patches in model.get_key_patches("diffusion_model.").items()
