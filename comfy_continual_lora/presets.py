@@ -44,8 +44,9 @@ TEMPLATES = (
 # and of more layers than K and V, and nothing was measured on such a checkpoint here.
 #   rank          16: C-LoRA (arXiv 2304.06027), sd-scripts' documentation, OneTrainer's presets; 4 in
 #                 Mix-of-Show (arXiv 2305.18292), 32 in Hugging Face's SDXL scripts
-#   vectors       2: Mix-of-Show, and Hugging Face's SDXL scripts; 1 in textual inversion
-#                 (arXiv 2208.01618)
+#   vectors       1: textual inversion (arXiv 2208.01618). 2 in Mix-of-Show and Hugging Face's SDXL
+#                 scripts; but of a word with capitals, such as V1, diffusers' pipelines read the first
+#                 vector alone (`maybe_convert_prompt` looks for it in lower case)
 #   steps, batch  1,000 pictures seen: Custom Diffusion's README (250 x 4, as many again of the class),
 #                 Mix-of-Show's things (500 x 2)
 #   rate          SD1.x 2e-4: between Mix-of-Show's, sd-scripts' and cloneofsimo/lora's 1e-4 and
@@ -57,7 +58,7 @@ TEMPLATES = (
 #   flip, dsc_steps, ewc_strength: our choice; the last means the same on any net (benchmarks/LOG.md,
 #                 2026-11-28) and was chosen on the mini-SD. The paper's own are not published
 _STOCK = {
-    "rank": 16, "vectors": 2, "steps": 1000, "batch": 1, "rate": 2e-4, "token_rate": 1e-3,
+    "rank": 16, "vectors": 1, "steps": 1000, "batch": 1, "rate": 2e-4, "token_rate": 1e-3,
     "weighting": "uniform", "flip": True, "ewc_strength": 3.0, "dsc_steps": 200, "guidance": 7.5,
 }  # fmt: skip
 PRESETS: dict[str, dict[str, Any]] = {

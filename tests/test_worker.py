@@ -13,13 +13,14 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 import pytest
 from helpers_learn import save_concept
 
-from comfy_continual_lora import pipeline, worker
+from comfy_continual_lora import worker
 from comfy_continual_lora.errors import StackError
 from comfy_continual_lora.files import snapshots_of, stack_path
 from comfy_continual_lora.operations import OPERATIONS
@@ -191,7 +192,8 @@ def test_every_setting_reaches_the_operation(name: str, monkeypatch: pytest.Monk
         asked.append(request)
         raise StackError("far enough")
 
-    monkeypatch.setattr(pipeline, OPERATIONS[name].function, operate)
+    module = import_module(f"comfy_continual_lora.{OPERATIONS[name].module}")
+    monkeypatch.setattr(module, OPERATIONS[name].function, operate)
     given = {
         "checkpoint": "c",
         "images": "i",
