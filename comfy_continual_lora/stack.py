@@ -173,9 +173,10 @@ class ConceptStack:
 
     def can_solve(self, concept: str) -> bool:
         """Whether the adapter after this concept is a solution that can be solved for again."""
-        if any(record.consolidated for record in self.records if record.id == concept):
-            return False  # it was trained further
-        return self.ordinary is not None and concept in self.targets and concept in self.prompts
+        if self.ordinary is None or concept not in self.targets or concept not in self.prompts:
+            return False
+        # one that was consolidated by DSC was trained further
+        return not any(one.consolidated for one in self.records if one.id == concept)
 
     # --- changes ------------------------------------------------------------------------------
 
