@@ -92,23 +92,12 @@ class MomentCache:
             return None
         if stored is None or stored.dtype != torch.float32 or not stored.isfinite().all():
             return None
-        if stored.shape == (width, width):
-            return stored
-        rows, columns = torch.triu_indices(width, width)
-        if stored.shape != rows.shape:
-            return None
-        matrix = torch.zeros(width, width)
-        matrix[rows, columns] = stored
-        matrix[columns, rows] = stored
-        return matrix
+        return stored if stored.shape == (width, width) else None
 
     def _write(self, path: Path | None, matrix: Tensor) -> None:
         """A failure to write is ignored: the moment is computed again next time."""
         if path is None:
             return
-        rows, columns = torch.triu_indices(*matrix.shape)
-        is_symmetric = torch.equal(matrix, matrix.T)  # not always, because of rounding
-        stored = matrix[rows, columns] if is_symmetric else matrix
         with suppress(OSError):
             path.parent.mkdir(exist_ok=True)
-            write_whole(path, save({"moment": stored.contiguous()}))
+            write_whole(path, save({"moment": matrix.contiguous()}))
