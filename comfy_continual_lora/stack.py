@@ -193,9 +193,7 @@ class ConceptStack:
 
         The stack takes the rank the concept was learned with, unless `keep_rank`.
         """
-        after = self._copy()
-        if self.records and self.adapter is not None and not self.can_solve(self.records[-1].id):
-            after.pool[self.records[-1].id] = self.adapter
+        after = self._with_adapter_kept()
         after.records.append(record)
         after.words[record.id] = word
         after.adapter, after.unconsolidated = adapter, None
@@ -308,15 +306,20 @@ class ConceptStack:
         """With concepts of another stack on top, which keep their targets; an adapter has to be
         solved for.
         """
-        after = replace(self._copy(), fishers={}, tau=self.tau or other.tau)
-        if self.records and self.adapter is not None and not self.can_solve(self.records[-1].id):
-            after.pool[self.records[-1].id] = self.adapter
+        after = replace(self._with_adapter_kept(), fishers={}, tau=self.tau or other.tau)
         after.records += records
         after.words |= {one.id: other.words[one.id] for one in records}
         after.targets |= {
             one.id: other.targets[one.id] for one in records if one.id in other.targets
         }
         after.rank = max(filter(None, (self.rank, other.rank)), default=None)
+        return after
+
+    def _with_adapter_kept(self) -> ConceptStack:
+        """With the present adapter in the pool, if it can't be solved for again."""
+        after = self._copy()
+        if self.records and self.adapter is not None and not self.can_solve(self.records[-1].id):
+            after.pool[self.records[-1].id] = self.adapter
         return after
 
     def _copy(self) -> ConceptStack:
