@@ -196,7 +196,12 @@ def with_targets(
     session: Session, stack: ConceptStack, numbers: Iterable[int], own: Sequence[Adapter | None]
 ) -> ConceptStack:
     """The stack with a target for each of these concepts that has an own adapter."""
-    for number in numbers:
-        if (adapter := own[number]) and stack.records[number].id not in stack.targets:
-            stack = with_small_target(session.bank(stack), stack, number, adapter)
+    lacking = [n for n in numbers if own[n] and stack.records[n].id not in stack.targets]
+    if not lacking:
+        return stack
+    bank = session.bank(stack)
+    for number in lacking:
+        adapter = own[number]
+        assert adapter
+        stack = with_small_target(bank, stack, number, adapter)
     return stack

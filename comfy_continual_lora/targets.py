@@ -68,6 +68,7 @@ class PromptBank:
         self.moments = MomentCache(backbone, cache)
         self.on_progress = on_progress
         self._alone: dict[str, Tensor] = {}  # by id
+        self._pairs: dict[tuple[str, str], Tensor] = {}  # by ids, (77, d)
 
     # --- ordinary prompts ---------------------------------------------------------------------
 
@@ -85,7 +86,7 @@ class PromptBank:
             known = Ordinary(listed, len(prompts), (), share=self.share)
         for noun in dict.fromkeys(nouns):
             if noun not in known.nouns:
-                known = self._with_noun(known, noun)
+                known = replace(self._changed_by(known, noun, 1), nouns=(*known.nouns, noun))
         if language and known.drawn is None:
             known = replace(known, drawn=self._language())
         return known
@@ -93,20 +94,17 @@ class PromptBank:
     def without_nouns(self, known: Ordinary, nouns: Iterable[str]) -> Ordinary:
         """The same without those of its class nouns that are not among these."""
         for noun in set(known.nouns) - set(nouns):
-            prompts = noun_prompts(noun)
-            own = self.moments({}, prompts, self.share)
-            count = known.count - len(prompts)
-            listed = (known.count * known.listed - len(prompts) * own) / count
             left = tuple(one for one in known.nouns if one != noun)
-            known = replace(known, listed=listed, count=count, nouns=left)
+            known = replace(self._changed_by(known, noun, -1), nouns=left)
         return known
 
-    def _with_noun(self, known: Ordinary, noun: str) -> Ordinary:
+    def _changed_by(self, known: Ordinary, noun: str, sign: int) -> Ordinary:
+        """`listed` with the prompts about one noun (`sign` 1), or without them (-1)."""
         prompts = noun_prompts(noun)
-        count = known.count + len(prompts)
+        count = known.count + sign * len(prompts)
         own = self.moments({}, prompts, self.share)
-        listed = (known.count * known.listed + len(prompts) * own) / count
-        return replace(known, listed=listed, count=count, nouns=(*known.nouns, noun))
+        listed = (known.count * known.listed + sign * len(prompts) * own) / count
+        return replace(known, listed=listed, count=count)
 
     def _language(self) -> Tensor:
         """The moment of a wide sample of language."""
@@ -147,8 +145,11 @@ class PromptBank:
     ) -> tuple[Tensor, Tensor]:
         """The text features of one of the two concepts of a prompt, and of its padding, (n, d)."""
         prompt = f"a photo of a {first.name} and a {second.name}"
-        encoded = self.backbone.encode_prompts([prompt], self.words)
-        features = self.backbone.context(encoded)[0].float().cpu()
+        pair = first.id, second.id
+        if pair not in self._pairs:
+            encoded = self.backbone.encode_prompts([prompt], self.words)
+            self._pairs[pair] = self.backbone.context(encoded)[0].float().cpu()
+        features = self._pairs[pair]
         start, end = self._second_word(prompt, second.token)
         return features[start:end] if of_second else features[:start], features[end:]
 
