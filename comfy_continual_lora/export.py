@@ -62,6 +62,8 @@ class Exported:
     superseded: list[Path]  # earlier exports of the same stack that still exist
     removed: list[Path]  # earlier exports of the same stack that were removed on request
     clip_skip: int = 1  # of the stack
+    # names of which diffusers would read the first vector alone, if this is for diffusers
+    capitals: Sequence[str] = ()
 
     @property
     def files(self) -> list[Path]:
@@ -100,6 +102,13 @@ class Exported:
         ]
         if self.clip_skip == 2:
             notes.append(CLIP_SKIP_2)
+        if self.capitals:
+            names = ", ".join(self.capitals)
+            notes.append(
+                "diffusers reads only the first vector of a word with capitals. Load the embeddings of "
+                f'{names} in lower case (token="{self.capitals[0].lower()}"), and write them so in '
+                "prompts."
+            )
         if self.removed:
             names = ", ".join(path.name for path in self.removed)
             notes.append(f"Removed earlier exports of this stack: {names}.")
@@ -169,7 +178,18 @@ def export_files(
         [path for path in earlier if path not in removed],
         removed,
         stack.checkpoint.clip_skip,
+        _read_in_part(stack, written) if format in ("diffusers", "peft") else (),
     )
+
+
+def _read_in_part(stack: ConceptStack, written: Mapping[str, Path]) -> list[str]:
+    """The names of words with several vectors that are not in lower case.
+
+    diffusers (0.42, `maybe_convert_prompt`) looks for a word's further vectors by what its tokenizer
+    made of the prompt, which is in lower case.
+    """
+    names = {token: path.stem for token, path in written.items() if len(stack.tokens[token]) > 1}
+    return [name for name in names.values() if name != name.lower()]
 
 
 def _check_exportable(stack: ConceptStack) -> None:

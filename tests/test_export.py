@@ -267,6 +267,25 @@ def test_two_stacks_share_folders_and_each_keeps_its_own(
     )
 
 
+@pytest.mark.parametrize("format", ["kohya", "diffusers", "peft"])
+def test_users_of_diffusers_are_told_of_what_it_reads_in_part(
+    backbone: Backbone, tmp_path: Path, format: str
+) -> None:
+    """tests/test_families.py has diffusers itself read such words."""
+    stack = _owned(backbone, "a" * 16)
+    assert len(stack.words["id1"]) > 1
+    for number, token in ((2, "v2"), (3, "V3")):
+        record = dataclasses.replace(make_record(number), token=token)
+        vectors = torch.ones(2 if token == "v2" else 1, backbone.word_width)
+        stack = stack.learned(record, vectors, stack.adapter)
+    done = export.export_files(stack, tmp_path, tmp_path / "embeddings", "mini", format)
+    told = [note for note in done.notes if "diffusers" in note]
+    assert len(told) == (format != "kohya")
+    if told:
+        assert "embeddings of V1 in lower case" in told[0]  # v2 is in lower case, V3 has one vector
+        assert 'token="v1"' in told[0]
+
+
 def test_a_new_name_is_no_other_word_of_the_stack(backbone: Backbone, tmp_path: Path) -> None:
     """V1's name is another file's, and V1-2 is a concept of its own, learned after an export."""
     theirs = tmp_path / "embeddings" / "V1.safetensors"

@@ -462,6 +462,24 @@ def test_diffusers_loads_the_exported_lora_and_words(
     assert float((changed - plain).abs().max()) > 1e-3
 
 
+@torch.no_grad()
+def test_diffusers_reads_all_vectors_of_a_word_in_lower_case_alone(
+    loaded: dict[str, Backbone], tmp_path: Path
+) -> None:
+    """And the export says so of a word that is not."""
+    backbone = loaded["sd2-v"]
+    word = torch.randn(3, backbone.word_width, generator=torch.Generator().manual_seed(0))
+    expected = backbone.encode_prompts(["a photo of a V1 ball"], {"V1": word})
+    noisy, timestep = torch.randn(1, 4, 8, 8), torch.tensor([500])
+    whole = {}
+    for token in ("v1", "V1"):
+        pipe = copy.deepcopy(families.pipeline("sd2-v"))
+        pipe.load_textual_inversion(word, token)
+        features, _, _ = _theirs(pipe, [f"a photo of a {token} ball"], noisy, timestep)
+        whole[token] = torch.allclose(backbone.context(expected), features, atol=1e-5)
+    assert whole == {"v1": True, "V1": False}
+
+
 @pytest.mark.parametrize("format", ["diffusers", "peft"])
 def test_diffusers_and_peft_load_what_is_written_for_them(
     taught: Path, tmp_path: Path, loaded: dict[str, Backbone], format: str
