@@ -1,0 +1,149 @@
+"""The parts of the second miniature: text vocabulary, CLIP, autoencoder, U-Net, and the reader that
+judges its pictures.
+
+Shapes: n pictures, 77 tokens, latents (n, 4, 16, 16), pictures (n, 3, 128, 128) in -1..1. All have
+SD1.x's own architecture, so a checkpoint of them is read as any other.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from itertools import pairwise
+from typing import Any
+
+import torch
+import world
+from dataset import SIZES
+from diffusers import AutoencoderKL, UNet2DConditionModel
+from places import PHRASES
+from things import COLORS, KINDS, SHAPES
+from torch import Tensor, nn
+from transformers import CLIPConfig, CLIPModel
+from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
+
+from comfy_continual_lora.mini.parts import tokenizer
+
+TEXT_WIDTH, VISION_WIDTH, SHARED_WIDTH = 512, 384, 256
+FACTOR = 0.18215  # SD1.x's: U-Net latents = 0.18215 * latents of the autoencoder
+
+
+class Vocabulary:
+    """The tokens that the world's captions use, numbered densely; only their rows are trained."""
+
+    def __init__(self) -> None:
+        templates = [text for texts in world.STYLES.values() for text in texts]
+        relations = [text for _, _, texts in world.RELATIONS.values() for text in texts]
+        plurals = map(world.plural, SHAPES)
+        words = (*SHAPES, *plurals, *COLORS, *KINDS, *PHRASES.values(), *templates, *relations)
+        kept = {word.strip(",") for text in words for word in text.split() if "{" not in word}
+        text = " ".join(sorted(kept)) + " a an and with eyes small big two three , ."
+        begin, *ids, end = tokenizer()(text)["input_ids"]
+        self.tokens: list[int] = [*sorted(set(ids)), begin, end]
+        self.end = len(self.tokens) - 1
+        self._dense = {token: row for row, token in enumerate(self.tokens)}
+
+    def encode(self, captions: Sequence[str]) -> Tensor:
+        """Dense token ids, (captions, 77), padded with the end token as SD1.x pads."""
+        tokens = tokenizer()(list(captions), padding="max_length", max_length=77, truncation=True)
+        return torch.tensor([[self._dense[t] for t in row] for row in tokens["input_ids"]])
+
+
+def new_clip(tokens: int) -> CLIPModel:
+    """CLIP: a causal text transformer (6 layers, 512 wide), a ViT/16 (6 layers, 384 wide)."""
+    text = {
+        "vocab_size": tokens,
+        "hidden_size": TEXT_WIDTH,
+        "intermediate_size": 4 * TEXT_WIDTH,
+        "num_hidden_layers": 6,
+        "num_attention_heads": TEXT_WIDTH // 64,
+        "max_position_embeddings": 77,
+        "bos_token_id": tokens - 2,
+        "eos_token_id": tokens - 1,
+        "projection_dim": SHARED_WIDTH,
+    }
+    vision = {
+        "hidden_size": VISION_WIDTH,
+        "intermediate_size": 4 * VISION_WIDTH,
+        "num_hidden_layers": 6,
+        "num_attention_heads": VISION_WIDTH // 64,
+        "image_size": 128,
+        "patch_size": 16,
+        "projection_dim": SHARED_WIDTH,
+    }
+    config = CLIPConfig(text_config=text, vision_config=vision, projection_dim=SHARED_WIDTH)
+    return CLIPModel(config)
+
+
+def normalised(images: Tensor) -> Tensor:
+    """What the image tower gets of pictures (n, 3, 128, 128) in -1..1, as OpenAI's."""
+    mean, std = (
+        torch.tensor(values, device=images.device)[:, None, None]
+        for values in (OPENAI_CLIP_MEAN, OPENAI_CLIP_STD)
+    )
+    return (images.add(1).div(2) - mean) / std
+
+
+def new_autoencoder() -> AutoencoderKL:
+    """SD's, with a fourth of its channels."""
+    config: dict[str, Any] = {
+        "block_out_channels": (32, 64, 128, 128),
+        "layers_per_block": 2,
+        "down_block_types": ("DownEncoderBlock2D",) * 4,
+        "up_block_types": ("UpDecoderBlock2D",) * 4,
+        "latent_channels": 4,
+        "scaling_factor": FACTOR,
+    }
+    return AutoencoderKL(**config)
+
+
+def new_unet() -> UNet2DConditionModel:
+    """SD1.x's two finest levels, half as wide, with attention at both: 16 x 16 and 8 x 8."""
+    return UNet2DConditionModel(
+        sample_size=16,
+        in_channels=4,
+        out_channels=4,
+        block_out_channels=(160, 320),
+        layers_per_block=1,
+        cross_attention_dim=TEXT_WIDTH,
+        attention_head_dim=8,
+        down_block_types=("CrossAttnDownBlock2D",) * 2,
+        up_block_types=("CrossAttnUpBlock2D",) * 2,
+    )
+
+
+# --- the reader -----------------------------------------------------------------------------------
+
+
+class Reader(nn.Module):
+    """A CNN that reads what is in a picture; trained on real pictures alone."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        blocks: list[nn.Module] = []
+        for before, after in pairwise((3, 48, 96, 160, 224, 288)):
+            for width, stride in ((before, 2), (after, 1)):
+                conv = nn.Conv2d(width, after, 3, stride, 1, bias=False)
+                blocks += [conv, nn.BatchNorm2d(after), nn.ReLU()]
+        body = [nn.Flatten(), nn.Linear(288 * 16, 512), nn.BatchNorm1d(512), nn.ReLU()]
+        self.body = nn.Sequential(*blocks, *body)
+        self.heads = nn.ModuleDict({name: nn.Linear(512, size) for name, size in SIZES.items()})
+
+    def forward(self, images: Tensor) -> dict[str, Tensor]:
+        features = self.body(images)
+        return {name: head(features) for name, head in self.heads.items()}
+
+
+def is_right(logits: Mapping[str, Tensor], labels: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Whether each picture is read right, (n,) of 0, 1 and NaN where there is nothing to say;
+    colours are right if the whole set of them is.
+    """
+    right = {}
+    for name, target in labels.items():
+        if name.startswith("colors"):
+            rank = logits[name].argsort(1, descending=True).argsort(1)
+            hit = ((rank < target.sum(1, keepdim=True)) == target.bool()).all(1)
+            said = target[:, 0] >= 0
+        else:
+            hit, said = logits[name].argmax(1) == target, target >= 0
+        right[name] = torch.where(said, hit.float(), torch.nan)
+    return right

@@ -1,0 +1,278 @@
+"""Make the second miniature: one command, resumable, stage after stage.
+
+    python benchmarks/second/train.py OUT --device cuda --processes 16      # one GPU, 20 minutes
+    python benchmarks/second/train.py OUT --pictures 600 --scale 0.002      # tries it in minutes
+
+in: nothing (the world is drawn) - out: OUT/*.safetensors, the parts; OUT/second.safetensors, a
+checkpoint in SD1.x's layout; OUT/clip, its CLIP as transformers saves it; OUT/log.jsonl.
+
+    pictures     120,000 captioned pictures
+    reader       reads a picture's contents; trained on real pictures only (quality.py)
+    clip         image and text tower, the contrastive loss alone
+    autoencoder  KL, f = 8, 4 channels
+    latents      every picture encoded once
+    unet         predicts eps; scaled-linear betas, errors weighted as those of v, caption dropout
+                 0.1, EMA
+    pack         the checkpoint
+
+Each stage goes on from its snapshot, and one whose file exists is skipped, so the command can be given
+any number of short turns. `--seed` draws another training set and starts from other weights.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from pathlib import Path
+
+import dataset
+import nets
+import numpy as np
+import torch
+import torch.nn.functional as F
+from diffusers import AutoencoderKL
+from pack import write_checkpoint
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from transformers import CLIPModel
+
+from comfy_continual_lora.diffusion import add_noise, alphas_cumprod, loss_per_example
+from comfy_continual_lora.mini.training import Run, fit
+
+STAGES = ("pictures", "reader", "clip", "autoencoder", "latents", "unet", "pack")
+STEPS = {"reader": 3000, "clip": 4000, "autoencoder": 9000, "unet": 14_000}
+BATCHES = {"reader": 256, "clip": 1024, "autoencoder": 64, "unet": 512}
+
+
+class Recipe:
+    """The stages, in one folder, on one device."""
+
+    def __init__(self, arguments: argparse.Namespace) -> None:
+        self.arguments = arguments
+        self.run = Run(arguments.out, torch.device(arguments.device))
+        self.seed: int = arguments.seed
+        self._data: dataset.Dataset | None = None
+
+    @property
+    def data(self) -> dataset.Dataset:
+        if self._data is None:
+            self._data = dataset.Dataset(self.run.out, self.seed, self.run.device)
+        return self._data
+
+    def steps(self, stage: str) -> int:
+        return max(4, round(STEPS[stage] * self.arguments.scale))
+
+    def batch(self, stage: str) -> int:
+        return max(4, round(BATCHES[stage] * min(1.0, 4 * self.arguments.scale)))
+
+    def fast(self, module: nn.Module) -> nn.Module:
+        return torch.compile(module) if self.arguments.compile else module  # type: ignore[return-value]
+
+    # --- stages -------------------------------------------------------------------------------
+
+    def pictures(self) -> None:
+        dataset.draw(self.run.out, self.seed, self.arguments.pictures, self.arguments.processes)
+        self.run.log(stage="pictures", count=self.arguments.pictures)
+
+    def reader(self) -> None:
+        model, n = nets.Reader(), self.batch("reader")
+        predict = self.fast(model)
+
+        def loss(step: int) -> tuple[Tensor, dict[str, float]]:
+            indices = self.data.indices(step, n, stream=1)
+            images = self.data.images(indices)
+            if step % 2:  # generated pictures are slightly soft and noisy
+                if step % 4 == 1:
+                    images = F.interpolate(
+                        F.avg_pool2d(images, 2), scale_factor=2.0, mode="bilinear"
+                    )
+                images = images + 0.08 * torch.randn_like(images)
+            with self.run.autocast():
+                logits = predict(images)
+            targets = {k: v[indices].to(self.run.device) for k, v in self.data.labels.items()}
+            return _reading_loss(logits, targets), {}
+
+        fit(self.run, "reader", model, loss, steps=self.steps("reader"), rate=2e-3)
+        self.run.save("reader", model)
+
+    def clip(self) -> None:
+        vocabulary, n = nets.Vocabulary(), self.batch("clip")
+        model = nets.new_clip(len(vocabulary.tokens))
+        ids = vocabulary.encode(self.data.captions)
+        # the tower is causal: what follows the end of a caption does not matter
+        longest = int((ids == vocabulary.end).int().argmax(1).max()) + 1
+        ids = ids[:, :longest].to(self.run.device)
+        rows = torch.arange(n, device=self.run.device)
+
+        def loss(step: int) -> tuple[Tensor, dict[str, float]]:
+            indices = self.data.indices(step, n, stream=2)
+            with self.run.autocast():
+                text = model.text_model(input_ids=ids[torch.from_numpy(indices)]).pooler_output
+                pixels = nets.normalised(self.data.images(indices))
+                image = model.vision_model(pixel_values=pixels).pooler_output
+                seen = F.normalize(model.visual_projection(image).float(), dim=-1)
+                said = F.normalize(model.text_projection(text).float(), dim=-1)
+            logits = model.logit_scale.clamp(max=4.6).exp() * seen @ said.T
+            contrastive = (F.cross_entropy(logits, rows) + F.cross_entropy(logits.T, rows)) / 2
+            return contrastive, {"top1": float((logits.argmax(1) == rows).float().mean())}
+
+        fit(self.run, "clip", model, loss, steps=self.steps("clip"), rate=5e-4, weight_decay=0.1)
+        self.run.save("clip", model)
+
+    def autoencoder(self) -> None:
+        model, n = nets.new_autoencoder(), self.batch("autoencoder")
+        nn.Module.to(model, memory_format=torch.channels_last)  # type: ignore[call-overload]
+        encode, decode = self.fast(model.encoder), self.fast(model.decoder)
+        narrow, widen = model.quant_conv, model.post_quant_conv
+        assert narrow is not None
+        assert widen is not None
+
+        def loss(step: int) -> tuple[Tensor, dict[str, float]]:
+            images = self.data.images(self.data.indices(step, n, stream=3))
+            images = images.contiguous(memory_format=torch.channels_last)
+            with self.run.autocast():
+                mean, log_variance = narrow(encode(images)).float().chunk(2, dim=1)
+                log_variance = log_variance.clamp(-30, 20)
+                latents = mean + (0.5 * log_variance).exp() * torch.randn_like(mean)
+                decoded = decode(widen(latents)).float()
+            error = F.smooth_l1_loss(decoded, images, beta=0.1)
+            edges = sum((decoded - images).diff(dim=d).abs().mean() for d in (2, 3))
+            divergence = 0.5 * (mean.square() + log_variance.exp() - 1 - log_variance).mean()
+            squared = (decoded.detach() - images).square().mean()
+            found = {"psnr": float(-10 * torch.log10(squared / 4))}
+            return error + 0.25 * edges + 1e-4 * divergence, found
+
+        steps = self.steps("autoencoder")
+        fit(
+            self.run,
+            "autoencoder",
+            model,
+            loss,
+            steps=steps,
+            rate=6e-4,
+            weight_decay=0.0,
+            ema=0.999,
+        )
+        nn.Module.to(model, self.run.device)
+        some = np.arange(min(512, len(self.data)))
+        latents = torch.cat([_encoded(model, self.data.images(part)) for part in np.split(some, 8)])
+        _scale_latents(model, 1 / nets.FACTOR / float(latents.std()))
+        nn.Module.to(model, "cpu")
+        self.run.save("autoencoder", model)
+
+    def latents(self) -> None:
+        model = nets.new_autoencoder().eval()
+        model.load_state_dict(load_file(self.run.out / "autoencoder.safetensors"))
+        nn.Module.to(model, self.run.device)
+        found = []
+        for start in range(0, len(self.data), 256):
+            images = self.data.images(np.arange(start, min(start + 256, len(self.data))))
+            found.append((nets.FACTOR * _encoded(model, images)).half().cpu())
+        latents = torch.cat(found)
+        save_file({"latents": latents}, self.run.out / "latents.safetensors")
+        mean, std = float(latents.float().mean()), float(latents.float().std())
+        self.run.log(stage="latents", mean=mean, std=std)
+
+    def unet(self) -> None:
+        n, device = self.batch("unet"), self.run.device
+        latents = load_file(self.run.out / "latents.safetensors")["latents"].to(device)
+        text = _text_tower(self.run.out).to(device)
+        ids = nets.Vocabulary().encode(["", *self.data.captions]).to(device)
+        model = nets.new_unet()
+        nn.Module.to(model, device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+        predict, alphas = self.fast(model), alphas_cumprod().to(device)
+
+        def loss(step: int) -> tuple[Tensor, dict[str, float]]:
+            index = torch.from_numpy(self.data.indices(step, n, stream=4)).to(device)
+            rng = np.random.default_rng((self.seed, 5, step))
+            generator = torch.Generator(device).manual_seed(int(rng.integers(2**31)))
+            # stratified, and more often where the noise still hides what the picture shows
+            quantile = (np.arange(n) + rng.random(n)) / n
+            timestep = torch.from_numpy(quantile**0.7 * 1000).long().clamp(max=999).to(device)
+            noise = torch.randn(n, 4, 16, 16, generator=generator, device=device)
+            noisy = add_noise(latents[index].float(), noise, timestep, alphas)
+            said = torch.rand(n, generator=generator, device=device) >= 0.1
+            with torch.no_grad(), self.run.autocast():
+                features = text(input_ids=ids[(index + 1) * said]).last_hidden_state
+            with self.run.autocast():
+                noisy = noisy.contiguous(memory_format=torch.channels_last)
+                predicted = predict(noisy, timestep, features).sample
+            error = loss_per_example(predicted.float(), noise)
+            # What a thing is gets decided at high noise, where this error is small; 1 / alpha weighs
+            # it as the error of v would be.
+            return (error / alphas[timestep]).mean() * 0.4, {"mse": float(error.detach().mean())}
+
+        fit(self.run, "unet", model, loss, steps=self.steps("unet"), rate=6e-4, ema=0.9995)
+        self.run.save("unet", model)
+
+    def pack(self) -> None:
+        write_checkpoint(self.run.out)
+        self.run.log(stage="pack", bytes=(self.run.out / "second.safetensors").stat().st_size)
+
+
+def _reading_loss(logits: dict[str, Tensor], labels: dict[str, Tensor]) -> Tensor:
+    """Cross-entropy over all labels; -1 marks what a picture does not have."""
+    total = torch.zeros((), device=next(iter(logits.values())).device)
+    for name, target in labels.items():
+        if name.startswith("colors"):
+            labelled = target[:, 0] >= 0
+            own = logits[name][labelled].float(), target[labelled].float()
+            total = total + 20 * F.binary_cross_entropy_with_logits(*own)
+        elif (target >= 0).any():
+            total = total + F.cross_entropy(logits[name].float(), target, ignore_index=-1)
+    return total
+
+
+@torch.no_grad()
+def _encoded(model: AutoencoderKL, images: Tensor) -> Tensor:
+    distribution = model.encode(images, return_dict=False)[0]
+    return distribution.mean.float()
+
+
+@torch.no_grad()
+def _scale_latents(model: AutoencoderKL, factor: float) -> None:
+    """Multiply the latents, so that FACTOR gives them a variance of 1, as SD1.x's is."""
+    assert model.quant_conv is not None
+    assert model.post_quant_conv is not None
+    channels = model.config["latent_channels"]
+    model.quant_conv.weight[:channels] *= factor
+    assert model.quant_conv.bias is not None
+    model.quant_conv.bias[:channels] *= factor
+    model.quant_conv.bias[channels:] += 2 * float(np.log(factor))
+    model.post_quant_conv.weight /= factor
+
+
+def _text_tower(out: Path) -> nn.Module:
+    clip: CLIPModel = nets.new_clip(len(nets.Vocabulary().tokens))
+    clip.load_state_dict(load_file(out / "clip.safetensors"))
+    return clip.text_model.eval()
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        description="Make the second miniature; run it again to go on where it stopped."
+    )
+    parser.add_argument("out", type=Path, help="folder for data, snapshots and results")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--device", default="cpu", help="cpu or cuda")
+    parser.add_argument("--processes", type=int, default=2, help="that draw pictures")
+    parser.add_argument("--pictures", type=int, default=120_000)
+    parser.add_argument("--scale", type=float, default=1.0, help="share of all steps, to try it")
+    parser.add_argument("--compile", action="store_true", help="compile the nets (a minute each)")
+    parser.add_argument("--stages", default=",".join(STAGES))
+    return parser
+
+
+def main() -> None:
+    arguments = _parser().parse_args()
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    torch.manual_seed(arguments.seed)
+    recipe = Recipe(arguments)
+    stages: dict[str, Callable[[], None]] = {name: getattr(recipe, name) for name in STAGES}
+    for stage in arguments.stages.split(","):
+        if not (arguments.out / f"{stage}.safetensors").exists():
+            stages[stage]()
+
+
+if __name__ == "__main__":
+    main()
