@@ -36,9 +36,10 @@ class Vocabulary:
         plurals = map(world.plural, SHAPES)
         words = (*SHAPES, *plurals, *COLORS, *KINDS, *PHRASES.values(), *templates, *relations)
         kept = {word.strip(",") for text in words for word in text.split() if "{" not in word}
-        text = " ".join(sorted(kept)) + " a an and with eyes small big two three , ."
-        begin, *ids, end = tokenizer()(text)["input_ids"]
-        self.tokens: list[int] = [*sorted(set(ids)), begin, end]
+        kept |= {*["a", "an", "and", "with", "eyes", "small", "big", "two", "three", ",", "."]}
+        found = [tokenizer()(word)["input_ids"] for word in sorted(kept)]
+        begin, end = found[0][0], found[0][-1]
+        self.tokens: list[int] = [*sorted({i for ids in found for i in ids[1:-1]}), begin, end]
         self.end = len(self.tokens) - 1
         self._dense = {token: row for row, token in enumerate(self.tokens)}
 

@@ -36,7 +36,7 @@ def main() -> None:
     parser.add_argument("folder", type=Path)
     parser.add_argument("--split", choices=world.SPLITS, default="development")
     parser.add_argument("--count", type=int, default=6)
-    parser.add_argument("--pictures", type=int, default=8, help="of each, at most 25")
+    parser.add_argument("--pictures", type=int, default=8, help="of each, at most 26")
     arguments = parser.parse_args()
     write(arguments.folder, arguments.split, arguments.count, arguments.pictures)
 

@@ -1,4 +1,4 @@
-"""The 25 places of the second world: the ten of the mini-SD's and fifteen more.
+"""The 26 places of the second world: the ten of the mini-SD's and sixteen more.
 
 in: a place's name, a generator - out: float32 (128, 128, 3) in 0..255.
 """
@@ -193,6 +193,15 @@ def _cave(rng: np.random.Generator) -> np.ndarray:
     return np.where((mouth < 1)[..., None], light * 0.55, rock)
 
 
+def _roof(rng: np.random.Generator) -> np.ndarray:
+    down = _Y + rng.integers(0, 16)
+    row = np.floor(down / 16)
+    along = (_X + 10 * (row % 2) + rng.integers(0, 20)) % 20 - 10
+    scale = mix((126, 142, 166), (70, 82, 106), (down % 16) / 16)
+    gap = np.abs(along) > 9.2 - ((down % 16) / 16 - 0.4) * 2
+    return np.where((gap | (down % 16 > 14.5))[..., None], np.float32(40), scale)
+
+
 # each with its phrase in captions
 PHRASES: dict[str, str] = {
     **BACKGROUNDS,
@@ -201,12 +210,13 @@ PHRASES: dict[str, str] = {
     "desert": "in the desert", "kitchen": "in the kitchen", "stage": "on a stage",
     "library": "in the library", "meadow": "in a meadow", "rain": "in the rain",
     "sunset": "at sunset", "space": "in space", "cave": "in a cave",
+    "roof": "on the roof",
 }  # fmt: skip
 _DRAWN: dict[str, Draw] = {
     "room": _room, "street": _street, "forest": _forest, "table": _table, "beach": _beach,
     "mountain": _mountain, "desert": _desert, "kitchen": _kitchen, "stage": _stage,
     "library": _library, "meadow": _meadow, "rain": _rain, "sunset": _sunset, "space": _space,
-    "cave": _cave,
+    "cave": _cave, "roof": _roof,
 }  # fmt: skip
 
 

@@ -168,7 +168,7 @@ class Recipe:
         for start in range(0, len(self.data), 256):
             images = self.data.images(np.arange(start, min(start + 256, len(self.data))))
             found.append((nets.FACTOR * _encoded(model, images)).half().cpu())
-        latents = torch.cat(found)
+        latents = torch.cat(found).contiguous()
         save_file({"latents": latents}, self.run.out / "latents.safetensors")
         mean, std = float(latents.float().mean()), float(latents.float().std())
         self.run.log(stage="latents", mean=mean, std=std)

@@ -301,7 +301,7 @@ def _distinct(rng: np.random.Generator) -> tuple[Color, Color, Color]:
 
 def concept_pictures(concept: Concept, count: int = 5, *, seed: int = 0) -> Iterator[np.ndarray]:
     """Photographs of one concept in varied poses and lights, each in another place, uint8
-    (128, 128, 3); at most 25.
+    (128, 128, 3); at most 26.
     """
     rng = np.random.default_rng([seed, *concept.name.encode()])
     for place in rng.permutation(list(PHRASES))[:count]:
