@@ -494,7 +494,7 @@ def test_errors_name_flags(checkpoint: Path, capsys: pytest.CaptureFixture[str])
 @pytest.mark.slow
 def test_the_demo(tmp_path: Path) -> None:
     done = (
-        run("demo", "--out", tmp_path / "demo")
+        run("demo", "--out", tmp_path / "demo", "--steps", "100")
         if os.environ.get("CI")
         else pytest.skip("takes minutes; CI runs it")
     )
