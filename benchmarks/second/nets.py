@@ -35,6 +35,7 @@ class Vocabulary:
         relations = [text for _, _, texts in world.RELATIONS.values() for text in texts]
         plurals = map(world.plural, SHAPES)
         words = (*SHAPES, *plurals, *COLORS, *KINDS, *PHRASES.values(), *templates, *relations)
+        words += world.DETAILS
         kept = {word.strip(",") for text in words for word in text.split() if "{" not in word}
         kept |= {*["a", "an", "and", "with", "eyes", "small", "big", "two", "three", ",", "."]}
         found = [tokenizer()(word)["input_ids"] for word in sorted(kept)]

@@ -4,9 +4,10 @@ in: a generator - out: a `Scene` (what is in the picture, and its caption), the 
 (128, 128, 3).
 
 A scene has one thing, two in a relation, or two or three alike; a place; a style. Captions are
-sentences, some of them short, some tags as users of anime checkpoints write them, and one in fifty
-says something wrong. A fifth of the things have free hues and no colour words. A `Concept` is a thing
-that is never drawn: a pattern and colours of its own on a shape whose noun the world knows.
+sentences, some of them short, some tags as users of anime checkpoints write them, some behind a row
+of details, and one in fifty says something wrong. A fifth of the things have free hues and no colour
+words. A `Concept` is a thing that is never drawn: a pattern and colours of its own on a shape whose
+noun the world knows.
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ from things import (
     colors_of,
 )
 
+from comfy_continual_lora import textspace
 from comfy_continual_lora.mini.drawing import GRID, SIZE, Pose, draw_details, noise, silhouette
 from comfy_continual_lora.mini.looks import Color, Look, free_color
 from comfy_continual_lora.mini.world import Concept
@@ -56,6 +58,22 @@ COUNTS: dict[int, tuple[Spot, ...]] = {
     3: ((22, 76, 20), (64, 60, 20), (106, 76, 20)),
 }
 SIZES = {"small": (24, 28), "": (40, 46), "big": (53, 58)}
+# what stands in front of one caption in eight, one to eight of them
+DETAILS = (
+    *textspace.DETAILS[:12],
+    "masterpiece",
+    "best quality",
+    "absurdres",
+    "trending online",
+    "soft shadows",
+    "award winning",
+    "ultra sharp",
+    "studio setting",
+    "lovely scenery",
+    "matte painting",
+    "vivid",
+    "official art",
+)
 ARRANGEMENTS = ("one", *RELATIONS, "two alike", "three alike")
 
 
@@ -143,13 +161,21 @@ def _captioned(scene: Scene, rng: np.random.Generator) -> Scene:
     if way < 0.12:
         caption = _short(said)
     elif way < 0.25:
-        caption = _tags(said)
+        caption = _in_front(_tags(said), rng)
     else:
         text = str(rng.choice(STYLES[said.style])).format(_sentence(said, rng))
         named = rng.random() < 0.9
-        caption = f"{text} {PHRASES[said.place]}" if named else text
+        caption = _in_front(f"{text} {PHRASES[said.place]}" if named else text, rng)
         return replace(scene, caption=caption, plain=named and _is_plain(scene))
     return replace(scene, caption=caption, plain=False)
+
+
+def _in_front(caption: str, rng: np.random.Generator) -> str:
+    """With details in front of some, so that the name of a thing is read anywhere in a prompt."""
+    if rng.random() >= 0.125:
+        return caption
+    chosen = rng.choice(DETAILS, rng.integers(1, 9), replace=False)
+    return ", ".join([*map(str, chosen), caption])
 
 
 def _is_plain(scene: Scene) -> bool:
