@@ -30,7 +30,8 @@ def _mean_over_seeds(rows: Sequence[Row], method: str, key: str) -> np.ndarray:
 def heat_maps(path: Path, rows: Sequence[Row]) -> None:
     """R of each method, mean over seeds."""
     matrices = {m: _mean_over_seeds(rows, m, "matrix") for m in methods_of(rows)}
-    top = max(float(np.nanmax(matrix)) for matrix in matrices.values())
+    # unbiased distances of a few pictures can all be below 0
+    top = max(1e-6, *(float(np.nanmax(matrix)) for matrix in matrices.values()))
     columns = min(4, len(matrices))
     lines = -(-len(matrices) // columns)
     size = (3.2 * columns, 3.2 * lines)

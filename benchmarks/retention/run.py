@@ -63,8 +63,10 @@ as `retention` does. `lists=half` leaves words out of the lists that are protect
 from __future__ import annotations
 
 import argparse
+import os
 import platform
 import subprocess
+import traceback
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from functools import partial
@@ -260,7 +262,9 @@ def made_with(job: Job, backbone: Backbone) -> dict[str, Any]:
 
 
 def commit() -> str | None:
-    """The commit of this checkout, with "+" behind it if files of it are changed; None without git."""
+    """The commit of this checkout, with "+" behind it if files of it are changed; where there is no
+    git, what the variable COMMIT says.
+    """
     try:
         return subprocess.run(
             ["git", "describe", "--always", "--dirty=+", "--abbrev=12"],
@@ -270,7 +274,7 @@ def commit() -> str | None:
             text=True,
         ).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
-        return None
+        return os.environ.get("COMMIT")
 
 
 def save_strip(job: Job, folders: Mapping[tuple[int, int], str]) -> None:
@@ -292,21 +296,33 @@ def _json_number(value: float) -> float | None:
 
 def run_all(jobs: Sequence[Job], processes: int, ray: bool) -> list[dict[str, Any]]:
     """Every job, spread over processes of this machine or over a Ray cluster; rows come back in the
-    jobs' order.
+    jobs' order, without those of jobs that failed.
+
+    Errors: SystemExit if all of them failed.
     """
     if ray:
         from ray.util.multiprocessing import Pool  # pyright: ignore[reportMissingImports]
 
         with Pool(processes) as pool:
-            return list(pool.imap(_run_and_print, jobs))
-    if processes == 1:
-        return [_run_and_print(job) for job in jobs]
-    with get_context("spawn").Pool(processes) as pool:
-        return list(pool.imap(_run_and_print, jobs, chunksize=1))
+            found = list(pool.imap(_run_and_print, jobs))
+    elif processes == 1:
+        found = [_run_and_print(job) for job in jobs]
+    else:
+        with get_context("spawn").Pool(processes) as pool:
+            found = list(pool.imap(_run_and_print, jobs, chunksize=1))
+    rows = [row for row in found if row is not None]
+    if not rows:
+        raise SystemExit("No job succeeded; the errors are above.")
+    return rows
 
 
-def _run_and_print(job: Job) -> dict[str, Any]:
-    row = run(job)
+def _run_and_print(job: Job) -> dict[str, Any] | None:
+    """None if it failed, which leaves the others to go on."""
+    try:
+        row = run(job)
+    except Exception:
+        print(f"{job.variant:<24} seed {job.seed}  FAILED\n{traceback.format_exc()}", flush=True)
+        return None
     figures = f"A_MMD {row['a_mmd']:.4f}  newest {row['newest_mmd']:.4f}"
     print(f"{job.variant:<24} seed {job.seed}  {figures}", flush=True)
     return row
@@ -433,6 +449,8 @@ def main() -> None:
     tables.write(arguments.out, rows)
     plots.draw(arguments.out, rows, jobs)
     print((arguments.out / "table.md").read_text())
+    if failed := len(jobs) - len(rows):
+        raise SystemExit(f"{failed} of {len(jobs)} jobs failed; the errors are above.")
 
 
 if __name__ == "__main__":

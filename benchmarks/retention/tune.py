@@ -19,6 +19,7 @@ import argparse
 import json
 import sys
 import tempfile
+import traceback
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -145,13 +146,19 @@ def _rows(path: Path) -> dict[str, Any]:
     return json.loads(path.read_text()) if path.exists() else {}
 
 
-def _tune(path: Path, job: Job) -> None:
-    row = tuned(job)
+def _tune(path: Path, job: Job) -> str:
+    """The variant if it failed, which leaves the others to go on."""
+    try:
+        row = tuned(job)
+    except Exception:
+        print(f"{job.variant:<36} FAILED\n{traceback.format_exc()}", flush=True)
+        return job.variant
     with FileLock(path.with_suffix(".lock")):
         rows = {**_rows(path), job.variant: row}
         path.write_text(json.dumps(rows, indent=1) + "\n")
     best = max(trial["gain"] for trial in row["trials"])
     print(f"{job.variant:<36} {best:.4f}  {' '.join(row['chosen'])}", flush=True)
+    return ""
 
 
 def main() -> None:
@@ -176,20 +183,24 @@ def main() -> None:
         device=arguments.device,
         common=tuple(arguments.set),
     )
-    variants = arguments.methods.split(",")
+    variants, failed = arguments.methods.split(","), []
     for only_merges in (False, True):  # a row that merges needs what `separate` was tuned to
         found = _rows(arguments.out)
         jobs = []
         for job in map(new_job, variants):
             if job.variant in found or job.merges != only_merges:
                 continue
+            if only_merges and job.alone.variant not in found:
+                failed.append(job.variant)
+                continue
             if only_merges:
                 job = replace(job, tuned=tuple(found[job.alone.variant]["chosen"]))
             job.check()
             jobs.append(job)
         with get_context("spawn").Pool(arguments.processes) as pool:
-            for _ in pool.imap(partial(_tune, arguments.out), jobs, chunksize=1):
-                pass
+            failed += filter(None, pool.imap(partial(_tune, arguments.out), jobs, chunksize=1))
+    if failed:
+        raise SystemExit(f"Not tuned: {', '.join(failed)}")
 
 
 if __name__ == "__main__":
