@@ -7,9 +7,11 @@ import re
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+import run
 import tune
 import words
 from jobs import Job
@@ -159,3 +161,20 @@ def test_a_folder_that_can_not_be_used_is_refused(tmp_path: Path, count: int, me
         _photographs(tmp_path / "cat", count)
     with pytest.raises(ValueError, match=message):
         of_folder(tmp_path, 0, 32)
+
+
+def test_a_job_that_fails_ends_no_other(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fails_with_ewc(job: Job) -> dict[str, Any]:
+        if job.method == "lora_ewc":
+            raise RuntimeError("out of memory")
+        return {"method": job.variant, "a_mmd": 0.0, "newest_mmd": 0.0}
+
+    monkeypatch.setattr(run, "run", fails_with_ewc)
+    every = [Job(name, 0, 2, 2, tmp_path, 1) for name in ("lora", "lora_ewc", "retention")]
+    rows = run.run_all(every, 1, ray=False)
+    assert [row["method"] for row in rows] == ["lora", "retention"]
+    assert "out of memory" in capsys.readouterr().out
+    with pytest.raises(SystemExit, match="No job succeeded"):
+        run.run_all(every[1:2], 1, ray=False)
