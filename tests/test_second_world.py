@@ -189,3 +189,34 @@ def test_its_checkpoint_is_read_as_sd1_and_its_clip_by_transformers(tmp_path: Pa
         ).pooler_output
         ours = parts["clip"].text_model(input_ids=ids).pooler_output
     assert torch.allclose(theirs, ours, atol=1e-5)
+
+
+@pytest.mark.slow
+def test_its_twin_is_read_as_sdxl(tmp_path: Path) -> None:
+    """With random weights: two encoders, pooled text, sizes, v."""
+    torch.manual_seed(0)
+    vocabulary = nets.Vocabulary()
+    clips = [nets.new_clip(len(vocabulary.tokens), openclip=second) for second in (False, True)]
+    unet = nets.new_unet(twin=True)
+    parts = {
+        "unet2": unet,
+        "autoencoder": nets.new_autoencoder(),
+        "clip": clips[0],
+        "clip2": clips[1],
+    }
+    for name, part in parts.items():
+        save_file(part.state_dict(), tmp_path / f"{name}.safetensors")
+    pack.write_twin(tmp_path)
+    backbone = load_backbone(tmp_path / "twin.safetensors", device="cpu", precision="fp32")
+    assert (backbone.prediction, len(backbone.text_encoders)) == ("v_prediction", 2)
+    caption = "a photo of a red ball in the library"
+    ids = vocabulary.encode([caption])
+    noisy, timestep = torch.randn(1, 4, 16, 16), torch.tensor([500])
+    with torch.no_grad():
+        features, added = nets.Texts(clips).eval()(ids)
+        wanted = unet(noisy, timestep, features, added_cond_kwargs=added).sample
+        encoded = backbone.encode_prompts([caption])
+        given = backbone.predict(noisy, timestep, encoded)
+    size = float(features.abs().max())
+    assert torch.allclose(backbone.context(encoded), features, atol=2e-3 * size)
+    assert torch.allclose(given, wanted, atol=2e-3 * float(wanted.abs().max()))

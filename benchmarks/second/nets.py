@@ -40,9 +40,19 @@ class Vocabulary:
         kept |= {*["a", "an", "and", "with", "eyes", "small", "big", "two", "three", ",", "."]}
         found = [tokenizer()(word)["input_ids"] for word in sorted(kept)]
         begin, end = found[0][0], found[0][-1]
-        self.tokens: list[int] = [*sorted({i for ids in found for i in ids[1:-1]}), begin, end]
+        self.tokens: list[int] = [
+            *sorted({0, *(i for ids in found for i in ids[1:-1])}),
+            begin,
+            end,
+        ]
         self.end = len(self.tokens) - 1
+        self.zero = self.tokens.index(0)  # with which OpenCLIP pads
         self._dense = {token: row for row, token in enumerate(self.tokens)}
+
+    def padded_with_zero(self, ids: Tensor) -> Tensor:
+        """The same tokens (n, 77) as OpenCLIP pads them."""
+        after_end = (ids == self.end).int().cumsum(1) > 1
+        return torch.where(after_end, self.zero, ids)
 
     def encode(self, captions: Sequence[str]) -> Tensor:
         """Dense token ids, (captions, 77), padded with the end token as SD1.x pads."""
@@ -50,8 +60,10 @@ class Vocabulary:
         return torch.tensor([[self._dense[t] for t in row] for row in tokens["input_ids"]])
 
 
-def new_clip(tokens: int) -> CLIPModel:
-    """CLIP: a causal text transformer (6 layers, 512 wide), a ViT/16 (6 layers, 384 wide)."""
+def new_clip(tokens: int, *, openclip: bool = False) -> CLIPModel:
+    """CLIP: a causal text transformer (6 layers, 512 wide), a ViT/16 (6 layers, 384 wide);
+    `openclip`: with the exact GELU in its text tower.
+    """
     text = {
         "vocab_size": tokens,
         "hidden_size": TEXT_WIDTH,
@@ -62,6 +74,7 @@ def new_clip(tokens: int) -> CLIPModel:
         "bos_token_id": tokens - 2,
         "eos_token_id": tokens - 1,
         "projection_dim": SHARED_WIDTH,
+        "hidden_act": "gelu" if openclip else "quick_gelu",
     }
     vision = {
         "hidden_size": VISION_WIDTH,
@@ -98,19 +111,54 @@ def new_autoencoder() -> AutoencoderKL:
     return AutoencoderKL(**config)
 
 
-def new_unet() -> UNet2DConditionModel:
-    """SD1.x's two finest levels, half as wide, with attention at both: 16 x 16 and 8 x 8."""
-    return UNet2DConditionModel(
-        sample_size=16,
-        in_channels=4,
-        out_channels=4,
-        block_out_channels=(160, 320),
-        layers_per_block=1,
-        cross_attention_dim=TEXT_WIDTH,
-        attention_head_dim=8,
-        down_block_types=("CrossAttnDownBlock2D",) * 2,
-        up_block_types=("CrossAttnUpBlock2D",) * 2,
-    )
+def new_unet(*, twin: bool = False) -> UNet2DConditionModel:
+    """SD1.x's two finest levels, half as wide, with attention at both: 16 x 16 and 8 x 8. `twin`: as
+    SDXL has them, for the features of two encoders, pooled text and sizes.
+    """
+    config: dict[str, Any] = {
+        "sample_size": 16,
+        "block_out_channels": (160, 320),
+        "layers_per_block": 1,
+        "cross_attention_dim": TEXT_WIDTH,
+        "attention_head_dim": 8,
+        "down_block_types": ("CrossAttnDownBlock2D",) * 2,
+        "up_block_types": ("CrossAttnUpBlock2D",) * 2,
+    }
+    if twin:
+        config |= {
+            "cross_attention_dim": 2 * TEXT_WIDTH,
+            "attention_head_dim": (160 // 64, 320 // 64),  # heads, in spite of the name
+            "use_linear_projection": True,
+            "addition_embed_type": "text_time",
+            "addition_time_embed_dim": 256,
+            "projection_class_embeddings_input_dim": SHARED_WIDTH + 6 * 256,
+        }
+    return UNet2DConditionModel(**config)
+
+
+class Texts(nn.Module):
+    """What a U-Net gets of captions: the last layer's features of one tower, normed, as SD1.x has
+    them; or of two towers those of the last layer but one, and the second's pooled text, as SDXL.
+    """
+
+    def __init__(self, towers: Sequence[CLIPModel]) -> None:
+        super().__init__()
+        self.towers = nn.ModuleList(clip.text_model for clip in towers)
+        self.projection = towers[-1].text_projection
+        self.vocabulary = Vocabulary()
+
+    def forward(self, ids: Tensor) -> tuple[Tensor, dict[str, Tensor] | None]:
+        """ids (n, 77) -> features (n, 77, d), and what else the U-Net gets."""
+        if len(self.towers) == 1:
+            return self.towers[0](input_ids=ids).last_hidden_state, None
+        first, second = self.towers
+        own = first(input_ids=ids, output_hidden_states=True).hidden_states[-2]
+        zeros = self.vocabulary.padded_with_zero(ids)
+        other = second(input_ids=zeros, output_hidden_states=True)
+        sizes = torch.tensor([128.0, 128, 0, 0, 128, 128], device=ids.device)
+        pooled = self.projection(other.pooler_output)
+        added = {"text_embeds": pooled, "time_ids": sizes.expand(len(ids), -1)}
+        return torch.cat([own, other.hidden_states[-2]], 2), added
 
 
 # --- the reader -----------------------------------------------------------------------------------

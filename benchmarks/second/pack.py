@@ -1,5 +1,5 @@
-"""The trained parts of the second miniature -> one checkpoint in SD1.x's layout, float16, and its CLIP
-as transformers saves it.
+"""The trained parts of the second miniature -> checkpoints in SD1.x's and SDXL's layout, float16, and
+its CLIP as transformers saves it.
 """
 
 from __future__ import annotations
@@ -43,6 +43,42 @@ def write_checkpoint(out: Path) -> None:
     model.load_state_dict(clip)
     model.save_pretrained(out / "clip")
     tokenizer().save_pretrained(out / "clip")
+
+
+def write_twin(out: Path) -> None:
+    """Write OUT/twin.safetensors, in SDXL's layout; it predicts v."""
+    names = ("unet2", "autoencoder", "clip", "clip2")
+    unet, vae, first, second = (load_file(out / f"{name}.safetensors") for name in names)
+    state = {keys.UNET_PREFIX + ldm: unet[name] for name, ldm in keys.unet_names(unet).items()}
+    state |= {keys.VAE_PREFIX + ldm: vae[name] for name, ldm in keys.vae_names(vae).items()}
+    for clip in (first, second):
+        clip[_TABLE] = _whole_table(clip[_TABLE])
+    state |= {
+        f"conditioner.embedders.0.transformer.{name}": value
+        for name, value in first.items()
+        if name.startswith("text_model.")
+    }
+    state |= {f"conditioner.embedders.1.model.{name}": v for name, v in _openclip(second).items()}
+    state["v_pred"] = torch.zeros(0)
+    halves = {name: value.half().contiguous() for name, value in state.items()}
+    metadata = {**_METADATA, "modelspec.title": "second miniature, like SDXL"}
+    save_file(halves, out / "twin.safetensors", metadata)
+
+
+def _openclip(clip: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The text tower as OpenCLIP names its weights, q, k and v one below the other."""
+    text = {name: v for name, v in clip.items() if name.startswith(("text_model.", "text_proj"))}
+    found: dict[str, Tensor] = {}
+    parts: dict[str, dict[str, Tensor]] = {}
+    for name, ldm in keys.openclip_names(text).items():
+        if ".attn.in_proj_" in ldm:
+            parts.setdefault(ldm, {})[name.rsplit(".", 2)[-2]] = text[name]
+        else:
+            found[ldm] = text[name]
+    order = ("q_proj", "k_proj", "v_proj")
+    found |= {ldm: torch.cat([own[one] for one in order]) for ldm, own in parts.items()}
+    found["text_projection"] = found["text_projection"].T
+    return found
 
 
 def _whole_table(rows: Tensor) -> Tensor:

@@ -15,6 +15,9 @@ checkpoint in SD1.x's layout; OUT/clip, its CLIP as transformers saves it; OUT/l
                  0.1, EMA
     pack         the checkpoint
 
+`--twin` makes the same with SDXL's two text encoders, pooled text, sizes and v-prediction besides:
+stages clip2, unet2 and pack2, OUT/twin.safetensors.
+
 Each stage goes on from its snapshot, and one whose file exists is skipped, so the command can be given
 any number of short turns. `--seed` draws another training set and starts from other weights.
 """
@@ -31,7 +34,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderKL
-from pack import write_checkpoint
+from pack import write_checkpoint, write_twin
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import CLIPModel
@@ -40,6 +43,7 @@ from comfy_continual_lora.diffusion import add_noise, alphas_cumprod, loss_per_e
 from comfy_continual_lora.mini.training import Run, fit
 
 STAGES = ("pictures", "reader", "clip", "autoencoder", "latents", "unet", "pack")
+TWIN = ("clip2", "unet2", "pack2")
 STEPS = {"reader": 3000, "clip": 4000, "autoencoder": 9000, "unet": 14_000}
 BATCHES = {"reader": 256, "clip": 1024, "autoencoder": 64, "unet": 512}
 
@@ -96,8 +100,14 @@ class Recipe:
         self.run.save("reader", model)
 
     def clip(self) -> None:
+        self._train_clip("clip")
+
+    def clip2(self) -> None:
+        self._train_clip("clip2")
+
+    def _train_clip(self, name: str) -> None:
         vocabulary, n = nets.Vocabulary(), self.batch("clip")
-        model = nets.new_clip(len(vocabulary.tokens))
+        model = nets.new_clip(len(vocabulary.tokens), openclip=name == "clip2")
         ids = vocabulary.encode(self.data.captions)
         # the tower is causal: what follows the end of a caption does not matter
         longest = int((ids == vocabulary.end).int().argmax(1).max()) + 1
@@ -105,7 +115,7 @@ class Recipe:
         rows = torch.arange(n, device=self.run.device)
 
         def loss(step: int) -> tuple[Tensor, dict[str, float]]:
-            indices = self.data.indices(step, n, stream=2)
+            indices = self.data.indices(step, n, stream=2 if name == "clip" else 20)
             with self.run.autocast():
                 text = model.text_model(input_ids=ids[torch.from_numpy(indices)]).pooler_output
                 pixels = nets.normalised(self.data.images(indices))
@@ -116,8 +126,8 @@ class Recipe:
             contrastive = (F.cross_entropy(logits, rows) + F.cross_entropy(logits.T, rows)) / 2
             return contrastive, {"top1": float((logits.argmax(1) == rows).float().mean())}
 
-        fit(self.run, "clip", model, loss, steps=self.steps("clip"), rate=5e-4, weight_decay=0.1)
-        self.run.save("clip", model)
+        fit(self.run, name, model, loss, steps=self.steps("clip"), rate=5e-4, weight_decay=0.1)
+        self.run.save(name, model)
 
     def autoencoder(self) -> None:
         model, n = nets.new_autoencoder(), self.batch("autoencoder")
@@ -174,11 +184,18 @@ class Recipe:
         self.run.log(stage="latents", mean=mean, std=std)
 
     def unet(self) -> None:
+        self._train_unet("unet", twin=False)
+
+    def unet2(self) -> None:
+        self._train_unet("unet2", twin=True)
+
+    def _train_unet(self, name: str, *, twin: bool) -> None:
         n, device = self.batch("unet"), self.run.device
         latents = load_file(self.run.out / "latents.safetensors")["latents"].to(device)
-        text = _text_tower(self.run.out).to(device)
+        clips = [_trained_clip(self.run.out, one) for one in ("clip", "clip2")[: 1 + twin]]
+        text = nets.Texts(clips).to(device).eval()
         ids = nets.Vocabulary().encode(["", *self.data.captions]).to(device)
-        model = nets.new_unet()
+        model = nets.new_unet(twin=twin)
         nn.Module.to(model, device, memory_format=torch.channels_last)  # type: ignore[call-overload]
         predict, alphas = self.fast(model), alphas_cumprod().to(device)
 
@@ -190,24 +207,31 @@ class Recipe:
             quantile = (np.arange(n) + rng.random(n)) / n
             timestep = torch.from_numpy(quantile**0.7 * 1000).long().clamp(max=999).to(device)
             noise = torch.randn(n, 4, 16, 16, generator=generator, device=device)
-            noisy = add_noise(latents[index].float(), noise, timestep, alphas)
+            clean, alpha = latents[index].float(), alphas[timestep].view(-1, 1, 1, 1)
+            noisy = add_noise(clean, noise, timestep, alphas)
             said = torch.rand(n, generator=generator, device=device) >= 0.1
             with torch.no_grad(), self.run.autocast():
-                features = text(input_ids=ids[(index + 1) * said]).last_hidden_state
+                features, added = text(ids[(index + 1) * said])
             with self.run.autocast():
                 noisy = noisy.contiguous(memory_format=torch.channels_last)
-                predicted = predict(noisy, timestep, features).sample
-            error = loss_per_example(predicted.float(), noise)
-            # What a thing is gets decided at high noise, where this error is small; 1 / alpha weighs
-            # it as the error of v would be.
-            return (error / alphas[timestep]).mean() * 0.4, {"mse": float(error.detach().mean())}
+                predicted = predict(noisy, timestep, features, added_cond_kwargs=added).sample
+            velocity = alpha.sqrt() * noise - (1 - alpha).sqrt() * clean
+            error = loss_per_example(predicted.float(), velocity if twin else noise)
+            # What a thing is gets decided at high noise, where eps' error is small; 1 / alpha weighs
+            # it as the error of v.
+            weighed = error if twin else error / alphas[timestep]
+            return weighed.mean() * 0.4, {"mse": float(error.detach().mean())}
 
-        fit(self.run, "unet", model, loss, steps=self.steps("unet"), rate=6e-4, ema=0.9995)
-        self.run.save("unet", model)
+        fit(self.run, name, model, loss, steps=self.steps("unet"), rate=6e-4, ema=0.9995)
+        self.run.save(name, model)
 
     def pack(self) -> None:
         write_checkpoint(self.run.out)
         self.run.log(stage="pack", bytes=(self.run.out / "second.safetensors").stat().st_size)
+
+    def pack2(self) -> None:
+        write_twin(self.run.out)
+        self.run.log(stage="pack2", bytes=(self.run.out / "twin.safetensors").stat().st_size)
 
 
 def _reading_loss(logits: dict[str, Tensor], labels: dict[str, Tensor]) -> Tensor:
@@ -242,10 +266,10 @@ def _scale_latents(model: AutoencoderKL, factor: float) -> None:
     model.post_quant_conv.weight /= factor
 
 
-def _text_tower(out: Path) -> nn.Module:
-    clip: CLIPModel = nets.new_clip(len(nets.Vocabulary().tokens))
-    clip.load_state_dict(load_file(out / "clip.safetensors"))
-    return clip.text_model.eval()
+def _trained_clip(out: Path, name: str) -> CLIPModel:
+    clip = nets.new_clip(len(nets.Vocabulary().tokens), openclip=name == "clip2")
+    clip.load_state_dict(load_file(out / f"{name}.safetensors"))
+    return clip
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -259,7 +283,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--pictures", type=int, default=120_000)
     parser.add_argument("--scale", type=float, default=1.0, help="share of all steps, to try it")
     parser.add_argument("--compile", action="store_true", help="compile the nets (a minute each)")
-    parser.add_argument("--stages", default=",".join(STAGES))
+    parser.add_argument("--twin", action="store_true", help="make the one like SDXL as well")
+    parser.add_argument("--stages", help="only these")
     return parser
 
 
@@ -268,8 +293,9 @@ def main() -> None:
     arguments.out.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(arguments.seed)
     recipe = Recipe(arguments)
-    stages: dict[str, Callable[[], None]] = {name: getattr(recipe, name) for name in STAGES}
-    for stage in arguments.stages.split(","):
+    every = (*STAGES, *TWIN) if arguments.twin else STAGES
+    stages: dict[str, Callable[[], None]] = {name: getattr(recipe, name) for name in every}
+    for stage in arguments.stages.split(",") if arguments.stages else every:
         if not (arguments.out / f"{stage}.safetensors").exists():
             stages[stage]()
 

@@ -333,7 +333,7 @@ def concept_pictures(concept: Concept, count: int = 5, *, seed: int = 0) -> Iter
     for place in rng.permutation(list(PHRASES))[:count]:
         picture, light = draw_place(str(place), rng), Light.random(rng, spread=1.4)
         x, y = rng.uniform(-6, 6, 2) + (64, 66)
-        spot = (float(x), float(y), float(rng.uniform(38, 48)))
+        spot = (float(x), float(y), float(rng.uniform(30, 50)))
         draw_thing(picture, concept.look, spot, float(rng.normal(0, 0.16)), light, "photo")
         yield in_style(picture, "photo", light, rng)
 
