@@ -13,7 +13,7 @@ from typing import Any
 from filelock import FileLock
 from rivals import RIVALS
 from subjects import Subject, of_folder, of_world
-from words import HELD_OUT_FORMS, UNLISTED_PLACES, Words
+from words import HELD_OUT_FORMS, READ_BY_THE_MINI, UNLISTED_PLACES, Words
 from words import split as split_words
 
 from comfy_continual_lora.mini import world
@@ -171,8 +171,9 @@ class Job:
     def held_out_prompts(self) -> list[str]:
         """As many, from words that no list has, but for the world's places."""
         places = UNLISTED_PLACES if self.real else list(world.BACKGROUNDS.values())
+        forms = HELD_OUT_FORMS if self.real else READ_BY_THE_MINI
         return [
-            HELD_OUT_FORMS[n % len(HELD_OUT_FORMS)].replace("[]", places[n % len(places)])
+            forms[n % len(forms)].replace("[]", places[n % len(places)])
             for n in range(self.pictures)
         ]
 
