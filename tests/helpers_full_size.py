@@ -79,12 +79,28 @@ OPENCLIP_G = {
     "num_attention_heads": 20,
     "projection_dim": 1280,
 }
-UNETS = {"sd1": SD15_UNET, "sd2": SD21_UNET, "sdxl": SDXL_UNET}
+THIN_SDXL_UNET = {
+    **SDXL_UNET,
+    "block_out_channels": (64, 128, 256),
+    "attention_head_dim": (1, 2, 4),
+    "transformer_layers_per_block": (1, 1, 1),
+}
+# what the thin one has otherwise in the configuration of Stability-AI/generative-models
+THIN_IN_SGM = {
+    "model_channels: 320": "model_channels: 64",
+    "transformer_depth: [1, 2, 10]": "transformer_depth: [1, 1, 1]",
+}
+UNETS = {
+    "sd1": SD15_UNET,
+    "sd2": SD21_UNET,
+    "sdxl": SDXL_UNET,
+    "thin-sdxl": THIN_SDXL_UNET,
+}
 
 
 def write(kind: str, path: Path, seed: int = 0) -> Path:
-    """Write the file of an "sd1", "sd2" or "sdxl"; its noise prediction is finite and depends on
-    its inputs.
+    """Write the file of an "sd1", "sd2" or "sdxl", or of a "thin-sdxl": SDXL's text encoders with a
+    net a fifth as wide. Its noise prediction is finite and depends on its inputs.
     """
     random = _Random(seed)
     unet = random.state(UNet2DConditionModel, **UNETS[kind])
@@ -107,7 +123,7 @@ def write(kind: str, path: Path, seed: int = 0) -> Path:
         )
         tensors |= {prefix + ldm: clip[name] for name, ldm in keys.text_names(clip).items()}
         tensors[f"{prefix}embeddings.position_ids"] = torch.arange(77)[None]
-    if kind == "sdxl":
+    if kind.endswith("sdxl"):
         big = openclip(random.text(CLIPTextModelWithProjection, OPENCLIP_G))
         tensors |= {f"conditioner.embedders.1.model.{name}": tensor for name, tensor in big.items()}
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -42,39 +42,43 @@ LARGE = pytest.mark.skipif(
     reason="FULL_SIZE is not set; SDXL takes 16 GB of memory, 7 GB of disk and five minutes",
 )
 PROMPT = "a photo of a red V1 ball on grass, and v1"
-# in ComfyUI's own Python: its text features of the prompt, and its net's answers to what ours was
-# asked, without the LoRA and with it
-IN_COMFYUI = """
+# in ComfyUI's own Python: its text features of the prompts
+SAID_IN_COMFYUI = """
+asked = load_file(f"{folder}/asked.safetensors")
+clip = with_words(clip, {"V1": asked["word"]})
+answers = {}
+for name, (prompt, skip) in json.load(open(f"{folder}/habits.json")).items():
+    other = clip.clone()
+    if skip == 2:
+        other.clip_layer(-2)
+    context, pooled = other.encode_from_tokens(other.tokenize(prompt), return_pooled=True)
+    answers[name] = context.float().contiguous()
+    if asked["word"].shape[1] == 2048:  # SDXL
+        answers[f"{name}, pooled"] = pooled.float().contiguous()
+"""
+IMPORTS_IN_COMFYUI = """
 import json, sys
-folder, checkpoint, repository, prompt, sys.argv = *sys.argv[1:5], ["main.py", "--cpu", "--force-fp32"]
+folder, checkpoint, repository, sys.argv = *sys.argv[1:4], ["main.py", "--cpu", "--force-fp32"]
 import comfy.options
 comfy.options.enable_args_parsing()
 import torch
 from comfy import sd, utils
 from safetensors.torch import load_file, save_file
-asked = load_file(f"{folder}/asked.safetensors")
 sys.path.append(repository)
 from comfy_continual_lora.comfy_nodes.words import with_words
+"""
+# and its net's answers to what ours was asked, without the LoRA and with it
+IN_COMFYUI = f"""{IMPORTS_IN_COMFYUI}
 clip = sd.load_checkpoint_guess_config(checkpoint, output_vae=False, output_model=False)[1]
-clip = with_words(clip, {"V1": asked["word"]})
-context, pooled = clip.encode_from_tokens(clip.tokenize(prompt), return_pooled=True)
-answers = {"said": context.float().contiguous()}
-for name, (prompt, skip) in json.load(open(f"{folder}/habits.json")).items():
-    other = clip.clone()
-    if skip == 2:
-        other.clip_layer(-2)
-    tokens = other.tokenize(prompt)
-    answers[name] = other.encode_from_tokens(tokens).float().contiguous()
-if "pooled" in asked:
-    answers["said_pooled"] = pooled.float().contiguous()
+{SAID_IN_COMFYUI}
 del clip
 plain = sd.load_checkpoint_guess_config(checkpoint, output_vae=False, output_clip=False)[0]
-lora = utils.load_torch_file(f"{folder}/lora.safetensors")
+lora = utils.load_torch_file(f"{{folder}}/lora.safetensors")
 taught, _ = sd.load_lora_for_models(plain, None, lora, 1.0, 0.0)
 for name, patcher in (("plain", plain), ("taught", taught)):
     patcher.patch_model()
     net = patcher.model
-    added = {"context": asked["context"]}
+    added = {{"context": asked["context"]}}
     if "pooled" in asked:
         added["y"] = net.encode_adm(pooled_output=asked["pooled"], width=64, height=64)
     with torch.no_grad():
@@ -82,30 +86,17 @@ for name, patcher in (("plain", plain), ("taught", taught)):
     answers[name] = answer.float().contiguous()
     patched = len(patcher.patches)
     patcher.unpatch_model()
-save_file(answers, f"{folder}/answers.safetensors", {"patched": str(patched)})
+save_file(answers, f"{{folder}}/answers.safetensors", {{"patched": str(patched)}})
 """
 # the same of SDXL's text encoders alone
-TEXT_IN_COMFYUI = """
-import json, sys
-folder, repository, sys.argv = *sys.argv[1:3], ["main.py", "--cpu", "--force-fp32"]
-import comfy.options
-comfy.options.enable_args_parsing()
-import torch
-from comfy import sd, utils
-from safetensors.torch import load_file, save_file
-sys.path.append(repository)
-from comfy_continual_lora.comfy_nodes.words import with_words
-states = [utils.load_torch_file(f"{folder}/clip_{letter}.safetensors") for letter in "lg"]
+TEXT_IN_COMFYUI = f"""{IMPORTS_IN_COMFYUI}
+states = [utils.load_torch_file(f"{{folder}}/clip_{{letter}}.safetensors") for letter in "lg"]
 clip = sd.load_text_encoder_state_dicts(states, clip_type=sd.CLIPType.STABLE_DIFFUSION)
-clip = with_words(clip, load_file(f"{folder}/words.safetensors"))
-answers = {}
-for name, (prompt, _) in json.load(open(f"{folder}/habits.json")).items():
-    context, pooled = clip.encode_from_tokens(clip.tokenize(prompt), return_pooled=True)
-    answers |= {name: context.float().contiguous(), f"{name}, pooled": pooled.float().contiguous()}
-save_file(answers, f"{folder}/answers.safetensors")
+{SAID_IN_COMFYUI}
+save_file(answers, f"{{folder}}/answers.safetensors")
 """
 # an extension that answers the same in AUTOMATIC1111, with its own loader of checkpoints, LoRAs and
-# embeddings
+# embeddings; the net only if it is asked
 IN_A1111 = """
 import json, sys
 import torch
@@ -114,30 +105,29 @@ from safetensors.torch import load_file, save_file
 
 @torch.no_grad()
 def answer(body: dict):
-    asked = load_file(f"{body['folder']}/asked.safetensors")
-    model, loras = shared.sd_model, sys.modules["networks"]
-    prompt = prompt_parser.SdConditioning([body["prompt"]], width=64, height=64)
-    said = model.get_learned_conditioning(prompt)
-    answers, added = {}, {}
-    if "pooled" in asked:
-        pooled, sizes = said["vector"].split([1280, 1536], 1)
-        answers["said_pooled"] = pooled
-        added["y"] = torch.cat([asked["pooled"], sizes], 1)
-        said = said["crossattn"]
-    answers["said"] = said
-    for name, (text, skip) in json.load(open(f"{body['folder']}/habits.json")).items():
+    folder, model, loras = body["folder"], shared.sd_model, sys.modules["networks"]
+    asked, answers, added = load_file(f"{folder}/asked.safetensors"), {}, {}
+    for name, (text, skip) in json.load(open(f"{folder}/habits.json")).items():
         shared.opts.CLIP_stop_at_last_layers = skip
-        text = prompt_parser.SdConditioning([text], width=64, height=64)
-        said = model.get_learned_conditioning(text)
-        answers[name] = said["crossattn"] if isinstance(said, dict) else said
+        prompt = prompt_parser.SdConditioning([text], width=64, height=64)
+        said = model.get_learned_conditioning(prompt)
+        if isinstance(said, dict):  # SDXL
+            answers[f"{name}, pooled"], sizes = said["vector"].split([1280, 1536], 1)
+            said = said["crossattn"]
+        answers[name] = said
     shared.opts.CLIP_stop_at_last_layers = 1
-    net = model.model.diffusion_model
-    for name, wanted in (("plain", []), ("taught", ["lora"])):
-        loras.load_networks(wanted, [1.0], [1.0], [None])
-        answers[name] = net(asked["noisy"], asked["timestep"], context=asked["context"], **added)
+    if "pooled" in asked:
+        added["y"] = torch.cat([asked["pooled"], sizes], 1)
+    patched = {}
+    if "noisy" in asked:
+        net = model.model.diffusion_model
+        for name, wanted in (("plain", []), ("taught", ["lora"])):
+            loras.load_networks(wanted, [1.0], [1.0], [None])
+            given = asked["noisy"], asked["timestep"], asked["context"]
+            answers[name] = net(*given, **added)
+        patched["patched"] = str(len(loras.loaded_networks[0].modules))
     answers = {name: tensor.contiguous() for name, tensor in answers.items()}
-    patched = {"patched": str(len(loras.loaded_networks[0].modules))}
-    save_file(answers, f"{body['folder']}/answers.safetensors", patched)
+    save_file(answers, f"{folder}/answers.safetensors", patched)
 
 script_callbacks.on_app_started(lambda demo, app: app.add_api_route("/answer", answer, methods=["POST"]))
 """
@@ -152,17 +142,11 @@ CLIP = {
 }
 
 
-def in_comfyui(comfyui: Path, folder: Path, checkpoint: Path) -> None:
+def in_comfyui(
+    comfyui: Path, folder: Path, checkpoint: Path | str, script: str = IN_COMFYUI
+) -> None:
     """Write answers.safetensors."""
-    command = [
-        python_of(comfyui),
-        "-c",
-        IN_COMFYUI,
-        str(folder),
-        str(checkpoint),
-        str(REPOSITORY),
-        PROMPT,
-    ]
+    command = [python_of(comfyui), "-c", script, str(folder), str(checkpoint), str(REPOSITORY)]
     done = subprocess.run(command, cwd=comfyui, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
 
@@ -178,12 +162,20 @@ def in_a1111(webui: Path, folder: Path, checkpoint: Path) -> None:
     }
     for file, place in places.items():
         (host.data / place).mkdir(parents=True)
-        os.link(file, host.data / place / file.name)
+        if file.exists():
+            os.link(file, host.data / place / file.name)
     # its own way to find out whether an SD2 predicts noise fails without a GPU
     if checkpoint.stem == "sd2":
         configs = webui / "repositories" / "stable-diffusion-stability-ai" / "configs"
         config = configs / "stable-diffusion" / "v2-inference.yaml"
         shutil.copy(config, host.data / "models" / "Stable-diffusion" / "sd2.yaml")
+    if checkpoint.stem == "thin-sdxl":
+        configs = webui / "repositories" / "generative-models" / "configs" / "inference"
+        config = (configs / "sd_xl_base.yaml").read_text()
+        for stock, thin in full_size.THIN_IN_SGM.items():
+            assert config.count(stock) == 1
+            config = config.replace(stock, thin)
+        (host.data / "models" / "Stable-diffusion" / "thin-sdxl.yaml").write_text(config)
     # its usual way keeps a copy of every weight, which is more than 24 GB for an SDXL in float32
     (host.data / "config.json").write_text(json.dumps({"lora_functional": "xl" in checkpoint.stem}))
     cached = folder / "cache" / "hub" / "models--openai--clip-vit-large-patch14"
@@ -193,7 +185,7 @@ def in_a1111(webui: Path, folder: Path, checkpoint: Path) -> None:
     (cached / "refs" / "main").write_text("0")
     host.start(folder / "cache")
     try:
-        host.post("/answer", {"folder": str(folder), "prompt": PROMPT})
+        host.post("/answer", {"folder": str(folder)})
     finally:
         host.stop()
 
@@ -202,14 +194,15 @@ def _habits(
     backbone: Backbone, words: dict[str, Tensor]
 ) -> tuple[dict[str, Tensor], dict[Callable[..., None], Habits]]:
     """Our features of what is tried, and what each program is asked."""
-    takes_clip_skip = backbone.preset == "sd1"
-    both, alone = (
-        {name: one for name, one in habits.items() if takes_clip_skip or one[1] == 1}
-        for habits in (HABITS, IN_WEB_UIS)
-    )
-    features = own(backbone, words, {**both, **alone})
-    features["moved by a comma"] = moved_by_web_uis(backbone, words)
-    alone["moved by a comma"] = (MOVED, 1)
+    asked = {**HABITS, **IN_WEB_UIS}
+    # SD2.x and SDXL have one layer, whatever clip skip 2 says in either program
+    taken = {
+        name: (prompt, skip if backbone.preset == "sd1" else 1)
+        for name, (prompt, skip) in asked.items()
+    }
+    features = own(backbone, words, taken)
+    said = backbone.encode_prompts([PROMPT], words)
+    features["said"] = backbone.context(said).contiguous()
     # ComfyUI's rule: the weight of what differs from the empty prompt (comfy/sd1_clip.py)
     plain, empty = (
         backbone.context(backbone.encode_drawn(prompt, words))
@@ -220,8 +213,39 @@ def _habits(
     weights[:, 2 : 3 + count] = 1.3
     weights[:, 4 + count] = 1.1 * 1.1
     features["weights by its own rule"] = empty + (plain - empty) * weights
-    of_comfyui = {**both, "weights by its own rule": (WEIGHTS, 1)}
-    return features, {in_comfyui: of_comfyui, in_a1111: {**both, **alone}}
+    features["moved by a comma"] = moved_by_web_uis(backbone, words)
+    of_comfyui = {**HABITS, "said": (PROMPT, 1), "weights by its own rule": (WEIGHTS, 1)}
+    of_a1111 = {**asked, "said": (PROMPT, 1), "moved by a comma": (MOVED, 1)}
+    if width := backbone.text_encoders[-1].pooled_width:
+        for name, (prompt, _) in {**of_comfyui, **of_a1111}.items():
+            row = backbone.encode_drawn(prompt, words)[:, -1, :width]
+            features[f"{name}, pooled"] = row.contiguous()
+    return features, {in_comfyui: of_comfyui, in_a1111: of_a1111}
+
+
+def _asked(
+    folder: Path, habits: Habits, features: dict[str, Tensor], tensors: dict[str, Tensor]
+) -> dict[str, Tensor]:
+    """Write what a program is asked; the features that it is to answer."""
+    (folder / "habits.json").write_text(json.dumps(habits))
+    save_file({name: t.contiguous() for name, t in tensors.items()}, folder / "asked.safetensors")
+    names = [f"{name}{what}" for name in habits for what in ("", ", pooled")]
+    return {name: features[name] for name in names if name in features}
+
+
+def _agrees(folder: Path, ask: Callable[..., None], expected: dict[str, Tensor]) -> None:
+    """Whether answers.safetensors has what is expected, to a ten thousandth of its largest value;
+    the next program writes its own.
+    """
+    answers = load_file(folder / "answers.safetensors")
+    (folder / "answers.safetensors").unlink()
+    assert answers.keys() == expected.keys()
+    apart = {
+        name: float((answers[name] - tensor).abs().max() / tensor.abs().max())
+        for name, tensor in expected.items()
+    }
+    print(ask.__name__, apart)  # what was measured, with -s
+    assert max(apart.values()) <= 1e-4, (ask.__name__, apart)
 
 
 @pytest.mark.slow
@@ -258,7 +282,6 @@ def test_other_programs_nets_answer_as_ours(
         store.open_stack(store.stack_path(path)).tokens["V1"].half().float(),
     )
     with torch.no_grad():
-        said = backbone.encode_prompts([PROMPT], {"V1": word})
         plain = backbone.predict(noisy, timestep, features)
         with attached(backbone, adapter):
             taught = backbone.predict(noisy, timestep, features)
@@ -289,40 +312,27 @@ def test_other_programs_nets_answer_as_ours(
         assert sum(name.endswith("lora_A") for name, _ in backbone.unet.named_modules()) == layers
         assert (backbone.predict(noisy, timestep, features) - taught).abs().max() <= 1e-4
 
-    asked, wanted = (
-        {"noisy": noisy, "timestep": timestep, "context": backbone.context(features), "word": word},
-        {"said": backbone.context(said)},
-    )
+    asked = {
+        "noisy": noisy,
+        "timestep": timestep,
+        "context": backbone.context(features),
+        "word": word,
+    }
     if kind == "sdxl":
-        asked["pooled"], wanted["said_pooled"] = (
-            text[:, -1, : backbone.text_encoders[-1].pooled_width] for text in (features, said)
-        )
-    wanted |= {"plain": plain, "taught": taught}
-    habits, theirs = _habits(backbone, {"V1": word})
-    save_file(
-        {name: tensor.contiguous() for name, tensor in asked.items()},
-        tmp_path / "asked.safetensors",
-    )
+        asked["pooled"] = features[:, -1, : backbone.text_encoders[-1].pooled_width]
+    with torch.no_grad():
+        habits, theirs = _habits(backbone, {"V1": word})
     del backbone, pipe, texts
     gc.collect()
     getattr(ctypes.CDLL(None), "malloc_trim", int)(0)  # an SDXL fits only once
     for program, ask in ((COMFYUI, in_comfyui), (A1111, in_a1111)):
         if program is None:
             continue
-        tried = {name: habits[name] for name in theirs[ask]}
-        (tmp_path / "habits.json").write_text(json.dumps(theirs[ask]))
+        expected = _asked(tmp_path, theirs[ask], habits, asked)
         ask(program, tmp_path, path)
-        answers = load_file(tmp_path / "answers.safetensors")
         with safe_open(tmp_path / "answers.safetensors", framework="pt") as file:
             assert file.metadata() == {"patched": str(layers)}
-        (tmp_path / "answers.safetensors").unlink()  # the next one gives its own
-        expected = {**wanted, **tried}
-        assert answers.keys() == expected.keys()
-        apart = {
-            name: float((answers[name] - tensor).abs().max()) for name, tensor in expected.items()
-        }
-        print(ask.__name__, apart)  # what was measured, with -s
-        assert max(apart.values()) <= 1e-4, (ask.__name__, apart)
+        _agrees(tmp_path, ask, {**expected, "plain": plain, "taught": taught})
     if missing := [
         name
         for name, program in (("ComfyUI", COMFYUI), ("AUTOMATIC1111", A1111))
@@ -349,30 +359,36 @@ def test_comfyui_reads_a_prompt_with_sdxl_s_text_encoders_as_we_do(tmp_path: Pat
     encoders = [TextEncoder(small, 49407, True), TextEncoder(big, 0, True)]
     rest: Any = torch.nn.Linear(1, 1)
     backbone = Backbone(Path("xl"), rest, rest, encoders, tokenizer, "sdxl", 1024, "0")
-    words = {"V1": 0.02 * torch.randn(3, 2048, generator=torch.Generator().manual_seed(1))}
-    save_file(words, tmp_path / "words.safetensors")
     with torch.no_grad():
-        wanted, theirs = _habits(backbone, words)
-    asked = theirs[in_comfyui]
-    (tmp_path / "habits.json").write_text(json.dumps(asked))
-    pooled = {
-        name: backbone.encode_drawn(prompt, words)[:, -1, :1280]
-        for name, (prompt, _) in asked.items()
-    }
-    command = [python_of(COMFYUI), "-c", TEXT_IN_COMFYUI, str(tmp_path), str(REPOSITORY)]
-    done = subprocess.run(command, cwd=COMFYUI, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    answers = load_file(tmp_path / "answers.safetensors")
-    # not normed, so values are larger than those of SD1.x
-    apart = {
-        name: float((answers[name] - wanted[name]).abs().max() / wanted[name].abs().max())
-        for name in asked
-    }
-    for name, one in pooled.items():
-        if name != "weights by its own rule":  # the weights of ours are AUTOMATIC1111's
-            apart[f"{name}, pooled"] = float((answers[f"{name}, pooled"] - one).abs().max())
-    print("in_comfyui, SDXL", apart)
-    assert max(apart.values()) <= 1e-4, apart
+        features, theirs = _habits(backbone, {"V1": _word_of_sdxl()})
+    expected = _asked(tmp_path, theirs[in_comfyui], features, {"word": _word_of_sdxl()})
+    in_comfyui(COMFYUI, tmp_path, "", TEXT_IN_COMFYUI)
+    _agrees(tmp_path, in_comfyui, expected)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(
+    A1111 is None, reason="no AUTOMATIC1111 at WEBUI_PATH or ~/stable-diffusion-webui"
+)
+def test_a1111_reads_a_prompt_with_sdxl_s_text_encoders_as_we_do(tmp_path: Path) -> None:
+    assert A1111
+    path = full_size.write("thin-sdxl", tmp_path / "thin-sdxl.safetensors")
+    word = _word_of_sdxl()
+    small, big = word.split([768, 1280], 1)
+    embedding = {"clip_l": small.contiguous(), "clip_g": big.contiguous()}
+    save_file(embedding, tmp_path / "V1.safetensors")
+    backbone = load_backbone(path, device="cpu", precision="fp32")
+    with torch.no_grad():
+        features, theirs = _habits(backbone, {"V1": word})
+    del backbone
+    gc.collect()
+    expected = _asked(tmp_path, theirs[in_a1111], features, {"word": word})
+    in_a1111(A1111, tmp_path, path)
+    _agrees(tmp_path, in_a1111, expected)
+
+
+def _word_of_sdxl() -> Tensor:
+    return 0.02 * torch.randn(3, 2048, generator=torch.Generator().manual_seed(1))
 
 
 @pytest.mark.slow
