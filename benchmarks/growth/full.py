@@ -20,6 +20,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -35,13 +36,18 @@ COMMON = 30  # directions of a layer's output that all targets share
 ALONE, SHARED = 70, 30  # rows of a concept's prompts
 
 
-def stack_of(kind: str, count: int, rank: int) -> ConceptStack:
-    width, blocks = SHAPES[kind]
-    generator = torch.Generator().manual_seed(0)
-    outputs = [out for out, blocks_ in blocks.items() for _ in range(2 * blocks_)]
-    layers = {f"block.{n}.to_k": out for n, out in enumerate(outputs)}
+def layers_of(kind: str) -> dict[str, int]:
+    """The outputs of each layer; the names are nobody's."""
+    outputs = [out for out, blocks in SHAPES[kind][1].items() for _ in range(2 * blocks)]
+    return {f"block.{n}.to_k": out for n, out in enumerate(outputs)}
 
-    common = {out: torch.randn(out, COMMON, generator=generator) for out in blocks}
+
+def stack_of(
+    width: int, layers: Mapping[str, int], count: int, rank: int, fingerprint: str = "0" * 64
+) -> ConceptStack:
+    """`width`: of the text features; `layers`: the outputs of each layer."""
+    generator = torch.Generator().manual_seed(0)
+    common = {out: torch.randn(out, COMMON, generator=generator) for out in set(layers.values())}
 
     def lora(of_rank: int) -> dict[str, torch.Tensor]:
         made = {}
@@ -52,7 +58,7 @@ def stack_of(kind: str, count: int, rank: int) -> ConceptStack:
 
     rows = torch.randn(2 * width, width, generator=generator)
     ordinary = rows.T @ rows / len(rows)
-    stack = ConceptStack("0" * 64, rank=16, adapter=lora(16), identity="ab" * 8)
+    stack = ConceptStack(fingerprint, rank=16, adapter=lora(16), identity="ab" * 8)
     prompts = {}
     for number in range(count):
         concept = f"c{number}"
@@ -72,7 +78,7 @@ def stack_of(kind: str, count: int, rank: int) -> ConceptStack:
 
 def measure(kind: str, count: int, rank: int, threads: int) -> dict[str, Any]:
     torch.set_num_threads(threads)
-    stack = stack_of(kind, count, rank)
+    stack = stack_of(SHAPES[kind][0], layers_of(kind), count, rank)
     began = time.perf_counter()
     solved, result = consolidation.consolidated(stack, SolveSettings())
     seconds = time.perf_counter() - began
