@@ -21,43 +21,27 @@ from torch import Tensor, nn
 from transformers import CLIPConfig, CLIPModel
 from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 
-from comfy_continual_lora.mini.parts import tokenizer
+from comfy_continual_lora.mini import parts
 
 TEXT_WIDTH, VISION_WIDTH, SHARED_WIDTH = 512, 384, 256
 FACTOR = 0.18215  # SD1.x's: U-Net latents = 0.18215 * latents of the autoencoder
 
 
-class Vocabulary:
+class Vocabulary(parts.Vocabulary):
     """The tokens that the world's captions use, numbered densely; only their rows are trained."""
 
     def __init__(self) -> None:
-        templates = [text for texts in world.STYLES.values() for text in texts]
-        relations = [text for _, _, texts in world.RELATIONS.values() for text in texts]
-        plurals = map(world.plural, SHAPES)
-        words = (*SHAPES, *plurals, *COLORS, *KINDS, *PHRASES.values(), *templates, *relations)
-        words += world.DETAILS
-        kept = {word.strip(",") for text in words for word in text.split() if "{" not in word}
-        kept |= {*["a", "an", "and", "with", "eyes", "small", "big", "two", "three", ",", "."]}
-        found = [tokenizer()(word)["input_ids"] for word in sorted(kept)]
-        begin, end = found[0][0], found[0][-1]
-        self.tokens: list[int] = [
-            *sorted({0, *(i for ids in found for i in ids[1:-1])}),
-            begin,
-            end,
-        ]
-        self.end = len(self.tokens) - 1
+        templates = (text for texts in world.STYLES.values() for text in texts)
+        relations = (text for _, _, texts in world.RELATIONS.values() for text in texts)
+        nouns = (*SHAPES, *map(world.plural, SHAPES))
+        others = (*COLORS, *KINDS, *PHRASES.values(), *templates, *relations, *world.DETAILS)
+        super().__init__((*nouns, *others, "a an and with eyes small big two three , ."), [0])
         self.zero = self.tokens.index(0)  # with which OpenCLIP pads
-        self._dense = {token: row for row, token in enumerate(self.tokens)}
 
     def padded_with_zero(self, ids: Tensor) -> Tensor:
         """The same tokens (n, 77) as OpenCLIP pads them."""
         after_end = (ids == self.end).int().cumsum(1) > 1
         return torch.where(after_end, self.zero, ids)
-
-    def encode(self, captions: Sequence[str]) -> Tensor:
-        """Dense token ids, (captions, 77), padded with the end token as SD1.x pads."""
-        tokens = tokenizer()(list(captions), padding="max_length", max_length=77, truncation=True)
-        return torch.tensor([[self._dense[t] for t in row] for row in tokens["input_ids"]])
 
 
 def new_clip(tokens: int, *, openclip: bool = False) -> CLIPModel:
@@ -190,8 +174,7 @@ def is_right(logits: Mapping[str, Tensor], labels: Mapping[str, Tensor]) -> dict
     right = {}
     for name, target in labels.items():
         if name.startswith("colors"):
-            rank = logits[name].argsort(1, descending=True).argsort(1)
-            hit = ((rank < target.sum(1, keepdim=True)) == target.bool()).all(1)
+            hit = parts.same_colors(logits[name], target)
             said = target[:, 0] >= 0
         else:
             hit, said = logits[name].argmax(1) == target, target >= 0

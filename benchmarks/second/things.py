@@ -14,13 +14,9 @@ from collections.abc import Callable, Iterator
 import numpy as np
 
 from comfy_continual_lora.mini import looks
-from comfy_continual_lora.mini.looks import Color, Points, ellipse
+from comfy_continual_lora.mini.looks import Color, Points, box, ellipse
 
 Parts = list[tuple[Points, bool]]  # drawn in order: points, and whether they are solid or a hole
-
-
-def box(x0: float, y0: float, x1: float, y1: float) -> Points:
-    return [(x0, y0), (x1, y0), (x1, y1), (x0, y1)]
 
 
 def _mirrored(points: Points) -> Points:

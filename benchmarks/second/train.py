@@ -1,6 +1,6 @@
 """Make the second miniature: one command, resumable, stage after stage.
 
-    python benchmarks/second/train.py OUT --device cuda --processes 16      # one GPU, 20 minutes
+    python benchmarks/second/train.py OUT --device cuda --processes 16      # a GPU; never run
     python benchmarks/second/train.py OUT --pictures 600 --scale 0.002      # tries it in minutes
 
 in: nothing (the world is drawn) - out: OUT/*.safetensors, the parts; OUT/second.safetensors, a
@@ -40,6 +40,7 @@ from torch import Tensor, nn
 from transformers import CLIPModel
 
 from comfy_continual_lora.diffusion import add_noise, alphas_cumprod, loss_per_example
+from comfy_continual_lora.mini.stages import attribute_loss
 from comfy_continual_lora.mini.training import Run, fit
 
 STAGES = ("pictures", "reader", "clip", "autoencoder", "latents", "unet", "pack")
@@ -94,7 +95,7 @@ class Recipe:
             with self.run.autocast():
                 logits = predict(images)
             targets = {k: v[indices].to(self.run.device) for k, v in self.data.labels.items()}
-            return _reading_loss(logits, targets), {}
+            return attribute_loss(logits, targets), {}
 
         fit(self.run, "reader", model, loss, steps=self.steps("reader"), rate=2e-3)
         self.run.save("reader", model)
@@ -232,19 +233,6 @@ class Recipe:
     def pack2(self) -> None:
         write_twin(self.run.out)
         self.run.log(stage="pack2", bytes=(self.run.out / "twin.safetensors").stat().st_size)
-
-
-def _reading_loss(logits: dict[str, Tensor], labels: dict[str, Tensor]) -> Tensor:
-    """Cross-entropy over all labels; -1 marks what a picture does not have."""
-    total = torch.zeros((), device=next(iter(logits.values())).device)
-    for name, target in labels.items():
-        if name.startswith("colors"):
-            labelled = target[:, 0] >= 0
-            own = logits[name][labelled].float(), target[labelled].float()
-            total = total + 20 * F.binary_cross_entropy_with_logits(*own)
-        elif (target >= 0).any():
-            total = total + F.cross_entropy(logits[name].float(), target, ignore_index=-1)
-    return total
 
 
 @torch.no_grad()

@@ -34,8 +34,8 @@ from things import (
 
 from comfy_continual_lora import textspace
 from comfy_continual_lora.mini.drawing import GRID, SIZE, Pose, draw_details, noise, silhouette
-from comfy_continual_lora.mini.looks import Color, Look, free_color
-from comfy_continual_lora.mini.world import Concept
+from comfy_continual_lora.mini.looks import Look, free_color
+from comfy_continual_lora.mini.world import Concept, distinct_colors, jitter, with_article
 
 Spot = tuple[float, float, float]  # x, y of a thing's middle and its radius, in pixels
 
@@ -105,10 +105,6 @@ class Scene:
     plain: bool  # whether the caption names all of it, truthfully
 
 
-def article(phrase: str) -> str:
-    return ("an " if phrase[0] in "aeiou" else "a ") + phrase
-
-
 def plural(noun: str) -> str:
     return PLURALS.get(noun, f"{noun}s")
 
@@ -124,16 +120,11 @@ def random_thing(rng: np.random.Generator, *, sized: bool = False) -> Thing:
         colors = [free_color(rng) for _ in range(3)]
     else:
         names = tuple(str(c) for c in rng.choice(list(COLORS), colors_of(kind), replace=False))
-        colors = [_jitter(COLORS[name], rng) for name in names]
+        colors = [jitter(COLORS[name], rng, 8) for name in names]
     first, second, third = (*colors, *colors[:1] * 3)[:3]
     look = Look(str(rng.choice(list(SHAPES))), kind, (first, second, third), rng.random() < 0.15)
     size = str(rng.choice(["small", "big"])) if sized and rng.random() < 0.3 else ""
     return Thing(look, names, size)
-
-
-def _jitter(color: Color, rng: np.random.Generator, amount: int = 8) -> Color:
-    r, g, b = (int(np.clip(c + rng.integers(-amount, amount + 1), 0, 255)) for c in color)
-    return r, g, b
 
 
 def random_scene(rng: np.random.Generator) -> Scene:
@@ -190,9 +181,9 @@ def _sentence(scene: Scene, rng: np.random.Generator) -> str:
     ]
     if scene.arrangement in RELATIONS:
         ways = RELATIONS[scene.arrangement][2]
-        return str(rng.choice(ways)).format(*map(article, phrases))
+        return str(rng.choice(ways)).format(*map(with_article, phrases))
     if scene.arrangement == "one":
-        return article(phrases[0])
+        return with_article(phrases[0])
     noun = scene.things[0].look.shape
     return f"{scene.arrangement.split()[0]} {phrases[0].replace(noun, plural(noun))}"
 
@@ -313,16 +304,9 @@ def concepts(split: str) -> list[Concept]:
         noun = nouns[(place * 11 + 5 * list(SPLITS).index(split)) % len(nouns)]
         pattern = list(CONCEPT_PATTERNS)[index % len(CONCEPT_PATTERNS)]
         extra = str(rng.choice(("", "", "hat", "antennae")))
-        look = Look(noun, pattern, _distinct(rng), bool(rng.random() < 0.3), extra)
+        look = Look(noun, pattern, distinct_colors(rng), bool(rng.random() < 0.3), extra)
         drawn.append(Concept(f"{split[:3]}{index:03d}-{pattern}-{noun}", noun, look))
     return drawn
-
-
-def _distinct(rng: np.random.Generator) -> tuple[Color, Color, Color]:
-    while True:
-        a, b, c = (free_color(rng) for _ in range(3))
-        if min(np.abs(np.subtract(p, q)).sum() for p, q in ((a, b), (b, c), (a, c))) > 180:
-            return a, b, c
 
 
 def concept_pictures(concept: Concept, count: int = 5, *, seed: int = 0) -> Iterator[np.ndarray]:

@@ -42,7 +42,7 @@ def ellipse(
     return [(x + rx * math.cos(a), y + ry * math.sin(a)) for a in angles]
 
 
-def _box(x0: float, y0: float, x1: float, y1: float) -> Points:
+def box(x0: float, y0: float, x1: float, y1: float) -> Points:
     return [(x0, y0), (x1, y0), (x1, y1), (x0, y1)]
 
 
@@ -65,7 +65,7 @@ def _heart() -> Points:
 
 SHAPES: dict[str, list[tuple[Points, bool]]] = {
     "ball": [(ellipse(0, 0, 0.92, 0.92), True)],
-    "box": [(_box(-0.85, -0.75, 0.85, 0.85), True)],
+    "box": [(box(-0.85, -0.75, 0.85, 0.85), True)],
     "star": [(_star(), True)],
     "heart": [(_heart(), True)],
     "cross": [
@@ -91,7 +91,7 @@ SHAPES: dict[str, list[tuple[Points, bool]]] = {
     "mug": [
         (ellipse(0.42, 0.05, 0.52, 0.5), True),
         (ellipse(0.42, 0.05, 0.3, 0.28), False),
-        (_box(-0.85, -0.75, 0.42, 0.85), True),
+        (box(-0.85, -0.75, 0.42, 0.85), True),
     ],
     "teapot": [
         (ellipse(-0.6, 0.1, 0.38, 0.42), True),
@@ -119,9 +119,9 @@ SHAPES: dict[str, list[tuple[Points, bool]]] = {
         )
     ],
     "house": [
-        (_box(-0.68, -0.12, 0.68, 0.9), True),
+        (box(-0.68, -0.12, 0.68, 0.9), True),
         ([(-0.95, -0.1), (0, -0.98), (0.95, -0.1)], True),
-        (_box(-0.18, 0.35, 0.18, 0.9), False),
+        (box(-0.18, 0.35, 0.18, 0.9), False),
     ],
     "fish": [
         ([(0.4, 0), (0.98, -0.52), (0.98, 0.52)], True),
@@ -136,10 +136,10 @@ SHAPES: dict[str, list[tuple[Points, bool]]] = {
         (ellipse(0, -0.32, 0.48, 0.42), True),
     ],
     "dog": [
-        (_box(-0.5, 0.2, -0.24, 0.9), True),
-        (_box(0.3, 0.2, 0.56, 0.9), True),
+        (box(-0.5, 0.2, -0.24, 0.9), True),
+        (box(0.3, 0.2, 0.56, 0.9), True),
         ([(0.5, -0.1), (0.92, -0.55), (0.98, -0.4), (0.62, 0.15)], True),
-        (_box(-0.55, -0.15, 0.62, 0.42), True),
+        (box(-0.55, -0.15, 0.62, 0.42), True),
         (ellipse(-0.6, -0.35, 0.38, 0.33), True),
         ([(-0.48, -0.68), (-0.22, -0.5), (-0.28, 0.1), (-0.44, -0.1)], True),
     ],
@@ -157,18 +157,18 @@ SHAPES: dict[str, list[tuple[Points, bool]]] = {
             ],
             True,
         ),
-        (_box(-0.96, 0.42, 0.98, 0.68), True),
+        (box(-0.96, 0.42, 0.98, 0.68), True),
     ],
     "backpack": [
         (ellipse(0, -0.62, 0.3, 0.32), True),
         (ellipse(0, -0.62, 0.17, 0.18), False),
         (ellipse(0, -0.2, 0.68, 0.5, 180, 360) + [(0.68, 0.92), (-0.68, 0.92)], True),
-        (_box(-0.42, 0.3, 0.42, 0.78), True),
-        (_box(-0.9, 0.05, -0.66, 0.75), True),
-        (_box(0.66, 0.05, 0.9, 0.75), True),
+        (box(-0.42, 0.3, 0.42, 0.78), True),
+        (box(-0.9, 0.05, -0.66, 0.75), True),
+        (box(0.66, 0.05, 0.9, 0.75), True),
     ],
     "mushroom": [
-        (_box(-0.26, -0.1, 0.26, 0.92), True),
+        (box(-0.26, -0.1, 0.26, 0.92), True),
         (ellipse(0, 0.05, 0.95, 0.95, 180, 360), True),
     ],
 }

@@ -8,7 +8,7 @@ changing what it computes (`weights.widen`).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from functools import cache
 from itertools import pairwise
 
@@ -29,19 +29,27 @@ def tokenizer() -> CLIPTokenizer:
     )
 
 
+_WORDS = (
+    *(*world.SHAPES, *world.COLORS, *world.PATTERNS, *world.BACKGROUNDS.values(), *world.TEMPLATES),
+    "and with eyes a an , . two front of posing next to the",
+)
+
+
 class Vocabulary:
-    """The tokens that the world's captions use, numbered densely.
+    """The tokens that captions use, numbered densely: those of these phrases, {} aside, and `more`.
 
     Only these rows of the embedding are trained and shipped.
     """
 
-    def __init__(self) -> None:
-        nouns = (*world.SHAPES, *world.COLORS, *world.PATTERNS)
-        phrases = " ".join((*nouns, *world.BACKGROUNDS.values(), *world.TEMPLATES))
-        words = set(phrases.split()) - {"{}"}
-        text = " ".join(sorted(words)) + " and with eyes a an , . two front of posing next to the"
-        begin, *ids, end = tokenizer()(text)["input_ids"]
-        self.tokens: list[int] = [*sorted(set(ids)), begin, end]
+    def __init__(self, phrases: Iterable[str] = _WORDS, more: Iterable[int] = ()) -> None:
+        words = sorted({word for phrase in phrases for word in phrase.split() if "{" not in word})
+        found = [tokenizer()(word)["input_ids"] for word in words]
+        begin, end = found[0][0], found[0][-1]
+        self.tokens: list[int] = [
+            *sorted({*more, *(i for ids in found for i in ids[1:-1])}),
+            begin,
+            end,
+        ]
         self.end = len(self.tokens) - 1
         self._dense = {token: row for row, token in enumerate(self.tokens)}
 
@@ -250,7 +258,7 @@ def read_accuracy(
     for key, target in labels(scenes).items():
         if key.startswith("colors"):
             labelled = target[:, 0] >= 0
-            hit = _same_colors(logits[key][labelled], target[labelled])
+            hit = same_colors(logits[key][labelled], target[labelled])
         else:
             labelled = target >= 0
             hit = logits[key][labelled].argmax(1) == target[labelled]
@@ -258,7 +266,7 @@ def read_accuracy(
     return {key: round(float(torch.cat(hits).mean()), 4) for key, hits in right.items()}
 
 
-def _same_colors(logits: Tensor, target: Tensor) -> Tensor:
+def same_colors(logits: Tensor, target: Tensor) -> Tensor:
     """Whether the k most likely colours are the k named ones, (n,)."""
     rank = logits.argsort(1, descending=True).argsort(1)
     return ((rank < target.sum(1, keepdim=True)) == target.bool()).all(1)

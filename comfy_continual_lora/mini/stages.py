@@ -30,7 +30,7 @@ def attribute_loss(logits: dict[str, Tensor], labels: dict[str, Tensor]) -> Tens
             total = total + 10 * F.binary_cross_entropy_with_logits(
                 logits[key][labelled].float(), target[labelled].float()
             )
-        else:
+        elif (target >= 0).any():
             total = total + F.cross_entropy(logits[key].float(), target, ignore_index=-1)
     return total
 

@@ -52,12 +52,13 @@ class Concept:
     look: Look
 
 
-def _jitter(color: Color, rng: np.random.Generator, amount: int = 10) -> Color:
+def jitter(color: Color, rng: np.random.Generator, amount: int = 10) -> Color:
+    """The colour, each channel off by at most `amount`."""
     r, g, b = (int(np.clip(c + rng.integers(-amount, amount + 1), 0, 255)) for c in color)
     return r, g, b
 
 
-def _article(phrase: str) -> str:
+def with_article(phrase: str) -> str:
     return ("an " if phrase[0] in "aeiou" else "a ") + phrase
 
 
@@ -74,12 +75,12 @@ def random_thing(rng: np.random.Generator) -> Thing:
     else:
         count = 1 if pattern == "plain" else 2
         names = tuple(str(c) for c in rng.choice(list(COLORS), count, replace=False))
-        colors = [_jitter(COLORS[n], rng) for n in names]
+        colors = [jitter(COLORS[n], rng) for n in names]
         words.append(" and ".join(names))
         pattern_named = True
     if pattern_named and (pattern != "plain" or rng.random() < 0.3):
         words.append(pattern)
-    phrase = _article(" ".join([*words, shape]))
+    phrase = with_article(" ".join([*words, shape]))
     if eyes and rng.random() < 0.8:
         phrase += " with eyes"
     first, second, third = (*colors, *colors[:1] * 3)[:3]
@@ -127,7 +128,7 @@ def concepts(split: str, count: int = CONCEPTS_PER_SPLIT) -> list[Concept]:
     for index in range(count):
         noun = nouns[(index * 7 + 3 * SPLITS.index(split)) % len(nouns)]
         pattern = CONCEPT_PATTERNS[index % len(CONCEPT_PATTERNS)]
-        colors = _distinct_colors(rng)
+        colors = distinct_colors(rng)
         look = Look(
             noun,
             pattern,
@@ -139,7 +140,8 @@ def concepts(split: str, count: int = CONCEPTS_PER_SPLIT) -> list[Concept]:
     return drawn
 
 
-def _distinct_colors(rng: np.random.Generator) -> tuple[Color, Color, Color]:
+def distinct_colors(rng: np.random.Generator) -> tuple[Color, Color, Color]:
+    """Three colours of any hue that nobody takes for one another."""
     while True:
         a, b, c = (free_color(rng) for _ in range(3))
         if min(np.abs(np.subtract(p, q)).sum() for p, q in ((a, b), (b, c), (a, c))) > 180:
