@@ -25,7 +25,7 @@ from comfy_continual_lora.mini import parts, weights, world
 from comfy_continual_lora.settings import DrawSettings
 
 sys.path.append(str(Path(__file__).parents[1] / "retention"))
-from words import HELD_OUT_FORMS
+from words import HELD_OUT_FORMS  # pyright: ignore[reportMissingImports]
 
 COUNTS = (2, 5, 10)
 
