@@ -6,6 +6,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -83,7 +84,8 @@ class Session:
             word_widths=backbone.word_widths,
             clip_skip=backbone.clip_skip,
         )
-        backbone.tell = self.tell
+        # not `self.tell`: the checkpoint would wait for the garbage collector, with its gigabytes
+        backbone.tell = partial(_tell, self.on_progress)
         backbone.try_out()
         self.loaded = backbone
 
@@ -110,7 +112,7 @@ class Session:
 
     def tell(self, note: str) -> None:
         """Report a sentence for the user."""
-        self.on_progress(Progress("load", 1, 1, note=note))
+        _tell(self.on_progress, note)
 
     def commit(self, stack: ConceptStack, kind: str, records: Sequence[ConceptRecord]) -> None:
         """Make this the stack's newest version; `kind` is a key of `stackschema.CHANGES`."""
@@ -119,6 +121,10 @@ class Session:
         self.stack = stack
         if stack.ordinary is not None:
             clear_moments(cache_folder(real_file(self.path)))  # the stack has them now
+
+
+def _tell(on_progress: OnProgress, note: str) -> None:
+    on_progress(Progress("load", 1, 1, note=note))
 
 
 @contextmanager
