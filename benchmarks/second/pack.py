@@ -21,24 +21,18 @@ _METADATA = {
     "format": "pt",
     "modelspec.architecture": MINI_ARCHITECTURE,  # it is learned on with the mini-SD's presets
     "modelspec.resolution": "128x128",
-    "modelspec.title": "second miniature",
 }
 
 
 def write_checkpoint(out: Path) -> None:
     """Write OUT/second.safetensors and OUT/clip."""
-    names = ("unet", "autoencoder", "clip")
-    unet, vae, clip = (load_file(out / f"{name}.safetensors") for name in names)
-    clip[_TABLE] = _whole_table(clip[_TABLE])
-    state = {keys.UNET_PREFIX + ldm: unet[name] for name, ldm in keys.unet_names(unet).items()}
-    state |= {keys.VAE_PREFIX + ldm: vae[name] for name, ldm in keys.vae_names(vae).items()}
-    state |= {
+    clip = _trained_clip(out, "clip")
+    state = _pictures(out, "unet") | {
         keys.TEXT_PREFIX + name.removeprefix("text_model."): value
         for name, value in clip.items()
         if name.startswith("text_model.")
     }
-    halves = {name: value.half().contiguous() for name, value in state.items()}
-    save_file(halves, out / "second.safetensors", _METADATA)
+    _save(state, out / "second.safetensors", "second miniature")
     model = nets.new_clip(VOCABULARY)
     model.load_state_dict(clip)
     model.save_pretrained(out / "clip")
@@ -47,22 +41,34 @@ def write_checkpoint(out: Path) -> None:
 
 def write_twin(out: Path) -> None:
     """Write OUT/twin.safetensors, in SDXL's layout; it predicts v."""
-    names = ("unet2", "autoencoder", "clip", "clip2")
-    unet, vae, first, second = (load_file(out / f"{name}.safetensors") for name in names)
-    state = {keys.UNET_PREFIX + ldm: unet[name] for name, ldm in keys.unet_names(unet).items()}
-    state |= {keys.VAE_PREFIX + ldm: vae[name] for name, ldm in keys.vae_names(vae).items()}
-    for clip in (first, second):
-        clip[_TABLE] = _whole_table(clip[_TABLE])
-    state |= {
+    first, second = _trained_clip(out, "clip"), _openclip(_trained_clip(out, "clip2"))
+    state = _pictures(out, "unet2") | {
         f"conditioner.embedders.0.transformer.{name}": value
         for name, value in first.items()
         if name.startswith("text_model.")
     }
-    state |= {f"conditioner.embedders.1.model.{name}": v for name, v in _openclip(second).items()}
+    state |= {f"conditioner.embedders.1.model.{name}": value for name, value in second.items()}
     state["v_pred"] = torch.zeros(0)
+    _save(state, out / "twin.safetensors", "second miniature, like SDXL")
+
+
+def _pictures(out: Path, name: str) -> dict[str, Tensor]:
+    """The U-Net of this name and the autoencoder, as files name their weights."""
+    unet, vae = load_file(out / f"{name}.safetensors"), load_file(out / "autoencoder.safetensors")
+    state = {keys.UNET_PREFIX + ldm: unet[ours] for ours, ldm in keys.unet_names(unet).items()}
+    return state | {keys.VAE_PREFIX + ldm: vae[ours] for ours, ldm in keys.vae_names(vae).items()}
+
+
+def _trained_clip(out: Path, name: str) -> dict[str, Tensor]:
+    """With vectors for all tokens."""
+    clip = load_file(out / f"{name}.safetensors")
+    clip[_TABLE] = _whole_table(clip[_TABLE])
+    return clip
+
+
+def _save(state: dict[str, Tensor], path: Path, title: str) -> None:
     halves = {name: value.half().contiguous() for name, value in state.items()}
-    metadata = {**_METADATA, "modelspec.title": "second miniature, like SDXL"}
-    save_file(halves, out / "twin.safetensors", metadata)
+    save_file(halves, path, {**_METADATA, "modelspec.title": title})
 
 
 def _openclip(clip: dict[str, Tensor]) -> dict[str, Tensor]:
