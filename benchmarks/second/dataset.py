@@ -20,7 +20,7 @@ from things import COLORS, KINDS, SHAPES
 from torch import Tensor
 
 from comfy_continual_lora.mini.drawing import SIZE
-from comfy_continual_lora.mini.trainset import to_tensor
+from comfy_continual_lora.mini.trainset import scaled, to_tensor
 
 SIZES = {
     "arrangement": len(world.ARRANGEMENTS),
@@ -117,5 +117,4 @@ class Dataset:
         """(n, 3, 128, 128) in -1..1."""
         if self.there is None:
             return to_tensor(self.array[indices], self.device)
-        chosen = self.there[torch.from_numpy(indices).to(self.device)]
-        return chosen.permute(0, 3, 1, 2).float().div_(127.5).sub_(1)
+        return scaled(self.there[torch.from_numpy(indices).to(self.device)])

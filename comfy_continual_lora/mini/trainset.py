@@ -84,5 +84,9 @@ class Pictures:
 
 def to_tensor(pictures: np.ndarray, device: torch.device | str = "cpu") -> Tensor:
     """uint8 (n, h, w, 3) -> float32 (n, 3, h, w) in -1..1."""
-    pixels = torch.from_numpy(np.ascontiguousarray(pictures)).to(device)
+    return scaled(torch.from_numpy(np.ascontiguousarray(pictures)).to(device))
+
+
+def scaled(pixels: Tensor) -> Tensor:
+    """The same of a tensor, where it lies."""
     return pixels.permute(0, 3, 1, 2).float().div_(127.5).sub_(1)
