@@ -123,7 +123,7 @@ def test_concepts_are_what_the_world_never_draws() -> None:
 
 def test_every_caption_can_be_encoded() -> None:
     vocabulary = nets.Vocabulary()
-    captions = world.texts([dataset.scene(1, index)[0] for index in range(300)])
+    captions = ["", *(dataset.scene(1, index)[0].caption for index in range(300))]
     ids = vocabulary.encode(captions)
     assert ids.shape == (301, 77)
     assert (ids[:, -1] == vocabulary.end).all()  # none is cut off

@@ -13,7 +13,7 @@ noun the world knows.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -48,11 +48,14 @@ STYLES: dict[str, tuple[str, ...]] = {
 }
 # spots of the first and the second thing, and captions with {0} the first one
 RELATIONS: dict[str, tuple[Spot, Spot, tuple[str, ...]]] = {
-    "beside": ((33, 68, 30), (95, 68, 30), ("{0} and {1}", "{0} and {1}", "{0} next to {1}",
-                                             "{0} beside {1}")),
+    "beside": (
+        (33, 68, 30),
+        (95, 68, 30),
+        ("{0} and {1}", "{0} and {1}", "{0} next to {1}", "{0} beside {1}"),
+    ),
     "on": ((64, 36, 25), (64, 88, 31), ("{0} on top of {1}", "{1} under {0}")),
     "front": ((50, 82, 31), (82, 50, 36), ("{0} in front of {1}", "{1} behind {0}")),
-}  # fmt: skip
+}
 COUNTS: dict[int, tuple[Spot, ...]] = {
     2: ((33, 68, 29), (95, 68, 29)),
     3: ((22, 76, 20), (64, 60, 20), (106, 76, 20)),
@@ -320,8 +323,3 @@ def concept_pictures(concept: Concept, count: int = 5, *, seed: int = 0) -> Iter
         spot = (float(x), float(y), float(rng.uniform(30, 50)))
         draw_thing(picture, concept.look, spot, float(rng.normal(0, 0.16)), light, "photo")
         yield in_style(picture, "photo", light, rng)
-
-
-def texts(scenes: Sequence[Scene]) -> list[str]:
-    """The empty caption, then the caption of every picture."""
-    return ["", *(scene.caption for scene in scenes)]
