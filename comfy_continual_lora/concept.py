@@ -124,12 +124,10 @@ def source_of(
     for picture in inventory(images).pictures:
         picture.feed(pictures)
     adapters = {"adapter": stack.adapter, "before": stack.unconsolidated}
-    for part, by_concept in (
-        ("pool", stack.pool),
-        ("wishes", stack.targets),
-        ("fishers", stack.fishers),
-    ):
+    for part, by_concept in (("pool", stack.pool), ("fishers", stack.fishers)):
         adapters |= {f"{part}.{concept}": adapter for concept, adapter in by_concept.items()}
+    for concept, target in stack.targets.items():
+        adapters |= {f"wishes.{concept}": target.numbers, f"scales.{concept}": target.scales}
     tensors = dict(stack.words)
     for part, adapter in adapters.items():
         tensors |= {f"{part}.{name}": tensor for name, tensor in (adapter or {}).items()}

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import glob
 import json
+import math
 import struct
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -20,6 +21,8 @@ from .files import check_names, clean_temporary, copy_whole, history_folder, rea
 from .stackfile import opened, read_header
 from .stackschema import BYTES, checked
 from .versions import Change, Version, parent_among, versions
+
+_NUMPY = {"F32": "<f4", "F16": "<f2", "I8": "i1"}
 
 
 def new_change(kind: str, names: Sequence[str]) -> Change:
@@ -125,9 +128,8 @@ def check_finite(path: Path) -> None:
     with opened(path) as (file, _, shapes):
         for name, shape in shapes.items():
             file.seek(shape.start)
-            size = BYTES[shape.dtype]
-            data = file.read(size * int(np.prod(shape.sizes, dtype=np.int64)))
-            if not np.isfinite(np.frombuffer(data, f"<f{size}")).all():
+            data = file.read(BYTES[shape.dtype] * math.prod(shape.sizes))
+            if not np.isfinite(np.frombuffer(data, _NUMPY[shape.dtype])).all():
                 raise not_finite(path, name)
 
 

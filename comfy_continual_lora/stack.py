@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from .adapters.adapter import Adapter, kind_of, rank_of
+from .adapters.packed import Packed, pack
 from .stackschema import HISTORY
 from .words import name_of, position_of
 
@@ -116,7 +117,7 @@ class ConceptStack:
     adapter: Adapter | None = None
     pool: dict[str, Adapter] = field(default_factory=dict)  # by id, if there was an adapter
     # by id: a concept's own adapter, if a solution for all concepts replaced it
-    targets: dict[str, Adapter] = field(default_factory=dict)
+    targets: dict[str, Packed] = field(default_factory=dict)
     prompts: dict[str, PromptRows] = field(default_factory=dict)  # by id
     ordinary: Ordinary | None = None
     rank: int | None = None
@@ -152,9 +153,10 @@ class ConceptStack:
 
     @property
     def adapters(self) -> list[Adapter]:
-        """All adapters and Fishers in the stack."""
+        """All adapters and Fishers in the stack; a target's tensors are its `numbers`."""
         single = [adapter for adapter in (self.adapter, self.unconsolidated) if adapter]
-        return [*single, *self.pool.values(), *self.targets.values(), *self.fishers.values()]
+        targets = [target.numbers for target in self.targets.values()]
+        return [*single, *self.pool.values(), *targets, *self.fishers.values()]
 
     def find(self, token: str) -> ConceptRecord | None:
         """The concept with this word, in any case."""
@@ -235,18 +237,17 @@ class ConceptStack:
         return replace(self._copy(), unconsolidated=None)
 
     def with_target(self, concept: str, target: Adapter) -> ConceptStack:
-        """With a new target for one concept, in float16."""
+        """With a new target for one concept, packed."""
         after = self._copy()
-        after.targets[concept] = _halved(target)
+        after.targets[concept] = pack(target)
         return after
 
     def with_prompts(self, prompts: Mapping[str, PromptRows], ordinary: Ordinary) -> ConceptStack:
         """With the prompts of these concepts, and ordinary ones.
 
-        Solutions that earlier versions of this program kept are dropped, their targets halved.
+        Solutions that earlier versions of this program kept are dropped.
         """
         after = replace(self._copy(), ordinary=ordinary)
-        after.targets = {one: _halved(target) for one, target in self.targets.items()}
         after.prompts |= prompts
         after.pool = {one: held for one, held in after.pool.items() if not after.can_solve(one)}
         return after
@@ -325,7 +326,3 @@ class ConceptStack:
     def _copy(self) -> ConceptStack:
         names = ("records", "words", "pool", "targets", "prompts", "fishers")
         return dataclasses.replace(self, **{name: getattr(self, name).copy() for name in names})
-
-
-def _halved(adapter: Mapping[str, Tensor]) -> Adapter:
-    return {name: tensor.half() for name, tensor in adapter.items()}

@@ -24,10 +24,10 @@ from .presets import ADAPTERS, METHODS, PREDICTIONS, PRESETS
 from .settings import MOST_VECTORS
 
 FORMAT = "comfy-continual-lora"
-VERSION = 2
+VERSION = 3
 HISTORY = 5  # earlier versions kept by default
 MOST_RANK = 4096
-BYTES = {"F32": 4, "F16": 2}  # of a value, by safetensors' names
+BYTES = {"F32": 4, "F16": 2, "I8": 1}  # of a value, by safetensors' names
 # How a change is described; {} are the words it is about
 CHANGES = {
     "learned": "learned {}",
@@ -253,7 +253,7 @@ _PART = r"[A-Za-z]\w*"
 _NAMES = re.compile(
     rf"(?P<word>word)\.(?P<of>[A-Za-z0-9_-]+)"
     rf"|(?P<part>adapter|before)\.(?P<layer>{_LAYER})\.(?P<tensor>{_PART})"
-    rf"|wish\.(?P<wish_of>[A-Za-z0-9_-]+)\.(?P<joined>{_PART})"
+    rf"|(?P<target>wish|scale)\.(?P<target_of>[A-Za-z0-9_-]+)\.(?P<joined>{_PART})"
     rf"|ordinary\.(?P<ordinary>listed|drawn)"
     rf"|(?P<prompts>alone|shared)\.(?P<about>[A-Za-z0-9_-]+)"
     rf"|(?P<held>pool|wish|fisher)\.(?P<concept>[A-Za-z0-9_-]+)"
@@ -337,16 +337,20 @@ def _tensors_fit(path: Path, header: Mapping[str, Any], shapes: Mapping[str, Sha
     ids = {record["id"] for record in header["concepts"]}
     words: dict[str, tuple[int, ...]] = {}
     prompts: dict[str, tuple[int, ...]] = {}
-    joined: dict[str, dict[str, tuple[int, ...]]] = {}  # by concept, tensor
+    # of targets and their scales, by concept, tensor
+    joined: dict[str, dict[str, dict[str, tuple[int, ...]]]] = {"wish": {}, "scale": {}}
     adapters: dict[str, dict[str, dict[str, tuple[int, ...]]]] = {}  # by part, layer, tensor
     for name, shape in shapes.items():
         match = _NAMES.fullmatch(name)
         if match is None:
             raise _wrong(path, f"it holds an unknown tensor {name[:100]!r}")
-        expected = "F16" if match["prompts"] or match["joined"] else "F32"
+        expected = "F16" if match["prompts"] else "F32"
+        if match["target"] == "wish":
+            # version 2 has them in float16
+            expected = "I8" if header["version"] > 2 else "F16"
         if shape.dtype != expected:
             raise _wrong(path, f"its tensor {name} is {shape.dtype}, expected {expected}")
-        concept = match["of"] or match["concept"] or match["about"] or match["wish_of"]
+        concept = match["of"] or match["concept"] or match["about"] or match["target_of"]
         if concept and concept not in ids:
             raise _wrong(path, f"its tensor {name} belongs to no concept")
         if match["word"]:
@@ -356,7 +360,7 @@ def _tensors_fit(path: Path, header: Mapping[str, Any], shapes: Mapping[str, Sha
             prompts[name] = shape.sizes
             continue
         if match["joined"]:
-            joined.setdefault(concept, {})[match["joined"]] = shape.sizes
+            joined[match["target"]].setdefault(concept, {})[match["joined"]] = shape.sizes
             continue
         part = match["part"] or f"{match['held']}.{concept}"
         layer = match["layer"] or match["held_layer"]
@@ -376,10 +380,22 @@ def _tensors_fit(path: Path, header: Mapping[str, Any], shapes: Mapping[str, Sha
                 raise _wrong(path, f"{part} does not fit the rest in its layer {layer}")
     if any(part != "adapter" for part in ends) and "adapter" not in ends and not ids:
         raise _wrong(path, "it holds adapters but no concept")
-    for concept, tensors in joined.items():
-        if not _joined_fit(tensors, list(ends.get("adapter", {}).values())):
+    layers = list(ends.get("adapter", {}).values())
+    for concept, tensors in joined["wish"].items():
+        if not _joined_fit(tensors, layers):
             listed = ", ".join(f"{name} {shape}" for name, shape in tensors.items())
             raise _wrong(path, f"wish.{concept} does not fit the adapter: {listed}")
+    packed = joined["wish"] if header["version"] > 2 else {}
+    scales = {
+        concept: {
+            part: (len(layers), sizes[1]) if part == "B" else (sizes[0], 1)
+            for part, sizes in tensors.items()
+        }
+        for concept, tensors in packed.items()
+    }
+    for concept in scales.keys() | joined["scale"].keys():
+        if joined["scale"].get(concept) != scales.get(concept):
+            raise _wrong(path, f"scale.{concept} does not fit wish.{concept}")
 
 
 def _joined_fit(

@@ -3,8 +3,9 @@
     adapter.<layer>.<part>                the current adapter
     before.<layer>.<part>                 the adapter before the newest concept was consolidated
     pool.<concept id>.<layer>.<part>      the adapter after each earlier concept
-    wish.<concept id>.<part>              a concept's target for the closed form (`targets`), float16;
+    wish.<concept id>.<part>              a concept's target for the closed form (`targets`), int8;
                                           the layers, in order of their names, one below the other
+    scale.<concept id>.<part>             what its numbers are multiplied by (`packed`), likewise
     alone.<concept id>, shared.<...>      rows of its prompts (`PromptRows`), float16 (k, d)
     ordinary.listed, ordinary.drawn       ordinary prompts (`Ordinary`): each moment's upper triangle
     fisher.<concept id>.<layer>.<part>    a concept's Fisher
@@ -30,6 +31,7 @@ import torch
 from torch import Tensor
 
 from .adapters.adapter import Adapter, layers_of
+from .adapters.packed import Packed, pack
 from .errors import StackError
 from .files import real_file, write_whole
 from .files import stack_path as stack_path
@@ -40,7 +42,7 @@ from .stackfile import opened, read_header
 from .stackschema import BYTES, FORMAT, VERSION, Shape, checked
 from .versions import Change
 
-_DTYPES = {"F32": torch.float32, "F16": torch.float16}
+_DTYPES = {"F32": torch.float32, "F16": torch.float16, "I8": torch.int8}
 _NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 # The tensors' and numbers' names in words; {} is a concept's word
 _PARTS = {
@@ -49,6 +51,7 @@ _PARTS = {
     "before": "the adapter before it was consolidated",
     "pool": "the adapter after {}",
     "wish": "the target of {}",
+    "scale": "the target of {}",
     "alone": "the prompts about {}",
     "shared": "the prompts about {}",
     "ordinary": "the ordinary prompts",
@@ -115,7 +118,8 @@ def _stack_of(header: dict[str, Any], tensors: dict[str, Tensor]) -> ConceptStac
     stack.identity = stack.owner
     if header["ordinary"] is not None:
         stack.ordinary = _ordinary_of(header["ordinary"], tensors)
-    joined: dict[str, dict[str, Tensor]] = {}
+    joined: dict[str, dict[str, Adapter]] = {"wish": {}, "scale": {}}
+    by_layer: dict[str, Adapter] = {}  # targets of format version 1
     for key, tensor in tensors.items():
         part, _, rest = key.partition(".")
         if part == "word":
@@ -126,27 +130,35 @@ def _stack_of(header: dict[str, Any], tensors: dict[str, Tensor]) -> ConceptStac
             stack.unconsolidated = {**(stack.unconsolidated or {}), rest: tensor}
         elif part == "alone":
             stack.prompts[rest] = PromptRows(tensor, tensors[f"shared.{rest}"])
-        elif part == "wish" and rest.count(".") == 1:
-            joined.setdefault(rest.partition(".")[0], {})[rest.partition(".")[2]] = tensor
+        elif part in joined and rest.count(".") == 1:
+            concept, _, name = rest.partition(".")
+            joined[part].setdefault(concept, {})[name] = tensor
         elif part in ("pool", "wish", "fisher"):
             concept, _, name = rest.partition(".")
-            by_concept = {"pool": stack.pool, "wish": stack.targets, "fisher": stack.fishers}[part]
+            by_concept = {"pool": stack.pool, "wish": by_layer, "fisher": stack.fishers}[part]
             by_concept.setdefault(concept, {})[name] = tensor
-    for concept, parts in joined.items():
-        assert stack.adapter  # `checked` has verified it
-        stack.targets[concept] = _split(parts, layers_of(stack.adapter))
+    layers = layers_of(stack.adapter or {})
+    for concept, parts in joined["wish"].items():
+        target, scales = _split(parts, layers), joined["scale"].get(concept)
+        # format version 2 has none
+        packed = Packed(target, _split(scales, layers, "AB")) if scales else pack(target)
+        stack.targets[concept] = packed
+    stack.targets |= {concept: pack(target) for concept, target in by_layer.items()}
     return stack
 
 
-def _split(joined: Mapping[str, Tensor], layers: Mapping[str, Mapping[str, Tensor]]) -> Adapter:
-    """The adapter whose layers stand one below the other in these tensors, in order of their names;
-    `layers` are those of the stack's adapter.
+def _split(
+    joined: Mapping[str, Tensor], layers: Mapping[str, Mapping[str, Tensor]], even: str = "A"
+) -> Adapter:
+    """The tensors by layer that stand one below the other in these, in order of the layers' names.
+
+    `layers` are those of the stack's adapter; in the parts named in `even`, each has as many rows.
     """
     names = sorted(layers)
     outputs = [len(layers[name]["B" if "B" in layers[name] else "D"]) for name in names]
     adapter = {}
     for part, tensor in joined.items():
-        sizes = [len(tensor) // len(names)] * len(names) if part == "A" else outputs
+        sizes = [len(tensor) // len(names)] * len(names) if part in even else outputs
         for name, own in zip(names, tensor.split(sizes), strict=True):
             adapter[f"{name}.{part}"] = own
     return adapter
@@ -285,7 +297,7 @@ def _file(
 ) -> Iterator[bytes | memoryview]:
     """A safetensors file in pieces, so that there never is a second copy of all tensors."""
     sizes = {name: BYTES[shape.dtype] * math.prod(shape.sizes) for name, shape in shapes.items()}
-    names = sorted(tensors, key=lambda name: (shapes[name].dtype == "F16", name))  # aligned
+    names = sorted(tensors, key=lambda name: (-BYTES[shapes[name].dtype], name))  # aligned
     entries: dict[str, Any] = {"__metadata__": metadata}
     start = 0
     for name in names:
@@ -317,9 +329,10 @@ def _tensors_of(stack: ConceptStack) -> dict[str, list[Tensor]]:
             tensors |= {f"{part}.{concept}.{name}": [tensor] for name, tensor in adapter.items()}
     tensors = {name: [piece.float() for piece in pieces] for name, pieces in tensors.items()}
     for concept, target in stack.targets.items():
-        for _, layer in sorted(layers_of(target).items()):
-            for part, tensor in layer.items():
-                tensors.setdefault(f"wish.{concept}.{part}", []).append(tensor.half())
+        for name, held in (("wish", target.numbers), ("scale", target.scales)):
+            for _, layer in sorted(layers_of(held).items()):
+                for part, tensor in layer.items():
+                    tensors.setdefault(f"{name}.{concept}.{part}", []).append(tensor)
     for concept, kept in stack.prompts.items():
         tensors |= {f"alone.{concept}": [kept.alone], f"shared.{concept}": [kept.shared]}
     if stack.ordinary is not None:

@@ -231,10 +231,11 @@ def own_adapters(stack: ConceptStack) -> list[Adapter | None]:
     """Each concept's own adapter: as it was right after learning, before any consolidation that the
     stack has a record of; float32.
     """
-    own = [stack.targets.get(one.id) or stack.adapter_after(one.id) for one in stack.records]
-    if stack.unconsolidated and stack.records[-1].id not in stack.targets:
+    targets = {concept: target.adapter for concept, target in stack.targets.items()}
+    own = [targets.get(one.id) or stack.adapter_after(one.id) for one in stack.records]
+    if stack.unconsolidated and stack.records[-1].id not in targets:
         own[-1] = stack.unconsolidated
-    return [one and {name: tensor.float() for name, tensor in one.items()} for one in own]
+    return own
 
 
 def with_small_target(

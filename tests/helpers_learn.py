@@ -49,8 +49,10 @@ def stack_of(checkpoint: Path) -> store.ConceptStack:
 
 def tensors_of(stack: store.ConceptStack) -> dict[str, torch.Tensor]:
     parts = {"adapter": stack.adapter or {}, "words": stack.words}
-    for part, held in (("pool", stack.pool), ("wish", stack.targets), ("fisher", stack.fishers)):
+    for part, held in (("pool", stack.pool), ("fisher", stack.fishers)):
         parts |= {f"{part} {k}": v for k, v in held.items()}
+    for k, target in stack.targets.items():
+        parts |= {f"wish {k}": target.numbers, f"scale {k}": target.scales}
     for k, kept in stack.prompts.items():
         parts[f"prompts {k}"] = {"alone": kept.alone, "shared": kept.shared}
     return {f"{part}/{name}": t for part, tensors in parts.items() for name, t in tensors.items()}

@@ -245,7 +245,7 @@ def test_consolidating_brings_back_what_was_lost(two: Path, folders: dict[str, P
     before = stack_of(two)
     found = pipeline.consolidate_in_closed_form(requests.SolveRequest(two, device="cpu"))
     assert found.before["V1"] > 0.3
-    assert found.before["V2"] == pytest.approx(0, abs=1e-6)
+    assert found.before["V2"] == pytest.approx(0, abs=1e-4)  # its target is in eight bits
     assert found.after["V1"] < found.before["V1"] / 3
     after = stack_of(two)
     assert after.rank == max(4, found.rank)

@@ -35,9 +35,9 @@ from comfy_continual_lora.checkpoint.backbone import Backbone
 from comfy_continual_lora.errors import ContinualLoraError, StackError
 from comfy_continual_lora.settings import DrawSettings
 
-OLD = (
-    Path(__file__).parent / "data" / "stack-8a93aef.safetensors"
-)  # three concepts by `retention`, on the mini-SD
+DATA = Path(__file__).parent / "data"
+OLD = DATA / "stack-8a93aef.safetensors"  # three concepts by `retention`, on the mini-SD; version 1
+HALVES = DATA / "stack-c642c03.safetensors"  # solved_stack(3) in format version 2
 
 
 def split(data: bytes) -> tuple[dict[str, Any], bytes]:
@@ -152,7 +152,7 @@ TOPS = [
     ("identity", HTML), ("change", {"kind": "x", "names": [], "when": ""}),
     ("change", {"kind": "learned", "names": [HTML * 1000], "when": "2026-01-01T00:00:00+00:00"}),
     ("version", "1"), ("version", None), ("version", 0), ("version", -1), ("version", 1.0),
-    ("version", True), ("version", 3), ("version", 10**400), ("version", [[]]),
+    ("version", True), ("version", 4), ("version", 10**400), ("version", [[]]),
 ]  # fmt: skip
 
 
@@ -205,8 +205,12 @@ def test_what_the_closed_form_keeps_is_read_as_it_was_written(tmp_path: Path) ->
     assert found.pool.keys() == stack.pool.keys() == set()
     assert found.targets.keys() == stack.targets.keys()
     for concept, target in stack.targets.items():
-        assert target.keys() == found.targets[concept].keys()
-        assert all(torch.equal(found.targets[concept][name], t) for name, t in target.items())
+        for held, read in (
+            (target.numbers, found.targets[concept].numbers),
+            (target.scales, found.targets[concept].scales),
+        ):
+            assert held.keys() == read.keys()
+            assert all(torch.equal(read[name], tensor) for name, tensor in held.items())
     for concept, kept in stack.prompts.items():
         assert torch.equal(found.prompts[concept].alone, kept.alone)
         assert torch.equal(found.prompts[concept].shared, kept.shared)
@@ -218,6 +222,29 @@ def test_what_the_closed_form_keeps_is_read_as_it_was_written(tmp_path: Path) ->
     before = path.read_bytes()
     store.write(found, path, 1, None, None)
     assert path.read_bytes() == before  # nothing is rounded twice
+
+
+def test_targets_in_float16_are_packed(tmp_path: Path) -> None:
+    """Format version 2 has them so."""
+    path = tmp_path / "s.concepts.safetensors"
+    shutil.copy(HALVES, path)
+    found, fresh = store.open_stack(path), solved_stack(3)
+    assert found.targets.keys() == fresh.targets.keys()
+    for concept, target in fresh.targets.items():
+        for name, tensor in target.adapter.items():
+            step = target.scales[name]
+            assert ((found.targets[concept].adapter[name] - tensor).abs() <= 1.01 * step).all()
+    store.save_stack(found, path)
+    assert stackfile.read_header(path)["version"] == store.VERSION
+    again = store.open_stack(path)
+    assert all(
+        torch.equal(again.targets[concept].numbers[name], numbers)
+        for concept, target in found.targets.items()
+        for name, numbers in target.numbers.items()
+    )
+    header, body = split(HALVES.read_bytes())
+    header["wish.id2.A"]["dtype"] = "I8"
+    refused(joined(header, body), tmp_path)
 
 
 def _renamed(header: dict[str, Any], name: str, to: str) -> None:
@@ -238,7 +265,12 @@ def _renamed(header: dict[str, Any], name: str, to: str) -> None:
         (lambda h: h["wish.id2.A"].update(shape=[4, 4]), "does not fit the adapter"),
         (lambda h: h["wish.id2.B"].update(shape=[4, 4]), "does not fit the adapter"),
         (lambda h: h["wish.id2.B"].update(shape=[16]), "does not fit the adapter"),
-        (lambda h: h["wish.id2.A"].update(dtype="BF16"), "is BF16, expected F16"),
+        (lambda h: h["wish.id2.A"].update(dtype="U8"), "is U8, expected I8"),
+        (lambda h: h["scale.id2.A"].update(dtype="I32"), "is I32, expected F32"),
+        (lambda h: h["scale.id2.A"].update(shape=[1, 2]), "scale.id2 does not fit wish.id2"),
+        (lambda h: h["scale.id2.B"].update(shape=[2, 1]), "scale.id2 does not fit wish.id2"),
+        (lambda h: _renamed(h, "scale.id2.B", "scale.id2.D"), "scale.id2 does not fit wish.id2"),
+        (lambda h: _renamed(h, "scale.id2.A", "scale.id9.A"), "belongs to no concept"),
         (lambda h: h["alone.id2"].update(dtype="I16"), "is I16, expected F16"),
     ],
 )

@@ -16,6 +16,7 @@ from helpers_store import FINGERPRINT, make_record, make_stack, same, writer
 from safetensors.torch import save_file
 
 from comfy_continual_lora import consolidation, history, store
+from comfy_continual_lora.adapters.packed import pack
 from comfy_continual_lora.errors import StackError
 
 
@@ -181,6 +182,7 @@ def test_what_is_not_finite_is_never_stored(
         "words": {**stack.words, "id2": bad["layer.to_k.A"]},
         "adapter": {**(stack.adapter or {}), **bad},
         "pool": {"id1": bad},
+        "targets": {"id2": pack(bad)},
         "loss": [stack.records[0], replace(stack.records[1], loss=value)],
         "tau": value,
     }

@@ -34,6 +34,7 @@ from safetensors.torch import save_file
 
 from comfy_continual_lora import pipeline, requests, stackfile, stackschema, store
 from comfy_continual_lora.adapters.lora import padded_to_rank
+from comfy_continual_lora.adapters.packed import pack
 from comfy_continual_lora.files import history_folder
 from comfy_continual_lora.mini import weights, world
 from comfy_continual_lora.settings import LearnSettings
@@ -74,7 +75,7 @@ def repeated(stack: ConceptStack, count: int) -> ConceptStack:
         made.records.append(replace(source, id=concept, token=f"V{number + 1}", request=concept))
         made.words[concept] = word + 0.3 * word.std() * torch.randn(word.shape, generator=generator)
         if number:
-            made.targets[concept] = adapter
+            made.targets[concept] = pack(adapter)
         if number < count - 1:
             made.pool[concept] = whole
     made.adapter, made.rank = whole, RANK
@@ -113,7 +114,8 @@ def _as_version_1(stack: ConceptStack, path: Path) -> None:
     header = _of(header, ["ordinary", "change"])
     tensors = {f"word.{concept}": word for concept, word in stack.words.items()}
     tensors |= {f"adapter.{name}": tensor for name, tensor in (stack.adapter or {}).items()}
-    for part, held in (("pool", stack.pool), ("wish", stack.targets)):
+    wishes = {concept: target.adapter for concept, target in stack.targets.items()}
+    for part, held in (("pool", stack.pool), ("wish", wishes)):
         for concept, adapter in held.items():
             tensors |= {f"{part}.{concept}.{name}": t.clone() for name, t in adapter.items()}
     metadata = {"format": stackschema.FORMAT, "stack": json.dumps(header)}
