@@ -153,10 +153,9 @@ class ConceptStack:
 
     @property
     def adapters(self) -> list[Adapter]:
-        """All adapters and Fishers in the stack; a target's tensors are its `numbers`."""
+        """All adapters and Fishers in the stack but targets."""
         single = [adapter for adapter in (self.adapter, self.unconsolidated) if adapter]
-        targets = [target.numbers for target in self.targets.values()]
-        return [*single, *self.pool.values(), *targets, *self.fishers.values()]
+        return [*single, *self.pool.values(), *self.fishers.values()]
 
     def find(self, token: str) -> ConceptRecord | None:
         """The concept with this word, in any case."""

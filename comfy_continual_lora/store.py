@@ -30,8 +30,8 @@ from typing import IO, Any
 import torch
 from torch import Tensor
 
-from .adapters.adapter import Adapter, layers_of
-from .adapters.packed import Packed, pack
+from .adapters.adapter import Adapter
+from .adapters.packed import Packed, by_layer, outputs_of, pack
 from .errors import StackError
 from .files import real_file, write_whole
 from .files import stack_path as stack_path
@@ -119,7 +119,7 @@ def _stack_of(header: dict[str, Any], tensors: dict[str, Tensor]) -> ConceptStac
     if header["ordinary"] is not None:
         stack.ordinary = _ordinary_of(header["ordinary"], tensors)
     joined: dict[str, dict[str, Adapter]] = {"wish": {}, "scale": {}}
-    by_layer: dict[str, Adapter] = {}  # targets of format version 1
+    whole: dict[str, Adapter] = {}  # targets of format version 1
     for key, tensor in tensors.items():
         part, _, rest = key.partition(".")
         if part == "word":
@@ -135,39 +135,23 @@ def _stack_of(header: dict[str, Any], tensors: dict[str, Tensor]) -> ConceptStac
             joined[part].setdefault(concept, {})[name] = tensor
         elif part in ("pool", "wish", "fisher"):
             concept, _, name = rest.partition(".")
-            by_concept = {"pool": stack.pool, "wish": by_layer, "fisher": stack.fishers}[part]
+            by_concept = {"pool": stack.pool, "wish": whole, "fisher": stack.fishers}[part]
             by_concept.setdefault(concept, {})[name] = tensor
-    layers = layers_of(stack.adapter or {})
+    outputs = outputs_of(stack.adapter or {}) if joined["wish"] else {}
     for concept, parts in joined["wish"].items():
-        target, scales = _split(parts, layers), joined["scale"].get(concept)
+        scales = joined["scale"].get(concept)
         # format version 2 has none
-        packed = Packed(target, _split(scales, layers, "AB")) if scales else pack(target)
-        stack.targets[concept] = packed
-    stack.targets |= {concept: pack(target) for concept, target in by_layer.items()}
+        target = Packed(outputs, parts, scales) if scales else pack(by_layer(parts, outputs))
+        stack.targets[concept] = target
+    stack.targets |= {concept: pack(target) for concept, target in whole.items()}
     return stack
 
 
-def _split(
-    joined: Mapping[str, Tensor], layers: Mapping[str, Mapping[str, Tensor]], even: str = "A"
-) -> Adapter:
-    """The tensors by layer that stand one below the other in these, in order of the layers' names.
-
-    `layers` are those of the stack's adapter; in the parts named in `even`, each has as many rows.
-    """
-    names = sorted(layers)
-    outputs = [len(layers[name]["B" if "B" in layers[name] else "D"]) for name in names]
-    adapter = {}
-    for part, tensor in joined.items():
-        sizes = [len(tensor) // len(names)] * len(names) if part in even else outputs
-        for name, own in zip(names, tensor.split(sizes), strict=True):
-            adapter[f"{name}.{part}"] = own
-    return adapter
-
-
-def _ordinary_of(header: dict[str, Any], tensors: Mapping[str, Tensor]) -> Ordinary:
-    drawn = tensors.get("ordinary.drawn")
+def _ordinary_of(header: dict[str, Any], tensors: dict[str, Tensor]) -> Ordinary:
+    """They are taken out of `tensors`, which are large."""
+    drawn = tensors.pop("ordinary.drawn", None)
     return Ordinary(
-        _whole(tensors["ordinary.listed"]),
+        _whole(tensors.pop("ordinary.listed")),
         header["count"],
         tuple(header["nouns"]),
         None if drawn is None else _whole(drawn),
@@ -178,16 +162,16 @@ def _ordinary_of(header: dict[str, Any], tensors: Mapping[str, Tensor]) -> Ordin
 def _whole(triangle: Tensor) -> Tensor:
     """The symmetric matrix (d, d) with this upper triangle, (d (d + 1) / 2,)."""
     width = math.isqrt(2 * len(triangle))
-    rows, columns = torch.triu_indices(width, width)
-    matrix = torch.zeros(width, width)
-    matrix[rows, columns] = triangle
-    matrix[columns, rows] = triangle
+    matrix = torch.empty(width, width)
+    for row, values in enumerate(triangle.split(list(range(width, 0, -1)))):
+        matrix[row, row:] = values
+        matrix[row:, row] = values
     return matrix
 
 
-def _triangle(matrix: Tensor) -> Tensor:
-    rows, columns = torch.triu_indices(*matrix.shape)
-    return matrix[rows, columns]
+def _triangle(matrix: Tensor) -> list[Tensor]:
+    """The upper triangle of a matrix, row by row."""
+    return [values[row:] for row, values in enumerate(matrix)]
 
 
 def read_records(path: Path) -> list[ConceptRecord]:
@@ -327,19 +311,17 @@ def _tensors_of(stack: ConceptStack) -> dict[str, list[Tensor]]:
     for part, adapters in (("pool", stack.pool), ("fisher", stack.fishers)):
         for concept, adapter in adapters.items():
             tensors |= {f"{part}.{concept}.{name}": [tensor] for name, tensor in adapter.items()}
-    tensors = {name: [piece.float() for piece in pieces] for name, pieces in tensors.items()}
+    tensors = {name: [piece.detach().cpu().float()] for name, [piece] in tensors.items()}
     for concept, target in stack.targets.items():
-        for name, held in (("wish", target.numbers), ("scale", target.scales)):
-            for _, layer in sorted(layers_of(held).items()):
-                for part, tensor in layer.items():
-                    tensors.setdefault(f"{name}.{concept}.{part}", []).append(tensor)
+        for name, parts in (("wish", target.numbers), ("scale", target.scales)):
+            tensors |= {f"{name}.{concept}.{part}": [tensor] for part, tensor in parts.items()}
     for concept, kept in stack.prompts.items():
         tensors |= {f"alone.{concept}": [kept.alone], f"shared.{concept}": [kept.shared]}
     if stack.ordinary is not None:
-        tensors["ordinary.listed"] = [_triangle(stack.ordinary.listed)]
+        tensors["ordinary.listed"] = _triangle(stack.ordinary.listed)
         if stack.ordinary.drawn is not None:
-            tensors["ordinary.drawn"] = [_triangle(stack.ordinary.drawn)]
-    return {name: [piece.detach().cpu() for piece in pieces] for name, pieces in tensors.items()}
+            tensors["ordinary.drawn"] = _triangle(stack.ordinary.drawn)
+    return tensors
 
 
 def _fields_of(part: ConceptRecord | CheckpointInfo | Change) -> dict[str, Any]:

@@ -2,32 +2,60 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 
 from comfy_continual_lora.adapters.packed import pack
 
+RANK, WIDTH = 3, 40
+OUTPUTS = {"a.to_k": 20, "b.to_k": 12, "b.to_v": 20}
 
-def test_every_value_is_within_half_a_step() -> None:
+
+def made(kind: str) -> dict[str, torch.Tensor]:
+    """Rows of A and columns of B of very different sizes."""
     generator = torch.Generator().manual_seed(0)
-    adapter = {
-        "layer.A": torch.randn(3, 40, generator=generator) * torch.tensor([[1e-6], [1.0], [1e5]]),
-        "layer.B": torch.randn(20, 3, generator=generator) * torch.tensor([1e-3, 1.0, 50.0]),
-        "other.D": torch.randn(6, 5, generator=generator),
-    }
+
+    def random(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, generator=generator)
+
+    sizes = torch.tensor([1e-6, 1.0, 1e5])
+    adapter = {}
+    for layer, out in OUTPUTS.items():
+        if kind == "full":
+            adapter[f"{layer}.D"] = random(out, WIDTH)
+        else:
+            adapter[f"{layer}.A"] = random(RANK, WIDTH) * sizes[:, None]
+            adapter[f"{layer}.B"] = random(out, RANK) / sizes
+    return adapter
+
+
+@pytest.mark.parametrize("kind", ["lora", "full"])
+def test_every_value_is_within_half_a_step(kind: str) -> None:
+    adapter = made(kind)
     packed = pack(adapter)
+    found = packed.adapter
+    assert found.keys() == adapter.keys()
     for name, tensor in adapter.items():
-        step = packed.scales[name]
-        across = 0 if name.endswith("B") else 1
-        assert torch.allclose(step, tensor.abs().amax(across, keepdim=True) / 127)
-        assert ((packed.adapter[name] - tensor).abs() <= 0.501 * step).all()
-        assert packed.numbers[name].dtype == torch.int8
+        step = tensor.abs().amax(0 if name.endswith("B") else 1, keepdim=True) / 127
+        assert ((found[name] - tensor).abs() <= 0.501 * step).all()
+    assert {numbers.dtype for numbers in packed.numbers.values()} == {torch.int8}
 
 
-def test_what_is_packed_stays_as_it_is_when_packed_again() -> None:
-    tensor = torch.randn(30, 50, generator=torch.Generator().manual_seed(1))
-    once = pack({"layer.A": tensor})
+def test_layers_stand_one_below_the_other_by_name() -> None:
+    adapter = made("lora")
+    packed, other = pack(adapter), pack(dict(reversed(adapter.items())))
+    assert list(packed.outputs.items()) == list(OUTPUTS.items()) == list(other.outputs.items())
+    assert packed.numbers["A"].shape == (len(OUTPUTS) * RANK, WIDTH)
+    assert packed.numbers["B"].shape == (sum(OUTPUTS.values()), RANK)
+    assert packed.scales["B"].shape == (len(OUTPUTS), RANK)
+    assert all(torch.equal(packed.numbers[part], other.numbers[part]) for part in "AB")
+
+
+@pytest.mark.parametrize("kind", ["lora", "full"])
+def test_what_is_packed_stays_as_it_is_when_packed_again(kind: str) -> None:
+    once = pack(made(kind))
     again = pack(once.adapter)
-    assert torch.equal(once.numbers["layer.A"], again.numbers["layer.A"])
+    assert all(torch.equal(again.numbers[part], one) for part, one in once.numbers.items())
 
 
 def test_zeros_stay_zeros() -> None:

@@ -182,7 +182,7 @@ def test_what_is_not_finite_is_never_stored(
         "words": {**stack.words, "id2": bad["layer.to_k.A"]},
         "adapter": {**(stack.adapter or {}), **bad},
         "pool": {"id1": bad},
-        "targets": {"id2": pack(bad)},
+        "targets": {"id2": pack({**(stack.adapter or {}), **bad})},
         "loss": [stack.records[0], replace(stack.records[1], loss=value)],
         "tau": value,
     }
