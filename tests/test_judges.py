@@ -166,8 +166,8 @@ def test_lost_variety_shows_in_the_gaussian_kernel_only() -> None:
 
 
 def test_a_trained_judge_tells_right_pictures_from_wrong_ones(tmp_path: Path) -> None:
-    # a fifth of the training: shapes are learned by then, seven patterns in ten
-    trained = load_judges(tmp_path, Budget(scenes=1500, encoder_steps=150, attribute_steps=400))
+    # an eighth of the training: shapes are learned by then, seven patterns in ten
+    trained = load_judges(tmp_path, Budget(1500, 150, 400, batch=64))
     own, others = [], []
     learned = world.concepts("development", 8)
     for concept, other in zip(learned, [*learned[1:], learned[0]], strict=True):

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import pytest
+import run
 import tables
 from judges import Budget, load_judges
 
@@ -23,7 +24,18 @@ from comfy_continual_lora import store
 
 SCRIPT = Path(__file__).parents[1] / "benchmarks" / "retention" / "run.py"
 VARIANTS = "lora rank=2,joint"
-TINY = ["--seeds", "0,1", "--concepts", "2", "--steps", "1", "--pictures", "2"]
+TINY = [
+    "--seeds",
+    "0,1",
+    "--concepts",
+    "2",
+    "--steps",
+    "1",
+    "--pictures",
+    "2",
+    "--drawing-steps",
+    "2",
+]
 pytestmark = pytest.mark.slow
 
 
@@ -196,12 +208,16 @@ def test_methods_are_ordered_beside_the_papers(rows: list[dict[str, Any]]) -> No
     ],
 )
 def test_a_mistaken_method_or_setting_is_refused_before_anything_runs(
-    tmp_path: Path, variant: str, message: str
+    tmp_path: Path,
+    variant: str,
+    message: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
-    command = [sys.executable, str(SCRIPT), str(tmp_path), "--methods", variant]
-    result = subprocess.run(command, capture_output=True, text=True)
-    assert result.returncode == 2
-    assert message in result.stderr
+    monkeypatch.setattr(sys, "argv", ["run.py", str(tmp_path), "--methods", variant])
+    with pytest.raises(SystemExit, match="2"):
+        run.main()
+    assert message in capsys.readouterr().err
     assert not list(tmp_path.rglob("*.safetensors"))
 
 

@@ -38,7 +38,6 @@ class Real:
     photographs: Path
     clip: Path
     size: int = 512
-    drawing_steps: int = 25
 
 
 @dataclass(frozen=True)
@@ -57,6 +56,7 @@ class Job:
     real: Real | None = None  # None: the mini-SD and concepts of its world
     order: str = "mixed"  # of the world's concepts: subjects.ORDERS
     judges: Path = Path()  # folder of judges.py, for the world
+    drawing_steps: int | None = None  # None: DRAWING's, with a real checkpoint 25
 
     @property
     def method(self) -> str:
@@ -155,9 +155,8 @@ class Job:
 
     @property
     def drawing(self) -> DrawSettings:
-        if self.real is None:
-            return DRAWING
-        return DrawSettings(steps=self.real.drawing_steps, size=self.real.size)
+        usual = DrawSettings(steps=25, size=self.real.size) if self.real else DRAWING
+        return replace(usual, steps=self.drawing_steps or usual.steps)
 
     @property
     def prompts(self) -> list[str]:

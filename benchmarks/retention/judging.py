@@ -12,7 +12,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from eyes import features_of
-from jobs import DRAWING, PICTURES, Job, read_rows
+from jobs import PICTURES, Job, read_rows
 from PIL import Image
 from subjects import Subject
 from torch import Tensor
@@ -133,7 +133,7 @@ def judge_pairs(job: Job, backbone: Backbone, stack: store.ConceptStack) -> tupl
             things = f"a {names[n]} and a {names[n + 1]}"
             prompts.append(f"a photo of {things} {world.BACKGROUNDS[ground]}")
     with attached(backbone, stack.adapter):
-        pictures = sample.draw(backbone, stack.tokens, prompts, range(len(prompts)), DRAWING)
+        pictures = sample.draw(backbone, stack.tokens, prompts, range(len(prompts)), job.drawing)
     sheet = report.grid([concepts.to_pil(picture) for picture in pictures], len(grounds))
     sheet.save(job.folder / "both.png")
     return right_shapes(pictures, scenes), bleeding(pictures, scenes)

@@ -257,6 +257,7 @@ def made_with(job: Job, backbone: Backbone) -> dict[str, Any]:
         "order": job.order,
         "checkpoint": backbone.fingerprint,
         "settings": asdict(settings),
+        "drawing": asdict(job.drawing),
         "options": job.options,
     }
 
@@ -343,6 +344,7 @@ def _jobs(arguments: argparse.Namespace, parser: argparse.ArgumentParser) -> lis
         real=real,
         judges=arguments.judges,
         order=arguments.order,
+        drawing_steps=arguments.drawing_steps,
     )
     seeds = [int(seed) for seed in arguments.seeds.split(",")]
     variants = ROWS if arguments.methods == "all" else arguments.methods.split(",")
@@ -381,7 +383,6 @@ def _sequence(
         Path(arguments.concepts),
         arguments.clip,
         arguments.size,
-        arguments.drawing_steps,
     )
     try:
         found = len(of_folder(real.photographs, 0, real.size))
@@ -423,7 +424,9 @@ def main() -> None:
         "--judges", type=Path, default=HERE, help="folder of judges.py; trained there if missing"
     )
     parser.add_argument("--size", type=int, default=512, help="of photographs and drawings")
-    parser.add_argument("--drawing-steps", type=int, default=25, help="with --checkpoint")
+    parser.add_argument(
+        "--drawing-steps", type=int, help="of each picture (15; 25 with --checkpoint)"
+    )
     parser.add_argument("--processes", type=int, default=2)
     parser.add_argument(
         "--device", default="cpu", help="cpu or cuda; several processes can share a GPU"
