@@ -17,7 +17,7 @@ from helpers_learn import QUICK, learn_request
 
 from comfy_continual_lora import pipeline, requests, store
 from comfy_continual_lora.checkpoint import load
-from comfy_continual_lora.settings import DrawSettings, ScoreSettings
+from comfy_continual_lora.settings import DrawSettings, EvaluateSettings, ScoreSettings
 
 DRAWN = DrawSettings(steps=1, size=64)
 
@@ -61,7 +61,8 @@ def test_a_checkpoint_is_freed_when_an_operation_is_done(
         settings = ScoreSettings(trials=2)
         pipeline.dc_scores(requests.ScoreRequest(checkpoint, folders["V1"], settings, **place))
     elif operation == "evaluate":
-        pipeline.evaluate(requests.EvaluateRequest(checkpoint, **place))
+        few = EvaluateSettings(pictures=1, steps=1, trials=1, size=64)
+        pipeline.evaluate(requests.EvaluateRequest(checkpoint, settings=few, **place))
     elif operation == "consolidate":
         images = folders["V2"]
         pipeline.consolidate(
