@@ -162,26 +162,34 @@ def _peak(process: int) -> float:
 
 def saved(path: Path) -> dict[str, Any]:
     """Seconds to load and to store a stack that has one earlier version, imports aside; and how far
-    memory rises above what it was before loading, as a share of the file.
+    memory rises above what it was before loading, as a share of the file. A stack of one concept was
+    loaded and stored before, since what a program loads once grows with no stack.
     """
     shutil.rmtree(history_folder(path), ignore_errors=True)
-    store.save_stack(store.open_stack(path), path)
+    stack, small = store.open_stack(path), path.with_name("small.concepts.safetensors")
+    store.save_stack(stack, path)
+    store.save_stack(stack.first(1, stack.adapter), small)
     code = (
-        "import json, resource, sys, time; from pathlib import Path\n"
+        "import json, sys, time; from pathlib import Path\n"
         "from comfy_continual_lora import store\n"
-        "def peak(): return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024\n"
-        "path, times, before = Path(sys.argv[1]), [time.perf_counter()], peak()\n"
+        "def kib(name):\n"
+        "    lines = Path('/proc/self/status').read_text().splitlines()\n"
+        "    return next(int(line.split()[1]) for line in lines if line.startswith(name))\n"
+        "path, small = map(Path, sys.argv[1:])\n"
+        "store.save_stack(store.open_stack(small), small)\n"
+        "Path('/proc/self/clear_refs').write_text('5')\n"  # the peak is what there is now
+        "times, before = [time.perf_counter()], kib('VmRSS')\n"
         "stack = store.open_stack(path)\n"
         "times.append(time.perf_counter())\n"
         "store.save_stack(stack, path)\n"
         "times.append(time.perf_counter())\n"
-        "share = (peak() - before) / path.stat().st_size\n"
+        "share = 1024 * (kib('VmHWM') - before) / path.stat().st_size\n"
         "print(json.dumps([times[1] - times[0], times[2] - times[1], share]))\n"
     )
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
         # in a shell, which is small: a process begins with the peak of the one that started it
-        ["/bin/sh", "-c", '"$@"; true', "sh", sys.executable, "-c", code, str(path)],
+        ["/bin/sh", "-c", '"$@"; true', "sh", sys.executable, "-c", code, str(path), str(small)],
         capture_output=True,
         env=environment,
         check=True,
