@@ -35,10 +35,20 @@ from torch import Tensor
 from .areas import FINE, Areas, AreaSettings
 from .checkpoint.backbone import Backbone
 from .diffusion import noised
+from .errors import SettingError
 
 TIMESTEP = 100
 BATCH = 8
 MOST_KEPT = 16  # pictures of a concept whose features a stack keeps
+
+
+def check_net(backbone: Backbone) -> None:
+    """Errors: SettingError for a net that is no U-Net."""
+    if backbone.preset not in FINE:
+        raise SettingError(
+            f"What {backbone.path.name} itself sees of a picture can't be compared: its net is no "
+            "U-Net. Compare by another model (`clip`), and leave out `keep_features`."
+        )
 
 
 @torch.no_grad()
