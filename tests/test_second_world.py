@@ -8,6 +8,7 @@ from collections import Counter
 from collections.abc import Collection
 from pathlib import Path
 
+import anima
 import dataset
 import nets
 import numpy as np
@@ -220,3 +221,38 @@ def test_its_twin_is_read_as_sdxl(tmp_path: Path) -> None:
     size = float(features.abs().max())
     assert torch.allclose(backbone.context(encoded), features, atol=2e-3 * size)
     assert torch.allclose(given, wanted, atol=2e-3 * float(wanted.abs().max()))
+
+
+@pytest.mark.slow
+def test_its_anima_is_read_as_any(tmp_path: Path) -> None:
+    """With random weights: the folder's text features and its net's answer are those it was trained
+    with.
+    """
+    torch.manual_seed(0)
+    captions = [dataset.scene(0, index)[0].caption for index in range(200)]
+    anima.write_tokenizers(tmp_path / "anima", captions)
+    tokens = anima.Tokens(tmp_path / "anima", [captions[0], ""])
+    language = anima.new_language(tokens.qwen_words).model.eval()
+    flow, vae = anima.Flow(tokens.t5_words).eval(), anima.new_vae().eval()
+    for name, part in (("language", language), ("flow", flow), ("vae16", vae)):
+        save_file(part.state_dict(), tmp_path / f"{name}.safetensors")
+    mean, deviation = torch.linspace(-1, 1, 16), torch.linspace(1, 3, 16)
+    save_file({"mean": mean, "deviation": deviation}, tmp_path / "latents16.safetensors")
+    anima.write_folder(tmp_path)
+    backbone = load_backbone(tmp_path / "anima", device="cpu", precision="fp32")
+    assert (backbone.preset, backbone.word_width) == ("anima", anima.WIDTH)
+    noisy, share = torch.randn(2, 16, 16, 16), torch.tensor([0.5, 0.9])
+    with torch.no_grad():
+        states = language(tokens.qwen).last_hidden_state
+        masks = tokens.t5_mask, tokens.qwen_mask
+        wanted = flow(noisy, share, states, tokens.t5, masks)
+        features = backbone.encode_prompts([captions[0], ""])
+        given = backbone.predict(noisy, 1000 * share, features)
+    assert features.shape == (2, anima.POSITIONS, anima.WIDTH)
+    assert torch.allclose(given, wanted, atol=2e-2 * float(wanted.abs().max()))  # bfloat16
+    picture = torch.rand(3, 128, 128) * 2 - 1
+    (latent,) = backbone.encode_images([picture])
+    with torch.no_grad():
+        own = vae.encode(picture[None, :, None]).latent_dist.mean[0, :, 0]
+    own = (own - mean[:, None, None]) / deviation[:, None, None]
+    assert torch.allclose(latent, own, atol=2e-2 * float(own.abs().max()))

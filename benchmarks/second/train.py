@@ -16,7 +16,7 @@ checkpoint in SD1.x's layout; OUT/clip, its CLIP as transformers saves it; OUT/l
     pack         the checkpoint
 
 `--twin` makes the same with SDXL's two text encoders, pooled text, sizes and v-prediction besides:
-stages clip2, unet2 and pack2, OUT/twin.safetensors.
+stages clip2, unet2 and pack2, OUT/twin.safetensors. `--anima` makes an Anima besides, `anima.STAGES`.
 
 Each stage goes on from its snapshot, and one whose file exists is skipped, so the command can be given
 any number of short turns. `--seed` draws another training set and starts from other weights.
@@ -26,8 +26,11 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
+from typing import Any
 
+import anima
 import dataset
 import nets
 import numpy as np
@@ -41,12 +44,17 @@ from transformers import CLIPModel
 
 from comfy_continual_lora.diffusion import add_noise, alphas_cumprod, loss_per_example
 from comfy_continual_lora.mini.stages import attribute_loss
-from comfy_continual_lora.mini.training import Run, fit
+from comfy_continual_lora.mini.training import Loss, Run, fit
 
 STAGES = ("pictures", "reader", "clip", "autoencoder", "latents", "unet", "pack")
 TWIN = ("clip2", "unet2", "pack2")
 STEPS = {"reader": 3000, "clip": 4000, "autoencoder": 9000, "unet": 14_000}
 BATCHES = {"reader": 256, "clip": 1024, "autoencoder": 64, "unet": 512}
+for counts, others in ((STEPS, anima.STEPS), (BATCHES, anima.BATCHES)):
+    counts |= {"clip2": counts["clip"], "unet2": counts["unet"], **others}
+
+
+Coder = Callable[[Tensor], Tensor]
 
 
 class Recipe:
@@ -73,6 +81,41 @@ class Recipe:
     def fast(self, module: nn.Module) -> nn.Module:
         return torch.compile(module) if self.arguments.compile else module  # type: ignore[return-value]
 
+    def fit(self, name: str, model: nn.Module, loss: Loss, **options: float) -> None:
+        """Train it for the steps of this stage. `options`: as of `mini.training.fit`."""
+        fit(self.run, name, model, loss, steps=self.steps(name), **options)  # type: ignore[arg-type]
+
+    def train_autoencoder(self, name: str, model: nn.Module, encode: Coder, decode: Coder) -> None:
+        """`encode`: pictures -> the posterior's means and logarithms of variances, (n, 2c, 16, 16);
+        `decode`: latents -> pictures.
+        """
+        n = self.batch(name)
+
+        def loss(step: int) -> tuple[Tensor, dict[str, float]]:
+            images = self.data.images(self.data.indices(step, n, stream=3))
+            images = images.contiguous(memory_format=torch.channels_last)
+            with self.run.autocast():
+                mean, log_variance = encode(images).float().chunk(2, dim=1)
+                log_variance = log_variance.clamp(-30, 20)
+                latents = mean + (0.5 * log_variance).exp() * torch.randn_like(mean)
+                decoded = decode(latents).float()
+            error = F.smooth_l1_loss(decoded, images, beta=0.1)
+            edges = sum((decoded - images).diff(dim=d).abs().mean() for d in (2, 3))
+            divergence = 0.5 * (mean.square() + log_variance.exp() - 1 - log_variance).mean()
+            squared = (decoded.detach() - images).square().mean()
+            found = {"psnr": float(-10 * torch.log10(squared / 4))}
+            return error + 0.25 * edges + 1e-4 * divergence, found
+
+        self.fit(name, model, loss, rate=6e-4, weight_decay=0.0, ema=0.999)
+
+    @torch.no_grad()
+    def encoded(self, encode: Coder, count: int | None = None) -> Tensor:
+        """What `encode` makes of the first `count` pictures, or of all; float32 on the CPU."""
+        count = min(count or len(self.data), len(self.data))
+        starts = range(0, count, 256)
+        rows = (np.arange(start, min(start + 256, count)) for start in starts)
+        return torch.cat([encode(self.data.images(part)).float().cpu() for part in rows])
+
     # --- stages -------------------------------------------------------------------------------
 
     def pictures(self) -> None:
@@ -97,7 +140,7 @@ class Recipe:
             targets = {k: v[indices].to(self.run.device) for k, v in self.data.labels.items()}
             return attribute_loss(logits, targets), {}
 
-        fit(self.run, "reader", model, loss, steps=self.steps("reader"), rate=2e-3)
+        self.fit("reader", model, loss, rate=2e-3)
         self.run.save("reader", model)
 
     def clip(self) -> None:
@@ -107,7 +150,7 @@ class Recipe:
         self._train_clip("clip2")
 
     def _train_clip(self, name: str) -> None:
-        vocabulary, n = nets.Vocabulary(), self.batch("clip")
+        vocabulary, n = nets.Vocabulary(), self.batch(name)
         model = nets.new_clip(len(vocabulary.tokens), openclip=name == "clip2")
         ids = vocabulary.encode(self.data.captions)
         # the tower is causal: what follows the end of a caption does not matter
@@ -127,62 +170,30 @@ class Recipe:
             contrastive = (F.cross_entropy(logits, rows) + F.cross_entropy(logits.T, rows)) / 2
             return contrastive, {"top1": float((logits.argmax(1) == rows).float().mean())}
 
-        fit(self.run, name, model, loss, steps=self.steps("clip"), rate=5e-4, weight_decay=0.1)
+        self.fit(name, model, loss, rate=5e-4, weight_decay=0.1)
         self.run.save(name, model)
 
     def autoencoder(self) -> None:
-        model, n = nets.new_autoencoder(), self.batch("autoencoder")
+        model: Any = nets.new_autoencoder()
         nn.Module.to(model, memory_format=torch.channels_last)  # type: ignore[call-overload]
         encode, decode = self.fast(model.encoder), self.fast(model.decoder)
         narrow, widen = model.quant_conv, model.post_quant_conv
-        assert narrow is not None
-        assert widen is not None
-
-        def loss(step: int) -> tuple[Tensor, dict[str, float]]:
-            images = self.data.images(self.data.indices(step, n, stream=3))
-            images = images.contiguous(memory_format=torch.channels_last)
-            with self.run.autocast():
-                mean, log_variance = narrow(encode(images)).float().chunk(2, dim=1)
-                log_variance = log_variance.clamp(-30, 20)
-                latents = mean + (0.5 * log_variance).exp() * torch.randn_like(mean)
-                decoded = decode(widen(latents)).float()
-            error = F.smooth_l1_loss(decoded, images, beta=0.1)
-            edges = sum((decoded - images).diff(dim=d).abs().mean() for d in (2, 3))
-            divergence = 0.5 * (mean.square() + log_variance.exp() - 1 - log_variance).mean()
-            squared = (decoded.detach() - images).square().mean()
-            found = {"psnr": float(-10 * torch.log10(squared / 4))}
-            return error + 0.25 * edges + 1e-4 * divergence, found
-
-        steps = self.steps("autoencoder")
-        fit(
-            self.run,
-            "autoencoder",
-            model,
-            loss,
-            steps=steps,
-            rate=6e-4,
-            weight_decay=0.0,
-            ema=0.999,
+        self.train_autoencoder(
+            "autoencoder", model, lambda x: narrow(encode(x)), lambda z: decode(widen(z))
         )
         nn.Module.to(model, self.run.device)
-        some = np.arange(min(512, len(self.data)))
-        latents = torch.cat([_encoded(model, self.data.images(part)) for part in np.split(some, 8)])
+        latents = self.encoded(lambda images: model.encode(images).latent_dist.mean, 512)
         _scale_latents(model, 1 / nets.FACTOR / float(latents.std()))
         nn.Module.to(model, "cpu")
         self.run.save("autoencoder", model)
 
     def latents(self) -> None:
-        model = nets.new_autoencoder().eval()
+        model: Any = nets.new_autoencoder().eval()
         model.load_state_dict(load_file(self.run.out / "autoencoder.safetensors"))
         nn.Module.to(model, self.run.device)
-        found = []
-        for start in range(0, len(self.data), 256):
-            images = self.data.images(np.arange(start, min(start + 256, len(self.data))))
-            found.append((nets.FACTOR * _encoded(model, images)).half().cpu())
-        latents = torch.cat(found).contiguous()
-        save_file({"latents": latents}, self.run.out / "latents.safetensors")
-        mean, std = float(latents.float().mean()), float(latents.float().std())
-        self.run.log(stage="latents", mean=mean, std=std)
+        latents = self.encoded(lambda images: nets.FACTOR * model.encode(images).latent_dist.mean)
+        save_file({"latents": latents.half()}, self.run.out / "latents.safetensors")
+        self.run.log(stage="latents", mean=float(latents.mean()), std=float(latents.std()))
 
     def unet(self) -> None:
         self._train_unet("unet", twin=False)
@@ -191,7 +202,7 @@ class Recipe:
         self._train_unet("unet2", twin=True)
 
     def _train_unet(self, name: str, *, twin: bool) -> None:
-        n, device = self.batch("unet"), self.run.device
+        n, device = self.batch(name), self.run.device
         latents = load_file(self.run.out / "latents.safetensors")["latents"].to(device)
         clips = [_trained_clip(self.run.out, one) for one in ("clip", "clip2")[: 1 + twin]]
         text = nets.Texts(clips).to(device).eval()
@@ -223,7 +234,7 @@ class Recipe:
             weighed = error if twin else error / alphas[timestep]
             return weighed.mean() * 0.4, {"mse": float(error.detach().mean())}
 
-        fit(self.run, name, model, loss, steps=self.steps("unet"), rate=6e-4, ema=0.9995)
+        self.fit(name, model, loss, rate=6e-4, ema=0.9995)
         self.run.save(name, model)
 
     def pack(self) -> None:
@@ -233,12 +244,6 @@ class Recipe:
     def pack2(self) -> None:
         write_twin(self.run.out)
         self.run.log(stage="pack2", bytes=(self.run.out / "twin.safetensors").stat().st_size)
-
-
-@torch.no_grad()
-def _encoded(model: AutoencoderKL, images: Tensor) -> Tensor:
-    distribution = model.encode(images, return_dict=False)[0]
-    return distribution.mean.float()
 
 
 @torch.no_grad()
@@ -272,6 +277,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--scale", type=float, default=1.0, help="share of all steps, to try it")
     parser.add_argument("--compile", action="store_true", help="compile the nets (a minute each)")
     parser.add_argument("--twin", action="store_true", help="make the one like SDXL as well")
+    parser.add_argument("--anima", action="store_true", help="make an Anima as well")
     parser.add_argument("--stages", help="only these")
     return parser
 
@@ -283,7 +289,9 @@ def main() -> None:
     recipe = Recipe(arguments)
     every = (*STAGES, *TWIN) if arguments.twin else STAGES
     stages: dict[str, Callable[[], None]] = {name: getattr(recipe, name) for name in every}
-    for stage in arguments.stages.split(",") if arguments.stages else every:
+    if arguments.anima:
+        stages |= {name: partial(getattr(anima, name), recipe) for name in anima.STAGES}
+    for stage in arguments.stages.split(",") if arguments.stages else stages:
         if not (arguments.out / f"{stage}.safetensors").exists():
             stages[stage]()
 

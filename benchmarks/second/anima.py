@@ -1,0 +1,306 @@
+"""The second miniature as an Anima: the same pictures and captions, Anima's architecture at 27 million
+parameters.
+
+    tokenizers   Qwen's kind (bytes, pairs) and T5's (pieces), made from the captions
+    language     a small Qwen3, trained to go on with captions; then frozen, as Anima's is
+    vae16        Qwen-Image's autoencoder, 16 channels, one frame; its latents' mean and deviation
+    latents16    every picture encoded once
+    flow         the net and the conditioner together: eps - z_0 of z_t = (1 - t) z_0 + t eps
+    pack3        OUT/anima, a diffusers folder
+
+Shapes: n pictures, latents (n, 16, 16, 16), text features (n, 128, d): behind a caption they are 0, as
+Anima's are to position 512.
+
+Source: t is the sigmoid of a normal number, as in Stable Diffusion 3 (Esser et al. 2024, arXiv
+2403.03206).
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+import transformers
+from diffusers import AnimaTextConditioner, AutoencoderKLQwenImage, CosmosTransformer3DModel
+from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from torch import Tensor, nn
+from transformers import Qwen3Config, Qwen3ForCausalLM
+
+if TYPE_CHECKING:
+    from train import Recipe
+
+STAGES = ("tokenizers", "language", "vae16", "latents16", "flow", "pack3")
+STEPS = {"language": 3000, "vae16": 9000, "flow": 20_000}
+BATCHES = {"language": 512, "vae16": 64, "flow": 512}
+WIDTH, HEAD = 256, 64
+CHANNELS, SIDE = 16, 16  # of latents
+POSITIONS = 128  # of text features
+WORDS = 4000  # at most, of each tokenizer
+END = "<|endoftext|>"
+
+
+# --- the nets -------------------------------------------------------------------------------------
+
+
+def new_language(words: int) -> Qwen3ForCausalLM:
+    config: dict[str, Any] = {
+        "vocab_size": words,
+        "hidden_size": WIDTH,
+        "intermediate_size": 3 * WIDTH,
+        "num_hidden_layers": 6,
+        "num_attention_heads": 2 * WIDTH // HEAD,
+        "num_key_value_heads": WIDTH // HEAD,
+        "head_dim": HEAD,
+        "rope_theta": 1e6,
+        "tie_word_embeddings": True,
+    }
+    return Qwen3ForCausalLM(Qwen3Config(**config))
+
+
+def new_conditioner(words: int) -> AnimaTextConditioner:
+    return AnimaTextConditioner(
+        source_dim=WIDTH,
+        target_dim=WIDTH,
+        model_dim=WIDTH,
+        num_layers=3,
+        num_attention_heads=WIDTH // HEAD,
+        target_vocab_size=words,
+        min_sequence_length=POSITIONS,
+    )
+
+
+def new_net() -> CosmosTransformer3DModel:
+    """With the mask's channel among those of its input, so that diffusers has nothing to add."""
+    return CosmosTransformer3DModel(
+        in_channels=CHANNELS + 1,
+        out_channels=CHANNELS,
+        num_attention_heads=WIDTH // HEAD,
+        attention_head_dim=HEAD,
+        num_layers=10,
+        text_embed_dim=WIDTH,
+        adaln_lora_dim=64,
+        rope_scale=(1.0, 4.0, 4.0),
+        concat_padding_mask=False,
+        extra_pos_embed_type=None,
+    )
+
+
+def new_vae() -> AutoencoderKLQwenImage:
+    """Its latents' statistics are 0 and 1 until `vae16` has measured them."""
+    return AutoencoderKLQwenImage(
+        base_dim=16, latents_mean=[0.0] * CHANNELS, latents_std=[1.0] * CHANNELS
+    )
+
+
+class Flow(nn.Module):
+    """What is trained together: the net, and the conditioner, which makes text features."""
+
+    def __init__(self, t5_words: int) -> None:
+        super().__init__()
+        self.net: Any = new_net()
+        self.conditioner = new_conditioner(t5_words)
+
+    def forward(
+        self, noisy: Tensor, share: Tensor, states: Tensor, ids: Tensor, masks: Sequence[Tensor]
+    ) -> Tensor:
+        """eps - z_0, (n, 16, 16, 16). share (n,): of noise; states (n, s, d): Qwen's; ids (n, t): T5's;
+        masks: of both, True where there is text.
+        """
+        own, other = masks
+        features = self.conditioner(states, ids, own, other)
+        frame = torch.cat([noisy, torch.zeros_like(noisy[:, :1])], 1)[:, :, None]
+        given = {"timestep": share, "encoder_hidden_states": features}
+        return self.net(hidden_states=frame, **given).sample[:, :, 0]
+
+
+# --- tokenizers -----------------------------------------------------------------------------------
+
+
+def tokenizers(recipe: Recipe) -> None:
+    """Write OUT/anima/tokenizer and OUT/anima/t5_tokenizer, once."""
+    folder = recipe.run.out / "anima"
+    if not (folder / "t5_tokenizer" / "tokenizer_config.json").exists():
+        write_tokenizers(folder, recipe.data.captions)
+
+
+def write_tokenizers(folder: Path, captions: Sequence[str]) -> None:
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    qwen = Tokenizer(models.BPE())
+    qwen.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)  # type: ignore[assignment]
+    pairs = trainers.BpeTrainer(
+        vocab_size=WORDS, initial_alphabet=alphabet, special_tokens=[END], show_progress=False
+    )
+    qwen.train_from_iterator(captions, pairs)
+    path = folder / "tokenizer"
+    path.mkdir(parents=True, exist_ok=True)
+    qwen.model.save(str(path))
+    _describe(path, tokenizer_class="Qwen2Tokenizer", eos_token=END, pad_token=END)
+    t5 = Tokenizer(models.Unigram())
+    t5.pre_tokenizer = pre_tokenizers.Metaspace()  # type: ignore[assignment]
+    t5.decoder = decoders.Metaspace()  # type: ignore[assignment]
+    special = ["<pad>", "</s>", "<unk>"]
+    pieces = trainers.UnigramTrainer(
+        vocab_size=WORDS,
+        initial_alphabet=[chr(code) for code in range(33, 127)],
+        special_tokens=special,
+        unk_token="<unk>",
+        show_progress=False,
+    )
+    t5.train_from_iterator(captions, pieces)
+    path = folder / "t5_tokenizer"
+    path.mkdir(parents=True, exist_ok=True)
+    t5.save(str(path / "tokenizer.json"))
+    names = dict(zip(("pad_token", "eos_token", "unk_token"), special, strict=True))
+    _describe(path, tokenizer_class="T5Tokenizer", **names)
+
+
+def _describe(folder: Path, **config: str) -> None:
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+
+
+class Tokens:
+    """The ids of captions by both tokenizers, padded with 0, (n, longest), and which are text."""
+
+    def __init__(self, folder: Path, captions: Sequence[str]) -> None:
+        library: Any = transformers
+        texts = list(captions)
+        qwen = library.Qwen2TokenizerFast.from_pretrained(str(folder / "tokenizer"))
+        self.qwen_words, end = len(qwen), qwen.convert_tokens_to_ids(END)
+        read = qwen(texts, add_special_tokens=False)["input_ids"]
+        self.qwen, self.qwen_mask = _padded([ids or [end] for ids in read])
+        t5 = library.T5TokenizerFast.from_pretrained(str(folder / "t5_tokenizer"))
+        self.t5_words = len(t5)
+        read = t5(texts, add_special_tokens=False)["input_ids"]
+        self.t5, self.t5_mask = _padded([[*ids[: POSITIONS - 1], t5.eos_token_id] for ids in read])
+
+
+def _padded(rows: Sequence[list[int]]) -> tuple[Tensor, Tensor]:
+    ids = nn.utils.rnn.pad_sequence([torch.tensor(row) for row in rows], batch_first=True)
+    lengths = torch.tensor([len(row) for row in rows])
+    return ids, torch.arange(ids.shape[1]) < lengths[:, None]
+
+
+# --- stages ---------------------------------------------------------------------------------------
+
+
+def _tokens(recipe: Recipe) -> Tokens:
+    """Of the empty caption, then of all."""
+    return Tokens(recipe.run.out / "anima", ["", *recipe.data.captions])
+
+
+def language(recipe: Recipe) -> None:
+    tokens, n, device = _tokens(recipe), recipe.batch("language"), recipe.run.device
+    model = new_language(tokens.qwen_words)
+    targets = tokens.qwen.masked_fill(~tokens.qwen_mask, -100)
+
+    def loss(step: int) -> tuple[Tensor, dict[str, float]]:
+        index = torch.from_numpy(recipe.data.indices(step, n, stream=30)) + 1
+        with recipe.run.autocast():
+            # causal, so what is behind a caption does not matter
+            logits = model(input_ids=tokens.qwen[index].to(device)).logits[:, :-1]
+        wanted = targets[index, 1:].to(device)
+        return F.cross_entropy(logits.float().flatten(0, 1), wanted.flatten()), {}
+
+    recipe.fit("language", model, loss, rate=1e-3)
+    recipe.run.save("language", model.model)
+
+
+def vae16(recipe: Recipe) -> None:
+    model: Any = new_vae()
+
+    def encode(images: Tensor) -> Tensor:
+        return model.encode(images[:, :, None]).latent_dist.parameters[:, :, 0]
+
+    def decode(latents: Tensor) -> Tensor:
+        return model.decode(latents[:, :, None]).sample[:, :, 0]
+
+    recipe.train_autoencoder("vae16", model, encode, decode)
+    recipe.run.save("vae16", model)
+
+
+@torch.no_grad()
+def latents16(recipe: Recipe) -> None:
+    """OUT/latents16.safetensors: `latents` of mean 0 and deviation 1 in every channel, which are
+    `mean` and `deviation` of the autoencoder's.
+    """
+    model: Any = new_vae()
+    model.load_state_dict(load_file(recipe.run.out / "vae16.safetensors"))
+    nn.Module.to(model.eval(), recipe.run.device)
+    latents = recipe.encoded(
+        lambda images: model.encode(images[:, :, None]).latent_dist.mean[:, :, 0]
+    )
+    deviation, mean = torch.std_mean(latents, dim=(0, 2, 3))
+    latents = (latents - mean[:, None, None]) / deviation[:, None, None]
+    parts = {"latents": latents.half().contiguous(), "mean": mean, "deviation": deviation}
+    save_file(parts, recipe.run.out / "latents16.safetensors")
+
+
+def flow(recipe: Recipe) -> None:
+    n, device = recipe.batch("flow"), recipe.run.device
+    latents = load_file(recipe.run.out / "latents16.safetensors")["latents"].to(device)
+    tokens = _tokens(recipe)
+    text = nn.Module.to(_trained_language(recipe.run.out, tokens.qwen_words), device)
+    model = Flow(tokens.t5_words)
+    predict = recipe.fast(model)
+    parts = [tokens.qwen, tokens.t5, tokens.t5_mask, tokens.qwen_mask]
+    qwen, t5, t5_mask, qwen_mask = (part.to(device) for part in parts)
+
+    def loss(step: int) -> tuple[Tensor, dict[str, float]]:
+        index = torch.from_numpy(recipe.data.indices(step, n, stream=31)).to(device)
+        rng = np.random.default_rng((recipe.seed, 32, step))
+        generator = torch.Generator(device).manual_seed(int(rng.integers(2**31)))
+        share = torch.randn(n, generator=generator, device=device).sigmoid()
+        noise = torch.randn(n, CHANNELS, SIDE, SIDE, generator=generator, device=device)
+        clean, part = latents[index].float(), share.view(-1, 1, 1, 1)
+        said = (index + 1) * (torch.rand(n, generator=generator, device=device) >= 0.1)
+        with recipe.run.autocast():
+            with torch.no_grad():
+                states = text(qwen[said]).last_hidden_state
+            noisy = (1 - part) * clean + part * noise
+            masks = t5_mask[said], qwen_mask[said]
+            predicted = predict(noisy, share, states, t5[said], masks)
+        return F.mse_loss(predicted.float(), noise - clean), {}
+
+    recipe.fit("flow", model, loss, rate=1e-3, ema=0.9995)
+    recipe.run.save("flow", model)
+
+
+def pack3(recipe: Recipe) -> None:
+    write_folder(recipe.run.out)
+
+
+def write_folder(out: Path) -> None:
+    """Write the parts into OUT/anima, beside its tokenizers."""
+    folder = out / "anima"
+    tokens = Tokens(folder, [""])
+    model = Flow(tokens.t5_words)
+    model.load_state_dict(load_file(out / "flow.safetensors"))
+    vae = new_vae()
+    vae.load_state_dict(load_file(out / "vae16.safetensors"))
+    found = load_file(out / "latents16.safetensors")
+    vae.register_to_config(
+        latents_mean=found["mean"].tolist(), latents_std=found["deviation"].tolist()
+    )
+    parts = {
+        "transformer": model.net,
+        "text_conditioner": model.conditioner,
+        "text_encoder": _trained_language(out, tokens.qwen_words),
+        "vae": vae,
+    }
+    for name, part in parts.items():
+        part.to(torch.bfloat16).save_pretrained(folder / name)
+    index = {"_class_name": "AnimaModularPipeline"}
+    (folder / "modular_model_index.json").write_text(json.dumps(index))
+
+
+def _trained_language(out: Path, words: int) -> Any:
+    """A Qwen3Model."""
+    model = new_language(words).model
+    model.load_state_dict(load_file(out / "language.safetensors"))
+    return model.eval().requires_grad_(False)
