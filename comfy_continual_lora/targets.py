@@ -150,19 +150,8 @@ class PromptBank:
             encoded = self.backbone.encode_prompts([prompt], self.words)
             self._pairs[pair] = self.backbone.context(encoded)[0].float().cpu()
         features = self._pairs[pair]
-        start, end = self._second_word(prompt, second.token)
+        start, end = self.backbone.second_word(prompt, second.token, self.words)
         return features[start:end] if of_second else features[:start], features[end:]
-
-    def _second_word(self, prompt: str, token: str) -> tuple[int, int]:
-        """The position at which the last learned word of a prompt begins, and that of its padding."""
-        ids, slots = self.backbone.tokenize(prompt, self.words)
-        words = [k for k, slot in enumerate(slots) if slot >= 0]
-        before_padding = [
-            k
-            for k, (one, slot) in enumerate(zip(ids, slots, strict=True))
-            if slot >= 0 or one != ids[-1]
-        ]
-        return max(words) + 1 - len(self.words[token]), max(before_padding) + 1
 
 
 def _near(numbers: Iterable[int], count: int) -> list[int]:

@@ -19,6 +19,7 @@ from helpers_webui import WebUI, freeze
 from comfy_continual_lora import pipeline
 from comfy_continual_lora.checkpoint.backbone import Backbone
 from comfy_continual_lora.checkpoint.load import load_backbone
+from comfy_continual_lora.checkpoint.stable import StableBackbone
 from comfy_continual_lora.mini.weights import write_checkpoint
 from comfy_continual_lora.settings import LearnSettings
 
@@ -45,9 +46,9 @@ def _prompts_are_encoded_once() -> Iterator[None]:
     """The hundreds of ordinary prompts that a concept is held at are the same in all tests, and
     took most of their time. A batch that was encoded without gradients is not encoded again.
     """
-    encode, known = Backbone.encode_prompts, dict[Any, torch.Tensor]()
+    encode, known = StableBackbone.encode_prompts, dict[Any, torch.Tensor]()
 
-    def remembered(self: Backbone, prompts: Sequence[str], words: Any = None) -> torch.Tensor:
+    def remembered(self: StableBackbone, prompts: Sequence[str], words: Any = None) -> torch.Tensor:
         if words or torch.is_grad_enabled() or len(prompts) < 16 or self.device.type != "cpu":
             return encode(self, prompts, words)
         dtypes = [next(part.parameters()).dtype for part in self.parts]
@@ -59,7 +60,7 @@ def _prompts_are_encoded_once() -> Iterator[None]:
         return known[key].clone()
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Backbone, "encode_prompts", remembered)
+        patch.setattr(StableBackbone, "encode_prompts", remembered)
         yield
 
 

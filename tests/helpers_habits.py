@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 from torch import Tensor
 
-from comfy_continual_lora.checkpoint.backbone import Backbone
+from comfy_continual_lora.checkpoint.stable import StableBackbone
 from comfy_continual_lora.emphasis import CHUNK, Token
 
 Habits = dict[str, tuple[str, int]]
@@ -36,7 +36,7 @@ IN_WEB_UIS: Habits = {
 MOVED = f"{' '.join([_PHRASE] * 9)}, a (V1:1.2) ball on grass at night in deep white winter snow"
 
 
-def own(backbone: Backbone, words: Mapping[str, Tensor], habits: Habits) -> dict[str, Tensor]:
+def own(backbone: StableBackbone, words: Mapping[str, Tensor], habits: Habits) -> dict[str, Tensor]:
     """What cross-attention sees of the prompts when we draw them."""
     return {
         name: backbone.context(
@@ -46,7 +46,7 @@ def own(backbone: Backbone, words: Mapping[str, Tensor], habits: Habits) -> dict
     }
 
 
-def moved_by_web_uis(backbone: Backbone, words: Mapping[str, Tensor]) -> Tensor:
+def moved_by_web_uis(backbone: StableBackbone, words: Mapping[str, Tensor]) -> Tensor:
     """What AUTOMATIC1111 and its family make of `MOVED`, whose learned word first stands at the end of
     the first chunk, and then goes into the second with all that follows the comma.
 
@@ -59,5 +59,5 @@ def moved_by_web_uis(backbone: Backbone, words: Mapping[str, Tensor]) -> Tensor:
     stay = [replace(t, weight=1.0) if t.vector >= 0 else Token(end) for t in second]
     go = [Token(0, weight=t.weight) if t.vector >= 0 else t for t in second]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Backbone, "chunks", lambda *_: [[*first, *stay][:CHUNK], go])
+        patch.setattr(StableBackbone, "chunks", lambda *_: [[*first, *stay][:CHUNK], go])
         return backbone.context(backbone.encode_drawn(MOVED, words)).contiguous()

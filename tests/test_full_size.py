@@ -30,9 +30,9 @@ from transformers import CLIPTokenizer
 
 from comfy_continual_lora import pipeline, requests, store
 from comfy_continual_lora.adapters.adapter import attached
-from comfy_continual_lora.checkpoint.backbone import Backbone
 from comfy_continual_lora.checkpoint.load import load_backbone
 from comfy_continual_lora.checkpoint.single_file import TOKENIZER
+from comfy_continual_lora.checkpoint.stable import StableBackbone
 from comfy_continual_lora.checkpoint.text import TextEncoder
 from comfy_continual_lora.settings import LearnSettings
 
@@ -191,7 +191,7 @@ def in_a1111(webui: Path, folder: Path, checkpoint: Path) -> None:
 
 
 def _habits(
-    backbone: Backbone, words: dict[str, Tensor]
+    backbone: StableBackbone, words: dict[str, Tensor]
 ) -> tuple[dict[str, Tensor], dict[Callable[..., None], Habits]]:
     """Our features of what is tried, and what each program is asked."""
     asked = {**HABITS, **IN_WEB_UIS}
@@ -359,7 +359,16 @@ def test_comfyui_reads_a_prompt_with_sdxl_s_text_encoders_as_we_do(tmp_path: Pat
     tokenizer.model_max_length = 77
     encoders = [TextEncoder(small, 49407, True), TextEncoder(big, 0, True)]
     rest: Any = torch.nn.Linear(1, 1)
-    backbone = Backbone(Path("xl"), rest, rest, encoders, tokenizer, "sdxl", 1024, "0")
+    backbone = StableBackbone(
+        path=Path("xl"),
+        unet=rest,
+        vae=rest,
+        text_encoders=encoders,
+        tokenizer=tokenizer,
+        preset="sdxl",
+        size=1024,
+        fingerprint="0",
+    )
     with torch.no_grad():
         features, theirs = _habits(backbone, {"V1": _word_of_sdxl()})
     expected = _asked(tmp_path, theirs[in_comfyui], features, {"word": _word_of_sdxl()})

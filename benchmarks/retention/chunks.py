@@ -35,6 +35,7 @@ from comfy_continual_lora import pipeline, requests, store
 from comfy_continual_lora.adapters.adapter import Adapter, factored, layers_of
 from comfy_continual_lora.checkpoint.backbone import Backbone
 from comfy_continual_lora.checkpoint.load import load_backbone
+from comfy_continual_lora.checkpoint.stable import StableBackbone
 from comfy_continual_lora.emphasis import CHUNK, Token
 from comfy_continual_lora.language import STYLES, TAGS
 from comfy_continual_lora.mini import world
@@ -74,6 +75,7 @@ def rows_of(
     part: Callable[[Sequence[Token]], slice] = lambda tokens: slice(None),
 ) -> Tensor:
     """The features of the words in one chunk of each prompt, or in a part of it, (rows, d)."""
+    assert isinstance(backbone, StableBackbone)
     rows = []
     for prompt in prompts:
         features = backbone.context(backbone.encode_drawn(prompt, words))[0]
@@ -87,6 +89,7 @@ def by_comfyui(backbone: Backbone, weight: float, prompts: Sequence[str]) -> Ten
     """The features of words of this weight by ComfyUI's rule: more of what differs from an empty
     prompt.
     """
+    assert isinstance(backbone, StableBackbone)
     empty = backbone.context(backbone.encode_drawn(""))[0]
     rows = []
     for prompt in prompts:

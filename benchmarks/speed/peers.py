@@ -115,9 +115,11 @@ def diffusers(path: str, job: dict[str, int], cached: bool = False) -> dict[str,
 
     from comfy_continual_lora.checkpoint.backbone import KV_MODULES
     from comfy_continual_lora.checkpoint.load import load_backbone
+    from comfy_continual_lora.checkpoint.stable import StableBackbone
 
     meter = Meter(job["skipped"])
     loaded = load_backbone(path, device="cpu")  # the same modules and weights
+    assert isinstance(loaded, StableBackbone)
     unet, text, tokenizer = loaded.unet, loaded.text_encoders[0].model, loaded.tokenizer
     vae: Any = loaded.vae
     unet.add_adapter(

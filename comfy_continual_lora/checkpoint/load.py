@@ -24,6 +24,7 @@ from .layout import PROMPT_LENGTH, Fingerprint, Layout, open_safetensors
 from .narrow import dtype_for, put, put_unet
 from .path import check_path
 from .single_file import file_layout
+from .stable import StableBackbone
 from .text import TextEncoder
 
 
@@ -66,18 +67,18 @@ def load_backbone(
             _fill_position_ids(model, target)
             pad = 0 if text.openclip else int(tokenizer.eos_token_id)  # type: ignore[arg-type]
             encoders.append(TextEncoder(model, pad, text.penultimate))
-    return Backbone(
-        Path(path),
-        unet,
-        vae,
-        encoders,
-        tokenizer,
-        layout.preset,
-        layout.size,
-        fingerprint.hexdigest(),
-        prediction or layout.prediction,
-        layout.zero_snr,
-        target,
+    return StableBackbone(
+        path=Path(path),
+        unet=unet,
+        vae=vae,
+        text_encoders=encoders,
+        tokenizer=tokenizer,
+        preset=layout.preset,
+        size=layout.size,
+        fingerprint=fingerprint.hexdigest(),
+        prediction=prediction or layout.prediction,
+        zero_snr=layout.zero_snr,
+        device=target,
     )
 
 

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from comfy_continual_lora.checkpoint.backbone import Backbone
+from comfy_continual_lora.checkpoint.stable import StableBackbone
 
 from .rival import Own
 
@@ -41,6 +42,7 @@ def target_rows(backbone: Backbone, concept: Own) -> Tensor:
     rows = []
     for prompt in (concept.name, f"photo of a {concept.name}"):
         features = backbone.context(backbone.encode_prompts([prompt], words))[0]
+        assert isinstance(backbone, StableBackbone)
         _, slots = backbone.tokenize(prompt, words)
         first = next(position for position, slot in enumerate(slots) if slot >= 0)
         padding = backbone.padding([prompt], words)[0]
