@@ -76,8 +76,9 @@ class Exported:
         """The files, the triggers, and the notes."""
         lines = [str(path) for path in (self.lora, *self.embeddings) if path]
         if self.triggers:
+            line = f"In prompts: {', '.join(self.triggers)}"
             words = ", ".join(f"embedding:{path.stem}" for path in self.embeddings)
-            lines.append(f"In prompts: {', '.join(self.triggers)} (ComfyUI: {words})")
+            lines.append(f"{line} (ComfyUI: {words})" if words else line)
         return "\n".join([*lines, *self.notes]) or "There is no concept to export."
 
     def as_json(self) -> dict[str, Any]:
@@ -152,13 +153,18 @@ def export_files(
             written = {
                 record.token: _write_word(stack, record, embeddings, taken, own)
                 for record in stack.records
+                if len(stack.words[record.id])
+            }
+            # one without vectors is named by its word itself
+            names = {
+                token: written[token].stem if token in written else token for token in stack.tokens
             }
             triggers = [
-                name_of(written[record.token].stem, record.noun if record.with_noun else "")
+                name_of(names[record.token], record.noun if record.with_noun else "")
                 for record in stack.records
             ]
             if tensors:
-                nouns = {written[record.token].stem: record.noun for record in stack.records}
+                nouns = {names[record.token]: record.noun for record in stack.records}
                 lora = _write_lora(
                     stack, tensors, out, stem, triggers, nouns, format, only, metadata or {}
                 )

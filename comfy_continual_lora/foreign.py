@@ -39,7 +39,7 @@ from .lorafile import (
     scale,
     split_name,
 )
-from .presets import CLIP_SKIP_PRESETS
+from .presets import CLIP_SKIP_PRESETS, PLAIN_NAME_PRESETS
 from .requests import ImportRequest
 from .settings import MOST_VECTORS
 from .stack import ConceptRecord
@@ -246,8 +246,14 @@ class Imported:
 def imported_concept(backbone: Backbone, request: ImportRequest) -> Imported:
     """The concept that a request names. Its id is a hash of the file and the word.
 
-    Errors: SettingError without embedding and trigger, or with both; StackError as in `read_lora`.
+    Errors: SettingError without embedding and trigger, or with both, and for a checkpoint whose names
+    are plain text; StackError as in `read_lora`.
     """
+    if backbone.preset in PLAIN_NAME_PRESETS:
+        raise SettingError(
+            f"Nothing can be imported for {backbone.path.name} yet: a concept's name there is plain "
+            "text. Learn the concept from its pictures (`learn`)."
+        )
     if bool(request.embedding) == bool(request.trigger):
         raise SettingError(
             "An imported concept needs its word: give either an `embedding` or a `trigger`, not "

@@ -157,7 +157,12 @@ def language_prompts(tokenizer: Any, count: int = PROMPTS) -> list[str]:
 
 
 def _whole_words(vocabulary: dict[str, int]) -> list[str]:
-    """Words of three letters or more that are one token, in order."""
-    ends = "</w>"
-    words = (token.removesuffix(ends) for token in vocabulary if token.endswith(ends))
+    """Words of three letters or more that are one token, in order: CLIP marks where they end, T5 where
+    they begin.
+    """
+    words = (
+        token.removesuffix("</w>").removeprefix("▁")
+        for token in vocabulary
+        if token.endswith("</w>") or token.startswith("▁")
+    )
     return sorted(word for word in words if len(word) > 2 and word.isascii() and word.isalpha())

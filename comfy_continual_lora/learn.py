@@ -130,7 +130,7 @@ def learn(
         if inputs.frozen_adapter and learned:
             learned = joined(inputs.frozen_adapter, learned)
         vectors = word.detach().cpu().clone()
-        if settings.token_rate and torch.equal(vectors, inputs.word.float().cpu()):
+        if len(vectors) and settings.token_rate and torch.equal(vectors, inputs.word.float().cpu()):
             if is_first():
                 snapshot.unlink(missing_ok=True)  # the same run would end like this again
             raise TrainingError(

@@ -27,10 +27,12 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from .adapters import count
+from .checkpoint.anima_layout import AnimaLayout
 from .checkpoint.backbone import kv_layers
 from .checkpoint.layout import Layout, Part
 from .checkpoint.load import open_checkpoint, pick_device
 from .checkpoint.narrow import DTYPES, FP8, compute_dtype_of, dtype_for, is_large
+from .errors import CheckpointError
 from .methods import METHODS
 from .settings import LearnSettings, ResolvedSettings
 from .stackfile import read_header
@@ -70,6 +72,11 @@ def plan(checkpoint: Path, stack: Path, asked: LearnSettings, device: str) -> Pl
     """
     here = pick_device(device)
     with open_checkpoint(checkpoint) as layout:
+        if isinstance(layout, AnimaLayout):
+            raise CheckpointError(
+                f"{checkpoint} is Anima, for which memory and time can't be estimated yet. Learn "
+                "without a plan; if memory runs out, the message says what needs less."
+            )
         settings = asked.resolved(layout.preset)
         dtype = dtype_for(settings.precision, here)
         header = read_header(stack) if stack.exists() else {}

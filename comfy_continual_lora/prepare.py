@@ -21,6 +21,7 @@ from .mentions import not_learned, not_read, only_in_web_uis, previewed, unknown
 from .methods import METHODS
 from .methods.method import LearnedConcept, Method, StackSummary, summary_of, summary_of_file
 from .methods.stages import past_adapters
+from .presets import FLOW_PRESETS, PLAIN_NAME_PRESETS
 from .progress import OnProgress, Progress
 from .requests import ConsolidateRequest, ImportRequest, LearnRequest
 from .session import Session, Snapshots
@@ -85,7 +86,7 @@ def tell_of_clip_skip(session: Session, imported: int) -> None:
 
 def tell_of_objective(session: Session, concept: Concept) -> None:
     """Before a stack's first concept, say if the checkpoint seems to predict something else."""
-    if not session.stack.records:
+    if not session.stack.records and session.backbone.preset not in FLOW_PRESETS:
         prompt = f"a photo of a {concept.noun}"
         if note := objective.doubt(session.backbone, concept.latents, prompt):
             session.tell(note)
@@ -102,7 +103,26 @@ def settings_for(session: Session, request: LearnRequest, method: Method) -> Res
     method.check(request.settings, summary_of(session.stack))
     settings = _with_rank_of(session.stack, request.settings)
     settings = replace(settings, clip_skip=session.backbone.clip_skip)
-    return settings.resolved(session.backbone.preset)
+    resolved = settings.resolved(session.backbone.preset)
+    _check_name(session.backbone.path, resolved, session.backbone.preset in PLAIN_NAME_PRESETS)
+    return resolved
+
+
+def _check_name(checkpoint: Path, settings: ResolvedSettings, plain: bool) -> None:
+    """Errors: SettingError if the checkpoint's names are plain text and this wants vectors, or not
+    and it wants none.
+    """
+    if plain and settings.method == "textual_inversion":
+        raise SettingError(
+            f"The `method` textual_inversion learns a word's vectors alone, and on {checkpoint.name} "
+            "names are plain text. Choose another."
+        )
+    if plain != (settings.vectors == 0):
+        kind = "plain text, without vectors" if plain else "learned vectors, at least one"
+        raise SettingError(
+            f"`vectors` is {settings.vectors}, but a concept's name on {checkpoint.name} is {kind}. "
+            "Leave it out."
+        )
 
 
 def _with_rank_of(stack: ConceptStack, settings: LearnSettings) -> LearnSettings:

@@ -26,6 +26,10 @@ ADAPTERS = ["lora", "vera"]
 PREDICTIONS = {"epsilon": "epsilon", "v": "v_prediction", "flow": "flow_prediction"}
 PREDICTION_NAMES = {value: name for name, value in PREDICTIONS.items()}
 CLIP_SKIP_PRESETS = ("sd1", "mini")  # of checkpoints that take `clip_skip`
+PLAIN_NAME_PRESETS = (
+    "anima",
+)  # of checkpoints whose concepts have no vectors (`checkpoint.anima`)
+FLOW_PRESETS = ("anima",)  # of checkpoints that are always flows
 CLIP_SKIP_2 = (  # what users of other programs have to set
     "It was learned with clip skip 2, so draw with that: in ComfyUI CLIP Set Last Layer at -2, in "
     "AUTOMATIC1111 and Forge Clip skip at 2."
@@ -55,16 +59,29 @@ TEMPLATES = (
 #                 scripts. SD2.x: as SD1.x
 #   weighting     uniform: the paper (arXiv 2410.00700)
 #   guidance      SD1.x and SD2.x 7.5: diffusers' pipeline; SDXL 7: our choice (diffusers' pipeline: 5)
+#   flow_shift    6: bigASP 2.5's model card, for flows that were Stable Diffusions
+#   anima         rate 1e-4: sd-scripts' docs/anima_train_network.md. guidance 4: diffusers'
+#                 AnimaTextEncoderStep. flow_shift 3: ComfyUI's supported_models.Anima. Names are plain
+#                 text, so no vectors. The rest as SD1.x
 #   flip, dsc_steps, ewc_strength: our choice; the last means the same on any net (benchmarks/LOG.md,
 #                 2026-11-28) and was chosen on the mini-SD. The paper's own are not published
 _STOCK = {
     "rank": 16, "vectors": 1, "steps": 1000, "batch": 1, "rate": 2e-4, "token_rate": 1e-3,
     "weighting": "uniform", "flip": True, "ewc_strength": 3.0, "dsc_steps": 200, "guidance": 7.5,
+    "flow_shift": 6.0,
 }  # fmt: skip
 PRESETS: dict[str, dict[str, Any]] = {
     "sd1": _STOCK,
     "sd2": _STOCK,
     "sdxl": {**_STOCK, "rate": 1e-4, "token_rate": 3e-4, "guidance": 7.0},
+    "anima": {
+        **_STOCK,
+        "vectors": 0,
+        "rate": 1e-4,
+        "token_rate": 0.0,
+        "guidance": 4.0,
+        "flow_shift": 3.0,
+    },
     "mini": {  # measured on development concepts (benchmarks/LOG.md)
         "rank": 16,
         "vectors": 4,
@@ -77,6 +94,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "ewc_strength": 3.0,
         "dsc_steps": 60,
         "guidance": 4.0,
+        "flow_shift": 6.0,
     },
 }
 # Exceptions for a method on a checkpoint: on the mini-SD measured ones (benchmarks/LOG.md); on others
@@ -84,7 +102,7 @@ PRESETS: dict[str, dict[str, Any]] = {
 METHOD_PRESETS: dict[tuple[str, str], dict[str, Any]] = {
     **{
         (preset, method): {"rate": 1e-5}
-        for preset in ("sd1", "sd2", "sdxl")
+        for preset in ("sd1", "sd2", "sdxl", "anima")
         for method in ("custom_diffusion", "custom_diffusion_ewc")
     },
     ("mini", "lora_dsc_ewc"): {"ewc_strength": 1.0},

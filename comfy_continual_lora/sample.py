@@ -41,6 +41,7 @@ def make_solver(settings: DrawSettings, backbone: Backbone) -> Solver:
     rectified-flow fine-tunes know of no other that is reliable (bigASP 2.5's model card).
     """
     if backbone.prediction == "flow_prediction":
+        assert settings.flow_shift is not None
         return FlowMatchEulerDiscreteScheduler(TIMESTEPS, shift=settings.flow_shift)
     schedule = {
         "num_train_timesteps": TIMESTEPS,
@@ -72,15 +73,16 @@ def draw(
     A picture does not depend on the others in the batch. Several prompts for a picture (equally many
     for all) are drawn from left to right, each in an area of its own. With
     `nouns`, the class noun of each word, several learned things in one prompt are kept apart, unless
-    `settings.mixed`; `areas` says how, if not as usual.
+    `settings.mixed` or on a checkpoint without areas; `areas` says how, if not as usual.
     Classifier-free guidance (Ho & Salimans 2022): eps = eps(negative) + g (eps(prompt) -
     eps(negative)).
     """
     assert settings.guidance is not None
     parts = [[prompt] if isinstance(prompt, str) else list(prompt) for prompt in prompts]
     count = len(parts[0])
-    apart = {} if settings.mixed or count > 1 else nouns or {}
-    areas = areas or AreaSettings(FINE[backbone.preset])
+    mixed = settings.mixed or count > 1 or backbone.preset not in FINE
+    apart = {} if mixed else nouns or {}
+    areas = areas or AreaSettings(FINE.get(backbone.preset, 1))
     drawing = _Drawing(backbone, DrawnText(backbone, words), settings, areas, on_progress, count)
     found = {one: drawing.scene(one, apart) for one in dict.fromkeys(one[0] for one in parts)}
     scenes = [found[one[0]] for one in parts]
@@ -147,7 +149,10 @@ class _Drawing:
         """Pictures from these prompts; `scenes` are what they mention, if things are kept apart."""
         noise = [
             torch.randn(
-                4, self.size[0], self.shares.shape[1], generator=torch.Generator().manual_seed(seed)
+                self.backbone.latent_channels,
+                self.size[0],
+                self.shares.shape[1],
+                generator=torch.Generator().manual_seed(seed),
             )
             for seed in seeds
         ]

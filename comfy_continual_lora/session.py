@@ -19,7 +19,7 @@ from .files import cache_folder, check_names, real_file, snapshot_path, snapshot
 from .keeping import writing
 from .moments import clear_moments
 from .parallel import is_first
-from .presets import CLIP_SKIP_PRESETS, PREDICTION_NAMES, PREDICTIONS
+from .presets import CLIP_SKIP_PRESETS, FLOW_PRESETS, PREDICTION_NAMES, PREDICTIONS
 from .progress import OnProgress, Progress
 from .requests import Request
 from .settings import ResolvedSettings, TrainSettings
@@ -165,9 +165,15 @@ def _load(request: Request, precision: str, on_progress: OnProgress) -> Backbone
 def _prediction(request: Request, backbone: Backbone, stack: ConceptStack) -> str:
     """What the net predicts: as asked for, as the stack was learned, or as the files say.
 
-    Errors: StackError if the stack was learned by another.
+    Errors: StackError if the stack was learned by another, SettingError for a checkpoint that is
+    known to be a flow.
     """
     asked = PREDICTIONS.get(request.prediction)
+    if backbone.preset in FLOW_PRESETS and asked not in (None, backbone.prediction):
+        raise SettingError(
+            f"`prediction` is {request.prediction}, but {backbone.path.name} is always a flow. Leave it "
+            "out."
+        )
     if not stack.records:
         return asked or backbone.prediction
     learned = stack.checkpoint.prediction
@@ -189,10 +195,15 @@ def _clip_skip(request: Request, backbone: Backbone, stack: ConceptStack) -> int
     asked = getattr(settings, "clip_skip", None)
     if backbone.preset not in CLIP_SKIP_PRESETS:
         if asked not in (None, 1):
-            family = {"sd2": "SD2.x", "sdxl": "SDXL"}[backbone.preset]
+            before = "layer before the last (some pages call that clip skip 2)"
+            family, layer = {
+                "sd2": ("SD2.x", before),
+                "sdxl": ("SDXL", before),
+                "anima": ("Anima", "last layer"),
+            }[backbone.preset]
             raise SettingError(
                 f"`clip_skip` is {asked}, but {backbone.path.name} is {family}, which always uses the "
-                "layer before the last (some pages call that clip skip 2). Leave it out."
+                f"{layer}. Leave it out."
             )
         return 1
     if not stack.records:

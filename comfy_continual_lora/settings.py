@@ -271,8 +271,9 @@ class LearnSettings(TrainSettings):
     )
     vectors: int | None = setting(
         None,
-        "vectors of the word, each taking one position in a prompt; more capture more of the look",
-        low=1,
+        "vectors of the word, each taking one position in a prompt; more capture more of the look. "
+        "On Anima a concept's name is plain text, without vectors",
+        low=0,
         high=MOST_VECTORS,
     )
     token_rate: float | None = setting(None, "learning rate of the word's vectors", low=0, high=1)
@@ -430,8 +431,7 @@ class EvaluateSettings(Settings):
 class DrawSettings(Settings):
     """How pictures are drawn.
 
-    `flow_shift` 6, with Euler's method on evenly spaced steps: bigASP 2.5's model card. `steps` are our
-    choice.
+    A flow takes evenly spaced steps by Euler's method. `steps` are our choice.
     """
 
     count: int = setting(1, "pictures per prompt", low=1, high=10_000)
@@ -463,8 +463,8 @@ class DrawSettings(Settings):
         by_checkpoint=False,
     )
     negative: str = setting("", "what not to draw")
-    flow_shift: float = setting(
-        6.0,
+    flow_shift: float | None = setting(
+        None,
         "of a rectified-flow checkpoint, how far the steps move towards high noise, as in ComfyUI's "
         "ModelSamplingSD3",
         low=0.01,

@@ -20,7 +20,7 @@ from typing import Any
 from .adapters import DENSE, PARTS, kind_with
 from .errors import StackError, excerpt
 from .files import TOKEN, history_folder
-from .presets import ADAPTERS, METHODS, PREDICTIONS, PRESETS
+from .presets import ADAPTERS, METHODS, PLAIN_NAME_PRESETS, PREDICTIONS, PRESETS
 from .settings import MOST_VECTORS
 
 FORMAT = "comfy-continual-lora"
@@ -426,12 +426,14 @@ def _words_fit(path: Path, header: Mapping[str, Any], words: Mapping[str, tuple[
         sizes = words.get(record["id"])
         if sizes is None:
             raise _wrong(path, f"the word of {record['token']} is missing")
-        is_matrix = len(sizes) == 2 and sizes[0] <= MOST_VECTORS
-        if not all(sizes) or not (len(sizes) == 1 or is_matrix):
+        is_plain = header["base"]["preset"] in PLAIN_NAME_PRESETS
+        least, most = (0, 0) if is_plain else (1, MOST_VECTORS)
+        is_matrix = len(sizes) == 2 and least <= sizes[0] <= most
+        if not all(sizes[-1:]) or not (is_matrix or (len(sizes) == 1 and not is_plain)):
             raise _wrong(
                 path,
-                f"the word of {record['token']} has the shape {sizes}, expected 1 to "
-                f"{MOST_VECTORS} vectors",
+                f"the word of {record['token']} has the shape {sizes}, expected {least} to {most} "
+                "vectors",
             )
         widths.add(sizes[-1])
     declared = sum(header["base"]["word_widths"])

@@ -5,9 +5,9 @@ and A1111's card.
 
     kohya       the default: ComfyUI, the A1111 family and diffusers read these names (layers called
                 as in diffusers for SD1.x and SD2.x, as in LDM for SDXL, as kohya's own programs
-                expect)
-    diffusers   PEFT's names after "unet.", for `load_lora_weights`; ComfyUI ignores these and
-                peft's with only a line in its log
+                expect; as in the original for Anima)
+    diffusers   PEFT's names after "unet." (Anima: "transformer."), for `load_lora_weights`; ComfyUI
+                ignores these and peft's with only a line in its log
     peft        for `PeftModel.from_pretrained(unet, folder)`
 """
 
@@ -32,6 +32,7 @@ _SD1 = ("stable-diffusion-v1", "sd_v1", "SD1")
 _FAMILIES = {
     "sd2": ("stable-diffusion-v2-512", "sd_v2", "SD2"),
     "sdxl": ("stable-diffusion-xl-v1-base", "sdxl_base_v1-0", "SDXL"),
+    "anima": ("anima-preview", "anima", "Anima"),
 }
 
 
@@ -42,9 +43,10 @@ def kohya_lora(adapter: Adapter, width: int, base: CheckpointInfo) -> dict[str, 
     """
     tensors = {}
     layers = layers_of(adapter)
-    ldm = keys.unet_names(layers) if base.preset == "sdxl" else {}
+    naming = {"sdxl": keys.unet_names, "anima": keys.anima_kv_names}.get(base.preset)
+    original = naming(layers) if naming else {}
     for layer, parts in layers.items():
-        name = f"lora_unet_{ldm.get(layer, layer).replace('.', '_')}"
+        name = f"lora_unet_{original.get(layer, layer).replace('.', '_')}"
         if "D" in parts:
             tensors[f"{name}.diff"] = parts["D"]
             continue
@@ -107,7 +109,8 @@ def stock_lora(stack: ConceptStack, format: str = "kohya") -> dict[str, Tensor]:
     width = next(iter(stack.words.values())).shape[1]
     if format == "kohya":
         return kohya_lora(stack.adapter, width, stack.checkpoint)
-    return plain_lora(stack.adapter, width, _PREFIXES[format])
+    is_transformer = format == "diffusers" and stack.checkpoint.preset == "anima"
+    return plain_lora(stack.adapter, width, "transformer." if is_transformer else _PREFIXES[format])
 
 
 def embedding(word: Tensor, base: CheckpointInfo) -> dict[str, Tensor]:
@@ -150,7 +153,7 @@ def metadata_of(
         "modelspec.trigger_phrase": ", ".join(triggers),
         "ss_output_name": name,
         "ss_base_model_version": version,
-        "ss_network_module": "networks.lora",
+        "ss_network_module": "networks.lora_anima" if preset == "anima" else "networks.lora",
         "ss_tag_frequency": json.dumps({"concepts": dict.fromkeys(triggers, 1)}),
     }
     if rank is not None:

@@ -84,7 +84,9 @@ SDXL = Family(
     scale=0.13025,
 )
 
-_TAKE = "Take an SD1.x, SD2.x or SDXL checkpoint (Illustrious, NoobAI and Pony are SDXL)."
+ANIMA_PIPELINE = "AnimaModularPipeline"  # `anima_layout` has the rest of that family
+
+_TAKE = "Take an SD1.x, SD2.x or SDXL checkpoint (Illustrious, NoobAI and Pony are SDXL), or Anima."
 _FULL = "Get the full model."
 _BESIDE = "Give the checkpoint it is used with."
 _SCHEDULE = "Its noise schedule is not known here; take SDXL or a fine-tune of it."
@@ -147,9 +149,8 @@ _OTHERS = (
         pipeline="Flux",
     ),
     Other("Krea 2", r"txtfusion\.|text_fusion\.", pipeline="Krea2"),
-    Other("Anima", r"llm_adapter\.", pipeline="Anima"),
     Other(
-        "Cosmos or Anima",
+        "Cosmos, or Anima without its text adapter,",
         r"blocks\.\d+\.mlp\.layer1\.|blocks\.block0\.|time_embed\.t_embedder\.",
         pipeline="Cosmos",
     ),
@@ -210,7 +211,7 @@ def family_of(path: Path, shapes: Mapping[str, tuple[int, ...]]) -> Family:
     raise CheckpointError(
         f"{path} can't be taught: its weights look like {kind} (first key: "
         f"{next(iter(shapes), 'none')}). {advice} Expected SD1.x, SD2.x or SDXL in one file: "
-        "U-Net, text encoders and VAE."
+        "U-Net, text encoders and VAE; or Anima's net."
     )
 
 

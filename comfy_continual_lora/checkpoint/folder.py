@@ -23,7 +23,16 @@ from transformers import CLIPTextConfig
 from ..errors import CheckpointError
 from ..files import check_regular
 from . import keys
-from .families import SD1, SD2, SDXL, Family, TextPart, check_channels, pipeline_kind
+from .families import (
+    ANIMA_PIPELINE,
+    SD1,
+    SD2,
+    SDXL,
+    Family,
+    TextPart,
+    check_channels,
+    pipeline_kind,
+)
 from .layout import Layout, Part, Weights, check_layer_counts, part_of, usual_size
 
 _INDEXES = ("model_index.json", "modular_model_index.json")
@@ -36,7 +45,7 @@ def folder_layout(path: Path, open_file: Callable[[Path], Any]) -> Layout:
     what their configuration says.
     """
     family = _family(path)
-    nets = _Nets(path, open_file)
+    nets = Nets(path, open_file)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         unet = nets.unet()
@@ -51,7 +60,7 @@ def folder_layout(path: Path, open_file: Callable[[Path], Any]) -> Layout:
         unet,
         vae,
         texts,
-        _tokenizer(path),
+        tokenizer_part(path, "tokenizer"),
         prediction,
         zero_snr,
     )
@@ -59,59 +68,64 @@ def folder_layout(path: Path, open_file: Callable[[Path], Any]) -> Layout:
 
 def _family(path: Path) -> Family:
     """Errors: CheckpointError for a folder of none."""
-    index = next((path / name for name in _INDEXES if (path / name).is_file()), None)
-    if index is None:
-        raise CheckpointError(
-            f"{path} is a folder without model_index.json. Expected a diffusers model folder, or "
-            "the path of a .safetensors file."
-        )
-    pipeline = _read_json(index).get("_class_name")
+    index, pipeline = pipeline_of(path)
     if pipeline == SDXL.pipeline:
         return SDXL
     if pipeline != SD1.pipeline:
         kind = pipeline_kind(pipeline) if isinstance(pipeline, str) else "no pipeline with a name"
         raise CheckpointError(
             f"{path} can't be taught: it holds {kind}. Expected a "
-            f"{SD1.pipeline} (SD1.x, SD2.x) or a {SDXL.pipeline} in {index.name}."
+            f"{SD1.pipeline} (SD1.x, SD2.x), a {SDXL.pipeline} or an {ANIMA_PIPELINE} in {index}."
         )
     config = _read_json(_folder(path, "unet") / "config.json")
     return SD2 if config.get("use_linear_projection") else SD1
 
 
+def pipeline_of(path: Path) -> tuple[str, Any]:
+    """A folder's index and the pipeline it names. Errors: CheckpointError for one without index."""
+    index = next((path / name for name in _INDEXES if (path / name).is_file()), None)
+    if index is None:
+        raise CheckpointError(
+            f"{path} is a folder without model_index.json. Expected a diffusers model folder, or "
+            "the path of a .safetensors file."
+        )
+    return index.name, _read_json(index).get("_class_name")
+
+
 @dataclass(frozen=True)
-class _Nets:
+class Nets:
     """The nets of a folder."""
 
     path: Path
     open_file: Callable[[Path], Any]
 
     def unet(self) -> Part:
-        config = self._config("unet", UNet2DConditionModel)
+        config = self.config("unet", UNet2DConditionModel)
         if isinstance(channels := config.get("in_channels", 4), int):
             check_channels(self.path, channels)
-        return self._part("unet", config, UNet2DConditionModel.from_config)
+        return self.part("unet", config, UNet2DConditionModel.from_config)
 
     def vae(self, family: Family) -> Part:
-        config = self._config("vae", AutoencoderKL)
+        config = self.config("vae", AutoencoderKL)
         if config.get("_class_name") == "AutoencoderTiny":
-            config = self._config("vae", AutoencoderTiny)
-            return self._part("vae", config, AutoencoderTiny.from_config)
+            config = self.config("vae", AutoencoderTiny)
+            return self.part("vae", config, AutoencoderTiny.from_config)
         config = {"scaling_factor": family.scale, **config}
         if not config["scaling_factor"]:
             raise CheckpointError(
                 f"{self.path / 'vae' / 'config.json'}: scaling_factor is "
                 f"{config['scaling_factor']}. Expected {family.scale}, as in {family.name}."
             )
-        return self._part("vae", config, AutoencoderKL.from_config, keys.older_vae_name)
+        return self.part("vae", config, AutoencoderKL.from_config, keys.older_vae_name)
 
     def text(self, text: TextPart) -> Part:
         def make(config: dict[str, Any]) -> Any:
             return text.kind(CLIPTextConfig(**config))
 
-        config = self._config(text.folder, CLIPTextConfig)
-        return self._part(text.folder, config, make, keys.other_text_name)
+        config = self.config(text.folder, CLIPTextConfig)
+        return self.part(text.folder, config, make, keys.other_text_name)
 
-    def _config(self, folder: str, kind: type) -> dict[str, Any]:
+    def config(self, folder: str, kind: type) -> dict[str, Any]:
         """The configuration of a `kind`. Errors: CheckpointError for a value of another type."""
         file = _folder(self.path, folder) / "config.json"
         config = _read_json(file)
@@ -130,7 +144,7 @@ class _Nets:
                 )
         return config
 
-    def _part(
+    def part(
         self,
         folder: str,
         config: dict[str, Any],
@@ -225,9 +239,9 @@ def _scheduler(path: Path, family: Family) -> tuple[str, bool]:
     return prediction, zero_snr
 
 
-def _tokenizer(path: Path) -> Path:
+def tokenizer_part(path: Path, name: str) -> Path:
     """Errors: CheckpointError if its files are missing; the library would make up an empty one."""
-    folder = _folder(path, "tokenizer")
+    folder = _folder(path, name)
     if not any((folder / name).is_file() for name in ("tokenizer.json", "vocab.json")):
         raise CheckpointError(
             f"There is neither vocab.json nor tokenizer.json in {folder}. Get a complete model "

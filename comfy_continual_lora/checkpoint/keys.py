@@ -197,3 +197,12 @@ def older_vae_name(name: str) -> str:
     module, leaf = name.rsplit(".", 1)
     before, _, layer = module.partition(".attentions.0.")
     return f"{before}.attentions.0.{_OLDER_VAE_ATTENTION.get(layer, layer)}.{leaf}"
+
+
+def anima_kv_names(layers: Iterable[str]) -> dict[str, str]:
+    """K and V of Anima's cross-attentions: {name in diffusers: name in the original}."""
+    names = {}
+    for layer in layers:
+        _, block, _, kind = layer.split(".")  # transformer_blocks.0.attn2.to_k
+        names[layer] = f"blocks.{block}.cross_attn.{kind[-1]}_proj"
+    return names

@@ -23,6 +23,7 @@ from ..files import check_regular
 from .backbone import KV_MODULES
 from .families import Family
 
+_QUANTISATION_SCALES = (".scale_weight", ".weight_scale", ".absmax", "scaled_fp8")
 NOT_QUANTISED = "It looks like a quantised copy; get the model in float32, float16 or bfloat16."
 PROMPT_LENGTH = 77  # positions of every family's text encoders
 # What a file of another kind begins with: what it is, and what to do
@@ -37,6 +38,7 @@ _LAYER_COUNTS = (
     "layers_per_block",
     "transformer_layers_per_block",
     "num_hidden_layers",
+    "num_layers",
     "num_encoder_blocks",
     "num_decoder_blocks",
 )
@@ -250,6 +252,22 @@ def usual_size(side: int) -> int | None:
     such a side can't be learned from.
     """
     return side - side % 8 if 64 <= side <= 4096 else None
+
+
+def resolution_of(text: str) -> int | None:
+    """The shorter side of "1024x1024" or "1024"; None for any other text."""
+    match = re.fullmatch(r"\s*([0-9]{1,5})(?:\s*[x*,]\s*([0-9]{1,5}))?\s*", text, re.IGNORECASE)
+    return usual_size(min(int(side) for side in match.groups() if side)) if match else None
+
+
+def check_not_quantised(weights: Weights) -> None:
+    """Errors: CheckpointError for weights with scales of their own."""
+    for name in weights:
+        if name.endswith(_QUANTISATION_SCALES):
+            raise CheckpointError(
+                f"{weights.path} holds quantised weights and their scales (first: {name}). "
+                f"{NOT_QUANTISED}"
+            )
 
 
 def check_layer_counts(config: Mapping[str, Any], names: Iterable[str], source: Path) -> None:

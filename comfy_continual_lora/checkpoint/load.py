@@ -1,8 +1,8 @@
 """A checkpoint file or folder -> `Backbone`.
 
 Weights are memory-mapped and read once, straight into their dtype and to their device; nothing is
-downloaded. Families: SD1.x (the mini-SD is one), SD2.x and SDXL; see `families`. Weights that the
-family does not use are ignored, missing ones are named.
+downloaded. Families: SD1.x (the mini-SD is one), SD2.x and SDXL (`families`), and Anima. Weights that
+the family does not use are ignored, missing ones are named.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +19,17 @@ from torch import Tensor, nn
 from transformers import CLIPTokenizer
 
 from ..errors import CheckpointError
+from .anima import AnimaBackbone
+from .anima_layout import (
+    AnimaLayout,
+    anima_file_layout,
+    anima_folder_layout,
+    anima_tokenizers,
+    is_anima_net,
+)
 from .backbone import Backbone
-from .folder import folder_layout
+from .families import ANIMA_PIPELINE
+from .folder import folder_layout, pipeline_of
 from .layout import PROMPT_LENGTH, Fingerprint, Layout, open_safetensors
 from .narrow import dtype_for, put, put_unet
 from .path import check_path
@@ -38,47 +48,85 @@ def load_backbone(
     """Load a checkpoint for learning and drawing.
 
     `prediction`: what the net predicts, in diffusers' words, if not what its files say.
-    `precision` (a setting) is the U-Net's; the VAE is float32 (SDXL's overflows in float16).
+    `precision` (a setting) is the net's; the VAE is float32 (SDXL's overflows in float16).
     Errors: CheckpointError for a missing file, a pickle, another architecture, a damaged file or
     missing weights.
     """
     target = pick_device(device)
-    dtype = dtype_for(precision, target)
-    fingerprint = Fingerprint()
+    weights = _Placing(target, dtype_for(precision, target))
+    with open_checkpoint(Path(path)) as layout:
+        if isinstance(layout, AnimaLayout):
+            backbone = _anima(Path(path), layout, weights)
+        else:
+            backbone = _stable(Path(path), layout, weights)
+    return replace(backbone, prediction=prediction) if prediction else backbone
 
-    def put_in_unet(unet: nn.Module, name: str, weight: Tensor) -> None:
-        fingerprint.add(name, weight)
-        put_unet(unet, name, weight.to(target), dtype)
 
-    def put_in_vae(vae: nn.Module, name: str, weight: Tensor) -> None:
+@dataclass(frozen=True)
+class _Placing:
+    """Where a checkpoint's weights go, by part, for `Part.fill`."""
+
+    device: torch.device
+    dtype: torch.dtype
+    fingerprint: Fingerprint = field(default_factory=Fingerprint)
+
+    def net(self, net: nn.Module, name: str, weight: Tensor) -> None:
+        self.fingerprint.add(name, weight)
+        put_unet(net, name, weight.to(self.device), self.dtype)
+
+    def vae(self, vae: nn.Module, name: str, weight: Tensor) -> None:
         put(vae, name, weight, torch.float32)
 
-    def put_in_text(model: nn.Module, name: str, weight: Tensor) -> None:
-        stored = weight.dtype if dtype != torch.float32 else None
-        put(model, name, weight.to(target), torch.float32, stored)
+    def text(self, model: nn.Module, name: str, weight: Tensor) -> None:
+        stored = weight.dtype if self.dtype != torch.float32 else None
+        put(model, name, weight.to(self.device), torch.float32, stored)
 
-    with open_checkpoint(Path(path)) as layout:
-        unet = layout.unet.fill(put_in_unet)
-        vae = layout.vae.fill(put_in_vae)
-        tokenizer = _tokenizer(layout)
-        encoders = []
-        for part, text in zip(layout.texts, layout.family.texts, strict=True):
-            model = part.fill(put_in_text)
-            _fill_position_ids(model, target)
-            pad = 0 if text.openclip else int(tokenizer.eos_token_id)  # type: ignore[arg-type]
-            encoders.append(TextEncoder(model, pad, text.penultimate))
+
+def _stable(path: Path, layout: Layout, weights: _Placing) -> StableBackbone:
+    unet = layout.unet.fill(weights.net)
+    vae = layout.vae.fill(weights.vae)
+    tokenizer = _tokenizer(layout)
+    encoders = []
+    for part, text in zip(layout.texts, layout.family.texts, strict=True):
+        model = part.fill(weights.text)
+        _fill_position_ids(model, weights.device)
+        pad = 0 if text.openclip else int(tokenizer.eos_token_id)  # type: ignore[arg-type]
+        encoders.append(TextEncoder(model, pad, text.penultimate))
     return StableBackbone(
-        path=Path(path),
+        path=path,
         unet=unet,
         vae=vae,
         text_encoders=encoders,
         tokenizer=tokenizer,
         preset=layout.preset,
         size=layout.size,
-        fingerprint=fingerprint.hexdigest(),
-        prediction=prediction or layout.prediction,
+        fingerprint=weights.fingerprint.hexdigest(),
+        prediction=layout.prediction,
         zero_snr=layout.zero_snr,
-        device=target,
+        device=weights.device,
+    )
+
+
+def _anima(path: Path, layout: AnimaLayout, weights: _Placing) -> AnimaBackbone:
+    qwen_tokenizer, t5_tokenizer = anima_tokenizers(layout)
+    unet = layout.unet.fill(weights.net)
+    text, conditioner = layout.text.fill(weights.text), layout.conditioner.fill(weights.text)
+    # their frequencies are in no file
+    text.rotary_emb = type(text.rotary_emb)(text.config).to(weights.device)
+    rotary = conditioner.rotary_emb
+    head = 2 * len(rotary.inv_freq)
+    conditioner.rotary_emb = type(rotary)(head).to(weights.device)
+    return AnimaBackbone(
+        path=path,
+        unet=unet,
+        vae=layout.vae.fill(weights.vae),
+        text_encoder=text,
+        conditioner=conditioner,
+        tokenizer=t5_tokenizer,
+        qwen_tokenizer=qwen_tokenizer,
+        size=layout.size,
+        fingerprint=weights.fingerprint.hexdigest(),
+        device=weights.device,
     )
 
 
@@ -141,16 +189,23 @@ def pick_device(name: str) -> torch.device:
 
 
 @contextmanager
-def open_checkpoint(path: Path) -> Iterator[Layout]:
+def open_checkpoint(path: Path) -> Iterator[Layout | AnimaLayout]:
     """A checkpoint's layout; its files are open inside the block.
 
     Errors: CheckpointError as in `load_backbone`.
     """
     check_path(path)
     with ExitStack() as stack:
+
+        def open_file(file: Path) -> Any:
+            return stack.enter_context(open_safetensors(file))
+
         if path.is_dir():
-            layout = folder_layout(path, lambda file: stack.enter_context(open_safetensors(file)))
+            is_anima = pipeline_of(path)[1] == ANIMA_PIPELINE
+            layout = (anima_folder_layout if is_anima else folder_layout)(path, open_file)
+        elif is_anima_net((file := open_file(path)).keys()):
+            layout = anima_file_layout(path, file, open_file)
         else:
-            layout = file_layout(path, stack.enter_context(open_safetensors(path)))
+            layout = file_layout(path, file)
         layout.check(path)
         yield layout

@@ -6,7 +6,6 @@ part of the package.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,11 +18,19 @@ from transformers import CLIPTextConfig
 from ..errors import CheckpointError
 from . import keys, shapes
 from .families import SD2, Family, TextPart, family_of
-from .layout import NOT_QUANTISED, Layout, Naming, Part, Shape, Weights, part_of, usual_size
+from .layout import (
+    Layout,
+    Naming,
+    Part,
+    Shape,
+    Weights,
+    check_not_quantised,
+    part_of,
+    resolution_of,
+)
 
 TOKENIZER = Path(__file__).parent / "tokenizer"
 MINI_ARCHITECTURE = "stable-diffusion-v1-mini"
-_QUANTISATION_SCALES = (".scale_weight", ".weight_scale", ".absmax", "scaled_fp8")
 _V_BIAS = f"{keys.UNET_PREFIX}output_blocks.11.1.transformer_blocks.0.norm1.bias"
 
 
@@ -32,11 +39,7 @@ def file_layout(path: Path, file: Any) -> Layout:
     weights = Weights(path, [file], keys.usual_name)
     stored = {name: weights.shape(name) for name in weights}
     family = family_of(path, stored)
-    for name in stored:
-        if name.endswith(_QUANTISATION_SCALES):
-            raise CheckpointError(
-                f"{path} holds quantised weights and their scales (first: {name}). {NOT_QUANTISED}"
-            )
+    check_not_quantised(weights)
     parts = _Parts(weights, family, stored)
     metadata = file.metadata() or {}
     mini = metadata.get("modelspec.architecture") == MINI_ARCHITECTURE
@@ -45,7 +48,7 @@ def file_layout(path: Path, file: Any) -> Layout:
     return Layout(
         family,
         "mini" if mini else family.id,
-        _resolution(metadata.get("modelspec.resolution", "")) or size,
+        resolution_of(metadata.get("modelspec.resolution", "")) or size,
         parts.unet(),
         parts.vae(),
         [parts.text(text) for text in family.texts],
@@ -53,12 +56,6 @@ def file_layout(path: Path, file: Any) -> Layout:
         prediction,
         zero_snr=prediction == "v_prediction" and "ztsnr" in stored,
     )
-
-
-def _resolution(text: str) -> int | None:
-    """The shorter side of "1024x1024" or "1024"; None for any other text."""
-    match = re.fullmatch(r"\s*([0-9]{1,5})(?:\s*[x*,]\s*([0-9]{1,5}))?\s*", text, re.IGNORECASE)
-    return usual_size(min(int(side) for side in match.groups() if side)) if match else None
 
 
 @dataclass(frozen=True)

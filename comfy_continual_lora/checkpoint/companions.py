@@ -1,0 +1,103 @@
+"""Where the other files of an Anima are, whose net has a file of its own: in the folders of ComfyUI
+and Forge, or beside it.
+
+    models/diffusion_models/anima.safetensors        the net, and the conditioner
+    models/text_encoders/qwen_3_06b_base.safetensors
+    models/vae/qwen_image_vae.safetensors
+    comfy/text_encoders/{qwen25_tokenizer,t5_tokenizer}/      part of ComfyUI itself
+
+Nothing is downloaded. Source of the names: folder_paths.py of ComfyUI 0.33, and the files of
+circlestone-labs/Anima.
+"""
+
+from __future__ import annotations
+
+import re
+import sys
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from ..errors import CheckpointError
+
+_LEVELS = (
+    4  # folders above the net's that are searched: subfolders, diffusion_models, models, ComfyUI
+)
+QWEN_TOKENIZER, T5_TOKENIZER = "qwen25_tokenizer", "t5_tokenizer"
+_TOKENIZER_FILES = ("tokenizer.json", "vocab.json")
+
+
+@dataclass(frozen=True)
+class _Companion:
+    """A file beside the net's."""
+
+    what: str
+    folders: tuple[str, ...]
+    pattern: str  # of names in lower case
+    published: str  # its name as published
+
+
+TEXT_ENCODER = _Companion(
+    "text encoder, Qwen3-0.6B,",
+    ("text_encoders", "clip", "text_encoder"),
+    r"qwen[-_. ]?3.*(?<!\d)0[._]?6b",
+    "qwen_3_06b_base.safetensors",
+)
+VAE = _Companion("VAE", ("vae", "VAE"), r"qwen[-_. ]?image.*vae", "qwen_image_vae.safetensors")
+
+
+def companion(net: Path, wanted: _Companion) -> Path:
+    """The file that belongs to this net: from the nearest folder that has one.
+
+    Errors: CheckpointError if there is none, or several and none has the published name.
+    """
+    searched = [net.parent]
+    for folder in _above(net):
+        searched += [folder / name for name in wanted.folders if (folder / name).is_dir()]
+    for folder in searched:
+        found = sorted(
+            file
+            for file in (folder.iterdir() if folder == net.parent else folder.rglob("*"))
+            if file.suffix == ".safetensors" and re.search(wanted.pattern, file.stem.lower())
+        )
+        named = [file for file in found if file.name == wanted.published]
+        if len(named or found) == 1:
+            return (named or found)[0]
+        if found:
+            raise CheckpointError(
+                f"{net} needs a {wanted.what} and there are several: "
+                f"{', '.join(map(str, found[:4]))}. Put a copy of the right one into {net.parent}, or "
+                f"call it {wanted.published}."
+            )
+    raise CheckpointError(
+        f"{net} is Anima's net alone, and its {wanted.what} was not found. Looked for a file such as "
+        f"{wanted.published} in {_list(searched)}. Put it into ComfyUI's models/{wanted.folders[0]}, "
+        "or beside the net."
+    )
+
+
+def tokenizer_folder(net: Path, name: str) -> Path:
+    """ComfyUI's tokenizer of this name: beside the net, or where ComfyUI is.
+
+    Errors: CheckpointError if there is none.
+    """
+    searched = [net.parent / name]
+    searched += [folder / "comfy" / "text_encoders" / name for folder in _above(net)]
+    if host := sys.modules.get("comfy"):  # this runs in ComfyUI, whose models may be elsewhere
+        searched += [Path(path) / "text_encoders" / name for path in host.__path__]
+    for folder in searched:
+        if any((folder / file).is_file() for file in _TOKENIZER_FILES):
+            return folder
+    raise CheckpointError(
+        f"{net} needs the tokenizer {name}, which was not found in {_list(searched)}. ComfyUI has it "
+        f"in comfy/text_encoders: copy that folder to {net.parent / name}."
+    )
+
+
+def _above(net: Path) -> Sequence[Path]:
+    """The folder of the net and those above it."""
+    return [net.absolute().parent, *net.absolute().parent.parents][: _LEVELS + 1]
+
+
+def _list(folders: Iterable[Path]) -> str:
+    return ", ".join(map(str, dict.fromkeys(folders)))
