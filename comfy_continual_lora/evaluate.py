@@ -233,10 +233,12 @@ def prompts_of(records: Sequence[ConceptRecord]) -> list[str]:
 def features(backbone: Backbone, clip: Path | None) -> Features:
     """Image features: of a CLIP in a local folder, else of the checkpoint itself (`likeness`).
 
-    Errors: CheckpointError for a folder that holds no CLIP vision model.
+    Errors: CheckpointError for a folder that holds no CLIP vision model; SettingError as in
+    `likeness.check_net`.
     """
     if clip is not None:
         return _clip_features(clip, backbone.device)
+    likeness.check_net(backbone)
     return lambda pictures, noun: likeness.features(backbone, pictures, noun)
 
 
@@ -286,6 +288,7 @@ def evaluate(
     records = stack.records
     count = len(records)
     drawing = DrawSettings(steps=settings.steps, guidance=settings.guidance, size=settings.size)
+    drawing = drawing.resolved(backbone.preset)
     total = count + count * (count + 1) // 2
     done = 0
 

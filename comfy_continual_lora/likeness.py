@@ -42,14 +42,18 @@ BATCH = 8
 MOST_KEPT = 16  # pictures of a concept whose features a stack keeps
 
 
-@torch.no_grad()
-def features(backbone: Backbone, pictures: Sequence[Tensor] | Tensor, noun: str) -> Tensor:
-    """f of each picture, (n, 2c). Errors: SettingError for a net that is no U-Net."""
+def check_net(backbone: Backbone) -> None:
+    """Errors: SettingError for a net that is no U-Net."""
     if backbone.preset not in FINE:
         raise SettingError(
             f"What {backbone.path.name} itself sees of a picture can't be compared: its net is no "
-            "U-Net. Judge by another model (`clip`), and leave out `keep_features`."
+            "U-Net. Compare by another model (`clip`), and leave out `keep_features`."
         )
+
+
+@torch.no_grad()
+def features(backbone: Backbone, pictures: Sequence[Tensor] | Tensor, noun: str) -> Tensor:
+    """f of each picture, (n, 2c)."""
     latents = backbone.encode_images(pictures)
     alike = [list(some) for _, some in groupby(latents, key=lambda latent: latent.shape)]
     batches = [

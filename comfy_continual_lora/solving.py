@@ -17,6 +17,7 @@ from .export import Exported, export_files
 from .files import cache_folder, real_file, stack_stem
 from .imagefile import check_folder
 from .moments import clear_cache
+from .presets import PLAIN_NAME_PRESETS
 from .progress import OnProgress, Progress, ignore
 from .requests import ExportRequest, ForgetRequest, MergeRequest, SelectRequest, SolveRequest
 from .results import ForgetResult, MergeResult, SolveResult
@@ -159,12 +160,19 @@ def put_on_top(
 ) -> tuple[ConceptStack, dict[str, str]]:
     """The session's stack with the other's concepts on top, and the new names of words that both had.
 
-    Errors: StackError for adapters of different kinds, and for VeRA.
+    Errors: StackError for adapters of different kinds, for VeRA, and for names that both have and
+    that are plain text.
     """
     stack = session.stack
     if not stack.records:
         return stack.in_place_of_nothing(other), {}
     joined, new, renamed = consolidation.joined(stack, other)
+    if renamed and stack.checkpoint.preset in PLAIN_NAME_PRESETS:
+        names = ", ".join(renamed)
+        raise StackError(
+            f"Both stacks have {names}, and names on this checkpoint are plain text, which the LoRA "
+            "knows a thing by. Forget one of them first (`forget`)."
+        )
     earlier, count = own_adapters(stack), len(stack.records)
     near = range(max(0, count - NEIGHBORS), min(count + NEIGHBORS, len(joined.records)))
     joined = encoded(session, joined, settings.language, changed=near)

@@ -17,6 +17,7 @@ from .errors import SettingError, StackError, TokenError
 from .files import STACKS, check_names, checkpoints_in, real_file, snapshots_of
 from .keeping import add_version, new_change, rewrite, writing
 from .mentions import in_other_words
+from .presets import PLAIN_NAME_PRESETS
 from .progress import OnProgress, ignore
 from .requests import (
     HistoryRequest,
@@ -125,8 +126,8 @@ def rename(request: RenameRequest, on_progress: OnProgress = ignore) -> RenameRe
     """Give a concept another word; its vectors and what the LoRA knows of it stay as they are.
 
     Its prompts, and what later concepts' captions say of it, name the new word too. The version
-    before goes into the history. Errors: StackError for a word that is not on the stack; TokenError
-    for a new one that is taken or can't be used.
+    before goes into the history. Errors: StackError for a word that is not on the stack, or a
+    checkpoint whose names are plain text; TokenError for a new one that is taken or can't be used.
     """
     path = real_file(_existing(request))
     with writing(path):
@@ -135,6 +136,11 @@ def rename(request: RenameRequest, on_progress: OnProgress = ignore) -> RenameRe
         tokens = [record["token"] for record in records]
         number = position_of(request.token, tokens)
         old, new = tokens[number], request.to
+        if header["base"]["preset"] in PLAIN_NAME_PRESETS:
+            raise StackError(
+                f"{old} can't be renamed: names on this checkpoint are plain text, and the LoRA knows "
+                f"the thing by the text {old} alone."
+            )
         if new.lower() == old.lower():
             raise TokenError(f"{old} and {new} are the same word: prompts take any case for it.")
         if new.lower() in map(str.lower, tokens):

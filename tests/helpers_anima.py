@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -56,11 +57,29 @@ class Sizes:
     text: int = 32
     text_layers: int = 2
     text_head: int = 16
+    text_mlp: int = 64
     conditioner_layers: int = 1
+    conditioner_head: int = 16
     modulation: int = 8
     vae: int = 8
     qwen_words: int = 400
     t5_words: int = 400
+
+
+# what ComfyUI takes for Anima: of the widths that it does not read from the files, and of the
+# conditioner, its own; few layers of the rest
+IN_COMFYUI = Sizes(
+    heads=16,
+    head=16,
+    text=1024,
+    text_head=128,
+    text_mlp=3072,
+    conditioner_layers=6,
+    conditioner_head=64,
+    modulation=256,
+    qwen_words=151936,
+    t5_words=32128,
+)
 
 
 def nets(sizes: Sizes) -> dict[str, Any]:
@@ -81,14 +100,14 @@ def nets(sizes: Sizes) -> dict[str, Any]:
             target_dim=sizes.text,
             model_dim=sizes.text,
             num_layers=sizes.conditioner_layers,
-            num_attention_heads=sizes.text // sizes.text_head,
+            num_attention_heads=sizes.text // sizes.conditioner_head,
             target_vocab_size=sizes.t5_words,
         ),
         "text": Qwen3Model(
             Qwen3Config(
                 vocab_size=sizes.qwen_words,
                 hidden_size=sizes.text,
-                intermediate_size=2 * sizes.text,
+                intermediate_size=sizes.text_mlp,
                 num_hidden_layers=sizes.text_layers,
                 num_attention_heads=2 * sizes.text // sizes.text_head,
                 num_key_value_heads=sizes.text // sizes.text_head,
@@ -144,8 +163,11 @@ def write(
     prefix: str = "net.",
     size: int = 64,
     dtype: torch.dtype = torch.float32,
+    tokenizers: Path | None = None,
 ) -> Path:
-    """Write the files into the folders of a ComfyUI at `root`; returns the net's."""
+    """Write the files into the folders of a ComfyUI at `root`; returns the net's. `tokenizers`: those of
+    a ComfyUI, in place of tiny ones.
+    """
     parts = nets(sizes)
     state: Callable[[str], dict[str, Tensor]] = lambda part: parts[part].state_dict()  # noqa: E731
     models = root / "models"
@@ -158,7 +180,11 @@ def write(
     text = {f"model.{name}": tensor for name, tensor in state("text").items()}
     _save(text, models / "text_encoders" / "qwen_3_06b_base.safetensors", dtype)
     _save(original_vae(state("vae")), models / "vae" / "qwen_image_vae.safetensors", dtype)
-    write_tokenizers(root / "comfy" / "text_encoders")
+    if tokenizers is None:
+        write_tokenizers(root / "comfy" / "text_encoders")
+    else:
+        for name in ("qwen25_tokenizer", "t5_tokenizer"):
+            shutil.copytree(tokenizers / name, root / "comfy" / "text_encoders" / name)
     return path
 
 
