@@ -224,7 +224,7 @@ def tell_of_prompts(
     session: Session, prompts: Iterable[str], words: Mapping[str, Tensor], *, drawn: bool = False
 ) -> None:
     """Say what these prompts name that is none of the learned words, and what of them is not read:
-    the end of a long one, or for those that are `drawn`, what only web UIs read.
+    the end of a long one, and of those that are `drawn`, what only web UIs read.
     """
     distinct, notes = list(dict.fromkeys(prompts)), []
     if unknown := unknown_words(distinct, words):
@@ -232,7 +232,7 @@ def tell_of_prompts(
     if drawn:
         marks = dict.fromkeys(mark for prompt in distinct for mark in unread(prompt))
         notes += [only_in_web_uis(list(marks))] if marks else []
-    else:
+    if not (drawn and session.backbone.draws_any_length):
         ends = ((prompt, session.backbone.not_read(prompt, words)) for prompt in distinct)
         notes += [not_read(prompt, end) for prompt, end in ends if end]
     for note in notes:

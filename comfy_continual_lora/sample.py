@@ -31,6 +31,10 @@ from .together import drawn_together, out_of_sight
 
 BATCH = 8
 OVERLAP = 0.25  # of an area's width
+_NOT_APART = (
+    "Several learned things in one prompt can't be kept apart on this kind of checkpoint yet, so their "
+    "looks may mix."
+)
 
 
 Solver = DDIMScheduler | DPMSolverMultistepScheduler | FlowMatchEulerDiscreteScheduler
@@ -80,9 +84,9 @@ def draw(
     assert settings.guidance is not None
     parts = [[prompt] if isinstance(prompt, str) else list(prompt) for prompt in prompts]
     count = len(parts[0])
-    mixed = settings.mixed or count > 1 or backbone.preset not in FINE
-    apart = {} if mixed else nouns or {}
-    areas = areas or AreaSettings(FINE.get(backbone.preset, 1))
+    apart = {} if settings.mixed or count > 1 else nouns or {}
+    if areas is None and backbone.preset in FINE:
+        areas = AreaSettings(FINE[backbone.preset])
     drawing = _Drawing(backbone, DrawnText(backbone, words), settings, areas, on_progress, count)
     found = {one: drawing.scene(one, apart) for one in dict.fromkeys(one[0] for one in parts)}
     scenes = [found[one[0]] for one in parts]
@@ -115,11 +119,11 @@ class _Drawing:
         backbone: Backbone,
         text: DrawnText,
         settings: DrawSettings,
-        areas: AreaSettings,
+        areas: AreaSettings | None,
         on_progress: OnProgress,
         count: int,
     ) -> None:
-        """`count`: prompts for each picture."""
+        """`areas`: None for a net that has none; `count`: prompts for each picture."""
         self.backbone, self.text, self.settings, self.areas = backbone, text, settings, areas
         self.on_progress = on_progress
         side = settings.size or backbone.size
@@ -133,6 +137,9 @@ class _Drawing:
     def scene(self, prompt: str, nouns: Mapping[str, str]) -> Mentions | None:
         """The things of a prompt that are to be kept apart, if any; a note if they can't be."""
         scene = mentions(prompt, nouns)
+        if scene and self.areas is None:
+            self.on_progress(Progress("draw", 0, 1, note=_NOT_APART))
+            return None
         if scene and (unseen := out_of_sight(self.backbone, scene)):
             self.on_progress(Progress("draw", 0, 1, note=noun_not_found(prompt, unseen)))
             return None
@@ -191,6 +198,7 @@ class _Drawing:
             return None if self.negative is None else self.negative.expand(count, -1, -1)
 
         if scenes:
+            assert self.areas is not None
             longest = 1 if self.negative is None else self.text.length([self.settings.negative])
             with drawn_together(
                 self.backbone, self.text, scenes, self.size, self.areas, unwanted=longest

@@ -130,9 +130,7 @@ def ours(backbone: Backbone, adapter: Adapter, folder: Path) -> dict[str, Tensor
 def test_comfyui_reads_predicts_and_draws_as_we_do(tmp_path: Path) -> None:
     assert COMFYUI
     tokenizers = COMFYUI / "comfy" / "text_encoders"
-    path = anima.write(
-        tmp_path, anima.IN_COMFYUI, dtype=torch.bfloat16, tokenizers=tokenizers
-    )
+    path = anima.write(tmp_path, anima.IN_COMFYUI, dtype=torch.bfloat16, tokenizers=tokenizers)
     backbone = load_backbone(path, device="cpu", precision="fp32")
     adapter = random_adapter(backbone, "lora", seed=1)
     adapter = {name: tensor.half().float() for name, tensor in adapter.items()}  # as exported

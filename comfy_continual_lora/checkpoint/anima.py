@@ -46,6 +46,7 @@ class AnimaBackbone(Backbone):
     prediction: str = "flow_prediction"
 
     latent_channels = 16
+    draws_any_length = False
 
     @property
     def parts(self) -> list[nn.Module]:

@@ -58,6 +58,7 @@ class Backbone(ABC):
     tell: Callable[[str], None] = logging.getLogger(__name__).warning  # a sentence for the user
 
     latent_channels = 4
+    draws_any_length = True  # whether `encode_drawn` reads a prompt of any length to its end
 
     def __post_init__(self) -> None:
         for part in self.parts:

@@ -136,7 +136,7 @@ class Nets:
             may_be_null = field not in config or not is_float
             if field == "sample_size" or (value is None and may_be_null):
                 continue
-            per_block = "tuple" in str(parameter.annotation).lower()
+            per_block = re.search("tuple|list", str(parameter.annotation).lower()) is not None
             if expected := _mismatch(value, parameter.default, per_block):
                 raise CheckpointError(
                     f"{file}: {field} is {value!r:.100}. Expected {expected}; get a complete copy "
@@ -181,12 +181,12 @@ def _mismatch(value: Any, default: Any, per_block: bool) -> str:
 
     `per_block`: there may be a list, of a value for each block.
     """
-    if default is Parameter.empty:
+    if default is Parameter.empty or value == default == []:
         return ""
-    if isinstance(default, tuple) and not (isinstance(value, list) and value):
+    if isinstance(default, (tuple, list)) and not (isinstance(value, list) and value):
         return "a list"
     if isinstance(value, list) and per_block:
-        inner = default[0] if isinstance(default, tuple) else default
+        inner = next(iter(default), 0) if isinstance(default, (tuple, list)) else default
         return next(filter(None, (_mismatch(one, inner, per_block) for one in value)), "")
     if isinstance(default, bool):
         return "" if isinstance(value, bool) else "true or false"
@@ -195,9 +195,10 @@ def _mismatch(value: Any, default: Any, per_block: bool) -> str:
     if not isinstance(value, (int, float)) or isinstance(value, bool):
         return "" if default is None else "a number"
     is_plausible = math.isfinite(value) and abs(value) <= _LARGEST
-    if is_plausible and (value >= 0 or default is None):
+    may_be_negative = default is None or default < 0
+    if is_plausible and (value >= 0 or may_be_negative):
         return ""
-    return f"a number from {0 if default is not None else -_LARGEST} to {_LARGEST}"
+    return f"a number from {-_LARGEST if may_be_negative else 0} to {_LARGEST}"
 
 
 def _size(path: Path, sample_size: Any, family: Family) -> int:

@@ -87,15 +87,13 @@ def put(
 
 
 def is_large(name: str, weight: Tensor) -> bool:
-    """Whether fp8 stores this weight of a U-Net in 8 bits.
+    """Whether fp8 stores this weight of the net in 8 bits.
 
     It does with the matrices of its blocks, but not with K and V of cross-attention, whose exact
     values learning needs.
     """
-    return (
-        weight.ndim > 1
-        and re.match(r"(down_blocks|mid_block|up_blocks)\.(?!.*attn2\.to_[kv])", name) is not None
-    )
+    blocks = "down_blocks|mid_block|up_blocks|transformer_blocks"
+    return weight.ndim > 1 and re.match(rf"({blocks})\.(?!.*attn2\.to_[kv])", name) is not None
 
 
 def put_unet(unet: nn.Module, name: str, weight: Tensor, dtype: torch.dtype) -> None:
