@@ -149,6 +149,7 @@ _OTHERS = (
         pipeline="Flux",
     ),
     Other("Krea 2", r"txtfusion\.|text_fusion\.", pipeline="Krea2"),
+    Other("a part of Anima", r"llm_adapter\.", _FULL),
     Other(
         "Cosmos, or Anima without its text adapter,",
         r"blocks\.\d+\.mlp\.layer1\.|blocks\.block0\.|time_embed\.t_embedder\.",

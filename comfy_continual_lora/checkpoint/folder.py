@@ -195,7 +195,7 @@ def _mismatch(value: Any, default: Any, per_block: bool) -> str:
     if not isinstance(value, (int, float)) or isinstance(value, bool):
         return "" if default is None else "a number"
     is_plausible = math.isfinite(value) and abs(value) <= _LARGEST
-    may_be_negative = default is None or default < 0
+    may_be_negative = default is None or (isinstance(default, float) and default < 0)
     if is_plausible and (value >= 0 or may_be_negative):
         return ""
     return f"a number from {-_LARGEST if may_be_negative else 0} to {_LARGEST}"
