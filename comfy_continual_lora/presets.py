@@ -26,9 +26,7 @@ ADAPTERS = ["lora", "vera"]
 PREDICTIONS = {"epsilon": "epsilon", "v": "v_prediction", "flow": "flow_prediction"}
 PREDICTION_NAMES = {value: name for name, value in PREDICTIONS.items()}
 CLIP_SKIP_PRESETS = ("sd1", "mini")  # of checkpoints that take `clip_skip`
-PLAIN_NAME_PRESETS = (
-    "anima",
-)  # of checkpoints whose concepts have no vectors (`checkpoint.anima`)
+PLAIN_NAME_PRESETS = ("anima",)  # of checkpoints whose concepts' names have no vectors
 FLOW_PRESETS = ("anima",)  # of checkpoints that are always flows
 CLIP_SKIP_2 = (  # what users of other programs have to set
     "It was learned with clip skip 2, so draw with that: in ComfyUI CLIP Set Last Layer at -2, in "

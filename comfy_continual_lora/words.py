@@ -119,7 +119,7 @@ def check_newest(token: str, newest: str) -> None:
 
 
 def is_ordinary(token: str) -> bool:
-    """`Backbone.is_known_word` for CLIP's tokenizer, which every checkpoint has, without loading
+    """`Backbone.is_known_word` for CLIP's tokenizer, which most checkpoints have, without loading
     it: a word is one token if the vocabulary holds it.
     """
     return f"{token.lower()}</w>" in _vocabulary()

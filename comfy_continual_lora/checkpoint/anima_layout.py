@@ -53,12 +53,7 @@ _NET = {
     "concat_padding_mask": False,
     "extra_pos_embed_type": None,
 }
-_QWEN = {
-    "rms_norm_eps": 1e-6,
-    "rope_theta": 1_000_000.0,
-    "max_position_embeddings": 32768,
-    "tie_word_embeddings": True,
-}
+_QWEN: dict[str, Any] = {"rms_norm_eps": 1e-6, "rope_theta": 1_000_000.0}
 
 
 @dataclass(frozen=True)
@@ -74,13 +69,8 @@ class AnimaLayout:
     size: int = SIZE  # pixels a side
 
     def check(self, path: Path) -> None:
-        """Errors: CheckpointError for parts that do not fit each other, and a net of another depth."""
+        """Errors: CheckpointError for parts that do not fit each other."""
         net, conditioner = self.unet.module.config, self.conditioner.module.config
-        if net["num_layers"] > BLOCKS:
-            raise CheckpointError(
-                f"{path} can't be taught: it is Anima with {net['num_layers']} blocks (such as Anima "
-                f"2.9B). Take Anima with {BLOCKS}, or a fine-tune of it."
-            )
         channels = self.vae.module.config["z_dim"]
         if not net["in_channels"] - 1 == net["out_channels"] == channels:
             raise CheckpointError(
@@ -121,17 +111,21 @@ def check_libraries(path: Path) -> None:
 def anima_file_layout(path: Path, file: Any, open_file: Callable[[Path], Any]) -> AnimaLayout:
     """Of the file of a net, and those that belong to it.
 
-    Errors: CheckpointError for files that are missing, damaged or quantised, and old libraries.
+    Errors: CheckpointError for files that are missing, damaged or quantised, a net of another depth,
+    and old libraries.
     """
     check_libraries(path)
-    net = Weights(path, [file], lambda name: _PREFIX.sub("", name))
+    weights = Weights(path, [file], lambda name: _PREFIX.sub("", name))
+    check_not_quantised(weights)
+    net = _net(weights)
+    _check_depth(path, net)
     text_path, vae_path = companion(path, TEXT_ENCODER), companion(path, VAE)
     text, vae = (Weights(one, [open_file(one)]) for one in (text_path, vae_path))
-    for weights in (net, text, vae):
-        check_not_quantised(weights)
+    for other in (text, vae):
+        check_not_quantised(other)
     return AnimaLayout(
-        _net(net),
-        _conditioner(net),
+        net,
+        _conditioner(weights),
         _text(text),
         _vae(vae),
         tokenizer_folder(path, QWEN_TOKENIZER),
@@ -143,7 +137,7 @@ def anima_file_layout(path: Path, file: Any, open_file: Callable[[Path], Any]) -
 def anima_folder_layout(path: Path, open_file: Callable[[Path], Any]) -> AnimaLayout:
     """Of a diffusers folder, with the names of AnimaModularPipeline's components.
 
-    Errors: CheckpointError as in `folder_layout`, and for old libraries.
+    Errors: CheckpointError as in `folder_layout`, for a net of another depth, and for old libraries.
     """
     check_libraries(path)
     nets = Nets(path, open_file)
@@ -151,25 +145,32 @@ def anima_folder_layout(path: Path, open_file: Callable[[Path], Any]) -> AnimaLa
     def part(folder: str, kind: Any) -> Part:
         return nets.part(folder, nets.config(folder, kind), kind.from_config)
 
-    def net() -> Part:
-        kind = diffusers.CosmosTransformer3DModel
-        config = nets.config("transformer", kind)
-        channels = config.get("in_channels", 16) + bool(config.get("concat_padding_mask", True))
-        config = {**config, "in_channels": channels, "concat_padding_mask": False}
-        return nets.part("transformer", config, kind.from_config)
-
     def text(config: dict[str, Any]) -> Any:
         return transformers.Qwen3Model(transformers.Qwen3Config(**config))
 
+    kind = diffusers.CosmosTransformer3DModel
+    config = nets.config("transformer", kind)
+    channels = config.get("in_channels", 16) + bool(config.get("concat_padding_mask", True))
+    config = {**config, "in_channels": channels, "concat_padding_mask": False}
+    net = nets.part("transformer", config, kind.from_config)
+    _check_depth(path, net)
     config = nets.config("text_encoder", transformers.Qwen3Config)
     return AnimaLayout(
-        net(),
+        net,
         part("text_conditioner", diffusers.AnimaTextConditioner),
         nets.part("text_encoder", config, text, lambda name: f"model.{name}"),
         part("vae", diffusers.AutoencoderKLQwenImage),
         tokenizer_part(path, "tokenizer"),
         tokenizer_part(path, "t5_tokenizer"),
     )
+
+
+def _check_depth(path: Path, net: Part) -> None:
+    if (blocks := net.module.config["num_layers"]) > BLOCKS:
+        raise CheckpointError(
+            f"{path} can't be taught: it is Anima with {blocks} blocks (such as Anima 2.9B). Take Anima "
+            f"with {BLOCKS}, or a fine-tune of it."
+        )
 
 
 def anima_tokenizers(layout: AnimaLayout) -> tuple[Any, Any]:

@@ -13,6 +13,7 @@ from comfy_api.latest import io  # pyright: ignore[reportMissingImports] - only 
 from ..errors import SettingError, StackError, excerpt
 from ..files import is_reserved, stack_stem
 from ..operations import OPERATIONS
+from ..presets import PLAIN_NAME_PRESETS
 from ..requests import EvaluateRequest, ScoreRequest, SelectRequest
 from ..settings import EvaluateSettings, ScoreSettings, SolveSettings
 from . import host
@@ -127,6 +128,11 @@ class ApplyConcepts(io.ComfyNode):
         if concepts is None or not concepts.records:
             host.tell(f"The stack {stack.file.name} holds no concept yet, so nothing is applied.")
             return io.NodeOutput(model, clip)
+        if concepts.checkpoint.preset in PLAIN_NAME_PRESETS:
+            raise StackError(
+                f"The names of {stack.file.name} are plain text, so nothing has to be applied. Export "
+                "it, load the LoRA with LoraLoaderModelOnly, and leave this node out."
+            )
         if strength:
             model = cls._patched(model, stack, concepts, strength)
         clip = cls._with_clip_skip(clip, concepts.checkpoint.clip_skip)
