@@ -30,7 +30,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..emphasis import Text, weighted_texts
-from .backbone import Backbone
+from ..mentions import split
+from .backbone import Backbone, finite
 
 END_OF_TEXT = "<|endoftext|>"  # Qwen's, which also stands for an empty prompt
 
@@ -76,12 +77,16 @@ class AnimaBackbone(Backbone):
 
     @torch.no_grad()
     def encode_drawn(self, prompt: str, words: Mapping[str, Tensor] | None = None) -> Tensor:
-        """Text features (1, 512, d), those of each of T5's tokens times its weight."""
+        """Text features (1, 512, d), those of each of T5's tokens times its weight.
+
+        Errors: SettingError for weights that float32 can't hold.
+        """
         texts = [text for text in weighted_texts(prompt) if text is not None]
         features = self._encode([texts])
         weights = [text.weight for text in texts for _ in self.token_ids(text.text)]
         weights = torch.tensor([*weights[: self.positions - 1], 1.0]).to(features)
-        return features * F.pad(weights, (0, self.positions - len(weights)))[:, None]
+        weighted = features * F.pad(weights, (0, self.positions - len(weights)))[:, None]
+        return finite(weighted, prompt)
 
     def _encode(self, prompts: Sequence[Sequence[Text]]) -> Tensor:
         """Text features (n, 512, d) of prompts in parts."""
@@ -127,7 +132,8 @@ class AnimaBackbone(Backbone):
 
     def second_word(self, prompt: str, token: str, words: Mapping[str, Tensor]) -> tuple[int, int]:
         ends = self._ends(prompt)
-        place = prompt.lower().rindex(token.lower())
+        *before, _word, _after = split(prompt, words)
+        place = len("".join(before))
         start = next(number for number, end in enumerate(ends) if end > place)
         return start, min(len(ends) + 1, self.positions)
 

@@ -25,6 +25,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..errors import SettingError, excerpt
 from .overflow import widen_overflowing
 
 KV_MODULES = r".*\.attn2\.to_[kv]"
@@ -36,6 +37,16 @@ def kv_layers(unet: nn.Module) -> dict[str, nn.Linear]:
         for name, module in unet.named_modules()
         if isinstance(module, nn.Linear) and re.fullmatch(KV_MODULES, name)
     }
+
+
+def finite(features: Tensor, prompt: str) -> Tensor:
+    """The text features of a prompt with weights. Errors: SettingError if they are not finite."""
+    if not features.isfinite().all():
+        raise SettingError(
+            f"The weights of the prompt {excerpt(prompt)} are too large. Give weights between 0 and "
+            "2, as in (a V1 dog:1.2)."
+        )
+    return features
 
 
 @dataclass(eq=False, kw_only=True)

@@ -19,9 +19,8 @@ from torch import Tensor, nn
 from transformers import CLIPTokenizer
 
 from ..emphasis import Token, chunks, weighted_texts
-from ..errors import SettingError, excerpt
 from ..mentions import split
-from .backbone import Backbone
+from .backbone import Backbone, finite
 from .text import TextEncoder, weighted
 
 
@@ -94,12 +93,9 @@ class StableBackbone(Backbone):
         weights = torch.tensor([[token.weight for token in row] for row in rows])
         features, pooled = self._encode(ids, slot, words)
         chunked = torch.cat([weighted(one, weights) for one in features], 2)
-        if not chunked.isfinite().all():
-            raise SettingError(
-                f"The weights of the prompt {excerpt(prompt)} are too large. Give weights between 0 and "
-                "2, as in (a V1 dog:1.2)."
-            )
-        return torch.cat([chunked.flatten(0, 1)[None], *(row[:1] for row in pooled)], 1)
+        return torch.cat(
+            [finite(chunked, prompt).flatten(0, 1)[None], *(row[:1] for row in pooled)], 1
+        )
 
     def _encode(
         self, ids: Tensor, slot: Tensor, words: Mapping[str, Tensor]
