@@ -156,5 +156,4 @@ def test_comfyui_reads_predicts_and_draws_as_we_do(tmp_path: Path) -> None:
         name: float((answers[name] - tensor).norm() / tensor.norm())
         for name, tensor in wanted.items()
     }
-    print(differences)
     assert max(differences.values()) < 1e-4, differences
