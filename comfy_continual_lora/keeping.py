@@ -19,7 +19,8 @@ from filelock import FileLock, Timeout
 from .errors import StackError
 from .files import check_names, clean_temporary, copy_whole, history_folder, real_file, write_whole
 from .stackfile import opened, read_header
-from .stackschema import BYTES, checked
+from .stackschema import checked
+from .stacktensors import BYTES
 from .versions import Change, Version, parent_among, versions
 
 _NUMPY = {"F32": "<f4", "F16": "<f2", "I8": "i1"}

@@ -17,7 +17,8 @@ from pathlib import Path
 from typing import IO, Any
 
 from .files import check_regular, real_file
-from .stackschema import BYTES, Shape, checked, damaged, refuse_number, unique_pairs, unreadable
+from .stackschema import checked, damaged, refuse_number, unique_pairs, unreadable
+from .stacktensors import BYTES, Shape
 
 _MOST_HEADER = 100_000_000  # bytes, as in the safetensors library
 _MOST_VALUES = 4_000_000  # in the header, which takes up to a hundred bytes of memory for each

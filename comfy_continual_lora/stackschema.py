@@ -1,4 +1,4 @@
-"""Stage 6: the schema of a stack file's header and tensors. Light.
+"""Stage 6: the schema of a stack file's header. Light. `stacktensors` has that of its tensors.
 
 A stack file may come from an untrusted source: `checked` validates everything before it is used, and
 names whatever differs from what `store.save_stack` writes. Fields that a later release added to the
@@ -12,22 +12,19 @@ import re
 import sys
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from .adapters import DENSE, PARTS, kind_with
 from .errors import StackError, excerpt
 from .files import TOKEN, history_folder
-from .presets import ADAPTERS, METHODS, PLAIN_NAME_PRESETS, PREDICTIONS, PRESETS
-from .settings import MOST_VECTORS
+from .presets import ADAPTERS, METHODS, PREDICTIONS, PRESETS
+from .stacktensors import Shape, check_tensors, unusable
 
 FORMAT = "comfy-continual-lora"
 VERSION = 3
 HISTORY = 5  # earlier versions kept by default
 MOST_RANK = 4096
-BYTES = {"F32": 4, "F16": 2, "I8": 1}  # of a value, by safetensors' names
 # How a change is described; {} are the words it is about
 CHANGES = {
     "learned": "learned {}",
@@ -40,15 +37,6 @@ CHANGES = {
     "renamed": "renamed {}",
     "undone": "undid the newest change; left: {}",
 }
-
-
-@dataclass(frozen=True)
-class Shape:
-    """A tensor as the header describes it; `start` is its first byte in the file."""
-
-    dtype: str
-    sizes: tuple[int, ...]
-    start: int
 
 
 def refuse_number(name: str) -> None:
@@ -248,17 +236,6 @@ _HEADER_DEFAULTS = {
     "ordinary": None,
     "history": HISTORY,
 }
-_LAYER = r"[A-Za-z0-9_]+(?:\.[A-Za-z0-9_]+)*"
-_PART = r"[A-Za-z]\w*"
-_NAMES = re.compile(
-    rf"(?P<word>word)\.(?P<of>[A-Za-z0-9_-]+)"
-    rf"|(?P<part>adapter|before)\.(?P<layer>{_LAYER})\.(?P<tensor>{_PART})"
-    rf"|(?P<target>wish|scale)\.(?P<target_of>[A-Za-z0-9_-]+)\.(?P<joined>{_PART})"
-    rf"|ordinary\.(?P<ordinary>listed|drawn)"
-    rf"|(?P<prompts>alone|shared)\.(?P<about>[A-Za-z0-9_-]+)"
-    rf"|(?P<held>pool|wish|fisher)\.(?P<concept>[A-Za-z0-9_-]+)"
-    rf"\.(?P<held_layer>{_LAYER})\.(?P<held_tensor>{_PART})"
-)
 
 
 def checked(path: Path, metadata: Any, shapes: Mapping[str, Shape]) -> dict[str, Any]:
@@ -304,8 +281,8 @@ def checked(path: Path, metadata: Any, shapes: Mapping[str, Shape]) -> dict[str,
     for name in ("id", "token"):
         counts = Counter(record[name].lower() for record in header["concepts"])
         if twice := next((value for value, count in counts.items() if count > 1), None):
-            raise _wrong(path, f"two concepts have the {name} {twice!r}")
-    _tensors_fit(path, header, shapes)
+            raise unusable(path, f"two concepts have the {name} {twice!r}")
+    check_tensors(path, header, shapes)
     return header
 
 
@@ -315,186 +292,12 @@ def _fields(
     """The fields of the schema, checked, and under "later" those that it does not have."""
     for name, (check, expected) in schema.items():
         if name not in given:
-            raise _wrong(path, f"{where}{name} is missing")
+            raise unusable(path, f"{where}{name} is missing")
         if not check(given[name]):
-            raise _wrong(path, f"{where}{name} is {excerpt(given[name])}, expected {expected}")
+            raise unusable(path, f"{where}{name} is {excerpt(given[name])}, expected {expected}")
     later = {name: value for name, value in given.items() if name not in schema}
     if not _plain(later):
-        raise _wrong(path, f"{where}its unknown fields {excerpt(list(later))} are no plain values")
-    return {**{name: given[name] for name in schema}, "later": later}
-
-
-def _wrong(path: Path, what: str) -> StackError:
-    return StackError(
-        f"The concept stack {path} can't be used: {what}. It is damaged, was tampered with, or is of "
-        "a later version: get the file again, go back to an earlier version (`restore`), or "
-        "update comfy-continual-lora."
-    )
-
-
-def _tensors_fit(path: Path, header: Mapping[str, Any], shapes: Mapping[str, Shape]) -> None:
-    """Check that every word and layer is there, and that their shapes fit each other."""
-    ids = {record["id"] for record in header["concepts"]}
-    words: dict[str, tuple[int, ...]] = {}
-    prompts: dict[str, tuple[int, ...]] = {}
-    # of targets and their scales, by concept, tensor
-    joined: dict[str, dict[str, dict[str, tuple[int, ...]]]] = {"wish": {}, "scale": {}}
-    adapters: dict[str, dict[str, dict[str, tuple[int, ...]]]] = {}  # by part, layer, tensor
-    for name, shape in shapes.items():
-        match = _NAMES.fullmatch(name)
-        if match is None:
-            raise _wrong(path, f"it holds an unknown tensor {name[:100]!r}")
-        expected = "F16" if match["prompts"] else "F32"
-        if match["target"] == "wish":
-            # version 2 has them in float16
-            expected = "I8" if header["version"] > 2 else "F16"
-        if shape.dtype != expected:
-            raise _wrong(path, f"its tensor {name} is {shape.dtype}, expected {expected}")
-        concept = match["of"] or match["concept"] or match["about"] or match["target_of"]
-        if concept and concept not in ids:
-            raise _wrong(path, f"its tensor {name} belongs to no concept")
-        if match["word"]:
-            words[concept] = shape.sizes
-            continue
-        if match["prompts"] or match["ordinary"]:
-            prompts[name] = shape.sizes
-            continue
-        if match["joined"]:
-            joined[match["target"]].setdefault(concept, {})[match["joined"]] = shape.sizes
-            continue
-        part = match["part"] or f"{match['held']}.{concept}"
-        layer = match["layer"] or match["held_layer"]
-        tensor = match["tensor"] or match["held_tensor"]
-        adapters.setdefault(part, {}).setdefault(layer, {})[tensor] = shape.sizes
-    _words_fit(path, header, words)
-    _prompts_fit(path, header, prompts, next((sizes[-1] for sizes in words.values()), 0))
-    ends: dict[str, dict[str, tuple[int | None, int | None]]] = {}
-    for part, layers in adapters.items():
-        ends[part] = _layers_fit(path, part, layers)
-    first = next(iter(ends.values()), {})
-    for part, layers in ends.items():
-        if layers.keys() != first.keys():
-            raise _wrong(path, f"{part} changes other layers than the rest")
-        for layer, sizes in layers.items():
-            if any(a != b for a, b in zip(sizes, first[layer], strict=True) if a and b):
-                raise _wrong(path, f"{part} does not fit the rest in its layer {layer}")
-    if any(part != "adapter" for part in ends) and "adapter" not in ends and not ids:
-        raise _wrong(path, "it holds adapters but no concept")
-    layers = list(ends.get("adapter", {}).values())
-    for concept, tensors in joined["wish"].items():
-        if not _joined_fit(tensors, layers):
-            listed = ", ".join(f"{name} {shape}" for name, shape in tensors.items())
-            raise _wrong(path, f"wish.{concept} does not fit the adapter: {listed}")
-    packed = joined["wish"] if header["version"] > 2 else {}
-    scales = {
-        concept: {
-            part: (len(layers), sizes[1]) if part == "B" else (sizes[0], 1)
-            for part, sizes in tensors.items()
-        }
-        for concept, tensors in packed.items()
-    }
-    for concept in scales.keys() | joined["scale"].keys():
-        if joined["scale"].get(concept) != scales.get(concept):
-            raise _wrong(path, f"scale.{concept} does not fit wish.{concept}")
-
-
-def _joined_fit(
-    tensors: Mapping[str, tuple[int, ...]], ends: Sequence[tuple[int | None, int | None]]
-) -> bool:
-    """Whether these are the tensors of layers with these numbers of outputs and inputs, each joined
-    along its first dimension: A (layers r, width), B (outputs, r) or D (outputs, width).
-    """
-    kind = kind_with(set(tensors))
-    width = next((width for _, width in ends), None)
-    if kind not in ("lora", "full") or width is None or any(out is None for out, _ in ends):
-        return False
-    outputs = sum(out for out, _ in ends if out)
-    if kind == "full":
-        return tensors["D"] == (outputs, width)
-    rank = tensors["B"][-1]
-    return rank > 0 and tensors == {"A": (len(ends) * rank, width), "B": (outputs, rank)}
-
-
-def _prompts_fit(
-    path: Path, header: Mapping[str, Any], prompts: Mapping[str, tuple[int, ...]], width: int
-) -> None:
-    """Check the rows of prompts, (k, d), and the triangles of ordinary ones; `width` is d."""
-    if (header["ordinary"] is None) != ("ordinary.listed" not in prompts):
-        raise _wrong(path, "it holds only one of ordinary prompts and their description")
-    if "ordinary.drawn" in prompts and "ordinary.listed" not in prompts:
-        raise _wrong(path, "ordinary.listed is missing")
-    for name, sizes in prompts.items():
-        part, _, concept = name.partition(".")
-        if part == "ordinary":
-            fits = len(sizes) == 1 and (not width or sizes[0] == width * (width + 1) // 2)
-        else:
-            fits = len(sizes) == 2 and sizes[1] == width and sizes[0] <= width
-            other = "shared" if part == "alone" else "alone"
-            if f"{other}.{concept}" not in prompts:
-                raise _wrong(path, f"{other}.{concept} is missing")
-        if not fits:
-            raise _wrong(path, f"its tensor {name} has the shape {sizes}, which does not fit")
-
-
-def _words_fit(path: Path, header: Mapping[str, Any], words: Mapping[str, tuple[int, ...]]) -> None:
-    widths = set()
-    for record in header["concepts"]:
-        sizes = words.get(record["id"])
-        if sizes is None:
-            raise _wrong(path, f"the word of {record['token']} is missing")
-        is_plain = header["base"]["preset"] in PLAIN_NAME_PRESETS
-        least, most = (0, 0) if is_plain else (1, MOST_VECTORS)
-        is_matrix = len(sizes) == 2 and least <= sizes[0] <= most
-        if not all(sizes[-1:]) or not (is_matrix or (len(sizes) == 1 and not is_plain)):
-            raise _wrong(
-                path,
-                f"the word of {record['token']} has the shape {sizes}, expected {least} to {most} "
-                "vectors",
-            )
-        widths.add(sizes[-1])
-    declared = sum(header["base"]["word_widths"])
-    if len(widths | ({declared} if declared else set())) > 1 and widths:
-        raise _wrong(
-            path,
-            f"its words have different widths ({', '.join(map(str, sorted(widths)))}; "
-            f"{declared or 'none'} by its header)",
+        raise unusable(
+            path, f"{where}its unknown fields {excerpt(list(later))} are no plain values"
         )
-
-
-def _layers_fit(
-    path: Path, part: str, layers: Mapping[str, Mapping[str, tuple[int, ...]]]
-) -> dict[str, tuple[int | None, int | None]]:
-    """Each layer's numbers of outputs and inputs, as far as its tensors determine them."""
-    ends: dict[str, tuple[int | None, int | None]] = {}
-    ranks, kinds = set(), set()
-    for layer, tensors in layers.items():
-        sizes = _sizes(tensors, dense=part.startswith("fisher"))
-        if sizes is None:
-            listed = ", ".join(f"{name} {shape}" for name, shape in tensors.items())
-            raise _wrong(path, f"{part} is incomplete in its layer {layer}: {listed}")
-        if 0 in sizes.values():
-            raise _wrong(path, f"{part} is empty in its layer {layer}")
-        ends[layer] = sizes.get("out"), sizes.get("width")
-        ranks.add(sizes.get("rank"))
-        kinds.add(frozenset(tensors))
-    if len(kinds) > 1 or len(ranks) > 1:
-        raise _wrong(path, f"the layers of {part} are of different kinds or ranks")
-    if len({width for _, width in ends.values()}) > 1:
-        raise _wrong(path, f"the layers of {part} have different widths of text features")
-    return ends
-
-
-def _sizes(tensors: Mapping[str, tuple[int, ...]], dense: bool) -> dict[str, int] | None:
-    """The rank, out and width that the tensors of a layer agree on; None if they don't."""
-    kind = kind_with(set(tensors))
-    names = PARTS[kind] if kind else DENSE if dense and tensors.keys() == DENSE.keys() else None
-    if names is None:
-        return None
-    sizes: dict[str, int] = {}
-    for name, shape in tensors.items():
-        if len(shape) != len(names[name]):
-            return None
-        for dimension, size in zip(names[name], shape, strict=True):
-            if sizes.setdefault(dimension, size) != size:
-                return None
-    return sizes
+    return {**{name: given[name] for name in schema}, "later": later}

@@ -39,7 +39,8 @@ from .keeping import add_version, new_change, not_finite
 from .keeping import writing as writing
 from .stack import CheckpointInfo, ConceptRecord, ConceptStack, Ordinary, PromptRows
 from .stackfile import opened, read_header
-from .stackschema import BYTES, FORMAT, VERSION, Shape, checked
+from .stackschema import FORMAT, VERSION, checked
+from .stacktensors import BYTES, Shape
 from .versions import Change
 
 _DTYPES = {"F32": torch.float32, "F16": torch.float16, "I8": torch.int8}
