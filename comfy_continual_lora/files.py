@@ -256,6 +256,18 @@ def metadata_in(path: Path) -> dict[str, str]:
         return {}
 
 
+def weight_names(path: Path) -> list[str]:
+    """The names of a safetensors file's weights, of which none is read; empty for any other."""
+    from safetensors import SafetensorError, safe_open  # not light
+
+    try:
+        check_regular(path)
+        with safe_open(path, "np") as file:
+            return list(file.keys())
+    except (SafetensorError, OSError):
+        return []
+
+
 def write_whole(
     path: Path, data: bytes | Iterable[bytes | memoryview], *, new: bool = False
 ) -> None:

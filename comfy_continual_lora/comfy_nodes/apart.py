@@ -19,6 +19,7 @@ from comfy.patcher_extension import WrappersMP  # pyright: ignore[reportMissingI
 from torch import Tensor
 
 from ..areas import FINE, AreaSettings
+from ..checkpoint.keys import is_anima_net
 from ..errors import SettingError
 from ..hostareas import HostAreas, Part, SceneText, patched
 from .words import KEY
@@ -82,8 +83,14 @@ def with_areas(model: Any, preset: str, masks: Tensor | None = None) -> Any:
 def found_masks(model: Any, samples: Tensor) -> Tensor:
     """The areas of what was sampled last, (pictures times things, 8h, 8w) in 0..1.
 
-    Errors: SettingError if no prompt named several learned things, or MODEL drew nothing.
+    Errors: SettingError if no prompt named several learned things, MODEL drew nothing, or it is
+    Anima.
     """
+    if is_anima_net(model.model.diffusion_model.state_dict()):
+        raise SettingError(
+            "There are no areas on Anima yet: several learned things in one prompt are drawn mixed. "
+            "Leave this node out."
+        )
     areas = model.get_attachment(KEY)
     found = areas.found if isinstance(areas, HostAreas) else []
     if not found:
