@@ -23,6 +23,7 @@ from helpers_comfyui import (
     error_of,
     executed,
     find_comfyui,
+    text_of,
     to_prompt,
     write_control_net,
 )
@@ -175,10 +176,6 @@ def draws(
         {**load, **({"4": node} if node else {}), **draw(prompt, "4" if node else "20")}
     )
     return np.asarray(Image.open(host.pictures(done, "26")[0]).convert("RGB"), int)
-
-
-def text_of(done: dict[str, Any], node: str) -> str:
-    return done["outputs"][node]["text"][0]
 
 
 def stack_of(host: ComfyUI, name: str) -> Path:
