@@ -50,7 +50,8 @@ class LoadConceptStack(io.ComfyNode):
                 io.Combo.Input(
                     "checkpoint",
                     options=host.checkpoints(),
-                    tooltip="The checkpoint to teach. Its own file never changes.",
+                    tooltip="The checkpoint to teach. Its own file never changes. Of diffusion_models, "
+                    "Anima's nets are listed.",
                 ),
                 io.String.Input(
                     "stack_name",
