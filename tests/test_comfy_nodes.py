@@ -37,7 +37,7 @@ from comfy_continual_lora.settings import (
     SolveSettings,
     TrainSettings,
 )
-from comfy_continual_lora.stack import ConceptStack
+from comfy_continual_lora.stack import CheckpointInfo, ConceptStack
 
 REPOSITORY = Path(__file__).parents[1]
 WORKFLOWS = sorted((REPOSITORY / "workflows").glob("*.json"))
@@ -745,6 +745,25 @@ def test_clip_skip_is_applied_unless_the_user_chose_a_layer(
     assert not caplog.text
     assert with_clip_skip(chosen, 2).layer_idx == -1
     assert "clip skip 2, but CLIP Set Last Layer is at -1. Set it to -2" in caplog.text
+
+
+def test_on_anima_clip_is_passed_on_and_mixing_is_told(
+    nodes: Any, closed_stack: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    apply, model, clip = nodes.ApplyConcepts.execute, object(), object()
+    one, two = (
+        dataclasses.replace(
+            closed_stack,
+            selected=dataclasses.replace(make_stack(count), checkpoint=CheckpointInfo("anima")),
+        )
+        for count in (1, 2)
+    )
+    assert apply(model, clip, one, 0.0) == (model, clip)
+    assert apply(model, clip, two, 0.0, mixed=True) == (model, clip)
+    assert not caplog.text
+    for told, given in enumerate(((two, None), (one, "masks")), 1):
+        assert apply(model, clip, given[0], 0.0, masks=given[1]) == (model, clip)
+        assert caplog.text.count("There are no areas on Anima") == told
 
 
 @pytest.mark.parametrize("path", WORKFLOWS, ids=lambda p: p.stem)
