@@ -31,7 +31,8 @@ llama.Qwen3_06BConfig = partial(
 )
 NODE_CLASS_MAPPINGS = {{}}
 """
-# the default method reads a thousand prompts, which takes minutes with this net
+# the default method reads a thousand prompts of the vocabulary, which takes minutes with this net, and
+# so do the nodes that solve unless `language` is 0
 QUICK = {"method": "lora", "steps": 2, "batch": 1, "rank": 4, "score_pictures": 1, "rate": 0.03}
 
 
@@ -130,8 +131,8 @@ def apply(stack: str = "1", **inputs: Any) -> dict[str, Any]:
     return {"class_type": "ContinualLora_Apply", "inputs": {**both, **inputs}}
 
 
-def picture(host: ComfyUI, graph: dict[str, Any]) -> np.ndarray:
-    (path,) = host.pictures(host.run(graph), "29")
+def picture(host: ComfyUI, graph: dict[str, Any], node: str = "29") -> np.ndarray:
+    (path,) = host.pictures(host.run(graph), node)
     return np.asarray(Image.open(path).convert("RGB"), int)
 
 
@@ -146,9 +147,9 @@ def test_the_template_runs_to_its_picture(host: ComfyUI) -> None:
             assert (node["inputs"]["width"], node["inputs"]["height"]) == (1024, 1024)
             node["inputs"].update(width=128, height=96)
     (node,) = (key for key, one in graph.items() if one["class_type"] == "PreviewImage")
-    (path,) = host.pictures(host.run(graph), node)
-    assert Image.open(path).size == (128, 96)
-    assert np.asarray(Image.open(path).convert("RGB"), float).std() > 1
+    drawn = picture(host, graph, node)
+    assert drawn.shape == (96, 128, 3)
+    assert drawn.std() > 1
 
 
 def test_the_net_is_in_our_list_and_its_stacks_are_not(host: ComfyUI) -> None:
@@ -223,13 +224,12 @@ def test_every_node_works_on_a_stack_of_anima(host: ComfyUI) -> None:
         return error_of(done) or text_of(done, "4")
 
     pictures = {"images": ["2", 0]}
-    assert "Solved for V2 teapot alone" in says("Select", 1, tokens="V2")
+    assert "Solved for V2 teapot alone" in says("Select", 1, tokens="V2", language=0.0)
     assert "picture 2: " in says("Scores", 0, **pictures, trials=4)
     assert "consolidated" in says("Consolidate", 2, **pictures, dsc_steps=2, batch=1).lower()
-    assert "Solved for 2 concepts" in says("ClosedForm", 1)
-    assert says("Evaluate", 1) == "?"
-    assert says("Import", 1, lora="?") == "?"
-    assert "Forgot V1" in says("Forget", 1, token="V1")
+    assert "Solved for 2 concepts" in says("ClosedForm", 1, language=0.0)
+    assert "its `clip`" in (told := says("Evaluate", 1)), told
+    assert "Forgot V1" in says("Forget", 1, token="V1", language=0.0)
     assert "Undone: forgot V1 ball" in says("Undo", 1, token="", version=99)
 
 

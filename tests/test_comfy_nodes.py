@@ -8,7 +8,6 @@ import dataclasses
 import importlib
 import inspect
 import json
-import os
 import re
 import subprocess
 import sys
@@ -249,7 +248,6 @@ def test_other_files_among_diffusion_models_are_left_out(
     (folder / "list.safetensors").write_bytes((2).to_bytes(8, "little") + b"[]")
     (folder / "folder.safetensors").mkdir()
     (folder / "dangling.safetensors").symlink_to(folder / "gone")
-    os.mkfifo(folder / "pipe.safetensors")
     save_file({"blocks.0.weight": torch.zeros(1)}, folder / "other.safetensors")
     save_file(ANIMA, folder / "anima.gguf")
     assert host.checkpoints() == []

@@ -19,7 +19,6 @@ from comfy.patcher_extension import WrappersMP  # pyright: ignore[reportMissingI
 from torch import Tensor
 
 from ..areas import FINE, AreaSettings
-from ..checkpoint.keys import is_anima_net
 from ..errors import SettingError
 from ..hostareas import HostAreas, Part, SceneText, patched
 from .words import KEY
@@ -86,7 +85,7 @@ def found_masks(model: Any, samples: Tensor) -> Tensor:
     Errors: SettingError if no prompt named several learned things, MODEL drew nothing, or it is
     Anima.
     """
-    if is_anima_net(model.model.diffusion_model.state_dict()):
+    if hasattr(model.model.diffusion_model, "llm_adapter"):
         raise SettingError(
             "There are no areas on Anima yet: several learned things in one prompt are drawn mixed. "
             "Leave this node out."

@@ -97,8 +97,7 @@ def stack_file(checkpoint: Path, name: str) -> Path:
 
 def stack_names() -> list[str]:
     """The names of all stacks that are not a checkpoint's own, over all checkpoints."""
-    kinds = (_CHECKPOINTS, _NETS)
-    files = list(itertools.chain.from_iterable(map(folder_paths.get_filename_list, kinds)))
+    files = [*folder_paths.get_filename_list(_CHECKPOINTS), *folder_paths.get_filename_list(_NETS)]
     stems = {name.rpartition(".")[0] for name in files if not name.endswith(STACKS)}
     ends = [name.removesuffix(STACKS).rpartition(".") for name in files if name.endswith(STACKS)]
     return sorted({name for stem, _, name in ends if stem in stems})
