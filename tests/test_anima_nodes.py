@@ -228,9 +228,12 @@ def test_every_node_works_on_a_stack_of_anima(host: ComfyUI) -> None:
     assert "picture 2: " in says("Scores", 0, **pictures, trials=4)
     assert "consolidated" in says("Consolidate", 2, **pictures, dsc_steps=2, batch=1).lower()
     assert "Solved for 2 concepts" in says("ClosedForm", 1, language=0.0)
-    assert "its `clip`" in (told := says("Evaluate", 1)), told
+    assert "Compare by another model (clip_folder)" in says("Evaluate", 1)
+    lora = {"lora": says("Export", 0), "token": "W1", "noun": "", "embedding": "", "trigger": "x"}
+    assert "Nothing can be imported for anima-base" in says("Import", 1, **lora, strength=1.0)
     assert "Forgot V1" in says("Forget", 1, token="V1", language=0.0)
-    assert "Undone: forgot V1 ball" in says("Undo", 1, token="", version=99)
+    assert "Undo takes back: forgot V1 ball" in says("Undo", 1, token="")
+    assert "forgot V1 ball" in says("History", 1)
 
 
 def test_areas_say_why_there_are_none(host: ComfyUI) -> None:
