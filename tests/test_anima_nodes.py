@@ -53,13 +53,13 @@ def host(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ComfyUI]:
     server.stop()
 
 
-def load(stack: str, net: str = NET) -> dict[str, Any]:
+def load(stack: str) -> dict[str, Any]:
     """Node 1: a stack of the net."""
-    inputs = {"checkpoint": f"{net} [diffusion_models]", "stack_name": stack}
+    inputs = {"checkpoint": f"{NET} [diffusion_models]", "stack_name": stack}
     return {"1": {"class_type": "ContinualLora_LoadStack", "inputs": inputs}}
 
 
-def learn(stack: str, **change: Any) -> dict[str, Any]:
+def learn(stack: str) -> dict[str, Any]:
     """Nodes 1 to 5: V1 is learned, then V2; nodes 6 and 7 say what was done."""
     graph = load(stack)
     for number, (token, which) in enumerate((("V1", 1), ("V2", 2))):
@@ -76,7 +76,6 @@ def learn(stack: str, **change: Any) -> dict[str, Any]:
                 "token": token,
                 "noun": [examples, 1],
                 **QUICK,
-                **change,
             },
         }
         graph[str(6 + number)] = {"class_type": "PreviewAny", "inputs": {"source": [node, 3]}}
@@ -84,7 +83,7 @@ def learn(stack: str, **change: Any) -> dict[str, Any]:
 
 
 def draw(prompt: str, model: dict[str, Any] | None) -> dict[str, Any]:
-    """Nodes 20 to 28: sample with the net (20), or with node 21, which takes it and the CLIP (22)."""
+    """Nodes 20 to 29: sample with the net (20), or with a node that takes it (21)."""
     source = ["21", 0] if model else ["20", 0]
     clip = ["21", 1] if model and "clip" in model["inputs"] else ["22", 0]
     text = {"class_type": "CLIPTextEncode"}
@@ -125,9 +124,9 @@ def draw(prompt: str, model: dict[str, Any] | None) -> dict[str, Any]:
     }
 
 
-def apply(stack: str = "1", **inputs: Any) -> dict[str, Any]:
-    """Apply Concepts of the stack of a node."""
-    both = {"model": ["20", 0], "clip": ["22", 0], "stack": [stack, 0], "strength": 1.0}
+def apply(**inputs: Any) -> dict[str, Any]:
+    """Apply Concepts with the stack of node 1."""
+    both = {"model": ["20", 0], "clip": ["22", 0], "stack": ["1", 0], "strength": 1.0}
     return {"class_type": "ContinualLora_Apply", "inputs": {**both, **inputs}}
 
 

@@ -50,8 +50,8 @@ class LoadConceptStack(io.ComfyNode):
                 io.Combo.Input(
                     "checkpoint",
                     options=host.checkpoints(),
-                    tooltip="The checkpoint to teach. Its own file never changes. Of diffusion_models, "
-                    "Anima's nets are listed.",
+                    tooltip="The checkpoint to teach. Its own file never changes. Anima's nets, from "
+                    "diffusion_models, are listed too.",
                 ),
                 io.String.Input(
                     "stack_name",
