@@ -125,6 +125,11 @@ def error_of(done: dict[str, Any]) -> str:
     )
 
 
+def text_of(done: dict[str, Any], node: str) -> str:
+    """What a Preview as Text shows."""
+    return done["outputs"][node]["text"][0]
+
+
 def executed(done: dict[str, Any]) -> set[str]:
     """The nodes that really ran: those not taken from the cache."""
     cached = {

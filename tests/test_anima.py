@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -190,6 +191,20 @@ def test_what_is_missing_is_named(
     change(own.parents[2])
     with pytest.raises(CheckpointError, match=message):
         load_backbone(own, device="cpu")
+
+
+def test_files_in_other_folders_of_comfyui_are_found(
+    own: Path, net: Backbone, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """extra_model_paths.yaml says where these are."""
+    far = tmp_path / "far"
+    far.mkdir()
+    for kind in ("text_encoders", "vae"):
+        (own.parents[1] / kind).rename(far / kind)
+    host = SimpleNamespace(get_folder_paths=lambda kind: [str(far / kind)])
+    monkeypatch.setitem(sys.modules, "folder_paths", host)
+    loaded = load_backbone(own, device="cpu")
+    assert torch.equal(loaded.encode_prompts(PROMPTS), net.encode_prompts(PROMPTS))
 
 
 def test_files_beside_the_net_come_first(own: Path, net: Backbone) -> None:

@@ -22,6 +22,7 @@ import pytest
 import torch
 from helpers_messages import marked_names
 from helpers_store import make_stack
+from safetensors.torch import save_file
 
 from comfy_continual_lora import concepts, store
 from comfy_continual_lora.errors import ConceptImagesError, SettingError, StackError
@@ -35,12 +36,15 @@ from comfy_continual_lora.settings import (
     SolveSettings,
     TrainSettings,
 )
-from comfy_continual_lora.stack import ConceptStack
+from comfy_continual_lora.stack import CheckpointInfo, ConceptStack
 
 REPOSITORY = Path(__file__).parents[1]
 WORKFLOWS = sorted((REPOSITORY / "workflows").glob("*.json"))
 CORE = {  # core nodes the workflows use: outputs
     "CheckpointLoaderSimple": 3,
+    "UNETLoader": 1,
+    "CLIPLoader": 1,
+    "VAELoader": 1,
     "CLIPTextEncode": 1,
     "EmptyLatentImage": 1,
     "KSampler": 1,
@@ -113,11 +117,12 @@ def _stand_in(schema_fields: list[str]) -> dict[str, types.ModuleType]:
     comfy: Any = types.ModuleType("comfy")
     comfy.model_management, comfy.utils = memory, utils
     utils.ProgressBar = object  # type: ignore[attr-defined]
-    folders.get_filename_list = lambda _kind: [
+    listed = [
         "mini-sd.safetensors",
         "mini-sd.concepts.safetensors",
         "mini-sd.family.concepts.safetensors",
-    ]  # type: ignore[attr-defined]
+    ]
+    folders.get_filename_list = lambda kind: [] if kind == "diffusion_models" else listed  # type: ignore[attr-defined]
     names = {
         "comfy_api": types.ModuleType("comfy_api"),
         "comfy_api.latest": latest,
@@ -179,6 +184,81 @@ def test_with_defaults_a_user_sets_four_things(nodes: Any) -> None:
 def test_our_own_files_are_not_offered_as_checkpoints(nodes: Any) -> None:
     first = nodes.LoadConceptStack.define_schema().inputs[0]
     assert first.rest["options"] == ["mini-sd.safetensors"]
+
+
+@pytest.fixture
+def models(nodes: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    """A folder for each kind of ComfyUI's files, which the host lists as ComfyUI does."""
+
+    def listed(kind: str) -> list[str]:
+        folder = tmp_path / kind
+        return sorted(str(path.relative_to(folder)) for path in folder.rglob("*.*"))
+
+    def full_path(kind: str, name: str) -> str | None:
+        path = tmp_path / kind / name
+        return str(path) if path.is_file() else None
+
+    folders: Any = sys.modules["folder_paths"]
+    monkeypatch.setattr(folders, "get_filename_list", listed)
+    monkeypatch.setattr(folders, "get_full_path", full_path, raising=False)
+    for kind in ("checkpoints", "diffusion_models"):
+        (tmp_path / kind).mkdir()
+    return tmp_path
+
+
+ANIMA = {"llm_adapter.out_proj.weight": torch.zeros(1)}
+
+
+def test_nets_of_anima_are_listed_beside_checkpoints_of_the_same_name(
+    nodes: Any, models: Path
+) -> None:
+    host = importlib.import_module("comfy_continual_lora.comfy_nodes.host")
+    checkpoint, net = (
+        models / kind / "a.safetensors" for kind in ("checkpoints", "diffusion_models")
+    )
+    net.with_name("sub").mkdir()
+    inside = net.with_name("sub") / "b.safetensors"
+    stack = net.with_name("a.family.concepts.safetensors")
+    for path in (checkpoint, net):
+        save_file(ANIMA, path)
+    store.save_stack(make_stack(1), stack)
+    save_file({f"net.{name}": one for name, one in ANIMA.items()}, inside)
+    names = ["a.safetensors", "a.safetensors [diffusion_models]"]
+    names.append("sub/b.safetensors [diffusion_models]")
+    assert host.checkpoints() == names
+    assert [host.checkpoint_path(name) for name in names] == [checkpoint, net, inside]
+    assert host.stack_names() == ["family"]
+    loaded, _ = nodes.LoadConceptStack.execute(names[1], stack="family")
+    assert (loaded.checkpoint, loaded.file) == (net, stack)
+    inside.unlink()
+    assert host.checkpoints() == names[:2]
+    with pytest.raises(StackError, match="no longer in ComfyUI's diffusion_models folders"):
+        host.checkpoint_path(names[2])
+
+
+def test_other_files_among_diffusion_models_are_left_out(
+    nodes: Any, models: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What a file is is asked once, until it changes."""
+    host = importlib.import_module("comfy_continual_lora.comfy_nodes.host")
+    folder = models / "diffusion_models"
+    (folder / "text.safetensors").write_text("<html>")
+    (folder / "empty.safetensors").touch()
+    (folder / "long.safetensors").write_bytes(b"\xff" * 64)
+    (folder / "list.safetensors").write_bytes((2).to_bytes(8, "little") + b"[]")
+    (folder / "folder.safetensors").mkdir()
+    (folder / "dangling.safetensors").symlink_to(folder / "gone")
+    save_file({"blocks.0.weight": torch.zeros(1)}, folder / "other.safetensors")
+    save_file(ANIMA, folder / "anima.gguf")
+    assert host.checkpoints() == []
+    asked: list[Path] = []
+    names_of = host.weight_names
+    monkeypatch.setattr(host, "weight_names", lambda path: asked.append(path) or names_of(path))
+    assert host.checkpoints() == []
+    assert not asked
+    save_file(ANIMA, folder / "other.safetensors")
+    assert host.checkpoints() == ["other.safetensors [diffusion_models]"]
+    assert asked == [folder / "other.safetensors"]
 
 
 def test_existing_stacks_are_listed_and_old_workflows_name_theirs(
@@ -663,6 +743,25 @@ def test_clip_skip_is_applied_unless_the_user_chose_a_layer(
     assert not caplog.text
     assert with_clip_skip(chosen, 2).layer_idx == -1
     assert "clip skip 2, but CLIP Set Last Layer is at -1. Set it to -2" in caplog.text
+
+
+def test_on_anima_clip_is_passed_on_and_mixing_is_told(
+    nodes: Any, closed_stack: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    apply, model, clip = nodes.ApplyConcepts.execute, object(), object()
+    one, two = (
+        dataclasses.replace(
+            closed_stack,
+            selected=dataclasses.replace(make_stack(count), checkpoint=CheckpointInfo("anima")),
+        )
+        for count in (1, 2)
+    )
+    assert apply(model, clip, one, 0.0) == (model, clip)
+    assert apply(model, clip, two, 0.0, mixed=True) == (model, clip)
+    assert not caplog.text
+    for told, given in enumerate(((two, None), (one, "masks")), 1):
+        assert apply(model, clip, given[0], 0.0, masks=given[1]) == (model, clip)
+        assert caplog.text.count("There are no areas on Anima") == told
 
 
 @pytest.mark.parametrize("path", WORKFLOWS, ids=lambda p: p.stem)

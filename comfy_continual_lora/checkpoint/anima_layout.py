@@ -26,6 +26,7 @@ from .companions import (
     tokenizer_folder,
 )
 from .folder import Nets, tokenizer_part
+from .keys import name_in_net
 from .layout import (
     Part,
     Shape,
@@ -37,9 +38,7 @@ from .layout import (
 
 SIZE = 1024
 BLOCKS = 28  # of the net that is published; its 2.9 B variant has 40
-_MARK = "llm_adapter.out_proj.weight"
 _CONDITIONER = "llm_adapter."
-_PREFIX = re.compile(r"^(model\.diffusion_model\.|net\.)")
 _NEEDED = {
     diffusers: ("CosmosTransformer3DModel", "AnimaTextConditioner", "AutoencoderKLQwenImage"),
     transformers: ("Qwen3Model",),
@@ -91,11 +90,6 @@ class AnimaLayout:
             )
 
 
-def is_anima_net(names: Iterable[str]) -> bool:
-    """Whether a file with these weights holds Anima's net."""
-    return any(_PREFIX.sub("", name) == _MARK for name in names)
-
-
 def check_libraries(path: Path) -> None:
     """Errors: CheckpointError for libraries that are too old to have Anima's parts."""
     for library, names in _NEEDED.items():
@@ -115,7 +109,7 @@ def anima_file_layout(path: Path, file: Any, open_file: Callable[[Path], Any]) -
     and old libraries.
     """
     check_libraries(path)
-    weights = Weights(path, [file], lambda name: _PREFIX.sub("", name))
+    weights = Weights(path, [file], name_in_net)
     check_not_quantised(weights)
     net = _net(weights)
     _check_depth(path, net)

@@ -54,6 +54,8 @@ def companion(net: Path, wanted: _Companion) -> Path:
     searched = [net.parent]
     for folder in _above(net):
         searched += [folder / name for name in wanted.folders if (folder / name).is_dir()]
+    if host := sys.modules.get("folder_paths"):  # this runs in ComfyUI, which may have others
+        searched += map(Path, host.get_folder_paths(wanted.folders[0]))
     for folder in searched:
         found = sorted(
             file

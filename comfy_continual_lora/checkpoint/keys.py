@@ -14,6 +14,8 @@ from collections.abc import Iterable
 UNET_PREFIX = "model.diffusion_model."
 VAE_PREFIX = "first_stage_model."
 TEXT_PREFIX = "cond_stage_model.transformer.text_model."
+_NET_PREFIX = re.compile(r"^(model\.diffusion_model\.|net\.)")
+_ANIMA = "llm_adapter.out_proj.weight"
 
 _UNET_RESNET = {
     "norm1": "in_layers.0",
@@ -206,3 +208,13 @@ def anima_kv_names(layers: Iterable[str]) -> dict[str, str]:
         _, block, _, kind = layer.split(".")  # transformer_blocks.0.attn2.to_k
         names[layer] = f"blocks.{block}.cross_attn.{kind[-1]}_proj"
     return names
+
+
+def is_anima_net(names: Iterable[str]) -> bool:
+    """Whether a file with these weights holds Anima's net."""
+    return any(name_in_net(name) == _ANIMA for name in names)
+
+
+def name_in_net(name: str) -> str:
+    """The name of a net's weight without what single files have before it."""
+    return _NET_PREFIX.sub("", name)

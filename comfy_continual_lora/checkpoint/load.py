@@ -25,11 +25,11 @@ from .anima_layout import (
     anima_file_layout,
     anima_folder_layout,
     anima_tokenizers,
-    is_anima_net,
 )
 from .backbone import Backbone
 from .families import ANIMA_PIPELINE
 from .folder import folder_layout, pipeline_of
+from .keys import is_anima_net
 from .layout import PROMPT_LENGTH, Fingerprint, Layout, open_safetensors
 from .narrow import dtype_for, put, put_unet
 from .path import check_path

@@ -82,8 +82,14 @@ def with_areas(model: Any, preset: str, masks: Tensor | None = None) -> Any:
 def found_masks(model: Any, samples: Tensor) -> Tensor:
     """The areas of what was sampled last, (pictures times things, 8h, 8w) in 0..1.
 
-    Errors: SettingError if no prompt named several learned things, or MODEL drew nothing.
+    Errors: SettingError if no prompt named several learned things, MODEL drew nothing, or it is
+    Anima.
     """
+    if hasattr(model.model.diffusion_model, "llm_adapter"):
+        raise SettingError(
+            "There are no areas on Anima yet: several learned things in one prompt are drawn mixed. "
+            "Leave this node out."
+        )
     areas = model.get_attachment(KEY)
     found = areas.found if isinstance(areas, HostAreas) else []
     if not found:

@@ -10,10 +10,12 @@ import hashlib
 import itertools
 import json
 import logging
+import os
 import shutil
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,8 +23,9 @@ import folder_paths  # pyright: ignore[reportMissingImports]
 from comfy import model_management  # pyright: ignore[reportMissingImports]
 from comfy.utils import ProgressBar  # pyright: ignore[reportMissingImports]
 
+from ..checkpoint.keys import is_anima_net
 from ..errors import ConceptImagesError, StackError, spelled
-from ..files import STACKS, stack_path
+from ..files import STACKS, is_checkpoint, stack_path, weight_names
 from ..progress import OneBar, Progress, counted, duration
 from .schema import WIDGETS
 
@@ -31,19 +34,44 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
+_CHECKPOINTS, _NETS = "checkpoints", "diffusion_models"  # ComfyUI's kinds of files
+# behind the name of a net, as ComfyUI marks pictures: no name of a checkpoint ends so
+_NET_MARK = f" [{_NETS}]"
+
+
 def checkpoints() -> list[str]:
-    """The checkpoints ComfyUI lists, without our stacks, which are beside them."""
-    return [
-        name for name in folder_paths.get_filename_list("checkpoints") if not name.endswith(STACKS)
-    ]
+    """What can be taught: the checkpoints ComfyUI lists, and Anima's nets among its diffusion models,
+    marked as such; without our stacks, which are beside them.
+    """
+    names = folder_paths.get_filename_list(_CHECKPOINTS)
+    nets = [f"{name}{_NET_MARK}" for name in folder_paths.get_filename_list(_NETS) if _is_net(name)]
+    return [name for name in names if not name.endswith(STACKS)] + nets
+
+
+def _is_net(name: str) -> bool:
+    path = folder_paths.get_full_path(_NETS, name) if is_checkpoint(name) else None
+    if path is None:
+        return False
+    try:
+        status = os.stat(path)
+    except OSError:  # it has just been removed
+        return False
+    return _is_anima(Path(path), status.st_mtime_ns, status.st_size)
+
+
+@lru_cache(maxsize=1024)
+def _is_anima(path: Path, _time: int, _size: int) -> bool:
+    return is_anima_net(weight_names(path))
 
 
 def checkpoint_path(name: str) -> Path:
-    path = folder_paths.get_full_path("checkpoints", name)
+    """The file of one of `checkpoints`. Errors: StackError if it is gone."""
+    kind = _NETS if name.endswith(_NET_MARK) else _CHECKPOINTS
+    path = folder_paths.get_full_path(kind, name.removesuffix(_NET_MARK))
     if path is None:
         raise StackError(
-            f"The checkpoint {name} is no longer in ComfyUI's checkpoint folders. Choose another, "
-            "or put it back."
+            f"The checkpoint {name} is no longer in ComfyUI's {kind} folders. Choose another, or put "
+            "it back."
         )
     return Path(path)
 
@@ -69,7 +97,7 @@ def stack_file(checkpoint: Path, name: str) -> Path:
 
 def stack_names() -> list[str]:
     """The names of all stacks that are not a checkpoint's own, over all checkpoints."""
-    files = folder_paths.get_filename_list("checkpoints")
+    files = [*folder_paths.get_filename_list(_CHECKPOINTS), *folder_paths.get_filename_list(_NETS)]
     stems = {name.rpartition(".")[0] for name in files if not name.endswith(STACKS)}
     ends = [name.removesuffix(STACKS).rpartition(".") for name in files if name.endswith(STACKS)]
     return sorted({name for stem, _, name in ends if stem in stems})

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from ..checkpoint.keys import name_in_net
 
 if TYPE_CHECKING:
     from torch import Tensor
 
+_K = re.compile(r"diffusion_model\.(.+\.attn2\.to_k|blocks\.\d+\.cross_attn\.k_proj)\.weight")
 _MOST = 0.01  # of a weight's norm: what a host may have rounded differently
 
 
@@ -22,13 +26,15 @@ def is_from(model: Any, checkpoint: Path) -> bool:
     layers = {
         name: patches[0][0] if isinstance(patches[0], tuple) else patches[0]
         for name, patches in model.get_key_patches("diffusion_model.").items()
-        if name.endswith(".attn2.to_k.weight")
+        if _K.fullmatch(name)
     }
     try:
         with safe_open(checkpoint, "pt") as file:
+            stored = {name_in_net(name): name for name in file.keys()}  # noqa: SIM118 - no mapping
             name = min(layers)
-            return _is_rounded(layers[name], file.get_tensor(f"model.{name}"))
-    except (OSError, SafetensorError, ValueError):
+            original = file.get_tensor(stored[name.removeprefix("diffusion_model.")])
+            return _is_rounded(layers[name], original)
+    except (OSError, SafetensorError, ValueError, KeyError):
         return True
 
 

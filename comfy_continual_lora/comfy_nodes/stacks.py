@@ -50,7 +50,8 @@ class LoadConceptStack(io.ComfyNode):
                 io.Combo.Input(
                     "checkpoint",
                     options=host.checkpoints(),
-                    tooltip="The checkpoint to teach. Its own file never changes.",
+                    tooltip="The checkpoint to teach. Its own file never changes. Anima's nets, from "
+                    "diffusion_models, are listed too.",
                 ),
                 io.String.Input(
                     "stack_name",

@@ -128,13 +128,15 @@ class ApplyConcepts(io.ComfyNode):
         if concepts is None or not concepts.records:
             host.tell(f"The stack {stack.file.name} holds no concept yet, so nothing is applied.")
             return io.NodeOutput(model, clip)
-        if concepts.checkpoint.preset in PLAIN_NAME_PRESETS:
-            raise StackError(
-                f"The names of {stack.file.name} are plain text, so nothing has to be applied. Export "
-                "it, load the LoRA with LoraLoaderModelOnly, and leave this node out."
-            )
         if strength:
             model = cls._patched(model, stack, concepts, strength)
+        if concepts.checkpoint.preset in PLAIN_NAME_PRESETS:
+            if masks is not None or (len(concepts.records) > 1 and not mixed):
+                host.tell(
+                    f"There are no areas on Anima ({stack.checkpoint.name}) yet: several learned things "
+                    "in one prompt are drawn mixed, and masks are not used."
+                )
+            return io.NodeOutput(model, clip)
         clip = cls._with_clip_skip(clip, concepts.checkpoint.clip_skip)
         if mixed:
             return io.NodeOutput(model, with_words(clip, concepts.tokens))
