@@ -54,8 +54,8 @@ class Token:
     weight: float = 1.0
 
 
-def weighted_texts(prompt: str) -> list[Text | None]:
-    """The prompt's parts in order; None where it has BREAK.
+def weighted_texts(prompt: str, *, breaks: bool = True) -> list[Text | None]:
+    """The prompt's parts in order; None where it has BREAK, unless without `breaks` that is text.
 
     Brackets that are not closed reach to the end; those that were not opened are text.
     Errors: SettingError for more than 100 brackets in each other.
@@ -91,7 +91,7 @@ def weighted_texts(prompt: str) -> list[Text | None]:
         elif mark == "]" and opened["["]:
             weigh("[", 1 / STRONGER)
         else:
-            for number, text in enumerate(_BREAK.split(mark)):
+            for number, text in enumerate(_BREAK.split(mark) if breaks else [mark]):
                 if number:
                     add(None)
                 add(text)

@@ -46,6 +46,7 @@ PICTURES = (
     ".heif",
 )
 STACKS = ".concepts.safetensors"
+HOST = "CONTINUAL_LORA_HOST"  # in a worker's environment: its web UI's folders, as in PATH
 WORDS = (
     "continual_lora.words"  # in a LoRA: JSON, the class noun of each word by its embedding's name
 )

@@ -232,7 +232,7 @@ def tell_of_prompts(
     if drawn:
         marks = dict.fromkeys(mark for prompt in distinct for mark in unread(prompt))
         notes += [only_in_web_uis(list(marks))] if marks else []
-    if not (drawn and session.backbone.draws_any_length):
+    else:
         ends = ((prompt, session.backbone.not_read(prompt, words)) for prompt in distinct)
         notes += [not_read(prompt, end) for prompt, end in ends if end]
     for note in notes:

@@ -207,12 +207,14 @@ class _Drawing:
             return
         prompts = [one[k] for k in range(len(self.sides)) for one in parts]
         negatives = [] if self.negative is None else [self.settings.negative] * len(prompts)
-        features = self.text([*negatives, *prompts])
+        batches = self.text.batches([*negatives, *prompts])
+        counts = [len(features) for features in batches]
         times = 2 if negatives else 1
 
         def predict(noisy: Tensor, timestep: Tensor) -> Tensor:
-            seen, at = torch.cat([noisy] * times), torch.cat([timestep] * times)
-            return guided(self.backbone.predict(seen, at, features))
+            seen = torch.cat([noisy] * times).split(counts)
+            at = torch.cat([timestep] * times).split(counts)
+            return guided(torch.cat([*map(self.backbone.predict, seen, at, batches)]))
 
         yield predict
 

@@ -188,6 +188,24 @@ def write(
     return path
 
 
+def as_in_neo(root: Path, neo: Path) -> Path:
+    """Copy the files of a ComfyUI at `root` into the folders of a Forge Neo at `neo`; returns the net's."""
+    tokenizers = neo / "backend" / "huggingface" / "circlestone-labs" / "Anima"
+    for name, in_neo in (("qwen25_tokenizer", "tokenizer"), ("t5_tokenizer", "tokenizer_2")):
+        shutil.copytree(root / "comfy" / "text_encoders" / name, tokenizers / in_neo)
+    return models_as_in_neo(root, neo)
+
+
+def models_as_in_neo(root: Path, neo: Path) -> Path:
+    """The same without tokenizers."""
+    folders = (
+        ("text_encoders", "text_encoder"), ("vae", "VAE"), ("diffusion_models", "Stable-diffusion"),
+    )  # fmt: skip
+    for name, in_neo in folders:
+        shutil.copytree(root / "models" / name, neo / "models" / in_neo)
+    return neo / "models" / "Stable-diffusion" / "anima.safetensors"
+
+
 def _save(
     tensors: Mapping[str, Tensor],
     path: Path,

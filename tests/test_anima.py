@@ -5,6 +5,7 @@ in test_anima_comfyui.py.
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import sys
 from collections.abc import Callable
@@ -23,21 +24,23 @@ from helpers_learn import learn_request, random_adapter, stack_of
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from comfy_continual_lora import pipeline, requests, solve, targets
+from comfy_continual_lora import pipeline, requests, sample, solve, targets
 from comfy_continual_lora.adapters.adapter import attached, folded
 from comfy_continual_lora.checkpoint import anima_layout
 from comfy_continual_lora.checkpoint.anima import AnimaBackbone
-from comfy_continual_lora.checkpoint.backbone import Backbone
+from comfy_continual_lora.checkpoint.backbone import Backbone, DrawnText
 from comfy_continual_lora.checkpoint.load import load_backbone
 from comfy_continual_lora.checkpoint.narrow import FP8
 from comfy_continual_lora.diffusion import noised
 from comfy_continual_lora.errors import CheckpointError, SettingError, StackError
+from comfy_continual_lora.files import HOST
 from comfy_continual_lora.language import language_prompts
 from comfy_continual_lora.progress import Progress
 from comfy_continual_lora.requests import LearnRequest
 from comfy_continual_lora.settings import DrawSettings, LearnSettings, ScoreSettings, SolveSettings
 from comfy_continual_lora.stack import CheckpointInfo
 from comfy_continual_lora.stock import kohya_lora, plain_lora
+from comfy_continual_lora.webui.loras import words_of
 
 PROMPTS = ["a photo of a V1 mug", "a", "the red dog on grass"]
 QUICK = LearnSettings(method="lora", steps=3, batch=2, rank=4, size=64, rate=3e-2)
@@ -177,7 +180,8 @@ def _without(part: str) -> Callable[[Path], object]:
         (_twins, r"text encoder, .* there are several: .*Qwen3-0.6B-a.*Qwen3-0.6B-b"),
         (
             _rename("comfy/text_encoders", "t5_tokenizer", "t5"),
-            r"tokenizer t5_tokenizer, which was not found in .*comfy/text_encoders",
+            r"tokenizer t5_tokenizer, which was not found in .* ComfyUI has it as "
+            r"comfy/text_encoders/t5_tokenizer, Forge Neo as backend/.*/tokenizer_2: copy that folder",
         ),
         (_without("blocks.1.cross_attn.k_proj"), r"lacks 1 weights, the first is .*1.attn2.to_k"),
         (_without("llm_adapter"), r"Cosmos, or Anima without its text adapter"),
@@ -205,6 +209,24 @@ def test_files_in_other_folders_of_comfyui_are_found(
     monkeypatch.setitem(sys.modules, "folder_paths", host)
     loaded = load_backbone(own, device="cpu")
     assert torch.equal(loaded.encode_prompts(PROMPTS), net.encode_prompts(PROMPTS))
+
+
+def test_forge_neos_folders_hold_it_too(net: Backbone, root: Path, tmp_path: Path) -> None:
+    moved = anima.as_in_neo(root, tmp_path)
+    assert load_backbone(moved, device="cpu").fingerprint == net.fingerprint
+
+
+def test_a_web_uis_folders_are_searched_for_its_worker(
+    net: Backbone, root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its models may be elsewhere, and a checkpoint elsewhere again."""
+    moved = anima.as_in_neo(root, tmp_path / "host")
+    far = shutil.move(moved, tmp_path / "anima.safetensors")
+    models = shutil.move(tmp_path / "host" / "models", tmp_path / "more" / "models")
+    with pytest.raises(CheckpointError, match=r"models/text_encoder of Forge Neo"):
+        load_backbone(far, device="cpu")
+    monkeypatch.setenv(HOST, os.pathsep.join([str(tmp_path / "host"), str(models)]))
+    assert load_backbone(far, device="cpu").fingerprint == net.fingerprint
 
 
 def test_files_beside_the_net_come_first(own: Path, net: Backbone) -> None:
@@ -315,9 +337,35 @@ def test_positions_in_a_prompt(net: AnimaBackbone) -> None:
     assert net.not_read(long, {}) == long[-len(net.not_read(long, {})) - 1 :].strip()
     assert 0 < len(net.not_read(long, {})) < len(long) - 512
     assert net.not_read(prompt, {}) == ""
-    assert net.encode_drawn(long).shape == net.encode_prompts([long]).shape == (1, 512, 32)
     found, places, count = net.drawn_positions("a (red:1.5) dog")
     assert (found, places, count) == (net.token_ids("a red dog"), [0, 1, 2], 512)
+    assert net.drawn_positions(long)[2] == len(net.token_ids(long)) + 1 == 1201
+
+
+def test_a_long_prompt_is_drawn_to_its_end(net: AnimaBackbone) -> None:
+    long = "a red dog, " * 300
+    drawn, learned = net.encode_drawn(long), net.encode_prompts([long])
+    assert (drawn.shape, learned.shape) == ((1, 1201, 32), (1, 512, 32))
+    assert drawn.abs().amax(2).min() > 0
+    assert not torch.allclose(drawn[:, :512], net.encode_drawn(long[: len(long) // 2])[:, :512])
+
+
+def test_prompts_of_unlike_lengths_are_not_repeated_to_a_common_one(net: Backbone) -> None:
+    """512 and 1201 have 614912; pictures are those of each prompt alone."""
+    prompts = ["a photo of a dog", "a red dog, " * 300, "a red mug"]
+    shapes = [tuple(one.shape[:2]) for one in DrawnText(net, {}).batches(prompts)]
+    assert shapes == [(1, 512), (1, 1201), (1, 512)]
+    settings = DrawSettings(steps=2, size=64, negative="blurry").resolved("anima")
+    drawn = sample.draw(net, {}, prompts, [0, 1, 2], settings)
+    for number, prompt in enumerate(prompts):
+        alone = sample.draw(net, {}, [prompt], [number], settings)
+        torch.testing.assert_close(drawn[number], alone[0])
+
+
+def test_break_is_a_word(net: AnimaBackbone) -> None:
+    """As in ComfyUI: there are no chunks that it could begin."""
+    prompt = "a red mug BREAK on grass"
+    assert torch.equal(net.encode_drawn(prompt), net.encode_prompts([prompt]))
 
 
 def test_words_of_the_language_are_t5_s(net: AnimaBackbone) -> None:
@@ -438,6 +486,9 @@ def test_the_export_is_a_lora_alone(learned: Path, tmp_path: Path) -> None:
         for kind in "kv"
         for part in ("lora_down.weight", "lora_up.weight", "alpha")
     }
+    card = json.loads(done.lora.with_suffix(".json").read_text())
+    assert (card["sd version"], card["activation text"]) == ("anima", "V1 ball, V2 fish")
+    assert words_of(done.lora) == ({"V1": "ball", "V2": "fish"}, "anima")
 
 
 def test_diffusers_loads_its_format(net: Backbone) -> None:
@@ -508,10 +559,10 @@ def test_it_has_no_plan_yet(root: Path, folders: dict[str, Path]) -> None:
         pipeline.plan(request)
 
 
-def test_a_long_drawn_prompt_is_told(learned: Path) -> None:
+def test_of_a_long_prompt_that_is_drawn_nothing_is_told(learned: Path) -> None:
     notes: list[Progress] = []
     request = requests.DrawRequest(
         learned, ["a red dog, " * 300], DrawSettings(steps=1, size=64), device="cpu"
     )
     pipeline.draw(request, notes.append)
-    assert any("does not read" in one.note or "not read" in one.note for one in notes)
+    assert not any("read" in one.note for one in notes)

@@ -32,6 +32,8 @@ PROMPTS = {
     "empty": "",
     "weighted": "a (red:1.3) V1 plushie on grass, ((masterpiece))",
     "long": "a photo of a V1 plushie, " * 30,
+    "longer than 512 tokens": "a (red:1.3) dog, " * 150,
+    "BREAK": "a red V1 plushie BREAK on grass",
 }
 TIMESTEPS = torch.tensor([20, 500, 900])
 STEPS = 4

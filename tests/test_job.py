@@ -104,6 +104,13 @@ def test_a_job_ends_whatever_the_worker_does(
     assert runner.start(("undo", {})).wait(15)
 
 
+def test_a_worker_gets_the_variables_of_its_host(tmp_path: Path) -> None:
+    runner = JobRunner(lambda: _program(tmp_path, f"echo $NAMED > {tmp_path}/named; echo '{DONE}'"))
+    runner.environment["NAMED"] = "by the host"
+    assert runner.start(("undo", {})).wait(15)
+    assert (tmp_path / "named").read_text() == "by the host\n"
+
+
 def test_what_was_done_before_a_failure_is_known(tmp_path: Path) -> None:
     """Also where the worker is killed in the middle of a later job."""
     result = json.dumps({"event": "result", "job": "learn", "result": {"token": "V1"}})

@@ -382,7 +382,7 @@ def test_concepts_wait_for_those_before_them(
 
     host.runner.around = held
     monkeypatch.setattr(
-        job_module.Job, "start", lambda self, _: release.wait(20) and self.fail("no")
+        job_module.Job, "start", lambda self, *_: release.wait(20) and self.fail("no")
     )
     files = [str(path) for path in sorted(pictures.glob("*.png"))]
     place, values = ("mini.safetensors", "", 0), [*_untouched(), *[""] * SLOTS]

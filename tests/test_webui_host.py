@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import importlib
+import json
 import logging
+import os
 import sys
 import threading
 from collections.abc import Iterator
@@ -12,9 +14,12 @@ from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
 pytest.importorskip("gradio")
 
+from comfy_continual_lora.files import HOST, PRESET, WORDS
 from comfy_continual_lora.hostareas import warn
 from comfy_continual_lora.webui.job import Job
 
@@ -55,6 +60,7 @@ def modules(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
                 cached_c=["c", 1, 2], cached_uc=["u", 1]
             )
         ),
+        "paths": SimpleNamespace(script_path="/webui", models_path="/data/models"),
         "sd_models": models,
         "shared": SimpleNamespace(state=state, sd_model=None),
     }
@@ -94,6 +100,46 @@ def test_prompts_are_encoded_again_with_new_words(host: Any, modules: Any) -> No
     processing = modules.processing.StableDiffusionProcessingTxt2Img
     host.ended(_exported())
     assert (processing.cached_c, processing.cached_uc) == ([None] * 3, [None] * 2)
+
+
+def test_the_model_in_use_gets_new_words(
+    host: Any, modules: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """From the engine that reads its prompts, or AUTOMATIC1111's module; an Anima in Neo takes none."""
+    loaded: list[str] = []
+
+    def database(name: str) -> Any:
+        return SimpleNamespace(load_textual_inversion_embeddings=lambda **_: loaded.append(name))
+
+    models = modules.sd_models.model_data
+    with caplog.at_level(logging.ERROR):
+        models.sd_model = SimpleNamespace(text_processing_engine_anima=object())
+        host.ended(_exported())
+        models.sd_model.text_processing_engine_l = SimpleNamespace(embeddings=database("clip_l"))
+        host.ended(_exported())
+        hijack = SimpleNamespace(model_hijack=SimpleNamespace(embedding_db=database("hijack")))
+        monkeypatch.setitem(sys.modules, "modules.sd_hijack", hijack)
+        models.sd_model = object()
+        host.ended(_exported())
+    assert not caplog.records
+    assert loaded == ["clip_l", "hijack"]
+
+
+def test_the_worker_knows_the_web_uis_folders(host: Any) -> None:
+    assert host.runner.environment == {HOST: os.pathsep.join(("/webui", "/data/models"))}
+
+
+@pytest.mark.parametrize("preset", ["sd1", "anima"])
+def test_the_words_of_an_animas_lora_are_not_kept_apart(
+    modules: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, preset: str
+) -> None:
+    path = tmp_path / "lora.safetensors"
+    words = {"V1": "ball", "V2": "fish"}
+    save_file({"x": torch.zeros(1)}, path, {WORDS: json.dumps(words), PRESET: preset})
+    used = SimpleNamespace(network_on_disk=SimpleNamespace(filename=str(path)))
+    monkeypatch.setitem(sys.modules, "networks", SimpleNamespace(loaded_networks=[used]))
+    nouns, _ = importlib.import_module(APART).words_in_use()
+    assert nouns == ({} if preset == "anima" else words)
 
 
 @pytest.mark.parametrize("forge", [False, True])

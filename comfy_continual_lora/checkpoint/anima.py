@@ -47,7 +47,6 @@ class AnimaBackbone(Backbone):
     prediction: str = "flow_prediction"
 
     latent_channels = 16
-    draws_any_length = False
 
     @property
     def parts(self) -> list[nn.Module]:
@@ -72,29 +71,34 @@ class AnimaBackbone(Backbone):
     def encode_prompts(
         self, prompts: Sequence[str], words: Mapping[str, Tensor] | None = None
     ) -> Tensor:
-        """Text features (n, 512, d)."""
-        return self._encode([[Text(prompt, 1.0)] for prompt in prompts])
+        """Text features (n, 512, d); what is longer is cut off, as by diffusers."""
+        t5_ids = [self._cut_ids(prompt) for prompt in prompts]
+        return self._encode([self._qwen_ids([Text(prompt)]) for prompt in prompts], t5_ids)
 
     @torch.no_grad()
     def encode_drawn(self, prompt: str, words: Mapping[str, Tensor] | None = None) -> Tensor:
-        """Text features (1, 512, d), those of each of T5's tokens times its weight.
+        """Text features (1, t, d), those of each of T5's tokens times its weight. As in ComfyUI and
+        Forge Neo, t is 512 or the number of tokens of a longer prompt.
 
         Errors: SettingError for weights that float32 can't hold.
         """
-        texts = [text for text in weighted_texts(prompt) if text is not None]
-        features = self._encode([texts])
+        texts = self._texts(prompt)
+        features = self._encode([self._qwen_ids(texts)], [self._t5_ids(texts)])
         weights = [text.weight for text in texts for _ in self.token_ids(text.text)]
-        weights = torch.tensor([*weights[: self.positions - 1], 1.0]).to(features)
-        weighted = features * F.pad(weights, (0, self.positions - len(weights)))[:, None]
+        weights = torch.tensor([*weights, 1.0]).to(features)
+        weighted = features * F.pad(weights, (0, features.shape[1] - len(weights)))[:, None]
         return finite(weighted, prompt)
 
-    def _encode(self, prompts: Sequence[Sequence[Text]]) -> Tensor:
-        """Text features (n, 512, d) of prompts in parts."""
-        ids, mask = self._batch([self._qwen_ids(texts) for texts in prompts])
+    def _texts(self, prompt: str) -> list[Text]:
+        """The parts of a prompt that is drawn. It has no chunks, so BREAK is text, as in ComfyUI."""
+        return [text for text in weighted_texts(prompt, breaks=False) if text is not None]
+
+    def _encode(self, qwen_ids: Sequence[list[int]], t5_ids: Sequence[list[int]]) -> Tensor:
+        """Text features (n, t, d) of prompts by the ids of both tokenizers."""
+        ids, mask = self._batch(qwen_ids)
         # causal, so no state depends on what is behind its prompt
         states = self.text_encoder(ids).last_hidden_state
-        t5_ids, t5_mask = self._batch([self._t5_ids(texts) for texts in prompts])
-        return self.conditioner(states, t5_ids, t5_mask, mask)
+        return self.conditioner(states, *self._batch(t5_ids), mask)
 
     def _batch(self, rows: Sequence[list[int]]) -> tuple[Tensor, Tensor]:
         """Ids and which of them are not padding, (n, longest)."""
@@ -112,13 +116,17 @@ class AnimaBackbone(Backbone):
         return ids or [self.qwen_tokenizer.convert_tokens_to_ids(END_OF_TEXT)]
 
     def _t5_ids(self, texts: Sequence[Text]) -> list[int]:
-        """With the end token; what is longer than the padding is cut off, as by diffusers."""
+        """With the end token."""
         ids = [one for text in texts for one in self.token_ids(text.text)]
-        return [*ids[: self.positions - 1], self.tokenizer.eos_token_id]
+        return [*ids, self.tokenizer.eos_token_id]
+
+    def _cut_ids(self, prompt: str) -> list[int]:
+        """T5's ids of a prompt that is not drawn, at most 512 with the end token."""
+        return [*self.token_ids(prompt)[: self.positions - 1], self.tokenizer.eos_token_id]
 
     @property
     def positions(self) -> int:
-        """Of text features, 512."""
+        """The least that text features have, and the most of what is learned from: 512."""
         return self.conditioner.config["min_sequence_length"]
 
     def token_ids(self, text: str) -> list[int]:
@@ -126,7 +134,7 @@ class AnimaBackbone(Backbone):
         return list(self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
 
     def padding(self, prompts: Sequence[str], words: Mapping[str, Tensor]) -> Tensor:
-        lengths = [[len(self._t5_ids([Text(prompt, 1.0)]))] for prompt in prompts]
+        lengths = [[len(self._cut_ids(prompt))] for prompt in prompts]
         places = torch.arange(self.positions, device=self.device)
         return places >= torch.tensor(lengths, device=self.device)
 
@@ -151,8 +159,8 @@ class AnimaBackbone(Backbone):
         return [end for _, end in read["offset_mapping"]]
 
     def drawn_positions(self, prompt: str) -> tuple[list[int], list[int], int]:
-        ids = self._t5_ids([text for text in weighted_texts(prompt) if text is not None])[:-1]
-        return ids, list(range(len(ids))), self.positions
+        *ids, _end = self._t5_ids(self._texts(prompt))
+        return ids, list(range(len(ids))), max(self.positions, len(ids) + 1)
 
     # --- pictures -----------------------------------------------------------------------------------
 

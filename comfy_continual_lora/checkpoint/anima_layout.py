@@ -182,7 +182,7 @@ def anima_tokenizers(layout: AnimaLayout) -> tuple[Any, Any]:
             raise CheckpointError(
                 f"The tokenizer {folder} does not fit: its largest token is "
                 f"{max(vocabulary.values(), default=-1)} and it has {end}: {end in vocabulary}; the "
-                f"model knows {count} tokens. Expected ComfyUI's folder of that name."
+                f"model knows {count} tokens. Expected the one that ComfyUI and Forge Neo have for Anima."
             )
     return qwen, t5
 
@@ -194,7 +194,7 @@ def _tokenizer(kind: Any, folder: Path) -> Any:
         reason = " ".join(str(error).split())
         raise CheckpointError(
             f"The tokenizer {folder} can't be read ({type(error).__name__}: {reason:.200}). Get it "
-            "again: ComfyUI has it in comfy/text_encoders."
+            "again: it is a part of ComfyUI and of Forge Neo."
         ) from None
 
 

@@ -6,12 +6,20 @@ and Forge, or beside it.
     models/vae/qwen_image_vae.safetensors
     comfy/text_encoders/{qwen25_tokenizer,t5_tokenizer}/      part of ComfyUI itself
 
-Nothing is downloaded. Source of the names: folder_paths.py of ComfyUI 0.33, and the files of
-circlestone-labs/Anima.
+    models/Stable-diffusion/anima.safetensors                 in Forge Neo
+    models/text_encoder/qwen_3_06b_base.safetensors
+    models/VAE/qwen_image_vae.safetensors
+    backend/huggingface/circlestone-labs/Anima/{tokenizer,tokenizer_2}/      the same tokenizers
+
+A web UI whose worker this is names its folders in CONTINUAL_LORA_HOST: they may be elsewhere.
+
+Nothing is downloaded. Source of the names: folder_paths.py of ComfyUI 0.33, modules_forge/main_entry.py
+of Forge Neo 2.26, and the files of circlestone-labs/Anima.
 """
 
 from __future__ import annotations
 
+import os
 import re
 import sys
 from collections.abc import Iterable, Sequence
@@ -19,11 +27,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..errors import CheckpointError
+from ..files import HOST
 
 _LEVELS = (
     4  # folders above the net's that are searched: subfolders, diffusion_models, models, ComfyUI
 )
-QWEN_TOKENIZER, T5_TOKENIZER = "qwen25_tokenizer", "t5_tokenizer"
+_IN_COMFYUI, _IN_NEO = "comfy/text_encoders", "backend/huggingface/circlestone-labs/Anima"
+# their names in ComfyUI, also beside the net, and in Forge Neo
+QWEN_TOKENIZER, T5_TOKENIZER = ("qwen25_tokenizer", "tokenizer"), ("t5_tokenizer", "tokenizer_2")
 _TOKENIZER_FILES = ("tokenizer.json", "vocab.json")
 
 
@@ -32,7 +43,7 @@ class _Companion:
     """A file beside the net's."""
 
     what: str
-    folders: tuple[str, ...]
+    folders: tuple[str, ...]  # in models; first ComfyUI's, last Forge Neo's
     pattern: str  # of names in lower case
     published: str  # its name as published
 
@@ -73,18 +84,20 @@ def companion(net: Path, wanted: _Companion) -> Path:
             )
     raise CheckpointError(
         f"{net} is Anima's net alone, and its {wanted.what} was not found. Looked for a file such as "
-        f"{wanted.published} in {_list(searched)}. Put it into ComfyUI's models/{wanted.folders[0]}, "
-        "or beside the net."
+        f"{wanted.published} in {_list(searched)}. Put it into models/{wanted.folders[0]} of ComfyUI or "
+        f"models/{wanted.folders[-1]} of Forge Neo, or beside the net."
     )
 
 
-def tokenizer_folder(net: Path, name: str) -> Path:
-    """ComfyUI's tokenizer of this name: beside the net, or where ComfyUI is.
+def tokenizer_folder(net: Path, names: tuple[str, str]) -> Path:
+    """The tokenizer of these names: beside the net, or where ComfyUI or Forge Neo is.
 
     Errors: CheckpointError if there is none.
     """
+    name, in_neo = names
     searched = [net.parent / name]
-    searched += [folder / "comfy" / "text_encoders" / name for folder in _above(net)]
+    for folder in _above(net):
+        searched += [folder / _IN_COMFYUI / name, folder / _IN_NEO / in_neo]
     if host := sys.modules.get("comfy"):  # this runs in ComfyUI, whose models may be elsewhere
         searched += [Path(path) / "text_encoders" / name for path in host.__path__]
     for folder in searched:
@@ -92,13 +105,15 @@ def tokenizer_folder(net: Path, name: str) -> Path:
             return folder
     raise CheckpointError(
         f"{net} needs the tokenizer {name}, which was not found in {_list(searched)}. ComfyUI has it "
-        f"in comfy/text_encoders: copy that folder to {net.parent / name}."
+        f"as {_IN_COMFYUI}/{name}, Forge Neo as {_IN_NEO}/{in_neo}: copy that folder to "
+        f"{net.parent / name}."
     )
 
 
 def _above(net: Path) -> Sequence[Path]:
-    """The folder of the net and those above it."""
-    return [net.absolute().parent, *net.absolute().parent.parents][: _LEVELS + 1]
+    """The folder of the net and those above it, and those of the web UI whose worker this is."""
+    above = [net.absolute().parent, *net.absolute().parent.parents][: _LEVELS + 1]
+    return [*above, *(Path(one) for one in os.environ.get(HOST, "").split(os.pathsep) if one)]
 
 
 def _list(folders: Iterable[Path]) -> str:

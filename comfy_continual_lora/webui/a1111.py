@@ -6,6 +6,7 @@ Only these import this module, once: its state survives "Reload UI".
 from __future__ import annotations
 
 import logging
+import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -14,9 +15,15 @@ from pathlib import Path
 from typing import Any
 
 import gradio as gr
-from modules import call_queue, processing, sd_models, shared  # pyright: ignore[reportMissingImports]
+from modules import (  # pyright: ignore[reportMissingImports]
+    call_queue,
+    paths,
+    processing,
+    sd_models,
+    shared,
+)
 
-from ..files import STACKS, is_checkpoint
+from ..files import HOST, STACKS, is_checkpoint
 from .apart import OPTION, encode_again
 from .environment import environment_of, home_of, prepare, python_of
 from .host import Host
@@ -43,6 +50,7 @@ class WebuiHost(Host):
         self.runner.around = self.around
         self.runner.follow = self.follow
         self.runner.ended = self.ended
+        self.runner.environment[HOST] = os.pathsep.join((paths.script_path, paths.models_path))
         self._last_preview: str | None = None
         self._interrupted = self._has_queue = False
         self.outlive_reload()
@@ -220,11 +228,9 @@ def _free_the_gpu() -> None:
 
 def _reload_embeddings(model: Any) -> None:
     engines = [getattr(model, f"text_processing_engine{part}", None) for part in ("", "_l", "_g")]
-    if any(engines):
-        for engine in engines:
-            if engine is not None:
-                engine.embeddings.load_textual_inversion_embeddings()
-        return
-    from modules.sd_hijack import model_hijack  # pyright: ignore[reportMissingImports]
-
-    model_hijack.embedding_db.load_textual_inversion_embeddings(force_reload=True)
+    for engine in filter(None, engines):
+        engine.embeddings.load_textual_inversion_embeddings()
+    # Neo has no such module, and no other engine takes embeddings
+    hijack = sys.modules.get("modules.sd_hijack")
+    if hijack and not any(engines):
+        hijack.model_hijack.embedding_db.load_textual_inversion_embeddings(force_reload=True)

@@ -215,13 +215,13 @@ def _embeddings() -> Iterator[str]:
 
 def words_in_use() -> tuple[dict[str, str], str]:
     """The class nouns of the words of all LoRAs that are loaded, by the names of their embeddings, and
-    the kind of checkpoint they are for.
+    the kind of checkpoint they are for, if things can be kept apart there: not on Anima.
     """
     nouns: dict[str, str] = {}
     preset = "sd1"
     for network in getattr(sys.modules.get("networks"), "loaded_networks", []):
         own, of = words_of(Path(getattr(network.network_on_disk, "filename", "")))
-        if own:
+        if own and of in FINE:
             nouns, preset = {**nouns, **own}, of
     return nouns, preset
 

@@ -89,8 +89,9 @@ class Job:
         """The name of the first job without a result: the one that failed, if the state is failed."""
         return next((name for name, _ in self.jobs if name not in self.results), self.jobs[-1][0])
 
-    def start(self, python: str) -> None:
-        """Start the worker with this Python and its packages, unless the job was stopped before.
+    def start(self, python: str, environment: Mapping[str, str] = {}) -> None:
+        """Start the worker with this Python, its packages and more variables of the environment, unless
+        the job was stopped before.
 
         Errors: OSError if there is no such program.
         """
@@ -100,6 +101,7 @@ class Job:
         )
         environment = {
             **os.environ,
+            **environment,
             "PYTHONPATH": str(PACKAGE_ROOT),
             "PYTHONUNBUFFERED": "1",
             "PYTHONSAFEPATH": "1",

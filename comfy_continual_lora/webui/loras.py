@@ -5,23 +5,23 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from ..areas import FINE
 from ..files import OWNER, PRESET, TOKEN, WORDS, metadata_in
+from ..presets import PRESETS
 from ..stackfile import read_header
 
 _LONGEST = 200  # characters of a class noun
 
 
 def words_of(path: Path) -> tuple[dict[str, str], str]:
-    """The class nouns of the words that a LoRA is for, by the names of their embeddings, and its kind
-    of checkpoint; none for any other file than an export of ours.
+    """The class nouns of the words that a LoRA is for, by the names of their embeddings or as plain
+    text, and its kind of checkpoint; none for any other file than an export of ours.
     """
     metadata = metadata_in(path)
     try:
         words, preset = json.loads(metadata.get(WORDS, "{}")), metadata.get(PRESET, "")
     except (ValueError, RecursionError):
         return {}, ""
-    if preset not in FINE or not isinstance(words, dict):
+    if preset not in PRESETS or not isinstance(words, dict):
         return {}, ""
     for word, noun in words.items():
         if not TOKEN.fullmatch(word) or not isinstance(noun, str) or len(noun) > _LONGEST:

@@ -24,6 +24,7 @@ class JobRunner:
     `around` is a context manager around each job (the host's GPU lock), `follow` is called a few
     times a second while it runs, `ended` afterwards, and then `after`, when another may start. `tidy`
     is called when a job has ended, before its end is shown, and after one that could not be started.
+    `environment`: more variables for the worker.
     """
 
     def __init__(self, python: Callable[[], str]) -> None:
@@ -33,6 +34,7 @@ class JobRunner:
         self.ended: Callable[[Job], object] = nothing
         self.after: Callable[[Job], object] = nothing
         self.tidy: Callable[[Job], object] = nothing
+        self.environment: dict[str, str] = {}
         self.job: Job | None = None
         self._lock, self._complaint = threading.Lock(), ""
 
@@ -66,7 +68,7 @@ class JobRunner:
         try:
             with self.around(job):
                 if not job.wait(0):
-                    job.start(self.python())
+                    job.start(self.python(), self.environment)
                 while not job.wait(0.3):
                     self._quietly(self.follow, job)
         except Exception as error:
