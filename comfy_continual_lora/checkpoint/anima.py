@@ -21,7 +21,8 @@ Source: comfy/ldm/anima/model.py, comfy/text_encoders/anima.py and supported_mod
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -88,20 +89,32 @@ class AnimaBackbone(Backbone):
         weighted = features * F.pad(weights, (0, self.positions - len(weights)))[:, None]
         return finite(weighted, prompt)
 
+    @contextmanager
+    def text_aside(self) -> Iterator[None]:
+        texts = (self.text_encoder, self.conditioner)
+        for model in texts:
+            nn.Module.to(model, "cpu")
+        try:
+            yield
+        finally:
+            for model in texts:
+                nn.Module.to(model, self.device)
+
     def _encode(self, prompts: Sequence[Sequence[Text]]) -> Tensor:
         """Text features (n, 512, d) of prompts in parts."""
         ids, mask = self._batch([self._qwen_ids(texts) for texts in prompts])
         # causal, so no state depends on what is behind its prompt
         states = self.text_encoder(ids).last_hidden_state
         t5_ids, t5_mask = self._batch([self._t5_ids(texts) for texts in prompts])
-        return self.conditioner(states, t5_ids, t5_mask, mask)
+        return self.conditioner(states, t5_ids, t5_mask, mask).to(self.device)
 
     def _batch(self, rows: Sequence[list[int]]) -> tuple[Tensor, Tensor]:
         """Ids and which of them are not padding, (n, longest)."""
         longest = max(map(len, rows))
         ids = torch.tensor([row + [0] * (longest - len(row)) for row in rows])
         mask = torch.tensor([[k < len(row) for k in range(longest)] for row in rows])
-        return ids.to(self.device), mask.to(self.device)
+        place = self.text_encoder.device
+        return ids.to(place), mask.to(place)
 
     def _qwen_ids(self, texts: Sequence[Text]) -> list[int]:
         ids = [
