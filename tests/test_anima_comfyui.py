@@ -183,6 +183,9 @@ def test_comfyui_reads_predicts_and_draws_as_we_do(tmp_path: Path) -> None:
 def test_full_size_anima_learns_and_comfyui_agrees_in_bf16(
     tmp_path: Path, folders: dict[str, Path]
 ) -> None:
+    """On a CPU ComfyUI computes in float32 with weights in bf16, we in bf16: the net's answers are .011
+    apart, .014 with the LoRA, and 7e-7 and 3e-4 if we compute in float32 too.
+    """
     assert COMFYUI
     tokenizers = COMFYUI / "comfy" / "text_encoders"
     path = anima.write(tmp_path, anima.PUBLISHED, dtype=torch.bfloat16, tokenizers=tokenizers)
@@ -204,4 +207,5 @@ def test_full_size_anima_learns_and_comfyui_agrees_in_bf16(
     flags = "--bf16-unet", "--bf16-text-enc"
     apart = differences(tmp_path, wanted, path, anima.PUBLISHED.text_layers, *flags)
     print(apart)
-    assert max(apart.values()) < 1e-2, apart
+    for name, share in apart.items():
+        assert share < (2e-2 if name.endswith(("answer", "drawn")) else 1e-4), apart
