@@ -188,7 +188,7 @@ def _activations(
 ) -> tuple[int, float, int]:
     """The bytes kept for the backward pass, and a step's forward operations and torch calls.
 
-    The bytes are the U-Net's for `rows` and the text encoders' for a step, plus the largest
+    The bytes are the net's for `rows` and the text encoders' for a step, plus the largest
     checkpointed piece. The net computes in `dtype`, its norms in `norms`.
     """
     unet: Any = nn.Module.to(layout.unet.module, dtype).requires_grad_(False)
