@@ -185,7 +185,7 @@ def _plan(request: LearnRequest, as_json: bool) -> None:
         "Memory, at least:"
     )
     for name, (size, dtype) in plan.weights.items():
-        note = "in main memory while learning" if name == "VAE" and not on_cpu else ""
+        note = "in main memory while learning" if name in plan.resting else ""
         _size(name, size, f"{dtype} {note}")
     _size("adapter and word", plan.learned)
     _size("their gradients and optimizer", plan.optimizer)

@@ -9,7 +9,7 @@ word) - out: `Trained`.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -107,8 +107,11 @@ def learn(
             run.watch = watch
             watch.begin(lambda: {**inputs.words, inputs.token: word}, run.parameters)
 
+        encode = _encoder(backbone, inputs, word)
+        stack.enter_context(backbone.text_aside())
+
         def terms(step: int, rows: slice) -> dict[str, Tensor]:
-            return _terms(backbone, inputs, settings, factors, word, step, rows)
+            return _terms(backbone, inputs, settings, factors, word, encode, step, rows)
 
         def report(progress: Progress) -> None:
             if settings.preview_every and progress.step % settings.preview_every == 0:
@@ -181,6 +184,7 @@ def _terms(
     settings: ResolvedSettings,
     factors: Mapping[str, Tensor],
     word: Tensor,
+    encode: Callable[[Sequence[str]], Tensor],
     step: int,
     rows: slice,
 ) -> dict[str, Tensor]:
@@ -194,7 +198,7 @@ def _terms(
     pictures, clean, timestep, noise = (part[rows] for part in drawn)
     noisy, target = noised(backbone, clean, noise, timestep)
     words = {**inputs.words, inputs.token: word}
-    features = _features(backbone, prompts, words)
+    features = encode(prompts)
     mask = None
     if inputs.masks is not None:
         mask = torch.stack([inputs.masks[int(picture)] for picture in pictures])
@@ -220,8 +224,21 @@ def preview(
     return to_pil(torch.cat(list(pictures), dim=2))
 
 
-def _features(backbone: Backbone, prompts: Sequence[str], words: Mapping[str, Tensor]) -> Tensor:
-    """Text features with gradients into the words; each distinct prompt is encoded once."""
-    distinct = list(dict.fromkeys(prompts))
-    features = backbone.encode_prompts(distinct, words)
-    return features[[distinct.index(p) for p in prompts]]
+def _encoder(
+    backbone: Backbone, inputs: TrainingInputs, word: Tensor
+) -> Callable[[Sequence[str]], Tensor]:
+    """Prompts (n,) -> text features (n, t, d), with gradients into the word's vectors; if it has none,
+    all are encoded now, and kept in main memory.
+    """
+    words = {**inputs.words, inputs.token: word}
+    if not len(word):
+        every = {prompt for prompts in inputs.prompts for prompt in prompts}
+        known = {one: backbone.encode_prompts([one], words).cpu() for one in every}
+        return lambda prompts: torch.cat([known[one] for one in prompts]).to(backbone.device)
+
+    def encode(prompts: Sequence[str]) -> Tensor:
+        distinct = list(dict.fromkeys(prompts))  # each is encoded once
+        features = backbone.encode_prompts(distinct, words)
+        return features[[distinct.index(p) for p in prompts]]
+
+    return encode

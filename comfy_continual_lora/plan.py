@@ -27,16 +27,17 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from .adapters import count
-from .checkpoint.anima_layout import AnimaLayout
 from .checkpoint.backbone import kv_layers
-from .checkpoint.layout import Layout, Part
-from .checkpoint.load import open_checkpoint, pick_device
+from .checkpoint.layout import Part
+from .checkpoint.load import AnyLayout, open_checkpoint, pick_device
 from .checkpoint.narrow import DTYPES, FP8, compute_dtype_of, dtype_for, is_large
-from .errors import CheckpointError
 from .methods import METHODS
+from .prepare import check_name
 from .settings import LearnSettings, ResolvedSettings
 from .stackfile import read_header
 
+TEXTS = "text encoders"
+_CHECKPOINTED = ("ResnetBlock2D", "BasicTransformerBlock", "CosmosTransformerBlock")
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 # The share of a large product's speed that learning reaches, at least and at most: measured on CPUs
 # (benchmarks/LOG.md); on GPUs derived from kohya's step times for SDXL
@@ -55,10 +56,11 @@ class Plan:
     size: int  # pixels a side
     rows: int  # pairs of image and prompt that go through the net at once, at most
     weights: dict[str, tuple[int, str]]  # by part, each with its dtype
+    resting: list[str]  # the parts that lie in main memory while a GPU learns
     learned: int  # adapter and word
     optimizer: int  # its state and the gradient
     activations: int
-    peak: int  # of the device; beside a GPU the VAE stays in main memory
+    peak: int  # of the device
     stack_file: int
     exported: int  # the LoRA and the embedding
     # of the training steps, at best and at worst, without the method's further stages
@@ -72,12 +74,8 @@ def plan(checkpoint: Path, stack: Path, asked: LearnSettings, device: str) -> Pl
     """
     here = pick_device(device)
     with open_checkpoint(checkpoint) as layout:
-        if isinstance(layout, AnimaLayout):
-            raise CheckpointError(
-                f"{checkpoint} is Anima, for which memory and time can't be estimated yet. Learn "
-                "without a plan; if memory runs out, the message says what needs less."
-            )
         settings = asked.resolved(layout.preset)
+        check_name(checkpoint, settings, layout.preset)
         dtype = dtype_for(settings.precision, here)
         header = read_header(stack) if stack.exists() else {}
         rank = header.get("rank") or settings.rank
@@ -88,20 +86,16 @@ def plan(checkpoint: Path, stack: Path, asked: LearnSettings, device: str) -> Pl
         step, rows = method.rows(settings, earlier)
         weights = _weights(layout, dtype, here)
         adapter, exported = _adapter(layout, kind, rank)
-        width = sum(
-            model.get_input_embeddings().weight.shape[1]
-            for model in (part.module for part in layout.texts)
-        )
-        word = width * settings.vectors
+        word = layout.width * settings.vectors
         wide = compute_dtype_of(dtype, here)
         norms = wide if here.type == "cpu" else torch.float32  # as in autocast
         kept, flops, calls = _activations(layout, settings, wide, norms, step, rows, size // 8)
     learned = 4 * (adapter + word)
+    resting = [] if here.type == "cpu" else ["VAE", *([] if settings.vectors else [TEXTS])]
     optimizer = (adapter + word) * (4 + (2 if settings.optimizer == "adamw8bit" else 8))
-    on_device = sum(
-        bytes for name, (bytes, _) in weights.items() if name != "VAE" or here.type == "cpu"
-    )
-    grows = method.kept_bytes(adapter, word, width, earlier)
+    used = sum(size for name, (size, _) in weights.items() if name not in resting)
+    encoding = weights[layout.net_name][0] + weights[TEXTS][0]
+    grows = method.kept_bytes(adapter, word, layout.width, earlier)
     # forward, backward, and forward again with checkpointing
     passes = settings.steps * settings.accumulate * (3 if settings.checkpointing else 2)
     speed = _speed(here, wide)
@@ -111,15 +105,16 @@ def plan(checkpoint: Path, stack: Path, asked: LearnSettings, device: str) -> Pl
         for share, wait in zip(reversed(shares), waits, strict=True)
     )
     return Plan(
-        layout.family.name,
+        layout.name,
         str(here),
         size,
         rows,
         weights,
+        resting,
         learned,
         optimizer,
         kept,
-        on_device + learned + optimizer + kept,
+        max(encoding, used + learned + optimizer + kept),
         (stack.stat().st_size if stack.exists() else 0) + grows,
         2 * (exported + word),
         (least, most),
@@ -143,17 +138,19 @@ def _speed(here: torch.device, dtype: torch.dtype) -> float:
     return 2 * side**3 / best
 
 
-def _weights(layout: Layout, dtype: torch.dtype, here: torch.device) -> dict[str, tuple[int, str]]:
+def _weights(
+    layout: AnyLayout, dtype: torch.dtype, here: torch.device
+) -> dict[str, tuple[int, str]]:
     """Bytes and dtype of each part in memory."""
     wide = compute_dtype_of(dtype, here)
     unet = sum(
         p.numel() * (FP8 if dtype == FP8 and is_large(name, p) else wide).itemsize
         for name, p in layout.unet.module.named_parameters()
     )
-    weights = {"U-Net": (unet, _NAMES[dtype]), "VAE": (_bytes([layout.vae.module]), "fp32")}
+    weights = {layout.net_name: (unet, _NAMES[dtype]), "VAE": (_bytes([layout.vae.module]), "fp32")}
     texts = [part.module for part in layout.texts]
     stored = _stored_format(layout.texts[0]) if dtype != torch.float32 else torch.float32
-    return {**weights, "text encoders": (_bytes(texts) * stored.itemsize // 4, _NAMES[stored])}
+    return {**weights, TEXTS: (_bytes(texts) * stored.itemsize // 4, _NAMES[stored])}
 
 
 def _bytes(models: Sequence[nn.Module]) -> int:
@@ -167,7 +164,7 @@ def _stored_format(text: Part) -> torch.dtype:
     return dtypes.get(text.weights.dtype(next(iter(text.names.values()))), torch.float32)
 
 
-def _adapter(layout: Layout, kind: str, rank: int) -> tuple[int, int]:
+def _adapter(layout: AnyLayout, kind: str, rank: int) -> tuple[int, int]:
     """How many numbers an adapter of this kind has, and how many its export has."""
     if not kind:
         return 0, 0
@@ -181,7 +178,7 @@ def _adapter(layout: Layout, kind: str, rank: int) -> tuple[int, int]:
 
 
 def _activations(
-    layout: Layout,
+    layout: AnyLayout,
     settings: ResolvedSettings,
     dtype: torch.dtype,
     norms: torch.dtype,
@@ -191,39 +188,26 @@ def _activations(
 ) -> tuple[int, float, int]:
     """The bytes kept for the backward pass, and a step's forward operations and torch calls.
 
-    The bytes are the U-Net's for `rows` and the text encoders' for a step, plus the largest
+    The bytes are the net's for `rows` and the text encoders' for a step, plus the largest
     checkpointed piece. The net computes in `dtype`, its norms in `norms`.
     """
     unet: Any = nn.Module.to(layout.unet.module, dtype).requires_grad_(False)
-    texts = [part.module.requires_grad_(False) for part in layout.texts]
+    # without vectors to learn, prompts are encoded before
+    parts = layout.texts if settings.vectors else []
+    texts = [part.module.requires_grad_(False) for part in parts]
     prompts = min(step, 7)  # each distinct one is encoded once; later stages cache the features
     with torch.device("meta"):
         ids = torch.zeros(prompts, 77, dtype=torch.long)
         with _kept(*texts) as of_text, _learning_words(texts):
             for model in texts:
                 model(ids)
-        width = unet.config["cross_attention_dim"]
-        features = torch.zeros(
-            rows,
-            77,
-            width if isinstance(width, int) else width[0],
-            dtype=dtype,
-            requires_grad=True,
-        )
-        noisy = torch.zeros(rows, 4, side, side, dtype=dtype)
-        timestep = torch.zeros(rows, dtype=torch.long)
-        added = None
-        if unet.config["addition_embed_type"] == "text_time":
-            pooled = texts[-1].config.projection_dim
-            added = {
-                "text_embeds": torch.zeros(rows, pooled, dtype=dtype),
-                "time_ids": torch.zeros(rows, 6),
-            }
+        question = layout.question(rows, side, dtype)
+        question["encoder_hidden_states"].requires_grad_()
 
         def run_unet(kept: _Kept) -> list[int]:
             sizes: list[int] = []
             with _sized(unet, kept, sizes), _computing_in(unet, dtype, norms):
-                unet(noisy, timestep, features, added_cond_kwargs=added)
+                unet(**question)
             return sizes
 
         with _kept(unet) as whole:
@@ -274,9 +258,11 @@ class _Kept(TorchDispatchMode):
     def layer(self, module: Any, _: object, out: Tensor) -> None:
         self.flops += 2 * out.numel() * module.weight[0].numel()
 
-    def attention(self, q: Tensor, k: Tensor, v: Tensor, *_: object, **__: object) -> Tensor:
-        self.flops += 4 * q.numel() * k.shape[-2]
-        return _Fused.apply(q, k, v)
+    def attention(
+        self, query: Tensor, key: Tensor, value: Tensor, *_: object, **__: object
+    ) -> Tensor:
+        self.flops += 4 * query.numel() * key.shape[-2]
+        return _Fused.apply(query, key, value)
 
 
 @contextmanager
@@ -341,7 +327,7 @@ def _sized(unet: nn.Module, kept: _Kept, sizes: list[int]) -> Iterator[None]:
     """
     handles, before = [], {}
     for module in unet.modules():
-        if type(module).__name__ in ("ResnetBlock2D", "BasicTransformerBlock"):
+        if type(module).__name__ in _CHECKPOINTED:
             handles.append(
                 module.register_forward_pre_hook(lambda m, _: before.update({m: kept.bytes}))
             )

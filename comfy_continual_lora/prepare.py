@@ -104,14 +104,15 @@ def settings_for(session: Session, request: LearnRequest, method: Method) -> Res
     settings = _with_rank_of(session.stack, request.settings)
     settings = replace(settings, clip_skip=session.backbone.clip_skip)
     resolved = settings.resolved(session.backbone.preset)
-    _check_name(session.backbone.path, resolved, session.backbone.preset in PLAIN_NAME_PRESETS)
+    check_name(session.backbone.path, resolved, session.backbone.preset)
     return resolved
 
 
-def _check_name(checkpoint: Path, settings: ResolvedSettings, plain: bool) -> None:
+def check_name(checkpoint: Path, settings: ResolvedSettings, preset: str) -> None:
     """Errors: SettingError if the checkpoint's names are plain text and this wants vectors, or not
     and it wants none.
     """
+    plain = preset in PLAIN_NAME_PRESETS
     if plain and settings.method == "textual_inversion":
         raise SettingError(
             f"The `method` textual_inversion learns a word's vectors alone, and on {checkpoint.name} "

@@ -10,7 +10,8 @@ import itertools
 import json
 import shutil
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -80,13 +81,40 @@ IN_COMFYUI = Sizes(
     qwen_words=151936,
     t5_words=32128,
 )
+# as published: 5.7 GB in bf16
+PUBLISHED = replace(IN_COMFYUI, head=128, layers=28, text_layers=28, vae=96)
 
 
 def nets(sizes: Sizes) -> dict[str, Any]:
     """The nets, the same at every call, with weights whose answers depend on everything asked."""
     torch.manual_seed(0)
-    parts: dict[str, Any] = {
-        "net": CosmosTransformer3DModel(
+    parts = {part: make() for part, make in _makers(sizes).items()}
+    for part in parts.values():
+        for name, parameter in part.named_parameters():
+            if parameter.ndim > 1 and "embed" not in name:
+                nn.init.normal_(parameter, std=parameter[0].numel() ** -0.5)
+        part.eval().requires_grad_(False)
+    return parts
+
+
+def half_state(sizes: Sizes, part: str) -> dict[str, Tensor]:
+    """Weights of a net in bf16, without it: full-size nets in float32 take 12 GB."""
+    with torch.device("meta"):
+        shapes = _makers(sizes)[part]().state_dict()
+    draws = torch.Generator().manual_seed(0)
+    state = {}
+    for name, meta in shapes.items():
+        if meta.squeeze().ndim > 1:
+            tensor = torch.randn(meta.shape, generator=draws) * meta[0].numel() ** -0.5
+        else:
+            tensor = torch.full(meta.shape, float(not name.endswith("bias")))
+        state[name] = tensor.bfloat16()
+    return state
+
+
+def _makers(sizes: Sizes) -> dict[str, Callable[[], Any]]:
+    return {
+        "net": lambda: CosmosTransformer3DModel(
             num_attention_heads=sizes.heads,
             attention_head_dim=sizes.head,
             num_layers=sizes.layers,
@@ -95,7 +123,7 @@ def nets(sizes: Sizes) -> dict[str, Any]:
             rope_scale=(1.0, 4.0, 4.0),
             extra_pos_embed_type=None,
         ),
-        "conditioner": AnimaTextConditioner(
+        "conditioner": lambda: AnimaTextConditioner(
             source_dim=sizes.text,
             target_dim=sizes.text,
             model_dim=sizes.text,
@@ -103,7 +131,7 @@ def nets(sizes: Sizes) -> dict[str, Any]:
             num_attention_heads=sizes.text // sizes.conditioner_head,
             target_vocab_size=sizes.t5_words,
         ),
-        "text": Qwen3Model(
+        "text": lambda: Qwen3Model(
             Qwen3Config(
                 vocab_size=sizes.qwen_words,
                 hidden_size=sizes.text,
@@ -115,14 +143,8 @@ def nets(sizes: Sizes) -> dict[str, Any]:
                 rope_theta=1e6,
             )
         ),
-        "vae": AutoencoderKLQwenImage(base_dim=sizes.vae),
+        "vae": lambda: AutoencoderKLQwenImage(base_dim=sizes.vae),
     }
-    for part in parts.values():
-        for name, parameter in part.named_parameters():
-            if parameter.ndim > 1 and "embed" not in name:
-                nn.init.normal_(parameter, std=parameter[0].numel() ** -0.5)
-        part.eval().requires_grad_(False)
-    return parts
 
 
 def original_net(net: Mapping[str, Tensor], conditioner: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -168,8 +190,11 @@ def write(
     """Write the files into the folders of a ComfyUI at `root`; returns the net's. `tokenizers`: those of
     a ComfyUI, in place of tiny ones.
     """
-    parts = nets(sizes)
-    state: Callable[[str], dict[str, Tensor]] = lambda part: parts[part].state_dict()  # noqa: E731
+    if sizes == PUBLISHED:
+        state = partial(half_state, sizes)
+    else:
+        parts = nets(sizes)
+        state = lambda part: parts[part].state_dict()  # noqa: E731
     models = root / "models"
     net = original_net(state("net"), state("conditioner"))
     path = models / "diffusion_models" / "anima.safetensors"

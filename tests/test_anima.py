@@ -36,7 +36,6 @@ from comfy_continual_lora.errors import CheckpointError, SettingError, StackErro
 from comfy_continual_lora.files import HOST
 from comfy_continual_lora.language import language_prompts
 from comfy_continual_lora.progress import Progress
-from comfy_continual_lora.requests import LearnRequest
 from comfy_continual_lora.settings import DrawSettings, LearnSettings, ScoreSettings, SolveSettings
 from comfy_continual_lora.stack import CheckpointInfo
 from comfy_continual_lora.stock import kohya_lora, plain_lora
@@ -551,12 +550,6 @@ def test_a_plain_name_stays(learned: Path, folders: dict[str, Path], tmp_path: P
         )
     with pytest.raises(SettingError, match="no U-Net"):
         pipeline.evaluate(requests.EvaluateRequest(own, device="cpu"))
-
-
-def test_it_has_no_plan_yet(root: Path, folders: dict[str, Path]) -> None:
-    request: LearnRequest = learn_request(_file(root), folders, "V1", QUICK)
-    with pytest.raises(CheckpointError, match="is Anima, for which memory and time"):
-        pipeline.plan(request)
 
 
 def test_of_a_long_prompt_that_is_drawn_nothing_is_told(learned: Path) -> None:

@@ -1,10 +1,11 @@
 r"""The closed form and the stack's file at full size, by the number of concepts.
 
-    python benchmarks/growth/full.py OUT.json [--counts 2,10,50] [--rank 7] [--threads 2]
+    python benchmarks/growth/full.py OUT.json [--kinds sd15,sdxl,anima] [--counts 2,10,50]
+        [--rank 7] [--threads 2]
 
 in: nothing - out: OUT.json, and a line a row on the screen.
 
-Stacks with the layers of SD1.5 and SDXL are made of random numbers: what is measured depends on sizes
+Stacks with the layers of SD1.5, SDXL and Anima are made of random numbers: what is measured depends on sizes
 alone. A concept's target has rank 7 and its prompts 100 rows, a little more than on the mini-SD; all
 targets lie in 30 directions, about the rank of the solution for fifty there (LOG.md). Each row is
 measured in a process of its own: seconds to consolidate (without imports), to store and to load,
@@ -31,7 +32,11 @@ from comfy_continual_lora.settings import SolveSettings
 from comfy_continual_lora.stack import ConceptRecord, ConceptStack, Ordinary, PromptRows
 
 # d_text, and how many cross-attentions have how many outputs
-SHAPES = {"sd15": (768, {320: 5, 640: 5, 1280: 6}), "sdxl": (2048, {640: 10, 1280: 60})}
+SHAPES = {
+    "sd15": (768, {320: 5, 640: 5, 1280: 6}),
+    "sdxl": (2048, {640: 10, 1280: 60}),
+    "anima": (1024, {2048: 28}),
+}
 COMMON = 30  # directions of a layer's output that all targets share
 ALONE, SHARED = 70, 30  # rows of a concept's prompts
 
@@ -104,6 +109,7 @@ def measure(kind: str, count: int, rank: int, threads: int) -> dict[str, Any]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("out", type=Path)
+    parser.add_argument("--kinds", default=",".join(SHAPES))
     parser.add_argument("--counts", default="2,10,50")
     parser.add_argument("--rank", type=int, default=7)
     parser.add_argument("--threads", type=int, default=2)
@@ -114,7 +120,7 @@ def main() -> None:
         print(json.dumps(measure(kind, int(count), options.rank, options.threads)))
         return
     rows = []
-    for kind in SHAPES:
+    for kind in options.kinds.split(","):
         for count in options.counts.split(","):
             command = [sys.executable, __file__, str(options.out), "--one", f"{kind},{count}"]
             command += ["--rank", str(options.rank), "--threads", str(options.threads)]

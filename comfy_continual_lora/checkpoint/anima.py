@@ -21,7 +21,8 @@ Source: comfy/ldm/anima/model.py, comfy/text_encoders/anima.py and supported_mod
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -89,6 +90,17 @@ class AnimaBackbone(Backbone):
         weighted = features * F.pad(weights, (0, features.shape[1] - len(weights)))[:, None]
         return finite(weighted, prompt)
 
+    @contextmanager
+    def text_aside(self) -> Iterator[None]:
+        texts = (self.text_encoder, self.conditioner)
+        for model in texts:
+            nn.Module.to(model, "cpu")
+        try:
+            yield
+        finally:
+            for model in texts:
+                nn.Module.to(model, self.device)
+
     def _texts(self, prompt: str) -> list[Text]:
         """The parts of a prompt that is drawn. It has no chunks, so BREAK is text, as in ComfyUI."""
         return [text for text in weighted_texts(prompt, breaks=False) if text is not None]
@@ -98,14 +110,15 @@ class AnimaBackbone(Backbone):
         ids, mask = self._batch(qwen_ids)
         # causal, so no state depends on what is behind its prompt
         states = self.text_encoder(ids).last_hidden_state
-        return self.conditioner(states, *self._batch(t5_ids), mask)
+        return self.conditioner(states, *self._batch(t5_ids), mask).to(self.device)
 
     def _batch(self, rows: Sequence[list[int]]) -> tuple[Tensor, Tensor]:
         """Ids and which of them are not padding, (n, longest)."""
         longest = max(map(len, rows))
         ids = torch.tensor([row + [0] * (longest - len(row)) for row in rows])
         mask = torch.tensor([[k < len(row) for k in range(longest)] for row in rows])
-        return ids.to(self.device), mask.to(self.device)
+        place = self.text_encoder.device
+        return ids.to(place), mask.to(place)
 
     def _qwen_ids(self, texts: Sequence[Text]) -> list[int]:
         ids = [

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import diffusers
+import torch
 import transformers
 
 from ..errors import CheckpointError
@@ -66,6 +67,30 @@ class AnimaLayout:
     qwen_tokenizer: Path  # folders
     t5_tokenizer: Path
     size: int = SIZE  # pixels a side
+
+    name = "Anima"
+    preset = "anima"
+    net_name = "transformer"
+
+    @property
+    def texts(self) -> list[Part]:
+        return [self.text, self.conditioner]
+
+    @property
+    def width(self) -> int:
+        """Of text features."""
+        return self.unet.module.config["text_embed_dim"]
+
+    def question(self, rows: int, side: int, dtype: torch.dtype) -> dict[str, Any]:
+        """As `Layout.question`."""
+        even = side + side % 2
+        channels = self.unet.module.config["in_channels"]
+        positions = self.conditioner.module.config["min_sequence_length"]
+        return {
+            "hidden_states": torch.empty(rows, channels, 1, even, even, dtype=dtype),
+            "timestep": torch.empty(rows),
+            "encoder_hidden_states": torch.empty(rows, positions, self.width, dtype=dtype),
+        }
 
     def check(self, path: Path) -> None:
         """Errors: CheckpointError for parts that do not fit each other."""

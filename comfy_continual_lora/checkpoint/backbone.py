@@ -15,8 +15,8 @@ import logging
 import math
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -210,6 +210,13 @@ class Backbone(ABC):
         finally:
             nn.Module.to(self.vae, "cpu")
             nn.Module.to(self.unet, self.device)
+
+    @contextmanager
+    def text_aside(self) -> Iterator[None]:
+        """Inside the block, text encoders that nothing is learned through lie in main memory, where
+        they still encode prompts; their place on the device is free.
+        """
+        yield
 
     def context(self, features: Tensor) -> Tensor:
         """The rows of text features that cross-attention sees, (n, t, d)."""

@@ -185,6 +185,35 @@ class Layout:
     prediction: str  # what the net predicts, in diffusers' words
     zero_snr: bool
 
+    net_name = "U-Net"
+
+    @property
+    def name(self) -> str:
+        return self.family.name
+
+    @property
+    def width(self) -> int:
+        """Of text features."""
+        return self.unet.module.config["cross_attention_dim"]
+
+    def question(self, rows: int, side: int, dtype: torch.dtype) -> dict[str, Any]:
+        """What the net is asked about `rows` latents of `side` pixels a side, by argument: empty
+        tensors on torch's default device.
+        """
+        added = None
+        if self.unet.module.config["addition_embed_type"] == "text_time":
+            pooled = self.texts[-1].module.config.projection_dim
+            added = {
+                "text_embeds": torch.empty(rows, pooled, dtype=dtype),
+                "time_ids": torch.empty(rows, 6),
+            }
+        return {
+            "sample": torch.empty(rows, 4, side, side, dtype=dtype),
+            "timestep": torch.empty(rows, dtype=torch.long),
+            "encoder_hidden_states": torch.empty(rows, PROMPT_LENGTH, self.width, dtype=dtype),
+            "added_cond_kwargs": added,
+        }
+
     def check(self, path: Path) -> None:
         """Errors: CheckpointError for parts that do not fit each other."""
         channels_of = {

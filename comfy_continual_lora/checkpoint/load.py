@@ -37,6 +37,8 @@ from .single_file import file_layout
 from .stable import StableBackbone
 from .text import TextEncoder
 
+AnyLayout = Layout | AnimaLayout
+
 
 def load_backbone(
     path: str | Path,
@@ -189,7 +191,7 @@ def pick_device(name: str) -> torch.device:
 
 
 @contextmanager
-def open_checkpoint(path: Path) -> Iterator[Layout | AnimaLayout]:
+def open_checkpoint(path: Path) -> Iterator[AnyLayout]:
     """A checkpoint's layout; its files are open inside the block.
 
     Errors: CheckpointError as in `load_backbone`.
