@@ -192,7 +192,7 @@ class Recipe:
         model.load_state_dict(load_file(self.run.out / "autoencoder.safetensors"))
         nn.Module.to(model, self.run.device)
         latents = self.encoded(lambda images: nets.FACTOR * model.encode(images).latent_dist.mean)
-        save_file({"latents": latents.half()}, self.run.out / "latents.safetensors")
+        save_file({"latents": latents.half().contiguous()}, self.run.out / "latents.safetensors")
         self.run.log(stage="latents", mean=float(latents.mean()), std=float(latents.std()))
 
     def unet(self) -> None:
