@@ -257,17 +257,6 @@ def metadata_in(path: Path) -> dict[str, str]:
         return {}
 
 
-def weight_names(path: Path) -> list[str]:
-    """The names of a safetensors file's weights, of which none is read; none for any other file."""
-    from safetensors import SafetensorError, safe_open  # not light
-
-    try:
-        with safe_open(path, "np") as file:
-            return list(file.keys())
-    except (SafetensorError, OSError):
-        return []
-
-
 def write_whole(
     path: Path, data: bytes | Iterable[bytes | memoryview], *, new: bool = False
 ) -> None:

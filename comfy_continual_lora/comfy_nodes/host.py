@@ -25,7 +25,7 @@ from comfy.utils import ProgressBar  # pyright: ignore[reportMissingImports]
 
 from ..checkpoint.keys import is_anima_net
 from ..errors import ConceptImagesError, StackError, spelled
-from ..files import STACKS, is_checkpoint, stack_path, weight_names
+from ..files import STACKS, is_checkpoint, stack_path
 from ..progress import OneBar, Progress, counted, duration
 from .schema import WIDGETS
 
@@ -62,6 +62,17 @@ def _is_net(name: str) -> bool:
 @lru_cache(maxsize=1024)
 def _is_anima(path: Path, _time: int, _size: int) -> bool:
     return is_anima_net(weight_names(path))
+
+
+def weight_names(path: Path) -> list[str]:
+    """The names of a safetensors file's weights, of which none is read; none for any other file."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, "np") as file:
+            return list(file.keys())
+    except (SafetensorError, OSError):
+        return []
 
 
 def checkpoint_path(name: str) -> Path:
