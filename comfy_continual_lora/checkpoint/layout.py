@@ -231,10 +231,9 @@ class Layout:
                 f"{path}: a text encoder has {positions} positions. Expected {PROMPT_LENGTH}."
             )
         width = sum(part.module.config.hidden_size for part in self.texts)
-        expected = self.unet.module.config["cross_attention_dim"]
-        if width != expected:
+        if width != self.width:
             raise CheckpointError(
-                f"{path}: the text encoders give {width} features, the U-Net expects {expected}. "
+                f"{path}: the text encoders give {width} features, the U-Net expects {self.width}. "
                 "They are not of the same model; get a complete copy of it."
             )
 
