@@ -243,9 +243,8 @@ def test_its_anima_is_read_as_any(tmp_path: Path) -> None:
     assert (backbone.preset, backbone.word_width) == ("anima", anima.WIDTH)
     noisy, share = torch.randn(2, 16, 16, 16), torch.tensor([0.5, 0.9])
     with torch.no_grad():
-        states = language(tokens.qwen).last_hidden_state
-        masks = tokens.t5_mask, tokens.qwen_mask
-        wanted = flow(noisy, share, states, tokens.t5, masks)
+        states = language(tokens.qwen.ids).last_hidden_state
+        wanted = flow(noisy, share, states, tokens.qwen.mask, tokens.t5)
         features = backbone.encode_prompts([captions[0], ""])
         given = backbone.predict(noisy, 1000 * share, features)
     assert features.shape == (2, anima.POSITIONS, anima.WIDTH)

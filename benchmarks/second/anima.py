@@ -20,7 +20,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
@@ -107,13 +107,12 @@ class Flow(nn.Module):
         self.conditioner = new_conditioner(t5_words)
 
     def forward(
-        self, noisy: Tensor, share: Tensor, states: Tensor, ids: Tensor, masks: Sequence[Tensor]
+        self, noisy: Tensor, share: Tensor, states: Tensor, mask: Tensor, t5: Ids
     ) -> Tensor:
-        """eps - z_0, (n, 16, 16, 16). share (n,): of noise; states (n, s, d): Qwen's; ids (n, t): T5's;
-        masks: of both, True where there is text.
+        """eps - z_0, (n, 16, 16, 16). share (n,): of noise; states (n, s, d): Qwen's, text where `mask`
+        (n, s) is True; t5: the same captions.
         """
-        own, other = masks
-        features = self.conditioner(states, ids, own, other)
+        features = self.conditioner(states, *t5, mask)
         frame = torch.cat([noisy, torch.zeros_like(noisy[:, :1])], 1)[:, :, None]
         given = {"timestep": share, "encoder_hidden_states": features}
         return self.net(hidden_states=frame, **given).sample[:, :, 0]
@@ -164,8 +163,22 @@ def _describe(folder: Path, **config: str) -> None:
     (folder / "tokenizer_config.json").write_text(json.dumps(config))
 
 
+class Ids(NamedTuple):
+    """Captions by one tokenizer, (n, longest)."""
+
+    ids: Tensor  # padded with 0
+    mask: Tensor  # True where there is text
+
+    def of(self, index: Tensor) -> Ids:
+        """Those of some captions."""
+        return Ids(self.ids[index], self.mask[index])
+
+    def to(self, device: torch.device) -> Ids:
+        return Ids(self.ids.to(device), self.mask.to(device))
+
+
 class Tokens:
-    """The ids of captions by both tokenizers, padded with 0, (n, longest), and which are text."""
+    """Captions by both tokenizers."""
 
     def __init__(self, folder: Path, captions: Sequence[str]) -> None:
         library: Any = transformers
@@ -173,17 +186,17 @@ class Tokens:
         qwen = library.Qwen2TokenizerFast.from_pretrained(str(folder / "tokenizer"))
         self.qwen_words, end = len(qwen), qwen.convert_tokens_to_ids(END)
         read = qwen(texts, add_special_tokens=False)["input_ids"]
-        self.qwen, self.qwen_mask = _padded([ids or [end] for ids in read])
+        self.qwen = _padded([ids or [end] for ids in read])
         t5 = library.T5TokenizerFast.from_pretrained(str(folder / "t5_tokenizer"))
         self.t5_words = len(t5)
         read = t5(texts, add_special_tokens=False)["input_ids"]
-        self.t5, self.t5_mask = _padded([[*ids[: POSITIONS - 1], t5.eos_token_id] for ids in read])
+        self.t5 = _padded([[*ids[: POSITIONS - 1], t5.eos_token_id] for ids in read])
 
 
-def _padded(rows: Sequence[list[int]]) -> tuple[Tensor, Tensor]:
+def _padded(rows: Sequence[list[int]]) -> Ids:
     ids = nn.utils.rnn.pad_sequence([torch.tensor(row) for row in rows], batch_first=True)
     lengths = torch.tensor([len(row) for row in rows])
-    return ids, torch.arange(ids.shape[1]) < lengths[:, None]
+    return Ids(ids, torch.arange(ids.shape[1]) < lengths[:, None])
 
 
 # --- stages ---------------------------------------------------------------------------------------
@@ -197,13 +210,14 @@ def _tokens(recipe: Recipe) -> Tokens:
 def language(recipe: Recipe) -> None:
     tokens, n, device = _tokens(recipe), recipe.batch("language"), recipe.run.device
     model = new_language(tokens.qwen_words)
-    targets = tokens.qwen.masked_fill(~tokens.qwen_mask, -100)
+    ids = tokens.qwen.ids
+    targets = ids.masked_fill(~tokens.qwen.mask, -100)
 
     def loss(step: int) -> tuple[Tensor, dict[str, float]]:
         index = torch.from_numpy(recipe.data.indices(step, n, stream=30)) + 1
         with recipe.run.autocast():
             # causal, so what is behind a caption does not matter
-            logits = model(input_ids=tokens.qwen[index].to(device)).logits[:, :-1]
+            logits = model(input_ids=ids[index].to(device)).logits[:, :-1]
         wanted = targets[index, 1:].to(device)
         return F.cross_entropy(logits.float().flatten(0, 1), wanted.flatten()), {}
 
@@ -248,8 +262,7 @@ def flow(recipe: Recipe) -> None:
     text = nn.Module.to(_trained_language(recipe.run.out, tokens.qwen_words), device)
     model = Flow(tokens.t5_words)
     predict = recipe.fast(model)
-    parts = [tokens.qwen, tokens.t5, tokens.t5_mask, tokens.qwen_mask]
-    qwen, t5, t5_mask, qwen_mask = (part.to(device) for part in parts)
+    qwen, t5 = tokens.qwen.to(device), tokens.t5.to(device)
 
     def loss(step: int) -> tuple[Tensor, dict[str, float]]:
         index = torch.from_numpy(recipe.data.indices(step, n, stream=31)).to(device)
@@ -261,10 +274,9 @@ def flow(recipe: Recipe) -> None:
         said = (index + 1) * (torch.rand(n, generator=generator, device=device) >= 0.1)
         with recipe.run.autocast():
             with torch.no_grad():
-                states = text(qwen[said]).last_hidden_state
+                states = text(qwen.ids[said]).last_hidden_state
             noisy = (1 - part) * clean + part * noise
-            masks = t5_mask[said], qwen_mask[said]
-            predicted = predict(noisy, share, states, t5[said], masks)
+            predicted = predict(noisy, share, states, qwen.mask[said], t5.of(said))
         return F.mse_loss(predicted.float(), noise - clean), {}
 
     recipe.fit("flow", model, loss, rate=1e-3, ema=0.9995)

@@ -48,12 +48,20 @@ from comfy_continual_lora.mini.training import Loss, Run, fit
 
 STAGES = ("pictures", "reader", "clip", "autoencoder", "latents", "unet", "pack")
 TWIN = ("clip2", "unet2", "pack2")
-STEPS = {"reader": 3000, "clip": 4000, "autoencoder": 9000, "unet": 14_000}
-BATCHES = {"reader": 256, "clip": 1024, "autoencoder": 64, "unet": 512}
-for counts, others in ((STEPS, anima.STEPS), (BATCHES, anima.BATCHES)):
-    counts |= {"clip2": counts["clip"], "unet2": counts["unet"], **others}
-
-
+STEPS = {
+    "reader": 3000,
+    "autoencoder": 9000,
+    **dict.fromkeys(("clip", "clip2"), 4000),
+    **dict.fromkeys(("unet", "unet2"), 14_000),
+    **anima.STEPS,
+}
+BATCHES = {
+    "reader": 256,
+    "autoencoder": 64,
+    **dict.fromkeys(("clip", "clip2"), 1024),
+    **dict.fromkeys(("unet", "unet2"), 512),
+    **anima.BATCHES,
+}
 Coder = Callable[[Tensor], Tensor]
 
 
