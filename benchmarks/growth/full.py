@@ -5,11 +5,11 @@ r"""The closed form and the stack's file at full size, by the number of concepts
 
 in: nothing - out: OUT.json, and a line a row on the screen.
 
-Stacks with the layers of SD1.5, SDXL and Anima are made of random numbers: what is measured depends on sizes
-alone. A concept's target has rank 7 and its prompts 100 rows, a little more than on the mini-SD; all
-targets lie in 30 directions, about the rank of the solution for fifty there (LOG.md). Each row is
-measured in a process of its own: seconds to consolidate (without imports), to store and to load,
-bytes of the file, peak memory.
+Stacks with the layers of SD1.5, SDXL and Anima are made of random numbers: what is measured depends
+on sizes alone. A concept's target has rank 7 and its prompts 100 rows, a little more than on the
+mini-SD; all targets lie in 30 directions, about the rank of the solution for fifty there (LOG.md).
+Each row is measured in a process of its own: seconds to consolidate (without imports), to store and
+to load, bytes of the file, peak memory.
 """
 
 from __future__ import annotations

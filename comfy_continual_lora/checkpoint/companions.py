@@ -28,14 +28,13 @@ from pathlib import Path
 
 from ..errors import CheckpointError
 from ..files import HOST
+from .layout import holds_tokenizer
 
-_LEVELS = (
-    4  # folders above the net's that are searched: subfolders, diffusion_models, models, ComfyUI
-)
+# folders above the net's that are searched: subfolders, diffusion_models, models, ComfyUI
+_LEVELS = 4
 _IN_COMFYUI, _IN_NEO = "comfy/text_encoders", "backend/huggingface/circlestone-labs/Anima"
 # their names in ComfyUI, also beside the net, and in Forge Neo
 QWEN_TOKENIZER, T5_TOKENIZER = ("qwen25_tokenizer", "tokenizer"), ("t5_tokenizer", "tokenizer_2")
-_TOKENIZER_FILES = ("tokenizer.json", "vocab.json")
 
 
 @dataclass(frozen=True)
@@ -101,7 +100,7 @@ def tokenizer_folder(net: Path, names: tuple[str, str]) -> Path:
     if host := sys.modules.get("comfy"):  # this runs in ComfyUI, whose models may be elsewhere
         searched += [Path(path) / "text_encoders" / name for path in host.__path__]
     for folder in searched:
-        if any((folder / file).is_file() for file in _TOKENIZER_FILES):
+        if holds_tokenizer(folder):
             return folder
     raise CheckpointError(
         f"{net} needs the tokenizer {name}, which was not found in {_list(searched)}. ComfyUI has it "

@@ -33,7 +33,15 @@ from .families import (
     check_channels,
     pipeline_kind,
 )
-from .layout import Layout, Part, Weights, check_layer_counts, part_of, usual_size
+from .layout import (
+    Layout,
+    Part,
+    Weights,
+    check_layer_counts,
+    holds_tokenizer,
+    part_of,
+    usual_size,
+)
 
 _INDEXES = ("model_index.json", "modular_model_index.json")
 _VARIANTS = (".fp16", "", ".bf16")
@@ -243,7 +251,7 @@ def _scheduler(path: Path, family: Family) -> tuple[str, bool]:
 def tokenizer_part(path: Path, name: str) -> Path:
     """Errors: CheckpointError if its files are missing; the library would make up an empty one."""
     folder = _folder(path, name)
-    if not any((folder / name).is_file() for name in ("tokenizer.json", "vocab.json")):
+    if not holds_tokenizer(folder):
         raise CheckpointError(
             f"There is neither vocab.json nor tokenizer.json in {folder}. Get a complete model "
             "folder."

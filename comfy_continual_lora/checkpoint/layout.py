@@ -275,6 +275,10 @@ def _without_ones(shape: Iterable[int]) -> list[int]:
     return [size for size in shape if size != 1]
 
 
+def holds_tokenizer(folder: Path) -> bool:
+    return any((folder / name).is_file() for name in ("tokenizer.json", "vocab.json"))
+
+
 def usual_size(side: int) -> int | None:
     """A side in pixels, rounded down to what the VAE can halve three times; None if pictures of
     such a side can't be learned from.
