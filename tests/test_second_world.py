@@ -232,19 +232,20 @@ def test_its_anima_is_read_as_any(tmp_path: Path) -> None:
     captions = [dataset.scene(0, index)[0].caption for index in range(200)]
     anima.write_tokenizers(tmp_path / "anima", captions)
     tokens = anima.Tokens(tmp_path / "anima", [captions[0], ""])
-    language = anima.new_language(tokens.qwen_words).model.eval()
-    flow, vae = anima.Flow(tokens.t5_words).eval(), anima.new_vae().eval()
+    sizes = anima.Sizes(language=2, conditioner=2, net=4)
+    language = anima.new_language(tokens.qwen_words, sizes).model.eval()
+    flow, vae = anima.Flow(tokens.t5_words, sizes).eval(), anima.new_vae().eval()
     for name, part in (("language", language), ("flow", flow), ("vae16", vae)):
         save_file(part.state_dict(), tmp_path / f"{name}.safetensors")
     mean, deviation = torch.linspace(-1, 1, 16), torch.linspace(1, 3, 16)
     save_file({"mean": mean, "deviation": deviation}, tmp_path / "latents16.safetensors")
-    anima.write_folder(tmp_path)
+    anima.write_folder(tmp_path, sizes)
     backbone = load_backbone(tmp_path / "anima", device="cpu", precision="fp32")
     assert (backbone.preset, backbone.word_width) == ("anima", anima.WIDTH)
     noisy, share = torch.randn(2, 16, 16, 16), torch.tensor([0.5, 0.9])
     with torch.no_grad():
         states = language(tokens.qwen.ids).last_hidden_state
-        wanted = flow(noisy, share, states, tokens.qwen.mask, tokens.t5)
+        wanted, _ = flow(noisy, share, states, tokens.qwen.mask, tokens.t5)
         features = backbone.encode_prompts([captions[0], ""])
         given = backbone.predict(noisy, 1000 * share, features)
     assert features.shape == (2, anima.POSITIONS, anima.WIDTH)

@@ -68,6 +68,8 @@ Coder = Callable[[Tensor], Tensor]
 class Recipe:
     """The stages, in one folder, on one device."""
 
+    sizes = anima.Sizes()
+
     def __init__(self, arguments: argparse.Namespace) -> None:
         self.arguments = arguments
         self.run = Run(arguments.out, torch.device(arguments.device))
@@ -92,6 +94,10 @@ class Recipe:
     def fit(self, name: str, model: nn.Module, loss: Loss, **options: float) -> None:
         """Train it for the steps of this stage. `options`: as of `mini.training.fit`."""
         fit(self.run, name, model, loss, steps=self.steps(name), **options)  # type: ignore[arg-type]
+
+    def reader_of_places(self) -> Coder | None:
+        """What a reader sees in each place of pictures, (n, 64, anima.PLACE), if it is to help."""
+        return None
 
     def train_autoencoder(self, name: str, model: nn.Module, encode: Coder, decode: Coder) -> None:
         """`encode`: pictures -> the posterior's means and logarithms of variances, (n, 2c, 16, 16);

@@ -37,7 +37,9 @@ class Run:
             file.write(json.dumps(row) + "\n")
 
     def save(self, name: str, model: nn.Module) -> None:
-        """Write a finished part."""
+        """Write a finished part, in the first process."""
+        if rank():
+            return
         state = {key: value.contiguous() for key, value in model.state_dict().items()}
         save_file(state, self.out / f"{name}.safetensors")
 
