@@ -112,8 +112,8 @@ def _layers_in(
     Errors: StackError for tensors that are no part of a LoRA, or are missing for one.
     """
     known = {}
-    for layer, ldm in keys.unet_names(backbone.kv_layers).items():
-        known[plain(layer)] = known[plain(ldm)] = layer
+    for layer, original in keys.original_kv_names(backbone.preset, backbone.kv_layers).items():
+        known[plain(layer)] = known[plain(original)] = layer
     layers: dict[str, Layer] = {}
     others = {}
     for name, tensor in tensors.items():
@@ -246,23 +246,9 @@ class Imported:
 def imported_concept(backbone: Backbone, request: ImportRequest) -> Imported:
     """The concept that a request names. Its id is a hash of the file and the word.
 
-    Errors: SettingError without embedding and trigger, or with both, and for a checkpoint whose names
-    are plain text; StackError as in `read_lora`.
+    Errors: SettingError as in `_word`; StackError as in `read_lora`.
     """
-    if backbone.preset in PLAIN_NAME_PRESETS:
-        raise SettingError(
-            f"Nothing can be imported for {backbone.path.name} yet: a concept's name there is plain "
-            "text. Learn the concept from its pictures (`learn`)."
-        )
-    if bool(request.embedding) == bool(request.trigger):
-        raise SettingError(
-            "An imported concept needs its word: give either an `embedding` or a `trigger`, not "
-            "both."
-        )
-    if request.embedding:
-        word = read_word(request.embedding, backbone)
-    else:
-        word = word_of_vocabulary(request.trigger, backbone)
+    word = _word(backbone, request)
     if request.rest == "refuse":
         adapter, rest = read_lora(request.lora, backbone, request.strength), None
     else:
@@ -287,6 +273,31 @@ def imported_concept(backbone: Backbone, request: ImportRequest) -> Imported:
     takes_clip_skip = backbone.preset in CLIP_SKIP_PRESETS
     clip_skip = clip_skip_of(request.lora) if takes_clip_skip else 1
     return Imported(word, adapter, record, rest, clip_skip)
+
+
+def _word(backbone: Backbone, request: ImportRequest) -> Tensor:
+    """The vectors of an imported concept's word, (k, d).
+
+    Errors: SettingError without embedding and trigger, or with both; where names are plain text, for
+    an embedding, and for a trigger that is another word than the token.
+    """
+    if backbone.preset in PLAIN_NAME_PRESETS:
+        trigger = request.trigger or request.token
+        if request.embedding or trigger.lower() != request.token.lower():
+            raise SettingError(
+                f"On {backbone.path.name} a concept's name is plain text, the word its LoRA's prompts "
+                f"always used, and has no embedding. Give that word as `token`, and neither a "
+                "`trigger` nor an `embedding`."
+            )
+        return torch.zeros(0, backbone.word_width)
+    if bool(request.embedding) == bool(request.trigger):
+        raise SettingError(
+            "An imported concept needs its word: give either an `embedding` or a `trigger`, not "
+            "both."
+        )
+    if request.embedding:
+        return read_word(request.embedding, backbone)
+    return word_of_vocabulary(request.trigger, backbone)
 
 
 def check_same_strength(known: ConceptRecord, request: ImportRequest) -> None:

@@ -33,7 +33,9 @@ ENDINGS = {
     for kind, endings in (("down", DOWN), ("up", UP), ("alpha", (".alpha",)))
     for ending in endings
 }
-PREFIX = re.compile(r"^(lora_unet_|unet\.|base_model\.model\.|diffusion_model\.)+")
+PREFIX = re.compile(
+    r"^(lora_unet_|unet\.|base_model\.model\.|diffusion_model\.|transformer\.|net\.)+"
+)
 FLOATS = (
     torch.float64,
     torch.float32,

@@ -210,6 +210,11 @@ def anima_kv_names(layers: Iterable[str]) -> dict[str, str]:
     return names
 
 
+def original_kv_names(preset: str, layers: Iterable[str]) -> dict[str, str]:
+    """K and V of cross-attention: {name in diffusers: name in the original}."""
+    return (anima_kv_names if preset == "anima" else unet_names)(layers)
+
+
 def is_anima_net(names: Iterable[str]) -> bool:
     """Whether a file with these weights holds Anima's net."""
     return any(name_in_net(name) == _ANIMA for name in names)
