@@ -33,8 +33,9 @@ from torch import Tensor
 
 # For each place of the layers whose attention says best where a thing is, latent pixels a side.
 # SD1.x: 16 x 16 of 64 x 64 (Hertz et al. 2022, arXiv 2208.01626; Chefer et al. 2023, 2301.13826);
-# SDXL: 32 x 32 of 128 x 128, where most of its cross-attention is. The mini-SD's: measured.
-FINE = {"mini": 1, "sd1": 4, "sd2": 4, "sdxl": 4}
+# SDXL: 32 x 32 of 128 x 128, where most of its cross-attention is. The mini-SD's: measured. Anima's
+# layers are all of one size.
+FINE = {"mini": 1, "sd1": 4, "sd2": 4, "sdxl": 4, "anima": 2}
 
 
 @dataclass(frozen=True)

@@ -57,11 +57,9 @@ def load_concept(
     with_noun: bool = True,
 ) -> Concept:
     """Errors: ConceptImagesError, one for all pictures that can't be used, and if all captions are
-    too long to be read as far as the word; SettingError as in `likeness.check_net`.
+    too long to be read as far as the word.
     """
     backbone = session.backbone
-    if settings.keep_features:
-        likeness.check_net(backbone)
     size = settings.size or backbone.size
     loaded = concepts.load_images(images, size, fit=settings.fit, tell=session.tell)
     pictures, masks = loaded.images, loaded.masks

@@ -233,12 +233,10 @@ def prompts_of(records: Sequence[ConceptRecord]) -> list[str]:
 def features(backbone: Backbone, clip: Path | None) -> Features:
     """Image features: of a CLIP in a local folder, else of the checkpoint itself (`likeness`).
 
-    Errors: CheckpointError for a folder that holds no CLIP vision model; SettingError as in
-    `likeness.check_net`.
+    Errors: CheckpointError for a folder that holds no CLIP vision model.
     """
     if clip is not None:
         return _clip_features(clip, backbone.device)
-    likeness.check_net(backbone)
     return lambda pictures, noun: likeness.features(backbone, pictures, noun)
 
 

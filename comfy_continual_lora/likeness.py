@@ -2,7 +2,7 @@
 are alike, without any other model.
 
     z_t     = the picture's latent with a little noise (t = 100)
-    h (c,p) = the output of the U-Net's last up block at every place p, prompt "a photo of a <noun>"
+    h (c,p) = the output of the net's last block at every place p, prompt "a photo of a <noun>"
     M       = the places that attend to the noun more than half as much as the one that does most
     f       = [mean of h over M, spread of h over M]                                        (2c,)
 
@@ -32,23 +32,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .areas import FINE, Areas, AreaSettings
+from .areas import FINE, Areas, AreaSettings, mask_of
+from .checkpoint.attention import key, processors, query
 from .checkpoint.backbone import Backbone
 from .diffusion import noised
-from .errors import SettingError
 
 TIMESTEP = 100
 BATCH = 8
 MOST_KEPT = 16  # pictures of a concept whose features a stack keeps
-
-
-def check_net(backbone: Backbone) -> None:
-    """Errors: SettingError for a net that is no U-Net."""
-    if backbone.preset not in FINE:
-        raise SettingError(
-            f"What {backbone.path.name} itself sees of a picture can't be compared: its net is no "
-            "U-Net. Compare by another model (`clip`), and leave out `keep_features`."
-        )
 
 
 @torch.no_grad()
@@ -70,46 +61,50 @@ def _seen(backbone: Backbone, latents: Tensor, noun: str) -> Tensor:
     timestep = torch.full((len(latents),), TIMESTEP, device=latents.device)
     noisy, _ = noised(backbone, latents, noise, timestep)
     before = "a photo of a"
-    start = 1 + len(backbone.token_ids(before))
-    stop = 1 + len(backbone.token_ids(f"{before} {noun}"))
+    _, positions, count = backbone.drawn_positions(f"{before} {noun}")
+    of_noun = positions[len(backbone.token_ids(before)) :]
     prompt = backbone.encode_prompts([f"{before} {noun}"]).expand(len(latents), -1, -1)
-    nouns = torch.zeros(len(latents), 1, backbone.context(prompt).shape[1])
-    nouns[:, :, start:stop] = 1
+    nouns = mask_of([of_noun], count).expand(len(latents), 1, -1)
     size = (latents.shape[2], latents.shape[3])
     areas = Areas(nouns.to(latents.device), size, AreaSettings(FINE[backbone.preset]))
     with _watched(backbone, areas) as outputs:
         backbone.predict(noisy, timestep, prompt)
-    return _over_the_thing(outputs[-1].float(), torch.stack(areas.seen).mean(0)).cpu()
+    output = outputs[-1].float()
+    if output.ndim == 3:  # a transformer's, (n, places, c)
+        output = output.transpose(1, 2).unflatten(2, areas.fine)
+    return _over_the_thing(output, torch.stack(areas.seen).mean(0)).cpu()
 
 
 @contextmanager
 def _watched(backbone: Backbone, areas: Areas) -> Iterator[list[Tensor]]:
-    """`areas` sees the cross-attention, and the list gets the last up block's output."""
+    """`areas` sees the cross-attention, and the list gets the last block's output."""
     outputs: list[Tensor] = []
-    queries: dict[Any, Tensor] = {}
-    hooks = []
 
-    def look(attention: Any, key: Tensor) -> None:
-        areas.look(queries.pop(attention), key, attention.heads)
+    def keep(_module: Any, _inputs: Any, output: Any) -> None:
+        outputs.append(output)
 
-    def watch(attention: Any) -> None:
-        def keep(_module: Any, _inputs: Any, output: Tensor) -> None:
-            queries[attention] = output
-
-        hooks.append(attention.to_q.register_forward_hook(keep))
-        hooks.append(attention.to_k.register_forward_hook(lambda _m, _i, key: look(attention, key)))
-
-    unet: Any = backbone.unet
+    hook = backbone.last_block.register_forward_hook(keep)
     try:
-        for name, module in unet.named_modules():
-            if name.endswith(".attn2"):
-                watch(module)
-        last = unet.up_blocks[-1]
-        hooks.append(last.register_forward_hook(lambda _m, _i, output: outputs.append(output)))
-        yield outputs
+        with processors(backbone.unet, lambda own: _Watched(areas, own)):
+            yield outputs
     finally:
-        for hook in hooks:
-            hook.remove()
+        hook.remove()
+
+
+class _Watched:
+    """Cross-attention of one layer (diffusers' processor)."""
+
+    def __init__(self, areas: Areas, plain: Any) -> None:
+        """`plain`: the layer's own processor."""
+        self.areas, self.plain = areas, plain
+
+    def __call__(
+        self, attn: Any, hidden_states: Tensor, encoder_hidden_states: Tensor, *_: Any, **__: Any
+    ) -> Tensor:
+        if self.areas.wanted(hidden_states.shape[1]):
+            seen = query(attn, hidden_states), key(attn, encoder_hidden_states)
+            self.areas.look(*seen, attn.heads)
+        return self.plain(attn, hidden_states, encoder_hidden_states)
 
 
 def _over_the_thing(values: Tensor, attention: Tensor) -> Tensor:

@@ -31,10 +31,6 @@ from .together import drawn_together, out_of_sight
 
 BATCH = 8
 OVERLAP = 0.25  # of an area's width
-_NOT_APART = (
-    "Several learned things in one prompt can't be kept apart on this kind of checkpoint yet, so their "
-    "looks may mix."
-)
 
 
 Solver = DDIMScheduler | DPMSolverMultistepScheduler | FlowMatchEulerDiscreteScheduler
@@ -77,7 +73,7 @@ def draw(
     A picture does not depend on the others in the batch. Several prompts for a picture (equally many
     for all) are drawn from left to right, each in an area of its own. With
     `nouns`, the class noun of each word, several learned things in one prompt are kept apart, unless
-    `settings.mixed` or on a checkpoint without areas; `areas` says how, if not as usual.
+    `settings.mixed`; `areas` says how, if not as usual.
     Classifier-free guidance (Ho & Salimans 2022): eps = eps(negative) + g (eps(prompt) -
     eps(negative)).
     """
@@ -85,8 +81,7 @@ def draw(
     parts = [[prompt] if isinstance(prompt, str) else list(prompt) for prompt in prompts]
     count = len(parts[0])
     apart = {} if settings.mixed or count > 1 else nouns or {}
-    if areas is None and backbone.preset in FINE:
-        areas = AreaSettings(FINE[backbone.preset])
+    areas = areas or AreaSettings(FINE[backbone.preset])
     drawing = _Drawing(backbone, DrawnText(backbone, words), settings, areas, on_progress, count)
     found = {one: drawing.scene(one, apart) for one in dict.fromkeys(one[0] for one in parts)}
     scenes = [found[one[0]] for one in parts]
@@ -119,11 +114,11 @@ class _Drawing:
         backbone: Backbone,
         text: DrawnText,
         settings: DrawSettings,
-        areas: AreaSettings | None,
+        areas: AreaSettings,
         on_progress: OnProgress,
         count: int,
     ) -> None:
-        """`areas`: None for a net that has none; `count`: prompts for each picture."""
+        """`count`: prompts for each picture."""
         self.backbone, self.text, self.settings, self.areas = backbone, text, settings, areas
         self.on_progress = on_progress
         side = settings.size or backbone.size
@@ -137,9 +132,6 @@ class _Drawing:
     def scene(self, prompt: str, nouns: Mapping[str, str]) -> Mentions | None:
         """The things of a prompt that are to be kept apart, if any; a note if they can't be."""
         scene = mentions(prompt, nouns)
-        if scene and self.areas is None:
-            self.on_progress(Progress("draw", 0, 1, note=_NOT_APART))
-            return None
         if scene and (unseen := out_of_sight(self.backbone, scene)):
             self.on_progress(Progress("draw", 0, 1, note=noun_not_found(prompt, unseen)))
             return None
@@ -198,7 +190,6 @@ class _Drawing:
             return None if self.negative is None else self.negative.expand(count, -1, -1)
 
         if scenes:
-            assert self.areas is not None
             longest = 1 if self.negative is None else self.text.length([self.settings.negative])
             with drawn_together(
                 self.backbone, self.text, scenes, self.size, self.areas, unwanted=longest

@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 
 from .areas import Areas, AreaSettings, attend, mask_of
-from .checkpoint.backbone import Backbone
+from .checkpoint.attention import key, processors, query
+from .checkpoint.backbone import LONGEST, Backbone
 from .mentions import Mentions, noun_positions
 
 
@@ -48,33 +49,40 @@ class Together:
             for k in range(len(scenes[0].own))
         ]
         nouns = torch.stack([noun_mask(backbone, scene) for scene in scenes])
-        # negative and neutral prompt are of one batch, so of one length
-        self.length = math.lcm(neutral.shape[1], unwanted)
+        # negative and neutral prompt are of one batch, so of one length, unless that is too long
+        count = neutral.shape[1]
+        common = math.lcm(count, unwanted)
+        self.length = common if common <= LONGEST * max(count, unwanted) else count
         self.neutral = backbone.lengthened(self.neutral, self.length)
         nouns = nouns.repeat(1, 1, self.length // nouns.shape[2])
         self.areas = Areas(nouns.to(backbone.device), size, settings, given)
-        self.rows = slice(0, 0)  # of the batch, those drawn from the prompts
+        self.rows: slice | None = None  # of the batch, those drawn from the prompts
 
     def own_of(self, attn: Any, dtype: torch.dtype) -> list[tuple[Tensor, Tensor]]:
         """K and V of each concept's own prompt in a cross-attention, (n, t, d) each."""
         own = [features.to(dtype) for features in self.own]
-        return [(attn.to_k(one), attn.to_v(one)) for one in own]
+        return [(key(attn, one), attn.to_v(one)) for one in own]
 
     def predict(self, noisy: Tensor, timestep: Tensor, unwanted: Tensor | None) -> Tensor:
-        """The net's prediction for `unwanted`, if there is one, and for the prompts: (2n, 4, h, w)
-        or (n, 4, h, w). In the first step the net is called once more, to see where things are.
+        """The net's prediction for `unwanted`, if there is one, and for the prompts: (2n, c, h, w)
+        or (n, c, h, w). In the first step the net is called once more, to see where things are.
         """
         n = len(noisy)
         if self.areas.masks is None:
-            self.rows = slice(0, n)
-            self.backbone.predict(noisy, timestep, self.neutral)
-            self.areas.settle()
+            self._see(noisy, timestep, self.neutral, slice(0, n))
         if unwanted is None:
-            features = self.neutral
-        else:
-            features = torch.cat([self.backbone.lengthened(unwanted, self.length), self.neutral])
-            noisy, timestep = torch.cat([noisy] * 2), torch.cat([timestep] * 2)
-        self.rows = slice(len(features) - n, None)
+            return self._see(noisy, timestep, self.neutral, slice(0, n))
+        if self.length % unwanted.shape[1]:
+            self.rows = None
+            low = self.backbone.predict(noisy, timestep, unwanted)
+            return torch.cat([low, self._see(noisy, timestep, self.neutral, slice(0, n))])
+        features = torch.cat([self.backbone.lengthened(unwanted, self.length), self.neutral])
+        noisy, timestep = torch.cat([noisy] * 2), torch.cat([timestep] * 2)
+        return self._see(noisy, timestep, features, slice(n, None))
+
+    def _see(self, noisy: Tensor, timestep: Tensor, features: Tensor, rows: slice) -> Tensor:
+        """The net's prediction, of which these rows are drawn from the prompts; areas are settled."""
+        self.rows = rows
         predicted = self.backbone.predict(noisy, timestep, features)
         self.areas.settle()
         return predicted
@@ -82,41 +90,37 @@ class Together:
 
 @contextmanager
 def drawn_together(*args: Any, **kwargs: Any) -> Iterator[Together]:
-    """A `Together` of these arguments, whose areas the U-Net's cross-attention follows inside the
+    """A `Together` of these arguments, whose areas the net's cross-attention follows inside the
     block.
     """
     together = Together(*args, **kwargs)
-    unet: Any = together.backbone.unet
-    before = dict(unet.attn_processors)
-    try:
-        unet.set_attn_processor(
-            {name: _ByAreas(together) if ".attn2." in name else one for name, one in before.items()}
-        )
+    with processors(together.backbone.unet, lambda own: _ByAreas(together, own)):
         yield together
-    finally:
-        unet.set_attn_processor(before)
 
 
 class _ByAreas:
     """Cross-attention of one layer (diffusers' processor)."""
 
-    def __init__(self, together: Together) -> None:
-        self.together = together
+    def __init__(self, together: Together, plain: Any) -> None:
+        """`plain`: the layer's own processor."""
+        self.together, self.plain = together, plain
         self.own: list[tuple[Tensor, Tensor]] = []  # K and V of each concept's prompt
 
     def __call__(
         self, attn: Any, hidden_states: Tensor, encoder_hidden_states: Tensor, *_: Any, **__: Any
     ) -> Tensor:
         rows, areas = self.together.rows, self.together.areas
-        query, key = attn.to_q(hidden_states), attn.to_k(encoder_hidden_states)
-        out = attend(query, key, attn.to_v(encoder_hidden_states), attn.heads)
-        query, key = query[rows], key[rows]
+        if rows is None:
+            return self.plain(attn, hidden_states, encoder_hidden_states)
+        q, k = query(attn, hidden_states), key(attn, encoder_hidden_states)
+        out = attend(q, k, attn.to_v(encoder_hidden_states), attn.heads)
+        q, k = q[rows], k[rows]
         if areas.masks is not None:
             if not self.own:
                 self.own = self.together.own_of(attn, hidden_states.dtype)
-            own = [attend(query, k, v, attn.heads) for k, v in self.own]
+            own = [attend(q, *of, attn.heads) for of in self.own]
             out = torch.cat([out[: rows.start], areas.mix(out[rows], own)])
-        areas.look(query, key, attn.heads)
+        areas.look(q, k, attn.heads)
         return attn.to_out[1](attn.to_out[0](out))
 
 

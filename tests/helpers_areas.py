@@ -16,6 +16,7 @@ from comfy_continual_lora.adapters.adapter import attached
 from comfy_continual_lora.areas import FINE, AreaSettings
 from comfy_continual_lora.checkpoint.backbone import Backbone, FrozenText
 from comfy_continual_lora.mentions import mentions
+from comfy_continual_lora.presets import PLAIN_NAME_PRESETS
 from comfy_continual_lora.together import drawn_together
 
 NOUNS = {"V1": "mug", "V2": "fish", "V3": "star"}
@@ -24,6 +25,8 @@ PROMPT = "a photo of a V1 mug and a V2 fish on grass"
 
 def words_of(backbone: Backbone) -> dict[str, Tensor]:
     generator = torch.Generator().manual_seed(4)
+    if backbone.preset in PLAIN_NAME_PRESETS:
+        return {token: backbone.word_start(noun, generator) for token, noun in NOUNS.items()}
     return {
         token: backbone.word_start(noun, generator, 1 + number)
         + torch.randn(1, backbone.word_width, generator=generator) * 0.02
@@ -79,7 +82,8 @@ def follows_areas(backbone: Backbone, height: int, width: int) -> None:
     scene = mentions(PROMPT, NOUNS)
     assert scene
     text, settings = FrozenText(backbone, words_of(backbone)), AreaSettings(FINE[backbone.preset])
-    noisy = torch.randn(1, 4, height, width, generator=torch.Generator().manual_seed(5))
+    channels, draws = backbone.latent_channels, torch.Generator().manual_seed(5)
+    noisy = torch.randn(1, channels, height, width, generator=draws)
     timestep, unwanted = torch.tensor([500]), text([""])
     with torch.no_grad(), attached(backbone, random_adapter(backbone, "lora", 1)):
         plain = backbone.predict(noisy, timestep, text([PROMPT]))

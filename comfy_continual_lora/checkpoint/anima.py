@@ -57,6 +57,10 @@ class AnimaBackbone(Backbone):
     def word_widths(self) -> list[int]:
         return [self.text_encoder.config.hidden_size]
 
+    @property
+    def last_block(self) -> nn.Module:
+        return self.unet.transformer_blocks[-1]
+
     def word_start(self, noun: str, generator: torch.Generator, count: int = 0) -> Tensor:
         """No vectors, (0, d)."""
         assert count == 0

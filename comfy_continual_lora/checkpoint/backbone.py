@@ -28,6 +28,7 @@ from torch import Tensor, nn
 from ..errors import SettingError, excerpt
 from .overflow import widen_overflowing
 
+LONGEST = 4  # times its own length that text is repeated to, to be of one length with other text
 KV_MODULES = r".*\.attn2\.to_[kv]"
 
 
@@ -85,6 +86,11 @@ class Backbone(ABC):
     @abstractmethod
     def word_widths(self) -> list[int]:
         """How many values of a word's vector belong to each text encoder."""
+
+    @property
+    @abstractmethod
+    def last_block(self) -> nn.Module:
+        """The net's last block, whose output is (n, c, h, w) or (n, places, c)."""
 
     @abstractmethod
     def encode_prompts(
@@ -317,12 +323,12 @@ class DrawnText(FrozenText):
         """The same in as few tensors as lengths allow, in the order of the prompts.
 
         Anima's lengths seldom have a common one: 512 and 700 have 89600. Source: ComfyUI's
-        `CONDCrossAttn.can_concat`, which repeats up to 4 times.
+        `CONDCrossAttn.can_concat`, which repeats as often.
         """
         batches: list[list[str]] = []
         for prompt in prompts:
             together = [*batches[-1], prompt] if batches else []
-            if together and self.length(together) <= 4 * max(map(self._positions, together)):
+            if together and self.length(together) <= LONGEST * max(map(self._positions, together)):
                 batches[-1] = together
             else:
                 batches.append([prompt])

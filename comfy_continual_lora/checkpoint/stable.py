@@ -197,6 +197,10 @@ class StableBackbone(Backbone):
             positions += [number * width + 1 + place for place in range(len(chunk))]
         return ids, positions, width * len(found)
 
+    @property
+    def last_block(self) -> nn.Module:
+        return self.unet.up_blocks[-1]
+
     def word_start(self, noun: str, generator: torch.Generator, count: int = 1) -> Tensor:
         """The initial vectors of a new word, (count, d) float32.
 
