@@ -5,8 +5,9 @@
     -> the `Part`s that cross-attention is to follow in this call
 
 How a host's cross-attention follows them is told by `patched` for ComfyUI and for Forge, reForge and
-Forge Neo, whose U-Nets descend from it, and by `followed` for AUTOMATIC1111. In all of them the host
-makes K and V, with whatever LoRA it applies. No host is imported.
+Forge Neo, whose U-Nets descend from it, by `patched_anima` for ComfyUI's Anima, and by `followed` for
+AUTOMATIC1111 and for Forge Neo's Anima. In all of them the host makes K and V, with whatever LoRA it
+applies. No host is imported.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -157,23 +159,108 @@ def patched(options: Options, parts: Sequence[Part], attend: Attend) -> Options:
     if not parts:
         return options
     length = max(part.scene.length for part in parts)
-    patches = dict(options.get("patches", {}))
     replacing = dict(options.get("patches_replace", {}))
-
-    made: list[Tensor] = []  # the texts are the same in every layer
+    more = _Texts(parts, length)
 
     def extend(hidden: Tensor, context: Tensor, value: Tensor, _: Any) -> tuple[Tensor, ...]:
-        if not made:
-            more = context.new_zeros(len(context), length, context.shape[2])
-            for part in parts:
+        return hidden, more.behind(context), more.behind(value)
+
+    replacing["attn2"] = _EveryLayer(replacing.get("attn2", {}), parts, length, attend)
+    return {**_with_attn2_patch(options, extend), "patches_replace": replacing}
+
+
+def patched_anima(options: Options, parts: Sequence[Part]) -> Options:
+    """The same of Anima, whose layers can't be replaced: another function computes all attention. It
+    takes that of a cross-attention for what it is because the patch was called just before.
+
+    Source: comfy/ldm/cosmos/predict2.py (Attention) and comfy/ldm/modules/attention.py (wrap_attn)
+    of ComfyUI 0.33.
+    """
+    if not parts:
+        return options
+    length = max(part.scene.length for part in parts)
+    more = _Texts(parts, length)
+    foreign = options.get("optimized_attention_override")
+    is_next: list[bool] = []
+
+    def extend(hidden: Tensor, context: Tensor, value: Tensor, **_: Any) -> dict[str, Tensor]:
+        is_next.append(True)
+        return {"q": hidden, "k": more.behind(context), "v": more.behind(value)}
+
+    def attention(
+        attend: Callable[..., Tensor], q: Tensor, k: Tensor, v: Tensor, *rest: Any, **named: Any
+    ) -> Tensor:
+        """q, k and v are (n, heads, positions, d)."""
+        whole = partial(foreign, attend) if foreign else attend
+        if not is_next:
+            return whole(q, k, v, *rest, **named)
+        is_next.clear()
+
+        def over(start: int, count: int, rows: slice) -> Tensor:
+            keys, values = (t[rows, :, start : start + count] for t in (k, v))
+            return whole(q[rows], keys, values, *rest, **named)
+
+        def look(part: Part, positions: slice) -> None:
+            query, key = (
+                one.transpose(1, 2).flatten(2) for one in (q[part.rows], k[part.rows, :, positions])
+            )
+            part.areas.look(query, key, q.shape[1])
+
+        return _mixed(parts, k.shape[2] - length, q.shape[2], over, look)
+
+    patched = _with_attn2_patch(options, extend)
+    return {**patched, "optimized_attention_override": attention}
+
+
+def _with_attn2_patch(options: Options, patch: Callable[..., Any]) -> Options:
+    patches = dict(options.get("patches", {}))
+    patches["attn2_patch"] = [*patches.get("attn2_patch", []), patch]
+    return {**options, "patches": patches}
+
+
+class _Texts:
+    """The texts of neutral and own prompts, for every row of a batch (n, length, d)."""
+
+    def __init__(self, parts: Sequence[Part], length: int) -> None:
+        self.parts, self.length = parts, length
+        self.made: list[Tensor] = []  # the same in every layer
+
+    def behind(self, context: Tensor) -> Tensor:
+        if not self.made:
+            more = context.new_zeros(len(context), self.length, context.shape[2])
+            for part in self.parts:
                 texts = torch.cat([part.scene.neutral, *part.scene.own], 1)
                 more[part.rows, : texts.shape[1]] = texts.to(context)
-            made.append(more)
-        return hidden, torch.cat([context, *made], 1), torch.cat([value, *made], 1)
+            self.made.append(more)
+        return torch.cat([context, *self.made], 1)
 
-    patches["attn2_patch"] = [*patches.get("attn2_patch", []), extend]
-    replacing["attn2"] = _EveryLayer(replacing.get("attn2", {}), parts, length, attend)
-    return {**options, "patches": patches, "patches_replace": replacing}
+
+def _mixed(
+    parts: Sequence[Part],
+    first: int,
+    places: int,
+    over: Callable[[int, int, slice], Tensor],
+    look: Callable[[Part, slice], None],
+) -> Tensor:
+    """A layer's output (n, places, d) for a context whose texts begin at position `first`.
+
+    `over`: attention of rows to so many positions from one on; `look`: show a part's areas what it
+    attends to at some.
+    """
+    whole = over(0, first, slice(None))
+    for part in parts:
+        if not part.areas.fits(places):
+            continue
+        at, outputs = first, []
+        for text in (part.scene.neutral, *part.scene.own):
+            outputs.append(over(at, text.shape[1], part.rows))
+            at += text.shape[1]
+        neutral, *own = outputs
+        if part.areas.masks is not None:
+            neutral = part.areas.mix(neutral, own)
+        whole[part.rows] = neutral
+        look(part, slice(first, first + part.scene.neutral.shape[1]))
+    return whole
 
 
 class _EveryLayer(dict[Any, Any]):
@@ -212,21 +299,10 @@ class _EveryLayer(dict[Any, Any]):
                     return foreign(q, keys, values, options)[rows]
                 return self.attend(q[rows], keys[rows], values[rows], options)
 
-            whole = over(0, first, slice(None))
-            for part in self.parts:
-                if not part.areas.fits(q.shape[1]):
-                    continue
-                at, outputs = first, []
-                for text in (part.scene.neutral, *part.scene.own):
-                    outputs.append(over(at, text.shape[1], part.rows))
-                    at += text.shape[1]
-                neutral, *own = outputs
-                if part.areas.masks is not None:
-                    neutral = part.areas.mix(neutral, own)
-                whole[part.rows] = neutral
-                keys = k[part.rows, first : first + part.scene.neutral.shape[1]]
-                part.areas.look(q[part.rows], keys, options["n_heads"])
-            return whole
+            def look(part: Part, positions: slice) -> None:
+                part.areas.look(q[part.rows], k[part.rows, positions], options["n_heads"])
+
+            return _mixed(self.parts, first, q.shape[1], over, look)
 
         return attention
 
@@ -235,22 +311,28 @@ class _EveryLayer(dict[Any, Any]):
 
 
 def followed(
-    layer: Any, forward: Callable[..., Tensor], parts: Sequence[Part], x: Tensor, context: Tensor
+    forward: Callable[[Tensor, Tensor], Tensor],
+    seen: Callable[[Tensor, Tensor], tuple[Tensor, Tensor, int]],
+    parts: Sequence[Part],
+    x: Tensor,
+    context: Tensor,
 ) -> Tensor:
-    """What a cross-attention with to_q, to_k and heads gives for x (n, places, d) if it follows these
-    parts; `forward` is its own.
+    """What a cross-attention gives for x (n, places, d) if it follows these parts.
+
+    `forward` is its own, `seen` gives its query and key, (n, places, d) and (n, t, d), and the number
+    of its heads; both are asked for hidden states and a context.
     """
-    output = forward(x, context=context)
+    output = forward(x, context)
     for part in parts:
         if not part.areas.fits(x.shape[1]):
             continue
         hidden, scene = x[part.rows], part.scene
         neutral = scene.neutral.to(context).expand(len(hidden), -1, -1)
-        mixed = forward(hidden, context=neutral)
+        mixed = forward(hidden, neutral)
         if part.areas.masks is not None:
             own = [text.to(context).expand(len(hidden), -1, -1) for text in scene.own]
-            mixed = part.areas.mix(mixed, [forward(hidden, context=text) for text in own])
+            mixed = part.areas.mix(mixed, [forward(hidden, text) for text in own])
         output[part.rows] = mixed
         if part.areas.wanted(x.shape[1]):
-            part.areas.look(layer.to_q(hidden), layer.to_k(neutral), layer.heads)
+            part.areas.look(*seen(hidden, neutral))
     return output

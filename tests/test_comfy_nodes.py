@@ -745,23 +745,12 @@ def test_clip_skip_is_applied_unless_the_user_chose_a_layer(
     assert "clip skip 2, but CLIP Set Last Layer is at -1. Set it to -2" in caplog.text
 
 
-def test_on_anima_clip_is_passed_on_and_mixing_is_told(
-    nodes: Any, closed_stack: Any, caplog: pytest.LogCaptureFixture
-) -> None:
-    apply, model, clip = nodes.ApplyConcepts.execute, object(), object()
-    one, two = (
-        dataclasses.replace(
-            closed_stack,
-            selected=dataclasses.replace(make_stack(count), checkpoint=CheckpointInfo("anima")),
-        )
-        for count in (1, 2)
-    )
-    assert apply(model, clip, one, 0.0) == (model, clip)
-    assert apply(model, clip, two, 0.0, mixed=True) == (model, clip)
-    assert not caplog.text
-    for told, given in enumerate(((two, None), (one, "masks")), 1):
-        assert apply(model, clip, given[0], 0.0, masks=given[1]) == (model, clip)
-        assert caplog.text.count("There are no areas on Anima") == told
+def test_another_clip_than_anima_s_is_refused_there(nodes: Any, closed_stack: Any) -> None:
+    of_anima = dataclasses.replace(make_stack(2), checkpoint=CheckpointInfo("anima"))
+    stack = dataclasses.replace(closed_stack, selected=of_anima)
+    clip = types.SimpleNamespace(tokenizer=types.SimpleNamespace(clip_l=None))
+    with pytest.raises(StackError, match="This CLIP is not Anima's"):
+        nodes.ApplyConcepts.execute(object(), clip, stack, 0.0)
 
 
 @pytest.mark.parametrize("path", WORKFLOWS, ids=lambda p: p.stem)

@@ -1,13 +1,13 @@
 """Several learned things in one ComfyUI prompt, each in the area where its noun is. Only ComfyUI
 imports this module.
 
-CLIP (`words`) puts a `SceneText` into the conditioning of every prompt that names two or more; here a
-MODEL learns to use it, with any sampler.
+CLIP (`words`) puts a `SceneText`, or for Anima a `SceneStates`, into the conditioning of every prompt
+that names two or more; here a MODEL learns to use it, with any sampler.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -20,8 +20,8 @@ from torch import Tensor
 
 from ..areas import FINE, AreaSettings
 from ..errors import SettingError
-from ..hostareas import HostAreas, Part, SceneText, patched
-from .words import KEY
+from ..hostareas import HostAreas, Part, SceneText, patched, patched_anima
+from .words import KEY, SceneStates
 
 
 def with_areas(model: Any, preset: str, masks: Tensor | None = None) -> Any:
@@ -40,12 +40,25 @@ def with_areas(model: Any, preset: str, masks: Tensor | None = None) -> Any:
         finally:
             scenes.clear()
 
-    def conds(executor: Any, model: Any, conds: Any, *args: Any, **kwargs: Any) -> Any:
+    def conds(executor: Any, model: Any, conds: Any, x: Tensor, *args: Any, **kwargs: Any) -> Any:
         for cond in conds:
             for one in cond or []:
-                if isinstance(scene := one.get(KEY), SceneText):
+                scene = one.get(KEY)
+                if isinstance(scene, SceneStates) and one["uuid"] not in scenes:
+                    scene = scene.text(model, x.device)
+                if isinstance(scene, SceneText):
                     scenes[one["uuid"]] = scene
-        return executor(model, conds, *args, **kwargs)
+        return executor(model, conds, x, *args, **kwargs)
+
+    def called(
+        x: Tensor,
+        context: Tensor,
+        options: dict[str, Any],
+        call: Callable[[Sequence[Part]], Tensor],
+    ) -> Tensor:
+        ids = options.get("uuids", [])
+        keyed = [(one, scenes[one]) if one in scenes else None for one in ids]
+        return areas.call(keyed, x, context, call)
 
     def unet(
         executor: Any,
@@ -58,8 +71,6 @@ def with_areas(model: Any, preset: str, masks: Tensor | None = None) -> Any:
         **kwargs: Any,
     ) -> Any:
         options = transformer_options or {}
-        ids = options.get("uuids", [])
-        keyed = [(one, scenes[one]) if one in scenes else None for one in ids]
 
         def run(parts: Sequence[Part]) -> Any:
             # the net takes what it uses out of these lists
@@ -67,14 +78,32 @@ def with_areas(model: Any, preset: str, masks: Tensor | None = None) -> Any:
             chosen = patched(options, parts, _attend)
             return executor(x, timesteps, context, y, unused, chosen, **kwargs)
 
-        return areas.call(keyed, x, context, run)
+        return called(x, context, options, run)
+
+    def anima(
+        executor: Any,
+        x: Tensor,
+        timesteps: Tensor,
+        context: Tensor,
+        *more: Any,
+        transformer_options: dict[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        options = transformer_options or {}
+
+        def run(parts: Sequence[Part]) -> Any:
+            chosen = patched_anima(options, parts)
+            return executor(x, timesteps, context, *more, transformer_options=chosen, **kwargs)
+
+        return called(x, context, options, run)
 
     copied = model.clone()
     for kind in (WrappersMP.OUTER_SAMPLE, WrappersMP.CALC_COND_BATCH, WrappersMP.DIFFUSION_MODEL):
         copied.remove_wrappers_with_key(kind, KEY)  # of a stack that was applied before
     copied.add_wrapper_with_key(WrappersMP.OUTER_SAMPLE, KEY, sampling)
     copied.add_wrapper_with_key(WrappersMP.CALC_COND_BATCH, KEY, conds)
-    copied.add_wrapper_with_key(WrappersMP.DIFFUSION_MODEL, KEY, unet)
+    net = anima if preset == "anima" else unet
+    copied.add_wrapper_with_key(WrappersMP.DIFFUSION_MODEL, KEY, net)
     copied.set_attachments(KEY, areas)
     return copied
 
@@ -82,14 +111,8 @@ def with_areas(model: Any, preset: str, masks: Tensor | None = None) -> Any:
 def found_masks(model: Any, samples: Tensor) -> Tensor:
     """The areas of what was sampled last, (pictures times things, 8h, 8w) in 0..1.
 
-    Errors: SettingError if no prompt named several learned things, MODEL drew nothing, or it is
-    Anima.
+    Errors: SettingError if no prompt named several learned things, or MODEL drew nothing.
     """
-    if hasattr(model.model.diffusion_model, "llm_adapter"):
-        raise SettingError(
-            "There are no areas on Anima yet: several learned things in one prompt are drawn mixed. "
-            "Leave this node out."
-        )
     areas = model.get_attachment(KEY)
     found = areas.found if isinstance(areas, HostAreas) else []
     if not found:

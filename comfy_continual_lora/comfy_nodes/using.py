@@ -31,7 +31,7 @@ from .schema import (
     validates,
     widgets,
 )
-from .words import with_words
+from .words import with_names, with_words
 
 if TYPE_CHECKING:
     from ..results import ScoreResult
@@ -130,19 +130,16 @@ class ApplyConcepts(io.ComfyNode):
             return io.NodeOutput(model, clip)
         if strength:
             model = cls._patched(model, stack, concepts, strength)
+        nouns = None if mixed else concepts.nouns
         if concepts.checkpoint.preset in PLAIN_NAME_PRESETS:
-            if masks is not None or (len(concepts.records) > 1 and not mixed):
-                host.tell(
-                    f"There are no areas on Anima ({stack.checkpoint.name}) yet: several learned things "
-                    "in one prompt are drawn mixed, and masks are not used."
-                )
-            return io.NodeOutput(model, clip)
-        clip = cls._with_clip_skip(clip, concepts.checkpoint.clip_skip)
+            clip = with_names(clip, list(concepts.tokens), nouns)
+        else:
+            clip = cls._with_clip_skip(clip, concepts.checkpoint.clip_skip)
+            clip = with_words(clip, concepts.tokens, nouns)
         if mixed:
-            return io.NodeOutput(model, with_words(clip, concepts.tokens))
+            return io.NodeOutput(model, clip)
         from .apart import with_areas
 
-        clip = with_words(clip, concepts.tokens, concepts.nouns)
         return io.NodeOutput(with_areas(model, concepts.checkpoint.preset, masks), clip)
 
     @staticmethod

@@ -7,6 +7,7 @@ from __future__ import annotations
 import copy
 import re
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
@@ -23,11 +24,39 @@ from ..mentions import (
 )
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor
 
 # ComfyUI's names for those of SD1, SD2 and SDXL, in the order of a word's vector
 TEXT_ENCODERS = ("clip_l", "clip_h", "clip_g")
-KEY = "continual_lora"  # of a `SceneText` in a conditioning
+ANIMA_ENCODER = "t5xxl"  # whose tokens are the positions of Anima's text features
+KEY = "continual_lora"  # of a `SceneText` or a `SceneStates` in a conditioning
+
+
+@dataclass(frozen=True, eq=False)
+class SceneStates:
+    """What a prompt about several learned things is drawn from on Anima, whose conditioner is a part of
+    MODEL: what CLIP gave for the whole prompt, the neutral one and each concept's own; `nouns`:
+    positions of each concept's nouns in the neutral one.
+    """
+
+    tokens: tuple[str, ...]
+    encoded: tuple[dict[str, Any], ...]
+    nouns: list[list[int]]
+
+    def text(self, model: Any, device: torch.device) -> SceneText:
+        """Text features by the conditioner of a ComfyUI model, as its `extra_conds` makes them."""
+        dtype = model.get_dtype_inference()
+        whole, neutral, *own = (
+            model.diffusion_model.preprocess_text_embeds(
+                one["cond"].to(device=device, dtype=dtype),
+                one["t5xxl_ids"][None].to(device),
+                one["t5xxl_weights"][None, :, None].to(one["cond"]).to(device=device, dtype=dtype),
+            )
+            for one in self.encoded
+        )
+        nouns = mask_of(self.nouns, neutral.shape[1])
+        return SceneText(self.tokens, whole, neutral, tuple(own), nouns)
 
 
 def with_words(
@@ -65,12 +94,37 @@ def with_words(
     for number, (name, tokenizer) in enumerate(inner.items()):
         vectors = {token: part[number] for token, part in parts.items()}
         setattr(extended.tokenizer, name, _extended(tokenizer, pattern, vectors))
+    return _scenes_told(extended, next(iter(inner)), words, nouns)
+
+
+def with_names(clip: Any, names: Sequence[str], nouns: Mapping[str, str] | None = None) -> Any:
+    """A copy of Anima's CLIP, to which learned words are plain text. With `nouns`, the class noun of
+    each, prompts that name several get a `SceneStates`.
+    """
+    if not names:
+        return clip
+    if not hasattr(clip.tokenizer, ANIMA_ENCODER):
+        raise StackError(
+            "This CLIP is not Anima's. Load qwen_3_06b_base.safetensors with Load CLIP, type "
+            "stable_diffusion."
+        )
+    extended = clip.clone()
+    extended.tokenizer = copy.copy(clip.tokenizer)
+    return _scenes_told(extended, ANIMA_ENCODER, names, nouns)
+
+
+def _scenes_told(
+    clip: Any, encoder: str, words: Iterable[str], nouns: Mapping[str, str] | None
+) -> Any:
+    """`clip`, a copy with a tokenizer of its own, that tells of scenes with things of these nouns;
+    `encoder`: the text encoder whose tokens are the positions of text features.
+    """
     known = {**getattr(clip, "learned_nouns", {}), **nouns} if nouns else {}
-    extended.tokenizer = _with_scenes(extended.tokenizer, next(iter(inner)), words, known)
+    clip.tokenizer = _with_scenes(clip.tokenizer, encoder, words, known)
     if nouns:
-        extended.learned_nouns = known
-        extended.__class__ = _clip_with_scenes(type(clip))
-    return extended
+        clip.learned_nouns = known
+        clip.__class__ = _clip_with_scenes(type(clip))
+    return clip
 
 
 def _extended(tokenizer: Any, pattern: re.Pattern[str], vectors: Mapping[str, Tensor]) -> Any:
@@ -131,13 +185,13 @@ def _with_scenes(
             if scene is None:
                 return tokens
             neutral, own = tokens_of(scene.neutral), [tokens_of(one) for one in scene.own]
+            entries = [token[0] for chunk in neutral[encoder] for token in chunk]
+            ids = [entry if isinstance(entry, int) else -1 for entry in entries]
+            positions = noun_positions(scene, ids, ids_of)
             for name, chunks in tokens.items():
                 one = tokens[name] = _Tokens(chunks)
-                one.scene, one.neutral = scene, neutral[name]
+                one.scene, one.neutral, one.nouns = scene, neutral[name], positions
                 one.own = [prompt[name] for prompt in own]
-                entries = [token[0] for chunk in one.neutral for token in chunk]
-                ids = [entry if isinstance(entry, int) else -1 for entry in entries]
-                one.nouns = noun_positions(scene, ids, ids_of)
             return tokens
 
     plain = getattr(tokenizer, encoder)
@@ -190,13 +244,18 @@ def _clip_with_scenes(kind: type) -> type:
             result, first = encoded(tokens), next(iter(tokens.values()))
             if any(one.scene.tokens != first.scene.tokens for one in tokens.values()):
                 return result  # its text encoders have prompts about other things
-            neutral = encoded({name: one.neutral for name, one in tokens.items()})["cond"]
+            names = first.scene.tokens
+            neutral = encoded({name: one.neutral for name, one in tokens.items()})
             own = [
-                encoded({name: one.own[k] for name, one in tokens.items()})["cond"]
+                encoded({name: one.own[k] for name, one in tokens.items()})
                 for k in range(len(first.own))
             ]
-            nouns = mask_of(first.nouns, neutral.shape[1])
-            scene = SceneText(first.scene.tokens, result["cond"], neutral, tuple(own), nouns)
+            if ANIMA_ENCODER in tokens:
+                states = SceneStates(names, (result, neutral, *own), first.nouns)
+                return {**result, KEY: states}
+            nouns = mask_of(first.nouns, neutral["cond"].shape[1])
+            texts = tuple(one["cond"] for one in own)
+            scene = SceneText(names, result["cond"], neutral["cond"], texts, nouns)
             return {**result, KEY: scene}
 
     return WithScenes
