@@ -142,7 +142,7 @@ def test_it_reads_prompts_as_we_do(host: WebUI, backbone: Backbone) -> None:
 
 def test_it_draws_as_we_do(host: WebUI, backbone: Backbone, lora: Adapter) -> None:
     """Its rotary frequencies are in float16, which moves the net's answer by 5e-4. Two things in one
-    prompt are left mixed.
+    prompt are kept apart, unless that is turned off.
     """
     settings = DrawSettings(steps=STEPS, guidance=1.0, size=64).resolved(backbone.preset)
     asked = {
@@ -156,13 +156,20 @@ def test_it_draws_as_we_do(host: WebUI, backbone: Backbone, lora: Adapter) -> No
         "scheduler": "Normal",
     }
     pictures, equal = {}, {}
-    cases = {"bare": PROMPTS["plain"], "lora": PROMPTS["plain"], "two things": TWO_THINGS}
+    cases = {
+        "bare": PROMPTS["plain"],
+        "lora": PROMPTS["plain"],
+        "two": TWO_THINGS,
+        "mixed": TWO_THINGS,
+    }
     for name, prompt in cases.items():
         change, mark = (None, "") if name == "bare" else (lora, " <lora:known:1>")
-        pictures[name], told = drawn_with(host, prompt + mark, **asked)
-        assert "kept apart" not in told
+        off = {"override_settings": {"continual_lora_apart": False}} if name == "mixed" else {}
+        pictures[name], told = drawn_with(host, prompt + mark, **asked, **off)
+        assert ("Concepts kept apart: " in told) == (name == "two")
+        nouns = {"V1": "ball", "V2": "fish"} if name == "two" else None
         with folded(backbone, change):
-            ours = sample.draw(backbone, {}, [prompt], [7], settings)[0]
+            ours = sample.draw(backbone, {}, [prompt], [7], settings, nouns=nouns)[0]
         difference = np.abs(as_bytes(ours) - pictures[name])
         assert difference.max() <= 1
         equal[name] = (difference == 0).mean()
@@ -170,6 +177,7 @@ def test_it_draws_as_we_do(host: WebUI, backbone: Backbone, lora: Adapter) -> No
     print(equal, effect := (pictures["bare"] != pictures["lora"]).mean())
     assert min(equal.values()) > 0.97, equal
     assert effect > 0.3
+    assert (pictures["two"] != pictures["mixed"]).mean() > 0.1
 
 
 def as_bytes(picture: Tensor) -> np.ndarray:

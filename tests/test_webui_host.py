@@ -130,7 +130,7 @@ def test_the_worker_knows_the_web_uis_folders(host: Any) -> None:
 
 
 @pytest.mark.parametrize("preset", ["sd1", "anima"])
-def test_the_words_of_an_animas_lora_are_not_kept_apart(
+def test_the_words_in_use_are_those_of_the_loras_that_are_loaded(
     modules: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, preset: str
 ) -> None:
     path = tmp_path / "lora.safetensors"
@@ -138,8 +138,7 @@ def test_the_words_of_an_animas_lora_are_not_kept_apart(
     save_file({"x": torch.zeros(1)}, path, {WORDS: json.dumps(words), PRESET: preset})
     used = SimpleNamespace(network_on_disk=SimpleNamespace(filename=str(path)))
     monkeypatch.setitem(sys.modules, "networks", SimpleNamespace(loaded_networks=[used]))
-    nouns, _ = importlib.import_module(APART).words_in_use()
-    assert nouns == ({} if preset == "anima" else words)
+    assert importlib.import_module(APART).words_in_use() == (words, preset)
 
 
 @pytest.mark.parametrize("forge", [False, True])

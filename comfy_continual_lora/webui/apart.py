@@ -98,7 +98,7 @@ class Apart:
                         variants = SdConditioning([scene.neutral, *scene.own], copy_from=texts)
                         with _infotext_kept():
                             others = _crossattn(encode(variants))
-                        self.scenes.append(_scene_text(model, scene, features, others))
+                        self.scenes.append(_scene_text(model, scene, [features, *others]))
             return encoded
 
         model.get_learned_conditioning = encode_scenes
@@ -116,23 +116,27 @@ class Apart:
     # --- the U-Net --------------------------------------------------------------------------------
 
     def _forge_unet(self, unet: Any) -> Any:
-        """A copy of Forge's U-Net that draws by areas."""
+        """A copy of Forge's U-Net, or of Forge Neo's Anima, that draws by areas."""
         copied = unet.clone()
         before = copied.model_options.get("model_function_wrapper")
+        parts_now = self._followed_layers(copied.model.diffusion_model, "cross_attn")
 
         def call(apply_model: Callable[..., Tensor], asked: dict[str, Any]) -> Tensor:
             c = asked["c"]
 
             def run(parts: Sequence[Part]) -> Tensor:
-                options = patched(c.get("transformer_options", {}), parts, _attend)
+                options = c.get("transformer_options", {})
+                if parts_now is None:
+                    options = patched(options, parts, _attend)
                 chosen = {**c, "transformer_options": options}
                 if control := c.get("control"):  # the net takes what it uses out of these lists
                     chosen["control"] = {key: list(value) for key, value in control.items()}
-                if before:
-                    return before(apply_model, {**asked, "c": chosen})
-                return apply_model(asked["input"], asked["timestep"], **chosen)
+                with _followed_in(parts_now, parts):
+                    if before:
+                        return before(apply_model, {**asked, "c": chosen})
+                    return apply_model(asked["input"], asked["timestep"], **chosen)
 
-            context = c["c_crossattn"]
+            context = c["c_crossattn"].flatten(1, -2)  # Anima's has a dimension more
             return self.areas.call(self._scenes_of(context), asked["input"], context, run)
 
         copied.set_model_unet_function_wrapper(call)
@@ -140,27 +144,29 @@ class Apart:
 
     def _follow(self, unet: Any) -> None:
         """Have AUTOMATIC1111's U-Net draw by areas until `end`."""
-        while len(self.undo) > 1:  # those of an earlier pass
-            self.undo.pop()()
-        parts_now: list[Part] = []
+        parts_now = self._followed_layers(unet, "attn2")
         forward = unet.forward
 
         def call(
             x: Tensor, timesteps: Any = None, context: Any = None, *more: Any, **named: Any
         ) -> Any:
             def run(parts: Sequence[Part]) -> Tensor:
-                parts_now[:] = parts
-                try:
+                with _followed_in(parts_now, parts):
                     return forward(x, timesteps, context, *more, **named)
-                finally:
-                    parts_now.clear()
 
             return self.areas.call(self._scenes_of(context), x, context, run)
 
         self._replace_forward(unet, call)
-        for name, layer in unet.named_modules():
-            if name.endswith("attn2"):
-                self._replace_forward(layer, _follower(layer, parts_now))
+
+    def _followed_layers(self, net: Any, name: str) -> list[Part] | None:
+        """A list of parts that the net's layers of this name follow until `end`; None without any."""
+        while len(self.undo) > 1:  # those of an earlier pass
+            self.undo.pop()()
+        layers = [layer for path, layer in net.named_modules() if path.endswith(f".{name}")]
+        parts_now: list[Part] = []
+        for layer in layers:
+            self._replace_forward(layer, _follower(layer, parts_now))
+        return parts_now if layers else None
 
     def _replace_forward(self, module: Any, forward: Callable[..., Any]) -> None:
         before = module.__dict__.get("forward")
@@ -179,12 +185,34 @@ def _follower(layer: Any, parts: Sequence[Part]) -> Callable[..., Tensor]:
     """A cross-attention's forward that follows the parts of the call that runs."""
     forward = layer.forward
 
+    def seen(hidden: Tensor, context: Tensor) -> tuple[Tensor, Tensor, int]:
+        if hasattr(layer, "compute_qkv"):  # Anima's; they are (n, places, heads, d)
+            query, key, _ = layer.compute_qkv(hidden, context)
+            return query.flatten(2), key.flatten(2), layer.n_heads
+        return layer.to_q(hidden), layer.to_k(context), layer.heads
+
     def follow(x: Tensor, context: Any = None, *more: Any, **named: Any) -> Tensor:
         if not parts or more or named.get("mask") is not None:
             return forward(x, context, *more, **named)
-        return followed(layer, forward, parts, x, context)
+
+        def plain(hidden: Tensor, text: Tensor) -> Tensor:
+            return forward(hidden, context=text, **named)
+
+        return followed(plain, seen, parts, x, context)
 
     return follow
+
+
+@contextmanager
+def _followed_in(parts_now: list[Part] | None, parts: Sequence[Part]) -> Iterator[None]:
+    """Inside the block the layers with this list follow these parts."""
+    if parts_now is not None:
+        parts_now[:] = parts
+    try:
+        yield
+    finally:
+        if parts_now is not None:
+            parts_now.clear()
 
 
 def _attend(q: Tensor, k: Tensor, v: Tensor, options: dict[str, Any]) -> Tensor:
@@ -215,7 +243,7 @@ def _embeddings() -> Iterator[str]:
 
 def words_in_use() -> tuple[dict[str, str], str]:
     """The class nouns of the words of all LoRAs that are loaded, by the names of their embeddings, and
-    the kind of checkpoint they are for, if things can be kept apart there: not on Anima.
+    the kind of checkpoint they are for.
     """
     nouns: dict[str, str] = {}
     preset = "sd1"
@@ -226,17 +254,29 @@ def words_in_use() -> tuple[dict[str, str], str]:
     return nouns, preset
 
 
-def _crossattn(encoded: Any) -> Tensor:
-    return encoded["crossattn"] if isinstance(encoded, dict) else encoded
+def _crossattn(encoded: Any) -> list[Tensor]:
+    """The text features of each prompt, (1, t, d)."""
+    features = encoded["crossattn"] if isinstance(encoded, dict) else encoded
+    if isinstance(features, list):  # Anima's
+        return features
+    return list(features.split(1))
 
 
-def _scene_text(model: Any, scene: Mentions, whole: Tensor, variants: Tensor) -> SceneText:
-    engine = _text_engine(model)
-    chunks, _ = engine.tokenize_line(scene.neutral)
-    ids = [int(token) for chunk in chunks for token in chunk.tokens]
-    positions = noun_positions(scene, ids, lambda noun: engine.tokenize([noun])[0])
-    nouns = mask_of(positions, variants.shape[1])
-    return SceneText(scene.tokens, whole[None], variants[:1], tuple(variants[1:].split(1)), nouns)
+def _scene_text(model: Any, scene: Mentions, texts: Sequence[Tensor]) -> SceneText:
+    """`texts`: features of the whole prompt, of the neutral one and of each concept's own."""
+    whole, neutral, *own = texts
+    if engine := getattr(model, "text_processing_engine_anima", None):
+        ids = [
+            int(token) for chunk in engine.tokenize_line(scene.neutral) for token in chunk.t5_tokens
+        ]
+        positions = noun_positions(scene, ids, lambda noun: engine.tokenize([noun])[1][0])
+    else:
+        engine = _text_engine(model)
+        chunks, _ = engine.tokenize_line(scene.neutral)
+        ids = [int(token) for chunk in chunks for token in chunk.tokens]
+        positions = noun_positions(scene, ids, lambda noun: engine.tokenize([noun])[0])
+    nouns = mask_of(positions, neutral.shape[1])
+    return SceneText(scene.tokens, whole, neutral, tuple(own), nouns)
 
 
 @contextmanager
