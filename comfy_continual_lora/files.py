@@ -46,7 +46,7 @@ PICTURES = (
     ".heif",
 )
 STACKS = ".concepts.safetensors"
-HOST = "CONTINUAL_LORA_HOST"  # in a worker's environment: its web UI's folders, as in PATH
+HOST = "CONTINUAL_LORA_HOST"  # folders of a ComfyUI or web UI that has Anima's files, as in PATH
 WORDS = (
     "continual_lora.words"  # in a LoRA: JSON, the class noun of each word by its embedding's name
 )

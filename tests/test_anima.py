@@ -235,6 +235,16 @@ def test_a_web_uis_folders_are_searched_for_its_worker(
     assert load_backbone(far, device="cpu").fingerprint == net.fingerprint
 
 
+def test_a_net_elsewhere_is_read_with_the_files_of_a_comfyui_that_is_named(
+    own: Path, net: Backbone, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    far = shutil.move(own, tmp_path / "anima.safetensors")
+    with pytest.raises(CheckpointError, match=f"or name that program's folder in {HOST}"):
+        load_backbone(far, device="cpu")
+    monkeypatch.setenv(HOST, str(own.parents[2]))
+    assert load_backbone(far, device="cpu").fingerprint == net.fingerprint
+
+
 def test_files_beside_the_net_come_first(own: Path, net: Backbone) -> None:
     models = own.parents[1]
     for file in (models / "text_encoders").iterdir():

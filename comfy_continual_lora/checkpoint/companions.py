@@ -11,7 +11,8 @@ and Forge, or beside it.
     models/VAE/qwen_image_vae.safetensors
     backend/huggingface/circlestone-labs/Anima/{tokenizer,tokenizer_2}/      the same tokenizers
 
-A web UI whose worker this is names its folders in CONTINUAL_LORA_HOST: they may be elsewhere.
+CONTINUAL_LORA_HOST has folders of a ComfyUI or Forge Neo that is elsewhere: a web UI tells its worker,
+and whoever keeps the net apart can.
 
 Nothing is downloaded. Source of the names: folder_paths.py of ComfyUI 0.33, modules_forge/main_entry.py
 of Forge Neo 2.26, and the files of circlestone-labs/Anima.
@@ -84,7 +85,8 @@ def companion(net: Path, wanted: _Companion) -> Path:
     raise CheckpointError(
         f"{net} is Anima's net alone, and its {wanted.what} was not found. Looked for a file such as "
         f"{wanted.published} in {_list(searched)}. Put it into models/{wanted.folders[0]} of ComfyUI or "
-        f"models/{wanted.folders[-1]} of Forge Neo, or beside the net."
+        f"models/{wanted.folders[-1]} of Forge Neo, or beside the net, or name that program's folder in "
+        f"{HOST}."
     )
 
 
@@ -105,14 +107,15 @@ def tokenizer_folder(net: Path, names: tuple[str, str]) -> Path:
     raise CheckpointError(
         f"{net} needs the tokenizer {name}, which was not found in {_list(searched)}. ComfyUI has it "
         f"as {_IN_COMFYUI}/{name}, Forge Neo as {_IN_NEO}/{in_neo}: copy that folder to "
-        f"{net.parent / name}."
+        f"{net.parent / name}, or name the program's folder in {HOST}."
     )
 
 
 def _above(net: Path) -> Sequence[Path]:
-    """The folder of the net and those above it, and those of the web UI whose worker this is."""
+    """The folder of the net and those above it, and those of the host that is elsewhere."""
     above = [net.absolute().parent, *net.absolute().parent.parents][: _LEVELS + 1]
-    return [*above, *(Path(one) for one in os.environ.get(HOST, "").split(os.pathsep) if one)]
+    hosts = [Path(one).expanduser() for one in os.environ.get(HOST, "").split(os.pathsep) if one]
+    return [*above, *hosts, *(host / "models" for host in hosts)]
 
 
 def _list(folders: Iterable[Path]) -> str:
