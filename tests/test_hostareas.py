@@ -4,7 +4,7 @@ to draw what `together` draws.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -17,7 +17,14 @@ from torch import Tensor
 from comfy_continual_lora.adapters.adapter import attached
 from comfy_continual_lora.areas import AreaSettings
 from comfy_continual_lora.checkpoint.backbone import Backbone, FrozenText
-from comfy_continual_lora.hostareas import HostAreas, SceneText, patched
+from comfy_continual_lora.hostareas import (
+    HostAreas,
+    Part,
+    SceneText,
+    followed,
+    patched,
+    patched_anima,
+)
 from comfy_continual_lora.mentions import Mentions, mentions
 from comfy_continual_lora.together import drawn_together, noun_mask
 
@@ -52,8 +59,65 @@ class _Layer:
         return attn.to_out[1](attn.to_out[0](run(*parts, options)))
 
 
+class _AnimaLayer:
+    """A cross-attention that asks for patches as that of ComfyUI's Anima does."""
+
+    def __init__(self, _number: int, options: dict[str, Any]) -> None:
+        self.options = options
+
+    def __call__(
+        self, attn: Any, hidden_states: Tensor, encoder_hidden_states: Tensor, **_: Any
+    ) -> Tensor:
+        n, context, value = hidden_states, encoder_hidden_states, encoder_hidden_states
+        q = self._split(attn, attn.to_q(n))
+        # self-attention, which stays what it is
+        assert torch.equal(self._attended(q, q, q, attn.heads), _attend_heads(q, q, q, attn.heads))
+        for patch in self.options.get("patches", {}).get("attn2_patch", []):
+            out = patch(n, context, value, pe=None, attn_mask=None, extra_options=self.options)
+            n, context, value = out["q"], out["k"], out["v"]
+        k, v = self._split(attn, attn.to_k(context)), self._split(attn, attn.to_v(value))
+        return attn.to_out[1](attn.to_out[0](self._attended(q, k, v, attn.heads)))
+
+    def _attended(self, *given: Any) -> Tensor:
+        override = self.options.get("optimized_attention_override")
+        if override is None:
+            return _attend_heads(*given, skip_reshape=True)
+        return override(_attend_heads, *given, skip_reshape=True)
+
+    @staticmethod
+    def _split(attn: Any, projected: Tensor) -> Tensor:
+        return projected.unflatten(2, (attn.heads, -1)).transpose(1, 2)
+
+
+def _attend_heads(q: Tensor, k: Tensor, v: Tensor, _heads: int, **_: Any) -> Tensor:
+    return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+
+
+class _FollowedLayer:
+    """A cross-attention whose forward follows the parts itself."""
+
+    def __init__(self, _number: int, options: dict[str, Any]) -> None:
+        self.parts = options["parts"]
+
+    def __call__(
+        self, attn: Any, hidden_states: Tensor, encoder_hidden_states: Tensor, **_: Any
+    ) -> Tensor:
+        def forward(hidden: Tensor, context: Tensor) -> Tensor:
+            given = attn.to_q(hidden), attn.to_k(context), attn.to_v(context)
+            return attn.to_out[1](attn.to_out[0](_attend(*given, {"n_heads": attn.heads})))
+
+        def seen(hidden: Tensor, context: Tensor) -> tuple[Tensor, Tensor, int]:
+            return attn.to_q(hidden), attn.to_k(context), attn.heads
+
+        return followed(forward, seen, self.parts, hidden_states, encoder_hidden_states)
+
+
 def _host(
-    backbone: Backbone, x: Tensor, timestep: Tensor, context: Tensor
+    backbone: Backbone,
+    x: Tensor,
+    timestep: Tensor,
+    context: Tensor,
+    layer: Callable[[int, dict[str, Any]], Any] = _Layer,
 ) -> Callable[[dict[str, Any]], Tensor]:
     """A host's call of its U-Net with some transformer_options."""
 
@@ -61,7 +125,7 @@ def _host(
         unet: Any = backbone.unet
         before = dict(unet.attn_processors)
         names = [name for name in before if ".attn2." in name]
-        layers = {name: _Layer(number, options) for number, name in enumerate(names)}
+        layers = {name: layer(number, options) for number, name in enumerate(names)}
         try:
             unet.set_attn_processor({**before, **layers})
             return backbone.predict(x, timestep, context)
@@ -106,15 +170,21 @@ class _Case:
     def by_patches(
         self, areas: HostAreas, steps: int = 2, options: dict[str, Any] | None = None
     ) -> Tensor:
+        return self.by(areas, _Layer, lambda parts: patched(options or {}, parts, _attend), steps)
+
+    def by(
+        self,
+        areas: HostAreas,
+        layer: Callable[[int, dict[str, Any]], Any],
+        options: Callable[[Sequence[Part]], dict[str, Any]],
+        steps: int = 2,
+    ) -> Tensor:
+        """As a host draws it whose layers are of this kind and have these options."""
         x, timestep, both = self.batch()
-        run = _host(self.backbone, x, timestep, both)
-        output = x
+        run, output = _host(self.backbone, x, timestep, both, layer), x
         for _ in range(steps):
             output = areas.call(
-                [None, ("id", self.scene)],
-                x,
-                both,
-                lambda parts: run(patched(options or {}, parts, _attend)),
+                [None, ("id", self.scene)], x, both, lambda parts: run(options(parts))
             )
         return output
 
@@ -137,6 +207,25 @@ def net(backbone: Backbone) -> Any:
 
 def _areas(masks: Tensor | None = None) -> HostAreas:
     return HostAreas(AreaSettings(), masks)
+
+
+@pytest.mark.parametrize("prompt", PROMPTS)
+def test_other_ways_to_follow_draw_the_same(net: Backbone, prompt: str) -> None:
+    """By a function that computes all attention, which another extension has, too, and by forwards."""
+    case, counted = _Case(net, prompt), []
+
+    def foreign(attend: Any, *given: Any, **named: Any) -> Tensor:
+        counted.append(named["skip_reshape"])
+        return attend(*given, **named)
+
+    wanted = case.by_processors()
+    options = {"optimized_attention_override": foreign}
+    by_override = case.by(_areas(), _AnimaLayer, lambda parts: patched_anima(options, parts))
+    assert torch.allclose(by_override, wanted, atol=1e-4)
+    assert all(counted)
+    assert counted
+    by_forwards = case.by(_areas(), _FollowedLayer, lambda parts: {"parts": parts})
+    assert torch.allclose(by_forwards, wanted, atol=1e-4)
 
 
 @pytest.mark.parametrize("prompt", PROMPTS)
