@@ -1,10 +1,10 @@
 """How well the mini-SD draws what a caption asks for, judged by the attribute reader, which was
 trained on real pictures of the world only.
 
-    python benchmarks/mini/quality.py benchmarks/mini [--captions 512]
+    python benchmarks/mini/quality.py benchmarks/mini [--captions 512] [--checkpoint FOLDER]
 
-Input: the shipped weights. Output: OUT/quality.json, OUT/samples.png (the first 48 captions drawn)
-and OUT/captions.txt.
+Input: the shipped weights, or another checkpoint of the same world. Output: OUT/quality.json,
+OUT/samples.png (the first 48 captions drawn) and OUT/captions.txt.
 
 Captions come from scenes the training never saw; only those are used that name shape, colours and
 background, so that there is something to judge.
@@ -62,14 +62,15 @@ def main() -> None:
     parser.add_argument("out", type=Path)
     parser.add_argument("--captions", type=int, default=512)
     parser.add_argument("--guidance", type=float, default=None)
+    parser.add_argument("--checkpoint", type=Path)
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "mini.safetensors"
         weights.write_checkpoint(path)
-        backbone = load_backbone(path)
+        backbone = load_backbone(arguments.checkpoint or path)
     scenes = unseen_scenes(arguments.captions)
     captions = [scene.caption for scene in scenes]
-    settings = DrawSettings(guidance=arguments.guidance).resolved("mini")
+    settings = DrawSettings(guidance=arguments.guidance, size=128).resolved(backbone.preset)
 
     def show(progress: Progress) -> None:
         print(f"\r{progress.step}/{progress.steps}", end="", file=sys.stderr, flush=True)

@@ -2,10 +2,12 @@
 
     python benchmarks/retention/together.py OUT [--split development] [--seeds 0,1,2]
         [--ways mixed,areas,beside,alone] [--noises 2] [--steps 200] [--judges FOLDER]
+        [--checkpoint FOLDER] [--set rate=1e-3]
 
-in: nothing (concepts of the mini-SD's world) - out: OUT/together.json, and for each seed and way a
-sheet of the pictures. OUT/SPLIT-SEED holds the stack, which is learned once by `retention`: six
-concepts, four of different nouns and two more on the nouns of the first two.
+in: nothing (concepts of the mini-SD's world), or another checkpoint of that world - out:
+OUT/together.json, and for each seed and way a sheet of the pictures. OUT/SPLIT-SEED holds the stack,
+which is learned once by `retention`: six concepts, four of different nouns and two more on the nouns
+of the first two.
 
 Pairs of different nouns, pairs of one noun, each on four grounds and with `--noises` seeds:
 
@@ -61,7 +63,7 @@ from comfy_continual_lora import (
     together,
 )
 from comfy_continual_lora.adapters.adapter import attached, factored, layers_of
-from comfy_continual_lora.areas import AreaSettings
+from comfy_continual_lora.areas import FINE, AreaSettings
 from comfy_continual_lora.checkpoint.backbone import Backbone, FrozenText
 from comfy_continual_lora.checkpoint.load import load_backbone
 from comfy_continual_lora.mentions import Mentions
@@ -69,7 +71,7 @@ from comfy_continual_lora.mini import world
 from comfy_continual_lora.mini.weights import write_checkpoint
 from comfy_continual_lora.settings import DrawSettings, LearnSettings
 
-DRAWING = DrawSettings(steps=15, guidance=4.0)
+DRAWING = DrawSettings(steps=15, guidance=4.0, size=128)
 GROUNDS = list(world.BACKGROUNDS)[:4]
 KINDS = {
     "different nouns": ((0, 1), (1, 2), (2, 3), (3, 0)),
@@ -92,24 +94,25 @@ def sequence(split: str, seed: int) -> list[world.Concept]:
     return chosen
 
 
-def learned(folder: Path, split: str, seed: int, steps: int) -> tuple[Backbone, store.ConceptStack]:
-    """The stack of these concepts, learned as far as it is not yet."""
-    checkpoint = folder / "mini.safetensors"
+def learned(
+    folder: Path, split: str, seed: int, settings: LearnSettings, checkpoint: Path | None
+) -> tuple[Backbone, store.ConceptStack]:
+    """The stack of these concepts, learned as far as it is not yet; `checkpoint`: None for the mini-SD."""
     folder.mkdir(parents=True, exist_ok=True)
-    if not checkpoint.exists():
-        write_checkpoint(checkpoint)
+    path = checkpoint or folder / "mini.safetensors"
+    if not path.exists():
+        write_checkpoint(path)
+    kept = folder / "mini.concepts.safetensors"
     for number, concept in enumerate(sequence(split, seed), start=1):
         token = f"V{number}"
-        settings = LearnSettings(method="retention", steps=steps, seed=seed, precision="fp32")
         pictures = world.save_pictures(concept, folder / token)
         request = requests.LearnRequest(
-            checkpoint, pictures, token, concept.noun, settings, device="cpu"
+            path, pictures, token, concept.noun, settings, stack=kept, device="cpu"
         )
         if pipeline.learned_before(request) is None:
             pipeline.learn_concept(request)
             print(f"{split} {seed}: learned {concept.name}", flush=True)
-    stack = store.open_stack(store.stack_path(checkpoint))
-    return load_backbone(checkpoint, device="cpu"), stack
+    return load_backbone(path, device="cpu"), store.open_stack(kept)
 
 
 class Pair(NamedTuple):
@@ -134,8 +137,10 @@ def drawn(way: str, backbone: Backbone, stack: store.ConceptStack, asked: Sequen
     apart = name in ("areas", "halves", "masked")
     names = [record.noun if name == "nouns" else record.name for record in stack.records]
     nouns = stack.nouns if apart else None
+    drawing = DRAWING.resolved(backbone.preset)
     settings = AreaSettings(
-        **{key: json.loads(value) for key, value in (c.split("=") for c in changes)}
+        FINE[backbone.preset],
+        **{key: json.loads(value) for key, value in (c.split("=") for c in changes)},
     )
     columns: list[list[str | Sequence[str]]] = [[], []]
     for a, b, ground, _ in asked:
@@ -153,7 +158,7 @@ def drawn(way: str, backbone: Backbone, stack: store.ConceptStack, asked: Sequen
         words = {} if name == "nouns" else stack.tokens
         return torch.cat(
             [
-                sample.draw(backbone, words, prompts, seeds, DRAWING, nouns=nouns, areas=settings)
+                sample.draw(backbone, words, prompts, seeds, drawing, nouns=nouns, areas=settings)
                 for prompts in columns
                 if prompts
             ],
@@ -261,13 +266,23 @@ def main() -> None:
         "--noises", type=int, default=2, help="pictures of each pair on each ground"
     )
     parser.add_argument("--steps", type=int, default=200, help="of learning, per concept")
+    parser.add_argument("--checkpoint", type=Path)
+    parser.add_argument("--set", action="append", default=[], metavar="NAME=VALUE")
     parser.add_argument("--judges", type=Path, default=Path(__file__).parent)
     arguments = parser.parse_args()
     judges = load_judges(arguments.judges)
     rows = []
     for seed in map(int, arguments.seeds.split(",")):
         folder = arguments.out / f"{arguments.split}-{seed}"
-        backbone, stack = learned(folder, arguments.split, seed, arguments.steps)
+        settings = LearnSettings(
+            method="retention",
+            steps=arguments.steps,
+            seed=seed,
+            precision="fp32",
+            size=128,
+            **{key: json.loads(value) for key, value in (c.split("=") for c in arguments.set)},
+        )
+        backbone, stack = learned(folder, arguments.split, seed, settings, arguments.checkpoint)
         known = sequence(arguments.split, seed)
         for way in arguments.ways.split(","):
             for kind in arguments.kinds.split(","):

@@ -21,6 +21,7 @@ import torch
 import torch.distributed as dist
 import train
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from comfy_continual_lora.mini import trainset
 from comfy_continual_lora.mini.training import Loss, fit, rank
@@ -117,7 +118,8 @@ def run_stage(stage: str, arguments: argparse.Namespace, rank: int | None = None
         file = f"file://{(arguments.out / 'rendezvous').absolute()}"
         dist.init_process_group("gloo", file, rank=rank, world_size=arguments.processes)
     torch.manual_seed(arguments.seed)  # every process starts from the same weights
-    getattr(anima, stage)(Small(arguments))
+    with sdpa_kernel(SDPBackend.MATH):  # the gradients of the other one take long in bfloat16
+        getattr(anima, stage)(Small(arguments))
 
 
 def _process(rank: int, stage: str, arguments: argparse.Namespace) -> None:
