@@ -27,8 +27,9 @@ from .files import CLIP_SKIP
 from .stack import CheckpointInfo, ConceptStack
 
 _PREFIXES = {"diffusers": "unet.", "peft": "base_model.model."}
-# modelspec.architecture, ss_base_model_version, and the family as web UIs call it: A1111's names, and
-# for Anima that of Forge Neo's preset (modules_forge/presets.py), by which Neo filters LoRAs
+# modelspec.architecture, ss_base_model_version (of Anima: sd-scripts' anima_train_network.py), and the
+# family as web UIs call it: A1111's names, and for Anima that of Forge Neo's preset
+# (modules_forge/presets.py), by which Neo filters LoRAs
 _SD1 = ("stable-diffusion-v1", "sd_v1", "SD1")
 _FAMILIES = {
     "sd2": ("stable-diffusion-v2-512", "sd_v2", "SD2"),
