@@ -27,7 +27,7 @@ from comfy_continual_lora.mini import trainset
 from comfy_continual_lora.mini.training import Loss, fit, rank
 from comfy_continual_lora.mini.weights import load_reader
 
-STEPS = {"language": 600, "vae16": 1300, "flow": 2200}
+STEPS = {"language": 600, "vae16": 1300, "flow": 1400}
 BATCHES = {"language": 64, "vae16": 16, "flow": 64}
 PLACES = 21  # layers of the reader up to its features of 8 x 8 places
 ALONE = ("tokenizers", "language", "pack3")  # stages of one process

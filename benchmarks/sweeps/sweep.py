@@ -2,10 +2,11 @@ r"""Which settings remember most and still learn: a sequence of development conc
 combination of settings and seed.
 
     python benchmarks/sweeps/sweep.py benchmarks/sweeps/lambda.jsonl --seeds 0,1 \
-        --set method=lora_ewc,lora_ewc_dc --set ewc_strength=1e-4,1e-3
+        --set method=lora_ewc,lora_ewc_dc --set ewc_strength=1e-4,1e-3 [--checkpoint FOLDER]
 
-Input: nothing. Output: a line of JSON for each run, appended; runs that are there already are
-skipped, so it goes on where it stopped. `--table` prints what the file holds.
+Input: nothing, or another checkpoint of the mini-SD's world than the mini-SD. Output: a line of JSON
+for each run, appended; runs that are there already are skipped, so it goes on where it stopped.
+`--table` prints what the file holds.
 
 All figures are on pictures of the concepts that were not learned from, with one fixed set of
 noises: the error of the noise prediction (mean over c, h, w, 24 stratified timesteps), so that no
@@ -32,6 +33,7 @@ import tempfile
 import time
 from collections.abc import Sequence
 from dataclasses import fields
+from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -73,7 +75,7 @@ def sequence(count: int, seed: int) -> list[world.Concept]:
 def held_out_error(
     backbone: Backbone, adapter: Adapter | None, latents: Sequence[Tensor], features: Tensor
 ) -> float:
-    """Error on every latent (4, h, w) with the same timesteps and noises, for one prompt (77, d)."""
+    """Error on every latent (c, h, w) with the same timesteps and noises, for one prompt (t, d)."""
     timestep = stratified(DRAWS, generator_for("held out")).to(backbone.device)
     generator = generator_for("held out noise")
     noise = torch.randn((DRAWS, *latents[0].shape), generator=generator).to(backbone.device)
@@ -86,7 +88,7 @@ def held_out_error(
 
 
 def held_out(backbone: Backbone, concept: world.Concept) -> list[Tensor]:
-    """Latents (4, h, w) of five pictures of the concept that are never learned from."""
+    """Latents (c, h, w) of five pictures of the concept that are never learned from."""
     pictures = list(world.concept_pictures(concept, 5, seed=1))
     return backbone.encode_images(trainset.to_tensor(np.stack(pictures)))
 
@@ -112,16 +114,22 @@ def gain(
     return before - held_out_error(backbone, adapter, latents, own)
 
 
-def run(settings: dict[str, Any], count: int, seed: int, device: str = "cpu") -> dict[str, Any]:
-    """Learn the sequence and measure it."""
+def run(
+    settings: dict[str, Any], count: int, seed: int, checkpoint: Path | None = None
+) -> dict[str, Any]:
+    """Learn the sequence and measure it; `checkpoint`: None for the mini-SD."""
     torch.set_num_threads(1)
     started, concepts = time.time(), sequence(count, seed)
     tokens = [f"V{number}" for number in range(1, count + 1)]
-    chosen = LearnSettings(**{"seed": seed, "precision": "fp32", **settings})
+    chosen = LearnSettings(**{"seed": seed, "precision": "fp32", "size": 128, **settings})
     with tempfile.TemporaryDirectory() as folder:
-        checkpoint = Path(folder) / "mini.safetensors"
-        write_checkpoint(checkpoint)
-        backbone = load_backbone(checkpoint, device=device)
+        path, kept_in = (
+            checkpoint or Path(folder) / "mini.safetensors",
+            Path(folder) / "stack.safetensors",
+        )
+        if checkpoint is None:
+            write_checkpoint(path)
+        backbone = load_backbone(path, device="cpu")
         held = [held_out(backbone, concept) for concept in concepts]
         before, after = (
             [],
@@ -130,10 +138,10 @@ def run(settings: dict[str, Any], count: int, seed: int, device: str = "cpu") ->
         for token, concept, latents in zip(tokens, concepts, held, strict=True):
             pictures = world.save_pictures(concept, Path(folder) / token)
             request = requests.LearnRequest(
-                checkpoint, pictures, token, concept.noun, chosen, device=device
+                path, pictures, token, concept.noun, chosen, stack=kept_in, device="cpu"
             )
             pipeline.learn_concept(request)
-            stack = store.load_stack(store.stack_path(checkpoint), backbone.fingerprint)
+            stack = store.load_stack(kept_in, backbone.fingerprint)
             text = FrozenText(backbone, stack.tokens)
             own, bare = text(prompts_of(concept, token))
             before.append(held_out_error(backbone, None, latents, bare))
@@ -197,8 +205,8 @@ def _mean(values: list[float]) -> float:
     return round(sum(values) / max(1, len(values)), 5)
 
 
-def _job(job: tuple[dict[str, Any], int, int]) -> dict[str, Any]:
-    return run(*job)
+def _job(checkpoint: Path | None, job: tuple[dict[str, Any], int, int]) -> dict[str, Any]:
+    return run(*job, checkpoint)
 
 
 def combinations(options: list[str]) -> list[dict[str, Any]]:
@@ -266,6 +274,7 @@ def main() -> None:
     parser.add_argument("--concepts", type=int, default=4)
     parser.add_argument("--seeds", default="0,1")
     parser.add_argument("--processes", type=int, default=os.cpu_count() or 1)
+    parser.add_argument("--checkpoint", type=Path)
     parser.add_argument("--table", action="store_true", help="only print what the file holds")
     arguments = parser.parse_args()
     if not arguments.table:
@@ -280,7 +289,7 @@ def main() -> None:
             get_context("spawn").Pool(arguments.processes) as pool,
             arguments.out.open("a") as file,
         ):
-            for row in pool.imap_unordered(_job, jobs):
+            for row in pool.imap_unordered(partial(_job, arguments.checkpoint), jobs):
                 file.write(json.dumps(row) + "\n")
                 file.flush()
     print(table(arguments.out))
