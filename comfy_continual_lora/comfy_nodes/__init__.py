@@ -3,7 +3,8 @@
 Registering them imports nothing heavy of ours.
 
     nodes.py                          the table of nodes
-    learning.py, using.py, stacks.py  the nodes: learn; draw, score, export; undo, merge, import
+    learning.py, using.py             the nodes: learn; draw and export
+    asking.py, stacks.py              the nodes: score and evaluate; undo, merge, import
     schema.py, handle.py              how they are declared; what their wires carry
     host.py, words.py, mini.py        the interface to ComfyUI: files, progress, prompts, mini-SD
 """

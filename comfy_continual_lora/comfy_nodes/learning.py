@@ -13,6 +13,7 @@ from ..operations import OPERATIONS
 from ..requests import ConsolidateRequest, LearnRequest, SolveRequest
 from ..settings import LearnSettings, SolveSettings, TrainSettings
 from . import host
+from .asking import scores_table
 from .handle import StackHandle, kept_report
 from .schema import (
     ADVANCED,
@@ -26,7 +27,6 @@ from .schema import (
     validates,
     widgets,
 )
-from .using import scores_table
 
 if TYPE_CHECKING:
     from ..results import LearnResult

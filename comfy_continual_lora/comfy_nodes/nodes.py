@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from .asking import ComputeScores, EvaluateRetention
 from .learning import Consolidate, ConsolidateInClosedForm, ExamplePictures, LearnConcept
 from .stacks import (
     ForgetConcept,
@@ -13,9 +14,7 @@ from .stacks import (
 )
 from .using import (
     ApplyConcepts,
-    ComputeScores,
     ConceptAreas,
-    EvaluateRetention,
     ExportConcepts,
     SelectConcepts,
 )
