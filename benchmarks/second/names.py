@@ -153,6 +153,7 @@ def main() -> None:
                 method=arguments.method,
                 rate=arguments.rate,
                 steps=arguments.steps,
+                batch=8,
                 size=128,
                 precision="fp32",
                 **more,

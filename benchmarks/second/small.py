@@ -1,4 +1,4 @@
-"""Make the mini-Anima on a CPU: Anima's architecture at 17 million parameters, of the mini-SD's world.
+"""Make the mini-Anima on a CPU: Anima's architecture at 20 million parameters, of the mini-SD's world.
 
     python benchmarks/second/small.py OUT --processes 2        # two hours on two cores
     python benchmarks/second/small.py OUT --scale 0.01         # tries it in minutes
