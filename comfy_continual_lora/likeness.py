@@ -63,7 +63,7 @@ def _seen(backbone: Backbone, latents: Tensor, noun: str) -> Tensor:
     before = "a photo of a"
     _, positions, count = backbone.drawn_positions(f"{before} {noun}")
     of_noun = positions[len(backbone.token_ids(before)) :]
-    prompt = backbone.encode_prompts([f"{before} {noun}"]).expand(len(latents), -1, -1)
+    prompt = backbone.encode_drawn(f"{before} {noun}").expand(len(latents), -1, -1)
     nouns = mask_of([of_noun], count).expand(len(latents), 1, -1)
     size = (latents.shape[2], latents.shape[3])
     areas = Areas(nouns.to(latents.device), size, AreaSettings(FINE[backbone.preset]))

@@ -26,5 +26,5 @@ def test_a_concept_is_learned_and_kept() -> None:
     """The error on pictures that were not learned from falls, and the next concept leaves it there."""
     row = sweep.run({"method": "retention", "rate": 1e-3, "steps": 100}, 2, 0, FOLDER)
     print(row)
-    assert min(row["learned_of_earlier"], row["newest"]) > 0.002
-    assert row["kept_of_earlier"] > 0.5 * row["learned_of_earlier"]
+    assert row["learned_of_earlier"] > 0.01
+    assert row["kept_of_earlier"] > 0.7 * row["learned_of_earlier"]
