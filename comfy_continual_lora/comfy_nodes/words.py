@@ -185,7 +185,7 @@ def _with_scenes(
             if scene is None:
                 return tokens
             neutral, own = tokens_of(scene.neutral), [tokens_of(one) for one in scene.own]
-            entries = [token[0] for chunk in neutral[encoder] for token in chunk]
+            entries = [token[0] for chunk in neutral[tokens_name] for token in chunk]
             ids = [entry if isinstance(entry, int) else -1 for entry in entries]
             positions = noun_positions(scene, ids, ids_of)
             for name, chunks in tokens.items():
@@ -195,6 +195,7 @@ def _with_scenes(
             return tokens
 
     plain = getattr(tokenizer, encoder)
+    tokens_name = encoder.removeprefix("clip_")  # the tokens of clip_l are called l
 
     def ids_of(text: str) -> list[int]:
         return plain.tokenizer(text, add_special_tokens=False)["input_ids"]
