@@ -16,6 +16,7 @@ import logging
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import accumulate, pairwise
 from typing import Any
 
 import torch
@@ -50,9 +51,15 @@ class SceneText:
     nouns: Tensor
 
     @property
-    def length(self) -> int:
-        """The number of text positions of the neutral and the own prompts."""
-        return sum(text.shape[1] for text in (self.neutral, *self.own))
+    def texts(self) -> tuple[Tensor, ...]:
+        """The neutral prompt's features, then each concept's own."""
+        return self.neutral, *self.own
+
+    @property
+    def places(self) -> list[slice]:
+        """The positions of each of `texts` if they are joined."""
+        ends = accumulate((text.shape[1] for text in self.texts), initial=0)
+        return [slice(start, stop) for start, stop in pairwise(ends)]
 
     def is_in(self, context: Tensor) -> bool:
         """Whether this is the text of a context (n, t, d), which a host may have made longer. A host or
@@ -158,14 +165,13 @@ def patched(options: Options, parts: Sequence[Part], attend: Attend) -> Options:
     """
     if not parts:
         return options
-    length = max(part.scene.length for part in parts)
     replacing = dict(options.get("patches_replace", {}))
-    more = _Texts(parts, length)
+    more = _Texts(parts)
 
     def extend(hidden: Tensor, context: Tensor, value: Tensor, _: Any) -> tuple[Tensor, ...]:
         return hidden, more.behind(context), more.behind(value)
 
-    replacing["attn2"] = _EveryLayer(replacing.get("attn2", {}), parts, length, attend)
+    replacing["attn2"] = _EveryLayer(replacing.get("attn2", {}), more, attend)
     return {**_with_attn2_patch(options, extend), "patches_replace": replacing}
 
 
@@ -178,8 +184,7 @@ def patched_anima(options: Options, parts: Sequence[Part]) -> Options:
     """
     if not parts:
         return options
-    length = max(part.scene.length for part in parts)
-    more = _Texts(parts, length)
+    more = _Texts(parts)
     foreign = options.get("optimized_attention_override")
     is_next: list[bool] = []
 
@@ -195,18 +200,18 @@ def patched_anima(options: Options, parts: Sequence[Part]) -> Options:
         if not is_next:
             return whole(q, k, v, *rest, **named)
         is_next.clear()
+        (k, keys), (v, values) = (t.tensor_split([-more.length], 2) for t in (k, v))
 
-        def over(start: int, count: int, rows: slice) -> Tensor:
-            keys, values = (t[rows, :, start : start + count] for t in (k, v))
-            return whole(q[rows], keys, values, *rest, **named)
+        def output(part: Part, number: int) -> Tensor:
+            rows, place = part.rows, part.scene.places[number]
+            return whole(q[rows], keys[rows, :, place], values[rows, :, place], *rest, **named)
 
-        def look(part: Part, positions: slice) -> None:
-            query, key = (
-                one.transpose(1, 2).flatten(2) for one in (q[part.rows], k[part.rows, :, positions])
-            )
+        def look(part: Part) -> None:
+            neutral = keys[part.rows, :, part.scene.places[0]]
+            query, key = (one.transpose(1, 2).flatten(2) for one in (q[part.rows], neutral))
             part.areas.look(query, key, q.shape[1])
 
-        return _mixed(parts, k.shape[2] - length, q.shape[2], over, look)
+        return _mixed(whole(q, k, v, *rest, **named), parts, q.shape[2], output, look)
 
     patched = _with_attn2_patch(options, extend)
     return {**patched, "optimized_attention_override": attention}
@@ -221,45 +226,42 @@ def _with_attn2_patch(options: Options, patch: Callable[..., Any]) -> Options:
 class _Texts:
     """The texts of neutral and own prompts, for every row of a batch (n, length, d)."""
 
-    def __init__(self, parts: Sequence[Part], length: int) -> None:
-        self.parts, self.length = parts, length
+    def __init__(self, parts: Sequence[Part]) -> None:
+        self.parts = parts
+        self.length = max(part.scene.places[-1].stop for part in parts)
         self.made: list[Tensor] = []  # the same in every layer
 
     def behind(self, context: Tensor) -> Tensor:
         if not self.made:
             more = context.new_zeros(len(context), self.length, context.shape[2])
             for part in self.parts:
-                texts = torch.cat([part.scene.neutral, *part.scene.own], 1)
+                texts = torch.cat(part.scene.texts, 1)
                 more[part.rows, : texts.shape[1]] = texts.to(context)
             self.made.append(more)
         return torch.cat([context, *self.made], 1)
 
 
 def _mixed(
+    whole: Tensor,
     parts: Sequence[Part],
-    first: int,
-    places: int,
-    over: Callable[[int, int, slice], Tensor],
-    look: Callable[[Part, slice], None],
+    count: int,
+    output: Callable[[Part, int], Tensor],
+    look: Callable[[Part], None],
 ) -> Tensor:
-    """A layer's output (n, places, d) for a context whose texts begin at position `first`.
+    """A layer's output `whole` (n, places, d), with so many places, in which these parts are mixed.
 
-    `over`: attention of rows to so many positions from one on; `look`: show a part's areas what it
-    attends to at some.
+    `output`: what the layer gives for a part's rows and one of its `SceneText.texts`, by its number;
+    `look`: show the part's areas what it attends to in the neutral one.
     """
-    whole = over(0, first, slice(None))
     for part in parts:
-        if not part.areas.fits(places):
+        if not part.areas.fits(count):
             continue
-        at, outputs = first, []
-        for text in (part.scene.neutral, *part.scene.own):
-            outputs.append(over(at, text.shape[1], part.rows))
-            at += text.shape[1]
-        neutral, *own = outputs
+        mixed = output(part, 0)
         if part.areas.masks is not None:
-            neutral = part.areas.mix(neutral, own)
-        whole[part.rows] = neutral
-        look(part, slice(first, first + part.scene.neutral.shape[1]))
+            own = [output(part, number) for number in range(1, len(part.scene.texts))]
+            mixed = part.areas.mix(mixed, own)
+        whole[part.rows] = mixed
+        look(part)
     return whole
 
 
@@ -272,12 +274,11 @@ class _EveryLayer(dict[Any, Any]):
     def __init__(
         self,
         replaced: Mapping[Any, Callable[..., Tensor]],
-        parts: Sequence[Part],
-        length: int,
+        texts: _Texts,
         attend: Attend,
     ) -> None:
         super().__init__(replaced)
-        self.parts, self.length, self.attend = parts, length, attend
+        self.texts, self.attend = texts, attend
 
     def __contains__(self, _key: object) -> bool:
         return True
@@ -290,19 +291,21 @@ class _EveryLayer(dict[Any, Any]):
         foreign = dict.get(self, key) or dict.get(self, block)
 
         def attention(q: Tensor, k: Tensor, v: Tensor, options: dict[str, Any]) -> Tensor:
-            first = k.shape[1] - self.length
+            (k, keys), (v, values) = (t.tensor_split([-self.texts.length], 1) for t in (k, v))
 
-            def over(start: int, count: int, rows: slice) -> Tensor:
-                """Attention of these rows to some of the text positions."""
-                keys, values = (t[:, start : start + count] for t in (k, v))
+            def output(part: Part, number: int) -> Tensor:
+                rows, place = part.rows, part.scene.places[number]
+                key, value = keys[:, place], values[:, place]
                 if foreign:  # it may count on the whole batch
-                    return foreign(q, keys, values, options)[rows]
-                return self.attend(q[rows], keys[rows], values[rows], options)
+                    return foreign(q, key, value, options)[rows]
+                return self.attend(q[rows], key[rows], value[rows], options)
 
-            def look(part: Part, positions: slice) -> None:
-                part.areas.look(q[part.rows], k[part.rows, positions], options["n_heads"])
+            def look(part: Part) -> None:
+                neutral = keys[part.rows, part.scene.places[0]]
+                part.areas.look(q[part.rows], neutral, options["n_heads"])
 
-            return _mixed(self.parts, first, q.shape[1], over, look)
+            whole = (foreign or self.attend)(q, k, v, options)
+            return _mixed(whole, self.texts.parts, q.shape[1], output, look)
 
         return attention
 
@@ -322,17 +325,16 @@ def followed(
     `forward` is its own, `seen` gives its query and key, (n, places, d) and (n, t, d), and the number
     of its heads; both are asked for hidden states and a context.
     """
-    output = forward(x, context)
-    for part in parts:
-        if not part.areas.fits(x.shape[1]):
-            continue
-        hidden, scene = x[part.rows], part.scene
-        neutral = scene.neutral.to(context).expand(len(hidden), -1, -1)
-        mixed = forward(hidden, neutral)
-        if part.areas.masks is not None:
-            own = [text.to(context).expand(len(hidden), -1, -1) for text in scene.own]
-            mixed = part.areas.mix(mixed, [forward(hidden, text) for text in own])
-        output[part.rows] = mixed
+
+    def given(part: Part, number: int) -> tuple[Tensor, Tensor]:
+        hidden, text = x[part.rows], part.scene.texts[number]
+        return hidden, text.to(context).expand(len(hidden), -1, -1)
+
+    def output(part: Part, number: int) -> Tensor:
+        return forward(*given(part, number))
+
+    def look(part: Part) -> None:
         if part.areas.wanted(x.shape[1]):
-            part.areas.look(*seen(hidden, neutral))
-    return output
+            part.areas.look(*seen(*given(part, 0)))
+
+    return _mixed(forward(x, context), parts, x.shape[1], output, look)
