@@ -119,14 +119,15 @@ class Apart:
         """A copy of Forge's U-Net, or of Forge Neo's Anima, that draws by areas."""
         copied = unet.clone()
         before = copied.model_options.get("model_function_wrapper")
-        parts_now = self._followed_layers(copied.model.diffusion_model, "cross_attn")
+        parts_now: list[Part] = []
+        is_anima = self._follow_layers(copied.model.diffusion_model, "cross_attn", parts_now)
 
         def call(apply_model: Callable[..., Tensor], asked: dict[str, Any]) -> Tensor:
             c = asked["c"]
 
             def run(parts: Sequence[Part]) -> Tensor:
                 options = c.get("transformer_options", {})
-                if parts_now is None:
+                if not is_anima:
                     options = patched(options, parts, _attend)
                 chosen = {**c, "transformer_options": options}
                 if control := c.get("control"):  # the net takes what it uses out of these lists
@@ -144,7 +145,8 @@ class Apart:
 
     def _follow(self, unet: Any) -> None:
         """Have AUTOMATIC1111's U-Net draw by areas until `end`."""
-        parts_now = self._followed_layers(unet, "attn2")
+        parts_now: list[Part] = []
+        self._follow_layers(unet, "attn2", parts_now)
         forward = unet.forward
 
         def call(
@@ -158,15 +160,14 @@ class Apart:
 
         self._replace_forward(unet, call)
 
-    def _followed_layers(self, net: Any, name: str) -> list[Part] | None:
-        """A list of parts that the net's layers of this name follow until `end`; None without any."""
+    def _follow_layers(self, net: Any, name: str, parts_now: Sequence[Part]) -> bool:
+        """Have the net's layers of this name follow the parts until `end`; whether it has any."""
         while len(self.undo) > 1:  # those of an earlier pass
             self.undo.pop()()
         layers = [layer for path, layer in net.named_modules() if path.endswith(f".{name}")]
-        parts_now: list[Part] = []
         for layer in layers:
             self._replace_forward(layer, _follower(layer, parts_now))
-        return parts_now if layers else None
+        return bool(layers)
 
     def _replace_forward(self, module: Any, forward: Callable[..., Any]) -> None:
         before = module.__dict__.get("forward")
@@ -204,15 +205,13 @@ def _follower(layer: Any, parts: Sequence[Part]) -> Callable[..., Tensor]:
 
 
 @contextmanager
-def _followed_in(parts_now: list[Part] | None, parts: Sequence[Part]) -> Iterator[None]:
+def _followed_in(parts_now: list[Part], parts: Sequence[Part]) -> Iterator[None]:
     """Inside the block the layers with this list follow these parts."""
-    if parts_now is not None:
-        parts_now[:] = parts
+    parts_now[:] = parts
     try:
         yield
     finally:
-        if parts_now is not None:
-            parts_now.clear()
+        parts_now.clear()
 
 
 def _attend(q: Tensor, k: Tensor, v: Tensor, options: dict[str, Any]) -> Tensor:
