@@ -286,7 +286,7 @@ def _word(backbone: Backbone, request: ImportRequest) -> Tensor:
         if request.embedding or trigger.lower() != request.token.lower():
             raise SettingError(
                 f"On {backbone.path.name} a concept's name is plain text, the word its LoRA's prompts "
-                f"always used, and has no embedding. Give that word as `token`, and neither a "
+                "always used, and has no embedding. Give that word as `token`, and neither a "
                 "`trigger` nor an `embedding`."
             )
         return torch.zeros(0, backbone.word_width)

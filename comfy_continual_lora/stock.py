@@ -45,8 +45,8 @@ def kohya_lora(adapter: Adapter, width: int, base: CheckpointInfo) -> dict[str, 
     """
     tensors = {}
     layers = layers_of(adapter)
-    naming = {"sdxl": keys.unet_names, "anima": keys.anima_kv_names}.get(base.preset)
-    original = naming(layers) if naming else {}
+    is_renamed = base.preset in ("sdxl", "anima")
+    original = keys.original_kv_names(base.preset, layers) if is_renamed else {}
     for layer, parts in layers.items():
         name = f"lora_unet_{original.get(layer, layer).replace('.', '_')}"
         if "D" in parts:
