@@ -13,6 +13,7 @@ one whose file exists is skipped.
 from __future__ import annotations
 
 import argparse
+from functools import cached_property, partial
 from pathlib import Path
 
 import anima
@@ -24,7 +25,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from comfy_continual_lora.mini import trainset
-from comfy_continual_lora.mini.training import Loss, fit, rank
+from comfy_continual_lora.mini.training import Loss, fit, in_processes, rank
 from comfy_continual_lora.mini.weights import load_reader
 
 STEPS = {"language": 600, "vae16": 1300, "flow": 1400}
@@ -56,25 +57,12 @@ class World:
 
 
 class Small(train.Recipe):
+    all_steps, all_batches = STEPS, BATCHES
     sizes = anima.Sizes(language=4, conditioner=2, net=8)
 
-    @property
-    def data(self) -> World:  # type: ignore[override]
-        if self._small is None:
-            self._small = World(self.run.out, self.arguments.seed, 4 * self.scale)
-        return self._small
-
-    _small: World | None = None
-
-    @property
-    def scale(self) -> float:
-        return self.arguments.scale
-
-    def steps(self, stage: str) -> int:
-        return max(4, round(STEPS[stage] * self.scale))
-
-    def batch(self, stage: str) -> int:
-        return BATCHES[stage]
+    @cached_property
+    def data(self) -> World:
+        return World(self.run.out, self.seed, 4 * self.arguments.scale)
 
     def fast(self, module: torch.nn.Module) -> torch.nn.Module:
         """Compiled if it is of convolutions, which are twice as fast then."""
@@ -87,14 +75,14 @@ class Small(train.Recipe):
 
     def encoded(self, encode: train.Coder, count: int | None = None) -> Tensor:
         """Each process encodes its share, and has all in the end."""
-        count = min(count or len(self.data), len(self.data))
-        share = -(-count // processes())
+        if not dist.is_initialized():
+            return super().encoded(encode, count)
+        count, processes = min(count or len(self.data), len(self.data)), dist.get_world_size()
+        share = -(-count // processes)
         first = rank() * share
         rows = [np.arange(i, i + 64) for i in range(first, first + share, 64)]
         latents = torch.cat([encode(self.data.images(row % count)) for row in rows]).float()[:share]
-        if not dist.is_initialized():
-            return latents
-        parts = [torch.empty_like(latents) for _ in range(processes())]
+        parts = [torch.empty_like(latents) for _ in range(processes)]
         dist.all_gather(parts, latents)
         return torch.cat(parts)[:count]
 
@@ -107,23 +95,9 @@ class Small(train.Recipe):
         return places
 
 
-def processes() -> int:
-    return dist.get_world_size() if dist.is_initialized() else 1
-
-
-def run_stage(stage: str, arguments: argparse.Namespace, rank: int | None = None) -> None:
-    """In one of several processes, or, without a rank, alone."""
-    if rank is not None:
-        torch.set_num_threads(1)
-        file = f"file://{(arguments.out / 'rendezvous').absolute()}"
-        dist.init_process_group("gloo", file, rank=rank, world_size=arguments.processes)
-    torch.manual_seed(arguments.seed)  # every process starts from the same weights
+def run_stage(stage: str, arguments: argparse.Namespace) -> None:
     with sdpa_kernel(SDPBackend.MATH):  # the gradients of the other one take long in bfloat16
         getattr(anima, stage)(Small(arguments))
-
-
-def _process(rank: int, stage: str, arguments: argparse.Namespace) -> None:
-    run_stage(stage, arguments, rank)
 
 
 def main() -> None:
@@ -137,14 +111,11 @@ def main() -> None:
     arguments.out.mkdir(parents=True, exist_ok=True)
     if not (arguments.out / "pictures.npy").exists():
         trainset.draw(arguments.out / "pictures.npy", arguments.processes)
+    torch.manual_seed(arguments.seed)
     for stage in anima.STAGES:
-        if (arguments.out / f"{stage}.safetensors").exists():
-            continue
-        if stage in ALONE or arguments.processes == 1:
-            run_stage(stage, arguments)
-        else:
-            (arguments.out / "rendezvous").unlink(missing_ok=True)
-            torch.multiprocessing.spawn(_process, (stage, arguments), arguments.processes)
+        if not (arguments.out / f"{stage}.safetensors").exists():
+            count = 1 if stage in ALONE else arguments.processes
+            in_processes(partial(run_stage, stage, arguments), count, arguments.out, arguments.seed)
 
 
 if __name__ == "__main__":

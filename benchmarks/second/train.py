@@ -26,7 +26,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -68,25 +68,23 @@ Coder = Callable[[Tensor], Tensor]
 class Recipe:
     """The stages, in one folder, on one device."""
 
-    sizes = anima.Sizes()
+    all_steps, all_batches, sizes = STEPS, BATCHES, anima.Sizes()
 
     def __init__(self, arguments: argparse.Namespace) -> None:
         self.arguments = arguments
         self.run = Run(arguments.out, torch.device(arguments.device))
         self.seed: int = arguments.seed
-        self._data: dataset.Dataset | None = None
 
-    @property
-    def data(self) -> dataset.Dataset:
-        if self._data is None:
-            self._data = dataset.Dataset(self.run.out, self.seed, self.run.device)
-        return self._data
+    @cached_property
+    def data(self) -> Any:
+        """What is learned from, as a `dataset.Dataset` gives it."""
+        return dataset.Dataset(self.run.out, self.seed, self.run.device)
 
     def steps(self, stage: str) -> int:
-        return max(4, round(STEPS[stage] * self.arguments.scale))
+        return max(4, round(self.all_steps[stage] * self.arguments.scale))
 
     def batch(self, stage: str) -> int:
-        return max(4, round(BATCHES[stage] * min(1.0, 4 * self.arguments.scale)))
+        return max(4, round(self.all_batches[stage] * min(1.0, 4 * self.arguments.scale)))
 
     def fast(self, module: nn.Module) -> nn.Module:
         return torch.compile(module) if self.arguments.compile else module  # type: ignore[return-value]

@@ -27,14 +27,13 @@ uninterrupted one would. To train a finished U-Net longer, remove OUT/unet.safet
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 
 from . import stages, trainset, weights
-from .training import Run
+from .training import Run, in_processes
 
 STAGES = ("pictures", "reader", "clip", "autoencoder", "latents", "features", "unet", "pack")
 
@@ -48,9 +47,11 @@ def run_stage(stage: str, run: Run, args: argparse.Namespace) -> None:
                 trainset.draw(path, args.processes)
                 run.log(stage="pictures", count=trainset.PICTURES)
         case "autoencoder":
-            _in_processes(stages.train_autoencoder, args.processes, run, args.autoencoder_steps)
+            train = partial(stages.train_autoencoder, run, args.autoencoder_steps)
+            in_processes(train, args.processes, run.out, trainset.SEED)
         case "unet":
-            _in_processes(stages.train_unet, args.processes, run, args.unet_steps)
+            train = partial(stages.train_unet, run, args.unet_steps)
+            in_processes(train, args.processes, run.out, trainset.SEED)
         case "pack":
             weights.pack(run.out)
         case _:
@@ -60,27 +61,6 @@ def run_stage(stage: str, run: Run, args: argparse.Namespace) -> None:
                 "latents": stages.encode_latents,
                 "features": stages.encode_captions,
             }[stage](run)
-
-
-def _in_processes(train: Callable[[Run, int], None], processes: int, run: Run, steps: int) -> None:
-    """Train in several one-thread processes that see different pictures and average their weights.
-
-    This is faster than one process with several threads.
-    """
-    if processes == 1:
-        return train(run, steps)
-    (run.out / "rendezvous").unlink(missing_ok=True)
-    torch.multiprocessing.spawn(_process, (train, processes, run, steps), processes)
-
-
-def _process(
-    rank: int, train: Callable[[Run, int], None], processes: int, run: Run, steps: int
-) -> None:
-    torch.set_num_threads(1)
-    torch.manual_seed(trainset.SEED)  # every process starts from the same weights
-    rendezvous = f"file://{(run.out / 'rendezvous').absolute()}"
-    dist.init_process_group("gloo", init_method=rendezvous, rank=rank, world_size=processes)
-    train(run, steps)
 
 
 def _parser() -> argparse.ArgumentParser:
