@@ -65,9 +65,10 @@ def main() -> None:
     parser.add_argument("--checkpoint", type=Path)
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "mini.safetensors"
-        weights.write_checkpoint(path)
-        backbone = load_backbone(arguments.checkpoint or path)
+        path = arguments.checkpoint or Path(folder) / "mini.safetensors"
+        if arguments.checkpoint is None:
+            weights.write_checkpoint(path)
+        backbone = load_backbone(path)
     scenes = unseen_scenes(arguments.captions)
     captions = [scene.caption for scene in scenes]
     settings = DrawSettings(guidance=arguments.guidance, size=128).resolved(backbone.preset)

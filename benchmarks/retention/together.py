@@ -140,7 +140,7 @@ def drawn(way: str, backbone: Backbone, stack: store.ConceptStack, asked: Sequen
     drawing = DRAWING.resolved(backbone.preset)
     settings = AreaSettings(
         FINE[backbone.preset],
-        **{key: json.loads(value) for key, value in (c.split("=") for c in changes)},
+        **_values(changes),
     )
     columns: list[list[str | Sequence[str]]] = [[], []]
     for a, b, ground, _ in asked:
@@ -164,6 +164,11 @@ def drawn(way: str, backbone: Backbone, stack: store.ConceptStack, asked: Sequen
             ],
             3,
         )
+
+
+def _values(options: Sequence[str]) -> dict[str, Any]:
+    """Of "name=value" each."""
+    return {key: json.loads(value) for key, value in (one.split("=") for one in options)}
 
 
 @contextmanager
@@ -280,7 +285,7 @@ def main() -> None:
             seed=seed,
             precision="fp32",
             size=128,
-            **{key: json.loads(value) for key, value in (c.split("=") for c in arguments.set)},
+            **_values(arguments.set),
         )
         backbone, stack = learned(folder, arguments.split, seed, settings, arguments.checkpoint)
         known = sequence(arguments.split, seed)

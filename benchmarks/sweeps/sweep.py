@@ -123,10 +123,8 @@ def run(
     tokens = [f"V{number}" for number in range(1, count + 1)]
     chosen = LearnSettings(**{"seed": seed, "precision": "fp32", "size": 128, **settings})
     with tempfile.TemporaryDirectory() as folder:
-        path, kept_in = (
-            checkpoint or Path(folder) / "mini.safetensors",
-            Path(folder) / "stack.safetensors",
-        )
+        path = checkpoint or Path(folder) / "mini.safetensors"
+        kept_in = Path(folder) / "stack.safetensors"
         if checkpoint is None:
             write_checkpoint(path)
         backbone = load_backbone(path, device="cpu")
