@@ -11,7 +11,10 @@ import numpy as np
 import pytest
 import torch
 from helpers_learn import NOUNS, random_adapter
+from jobs import Job
+from learning import learn
 from rivals import RIVALS, Own
+from rivals.cidm import shares
 from rivals.custom_diffusion_merge import constrained_map
 from rivals.features import feature_rows, target_rows
 from rivals.gradient_fusion import fuse
@@ -80,7 +83,8 @@ def test_the_table_holds_every_rival_by_its_name() -> None:
         "o_lora",
         "merge_reinit",
     }
-    assert {name for name, rival in RIVALS.items() if rival.own_learning} == set(SUMMING)
+    own_learning = {name for name, rival in RIVALS.items() if rival.own_learning}
+    assert own_learning == {*SUMMING, "cidm"}
 
 
 @pytest.mark.parametrize("name", RIVALS)
@@ -479,6 +483,45 @@ def test_the_sequential_ones_learn_on_top_of_earlier_ones_and_leave_them(
     # and has seen the earlier one: alone, it would have learned something else
     alone = learn_next(rival, backbone, LESSONS[1], [], SETTINGS, {}, tmp_path / "alone.snapshot")
     assert moved(alone.adapter, second.adapter, "B") > 0
+
+
+def test_cidm_keeps_a_new_b_apart_from_earlier_ones(backbone: Backbone) -> None:
+    past = [random_adapter(backbone, "lora", seed, RANK) for seed in (1, 2)]
+    new = random_adapter(backbone, "lora", 3, RANK)
+    device = torch.device("cpu")
+    assert RIVALS["cidm"].penalties([], {}, device) == {}
+    penalty = RIVALS["cidm"].penalties(past, {"weight": 3.0}, device)["cidm"]
+    layers = [name for name in new if name.endswith(".B")]
+    apart = [float((new[k] @ one[k].T).abs().mean()) for one in past for k in layers]
+    pull = [float((new[k] - 1).square().mean()) for k in layers]
+    by_hand = 3.0 * (np.mean(apart) + np.mean(pull))
+    assert float(penalty(Step(new))) == pytest.approx(by_hand, rel=1e-5)
+
+
+def test_cidm_weighs_every_lora_by_how_near_its_word_is(
+    backbone: Backbone, owns: list[Own]
+) -> None:
+    rival, both = RIVALS["cidm"], [changes(backbone, own.adapter) for own in owns]
+    for drawn in owns:
+        share = shares(backbone, owns, drawn, 8.0)
+        assert float(share.sum()) == pytest.approx(1)
+        assert owns[int(share.argmax())] is drawn
+        options = {"alpha": 0.5, "power": 8.0}
+        merged = changes(backbone, rival.merged(backbone, owns, options, drawn=drawn))
+        for layer, change in merged.items():
+            wanted = 0.5 * (share[0] * both[0][layer] + share[1] * both[1][layer])
+            assert relative(change, wanted) < 1e-6
+    assert shares(backbone, owns, owns[0], 0.0).tolist() == [0.5, 0.5]
+    assert shares(backbone, owns[:1], owns[0], 4.0).tolist() == [1.0]
+
+
+def test_each_concept_is_drawn_with_a_mean_of_its_own_by_cidm_alone(tmp_path: Path) -> None:
+    common = ("batch=2", "rank=4", "vectors=1")
+    for name, count in (("cidm", 3), ("merge_reinit", 2)):
+        learned = learn(Job(name, 0, 2, 2, tmp_path / name, steps=2, common=common))
+        assert set(learned.stacks) == {(0, 0), (1, 0), (1, 1)}
+        assert len({id(stack) for stack in learned.stacks.values()}) == count
+        assert len(learned.stacks[1, 0].records) == 2
 
 
 def test_a_stack_draws_with_the_adapter_and_every_word(backbone: Backbone, owns: list[Own]) -> None:

@@ -138,13 +138,18 @@ def _learn_as_rival(job: Job, rival: Rival) -> Learned:
     backbone = load_backbone(checkpoint_of(job), device=job.device)
     owns, seconds = _alone(job) if job.merges else _own_learning(job, rival, backbone)
     started = time.process_time()
-    counts = {i + 1 for i, _ in job.cells}
-    cache = job.folder / "cache"
-    merged = {n: rival.merged(backbone, owns[:n], job.options, cache) for n in sorted(counts)}
-    seconds += (time.process_time() - started) / len(counts)
-    stacks = {n: stack_of(backbone, owns[:n], adapter) for n, adapter in merged.items()}
+    merged: dict[tuple[int, int], store.ConceptStack] = {}
+    stacks: dict[tuple[int, int], store.ConceptStack] = {}
+    for i, j in job.cells:
+        key = (i, j) if rival.by_concept else (i, 0)
+        if key not in merged:
+            past, cache = owns[: i + 1], job.folder / "cache"
+            adapter = rival.merged(backbone, past, job.options, cache, owns[j])
+            merged[key] = stack_of(backbone, past, adapter)
+        stacks[i, j] = merged[key]
+    seconds += (time.process_time() - started) / len(merged)
     size = sum(t.nbytes for own in owns for t in (own.word, *own.adapter.values()))
-    return Learned({(i, j): stacks[i + 1] for i, j in job.cells}, seconds, size)
+    return Learned(stacks, seconds, size)
 
 
 def _alone(job: Job) -> tuple[list[Own], float]:

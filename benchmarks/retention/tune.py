@@ -71,6 +71,7 @@ KNOBS: dict[str, tuple[Knob, Knob]] = {
     "orthogonal_adaptation": (RATE, TOKEN_RATE),
     "merge_reinit": (RATE, TOKEN_RATE),
     "o_lora": (RATE, Knob("weight")),
+    "cidm": (RATE, Knob("power", (1.0, 4.0, 64.0), of_preset=False)),
     "plain_sum": (Knob("weight", (0.4, 0.7, 1.0), of_preset=False), WEIGHT),
     "ties": (Knob("density", (0.2, 0.5, 0.8), of_preset=False), WEIGHT),
     "dare": (Knob("density", (0.2, 0.5, 0.8), of_preset=False), WEIGHT),

@@ -9,6 +9,7 @@ file a method; the interface is in `rival`.
 
 from __future__ import annotations
 
+from .cidm import Cidm
 from .custom_diffusion_merge import CustomDiffusionMerge
 from .dare import Dare
 from .gradient_fusion import GradientFusion
@@ -36,5 +37,6 @@ RIVALS: dict[str, Rival] = {
         OrthogonalAdaptation(),
         OLora(),
         MergeReinit(),
+        Cidm(),
     )
 }

@@ -38,13 +38,27 @@ def target_rows(backbone: Backbone, concept: Own) -> Tensor:
     """The features at a concept's target words, (s, d_text): its word, its noun and the end token, in
     its name alone and in "photo of a ...".
     """
-    words = {concept.token: concept.word}
     rows = []
     for prompt in (concept.name, f"photo of a {concept.name}"):
-        features = backbone.context(backbone.encode_prompts([prompt], words))[0]
-        assert isinstance(backbone, StableBackbone)
-        _, slots = backbone.tokenize(prompt, words)
+        features, slots = _with_slots(backbone, concept, prompt)
         first = next(position for position, slot in enumerate(slots) if slot >= 0)
-        padding = backbone.padding([prompt], words)[0]
+        padding = backbone.padding([prompt], {concept.token: concept.word})[0]
         rows.append(features[first:][~padding[first:]])
     return torch.cat(rows).double().cpu()
+
+
+@torch.no_grad()
+def word_rows(backbone: Backbone, concept: Own, prompt: str) -> Tensor:
+    """The features at a concept's word in a prompt, (k, d_text)."""
+    features, slots = _with_slots(backbone, concept, prompt)
+    return features[[slot >= 0 for slot in slots]].double().cpu()
+
+
+def _with_slots(backbone: Backbone, concept: Own, prompt: str) -> tuple[Tensor, list[int]]:
+    """A prompt's features, (t, d_text), and at each position the number of the word's vector there,
+    below 0 for anything else.
+    """
+    assert isinstance(backbone, StableBackbone)
+    words = {concept.token: concept.word}
+    features = backbone.context(backbone.encode_prompts([prompt], words))[0]
+    return features, backbone.tokenize(prompt, words)[1]

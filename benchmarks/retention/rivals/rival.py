@@ -4,6 +4,7 @@ and no pictures, and makes one adapter for all of them.
     merging       the LoRAs were each learned alone; `merge` makes one adapter of them
     own learning  `start`, `penalties`, `freezes_a` say how a LoRA is learned; `merge` adds them up
     sequential    own learning, on top of the summed earlier LoRAs
+    by concept    the adapter is another one for each concept that is drawn
 
 Notation, for one layer: W0 (d_out, d_text) is the checkpoint's K or V, delta_i = B_i A_i the change
 that concept i's LoRA makes, A_i (r, d_text), B_i (d_out, r), c (d_text,) the text features of a prompt
@@ -47,6 +48,7 @@ class Pool:
     concepts: Sequence[Own]
     options: Mapping[str, float]  # all that the rival has
     cache: Path | None = None  # a folder of moments
+    drawn: Own | None = None  # the concept that the adapter is to draw, of a rival by concept
 
     @property
     def adapters(self) -> list[Adapter]:
@@ -61,6 +63,8 @@ class Rival:
     own_learning: ClassVar[bool] = False
     # learns on top of the summed earlier LoRAs
     sequential: ClassVar[bool] = False
+    # merges anew for each concept that is drawn
+    by_concept: ClassVar[bool] = False
     # trains B alone
     freezes_a: ClassVar[bool] = False
     # by name, with their defaults
@@ -82,9 +86,10 @@ class Rival:
         concepts: Sequence[Own],
         options: Mapping[str, float],
         cache: Path | None = None,
+        drawn: Own | None = None,
     ) -> Adapter:
         """One adapter for all concepts; `cache` is a folder of moments."""
-        return self.merge(Pool(backbone, concepts, self.chosen(options), cache))
+        return self.merge(Pool(backbone, concepts, self.chosen(options), cache, drawn))
 
     def merge(self, pool: Pool) -> Adapter:
         return summed(pool.adapters)
