@@ -127,6 +127,33 @@ def test_every_row_is_allowed_and_has_five_trials() -> None:
         assert len(first.values) + len(second.values) - 1 == 5
 
 
+def test_tuning_takes_the_best_of_five_trials_and_goes_on_where_it_stopped(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    run_here: list[tuple[str, ...]] = []
+
+    def gains_of(job: Job) -> list[float]:
+        if len(run_here) == 4:
+            raise KeyboardInterrupt
+        run_here.append(job.tuned)
+        return [job.choices["rate"], job.choices.get("token_rate", 0.0)]
+
+    monkeypatch.setattr(tune, "gains_of", gains_of)
+    file, job = tmp_path / "tuned.json", replace(JOB, variant="lora")
+    with pytest.raises(KeyboardInterrupt):
+        tune.tuned(file, job)
+    assert tune.read(file) == {}
+    first_four, run_here[:] = list(run_here), []
+    chosen = tune.tuned(file, job)["chosen"]
+    assert len(run_here) == 1
+    usual = job.settings.resolved("mini")
+    rates = [json.loads(trial[0].removeprefix("rate=")) for trial in first_four[:3]]
+    assert rates == pytest.approx([0.3 * usual.rate, usual.rate, 3 * usual.rate])
+    best = {change.partition("=")[0]: float(change.partition("=")[2]) for change in chosen}
+    assert best == pytest.approx({"rate": 3 * usual.rate, "token_rate": 3 * usual.token_rate})
+    assert tune.read(file) == {"lora": list(chosen)}
+
+
 # --- photographs ----------------------------------------------------------------------------------
 
 

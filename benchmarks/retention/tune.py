@@ -3,8 +3,8 @@
     python benchmarks/retention/tune.py benchmarks/retention/tuned.json [--methods lora,ties]
         [--concepts 2] [--steps 200] [--processes 2] [--set batch=4]
 
-in: nothing - out: a JSON file with, for each row, the settings chosen and every trial. A row that the
-file has is not tuned again. `run.py --tuned` learns with it.
+in: nothing - out: a JSON file with, for each row, every trial and, after the last one, the settings
+chosen. A trial that the file has is not run again. `run.py --tuned` learns with it.
 
 Each row has five trials on development concepts: three values of what matters most (for most the
 learning rate), then two of something else beside the best of them. The measure is the `gain` of
@@ -88,20 +88,29 @@ KNOBS: dict[str, tuple[Knob, Knob]] = {
 }
 
 
-def tuned(job: Job) -> dict[str, Any]:
-    """The trials of one row, and the settings chosen."""
+def tuned(path: Path, job: Job) -> dict[str, Any]:
+    """The trials of one row, and the settings chosen; each trial is kept in the file at once."""
     torch.set_num_threads(1)
     first, second = KNOBS[job.method]
+    earlier = _rows(path).get(job.variant, {}).get("trials", [])
+    known = {tuple(trial["settings"]): trial for trial in earlier}
     trials: list[dict[str, Any]] = []
     chosen: tuple[str, ...] = job.tuned
     for knob, values in ((first, first.values), (second, _others(second))):
         for value in values:
             change = f"{knob.name}={json.dumps(_value(knob, value, job, chosen))}"
             names = (*(c for c in chosen if not c.startswith(f"{knob.name}=")), change)
-            gains = gains_of(replace(job, tuned=names))
-            trials.append({"settings": names, "gain": sum(gains) / len(gains), "gains": gains})
-        chosen = max(trials, key=lambda trial: trial["gain"])["settings"]
-    return {"chosen": chosen, "trials": trials}
+            trials.append(known.get(names) or _trial(replace(job, tuned=names)))
+            _write(path, job.variant, {"trials": trials})
+        chosen = tuple(max(trials, key=lambda trial: trial["gain"])["settings"])
+    row = {"chosen": chosen, "trials": trials}
+    _write(path, job.variant, row)
+    return row
+
+
+def _trial(job: Job) -> dict[str, Any]:
+    gains = gains_of(job)
+    return {"settings": job.tuned, "gain": sum(gains) / len(gains), "gains": gains}
 
 
 def _others(knob: Knob) -> tuple[float, ...]:
@@ -139,24 +148,29 @@ def gains_of(job: Job) -> list[float]:
 
 
 def read(path: Path) -> dict[str, list[str]]:
-    """The settings chosen for each row."""
-    return {variant: row["chosen"] for variant, row in _rows(path).items()}
+    """The settings chosen for each row that had all its trials."""
+    rows = _rows(path)
+    return {variant: row["chosen"] for variant, row in rows.items() if "chosen" in row}
 
 
 def _rows(path: Path) -> dict[str, Any]:
     return json.loads(path.read_text()) if path.exists() else {}
 
 
+def _write(path: Path, variant: str, row: dict[str, Any]) -> None:
+    """One process at a time."""
+    with FileLock(path.with_suffix(".lock")):
+        rows = {**_rows(path), variant: row}
+        path.write_text(json.dumps(rows, indent=1) + "\n")
+
+
 def _tune(path: Path, job: Job) -> str:
     """The variant if it failed, which leaves the others to go on."""
     try:
-        row = tuned(job)
+        row = tuned(path, job)
     except Exception:
         print(f"{job.variant:<36} FAILED\n{traceback.format_exc()}", flush=True)
         return job.variant
-    with FileLock(path.with_suffix(".lock")):
-        rows = {**_rows(path), job.variant: row}
-        path.write_text(json.dumps(rows, indent=1) + "\n")
     best = max(trial["gain"] for trial in row["trials"])
     print(f"{job.variant:<36} {best:.4f}  {' '.join(row['chosen'])}", flush=True)
     return ""
@@ -186,7 +200,7 @@ def main() -> None:
     )
     variants, failed = arguments.methods.split(","), []
     for only_merges in (False, True):  # a row that merges needs what `separate` was tuned to
-        found = _rows(arguments.out)
+        found = read(arguments.out)
         jobs = []
         for job in map(new_job, variants):
             if job.variant in found or job.merges != only_merges:
@@ -195,7 +209,7 @@ def main() -> None:
                 failed.append(job.variant)
                 continue
             if only_merges:
-                job = replace(job, tuned=tuple(found[job.alone.variant]["chosen"]))
+                job = replace(job, tuned=tuple(found[job.alone.variant]))
             job.check()
             jobs.append(job)
         with get_context("spawn").Pool(arguments.processes) as pool:

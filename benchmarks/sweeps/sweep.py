@@ -158,6 +158,7 @@ def run(
         "settings": settings,
         "concepts": count,
         "seed": seed,
+        **({"checkpoint": checkpoint.name} if checkpoint else {}),
         "learned": _mean(learned),
         "kept": _mean(kept),
         "kept_of_earlier": _mean(kept[:-1]),
@@ -224,22 +225,31 @@ def rows_of(path: Path) -> list[dict[str, Any]]:
 
 
 def runs_in(path: Path) -> set[str]:
-    """The settings, number of concepts and seed of every run a file holds, as JSON."""
-    return {json.dumps([r["settings"], r["concepts"], r["seed"]]) for r in rows_of(path)}
+    """What every run a file holds was told to do, as `_key` writes it."""
+    return {
+        _key((row["settings"], row["concepts"], row["seed"]), row.get("checkpoint"))
+        for row in rows_of(path)
+    }
+
+
+def _key(job: tuple[dict[str, Any], int, int], checkpoint: str | None) -> str:
+    return json.dumps([*job, checkpoint])
 
 
 def table(path: Path, columns: Sequence[str] = COLUMNS) -> str:
     """The runs of a file, averaged over seeds."""
     groups: dict[str, list[dict]] = {}
     for row in rows_of(path):
-        groups.setdefault(json.dumps([row["settings"], row["concepts"]]), []).append(row)
+        alike = [row["settings"], row["concepts"], row.get("checkpoint")]
+        groups.setdefault(json.dumps(alike), []).append(row)
     lines = [
         "| settings | concepts | seeds | " + " | ".join(columns) + " |",
         "|---" * (len(columns) + 3) + "|",
     ]
     for key, rows in groups.items():
-        settings, count = json.loads(key)
-        label = ", ".join(f"{name}={_shown(value)}" for name, value in settings.items())
+        settings, count, checkpoint = json.loads(key)
+        chosen = [f"{name}={_shown(value)}" for name, value in settings.items()]
+        label = ", ".join([*chosen, *([checkpoint] if checkpoint else [])])
         cells = [_mean_and_deviation([row[column] for row in rows]) for column in columns]
         lines.append(f"| {label} | {count} | {len(rows)} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
@@ -277,12 +287,13 @@ def main() -> None:
     arguments = parser.parse_args()
     if not arguments.table:
         done = runs_in(arguments.out)
+        name = arguments.checkpoint.name if arguments.checkpoint else None
         jobs = [
             (settings, arguments.concepts, int(seed))
             for seed in arguments.seeds.split(",")
             for settings in combinations(arguments.set)
         ]
-        jobs = [job for job in jobs if json.dumps(list(job)) not in done]
+        jobs = [job for job in jobs if _key(job, name) not in done]
         with (
             get_context("spawn").Pool(arguments.processes) as pool,
             arguments.out.open("a") as file,
