@@ -14,13 +14,13 @@ from PIL import Image
 from . import pipeline, report, reportpage
 from .concepts import read_image
 from .errors import SettingError
-from .evaluate import RetentionReport
 from .files import history_folder, stack_path
 from .mini import world
 from .mini.weights import write_checkpoint
 from .progress import OnProgress
 from .requests import DrawRequest, EvaluateRequest, LearnRequest
 from .settings import DrawSettings, LearnSettings
+from .verdicts import RetentionReport
 
 PICKED = (2, 6)  # which development concepts
 PLACES = ("on grass", "on sand", "in snow", "on wood")

@@ -29,8 +29,8 @@ from .requests import parse
 from .results import Drawn, DrawResult, InfoResult, LearnResult, Result, ScoreResult
 
 if TYPE_CHECKING:
-    from .evaluate import RetentionReport
     from .export import Exported
+    from .verdicts import RetentionReport
 
 Paths = str | Path | Sequence[str | Path]
 

@@ -11,9 +11,9 @@ from PIL import Image, ImageDraw
 from PIL.PngImagePlugin import PngInfo
 
 from .concepts import fitted, read_image
-from .evaluate import RetentionReport
 from .imagefile import is_own, save_new, save_own
 from .results import Drawn, Scored
+from .verdicts import RetentionReport
 
 
 def grid(images: Sequence[Image.Image], columns: int, gap: int = 4) -> Image.Image:

@@ -41,6 +41,7 @@ from .session import Session, open_session
 from .settings import ScoreSettings, SolveSettings
 from .solving import chosen
 from .stack import ConceptRecord, ConceptStack
+from .verdicts import RetentionReport
 from .versions import in_use
 
 
@@ -115,9 +116,7 @@ def _origin(session: Session, stack: ConceptStack, only: Sequence[str]) -> infot
     )
 
 
-def evaluate(
-    request: EvaluateRequest, on_progress: OnProgress = ignore
-) -> evaluation.RetentionReport:
+def evaluate(request: EvaluateRequest, on_progress: OnProgress = ignore) -> RetentionReport:
     """Draw every concept with every version of the stack since it was learned, and measure how much
     is retained.
     """
@@ -197,7 +196,7 @@ def scored_after_learning(session: Session, request: LearnRequest) -> ScoreResul
 
 def evaluated(
     session: Session, request: EvaluateRequest, groups: Sequence[inventory.Group]
-) -> evaluation.RetentionReport:
+) -> RetentionReport:
     stack, backbone = session.stack, session.backbone
     if not stack.records:
         raise StackError(

@@ -70,7 +70,7 @@ LAYERS = (
     ("loraconfig",),
     ("concept", "early", "session"),
     ("infotext", "learn", "requests", "targets"),
-    ("moments", "results", "sample", "solve", "training", "watch"),
+    ("moments", "results", "sample", "solve", "training", "verdicts", "watch"),
     ("classifier", "hostareas", "likeness", "objective", "together"),
     ("mini",),
     ("ewc", "textspace"),

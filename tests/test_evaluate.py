@@ -28,6 +28,7 @@ from comfy_continual_lora.checkpoint.backbone import Backbone
 from comfy_continual_lora.errors import CheckpointError, ConceptImagesError, StackError
 from comfy_continual_lora.progress import Progress
 from comfy_continual_lora.settings import EvaluateSettings, LearnSettings
+from comfy_continual_lora.verdicts import RetentionReport
 
 QUICK = EvaluateSettings(pictures=2, steps=2, trials=2, size=64)
 
@@ -103,9 +104,9 @@ def test_a_concept_no_different_from_its_noun_has_nothing_to_keep() -> None:
 
 def _report(
     likeness: torch.Tensor, floor: list[float], own: list[float], reference: str = "pictures"
-) -> evaluate.RetentionReport:
+) -> RetentionReport:
     count = len(floor)
-    return evaluate.RetentionReport(
+    return RetentionReport(
         [chr(ord("a") + j) for j in range(count)],
         likeness,
         torch.tensor(floor),
