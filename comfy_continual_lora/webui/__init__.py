@@ -11,6 +11,7 @@
     api.py              what the tab does, as JSON over HTTP                    fastapi
     tab.py, outputs.py  the layout, and which parts of it change                gradio 3.41 to 6
     view.py             what it shows                                           gradio
+    events.py           which handler each click has, and what it reads         gradio
     handlers.py         what clicks do (uploads.py)                             gradio
     alone.py, a1111.py  the standalone tab; the tab in a web UI                 gradio
 """

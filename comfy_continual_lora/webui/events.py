@@ -1,0 +1,165 @@
+"""What happens when something on the page is pressed, chosen or dropped: each event's handler, with
+the components that it reads and those that it shows.
+"""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import gradio as gr
+
+from .handlers import Handlers
+from .outputs import (
+    ADVANCED,
+    ASKING,
+    CARDS,
+    CHIPS,
+    HAS_TIMER,
+    OUTPUTS,
+    PICTURES,
+    RENAMING,
+    SLOTS,
+    STACK,
+    not_asked,
+)
+
+# gradio 3 has no timer, so a script presses a button while that reads "busy" and the page is
+# visible. No handler may run long: in gradio 3, one whose page was closed keeps the server from
+# shutting down, so that "Reload UI" hangs.
+_PULSE = """() => {
+  const button = () => document.querySelector("#continual_lora_pulse");
+  button().style.display = "none";
+  const isBusy = () => button()?.textContent.includes("busy") && !document.hidden;
+  setInterval(() => isBusy() && button().click(), 1000);
+}"""
+# The web UI's own page: its prompt, and its way to the tab. Empty prompts are refusals.
+_SEND = """(prompt) => {
+  if (!prompt) return;
+  const field = document.querySelector("#txt2img_prompt textarea");
+  field.value = prompt;
+  field.dispatchEvent(new Event("input", {bubbles: true}));
+  if (window.switch_to_txt2img) window.switch_to_txt2img();
+}"""
+_JS = "_js" if gr.__version__.startswith("3.") else "js"
+
+
+def connect(parts: SimpleNamespace, handlers: Handlers, page: gr.Blocks) -> None:
+    """Connect the components that `tab` made; `parts` holds them by name."""
+    _connect_jobs(parts, handlers, page)
+    _connect_cards(parts, handlers)
+    _connect_questions(parts, handlers)
+    _connect_pulse(parts, handlers, page)
+    _connect_inputs(parts, handlers)
+
+
+def _outputs(parts: SimpleNamespace, names: tuple[str, ...] = OUTPUTS) -> list[Any]:
+    return [getattr(parts, name) for name in names]
+
+
+def _place(parts: SimpleNamespace) -> list[Any]:
+    return [parts.checkpoint, parts.stack, parts.first]
+
+
+def _captions(parts: SimpleNamespace) -> list[Any]:
+    return [getattr(parts, f"caption_{number}") for number in range(SLOTS)]
+
+
+def _connect_jobs(parts: SimpleNamespace, handlers: Handlers, page: gr.Blocks) -> None:
+    place, files, captions = _place(parts), parts.files, _captions(parts)
+    words = [parts.token, parts.noun, parts.method, parts.replace, parts.prediction]
+    learning = [*place, files, parts.names, *words, *parts.advanced, *captions]
+    how = [parts.count, parts.sampling, parts.drawn_seed, parts.negative]
+    for event, handler, inputs in (
+        (parts.learn.click, handlers.learn, learning),
+        (parts.estimate.click, handlers.estimate, learning),
+        (
+            parts.consolidate.click,
+            handlers.consolidate,
+            [*place, files, parts.names, *parts.advanced, *captions],
+        ),
+        (parts.closed_form.click, handlers.closed_form, place),
+        (parts.scores.click, handlers.scores, [*place, files]),
+        (parts.evaluate.click, handlers.evaluate, place),
+        (
+            parts.export.click,
+            handlers.export,
+            [*place, parts.remove_superseded, parts.words],
+        ),
+        (parts.draw.click, handlers.draw, [*place, parts.prompt, *how]),
+        (parts.stop.click, handlers.stop, place),
+        (parts.halt.click, handlers.stop, place),
+        (parts.learn_next.click, handlers.learn_next, [*place, parts.waits]),
+        (parts.take_off.click, handlers.take_off, [*place, parts.waits]),
+        (parts.prepare.click, handlers.prepare, place),
+    ):
+        event(handler, inputs, _outputs(parts))
+    # opened, or opened again, whatever happened meanwhile
+    page.load(handlers.load, None, [parts.checkpoint, parts.stack, *_outputs(parts)])
+
+
+def _connect_cards(parts: SimpleNamespace, handlers: Handlers) -> None:
+    place, outputs = _place(parts), _outputs(parts)
+    how = [parts.count, parts.sampling, parts.drawn_seed, parts.negative]
+    named = [parts.checkpoint, parts.stack, parts.tokens]
+    asking = _outputs(parts, (*OUTPUTS, *ASKING))
+    sent = gr.Textbox("", visible=False)
+    script: dict[str, Any] = {_JS: _SEND}
+    for number in range(CARDS):
+        draw, export, rename, forget, send = (
+            getattr(parts, f"{kind}_{number}")
+            for kind in ("draw", "export", "rename", "forget", "send")
+        )
+        draw.click(handlers.draw_card(number), [*place, parts.tokens, *how], outputs)
+        export.click(
+            handlers.export_card(number), [*place, parts.tokens, parts.remove_superseded], outputs
+        )
+        forget.click(handlers.ask_forget(number), named, asking)
+        rename.click(handlers.ask_name(number), named, _outputs(parts, RENAMING))
+        if handlers.host.sends_prompts:
+            done = send.click(handlers.send_card(number), named, [sent, parts.said])
+            done.then(None, sent, None, **script)
+    renaming = [*place, parts.renamed, parts.to]
+    parts.rename.click(handlers.rename, renaming, [*outputs, parts.renaming])
+    parts.to.submit(handlers.rename, renaming, [*outputs, parts.renaming])
+    parts.keep.click(lambda: gr.update(visible=False), None, parts.renaming)
+    for number in range(CHIPS):
+        chip = getattr(parts, f"chip_{number}")
+        chip.click(lambda prompt: prompt, chip, parts.prompt)
+    turned = [parts.first, *_outputs(parts, STACK)]
+    parts.more.click(handlers.turn, place, turned)
+
+
+def _connect_questions(parts: SimpleNamespace, handlers: Handlers) -> None:
+    place, outputs = [parts.checkpoint, parts.stack], _outputs(parts, (*OUTPUTS, *ASKING))
+    parts.undo.click(handlers.ask("undo"), place, outputs)
+    parts.restore.click(handlers.ask("restore"), [*place, parts.version], outputs)
+    parts.yes.click(handlers.confirm, [*_place(parts), parts.pending], outputs)
+    parts.no.click(not_asked, None, _outputs(parts, ASKING))
+
+
+def _connect_pulse(parts: SimpleNamespace, handlers: Handlers, page: gr.Blocks) -> None:
+    inputs = [*_place(parts), parts.mark, parts.token, parts.replace]
+    outputs = _outputs(parts)
+    if HAS_TIMER:
+        parts.pulse.tick(handlers.look, inputs, outputs, show_progress="hidden")
+        return
+    parts.pulse.click(handlers.look, inputs, outputs, show_progress="hidden", queue=False)
+    script: dict[str, Any] = {_JS: _PULSE}
+    page.load(None, None, None, **script)
+
+
+def _connect_inputs(parts: SimpleNamespace, handlers: Handlers) -> None:
+    host = handlers.host
+    parts.example.click(host.example, parts.token, [parts.files, parts.noun])
+    fit = parts.advanced[ADVANCED.index("fit")]
+    dropped = [parts.files, parts.names, fit, *_captions(parts)]
+    for changed in (parts.files, fit):
+        changed.change(handlers.pictures, dropped, _outputs(parts, PICTURES))
+    parts.refresh.click(handlers.refresh, parts.checkpoint, parts.checkpoint)
+    shown = [parts.first, *_outputs(parts, (*STACK, "token", *ASKING))]
+    for changed in (parts.checkpoint, parts.stack):
+        changed.change(handlers.other_stack, [parts.checkpoint, parts.stack, parts.token], shown)
+    settings = [parts.method, parts.prediction, *parts.advanced]
+    for setting in settings:
+        setting.change(handlers.changed, settings, parts.changed)
