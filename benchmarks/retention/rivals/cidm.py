@@ -1,8 +1,8 @@
 """`cidm`: a LoRA for each concept, held apart from the earlier ones; a prompt is drawn with a mean of
 all of them, weighted by how near their words are to it.
 
-source      Dong et al. 2024 (CIDM, arXiv 2410.17594), sections 3.1 and 3.2; numbers are those of the
-            authors' code
+source      Dong et al. 2024 (CIDM, arXiv 2410.17594), in the terms and numbers of the authors' code
+            (JiahuaDong/CIFC)
 equation    the loss of `lora` + weight * mean over layers and i < n of
             ( mean_jk |(B_n B_i^T)_jk| + mean_jk ((B_n)_jk - 1)^2 )
             delta(prompt) = alpha * sum_i s_i B_i A_i,   s_i ~ n_i^power,   sum_i s_i = 1
