@@ -37,7 +37,7 @@ from .rival import Own, Pool, Rival, summed
 
 
 @dataclass(frozen=True)
-class Apart:
+class Separation:
     """The penalty in the training loop; `past`: the earlier concepts' factors B, by layer."""
 
     weight: float
@@ -67,7 +67,7 @@ class Cidm(Rival):
             {name: tensor.to(device) for name, tensor in earlier.items() if name.endswith(".B")}
             for earlier in past
         ]
-        return {self.id: Apart(self.chosen(options)["weight"], factors)}
+        return {self.id: Separation(self.chosen(options)["weight"], factors)}
 
     def merge(self, pool: Pool) -> Adapter:
         assert pool.drawn

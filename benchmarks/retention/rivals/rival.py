@@ -63,7 +63,7 @@ class Rival:
     own_learning: ClassVar[bool] = False
     # learns on top of the summed earlier LoRAs
     sequential: ClassVar[bool] = False
-    # merges anew for each concept that is drawn
+    # merges separately for each concept that is drawn
     by_concept: ClassVar[bool] = False
     # trains B alone
     freezes_a: ClassVar[bool] = False
