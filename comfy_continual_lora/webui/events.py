@@ -98,6 +98,11 @@ def _connect_jobs(parts: SimpleNamespace, handlers: Handlers, page: gr.Blocks) -
     page.load(handlers.load, None, [parts.checkpoint, parts.stack, *_outputs(parts)])
 
 
+def _of_card(parts: SimpleNamespace, kind: str, number: int) -> Any:
+    """A card's button."""
+    return getattr(parts, f"{kind}_{number}")
+
+
 def _connect_cards(parts: SimpleNamespace, handlers: Handlers) -> None:
     place, outputs = _place(parts), _outputs(parts)
     how = [parts.count, parts.sampling, parts.drawn_seed, parts.negative]
@@ -106,17 +111,15 @@ def _connect_cards(parts: SimpleNamespace, handlers: Handlers) -> None:
     sent = gr.Textbox("", visible=False)
     script: dict[str, Any] = {_JS: _SEND}
     for number in range(CARDS):
-        draw, export, rename, forget, send = (
-            getattr(parts, f"{kind}_{number}")
-            for kind in ("draw", "export", "rename", "forget", "send")
-        )
-        draw.click(handlers.draw_card(number), [*place, parts.tokens, *how], outputs)
-        export.click(
-            handlers.export_card(number), [*place, parts.tokens, parts.remove_superseded], outputs
-        )
-        forget.click(handlers.ask_forget(number), named, asking)
-        rename.click(handlers.ask_name(number), named, _outputs(parts, RENAMING))
+        draw = [*place, parts.tokens, *how]
+        _of_card(parts, "draw", number).click(handlers.draw_card(number), draw, outputs)
+        export = [*place, parts.tokens, parts.remove_superseded]
+        _of_card(parts, "export", number).click(handlers.export_card(number), export, outputs)
+        _of_card(parts, "forget", number).click(handlers.ask_forget(number), named, asking)
+        asking_name = _outputs(parts, RENAMING)
+        _of_card(parts, "rename", number).click(handlers.ask_name(number), named, asking_name)
         if handlers.host.sends_prompts:
+            send = _of_card(parts, "send", number)
             done = send.click(handlers.send_card(number), named, [sent, parts.said])
             done.then(None, sent, None, **script)
     renaming = [*place, parts.renamed, parts.to]
