@@ -166,8 +166,8 @@ def test_lost_variety_shows_in_the_gaussian_kernel_only() -> None:
 
 
 def test_a_trained_judge_tells_right_pictures_from_wrong_ones(tmp_path: Path) -> None:
-    # an eighth of the training: shapes are learned by then, seven patterns in ten
-    trained = load_judges(tmp_path, Budget(1500, 150, 400, batch=64))
+    # a sixth of the training: shapes are learned by then, seven patterns in ten
+    trained = load_judges(tmp_path, Budget(1500, 150, 550, batch=64))
     own, others = [], []
     learned = world.concepts("development", 8)
     for concept, other in zip(learned, [*learned[1:], learned[0]], strict=True):
@@ -175,10 +175,8 @@ def test_a_trained_judge_tells_right_pictures_from_wrong_ones(tmp_path: Path) ->
         own.append(trained.agreement(pictures, concept))
         others.append(trained.agreement(pictures, other))
     for key, least in {"shape": 0.95, "pattern": 0.6}.items():
-        right = torch.cat([agreement[key] for agreement in own]).mean()
-        wrong = torch.cat([agreement[key] for agreement in others]).mean()
-        assert right > least
-        assert wrong < 0.5 * right
+        assert torch.cat([agreement[key] for agreement in own]).mean() > least
+        assert torch.cat([agreement[key] for agreement in others]).mean() < 0.2
     right = torch.cat([agreement["colors"] for agreement in own]).mean()
     wrong = torch.cat([agreement["colors"] for agreement in others]).mean()
     assert right < 0.5 * wrong
