@@ -35,6 +35,7 @@ from rows import ROWS
 
 from comfy_continual_lora.checkpoint.backbone import FrozenText
 from comfy_continual_lora.checkpoint.load import load_backbone
+from comfy_continual_lora.files import write_whole
 from comfy_continual_lora.mini.weights import write_checkpoint
 
 sys.path.append(str(Path(__file__).parents[1] / "sweeps"))
@@ -161,7 +162,7 @@ def _write(path: Path, variant: str, row: dict[str, Any]) -> None:
     """One process at a time."""
     with FileLock(path.with_suffix(".lock")):
         rows = {**_rows(path), variant: row}
-        path.write_text(json.dumps(rows, indent=1) + "\n")
+        write_whole(path, json.dumps(rows, indent=1).encode() + b"\n")
 
 
 def _tune(path: Path, job: Job) -> str:
