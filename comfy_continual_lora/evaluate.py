@@ -98,36 +98,15 @@ def evaluate(
     """Draw and compare; `own` holds the user's pictures by token, (n, 3, size, size) in -1..1.
     `settings` are resolved. `use_kept`: whether features in the stack are of the same kind.
     """
-    records = stack.records
-    count = len(records)
-    drawing = DrawSettings(steps=settings.steps, guidance=settings.guidance, size=settings.size)
-    drawing = drawing.resolved(backbone.preset)
-    total = count + count * (count + 1) // 2
-    done = 0
-
-    def drawn(name: str, version: ConceptStack | None) -> Tensor:
-        nonlocal done
-        prompts = [PROMPTS[n % len(PROMPTS)].format(name) for n in range(settings.pictures)]
-        seeds = [settings.seed + n for n in range(settings.pictures)]
-        on_progress(Progress("evaluate", done, total))
-        pictures = sample.draw(
-            backbone,
-            version.tokens if version else {},
-            prompts,
-            seeds,
-            drawing,
-            lambda p: on_progress(Progress("evaluate", done, total)),
-        )
-        done += 1
-        return pictures
-
+    records, count = stack.records, len(stack.records)
+    draw = _Drawing(backbone, settings, count + count * (count + 1) // 2, on_progress)
     versions = [as_of(stack, i + 1) for i in range(count)]
     after: dict[tuple[int, int], Tensor] = {}
     for i, version in enumerate(versions):
         with folded(backbone, version.adapter):
-            for j in range(i + 1):
-                after[i, j] = drawn(records[j].name, version)
-    plain = [drawn(record.noun, None) for record in records]
+            for j, record in enumerate(records[: i + 1]):
+                after[i, j] = draw(record.name, version.tokens)
+    plain = [draw(record.noun, {}) for record in records]
     references = [
         _reference(record, own.get(record.token), embed, after[j, j], use_kept)
         for j, record in enumerate(records)
@@ -148,6 +127,37 @@ def evaluate(
         torch.stack([_standard_error(gain) for gain in gains]),
         [one.kind for one in references],
     )
+
+
+class _Drawing:
+    """The pictures of any name or noun, by the same prompts and seeds; reports progress."""
+
+    def __init__(
+        self,
+        backbone: Backbone,
+        settings: EvaluateSettings,
+        total: int,
+        on_progress: OnProgress,
+    ) -> None:
+        """`total`: how many times it will be called."""
+        self.backbone, self.settings = backbone, settings
+        self.on_progress, self.done, self.total = on_progress, 0, total
+        own = DrawSettings(steps=settings.steps, guidance=settings.guidance, size=settings.size)
+        self.drawing = own.resolved(backbone.preset)
+
+    def __call__(self, name: str, words: Mapping[str, Tensor]) -> Tensor:
+        """(pictures, 3, size, size) in -1..1; `words`: vectors by token."""
+        prompts = [PROMPTS[n % len(PROMPTS)].format(name) for n in range(self.settings.pictures)]
+        seeds = [self.settings.seed + n for n in range(self.settings.pictures)]
+        self._report()
+        pictures = sample.draw(
+            self.backbone, words, prompts, seeds, self.drawing, lambda _: self._report()
+        )
+        self.done += 1
+        return pictures
+
+    def _report(self) -> None:
+        self.on_progress(Progress("evaluate", self.done, self.total))
 
 
 def _standard_error(values: Tensor) -> Tensor:

@@ -139,22 +139,12 @@ def export_files(
     Errors: StackError for an empty stack or a folder that can't be written.
     """
     _check_exportable(stack)
-    name = lora_name(stem, [record.token for record in stack.records], "0" * 8)
-    inside = f"{name}/adapter_model.safetensors" if format == "peft" else f"{name}.preview.jpg"
-    longest = max((record.token for record in stack.records), key=len)
-    for path in (out / inside, embeddings / f"{longest}-9999.safetensors"):
-        check_path_length(path)
+    _check_paths(stack, out, embeddings, stem, format)
     tensors = stock_lora(stack, format)
     lora = None
     try:
         with _exporting(out, embeddings):
-            taken = _taken(embeddings)
-            own = {token.lower() for token in (*words, *stack.tokens)}
-            written = {
-                record.token: _write_word(stack, record, embeddings, taken, own)
-                for record in stack.records
-                if len(stack.words[record.id])
-            }
+            written = _write_words(stack, embeddings, words)
             # one without vectors is named by its word itself
             names = {
                 token: written[token].stem if token in written else token for token in stack.tokens
@@ -165,9 +155,8 @@ def export_files(
             ]
             if tensors:
                 nouns = {names[record.token]: record.noun for record in stack.records}
-                lora = _write_lora(
-                    stack, tensors, out, stem, triggers, nouns, format, only, metadata or {}
-                )
+                more = {**(metadata or {}), _ONLY: _joined(only), WORDS: json.dumps(nouns)}
+                lora = _write_lora(stack, tensors, out, stem, triggers, format, more)
             current = (lora, *written.values())
             earlier = [p for p in _earlier(stack, out, embeddings, only) if p not in current]
             removed = [path for path in earlier if remove and _remove(path)]
@@ -196,6 +185,15 @@ def _read_in_part(stack: ConceptStack, written: Mapping[str, Path]) -> list[str]
     """
     names = {token: path.stem for token, path in written.items() if len(stack.tokens[token]) > 1}
     return [name for name in names.values() if name != name.lower()]
+
+
+def _check_paths(stack: ConceptStack, out: Path, embeddings: Path, stem: str, format: str) -> None:
+    """Errors: StackError if a path will be longer than the system allows."""
+    tokens = [record.token for record in stack.records]
+    name = lora_name(stem, tokens, "0" * 8)
+    inside = f"{name}/adapter_model.safetensors" if format == "peft" else f"{name}.preview.jpg"
+    check_path_length(out / inside)
+    check_path_length(embeddings / f"{max(tokens, key=len)}-9999.safetensors")
 
 
 def _check_exportable(stack: ConceptStack) -> None:
@@ -240,6 +238,19 @@ def _taken(folder: Path) -> dict[str, list[Path]]:
         if path.suffix.lower() in _EMBEDDINGS:
             taken.setdefault(path.stem.lower(), []).append(path)
     return taken
+
+
+def _write_words(stack: ConceptStack, folder: Path, words: Iterable[str]) -> dict[str, Path]:
+    """Write the embedding of each word that has vectors; returns their files by word. `words` as in
+    `export_files`.
+    """
+    taken = _taken(folder)
+    own = {token.lower() for token in (*words, *stack.tokens)}
+    return {
+        record.token: _write_word(stack, record, folder, taken, own)
+        for record in stack.records
+        if len(stack.words[record.id])
+    }
 
 
 def _write_word(
@@ -352,11 +363,10 @@ def _write_lora(
     out: Path,
     stem: str,
     triggers: list[str],
-    nouns: Mapping[str, str],
     format: str,
-    only: Sequence[str],
     more: Mapping[str, str],
 ) -> Path:
+    """`more`: metadata beside what every LoRA of the stack has."""
     digest = hashlib.sha256()
     for name in sorted(tensors):
         digest.update(name.encode() + tensors[name].numpy().tobytes())
@@ -367,8 +377,6 @@ def _write_lora(
         **more,
         **metadata_of(stack, name, triggers, rank),
         OWNER: stack.owner,
-        _ONLY: _joined(only),
-        WORDS: json.dumps(nouns),
         PRESET: stack.checkpoint.preset,
     }
     if format == "peft":
