@@ -121,27 +121,14 @@ def learn(
             on_progress(progress)
 
         run.train(terms, settings.batch, report)
-        steps = run.step
-        if watch is not None and watch.best:
-            steps = watch.best_step
-            with torch.no_grad():
-                for name, parameter in run.parameters.items():
-                    parameter.copy_(watch.best[name])
+        steps = _keep_best(run, watch)
         learned = inputs.adapter
         if factors:
             learned = {name: value.detach().cpu().clone() for name, value in factors.items()}
         if inputs.frozen_adapter and learned:
             learned = joined(inputs.frozen_adapter, learned)
         vectors = word.detach().cpu().clone()
-        if len(vectors) and settings.token_rate and torch.equal(vectors, inputs.word.float().cpu()):
-            if is_first():
-                snapshot.unlink(missing_ok=True)  # the same run would end like this again
-            raise TrainingError(
-                f"{inputs.token} was not learned: in {settings.steps} steps its vectors did not change. "
-                "Nothing was stored, and the stack is unchanged. Check that the captions name it and "
-                "that the pictures show it, or use a higher `token_rate` (it was "
-                f"{settings.token_rate:g})."
-            )
+        _check_changed(vectors, inputs, settings, snapshot)
         return Trained(learned, vectors, run.losses, steps, watch.points if watch else ())
 
 
@@ -176,6 +163,37 @@ def _run(
     asked = asked_for(backbone, settings, inputs.source, inputs.prompts)
     scale = LossScale(backbone.unet.dtype)
     return Run("learn", trained, optimizer, settings, settings.steps, scale, snapshot, asked)
+
+
+def _keep_best(run: Run, watch: Watch | None) -> int:
+    """Give the run's parameters the values of the best version that was looked at, if any was; returns
+    the steps that they have learned.
+    """
+    if watch is None or not watch.best:
+        return run.step
+    with torch.no_grad():
+        for name, parameter in run.parameters.items():
+            parameter.copy_(watch.best[name])
+    return watch.best_step
+
+
+def _check_changed(
+    vectors: Tensor, inputs: TrainingInputs, settings: ResolvedSettings, snapshot: Path
+) -> None:
+    """Errors: TrainingError for a word that is as it was; the snapshot is removed, because the same
+    run would end like this again.
+    """
+    is_same = torch.equal(vectors, inputs.word.float().cpu())
+    if not (len(vectors) and settings.token_rate and is_same):
+        return
+    if is_first():
+        snapshot.unlink(missing_ok=True)
+    raise TrainingError(
+        f"{inputs.token} was not learned: in {settings.steps} steps its vectors did not change. "
+        "Nothing was stored, and the stack is unchanged. Check that the captions name it and "
+        "that the pictures show it, or use a higher `token_rate` (it was "
+        f"{settings.token_rate:g})."
+    )
 
 
 def _terms(
