@@ -69,7 +69,7 @@ def curves(path: Path, rows: Sequence[Row]) -> None:
 
 def strips(path: Path, methods: Sequence[str], jobs: Sequence[Job]) -> None:
     """The first concept by each method: a real picture, then drawn after each later concept."""
-    counts = [n + 1 for n in jobs[0].drawn_after]
+    counts = sorted({1, *(n + 1 for n in jobs[0].drawn_after)})
     size = (1.3 * len(counts) + 1.3, 1.6 * len(methods) + 0.4)
     figure, axes = pyplot.subplots(
         len(methods), 1, figsize=size, squeeze=False, layout="constrained"
@@ -83,4 +83,4 @@ def strips(path: Path, methods: Sequence[str], jobs: Sequence[Job]) -> None:
     figure.suptitle(
         f"The first concept: a real picture, then drawn after {after} concepts", fontsize=9
     )
-    figure.savefig(path, dpi=100, pil_kwargs={"quality": 85})
+    figure.savefig(path, dpi=100, bbox_inches="tight", pil_kwargs={"quality": 85})
