@@ -147,6 +147,11 @@ class Job:
         return sorted({n - 1 for n in counts if n <= self.concepts})
 
     @property
+    def strip(self) -> list[int]:
+        """After which concepts, counted from 0, a strip of pictures shows the first one."""
+        return sorted({0, *self.drawn_after})
+
+    @property
     def cells(self) -> list[tuple[int, int]]:
         """The cells (i, j) of R that are measured: after concept i, concept j is drawn."""
         rows = {(i, j) for i in self.drawn_after for j in range(i + 1)}

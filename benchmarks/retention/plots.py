@@ -69,7 +69,7 @@ def curves(path: Path, rows: Sequence[Row]) -> None:
 
 def strips(path: Path, methods: Sequence[str], jobs: Sequence[Job]) -> None:
     """The first concept by each method: a real picture, then drawn after each later concept."""
-    counts = sorted({1, *(n + 1 for n in jobs[0].drawn_after)})
+    counts = [n + 1 for n in jobs[0].strip]
     size = (1.3 * len(counts) + 1.3, 1.6 * len(methods) + 0.4)
     figure, axes = pyplot.subplots(
         len(methods), 1, figsize=size, squeeze=False, layout="constrained"

@@ -281,8 +281,7 @@ def commit() -> str | None:
 def save_strip(job: Job, folders: Mapping[tuple[int, int], str]) -> None:
     """The first concept: a real picture, then drawn after each later concept."""
     real = concepts.to_pil(job.subjects[0].real(2)[1])
-    shown = sorted({0, *job.drawn_after})
-    drawn = [Image.open(job.folder / "drawn" / folders[i, 0] / "1.png") for i in shown]
+    drawn = [Image.open(job.folder / "drawn" / folders[i, 0] / "1.png") for i in job.strip]
     strip = report.grid([real, *drawn], len(drawn) + 1)
     strip.save(job.folder / "first-concept.jpg", quality=90)
 
