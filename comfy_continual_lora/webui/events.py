@@ -98,28 +98,28 @@ def _connect_jobs(parts: SimpleNamespace, handlers: Handlers, page: gr.Blocks) -
     page.load(handlers.load, None, [parts.checkpoint, parts.stack, *_outputs(parts)])
 
 
-def _of_card(parts: SimpleNamespace, kind: str, number: int) -> Any:
-    """A card's button."""
+def _numbered(parts: SimpleNamespace, kind: str, number: int) -> Any:
+    """A card's button, or a chip."""
     return getattr(parts, f"{kind}_{number}")
 
 
 def _connect_cards(parts: SimpleNamespace, handlers: Handlers) -> None:
     place, outputs = _place(parts), _outputs(parts)
     how = [parts.count, parts.sampling, parts.drawn_seed, parts.negative]
+    drawing = [*place, parts.tokens, *how]
+    exporting = [*place, parts.tokens, parts.remove_superseded]
     named = [parts.checkpoint, parts.stack, parts.tokens]
     asking = _outputs(parts, (*OUTPUTS, *ASKING))
+    asking_name = _outputs(parts, RENAMING)
     sent = gr.Textbox("", visible=False)
     script: dict[str, Any] = {_JS: _SEND}
     for number in range(CARDS):
-        draw = [*place, parts.tokens, *how]
-        _of_card(parts, "draw", number).click(handlers.draw_card(number), draw, outputs)
-        export = [*place, parts.tokens, parts.remove_superseded]
-        _of_card(parts, "export", number).click(handlers.export_card(number), export, outputs)
-        _of_card(parts, "forget", number).click(handlers.ask_forget(number), named, asking)
-        asking_name = _outputs(parts, RENAMING)
-        _of_card(parts, "rename", number).click(handlers.ask_name(number), named, asking_name)
+        _numbered(parts, "draw", number).click(handlers.draw_card(number), drawing, outputs)
+        _numbered(parts, "export", number).click(handlers.export_card(number), exporting, outputs)
+        _numbered(parts, "forget", number).click(handlers.ask_forget(number), named, asking)
+        _numbered(parts, "rename", number).click(handlers.ask_name(number), named, asking_name)
         if handlers.host.sends_prompts:
-            send = _of_card(parts, "send", number)
+            send = _numbered(parts, "send", number)
             done = send.click(handlers.send_card(number), named, [sent, parts.said])
             done.then(None, sent, None, **script)
     renaming = [*place, parts.renamed, parts.to]
@@ -127,7 +127,7 @@ def _connect_cards(parts: SimpleNamespace, handlers: Handlers) -> None:
     parts.to.submit(handlers.rename, renaming, [*outputs, parts.renaming])
     parts.keep.click(lambda: gr.update(visible=False), None, parts.renaming)
     for number in range(CHIPS):
-        chip = getattr(parts, f"chip_{number}")
+        chip = _numbered(parts, "chip", number)
         chip.click(lambda prompt: prompt, chip, parts.prompt)
     turned = [parts.first, *_outputs(parts, STACK)]
     parts.more.click(handlers.turn, place, turned)
