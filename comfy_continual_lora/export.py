@@ -15,9 +15,7 @@ import json
 import re
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from filelock import FileLock, Timeout
@@ -27,6 +25,7 @@ from torch import Tensor
 
 from .adapters.adapter import layers_of
 from .errors import StackError
+from .exported import Exported
 from .files import (
     OWNER,
     PRESET,
@@ -38,7 +37,6 @@ from .files import (
     metadata_in,
     write_whole,
 )
-from .presets import CLIP_SKIP_2
 from .stack import ConceptRecord, ConceptStack
 from .stock import card, embedding, metadata_of, rank_in, stock_lora
 from .words import name_of
@@ -49,74 +47,6 @@ _TOKEN = "continual_lora.token"
 _ONLY = "continual_lora.only"
 # suffixes that some program loads as an embedding, named by the file's stem
 _EMBEDDINGS = (".safetensors", ".pt", ".bin", ".png", ".webp", ".jxl", ".avif")
-
-
-@dataclass(frozen=True)
-class Exported:
-    """What was written."""
-
-    lora: Path | None  # a file, or PEFT's folder; None if the stack has only words
-    embeddings: list[Path]
-    triggers: list[str]  # how prompts name each concept
-    renamed: dict[str, str]  # by word: its embedding's name, if another file has the word's
-    superseded: list[Path]  # earlier exports of the same stack that still exist
-    removed: list[Path]  # earlier exports of the same stack that were removed on request
-    clip_skip: int = 1  # of the stack
-    # names of which diffusers would read the first vector alone, if this is for diffusers
-    capitals: Sequence[str] = ()
-
-    @property
-    def files(self) -> list[Path]:
-        """All that was written: the LoRA with its card, and the embeddings."""
-        lora = self.lora
-        beside = lora.parent.iterdir() if lora else ()
-        return [*(p for p in beside if lora and p.stem.startswith(lora.stem)), *self.embeddings]
-
-    def summary(self) -> str:
-        """The files, the triggers, and the notes."""
-        lines = [str(path) for path in (self.lora, *self.embeddings) if path]
-        if self.triggers:
-            line = f"In prompts: {', '.join(self.triggers)}"
-            words = ", ".join(f"embedding:{path.stem}" for path in self.embeddings)
-            lines.append(f"{line} (ComfyUI: {words})" if words else line)
-        return "\n".join([*lines, *self.notes]) or "There is no concept to export."
-
-    def as_json(self) -> dict[str, Any]:
-        """Paths as strings."""
-        return {
-            "lora": str(self.lora) if self.lora else None,
-            "embeddings": [str(path) for path in self.embeddings],
-            "triggers": self.triggers,
-            "renamed": self.renamed,
-            "superseded": [str(path) for path in self.superseded],
-            "removed": [str(path) for path in self.removed],
-            "notes": self.notes,
-        }
-
-    @property
-    def notes(self) -> list[str]:
-        """What the user has to know, one sentence each."""
-        notes = [
-            f"Another file there is named {word}, so the word is exported as {name}: use {name} in "
-            "prompts."
-            for word, name in self.renamed.items()
-        ]
-        if self.clip_skip == 2:
-            notes.append(CLIP_SKIP_2)
-        if self.capitals:
-            names = ", ".join(self.capitals)
-            notes.append(
-                "diffusers reads only the first vector of a word with capitals. Load the embeddings of "
-                f'{names} in lower case (token="{self.capitals[0].lower()}"), and write them so in '
-                "prompts."
-            )
-        if self.removed:
-            names = ", ".join(path.name for path in self.removed)
-            notes.append(f"Removed earlier exports of this stack: {names}.")
-        if self.superseded:
-            names = ", ".join(path.name for path in self.superseded)
-            notes.append(f"Earlier exports of this stack still exist and can be removed: {names}.")
-        return notes
 
 
 def export_files(

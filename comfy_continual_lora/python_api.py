@@ -29,7 +29,7 @@ from .requests import parse
 from .results import Drawn, DrawResult, InfoResult, LearnResult, Result, ScoreResult
 
 if TYPE_CHECKING:
-    from .export import Exported
+    from .exported import Exported
     from .verdicts import RetentionReport
 
 Paths = str | Path | Sequence[str | Path]

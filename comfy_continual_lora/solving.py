@@ -13,7 +13,8 @@ from collections.abc import Iterable, Sequence
 from . import consolidation, store
 from .adapters.adapter import Adapter
 from .errors import StackError
-from .export import Exported, export_files
+from .export import export_files
+from .exported import Exported
 from .files import cache_folder, real_file, stack_stem
 from .imagefile import check_folder
 from .moments import clear_cache

@@ -22,6 +22,7 @@ from comfy_continual_lora import export, stock, store
 from comfy_continual_lora.adapters.adapter import KINDS, delta_weights, new_adapter
 from comfy_continual_lora.checkpoint.backbone import Backbone
 from comfy_continual_lora.errors import StackError
+from comfy_continual_lora.exported import Exported
 from comfy_continual_lora.files import PRESET, WORDS
 from comfy_continual_lora.webui.loras import exports_of, newest_lora, words_of
 
@@ -38,7 +39,7 @@ def _stack(backbone: Backbone, kind: str) -> store.ConceptStack:
     )
 
 
-def _export(stack: store.ConceptStack, out: Path) -> export.Exported:
+def _export(stack: store.ConceptStack, out: Path) -> Exported:
     return export.export_files(stack, out, out / "embeddings", "mini")
 
 
