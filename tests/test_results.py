@@ -14,8 +14,9 @@ from jobs import read_rows
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "retention" / "results"
+Columns = dict[str, Callable[[dict[str, Any]], float | None]]
 # the table's columns after the method's name and the paper's figure
-COLUMNS: dict[str, Callable[[dict[str, Any]], float | None]] = {
+COLUMNS: Columns = {
     "A_MMD": lambda row: 1000 * row["a_mmd"],
     "F_MMD": lambda row: 1000 * row["f_mmd"],
     "newest": lambda row: 1000 * row["newest_mmd"],
@@ -26,7 +27,7 @@ COLUMNS: dict[str, Callable[[dict[str, Any]], float | None]] = {
 }
 
 # those of the table with equal tuning, after the method's name
-TUNED: dict[str, Callable[[dict[str, Any]], float | None]] = {
+TUNED: Columns = {
     "A_MMD": lambda row: 1000 * row["a_mmd"],
     "encoder": lambda row: row["second"],
     "named": lambda row: _percent(row["named"]),
@@ -73,12 +74,7 @@ def _agrees(cell: str, values: Sequence[float]) -> bool:
     ("first", "columns", "folder", "seeds"),
     [("| method | paper's A_MMD", COLUMNS, "", 3), ("| method, tuned", TUNED, "test-100", 1)],
 )
-def test_the_tables_of_six_concepts(
-    first: str,
-    columns: dict[str, Callable[[dict[str, Any]], float | None]],
-    folder: str,
-    seeds: int,
-) -> None:
+def test_the_tables_of_six_concepts(first: str, columns: Columns, folder: str, seeds: int) -> None:
     header, *table = _table(first)
     before = len(header) - len(columns)
     assert header[before:] == list(columns)
