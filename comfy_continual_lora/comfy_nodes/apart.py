@@ -24,43 +24,38 @@ from ..hostareas import HostAreas, Part, SceneText, patched, patched_anima
 from .words import KEY, SceneStates
 
 
-def with_areas(model: Any, preset: str, masks: Tensor | None = None) -> Any:
-    """A copy of MODEL that draws each learned thing of a prompt in its area.
+class _Wrappers:
+    """What stands around ComfyUI's functions while a MODEL samples with areas.
 
-    `masks` (k, h, w): areas to use in place of those found. The model's attachment KEY is its
-    `HostAreas`.
+    Each takes ComfyUI's own function first (`executor`), then that one's arguments.
     """
-    areas = HostAreas(AreaSettings(FINE[preset]), masks)
-    scenes: dict[Any, SceneText] = {}  # of the conds that are being sampled, by their ids
 
-    def sampling(executor: Any, *args: Any, **kwargs: Any) -> Any:
-        areas.start()
+    def __init__(self, areas: HostAreas) -> None:
+        self.areas = areas
+        self.scenes: dict[Any, SceneText] = {}  # of the conds that are being sampled, by their ids
+
+    def sample(self, executor: Any, *args: Any, **kwargs: Any) -> Any:
+        self.areas.start()
         try:
             return executor(*args, **kwargs)
         finally:
-            scenes.clear()
+            self.scenes.clear()
 
-    def conds(executor: Any, model: Any, conds: Any, x: Tensor, *args: Any, **kwargs: Any) -> Any:
+    def calc_cond_batch(
+        self, executor: Any, model: Any, conds: Any, x: Tensor, *args: Any, **kwargs: Any
+    ) -> Any:
+        """Learns which conds are of prompts that name two or more."""
         for cond in conds:
             for one in cond or []:
                 scene = one.get(KEY)
-                if isinstance(scene, SceneStates) and one["uuid"] not in scenes:
+                if isinstance(scene, SceneStates) and one["uuid"] not in self.scenes:
                     scene = scene.text(model, x.device)
                 if isinstance(scene, SceneText):
-                    scenes[one["uuid"]] = scene
+                    self.scenes[one["uuid"]] = scene
         return executor(model, conds, x, *args, **kwargs)
 
-    def called(
-        x: Tensor,
-        context: Tensor,
-        options: dict[str, Any],
-        call: Callable[[Sequence[Part]], Tensor],
-    ) -> Tensor:
-        ids = options.get("uuids", [])
-        keyed = [(one, scenes[one]) if one in scenes else None for one in ids]
-        return areas.call(keyed, x, context, call)
-
     def unet(
+        self,
         executor: Any,
         x: Tensor,
         timesteps: Tensor,
@@ -78,9 +73,10 @@ def with_areas(model: Any, preset: str, masks: Tensor | None = None) -> Any:
             chosen = patched(options, parts, _attend)
             return executor(x, timesteps, context, y, unused, chosen, **kwargs)
 
-        return called(x, context, options, run)
+        return self._call(x, context, options, run)
 
     def anima(
+        self,
         executor: Any,
         x: Tensor,
         timesteps: Tensor,
@@ -95,15 +91,37 @@ def with_areas(model: Any, preset: str, masks: Tensor | None = None) -> Any:
             chosen = patched_anima(options, parts)
             return executor(x, timesteps, context, *more, transformer_options=chosen, **kwargs)
 
-        return called(x, context, options, run)
+        return self._call(x, context, options, run)
 
+    def _call(
+        self,
+        x: Tensor,
+        context: Tensor,
+        options: dict[str, Any],
+        run: Callable[[Sequence[Part]], Tensor],
+    ) -> Tensor:
+        ids = options.get("uuids", [])
+        keyed = [(one, self.scenes[one]) if one in self.scenes else None for one in ids]
+        return self.areas.call(keyed, x, context, run)
+
+
+def with_areas(model: Any, preset: str, masks: Tensor | None = None) -> Any:
+    """A copy of MODEL that draws each learned thing of a prompt in its area.
+
+    `masks` (k, h, w): areas to use in place of those found. The model's attachment KEY is its
+    `HostAreas`.
+    """
+    areas = HostAreas(AreaSettings(FINE[preset]), masks)
+    wrappers = _Wrappers(areas)
+    around = {
+        WrappersMP.OUTER_SAMPLE: wrappers.sample,
+        WrappersMP.CALC_COND_BATCH: wrappers.calc_cond_batch,
+        WrappersMP.DIFFUSION_MODEL: wrappers.anima if preset == "anima" else wrappers.unet,
+    }
     copied = model.clone()
-    for kind in (WrappersMP.OUTER_SAMPLE, WrappersMP.CALC_COND_BATCH, WrappersMP.DIFFUSION_MODEL):
+    for kind, wrapper in around.items():
         copied.remove_wrappers_with_key(kind, KEY)  # of a stack that was applied before
-    copied.add_wrapper_with_key(WrappersMP.OUTER_SAMPLE, KEY, sampling)
-    copied.add_wrapper_with_key(WrappersMP.CALC_COND_BATCH, KEY, conds)
-    net = anima if preset == "anima" else unet
-    copied.add_wrapper_with_key(WrappersMP.DIFFUSION_MODEL, KEY, net)
+        copied.add_wrapper_with_key(kind, KEY, wrapper)
     copied.set_attachments(KEY, areas)
     return copied
 
