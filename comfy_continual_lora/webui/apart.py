@@ -282,10 +282,12 @@ def _scene_text(model: Any, scene: Mentions, texts: Sequence[Tensor]) -> SceneTe
 def _infotext_kept() -> Iterator[None]:
     """A web UI lists the words of all it encodes in the infotext; inside the block it does not."""
     kept = [(shown, dict(shown)) for shown in _infotexts()]
-    yield
-    for shown, before in kept:
-        shown.clear()
-        shown.update(before)
+    try:
+        yield
+    finally:
+        for shown, before in kept:
+            shown.clear()
+            shown.update(before)
 
 
 def _infotexts() -> Iterator[dict[str, Any]]:
