@@ -19,6 +19,7 @@ UNKNOWN_NOUN = "thing"  # of imported concepts, which may have none
 _BEGIN = r"(?<![0-9A-Za-z_])(?<![0-9A-Za-z_]-)"
 _END = r"(?=(?:-[A-Za-z]{2,})*(?:--|-?(?![0-9A-Za-z_-])))(?!\.[0-9])"
 _RUN = re.compile(r"[0-9A-Za-z_]+(?:-[0-9A-Za-z_]+)*")  # what looks like one word
+EMBEDDING = r"embedding:[^\s,()]+"  # ComfyUI's name for an embedding
 _DECIMAL = re.compile(r"\.[0-9]")  # behind "v2"
 # "V8 engine", "V8 Mustang", "V12 sports car"
 _ENGINE = re.compile(
@@ -28,7 +29,15 @@ _NAME_BEFORE = re.compile(r"[^.!?\s]\s+[A-Z]\w{2,}\s+$")  # "in Realistic Vision
 # a noun after one of these belongs to something else: "a V1 on a mug"
 _ENDS = (
     "a|an|the|and|or|with|without|of|in|on|at|by|to|from|near|under|over|behind|beside|next|is|are"
+    "|break"
 )
+# brackets and quotes between a word and its noun: "(V1:1.2) dog", "V1 (fluffy dog)"
+_WEIGHT = r"\s*:\s*[\d.]+\s*"
+_CLOSED = rf"(?:(?:{_WEIGHT})?\\?[)\]}}]|[\"”]|'(?!\w))*"
+_OPENED = r"(?:\\?[(\[{]|[\"“'])*"
+_PAIRS = {"(": ")", "[": "]", "{": "}", '"': '"', "“": "”", "'": "'"}
+_OPENS = re.compile(r"(\\?)([(\[{\"“'])\s*$")
+_GAP = re.compile(r"(?:,|:(?!\s*[\d.]+\s*\)))?[\s-]*")
 
 
 @dataclass(frozen=True)
@@ -52,8 +61,8 @@ def mentions(prompt: str, nouns: Mapping[str, str]) -> Mentions | None:
     """What the prompt names of the words in `nouns` (word -> class noun); None for fewer than two
     different ones. A word counts as a whole word, in any case.
 
-    A word is followed by its noun, with at most two words between them ("V1 dog", "V1 fluffy dogs"),
-    or stands alone; then the noun takes its place.
+    A word is followed by its noun, with at most two words between them ("V1 dog", "V1 fluffy dogs",
+    "(V1:1.2) dog"), or stands alone; then the noun takes its place.
     """
     matches = _matches(prompt, nouns)
     tokens = tuple(dict.fromkeys(token for _, token in matches))
@@ -74,25 +83,27 @@ def noun_positions(
     """Where the nouns of each concept are among the neutral prompt's tokens, as positions in `ids`;
     none for nouns that are not among them, because the prompt was too long.
 
-    `ids_of` tokenizes a noun. Positions are those of the tokens themselves, whatever syntax a host
-    takes out of a prompt: the third "dog" of the text is the third among the tokens.
+    `ids_of` tokenizes a text. Positions are those of the tokens themselves, whatever syntax a host
+    takes out of a prompt: if the text before a "dog" has its token twice, it is the third one. (A
+    compound may end in it: CLIP's "schoolgirl" is "school" and "girl".)
     """
     found: list[list[int]] = []
     for places in scene.nouns:
         found.append([])
         for start, end in places:
-            noun = scene.neutral[start:end]
-            before = rf"(?<!\w){re.escape(noun)}(?!\w)"
-            number = len(re.findall(before, scene.neutral[:start], re.IGNORECASE))
-            wanted = list(ids_of(noun))
-            firsts = [
-                first
-                for first in range(len(ids) - len(wanted) + 1)
-                if list(ids[first : first + len(wanted)]) == wanted
-            ]
-            if number < len(firsts):
+            wanted = ids_of(scene.neutral[start:end])
+            before = re.sub(rf"{EMBEDDING}|[()\[\]{{}}]", " ", scene.neutral[:start])
+            number = len(_starts(ids_of(before), wanted))
+            if number < len(firsts := _starts(ids, wanted)):
                 found[-1] += range(firsts[number], firsts[number] + len(wanted))
     return found
+
+
+def _starts(ids: Sequence[object], wanted: Sequence[object]) -> list[int]:
+    """Where these tokens are among the others."""
+    count = len(wanted)
+    places = range(len(ids) - count + 1)
+    return [first for first in places if list(ids[first : first + count]) == list(wanted)]
 
 
 def noun_not_found(prompt: str, unseen: Sequence[str]) -> str:
@@ -159,11 +170,19 @@ def in_other_words(text: str, names: Mapping[str, str]) -> str:
 
 
 def _matches(prompt: str, words: Collection[str]) -> list[tuple[re.Match[str], str]]:
-    """Where a prompt has which word, in order."""
+    """Where a prompt has which word, in order, with what makes ComfyUI read it as an embedding.
+
+    The names of other embeddings are none of ours, whatever they begin with.
+    """
     if not words:
         return []
     spelled = {token.lower(): token for token in words}
-    return [(match, spelled[match[0].lower()]) for match in whole_words(words).finditer(prompt)]
+    word = whole_words(words)
+    either = re.compile(
+        rf"embedding:{word.pattern}(?=[\s,:()\[\]]|$)|{EMBEDDING}|{word.pattern}", word.flags
+    )
+    found = ((match, match[1] or match[2]) for match in either.finditer(prompt))
+    return [(match, spelled[one.lower()]) for match, one in found if one]
 
 
 def whole_words(words: Iterable[str]) -> re.Pattern[str]:
@@ -194,7 +213,7 @@ def unknown_words(prompts: Iterable[str], words: Collection[str]) -> list[str]:
     read = whole_words(words) if words else None
     found: dict[str, str] = {}
     for prompt in prompts:
-        text = re.sub(r"<[^<>]*>|embedding:\S+", " ", prompt, flags=re.IGNORECASE)
+        text = re.sub(rf"<[^<>]*>|{EMBEDDING}", " ", prompt, flags=re.IGNORECASE)
         for run in _RUN.finditer(text):
             # the rule looks two characters ahead
             first = read and read.search(text, run.start(), run.end() + 2)
@@ -261,27 +280,45 @@ def _rewritten(
     for match, token in matches:
         noun = nouns[token] or UNKNOWN_NOUN
         text += prompt[at : match.start()]
-        at = match.end()
-        follows = _noun_after(prompt[at:], noun, nouns)
+        at = behind = match.end()
+        follows = _noun_after(prompt[behind:], noun, nouns)
         if follows is None:
             word = match[0] if token == kept else noun
             places.append((len(text), len(text) + len(word)))
             text += word
             continue
-        start, end = follows
         if token == kept:
             text += match[0]
         else:  # the noun is there already
-            gap = re.match(r"[\s-]*", prompt[at:])
-            skipped = gap.end() if gap else 0
-            at, start, end = at + skipped, start - skipped, end - skipped
-        places.append((len(text) + start, len(text) + end))
+            text, at = _without_brackets(text, prompt, behind)
+            gap = _GAP.match(prompt, at)
+            at = gap.end() if gap else at
+        start, end = (len(text) + place - (at - behind) for place in follows)
+        places.append((start, end))
     return text + prompt[at:], places
+
+
+def _without_brackets(text: str, prompt: str, at: int) -> tuple[str, int]:
+    """The text before a word and where the prompt goes on behind it, without the brackets and quotes
+    that hold nothing but the word.
+    """
+    while opens := _OPENS.search(text):
+        weight = rf"(?:{_WEIGHT})?" if opens[2] == "(" else ""
+        closes = re.escape(opens[1] + _PAIRS[opens[2]])
+        closed = re.compile(rf"{weight}\s*{closes}").match(prompt, at)
+        if closed is None:
+            break
+        text, at = text[: opens.start()], closed.end()
+    return text, at
 
 
 def _noun_after(rest: str, noun: str, nouns: Mapping[str, str]) -> tuple[int, int] | None:
     """Where the noun of a word is in the text that follows the word."""
     stops = "|".join([_ENDS, *map(re.escape, nouns)])
-    between = rf"(?:\s+(?!(?:{stops})(?!\w))[\w'-]+){{0,2}}?"
-    match = re.match(rf"{between}[\s-]+({re.escape(noun)}(?:e?s)?)(?!\w)", rest, re.IGNORECASE)
+    between = rf"(?:\s+{_OPENED}(?!(?:{stops})(?!\w))[\w'-]+{_CLOSED}){{0,2}}?"
+    match = re.match(
+        rf"{_CLOSED}(?:[,:](?=\s)|{between})[\s-]+{_OPENED}({re.escape(noun)}(?:e?s)?)(?!\w)",
+        rest,
+        re.IGNORECASE,
+    )
     return match.span(1) if match else None

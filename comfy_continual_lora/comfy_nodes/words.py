@@ -15,6 +15,7 @@ from ..areas import mask_of
 from ..errors import StackError
 from ..hostareas import SceneText
 from ..mentions import (
+    EMBEDDING,
     Mentions,
     mentions,
     not_learned,
@@ -87,7 +88,7 @@ def with_words(
             "they belong to another kind of checkpoint. Use the CLIP of the stack's own checkpoint."
         )
     whole = whole_words(words)
-    pattern = re.compile(f"(?<!embedding:){whole.pattern}", whole.flags)
+    pattern = re.compile(f"{EMBEDDING}|{whole.pattern}", whole.flags)
     parts = {token: word.split(widths, 1) for token, word in words.items()}
     extended = clip.clone()
     extended.tokenizer = copy.copy(clip.tokenizer)
@@ -128,15 +129,16 @@ def _scenes_told(
 
 
 def _extended(tokenizer: Any, pattern: re.Pattern[str], vectors: Mapping[str, Tensor]) -> Any:
-    """A copy of one text encoder's tokenizer in which the words that match `pattern` stand for
-    vectors (k, d).
+    """A copy of one text encoder's tokenizer in which the words that are group 1 of `pattern` stand
+    for vectors (k, d).
     """
+
+    def as_embedding(match: re.Match[str]) -> str:
+        return f" embedding:{match[1]} " if match[1] else match[0]
 
     class Words(type(tokenizer)):
         def tokenize_with_weights(self, text: str, *args: Any, **kwargs: Any) -> Any:
-            return super().tokenize_with_weights(
-                pattern.sub(r" embedding:\1 ", text), *args, **kwargs
-            )
+            return super().tokenize_with_weights(pattern.sub(as_embedding, text), *args, **kwargs)
 
         def _try_get_embedding(self, embedding_name: str) -> Any:
             # (vectors, leftover); newer versions put the name between them
