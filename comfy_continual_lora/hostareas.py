@@ -20,6 +20,7 @@ from itertools import accumulate, pairwise
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from .areas import Areas, AreaSettings
@@ -61,15 +62,38 @@ class SceneText:
         ends = accumulate((text.shape[1] for text in self.texts), initial=0)
         return [slice(start, stop) for start, stop in pairwise(ends)]
 
-    def is_in(self, context: Tensor) -> bool:
-        """Whether this is the text of a context (n, t, d), which a host may have made longer. A host or
-        another extension may have changed it since it was encoded.
+    def within(self, context: Tensor) -> SceneText | None:
+        """This scene as a context (n, t, d) of one prompt has it: what stands behind the prompt there,
+        such as text that a node added, stands behind each of the texts. None if the context is of
+        another prompt, or of this one after an extension changed it.
         """
-        whole = self.whole.to(context)
+        row, whole = context[:1], self.whole.to(context)
         count = whole.shape[1]
-        if context.shape[2] != whole.shape[2] or context.shape[1] < count:
-            return False
-        return torch.equal(context[:, :count], whole.expand(len(context), -1, -1))
+        if row.shape[2] != whole.shape[2] or row.shape[1] < count:
+            return None
+        is_here = torch.equal(row[:, :count], whole)
+        if not is_here or not torch.equal(context, row.expand_as(context)):
+            return None
+        added = row[:, count : _period(row, count)].to(self.whole)
+        if not added.shape[1]:
+            return self
+        own = tuple(torch.cat([text, added], 1) for text in self.own)
+        nouns = F.pad(self.nouns, (0, added.shape[1]))
+        whole, neutral = (torch.cat([text, added], 1) for text in (self.whole, self.neutral))
+        return SceneText(self.tokens, whole, neutral, own, nouns)
+
+
+def _period(row: Tensor, least: int) -> int:
+    """How many positions a context (1, t, d) has before it repeats itself, which a host does to make it
+    as long as another; at least so many.
+    """
+    length = row.shape[1]
+    for times in range(length // least, 1, -1):
+        if length % times == 0:
+            part = row[:, : length // times]
+            if torch.equal(row, part.repeat(1, times, 1)):
+                return part.shape[1]
+    return length
 
 
 @dataclass(frozen=True, eq=False)
@@ -81,22 +105,31 @@ class Part:
     areas: Areas
 
 
+@dataclass(frozen=True, eq=False)
+class _Drawn:
+    """What a part of the batch is drawn from in every step."""
+
+    scene: SceneText
+    areas: Areas
+
+
 class HostAreas:
     """The areas of the pictures that a host draws with one model."""
 
     def __init__(self, settings: AreaSettings, masks: Tensor | None = None) -> None:
         """`masks` (k, h, w) in 0..1 of any size, to use for the things of each prompt in order."""
         self.settings, self.masks = settings, masks
-        self.areas: dict[Hashable, Areas | None] = {}
+        self.drawn: dict[Hashable, _Drawn | None] = {}
 
     def start(self) -> None:
         """Forget the areas of what was drawn before."""
-        self.areas = {}
+        self.drawn = {}
 
     @property
     def found(self) -> list[Tensor]:
         """The masks (n, k, h, w) of what was drawn last."""
-        return [one.masks for one in self.areas.values() if one and one.masks is not None]
+        drawn = (one.areas.masks for one in self.drawn.values() if one)
+        return [masks for masks in drawn if masks is not None]
 
     def call(
         self,
@@ -116,8 +149,8 @@ class HostAreas:
         parts = []
         for number, one in enumerate(scenes):
             rows = slice(number * count, (number + 1) * count)
-            if one and (areas := self._areas(one, x[rows], context[rows])):
-                parts.append(Part(rows, one[1], areas))
+            if one and (drawn := self._drawn(one, x[rows], context[rows])):
+                parts.append(Part(rows, drawn.scene, drawn.areas))
         if any(part.areas.masks is None for part in parts):
             run(parts)
             for part in parts:
@@ -127,24 +160,29 @@ class HostAreas:
             part.areas.settle()
         return output
 
-    def _areas(self, keyed: tuple[Hashable, SceneText], x: Tensor, context: Tensor) -> Areas | None:
-        """Those of a part of the batch; None if it has to be drawn the plain way."""
-        scene = keyed[1]
+    def _drawn(
+        self, keyed: tuple[Hashable, SceneText], x: Tensor, context: Tensor
+    ) -> _Drawn | None:
+        """What a part of the batch is drawn from; None if it has to be drawn the plain way."""
         key = (keyed[0], tuple(x.shape))
-        if key not in self.areas:
-            problem = self._problem(scene, context)
-            if problem:
-                warn(f"{' and '.join(scene.tokens)} are drawn mixed, because {problem}.")
-                self.areas[key] = None
-            else:
-                nouns = scene.nouns.to(x.device).expand(len(x), -1, -1)
-                given = None if self.masks is None else self.masks[None].to(x.device).float()
-                height, width = x.shape[-2:]
-                self.areas[key] = Areas(nouns, (height, width), self.settings, given)
-        return self.areas[key]
+        if key not in self.drawn:
+            self.drawn[key] = self._begun(keyed[1], x, context)
+        return self.drawn[key]
 
-    def _problem(self, scene: SceneText, context: Tensor) -> str:
-        if not scene.is_in(context):
+    def _begun(self, scene: SceneText, x: Tensor, context: Tensor) -> _Drawn | None:
+        seen = scene.within(context)
+        problem = self._problem(seen)
+        if seen is None or problem:
+            warn(f"{' and '.join(scene.tokens)} are drawn mixed, because {problem}.")
+            return None
+        nouns = seen.nouns.to(x.device).expand(len(x), -1, -1)
+        given = None if self.masks is None else self.masks[None].to(x.device).float()
+        height, width = x.shape[-2:]
+        return _Drawn(seen, Areas(nouns, (height, width), self.settings, given))
+
+    def _problem(self, scene: SceneText | None) -> str:
+        """Why what a context has of a scene can't be drawn by areas; empty if it can."""
+        if scene is None:
             return "their prompt was changed after it was encoded, by another node or extension"
         if self.masks is not None and len(self.masks) != len(scene.tokens):
             return f"{len(self.masks)} masks were given for {len(scene.tokens)} things"

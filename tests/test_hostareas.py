@@ -268,6 +268,46 @@ def test_what_can_t_be_kept_apart_is_drawn_the_plain_way_and_said_once(
     assert [said in record.getMessage() for record in caplog.records] == [True]
 
 
+def _alone(backbone: Backbone, case: _Case, context: Tensor, scene: SceneText) -> Tensor:
+    """The prompt's pictures, drawn by areas from a context (1, t, d)."""
+    context = context.expand(2, -1, -1)
+    run, areas = _host(backbone, case.x, case.timestep, context), _areas()
+    return areas.call(
+        [("id", scene)], case.x, context, lambda parts: run(patched({}, parts, _attend))
+    )
+
+
+def test_text_that_was_added_to_a_prompt_is_drawn_too(net: Backbone) -> None:
+    """As ComfyUI's Conditioning (Concat) does it; a host may then repeat the whole."""
+    case = _Case(net)
+    added, other = case.text(["at night"]), case.text(["in watercolour"])
+    longer = torch.cat([case.scene.whole, added], 1)
+    with_added = replace(
+        case.scene,
+        whole=longer,
+        neutral=torch.cat([case.scene.neutral, added], 1),
+        own=tuple(torch.cat([own, added], 1) for own in case.scene.own),
+        nouns=F.pad(case.scene.nouns, (0, added.shape[1])),
+    )
+    expected = _alone(net, case, longer, with_added)
+    assert torch.allclose(_alone(net, case, longer, case.scene), expected, atol=1e-5)
+    assert torch.allclose(
+        _alone(net, case, longer.repeat(1, 3, 1), case.scene), expected, atol=1e-4
+    )
+    without = _alone(net, case, case.scene.whole, case.scene)
+    assert not torch.allclose(expected, without, atol=1e-3)
+    otherwise = torch.cat([case.scene.whole, other], 1)
+    assert not torch.allclose(_alone(net, case, otherwise, case.scene), expected, atol=1e-3)
+
+
+def test_a_context_that_repeats_the_prompt_adds_nothing(net: Backbone) -> None:
+    scene = _Case(net).scene
+    assert scene.within(scene.whole.repeat(2, 3, 1)) is scene
+    assert scene.within(scene.whole.half().repeat(1, 2, 1)) is scene
+    assert scene.within(torch.cat([scene.whole, scene.own[0]])) is None
+    assert scene.within(torch.cat([scene.own[0], scene.whole], 1)) is None
+
+
 def test_other_extensions_patches_stay_in_force(net: Backbone) -> None:
     """One that scales what a layer attends to, for the whole batch, and one that changes context."""
     case, calls = _Case(net), []
