@@ -46,6 +46,7 @@ class Apart:
     def begin(self, p: Any) -> None:
         """Before the prompts of a batch are encoded."""
         self.end()
+        p.extra_generation_params.pop(INFOTEXT, None)  # of the batch before
         nouns, preset = words_in_use()
         prompts = [*p.prompts, *(getattr(p, "hr_prompts", None) or [])]
         if nouns:
@@ -109,7 +110,9 @@ class Apart:
         found: list[tuple[Any, SceneText] | None] = []
         for number in range(len(context)):
             row = context[number : number + 1]
-            scene = next((one for one in reversed(self.scenes) if one.is_in(row)), None)
+            known = [one for one in reversed(self.scenes) if one.within(row)]
+            # a prompt may begin with another one
+            scene = max(known, key=lambda one: one.whole.shape[1], default=None)
             found.append(((number, id(scene)), scene) if scene else None)
         return found
 
