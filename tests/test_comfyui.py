@@ -436,6 +436,27 @@ def _preview(which: int) -> dict[str, Any]:
     }
 
 
+def test_text_added_to_a_prompt_about_two_things_is_drawn(host: ComfyUI) -> None:
+    nouns = [text_of(host.run(_preview(which)), "3") for which in (1, 2)]
+    both = f"a photo of a V1 {nouns[0]} and a V2 {nouns[1]}"
+    before = len(host.log.read_text())
+
+    def picture(added: str) -> np.ndarray:
+        graph = {**_both_learned("apart"), **draw(both, "4")}
+        clip = graph["21"]["inputs"]["clip"]
+        graph["50"] = {"class_type": "CLIPTextEncode", "inputs": {"clip": clip, "text": added}}
+        graph["51"] = {
+            "class_type": "ConditioningConcat",
+            "inputs": {"conditioning_to": ["21", 0], "conditioning_from": ["50", 0]},
+        }
+        graph["24"]["inputs"]["positive"] = ["51", 0]
+        done = host.run(graph)
+        return np.asarray(Image.open(host.pictures(done, "26")[0]).convert("RGB"), int)
+
+    assert np.abs(picture("on grass") - picture("on a wooden table")).mean() > 0.5
+    assert "are drawn mixed" not in host.log.read_text()[before:]
+
+
 def test_areas_are_shown_and_can_be_given(host: ComfyUI) -> None:
     """A mask for the whole picture draws that concept's own prompt, as its noun's prompt does."""
     nouns = [text_of(host.run(_preview(which)), "3") for which in (1, 2)]
@@ -456,6 +477,12 @@ def test_areas_are_shown_and_can_be_given(host: ComfyUI) -> None:
     assert [mask.shape for mask in masks] == [(128, 128)] * 2
     assert max(mask.max() for mask in masks) > 128
     assert (masks[0] + masks[1]).max() <= 257
+    graph["22"]["inputs"]["text"] = f"V1 {nouns[0]} and V2 {nouns[1]}"  # the negative prompt
+    assert len(host.pictures(host.run(graph), "32")) == 2
+    other = {"class_type": "EmptyLatentImage", "inputs": {**graph["23"]["inputs"], "width": 192}}
+    graph["30"]["inputs"]["latent"] = ["33", 0]
+    done = host.finished(host.queue({**graph, "33": other}))
+    assert "the latents are of 1 picture of 192 x 128 pixels" in error_of(done)
     whole = {"class_type": "SolidMask", "inputs": {"value": 1.0, "width": 64, "height": 64}}
     none = {"class_type": "SolidMask", "inputs": {"value": 0.0, "width": 64, "height": 64}}
     given = {**_both_learned("apart"), **draw(prompt, "4"), "40": whole, "41": none}

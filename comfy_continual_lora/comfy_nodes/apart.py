@@ -33,21 +33,26 @@ class _Wrappers:
     def __init__(self, areas: HostAreas) -> None:
         self.areas = areas
         self.scenes: dict[Any, SceneText] = {}  # of the conds that are being sampled, by their ids
+        self.unwanted: set[Any] = set()  # ids of negative conds
+        self.shape: Sequence[int] = ()  # of the latents that were sampled last
 
-    def sample(self, executor: Any, *args: Any, **kwargs: Any) -> Any:
+    def sample(self, executor: Any, noise: Tensor, *args: Any, **kwargs: Any) -> Any:
         self.areas.start()
+        self.shape = noise.shape
+        conds = getattr(executor.class_obj, "original_conds", {})
+        self.unwanted = {one["uuid"] for one in conds.get("negative", []) if "uuid" in one}
         try:
-            return executor(*args, **kwargs)
+            return executor(noise, *args, **kwargs)
         finally:
             self.scenes.clear()
 
     def calc_cond_batch(
         self, executor: Any, model: Any, conds: Any, x: Tensor, *args: Any, **kwargs: Any
     ) -> Any:
-        """Learns which conds are of prompts that name two or more."""
+        """Learns which conds are of prompts that name two or more; negative ones are left as they are."""
         for cond in conds:
             for one in cond or []:
-                scene = one.get(KEY)
+                scene = None if one.get("uuid") in self.unwanted else one.get(KEY)
                 if isinstance(scene, SceneStates) and one["uuid"] not in self.scenes:
                     scene = scene.text(model, x.device)
                 if isinstance(scene, SceneText):
@@ -109,10 +114,9 @@ def with_areas(model: Any, preset: str, masks: Tensor | None = None) -> Any:
     """A copy of MODEL that draws each learned thing of a prompt in its area.
 
     `masks` (k, h, w): areas to use in place of those found. The model's attachment KEY is its
-    `HostAreas`.
+    `_Wrappers`.
     """
-    areas = HostAreas(AreaSettings(FINE[preset]), masks)
-    wrappers = _Wrappers(areas)
+    wrappers = _Wrappers(HostAreas(AreaSettings(FINE[preset]), masks))
     around = {
         WrappersMP.OUTER_SAMPLE: wrappers.sample,
         WrappersMP.CALC_COND_BATCH: wrappers.calc_cond_batch,
@@ -122,26 +126,39 @@ def with_areas(model: Any, preset: str, masks: Tensor | None = None) -> Any:
     for kind, wrapper in around.items():
         copied.remove_wrappers_with_key(kind, KEY)  # of a stack that was applied before
         copied.add_wrapper_with_key(kind, KEY, wrapper)
-    copied.set_attachments(KEY, areas)
+    copied.set_attachments(KEY, wrappers)
     return copied
 
 
 def found_masks(model: Any, samples: Tensor) -> Tensor:
-    """The areas of what was sampled last, (pictures times things, 8h, 8w) in 0..1.
+    """The areas of what was sampled last, (pictures times things, 8h, 8w) in 0..1; `samples`
+    (n, 4, h, w) are the latents of it.
 
-    Errors: SettingError if no prompt named several learned things, or MODEL drew nothing.
+    Errors: SettingError if no prompt named several learned things, or if MODEL drew nothing, or
+    pictures of another number or size last.
     """
-    areas = model.get_attachment(KEY)
-    found = areas.found if isinstance(areas, HostAreas) else []
+    wrappers = model.get_attachment(KEY)
+    found = wrappers.areas.found if isinstance(wrappers, _Wrappers) else []
     if not found:
         raise SettingError(
             "There are no areas: nothing was sampled with this MODEL from a prompt that names two "
             "or more learned things. Connect the MODEL of Apply Concepts, also to the sampler."
         )
+    drawn, given = _pictures(wrappers.shape), _pictures(samples.shape)
+    if drawn != given:
+        raise SettingError(
+            f"The areas are those of what MODEL drew last, {drawn}, but the latents are of {given}. "
+            "Connect the latents of the sampler that draws last with this MODEL."
+        )
     size = [8 * side for side in samples.shape[-2:]]
-    return torch.cat([F.interpolate(one.cpu(), size, mode="bilinear") for one in found]).flatten(
-        0, 1
-    )
+    masks = (F.interpolate(one.cpu(), size, mode="bilinear").flatten(0, 1) for one in found)
+    return torch.cat(list(masks))
+
+
+def _pictures(shape: Sequence[int]) -> str:
+    """How many pictures of which size latents of this shape are, in words."""
+    count = shape[0]
+    return f"{count} picture{'s' if count != 1 else ''} of {8 * shape[-1]} x {8 * shape[-2]} pixels"
 
 
 def _attend(q: Tensor, k: Tensor, v: Tensor, options: dict[str, Any]) -> Tensor:
