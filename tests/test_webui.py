@@ -181,13 +181,13 @@ def test_what_is_clicked_reaches_the_worker(
     monkeypatch.setenv("GRADIO_TEMP_DIR", str(pictures.parent))
     place = ("mini.safetensors", "", 0)
     files = [str(path) for path in sorted(pictures.glob("*.png"))]
-    names = [Path(file).name for file in files]
+    beside = [((file, 0), "") for file in files]
     values = [*_untouched(), *("a caption" if n == 1 else "" for n in range(SLOTS))]
     paper = next(label for label, name in METHOD_LABELS.items() if name == "lora_dsc_ewc_dc")
     for method, chosen in ((paper, "lora_dsc_ewc_dc"), ("lora_ewc", "lora_ewc")):
         for replace in (False, True):
             words = (" V1 ", "ball", method, replace, "flow" if replace else "auto")
-            outputs = handlers.learn(*place, files, names, *words, *values)
+            outputs = handlers.learn(*place, files, beside, *words, *values)
             assert len(outputs) == len(OUTPUTS)
             request = _request(handlers, "learn")
             assert (request["token"], request["noun"], request["replace"]) == (
@@ -198,7 +198,7 @@ def test_what_is_clicked_reaches_the_worker(
             assert request["prediction"] == ("flow" if replace else "auto")
             assert request["settings"] == {"method": chosen, "preview_every": 50}
             _wait(handlers)
-    handlers.estimate(*place, files, names, "V1", "ball", paper, False, "auto", *values)
+    handlers.estimate(*place, files, beside, "V1", "ball", paper, False, "auto", *values)
     job = handlers.host.runner.job
     assert job
     parse(LearnRequest, dict(job.jobs)["plan"])
@@ -213,7 +213,7 @@ def test_what_is_clicked_reaches_the_worker(
         _wait(handlers)
     values[ADVANCED.index("dsc_steps")] = values[ADVANCED.index("steps")] = 7
     for click, arguments, name in (
-        (handlers.consolidate, (files, names, *values), "consolidate"),
+        (handlers.consolidate, (files, beside, *values), "consolidate"),
         (handlers.closed_form, (), "closed_form"),
         (handlers.scores, (files,), "scores"),
         (handlers.evaluate, (), "evaluate"),
@@ -279,7 +279,8 @@ def test_what_is_dropped_is_used_or_named(
     files["IMG_2.HEIC"].write_bytes(b"\0\0\0\x18ftypheic" + bytes(99))
     files["cut.jpg"].write_bytes(files["a.jpg"].read_bytes()[:300])
     given = [str(file) for file in files.values()]
-    pictures, told = uploads.dropped(given, {"b.PNG": "typed"})
+    a, b = [(str(files[name]), 0) for name in ("a.jpg", "b.PNG")]
+    pictures, told = uploads.dropped(given, {b: "typed"})
     assert [(one.name, one.caption) for one in pictures] == [
         ("a.jpg", "on a café's table"),
         ("b.PNG", "typed"),
@@ -301,9 +302,9 @@ def test_what_is_dropped_is_used_or_named(
     assert "cut.jpg can't be read" in html.unescape(
         _value(handlers.scores("mini.safetensors", "", 0, given), "said")
     )
-    emptied = uploads.found_in(given[:-1], {"a.jpg": ""})
+    emptied = uploads.found_in(given[:-1], {a: ""})
     assert [one.caption for one in emptied] == ["", "dropped"]
-    sent = uploads.found_in(given[:-1], {"b.PNG": "typed"})
+    sent = uploads.found_in(given[:-1], {b: "typed"})
     assert [one.name for one in sent] == ["a.jpg", "b.PNG"]
     assert [one.caption for one in sent] == ["on a café's table", "typed"]
     assert [one.mask for one in sent] == [files["a.mask.png"].read_bytes(), None]
@@ -320,17 +321,79 @@ def test_captions_stay_beside_their_pictures(
     monkeypatch.setenv("GRADIO_TEMP_DIR", str(pictures.parent))
     files = [str(path) for path in sorted(pictures.glob("*.png"))]
 
-    def shown(outputs: list[Any], kind: str) -> list[Any]:
-        return [value for name, value in zip(PICTURES, outputs, strict=True) if kind in name]
-
     first = handlers.pictures(files[1:], [], "crop", *[""] * SLOTS)
-    names, typed = first[0], ["", "typed", *[""] * (SLOTS - 2)]
-    again = handlers.pictures(files, names, "crop", *typed)
-    assert again[0] == [Path(file).name for file in files]
-    assert shown(again, "caption_")[: len(files)] == ["", "", "typed", *[""] * (len(files) - 3)]
-    assert [one["visible"] for one in shown(again, "slot_")].count(True) == len(files)
+    typed = ["", "typed", *[""] * (SLOTS - 2)]
+    again = handlers.pictures(files, first[0], "crop", *typed)
+    names = [Path(file).name for file in files]
+    thumbs = _of_kind(again, "thumb_")
+    assert all(name in thumb for name, thumb in zip(names, thumbs, strict=False))
+    assert _of_kind(again, "caption_")[: len(files)] == ["", "", "typed", *[""] * (len(files) - 3)]
+    assert [one["visible"] for one in _of_kind(again, "slot_")].count(True) == len(files)
     assert "&lt;b&gt;.png" in cards.thumbnail("<b>.png", None)
-    assert shown(handlers.pictures([], names, "crop", *typed), "thumb_") == [""] * SLOTS
+    none = handlers.pictures([], first[0], "crop", *typed)
+    assert _of_kind(none, "thumb_") == [""] * SLOTS
+
+
+def _of_kind(outputs: list[Any], kind: str) -> list[Any]:
+    return [value for name, value in zip(PICTURES, outputs, strict=True) if kind in name]
+
+
+def _learned_from(handlers: Handlers, files: list[str], beside: Any, typed: list[str]) -> list[Any]:
+    """What a click on Learn would hand in: each picture's corner, and its caption."""
+    place, words = ("mini.safetensors", "", 0), ("V1", "ball", "lora", False, "auto")
+    with pytest.MonkeyPatch.context() as patch:
+        batches: list[Any] = []
+        patch.setattr(
+            handlers.host, "hand_in_or_wait", lambda *_, batch: bool(batches.append(batch))
+        )
+        handlers.learn(*place, files, beside, *words, *_untouched(), *typed)
+    (batch,) = batches
+    pictures = [Image.open(io.BytesIO(batch.files[name])) for name in batch.pictures]
+    captions = [batch.files.get(f"{name}.txt", b"").decode() for name in batch.pictures]
+    return list(zip([_at(picture, 0, 0) for picture in pictures], captions, strict=True))
+
+
+def test_pictures_of_one_name_keep_their_own_captions(
+    handlers: Handlers, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two of the name, as phones give it to all, and one of them twice, which gradio keeps once."""
+    monkeypatch.setenv("GRADIO_TEMP_DIR", str(tmp_path))
+    files = [str(tmp_path / str(number) / "image.png") for number in (0, 1)]
+    colours = [(200, 0, 0), (0, 0, 200)]
+    for file, colour in zip(files, colours, strict=True):
+        Path(file).parent.mkdir()
+        Image.new("RGB", (32, 32), colour).save(file)
+    files.append(files[0])
+    beside = handlers.pictures(files, [], "crop", *[""] * SLOTS)[0]
+    typed = ["a red one", "a blue one", "a red one again", *[""] * (SLOTS - 3)]
+    expected = list(zip([*colours, colours[0]], typed, strict=False))
+    assert _learned_from(handlers, files, beside, typed) == expected
+    turned = handlers.pictures(files[::-1], beside, "pad", *typed)
+    assert _of_kind(turned, "caption_")[:3] == ["a red one", "a blue one", "a red one again"]
+    less = handlers.pictures(files[1:2], beside, "pad", *typed)
+    assert _of_kind(less, "caption_")[:2] == ["a blue one", ""]
+
+
+def test_a_cleared_caption_stays_cleared(
+    handlers: Handlers, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever changes after it. One that no one touched is read anew from what is dropped."""
+    monkeypatch.setenv("GRADIO_TEMP_DIR", str(tmp_path))
+    files = [str(tmp_path / name) for name in ("a.png", "b.png", "a.txt")]
+    for file in files[:2]:
+        Image.new("RGB", (32, 32), "red").save(file)
+    Path(files[2]).write_text("from the file")
+    first = handlers.pictures(files, [], "crop", *[""] * SLOTS)
+    assert _of_kind(first, "caption_")[:2] == ["from the file", ""]
+    typed, beside = [""] * SLOTS, first[0]
+    for fit in ("pad", "crop"):
+        beside, *_ = outputs = handlers.pictures(files, beside, fit, *typed)
+        assert _of_kind(outputs, "caption_")[:2] == ["", ""]
+    assert [text for _, text in _learned_from(handlers, files, beside, typed)] == ["", ""]
+    (tmp_path / "b.txt").write_text("dropped later")
+    later = [*files, str(tmp_path / "b.txt")]
+    beside, *_ = outputs = handlers.pictures(later, beside, "crop", *typed)
+    assert _of_kind(outputs, "caption_")[:2] == ["", "dropped later"]
 
 
 def test_the_page_opens_as_it_was_left(

@@ -68,7 +68,7 @@ def _captions(parts: SimpleNamespace) -> list[Any]:
 def _connect_jobs(parts: SimpleNamespace, handlers: Handlers, page: gr.Blocks) -> None:
     place, files, captions = _place(parts), parts.files, _captions(parts)
     words = [parts.token, parts.noun, parts.method, parts.replace, parts.prediction]
-    learning = [*place, files, parts.names, *words, *parts.advanced, *captions]
+    learning = [*place, files, parts.beside, *words, *parts.advanced, *captions]
     how = [parts.count, parts.sampling, parts.drawn_seed, parts.negative]
     for event, handler, inputs in (
         (parts.learn.click, handlers.learn, learning),
@@ -76,7 +76,7 @@ def _connect_jobs(parts: SimpleNamespace, handlers: Handlers, page: gr.Blocks) -
         (
             parts.consolidate.click,
             handlers.consolidate,
-            [*place, files, parts.names, *parts.advanced, *captions],
+            [*place, files, parts.beside, *parts.advanced, *captions],
         ),
         (parts.closed_form.click, handlers.closed_form, place),
         (parts.scores.click, handlers.scores, [*place, files]),
@@ -156,7 +156,7 @@ def _connect_inputs(parts: SimpleNamespace, handlers: Handlers) -> None:
     host = handlers.host
     parts.example.click(host.example, parts.token, [parts.files, parts.noun])
     fit = parts.advanced[ADVANCED.index("fit")]
-    dropped = [parts.files, parts.names, fit, *_captions(parts)]
+    dropped = [parts.files, parts.beside, fit, *_captions(parts)]
     for changed in (parts.files, fit):
         changed.change(handlers.pictures, dropped, _outputs(parts, PICTURES))
     parts.refresh.click(handlers.refresh, parts.checkpoint, parts.checkpoint)

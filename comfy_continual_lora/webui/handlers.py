@@ -32,14 +32,17 @@ from .outputs import (
     visible,
 )
 from .shown import markdown
-from .uploads import dropped, found_in, settings_of
+from .uploads import Key, dropped, found_in, settings_of
 from .view import View
 
 Jobs = tuple[list[JobRequest], Batch | None]
+Beside = Sequence[tuple[Key, str]]
 
 
 class Handlers(View):
-    """The handlers of one page. `names`: the pictures that the captions are of, in order."""
+    """The handlers of one page. `beside`: the pictures that the captions are beside, in order, each
+    with the caption that was uploaded with it.
+    """
 
     # --- jobs ----------------------------------------------------------------------------------
 
@@ -65,7 +68,7 @@ class Handlers(View):
         path: Path,
         stack: Path,
         files: Any,
-        names: Sequence[str],
+        beside: Beside,
         token: str,
         noun: str,
         method: str,
@@ -78,7 +81,7 @@ class Handlers(View):
         if (chosen := method_of(method)) != LearnSettings().method:
             settings["method"] = chosen
         word = (token or "").strip()
-        typed = _typed(names, rest[len(ADVANCED) :])
+        typed = _typed(beside, rest[len(ADVANCED) :])
         batch = self.host.copies.batch(found_in(files, typed), stack, word)
         request = {**place_of(path, stack), "images": batch.paths, "token": word}
         request |= {"noun": (noun or "").strip(), "replace": bool(replace), "settings": settings}
@@ -121,7 +124,7 @@ class Handlers(View):
         name: str,
         first: int,
         files: Any,
-        names: Sequence[str],
+        beside: Beside,
         *rest: Any,
     ) -> list[Any]:
         """`rest`: advanced settings, then captions."""
@@ -131,7 +134,7 @@ class Handlers(View):
             own = {field.name for field in dataclasses.fields(TrainSettings)}
             settings = {name: value for name, value in chosen.items() if name in own}
             place = place_of(path, stack)
-            pictures = found_in(files, _typed(names, rest[len(ADVANCED) :]))
+            pictures = found_in(files, _typed(beside, rest[len(ADVANCED) :]))
             batch = self.host.copies.batch(pictures, stack, newest_word(stack))
             request = {**place, "images": batch.paths, "settings": settings}
             return [("consolidate", request), self.host.export_job(place)], batch
@@ -342,17 +345,17 @@ class Handlers(View):
 
     @staticmethod
     def pictures(
-        files: Sequence[Any] | None, names: Sequence[str], fit: str, *captions: str
+        files: Sequence[Any] | None, beside: Beside, fit: str, *captions: str
     ) -> list[Any]:
         """The values of `PICTURES` for what was dropped."""
         try:
-            found, told = dropped(files, _typed(names, captions), fit)
+            found, told = dropped(files, _typed(beside, captions), fit)
         except REFUSED as error:
             raise gr.Error(in_labels(error)) from None
         if len(found) > SLOTS:
             told += f"\nCaptions of the first {SLOTS} can be typed here; drop a.txt with a.jpg for others."
         values: Values = {
-            "names": [one.name for one in found],
+            "beside": [(one.key, one.own) for one in found],
             "inventory": visible(markdown(told)),
         }
         for number in range(SLOTS):
@@ -377,6 +380,10 @@ class Handlers(View):
         return visible(f"Changed below: {markdown(', '.join(told))}." if told else "")
 
 
-def _typed(names: Sequence[str], captions: Sequence[str]) -> dict[str, str]:
-    """The captions by picture."""
-    return {name: caption or "" for name, caption in zip(names or (), captions, strict=False)}
+def _typed(beside: Beside, captions: Sequence[str]) -> dict[Key, str]:
+    """The captions by picture, where they are not the ones that were uploaded: a cleared one too."""
+    return {
+        key: caption or ""
+        for (key, own), caption in zip(beside or (), captions, strict=False)
+        if (caption or "") != own
+    }

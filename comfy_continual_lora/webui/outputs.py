@@ -73,7 +73,7 @@ OUTPUTS = (*_FAST, *STACK, "chart", "gallery", "downloads", "queue", "waits", "t
 ASKING = ("asking", "question", "yes", "pending")
 RENAMING = ("renaming", "renamed", "to")
 PICTURES = (
-    "names",
+    "beside",
     "inventory",
     *(f"slot_{number}" for number in range(SLOTS)),
     *(f"thumb_{number}" for number in range(SLOTS)),

@@ -30,7 +30,7 @@ def build(host: Host, page: gr.Blocks) -> None:
     style = Path(__file__).with_name("style.css").read_text(encoding="utf-8")
     gr.HTML(f"<style>{style}</style>", elem_id="continual_lora_style")
     parts.mark, parts.pending = gr.State(("", "")), gr.State(None)
-    parts.first, parts.tokens, parts.names = gr.State(0), gr.State([]), gr.State([])
+    parts.first, parts.tokens, parts.beside = gr.State(0), gr.State([]), gr.State([])
     with gr.Column(elem_id="continual_lora_page"):
         _environment(parts, handlers.environment_shown())
         with gr.Row():

@@ -5,7 +5,8 @@ from __future__ import annotations
 import dataclasses
 import os
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,8 @@ from ..errors import ConceptImagesError
 from ..fields import from_widget
 from ..inventory import sentences, sorted_out
 from .copies import Sent
+
+Key = tuple[str, int]
 
 
 def uploaded(files: Sequence[Any] | None) -> list[Path]:
@@ -54,9 +57,21 @@ def picture_at(path: Path | str, side: int = 10_000) -> Image.Image | None:
     return picture
 
 
-def found_in(files: Sequence[Any] | None, typed: Mapping[str, str]) -> list[Sent]:
-    """The uploaded pictures with their captions - those `typed` for a name, if there are any, else
-    the ones uploaded with them - and their masks.
+def keys_of(pictures: Iterable[Path]) -> list[Key]:
+    """What tells uploaded pictures apart, names being no help: each one's path, and how many before it
+    have the same one. gradio keeps a file by its name and content.
+    """
+    seen: Counter[Path] = Counter()
+    keys = []
+    for path in pictures:
+        keys.append((str(path), seen[path]))
+        seen[path] += 1
+    return keys
+
+
+def found_in(files: Sequence[Any] | None, typed: Mapping[Key, str]) -> list[Sent]:
+    """The uploaded pictures with their captions - those `typed`, if there are any, else the ones
+    uploaded with them - and their masks.
 
     Errors: ValueError as `uploaded`, and if there is no picture; ConceptImagesError.
     """
@@ -67,41 +82,45 @@ def found_in(files: Sequence[Any] | None, typed: Mapping[str, str]) -> list[Sent
         Sent(
             one.file.name,
             one.file.read_bytes(),
-            typed.get(one.file.name, one.caption or "").strip(),
+            typed.get(key, one.caption or "").strip(),
             one.mask.read_bytes() if one.mask else None,
         )
-        for one in found.pictures
+        for key, one in zip(keys_of(found.files), found.pictures, strict=True)
     ]
 
 
 @dataclass(frozen=True)
 class Dropped:
-    """A picture with its caption; `image` is None if it can't be read."""
+    """A picture with its caption, and the one that was uploaded with it; `image` is None if it can't
+    be read.
+    """
 
+    key: Key
     name: str
     caption: str
+    own: str
     image: Image.Image | None
 
 
 def dropped(
-    files: Sequence[Any] | None, typed: Mapping[str, str], fit: str = "crop"
+    files: Sequence[Any] | None, typed: Mapping[Key, str], fit: str = "crop"
 ) -> tuple[list[Dropped], str]:
-    """The uploaded pictures, with the caption typed for a name before, or else the one uploaded with
-    it, and what was uploaded, in words. What is not learned from is dark: outside the crop, or of
-    the mask.
+    """The uploaded pictures, each with the caption typed before, or else the one uploaded with it,
+    and what was uploaded, in words. What is not learned from is dark: outside the crop, or of the
+    mask.
 
     Errors: ValueError as `uploaded`; ConceptImagesError as `read_caption`.
     """
     found = sorted_out(uploaded(files))
     pictures, problems = [], []
-    for one in found.pictures:
-        caption = typed.get(one.file.name) or one.caption or ""
+    for key, one in zip(keys_of(found.files), found.pictures, strict=True):
+        own = one.caption or ""
         image = picture_at(one.file, 400)
         if image is None:
             problems.append((one.file.name, "can't be read as a picture; replace or remove it"))
         else:
             image = _learned_from(image, picture_at(one.mask) if one.mask else None, fit)
-        pictures.append(Dropped(one.file.name, caption, image))
+        pictures.append(Dropped(key, one.file.name, typed.get(key, own), own, image))
     told = found.notes() if found.pictures else [found.summary()] if files else []
     return pictures, "\n".join([*told, *sentences(problems)])
 
