@@ -14,6 +14,7 @@ from __future__ import annotations
 import codecs
 import re
 import unicodedata
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -42,6 +43,8 @@ _FOREIGN = re.compile(  # endings of images that have to be converted first
 )
 Note = tuple[str, str]  # a file's name, and what was changed or chosen
 _MASK_ALONE = "a mask without picture"
+_SHARED = "several pictures have this name; rename them"
+_ANOTHER = "another one of this name counts"
 _OTHER_PROGRAMS = ("__macosx", "__pycache__", "lost+found", "system volume information")
 
 
@@ -176,16 +179,30 @@ def inventory(source: str | Path | Iterable[str | Path]) -> Inventory:
 
 
 def sorted_out(files: Sequence[Path]) -> Inventory:
-    """What these files are by their names, wherever they lie. There may be no picture."""
+    """What these files are by their names, wherever they lie. There may be no picture.
+
+    What is named after several pictures of one name is left out: it can't be told which it is of.
+    """
     names = _by_name(files)
     found = [_picture(file, names) for file in files if not _why_left_out(file)]
-    masks = {mask for picture in found for mask in picture.masks}
-    pictures = [picture for picture in found if picture.file not in masks]
+    masks = {mask.name.lower() for picture in found for mask in picture.masks}
+    pictures = [picture for picture in found if picture.file.name.lower() not in masks]
+    times = Counter(file.name for file in {picture.file for picture in pictures})
+    shared = {name for name in times if times[name] > 1}
+    reasons = {
+        file.name.lower(): _SHARED if one.file.name in shared else _ANOTHER
+        for one in pictures
+        for file in (*one.captions, *one.masks)
+    }
+    pictures = [Picture(one.file) if one.file.name in shared else one for one in pictures]
     used = {one for of in pictures for one in (of.file, *of.captions, *of.masks)}
     rest = [file for file in files if file not in used]
     return Inventory(
         tuple(pictures),
-        tuple(f"{file.name} ({_why_left_out(file) or _MASK_ALONE})" for file in rest),
+        tuple(
+            f"{file.name} ({reasons.get(file.name.lower()) or _why_left_out(file) or _MASK_ALONE})"
+            for file in rest
+        ),
     )
 
 

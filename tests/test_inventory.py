@@ -101,6 +101,43 @@ def test_uploads_belong_together_by_name_wherever_they_lie(tmp_path: Path) -> No
     assert found.summary() == "1 picture, 1 caption (.txt), 1 mask"
 
 
+def test_what_is_of_several_pictures_of_one_name_is_left_out(tmp_path: Path) -> None:
+    """Each upload in a folder of its own; the same picture twice is one file, given twice."""
+    _pictures(tmp_path / "1", "image.jpg", "a.png", "twice.png")
+    _pictures(tmp_path / "2", "image.jpg", "image_mask.png", "a_mask.png", "image.mask.png")
+    _pictures(tmp_path / "3", "image.jpg", "image_mask.png", "a_mask.png")
+    for name in ("1/image.txt", "2/image.jpg.caption", "2/a.txt", "3/a.txt", "1/twice.txt"):
+        (tmp_path / name).write_text(name)
+    files = sorted(file for file in tmp_path.rglob("*") if file.is_file())
+    found = sorted_out([*files, tmp_path / "1" / "twice.png"])
+    assert _names(found) == [
+        "a.png",
+        "image.jpg",
+        "twice.png",
+        "image.jpg",
+        "image.jpg",
+        "twice.png",
+    ]
+    captions = [picture.caption for picture in found.pictures]
+    assert captions == ["3/a.txt", None, "1/twice.txt", None, None, "1/twice.txt"]
+    assert [picture.mask for picture in found.pictures] == [
+        tmp_path / "3" / "a_mask.png", *[None] * 5
+    ]  # fmt: skip
+    shared, another = (
+        "several pictures have this name; rename them",
+        "another one of this name counts",
+    )
+    assert found.left_out == (
+        f"image.txt ({shared})",
+        f"a.txt ({another})",
+        f"a_mask.png ({another})",
+        f"image.jpg.caption ({shared})",
+        f"image.mask.png ({shared})",
+        f"image_mask.png ({shared})",
+        f"image_mask.png ({shared})",
+    )
+
+
 def test_folders_of_other_programs_are_no_groups(tmp_path: Path) -> None:
     _pictures(tmp_path, "0.png", "1.png")
     _pictures(tmp_path / "@eaDir" / "0.png", "thumb.jpg")
