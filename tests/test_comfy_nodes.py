@@ -27,6 +27,7 @@ from safetensors.torch import save_file
 from comfy_continual_lora import concepts, store
 from comfy_continual_lora.errors import ConceptImagesError, SettingError, StackError
 from comfy_continual_lora.fields import check_field, from_widget
+from comfy_continual_lora.files import cache_folder
 from comfy_continual_lora.inventory import inventory
 from comfy_continual_lora.progress import Progress
 from comfy_continual_lora.settings import (
@@ -37,6 +38,7 @@ from comfy_continual_lora.settings import (
     TrainSettings,
 )
 from comfy_continual_lora.stack import CheckpointInfo, ConceptStack
+from comfy_continual_lora.versions import in_use
 
 REPOSITORY = Path(__file__).parents[1]
 WORKFLOWS = sorted((REPOSITORY / "workflows").glob("*.json"))
@@ -108,7 +110,9 @@ def _stand_in(schema_fields: list[str]) -> dict[str, types.ModuleType]:
     ):
         setattr(io, name, _type(name.upper()))
     io.MultiType = types.SimpleNamespace(Input=_several_types)
-    io.Hidden = types.SimpleNamespace(prompt="PROMPT", extra_pnginfo="EXTRA_PNGINFO")
+    io.Hidden = types.SimpleNamespace(
+        prompt="PROMPT", extra_pnginfo="EXTRA_PNGINFO", unique_id="UNIQUE_ID"
+    )
     latest: Any = types.ModuleType("comfy_api.latest")
     latest.io, latest.ComfyExtension = io, object
     memory, utils, folders = (
@@ -508,6 +512,42 @@ def test_what_was_chosen_reaches_the_request(
 
 class _Picture(list):
     """Stands for an IMAGE."""
+
+
+def test_history_goes_back_once_however_often_it_is_queued(nodes: Any, closed_stack: Any) -> None:
+    """What is done after it stays: a number left in the node, also in another run of ComfyUI, undid
+    it at the next queue.
+    """
+    file = closed_stack.file
+
+    def queue(restore: int, node: str = "7") -> tuple[int, str]:
+        cloned = type("Clone", (nodes.StackHistory,), {})
+        cloned.hidden = types.SimpleNamespace(unique_id=node)
+        _, report = cloned.execute(closed_stack, restore=restore)
+        current = in_use(file)
+        assert current
+        return current.number, report
+
+    for count in (1, 2):
+        store.save_stack(make_stack(count), file)
+    assert queue(1)[0] == queue(1)[0] == 1
+    store.save_stack(make_stack(3), file)
+    number, report = queue(1)
+    assert number == 3
+    assert report.startswith(
+        "The stack went back to version 1 before and is now at version 3; nothing was done. To go "
+        "back again, set restore to 0, queue, and set it to 1.\n\n"
+    )
+    assert queue(0, "12:8")[0] == queue(1)[0] == 3  # another node that lists
+    assert "nothing was done" not in queue(0)[1]
+    assert queue(1)[0] == 1
+    assert queue(3)[0] == 3
+    assert queue(1)[0] == 1
+    with pytest.raises(StackError, match="There is no version 9"):
+        queue(9)
+    (cache_folder(file) / "restored.json").write_text("[")
+    store.save_stack(make_stack(2), file)
+    assert queue(3)[0] == 3  # what is damaged counts as nothing
 
 
 def test_exported_files_that_were_deleted_are_written_again(

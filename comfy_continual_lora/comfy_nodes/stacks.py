@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import json
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from comfy_api.latest import io  # pyright: ignore[reportMissingImports] - only inside ComfyUI
 
 from ..errors import StackError
+from ..files import cache_folder, real_file, write_whole
 from ..operations import OPERATIONS
 from ..presets import PREDICTIONS
 from ..requests import (
@@ -212,8 +215,8 @@ class StackHistory(io.ComfyNode):
                     min=0,
                     max=1_000_000_000,
                     optional=True,
-                    tooltip="The number of the version to go back to, as listed in the report. 0: "
-                    "only list them.",
+                    tooltip="The number of the version to go back to, as listed in the report; it is "
+                    "done once. 0: only list them. To go back to the same again, queue with 0 first.",
                 ),
                 io.Int.Input(
                     "keep",
@@ -226,6 +229,7 @@ class StackHistory(io.ComfyNode):
                     "stack). -1: no change.",
                 ),
             ],
+            hidden=[io.Hidden.unique_id],
             outputs=stack_and_report(),
         )
 
@@ -236,11 +240,43 @@ class StackHistory(io.ComfyNode):
     @classmethod
     @in_widget_names
     def execute(cls, stack: StackHandle, restore: int = 0, keep: int = -1) -> Any:
-        if restore:
-            OPERATIONS["restore"](RestoreRequest(**stack.place, version=restore))
+        refusal = cls._go_back(stack, restore)
         request = HistoryRequest(**stack.place, keep=keep if keep >= 0 else None)
         result = OPERATIONS["history"](request)
-        return io.NodeOutput(stack.now(), result.summary())
+        return io.NodeOutput(stack.now(), refusal + result.summary())
+
+    @classmethod
+    def _go_back(cls, stack: StackHandle, version: int) -> str:
+        """Go back to the version, unless this node was last queued with the same number: what has
+        been done since stays. Returns why nothing was done, or nothing.
+        """
+        node = str(getattr(getattr(cls, "hidden", None), "unique_id", None) or "")
+        file = cache_folder(real_file(stack.file)) / "restored.json"
+        asked = _asked(file)
+        if version == asked.get(node, 0):
+            current = in_use(stack.file) if version else None
+            if current is None or current.number == version:
+                return ""
+            return (
+                f"The stack went back to version {version} before and is now at version "
+                f"{current.number}; nothing was done. To go back again, set restore to 0, queue, and "
+                f"set it to {version}.\n\n"
+            )
+        if version:
+            OPERATIONS["restore"](RestoreRequest(**stack.place, version=version))
+        with suppress(OSError):  # a cache: without it the next queue goes back again
+            file.parent.mkdir(exist_ok=True)
+            write_whole(file, json.dumps(asked | {node: version}).encode())
+        return ""
+
+
+def _asked(file: Path) -> dict[str, Any]:
+    """Which versions the nodes were last asked to go back to, by the nodes' ids."""
+    try:
+        asked = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return asked if isinstance(asked, dict) else {}
 
 
 class ForgetConcept(io.ComfyNode):
