@@ -30,6 +30,7 @@ from .files import (
     OWNER,
     PRESET,
     TOKEN,
+    WORD,
     WORDS,
     check_path_length,
     clean_temporary,
@@ -41,9 +42,8 @@ from .stack import ConceptRecord, ConceptStack
 from .stock import card, embedding, metadata_of, rank_in, stock_lora
 from .words import name_of
 
-# A file's owner: the stack's identity (OWNER), the word of an embedding, and the concepts a LoRA was
-# solved for (empty for all)
-_TOKEN = "continual_lora.token"
+# A file's owner: the stack's identity (OWNER), the word of an embedding (WORD), and the concepts a
+# LoRA was solved for (empty for all)
 _ONLY = "continual_lora.only"
 # suffixes that some program loads as an embedding, named by the file's stem
 _EMBEDDINGS = (".safetensors", ".pt", ".bin", ".png", ".webp", ".jxl", ".avif")
@@ -197,7 +197,7 @@ def _write_word(
         name: tensor.contiguous()
         for name, tensor in embedding(stack.words[record.id], stack.checkpoint).items()
     }
-    data = save(tensors, {OWNER: stack.owner, _TOKEN: record.token})
+    data = save(tensors, {OWNER: stack.owner, WORD: record.token})
     for number in range(1, 10_000):
         name = record.token if number == 1 else f"{record.token}-{number}"
         if number > 1 and name.lower() in words:
@@ -221,7 +221,7 @@ def _is_own(
     """
     owner = _owner(path)
     if owner.get(OWNER):
-        return owner[OWNER] == stack.owner and record.token in (owner.get(_TOKEN), path.stem)
+        return owner[OWNER] == stack.owner and record.token in (owner.get(WORD), path.stem)
     try:
         existing = load_file(path)
     except (SafetensorError, OSError):
@@ -248,7 +248,7 @@ def _earlier(stack: ConceptStack, out: Path, embeddings: Path, only: Sequence[st
     current = {"", *stack.tokens}
     for path in sorted(embeddings.glob("*.safetensors")):
         owner = _owner(path)
-        if owner.get(OWNER) == stack.owner and owner.get(_TOKEN, "") not in current:
+        if owner.get(OWNER) == stack.owner and owner.get(WORD, "") not in current:
             earlier.append(path)
     return earlier
 

@@ -50,6 +50,7 @@ HOST = "CONTINUAL_LORA_HOST"  # folders of a ComfyUI or web UI that has Anima's 
 WORDS = (
     "continual_lora.words"  # in a LoRA: JSON, the class noun of each word by its embedding's name
 )
+WORD = "continual_lora.token"  # in an embedding: its word, which it may not be named by
 OWNER = "continual_lora.stack"  # in an export: the identity of the stack it is of
 PRESET = "continual_lora.preset"  # in a LoRA: the kind of checkpoint it is for
 CLIP_SKIP = "ss_clip_skip"  # in a LoRA, kohya's name of it; absent or "None" for 1

@@ -6,7 +6,6 @@ Every change returns a new stack; the original is not changed.
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -16,7 +15,7 @@ from torch import Tensor
 
 from .adapters.adapter import Adapter, kind_of, rank_of
 from .adapters.packed import Packed, pack
-from .stackschema import HISTORY
+from .stackschema import HISTORY, owner_of
 from .words import name_of, position_of
 
 
@@ -141,15 +140,8 @@ class ConceptStack:
 
     @property
     def owner(self) -> str:
-        """Its identity.
-
-        A stack that was never stored, or that an early version wrote, has one derived from its
-        first concept.
-        """
-        if self.identity or not self.records:
-            return self.identity
-        beginning = f"{self.fingerprint}/{self.records[0].id}"
-        return hashlib.sha256(beginning.encode()).hexdigest()[:16]
+        """Whose the exported files are."""
+        return owner_of(self.identity, self.fingerprint, [record.id for record in self.records])
 
     @property
     def adapters(self) -> list[Adapter]:

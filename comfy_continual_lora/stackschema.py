@@ -7,6 +7,7 @@ same format version are kept, under "later".
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 import sys
@@ -236,6 +237,15 @@ _HEADER_DEFAULTS = {
     "ordinary": None,
     "history": HISTORY,
 }
+
+
+def owner_of(identity: str, fingerprint: str, concepts: Sequence[str]) -> str:
+    """Whose the files are that a stack exports: its identity. One that was never stored, or that an
+    early version wrote, has one derived from the first of its concepts' ids; without any it has none.
+    """
+    if identity or not concepts:
+        return identity
+    return hashlib.sha256(f"{fingerprint}/{concepts[0]}".encode()).hexdigest()[:16]
 
 
 def checked(path: Path, metadata: Any, shapes: Mapping[str, Shape]) -> dict[str, Any]:

@@ -6,6 +6,7 @@ import copy
 import dataclasses
 import json
 import os
+import shutil
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -24,6 +25,7 @@ from comfy_continual_lora.checkpoint.backbone import Backbone
 from comfy_continual_lora.errors import StackError
 from comfy_continual_lora.exported import Exported
 from comfy_continual_lora.files import PRESET, WORDS
+from comfy_continual_lora.stackfile import read_header
 from comfy_continual_lora.webui.loras import exports_of, newest_lora, words_of
 
 
@@ -114,9 +116,41 @@ def test_a_stacks_exports_are_found_whatever_their_names(
     os.utime(path, (1, 1))
     found = exports_of(tmp_path / "out", own)
     assert found == [path]
-    assert newest_lora(tmp_path / "out", own, "V1") == path
-    assert newest_lora(tmp_path / "out", own, "V9") is None
+    folders = tmp_path / "out", tmp_path / "out" / "embeddings"
+    assert newest_lora(*folders, own, "V1") == (path, "V1")
+    assert newest_lora(*folders, own, "V9") is None
     assert exports_of(tmp_path / "out", tmp_path / "none.concepts.safetensors") == []
+
+
+def test_a_word_is_found_under_the_name_it_was_exported_by(tmp_path: Path) -> None:
+    """Another's embedding has the word's, so has another stack's numbered one; later both are gone.
+    The stack is one of an early version, which stored no identity.
+    """
+    own, out, embeddings = tmp_path / "own.concepts.safetensors", tmp_path / "out", tmp_path / "em"
+    shutil.copy(Path(__file__).parent / "data" / "stack-8a93aef.safetensors", own)
+    stack = store.open_stack(own)
+    other = dataclasses.replace(stack, identity="ab" * 8)
+    embeddings.mkdir()
+    (embeddings / "V1.pt").write_bytes(b"another embedding")
+    theirs = export.export_files(other, tmp_path / "theirs", embeddings, "other")
+    assert newest_lora(out, embeddings, own, "V1") is None
+    done = export.export_files(stack, out, embeddings, "own")
+    assert [path.stem for path in theirs.embeddings] == ["V1-2", "V2", "V3"]
+    assert [path.stem for path in done.embeddings] == ["V1-3", "V2-2", "V3-2"]
+    for before in (True, False):  # it is stored by this version
+        for token, path in zip(("V1", "V2", "V3"), done.embeddings, strict=True):
+            assert newest_lora(out, embeddings, own, token) == (done.lora, path.stem)
+        if before:
+            assert not read_header(own)["identity"]
+            store.save_stack(stack, own)
+    for path in theirs.embeddings:
+        path.unlink()
+    again = export.export_files(stack, out, embeddings, "own").lora
+    assert again
+    os.utime(again, (2**31, 2**31))
+    for token, name in (("V1", "V1-2"), ("V2", "V2"), ("V3", "V3")):
+        assert newest_lora(out, embeddings, own, token) == (again, name)
+    assert newest_lora(out, embeddings, own, "V1-2") is None
 
 
 @pytest.mark.parametrize(

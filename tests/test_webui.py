@@ -37,11 +37,12 @@ gradio = pytest.importorskip("gradio")
 
 from comfy_continual_lora import pipeline  # noqa: E402
 from comfy_continual_lora.errors import SettingError, StackError  # noqa: E402
+from comfy_continual_lora.export import export_files  # noqa: E402
 from comfy_continual_lora.files import stack_path  # noqa: E402
 from comfy_continual_lora.operations import OPERATIONS  # noqa: E402
 from comfy_continual_lora.requests import LearnRequest, parse  # noqa: E402
 from comfy_continual_lora.settings import LearnSettings  # noqa: E402
-from comfy_continual_lora.store import read_records  # noqa: E402
+from comfy_continual_lora.store import open_stack, read_records  # noqa: E402
 from comfy_continual_lora.versions import versions  # noqa: E402
 from comfy_continual_lora.webui import alone, cards, host, shown, uploads  # noqa: E402
 from comfy_continual_lora.webui import job as job_module  # noqa: E402
@@ -62,6 +63,7 @@ from comfy_continual_lora.webui.outputs import (  # noqa: E402
 )
 
 ROOT = Path(__file__).parents[1]
+OLD_STACK = ROOT / "tests" / "data" / "stack-8a93aef.safetensors"  # of V1 ball, V2 fish, V3 mug
 # What messages may name though the tab shows no part for it: what belongs to operations and settings
 # that only other front ends have
 NOT_IN_THE_TAB = {
@@ -225,6 +227,30 @@ def test_what_is_clicked_reaches_the_worker(
         _wait(handlers)
     handlers.rename(*place, "V1", " V5 ")
     assert _request(handlers, "rename")["to"] == "V5"
+
+
+def test_the_prompt_for_txt2img_names_the_export(handlers: Handlers) -> None:
+    """Its newest LoRA, and the word as its embedding is named, where another's has the name."""
+    checkpoint = handlers.host.checkpoints()["mini.safetensors"]
+    shutil.copy(OLD_STACK, stack_path(checkpoint))
+    stack = open_stack(stack_path(checkpoint))
+    words = list(stack.tokens)
+
+    def sent(number: int) -> tuple[str, str]:
+        prompt, said = handlers.send_card(number)("mini.safetensors", "", words)
+        return prompt, html.unescape(said) if isinstance(said, str) else ""
+
+    assert sent(1) == ("", "**There is no export with V2 yet: press Export first.**")
+    out, embeddings = handlers.host.exports()
+    embeddings.mkdir(parents=True)
+    (embeddings / "V1.pt").write_bytes(b"another embedding")
+    lora = export_files(stack, out, embeddings, "mini").lora
+    assert lora
+    assert [sent(number) for number in range(3)] == [
+        (f"a photo of a V1-2 ball <lora:{lora.stem}:1>", ""),
+        (f"a photo of a V2 fish <lora:{lora.stem}:1>", ""),
+        (f"a photo of a V3 mug <lora:{lora.stem}:1>", ""),
+    ]
 
 
 def test_each_line_of_the_prompt_is_drawn(handlers: Handlers) -> None:

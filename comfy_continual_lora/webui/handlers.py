@@ -263,12 +263,16 @@ class Handlers(View):
             try:
                 concept = self._concept(checkpoint, name, tokens, number)
                 stack = self.place(checkpoint, name)[1]
-                lora = newest_lora(self.host.exports()[0], stack, concept["token"])
-                if lora is None:
-                    raise ValueError("There is no export of this stack yet: press Export first.")
+                found = newest_lora(*self.host.exports(), stack, concept["token"])
+                if found is None:
+                    raise ValueError(
+                        f"There is no export with {concept['token']} yet: press Export first."
+                    )
             except REFUSED as error:
                 return ["", f"**{markdown(in_labels(error))}**"]
-            return [f"a photo of a {name_in(concept)} <lora:{lora.stem}:1>", gr.update()]
+            lora, token = found
+            name = name_in({**concept, "token": token})
+            return [f"a photo of a {name} <lora:{lora.stem}:1>", gr.update()]
 
         return handler
 

@@ -5,9 +5,10 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from ..files import OWNER, PRESET, TOKEN, WORDS, metadata_in
+from ..files import OWNER, PRESET, TOKEN, WORD, WORDS, metadata_in
 from ..presets import PRESETS
 from ..stackfile import read_header
+from ..stackschema import owner_of
 
 _LONGEST = 200  # characters of a class noun
 
@@ -34,15 +35,35 @@ def exports_of(folder: Path, stack: Path) -> list[Path]:
 
     Errors: StackError, OSError for a file that is not a stack.
     """
-    owner = read_header(stack)["identity"] if stack.exists() else ""
+    owner = _owner(stack)
     files = folder.glob("*.safetensors") if owner else ()
     own = [path for path in files if metadata_in(path).get(OWNER) == owner]
     return sorted(own, key=lambda path: path.stat().st_mtime, reverse=True)
 
 
-def newest_lora(folder: Path, stack: Path, token: str) -> Path | None:
-    """The newest exported LoRA of a stack that knows the word; None if there is none.
+def newest_lora(folder: Path, embeddings: Path, stack: Path, token: str) -> tuple[Path, str] | None:
+    """The newest exported LoRA of a stack that knows the word, and how prompts name it there: by its
+    embedding, which has another name if a stranger's has the word's; None if there is none.
 
     Errors: as `exports_of`.
     """
-    return next((one for one in exports_of(folder, stack) if token in words_of(one)[0]), None)
+    owner, of = _owner(stack), {token: token}  # the word of each embedding
+    for path in sorted(embeddings.glob(f"{token}*.safetensors")):
+        metadata = metadata_in(path)
+        if metadata.get(OWNER) == owner:
+            of[path.stem] = metadata.get(WORD, path.stem)
+    names = [name for name, word in of.items() if word == token]
+    for lora in exports_of(folder, stack):
+        words = words_of(lora)[0]
+        if name := next((name for name in names if name in words), None):
+            return lora, name
+    return None
+
+
+def _owner(stack: Path) -> str:
+    """Whose a stack's exports are; empty if there is no stack. Errors: as `exports_of`."""
+    if not stack.exists():
+        return ""
+    header = read_header(stack)
+    concepts = [concept["id"] for concept in header["concepts"]]
+    return owner_of(header["identity"], header["fingerprint"], concepts)
