@@ -32,8 +32,14 @@ _MARKS = re.compile(
     r"|[()\[\]:]"
     r"|[^\\()\[\]:]+"
 )
-# what web UIs read besides: extra networks, prompt editing and alternating words, composition
-_UNREAD = re.compile(r"<\w+:[^<>]+>|\[[^\[\]]*[:|][^\[\]]*\]|\bAND\b")
+# text without : or |, but for brackets with a weight; and when it is to change
+_PART = r"(?:[^\\()\[\]:|]|\\.|\([^()\[\]|]*\)|\[[^()\[\]:|]*\])*"
+_WHEN = r"\s*[+-]?(?:\d+(?:\.\d*)?|\.\d+)(?:[eE][+-]?\d+)?\s*"
+# what web UIs read besides: extra networks, prompt editing ([from:to:when], [to:when], [from::when])
+# and alternating words, composition
+_UNREAD = re.compile(
+    rf"<\w+:[^<>]+>|(?<!\\)\[(?:(?:{_PART}:){{1,2}}{_WHEN}|{_PART}(?:\|{_PART})+)\]|\bAND\b"
+)
 _BREAK = re.compile(r"\s*\bBREAK\b\s*")
 
 

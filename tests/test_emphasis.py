@@ -236,6 +236,12 @@ def test_a_long_prompt_is_drawn_without_a_note(learned: Callable[..., Path]) -> 
         ("a mug <lora:pets-V1:1> on grass", ["<lora:pets-V1:1>"]),
         ("a [red:blue:.5] mug AND a [cat|dog]", ["[red:blue:.5]", "AND", "[cat|dog]"]),
         ("SAND and ANDY", []),
+        ("[a dog (red:1.2)] [red:blue] [a (b|c)] [1:2:3:4] [a:b|c]", []),
+        (r"\[red:blue:.5\] \[a|b\] [a\:3]", []),
+        ("[dog:1.2] at [time 10:30]", ["[dog:1.2]", "[time 10:30]"]),
+        ("[dog::8] [ : 1e1 ] [[cat]:-.5]", ["[dog::8]", "[ : 1e1 ]", "[[cat]:-.5]"]),
+        ("[(red:1.2):blue:5] [fe|]male", ["[(red:1.2):blue:5]", "[fe|]"]),
+        ("a [unclosed [red:blue: 3 ]", ["[red:blue: 3 ]"]),
     ],
 )
 def test_what_only_web_uis_read_is_told(prompt: str, marks: list[str]) -> None:
