@@ -22,11 +22,10 @@ from .adapters.lora import padded_to_rank
 from .checkpoint import keys
 from .checkpoint.backbone import Backbone
 from .errors import SettingError, StackError
-from .loraconfig import lora_config
+from .loraconfig import lora_configs
 from .lorafile import (
     DOWN,
     FLOATS,
-    PREFIX,
     Layer,
     Rest,
     check_values,
@@ -80,14 +79,14 @@ def read_parts(
     path = lora_file(path)
     tensors, metadata = read(path)
     layers, others = _layers_in(path, tensors, backbone)
-    config = lora_config(path, metadata)
+    configs = lora_configs(path, metadata)
     adapter, rank = {}, 1
     for layer, module in backbone.kv_layers.items():
         out, width = module.weight.shape
         down, up = torch.zeros(0, width), torch.zeros(out, 0)
         if found := layers.get(layer):
             down, up = _matrices(path, found, out, width)
-            up = up * (strength * scale(path, found, len(down), config))
+            up = up * (strength * scale(path, found, len(down), configs))
             check_values(f"{path}: {found.names['up']} at `strength` {strength:g}", up)
         if down.any() and up.any():
             rank = max(rank, len(down))
@@ -100,7 +99,7 @@ def read_parts(
             "product of matrices and alpha is 0, or they are not there. Choose another file, or "
             "another strength."
         )
-    rest = rest_of(path, others, layers.values(), config, metadata) if others else None
+    rest = rest_of(path, others, layers.values(), configs, metadata) if others else None
     return padded_to_rank(adapter, rank), rest
 
 
@@ -122,7 +121,7 @@ def _layers_in(
         if not kind or layer is None:
             others[name] = tensor
             continue
-        found = layers.setdefault(layer, Layer(PREFIX.sub("", start)))
+        found = layers.setdefault(layer, Layer(start))
         if kind in found.tensors:
             raise StackError(
                 f"{path} has two tensors for the same matrix of {layer}: {found.names[kind]} and "

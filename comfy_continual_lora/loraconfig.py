@@ -5,9 +5,10 @@
 kohya       alpha is a tensor of each layer
 PEFT        adapter_config.json beside adapter_model.safetensors: r and lora_alpha, rank_pattern and
             alpha_pattern for the layers that differ, use_rslora
-diffusers   the same fields as JSON in the file's metadata, with "unet." before each
+diffusers   the same fields as JSON in the file's metadata, with their component before each: "unet.",
+            "transformer.", "text_encoder.", "text_encoder_2."
 
-Without any of these s is 1.
+Without any of these s is 1, as it is for a component that has no fields.
 """
 
 from __future__ import annotations
@@ -29,13 +30,15 @@ CONFIG = "adapter_config.json"
 DECLARED = "lora_adapter_metadata"  # diffusers' name for it in a file's metadata
 _MOST_ALPHA = 1e6
 _ENDING = r"(.*\.)?({})$"  # a pattern has to match the end of a layer's name
+# How a name begins that says its component; lora_te: kohya's text encoders, of which no field tells
+_COMPONENT = re.compile(r"(unet|transformer|text_encoder\w*)\.|lora_te")
 # PEFT's ways to start that also change the checkpoint's own weights, which the file does not hold
 _CHANGING_STARTS = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
 
 @dataclass(frozen=True)
 class LoraConfig:
-    """What a file declares of its LoRA; PEFT's fields."""
+    """What a file declares of a component's LoRA; PEFT's fields."""
 
     source: str  # where it stands, for messages
     r: int
@@ -45,7 +48,7 @@ class LoraConfig:
     use_rslora: bool
 
     def scale(self, layer: str, rank: int) -> float:
-        """The factor s of a layer, as its file names it, whose matrices have this rank.
+        """The factor s of a layer, by its name in its component, whose matrices have this rank.
 
         Errors: StackError if the layer is declared to have another rank.
         """
@@ -67,8 +70,8 @@ class LoraConfig:
         )
 
 
-def lora_config(path: Path, metadata: Mapping[str, str]) -> LoraConfig | None:
-    """What PEFT or diffusers declared of the LoRA in this file; None if there is nothing.
+def lora_configs(path: Path, metadata: Mapping[str, str]) -> dict[str, LoraConfig]:
+    """What PEFT or diffusers declared of the LoRA in this file, by component; "" is for all of it.
 
     Errors: StackError for a declaration that can't be read, or of another kind of adapter.
     """
@@ -76,18 +79,30 @@ def lora_config(path: Path, metadata: Mapping[str, str]) -> LoraConfig | None:
     if path.name == WEIGHTS and beside.exists():
         try:
             check_regular(beside)
-            return _config(str(beside), beside.read_bytes())
+            return _configs(str(beside), beside.read_bytes())
         except OSError as error:
             raise StackError(
                 f"{beside} can't be read ({error.strerror or error}). It says how strong the LoRA "
                 "is: give this user permission to read it."
             ) from None
     if DECLARED in metadata:
-        return _config(f"{path} (its metadata {DECLARED})", metadata[DECLARED])
-    return None
+        return _configs(f"{path} (its metadata {DECLARED})", metadata[DECLARED])
+    return {}
 
 
-def _config(source: str, text: str | bytes) -> LoraConfig:
+def config_for(tensor: str, configs: Mapping[str, LoraConfig]) -> LoraConfig | None:
+    """What is declared for a tensor of this name in the file; None if nothing is.
+
+    A name that does not say its component is the net's.
+    """
+    if "" in configs:
+        return configs[""]
+    if said := _COMPONENT.match(tensor):
+        return configs.get(said[1] or "")
+    return configs.get("unet") or configs.get("transformer")
+
+
+def _configs(source: str, text: str | bytes) -> dict[str, LoraConfig]:
     try:
         fields = json.loads(text)
         if not isinstance(fields, dict):
@@ -96,8 +111,15 @@ def _config(source: str, text: str | bytes) -> LoraConfig:
         raise StackError(
             f"{source} is not valid JSON ({error}). It says how strong the LoRA is: get it again."
         ) from None
-    of_unet = {k.removeprefix("unet."): v for k, v in fields.items() if k.startswith("unet.")}
-    fields = of_unet or fields
+    components: dict[str, dict[str, Any]] = {}
+    for key, value in fields.items():
+        if (said := _COMPONENT.match(key)) and said[1]:
+            components.setdefault(said[1], {})[key.removeprefix(said[0])] = value
+    return {name: _config(source, one) for name, one in (components or {"": fields}).items()}
+
+
+def _config(source: str, fields: Mapping[str, Any]) -> LoraConfig:
+    """Errors: StackError for a value that can't be, or another kind of adapter."""
     _check_plain(source, fields)
     values = {}
     for name, (default, fits, expected) in _FIELDS.items():

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from .errors import StackError
 from .files import CLIP_SKIP, metadata_in, write_whole
-from .loraconfig import DECLARED, WEIGHTS, LoraConfig
+from .loraconfig import DECLARED, WEIGHTS, LoraConfig, config_for
 
 DOWN = (
     ".lora_down.weight",
@@ -36,6 +36,7 @@ ENDINGS = {
 PREFIX = re.compile(
     r"^(lora_unet_|unet\.|base_model\.model\.|diffusion_model\.|transformer\.|net\.)+"
 )
+_TEXT_ENCODER = re.compile(r"^text_encoder\w*\.")
 FLOATS = (
     torch.float64,
     torch.float32,
@@ -58,9 +59,14 @@ def clip_skip_of(path: Path) -> int:
 class Layer:
     """One layer's tensors in a file, by kind ("down", "up", "alpha"), and their names there."""
 
-    name: str
+    start: str  # of its tensors' names
     tensors: dict[str, Tensor] = field(default_factory=dict)
     names: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def name(self) -> str:
+        """Its name in its component."""
+        return _TEXT_ENCODER.sub("", PREFIX.sub("", self.start))
 
 
 def lora_file(path: Path) -> Path:
@@ -68,9 +74,9 @@ def lora_file(path: Path) -> Path:
     return path / WEIGHTS if path.is_dir() else path
 
 
-def scale(path: Path, layer: Layer, rank: int, config: LoraConfig | None) -> float:
+def scale(path: Path, layer: Layer, rank: int, configs: Mapping[str, LoraConfig]) -> float:
     """The factor of B A. Errors: StackError for an alpha that is not a number, or two of them."""
-    alpha = layer.tensors.get("alpha")
+    alpha, config = layer.tensors.get("alpha"), config_for(layer.start, configs)
     if alpha is None:
         return config.scale(layer.name, rank) if config else 1.0
     name = layer.names["alpha"]
@@ -186,7 +192,7 @@ def rest_of(
     path: Path,
     tensors: Mapping[str, Tensor],
     kept: Iterable[Layer],
-    config: LoraConfig | None,
+    configs: Mapping[str, LoraConfig],
     metadata: Mapping[str, str],
 ) -> Rest:
     """The `Rest` of a LoRA: these tensors; `kept`: its other layers.
@@ -198,21 +204,21 @@ def rest_of(
         start, kind = split_name(name)
         if not kind:
             start, _, kind = name.rpartition(".")
-        layer = layers.setdefault(start, Layer(PREFIX.sub("", start)))
+        layer = layers.setdefault(start, Layer(start))
         layer.tensors[kind], layer.names[kind] = tensor, name
     stored, left = dict(tensors), 0.0
     for layer in layers.values():
         if (pair := _pair(layer)) is None:
             continue
-        factor = scale(path, layer, len(pair[0]), config)
+        factor = scale(path, layer, len(pair[0]), configs)
         left += _squared_norm(*pair) * factor**2
-        if config:
+        if config_for(layer.start, configs):
             up = layer.names["up"]
             stored[up] = (tensors[up].float() * factor).to(tensors[up].dtype)
     whole = left
     for layer in kept:
         if pair := _pair(layer):
-            whole += _squared_norm(*pair) * scale(path, layer, len(pair[0]), config) ** 2
+            whole += _squared_norm(*pair) * scale(path, layer, len(pair[0]), configs) ** 2
     declared = {name: text for name, text in metadata.items() if name != DECLARED}
     share = left / whole if whole else 0.0
     return Rest(stored, declared, len(layers), share, min(layers))

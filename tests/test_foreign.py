@@ -41,9 +41,9 @@ def kohya_lora(backbone: Backbone, rank: int = 2, alpha: float | None = None) ->
     return tensors
 
 
-def plain_lora(backbone: Backbone, prefix: str) -> Tensors:
+def plain_lora(backbone: Backbone, prefix: str, rank: int = 2) -> Tensors:
     """The same under PEFT's names."""
-    tensors = kohya_lora(backbone)
+    tensors = kohya_lora(backbone, rank)
     return {
         f"{prefix}{layer}.lora_{letter}.weight": tensors[
             f"lora_unet_{layer.replace('.', '_')}.lora_{part}.weight"
@@ -391,6 +391,90 @@ def test_the_rest_of_a_lora_is_measured_and_kept_as_strong_as_it_was(
         assert torch.allclose(found, change, atol=1e-5 * float(change.abs().max()))
     with pytest.raises(StackError, match="changes nothing of K and V"):
         foreign.read_parts(kept, backbone)
+
+
+QUERY = "text_model.encoder.layers.0.self_attn.q_proj"
+
+
+@pytest.mark.parametrize(
+    ("declared", "net", "factor", "texts"),
+    [
+        ({"unet": (4, 4), "text_encoder": (8, 8)}, "unet.", 1.0, [("text_encoder", 8, 1.0)]),
+        ({"unet": (4, 16), "text_encoder": (4, 4)}, "unet.", 4.0, [("text_encoder", 4, 1.0)]),
+        ({"unet": (4, 16)}, "unet.", 4.0, [("text_encoder", 8, 1.0)]),
+        ({"text_encoder": (8, 4)}, "unet.", 1.0, [("text_encoder", 8, 0.5)]),
+        ({"transformer": (4, 16), "text_encoder": (2, 1)}, "", 4.0, [("text_encoder", 2, 0.5)]),
+        (
+            {"unet": (4, 2), "text_encoder": (8, 8), "text_encoder_2": (2, 6)},
+            "unet.",
+            0.5,
+            [("text_encoder", 8, 1.0), ("text_encoder_2", 2, 3.0), ("lora_te1", 2, 1.0)],
+        ),
+        ({"": (4, 16)}, "unet.", 4.0, [("text_encoder", 4, 4.0)]),
+    ],
+)
+def test_each_component_is_as_strong_as_is_declared_for_it(
+    backbone: Backbone,
+    tmp_path: Path,
+    declared: dict[str, tuple[int, float]],
+    net: str,
+    factor: float,
+    texts: list[tuple[str, int, float]],
+) -> None:
+    """A diffusers file of the net and text encoders, by component: rank and alpha."""
+    path, tensors = tmp_path / "dog.safetensors", plain_lora(backbone, net, 4)
+    for name, rank, _ in texts:
+        tensors[f"{name}.{QUERY}.lora_A.weight"] = torch.full((rank, 64), 0.1)
+        tensors[f"{name}.{QUERY}.lora_B.weight"] = torch.ones(64, rank)
+    fields = {
+        f"{name}.{field}".lstrip("."): value
+        for name, (rank, alpha) in declared.items()
+        for field, value in (("r", rank), ("lora_alpha", alpha))
+    }
+    save_file(tensors, path, {"lora_adapter_metadata": json.dumps(fields)})
+    adapter, rest = foreign.read_parts(path, backbone)
+    found = delta_weights(backbone, adapter)[FIRST]
+    down, up = (tensors[f"{net}{FIRST}.lora_{letter}.weight"] for letter in "AB")
+    assert torch.allclose(found, factor * up @ down, atol=1e-3)
+    assert rest
+    stored = load_file(rest.keep(path))
+    left = 0.0
+    for name, rank, strength in texts:
+        up = stored[f"{name}.{QUERY}.lora_B.weight"]
+        assert torch.equal(up, torch.full((64, rank), strength))
+        left += (strength * 0.1 * rank * 64) ** 2
+    kept = sum(float(one.square().sum()) for one in delta_weights(backbone, adapter).values())
+    assert rest.share == pytest.approx(left / (left + kept), rel=1e-4)
+
+
+def test_a_transformers_declaration_is_read(backbone: Backbone, tmp_path: Path) -> None:
+    path, tensors = tmp_path / "a.safetensors", plain_lora(backbone, "transformer.", 4)
+    save_file(tensors, path)
+    plain = foreign.read_lora(path, backbone)
+    fields = '{"transformer.r": 4, "transformer.lora_alpha": 16, "transformer.alpha_pattern": {}}'
+    save_file(tensors, path, {"lora_adapter_metadata": fields})
+    found = foreign.read_lora(path, backbone)
+    assert torch.equal(found[f"{FIRST}.B"], 4 * plain[f"{FIRST}.B"])
+
+
+@pytest.mark.parametrize("pattern", [QUERY, f"^{QUERY}", "q_proj"])
+def test_a_text_encoders_pattern_matches_its_own_names(
+    backbone: Backbone, tmp_path: Path, pattern: str
+) -> None:
+    path, tensors = tmp_path / "a.safetensors", plain_lora(backbone, "unet.", 4)
+    tensors[f"text_encoder_2.{QUERY}.lora_A.weight"] = torch.ones(2, 64)
+    tensors[f"text_encoder_2.{QUERY}.lora_B.weight"] = torch.ones(64, 2)
+    fields = {
+        "unet.r": 4,
+        "unet.lora_alpha": 4,
+        "text_encoder_2.rank_pattern": {pattern: 2},
+        "text_encoder_2.alpha_pattern": {pattern: 10},
+    }
+    save_file(tensors, path, {"lora_adapter_metadata": json.dumps(fields)})
+    _, rest = foreign.read_parts(path, backbone)
+    assert rest
+    stored = rest.tensors[f"text_encoder_2.{QUERY}.lora_B.weight"]
+    assert torch.equal(stored, torch.full((64, 2), 5.0))
 
 
 def with_others(backbone: Backbone) -> Tensors:
