@@ -299,12 +299,28 @@ def _word(backbone: Backbone, request: ImportRequest) -> Tensor:
     return word_of_vocabulary(request.trigger, backbone)
 
 
-def check_same_strength(known: ConceptRecord, request: ImportRequest) -> None:
-    """Errors: StackError if this file and word are on the stack at another strength."""
-    before = known.settings.get("strength")  # early versions didn't store it
+def check_same(known: ConceptRecord, word: Tensor, again: Imported, request: ImportRequest) -> None:
+    """`word`: the vectors of the known concept.
+
+    Errors: StackError if this file and token are on the stack at another strength, with another noun
+    or from another word.
+    """
+    name, before = known.name, known.settings.get("strength")  # early versions didn't store it
     if isinstance(before, (int, float)) and before != request.strength:
-        raise StackError(
-            f"{request.lora} is on the stack already, as {known.name} at `strength` {before:g}, so it "
-            f"was not imported at {request.strength:g}. Forget {known.token} first, or give another "
-            "`token`."
-        )
+        name, asked = f"{name} at `strength` {before:g}", f"at {request.strength:g}"
+    elif known.noun != again.record.noun:
+        asked = f"with the `noun` {again.record.noun}" if again.record.noun else "without a `noun`"
+    elif not _is_same_word(word, again.word):
+        name = f"{name} from another word"
+        asked = "from this `embedding`" if request.embedding else "from this `trigger`"
+    else:
+        return
+    raise StackError(
+        f"{request.lora} is on the stack already, as {name}, so it was not imported {asked}. Forget "
+        f"{known.token} first, or give another `token`."
+    )
+
+
+def _is_same_word(one: Tensor, other: Tensor) -> bool:
+    """Whether these vectors are the same, but for the precision that a checkpoint is loaded in."""
+    return one.shape == other.shape and torch.allclose(one, other, rtol=0.01, atol=1e-6)

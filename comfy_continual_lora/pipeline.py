@@ -25,8 +25,9 @@ from dataclasses import replace
 from . import concepts, parallel, store
 from .adapters.adapter import rank_of
 from .concept import kept_features, load_concept, record_of
-from .foreign import check_same_strength, imported_concept
+from .foreign import check_same, imported_concept
 from .learn import learn
+from .lorafile import Rest
 from .mentions import previewed
 from .methods.method import LearnedConcept
 from .methods.stages import calibrated, distilled
@@ -61,7 +62,7 @@ from .solving import forget as forget
 from .solving import merge as merge
 from .solving import put_on_top
 from .solving import select as select
-from .stack import ConceptStack
+from .stack import ConceptRecord, ConceptStack
 from .upkeep import history as history
 from .upkeep import info as info
 from .upkeep import rename as rename
@@ -165,16 +166,24 @@ def import_concept(request: ImportRequest, on_progress: OnProgress = ignore) -> 
     with open_session(request, on_progress, writes=True) as session:
         tell_of_noun(session, request)
         imported = imported_concept(session.backbone, request)
-        record, rest = imported.record, imported.rest
+        record = imported.record
         if known := next((one for one in session.stack.records if one.id == record.id), None):
-            check_same_strength(known, request)
-            return ImportResult(known, request.lora, again=True)
+            check_same(known, session.stack.words[known.id], imported, request)
+            return _import_result(known, imported.rest, request, again=True)
         concepts.check_token(request.token, session.stack.tokens, session.backbone.is_known_word)
         tell_of_clip_skip(session, imported.clip_skip)
         other = ConceptStack(session.stack.fingerprint, rank=rank_of(imported.adapter))
         other.checkpoint = replace(other.checkpoint, clip_skip=imported.clip_skip)
         other = other.learned(record, imported.word, imported.adapter)
         stack, _ = put_on_top(session, other, request.settings)
-        kept = rest.keep(request.lora) if rest and request.rest == "keep" else None
+        result = _import_result(record, imported.rest, request)
         session.commit(stack, "imported", [record])
-    return ImportResult(record, request.lora, rest=rest.described() if rest else "", kept=kept)
+    return result
+
+
+def _import_result(
+    record: ConceptRecord, rest: Rest | None, request: ImportRequest, again: bool = False
+) -> ImportResult:
+    """The result, once the file with the rest is written, if that is asked for."""
+    kept = rest.keep(request.lora) if rest and request.rest == "keep" else None
+    return ImportResult(record, request.lora, again, rest.described() if rest else "", kept)

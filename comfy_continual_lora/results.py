@@ -184,13 +184,13 @@ class ImportResult:
     kept: Path | None = None
 
     def summary(self) -> str:
-        if self.again:
-            return f"{self.lora} is already on the stack as {self.record.name}; nothing was done."
-        done = f"{self.lora} is now on the stack as {self.record.name}."
+        done = f"{self.lora} is {'already' if self.again else 'now'} on the stack as {self.record.name}"
+        if self.again and not self.kept:
+            return f"{done}; nothing was done."
         if self.kept:
-            strength = self.record.settings["strength"]
-            return f"{done} Its {self.rest}, are in {self.kept}: load that too, at strength {strength:g}."
-        return f"{done} Left out: its {self.rest}." if self.rest else done
+            strength = self.record.settings.get("strength", 1.0)  # early versions didn't store it
+            return f"{done}. Its {self.rest}, are in {self.kept}: load that too, at strength {strength:g}."
+        return f"{done}. Left out: its {self.rest}." if self.rest else f"{done}."
 
     def as_json(self) -> dict[str, Any]:
         return {

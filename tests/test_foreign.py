@@ -517,6 +517,67 @@ def test_the_rest_is_refused_left_out_or_kept_as_asked_for(
     assert list(tokens) == ["W1", "W2"]
 
 
+def test_the_rest_is_kept_too_of_what_is_on_the_stack_already(
+    checkpoint: Path, backbone: Backbone, tmp_path: Path
+) -> None:
+    lora, stack = tmp_path / "dog.safetensors", store.stack_path(checkpoint)
+    save_file(with_others(backbone), lora)
+    request = requests.ImportRequest(
+        checkpoint, lora, "W1", "ball", trigger="red", device="cpu", rest="drop"
+    )
+    pipeline.import_concept(request)
+    pipeline.rename(requests.RenameRequest(checkpoint, "W1", "W2"))
+    before = stack.read_bytes()
+    file = tmp_path / "dog-without-kv.safetensors"
+    for _ in range(2):
+        kept = pipeline.import_concept(replace(request, rest="keep"))
+        assert kept.again
+        assert kept.kept == file
+        assert "already on the stack as W2 ball. Its 2 layers besides" in kept.summary()
+        assert kept.summary().endswith("load that too, at strength 1.")
+        assert len(load_file(file)) == 4
+    again = pipeline.import_concept(request)
+    assert again.summary().endswith("already on the stack as W2 ball; nothing was done.")
+    file.write_bytes(b"another's")
+    with pytest.raises(StackError, match="exists and is another file"):
+        pipeline.import_concept(replace(request, rest="keep"))
+    assert file.read_bytes() == b"another's"
+    assert stack.read_bytes() == before
+
+
+def test_what_is_on_the_stack_is_not_imported_again_as_another_thing(
+    checkpoint: Path, backbone: Backbone, tmp_path: Path
+) -> None:
+    lora, stack = tmp_path / "a.safetensors", store.stack_path(checkpoint)
+    save_file(kohya_lora(backbone), lora)
+    word = backbone.word_of_vocabulary("red")
+    assert word is not None
+    for name, vectors in (("red", word), ("two", torch.cat([word, word])), ("other", word * 1.1)):
+        save_file({"e": vectors}, tmp_path / name)
+    request = requests.ImportRequest(checkpoint, lora, "W1", "a ball", trigger="red", device="cpu")
+    pipeline.import_concept(request)
+    before = stack.read_bytes()
+    others = [
+        ({"noun": "teapot"}, "as W1 ball, so it was not imported with the noun teapot"),
+        ({"noun": ""}, "as W1 ball, so it was not imported without a noun"),
+        ({"trigger": "blue"}, "as W1 ball from another word, .* from this trigger"),
+        ({"trigger": "", "embedding": tmp_path / "two"}, "another word, .* from this embedding"),
+        ({"trigger": "", "embedding": tmp_path / "other"}, "another word, .* this embedding"),
+        ({"strength": 2.0, "noun": "teapot"}, "as W1 ball at strength 1, so .* imported at 2"),
+    ]
+    for fields, message in others:
+        with pytest.raises(StackError, match=f"{message}. Forget W1 first, or give another token"):
+            pipeline.import_concept(replace(request, **fields))
+    same = replace(request, noun="ball", trigger="", embedding=tmp_path / "red")
+    assert pipeline.import_concept(same).again
+    pipeline.rename(requests.RenameRequest(checkpoint, "W1", "W2"))
+    assert pipeline.import_concept(same).record.token == "W2"
+    with pytest.raises(StackError, match="as W2 ball, so it was not imported with the noun mug"):
+        pipeline.import_concept(replace(same, noun="mug"))
+    pipeline.undo(requests.UndoRequest(checkpoint))
+    assert stack.read_bytes() == before
+
+
 def test_a_rest_with_values_out_of_range_is_not_kept(backbone: Backbone, tmp_path: Path) -> None:
     lora = tmp_path / "dog.safetensors"
     save_file(with_others(backbone) | {"more.lora_up.weight": torch.full((2, 2), NAN)}, lora)
