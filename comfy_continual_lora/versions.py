@@ -7,6 +7,7 @@ too.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,7 +15,7 @@ from typing import Any
 
 from .errors import StackError
 from .files import real_file
-from .stackfile import read_header
+from .stackfile import opened, read_header
 from .stackschema import CHANGES, history_files, previous_file
 
 _MOST_NUMBER = 10**8  # no stack has been changed as often: a larger number is a stranger's
@@ -80,7 +81,8 @@ def _readable(file: Path, number: int) -> Version | None:
 
 
 def _version(file: Path, number: int, *, current: bool) -> Version:
-    header = read_header(file)
+    with opened(file) as (stream, header, _):
+        size = os.fstat(stream.fileno()).st_size
     parent = header["parent"]
     stored = header["number"]
     if current and stored is not None and stored < _MOST_NUMBER:
@@ -94,7 +96,6 @@ def _version(file: Path, number: int, *, current: bool) -> Version:
     else:
         text = f"a change by an earlier version; newest: {tokens[-1] if tokens else 'none'}"
         when = records[-1]["learned"] if records else ""
-    size = file.stat().st_size
     return Version(number, parent, text, when, tokens, header["identity"], size, current, file)
 
 

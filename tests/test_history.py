@@ -27,6 +27,7 @@ from comfy_continual_lora import (
     history,
     pipeline,
     requests,
+    stackfile,
     stackschema,
     store,
     versions,
@@ -399,6 +400,39 @@ def test_readers_see_one_version_while_another_program_writes(tmp_path: Path) ->
         writer.kill()
         writer.wait()
         writer.stdout.close()
+
+
+def test_versions_are_listed_while_another_program_removes_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each file is removed or replaced once its header is read, also the version in use."""
+    path, checked = tmp_path / "x.concepts.safetensors", stackfile.checked
+    stacks = [make_stack(count) for count in (1, 2, 3, 1)]
+
+    def then_removed(file: Path, *rest: Any) -> dict[str, Any]:
+        header = checked(file, *rest)
+        file.unlink()
+        return header
+
+    for stack in stacks:
+        store.save_stack(stack, path)
+    whole = versions.versions(path)
+    monkeypatch.setattr(stackfile, "checked", then_removed)
+    assert versions.versions(path) == whole
+    monkeypatch.undo()
+    assert versions.versions(path) == []
+
+    def then_replaced(file: Path, *rest: Any) -> dict[str, Any]:
+        header = checked(file, *rest)
+        file.write_bytes(b"shorter")
+        return header
+
+    for stack in stacks:
+        store.save_stack(stack, path)
+    monkeypatch.setattr(stackfile, "checked", then_replaced)
+    assert len(versions.versions(path)) == len(stacks)
+    monkeypatch.undo()
+    assert versions.earlier(path) == []
 
 
 @pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="asks Linux what is mapped")
