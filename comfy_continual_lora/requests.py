@@ -15,9 +15,9 @@ from dataclasses import KW_ONLY, MISSING, dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-from .errors import SettingError, excerpt
+from .errors import SettingError, StackError, excerpt
 from .fields import Settings, check_field, check_names, check_type, option
-from .files import stack_path
+from .files import stack_path, with_name
 from .presets import PREDICTIONS
 from .settings import (
     EXECUTION_SETTINGS,
@@ -64,7 +64,13 @@ class Request:
 
     @property
     def stack_file(self) -> Path:
-        return self.stack or stack_path(self.checkpoint)
+        """Errors: StackError for a path without a name."""
+        if not self.stack:
+            return stack_path(self.checkpoint)
+        stack = with_name(self.stack)
+        if not stack.name:
+            raise StackError(f"{str(self.stack)!r} is not a concept stack. Name the file of one.")
+        return stack
 
     def check(self) -> None:
         """Errors: SettingError for the first invalid field or setting."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from comfy_continual_lora.errors import SettingError, excerpt
+from comfy_continual_lora.errors import SettingError, StackError, excerpt
 from comfy_continual_lora.fields import check_names
 from comfy_continual_lora.operations import OPERATIONS
 from comfy_continual_lora.requests import (
@@ -112,6 +113,25 @@ def test_front_ends_that_make_requests_themselves_are_checked_too() -> None:
             request.check()
     DrawRequest(place, [("a", "b")], out=Path("d")).check()
     LearnRequest(place, [Path("c")], "V1", "x").check()
+
+
+@pytest.mark.parametrize("given", [".", "..", "inner/..", "../here", os.sep])
+@pytest.mark.parametrize(
+    "name", ["info", "history", "undo", "restore", "rename", "forget", "export"]
+)
+def test_a_stack_that_is_a_folder_is_refused_however_it_is_given(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, given: str, name: str
+) -> None:
+    here = tmp_path / "here"
+    (here / "inner").mkdir(parents=True)
+    monkeypatch.chdir(here)
+    kind = OPERATIONS[name].request
+    more = {"token": "V1", "to": "V2", "version": 1, "out": "out"}
+    body = {field: more[field] for field in kind.__dataclass_fields__ if field in more}
+    request = parse(kind, {"checkpoint": "a.safetensors", "stack": given, **body})
+    with pytest.raises(StackError):
+        OPERATIONS[name](request)
+    assert not Path("out").exists()
 
 
 def test_an_excerpt_of_anything_is_short() -> None:
