@@ -17,7 +17,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from .errors import StackError
-from .files import CLIP_SKIP, metadata_in, write_whole
+from .files import CLIP_SKIP, metadata_in, with_name, write_whole
 from .loraconfig import DECLARED, WEIGHTS, LoraConfig, config_for
 
 DOWN = (
@@ -75,7 +75,15 @@ def lora_file(path: Path) -> Path:
 
 
 def scale(path: Path, layer: Layer, rank: int, configs: Mapping[str, LoraConfig]) -> float:
-    """The factor of B A. Errors: StackError for an alpha that is not a number, or two of them."""
+    """The factor of B A.
+
+    Errors: StackError for an alpha that is not a number, or two of them; for a rank of 0.
+    """
+    if not rank:
+        raise StackError(
+            f"{path} is damaged: {layer.names['down']} has 0 rows; expected the rank, 1 or more. Get "
+            "the file again."
+        )
     alpha, config = layer.tensors.get("alpha"), config_for(layer.start, configs)
     if alpha is None:
         return config.scale(layer.name, rank) if config else 1.0
@@ -170,6 +178,7 @@ class Rest:
         """
         for name, tensor in self.tensors.items():
             check_values(f"{lora}: its tensor {name}", tensor)
+        lora = with_name(lora)
         path = lora.with_name(f"{lora.name.removesuffix('.safetensors')}-without-kv.safetensors")
         data = save(self.tensors, self.metadata)
         try:

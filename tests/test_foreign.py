@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -576,6 +576,49 @@ def test_what_is_on_the_stack_is_not_imported_again_as_another_thing(
         pipeline.import_concept(replace(same, noun="mug"))
     pipeline.undo(requests.UndoRequest(checkpoint))
     assert stack.read_bytes() == before
+
+
+@pytest.mark.parametrize("alpha", [True, False])
+@pytest.mark.parametrize("shapes", [((0, 64), (128, 0)), ((0, 8, 3, 3), (8, 0, 1, 1))])
+@pytest.mark.parametrize("rest", ["refuse", "drop", "keep"])
+def test_a_rank_of_zero_is_damage_in_any_layer(
+    checkpoint: Path,
+    backbone: Backbone,
+    tmp_path: Path,
+    shapes: Sequence[tuple[int, ...]],
+    rest: str,
+    alpha: bool,
+) -> None:
+    lora, tensors = tmp_path / "dog.safetensors", kohya_lora(backbone)
+    for end, shape in zip(("down", "up"), shapes, strict=True):
+        tensors[f"more.lora_{end}.weight"] = torch.ones(shape)
+    if alpha:
+        tensors["more.alpha"] = torch.tensor(1.0)
+    save_file(tensors, lora)
+    request = requests.ImportRequest(
+        checkpoint, lora, "W1", "ball", trigger="red", device="cpu", rest=rest
+    )
+    with pytest.raises(StackError, match=r"is damaged: more.lora_down.weight has 0 rows"):
+        pipeline.import_concept(request)
+    assert not store.stack_path(checkpoint).exists()
+    assert not list(tmp_path.glob("*-without-kv*"))
+
+
+@pytest.mark.parametrize("given", [".", "", "..", "inner/..", "../dog"])
+def test_the_rest_of_a_folder_is_kept_beside_it_however_it_is_given(
+    backbone: Backbone, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, given: str
+) -> None:
+    folder = tmp_path / "dog"
+    (folder / "inner").mkdir(parents=True)
+    tensors = {f"base_model.model.mid.lora_{letter}.weight": torch.ones(2, 2) for letter in "AB"}
+    tensors |= plain_lora(backbone, "base_model.model.")
+    save_file(tensors, folder / "adapter_model.safetensors")
+    monkeypatch.chdir(folder / "inner" if given == ".." else folder)
+    _, rest = foreign.read_parts(Path(given), backbone)
+    assert rest
+    kept = rest.keep(Path(given))
+    assert kept.resolve() == tmp_path / "dog-without-kv.safetensors"
+    assert len(load_file(kept)) == 2
 
 
 def test_a_rest_with_values_out_of_range_is_not_kept(backbone: Backbone, tmp_path: Path) -> None:
