@@ -11,7 +11,7 @@ import secrets
 import stat
 import sys
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO
@@ -146,6 +146,18 @@ def checkpoints_in(folder: Path) -> list[Path]:
 def is_checkpoint(name: str) -> bool:
     """Whether a file of this name is a checkpoint, not a stack of one."""
     return name.endswith(".safetensors") and not name.endswith(STACKS)
+
+
+def checkpoint_of(stack: Path, checkpoints: Collection[Path]) -> Path | None:
+    """Which of these checkpoints a stack beside them is of: of a.b.concepts.safetensors it is
+    a.b.safetensors, or else a.safetensors, where its name is b.
+    """
+    stem = stack.name.removesuffix(STACKS)
+    while stem:
+        if (checkpoint := stack.with_name(f"{stem}.safetensors")) in checkpoints:
+            return checkpoint
+        stem = stem.rpartition(".")[0]
+    return None
 
 
 def check_regular(path: Path) -> None:

@@ -14,7 +14,7 @@ from typing import Any
 from . import history as stack_history
 from .checkpoint.path import check_path
 from .errors import SettingError, StackError, TokenError
-from .files import STACKS, check_names, checkpoints_in, real_file, snapshots_of
+from .files import STACKS, check_names, checkpoint_of, checkpoints_in, real_file, snapshots_of
 from .keeping import add_version, new_change, rewrite, writing
 from .mentions import in_other_words
 from .presets import PLAIN_NAME_PRESETS
@@ -102,15 +102,17 @@ def stacks_in(folder: Path) -> ListResult:
     """
     if not folder.is_dir():
         raise SettingError(f"There is no folder {folder}. Give one with checkpoints.")
+    checkpoints = checkpoints_in(folder)
+    known = set(checkpoints)
+    stacks: dict[Path | None, list[Path]] = {}
+    for stack in sorted(folder.rglob(f"*{STACKS}")):
+        stacks.setdefault(checkpoint_of(stack, known), []).append(stack)
     rows: list[Listed] = []
-    stacks = sorted(folder.rglob(f"*{STACKS}"))
-    for checkpoint in checkpoints_in(folder):
-        beside = f"{checkpoint.stem}."
-        own = [s for s in stacks if s.parent == checkpoint.parent and s.name.startswith(beside)]
+    for checkpoint in checkpoints:
+        own = stacks.get(checkpoint, ())
         rows += [_listed(checkpoint, stack) for stack in own] or [Listed(checkpoint)]
-        stacks = [stack for stack in stacks if stack not in own]
     # of diffusers folders, and of checkpoints that are elsewhere
-    rows += [_listed(None, stack) for stack in stacks]
+    rows += [_listed(None, stack) for stack in stacks.get(None, ())]
     return ListResult(folder, rows)
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from helpers_store import make_stack
 
-from comfy_continual_lora import cli, cliflags, store
+from comfy_continual_lora import cli, cliflags, store, upkeep
 from comfy_continual_lora.cliconfig import with_config, write_config
 from comfy_continual_lora.errors import SettingError
 from comfy_continual_lora.files import stack_path
@@ -163,6 +163,30 @@ def test_list_shows_what_each_checkpoint_has_learned(
     assert [row["names"] for row in rows] == [["V1 mug", "V2 mug"], ["V1 mug"], [], [], ["V1 mug"]]
     assert cli.main(["list", str(tmp_path / "none")]) == 2
     assert cli.main(["list", str(deep.with_name("deeper"))]) == 2
+
+
+def test_a_stack_is_listed_with_the_checkpoint_of_the_longest_name(tmp_path: Path) -> None:
+    names = ["sd.safetensors", "sd.v2.safetensors", "sd.v2.1.safetensors", "x.y.safetensors"]
+    (tmp_path / "sub").mkdir()
+    checkpoints = [tmp_path / name for name in [*names, "sub/sd.v2.safetensors"]]
+    for checkpoint in checkpoints:
+        checkpoint.touch()
+    own = [stack_path(checkpoint) for checkpoint in checkpoints]
+    named = [stack_path(checkpoint, "dogs") for checkpoint in checkpoints]
+    # whose checkpoints are not there
+    others = [stack_path(tmp_path / name) for name in ("x.safetensors", "sub/sd.safetensors")]
+    elsewhere = tmp_path / "sd.v3.my.concepts.safetensors"
+    for stack in (*own, *named, *others, elsewhere):
+        store.save_stack(make_stack(1), stack)
+    rows = upkeep.stacks_in(tmp_path).rows
+    found = {row.stack_file: row.checkpoint for row in rows}
+    assert len(rows) == len(found)
+    assert found == {
+        **dict(zip(own, checkpoints, strict=True)),
+        **dict(zip(named, checkpoints, strict=True)),
+        **dict.fromkeys(others),
+        elsewhere: checkpoints[0],
+    }
 
 
 @pytest.mark.parametrize("shell", ["bash", "zsh", "tcsh"])

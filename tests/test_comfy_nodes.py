@@ -265,6 +265,34 @@ def test_other_files_among_diffusion_models_are_left_out(
     assert asked == [folder / "other.safetensors"]
 
 
+def test_a_checkpoints_own_stack_is_not_listed_as_one_that_another_names(
+    nodes: Any, models: Path
+) -> None:
+    host = importlib.import_module("comfy_continual_lora.comfy_nodes.host")
+    folder = models / "checkpoints"
+    for stem in ("sd", "sd.v2.1"):
+        (folder / f"{stem}.safetensors").touch()
+        store.save_stack(make_stack(1), folder / f"{stem}.concepts.safetensors")
+    store.save_stack(make_stack(1), folder / "sd.v2.concepts.safetensors")
+    store.save_stack(make_stack(1), folder / "sd.v2.1.dogs.concepts.safetensors")
+    assert host.stack_names() == ["dogs", "v2"]
+    (folder / "sd.v2.safetensors").touch()
+    assert host.stack_names() == ["dogs"]
+
+
+def test_a_stack_without_its_checkpoint_is_named_whatever_is_beside_it(
+    nodes: Any, tmp_path: Path
+) -> None:
+    host = importlib.import_module("comfy_continual_lora.comfy_nodes.host")
+    for name in ("old", "kept"):
+        for count in (1, 2):  # so that it has a history
+            store.save_stack(make_stack(count), tmp_path / f"{name}.concepts.safetensors")
+        (tmp_path / f"{name}.concepts.cache").mkdir()
+    store.save_stack(make_stack(1), tmp_path / "kept.dogs.concepts.safetensors")
+    (tmp_path / "kept.safetensors").touch()
+    assert host.stacks_without_checkpoint(tmp_path) == ["old.concepts.safetensors"]
+
+
 def test_existing_stacks_are_listed_and_old_workflows_name_theirs(
     nodes: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:

@@ -110,13 +110,15 @@ def stack_names() -> list[str]:
     """The names of all stacks that are not a checkpoint's own, over all checkpoints."""
     files = [*folder_paths.get_filename_list(_CHECKPOINTS), *folder_paths.get_filename_list(_NETS)]
     stems = {name.rpartition(".")[0] for name in files if not name.endswith(STACKS)}
-    ends = [name.removesuffix(STACKS).rpartition(".") for name in files if name.endswith(STACKS)]
-    return sorted({name for stem, _, name in ends if stem in stems})
+    ends = {name.removesuffix(STACKS) for name in files if name.endswith(STACKS)} - stems
+    parts = [end.rpartition(".") for end in ends]
+    return sorted({name for stem, _, name in parts if stem in stems})
 
 
 def stacks_without_checkpoint(folder: Path) -> list[str]:
     stacks = [path.name for path in folder.glob(f"*{STACKS}")]
-    stems = {path.stem for path in folder.iterdir() if not path.name.endswith(STACKS)}
+    # without stacks, their histories and caches
+    stems = {path.stem for path in folder.iterdir() if Path(path.stem).suffix != ".concepts"}
     return sorted(name for name in stacks if not any(name.startswith(f"{stem}.") for stem in stems))
 
 
