@@ -325,7 +325,7 @@ def test_an_error_for_another_user_names_the_permission(tmp_path: Path) -> None:
     store.save_stack(make_stack(2), path)
     path.chmod(0o600)
     for folder in (tmp_path, *tmp_path.parents[:3]):
-        folder.chmod(0o755)
+        folder.chmod(folder.stat().st_mode | 0o055)
     os.seteuid(65534)
     try:
         with pytest.raises(StackError, match="Permission denied") as caught:

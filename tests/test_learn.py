@@ -192,7 +192,7 @@ def test_a_snapshot_that_may_not_be_read_is_not_overwritten(
     path.write_bytes(b"another user's")
     path.chmod(0o600)
     for folder in (pictures, tmp_path, *tmp_path.parents[:3]):
-        folder.chmod(0o755)
+        folder.chmod(folder.stat().st_mode | 0o055)
     os.seteuid(65534)
     try:
         with pytest.raises(TrainingError, match=r"can't be read \(Permission denied\)"):
