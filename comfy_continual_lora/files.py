@@ -176,6 +176,8 @@ def real_file(path: Path) -> Path:
     try:
         if not stat.S_ISLNK(os.lstat(path).st_mode):
             return path
+        target = Path(os.path.realpath(path))
+        exists = target.exists()
     except (FileNotFoundError, NotADirectoryError):
         return path
     except OSError as error:
@@ -183,8 +185,7 @@ def real_file(path: Path) -> Path:
             f"{path} can't be accessed ({error.strerror}). Give this user permission to read and "
             "write there."
         ) from None
-    target = Path(os.path.realpath(path))
-    if not target.exists():
+    if not exists:
         raise StackError(
             f"{path} is a link to {target}, which does not exist. Put the file back, or remove the "
             "link."

@@ -73,13 +73,15 @@ class Request:
         return stack
 
     def check(self) -> None:
-        """Errors: SettingError for the first invalid field or setting."""
+        """Errors: SettingError for the first invalid field or setting, or path without access."""
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
             if isinstance(value, Settings):
                 value.check()
             else:
                 check_field(field, value)
+                for path in value if isinstance(value, (list, tuple)) else [value]:
+                    _check_access(field.name, path)
 
 
 @dataclass(frozen=True)
@@ -277,6 +279,23 @@ class InfoRequest(Request):
 def without_article(noun: str) -> str:
     """ "a dog" and "my dog" -> "dog" """
     return re.sub(rf"^(?:{ARTICLES}\s+)+(?=\S)", "", noun.strip(), flags=re.IGNORECASE)
+
+
+def _check_access(name: str, path: Any) -> None:
+    """Errors: SettingError for a path in a folder that this user may not enter."""
+    try:
+        if isinstance(path, Path):
+            os.stat(path)
+    except PermissionError as error:
+        raise SettingError(
+            f"`{name}` is {path}, which can't be accessed ({error.strerror}). Give this user "
+            "permission to enter its folder, or name another."
+        ) from None
+    except (
+        OSError,
+        ValueError,
+    ):  # one that is to be made; whoever reads it says that it is missing
+        return
 
 
 def _digest(images: Path | list[Path], settings: TrainSettings, *words: str) -> str:

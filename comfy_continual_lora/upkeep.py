@@ -7,6 +7,7 @@ Part of the pipeline, which re-exports these functions.
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -98,10 +99,17 @@ def _existing(request: Request) -> Path:
 def stacks_in(folder: Path) -> ListResult:
     """The checkpoints in a folder and those below it, with their stacks.
 
-    Errors: SettingError if it is not a folder.
+    Errors: SettingError if it is not a folder, or one that this user may not read.
     """
-    if not folder.is_dir():
-        raise SettingError(f"There is no folder {folder}. Give one with checkpoints.")
+    try:
+        if not folder.is_dir():
+            raise SettingError(f"There is no folder {folder}. Give one with checkpoints.")
+        os.listdir(folder)
+    except OSError as error:
+        raise SettingError(
+            f"The folder {folder} can't be read ({error.strerror or error}). Give this user "
+            "permission to read it, or name another."
+        ) from None
     checkpoints = checkpoints_in(folder)
     known = set(checkpoints)
     stacks: dict[Path | None, list[Path]] = {}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from comfy_continual_lora import upkeep
 from comfy_continual_lora.errors import SettingError, StackError, excerpt
 from comfy_continual_lora.fields import check_names
 from comfy_continual_lora.operations import OPERATIONS
@@ -132,6 +134,54 @@ def test_a_stack_that_is_a_folder_is_refused_however_it_is_given(
     with pytest.raises(StackError):
         OPERATIONS[name](request)
     assert not Path("out").exists()
+
+
+@pytest.fixture
+def hidden(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """A folder that the user who runs the test may not enter, with links to it beside it."""
+    if os.name != "posix" or os.geteuid() != 0:
+        pytest.skip("two users, so root")
+    folder = tmp_path / "hidden"
+    folder.mkdir()
+    for name in ("a.safetensors", "a.concepts.safetensors"):
+        (folder / name).touch()
+        (tmp_path / name).symlink_to(folder / name)
+    folder.chmod(0o700)
+    for outer in (tmp_path, *tmp_path.parents[:3]):
+        outer.chmod(outer.stat().st_mode | 0o055)
+    monkeypatch.chdir(tmp_path)
+    os.seteuid(65534)
+    try:
+        yield folder
+    finally:
+        os.seteuid(0)
+
+
+def test_a_path_without_access_is_named_by_every_request(hidden: Path) -> None:
+    given = {**COMPLETE, "checkpoint": "sd.safetensors", "images": "pictures", "to": "V2"}
+    for operation in OPERATIONS.values():
+        fields = operation.request.__dataclass_fields__
+        body = {name: value for name, value in given.items() if name in fields}
+        body.pop("settings", None)
+        parse(operation.request, body)
+        for name, field in fields.items():
+            if "Path" not in str(field.type):
+                continue
+            for path in (hidden / "a.safetensors", hidden / "new", hidden.parent / "a.safetensors"):
+                with pytest.raises(SettingError, match=rf"^{name} is {path}, which can't be acc"):
+                    parse(operation.request, {**body, name: str(path)})
+            if "list" in str(field.type):
+                with pytest.raises(SettingError, match=rf"^{name} is {hidden}.b.png, which"):
+                    parse(operation.request, {**body, name: ["a.png", str(hidden / "b.png")]})
+
+
+def test_a_folder_is_listed_as_far_as_there_is_access(hidden: Path) -> None:
+    (row,) = upkeep.stacks_in(hidden.parent).rows
+    assert row.checkpoint == hidden.parent / "a.safetensors"
+    assert "can't be accessed (Permission denied)" in row.problem
+    for folder in (hidden, hidden / "inner"):
+        with pytest.raises(SettingError, match=r"can't be read \(Permission denied\)"):
+            upkeep.stacks_in(folder)
 
 
 def test_an_excerpt_of_anything_is_short() -> None:
