@@ -25,7 +25,7 @@ from torch import Tensor
 
 from .adapters.adapter import layers_of
 from .errors import StackError
-from .exported import Exported
+from .exported import CARD, Exported
 from .files import (
     OWNER,
     PRESET,
@@ -266,7 +266,7 @@ def _remove(path: Path) -> bool:
             path.rmdir()
         else:
             path.unlink()
-            for ending in (".json", ".preview.jpg"):
+            for ending in CARD:
                 path.with_suffix(ending).unlink(missing_ok=True)
     except OSError:
         return False

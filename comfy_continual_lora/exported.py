@@ -9,6 +9,8 @@ from typing import Any
 
 from .presets import CLIP_SKIP_2
 
+CARD = (".json", ".preview.jpg")  # the endings of the files beside a LoRA that A1111 shows
+
 
 @dataclass(frozen=True)
 class Exported:
@@ -27,9 +29,14 @@ class Exported:
     @property
     def files(self) -> list[Path]:
         """All that was written: the LoRA with its card, and the embeddings."""
-        lora = self.lora
-        beside = lora.parent.iterdir() if lora else ()
-        return [*(p for p in beside if lora and p.stem.startswith(lora.stem)), *self.embeddings]
+        lora = [self.lora] if self.lora else []
+        beside = [
+            file.with_suffix(ending)
+            for file in lora
+            if file.suffix == ".safetensors"  # not PEFT's folder, whose name may have a dot
+            for ending in CARD
+        ]
+        return [*lora, *(path for path in beside if path.exists()), *self.embeddings]
 
     def summary(self) -> str:
         """The files, the triggers, and the notes."""

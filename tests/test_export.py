@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import copy
 import dataclasses
 import json
@@ -14,7 +15,7 @@ from typing import Any
 import pytest
 import torch
 from diffusers.loaders import StableDiffusionLoraLoaderMixin
-from helpers_store import make_record
+from helpers_store import make_record, make_stack
 from peft import PeftModel
 from safetensors import safe_open
 from safetensors.torch import load_file, save
@@ -25,6 +26,7 @@ from comfy_continual_lora.checkpoint.backbone import Backbone
 from comfy_continual_lora.errors import StackError
 from comfy_continual_lora.exported import Exported
 from comfy_continual_lora.files import PRESET, WORDS
+from comfy_continual_lora.settings import FORMATS
 from comfy_continual_lora.stackfile import read_header
 from comfy_continual_lora.webui.loras import exports_of, newest_lora, words_of
 
@@ -423,6 +425,30 @@ def test_an_export_that_was_killed_is_completed(backbone: Backbone, tmp_path: Pa
     assert _export(stack, tmp_path).lora == lora
     assert lora.with_suffix(".json").exists()
     assert lora.stat().st_mtime_ns == before  # web UIs know these weights by this file
+
+
+@pytest.mark.parametrize("stem", ["mini", "sd1.5", "sd1.5.safetensors", ".5"])
+@pytest.mark.parametrize("format", FORMATS)
+def test_what_was_written_is_known_among_files_of_others(
+    tmp_path: Path, format: str, stem: str
+) -> None:
+    stack, out = make_stack(2), tmp_path / "out"
+    stack.records[-1] = dataclasses.replace(
+        stack.records[-1], preview=base64.b64encode(b"\xff\xd8").decode()
+    )
+    others = ["sd1-anothers.safetensors", "mini.json", ".json", "sd1.5.safetensors", "sd1.json"]
+    out.mkdir()
+    for name in others:
+        (out / name).touch()
+    done = export.export_files(stack, out, out / "words", stem, format)
+    assert done.lora
+    (out / f"{done.lora.name.removesuffix('.safetensors')}-more.safetensors").touch()
+    files = {path.relative_to(out).as_posix() for path in done.files}
+    written = {f"{done.lora.name}", "words/V1.safetensors", "words/V2.safetensors"}
+    if format == "kohya":
+        written |= {f"{done.lora.stem}.json", f"{done.lora.stem}.preview.jpg"}
+    assert files == written
+    assert all(path.exists() for path in done.files)
 
 
 @pytest.mark.parametrize("name", ["adapter_config.json", "adapter_model.safetensors"])
