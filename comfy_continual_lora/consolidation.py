@@ -18,7 +18,7 @@ from .results import SolveResult
 from .settings import SolveSettings
 from .solve import Target, solve
 from .stack import ConceptRecord, ConceptStack, PromptRows
-from .targets import about_one, own_adapters, relative_drift, targets_of
+from .targets import about_one, has_prompts, own_adapters, relative_drift, targets_of
 
 
 def solution(
@@ -69,11 +69,21 @@ def as_of(stack: ConceptStack, count: int, *, consolidated: bool = True) -> Conc
     if count >= len(stack.records):
         before = None if consolidated else stack.unconsolidated
         return replace(stack, adapter=before or stack.adapter)
+    after, solves = shortened(stack, count)
+    if not solves or not has_prompts(after, 0.0):
+        return after
+    adapter, _ = solution(after, SolveSettings(language=_language(stack)))
+    return replace(after, adapter=adapter)
+
+
+def shortened(stack: ConceptStack, count: int) -> tuple[ConceptStack, bool]:
+    """The stack with its first `count` concepts, fewer than all, and whether its adapter has to be
+    solved for: the one that they had was a solution, or later gave way to one.
+    """
     newest = stack.records[count - 1].id if count else ""
-    adapter = stack.pool.get(newest)
-    if adapter is None and stack.can_solve(newest):
-        adapter, _ = solution(stack.first(count, None), SolveSettings(language=_language(stack)))
-    return stack.first(count, adapter)
+    after = stack.first(count, stack.pool.get(newest))
+    # without any adapter of their own they are words alone
+    return after, newest not in stack.pool and bool(after.pool or after.targets)
 
 
 def undone(stack: ConceptStack) -> ConceptStack:

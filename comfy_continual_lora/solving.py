@@ -111,9 +111,7 @@ def _without(session: Session, number: int, settings: SolveSettings) -> ConceptS
     stack = session.stack
     unlearned: list[PromptRows] = []
     if number == len(stack.records) - 1:
-        newest = stack.records[number - 1].id if number else ""
-        after = stack.first(number, stack.pool.get(newest))
-        solves = newest not in stack.pool and stack.can_solve(newest)
+        after, solves = consolidation.shortened(stack, number)
     else:
         consolidation.check_solvable(stack)
         later = range(number + 1, len(stack.records))

@@ -215,7 +215,7 @@ class ConceptStack:
         after = self._copy()
         after.unconsolidated = self.unconsolidated or self.adapter
         after.adapter, after.fishers = adapter, {}
-        after.records[-1] = self.records[-1].with_rank_of(adapter)
+        after.records[-1] = replace(self.records[-1].with_rank_of(adapter), consolidated="")
         after.rank = after.records[-1].settings["rank"]
         return after
 
@@ -244,8 +244,13 @@ class ConceptStack:
         return after
 
     def with_solution(self, adapter: Adapter | None) -> ConceptStack:
-        """With another adapter for the same concepts, which takes the place of all trained ones."""
+        """With another adapter for the same concepts, which takes the place of all trained ones that
+        are not in the pool.
+        """
         after = replace(self._copy(), adapter=adapter, unconsolidated=None, fishers={})
+        after.records = [
+            one if one.id in self.pool else replace(one, consolidated="") for one in self.records
+        ]
         if after.records:
             after.records[-1] = after.records[-1].with_rank_of(adapter)
             after.rank = after.records[-1].settings.get("rank", self.rank)

@@ -349,6 +349,102 @@ def test_a_solution_that_was_trained_further_is_kept(
     assert all(torch.equal(past[name], tensor) for name, tensor in trained.items())
 
 
+SOLVED = replace(QUICKER, method="retention")
+
+
+def _dsc(checkpoint: Path, pictures: Path) -> requests.ConsolidateRequest:
+    settings = TrainSettings(batch=2, size=64, dsc_steps=2)
+    return requests.ConsolidateRequest(checkpoint, pictures, settings, device="cpu")
+
+
+def _words_below(learned: Callable[..., Path], folders: dict[str, Path]) -> Path:
+    """V2, words alone, came with V3 from another stack."""
+    here = learned(SOLVED, "V1")
+    there = learned(replace(QUICK, method="textual_inversion"), "V2")
+    pipeline.learn_concept(learn_request(there, folders, "V3", SOLVED))
+    pipeline.merge(requests.MergeRequest(here, store.stack_path(there), device="cpu"))
+    return here
+
+
+def _distilled_below(learned: Callable[..., Path], folders: dict[str, Path]) -> Path:
+    """V2 was consolidated by DSC."""
+    checkpoint = learned(SOLVED, "V1", "V2")
+    pipeline.consolidate(_dsc(checkpoint, folders["V2"]))
+    pipeline.learn_concept(learn_request(checkpoint, folders, "V3", SOLVED))
+    return checkpoint
+
+
+def _forgotten_below(learned: Callable[..., Path], folders: dict[str, Path]) -> Path:
+    """Its trained adapter went with V1; what earlier versions wrote still says that it has one."""
+    checkpoint = _distilled_below(learned, folders)
+    pipeline.forget(requests.ForgetRequest(checkpoint, "V1", device="cpu"))
+    stack = stack_of(checkpoint)
+    assert not any(record.consolidated for record in stack.records)
+    stack.records[0] = replace(stack.records[0], consolidated="ab" * 32)
+    store.save_stack(stack, store.stack_path(checkpoint), store.change("learned", stack.records))
+    return checkpoint
+
+
+def _merged_below(learned: Callable[..., Path], folders: dict[str, Path]) -> Path:
+    """The other stack's versions are not merged."""
+    here, there = learned(replace(SOLVED, seed=1), "V1"), _distilled_below(learned, folders)
+    pipeline.merge(requests.MergeRequest(here, store.stack_path(there), device="cpu"))
+    return here
+
+
+@pytest.mark.parametrize("below", [_words_below, _forgotten_below, _merged_below])
+def test_what_is_below_the_newest_is_solved_for_if_it_is_not_kept(
+    below: Callable[..., Path], learned: Callable[..., Path], folders: dict[str, Path]
+) -> None:
+    """By forgetting the newest, by undoing it without a history, and by learning it again."""
+    checkpoint = below(learned, folders)
+    path, stack = store.stack_path(checkpoint), stack_of(checkpoint)
+    count = len(stack.records) - 1
+    own = targets.own_adapters(stack)[:count]
+
+    def check(now: store.ConceptStack) -> None:
+        assert now.adapter
+        assert list(now.tokens) == list(stack.tokens)[:count]
+        for target in targets.about_one(now, targets.targets_of(now, own)):
+            before = targets.relative_drift(stack.adapter or {}, target)
+            assert targets.relative_drift(now.adapter, target) < before + 0.05
+
+    check(consolidation.as_of(stack, count))
+    alone = path.with_name("alone.concepts.safetensors")
+    store.save_stack(stack, alone, store.change("learned", stack.records[-1:]))
+    pipeline.undo(requests.UndoRequest(checkpoint, stack=alone))
+    check(store.open_stack(alone))
+    pipeline.forget(requests.ForgetRequest(checkpoint, "V3", device="cpu"))
+    check(stack_of(checkpoint))
+    store.save_stack(stack, path, store.change("learned", stack.records[-1:]))
+    again = learn_request(checkpoint, folders, "V3", replace(SOLVED, seed=2, rank=None))
+    pipeline.learn_concept(replace(again, replace=True))
+    assert list(stack_of(checkpoint).tokens) == list(stack.tokens)
+
+
+def test_of_words_alone_nothing_is_solved_for(
+    learned: Callable[..., Path], folders: dict[str, Path]
+) -> None:
+    checkpoint = learned(replace(QUICK, method="textual_inversion"), "V1", "V2")
+    pipeline.learn_concept(learn_request(checkpoint, folders, "V3", SOLVED))
+    assert stack_of(checkpoint).adapter
+    pipeline.forget(requests.ForgetRequest(checkpoint, "V3", device="cpu"))
+    assert list(stack_of(checkpoint).tokens) == ["V1", "V2"]
+    assert stack_of(checkpoint).adapter is None
+
+
+def test_what_a_solution_took_the_place_of_is_consolidated_again(
+    learned: Callable[..., Path], folders: dict[str, Path]
+) -> None:
+    """The same request did nothing, for what it had made was no longer there."""
+    checkpoint = learned(SOLVED, "V1", "V2")
+    asked = _dsc(checkpoint, folders["V2"])
+    assert not pipeline.consolidate(asked).again
+    assert pipeline.consolidate(asked).again
+    pipeline.consolidate_in_closed_form(requests.SolveRequest(checkpoint, device="cpu"))
+    assert not pipeline.consolidate(asked).again
+
+
 def test_one_concept_has_nothing_to_consolidate(learned: Callable[..., Path]) -> None:
     checkpoint = learned(QUICKER, "V1")
     with pytest.raises(StackError, match="at least two concepts"):
