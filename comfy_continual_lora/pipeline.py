@@ -173,7 +173,7 @@ def import_concept(request: ImportRequest, on_progress: OnProgress = ignore) -> 
         concepts.check_token(request.token, session.stack.tokens, session.backbone.is_known_word)
         tell_of_clip_skip(session, imported.clip_skip)
         other = ConceptStack(session.stack.fingerprint, rank=rank_of(imported.adapter))
-        other.checkpoint = replace(other.checkpoint, clip_skip=imported.clip_skip)
+        other.checkpoint = replace(session.stack.checkpoint, clip_skip=imported.clip_skip)
         other = other.learned(record, imported.word, imported.adapter)
         stack, _ = put_on_top(session, other, request.settings)
         result = _import_result(record, imported.rest, request)

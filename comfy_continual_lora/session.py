@@ -75,7 +75,9 @@ class Session:
         """
         request = self.request
         check_fits(self.stack, self.path, backbone)
-        backbone = replace(backbone, prediction=_prediction(request, backbone, self.stack))
+        backbone = replace(
+            backbone, prediction=_prediction(request, backbone, self.stack, self.path)
+        )
         backbone = backbone.with_clip_skip(_clip_skip(request, backbone, self.stack))
         self.stack.checkpoint = replace(
             self.stack.checkpoint,
@@ -102,12 +104,17 @@ class Session:
         """Another stack of the same checkpoint, to be merged with this one. Errors: StackError."""
         other = load_stack(path, self.backbone.fingerprint)
         check_fits(other, path, self.backbone)
-        theirs, own = other.checkpoint.clip_skip, self.backbone.clip_skip
-        if self.stack.records and theirs != own:
-            raise StackError(
-                f"The concepts of {path} were learned with `clip_skip` {theirs}, those of {self.path} "
-                f"with {own}; one stack has one. Keep them apart, or learn the others again."
-            )
+        learned, own = other.checkpoint, self.stack.checkpoint
+        for name, theirs, ours in (
+            ("clip_skip", learned.clip_skip, own.clip_skip),
+            ("prediction", PREDICTION_NAMES[learned.prediction], PREDICTION_NAMES[own.prediction]),
+        ):
+            if self.stack.records and theirs != ours:
+                raise StackError(
+                    f"The concepts of {path} were learned with `{name}` {theirs}, those of {self.path} "
+                    f"with {ours}; one stack has one. Keep them apart, or learn the others again."
+                )
+        _prediction(self.request, self.backbone, other, path)
         return other
 
     def tell(self, note: str) -> None:
@@ -162,7 +169,7 @@ def _load(request: Request, precision: str, on_progress: OnProgress) -> Backbone
     return load_backbone(request.checkpoint, device=request.device, precision=precision)
 
 
-def _prediction(request: Request, backbone: Backbone, stack: ConceptStack) -> str:
+def _prediction(request: Request, backbone: Backbone, stack: ConceptStack, path: Path) -> str:
     """What the net predicts: as asked for, as the stack was learned, or as the files say.
 
     Errors: StackError if the stack was learned by another, SettingError for a checkpoint that is
@@ -179,7 +186,7 @@ def _prediction(request: Request, backbone: Backbone, stack: ConceptStack) -> st
     learned = stack.checkpoint.prediction
     if asked not in (None, learned):
         raise StackError(
-            f"The concepts of {request.stack_file} were learned with `prediction` "
+            f"The concepts of {path} were learned with `prediction` "
             f"{PREDICTION_NAMES[learned]}, not {request.prediction}. Leave it out, or start another `stack`."
         )
     return learned

@@ -291,10 +291,13 @@ class ConceptStack:
             kept.pop(concept, None)
 
     def in_place_of_nothing(self, other: ConceptStack) -> ConceptStack:
-        """The other stack's concepts, as this stack's own."""
+        """The other stack's concepts, as this stack's own, with what they were learned with."""
+        learned = other.checkpoint
         return replace(
             other._copy(),
-            checkpoint=replace(self.checkpoint, clip_skip=other.checkpoint.clip_skip),
+            checkpoint=replace(
+                self.checkpoint, prediction=learned.prediction, clip_skip=learned.clip_skip
+            ),
             identity=self.identity,
             history=self.history,
         )

@@ -648,6 +648,54 @@ def test_an_empty_stack_takes_another_as_it_is(two: Path, tmp_path: Path) -> Non
     assert same_stack(store.open_stack(fresh), mine)
 
 
+def _learned_by(checkpoint: Path, folders: dict[str, Path], token: str, prediction: str) -> Path:
+    """A stack of the checkpoint's, whose concept was learned with this prediction."""
+    path = checkpoint.with_name(f"{prediction}.concepts.safetensors")
+    request = learn_request(checkpoint, folders, token, QUICKER)
+    pipeline.learn_concept(replace(request, stack=path, prediction=prediction))
+    return path
+
+
+@pytest.mark.parametrize(("prediction", "other"), [("v", "epsilon"), ("flow", "v")])
+def test_concepts_that_were_learned_with_different_predictions_are_not_merged(
+    checkpoint: Path, folders: dict[str, Path], prediction: str, other: str
+) -> None:
+    here, there = (
+        _learned_by(checkpoint, folders, token, one)
+        for token, one in (("V1", prediction), ("V2", other))
+    )
+    raw = here.read_bytes()
+    merging = requests.MergeRequest(checkpoint, there, stack=here, device="cpu")
+    expected = rf"{there} were learned with prediction {other}, those of {here} with {prediction}; "
+    with pytest.raises(StackError, match=expected):
+        pipeline.merge(merging)
+    assert here.read_bytes() == raw
+    fresh = checkpoint.with_name("fresh.concepts.safetensors")
+    with pytest.raises(StackError, match=rf"{there} were learned with prediction {other}, not "):
+        pipeline.merge(replace(merging, stack=fresh, prediction=prediction))
+    assert not fresh.exists()
+
+
+def test_an_empty_stack_takes_the_prediction_of_what_is_merged_or_has_its_own(
+    checkpoint: Path, folders: dict[str, Path], tmp_path: Path
+) -> None:
+    """An imported LoRA does not say what it was trained with."""
+    there = _learned_by(checkpoint, folders, "V1", "v")
+    fresh = checkpoint.with_name("fresh.concepts.safetensors")
+    pipeline.merge(requests.MergeRequest(checkpoint, there, stack=fresh, device="cpu"))
+    assert store.open_stack(fresh).checkpoint == store.open_stack(there).checkpoint
+    assert store.open_stack(fresh).checkpoint.prediction == "v_prediction"
+    lora = pipeline.export(requests.ExportRequest(checkpoint, tmp_path / "out", stack=there)).lora
+    assert lora
+    for given, kept in (("auto", "epsilon"), ("v", "v_prediction"), ("flow", "flow_prediction")):
+        bare = checkpoint.with_name(f"bare-{given}.concepts.safetensors")
+        request = requests.ImportRequest(
+            checkpoint, lora, "W1", "ball", trigger="red", stack=bare, device="cpu"
+        )
+        pipeline.import_concept(replace(request, prediction=given))
+        assert store.open_stack(bare).checkpoint.prediction == kept
+
+
 @pytest.mark.parametrize("layout", ["kohya", "diffusers", "peft"])
 def test_importing_an_exported_lora_gives_it_back(
     learned: Callable[..., Path],
