@@ -90,7 +90,7 @@ def solve(
     ordinary: Tensor | None = None,
 ) -> tuple[Adapter, int]:
     """One LoRA for all targets, and its rank: `settings.rank`, or by the energy rule the smallest
-    that keeps the share `settings.energy`.
+    that keeps the share `settings.energy`, a mean over the layers that any target changes.
 
     `ordinary`: the second moment of prompts that nothing may change, times its weight. The LoRA has
     at least `least_rank`, all of it used unless `settings.rank` is given. Targets that
@@ -191,8 +191,11 @@ def _left_singular(matrix: Tensor) -> tuple[Tensor, Tensor]:
 def _rank(energies: Sequence[Tensor], settings: SolveSettings) -> int:
     if settings.rank is not None:
         return settings.rank
-    kept = torch.stack([e[: min(map(len, energies))] for e in energies]).mean(0).cumsum(0)
-    return int((kept < settings.energy).sum()) + 1
+    changed = [energy for energy in energies if energy.any()]
+    if not changed:
+        return 1
+    kept = torch.stack([e[: min(map(len, changed))] for e in changed]).mean(0).cumsum(0)
+    return min(int((kept < settings.energy).sum()) + 1, len(kept))
 
 
 def _balanced(layer: str, a: Tensor, b: Tensor) -> Adapter:

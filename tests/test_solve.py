@@ -229,6 +229,28 @@ def test_the_energy_rule_and_the_least_rank(backbone: Backbone) -> None:
     )
 
 
+@pytest.mark.parametrize("part", ["up_blocks", "to_v", "mid_block.attentions.0"])
+def test_layers_that_nothing_changes_have_no_say_in_the_rank(backbone: Backbone, part: str) -> None:
+    """As of LoRAs that were imported and change some blocks alone, nearly all of it with one row."""
+    goals = _problem(backbone)[2][:2]
+    faint = torch.tensor([[1.0, 1e-4, 1e-4]])
+    for number, goal in enumerate(goals):
+        assert goal.adapter
+        some = {
+            name: tensor * (faint if part in name else 0.0) if name.endswith(".B") else tensor
+            for name, tensor in goal.adapter.items()
+        }
+        goals[number] = replace(goal, adapter=some)
+    one, rank = solve.solve(goals[:1], SolveSettings())
+    assert (rank, rank_of(one)) == (1, 1)
+    two, rank = solve.solve(goals, SolveSettings())
+    assert (rank, rank_of(two)) == (2, 2)
+    for layer, change in delta_weights(backbone, two).items():
+        assert bool(change.any()) == (part in layer)
+    every, rank = solve.solve(goals, EXACT)  # no more than the two have together
+    assert rank == rank_of(every) == 6
+
+
 def test_vera_is_refused(learned: Callable[..., Path]) -> None:
     """By whatever has to write the solution into the stack."""
     checkpoint = learned(replace(QUICKER, adapter="vera"), "V1", "V2")
