@@ -13,7 +13,7 @@ from dataclasses import replace
 
 from .adapters.adapter import Adapter, kind_of
 from .errors import StackError
-from .mentions import in_other_words
+from .mentions import in_other_words, named
 from .results import SolveResult
 from .settings import SolveSettings
 from .solve import Target, solve
@@ -136,7 +136,8 @@ def joined(
     """The stack with those of the other's concepts on top that it lacks; the own adapters of these;
     and the new names of words that both had. Its adapter has to be solved for.
 
-    Errors: StackError for adapters of different kinds, and for VeRA.
+    Errors: StackError for adapters of different kinds, for VeRA, and for a class noun of the other's
+    that names a word of this stack.
     """
     shared = {record.id for record in stack.records}  # the concepts both stacks began with
     pairs = zip(other.records, own_adapters(other), strict=True)
@@ -153,6 +154,14 @@ def joined(
             "can't be merged. Both need the same kind."
         )
     check_solvable(stack)
+    theirs = {record.id for record in other.records}
+    alone = [record.token for record in stack.records if record.id not in theirs]
+    for record, _ in new:
+        if words := named([record.noun], alone):
+            raise StackError(
+                f"The class noun of {record.name} contains {words[0]}, a concept of this stack, so prompts "
+                f"would name both. Give {words[0]} another name first (`rename`), or forget it (`forget`)."
+            )
     records = [_with_names(record, names) for record, _ in new]
     return stack.joined(other, records), [own for _, own in new], renamed
 
@@ -167,14 +176,16 @@ def check_solvable(stack: ConceptStack) -> None:
 
 
 def _new_names(stack: ConceptStack, tokens: Sequence[str]) -> dict[str, str]:
-    """A new name for each token that the stack already has: V1 becomes V1_2."""
+    """A new name for each token that the stack already has, as a word or in a noun: V1 becomes V1_2."""
     own = {token.lower() for token in stack.tokens}
     used = own | {token.lower() for token in tokens}
+    nouns = [record.noun for record in stack.records]
     renamed: dict[str, str] = {}
     for token in tokens:
-        if token.lower() in own:
+        if token.lower() in own or named(nouns, [token]):
             names = (f"{token[:59]}_{n}" for n in range(2, 10_000))
-            renamed[token] = next(name for name in names if name.lower() not in used)
+            free = (name for name in names if name.lower() not in used and not named(nouns, [name]))
+            renamed[token] = next(free)
             used.add(renamed[token].lower())
     return renamed
 

@@ -27,7 +27,7 @@ from .requests import (
     SolveRequest,
 )
 from .stackfile import read_header
-from .words import check_newest, check_noun, check_spelling, check_token, is_ordinary
+from .words import check_apart, check_newest, check_noun, check_spelling, check_token, is_ordinary
 
 
 def check(request: Request) -> None:
@@ -58,8 +58,9 @@ def check_learn(request: LearnRequest) -> None:
             return  # it was learned before, and nothing will be done
         if request.replace:
             check_newest(request.token, tokens[-1])
-            tokens = []
+            del records[-1], tokens[-1]
     check_token(request.token, tokens, is_ordinary)
+    check_apart(request.token, request.class_noun, _nouns(records))
 
 
 def _draw(request: DrawRequest) -> None:
@@ -85,6 +86,9 @@ def _import(request: ImportRequest) -> None:
             raise CheckpointError(f"There is no file {path}. Give the path of what to import.")
     check_noun(request.noun, request.token)
     check_token(request.token, (), is_ordinary)
+    nouns = _nouns(_records(request))
+    if request.token not in nouns:  # else it may be the same file again
+        check_apart(request.token, request.class_noun, nouns)
 
 
 def _merge(request: MergeRequest) -> None:
@@ -130,6 +134,11 @@ def _records(request: Request) -> list[dict[str, Any]]:
     """The concepts of the stack; none if there is no file. Errors: StackError."""
     path = request.stack_file
     return read_header(path)["concepts"] if real_file(path).exists() else []
+
+
+def _nouns(records: list[dict[str, Any]]) -> dict[str, str]:
+    """Class nouns by word."""
+    return {record["token"]: record["noun"] for record in records}
 
 
 def _on_stack(request: Request, *tokens: str) -> None:

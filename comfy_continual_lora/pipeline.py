@@ -74,6 +74,7 @@ from .views import evaluate as evaluate
 from .views import learned_before as learned_before
 from .views import plan as plan
 from .views import scored_after_learning
+from .words import check_apart
 
 
 def learn_concept(request: LearnRequest, on_progress: OnProgress = ignore) -> LearnResult:
@@ -171,6 +172,7 @@ def import_concept(request: ImportRequest, on_progress: OnProgress = ignore) -> 
             check_same(known, session.stack.words[known.id], imported, request)
             return _import_result(known, imported.rest, request, again=True)
         concepts.check_token(request.token, session.stack.tokens, session.backbone.is_known_word)
+        check_apart(request.token, request.class_noun, session.stack.nouns)
         tell_of_clip_skip(session, imported.clip_skip)
         other = ConceptStack(session.stack.fingerprint, rank=rank_of(imported.adapter))
         other.checkpoint = replace(session.stack.checkpoint, clip_skip=imported.clip_skip)

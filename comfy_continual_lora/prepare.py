@@ -28,7 +28,7 @@ from .session import Session, Snapshots
 from .settings import LearnSettings, ResolvedSettings
 from .stack import ConceptRecord, ConceptStack
 from .watch import Names, held_out
-from .words import check_newest
+from .words import check_apart, check_newest
 
 
 def checked_method(request: LearnRequest) -> Method:
@@ -63,6 +63,7 @@ def make_room(session: Session, request: LearnRequest) -> str:
     elif request.replace:
         session.tell(f"The stack has no {request.token} to replace, so it is learned as a new one.")
     concepts.check_token(request.token, session.stack.tokens, session.backbone.is_known_word)
+    check_apart(request.token, request.class_noun, session.stack.nouns)
     return change
 
 

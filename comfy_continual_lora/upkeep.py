@@ -40,7 +40,7 @@ from .results import (
 from .stackfile import read_header, read_shapes
 from .stackschema import unreadable
 from .versions import earlier, versions
-from .words import check_noun, check_token, is_ordinary, name_in, position_of
+from .words import check_apart, check_noun, check_token, is_ordinary, name_in, position_of
 
 
 def info(request: InfoRequest, on_progress: OnProgress = ignore) -> InfoResult:
@@ -137,7 +137,8 @@ def rename(request: RenameRequest, on_progress: OnProgress = ignore) -> RenameRe
 
     Its prompts, and what later concepts' captions say of it, name the new word too. The version
     before goes into the history. Errors: StackError for a word that is not on the stack, or a
-    checkpoint whose names are plain text; TokenError for a new one that is taken or can't be used.
+    checkpoint whose names are plain text; TokenError for a new one that is taken, a word of another
+    concept's noun, or can't be used.
     """
     path = real_file(_existing(request))
     with writing(path):
@@ -157,6 +158,8 @@ def rename(request: RenameRequest, on_progress: OnProgress = ignore) -> RenameRe
             raise TokenError(f"{new} is another concept's word. Choose one that is free.")
         check_token(new, (), is_ordinary)
         check_noun(records[number]["noun"], new)
+        others = {one["token"]: one["noun"] for one in records if one["token"] != old}
+        check_apart(new, "", others)
         check_names(path, new)
         names = {token: new if token == old else token for token in tokens}
         renamed = [_renamed(record, names) for record in records[number:]]

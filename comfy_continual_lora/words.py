@@ -109,6 +109,26 @@ def check_token(token: str, taken: Iterable[str], is_known_word: Callable[[str],
         )
 
 
+def check_apart(token: str, noun: str, others: Mapping[str, str]) -> None:
+    """Make sure that the prompts of this concept and of the others name one each; `others` has the
+    class nouns of the others by word.
+
+    Errors: TokenError for a word that another's noun names, SettingError for a noun that names
+    another's word.
+    """
+    for word, other in others.items():
+        if named([other], [token]):
+            raise TokenError(
+                f"`token` {token!r} is a word of {name_of(word, other)}, a concept of this stack, whose "
+                f"prompts would name both. {_ADVICE}"
+            )
+    if words := named([noun], others):
+        raise SettingError(
+            f"`noun` {excerpt(noun)} contains {words[0]}, another concept of this stack, so prompts "
+            "would name both. Say in one or two words what the thing is, such as teapot or cat."
+        )
+
+
 def check_newest(token: str, newest: str) -> None:
     """Raise TokenError unless the newest concept, whose word is given, is the one to be replaced."""
     if newest.lower() != token.lower():

@@ -12,15 +12,18 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers_learn import QUICK, save_concept
+from helpers_learn import QUICK, learn_request, random_adapter, save_concept, stack_of
+from helpers_store import make_record
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
+from safetensors.torch import save_file
 
-from comfy_continual_lora import concepts, learn, pipeline, requests, store
+from comfy_continual_lora import concepts, early, learn, pipeline, requests, store
 from comfy_continual_lora.checkpoint.backbone import Backbone
 from comfy_continual_lora.errors import (
     ConceptImagesError,
     SettingError,
+    StackError,
     TokenError,
     TrainingError,
 )
@@ -34,8 +37,11 @@ from comfy_continual_lora.mentions import (
     whole_words,
 )
 from comfy_continual_lora.moments import MomentCache
+from comfy_continual_lora.prepare import make_room
 from comfy_continual_lora.progress import Progress
+from comfy_continual_lora.session import open_session
 from comfy_continual_lora.webui import tokens
+from comfy_continual_lora.words import check_apart
 
 WORDS = ["sks", "V1", "V1-a", "V10", "V1_a", "my-V1"]
 
@@ -271,6 +277,120 @@ def test_nouns_that_prompts_could_not_contain(noun: str, problem: str) -> None:
         concepts.check_noun(noun, "V1")
     for good in ("black and white border collie", "犬", "R2-D2", ""):
         concepts.check_noun(good, "V1")
+
+
+# words and nouns of a new concept beside V1 labubu, sks and V1-a my-rexo
+APART = [
+    ("labubu", "toy", TokenError, "'labubu' is a word of V1 labubu toy, a concept of this stack"),
+    ("LABUBU", "toy", TokenError, "'LABUBU' is a word of V1 labubu toy"),
+    ("my-rexo", "toy", TokenError, "'my-rexo' is a word of V1-a my-rexo"),
+    ("V5", "V1 mug", SettingError, "'V1 mug' contains V1, another concept"),
+    ("V5", "v1-coloured mug", SettingError, "contains V1, another concept"),
+    ("V5", "mug for SKS", SettingError, "contains sks, another concept"),
+    ("V5", "a V1-a", SettingError, "'V1-a' contains V1-a, another concept"),
+]
+FREE = [("V5", "toy"), ("rexo", "V10 toy"), ("labubus", "V1-2"), ("V1-b", "")]
+NOUNS_HERE = {"V1": "labubu toy", "sks": "", "V1-a": "my-rexo"}
+
+
+@pytest.fixture
+def with_nouns(checkpoint: Path, backbone: Backbone) -> Path:
+    """A checkpoint whose stack has the concepts of `NOUNS_HERE`, words alone."""
+    stack = store.ConceptStack(backbone.fingerprint)
+    for number, (token, noun) in enumerate(NOUNS_HERE.items(), 1):
+        record = replace(make_record(number), token=token, noun=noun)
+        stack = stack.learned(record, torch.zeros(1, 64), None)
+    path = store.stack_path(checkpoint)
+    store.save_stack(stack, path, store.change("learned", stack.records))
+    return checkpoint
+
+
+@pytest.mark.parametrize(("token", "noun", "error", "message"), APART)
+def test_no_concept_s_prompts_name_another_one(
+    token: str, noun: str, error: type[Exception], message: str, with_nouns: Path, tmp_path: Path
+) -> None:
+    """Found before anything is loaded, and again once no other program can change the stack."""
+    pictures = save_concept(tmp_path / "p", 0, count=2)
+    raw = store.stack_path(with_nouns).read_bytes()
+    learning = requests.LearnRequest(with_nouns, pictures, token, noun, QUICK, device="cpu")
+    importing = requests.ImportRequest(with_nouns, with_nouns, token, noun, trigger="red")
+    for request in (learning, importing):
+        with pytest.raises(error, match=message):
+            early.check(request)
+    with open_session(learning, lambda _: None) as session, pytest.raises(error, match=message):
+        make_room(session, learning)
+    assert store.stack_path(with_nouns).read_bytes() == raw
+
+
+def test_an_imported_concept_s_prompts_name_no_other_one(
+    with_nouns: Path, tmp_path: Path, backbone: Backbone
+) -> None:
+    lora = tmp_path / "lora.safetensors"
+    tensors = {}
+    for name, tensor in random_adapter(backbone, "lora", 0).items():
+        layer, part = name.rsplit(".", 1)
+        tensors[f"unet.{layer}.lora_{part}.weight"] = tensor
+    save_file(tensors, lora)
+    request = requests.ImportRequest(with_nouns, lora, "W1", "toy", trigger="red", device="cpu")
+    for token, noun, error, message in APART[::3]:
+        with pytest.raises(error, match=message):
+            pipeline.import_concept(replace(request, token=token, noun=noun))
+    pipeline.import_concept(request)
+    assert pipeline.import_concept(request).again
+
+
+def test_what_only_looks_like_another_concept_is_free() -> None:
+    for token, noun in FREE:
+        check_apart(token, noun, NOUNS_HERE)
+    check_apart("V1", "V1 labubu", {})
+
+
+def test_a_word_that_names_another_concept_is_renamed_by_merging(
+    with_nouns: Path, tmp_path: Path
+) -> None:
+    """Or, if it is this stack's, which stays as it is, the merge is refused."""
+    path, here = store.stack_path(with_nouns), stack_of(with_nouns)
+    there = tmp_path / "there.concepts.safetensors"
+
+    def merged(token: str, noun: str) -> dict[str, str]:
+        other = store.ConceptStack(here.fingerprint)
+        record = replace(make_record(9), token=token, noun=noun, prompts=[f"a {token} toy"])
+        store.save_stack(other.learned(record, torch.zeros(1, 64), None), there)
+        request = requests.MergeRequest(with_nouns, there, stack=path, device="cpu")
+        return pipeline.merge(request).renamed
+
+    for token, noun, error, _ in APART[::2]:
+        if error is SettingError:
+            raw = path.read_bytes()
+            with pytest.raises(
+                StackError, match=r"class noun of V5 .* Give \S+ another name first"
+            ):
+                merged(token, noun)
+            assert path.read_bytes() == raw
+            continue
+        assert merged(token, noun) == {token: f"{token}_2"}
+        assert stack_of(with_nouns).records[-1].prompts == [f"a {token}_2 toy"]
+        store.save_stack(here, path)
+    assert merged("V5", "toy") == {}
+
+
+def test_a_stack_whose_concepts_name_each_other_is_used_as_before(
+    learned: Callable[..., Path], folders: dict[str, Path]
+) -> None:
+    """An earlier version took such words."""
+    checkpoint = learned(replace(QUICK, method="lora"), "V1", "V2")
+    path, stack = store.stack_path(checkpoint), stack_of(checkpoint)
+    stack.records[0] = replace(stack.records[0], noun="V2 ball")
+    store.save_stack(stack, path, store.change("learned", stack.records))
+    assert pipeline.merge(requests.MergeRequest(checkpoint, path, device="cpu")).added == []
+    pipeline.learn_concept(
+        learn_request(checkpoint, folders, "V3", replace(QUICK, method="textual_inversion"))
+    )
+    pipeline.rename(requests.RenameRequest(checkpoint, "V1", "Rexo"))
+    pipeline.rename(requests.RenameRequest(checkpoint, "V2", "V9"))  # now they are apart
+    with pytest.raises(TokenError, match="'V2' is a word of Rexo V2 ball"):
+        pipeline.rename(requests.RenameRequest(checkpoint, "V9", "V2"))
+    assert list(stack_of(checkpoint).tokens) == ["Rexo", "V9", "V3"]
 
 
 def test_drawing_tells_what_is_not_learned(checkpoint: Path) -> None:
