@@ -17,7 +17,7 @@ from .versions import (
     earlier,
     in_use,
     parent_of,
-    takes_off_newest,
+    taken_off,
     undo_preview,
     versions,
 )
@@ -26,8 +26,9 @@ from .versions import (
 def undo(path: Path, version: int | None = None) -> UndoResult:
     """Undo the last change, whatever it was: the stack is exactly as it was before.
 
-    The version that is undone stays in the history. If its parent is no longer kept but the change
-    was to learn the newest concept, that is taken off. `version`: the number of the version to undo.
+    The version that is undone stays in the history. If its parent is not kept, or there was none,
+    but the change was to put concepts on top, these are taken off. `version`: the number of the
+    version to undo.
     Errors: StackError if there is nothing to undo, or if another version is in use by now.
     """
     path = real_file(path)
@@ -42,19 +43,20 @@ def undo(path: Path, version: int | None = None) -> UndoResult:
             )
         if (parent := parent_of(path)) is not None:
             _go_back(path, parent)
-        elif takes_off_newest(path):
-            _take_off_newest(path)
+        elif count := taken_off(path):
+            _take_off(path, count)
         else:
             raise StackError(undo_preview(path))
         after = read_header(path)
     return _undone(before["concepts"], after["concepts"], current)
 
 
-def _take_off_newest(path: Path) -> None:
-    from .consolidation import undone
+def _take_off(path: Path, count: int) -> None:
+    from .consolidation import as_of
     from .store import change, open_stack, save_version
 
-    stack = undone(open_stack(path))
+    stack = open_stack(path)
+    stack = as_of(stack, len(stack.records) - count)
     save_version(stack, path, change("undone", stack.records), knows_parent=False)
 
 

@@ -127,13 +127,14 @@ def undo_preview(path: Path) -> str:
     if current is None:
         return "There is nothing to undo: no concept has been learned yet."
     parent, change = parent_of(path), change_of(read_header(path))
-    was_added = parent is None and change is not None and change.kind in ("learned", "imported")
-    if parent is not None or was_added:
-        tokens = parent.tokens if parent else current.tokens[:-1]
+    count = taken_off(path)
+    added = change is not None and change.kind in ("learned", "imported", "merged")
+    if parent is not None or (added and count):
+        tokens = parent.tokens if parent else current.tokens[:-count]
         return f"Undo takes back: {current.change} ({current.when[:10]}). {_then(tokens)}"
     if not current.tokens:
         return "There is nothing to undo: the stack is empty, and no earlier version of it is kept."
-    if not takes_off_newest(path):
+    if not count:
         return (
             f"There is nothing to undo: the version before this change ({current.change}) is no "
             "longer kept."
@@ -145,10 +146,21 @@ def _then(tokens: Sequence[str]) -> str:
     return f"The stack then holds {', '.join(tokens) or 'no concept'}."
 
 
-def takes_off_newest(path: Path) -> bool:
-    """Whether the last change can be undone even without the previous version, by taking the newest
-    concept off.
+def taken_off(path: Path) -> int:
+    """How many of the newest concepts have to be taken off to undo the last change, without the
+    previous version; 0 if that takes more.
     """
+    if takes_off_newest(path):
+        return 1
+    header = read_header(path)
+    change = change_of(header)
+    if change is None or change.kind != "merged":
+        return 0
+    return min(len(change.names), len(header["concepts"]))
+
+
+def takes_off_newest(path: Path) -> bool:
+    """Whether the last change was about the newest concept alone, so that `taken_off` is 1."""
     header = read_header(path)
     change = change_of(header)
     return bool(header["concepts"]) and (

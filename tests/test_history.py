@@ -203,6 +203,34 @@ def test_a_setting_says_how_many_versions_are_kept(two: Path, folders: dict[str,
         pipeline.history(requests.HistoryRequest(two, keep=-1))
 
 
+def test_a_merge_is_undone_without_the_version_before(
+    two: Path, checkpoint: Path, folders: dict[str, Path], tmp_path: Path
+) -> None:
+    """Into a new stack, and into one that keeps no earlier versions."""
+    merging = requests.MergeRequest(two, store.stack_path(two), device="cpu")
+    fresh = tmp_path / "fresh.concepts.safetensors"
+    pipeline.merge(dataclasses.replace(merging, stack=fresh))
+    assert versions.undo_preview(fresh).startswith(
+        "Undo takes back: merged V1 ball, V2 fish from another stack ("
+    )
+    assert versions.undo_preview(fresh).endswith("The stack then holds no concept.")
+    undone = pipeline.undo(requests.UndoRequest(two, stack=fresh))
+    assert undone.tokens == []
+    assert store.open_stack(fresh).adapter is None
+    pipeline.restore(requests.RestoreRequest(two, undone.version, stack=fresh))
+    assert same(store.open_stack(fresh), store.open_stack(store.stack_path(two)))
+
+    pipeline.learn_concept(_learn(checkpoint, folders, "V3"))
+    path = store.stack_path(checkpoint)
+    was = store.open_stack(path)
+    pipeline.history(requests.HistoryRequest(checkpoint, keep=0))
+    pipeline.merge(dataclasses.replace(merging, checkpoint=checkpoint))
+    assert _tokens(checkpoint) == ["V3", "V1", "V2"]
+    assert versions.undo_preview(path).endswith("The stack then holds V3.")
+    assert pipeline.undo(requests.UndoRequest(checkpoint)).tokens == ["V3"]
+    assert same(store.open_stack(path), was)
+
+
 def test_a_stack_from_elsewhere_takes_nothing_out_of_the_history(tmp_path: Path) -> None:
     """Its numbers are its own: a version here that has the same one stays."""
     path, theirs = tmp_path / "a.concepts.safetensors", tmp_path / "b.concepts.safetensors"
