@@ -160,7 +160,7 @@ def joined(
         if words := named([record.noun], alone):
             raise StackError(
                 f"The class noun of {record.name} contains {words[0]}, a concept of this stack, so prompts "
-                f"would name both. Give {words[0]} another name first (`rename`), or forget it (`forget`)."
+                f"would name both. Rename {words[0]} first, or forget it (`forget`)."
             )
     records = [_with_names(record, names) for record, _ in new]
     return stack.joined(other, records), [own for _, own in new], renamed
