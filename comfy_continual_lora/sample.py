@@ -24,6 +24,7 @@ from torch import Tensor
 from .areas import FINE, AreaSettings
 from .checkpoint.backbone import Backbone, DrawnText
 from .diffusion import BETA_END, BETA_START, TIMESTEPS
+from .errors import CheckpointError, excerpt
 from .mentions import Mentions, mentions, noun_not_found
 from .progress import OnProgress, Progress, ignore
 from .settings import DrawSettings
@@ -50,8 +51,12 @@ def make_solver(settings: DrawSettings, backbone: Backbone) -> Solver:
         "beta_schedule": "scaled_linear",
         "prediction_type": backbone.prediction,
     }
-    if backbone.zero_snr:  # sampling has to start at the last timestep, in pure noise
-        schedule |= {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
+    if backbone.zero_snr:
+        schedule["rescale_betas_zero_snr"] = True
+    # With a zero terminal SNR sampling has to start at the last timestep, in pure noise. With as many
+    # steps as timesteps, diffusers' other spacings repeat a timestep or go past the last.
+    if backbone.zero_snr or settings.steps == TIMESTEPS:
+        schedule["timestep_spacing"] = "trailing"
     if settings.solver == "ddim":
         return DDIMScheduler(**schedule, clip_sample=False, set_alpha_to_one=False, steps_offset=1)
     return DPMSolverMultistepScheduler(**schedule, steps_offset=1)
@@ -76,6 +81,8 @@ def draw(
     `settings.mixed`; `areas` says how, if not as usual.
     Classifier-free guidance (Ho & Salimans 2022): eps = eps(negative) + g (eps(prompt) -
     eps(negative)).
+    Errors: CheckpointError for pictures that are not finite; SettingError for weights of a prompt
+    that are too large.
     """
     assert settings.guidance is not None
     parts = [[prompt] if isinstance(prompt, str) else list(prompt) for prompt in prompts]
@@ -170,7 +177,20 @@ class _Drawing:
                 latents = solver.step(joined, timestep, latents).prev_sample
                 self.done += 1
                 self.on_progress(Progress("draw", self.done, self.total))
-        return self.backbone.decode_latents(latents)
+        pictures = self.backbone.decode_latents(latents)
+        for prompts, *drawn in zip(parts, latents, pictures, strict=True):
+            self._check_finite(prompts, drawn)
+        return pictures
+
+    def _check_finite(self, prompts: Sequence[str], drawn: Sequence[Tensor]) -> None:
+        """`drawn`: a picture and its latent. Errors: CheckpointError for NaN or infinity."""
+        if not all(one.isfinite().all() for one in drawn):
+            raise CheckpointError(
+                f"{self.backbone.path} can't draw {excerpt(' | '.join(prompts))}: it came out as "
+                "infinite or NaN values, which would be a black picture. Lower `guidance`; if that "
+                "does not help, get the checkpoint again, or go back to an earlier version of its "
+                "stack (`restore`)."
+            )
 
     @contextmanager
     def _predictor(

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -14,7 +16,8 @@ from PIL import Image
 
 from comfy_continual_lora import pipeline, requests, sample
 from comfy_continual_lora.checkpoint.backbone import Backbone
-from comfy_continual_lora.errors import Cancelled, SettingError
+from comfy_continual_lora.checkpoint.stable import StableBackbone
+from comfy_continual_lora.errors import Cancelled, CheckpointError, SettingError
 from comfy_continual_lora.progress import Progress
 from comfy_continual_lora.settings import DrawSettings, LearnSettings
 
@@ -85,6 +88,63 @@ def test_drawing_can_be_cancelled(backbone: Backbone) -> None:
 
     with pytest.raises(Cancelled):
         sample.draw(backbone, {}, ["a red mug"], [0], QUICK, stop)
+
+
+@pytest.mark.parametrize(
+    ("prediction", "zero_snr"),
+    [
+        ("epsilon", False),
+        ("v_prediction", False),
+        ("v_prediction", True),
+        ("flow_prediction", False),
+    ],
+)
+@pytest.mark.parametrize("solver", ["dpm++", "ddim"])
+@pytest.mark.parametrize("steps", [2, 25, 999, 1000])
+def test_a_net_that_knows_the_picture_draws_it_in_any_number_of_steps(
+    backbone: Backbone, prediction: str, zero_snr: bool, solver: str, steps: int
+) -> None:
+    knowing = replace(backbone, prediction=prediction, zero_snr=zero_snr)
+    settings = DrawSettings(steps=steps, solver=solver, flow_shift=6.0)
+    sampler: Any = sample.make_solver(settings, knowing)
+    sampler.set_timesteps(steps)
+    timesteps = sampler.timesteps.tolist()
+    assert len({*timesteps}) == steps
+    assert 0 <= min(timesteps) <= max(timesteps) <= 1000
+    picture = torch.linspace(-1, 1, 64).view(1, 4, 4, 4)
+    latents = noise = torch.randn(1, 4, 4, 4, generator=torch.Generator().manual_seed(0))
+    for timestep in sampler.timesteps:
+        if prediction == "flow_prediction":
+            answer = noise - picture
+        else:
+            alpha = sampler.alphas_cumprod[int(timestep)]
+            answer = eps = (latents - alpha.sqrt() * picture) / (1 - alpha).sqrt()
+            if prediction == "v_prediction":
+                answer = alpha.sqrt() * eps - (1 - alpha).sqrt() * picture
+        latents = sampler.step(answer, timestep, latents).prev_sample
+    # DDIM ends at the first timestep, where a little noise is left
+    assert torch.allclose(latents, picture, atol=0.2 if solver == "ddim" else 1e-4)
+
+
+@pytest.mark.parametrize(
+    ("part", "value"), [("_answer", math.nan), ("_answer", -math.inf), ("_to_picture", math.nan)]
+)
+def test_what_is_not_finite_is_an_error_and_no_black_picture(
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, part: str, value: float
+) -> None:
+    intact = getattr(StableBackbone, part)
+    monkeypatch.setattr(StableBackbone, part, lambda *given: intact(*given) * value)
+    request = requests.DrawRequest(
+        checkpoint,
+        ["a red mug"],
+        DrawSettings(steps=2, size=64),
+        out=tmp_path / "out",
+        device="cpu",
+    )
+    with pytest.raises(CheckpointError, match="can't draw 'a red mug': it came out as") as refused:
+        pipeline.draw(request)
+    assert str(checkpoint) in str(refused.value)
+    assert not [*tmp_path.rglob("*.png")]
 
 
 def test_settings_out_of_range_are_named() -> None:
