@@ -41,13 +41,14 @@ def relative_errors(backbone: Backbone, latents: Sequence[Tensor], prompt: str) 
         clean = latent.expand(len(_TRIED), -1, -1, -1)
         noise = torch.randn(clean.shape, generator=generator_for("objective", number))
         noise = noise.to(backbone.device)
-        predicted: dict[bool, Tensor] = {}  # flows see other noisy pictures than the rest
+        predicted: dict[tuple[bool, bool], Tensor] = {}  # by what the noisy picture depends on
         for name, prediction in PREDICTIONS.items():
             judged = replace(backbone, prediction=prediction)
             noisy, _ = noised(judged, clean, noise, timestep)
-            if (name == "flow") not in predicted:
-                predicted[name == "flow"] = backbone.predict(noisy, timestep, features)
-            found = _noise(judged, noisy, predicted[name == "flow"], timestep)
+            schedule = name == "flow", judged.zero_snr
+            if schedule not in predicted:
+                predicted[schedule] = backbone.predict(noisy, timestep, features)
+            found = _noise(judged, noisy, predicted[schedule], timestep)
             errors[name].append((found - noise).square().flatten(1).mean(1).log())
     return {name: float(torch.cat(own).mean().exp()) for name, own in errors.items()}
 

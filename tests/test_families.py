@@ -25,7 +25,7 @@ from comfy_continual_lora import foreign, pipeline, requests, sample, store
 from comfy_continual_lora.adapters.adapter import attached, delta_weights
 from comfy_continual_lora.checkpoint.backbone import Backbone
 from comfy_continual_lora.checkpoint.load import load_backbone
-from comfy_continual_lora.diffusion import alphas_cumprod, noised
+from comfy_continual_lora.diffusion import alphas_cumprod, noised, timestep_weight
 from comfy_continual_lora.errors import CheckpointError, StackError
 from comfy_continual_lora.export import export_files
 from comfy_continual_lora.settings import (
@@ -272,6 +272,30 @@ def test_noising_and_target_are_those_of_the_scheduler(
     ):  # at the last step nothing of the picture is left, and the picture is what is asked for
         assert torch.equal(noisy[2], noise[2])
         assert torch.equal(target[2], -clean[2])
+
+
+@pytest.mark.parametrize("declared", ["epsilon", "v_prediction"])
+@pytest.mark.parametrize("layout", ["file", "folder"])
+def test_a_zero_terminal_snr_counts_only_where_v_is_predicted(
+    tmp_path: Path, layout: str, declared: str
+) -> None:
+    path = tmp_path / "model.safetensors"
+    if layout == "file":
+        families.write("sdxl-v", path, **{"modelspec.prediction_type": declared})
+    else:
+        families.pipeline("sdxl-v").save_pretrained(path)
+        file = path / "scheduler" / "scheduler_config.json"
+        file.write_text(json.dumps({**json.loads(file.read_text()), "prediction_type": declared}))
+    as_declared = load_backbone(path, device="cpu")
+    assert (as_declared.prediction, as_declared.zero_snr) == (declared, declared == "v_prediction")
+    noise = replace(as_declared, prediction="epsilon")
+    assert not noise.zero_snr
+    assert not load_backbone(path, device="cpu", prediction="epsilon").zero_snr
+    assert timestep_weight(noise, torch.tensor([999]), "debiased").isfinite().all()
+    settings = DrawSettings(steps=1, size=64, solver="ddim").resolved("sdxl")
+    assert sample.draw(noise, {}, ["a red mug"], [0], settings).isfinite().all()
+    assert load_backbone(path, device="cpu", prediction="v_prediction").zero_snr
+    assert replace(noise, prediction="v_prediction").zero_snr
 
 
 def test_a_velocity_by_hand(loaded: dict[str, Backbone]) -> None:

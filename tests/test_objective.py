@@ -13,7 +13,7 @@ from helpers_objective import predicting
 from comfy_continual_lora import objective, pipeline, sample
 from comfy_continual_lora.checkpoint.backbone import Backbone
 from comfy_continual_lora.concepts import load_images
-from comfy_continual_lora.diffusion import noised
+from comfy_continual_lora.diffusion import alphas_cumprod, noised
 from comfy_continual_lora.errors import StackError
 from comfy_continual_lora.mini import world
 from comfy_continual_lora.objective import doubt, relative_errors
@@ -55,6 +55,23 @@ def test_the_right_objective_fits_far_better_and_another_is_told(
         note = doubt(replace(right, prediction=PREDICTIONS[wrong]), latents, "a photo of a teapot")
         assert f"`prediction` set to {wrong}, but" in note
         assert f"start again with `prediction` set to {name}" in note
+
+
+@pytest.mark.parametrize("zero_snr", [False, True])
+def test_the_right_objective_is_judged_by_its_own_noisy_pictures(
+    backbone: Backbone, monkeypatch: pytest.MonkeyPatch, zero_snr: bool
+) -> None:
+    clean = torch.randn(4, 8, 8, generator=torch.Generator().manual_seed(1))
+    right = replace(backbone, prediction="v_prediction", declares_zero_snr=zero_snr)
+
+    def knowing(noisy: torch.Tensor, timestep: torch.Tensor, _: torch.Tensor) -> torch.Tensor:
+        alpha = alphas_cumprod(right.zero_snr)[timestep].view(-1, 1, 1, 1)
+        return (alpha.sqrt() * noisy - clean) / (1 - alpha).sqrt()
+
+    monkeypatch.setattr(right, "predict", knowing)
+    errors = relative_errors(right, [clean], "a photo of a teapot")
+    assert errors["v"] < 1e-6
+    assert min(errors["epsilon"], errors["flow"]) > 1e-3
 
 
 @pytest.mark.parametrize(

@@ -104,7 +104,7 @@ def test_drawing_can_be_cancelled(backbone: Backbone) -> None:
 def test_a_net_that_knows_the_picture_draws_it_in_any_number_of_steps(
     backbone: Backbone, prediction: str, zero_snr: bool, solver: str, steps: int
 ) -> None:
-    knowing = replace(backbone, prediction=prediction, zero_snr=zero_snr)
+    knowing = replace(backbone, prediction=prediction, declares_zero_snr=zero_snr)
     settings = DrawSettings(steps=steps, solver=solver, flow_shift=6.0)
     sampler: Any = sample.make_solver(settings, knowing)
     sampler.set_timesteps(steps)

@@ -65,7 +65,7 @@ class Backbone(ABC):
     size: int  # pixels a side it was trained at
     fingerprint: str  # SHA-256 of the file's K/V weights: which checkpoint a stack was made for
     prediction: str = "epsilon"  # what the net predicts, a value of `PREDICTIONS`
-    zero_snr: bool = False  # whether nothing of the picture is left at the last timestep
+    declares_zero_snr: bool = False  # whether its files ask for a schedule that ends in pure noise
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     tell: Callable[[str], None] = logging.getLogger(__name__).warning  # a sentence for the user
 
@@ -171,6 +171,15 @@ class Backbone(ABC):
         """The same checkpoint with another layer of the text encoder; for SD1.x."""
         assert clip_skip == 1
         return self
+
+    @property
+    def zero_snr(self) -> bool:
+        """Whether nothing of the picture is left at the last timestep (Lin et al. 2023).
+
+        Only where v is predicted: the noise in pure noise says nothing of the picture, and the error
+        of what it is computed from would be infinite.
+        """
+        return self.declares_zero_snr and self.prediction == "v_prediction"
 
     @property
     def word_width(self) -> int:

@@ -60,7 +60,7 @@ def folder_layout(path: Path, open_file: Callable[[Path], Any]) -> Layout:
         vae = nets.vae(family)
         texts = [nets.text(text) for text in family.texts]
     size = _size(path, unet.module.config["sample_size"], family)
-    prediction, zero_snr = _scheduler(path, family)
+    prediction, declares_zero_snr = _scheduler(path, family)
     return Layout(
         family,
         "mini" if family is SD1 and size <= 128 else family.id,
@@ -70,7 +70,7 @@ def folder_layout(path: Path, open_file: Callable[[Path], Any]) -> Layout:
         texts,
         tokenizer_part(path, "tokenizer"),
         prediction,
-        zero_snr,
+        declares_zero_snr,
     )
 
 
@@ -226,7 +226,7 @@ def _size(path: Path, sample_size: Any, family: Family) -> int:
 
 
 def _scheduler(path: Path, family: Family) -> tuple[str, bool]:
-    """What the net predicts, and whether nothing of the picture is left at the last timestep.
+    """What the net predicts, and whether its noise schedule is to be rescaled to a zero terminal SNR.
 
     Errors: CheckpointError for a noise schedule that is not known here. Without a scheduler SD1.x
     predicts epsilon; of the others there are both kinds.

@@ -183,7 +183,7 @@ class Layout:
     texts: list[Part]
     tokenizer: Path  # a folder
     prediction: str  # what the net predicts, in diffusers' words
-    zero_snr: bool
+    declares_zero_snr: bool  # see `Backbone`
 
     net_name = "U-Net"
 

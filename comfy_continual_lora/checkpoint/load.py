@@ -104,7 +104,7 @@ def _stable(path: Path, layout: Layout, weights: _Placing) -> StableBackbone:
         size=layout.size,
         fingerprint=weights.fingerprint.hexdigest(),
         prediction=layout.prediction,
-        zero_snr=layout.zero_snr,
+        declares_zero_snr=layout.declares_zero_snr,
         device=weights.device,
     )
 

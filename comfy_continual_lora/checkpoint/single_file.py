@@ -54,7 +54,7 @@ def file_layout(path: Path, file: Any) -> Layout:
         [parts.text(text) for text in family.texts],
         TOKENIZER,
         prediction,
-        zero_snr=prediction == "v_prediction" and "ztsnr" in stored,
+        declares_zero_snr="ztsnr" in stored,
     )
 
 
