@@ -16,7 +16,7 @@ from __future__ import annotations
 import json
 import os
 import sys
-from argparse import Namespace
+from argparse import Action, Namespace, _AppendAction
 from collections.abc import Sequence
 from contextlib import suppress
 from difflib import get_close_matches
@@ -80,7 +80,8 @@ def _words_of(file: Path, parser: Parser, given: Sequence[str]) -> list[str]:
             raise SettingError(f"{file}: there is no flag --{excerpt(name)[1:-1]}. {advice}")
         if own & {*action.option_strings}:
             continue
-        values = [_text(file, name, one) for one in (value if isinstance(value, list) else [value])]
+        _check(file, name, value, action)
+        values = [str(one) for one in (value if isinstance(value, list) else [value])]
         if action.type is Path:
             values = [str(file.parent / one) for one in values]
         flag = next((one for one in action.option_strings if one.startswith("--")), "")
@@ -107,13 +108,25 @@ def _read(file: Path) -> dict[str, Any]:
         ) from None
 
 
-def _text(file: Path, name: str, value: Any) -> str:
-    if isinstance(value, (str, int, float)):
-        return str(value)
-    raise SettingError(
-        f"{file}: {name} is {excerpt(value)}; it has to be a text, a number, true or false, or a list "
-        "of them."
-    )
+def _check(file: Path, name: str, value: Any, action: Action) -> None:
+    """Errors: SettingError for a value of a kind that the flag does not take."""
+
+    def is_text(one: Any) -> bool:
+        return isinstance(one, (str, int, float)) and not isinstance(one, bool)
+
+    if action.nargs == 0:
+        fits, expected = isinstance(value, bool), "true or false"
+    elif action.nargs == "+" or isinstance(action, _AppendAction):
+        several = value if isinstance(value, list) else [value]
+        fits, expected = bool(several) and all(map(is_text, several)), "texts, in a list"
+    else:
+        fits, expected = is_text(value), "one text or number"
+    if not fits:
+        shown = str(value).lower() if isinstance(value, bool) else excerpt(value)
+        advice = "" if action.required else " Leave the line out for the default."
+        if action.dest == "images":
+            advice = " Put the pictures in one folder, and name that."
+        raise SettingError(f"{file}: {name} is {shown}. Expected {expected}.{advice}")
 
 
 # --- writing -------------------------------------------------------------------------------------

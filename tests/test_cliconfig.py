@@ -76,7 +76,18 @@ def test_lists_and_what_has_no_dashes(tmp_path: Path) -> None:
         ("config = 'x'", "there is no flag --config"),
         ("[settings]\nsteps = 5", "there is no flag --settings"),
         ("steps = 1979-05-27", "steps is datetime.date"),
-        ("steps = [[1]]", "steps is [1]"),
+        ("steps = [[1]]", "steps is [[1]]"),
+        ("steps = [5, 9]", "steps is [5, 9]. Expected one text or number"),
+        ("steps = [5]", "steps is [5]. Expected one text or number"),
+        ("lr = true", "lr is true. Expected one text or number"),
+        ("until = false", "until is false. Expected one text or number. Leave the line out for"),
+        (
+            "images = ['a.png', 'b.png']",
+            "Expected one text or number. Put the pictures in one folder",
+        ),
+        ("images = []", "images is []. Expected one text or number"),
+        ("flip = 'yes'", "flip is 'yes'. Expected true or false"),
+        ("replace = [true]", "replace is [True]. Expected true or false"),
     ],
 )
 def test_a_wrong_file_is_named(tmp_path: Path, text: str, message: str) -> None:
@@ -85,6 +96,25 @@ def test_a_wrong_file_is_named(tmp_path: Path, text: str, message: str) -> None:
         request_of("learn", "--config", file)
     assert message in str(error.value)
     assert file in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("command", "text", "message"),
+    [
+        ("draw", "prompt = []", "prompt is []. Expected texts, in a list"),
+        ("draw", "only = ['V1', true]", "only is ['V1', True]. Expected texts, in a list"),
+        ("draw", "only = false", "only is false. Expected texts, in a list"),
+        ("draw", "beside = [['a']]", "beside is [['a']]. Expected texts, in a list"),
+        ("rename", "to = ['V2', 'V3']", "to is ['V2', 'V3']. Expected one text or number"),
+        ("merge", "other = true", "other is true. Expected one text or number"),
+    ],
+)
+def test_a_list_is_for_what_takes_several(
+    tmp_path: Path, command: str, text: str, message: str
+) -> None:
+    with pytest.raises(SettingError) as error:
+        request_of(command, "--config", write(tmp_path, text))
+    assert message in str(error.value)
 
 
 def test_a_missing_file_and_a_wrong_value_are_told(
