@@ -44,26 +44,30 @@ def with_config(words: Sequence[str], parser: Parser) -> list[str]:
     Errors: SettingError for a file that can't be read, or that has no flags of this command.
     """
     command = next((word for word in words if word in parser.commands()), "")
-    file = _config_in(words)
-    if not command or file is None:
+    if not command:
         return [*words]
     at = words.index(command) + 1
     own = parser.commands()[command]
+    file = _config_in(words[at:], own)
+    if file is None:
+        return [*words]
     return [*words[:at], *_words_of(file, own, words[at:]), *words[at:]]
 
 
-def _config_in(words: Sequence[str]) -> Path | None:
-    for number, word in enumerate(words):
-        if word == "--config" and number + 1 < len(words):
-            return Path(words[number + 1])
-        if word.startswith("--config="):
-            return Path(word.partition("=")[2])
+def _config_in(given: Sequence[str], parser: Parser) -> Path | None:
+    for number, word in enumerate(given):
+        action = parser.flag_of(word)
+        if action is not None and action.dest == "config":
+            _, equals, value = word.partition("=")
+            if equals:
+                return Path(value)
+            return Path(given[number + 1]) if number + 1 < len(given) else None
     return None
 
 
 def _words_of(file: Path, parser: Parser, given: Sequence[str]) -> list[str]:
     """The file as words of a command line, without the flags that are given there."""
-    own = {word.partition("=")[0] for word in given if word.startswith("-")}
+    own = {parser.flag_of(word) for word in given}
     first: list[str] = []
     flags: list[str] = []
     for name, value in _read(file).items():
@@ -78,7 +82,7 @@ def _words_of(file: Path, parser: Parser, given: Sequence[str]) -> list[str]:
             near = [settings[name]] if name in settings else get_close_matches(name, names, 1)
             advice = f"Did you mean {near[0]}?" if near else f"There are: {', '.join(names)}."
             raise SettingError(f"{file}: there is no flag --{excerpt(name)[1:-1]}. {advice}")
-        if own & {*action.option_strings}:
+        if action in own:
             continue
         _check(file, name, value, action)
         values = [str(one) for one in (value if isinstance(value, list) else [value])]

@@ -49,6 +49,18 @@ class Parser(argparse.ArgumentParser):
         by_name = {action.dest: action for action in self._actions if not action.option_strings}
         return self._option_string_actions.get(name) or by_name.get(name)
 
+    def flag_of(self, word: str) -> argparse.Action | None:
+        """What a word of the command line gives, also if its flag is shortened or its value is part of
+        it (`--step=9`, `-s9`); None for what is no flag, or could be several.
+        """
+        known, name = self._option_string_actions, word.partition("=")[0]
+        if name in known:
+            return known[name]
+        if not word.startswith("--"):
+            return known.get(word[:2])
+        meant = [one for one in known if one.startswith(name)]
+        return known[meant[0]] if len(meant) == 1 else None
+
     # --- mistakes -----------------------------------------------------------------------------
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]

@@ -55,6 +55,39 @@ def test_a_file_gives_flags_and_the_command_line_has_the_last_word(tmp_path: Pat
     assert (request.images, request.noun) == (Path("cat"), "black dog")
 
 
+@pytest.mark.parametrize("flag", ["--conf", "--confi", "--config", "--conf=", "--config="])
+def test_shortened_flags_are_flags(
+    tmp_path: Path, flag: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def given(file: str) -> list[str]:
+        return [flag + file] if flag.endswith("=") else [flag, file]
+
+    file = write(tmp_path, 'checkpoint = "c"\nprompt = ["a", "b"]\nsteps = 7\nonly = ["V1"]')
+    request = request_of("draw", *given(file))
+    assert (request.prompts, request.settings.steps, request.only) == (["a", "b"], 7, ["V1"])
+    for own in (
+        ["--prom", "d"],
+        ["--prom=d"],
+        ["-pd"],
+        ["-p", "d"],
+    ):  # a list is replaced, not joined
+        assert request_of("draw", *given(file), *own, "--on", "V2").prompts == ["d"]
+    assert cli.main(["draw", *given(str(tmp_path / "none"))]) == 2
+    assert "none can't be read" in " ".join(capsys.readouterr().err.split())
+
+
+def test_what_could_be_several_flags_is_told(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for words in (["evaluate", "--con", "x"], ["learn", "--config"], ["demo", "--config", "x"]):
+        with pytest.raises(SystemExit):
+            cli.main(words)
+    told = capsys.readouterr().err
+    assert "ambiguous option: --con could match --concepts, --config" in told
+    assert "--config: expected one argument" in told
+    assert "there is no flag --config" in told
+
+
 def test_lists_and_what_has_no_dashes(tmp_path: Path) -> None:
     file = write(tmp_path, 'checkpoint = "c"\nprompt = ["a", "-b c"]\nonly = ["V1", "V2"]')
     request = request_of("draw", "--config", file)
