@@ -52,6 +52,14 @@ _COMPLETION = "print what makes a shell complete commands"
 
 def main(argv: list[str] | None = None) -> int:
     """Exit status: 0 done, 2 a user error (explained in one paragraph), 130 stopped with Ctrl-C."""
+    try:
+        return _main(argv)
+    except KeyboardInterrupt:  # a second Ctrl-C, or one while no `Bar` takes note of it
+        _complain("stopped.", "yellow")
+        return 130
+
+
+def _main(argv: list[str] | None) -> int:
     for name in ("stdout", "stderr"):
         if getattr(sys, name) is None:  # whoever started it has closed them
             setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115

@@ -177,6 +177,55 @@ def test_a_run_stopped_by_ctrl_c_or_killed_goes_on(
     assert int(first.split()[1].split("/")[0]) > 8  # it did not begin again
 
 
+# Presses Ctrl-C so many times as a module is about to be imported
+PRESSING = """
+import runpy, signal, sys
+
+module, times = sys.argv.pop(1), int(sys.argv.pop(1))
+signal.signal(signal.SIGINT, signal.default_int_handler)
+
+class Press:
+    def find_spec(self, name, path=None, target=None):
+        if name == module:
+            sys.meta_path.remove(self)
+            for _ in range(times):
+                signal.raise_signal(signal.SIGINT)
+
+sys.meta_path.insert(0, Press())
+runpy.run_module("comfy_continual_lora", run_name="__main__", alter_sys=True)
+"""
+
+
+@pytest.mark.parametrize(
+    ("module", "times"),
+    [
+        ("comfy_continual_lora.cli", 1),
+        ("comfy_continual_lora.settings", 1),
+        ("comfy_continual_lora.early", 2),
+        ("torch", 2),
+    ],
+)
+def test_ctrl_c_ends_in_one_line_wherever_it_is_pressed(
+    checkpoint: Path, module: str, times: int
+) -> None:
+    words = [sys.executable, "-c", PRESSING, module, str(times)]
+    words += ["draw", "-c", str(checkpoint), "-p", "a mug", "--device", "cpu"]
+    done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, timeout=600)
+    assert (done.returncode, done.stdout) == (130, "")
+    assert done.stderr == "continual-lora: stopped.\n"
+
+
+def test_ctrl_c_pressed_before_anything_is_read_is_told(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def press(*_: object) -> list[str]:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cli, "with_config", press)
+    assert cli.main(["info", "-c", "none"]) == 130
+    assert capsys.readouterr().err == "continual-lora: stopped.\n"
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
