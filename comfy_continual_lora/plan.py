@@ -97,7 +97,7 @@ def plan(checkpoint: Path, stack: Path, asked: LearnSettings, device: str) -> Pl
     encoding = weights[layout.net_name][0] + weights[TEXTS][0]
     grows = method.kept_bytes(adapter, word, layout.width, earlier)
     # forward, backward, and forward again with checkpointing
-    passes = settings.steps * settings.accumulate * (3 if settings.checkpointing else 2)
+    passes = settings.steps * _parts(settings) * (3 if settings.checkpointing else 2)
     speed = _speed(here, wide)
     shares, waits = (_CPU_SHARES, (0.0, 0.0)) if here.type == "cpu" else (_GPU_SHARES, _GPU_CALLS)
     least, most = (
@@ -119,6 +119,11 @@ def plan(checkpoint: Path, stack: Path, asked: LearnSettings, device: str) -> Pl
         2 * (exported + word),
         (least, most),
     )
+
+
+def _parts(settings: ResolvedSettings) -> int:
+    """How many parts a step is learned in: one with no picture is left out (`parallel.shares`)."""
+    return min(settings.accumulate, settings.batch)
 
 
 def _speed(here: torch.device, dtype: torch.dtype) -> float:
@@ -186,10 +191,12 @@ def _activations(
     rows: int,
     side: int,
 ) -> tuple[int, float, int]:
-    """The bytes kept for the backward pass, and a step's forward operations and torch calls.
+    """The bytes kept for the backward pass, and the forward operations and torch calls of one of a
+    step's parts.
 
-    The bytes are the net's for `rows` and the text encoders' for a step, plus the largest
-    checkpointed piece. The net computes in `dtype`, its norms in `norms`.
+    The bytes are the net's for `rows` and the text encoders' for the `step` pictures of the largest
+    part, plus the largest checkpointed piece. The operations are those of an average part. The net
+    computes in `dtype`, its norms in `norms`.
     """
     unet: Any = nn.Module.to(layout.unet.module, dtype).requires_grad_(False)
     # without vectors to learn, prompts are encoded before
@@ -212,7 +219,8 @@ def _activations(
 
         with _kept(unet) as whole:
             pieces = run_unet(whole)
-        flops = of_text.flops + whole.flops * step / rows
+        average = settings.batch / _parts(settings)
+        flops = (of_text.flops + whole.flops * step / rows) * average / step
         calls = of_text.calls + whole.calls
         if not settings.checkpointing:
             return of_text.bytes + whole.bytes, flops, calls

@@ -232,6 +232,21 @@ def test_the_command_prints_the_plan_and_learns_nothing(
     assert not store.stack_path(thin_file).exists()
 
 
+def test_a_step_takes_no_longer_than_its_pictures(
+    thin_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("comfy_continual_lora.plan._speed", lambda *_: 1e11)
+
+    def seconds(batch: int, accumulate: int) -> float:
+        settings = replace(QUICK, batch=batch, accumulate=accumulate, size=64)
+        return plan(thin_file, NOWHERE, settings, "cpu").seconds[0]
+
+    assert seconds(1, 8) == seconds(1, 1)
+    assert seconds(9, 64) == seconds(9, 9) == pytest.approx(9 * seconds(1, 1))
+    # parts of one and of two pictures take as long as as many of one
+    assert seconds(9, 8) == pytest.approx(seconds(9, 9), rel=0.1)
+
+
 def test_a_gpu_that_multiplies_in_no_time_still_waits_for_its_calls(
     thin_file: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
