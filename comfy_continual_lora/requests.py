@@ -17,7 +17,7 @@ from typing import Any, TypeVar
 
 from .errors import SettingError, StackError, excerpt
 from .fields import Settings, check_field, check_names, check_type, option
-from .files import stack_path, with_name
+from .files import stack_path
 from .presets import PREDICTIONS
 from .settings import (
     EXECUTION_SETTINGS,
@@ -64,13 +64,15 @@ class Request:
 
     @property
     def stack_file(self) -> Path:
-        """Errors: StackError for a path without a name."""
-        if not self.stack:
+        """Errors: StackError for a stack or a checkpoint without a name, such as an empty path."""
+        if self.stack is None:
             return stack_path(self.checkpoint)
-        stack = with_name(self.stack)
-        if not stack.name:
-            raise StackError(f"{str(self.stack)!r} is not a concept stack. Name the file of one.")
-        return stack
+        if self.stack.name in ("", ".."):
+            raise StackError(
+                f"`stack` is {str(self.stack)!r}, which is a folder. Name the file of a concept stack, "
+                "or leave it out for the one beside the checkpoint."
+            )
+        return self.stack
 
     def check(self) -> None:
         """Errors: SettingError for the first invalid field or setting, or path without access."""

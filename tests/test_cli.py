@@ -177,6 +177,40 @@ def test_a_run_stopped_by_ctrl_c_or_killed_goes_on(
     assert int(first.split()[1].split("/")[0]) > 8  # it did not begin again
 
 
+@pytest.mark.parametrize("stack", ["", ".", "/"])
+@pytest.mark.parametrize(
+    "words",
+    [
+        "learn --images PICTURES --token V1 --noun ball",
+        "learn --images PICTURES --token V1 --noun ball --plan",
+        "import --lora CHECKPOINT --token V1 --noun ball",
+        "rename V1 V2",
+        "restore 1",
+        "draw --prompt a",
+        *("undo", "history", "history --keep 2", "info", "consolidate --closed-form"),
+    ],
+)
+def test_a_stack_without_a_name_is_refused(
+    run_here: Callable[..., subprocess.CompletedProcess[str]],
+    checkpoint: Path,
+    pictures: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    words: str,
+    stack: str,
+) -> None:
+    """An unset variable of a shell is an empty word."""
+    monkeypatch.chdir(checkpoint.parent)
+    given = [
+        {"PICTURES": pictures, "CHECKPOINT": checkpoint}.get(one, one) for one in words.split()
+    ]
+    before = {*checkpoint.parent.iterdir()}
+    done = run_here(*given, "--checkpoint", checkpoint, "--stack", stack)
+    assert done.returncode == 2
+    assert "--stack is" in done.stderr
+    assert "which is a folder. Name the file of a concept stack" in " ".join(done.stderr.split())
+    assert {*checkpoint.parent.iterdir()} == before
+
+
 # Presses Ctrl-C so many times as a module is about to be imported
 PRESSING = """
 import runpy, signal, sys
