@@ -140,8 +140,8 @@ class Scores:
     probabilities: list[float]
     trials: list[int]
     margin: float  # mean paired difference of the error, second likeliest minus likeliest
-    margin_low: float  # its 95 % interval
-    margin_high: float
+    margin_low: float | None  # its 95 % interval; one trial has none
+    margin_high: float | None
 
     @property
     def best(self) -> str:
@@ -150,7 +150,7 @@ class Scores:
     @property
     def sure(self) -> bool:
         """Whether the margin's interval excludes zero."""
-        return self.margin_low > 0
+        return self.margin_low is not None and self.margin_low > 0
 
 
 def prompts_of(records: Sequence[ConceptRecord]) -> dict[str, str]:
@@ -230,7 +230,7 @@ def _scores(names: list[str], error: Tensor, weight: Tensor, tau: float) -> Scor
     gap = torch.stack(gaps)
     probability = torch.softmax(-gap / tau, 0)
     order = sorted(range(len(names)), key=lambda i: float(gap[i]) if i != best else -torch.inf)
-    margin = (0.0, 0.0, 0.0)
+    margin: tuple[float, float | None, float | None] = (0.0, None, None)
     if len(names) > 1:
         margin = _margin(error[:, order[1]] - error[:, best], weight)
     return Scores(
@@ -241,13 +241,17 @@ def _scores(names: list[str], error: Tensor, weight: Tensor, tau: float) -> Scor
     )
 
 
-def _margin(difference: Tensor, weight: Tensor) -> tuple[float, float, float]:
-    """Weighted mean of the paired differences (s,), NaN if not tried, and its 95 % interval.
+def _margin(difference: Tensor, weight: Tensor) -> tuple[float, float | None, float | None]:
+    """Weighted mean of the paired differences (s,), NaN if not tried, and its 95 % interval: None for
+    one difference, which says nothing of how others would differ.
 
     The interval is a bootstrap's, because the differences are skewed.
     """
     n = int(difference.isfinite().sum())
+    mean = float((weight[:n] * difference[:n]).sum() / weight[:n].sum())
+    if n < 2:
+        return mean, None, None
     pick = torch.randint(n, (2000, n), generator=torch.Generator().manual_seed(0))
     means = (weight[:n] * difference[:n])[pick].sum(1) / weight[:n][pick].sum(1)
     low, high = torch.quantile(means, torch.tensor([0.025, 0.975])).tolist()
-    return float((weight[:n] * difference[:n]).sum() / weight[:n].sum()), low, high
+    return mean, low, high

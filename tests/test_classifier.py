@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
+
 import pytest
 import torch
 from torch import Tensor
@@ -9,6 +12,7 @@ from torch import Tensor
 from comfy_continual_lora import classifier
 from comfy_continual_lora.checkpoint.backbone import Backbone, FrozenText
 from comfy_continual_lora.diffusion import add_noise, alphas_cumprod, generator_for, stratified
+from comfy_continual_lora.results import Scored, ScoreResult
 from comfy_continual_lora.settings import ScoreSettings
 
 ALPHAS = alphas_cumprod()
@@ -140,6 +144,8 @@ def test_classify_finds_the_concept_and_says_how_sure(weighting: str) -> None:
     scores = classifier.classify(Toy(), means[4], features, 0.5, settings)  # type: ignore[arg-type]
     assert scores.best == "V4"
     assert scores.sure
+    assert scores.margin_low is not None
+    assert scores.margin_high is not None
     assert scores.margin_low < scores.margin < scores.margin_high
     assert sum(scores.probabilities) == pytest.approx(1)
     assert scores.probabilities == sorted(scores.probabilities, reverse=True)
@@ -147,6 +153,22 @@ def test_classify_finds_the_concept_and_says_how_sure(weighting: str) -> None:
     whole = classifier.classify(Toy(), means[4], features, 0.5, ScoreSettings(trials=32, stages=1))  # type: ignore[arg-type]
     assert whole.best == "V4"
     assert whole.trials == [32] * 6
+
+
+@pytest.mark.parametrize("trials", [1, 2, 3])
+def test_one_trial_is_never_sure(trials: int) -> None:
+    means = _means(3)
+    features = {f"V{i}": prompt for i, prompt in enumerate(_prompts(means))}
+    settings = ScoreSettings(trials=trials)
+    scores = classifier.classify(Toy(), means[1], features, 0.5, settings)  # type: ignore[arg-type]
+    assert (scores.best, scores.margin > 0) == ("V1", True)
+    assert scores.sure == (trials > 1)
+    assert (scores.margin_low is None, scores.margin_high is None) == (trials == 1, trials == 1)
+    result = ScoreResult([Scored(Path("a.png"), "V1", scores)])
+    assert ("(not sure)" in result.summary()) == (trials == 1)
+    (row,) = json.loads(json.dumps(result.as_json(), allow_nan=False))["images"]
+    assert row["margin"] == [scores.margin, scores.margin_low, scores.margin_high]
+    assert row["sure"] == scores.sure
 
 
 def test_equal_prompts_are_equally_likely() -> None:
