@@ -22,6 +22,8 @@ from comfy_continual_lora.checkpoint import keys, shapes
 from comfy_continual_lora.checkpoint.backbone import Backbone
 from comfy_continual_lora.checkpoint.load import load_backbone
 from comfy_continual_lora.errors import CheckpointError
+from comfy_continual_lora.plan import plan
+from comfy_continual_lora.settings import LearnSettings
 
 UNETS = {
     "SD1.5": (SD15_UNET, "input_blocks.1.1.transformer_blocks.0.attn2.to_k.weight"),
@@ -201,6 +203,17 @@ def test_a_vae_without_room_beside_the_unet_is_given_it_once(
     assert all(torch.equal(a, b) for a, b in zip(weights, backbone.unet.parameters(), strict=True))
 
 
-def test_a_gpu_that_is_not_there_is_a_users_mistake(mini_file: Path) -> None:
-    with pytest.raises(CheckpointError, match="can't be used here"):
-        load_backbone(mini_file, device="cuda:99")
+@pytest.mark.parametrize("device", ["cuda:99", "cuda:-1", "meta", "hpu", "mkldnn", "tpu", ""])
+def test_a_device_that_can_not_compute_here_is_a_users_mistake(
+    thin_file: Path, tmp_path: Path, device: str
+) -> None:
+    for use in (
+        lambda: load_backbone(thin_file, device=device),
+        lambda: plan(thin_file, tmp_path / "none", LearnSettings(), device),
+    ):
+        with pytest.raises(CheckpointError) as refused:
+            use()
+        message = str(refused.value)
+        assert message.startswith(f"The device '{device}' can't be used here (")
+        assert message.endswith("). Use auto, cpu, cuda, xpu or mps.")
+        assert len(message) < 300

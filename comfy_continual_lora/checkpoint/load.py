@@ -174,14 +174,18 @@ def pick_device(name: str) -> torch.device:
     """The device of a setting: "auto" is CUDA (NVIDIA, and AMD under ROCm), then Intel's XPU, then
     Apple's MPS, then the CPU.
 
-    Errors: CheckpointError for a device that can't be used here.
+    Errors: CheckpointError for a device that can't be used here, or that keeps no numbers (meta).
     """
     if name != "auto":
         try:
-            return torch.empty(0, device=name).device
-        except (RuntimeError, AssertionError) as error:
+            number = torch.zeros(1, device=name)
+            number.item()
+            return number.device
+        except (RuntimeError, AssertionError, ImportError) as error:
+            reason = " ".join(str(error).split())
             raise CheckpointError(
-                f"The device {name!r} can't be used here: {error}. Use auto, cpu, cuda, xpu or mps."
+                f"The device {name!r} can't be used here ({reason:.200}). Use auto, cpu, cuda, xpu or "
+                "mps."
             ) from None
     if torch.cuda.is_available():
         return torch.device("cuda")
