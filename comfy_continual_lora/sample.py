@@ -187,9 +187,8 @@ class _Drawing:
         if not all(one.isfinite().all() for one in drawn):
             raise CheckpointError(
                 f"{self.backbone.path} can't draw {excerpt(' | '.join(prompts))}: it came out as "
-                "infinite or NaN values, which would be a black picture. Lower `guidance`; if that "
-                "does not help, get the checkpoint again, or go back to an earlier version of its "
-                "stack (`restore`)."
+                "infinite or NaN values, which would be a black picture. A lower guidance may help; "
+                "if not, get the checkpoint again, or go back to an earlier version of its stack."
             )
 
     @contextmanager
