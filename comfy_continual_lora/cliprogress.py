@@ -11,11 +11,10 @@ from collections.abc import Mapping
 
 from .cliterminal import said
 from .errors import Cancelled, spelled
-from .progress import Progress
+from .progress import RESUMED, Progress
 
 FIRST = os.environ.get("RANK", "0") == "0"  # of several processes (`parallel`), only one prints
 SILENCE = 30.0  # seconds after which a line is written where no terminal shows progress
-_RESUMED = ("learn", "calibrate", "consolidate", "fisher")  # stages a stopped run resumes from
 
 
 class Bar:
@@ -90,7 +89,7 @@ class Bar:
 
 def _where_it_stopped(progress: Progress) -> str:
     where = f"({progress.stage}, step {progress.step} of {progress.steps})"
-    if progress.stage not in _RESUMED:
+    if progress.stage not in RESUMED:
         return where
     return f"{where} What was learned so far is kept: the same command resumes from here."
 

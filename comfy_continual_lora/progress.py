@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from PIL.Image import Image
 
+RESUMED = ("learn", "calibrate", "consolidate", "fisher")  # stages a stopped run resumes from
+
 
 @dataclass(frozen=True)
 class Point:

@@ -204,6 +204,19 @@ def test_the_history_shows_every_field_and_obeys_none(text: str) -> None:
     assert {one.split("=")[0] for one in seen.attributes} == {"align"}
 
 
+@pytest.mark.parametrize(
+    ("stage", "resumes"),
+    [("", False), ("load", False), ("draw", False), ("evaluate", False), ("learn", True)],
+)
+def test_only_what_a_stopped_job_can_go_on_with_is_told(stage: str, resumes: bool) -> None:
+    job = Job(1, [("learn", {})])
+    job.progress = {"stage": stage, "step": 1, "steps": 9} if stage else None
+    job.stop()
+    told = shown.status(job, str)
+    assert told.startswith("**Stopped.**")
+    assert ("resumes from here" in told) == resumes
+
+
 def test_a_preview_is_a_jpeg_or_nothing() -> None:
     assert "<img" in cards.card(_concept(), b"", None)
     for bad in (

@@ -176,6 +176,19 @@ def test_stacks_are_not_among_the_web_uis_checkpoints(host: Any, modules: Any) -
     assert list(host.checkpoints()) == ["a.safetensors", "b.safetensors"]
 
 
+def test_interrupt_starts_none_of_those_that_wait(host: Any, modules: Any) -> None:
+    job = Job(1, [("learn", {"token": "V1"})])
+    host.runner.job = job
+    host.waiting = [([("learn", {"token": "V2"})], None)]
+    modules.shared.state.interrupted = False
+    host.follow(job)
+    assert len(host.waiting) == 1
+    modules.shared.state.interrupted = True
+    host.follow(job)
+    assert host.waiting == []
+    assert job.state == "stopped"
+
+
 def test_a_warning_is_shown_by_a_web_ui_that_logs_errors_alone(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:

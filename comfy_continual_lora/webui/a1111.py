@@ -148,7 +148,7 @@ class WebuiHost(Host):
         state = shared.state
         if state.interrupted and not self._interrupted:
             self._interrupted = True
-            job.stop()
+            self.stop()
         state.textinfo = status(job, str).replace("*", "")
         if job.progress:
             state.sampling_step, state.sampling_steps = job.progress["step"], job.progress["steps"]

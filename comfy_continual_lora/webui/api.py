@@ -141,8 +141,7 @@ class Endpoints:
     # --- POST ----------------------------------------------------------------------------------
 
     def stop(self, body: Body) -> Body:
-        if self.host.runner.job:
-            self.host.runner.job.stop()
+        self.host.stop()
         return _described(self.host.runner.job)
 
     def learn(self, body: Body) -> Body:

@@ -17,7 +17,7 @@ from typing import Any
 from PIL import Image
 
 from ..errors import spelled
-from ..progress import unit_for
+from ..progress import RESUMED, unit_for
 from ..versions import Version
 from .job import Job
 from .labels import LABELS
@@ -78,10 +78,9 @@ def _state(job: Job, say: Say, names: Mapping[str, str] | None) -> str:
     if job.state == "failed":
         return _failure(job, say, names)
     if job.state == "stopped":
-        stopped = (
-            f"**Stopped.** {say(job.message)}. What was learned so far is kept: the same request "
-            "resumes from here."
-        )
+        stopped = f"**Stopped.** {say(job.message)}."
+        if job.progress and job.progress["stage"] in RESUMED:
+            stopped += " What was learned so far is kept: the same request resumes from here."
         return "\n\n".join([*_endings(job.results, say), stopped])
     if job.state == "done":
         return "\n\n".join(_endings(job.results, say))
