@@ -46,6 +46,7 @@ PICTURES = (
     ".heif",
 )
 STACKS = ".concepts.safetensors"
+OWN_FOLDER = "continual-lora"  # beside checkpoints: exports and pictures of the page by itself
 HOST = "CONTINUAL_LORA_HOST"  # folders of a ComfyUI or web UI that has Anima's files, as in PATH
 WORDS = (
     "continual_lora.words"  # in a LoRA: JSON, the class noun of each word by its embedding's name
@@ -136,9 +137,12 @@ def snapshots_of(stack: Path, token: str) -> list[Path]:
 
 
 def checkpoints_in(folder: Path) -> list[Path]:
-    """Checkpoints in a folder and those below it, by path; what is removed meanwhile is left out."""
+    """Checkpoints in a folder and those below it, by path; what is removed meanwhile is left out, and
+    what lies in our own folders.
+    """
     found: list[Path] = []
-    for inner, _, names in os.walk(folder):
+    for inner, folders, names in os.walk(folder):
+        folders[:] = [name for name in folders if name != OWN_FOLDER]
         found += [Path(inner, name) for name in names if is_checkpoint(name)]
     return sorted(found)
 

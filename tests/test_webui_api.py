@@ -8,6 +8,7 @@ import base64
 import io
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -22,6 +23,7 @@ from fastapi import FastAPI
 from fastapi.testclient import TestClient
 from PIL import Image
 
+from comfy_continual_lora import upkeep
 from comfy_continual_lora.inventory import inventory
 from comfy_continual_lora.operations import OPERATIONS
 from comfy_continual_lora.requests import parse
@@ -100,6 +102,29 @@ def test_a_login_is_required_and_a_missing_environment_is_reported(
     answer = client.post(f"{api.PREFIX}/learn", json=body, auth=right)
     assert (answer.status_code, answer.json()["detail"]) == (503, "not prepared")
     assert not _files(tmp_path / "work")
+
+
+def test_stop_starts_none_of_those_that_wait(host: Host) -> None:
+    host.runner.job = Job(1, [("learn", {"token": "V1"})])
+    host.waiting = [([("learn", {"token": "V2"})], None)]
+    for _ in range(2):
+        answer = _client(host).post(f"{api.PREFIX}/jobs/stop", json={})
+        assert (answer.status_code, answer.json()["job"]) == (200, 1)
+    assert host.waiting == []
+
+
+def test_the_pages_own_exports_are_no_checkpoints(host: Host, checkpoint: Path) -> None:
+    models = checkpoint.parent
+    own = Host(models, models / "continual-lora")
+    for folder in {*own.exports(), own.drawn()}:
+        folder.mkdir(parents=True, exist_ok=True)
+        shutil.copy(checkpoint, folder / "V1.safetensors")
+    inner = models / "more" / "sd.safetensors"
+    inner.parent.mkdir()
+    shutil.copy(checkpoint, inner)
+    expected = [checkpoint, inner]
+    assert sorted(own.checkpoints().values()) == expected
+    assert [row.checkpoint for row in upkeep.stacks_in(models).rows] == expected
 
 
 def test_logins_that_name_nobody_let_nobody_in(checkpoint: Path, tmp_path: Path) -> None:

@@ -17,6 +17,7 @@ from urllib.parse import urlsplit
 import gradio as gr
 from starlette.middleware import Middleware
 
+from ..files import OWN_FOLDER
 from .host import Host, leave
 from .tab import build
 
@@ -86,7 +87,7 @@ def _name(host: str) -> str | None:
 
 def launch(models: Path, port: int | None, browser: bool) -> None:
     """Serve the tab for the checkpoints of a folder, until Ctrl-C."""
-    host = Host(models, models / "continual-lora")
+    host = Host(models, models / OWN_FOLDER)
     with gr.Blocks(title="Continual LoRA", delete_cache=(3600, _DAY)) as page:
         gr.Markdown(
             "# Continual LoRA\nTeach a checkpoint one thing after another, without old pictures "
