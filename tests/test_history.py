@@ -203,6 +203,23 @@ def test_a_setting_says_how_many_versions_are_kept(two: Path, folders: dict[str,
         pipeline.history(requests.HistoryRequest(two, keep=-1))
 
 
+def test_what_is_gone_back_to_is_a_change_of_its_file(tmp_path: Path) -> None:
+    """Programs that look at time and size run again what they did before."""
+    path = tmp_path / "x.concepts.safetensors"
+    seen = set()
+    for step in ("1", "2", "undo", "restore", "undo"):
+        if step == "undo":
+            history.undo(path)
+        elif step == "restore":
+            history.restore(path, 2)
+        else:
+            stack = make_stack(int(step))
+            store.save_stack(stack, path, store.change("learned", stack.records[-1:]))
+        stat = path.stat()
+        seen.add((stat.st_mtime_ns, stat.st_size))
+    assert len(seen) == 5
+
+
 def test_a_merge_is_undone_without_the_version_before(
     two: Path, checkpoint: Path, folders: dict[str, Path], tmp_path: Path
 ) -> None:
