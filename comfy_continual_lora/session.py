@@ -10,6 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import torch
 from torch import Tensor
 
 from .adapters import DENSE, PARTS, kind_with
@@ -145,13 +146,14 @@ def open_session(
 ) -> Iterator[Session]:
     """`at_once` false: the checkpoint is loaded when it is first used, if there is a stack.
 
+    Gradients are on in the block, whatever the caller's are.
     Errors: CheckpointError, StackError; TrainingError if memory runs out, also in the block.
     """
     request.check()
     path = request.stack_file
     if writes:
         check_names(path)
-    with explain_oom(request):
+    with explain_oom(request), torch.inference_mode(False), torch.enable_grad():
         later = not at_once and real_file(path).exists()
         backbone = None if later else _load(request, precision, on_progress)
         with writing(path) if writes and is_first() else nullcontext():

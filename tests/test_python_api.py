@@ -6,8 +6,10 @@ import inspect
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 
 import comfy_continual_lora
 from comfy_continual_lora import Cancelled, ContinualLora, ContinualLoraError, Progress
@@ -43,6 +45,20 @@ def test_a_stack_elsewhere(checkpoint: Path, pictures: Path, tmp_path: Path) -> 
     sd.learn(pictures, token="V1", noun="ball", method="textual_inversion", steps=1)
     assert (tmp_path / "other.safetensors").is_file()
     assert not ContinualLora(checkpoint).info().concepts
+
+
+@pytest.mark.parametrize("without", [torch.no_grad, torch.inference_mode])
+def test_it_learns_where_the_caller_turned_gradients_off(
+    checkpoint: Path, pictures: Path, without: Any
+) -> None:
+    """As notebooks do that only draw."""
+    sd = ContinualLora(checkpoint, device="cpu")
+    with without():
+        for token, method in (("V1", "lora_ewc"), ("V2", "retention")):
+            settings = {"steps": 1, "batch": 1, "fisher_samples": 1}
+            sd.learn(pictures, token=token, noun="ball", method=method, **settings)
+        assert not torch.is_grad_enabled()
+    assert [one["token"] for one in sd.info().concepts] == ["V1", "V2"]
 
 
 def test_cancelling_keeps_what_was_learned(checkpoint: Path, pictures: Path) -> None:
