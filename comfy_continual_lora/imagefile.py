@@ -312,19 +312,25 @@ def save_own(image: Image.Image, path: Path) -> None:
     check_output(path)
     exif = Image.Exif()
     exif[_SOFTWARE] = _US
-    save_new(image, path, exif=exif)
+    _save(image, path, new=False, exif=exif)
 
 
 def save_new(image: Image.Image, path: Path, **options: Any) -> None:
-    """Write an image, whole or not at all, with Pillow's options for its format.
+    """Write a new image, whole or not at all, with Pillow's options for its format.
 
-    Errors: SettingError if it can't be written.
+    Errors: FileExistsError; SettingError if it can't be written.
     """
+    _save(image, path, new=True, **options)
+
+
+def _save(image: Image.Image, path: Path, *, new: bool, **options: Any) -> None:
     buffer = io.BytesIO()
     image.save(buffer, Image.registered_extensions()[path.suffix.lower()], **options)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_whole(path, buffer.getvalue())
+        write_whole(path, buffer.getvalue(), new=new)
+    except FileExistsError:
+        raise
     except OSError as error:
         raise SettingError(
             f"{path} can't be written ({error.strerror or error}). Choose another name, or free "

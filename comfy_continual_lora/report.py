@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 import unicodedata
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 
 from PIL import Image, ImageDraw
@@ -35,14 +37,10 @@ def save_pictures(drawn: Sequence[Drawn], folder: Path) -> list[Path]:
     files = []
     for picture in drawn:
         stem = f"{_named(picture.prompt)}-{picture.seed}"
-        path, again = folder / f"{stem}.png", 1
-        while path.exists():
-            path, again = folder / f"{stem}-{again}.png", again + 1
         info = PngInfo()
         for name, text in picture.texts.items():
             info.add_text(name, text)
-        save_new(picture.image, path, pnginfo=info)
-        files.append(path)
+        files.append(_save_beside(picture.image, folder, stem, info))
     if len(drawn) > 1:
         per_prompt = sum(d.prompt == drawn[0].prompt for d in drawn)
         names = (folder / f"grid{f'-{n}' if n else ''}.png" for n in range(10_000))
@@ -52,6 +50,17 @@ def save_pictures(drawn: Sequence[Drawn], folder: Path) -> list[Path]:
             files[-1],
         )
     return files
+
+
+def _save_beside(image: Image.Image, folder: Path, stem: str, info: PngInfo) -> Path:
+    """Write a PNG under the first name that is free, even if others are drawing into the folder."""
+    for number in itertools.count():
+        path = folder / f"{stem}{f'-{number}' if number else ''}.png"
+        if not path.exists():
+            with suppress(FileExistsError):
+                save_new(image, path, pnginfo=info)
+                return path
+    raise AssertionError
 
 
 def _named(prompt: str) -> str:

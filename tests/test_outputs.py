@@ -9,14 +9,19 @@ import os
 import shlex
 import subprocess
 import sys
+import threading
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 from helpers_learn import save_concept
+from PIL import Image, ImageColor
 
 from comfy_continual_lora import cli, imagefile
 from comfy_continual_lora.errors import SettingError
+from comfy_continual_lora.report import save_pictures
+from comfy_continual_lora.results import Drawn
 from comfy_continual_lora.settings import LearnSettings
 
 resource = pytest.importorskip("resource", reason="Windows has no limits of this kind")
@@ -95,6 +100,23 @@ def test_a_console_without_the_letters_of_a_name(checkpoint: Path, tmp_path: Pat
     done = _run(*words, PYTHONIOENCODING="ascii")
     assert done.returncode == 0, done.stderr
     assert "\\u72d7/a-ball-0.png" in done.stdout.replace(os.sep, "/")
+
+
+def test_two_that_draw_at_once_lose_no_picture(tmp_path: Path) -> None:
+    colors = ["red", "blue", "green"]
+    for number in range(5):
+        ready, folder = threading.Barrier(len(colors)), tmp_path / str(number)
+
+        def draw(color: str, ready: threading.Barrier, folder: Path) -> list[Path]:
+            picture = Drawn("a V1 dog", 1, Image.new("RGB", (8, 8), color))
+            ready.wait()
+            return save_pictures([picture], folder)
+
+        with ThreadPoolExecutor(len(colors)) as pool:
+            drawn = [pool.submit(draw, color, ready, folder) for color in colors]
+        files = [one.result()[0] for one in drawn]
+        found = [Image.open(file).getpixel((0, 0)) for file in files]
+        assert found == [ImageColor.getrgb(color) for color in colors]
 
 
 def test_the_next_command_can_be_pasted(
