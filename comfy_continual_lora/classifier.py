@@ -23,7 +23,8 @@ import torch
 from torch import Tensor
 
 from .checkpoint.backbone import Backbone, FrozenText
-from .diffusion import TIMESTEPS, generator_for, loss_per_example, noised, random_batch, stratified
+from .diffusion import generator_for, loss_per_example, noised, random_batch, stratified
+from .presets import TIMESTEPS
 from .progress import OnProgress, Progress, ignore
 from .settings import ScoreSettings
 from .stack import ConceptRecord
@@ -198,7 +199,10 @@ def classify(
             part = slice(start, min(stop, start + per_call))
             t, eps = timestep[part].to(backbone.device), noise[part].to(backbone.device)
             clean = latent.to(backbone.device).expand_as(eps)
-            error[part, alive] = trial_errors(backbone, clean, eps, t, prompts).cpu()
+            for first in range(0, len(alive), settings.rows):
+                some = slice(first, first + settings.rows)
+                found = trial_errors(backbone, clean, eps, t, prompts[some])
+                error[part, alive[some]] = found.cpu()
             on_progress(Progress("score", part.stop, trials))
         done = stop
         means = _weighted(error[:done, alive], weight[:done])

@@ -18,11 +18,9 @@ import torch
 from torch import Tensor
 
 from .checkpoint.backbone import Backbone
+from .presets import BETA_END, BETA_START, TIMESTEPS
 
 T = TypeVar("T")
-
-TIMESTEPS = 1000
-BETA_START, BETA_END = 0.00085, 0.012
 
 
 @cache

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from .checkpoint.backbone import Backbone
-from .diffusion import TIMESTEPS, alphas_cumprod, generator_for, noised
-from .presets import PREDICTION_NAMES, PREDICTIONS
+from .diffusion import alphas_cumprod, generator_for, noised
+from .presets import PREDICTION_NAMES, PREDICTIONS, TIMESTEPS
 
 _TRIED = (50, 200, 350, 500, 650, 800, 950)  # timesteps
 _MOST = 2  # pictures

@@ -22,6 +22,8 @@ METHODS = [  # lists, so that an extension can add to them
     "closed_form",
 ]
 ADAPTERS = ["lora", "vera"]
+TIMESTEPS = 1000
+BETA_START, BETA_END = 0.00085, 0.012  # of Stable Diffusion's noise schedule, scaled linear
 # what a checkpoint's net predicts: the name here, and diffusers'
 PREDICTIONS = {"epsilon": "epsilon", "v": "v_prediction", "flow": "flow_prediction"}
 PREDICTION_NAMES = {value: name for name, value in PREDICTIONS.items()}

@@ -23,9 +23,9 @@ from torch import Tensor
 
 from .areas import FINE, AreaSettings
 from .checkpoint.backbone import Backbone, DrawnText
-from .diffusion import BETA_END, BETA_START, TIMESTEPS
 from .errors import CheckpointError, excerpt
 from .mentions import Mentions, mentions, noun_not_found
+from .presets import BETA_END, BETA_START, TIMESTEPS
 from .progress import OnProgress, Progress, ignore
 from .settings import DrawSettings
 from .together import drawn_together, out_of_sight

@@ -26,7 +26,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProject
 
 from comfy_continual_lora.checkpoint import keys
 from comfy_continual_lora.checkpoint.single_file import TOKENIZER
-from comfy_continual_lora.diffusion import BETA_END, BETA_START
+from comfy_continual_lora.presets import BETA_END, BETA_START
 
 KINDS = ("sd2", "sd2-v", "sdxl", "sdxl-v")
 _BY_HAND = {

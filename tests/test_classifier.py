@@ -155,6 +155,30 @@ def test_classify_finds_the_concept_and_says_how_sure(weighting: str) -> None:
     assert whole.trials == [32] * 6
 
 
+class Counting(Toy):
+    """Notes how many rows go through the net at once."""
+
+    def __init__(self) -> None:
+        self.rows: list[int] = []
+
+    def predict(self, noisy: Tensor, timestep: Tensor, features: Tensor) -> Tensor:
+        self.rows.append(len(noisy))
+        return super().predict(noisy, timestep, features)
+
+
+@pytest.mark.parametrize("rows", [1, 5, 8, 100])
+def test_no_more_rows_than_asked_for_go_through_the_net_at_once(rows: int) -> None:
+    """Also with more candidates than rows, which share timesteps and noise all the same."""
+    means, net = _means(13), Counting()
+    features = {f"V{i}": prompt for i, prompt in enumerate(_prompts(means))}
+    settings = ScoreSettings(trials=8, stages=2, rows=rows)
+    scores = classifier.classify(net, means[4], features, 0.5, settings)  # type: ignore[arg-type]
+    assert max(net.rows) <= rows
+    whole = classifier.classify(Toy(), means[4], features, 0.5, ScoreSettings(trials=8, stages=2))  # type: ignore[arg-type]
+    assert (scores.best, scores.names, scores.trials) == ("V4", whole.names, whole.trials)
+    assert scores.probabilities == pytest.approx(whole.probabilities, abs=1e-5)
+
+
 @pytest.mark.parametrize("trials", [1, 2, 3])
 def test_one_trial_is_never_sure(trials: int) -> None:
     means = _means(3)
