@@ -298,6 +298,35 @@ def test_a_zero_terminal_snr_counts_only_where_v_is_predicted(
     assert replace(noise, prediction="v_prediction").zero_snr
 
 
+@pytest.mark.parametrize("declared", ["v", "V", " V-Prediction ", "v_prediction"])
+def test_what_metadata_declare_is_read_in_any_case(tmp_path: Path, declared: str) -> None:
+    path = tmp_path / "model.safetensors"
+    families.write("sdxl", path, **{"modelspec.prediction_type": declared})
+    assert load_backbone(path, device="cpu").prediction == "v_prediction"
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {"beta_schedule": "linear"},
+        {"beta_schedule": "squaredcos_cap_v2"},
+        {"num_train_timesteps": 1100},
+        {"beta_end": 0.014},
+        {"beta_start": None},
+        {"trained_betas": [0.1, 0.2]},
+    ],
+)
+def test_another_noise_schedule_is_refused(tmp_path: Path, changed: dict[str, Any]) -> None:
+    families.pipeline("sdxl").save_pretrained(tmp_path)
+    file = tmp_path / "scheduler" / "scheduler_config.json"
+    config = json.loads(file.read_text())
+    file.write_text(json.dumps({**config, **changed}))
+    with pytest.raises(CheckpointError, match=f"scheduler_config.json: {next(iter(changed))} is"):
+        load_backbone(tmp_path, device="cpu")
+    file.write_text(json.dumps({name: config[name] for name in config if "beta" not in name}))
+    assert load_backbone(tmp_path, device="cpu").prediction == "epsilon"
+
+
 def test_a_velocity_by_hand(loaded: dict[str, Backbone]) -> None:
     clean, noise = torch.full((1, 4, 8, 8), 2.0), torch.full((1, 4, 8, 8), 3.0)
     alpha = float(alphas_cumprod()[700])

@@ -22,6 +22,7 @@ from transformers import CLIPTextConfig
 
 from ..errors import CheckpointError
 from ..files import check_regular
+from ..presets import BETA_END, BETA_START, TIMESTEPS
 from . import keys
 from .families import (
     ANIMA_PIPELINE,
@@ -225,6 +226,16 @@ def _size(path: Path, sample_size: Any, family: Family) -> int:
     return 8 * min(sides)
 
 
+# Stable Diffusion's noise schedule in diffusers' words; a file may leave fields out
+_SCHEDULE = {
+    "num_train_timesteps": TIMESTEPS,
+    "beta_schedule": "scaled_linear",
+    "beta_start": BETA_START,
+    "beta_end": BETA_END,
+    "trained_betas": None,
+}
+
+
 def _scheduler(path: Path, family: Family) -> tuple[str, bool]:
     """What the net predicts, and whether its noise schedule is to be rescaled to a zero terminal SNR.
 
@@ -239,6 +250,12 @@ def _scheduler(path: Path, family: Family) -> tuple[str, bool]:
     zero_snr = config.get("rescale_betas_zero_snr") or False
     kind = str(config.get("_class_name", ""))
     known = prediction in ("epsilon", "v_prediction") and isinstance(zero_snr, bool)
+    other = [name for name, value in _SCHEDULE.items() if config.get(name, value) != value]
+    if other:
+        raise CheckpointError(
+            f"{file}: {other[0]} is {config[other[0]]!r:.100}. Expected {_SCHEDULE[other[0]]!r}, as in "
+            "Stable Diffusion's noise schedule; take a model with that."
+        )
     if not known or kind.startswith(("EDM", "FlowMatch")):
         raise CheckpointError(
             f"{file}: prediction_type is {prediction!r:.100}, rescale_betas_zero_snr is "

@@ -128,8 +128,8 @@ def _prediction(weights: Weights, metadata: Mapping[str, str], family: Family) -
     The metadata say so; else SDXL's fine-tunes mark it with a key, and for SD2.x ComfyUI's rule of
     thumb holds.
     """
-    if declared := metadata.get("modelspec.prediction_type"):
-        if declared.lower().startswith(("flow", "rectified")):
+    if declared := metadata.get("modelspec.prediction_type", "").strip().lower():
+        if declared.startswith(("flow", "rectified")):
             return "flow_prediction"
         v = declared.startswith("v")
     elif family is SD2:
