@@ -269,6 +269,8 @@ class ConceptStack:
         after.pool.pop(newest.id, None)
         after.adapter = adapter
         after.rank = newest.settings.get("rank", self.rank)  # the closed form may have raised it
+        if adapter is None and not (after.pool or after.targets):
+            after.rank = None  # words alone
         return after
 
     def only(self, tokens: Sequence[str]) -> ConceptStack:

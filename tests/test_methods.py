@@ -281,6 +281,23 @@ def test_kinds_of_adapters_do_not_mix(
         )
 
 
+@pytest.mark.parametrize("how", ["replace", "forget", "undo"])
+def test_where_words_alone_are_left_any_rank_can_be_learned(
+    learned: Callable[..., Path], folders: dict[str, Path], how: str
+) -> None:
+    checkpoint = learned(VARIANTS["textual_inversion"], "V1")
+    settings = replace(VARIANTS["lora"], rank=3)
+    pipeline.learn_concept(learn_request(checkpoint, folders, "V2", settings))
+    other = replace(settings, rank=2)
+    if how == "forget":
+        pipeline.forget(requests.ForgetRequest(checkpoint, "V2", device="cpu"))
+    if how == "undo":
+        pipeline.undo(requests.UndoRequest(checkpoint))
+    asked = learn_request(checkpoint, folders, "V2", other)
+    pipeline.learn_concept(replace(asked, replace=how == "replace"))
+    assert pipeline.info(requests.InfoRequest(checkpoint)).rank == 2
+
+
 def test_a_lora_that_has_grown_does_not_go_with_ewc(
     learned: Callable[..., Path], folders: dict[str, Path]
 ) -> None:
