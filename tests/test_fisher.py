@@ -245,6 +245,37 @@ def test_online_and_separate_by_hand(space: str) -> None:
     assert ewc(ConceptStack("f"), settings, torch.device("cpu")) is None
 
 
+def test_concepts_measured_in_different_spaces_are_each_held_in_their_own() -> None:
+    """The LoRA has 3 numbers in its factors and 2 in its delta, which is A times B."""
+
+    def adapter(value: float) -> Adapter:
+        return {"l.A": torch.full((1, 2), value), "l.B": torch.full((1, 1), 3.0)}
+
+    def of_factors(value: float) -> Adapter:
+        return {"l.A": torch.full((1, 2), value), "l.B": torch.zeros(1, 1)}
+
+    def of_delta(value: float) -> Adapter:
+        return {"l.W": torch.full((1, 2), value)}
+
+    fishers = [of_factors(5.0), of_delta(7.0), of_delta(11.0), of_factors(13.0)]
+    at, moved, device = [1.0, 2.0, 4.0, 7.0], 12.0, torch.device("cpu")
+    for order in ([0, 1, 2, 3], [1, 0, 3, 2], [2, 1, 0], [0, 1]):
+        stack = _stack([adapter(at[i]) for i in order], [fishers[i] for i in order])
+        online = ewc(stack, LearnSettings(ewc_strength=0.1, ewc_decay=0.5), device)
+        separate = ewc(stack, LearnSettings(ewc_strength=0.1, ewc_mode="separate"), device)
+        assert online
+        assert separate
+        wanted = {"online": 0.0, "separate": 0.0}
+        for age, i in enumerate(reversed(order)):
+            importance = float(next(iter(fishers[i].values()))[0, 0])
+            scale = 3**2 / sqrt(2) if "l.W" in fishers[i] else 1 / sqrt(3)
+            each = 0.1 * 2 * importance * scale  # two numbers differ
+            wanted["online"] += 0.5**age * each * (moved - at[order[-1]]) ** 2
+            wanted["separate"] += each * (moved - at[i]) ** 2
+        assert float(online(Step(adapter(moved)))) == pytest.approx(wanted["online"])
+        assert float(separate(Step(adapter(moved)))) == pytest.approx(wanted["separate"])
+
+
 def test_ewc_equals_avalanches_formula_on_a_small_net() -> None:
     """Avalanche: importances += grad^2 for every batch (here of one), / batches; penalty = sum imp
     (param - saved)^2; loss += lambda penalty.

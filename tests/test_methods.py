@@ -298,6 +298,17 @@ def test_where_words_alone_are_left_any_rank_can_be_learned(
     assert pipeline.info(requests.InfoRequest(checkpoint)).rank == 2
 
 
+@pytest.mark.parametrize("spaces", [("factors", "delta"), ("delta", "factors")])
+def test_ewc_goes_on_after_concepts_measured_in_different_spaces(
+    learned: Callable[..., Path], folders: dict[str, Path], spaces: tuple[str, str]
+) -> None:
+    first, second = (replace(VARIANTS["lora_ewc"], fisher_space=one) for one in spaces)
+    checkpoint = learned(first, "V1")
+    pipeline.learn_concept(learn_request(checkpoint, folders, "V2", second))
+    pipeline.learn_concept(learn_request(checkpoint, folders, "V3", first))
+    assert list(stack_of(checkpoint).tokens) == ["V1", "V2", "V3"]
+
+
 def test_a_lora_that_has_grown_does_not_go_with_ewc(
     learned: Callable[..., Path], folders: dict[str, Path]
 ) -> None:
