@@ -101,6 +101,12 @@ def learn(
     with compute_dtype(backbone, settings), ExitStack() as stack:
         watch = _watch(backbone, inputs, settings)
         factors = stack.enter_context(adapter)
+        frozen = None
+        if inputs.frozen_adapter:
+            frozen = {
+                name: one.to(backbone.device, torch.float32)
+                for name, one in inputs.frozen_adapter.items()
+            }
         word = nn.Parameter(inputs.word.to(backbone.device, torch.float32, copy=True))
         run = _run(backbone, inputs, settings, snapshot, factors, word)
         if watch is not None:
@@ -111,7 +117,7 @@ def learn(
         stack.enter_context(backbone.text_aside())
 
         def terms(step: int, rows: slice) -> dict[str, Tensor]:
-            return _terms(backbone, inputs, settings, factors, word, encode, step, rows)
+            return _terms(backbone, inputs, settings, factors, frozen, word, encode, step, rows)
 
         def report(progress: Progress) -> None:
             if settings.preview_every and progress.step % settings.preview_every == 0:
@@ -201,6 +207,7 @@ def _terms(
     inputs: TrainingInputs,
     settings: ResolvedSettings,
     factors: Mapping[str, Tensor],
+    frozen: Mapping[str, Tensor] | None,
     word: Tensor,
     encode: Callable[[Sequence[str]], Tensor],
     step: int,
@@ -222,7 +229,7 @@ def _terms(
         mask = torch.stack([inputs.masks[int(picture)] for picture in pictures])
     error = loss_per_example(backbone.predict(noisy, timestep, features), target, mask)
     weight = timestep_weight(backbone, timestep, settings.weighting)
-    now = Step(factors, words, prompts, features)
+    now = Step(factors, words, prompts, features, frozen)
     penalties = {name: penalty(now) for name, penalty in inputs.penalties.items()}
     return {"denoising": (error * weight).mean(), **penalties}
 

@@ -12,14 +12,15 @@ from torch import Tensor
 class Step:
     """What a penalty can use in a training step.
 
-    The adapter's factors; while a concept is learned also the words by token, the step's prompts
-    (n,) and their features (n, 77, d).
+    The factors that are trained; while a concept is learned also the words by token, the step's
+    prompts (n,), their features (n, 77, d), and the LoRA that is frozen under the factors, if any.
     """
 
     factors: Mapping[str, Tensor]
     words: Mapping[str, Tensor] = field(default_factory=dict)
     prompts: Sequence[str] = ()
     features: Tensor | None = None
+    frozen: Mapping[str, Tensor] | None = None
 
 
 Penalty = Callable[[Step], Tensor]  # -> a number, added to the loss

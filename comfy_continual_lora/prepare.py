@@ -188,12 +188,12 @@ def newest_again(
 def _settings_again(
     request: ConsolidateRequest, record: ConceptRecord, earlier: Session
 ) -> ResolvedSettings:
-    """The request's settings, with the method, adapter and rank the concept was learned with."""
-    same = {
-        "method": record.method,
-        "adapter": record.settings.get("adapter", "lora"),
-        "rank": earlier.stack.rank,
-    }
+    """The request's settings, with the method, its own settings, the adapter and the rank that the
+    concept was learned with.
+    """
+    own = ("adapter", "c_lora_weight", "c_lora_variant")
+    same = {name: record.settings[name] for name in own if name in record.settings}
+    same |= {"method": record.method, "rank": earlier.stack.rank}
     settings = LearnSettings(**{**asdict(request.settings), **same})
     return settings.resolved(earlier.backbone.preset)
 

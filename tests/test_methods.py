@@ -17,11 +17,12 @@ import torch
 from helpers_learn import NOUNS, QUICK, learn_request, same_stack, stack_of, tensors_of
 
 from comfy_continual_lora import consolidation, pipeline, presets, requests, settings, store
+from comfy_continual_lora.adapters.adapter import Adapter, layers_of
 from comfy_continual_lora.errors import Cancelled, SettingError
 from comfy_continual_lora.methods import METHODS
-from comfy_continual_lora.methods.c_lora import hadamard_penalty
+from comfy_continual_lora.methods.c_lora import Hadamard, hadamard_penalty
 from comfy_continual_lora.methods.closed_form import ClosedForm
-from comfy_continual_lora.methods.method import Method
+from comfy_continual_lora.methods.method import LearnedConcept, Method
 from comfy_continual_lora.penalty import Penalty, Step
 from comfy_continual_lora.progress import Progress
 from comfy_continual_lora.settings import LearnSettings, TrainSettings
@@ -326,6 +327,84 @@ def test_c_loras_penalty_by_hand() -> None:
     assert float(hadamard_penalty(factors, past)) == pytest.approx(3**2 + 0 + 1**2 + 4**2)
     nothing = {**factors, "l.B": torch.zeros(2, 1)}
     assert hadamard_penalty(nothing, past) == 0  # the degenerate minimum
+    added = {"l": torch.tensor([[2.0, 6.0], [0.0, 1.0]])}  # B A has [[1, 0], [0.5, 0]] beyond it
+    assert float(hadamard_penalty(factors, past, added)) == pytest.approx(1**2 + 1**2)
+
+
+def changes_of(adapter: Adapter | None) -> dict[str, torch.Tensor]:
+    """B A of every layer."""
+    return {layer: one["B"] @ one["A"] for layer, one in layers_of(adapter or {}).items()}
+
+
+def overlap(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]) -> float:
+    """|| first (Hadamard) second ||^2 over all layers."""
+    return sum(float((first[layer] * second[layer]).square().sum()) for layer in first)
+
+
+@pytest.mark.parametrize("tokens", [("V1", "V2"), ("V1", "V2", "V3")])
+@pytest.mark.parametrize("variant", ["published", "sequential"])
+def test_a_c_lora_is_consolidated_with_the_penalty_it_was_learned_with(
+    learned: Callable[..., Path],
+    folders: dict[str, Path],
+    monkeypatch: pytest.MonkeyPatch,
+    variant: str,
+    tokens: tuple[str, ...],
+) -> None:
+    """Of a sum of LoRAs it is on the newest alone, not on what the earlier ones do."""
+    chosen = replace(QUICK, method="c_lora", c_lora_variant=variant, c_lora_weight=10.0, rate=0.01)
+    checkpoint = learned(chosen, *tokens)
+    stack, found = stack_of(checkpoint), []
+
+    def distilled(concept: LearnedConcept, *_: Any, **__: Any) -> Any:
+        found.append(concept)
+        raise Cancelled
+
+    monkeypatch.setattr(pipeline, "distilled", distilled)
+    request = requests.ConsolidateRequest(checkpoint, folders[tokens[-1]], device="cpu")
+    with pytest.raises(Cancelled):
+        pipeline.consolidate(request)
+    (concept,) = found
+    assert concept.settings.c_lora_variant == variant
+    assert stack.adapter
+    now = changes_of(stack.adapter)
+    past = [changes_of(stack.pool[record.id]) for record in stack.records[:-1]]
+    if variant == "published":
+        now = {layer: one - past[-1][layer] for layer, one in now.items()}
+        past = past[-1:]
+    summed = {layer: torch.stack([one[layer] for one in past]).sum(0) for layer in now}
+    expected = 10.0 * overlap(summed, now)
+    assert expected > 0
+    assert float(concept.penalties["c_lora"](Step(stack.adapter))) == pytest.approx(
+        expected, rel=1e-3
+    )
+    if variant == "published":  # as while it was learned, above the frozen ones
+        newest = {
+            name: one[-4:] if name.endswith(".A") else one[:, -4:]
+            for name, one in stack.adapter.items()
+        }
+        while_learned = Step(newest, frozen=stack.pool[stack.records[-2].id])
+        assert float(concept.penalties["c_lora"](while_learned)) == pytest.approx(
+            expected, rel=1e-3
+        )
+
+
+@pytest.mark.parametrize("words", ["V2", "V1", "V3", "V2 V3"])
+def test_c_lora_does_not_count_a_lora_again_for_a_word_learned_after_it(
+    learned: Callable[..., Path], folders: dict[str, Path], words: str
+) -> None:
+    chosen = {
+        token: VARIANTS["textual_inversion" if token in words.split() else "lora"]
+        for token in NOUNS
+    }
+    checkpoint = learned(chosen["V1"], "V1")
+    for token in ("V2", "V3"):
+        pipeline.learn_concept(learn_request(checkpoint, folders, token, chosen[token]))
+    stack = stack_of(checkpoint)
+    own = [stack.adapter_after(one.id) for one in stack.records if one.token not in words.split()]
+    penalty = _penalties("c_lora", stack)["c_lora"]
+    assert isinstance(penalty, Hadamard)
+    for layer, past in penalty.past.items():
+        assert torch.allclose(past, torch.stack([changes_of(one)[layer] for one in own]).sum(0))
 
 
 def test_scores_name_pictures_and_count_what_is_right(

@@ -28,29 +28,41 @@ from ..settings import LearnSettings, ResolvedSettings
 from ..targets import own_adapters
 from ..textspace import RetentionPenalty
 from .method import Method
+from .textual_inversion import TextualInversion
 
 
-def hadamard_penalty(factors: Mapping[str, Tensor], past: Mapping[str, Tensor]) -> Tensor:
-    """|| past (Hadamard) B A ||^2 over all layers, a number: `past` is the summed change of each
-    layer, (d_out, d_text).
+def hadamard_penalty(
+    factors: Mapping[str, Tensor],
+    past: Mapping[str, Tensor],
+    within: Mapping[str, Tensor] | None = None,
+) -> Tensor:
+    """|| past (Hadamard) (B A - within) ||^2 over all layers, a number: `past` is the summed change
+    of each layer, (d_out, d_text); `within` what B A holds of it, None for nothing.
     """
-    return torch.stack(
-        [
-            (past[layer] * (parts["B"] @ parts["A"])).square().sum()
-            for layer, parts in layers_of(factors).items()
-        ]
-    ).sum()
+    terms = []
+    for layer, parts in layers_of(factors).items():
+        change = parts["B"] @ parts["A"]
+        if within is not None:
+            change = change - within[layer]
+        terms.append((past[layer] * change).square().sum())
+    return torch.stack(terms).sum()
 
 
 @dataclass(frozen=True)
 class Hadamard:
-    """The penalty in the training loop."""
+    """The penalty in the training loop.
+
+    `own`: whether every concept has its own LoRA. What is distilled then is their sum, and the
+    penalty is on what it has beyond the past ones.
+    """
 
     weight: float
     past: Mapping[str, Tensor]
+    own: bool = False
 
     def __call__(self, step: Step) -> Tensor:
-        return self.weight * hadamard_penalty(step.factors, self.past)
+        within = self.past if self.own and step.frozen is None else None
+        return self.weight * hadamard_penalty(step.factors, self.past, within)
 
 
 class CLora(Method):
@@ -65,16 +77,18 @@ class CLora(Method):
     def penalties(
         self, session: Session, settings: ResolvedSettings, held: RetentionPenalty | None
     ) -> dict[str, Penalty]:
-        stack = session.stack
+        stack, fresh = session.stack, self.fresh_adapter(settings)
         # the single adapter of a "published" stack is already the sum
         past = [stack.adapter]
-        if not self.fresh_adapter(settings):
-            past = list(own_adapters(stack))
+        if not fresh:
+            pairs = zip(stack.records, own_adapters(stack), strict=True)
+            # a word learned alone has the adapter of the concept before it
+            past = [one for record, one in pairs if record.method != TextualInversion.id]
         past_adapters = [adapter for adapter in past if adapter is not None]
         own: dict[str, Penalty] = {}
         if past_adapters:
             summed = _summed(past_adapters, session.backbone.device)
-            own["c_lora"] = Hadamard(settings.c_lora_weight, summed)
+            own["c_lora"] = Hadamard(settings.c_lora_weight, summed, fresh)
         return {**own, **super().penalties(session, settings, held)}
 
 
