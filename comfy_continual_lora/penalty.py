@@ -7,6 +7,8 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
+from .adapters.lora import joined
+
 
 @dataclass(frozen=True)
 class Step:
@@ -21,6 +23,11 @@ class Step:
     prompts: Sequence[str] = ()
     features: Tensor | None = None
     frozen: Mapping[str, Tensor] | None = None
+
+    @property
+    def whole(self) -> Mapping[str, Tensor]:
+        """The factors of all that acts: those that are trained, and the frozen ones."""
+        return joined(self.frozen, self.factors) if self.frozen else self.factors
 
 
 Penalty = Callable[[Step], Tensor]  # -> a number, added to the loss

@@ -321,7 +321,7 @@ class RetentionPenalty:
     sizes: Mapping[str, Tensor]  # tr[W0 M W0^T] of each layer, over ordinary prompts
 
     def __call__(self, step: Step) -> Tensor:
-        return self.weight * drift(step.factors, self.anchor, self.moment, self.sizes)
+        return self.weight * drift(step.whole, self.anchor, self.moment, self.sizes)
 
 
 @dataclass(frozen=True)
@@ -343,4 +343,4 @@ class PaddingPenalty:
         features = self.backbone.context(step.features).detach().float()
         rows = features[self.backbone.padding(step.prompts, step.words)]
         moment = rows.T @ rows / max(1, len(rows))
-        return self.weight * drift(step.factors, None, moment, self.sizes)
+        return self.weight * drift(step.whole, None, moment, self.sizes)

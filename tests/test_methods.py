@@ -16,7 +16,15 @@ import pytest
 import torch
 from helpers_learn import NOUNS, QUICK, learn_request, same_stack, stack_of, tensors_of
 
-from comfy_continual_lora import consolidation, pipeline, presets, requests, settings, store
+from comfy_continual_lora import (
+    consolidation,
+    pipeline,
+    presets,
+    requests,
+    settings,
+    store,
+    targets,
+)
 from comfy_continual_lora.adapters.adapter import Adapter, layers_of
 from comfy_continual_lora.errors import Cancelled, SettingError
 from comfy_continual_lora.methods import METHODS
@@ -405,6 +413,24 @@ def test_c_lora_does_not_count_a_lora_again_for_a_word_learned_after_it(
     assert isinstance(penalty, Hadamard)
     for layer, past in penalty.past.items():
         assert torch.allclose(past, torch.stack([changes_of(one)[layer] for one in own]).sum(0))
+
+
+@pytest.mark.parametrize("tokens", [("V1", "V2"), ("V1", "V2", "V3")])
+def test_a_lora_above_frozen_ones_leaves_earlier_prompts_at_what_these_do(
+    learned: Callable[..., Path], folders: dict[str, Path], tokens: tuple[str, ...]
+) -> None:
+    """It does not do the same once more."""
+    quick = replace(QUICK, rate=0.01, steps=5)
+    published = replace(quick, method="c_lora", c_lora_variant="published", c_lora_weight=0.0)
+    checkpoint = learned(published, *tokens[:-1])
+    holding = replace(published, retention_weight=1000.0, retention_ordinary=0.0)
+    pipeline.learn_concept(learn_request(checkpoint, folders, tokens[-1], holding))
+    stack = stack_of(checkpoint)
+    assert stack.adapter
+    for record in stack.records[:-1]:
+        rows = stack.prompts[record.id].alone.float()
+        before = targets.Target(record.token, rows, stack.pool[stack.records[-2].id])
+        assert targets.relative_drift(stack.adapter, before) < 0.3
 
 
 def test_scores_name_pictures_and_count_what_is_right(

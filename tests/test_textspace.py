@@ -14,6 +14,7 @@ from helpers_learn import QUICK, learn_request, random_adapter, stack_of
 
 from comfy_continual_lora import language, pipeline, store, targets, textspace
 from comfy_continual_lora.adapters.adapter import Adapter, delta_weights, factored, layers_of
+from comfy_continual_lora.adapters.lora import joined
 from comfy_continual_lora.checkpoint.backbone import Backbone, FrozenText
 from comfy_continual_lora.methods import method as base_method
 from comfy_continual_lora.penalty import Step
@@ -222,6 +223,28 @@ def test_behind_the_end_of_its_prompts_nothing_may_change(backbone: Backbone) ->
         0.5 * float(torch.stack(drifts).mean()), rel=1e-3
     )
     assert apart(Step(own, words, ["red " * 90], features[2:])) == 0  # no padding
+
+
+@pytest.mark.parametrize("rank", [4, 8])  # of what is frozen, which grows with every concept
+def test_the_penalties_are_on_all_that_acts_a_frozen_lora_too(
+    backbone: Backbone, rank: int
+) -> None:
+    own, frozen = random_adapter(backbone, "lora", 2), random_adapter(backbone, "lora", 3, rank)
+    prompts = ["a photo of a V1 mug"]
+    words = {"V1": backbone.word_start("mug", torch.Generator().manual_seed(0), 1)}
+    features = backbone.encode_prompts(prompts, words)
+    moment = textspace.moment(backbone, {}, ["", "a red ball on grass"])
+    sizes = textspace.sizes(backbone, moment)
+    apart = textspace.PaddingPenalty(backbone, 0.5, sizes)
+    for anchor in ({}, frozen, random_adapter(backbone, "lora", 4)):
+        for penalty in (textspace.RetentionPenalty(2.0, moment, anchor, sizes), apart):
+            above = float(penalty(Step(own, words, prompts, features, frozen)))
+            together = penalty(Step(joined(frozen, own), words, prompts, features))
+            assert above == pytest.approx(float(together), rel=1e-5)
+            assert above != pytest.approx(float(penalty(Step(own, words, prompts, features))))
+    starts = {name: 0 * one if name.endswith(".B") else one for name, one in own.items()}
+    held = textspace.RetentionPenalty(2.0, moment, frozen, sizes)
+    assert float(held(Step(starts, frozen=frozen))) == pytest.approx(0, abs=1e-5)
 
 
 @pytest.mark.slow
