@@ -23,6 +23,7 @@ from comfy_continual_lora.checkpoint.backbone import Backbone
 from comfy_continual_lora.checkpoint.load import load_backbone
 from comfy_continual_lora.errors import CheckpointError
 from comfy_continual_lora.plan import plan
+from comfy_continual_lora.presets import BETA_END, BETA_START
 from comfy_continual_lora.settings import LearnSettings
 
 UNETS = {
@@ -84,7 +85,9 @@ def test_a_diffusers_folder_loads_as_the_same_backbone(backbone: Backbone, tmp_p
             text_encoder=backbone.text_encoders[0].model,
             tokenizer=backbone.tokenizer,
             unet=backbone.unet,
-            scheduler=DDIMScheduler(),
+            scheduler=DDIMScheduler(
+                beta_start=BETA_START, beta_end=BETA_END, beta_schedule="scaled_linear"
+            ),
             safety_checker=None,
             feature_extractor=None,
             requires_safety_checker=False,
