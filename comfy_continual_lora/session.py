@@ -146,7 +146,7 @@ def open_session(
 ) -> Iterator[Session]:
     """`at_once` false: the checkpoint is loaded when it is first used, if there is a stack.
 
-    Gradients are on in the block, whatever the caller's are.
+    Gradients are on in the block, whatever the caller's are; ComfyUI's nodes run in inference mode.
     Errors: CheckpointError, StackError; TrainingError if memory runs out, also in the block.
     """
     request.check()

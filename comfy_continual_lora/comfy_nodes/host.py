@@ -330,14 +330,11 @@ class Reporter:
 
 @contextmanager
 def at_work() -> Iterator[Reporter]:
-    """Enable gradients (nodes run in inference mode) and yield a `Reporter`; free memory at the end."""
-    import torch
-
+    """Yield a `Reporter`; free memory at the end."""
     try:
-        with torch.inference_mode(False), torch.enable_grad():
-            reporter = Reporter()
-            yield reporter
-            reporter.finish()
+        reporter = Reporter()
+        yield reporter
+        reporter.finish()
     finally:
         gc.collect()
         model_management.soft_empty_cache()
