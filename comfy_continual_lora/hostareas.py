@@ -105,21 +105,14 @@ class Part:
     areas: Areas
 
 
-@dataclass(frozen=True, eq=False)
-class _Drawn:
-    """What a part of the batch is drawn from in every step."""
-
-    scene: SceneText
-    areas: Areas
-
-
 class HostAreas:
     """The areas of the pictures that a host draws with one model."""
 
     def __init__(self, settings: AreaSettings, masks: Tensor | None = None) -> None:
         """`masks` (k, h, w) in 0..1 of any size, to use for the things of each prompt in order."""
         self.settings, self.masks = settings, masks
-        self.drawn: dict[Hashable, _Drawn | None] = {}
+        # what a part of the batch is drawn from in every step, with its areas
+        self.drawn: dict[Hashable, tuple[SceneText, Areas] | None] = {}
 
     def start(self) -> None:
         """Forget the areas of what was drawn before."""
@@ -128,7 +121,7 @@ class HostAreas:
     @property
     def found(self) -> list[Tensor]:
         """The masks (n, k, h, w) of what was drawn last."""
-        drawn = (one.areas.masks for one in self.drawn.values() if one)
+        drawn = (one[1].masks for one in self.drawn.values() if one)
         return [masks for masks in drawn if masks is not None]
 
     def call(
@@ -150,7 +143,7 @@ class HostAreas:
         for number, one in enumerate(scenes):
             rows = slice(number * count, (number + 1) * count)
             if one and (drawn := self._drawn(one, x[rows], context[rows])):
-                parts.append(Part(rows, drawn.scene, drawn.areas))
+                parts.append(Part(rows, *drawn))
         if any(part.areas.masks is None for part in parts):
             run(parts)
             for part in parts:
@@ -162,14 +155,16 @@ class HostAreas:
 
     def _drawn(
         self, keyed: tuple[Hashable, SceneText], x: Tensor, context: Tensor
-    ) -> _Drawn | None:
+    ) -> tuple[SceneText, Areas] | None:
         """What a part of the batch is drawn from; None if it has to be drawn the plain way."""
         key = (keyed[0], tuple(x.shape))
         if key not in self.drawn:
             self.drawn[key] = self._begun(keyed[1], x, context)
         return self.drawn[key]
 
-    def _begun(self, scene: SceneText, x: Tensor, context: Tensor) -> _Drawn | None:
+    def _begun(
+        self, scene: SceneText, x: Tensor, context: Tensor
+    ) -> tuple[SceneText, Areas] | None:
         seen = scene.within(context)
         problem = self._problem(seen)
         if seen is None or problem:
@@ -178,7 +173,7 @@ class HostAreas:
         nouns = seen.nouns.to(x.device).expand(len(x), -1, -1)
         given = None if self.masks is None else self.masks[None].to(x.device).float()
         height, width = x.shape[-2:]
-        return _Drawn(seen, Areas(nouns, (height, width), self.settings, given))
+        return seen, Areas(nouns, (height, width), self.settings, given)
 
     def _problem(self, scene: SceneText | None) -> str:
         """Why what a context has of a scene can't be drawn by areas; empty if it can."""

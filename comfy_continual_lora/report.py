@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import re
 import unicodedata
 from collections.abc import Sequence
@@ -54,13 +53,14 @@ def save_pictures(drawn: Sequence[Drawn], folder: Path) -> list[Path]:
 
 def _save_beside(image: Image.Image, folder: Path, stem: str, info: PngInfo) -> Path:
     """Write a PNG under the first name that is free, even if others are drawing into the folder."""
-    for number in itertools.count():
-        path = folder / f"{stem}{f'-{number}' if number else ''}.png"
+    path, number = folder / f"{stem}.png", 0
+    while True:
         if not path.exists():
             with suppress(FileExistsError):
                 save_new(image, path, pnginfo=info)
                 return path
-    raise AssertionError
+        number += 1
+        path = folder / f"{stem}-{number}.png"
 
 
 def _named(prompt: str) -> str:

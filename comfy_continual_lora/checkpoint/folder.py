@@ -250,12 +250,12 @@ def _scheduler(path: Path, family: Family) -> tuple[str, bool]:
     zero_snr = config.get("rescale_betas_zero_snr") or False
     kind = str(config.get("_class_name", ""))
     known = prediction in ("epsilon", "v_prediction") and isinstance(zero_snr, bool)
-    other = [name for name, value in _SCHEDULE.items() if config.get(name, value) != value]
-    if other:
-        raise CheckpointError(
-            f"{file}: {other[0]} is {config[other[0]]!r:.100}. Expected {_SCHEDULE[other[0]]!r}, as in "
-            "Stable Diffusion's noise schedule; take a model with that."
-        )
+    for name, value in _SCHEDULE.items():
+        if config.get(name, value) != value:
+            raise CheckpointError(
+                f"{file}: {name} is {config[name]!r:.100}. Expected {value!r}, as in Stable "
+                "Diffusion's noise schedule; take a model with that."
+            )
     if not known or kind.startswith(("EDM", "FlowMatch")):
         raise CheckpointError(
             f"{file}: prediction_type is {prediction!r:.100}, rescale_betas_zero_snr is "
