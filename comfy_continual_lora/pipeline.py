@@ -186,6 +186,6 @@ def import_concept(request: ImportRequest, on_progress: OnProgress = ignore) -> 
 def _import_result(
     record: ConceptRecord, rest: Rest | None, request: ImportRequest, again: bool = False
 ) -> ImportResult:
-    """The result, once the file with the rest is written, if that is asked for."""
+    """The result, once the file with the rest is written, with `rest` keep."""
     kept = rest.keep(request.lora) if rest and request.rest == "keep" else None
     return ImportResult(record, request.lora, again, rest.described() if rest else "", kept)

@@ -120,9 +120,8 @@ def test_what_is_of_several_pictures_of_one_name_is_left_out(tmp_path: Path) -> 
     ]
     captions = [picture.caption for picture in found.pictures]
     assert captions == ["3/a.txt", None, "1/twice.txt", None, None, "1/twice.txt"]
-    assert [picture.mask for picture in found.pictures] == [
-        tmp_path / "3" / "a_mask.png", *[None] * 5
-    ]  # fmt: skip
+    masks = [picture.mask for picture in found.pictures]
+    assert masks == [tmp_path / "3" / "a_mask.png", *[None] * 5]
     shared, another = (
         "several pictures have this name; rename them",
         "another one of this name counts",

@@ -403,7 +403,7 @@ def test_pictures_of_one_name_keep_their_own_captions(
 def test_a_cleared_caption_stays_cleared(
     handlers: Handlers, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Whatever changes after it. One that no one touched is read anew from what is dropped."""
+    """Whatever changes after it. One that no one touched is read again from what is dropped."""
     monkeypatch.setenv("GRADIO_TEMP_DIR", str(tmp_path))
     files = [str(tmp_path / name) for name in ("a.png", "b.png", "a.txt")]
     for file in files[:2]:
