@@ -22,6 +22,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -107,17 +108,28 @@ def _sampled(
     settings: ResolvedSettings,
     on_progress: OnProgress,
 ) -> Iterator[tuple[str, dict[str, Tensor]]]:
-    """The gradients of `settings.fisher_samples` samples, batch by batch and layer by layer."""
+    """The gradients of `settings.fisher_samples` samples, batch by batch and layer by layer.
+
+    A batch goes through the net in `settings.accumulate` parts or more, with at least one sample.
+    """
     prompts = 1 if target.tau is None else 2 + min(len(target.previous), settings.subset - 2)
     n, done, number = max(1, settings.batch // prompts), 0, 0
+    at_once = max(1, settings.batch // settings.accumulate // prompts)
     scale = LossScale(backbone.unet.dtype)
     while done < settings.fisher_samples:
         n = min(n, settings.fisher_samples - done)
         generator = generator_for(settings.seed, "fisher", number)
         loss = _loss_of_batch(backbone, target, text, settings.subset, n, generator)
-        yield from per_sample_gradients(
-            backbone, factors, loss, n, scale, in_delta=settings.fisher_space == "delta"
-        )
+        for start in range(0, n, at_once):
+            rows = slice(start, min(n, start + at_once))
+            yield from per_sample_gradients(
+                backbone,
+                factors,
+                partial(loss, rows),
+                rows.stop - start,
+                scale,
+                in_delta=settings.fisher_space == "delta",
+            )
         done, number = done + n, number + 1
         on_progress(Progress("fisher", done, settings.fisher_samples))
 
@@ -129,9 +141,9 @@ def _loss_of_batch(
     k: int,
     n: int,
     generator: torch.Generator,
-) -> Callable[[], Tensor]:
-    """L_F of n samples drawn with `generator`, (n,): the first prompt names c_n, the others c_0 and
-    a random few of the previous concepts.
+) -> Callable[..., Tensor]:
+    """L_F of n samples drawn with `generator`, (n,), or of some of these rows: the first prompt
+    names c_n, the others c_0 and a random few of the previous concepts.
     """
     _, clean, timestep, noise = random_batch(target.latents, n, generator)
     template = one_of(TEMPLATES, generator)
@@ -141,8 +153,9 @@ def _loss_of_batch(
     features = text([template.format(name) for name in names])
     noisy, wanted = noised(backbone, clean, noise, timestep)
 
-    def loss() -> Tensor:
-        error = errors(predictions(backbone, noisy, timestep, features), wanted)
+    def loss(rows: slice = slice(None)) -> Tensor:
+        predicted = predictions(backbone, noisy[rows], timestep[rows], features)
+        error = errors(predicted, wanted[rows])
         if target.tau is None:
             return error[:, 0]
         return error[:, 0] - log_posterior(error, target.tau)[:, 0]

@@ -88,6 +88,20 @@ def test_accumulating_parts_is_one_batch(
     assert _apart(adapter, found[0][1]) > 0.2
 
 
+def test_a_fisher_of_accumulated_parts_is_that_of_whole_batches(
+    checkpoint: Path, folders: dict[str, Path]
+) -> None:
+    settings = replace(QUICK, method="lora_ewc_dc", steps=1, batch=8, fisher_samples=7)
+    found = []
+    for accumulate in (1, 2):
+        _learned(checkpoint, folders["V1"], replace(settings, accumulate=accumulate), "V1")
+        (fisher,) = store.open_stack(store.stack_path(checkpoint)).fishers.values()
+        found.append(torch.cat([t.flatten() for _, t in sorted(fisher.items())]))
+        pipeline.undo(requests.UndoRequest(checkpoint))
+    whole, in_parts = found
+    assert (in_parts - whole).norm() < 0.01 * whole.norm()
+
+
 def _launch(
     launcher: list[str], checkpoint: Path, folder: Path, token: str
 ) -> subprocess.CompletedProcess[str]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any
 
 from .. import classifier, dsc
 from ..adapters.adapter import Adapter, attached, kind_of, rank_of
@@ -102,10 +101,8 @@ def fisher_of(learned: LearnedConcept, adapter: Adapter, *, with_scores: bool) -
         [one.name for one in session.stack.records],
         temperature(learned) if with_scores else None,
     )
-    # it keeps per-sample gradients, so it takes fewer images at a time; its hooks on layers do not
-    # work in a compiled net
-    changes: dict[str, Any] = {"batch": rows_at_once(learned.settings), "compile": False}
-    settings = replace(learned.settings, **changes)
+    # its hooks on layers do not work in a compiled net
+    settings = replace(learned.settings, compile=False)
     backbone = session.backbone
     with (
         compute_dtype(backbone, settings),
