@@ -105,13 +105,13 @@ class Run:
         started, first = time.monotonic(), self.step
         try:
             self._look()  # a run that stopped in the middle of one does it now
-            while self.step < self.steps and not (self.watch and self.watch.done):
+            while not self._is_over:
                 for group, rate in zip(self.optimizer.param_groups, rates, strict=True):
                     group["lr"] = rate * min(1.0, (self.step + 1) / max(1, self.settings.warmup))
                 parts = self.update(terms, n)
                 self._check_converging()
                 seen = self._look()
-                if self.step % self.settings.snapshot_every == 0 or self.step == self.steps:
+                if self.step % self.settings.snapshot_every == 0 or self._is_over:
                     self.save()
                 pace = (time.monotonic() - started) / (self.step - first)
                 progress = Progress(
@@ -166,6 +166,10 @@ class Run:
         self.losses.append(total)
         self.whole = True
         return parts
+
+    @property
+    def _is_over(self) -> bool:
+        return self.step >= self.steps or bool(self.watch and self.watch.done)
 
     def _look(self) -> str:
         return self.watch.look(self.step, self.steps) if self.watch else ""

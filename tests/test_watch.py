@@ -124,6 +124,35 @@ def test_it_stops_when_it_no_longer_rises_and_keeps_the_best(
     assert _same(checkpoint, other)
 
 
+def test_a_run_that_got_good_is_not_learned_again_once_it_is_stopped_later(
+    checkpoint: Path, five: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    errors = iter([1.0, 0.9, 0.95, 0.96, 0.97, 1.0])
+    monkeypatch.setattr(watch.Watch, "_error", lambda *_: next(errors))
+    settings = replace(QUICK, method="lora_ewc", steps=20, watch_every=1, until="good")
+    settings = replace(settings, fisher_samples=2, snapshot_every=50)
+
+    def learned(stop: str) -> int:
+        """The steps of learning that were reported."""
+        steps = []
+
+        def seen(progress: Progress) -> None:
+            if progress.stage == stop:
+                raise Cancelled("stopped")
+            steps.extend([progress.step] if progress.stage == "learn" else [])
+
+        request = LearnRequest(checkpoint, five, "V1", "ball", settings, device="cpu")
+        if stop:
+            with pytest.raises(Cancelled):
+                pipeline.learn_concept(request, seen)
+        else:
+            assert pipeline.learn_concept(request, seen).record.steps == 1
+        return len(steps)
+
+    assert learned(stop="fisher") == 4
+    assert learned(stop="") == 0
+
+
 def test_likeness_is_measured_from_the_bare_checkpoint(backbone: Backbone) -> None:
     latents = [torch.randn(4, 8, 8, generator=torch.Generator().manual_seed(0))]
     looked = watch.Watch(backbone, latents, watch.Names(("ball", "ball")), 5, "steps")
