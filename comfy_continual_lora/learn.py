@@ -64,6 +64,7 @@ class TrainingInputs:
     preconditioner: Tensor | None = None  # (d, d): coordinates of text space that A is trained in
     source: Mapping[str, str] = field(default_factory=dict)  # identifies the data (`source_of`)
     held_out: Sequence[Tensor] = ()  # latents that are looked at and not learned from (`watch`)
+    held_out_masks: Sequence[Tensor] | None = None  # as `masks`
     names: Names | None = None  # in prompts, of what is looked at
 
 
@@ -143,7 +144,9 @@ def _watch(backbone: Backbone, inputs: TrainingInputs, settings: ResolvedSetting
     if not inputs.held_out or inputs.names is None:
         return None
     every = settings.watch_every or max(1, settings.steps // LOOKS)
-    return Watch(backbone, inputs.held_out, inputs.names, every, settings.until)
+    return Watch(
+        backbone, inputs.held_out, inputs.names, every, settings.until, inputs.held_out_masks
+    )
 
 
 def _run(

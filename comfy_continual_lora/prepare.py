@@ -218,6 +218,7 @@ def watched(session: Session, concept: Concept, inputs: TrainingInputs) -> Train
         prompts=[one for i, one in enumerate(inputs.prompts) if i not in held],
         masks=masks and [masks[i] for i in learned],
         held_out=[inputs.latents[i] for i in held],
+        held_out_masks=masks and [masks[i] for i in held],
         names=Names((concept.name, concept.noun or "thing"), earlier),
     )
 

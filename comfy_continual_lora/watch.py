@@ -3,11 +3,11 @@
     likeness(s) = 1 - E[e | a photo of a V1 mug, after step s] / E[e | a photo of a mug, bare]
     moved(s)    = E || eps_s(V2 cup) - eps_0(V2 cup) ||^2 / E || eps_0(V2 cup) - eps(cup, bare) ||^2
 
-e: the squared error of the predicted noise on the pictures held out, one in five, at the same draws
-of timestep and noise at every look. The bare checkpoint is the floor, 0. moved: the mean over the
-earlier concepts, before what the method does for them after learning; 1 is as far as from their
-nouns. A look costs about as many forward passes as it has draws, and draws from no generator of the
-run, so that a run goes the same with it and without.
+e: the squared error of the predicted noise on the pictures held out, one in five, weighted by their
+masks, at the same draws of timestep and noise at every look. The bare checkpoint is the floor, 0.
+moved: the mean over the earlier concepts, before what the method does for them after learning; 1 is
+as far as from their nouns. A look costs about as many forward passes as it has draws, and draws from
+no generator of the run, so that a run goes the same with it and without.
 
 in: a backbone and the latents held out - out: `Watch`, which the training loop asks.
 """
@@ -51,15 +51,23 @@ class Watch:
 
     @torch.no_grad()
     def __init__(
-        self, backbone: Backbone, latents: Sequence[Tensor], names: Names, every: int, until: str
+        self,
+        backbone: Backbone,
+        latents: Sequence[Tensor],
+        names: Names,
+        every: int,
+        until: str,
+        masks: Sequence[Tensor] | None = None,
     ) -> None:
+        """Latents (c, h, w) of the pictures held out, and masks (1, h, w) if pictures have any."""
         self.backbone, self.names, self.every, self.until = backbone, names, every, until
         self.points: list[Point] = []
         self.best: dict[str, Tensor] = {}
         draws = stratified(DRAWS, generator_for("watch", 0))
-        self.batches = []
+        self.batches, self.weights = [], []
         for number, timestep in enumerate(draws):
             clean = latents[number % len(latents)][None]
+            self.weights.append(masks and masks[number % len(masks)][None])
             noise = torch.randn(clean.shape, generator=generator_for("watch", number + 1))
             time = timestep[None].to(backbone.device)
             self.batches.append((*noised(backbone, clean, noise.to(clean), time), time))
@@ -123,8 +131,8 @@ class Watch:
     def _error(self, name: str, words: Mapping[str, Tensor]) -> float:
         features = self.backbone.encode_prompts([f"a photo of a {name}"], words)
         errors = [
-            loss_per_example(self.backbone.predict(noisy, time, features), target)
-            for noisy, target, time in self.batches
+            loss_per_example(self.backbone.predict(noisy, time, features), target, weight)
+            for (noisy, target, time), weight in zip(self.batches, self.weights, strict=True)
         ]
         return float(torch.cat(errors).double().mean())
 

@@ -96,6 +96,23 @@ def test_stop_and_resume_equals_no_stop(
     assert _same(checkpoint, other)
 
 
+def test_what_a_mask_leaves_out_is_not_looked_at(
+    checkpoint: Path, five: Path, tmp_path: Path
+) -> None:
+    other = tmp_path / "other.safetensors"
+    other.write_bytes(checkpoint.read_bytes())
+    whole, _ = _learn(checkpoint, five, WATCHED)
+    with Image.open(five / "4.png") as picture:
+        mask = Image.new("L", picture.size)
+    mask.paste(255, (0, 0, mask.width // 2, mask.height // 2))
+    mask.save(five / "4.mask.png")  # of the picture held out
+    masked, _ = _learn(other, five, WATCHED)
+    assert masked.losses == pytest.approx(whole.losses)
+    (_, likeness, moved), (_, of_whole, _) = masked.record.watched[-1], whole.record.watched[-1]
+    assert likeness != pytest.approx(of_whole, rel=1e-3)
+    assert moved == 0
+
+
 def test_a_look_changes_nothing_of_the_run(checkpoint: Path, five: Path, tmp_path: Path) -> None:
     other = tmp_path / "other.safetensors"
     other.write_bytes(checkpoint.read_bytes())
