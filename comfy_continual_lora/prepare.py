@@ -199,23 +199,28 @@ def _settings_again(
 
 
 def watched(session: Session, concept: Concept, inputs: TrainingInputs) -> TrainingInputs:
-    """The same, with some pictures held out to look at; without, if there are too few."""
-    count = len(concept.images.images)
-    held = held_out(count)
-    if not held:
+    """The same, with some pictures held out to look at, and their copies left out; without, if there
+    are too few.
+    """
+    hashes = concept.images.hashes
+    count, distinct = len(hashes), list(dict.fromkeys(hashes))
+    out = {distinct[i] for i in held_out(len(distinct))}
+    pictures = "pictures" if len(distinct) == count else "different pictures"
+    if not out:
         session.tell(
-            f"{count} pictures are too few to hold one out, so how good it gets is not watched and "
-            "it learns all steps. Five are enough."
+            f"{len(distinct)} {pictures} are too few to hold one out, so how good it gets is not "
+            "watched and it learns all steps. Five are enough."
         )
         return inputs
-    session.tell(f"{len(held)} of {count} pictures are held out, to see when it is done.")
-    learned = [i for i in range(len(inputs.latents)) if i % count not in held]
+    session.tell(f"{len(out)} of {len(distinct)} {pictures} are held out, to see when it is done.")
+    held = [i for i in range(count) if hashes[i] in out and i == hashes.index(hashes[i])]
+    learned = [i for i in range(len(inputs.latents)) if hashes[i % count] not in out]
     masks = inputs.masks
     earlier = [(record.name, record.noun) for record in session.stack.records]
     return replace(
         inputs,
         latents=[inputs.latents[i] for i in learned],
-        prompts=[one for i, one in enumerate(inputs.prompts) if i not in held],
+        prompts=[one for i, one in enumerate(inputs.prompts) if hashes[i] not in out],
         masks=masks and [masks[i] for i in learned],
         held_out=[inputs.latents[i] for i in held],
         held_out_masks=masks and [masks[i] for i in held],

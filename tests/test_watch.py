@@ -96,6 +96,19 @@ def test_stop_and_resume_equals_no_stop(
     assert _same(checkpoint, other)
 
 
+def test_copies_of_pictures_held_out_are_not_learned_from(
+    checkpoint: Path, five: Path, tmp_path: Path
+) -> None:
+    other = tmp_path / "other.safetensors"
+    other.write_bytes(checkpoint.read_bytes())
+    once, _ = _learn(checkpoint, five, WATCHED)
+    (five / "6.png").write_bytes((five / "4.png").read_bytes())
+    twice, notes = _learn(other, five, WATCHED)
+    assert any("1 of 5 different pictures are held out" in note for note in notes)
+    assert twice.losses == once.losses
+    assert twice.record.watched == once.record.watched
+
+
 def test_what_a_mask_leaves_out_is_not_looked_at(
     checkpoint: Path, five: Path, tmp_path: Path
 ) -> None:
