@@ -21,7 +21,7 @@ from .mentions import not_learned, not_read, only_in_web_uis, previewed, unknown
 from .methods import METHODS
 from .methods.method import LearnedConcept, Method, StackSummary, summary_of, summary_of_file
 from .methods.stages import past_adapters
-from .presets import FLOW_PRESETS, PLAIN_NAME_PRESETS
+from .presets import FLOW_PRESETS, PLAIN_NAME_PRESETS, PREDICTION_NAMES
 from .progress import OnProgress, Progress
 from .requests import ConsolidateRequest, ImportRequest, LearnRequest
 from .session import Session, Snapshots
@@ -106,6 +106,12 @@ def settings_for(session: Session, request: LearnRequest, method: Method) -> Res
     settings = replace(settings, clip_skip=session.backbone.clip_skip)
     resolved = settings.resolved(session.backbone.preset)
     check_name(session.backbone.path, resolved, session.backbone.preset)
+    prediction = PREDICTION_NAMES[session.backbone.prediction]
+    if request.settings.weighting == "debiased" and prediction != "epsilon":
+        session.tell(
+            "`weighting` debiased is for nets that predict noise (`prediction` epsilon). This one "
+            f"predicts {prediction}, so all timesteps weigh the same."
+        )
     return resolved
 
 

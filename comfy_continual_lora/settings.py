@@ -244,7 +244,8 @@ class LearnSettings(TrainSettings):
     weighting: str | None = setting(
         None,
         "weight of an error at each timestep while learning: uniform, as in the paper, or debiased, "
-        "which weighs high noise more; Fishers, DC scores and DSC are uniform",
+        "which weighs high noise more if the net predicts noise; Fishers, DC scores and DSC are "
+        "uniform",
         choices=("uniform", "debiased"),
     )
     preview_every: int = setting(

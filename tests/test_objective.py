@@ -147,3 +147,20 @@ def test_learning_tells_of_a_wrong_objective_before_it_starts(
     pipeline.learn_concept(request, told.append)
     (at,) = (n for n, one in enumerate(told) if "far better" in one.note)
     assert at < next(n for n, one in enumerate(told) if one.stage == "learn")
+
+
+@pytest.mark.parametrize(
+    ("prediction", "weighting", "expected"),
+    [("flow", "debiased", 1), ("v", None, 0), ("epsilon", "debiased", 0)],
+)
+def test_a_weighting_that_a_net_does_not_have_is_told(
+    checkpoint: Path, pictures: Path, prediction: str, weighting: str | None, expected: int
+) -> None:
+    told: list[Progress] = []
+    settings = LearnSettings(
+        method="textual_inversion", steps=1, batch=1, size=64, weighting=weighting
+    )
+    request = LearnRequest(checkpoint, pictures, "V1", "ball", settings, prediction=prediction)
+    pipeline.learn_concept(request, told.append)
+    note = f"predicts {prediction}, so all timesteps weigh the same"
+    assert sum(note in one.note for one in told) == expected
