@@ -341,6 +341,8 @@ class PaddingPenalty:
     def __call__(self, step: Step) -> Tensor:
         assert step.features is not None
         features = self.backbone.context(step.features).detach().float()
-        rows = features[self.backbone.padding(step.prompts, step.words)]
-        moment = rows.T @ rows / max(1, len(rows))
+        padding = self.backbone.padding(step.prompts, step.words)[..., None].to(features)
+        # every prompt weighs the same, however long, so that a step's parts add up to the step
+        each = padding / padding.sum(1, keepdim=True).clamp(min=1) / len(features)
+        moment = torch.einsum("ntd,nte->de", each * features, features)
         return self.weight * drift(step.whole, None, moment, self.sizes)

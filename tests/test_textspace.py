@@ -195,7 +195,9 @@ def test_ordinary_prompts_have_the_weight_of_the_setting(backbone: Backbone) -> 
 
 
 def test_behind_the_end_of_its_prompts_nothing_may_change(backbone: Backbone) -> None:
-    """Prompt by prompt and position by position, for a word of three vectors."""
+    """Prompt by prompt and position by position, for a word of three vectors; so the parts of a step
+    add up to the step.
+    """
     words = {"V1": backbone.word_start("mug", torch.Generator().manual_seed(0), 3)}
     held = targets.retention_penalty(
         backbone,
@@ -213,16 +215,19 @@ def test_behind_the_end_of_its_prompts_nothing_may_change(backbone: Backbone) ->
         backbone.encode_prompts(list(prompts), words),
         random_adapter(backbone, "lora", 2),
     )
-    padding = torch.cat([rows[end:] for rows, end in zip(features, prompts.values(), strict=True)])
-    drifts = [
-        (padding @ change.T).square().sum(1).mean() / held.sizes[layer]
-        for layer, change in delta_weights(backbone, own).items()
-    ]
+    drifts = []
+    for rows, end in list(zip(features, prompts.values(), strict=True))[:2]:  # the last has none
+        for layer, change in delta_weights(backbone, own).items():
+            drifts.append((rows[end:] @ change.T).square().sum(1).mean() / held.sizes[layer])
     apart = textspace.PaddingPenalty(backbone, 0.5, held.sizes)
-    assert float(apart(Step(own, words, list(prompts), features))) == pytest.approx(
-        0.5 * float(torch.stack(drifts).mean()), rel=1e-3
-    )
-    assert apart(Step(own, words, ["red " * 90], features[2:])) == 0  # no padding
+    whole = float(apart(Step(own, words, list(prompts), features)))
+    assert whole == pytest.approx(0.5 * 2 / 3 * float(torch.stack(drifts).mean()), rel=1e-3)
+    parts = [
+        float(apart(Step(own, words, [prompt], features[number : number + 1])))
+        for number, prompt in enumerate(prompts)
+    ]
+    assert sum(parts) / 3 == pytest.approx(whole, rel=1e-5)
+    assert parts[2] == 0  # no padding
 
 
 @pytest.mark.parametrize("rank", [4, 8])  # of what is frozen, which grows with every concept
