@@ -847,6 +847,7 @@ MISSING = """() => app.graph._nodes.filter(n => !LiteGraph.registered_node_types
 ).map(n => n.type)"""
 LEARN = "app.graph._nodes.find(node => node.type === 'ContinualLora_Learn')"
 SHOWN = f"() => {LEARN}.widgets.filter(w => !w.hidden && w.type !== 'button').map(w => w.name)"
+MORE = f"{LEARN}.widgets.find(w => w.type === 'button')"
 BYPASSED = f"""async () => {{
     {LEARN}.mode = 4;
     const nodes = Object.values((await app.graphToPrompt()).output);
@@ -885,6 +886,10 @@ def test_templates_open_and_run_in_a_browser(host: ComfyUI) -> None:
         assert opened.evaluate(SHOWN) == ["token", "noun", "steps", "seed", "preview_every"]
         stack = next(n for n in workflow["nodes"] if n["type"] == "ContinualLora_LoadStack")
         assert opened.evaluate(BYPASSED) == [str(stack["id"]), 0]
+        opened.evaluate(f"() => {MORE}.callback()")
+        opened.evaluate(load, opened.evaluate("() => app.graph.serialize()"))
+        assert len(opened.evaluate(SHOWN)) > 20
+        assert opened.evaluate(f"() => {MORE}.label") == "fewer settings"
         opened.evaluate(load, workflow)
         few = {**QUICK, "stack_name": "browser"}
         opened.evaluate(

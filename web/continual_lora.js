@@ -31,8 +31,13 @@ function fold(node) {
     const words = MORE[app.extensionManager?.setting?.get("Comfy.Locale")] ?? MORE.en;
     const button = node.addWidget("button", words[0], null, () => {
         node.toggleAdvanced();
-        button.label = words[node.showAdvanced ? 1 : 0];
         node.setSize([node.size[0], node.computeSize()[1]]);
+    });
+    // a node that is loaded or pasted may come with them shown, and ComfyUI's menu shows them, too
+    Object.defineProperty(button, "label", {
+        configurable: true,
+        get: () => words[node.showAdvanced ? 1 : 0],
+        set: () => {},
     });
     button.serialize = false;
     button.options.serialize = false;
