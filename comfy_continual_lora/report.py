@@ -27,28 +27,25 @@ def grid(images: Sequence[Image.Image], columns: int, gap: int = 4) -> Image.Ima
     return sheet
 
 
-def save_pictures(drawn: Sequence[Drawn], folder: Path) -> list[Path]:
-    """One PNG per picture, named after its prompt and seed, and grid.png if there are several.
+def save_picture(picture: Drawn, folder: Path) -> Path:
+    """A PNG, named after its prompt and seed; nothing is overwritten.
 
-    Nothing is overwritten except our own grid. Errors: SettingError if there is no room or no
-    permission; the pictures before it are kept.
+    Errors: SettingError if there is no room or no permission.
     """
-    files = []
-    for picture in drawn:
-        stem = f"{_named(picture.prompt)}-{picture.seed}"
-        info = PngInfo()
-        for name, text in picture.texts.items():
-            info.add_text(name, text)
-        files.append(_save_beside(picture.image, folder, stem, info))
-    if len(drawn) > 1:
-        per_prompt = sum(d.prompt == drawn[0].prompt for d in drawn)
-        names = (folder / f"grid{f'-{n}' if n else ''}.png" for n in range(10_000))
-        files.append(next(path for path in names if not path.exists() or is_own(path)))
-        save_own(
-            grid([d.image for d in drawn], per_prompt if per_prompt > 1 else min(len(drawn), 4)),
-            files[-1],
-        )
-    return files
+    info = PngInfo()
+    for name, text in picture.texts.items():
+        info.add_text(name, text)
+    return _save_beside(picture.image, folder, f"{_named(picture.prompt)}-{picture.seed}", info)
+
+
+def save_grid(drawn: Sequence[Drawn], folder: Path) -> Path:
+    """All of them in one PNG, which overwrites nothing but our own. Errors: as `save_picture`."""
+    per_prompt = sum(d.prompt == drawn[0].prompt for d in drawn)
+    names = (folder / f"grid{f'-{n}' if n else ''}.png" for n in range(10_000))
+    path = next(path for path in names if not path.exists() or is_own(path))
+    columns = per_prompt if per_prompt > 1 else min(len(drawn), 4)
+    save_own(grid([one.image for one in drawn], columns), path)
+    return path
 
 
 def _save_beside(image: Image.Image, folder: Path, stem: str, info: PngInfo) -> Path:

@@ -72,13 +72,15 @@ def draw(
     on_progress: OnProgress = ignore,
     nouns: Mapping[str, str] | None = None,
     areas: AreaSettings | None = None,
+    on_drawn: Callable[[int, Tensor], object] = lambda *_: None,
 ) -> Tensor:
     """One picture for each prompt and its seed, (n, 3, height, width) in -1..1; `settings` are resolved.
 
     A picture does not depend on the others in the batch. Several prompts for a picture (equally many
     for all) are drawn from left to right, each in an area of its own. With
     `nouns`, the class noun of each word, several learned things in one prompt are kept apart, unless
-    `settings.mixed`; `areas` says how, if not as usual.
+    `settings.mixed`; `areas` says how, if not as usual. `on_drawn` gets each picture and its number
+    as soon as it is drawn, not always in order.
     Classifier-free guidance (Ho & Salimans 2022): eps = eps(negative) + g (eps(prompt) -
     eps(negative)).
     Errors: CheckpointError for pictures that are not finite; SettingError for weights of a prompt
@@ -109,7 +111,9 @@ def draw(
             [seeds[n] for n in numbers],
             [scene for n in numbers if (scene := scenes[n])],
         )
-        pictures |= dict(zip(numbers, drawn, strict=True))
+        for number, picture in zip(numbers, drawn, strict=True):
+            pictures[number] = picture
+            on_drawn(number, picture)
     return torch.stack([pictures[n] for n in range(len(parts))])
 
 

@@ -18,7 +18,7 @@ from . import evaluate as evaluation
 from . import plan as planning
 from .adapters.adapter import attached, folded
 from .checkpoint.backbone import FrozenText
-from .errors import ConceptImagesError, SettingError, StackError
+from .errors import Cancelled, ConceptImagesError, SettingError, StackError
 from .files import stack_stem, with_name
 from .imagefile import check_folder, check_output, save_own
 from .mentions import named, not_in_use
@@ -38,7 +38,7 @@ from .results import (
     ScoreResult,
 )
 from .session import Session, open_session
-from .settings import ScoreSettings, SolveSettings
+from .settings import DrawSettings, ScoreSettings, SolveSettings
 from .solving import chosen
 from .stack import ConceptRecord, ConceptStack
 from .verdicts import RetentionReport
@@ -84,20 +84,64 @@ def draw(request: DrawRequest, on_progress: OnProgress = ignore) -> DrawResult:
                 if token not in stack.tokens:
                     on_progress(Progress("draw", 0, 1, note=not_in_use(token)))
         settings = request.settings.resolved(backbone.preset)
-        areas, seeds = [], []
-        for parts in prompts:
-            areas += [parts] * settings.count
-            seeds += range(settings.seed, settings.seed + settings.count)
-        with folded(backbone, stack.adapter):
-            images = sample.draw(
-                backbone, stack.tokens, areas, seeds, settings, on_progress, stack.nouns
-            )
-        origin = _origin(session, stack, request.only)
-        drawn = []
-        for parts, seed, image in zip(areas, seeds, map(concepts.to_pil, images), strict=True):
-            texts = infotext.texts(origin, parts, seed, image.size, settings)
-            drawn.append(Drawn(" | ".join(parts), seed, image, texts))
-    return DrawResult(drawn, report.save_pictures(drawn, request.out) if request.out else [])
+        # the version is read before another program changes the stack
+        kept = _Drawings(_origin(session, stack, request.only), prompts, settings, request.out)
+        try:
+            with folded(backbone, stack.adapter):
+                sample.draw(
+                    backbone,
+                    stack.tokens,
+                    kept.prompts,
+                    kept.seeds,
+                    settings,
+                    on_progress,
+                    stack.nouns,
+                    on_drawn=kept.add,
+                )
+        except Cancelled as stopped:
+            raise kept.told(stopped) from None
+    return kept.result()
+
+
+class _Drawings:
+    """The pictures of a request, each stored as soon as it is drawn."""
+
+    def __init__(
+        self,
+        origin: infotext.Origin,
+        prompts: Sequence[tuple[str, ...]],
+        settings: DrawSettings,
+        out: Path | None,
+    ) -> None:
+        """`settings` are resolved."""
+        self.origin, self.settings, self.out = origin, settings, out
+        self.prompts = [parts for parts in prompts for _ in range(settings.count)]
+        self.seeds = [settings.seed + n for _ in prompts for n in range(settings.count)]
+        self.drawn: dict[int, Drawn] = {}
+        self.files: dict[int, Path] = {}
+
+    def add(self, number: int, picture: Tensor) -> None:
+        """Errors: SettingError if it can't be written; those before it are kept."""
+        parts, seed, image = self.prompts[number], self.seeds[number], concepts.to_pil(picture)
+        texts = infotext.texts(self.origin, parts, seed, image.size, self.settings)
+        self.drawn[number] = Drawn(" | ".join(parts), seed, image, texts)
+        if self.out:
+            self.files[number] = report.save_picture(self.drawn[number], self.out)
+
+    def told(self, stopped: Cancelled) -> Cancelled:
+        """It, with where the pictures before it are."""
+        if not self.files:
+            return stopped
+        done = f"{len(self.files)} of {counted(len(self.prompts), 'picture')}"
+        return Cancelled(f"{stopped}; {done} are in {self.out}")
+
+    def result(self) -> DrawResult:
+        """All of them in order, and a grid of several."""
+        pictures = [self.drawn[number] for number in sorted(self.drawn)]
+        files = [self.files[number] for number in sorted(self.files)]
+        if self.out and len(files) > 1:
+            files.append(report.save_grid(pictures, self.out))
+        return DrawResult(pictures, files)
 
 
 def _origin(session: Session, stack: ConceptStack, only: Sequence[str]) -> infotext.Origin:

@@ -215,3 +215,47 @@ def test_a_png_drawn_without_a_stack_names_none(checkpoint: Path, tmp_path: Path
     assert file.name == "picture-0.png"
     with Image.open(file) as picture:
         assert "Concept" not in picture.text["parameters"]  # type: ignore[attr-defined]
+
+
+def test_a_stopped_drawing_keeps_its_pictures(learned: Callable[..., Path], tmp_path: Path) -> None:
+    checkpoint = learned(LearnSettings(method="lora", steps=1, batch=1, rank=2), "V1", "V2")
+    # the second prompt is of another batch, since its two things are kept apart
+    prompts = ["a V1 ball", "a V1 ball and a V2 fish", "a mug"]
+    out = tmp_path / "out"
+    request = requests.DrawRequest(
+        checkpoint, prompts, DrawSettings(steps=1, size=64), out=out, device="cpu"
+    )
+
+    def stop(progress: Progress) -> None:
+        if progress.stage == "draw" and progress.step == progress.steps:
+            raise Cancelled("enough")
+
+    with pytest.raises(Cancelled, match="^enough; 2 of 3 pictures are in .*out$"):
+        pipeline.draw(request, stop)
+    assert {file.name for file in out.iterdir()} == {"a-V1-ball-0.png", "a-mug-0.png"}
+    result = pipeline.draw(request)
+    assert [one.prompt for one in result.pictures] == prompts
+    assert [file.name for file in result.files] == [
+        "a-V1-ball-0-1.png",
+        "a-V1-ball-and-a-V2-fish-0.png",
+        "a-mug-0-1.png",
+        "grid.png",
+    ]
+
+
+def test_a_png_names_the_version_it_was_drawn_with(
+    learned: Callable[..., Path], tmp_path: Path
+) -> None:
+    """Another program goes back to the first version while it is drawn."""
+    checkpoint = learned(LearnSettings(method="lora", steps=1, batch=1, rank=2), "V1", "V2")
+
+    def undo(progress: Progress) -> None:
+        if progress.stage == "draw":
+            pipeline.undo(requests.UndoRequest(checkpoint, version=2))
+
+    request = requests.DrawRequest(
+        checkpoint, ["a V2 fish"], DrawSettings(steps=1, size=64), device="cpu"
+    )
+    (drawn,) = pipeline.draw(request, undo).pictures
+    everything = json.loads(drawn.texts["continual_lora"])
+    assert (everything["version"], everything["concepts"]) == (2, ["V1 ball", "V2 fish"])
