@@ -28,6 +28,7 @@ from .files import write_whole
 FORMATS = ("JPEG", "MPO", "PNG", "WEBP", "BMP", "DIB", "TIFF", "GIF", "PPM", "AVIF", "HEIF")
 _TRANSPARENT = ("RGBA", "RGBa", "LA", "La", "PA")  # modes
 ENDINGS = (".png", ".jpg", ".jpeg", ".webp")  # of images that we write
+_LONGEST = {".jpg": 65_500, ".jpeg": 65_500, ".webp": 16_383}  # pixels each way that they hold
 # Pixels in millions that are read in half a gigabyte. JPEGs are decoded at a smaller scale, but
 # progressive ones only after all their coefficients are in memory
 _MOST = {"JPEG": 170, "MPO": 170, "progressive JPEG": 60, "WEBP": 25, "AVIF": 35}
@@ -266,10 +267,14 @@ def _unknown(source: Path | IO[bytes], name: str) -> str:
 
 
 def is_own(path: Path) -> bool:
-    """Whether this program wrote the image."""
+    """Whether this program wrote the image, of whatever size; its pixels are not decoded."""
+    exif = Image.Exif()
     try:
-        with opened(path) as image:
-            return image.getexif().get(_SOFTWARE) == _US
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            with Image.open(path, formats=_formats()) as image:
+                exif.load(image.info.get("exif", b""))
+        return exif.get(_SOFTWARE) == _US
     except Exception:  # our own images can be opened
         return False
 
@@ -324,6 +329,12 @@ def save_new(image: Image.Image, path: Path, **options: Any) -> None:
 
 
 def _save(image: Image.Image, path: Path, *, new: bool, **options: Any) -> None:
+    longest = _LONGEST.get(path.suffix.lower(), max(image.size))
+    if max(image.size) > longest:
+        raise SettingError(
+            f"{path} can't be written: it would be {image.width} x {image.height} pixels, and "
+            f"{path.suffix} holds {longest:,} each way. Give a name that ends in .png."
+        )
     buffer = io.BytesIO()
     image.save(buffer, Image.registered_extensions()[path.suffix.lower()], **options)
     try:

@@ -307,3 +307,26 @@ def test_an_output_replaces_our_own_and_nothing_else(tmp_path: Path, ending: str
     assert theirs.read_bytes() == before
     with pytest.raises(SettingError, match="has to end in one of"):
         imagefile.check_output(tmp_path / "scores")
+
+
+@pytest.mark.parametrize("ending", imagefile.ENDINGS)
+def test_an_output_is_written_whatever_its_size_or_refused(tmp_path: Path, ending: str) -> None:
+    """The scores of 800 pictures are a chart of 83,200 rows."""
+    long = Image.new("1", (8, 83_200))
+    if ending == ".png":
+        imagefile.save_own(long, tmp_path / "scores.png")
+        return
+    with pytest.raises(SettingError, match=rf"8 x 83200 pixels.*\{ending} holds .*\.png"):
+        imagefile.save_own(long, tmp_path / f"scores{ending}")
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_output_of_any_size_is_known_as_our_own(tmp_path: Path) -> None:
+    """The chart of 50 concepts has more pixels than pictures may have that are learned from."""
+    path = tmp_path / "retention.png"
+    large = Image.new("L", (10_130, 6_100))
+    for _ in range(2):
+        imagefile.save_own(large, path)
+    large.save(path)
+    with pytest.raises(SettingError, match="did not write it"):
+        imagefile.check_output(path)

@@ -230,7 +230,7 @@ def test_a_stopped_drawing_keeps_its_pictures(learned: Callable[..., Path], tmp_
         if progress.stage == "draw" and progress.step == progress.steps:
             raise Cancelled("enough")
 
-    with pytest.raises(Cancelled, match="^enough; 2 of 3 pictures are in .*out$"):
+    with pytest.raises(Cancelled, match=r"^enough; 2 of 3 pictures are in .*out$"):
         pipeline.draw(request, stop)
     assert {file.name for file in out.iterdir()} == {"a-V1-ball-0.png", "a-mug-0.png"}
     result = pipeline.draw(request)
