@@ -5,7 +5,7 @@ Part of the pipeline, which re-exports these functions; none of them changes the
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -56,7 +56,8 @@ def dc_scores(request: ScoreRequest, on_progress: OnProgress = ignore) -> ScoreR
         check_output(request.plot)
     with open_session(request, on_progress) as session:
         scored = scored_pictures(session, groups, request.settings)
-    return ScoreResult(scored, _plotted(report.score_sheet(scored), request.plot, on_progress))
+    chart = _plotted(lambda: report.score_sheet(scored), request.plot, on_progress)
+    return ScoreResult(scored, chart)
 
 
 def draw(request: DrawRequest, on_progress: OnProgress = ignore) -> DrawResult:
@@ -170,9 +171,8 @@ def evaluate(request: EvaluateRequest, on_progress: OnProgress = ignore) -> Rete
         check_output(request.plot)
     with open_session(request, on_progress) as session:
         result = evaluated(session, request, groups)
-    return replace(
-        result, chart=_plotted(report.retention_sheet(result), request.plot, on_progress)
-    )
+    chart = _plotted(lambda: report.retention_sheet(result), request.plot, on_progress)
+    return replace(result, chart=chart)
 
 
 def plan(request: LearnRequest) -> planning.Plan:
@@ -282,13 +282,15 @@ def _unknown(stack: ConceptStack, groups: Sequence[inventory.Group]) -> list[str
     return [name for name, pictures in groups if pictures[0].folder and not stack.find(name)]
 
 
-def _plotted(image: Image, plot: Path | None, on_progress: OnProgress) -> Path | None:
-    """Write a result's plot; if there is no room for it, say so and keep the result."""
+def _plotted(made: Callable[[], Image], plot: Path | None, on_progress: OnProgress) -> Path | None:
+    """Make and write a result's plot; if there is no room for it, or a picture that it shows is gone,
+    say so and keep the result.
+    """
     if plot is None:
         return None
     try:
-        save_own(image, plot)
-    except SettingError as error:
+        save_own(made(), plot)
+    except (SettingError, ConceptImagesError) as error:
         on_progress(Progress("plot", 1, 1, note=error.marked))
         return None
     return plot

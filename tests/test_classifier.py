@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import json
+import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor
 
-from comfy_continual_lora import classifier
+from comfy_continual_lora import classifier, pipeline
 from comfy_continual_lora.checkpoint.backbone import Backbone, FrozenText
 from comfy_continual_lora.diffusion import add_noise, alphas_cumprod, generator_for, stratified
+from comfy_continual_lora.progress import Progress
+from comfy_continual_lora.requests import ScoreRequest
 from comfy_continual_lora.results import Scored, ScoreResult
-from comfy_continual_lora.settings import ScoreSettings
+from comfy_continual_lora.settings import LearnSettings, ScoreSettings
 
 ALPHAS = alphas_cumprod()
 
@@ -202,3 +206,26 @@ def test_equal_prompts_are_equally_likely() -> None:
     )  # type: ignore[arg-type]
     assert not scores.sure
     assert scores.probabilities == pytest.approx([0.5, 0.5])
+
+
+@pytest.mark.parametrize("plotted", [False, True])
+def test_a_picture_that_is_gone_costs_the_chart_alone(
+    plotted: bool, learned: Callable[..., Path], folders: dict[str, Path], tmp_path: Path
+) -> None:
+    """It is scored, and then another program removes it."""
+    checkpoint = learned(LearnSettings(method="lora", steps=1, batch=1, rank=2), "V1")
+    picture = tmp_path / "gone.png"
+    shutil.copy(min(folders["V1"].glob("*.png")), picture)
+    plot, notes = tmp_path / "scores.png" if plotted else None, []
+
+    def report(progress: Progress) -> None:
+        notes.append(progress.note)
+        if progress.stage == "score":
+            picture.unlink(missing_ok=True)
+
+    settings = ScoreSettings(trials=1, size=64)
+    request = ScoreRequest(checkpoint, [picture], settings, plot=plot, device="cpu")
+    result = pipeline.dc_scores(request, report)
+    assert [one.file.name for one in result.images] == ["gone.png"]
+    assert result.chart is None
+    assert any(note.startswith("gone.png can't be read") for note in notes) == plotted
