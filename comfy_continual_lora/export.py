@@ -14,7 +14,7 @@ import hashlib
 import json
 import re
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 import torch
@@ -57,15 +57,16 @@ def export_files(
     format: str = "kohya",
     only: Sequence[str] = (),
     remove: bool = False,
-    words: Iterable[str] = (),
+    words: Collection[str] = (),
     metadata: Mapping[str, str] | None = None,
 ) -> Exported:
     """Write the files; the LoRA is named after the stack and its concepts, and ends in a hash.
 
     `stem` names the stack, `only` the concepts it was solved for, if not all; `remove` removes
     earlier exports of the same concepts; `words` are all of the stack's, if it has more; `metadata`
-    is more for the LoRA's. Only files of this stack are overwritten: if another file has a word's
-    name, the word is exported under a new one, which is no other word's.
+    is more for the LoRA's. A version before the newest supersedes nothing. Only files of this stack
+    are overwritten: if another file has a word's name, the word is exported under a new one, which
+    is no other word's.
     Errors: StackError for an empty stack or a folder that can't be written.
     """
     _check_exportable(stack)
@@ -88,7 +89,11 @@ def export_files(
                 more = {**(metadata or {}), _ONLY: _joined(only), WORDS: json.dumps(nouns)}
                 lora = _write_lora(stack, tensors, out, stem, triggers, format, more)
             current = (lora, *written.values())
-            earlier = [p for p in _earlier(stack, out, embeddings, only) if p not in current]
+            is_newest = bool(only) or {*words} <= stack.tokens.keys()
+            found = _earlier(stack, out, embeddings, only) if is_newest else []
+            earlier = [path for path in found if path not in current]
+            if lora:
+                _make_newest(lora, earlier)
             removed = [path for path in earlier if remove and _remove(path)]
     except OSError as error:
         raise StackError(
@@ -251,6 +256,16 @@ def _earlier(stack: ConceptStack, out: Path, embeddings: Path, only: Sequence[st
         if owner.get(OWNER) == stack.owner and owner.get(WORD, "") not in current:
             earlier.append(path)
     return earlier
+
+
+def _make_newest(lora: Path, earlier: Iterable[Path]) -> None:
+    """Have a LoRA that was exported before follow those that came after it, if there are any: the
+    stack went back to what it holds, and `webui.loras` chooses the newest.
+    """
+    with suppress(OSError):  # else the other is chosen
+        written = lora.stat().st_mtime
+        if any(path.stat().st_mtime > written for path in earlier):
+            lora.touch()
 
 
 def _joined(only: Sequence[str]) -> str:

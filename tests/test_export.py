@@ -124,6 +124,24 @@ def test_a_stacks_exports_are_found_whatever_their_names(
     assert exports_of(tmp_path / "out", tmp_path / "none.concepts.safetensors") == []
 
 
+def test_what_is_exported_again_is_the_newest(backbone: Backbone, tmp_path: Path) -> None:
+    """The stack went back to an earlier version: its LoRA goes with the embeddings written now."""
+    stack, path = _stack(backbone, "lora"), tmp_path / "own.concepts.safetensors"
+    stack.fingerprint = "0" * 64
+    store.save_stack(stack, path)
+    first = _export(stack, tmp_path).lora
+    assert first
+    assert stack.adapter
+    other = dataclasses.replace(stack, adapter={k: t + 1 for k, t in stack.adapter.items()})
+    undone = _export(other, tmp_path).lora
+    os.utime(first, (1, 1))
+    assert newest_lora(tmp_path, tmp_path / "embeddings", path, "V1") == (undone, "V1")
+    assert undone
+    os.utime(undone, (2, 2))
+    assert _export(stack, tmp_path).lora == first
+    assert newest_lora(tmp_path, tmp_path / "embeddings", path, "V1") == (first, "V1")
+
+
 def test_a_word_is_found_under_the_name_it_was_exported_by(tmp_path: Path) -> None:
     """Another's embedding has the word's, so has another stack's numbered one; later both are gone.
     The stack is one of an early version, which stored no identity.
@@ -245,6 +263,21 @@ def test_nothing_to_export(backbone: Backbone, tmp_path: Path) -> None:
 
 
 # --- whose the files are --------------------------------------------------------------------------
+
+
+def test_an_earlier_version_supersedes_nothing(backbone: Backbone, tmp_path: Path) -> None:
+    """As ComfyUI's nodes export it, where the stack has learned more since."""
+    stack = _owned(backbone, "a" * 16)
+    assert stack.adapter
+    word, words = stack.words[stack.records[0].id], ["V1", "V2"]
+    newest = stack.learned(make_record(2), word + 1, {k: t + 1 for k, t in stack.adapter.items()})
+    last = export.export_files(newest, tmp_path, tmp_path, "mini", words=words)
+    assert [path.name for path in last.embeddings] == ["V1.safetensors", "V2.safetensors"]
+    done = export.export_files(stack, tmp_path, tmp_path, "mini", remove=True, words=words)
+    assert (done.removed, done.superseded) == ([], [])
+    assert all(path.exists() for path in last.files)
+    after = export.export_files(newest, tmp_path, tmp_path, "mini", remove=True, words=words)
+    assert after.removed == [done.lora]
 
 
 def _owned(backbone: Backbone, identity: str, token: str = "V1") -> store.ConceptStack:
