@@ -47,10 +47,10 @@ def test_it_runs(
         if "parameters" in tags:
             names |= {"STEPS": 2, "CHECKPOINT": checkpoint}
             if own:
-                names["THINGS"] = [(pictures, "V7", "ball")]
+                names |= {"THINGS": [(pictures, "V7", "ball")], "OUT": "drive/MyDrive/kept"}
     assert len(shown) == (1 if own else 3)
     assert all(isinstance(one, Image.Image) for one in shown)
-    kept = tmp_path / "continual-lora"
+    kept = tmp_path / names["OUT"]
     assert (kept / "exported.zip").is_file()
     assert list((kept / "exported").glob("*.safetensors"))
     said = capsys.readouterr().out
