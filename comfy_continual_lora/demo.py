@@ -20,9 +20,12 @@ from .mini.weights import write_checkpoint
 from .progress import OnProgress
 from .requests import DrawRequest, EvaluateRequest, LearnRequest
 from .settings import DrawSettings, LearnSettings
+from .stackfile import read_header
 from .verdicts import RetentionReport
+from .words import name_in
 
 PICKED = (2, 6)  # which development concepts
+WORDS = [f"V{number}" for number, _ in enumerate(PICKED, 1)]
 PLACES = ("on grass", "on sand", "in snow", "on wood")
 _SHOWN = ("method", "steps", "batch", "rank", "vectors", "rate", "token_rate", "seed")
 
@@ -43,7 +46,7 @@ def run_demo(
     checkpoint = out / "mini.safetensors"
     write_checkpoint(checkpoint)
     examples = world.concepts("development")
-    named = [(f"V{n}", examples[index]) for n, index in enumerate(PICKED, start=1)]
+    named = [(word, examples[index]) for word, index in zip(WORDS, PICKED, strict=True)]
     sections, sheet = [], []
     for step, (token, concept) in enumerate(named, start=1):
         parts, rows = _learned(checkpoint, named[:step], settings, on_progress, say)
@@ -174,7 +177,8 @@ def _next_commands(checkpoint: Path, named: Named) -> list[str]:
 def _begin(out: Path) -> None:
     """An empty stack in the demo's own folder.
 
-    Errors: SettingError for a folder that holds something else.
+    Errors: SettingError for a folder that holds something else, or a stack that has learned more;
+    StackError for a stack that can't be read.
     """
     mark = out / ".continual-lora-demo"
     if out.exists() and not mark.exists() and (not out.is_dir() or any(out.iterdir())):
@@ -182,9 +186,15 @@ def _begin(out: Path) -> None:
             f"{out} already exists and was not made by the demo, which starts from scratch. Choose "
             "another folder as `out`."
         )
+    stack = stack_path(out / "mini.safetensors")
+    known = read_header(stack)["concepts"] if stack.exists() else []
+    if own := [name_in(one) for one in known if one["token"] not in WORDS]:
+        raise SettingError(
+            f"{stack} has learned {', '.join(own)} since the demo, which starts from scratch. Choose "
+            "another folder as `out`, or move this one away."
+        )
     out.mkdir(parents=True, exist_ok=True)
     mark.touch()
-    stack = stack_path(out / "mini.safetensors")
     stack.unlink(missing_ok=True)
     shutil.rmtree(history_folder(stack), ignore_errors=True)
 

@@ -22,7 +22,7 @@ from helpers_learn import save_concept
 from helpers_store import make_stack
 from PIL import Image
 
-from comfy_continual_lora import cli, cliflags, store
+from comfy_continual_lora import cli, cliflags, demo, store
 from comfy_continual_lora.files import stack_path
 from comfy_continual_lora.operations import OPERATIONS
 from comfy_continual_lora.settings import (
@@ -572,6 +572,31 @@ def test_errors_name_flags(checkpoint: Path, capsys: pytest.CaptureFixture[str])
         assert "`" not in message
         for flag in flags:
             assert flag in message
+
+
+def test_the_demo_keeps_what_was_learned_since(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    class Begun(Exception):
+        pass
+
+    def begin(_: Path) -> None:
+        raise Begun
+
+    monkeypatch.setattr(demo, "write_checkpoint", begin)
+    out = tmp_path / "demo"
+    stack = stack_path(out / "mini.safetensors")
+    with pytest.raises(Begun):
+        cli.main(["demo", "--out", str(out)])
+    store.save_stack(make_stack(3), stack)
+    before = stack.read_bytes()
+    assert cli.main(["demo", "--out", str(out)]) == 2
+    assert "has learned V3 mug since the demo" in capsys.readouterr().err.replace("\n", " ")
+    assert stack.read_bytes() == before
+    store.save_stack(make_stack(2), stack)
+    with pytest.raises(Begun):
+        cli.main(["demo", "--out", str(out)])
+    assert not stack.exists()
 
 
 @pytest.mark.slow
