@@ -516,6 +516,24 @@ def test_concepts_wait_for_those_before_them(
     assert _value(handlers.view(*place), "queue")["visible"] is False
 
 
+def test_a_job_that_waited_and_can_not_start_is_told_literally(
+    handlers: Handlers, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Its pictures could not be copied; the word is as it was typed."""
+    page_host, path = handlers.host, tmp_path / "_a_.png"
+
+    def no_room(*_: Any, **__: Any) -> None:
+        raise OSError(28, "No <b>room</b>", str(path))
+
+    monkeypatch.setattr(page_host, "hand_in", no_room)
+    page_host.waiting = [([("learn", {"token": "<img src=x>", "noun": "*cat*"})], None)]
+    page_host._go_on(Job(1, [("learn", {"token": "V1", "noun": "dog"})]))
+    told = page_host.past[-1]
+    assert not {"<", "_"} & set(told)
+    assert "<img src=x>**: " in html.unescape(told)
+    assert "No <b>room</b>" in html.unescape(told)
+
+
 def test_only_what_is_new_is_sent(handlers: Handlers) -> None:
     """While a job goes on, the pictures and cards are not sent again."""
     place = ("mini.safetensors", "", 0)

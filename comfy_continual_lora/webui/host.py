@@ -27,7 +27,7 @@ from .environment import NotReady, Preparation
 from .job import Job
 from .labels import METHOD_LABELS
 from .runner import Busy, JobRunner
-from .shown import status
+from .shown import markdown, status
 
 JobRequest = tuple[str, dict[str, Any]]  # for `worker`
 Waiting = tuple[tuple[JobRequest, ...], Batch | None]
@@ -192,7 +192,8 @@ class Host:
                     self.hand_in(*jobs, batch=batch)
                 except (Busy, NotReady, OSError) as error:
                     logging.exception("continual-lora: a job that waited could not start")
-                    self.past.append(f"**{jobs[0][1].get('token', '')}**: {error}")
+                    word = markdown(jobs[0][1].get("token", ""))
+                    self.past.append(f"**{word}**: {markdown(error)}")
 
     def in_work(self, stack: Path) -> list[str]:
         """The words that are being learned, or wait to be."""
