@@ -16,7 +16,9 @@ from typing import Any
 from . import __version__
 from .settings import DrawSettings
 
-_SAMPLERS = {"dpm++": "DPM++ 2M", "ddim": "DDIM"}  # the web UI's names
+# The web UI's names. Without a schedule it would take Karras' for DPM++ 2M; its DDIM has one alone
+_SAMPLERS = {"dpm++": "DPM++ 2M", "ddim": "DDIM"}
+_SCHEDULES = {"dpm++": "SGM Uniform"}  # from the last timestep down in even steps, as `sample` does
 
 
 @dataclass(frozen=True)
@@ -66,6 +68,8 @@ def _parameters(
         "Model": origin.checkpoint,
         "RNG": "CPU",
     }
+    if not flow and settings.solver in _SCHEDULES:
+        pairs["Schedule type"] = _SCHEDULES[settings.solver]
     if origin.clip_skip != 1:
         pairs["Clip skip"] = origin.clip_skip
     if flow:

@@ -8,6 +8,7 @@ import re
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -198,6 +199,7 @@ def test_a_png_says_how_it_was_drawn(learned: Callable[..., Path], tmp_path: Pat
     pairs = dict(_PAIR.findall(last))
     assert pairs["Steps"] == "2"
     assert (pairs["Sampler"], pairs["CFG scale"]) == ("DPM++ 2M", "4.0")
+    assert pairs["Schedule type"] == "SGM Uniform"
     assert (pairs["Seed"], pairs["Size"], pairs["Model"]) == ("7", "72x64", "mini")
     assert (pairs["Concepts"], pairs["Concept stack"]) == ("V1 ball", "mini version 2")
     everything = json.loads(texts["continual_lora"])
@@ -206,6 +208,19 @@ def test_a_png_says_how_it_was_drawn(learned: Callable[..., Path], tmp_path: Pat
     assert (everything["only"], everything["version"]) == (["V1"], 2)
     assert pipeline.draw(request).files[0].name == "a-V1-ball-at-night-夜-7-1.png"
     assert not {"prompt", "workflow"} & texts.keys()  # a graph that did not draw it would be a lie
+
+
+@pytest.mark.parametrize("steps", [2, 25, 50])
+@pytest.mark.parametrize("zero_snr", [False, True])
+def test_the_schedule_is_the_one_that_the_png_names(steps: int, zero_snr: bool) -> None:
+    """AUTOMATIC1111's SGM Uniform (1.10, modules/sd_schedulers.py): even steps from the last timestep,
+    without the last of them.
+    """
+    net: Any = SimpleNamespace(prediction="epsilon", zero_snr=zero_snr)
+    solver = sample.make_solver(DrawSettings(steps=steps), net)
+    solver.set_timesteps(steps)
+    theirs = torch.linspace(999, 0, steps + 1)[:-1]
+    assert torch.allclose(solver.timesteps.float(), theirs, rtol=0, atol=1)
 
 
 def test_a_png_drawn_without_a_stack_names_none(checkpoint: Path, tmp_path: Path) -> None:
