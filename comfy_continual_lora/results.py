@@ -231,11 +231,13 @@ class ScoreResult:
         return sum(judged) / len(judged) if judged else None
 
     def summary(self) -> str:
-        lines = []
+        """Pictures by their files' names, with their folders' if there are several."""
+        lines, several = [], len({one.file.parent for one in self.images}) > 1
         for one in self.images:
+            name = f"{one.file.parent.name}/{one.file.name}" if several else one.file.name
             shares = "  ".join(f"{name} {p:.2f}" for name, p in one.probabilities.items())
             unsure = "" if one.scores.sure else "(not sure)"
-            lines.append(f"{one.file.name:<24} {shares}  {unsure}".rstrip())
+            lines.append(f"{name:<24} {shares}  {unsure}".rstrip())
         judged = [one.right for one in self.images if one.right is not None]
         if judged:
             lines.append(f"right: {sum(judged)} of {len(judged)} ({self.accuracy:.0%})")

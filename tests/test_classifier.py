@@ -199,6 +199,16 @@ def test_one_trial_is_never_sure(trials: int) -> None:
     assert row["sure"] == scores.sure
 
 
+def test_pictures_of_several_folders_are_told_apart() -> None:
+    """Folders named after words, whose pictures have the same names."""
+    scores = classifier.Scores(["V1", "V2"], [0.75, 0.25], [8, 8], 1.0, 0.5, 1.5)
+    files = [Path("mine/V1/0.png"), Path("mine/V2/0.png")]
+    lines = ScoreResult([Scored(file, None, scores) for file in files]).summary().splitlines()
+    assert [line.split()[0] for line in lines] == ["V1/0.png", "V2/0.png"]
+    (line,) = ScoreResult([Scored(files[0], None, scores)]).summary().splitlines()
+    assert line.split()[0] == "0.png"
+
+
 def test_equal_prompts_are_equally_likely() -> None:
     means = _means(1)
     scores = classifier.classify(
