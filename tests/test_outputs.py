@@ -20,7 +20,7 @@ from PIL import Image, ImageColor
 
 from comfy_continual_lora import cli, imagefile
 from comfy_continual_lora.errors import SettingError
-from comfy_continual_lora.report import save_pictures
+from comfy_continual_lora.report import save_picture
 from comfy_continual_lora.results import Drawn
 from comfy_continual_lora.settings import LearnSettings
 
@@ -107,14 +107,14 @@ def test_two_that_draw_at_once_lose_no_picture(tmp_path: Path) -> None:
     for number in range(5):
         ready, folder = threading.Barrier(len(colors)), tmp_path / str(number)
 
-        def draw(color: str, ready: threading.Barrier, folder: Path) -> list[Path]:
+        def draw(color: str, ready: threading.Barrier, folder: Path) -> Path:
             picture = Drawn("a V1 dog", 1, Image.new("RGB", (8, 8), color))
             ready.wait()
-            return save_pictures([picture], folder)
+            return save_picture(picture, folder)
 
         with ThreadPoolExecutor(len(colors)) as pool:
             drawn = [pool.submit(draw, color, ready, folder) for color in colors]
-        files = [one.result()[0] for one in drawn]
+        files = [one.result() for one in drawn]
         found = [Image.open(file).getpixel((0, 0)) for file in files]
         assert found == [ImageColor.getrgb(color) for color in colors]
 
