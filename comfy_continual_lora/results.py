@@ -235,7 +235,7 @@ class ScoreResult:
         lines, several = [], len({one.file.parent for one in self.images}) > 1
         for one in self.images:
             name = f"{one.file.parent.name}/{one.file.name}" if several else one.file.name
-            shares = "  ".join(f"{name} {p:.2f}" for name, p in one.probabilities.items())
+            shares = "  ".join(f"{word} {p:.2f}" for word, p in one.probabilities.items())
             unsure = "" if one.scores.sure else "(not sure)"
             lines.append(f"{name:<24} {shares}  {unsure}".rstrip())
         judged = [one.right for one in self.images if one.right is not None]

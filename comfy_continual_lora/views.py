@@ -100,7 +100,7 @@ def draw(request: DrawRequest, on_progress: OnProgress = ignore) -> DrawResult:
                     on_drawn=kept.add,
                 )
         except Cancelled as stopped:
-            raise kept.told(stopped) from None
+            raise kept.with_place(stopped) from None
     return kept.result()
 
 
@@ -129,8 +129,8 @@ class _Drawings:
         if self.out:
             self.files[number] = report.save_picture(self.drawn[number], self.out)
 
-    def told(self, stopped: Cancelled) -> Cancelled:
-        """It, with where the pictures before it are."""
+    def with_place(self, stopped: Cancelled) -> Cancelled:
+        """The same, which also says where the pictures before it are."""
         if not self.files:
             return stopped
         done = f"{len(self.files)} of {counted(len(self.prompts), 'picture')}"
