@@ -85,14 +85,16 @@ class ContinualLora:
         out: str | Path,
         *,
         embeddings: str | Path | None = None,
+        format: str = "kohya",
         only: Sequence[str] = (),
         on_progress: OnProgress = ignore,
     ) -> Exported:
         """Write one LoRA for all concepts, and an embedding for each word, for other programs.
 
-        `out`: the folder for the LoRA; `embeddings`: for the embeddings, if it is another one.
+        `out`: the folder for the LoRA; `embeddings`: for the embeddings, if it is another one;
+        `format`: whose names the LoRA has, those of kohya, diffusers or peft.
         """
-        fields = {"out": out, "embeddings": embeddings, "only": only}
+        fields = {"out": out, "embeddings": embeddings, "format": format, "only": only}
         return cast("Exported", self.run("export", on_progress, **fields))
 
     def scores(

@@ -19,6 +19,8 @@ SOLVERS = ("dpm++", "ddim")
 MOST_VECTORS = 16  # of a word: prompts about two concepts have to fit into 77 positions
 FITS = ("crop", "pad", "bucket")
 FORMATS = ("kohya", "diffusers", "peft")  # of an exported LoRA
+_MOST_PICTURES = 10_000
+_FIRST = 2**63 - _MOST_PICTURES  # the largest seed that so many can follow
 FIT_HELP = (
     "crop pictures that are not square to the middle, pad them with their edge pixels, or keep "
     "their aspect ratio (bucket)"
@@ -422,7 +424,7 @@ class EvaluateSettings(Settings):
     trials: int = setting(
         8, "noisy versions of a picture that the DC scores compare", low=1, high=10_000
     )
-    seed: int = setting(0, "seed of the first picture; the next ones follow", low=0, high=2**63 - 1)
+    seed: int = setting(0, "seed of the first picture; the next ones follow", low=0, high=_FIRST)
     size: int | None = setting(
         None, "side of the drawn pictures", low=64, high=4096, unit="pixels", multiple=8
     )
@@ -435,13 +437,13 @@ class DrawSettings(Settings):
     A flow takes evenly spaced steps by Euler's method. `steps` are our choice.
     """
 
-    count: int = setting(1, "pictures per prompt", low=1, high=10_000)
+    count: int = setting(1, "pictures per prompt", low=1, high=_MOST_PICTURES)
     steps: int = setting(25, "sampling steps", low=1, high=1000)
     guidance: float | None = setting(
         None, "classifier-free guidance; 1 turns it off", low=0, high=100
     )
     solver: str = setting("dpm++", "dpm++ (fast, 2M) or ddim", choices=SOLVERS)
-    seed: int = setting(0, "seed of the first picture; the next ones follow", low=0, high=2**63 - 1)
+    seed: int = setting(0, "seed of the first picture; the next ones follow", low=0, high=_FIRST)
     size: int | None = setting(
         None, "side of the drawn pictures", low=64, high=4096, unit="pixels", multiple=8
     )

@@ -85,6 +85,7 @@ def draw(request: DrawRequest, on_progress: OnProgress = ignore) -> DrawResult:
                 if token not in stack.tokens:
                     on_progress(Progress("draw", 0, 1, note=not_in_use(token)))
         settings = request.settings.resolved(backbone.preset)
+        _tell_of_settings(session, request.settings, settings)
         # the version is read before another program changes the stack
         kept = _Drawings(_origin(session, stack, request.only), prompts, settings, request.out)
         try:
@@ -102,6 +103,18 @@ def draw(request: DrawRequest, on_progress: OnProgress = ignore) -> DrawResult:
         except Cancelled as stopped:
             raise kept.with_place(stopped) from None
     return kept.result()
+
+
+def _tell_of_settings(session: Session, asked: DrawSettings, resolved: DrawSettings) -> None:
+    """Say which settings that were asked for change nothing."""
+    if asked.negative and resolved.guidance == 1:
+        session.tell("`negative` changes nothing, since `guidance` 1 leaves it out.")
+    prediction = PREDICTION_NAMES[session.backbone.prediction]
+    if asked.flow_shift is not None and prediction != "flow":
+        session.tell(
+            "`flow_shift` is for nets that predict a flow (`prediction` flow). This one predicts "
+            f"{prediction}, so it changes nothing."
+        )
 
 
 class _Drawings:

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 import comfy_continual_lora
 from comfy_continual_lora import Cancelled, ContinualLora, ContinualLoraError, Progress
@@ -32,6 +33,10 @@ def test_learn_draw_and_export(checkpoint: Path, pictures: Path, tmp_path: Path)
     exported = sd.export(tmp_path / "loras")
     assert exported.lora is not None
     assert exported.lora.is_file()
+    other = sd.export(tmp_path / "peft", format="peft")
+    assert other.lora is not None
+    names = load_file(other.lora / "adapter_model.safetensors")
+    assert all(name.startswith("base_model.model.") for name in names)
     files = sorted(pictures.glob("*.png"))
     scored = sd.scores(files, trials=1)
     assert len(scored.images) == len(files)

@@ -155,6 +155,28 @@ def test_settings_out_of_range_are_named() -> None:
         DrawSettings(steps=0).check()
     with pytest.raises(SettingError, match="size is 100; it has to be a multiple of 8 pixels"):
         DrawSettings(size=100).check()
+    with pytest.raises(SettingError, match=r"seed is .*; the range is 0 to"):
+        DrawSettings(seed=2**63 - 2, count=3).check()
+
+
+@pytest.mark.parametrize(
+    ("settings", "prediction", "name"),
+    [
+        (DrawSettings(flow_shift=3.0), "auto", "flow_shift"),
+        (DrawSettings(flow_shift=3.0), "flow", None),
+        (DrawSettings(negative="blurry", guidance=1.0), "auto", "negative"),
+        (DrawSettings(negative="blurry"), "auto", None),
+    ],
+)
+def test_a_setting_that_changes_nothing_is_told(
+    checkpoint: Path, settings: DrawSettings, prediction: str, name: str | None
+) -> None:
+    notes: list[str] = []
+    settings = replace(settings, steps=1, size=64)
+    request = requests.DrawRequest(checkpoint, ["a mug"], settings, prediction=prediction)
+    pipeline.draw(request, lambda progress: notes.append(progress.note))
+    told = [note.split("`")[1] for note in notes if "changes nothing" in note]
+    assert told == ([name] if name else [])
 
 
 # --- the picture's size, and what its file says --------------------------------------------------
