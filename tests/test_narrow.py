@@ -39,11 +39,12 @@ def _stored(module: nn.Module) -> int:
     return sum(t.numel() * t.element_size() for t in (*module.parameters(), *module.buffers()))
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float8_e4m3fn])
 @pytest.mark.parametrize("kind", ["sd2", "sdxl"])
 def test_text_encoders_stay_as_small_as_in_the_file_and_lose_no_digit(
-    tmp_path: Path, kind: str
+    tmp_path: Path, kind: str, dtype: torch.dtype
 ) -> None:
-    path = families.write(kind, tmp_path / "half.safetensors", torch.float16)
+    path = families.write(kind, tmp_path / "half.safetensors", dtype)
     whole, half = (
         load_backbone(path, device="cpu", precision=precision) for precision in ("fp32", "bf16")
     )

@@ -77,7 +77,7 @@ def put(
             layer.__class__ = _NARROW[plain]
             layer.register_buffer("scale", None, persistent=False)
             layer.compute_dtype = dtype  # type: ignore[assignment]
-            if stored == FP8:
+            if stored == FP8 and weight.dtype != FP8:  # what a file has in 8 bits stays as it is
                 rows = weight.float().flatten(1)
                 scale = (rows.abs().amax(1) / FP8_MAX).clamp(min=torch.finfo(torch.float32).tiny)
                 layer.scale = scale.view(-1, *[1] * (weight.ndim - 1)).to(dtype)
