@@ -54,3 +54,49 @@ def test_the_infotext_of_a_batch_is_its_own(apart: Any, monkeypatch: pytest.Monk
     things.begin(processing)
     things.finish(processing)
     assert processing.extra_generation_params == kept
+
+
+@pytest.mark.parametrize(
+    ("engine", "preset", "is_read"),
+    [
+        ("text_processing_engine_l", "sdxl", True),
+        ("text_processing_engine_anima", "anima", True),
+        ("text_processing_engine_gemma", "sdxl", False),  # Z-Image and Lumina in Forge Neo
+        ("text_processing_engine_t5", "sd1", False),  # Flux
+        ("text_processing_engine_l", "anima", False),
+    ],
+)
+def test_a_lora_of_another_kind_of_checkpoint_does_not_fail(
+    apart: Any, monkeypatch: pytest.MonkeyPatch, engine: str, preset: str, is_read: bool
+) -> None:
+    monkeypatch.setattr(apart, "words_in_use", lambda: ({"V1": "ball", "V2": "mug"}, preset))
+    reader = SimpleNamespace(tokenize_line=lambda text: None)
+    model = SimpleNamespace(get_learned_conditioning=list, **{engine: reader})
+    told: list[str] = []
+    processing = SimpleNamespace(
+        prompts=["a V1 ball and a V2 mug"],
+        negative_prompts=[],
+        extra_generation_params={},
+        sd_model=model,
+        comment=told.append,
+    )
+    apart.Apart().begin(processing)
+    assert (model.get_learned_conditioning is not list) == is_read
+    assert ["of V1, V2 is for another kind of checkpoint" in one for one in told] == (
+        [] if is_read else [True]
+    )
+
+
+def test_on_anima_words_are_plain_text(apart: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(apart, "words_in_use", lambda: ({"V1": "ball"}, "anima"))
+    monkeypatch.setattr(apart, "_embeddings", list)
+    told: list[str] = []
+    processing = SimpleNamespace(
+        prompts=["a V10 ball"],
+        negative_prompts=[],
+        extra_generation_params={},
+        comment=told.append,
+    )
+    apart.Apart().begin(processing)
+    (note,) = told
+    assert "V10 is not a learned word" in note

@@ -27,11 +27,16 @@ from ..mentions import (
     named,
     noun_positions,
 )
+from ..presets import PLAIN_NAME_PRESETS
 from .loras import words_of
 from .tokens import notes
 
 OPTION = "continual_lora_apart"
 INFOTEXT = "Concepts kept apart"
+_OTHER_KIND = (
+    "The LoRA of {} is for another kind of checkpoint than the one in use, so nothing is kept apart. "
+    "Choose the checkpoint that it was learned on."
+)
 
 
 class Apart:
@@ -51,12 +56,15 @@ class Apart:
         prompts = [*p.prompts, *(getattr(p, "hr_prompts", None) or [])]
         if nouns:
             unwanted = [*p.negative_prompts, *(getattr(p, "hr_negative_prompts", None) or [])]
-            for note in notes([*prompts, *unwanted], nouns, _embeddings):
-                p.comment(note)  # shown under the picture, but not to users of the API
-                warn(note)
+            read_as = None if preset in PLAIN_NAME_PRESETS else _embeddings
+            for note in notes([*prompts, *unwanted], nouns, read_as):
+                _tell(p, note)
         if not getattr(shared.opts, OPTION, True) or not any(
             mentions(one, nouns) for one in prompts
         ):
+            return
+        if not _is_for(p.sd_model, preset):
+            _tell(p, _OTHER_KIND.format(", ".join(named(prompts, nouns))))
             return
         self._encode_scenes(p.sd_model, nouns)
         encode_again(p, "cached_c", "cached_hr_c")  # their scenes were not kept
@@ -235,7 +243,21 @@ def encode_again(processing: Any, *caches: str) -> None:
             cache[:] = [None] * len(cache)
 
 
+def _tell(p: Any, note: str) -> None:
+    p.comment(note)  # shown under the picture, but not to users of the API
+    warn(note)
+
+
 # --- words and their places ----------------------------------------------------------------------
+
+
+def _is_for(model: Any, preset: str) -> bool:
+    """Whether a web UI's model is of the kind that a LoRA of this preset is for, as far as its text is
+    concerned: where a prompt's words are in other models' text features is not known here.
+    """
+    if preset == "anima":
+        return hasattr(model, "text_processing_engine_anima")
+    return not hasattr(model, "text_processing_engine_t5") and _text_engine(model) is not None
 
 
 def _embeddings() -> Iterator[str]:
@@ -308,8 +330,9 @@ def _infotexts() -> Iterator[dict[str, Any]]:
 
 
 def _text_engine(model: Any) -> Any:
-    """The first text encoder with its tokenizer."""
+    """The first text encoder with its tokenizer; None for a model that has no CLIP-L or CLIP-H."""
     for name in ("text_processing_engine", "text_processing_engine_l", "cond_stage_model"):
         if hasattr(engine := getattr(model, name, None), "tokenize_line"):
             return engine
-    return model.conditioner.embedders[0]
+    embedders = getattr(getattr(model, "conditioner", None), "embedders", [None])
+    return embedders[0]

@@ -15,15 +15,18 @@ _LETTER = r"[^\W\d_]"  # of any alphabet: CLIP's tokenizer cuts a text at everyt
 
 
 def notes(
-    prompts: Iterable[str], words: Collection[str], embeddings: Callable[[], Iterable[str]]
+    prompts: Iterable[str], words: Collection[str], embeddings: Callable[[], Iterable[str]] | None
 ) -> list[str]:
     """What the prompts name that looks like one of `words` but is none, and what the web UI reads
     otherwise than other programs do.
 
     `embeddings` lists the names of the web UI's embeddings. It is asked only if something looks
-    unknown: one of them may be meant.
+    unknown: one of them may be meant. None on Anima, where words are plain text.
     """
     texts = list(dict.fromkeys(prompts))
+    if embeddings is None:
+        unknown = unknown_words(texts, words)
+        return [not_learned(unknown, words)] if unknown else []
     otherwise: dict[str, str] = {}
     for text in texts:
         otherwise |= _read_otherwise(text, words)
