@@ -457,6 +457,31 @@ def test_text_added_to_a_prompt_about_two_things_is_drawn(host: ComfyUI) -> None
     assert "are drawn mixed" not in host.log.read_text()[before:]
 
 
+def test_a_prompt_for_an_area_of_the_picture_is_kept_apart(host: ComfyUI) -> None:
+    """ComfyUI adds a copy of it to the negative prompts, with their text."""
+    nouns = [text_of(host.run(_preview(which)), "3") for which in (1, 2)]
+    before = len(host.log.read_text())
+
+    def picture(width: int) -> np.ndarray:
+        graph = {
+            **_both_learned("apart"),
+            **draw(f"a photo of a V1 {nouns[0]} and a V2 {nouns[1]}", "4"),
+        }
+        if width:
+            place = {"width": width, "height": 128, "x": 0, "y": 0, "strength": 1.0}
+            graph["50"] = {
+                "class_type": "ConditioningSetArea",
+                "inputs": {"conditioning": ["21", 0], **place},
+            }
+            graph["24"]["inputs"]["positive"] = ["50", 0]
+        done = host.run(graph)
+        return np.asarray(Image.open(host.pictures(done, "26")[0]).convert("RGB"), int)
+
+    assert np.abs(picture(128) - picture(0)).max() <= 2
+    picture(96)
+    assert "are drawn mixed" not in host.log.read_text()[before:]
+
+
 def test_areas_are_shown_and_can_be_given(host: ComfyUI) -> None:
     """A mask for the whole picture draws that concept's own prompt, as its noun's prompt does."""
     nouns = [text_of(host.run(_preview(which)), "3") for which in (1, 2)]

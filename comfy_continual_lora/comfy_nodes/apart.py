@@ -32,32 +32,54 @@ class _Wrappers:
 
     def __init__(self, areas: HostAreas) -> None:
         self.areas = areas
-        self.scenes: dict[Any, SceneText] = {}  # of the conds that are being sampled, by their ids
-        self.unwanted: set[Any] = set()  # ids of negative conds
+        self.texts: dict[Any, SceneText] = {}  # of the conds that are being sampled, by their ids
+        # what the conds of this call are drawn from, by the number of their list and their ids
+        self.scenes: dict[tuple[int, Any], SceneText] = {}
+        self.kinds: dict[Any, str] = {}  # positive, negative, ... by the ids of conds
         self.shape: Sequence[int] = ()  # of the latents that were sampled last
 
     def sample(self, executor: Any, noise: Tensor, *args: Any, **kwargs: Any) -> Any:
         self.areas.start()
         self.shape = noise.shape
         conds = getattr(executor.class_obj, "original_conds", {})
-        self.unwanted = {one["uuid"] for one in conds.get("negative", []) if "uuid" in one}
+        self.kinds = {one.get("uuid"): kind for kind, ones in conds.items() for one in ones}
         try:
             return executor(noise, *args, **kwargs)
         finally:
-            self.scenes.clear()
+            self.texts, self.scenes = {}, {}
 
     def calc_cond_batch(
         self, executor: Any, model: Any, conds: Any, x: Tensor, *args: Any, **kwargs: Any
     ) -> Any:
         """Learns which conds are of prompts that name two or more; negative ones are left as they are."""
-        for cond in conds:
-            for one in cond or []:
-                scene = None if one.get("uuid") in self.unwanted else one.get(KEY)
-                if isinstance(scene, SceneStates) and one["uuid"] not in self.scenes:
-                    scene = scene.text(model, x.device)
-                if isinstance(scene, SceneText):
-                    self.scenes[one["uuid"]] = scene
+        self.scenes = {}
+        for number, ones in enumerate(conds):
+            for one in self._own(ones or []):
+                if scene := self._text(one, model, x.device):
+                    self.scenes[number, one["uuid"]] = scene
         return executor(model, conds, x, *args, **kwargs)
+
+    def _own(self, conds: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+        """The conds of one list, unless it is the negative ones.
+
+        A cond for an area of the picture stands behind the other lists', too, as a copy with their
+        text (comfy/samplers.py, create_cond_with_same_area_if_none).
+        """
+        kinds = [self.kinds.get(one.get("uuid"), "") for one in conds]
+        if "negative" in kinds[:1]:
+            return []
+        return [one for one, kind in zip(conds, kinds, strict=True) if kind == kinds[0]]
+
+    def _text(self, cond: dict[str, Any], model: Any, device: torch.device) -> SceneText | None:
+        """What a cond is drawn from; None if it is of no such prompt."""
+        scene, name = cond.get(KEY), cond.get("uuid")
+        if name not in self.texts:
+            if isinstance(scene, SceneStates):
+                scene = scene.text(model, device)
+            if not isinstance(scene, SceneText):
+                return None
+            self.texts[name] = scene
+        return self.texts[name]
 
     def unet(
         self,
@@ -105,7 +127,7 @@ class _Wrappers:
         options: dict[str, Any],
         run: Callable[[Sequence[Part]], Tensor],
     ) -> Tensor:
-        ids = options.get("uuids", [])
+        ids = zip(options.get("cond_or_uncond", []), options.get("uuids", []), strict=False)
         keyed = [(one, self.scenes[one]) if one in self.scenes else None for one in ids]
         return self.areas.call(keyed, x, context, run)
 
