@@ -245,6 +245,17 @@ def test_a_net_elsewhere_is_read_with_the_files_of_a_comfyui_that_is_named(
     assert load_backbone(far, device="cpu").fingerprint == net.fingerprint
 
 
+def test_folders_of_the_files_themselves_may_be_named(
+    own: Path, net: Backbone, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As by Forge Neo's --text-encoder-dirs and --vae-dirs."""
+    far = [
+        shutil.move(own.parents[1] / kind, tmp_path / kind[:2]) for kind in ("text_encoders", "vae")
+    ]
+    monkeypatch.setenv(HOST, os.pathsep.join(["/nowhere", *map(str, far)]))
+    assert load_backbone(own, device="cpu").fingerprint == net.fingerprint
+
+
 def test_files_beside_the_net_come_first(own: Path, net: Backbone) -> None:
     models = own.parents[1]
     for file in (models / "text_encoders").iterdir():

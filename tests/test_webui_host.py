@@ -62,7 +62,7 @@ def modules(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
         ),
         "paths": SimpleNamespace(script_path="/webui", models_path="/data/models"),
         "sd_models": models,
-        "shared": SimpleNamespace(state=state, sd_model=None),
+        "shared": SimpleNamespace(state=state, sd_model=None, cmd_opts=SimpleNamespace()),
     }
     for name, part in parts.items():
         setattr(web, name, part)
@@ -127,6 +127,19 @@ def test_the_model_in_use_gets_new_words(
 
 def test_the_worker_knows_the_web_uis_folders(host: Any) -> None:
     assert host.runner.environment == {HOST: os.pathsep.join(("/webui", "/data/models"))}
+
+
+def test_the_worker_knows_the_folders_of_flags_and_of_the_user(
+    modules: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The flags are Forge Neo's, whose --forge-ref-comfy-home sets them too."""
+    monkeypatch.setenv(HOST, "/mine")
+    modules.shared.cmd_opts = SimpleNamespace(
+        vae_dirs=["/far/vae"], text_encoder_dirs=["/far/clip"]
+    )
+    host = importlib.import_module(A1111).WebuiHost(tmp_path / "extensions" / "continual-lora")
+    told = host.runner.environment[HOST].split(os.pathsep)
+    assert told == ["/webui", "/data/models", "/far/clip", "/far/vae", "/mine"]
 
 
 @pytest.mark.parametrize("preset", ["sd1", "anima"])

@@ -11,8 +11,8 @@ and Forge, or beside it.
     models/VAE/qwen_image_vae.safetensors
     backend/huggingface/circlestone-labs/Anima/{tokenizer,tokenizer_2}/      the same tokenizers
 
-CONTINUAL_LORA_HOST has folders of a ComfyUI or Forge Neo that is elsewhere: a web UI tells its worker,
-and whoever keeps the net apart can.
+CONTINUAL_LORA_HOST has folders of a ComfyUI or Forge Neo that is elsewhere, or of the files themselves:
+a web UI tells its worker, and whoever keeps the net apart can.
 
 Nothing is downloaded. Source of the names: folder_paths.py of ComfyUI 0.33, modules_forge/main_entry.py
 of Forge Neo 2.26, and the files of circlestone-labs/Anima.
@@ -67,15 +67,18 @@ def companion(net: Path, wanted: _Companion) -> Path:
         searched += [folder / name for name in wanted.folders if (folder / name).is_dir()]
     if host := sys.modules.get("folder_paths"):  # this runs in ComfyUI, which may have others
         searched += map(Path, host.get_folder_paths(wanted.folders[0]))
-    for folder in searched:
+    named = [folder for folder in _hosts() if folder.is_dir()]
+    for folder in (*searched, *named):
+        # what is not of models alone is not searched in depth
+        is_flat = folder == net.parent or folder in named
         found = sorted(
             file
-            for file in (folder.iterdir() if folder == net.parent else folder.rglob("*"))
+            for file in (folder.iterdir() if is_flat else folder.rglob("*"))
             if file.suffix == ".safetensors" and re.search(wanted.pattern, file.stem.lower())
         )
-        named = [file for file in found if file.name == wanted.published]
-        if len(named or found) == 1:
-            return (named or found)[0]
+        exact = [file for file in found if file.name == wanted.published]
+        if len(exact or found) == 1:
+            return (exact or found)[0]
         if found:
             raise CheckpointError(
                 f"{net} needs a {wanted.what} and there are several: "
@@ -84,9 +87,9 @@ def companion(net: Path, wanted: _Companion) -> Path:
             )
     raise CheckpointError(
         f"{net} is Anima's net alone, and its {wanted.what} was not found. Looked for a file such as "
-        f"{wanted.published} in {_list(searched)}. Put it into models/{wanted.folders[0]} of ComfyUI or "
-        f"models/{wanted.folders[-1]} of Forge Neo, or beside the net, or name that program's folder in "
-        f"{HOST}."
+        f"{wanted.published} in {_list([*searched, *named])}. Put it into models/{wanted.folders[0]} "
+        f"of ComfyUI or models/{wanted.folders[-1]} of Forge Neo, or beside the net, or name that "
+        f"program's folder in {HOST}."
     )
 
 
@@ -114,8 +117,12 @@ def tokenizer_folder(net: Path, names: tuple[str, str]) -> Path:
 def _above(net: Path) -> Sequence[Path]:
     """The folder of the net and those above it, and those of the host that is elsewhere."""
     above = [net.absolute().parent, *net.absolute().parent.parents][: _LEVELS + 1]
-    hosts = [Path(one).expanduser() for one in os.environ.get(HOST, "").split(os.pathsep) if one]
+    hosts = _hosts()
     return [*above, *hosts, *(host / "models" for host in hosts)]
+
+
+def _hosts() -> list[Path]:
+    return [Path(one).expanduser() for one in os.environ.get(HOST, "").split(os.pathsep) if one]
 
 
 def _list(folders: Iterable[Path]) -> str:

@@ -50,7 +50,7 @@ class WebuiHost(Host):
         self.runner.around = self.around
         self.runner.follow = self.follow
         self.runner.ended = self.ended
-        self.runner.environment[HOST] = os.pathsep.join((paths.script_path, paths.models_path))
+        self.runner.environment[HOST] = os.pathsep.join(_model_folders())
         self._last_preview: str | None = None
         self._interrupted = self._has_queue = False
         self.outlive_reload()
@@ -203,6 +203,16 @@ class WebuiHost(Host):
                     "loads them"
                 )
             encode_again(processing.StableDiffusionProcessingTxt2Img, *_CACHES)
+
+
+def _model_folders() -> list[str]:
+    """Where Anima's files may be: this web UI, its models, what flags of Forge Neo name besides, and
+    what its user names.
+    """
+    flags = (getattr(shared.cmd_opts, f"{kind}_dirs", None) for kind in ("text_encoder", "vae"))
+    more = [str(folder) for folders in flags for folder in folders or ()]
+    own = [os.environ[HOST]] if os.environ.get(HOST) else []
+    return [paths.script_path, paths.models_path, *more, *own]
 
 
 def _is_forge() -> bool:
