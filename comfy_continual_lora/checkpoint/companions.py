@@ -67,9 +67,9 @@ def companion(net: Path, wanted: _Companion) -> Path:
         searched += [folder / name for name in wanted.folders if (folder / name).is_dir()]
     if host := sys.modules.get("folder_paths"):  # this runs in ComfyUI, which may have others
         searched += map(Path, host.get_folder_paths(wanted.folders[0]))
-    named = [folder for folder in _hosts() if folder.is_dir()]
+    named = [folder for folder in _hosts() if folder.is_dir() and folder not in searched]
     for folder in (*searched, *named):
-        # what is not of models alone is not searched in depth
+        # what may hold more than models is not searched in depth
         is_flat = folder == net.parent or folder in named
         found = sorted(
             file
