@@ -5,6 +5,7 @@ Light: front ends inside a host import it too.
 
 from __future__ import annotations
 
+import functools
 import os
 import re
 import secrets
@@ -56,6 +57,11 @@ OWNER = "continual_lora.stack"  # in an export: the identity of the stack it is 
 PRESET = "continual_lora.preset"  # in a LoRA: the kind of checkpoint it is for
 CLIP_SKIP = "ss_clip_skip"  # in a LoRA, kohya's name of it; absent or "None" for 1
 TOKEN = re.compile(r"[A-Za-z0-9_-]{1,64}")  # a concept's word, also used in file names
+# Weights of a checkpoint's net, or of Anima's; not those of a LoRA, which may begin alike
+_OF_NET = re.compile(
+    r"(state_dict\.)*(model\.diffusion_model\.(?!.*(lora|lokr|hada|diff$)).*"
+    r"|(net\.)?llm_adapter\.out_proj\.weight)"
+)
 _TEMPORARY = re.compile(r"\.continual-lora-[0-9a-f]{16}\.tmp")
 # Device names that Windows reserves, whatever the suffix; it drops dots and spaces at the end
 _RESERVED = re.compile(
@@ -139,12 +145,37 @@ def snapshots_of(stack: Path, token: str) -> list[Path]:
 def checkpoints_in(folder: Path) -> list[Path]:
     """Checkpoints in a folder and those below it, by path; what is removed meanwhile is left out, and
     what lies in our own folders.
+
+    A file without a net, such as a LoRA, an embedding or a VAE, is none. One that can't be read may
+    be: whoever opens it says why it can't.
     """
     found: list[Path] = []
     for inner, folders, names in os.walk(folder):
         folders[:] = [name for name in folders if name != OWN_FOLDER]
         found += [Path(inner, name) for name in names if is_checkpoint(name)]
-    return sorted(found)
+    return sorted(path for path in found if _may_hold_net(path))
+
+
+def _may_hold_net(path: Path) -> bool:
+    try:
+        status = path.stat()
+    except OSError:
+        return True
+    if not stat.S_ISREG(status.st_mode):  # a pipe could be read for ever
+        return True
+    return _file_may_hold_net(path, status.st_size, status.st_mtime_ns)
+
+
+@functools.lru_cache(maxsize=10_000)  # a page lists the checkpoints again and again
+def _file_may_hold_net(path: Path, size: int, changed: int) -> bool:
+    """`size` and `changed` are those of the file, of which only the header is read."""
+    from safetensors import SafetensorError, safe_open  # not light
+
+    try:
+        with safe_open(path, "np") as file:
+            return any(map(_OF_NET.fullmatch, file.keys()))
+    except (SafetensorError, OSError):
+        return True
 
 
 def is_checkpoint(name: str) -> bool:

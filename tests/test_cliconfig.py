@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from helpers_store import make_stack
+from safetensors.torch import save_file
 
 from comfy_continual_lora import cli, cliflags, store, upkeep
 from comfy_continual_lora.cliconfig import with_config, write_config
 from comfy_continual_lora.errors import SettingError
-from comfy_continual_lora.files import stack_path
+from comfy_continual_lora.files import checkpoints_in, stack_path
 from comfy_continual_lora.operations import OPERATIONS
 
 DOG = """
@@ -250,6 +253,49 @@ def test_a_stack_is_listed_with_the_checkpoint_of_the_longest_name(tmp_path: Pat
         **dict.fromkeys(others),
         elsewhere: checkpoints[0],
     }
+
+
+# The first weights of files as their programs write them
+NETS = {
+    "sd15": ["model.diffusion_model.input_blocks.0.0.weight", "first_stage_model.quant_conv.bias"],
+    "converted": ["state_dict.model.diffusion_model.out.2.bias"],
+    "flux-in-one": ["model.diffusion_model.double_blocks.0.img_attn.proj.weight"],
+    "loras/anima": ["llm_adapter.out_proj.weight", "blocks.0.mlp.layer1.weight"],
+    "anima-of-nvidia": ["net.llm_adapter.out_proj.weight"],
+    "anima-of-comfyui": ["model.diffusion_model.llm_adapter.out_proj.weight"],
+}
+OTHERS = {
+    "Stable-diffusion/kohya": ["lora_unet_input_blocks_1_1_proj_in.lora_down.weight"],
+    "comfyui": ["diffusion_model.llm_adapter.out_proj.lora_A.weight"],
+    "a-trainers": ["model.diffusion_model.out.2.lora_up.weight"],
+    "full": ["model.diffusion_model.out.2.diff"],
+    "anima-lora": ["lora_unet_llm_adapter_blocks_0_mlp_0.alpha"],
+    "peft/adapter_model": ["base_model.model.mid_block.attentions.0.to_k.lora_A.weight"],
+    "word": ["emb_params"],
+    "word-xl": ["clip_l", "clip_g"],
+    "vae": ["encoder.conv_in.weight", "decoder.conv_in.weight"],
+    "vae-of-a-checkpoint": ["first_stage_model.decoder.conv_in.weight"],
+    "qwen": ["model.layers.0.mlp.up_proj.weight"],
+    "folder/unet/diffusion_pytorch_model": ["down_blocks.0.resnets.0.conv1.weight"],
+}
+
+
+def test_files_without_a_net_are_not_listed(tmp_path: Path) -> None:
+    for name, weights in {**NETS, **OTHERS}.items():
+        path = tmp_path / f"{name}.safetensors"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        save_file({weight: torch.zeros(1) for weight in weights}, path, {"a": "model."})
+    unreadable = ["broken.safetensors", "none.safetensors", "pipe.safetensors"]
+    (tmp_path / unreadable[0]).write_bytes(b"GGUF")
+    (tmp_path / unreadable[1]).symlink_to(tmp_path / "nowhere")
+    os.mkfifo(tmp_path / unreadable[2])
+    expected = sorted(
+        tmp_path / name for name in [*(f"{n}.safetensors" for n in NETS), *unreadable]
+    )
+    assert [row.checkpoint for row in upkeep.stacks_in(tmp_path).rows] == expected
+    # a file that becomes another one is looked at again
+    save_file({"emb_params": torch.zeros(2)}, tmp_path / "sd15.safetensors")
+    assert tmp_path / "sd15.safetensors" not in checkpoints_in(tmp_path)
 
 
 @pytest.mark.parametrize("shell", ["bash", "zsh", "tcsh"])
