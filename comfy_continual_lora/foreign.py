@@ -9,6 +9,7 @@ or kept in a file of its own, as `rest` says.
 from __future__ import annotations
 
 import hashlib
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timezone
@@ -44,14 +45,15 @@ from .settings import MOST_VECTORS
 from .stack import ConceptRecord
 from .stackschema import MOST_RANK
 
-# What other kinds of adapters add to a layer's name
+# What other kinds of adapters add to a layer's name, as patterns
 _OTHER_KINDS = {
     "dora_scale": "a DoRA",
     "lora_magnitude": "a DoRA",
     "hada_": "a LoHa",
     "lokr_": "a LoKr",
     "lora_mid": "a LoCon with a third matrix",
-    "diff": "a full-size change of the weight",
+    r"_custom_diffusion\.": "Custom Diffusion's full-size weights",
+    r"\.diff(_b)?$": "a full-size change of the weight",
 }
 
 
@@ -147,7 +149,8 @@ def _check_plain(path: Path, names: Sequence[str]) -> None:
     """Errors: StackError if K/V layers have these tensors besides a plain LoRA's."""
     if names:
         name = min(names)
-        kind = next((one for part, one in _OTHER_KINDS.items() if part in name), "another kind")
+        kinds = (kind for pattern, kind in _OTHER_KINDS.items() if re.search(pattern, name))
+        kind = next(kinds, "another kind")
         raise StackError(
             f"{path} is not a plain LoRA: its tensor {name} belongs to {kind}. Expected lora_down "
             "and lora_up (or lora_A and lora_B), and alpha. Get it as a plain LoRA."

@@ -155,7 +155,8 @@ class Rest:
 
     Its tensors as the file has them, but `up` as strong as a configuration says that stays behind.
     `share` of the squared Frobenius norm of all that the LoRA changes; changes of other kinds, such
-    as convolutions' third matrices and DoRA's magnitudes, are not counted.
+    as convolutions' third matrices and DoRA's magnitudes, are not counted: `uncounted` layers have
+    some.
     """
 
     tensors: dict[str, Tensor]
@@ -163,12 +164,19 @@ class Rest:
     layers: int
     share: float
     example: str
+    uncounted: int = 0
 
     def described(self) -> str:
-        return (
-            f"{self.layers} layers besides K and V of cross-attention, which are {self.share:.0%} of "
-            "its change by squared norm"
+        one = self.layers == 1
+        text = (
+            f"{self.layers} layer{'' if one else 's'} besides K and V of cross-attention, which "
+            f"{'is' if one else 'are'} {self.share:.0%} of its change by squared norm"
         )
+        if self.uncounted:
+            text += (
+                f", without what {self.uncounted} of them changes in another way than a plain LoRA"
+            )
+        return text
 
     def keep(self, lora: Path) -> Path:
         """Write it beside the LoRA that it is from, as NAME-without-kv; returns its file.
@@ -211,7 +219,7 @@ def rest_of(
     layers: dict[str, Layer] = {}
     for name, tensor in tensors.items():
         start, kind = split_name(name)
-        if not kind:
+        if not kind and "." in name:
             start, _, kind = name.rpartition(".")
         layer = layers.setdefault(start, Layer(start))
         layer.tensors[kind], layer.names[kind] = tensor, name
@@ -230,7 +238,10 @@ def rest_of(
             whole += _squared_norm(*pair) * scale(path, layer, len(pair[0]), configs) ** 2
     declared = {name: text for name, text in metadata.items() if name != DECLARED}
     share = left / whole if whole else 0.0
-    return Rest(stored, declared, len(layers), share, min(layers))
+    uncounted = sum(
+        not layer.tensors.keys() <= {"down", "up", "alpha"} for layer in layers.values()
+    )
+    return Rest(stored, declared, len(layers), share, min(layers), uncounted)
 
 
 def _pair(layer: Layer) -> tuple[Tensor, Tensor] | None:

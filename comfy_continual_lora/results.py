@@ -189,7 +189,9 @@ class ImportResult:
             return f"{done}; nothing was done."
         if self.kept:
             strength = self.record.settings.get("strength", 1.0)  # early versions didn't store it
-            return f"{done}. Its {self.rest}, are in {self.kept}: load that too, at strength {strength:g}."
+            return (
+                f"{done}. In {self.kept}: its {self.rest}. Load that too, at strength {strength:g}."
+            )
         return f"{done}. Left out: its {self.rest}." if self.rest else f"{done}."
 
     def as_json(self) -> dict[str, Any]:

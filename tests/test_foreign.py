@@ -149,6 +149,9 @@ BROKEN: list[tuple[Callable[[Tensors], Tensors], str]] = [
     (lambda t: {of_first("dora_scale"): torch.ones(4)}, "dora_scale belongs to a DoRA"),
     (lambda t: {of_first("hada_w1_a"): torch.ones(4)}, "belongs to a LoHa"),
     (lambda t: {of_first("oft_blocks"): torch.ones(4)}, "belongs to another kind"),
+    (lambda t: {f"diffusion_model.{FIRST}.oft_blocks": torch.ones(4)}, "belongs to another kind"),
+    (lambda t: {f"diffusion_model.{FIRST}.diff": torch.ones(4)}, "belongs to a full-size change"),
+    (lambda t: {f"{FIRST}_custom_diffusion.weight": torch.ones(4)}, "to Custom Diffusion's full"),
     (lambda t: {f"unet.{FIRST}.lora_B.weight": t[UP].clone()}, "two tensors for the same matrix"),
 ]
 
@@ -393,6 +396,30 @@ def test_the_rest_of_a_lora_is_measured_and_kept_as_strong_as_it_was(
         foreign.read_parts(kept, backbone)
 
 
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (
+            ["bundled"],
+            r"1 layer besides K .*, which is 0% of .* norm, without what 1 of them .* bundled\.",
+        ),
+        (
+            ["a.lokr_w1", "a.lokr_w2", "b.alpha"],
+            "2 layers .* are 0% of .* without what 1 of them changes",
+        ),
+        (["a.lora_down.weight", "a.lora_up.weight", "a.lora_mid.weight"], "without what 1 of them"),
+        (["a.lora_down.weight", "a.lora_up.weight"], r"1 layer besides .* by squared norm, for ex"),
+    ],
+)
+def test_what_is_not_measured_of_the_rest_is_said(
+    backbone: Backbone, tmp_path: Path, more: Sequence[str], message: str
+) -> None:
+    path = tmp_path / "a.safetensors"
+    save_file(kohya_lora(backbone) | {name: torch.ones(1, 1) for name in more}, path)
+    with pytest.raises(StackError, match=message):
+        foreign.read_lora(path, backbone)
+
+
 QUERY = "text_model.encoder.layers.0.self_attn.q_proj"
 
 
@@ -509,7 +536,7 @@ def test_the_rest_is_refused_left_out_or_kept_as_asked_for(
     file.unlink()
     kept = pipeline.import_concept(keep)
     assert kept.kept == file
-    assert "load that too, at strength 0.5" in kept.summary()
+    assert "Load that too, at strength 0.5" in kept.summary()
     stored = load_file(file)
     assert stored.keys() == tensors.keys() - kohya_lora(backbone, alpha=2.0).keys()
     assert all(torch.equal(stored[name], tensors[name]) for name in stored)
@@ -533,8 +560,8 @@ def test_the_rest_is_kept_too_of_what_is_on_the_stack_already(
         kept = pipeline.import_concept(replace(request, rest="keep"))
         assert kept.again
         assert kept.kept == file
-        assert "already on the stack as W2 ball. Its 2 layers besides" in kept.summary()
-        assert kept.summary().endswith("load that too, at strength 1.")
+        assert f"already on the stack as W2 ball. In {file}: its 2 layers besides" in kept.summary()
+        assert kept.summary().endswith("Load that too, at strength 1.")
         assert len(load_file(file)) == 4
     again = pipeline.import_concept(request)
     assert again.summary().endswith("already on the stack as W2 ball; nothing was done.")

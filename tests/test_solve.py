@@ -789,10 +789,10 @@ def test_what_can_not_be_imported_is_refused(
         "lora_unet_mid_block_ff.lora_up.weight": torch.zeros(4, 2),
     }
     for change, message in (
-        (tensors | more, "layers besides K and V"),
+        (tensors | more, "1 layer besides K and V"),
         (
             tensors | {"lora_te_text_model_encoder_layers_0_mlp_fc1.alpha": torch.ones(1)},
-            "changes 1 layers besides .* lora_te_text_model",
+            "changes 1 layer besides .* lora_te_text_model",
         ),
         (tensors | {f"{first}.dora_scale": torch.ones(1)}, "dora_scale belongs to a DoRA"),
         (
