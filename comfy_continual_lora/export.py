@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import re
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
@@ -153,7 +154,8 @@ def _exporting(*folders: Path) -> Iterator[None]:
     Files that killed exports left there are cleaned up first.
     """
     with ExitStack() as locks:
-        for folder in sorted({folder.resolve() for folder in folders}):
+        # `Path.resolve` raises for a loop of links
+        for folder in sorted({Path(os.path.realpath(folder)) for folder in folders}):
             folder.mkdir(parents=True, exist_ok=True)
             try:
                 locks.enter_context(FileLock(folder / ".continual-lora.lock", timeout=60))

@@ -89,7 +89,7 @@ def stack_path(checkpoint: str | Path, name: str = "") -> Path:
         )
     path = _stack_beside(checkpoint, name)
     if checkpoint.is_symlink() and not os.path.lexists(path):
-        target = checkpoint.resolve()
+        target = Path(os.path.realpath(checkpoint))  # `resolve` raises for a loop of links
         # any other suffix: a blob of a download cache, named by its hash
         if target.is_dir() or target.suffix == ".safetensors":
             return _stack_beside(target, name)
@@ -98,7 +98,7 @@ def stack_path(checkpoint: str | Path, name: str = "") -> Path:
 
 def with_name(path: Path) -> Path:
     """A path that ends in . or .. as the folder it stands for; any other path as it is."""
-    return path.resolve() if path.name in ("", "..") else path
+    return Path(os.path.realpath(path)) if path.name in ("", "..") else path
 
 
 def _stack_beside(checkpoint: Path, name: str) -> Path:

@@ -19,6 +19,7 @@ from torch import Tensor
 from .errors import StackError
 from .files import CLIP_SKIP, metadata_in, with_name, write_whole
 from .loraconfig import DECLARED, WEIGHTS, LoraConfig, config_for
+from .progress import counted
 
 DOWN = (
     ".lora_down.weight",
@@ -167,10 +168,9 @@ class Rest:
     uncounted: int = 0
 
     def described(self) -> str:
-        one = self.layers == 1
         text = (
-            f"{self.layers} layer{'' if one else 's'} besides K and V of cross-attention, which "
-            f"{'is' if one else 'are'} {self.share:.0%} of its change by squared norm"
+            f"{counted(self.layers, 'layer')} besides K and V of cross-attention, which "
+            f"{'is' if self.layers == 1 else 'are'} {self.share:.0%} of its change by squared norm"
         )
         if self.uncounted:
             text += (

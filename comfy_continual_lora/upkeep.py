@@ -15,7 +15,15 @@ from typing import Any
 from . import history as stack_history
 from .checkpoint.path import check_path
 from .errors import SettingError, StackError, TokenError
-from .files import STACKS, check_names, checkpoint_of, checkpoints_in, real_file, snapshots_of
+from .files import (
+    STACKS,
+    check_names,
+    checkpoint_of,
+    checkpoints_in,
+    real_file,
+    snapshots_of,
+    stack_path,
+)
 from .keeping import add_version, new_change, rewrite, writing
 from .mentions import in_other_words
 from .presets import PLAIN_NAME_PRESETS
@@ -117,7 +125,9 @@ def stacks_in(folder: Path) -> ListResult:
         stacks.setdefault(checkpoint_of(stack, known), []).append(stack)
     rows: list[Listed] = []
     for checkpoint in checkpoints:
-        own = stacks.get(checkpoint, ())
+        own = stacks.get(checkpoint, [])
+        if (usual := stack_path(checkpoint)) not in own and os.path.exists(usual):
+            own = [usual, *own]  # a link has the stack of its target
         rows += [_listed(checkpoint, stack) for stack in own] or [Listed(checkpoint)]
     # of diffusers folders, and of checkpoints that are elsewhere
     rows += [_listed(None, stack) for stack in stacks.get(None, ())]

@@ -282,6 +282,16 @@ def test_a_link_to_nothing_is_told(tmp_path: Path) -> None:
         check_path(path)
 
 
+@pytest.mark.parametrize("operation", ["info", "undo", "forget", "draw"])
+def test_a_loop_of_links_is_told(tmp_path: Path, operation: str) -> None:
+    path = tmp_path / "a.safetensors"
+    path.symlink_to(path.name)
+    given = {"forget": {"token": "V1"}, "draw": {"prompts": ["a mug"]}}.get(operation, {})
+    request = parse(OPERATIONS[operation].request, {"checkpoint": str(path), **given})
+    with pytest.raises(CheckpointError, match="a link that leads to nothing"):
+        OPERATIONS[operation](request)
+
+
 @pytest.mark.parametrize("change", ["undo", "restore", "rename"])
 def test_a_misspelled_checkpoint_is_named_before_its_stack(
     thin_file: Path, tmp_path: Path, change: str

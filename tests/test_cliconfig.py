@@ -255,6 +255,25 @@ def test_a_stack_is_listed_with_the_checkpoint_of_the_longest_name(tmp_path: Pat
     }
 
 
+def test_a_link_is_listed_with_its_targets_stack(tmp_path: Path) -> None:
+    folder, target = tmp_path / "models", tmp_path / "disk" / "sd.safetensors"
+    for parent in (folder, target.parent):
+        parent.mkdir()
+    target.touch()
+    own, named = stack_path(target), stack_path(folder / "link.safetensors", "dogs")
+    (folder / "link.safetensors").symlink_to(target)
+    (folder / "loop.safetensors").symlink_to("loop.safetensors")
+    for stack in (own, named):
+        store.save_stack(make_stack(1), stack)
+    rows = upkeep.stacks_in(folder).rows
+    assert [(row.checkpoint, row.stack_file) for row in rows] == [
+        (folder / "link.safetensors", own),
+        (folder / "link.safetensors", named),
+        (folder / "loop.safetensors", None),
+    ]
+    assert rows[0].names == ["V1 mug"]
+
+
 # The first weights of files as their programs write them
 NETS = {
     "sd15": ["model.diffusion_model.input_blocks.0.0.weight", "first_stage_model.quant_conv.bias"],
