@@ -137,9 +137,14 @@ def read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
                 f"There is no file {path}. Expected a .safetensors file, or PEFT's folder with "
                 f"{WEIGHTS}."
             )
+        path.open("rb").close()  # safetensors calls a file missing that may not be read
         with safe_open(path, framework="pt") as file:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
             return tensors, file.metadata() or {}
+    except PermissionError as error:
+        raise StackError(
+            f"{path} can't be read ({error.strerror}). Give this user permission to read it."
+        ) from None
     except (SafetensorError, OSError) as error:
         raise StackError(
             f"{path} can't be read ({error}): it is truncated or not a safetensors file. Pickles "

@@ -16,10 +16,11 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
+from comfy_continual_lora import lorafile
 from comfy_continual_lora.checkpoint.backbone import Backbone
 from comfy_continual_lora.checkpoint.load import load_backbone, open_checkpoint
 from comfy_continual_lora.checkpoint.path import check_path
-from comfy_continual_lora.errors import CheckpointError
+from comfy_continual_lora.errors import CheckpointError, StackError
 from comfy_continual_lora.files import stack_path
 from comfy_continual_lora.operations import OPERATIONS
 from comfy_continual_lora.requests import parse
@@ -280,6 +281,25 @@ def test_a_link_to_nothing_is_told(tmp_path: Path) -> None:
     path.symlink_to("moved.safetensors")
     with pytest.raises(CheckpointError, match="a link that leads to nothing"):
         check_path(path)
+
+
+def test_a_file_without_permission_is_told(tmp_path: Path) -> None:
+    if os.name != "posix" or os.geteuid() != 0:
+        pytest.skip("two users, so root")
+    path = tmp_path / "a.safetensors"
+    save_file({"a": torch.zeros(1)}, path)
+    path.chmod(0o600)
+    for outer in (tmp_path, *tmp_path.parents[:3]):
+        outer.chmod(outer.stat().st_mode | 0o055)
+    os.seteuid(65534)
+    try:
+        told = rf"{path} can't be read \(Permission denied\)\. Give this user permission"
+        with pytest.raises(CheckpointError, match=told), open_checkpoint(path):
+            pass
+        with pytest.raises(StackError, match=told):
+            lorafile.read(path)
+    finally:
+        os.seteuid(0)
 
 
 @pytest.mark.parametrize("operation", ["info", "undo", "forget", "draw"])

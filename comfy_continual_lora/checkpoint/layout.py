@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -66,8 +66,15 @@ def open_safetensors(path: Path) -> Iterator[Any]:
 def _unreadable(path: Path, error: Exception) -> CheckpointError:
     start = b""
     if path.is_file():
-        with suppress(OSError), open(path, "rb") as file:
-            start = file.read(32)
+        try:
+            with open(path, "rb") as file:
+                start = file.read(32)
+        except PermissionError as denied:  # safetensors calls such a file missing
+            return CheckpointError(
+                f"{path} can't be read ({denied.strerror}). Give this user permission to read it."
+            )
+        except OSError:
+            pass
     for beginning, (kind, advice) in _BEGINNINGS.items():
         if start.startswith(beginning):
             return CheckpointError(f"{path} is {kind}, not a .safetensors file ({error}). {advice}")
