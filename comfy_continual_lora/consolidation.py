@@ -86,6 +86,14 @@ def shortened(stack: ConceptStack, count: int) -> tuple[ConceptStack, bool]:
     return after, newest not in stack.pool and bool(after.pool or after.targets)
 
 
+def stays_solved(stack: ConceptStack, shorter: ConceptStack) -> bool:
+    """Whether the first concepts, `shorter`, need a solution because the stack's adapter is one: what
+    was trained up to the newest of them has spoiled the ones before.
+    """
+    is_solution = bool(stack.records) and stack.can_solve(stack.records[-1].id)
+    return is_solution and sum(map(bool, own_adapters(shorter))) > 1
+
+
 def undone(stack: ConceptStack) -> ConceptStack:
     """Without the newest concept, and with the adapter before it.
 

@@ -112,6 +112,8 @@ def _without(session: Session, number: int, settings: SolveSettings) -> ConceptS
     unlearned: list[PromptRows] = []
     if number == len(stack.records) - 1:
         after, solves = consolidation.shortened(stack, number)
+        if consolidation.stays_solved(stack, after):
+            after, solves = with_targets(session, after, [number - 1], own_adapters(after)), True
     else:
         consolidation.check_solvable(stack)
         later = range(number + 1, len(stack.records))

@@ -593,6 +593,27 @@ def test_forgetting_the_newest_is_undo(two: Path) -> None:
         pipeline.forget(requests.ForgetRequest(two, "V9", device="cpu"))
 
 
+def test_forgetting_the_newest_keeps_what_consolidating_brought_back(
+    learned: Callable[..., Path],
+) -> None:
+    checkpoint = learned(QUICKER, *NOUNS)
+    trained = stack_of(checkpoint)
+    solved = pipeline.consolidate_in_closed_form(requests.SolveRequest(checkpoint, device="cpu"))
+    pipeline.forget(requests.ForgetRequest(checkpoint, "V3", device="cpu"))
+    after = stack_of(checkpoint)
+    assert list(after.tokens) == ["V1", "V2"]
+    own = targets.about_one(after, targets.targets_of(after, targets.own_adapters(trained)[:2]))
+    assert after.adapter
+    lost = {one.name: targets.relative_drift(after.adapter, one) for one in own}
+    assert lost["V1"] < solved.before["V1"] / 2
+    assert max(lost.values()) < 1.2 * max(solved.after[token] for token in lost)
+    # the first one alone has nothing to agree with
+    pipeline.forget(requests.ForgetRequest(checkpoint, "V2", device="cpu"))
+    alone, first = stack_of(checkpoint).adapter, trained.pool[trained.records[0].id]
+    assert alone
+    assert all(torch.equal(alone[name], tensor) for name, tensor in first.items())
+
+
 def test_merging_two_stacks(
     learned: Callable[..., Path], folders: dict[str, Path], backbone: Backbone, tmp_path: Path
 ) -> None:
