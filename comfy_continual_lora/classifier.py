@@ -5,9 +5,9 @@ predictions.
                                                                    that the comparison is paired
     p(c_i | x)     = softmax_i( - E_{t,eps}[e_i] / tau )
 
-Shapes: n pictures (latents (n, 4, h, w)), k prompts, s draws of (t, eps). Errors are means over c,
-h, w; of v if the net predicts v. tau is calibrated: the gaps between mean errors are 1e-3 to 1e-2,
-so tau = 1 would make p uniform, and summed errors would saturate it.
+Shapes: n pictures (latents (n, c, h, w)), k prompts, s draws of (t, eps). Errors are means over c,
+h, w, of whatever the net predicts (`diffusion`). tau is calibrated: the gaps between mean errors
+are 1e-3 to 1e-2, so tau = 1 would make p uniform, and summed errors would saturate it.
 
 Source: Li et al. 2023 (Diffusion Classifier, arXiv 2303.16203) for scores, pairing and staged
 elimination; Jha et al. 2025 for their use in learning (`log_posterior`, `subset`,
@@ -41,7 +41,7 @@ NONE, NOTHING = "none of these", "a photo"
 def predictions(backbone: Backbone, noisy: Tensor, timestep: Tensor, features: Tensor) -> Tensor:
     """The net's predictions for every picture and prompt, in one batch.
 
-    noisy (n, 4, h, w), timestep (n,), features (k, 77, d) -> (n, k, 4, h, w).
+    noisy (n, c, h, w), timestep (n,), features (k, tokens, d) -> (n, k, c, h, w).
     """
     n, k = len(noisy), len(features)
     rows = backbone.predict(
@@ -51,7 +51,7 @@ def predictions(backbone: Backbone, noisy: Tensor, timestep: Tensor, features: T
 
 
 def errors(predicted: Tensor, target: Tensor) -> Tensor:
-    """e_i: predicted (n, k, 4, h, w), target (n, 4, h, w) -> (n, k)."""
+    """e_i: predicted (n, k, c, h, w), target (n, c, h, w) -> (n, k)."""
     return loss_per_example(
         predicted.flatten(0, 1), target.repeat_interleave(predicted.shape[1], 0)
     ).unflatten(0, predicted.shape[:2])
@@ -62,7 +62,7 @@ def trial_errors(
 ) -> Tensor:
     """e_i of every picture at its own draw, (n, k).
 
-    latents and noise (n, 4, h, w), timestep (n,), features (k, 77, d).
+    latents and noise (n, c, h, w), timestep (n,), features (k, tokens, d).
     """
     noisy, target = noised(backbone, latents, noise, timestep)
     return errors(predictions(backbone, noisy, timestep, features), target)
@@ -115,7 +115,7 @@ def calibration_errors(
 ) -> Tensor:
     """One-trial errors (draws, k) of the concept's own pictures, for `calibrate`.
 
-    features: prompts (k, 77, d); the net sees at most `rows` rows at once.
+    features: prompts (k, tokens, d); the net sees at most `rows` rows at once.
     """
     trials = []
     done = 0
@@ -165,7 +165,7 @@ def prompts_of(records: Sequence[ConceptRecord]) -> dict[str, str]:
 
 
 def candidates(records: Sequence[ConceptRecord], text: FrozenText) -> dict[str, Tensor]:
-    """The prompts (77, d) that `classify` compares, named as in `prompts_of`."""
+    """The prompts (tokens, d) that `classify` compares, named as in `prompts_of`."""
     prompts = prompts_of(records)
     return dict(zip(prompts, text(list(prompts.values())), strict=True))
 
@@ -179,7 +179,7 @@ def classify(
     settings: ScoreSettings,
     on_progress: OnProgress = ignore,
 ) -> Scores:
-    """Score one picture (4, h, w) against named prompts (77, d) with the attached adapter.
+    """Score one picture (c, h, w) against named prompts (tokens, d) with the attached adapter.
 
     All share timesteps and noise; after each stage the worse half drops out. A candidate that
     dropped out keeps the mean of its trials, relative to the best one's on the same trials.

@@ -28,7 +28,7 @@ from .stack import ConceptRecord, ConceptStack
 class Concept:
     """What is learned.
 
-    Latents (4, h, w), prompts and masks (1, h, w); without masks every pixel counts. Latent i has
+    Latents (c, h, w), prompts and masks (1, h, w); without masks every pixel counts. Latent i has
     prompts[i % len(prompts)] and masks[i]. Mirrored images come after the others.
     """
 

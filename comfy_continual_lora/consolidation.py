@@ -62,8 +62,9 @@ def consolidated(stack: ConceptStack, settings: SolveSettings) -> tuple[ConceptS
 def as_of(stack: ConceptStack, count: int, *, consolidated: bool = True) -> ConceptStack:
     """The stack as it was with its first `count` concepts.
 
-    `consolidated` false: before the newest of them was consolidated. An adapter that was trained is
-    the same; a solution is solved for again, for today's ordinary prompts.
+    `consolidated` false: before the stack's newest concept was consolidated, if it is among them.
+    An adapter that was trained is the same; a solution is solved for again, for today's ordinary
+    prompts.
     """
     count = max(count, 0)
     if count >= len(stack.records):

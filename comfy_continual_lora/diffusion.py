@@ -40,7 +40,7 @@ def alphas_cumprod(zero_snr: bool = False, device: torch.device | None = None) -
 
 
 def add_noise(clean: Tensor, noise: Tensor, timestep: Tensor, alphas: Tensor) -> Tensor:
-    """z_t = sqrt(a_t) z_0 + sqrt(1 - a_t) eps. clean, noise (n, 4, h, w), timestep (n,)."""
+    """z_t = sqrt(a_t) z_0 + sqrt(1 - a_t) eps. clean, noise (n, c, h, w), timestep (n,)."""
     alpha = alphas[timestep].view(-1, 1, 1, 1)
     return alpha.sqrt() * clean + (1 - alpha).sqrt() * noise
 
@@ -48,7 +48,7 @@ def add_noise(clean: Tensor, noise: Tensor, timestep: Tensor, alphas: Tensor) ->
 def noised(
     backbone: Backbone, clean: Tensor, noise: Tensor, timestep: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """z_t and the target of the prediction; all (n, 4, h, w), timestep (n,)."""
+    """z_t and the target of the prediction; all (n, c, h, w), timestep (n,)."""
     if backbone.prediction == "flow_prediction":
         share = (timestep / TIMESTEPS).view(-1, 1, 1, 1)
         return (1 - share) * clean + share * noise, noise - clean
@@ -76,7 +76,7 @@ def timestep_weight(backbone: Backbone, timestep: Tensor, weighting: str | None)
 
     The latter weighs high noise more, where an image's shapes and colours are decided and the error
     of eps is smallest. After Yu et al. 2023 (arXiv 2310.08442), whose 1 / sqrt(SNR) gives next to
-    nothing to the details. The other errors are larger there anyway and are left alone.
+    nothing to the details. Errors of v and of a flow are larger there anyway, and are left alone.
     """
     if weighting != "debiased" or backbone.prediction != "epsilon":
         return torch.ones(len(timestep), device=timestep.device)
@@ -109,10 +109,10 @@ def stratified(n: int, generator: torch.Generator) -> Tensor:
 def random_batch(
     latents: Sequence[Tensor], n: int, generator: torch.Generator
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Draw n of the latents: their indices (n,), latents (n, 4, h, w), timesteps (n,), noise.
+    """Draw n of the latents: their indices (n,), latents (n, c, h, w), timesteps (n,), noise.
 
-    All are on the latents' device. A batch has latents (4, h, w) of one shape; every latent is drawn
-    equally often.
+    All are on the latents' device. A batch has latents of one shape; every latent is drawn equally
+    often.
     """
     first = torch.randint(len(latents), (1,), generator=generator)
     alike = torch.tensor(

@@ -53,8 +53,8 @@ class Teachers:
 def dsc_terms(
     student: Tensor, teacher1: Tensor, teacher2: Tensor, target: Tensor, tau: float
 ) -> dict[str, Tensor]:
-    """The four terms, (n,) each: predictions (n, 3, 4, h, w) for c_n, c_i, c_0; target
-    (n, 4, h, w).
+    """The four terms, (n,) each: predictions (n, 3, c, h, w) for c_n, c_i, c_0; target
+    (n, c, h, w).
     """
     own, first, second = (errors(p, target) for p in (student, teacher1, teacher2))
     return {
@@ -65,8 +65,8 @@ def dsc_terms(
 
 
 def distillation_terms(student: Tensor, teacher1: Tensor, teacher2: Tensor) -> dict[str, Tensor]:
-    """b1 and b2, (n,) each: student (n, 2 or more, 4, h, w); teacher 1 for c_n and teacher 2 for
-    c_i, (n, 4, h, w).
+    """b1 and b2, (n,) each: student (n, 2 or more, c, h, w); teacher 1 for c_n and teacher 2 for
+    c_i, (n, c, h, w).
     """
     return {
         "b1": loss_per_example(student[:, 0], teacher1),

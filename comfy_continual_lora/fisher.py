@@ -6,7 +6,7 @@ information, from per-sample gradients.
 
 A sample is one (image, timestep, noise); template and c_k are shared by its batch. Gradients are
 squared per sample, then averaged; squaring the mean gradient of a batch is the classic error. No
-loop over samples is needed: a K or V projection maps text features c (rows, 77, d_text) to
+loop over samples is needed: a K or V projection maps text features c (rows, tokens, d_text) to
 (W0 + delta) c, so a sample's gradient in delta is the sum over its rows and tokens of
 (dL / d output) c^T, and the chain rule gives those of A and B.
 
@@ -39,7 +39,7 @@ from .settings import ResolvedSettings
 
 @dataclass(frozen=True)
 class FisherInputs:
-    """Latents (4, h, w) of the newest concept, its name ("V2 mug") and class noun, the names of
+    """Latents (c, h, w) of the newest concept, its name ("V2 mug") and class noun, the names of
     earlier concepts.
 
     `tau` is the temperature of the cross-entropy term; None leaves that term out.

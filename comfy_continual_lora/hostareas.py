@@ -133,7 +133,7 @@ class HostAreas:
     ) -> Tensor:
         """One call of the U-Net, made by `run`, whose cross-attention is to follow some parts.
 
-        The batch x (n, 4, h, w) with its context (n, t, d) consists of equal parts, one for each of
+        The batch x (n, c, h, w) with its context (n, t, d) consists of equal parts, one for each of
         `scenes`: a key that stays the same from step to step with what the part is drawn from, or
         None for a part that is drawn as ever. In the first step the net is called once more, to see
         where things are.

@@ -45,7 +45,7 @@ from .watch import LOOKS, Names, Watch
 class TrainingInputs:
     """What is learned, and the starting point.
 
-    Latents (4, h, w) and their prompts (latent i has prompts[i % len(prompts)]), the new token;
+    Latents (c, h, w) and their prompts (latent i has prompts[i % len(prompts)]), the new token;
     `words` are the earlier ones (frozen); `adapter` and `word` are the initial ones.
     """
 

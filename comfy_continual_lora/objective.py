@@ -32,7 +32,7 @@ def relative_errors(backbone: Backbone, latents: Sequence[Tensor], prompt: str) 
     """By objective, the squared error of the noise that the prediction stands for: the geometric mean
     over a few pictures and timesteps, because one timestep's error is a hundred times another's.
 
-    Errors of the predictions themselves can't be compared: their targets differ. latents (4, h, w).
+    Errors of the predictions themselves can't be compared: their targets differ. latents (c, h, w).
     """
     timestep = torch.tensor(_TRIED, device=backbone.device)
     features = backbone.encode_prompts([prompt]).expand(len(_TRIED), -1, -1)
@@ -54,7 +54,7 @@ def relative_errors(backbone: Backbone, latents: Sequence[Tensor], prompt: str) 
 
 
 def _noise(backbone: Backbone, noisy: Tensor, predicted: Tensor, timestep: Tensor) -> Tensor:
-    """The noise that a prediction stands for; all (n, 4, h, w), timestep (n,)."""
+    """The noise that a prediction stands for; all (n, c, h, w), timestep (n,)."""
     if backbone.prediction == "epsilon":
         return predicted
     if backbone.prediction == "flow_prediction":

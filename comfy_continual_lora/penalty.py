@@ -15,7 +15,7 @@ class Step:
     """What a penalty can use in a training step.
 
     The factors that are trained; while a concept is learned also the words by token, the step's
-    prompts (n,), their features (n, 77, d), and the LoRA that is frozen under the factors, if any.
+    prompts (n,), their features (n, t, d), and the LoRA that is frozen under the factors, if any.
     """
 
     factors: Mapping[str, Tensor]

@@ -4,8 +4,9 @@ at once, to every concept's target.
     delta = argmin  sum_j w_j E_{c of j} || (delta - delta_j) c ||^2  +  ridge || delta ||^2
           = ( sum_j w_j delta_j M_j ) G^-1
 
-    M_j = E c c^T over the prompts of j = R_j^T R_j      G = sum_j w_j M_j + ridge
+    M_j = E c c^T over the prompts of j = R_j^T R_j      G = sum_j w_j M_j + ridge I
     delta_j: the adapter right after j was learned, 0 for ordinary prompts
+    ridge: the setting `ridge` times what is `typical` of sum_j w_j M_j
 
 This minimises `textspace.drift` directly, without training steps, images or U-Net calls, and the
 same request gives the same bytes. The best product of rank k is delta projected onto the k leading
@@ -57,8 +58,8 @@ class Target:
 
 
 def rows_of(moment: Tensor, share: float = 1.0) -> Tensor:
-    """The fewest rows (k, d_text) whose second moment is this one (d_text, d_text), up to all but
-    this share of its trace, the largest direction aside (it belongs to what all prompts share);
+    """The fewest rows (k, d_text) whose second moment keeps this share of a moment's trace, the
+    largest direction aside (it belongs to what all prompts share): moment (d_text, d_text) -> rows,
     float32, in descending order.
     """
     values, vectors = torch.linalg.eigh(moment.double())

@@ -68,7 +68,7 @@ class PromptBank:
         self.moments = MomentCache(backbone, cache)
         self.on_progress = on_progress
         self._alone: dict[str, Tensor] = {}  # by id
-        self._pairs: dict[tuple[str, str], Tensor] = {}  # by ids, (77, d)
+        self._pairs: dict[tuple[str, str], Tensor] = {}  # by ids, (t, d)
 
     # --- ordinary prompts ---------------------------------------------------------------------
 

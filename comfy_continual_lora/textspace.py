@@ -1,17 +1,17 @@
 """Stage 4: text space - K and V see nothing but text features, so what an adapter does to a prompt
 can be computed without an image.
 
-    K     = (W0 + delta) c        c (d,): the text features of a prompt at one of its 77 positions
+    K     = (W0 + delta) c        c (d,): the text features of a prompt at one of its positions
     M     = E_c c c^T             (d, d)
     drift = E_c || (delta - delta*) c ||^2              / E_c || W0 c ||^2
           = tr[ (delta - delta*) M (delta - delta*)^T ] / tr[ W0 M W0^T ]
 
-The stack stores the words and templates of earlier concepts, so M can be computed at any time: one
-(d, d) matrix stands for every prompt about them, and the drift is exact, not sampled. Penalising it
-protects ordinary prompts, including the empty one (delta* = 0: the checkpoint), and, if no closed
-form follows, earlier concepts (delta* = their own adapters). Optionally it also keeps the new
-concept's look off the padding of its own prompts, where it would mix with another's. M also gives
-the coordinates that a concept is learned in under this penalty.
+The stack keeps M of ordinary prompts, and nearly all of each concept's M as a few rows (`stack`).
+M stands for all of its prompts, so the drift is their mean, not a sample's. Penalising it protects
+ordinary prompts, including the empty one (delta* = 0: the checkpoint), and, if no closed form
+follows, earlier concepts (delta* = their own adapters). Optionally it also keeps the new concept's
+look off the padding of its own prompts, where it would mix with another's. M also gives the
+coordinates that a concept is learned in under this penalty.
 """
 
 from __future__ import annotations
@@ -210,8 +210,8 @@ def moment(
     """M, the mean of c c^T over prompts and positions, (d, d) float32.
 
     `share`: the total weight of the positions up to a prompt's end; the padding has the rest. None:
-    all positions weigh the same, which leaves a prompt's words a seventh or less. `on_batch` is
-    called with the number of prompts that are done, and may raise to stop.
+    all positions weigh the same, which leaves a short prompt's words a seventh or less. `on_batch`
+    is called with the number of prompts that are done, and may raise to stop.
     """
     sums = torch.zeros(2, backbone.word_width, backbone.word_width, device=backbone.device)
     counts = [0, 0]

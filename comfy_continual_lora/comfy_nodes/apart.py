@@ -154,7 +154,7 @@ def with_areas(model: Any, preset: str, masks: Tensor | None = None) -> Any:
 
 def found_masks(model: Any, samples: Tensor) -> Tensor:
     """The areas of what was sampled last, (pictures times things, 8h, 8w) in 0..1; `samples`
-    (n, 4, h, w) are the latents of it.
+    (n, c, h, w) are the latents of it.
 
     Errors: SettingError if no prompt named several learned things, or if MODEL drew nothing, or
     pictures of another number or size last.

@@ -4,10 +4,11 @@ does to its prompts.
 source      ours, not in Jha et al. 2025; relatives: see `solve`
 equation    the loss of `lora`; then, exactly (`solve`),
             delta = argmin sum_j E_{c of j} || (delta - delta_j) c ||^2
+                           + w E_{ordinary c} || delta c ||^2
 remembers   for each concept, what its own adapter did to its own prompts, as a low-rank LoRA, and
             the second moment of these prompts, as rows
-cost        `lora` + encoding 1,024 prompts per checkpoint and a few dozen per concept, once, and
-            one solve per layer: seconds
+cost        `lora` + encoding some 1,400 prompts per checkpoint, once, and fewer than a hundred per
+            concept + one solve per layer: seconds
 deviations  not applicable; ordinary prompts, including the empty one, are held at the checkpoint's
             output, which none of the paper's ten systems does
 """

@@ -7,8 +7,8 @@ equation    the loss of `custom_diffusion` + lambda sum F* (theta - theta*)^2;  
 remembers   one Fisher per concept, as large as K and V
 cost        `custom_diffusion` + 256 per-sample gradients per concept; the penalty is a few
             elementwise operations per step
-deviations  as `custom_diffusion`; each Fisher is rescaled to mean 1; its figures here are of the
-            mini-SD and other pictures, so only orders can be compared with the paper's
+deviations  those of `custom_diffusion` and of `lora_ewc`; figures here are of the mini-SD and other
+            pictures, so only orders can be compared with the paper's
 """
 
 from __future__ import annotations

@@ -4,10 +4,10 @@ source      row "LoRA + DMC" of Jha et al. 2025, after Zhang et al. 2020 (arXiv 
 equation    the loss of `lora`; then (`dsc`)
             b1 || eps_T1(c_n) - eps_S(c_n) ||^2 + b2 || eps_T2(c_i) - eps_S(c_i) ||^2
 remembers   the pool of past LoRAs
-cost        `lora` + a few hundred steps of two student rows and two teacher rows
+cost        `lora` + `dsc_steps` steps of two student rows and two teacher rows
 deviations  the row's name leaves open which of DSC's terms it has: we read it as distillation
-            without scores; figures here are of the mini-SD and other
-            pictures, so only orders can be compared with the paper's
+            without scores; figures here are of the mini-SD and other pictures, so only orders can
+            be compared with the paper's
 """
 
 from __future__ import annotations

@@ -4,8 +4,8 @@ Scores Consolidation.
 source      row "LoRA + DMC + EWC + DC" of Jha et al. 2025, the paper's proposal
 equation    `lora_ewc_dc`; then L_DSC with all its terms (`dsc`)
 remembers   the pool of past LoRAs, one Fisher per concept, tau
-cost        the sum of both, with three rows for student and teachers
-deviations  those of `lora_ewc_dc`
+cost        the sum of both, with three rows each for the student and both teachers
+deviations  those of `lora_ewc_dc`; the score terms are multiplied by tau (`dsc`)
 """
 
 from __future__ import annotations

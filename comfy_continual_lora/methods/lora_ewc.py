@@ -7,7 +7,8 @@ equation    the loss of `lora` + lambda sum F* (theta - theta*)^2;  F from the d
 remembers   one Fisher per concept, as large as the LoRA
 cost        `lora` + 256 per-sample gradients per concept; the penalty is a few elementwise
             operations per step
-deviations  each Fisher is rescaled to mean 1, and the penalty divided by the root of their number
+deviations  each Fisher is rescaled to mean 1, and the penalty divided by the root of the number of
+            parameters (`ewc`)
 """
 
 from __future__ import annotations

@@ -16,8 +16,8 @@ equation    the loss of `lora`
             This restores what learning took from earlier concepts, so they need not be held while
             learning
 remembers   what `closed_form` does
-cost        `lora` + encoding 1,024 prompts per checkpoint, once, and a few dozen per concept + one
-            solve + a few products of (r, d) and (d, d) matrices per step
+cost        `lora` + encoding some 1,400 prompts per checkpoint, once, and fewer than a hundred per
+            concept + one solve + a few products of (r, d) and (d, d) matrices per step
 deviations  not applicable; holds ordinary prompts from the first concept on, which none of the
             paper's ten systems does. The solution has its own factors, so Fishers that other
             methods left on the stack are dropped

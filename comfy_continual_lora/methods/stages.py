@@ -37,7 +37,7 @@ def rows_at_once(settings: ResolvedSettings) -> int:
 
 
 def temperature(learned: LearnedConcept) -> float:
-    """For mean errors; summed errors at 1 are mean errors at 1 / (4 h w)."""
+    """For mean errors; summed errors at 1 are mean errors at 1 / (c h w)."""
     tau = learned.session.stack.tau
     assert tau is not None
     scales = {"calibrated": tau, "mean": 1.0, "sum": 1 / learned.concept.latents[0].numel()}
@@ -45,7 +45,7 @@ def temperature(learned: LearnedConcept) -> float:
 
 
 def calibrated(learned: LearnedConcept, adapter: Adapter | None) -> float:
-    """The temperature for a stack that has none yet, from 128 draws, or as many as learning had.
+    """The temperature for a stack that has none yet, from 128 draws, but no more than learning had.
 
     Runs twice a step's rows at once, because there is no backward pass.
     """
