@@ -201,8 +201,8 @@ def classify(
             clean = latent.to(backbone.device).expand_as(eps)
             for first in range(0, len(alive), settings.rows):
                 some = slice(first, first + settings.rows)
-                found = trial_errors(backbone, clean, eps, t, prompts[some])
-                error[part, alive[some]] = found.cpu()
+                trial = trial_errors(backbone, clean, eps, t, prompts[some])
+                error[part, alive[some]] = trial.cpu()
             on_progress(Progress("score", part.stop, trials))
         done = stop
         means = _weighted(error[:done, alive], weight[:done])

@@ -55,7 +55,7 @@ class FisherInputs:
 def fisher(
     backbone: Backbone,
     factors: Mapping[str, Tensor],
-    target: FisherInputs,
+    inputs: FisherInputs,
     text: FrozenText,
     settings: ResolvedSettings,
     on_progress: OnProgress,
@@ -64,7 +64,7 @@ def fisher(
     "<layer>.W" in the space of delta.
     """
     total: Adapter = {}
-    for layer, gradients in _sampled(backbone, factors, target, text, settings, on_progress):
+    for layer, gradients in _sampled(backbone, factors, inputs, text, settings, on_progress):
         for letter, gradient in gradients.items():
             square = gradient.square().sum(0)
             total[f"{layer}.{letter}"] = total.get(f"{layer}.{letter}", 0) + square
@@ -75,7 +75,7 @@ def fisher(
 def spectrum(
     backbone: Backbone,
     factors: Mapping[str, Tensor],
-    target: FisherInputs,
+    inputs: FisherInputs,
     text: FrozenText,
     settings: ResolvedSettings,
     layers: Sequence[str],
@@ -85,7 +85,7 @@ def spectrum(
     descending order, (top,) each.
     """
     rows: dict[str, list[Tensor]] = {layer: [] for layer in layers}
-    for layer, gradients in _sampled(backbone, factors, target, text, settings, lambda _: None):
+    for layer, gradients in _sampled(backbone, factors, inputs, text, settings, lambda _: None):
         if layer in rows:
             rows[layer].append(torch.cat([g.flatten(1) for g in gradients.values()], 1))
     return {layer: top_eigenvalues(torch.cat(parts), top) for layer, parts in rows.items()}
@@ -103,23 +103,23 @@ def top_eigenvalues(gradients: Tensor, top: int) -> Tensor:
 def _sampled(
     backbone: Backbone,
     factors: Mapping[str, Tensor],
-    target: FisherInputs,
+    inputs: FisherInputs,
     text: FrozenText,
     settings: ResolvedSettings,
     on_progress: OnProgress,
 ) -> Iterator[tuple[str, dict[str, Tensor]]]:
     """The gradients of `settings.fisher_samples` samples, batch by batch and layer by layer.
 
-    A batch goes through the net in `settings.accumulate` parts or more, with at least one sample.
+    A batch goes through the net in `settings.accumulate` parts or more, of at least one sample each.
     """
-    prompts = 1 if target.tau is None else 2 + min(len(target.previous), settings.subset - 2)
+    prompts = 1 if inputs.tau is None else 2 + min(len(inputs.previous), settings.subset - 2)
     n, done, number = max(1, settings.batch // prompts), 0, 0
     at_once = max(1, settings.batch // settings.accumulate // prompts)
     scale = LossScale(backbone.unet.dtype)
     while done < settings.fisher_samples:
         n = min(n, settings.fisher_samples - done)
         generator = generator_for(settings.seed, "fisher", number)
-        loss = _loss_of_batch(backbone, target, text, settings.subset, n, generator)
+        loss = _loss_of_batch(backbone, inputs, text, settings.subset, n, generator)
         for start in range(0, n, at_once):
             rows = slice(start, min(n, start + at_once))
             yield from per_sample_gradients(
@@ -136,7 +136,7 @@ def _sampled(
 
 def _loss_of_batch(
     backbone: Backbone,
-    target: FisherInputs,
+    inputs: FisherInputs,
     text: FrozenText,
     k: int,
     n: int,
@@ -145,20 +145,20 @@ def _loss_of_batch(
     """L_F of n samples drawn with `generator`, (n,), or of some of these rows: the first prompt
     names c_n, the others c_0 and a random few of the previous concepts.
     """
-    _, clean, timestep, noise = random_batch(target.latents, n, generator)
+    _, clean, timestep, noise = random_batch(inputs.latents, n, generator)
     template = one_of(TEMPLATES, generator)
-    names = [target.name]
-    if target.tau is not None:
-        names += [target.noun, *subset(target.previous, k, generator)]
+    names = [inputs.name]
+    if inputs.tau is not None:
+        names += [inputs.noun, *subset(inputs.previous, k, generator)]
     features = text([template.format(name) for name in names])
-    noisy, wanted = noised(backbone, clean, noise, timestep)
+    noisy, target = noised(backbone, clean, noise, timestep)
 
     def loss(rows: slice = slice(None)) -> Tensor:
         predicted = predictions(backbone, noisy[rows], timestep[rows], features)
-        error = errors(predicted, wanted[rows])
-        if target.tau is None:
+        error = errors(predicted, target[rows])
+        if inputs.tau is None:
             return error[:, 0]
-        return error[:, 0] - log_posterior(error, target.tau)[:, 0]
+        return error[:, 0] - log_posterior(error, inputs.tau)[:, 0]
 
     return loss
 

@@ -99,9 +99,9 @@ def learn(
         trainable=inputs.trains_adapter,
         frozen_adapter=inputs.frozen_adapter,
     )
-    with compute_dtype(backbone, settings), ExitStack() as stack:
+    with compute_dtype(backbone, settings), ExitStack() as contexts:
         watch = _watch(backbone, inputs, settings)
-        factors = stack.enter_context(adapter)
+        factors = contexts.enter_context(adapter)
         frozen = None
         if inputs.frozen_adapter:
             frozen = {
@@ -115,7 +115,7 @@ def learn(
             watch.begin(lambda: {**inputs.words, inputs.token: word}, run.parameters)
 
         encode = _encoder(backbone, inputs, word)
-        stack.enter_context(backbone.text_aside())
+        contexts.enter_context(backbone.text_aside())
 
         def terms(step: int, rows: slice) -> dict[str, Tensor]:
             return _terms(backbone, inputs, settings, factors, frozen, word, encode, step, rows)

@@ -48,8 +48,8 @@ def relative_errors(backbone: Backbone, latents: Sequence[Tensor], prompt: str) 
             schedule = name == "flow", judged.zero_snr
             if schedule not in predicted:
                 predicted[schedule] = backbone.predict(noisy, timestep, features)
-            found = _noise(judged, noisy, predicted[schedule], timestep)
-            errors[name].append((found - noise).square().flatten(1).mean(1).log())
+            implied = _noise(judged, noisy, predicted[schedule], timestep)
+            errors[name].append((implied - noise).square().flatten(1).mean(1).log())
     return {name: float(torch.cat(own).mean().exp()) for name, own in errors.items()}
 
 

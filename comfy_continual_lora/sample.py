@@ -92,8 +92,8 @@ def draw(
     apart = {} if settings.mixed or count > 1 else nouns or {}
     areas = areas or AreaSettings(FINE[backbone.preset])
     drawing = _Drawing(backbone, DrawnText(backbone, words), settings, areas, on_progress, count)
-    found = {one: drawing.scene(one, apart) for one in dict.fromkeys(one[0] for one in parts)}
-    scenes = [found[one[0]] for one in parts]
+    scene_of = {one: drawing.scene(one, apart) for one in dict.fromkeys(one[0] for one in parts)}
+    scenes = [scene_of[one[0]] for one in parts]
     alike: dict[tuple[int, ...], list[int]] = {}  # pictures that can be drawn in one batch
     for number, scene in enumerate(scenes):
         alike.setdefault(drawing.kind(parts[number], scene), []).append(number)

@@ -176,7 +176,7 @@ def with_prompts(
     records = stack.records
     missing = {n for n, record in enumerate(records) if record.id not in stack.prompts}
     work = sorted({*missing, *_near(missing, len(records)), *changed})
-    found = {}
+    encoded = {}
     for done, number in enumerate(work):
         bank.on_progress(Progress("solve", done, len(work)))
         record = records[number]
@@ -184,9 +184,9 @@ def with_prompts(
         alone = kept.alone if kept else rows_of(bank.alone(record), KEPT).half()
         shared = bank.shared(records, number)
         rows = rows_of(shared, KEPT).half() if shared.any() else alone[:0]
-        found[record.id] = PromptRows(alone, rows)
+        encoded[record.id] = PromptRows(alone, rows)
     every = [*(record.noun for record in records), *nouns]
-    return stack.with_prompts(found, bank.ordinary(every, stack.ordinary, language))
+    return stack.with_prompts(encoded, bank.ordinary(every, stack.ordinary, language))
 
 
 def has_prompts(stack: ConceptStack, language: float) -> bool:

@@ -87,7 +87,8 @@ class Run:
         self.parameters, self.optimizer = parameters, optimizer
         self.steps, self.scale, self.path = steps, scale, path
         self.asked, self.identity = asked, identity(asked)
-        self.step, self.losses, self.whole = 0, [], True
+        self.step, self.losses = 0, []
+        self.between_steps = True  # parameters, optimizer and losses are of the same step
         self.watch: Watcher | None = None
 
     def train(
@@ -129,7 +130,7 @@ class Run:
         except TrainingError:
             raise
         except BaseException:
-            if self.whole:
+            if self.between_steps:
                 self.save()
             raise
 
@@ -159,12 +160,12 @@ class Run:
             p.grad = None if p.grad is None else p.grad / self.scale.value
         total = average(parameters, total)
         norm = nn.utils.clip_grad_norm_(parameters, self.settings.clip)
-        self.whole = False
+        self.between_steps = False
         if self.scale.fits(norm):
             self.optimizer.step()
         self.step += 1
         self.losses.append(total)
-        self.whole = True
+        self.between_steps = True
         return parts
 
     @property
