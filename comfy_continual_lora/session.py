@@ -34,13 +34,13 @@ if TYPE_CHECKING:
     from .concept import Concept
 
 _OUT_OF_MEMORY = re.compile("out of memory|can't allocate memory|not enough memory", re.IGNORECASE)
-_LESS_MEMORY = {  # by setting
-    "checkpointing": "turn on `checkpointing`",
-    "accumulate": "increase `accumulate`",
-    "precision": "set `precision` to fp8",
-    "size": "reduce `size`",
-    "batch": "reduce `batch`",
-    "rows": "reduce `rows`",
+_LESS_MEMORY = {  # by setting: the value that needs least, and how to get there
+    "checkpointing": (True, "turn on `checkpointing`"),
+    "accumulate": (256, "increase `accumulate` (at most to `batch`)"),
+    "precision": ("fp8", "set `precision` to fp8"),
+    "size": (64, "reduce `size`"),
+    "batch": (1, "reduce `batch`"),
+    "rows": (1, "reduce `rows`"),
 }
 
 
@@ -237,7 +237,11 @@ def explain_oom(request: Request) -> Iterator[None]:
             raise
         lines = str(error).strip().splitlines()
         settings = getattr(request, "settings", None)
-        ways = [way for name, way in _LESS_MEMORY.items() if hasattr(settings, name)]
+        ways = [
+            way
+            for name, (least, way) in _LESS_MEMORY.items()
+            if hasattr(settings, name) and getattr(settings, name) != least
+        ]
         less = ", or ".join(ways) or "close other programs"
         message = (
             f"Out of memory ({lines[0] if lines else 'main memory'}). To use less, {less}. The "

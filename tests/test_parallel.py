@@ -16,6 +16,7 @@ from comfy_continual_lora import parallel, pipeline, requests, store
 from comfy_continual_lora.adapters.adapter import Adapter
 from comfy_continual_lora.errors import SettingError, TrainingError
 from comfy_continual_lora.progress import Progress
+from comfy_continual_lora.session import explain_oom
 from comfy_continual_lora.settings import LearnSettings
 
 ROOT = Path(__file__).parents[1]
@@ -224,7 +225,7 @@ def test_too_little_memory_says_what_to_lower_and_the_run_goes_on_with_less(
     monkeypatch.setattr(learn, "noised", short)
     with pytest.raises(
         TrainingError,
-        match=r"Out of memory.*checkpointing.*accumulate.*size.*batch.*resumes from its "
+        match=r"Out of memory.*checkpointing.*accumulate.*precision.*batch.*resumes from its "
         r"snapshot",
     ):
         pipeline.learn_concept(request)
@@ -233,6 +234,20 @@ def test_too_little_memory_says_what_to_lower_and_the_run_goes_on_with_less(
     less = replace(request, settings=replace(request.settings, checkpointing=True, accumulate=2))
     pipeline.learn_concept(less, lambda p: steps.append(p) if p.stage == "learn" else None)
     assert steps[0].step == 4
+
+
+def test_nothing_is_to_be_lowered_that_is_as_low_as_it_gets(
+    checkpoint: Path, pictures: Path
+) -> None:
+    least = replace(QUICK, checkpointing=True, accumulate=256, precision="fp8", size=64, batch=1)
+    for settings, ways in (
+        (replace(least, checkpointing=False), "turn on checkpointing"),
+        (replace(least, batch=4, size=128), "reduce size, or reduce batch"),
+        (least, "close other programs"),
+    ):
+        request = requests.LearnRequest(checkpoint, pictures, "V1", "ball", settings)
+        with pytest.raises(TrainingError, match=f"To use less, {ways}. The"), explain_oom(request):
+            raise MemoryError
 
 
 def test_another_runtime_error_is_not_taken_for_it(
