@@ -1,8 +1,9 @@
 """Stage 8: how much a user's stack retains, and whether it looks like the user's pictures at all.
 
-The stack holds the LoRA as it was after every concept, so its whole history can be drawn: each
-concept after each that came with it or later, by the same prompts and seeds. Its pictures, and those
-that the checkpoint draws for its noun, are compared with its reference (equations: `verdicts`).
+The stack holds, or can be solved for, the LoRA as it was after every concept, so its whole history
+can be drawn: each concept as learned and after every later one, by the same prompts and seeds. Its
+pictures, and those that the checkpoint draws for its noun, are compared with its reference
+(equations: `verdicts`).
 
 in: a backbone and its stack - out: `RetentionReport`. The reference is, of what there is, the first
 of: the user's own pictures, their features in the stack (`likeness`), the thumbnail in the stack;

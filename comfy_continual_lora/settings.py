@@ -158,8 +158,8 @@ class RetentionSettings(Settings):
     )
     retention_ordinary: float = setting(
         1.0,
-        "weight of ordinary prompts in that penalty, where all earlier concepts together have 3; a "
-        "lower one learns more and leaks more",
+        "weight of ordinary prompts in that penalty, where an earlier concept has 1, and all "
+        "together at most 3; a lower one learns more and leaks more",
         low=0,
         group="retention",
     )

@@ -1,9 +1,9 @@
 """Operations by the closed form - consolidate, select, forget, merge - and export, which may select.
 Part of the pipeline, which re-exports them.
 
-A stack keeps what the closed form needs of its concepts. The checkpoint is opened only to encode
-what an older stack lacks, or prompts whose neighbors changed; consolidating and selecting what was
-learned by `retention` takes no checkpoint at all.
+A stack keeps what the closed form needs of its concepts. But for merging, the checkpoint is opened
+only to encode what an older stack lacks, or prompts whose neighbors changed; consolidating and
+selecting what was learned by `retention` takes no checkpoint at all.
 """
 
 from __future__ import annotations
@@ -74,7 +74,7 @@ def chosen(session: Session, tokens: Sequence[str], settings: SolveSettings) -> 
 def export(request: ExportRequest, on_progress: OnProgress = ignore) -> Exported:
     """Write the stack as one LoRA and one embedding per word.
 
-    Only solving for some concepts (`only`) opens the checkpoint.
+    The checkpoint is opened at most to solve for some concepts (`only`).
     """
     request.check()
     for folder in filter(None, (request.out, request.embeddings)):

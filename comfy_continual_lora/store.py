@@ -2,7 +2,7 @@
 
     adapter.<layer>.<part>                the current adapter
     before.<layer>.<part>                 the adapter before the newest concept was consolidated
-    pool.<concept id>.<layer>.<part>      the adapter after each earlier concept
+    pool.<concept id>.<layer>.<part>      the adapter after an earlier concept, if it was trained
     wish.<concept id>.<part>              a concept's target for the closed form (`targets`), int8;
                                           the layers, in order of their names, one below the other
     scale.<concept id>.<part>             what its numbers are multiplied by (`packed`), likewise

@@ -275,8 +275,8 @@ def retention_penalty(
     `ordinary`: the moment (d, d) of ordinary prompts. Each of the `earlier` concepts is held at what
     its own adapter did; a step costs the same for any number of them. Together they weigh at most
     MAX_EARLIER_WEIGHT, ordinary prompts `settings.retention_ordinary`. The moment of the latter is
-    shrunk, while the solve has it as it is: there it would take from the concepts and protect
-    nothing (benchmarks/LOG.md).
+    shrunk, while the solve has it as it is: there shrinkage would take from the concepts and
+    protect nothing (benchmarks/LOG.md).
     """
     device = backbone.device
     ordinary = shrunk(ordinary)

@@ -1,4 +1,4 @@
-"""Read-only operations on a stack: scores, pictures, evaluation, export, plan.
+"""Read-only operations on a stack: scores, pictures, evaluation, plan.
 
 Part of the pipeline, which re-exports these functions; none of them changes the stack file.
 """

@@ -6,8 +6,8 @@
 e: the squared error of the predicted noise on the pictures held out, one in five, weighted by their
 masks, at the same draws of timestep and noise at every look. The bare checkpoint is the floor, 0.
 moved: the mean over the earlier concepts, before what the method does for them after learning; 1 is
-as far as from their nouns. A look costs about as many forward passes as it has draws, and draws from
-no generator of the run, so that a run goes the same with it and without.
+as far as from their nouns. A look costs a forward pass for every draw, of the newest concept and of
+up to four earlier ones, and uses no generator of the run, so it changes nothing of the run.
 
 in: a backbone and the latents held out - out: `Watch`, which the training loop asks.
 """

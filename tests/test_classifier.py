@@ -6,6 +6,8 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -14,6 +16,7 @@ from torch import Tensor
 from comfy_continual_lora import classifier, pipeline
 from comfy_continual_lora.checkpoint.backbone import Backbone, FrozenText
 from comfy_continual_lora.diffusion import add_noise, alphas_cumprod, generator_for, stratified
+from comfy_continual_lora.methods.stages import temperature
 from comfy_continual_lora.progress import Progress
 from comfy_continual_lora.requests import ScoreRequest
 from comfy_continual_lora.results import Scored, ScoreResult
@@ -63,11 +66,15 @@ def test_errors_and_posterior_of_a_known_net() -> None:
         )
 
 
-def test_summed_errors_at_1_are_mean_errors_at_one_over_their_number() -> None:
-    mean = torch.rand(4, 3, generator=torch.Generator().manual_seed(0))
-    assert torch.allclose(
-        classifier.log_posterior(64 * mean, 1.0), classifier.log_posterior(mean, 1 / 64), atol=1e-5
+@pytest.mark.parametrize(("scale", "tau"), [("calibrated", 0.02), ("mean", 1), ("sum", 1 / 64)])
+def test_the_temperature_is_for_mean_errors(scale: str, tau: float) -> None:
+    """Of 64 numbers here, whose sum divided by 1 is their mean divided by 1 / 64."""
+    learned: Any = SimpleNamespace(
+        session=SimpleNamespace(stack=SimpleNamespace(tau=0.02)),
+        concept=SimpleNamespace(latents=[torch.zeros(4, 2, 8)]),
+        settings=LearnSettings(dc_scale=scale),
     )
+    assert temperature(learned) == tau
 
 
 def test_the_order_of_concepts_does_not_matter(backbone: Backbone) -> None:
