@@ -50,11 +50,6 @@ class ConceptImages:
     masks: tuple[Tensor, ...] | None = None
 
 
-def find_images(source: str | Path | Iterable[str | Path]) -> list[Path]:
-    """The picture files that `inventory` finds."""
-    return inventory(source).files
-
-
 def read_image(path: Path) -> Image.Image:
     """One image as upright 8-bit RGB. Errors: ConceptImagesError as `imagefile.read`."""
     return read(path).image

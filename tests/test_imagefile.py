@@ -18,6 +18,7 @@ from PIL import Image, features
 
 from comfy_continual_lora import concepts, imagefile
 from comfy_continual_lora.errors import ConceptImagesError, SettingError
+from comfy_continual_lora.inventory import inventory
 
 POSTSCRIPT = (
     b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\n%%EndComments\n(MARK) (w) file "
@@ -83,7 +84,7 @@ def test_the_formats_we_name_are_read_whatever_their_name(tmp_path: Path, kind: 
 @pytest.mark.skipif(not features.check("avif"), reason="this Pillow has no AVIF")
 def test_avif_is_read_where_pillow_can(tmp_path: Path) -> None:
     Image.new("RGB", (64, 48), (200, 30, 30)).save(tmp_path / "a.avif")
-    assert concepts.find_images(tmp_path) == [tmp_path / "a.avif"]
+    assert inventory(tmp_path).files == [tmp_path / "a.avif"]
     assert concepts.read_image(tmp_path / "a.avif").size == (64, 48)
 
 

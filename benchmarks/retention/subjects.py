@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from comfy_continual_lora import concepts
+from comfy_continual_lora.inventory import inventory
 from comfy_continual_lora.mini import trainset, world
 from comfy_continual_lora.mini.looks import Look
 
@@ -147,7 +148,7 @@ def of_folder(folder: Path, seed: int, size: int) -> list[Subject]:
     nouns = _nouns(folder / "dataset.json")
     found = []
     for inner in sorted(path for path in folder.iterdir() if path.is_dir()):
-        files = tuple(concepts.find_images(inner))
+        files = tuple(inventory(inner).files)
         if len(files) < 2:
             raise ValueError(f"{inner} has {len(files)} pictures; a subject needs two or more.")
         plain = " ".join("".join(c for c in inner.name if not c.isdigit()).split("_")).strip()
