@@ -106,7 +106,7 @@ class Areas:
         self.resized = {}
 
     def fits(self, count: int) -> bool:
-        """Whether a layer with this many places is one of the net's: something may merge places."""
+        """Whether the net has layers with this many places; an extension may merge some."""
         return math.prod(_size_of_layer(self.size, count)) == count
 
     def at(self, count: int) -> Tensor:

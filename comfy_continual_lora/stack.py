@@ -180,17 +180,16 @@ class ConceptStack:
         adapter: Adapter | None,
         *,
         fisher: Adapter | None = None,
-        keep_rank: bool = False,
     ) -> ConceptStack:
         """With one more concept on top; the previous adapter goes into the pool.
 
-        The stack takes the rank the concept was learned with, unless `keep_rank`.
+        The stack takes the rank the concept was learned with.
         """
         after = self._with_adapter_kept()
         after.records.append(record)
         after.words[record.id] = word
         after.adapter, after.unconsolidated = adapter, None
-        if adapter is not None and not keep_rank:
+        if adapter is not None:
             after.rank = record.settings.get("rank", self.rank)
         if fisher is not None:
             after.fishers[record.id] = fisher

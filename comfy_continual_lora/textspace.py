@@ -232,10 +232,12 @@ def moment(
     return words_moment if share is None else share * words_moment + (1 - share) * padding
 
 
-def shrunk(moment: Tensor, share: float = SHRINKAGE) -> Tensor:
-    """M + share typical(M): words that no sample has may lie in any direction, so none is free."""
+def shrunk(moment: Tensor) -> Tensor:
+    """M + SHRINKAGE typical(M) I: words that no sample has may lie in any direction, so all are
+    protected.
+    """
     size = typical(moment).to(moment.dtype)
-    return moment + share * size * torch.eye(len(moment), dtype=moment.dtype)
+    return moment + SHRINKAGE * size * torch.eye(len(moment), dtype=moment.dtype)
 
 
 def coordinates(moment: Tensor, ridge: float = 0.002) -> Tensor:

@@ -61,7 +61,7 @@ class Backbone(ABC):
     unet: Any  # the net that denoises, a U-Net or a transformer of diffusers
     vae: Any
     tokenizer: Any  # ordinary prompts are drawn from its vocabulary
-    preset: str  # which row of settings.PRESETS suits it
+    preset: str  # which row of presets.PRESETS suits it
     size: int  # pixels a side it was trained at
     fingerprint: str  # SHA-256 of the file's K/V weights: which checkpoint a stack was made for
     prediction: str = "epsilon"  # what the net predicts, a value of `PREDICTIONS`
