@@ -10,9 +10,10 @@ separate   one anchor per concept: theta*_i is the adapter after concept i, F*_i
 
 Online, concepts measured in different spaces (`fisher_space`) have one anchor for each space. N is
 an anchor's number of parameters. Each F_i has mean 1, because its own size depends on the net; but
-then the penalty grows with the net and with the rank. Divided by sqrt(N), its gradients after 100
-steps are 1.1 to 1.7 times those of the denoising loss on the mini-SD with ranks 4 to 64 and on one
-four times as large (benchmarks/fisher/scale.py), so lambda means about the same there.
+then the penalty grows with the net and with the rank. Divided by sqrt(N), and with lambda = 1, its
+gradients after 100 steps are 1.1 to 1.7 times those of the denoising loss on the mini-SD with ranks
+4 to 64 and on one with four times the parameters (benchmarks/fisher/scale.py), so lambda means
+about the same there.
 
 The stack keeps every F_i, so either mode can be used, and undone, at any time.
 """

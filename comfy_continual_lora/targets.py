@@ -39,10 +39,10 @@ if TYPE_CHECKING:
 
 # In the penalty each earlier concept weighs 1, and all together at most this.
 MAX_EARLIER_WEIGHT = 3.0
-# Of a moment's trace, for the stack. No less is solved for, over prompts of all kinds, than with
-# whole moments, which take three times the room: benchmarks/LOG.md, 2026-11-29.
+# The share of a moment's trace that the stack keeps. Over prompts of all kinds the solution is as
+# good as with whole moments, which take three times the room: benchmarks/LOG.md, 2026-11-29.
 KEPT = 0.998
-ENERGY = 0.9995  # a target keeps this share of what its concept's own adapter did (there, too)
+ENERGY = 0.9995  # of what its concept's own adapter did, a target keeps this share (there, too)
 NEIGHBORS = 2  # a concept's prompts name it beside each of so many before and after it
 
 

@@ -3,8 +3,9 @@
 source      Smith et al. 2023 (C-LoRA, arXiv 2304.06027)
 equation    the loss of `lora` + weight * || |sum_{i<n} B_i A_i| (Hadamard) B_n A_n ||^2
 remembers   the past LoRAs
-cost        two dense products per layer and step
-variants    "sequential" (as Jha et al. 2025 ran it): one adapter, LoRA_n starts from LoRA_{n-1}
+cost        the product B A, as large as K or V, per layer and step
+variants    "sequential" (as Jha et al. 2025 ran it): one adapter, LoRA_n starts from LoRA_{n-1};
+            B_i A_i is all of it after concept i
             "published": every concept has its own LoRA, starting at B = 0, with past ones frozen
             and summed; a random word, prompts without class noun; the stack's adapter grows by the
             rank
