@@ -166,6 +166,24 @@ def _twins(root: Path) -> None:
     published.rename(folder / "Qwen3-0.6B-b.safetensors")
 
 
+def _only(part: str) -> Callable[[Path], object]:
+    def remove(root: Path) -> None:
+        state = load_file(_file(root))
+        save_file({k: t for k, t in state.items() if part in k}, _file(root))
+
+    return remove
+
+
+def _in_one_file(root: Path) -> None:
+    """All of Anima in one file, named as ComfyUI's checkpoints are."""
+    text_encoders = root / "models" / "text_encoders"
+    text = load_file(text_encoders / "qwen_3_06b_base.safetensors")
+    net = {k.replace("net.", "model.diffusion_model."): t for k, t in load_file(_file(root)).items()}
+    before = "cond_stage_model.qwen3_06b.transformer."
+    save_file(net | {before + name: tensor for name, tensor in text.items()}, _file(root))
+    shutil.rmtree(text_encoders)
+
+
 def _without(part: str) -> Callable[[Path], object]:
     def remove(root: Path) -> None:
         state = load_file(_file(root))
@@ -179,10 +197,10 @@ def _without(part: str) -> Callable[[Path], object]:
     [
         (
             _rename("models", "text_encoders", "texts"),
-            r"text encoder, Qwen3-0.6B, was not found. Looked for .* qwen_3_06b_base.safetensors in .*"
+            r"text encoder, Qwen3-0.6B, .* was not found. Looked for .* qwen_3_06b_base.safetensors in .*"
             "diffusion_models",
         ),
-        (_rename("models", "vae", "other"), r"VAE was not found. .*models/vae"),
+        (_rename("models", "vae", "other"), r"VAE is read .* was not found. .*models/vae"),
         (_twins, r"text encoder, .* there are several: .*Qwen3-0.6B-a.*Qwen3-0.6B-b"),
         (
             _rename("comfy/text_encoders", "t5_tokenizer", "t5"),
@@ -191,9 +209,21 @@ def _without(part: str) -> Callable[[Path], object]:
         ),
         (_without("blocks.1.cross_attn.k_proj"), r"lacks 1 weights, the first is .*1.attn2.to_k"),
         (_without("llm_adapter"), r"Cosmos, or Anima without its text adapter"),
-        (_without("x_embedder"), r"no net can be made .*x_embedder"),
+        (_without("x_embedder"), r"lacks x_embedder.proj.1.weight, which is a part of Anima"),
+        (_only("llm_adapter"), r"its weights look like a part of Anima .*Get the full model"),
+        (_in_one_file, r"is Anima, whose text encoder, Qwen3-0.6B, is read from a file of its own"),
     ],
-    ids=["text encoder", "vae", "twins", "tokenizer", "a weight", "no conditioner", "no stem"],
+    ids=[
+        "text encoder",
+        "vae",
+        "twins",
+        "tokenizer",
+        "a weight",
+        "no conditioner",
+        "no stem",
+        "conditioner alone",
+        "all in one",
+    ],
 )
 def test_what_is_missing_is_named(
     own: Path, change: Callable[[Path], object], message: str

@@ -210,7 +210,10 @@ def models(nodes: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     return tmp_path
 
 
-ANIMA = {"llm_adapter.out_proj.weight": torch.zeros(1)}
+ANIMA = {
+    "blocks.0.cross_attn.k_proj.weight": torch.zeros(1),
+    "llm_adapter.out_proj.weight": torch.zeros(1),
+}
 
 
 def test_nets_of_anima_are_listed_beside_checkpoints_of_the_same_name(

@@ -224,7 +224,7 @@ def _tokenizer(kind: Any, folder: Path) -> Any:
 
 
 def _net(weights: Weights) -> Part:
-    stored = {name: weights.shape(name) for name in weights if not name.startswith(_CONDITIONER)}
+    stored = _Shapes(weights)
 
     def make() -> Any:
         width, patch = stored["x_embedder.proj.1.weight"]
@@ -242,11 +242,12 @@ def _net(weights: Weights) -> Part:
         )
 
     convert = _converters().convert_cosmos_transformer_checkpoint_to_diffusers
-    return _part(weights, make, convert({name: name for name in stored}))
+    own = {name: name for name in stored if not name.startswith(_CONDITIONER)}
+    return _part(weights, make, convert(own))
 
 
 def _conditioner(weights: Weights) -> Part:
-    stored = _own(weights, _CONDITIONER)
+    stored = _Shapes(weights, _CONDITIONER)
 
     def make() -> Any:
         target, width = stored["out_proj.weight"]
@@ -265,7 +266,7 @@ def _conditioner(weights: Weights) -> Part:
 
 
 def _text(weights: Weights) -> Part:
-    stored = _own(weights, "model.")
+    stored = _Shapes(weights, "model.")
 
     def make() -> Any:
         words, width = stored["embed_tokens.weight"]
@@ -287,7 +288,7 @@ def _text(weights: Weights) -> Part:
 
 
 def _vae(weights: Weights) -> Part:
-    stored = {name: weights.shape(name) for name in weights}
+    stored = _Shapes(weights)
 
     def make() -> Any:
         return diffusers.AutoencoderKLQwenImage(
@@ -310,13 +311,24 @@ def _part(weights: Weights, make: Callable[[], Any], names: Mapping[str, str]) -
     return part_of(weights, make, "", lambda wanted: {one: names.get(one, one) for one in wanted})
 
 
-def _own(weights: Weights, prefix: str) -> dict[str, Shape]:
-    """The shapes of the weights under a prefix, without it."""
-    return {
-        name.removeprefix(prefix): weights.shape(name)
-        for name in weights
-        if name.startswith(prefix)
-    }
+class _Shapes(dict[str, Shape]):
+    """The shapes of the weights under a prefix, by their names without it.
+
+    Errors: CheckpointError for one that is missing.
+    """
+
+    def __init__(self, weights: Weights, prefix: str = "") -> None:
+        super().__init__(
+            (name.removeprefix(prefix), weights.shape(name))
+            for name in weights
+            if name.startswith(prefix)
+        )
+        self._path, self._prefix = weights.path, prefix
+
+    def __missing__(self, name: str) -> Shape:
+        raise CheckpointError(
+            f"{self._path} lacks {self._prefix}{name}, which is a part of Anima. Get a complete copy of it."
+        )
 
 
 def _count(names: Iterable[str], pattern: str) -> int:

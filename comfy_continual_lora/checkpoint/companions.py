@@ -86,10 +86,10 @@ def companion(net: Path, wanted: _Companion) -> Path:
                 f"call it {wanted.published}."
             )
     raise CheckpointError(
-        f"{net} is Anima's net alone, and its {wanted.what} was not found. Looked for a file such as "
-        f"{wanted.published} in {_list([*searched, *named])}. Put it into models/{wanted.folders[0]} "
-        f"of ComfyUI or models/{wanted.folders[-1]} of Forge Neo, or beside the net, or name that "
-        f"program's folder in {HOST}."
+        f"{net} is Anima, whose {wanted.what} is read from a file of its own, which was not found. "
+        f"Looked for one such as {wanted.published} in {_list([*searched, *named])}. Put it into "
+        f"models/{wanted.folders[0]} of ComfyUI or models/{wanted.folders[-1]} of Forge Neo, or beside "
+        f"the net, or name that program's folder in {HOST}."
     )
 
 

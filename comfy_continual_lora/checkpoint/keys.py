@@ -15,7 +15,8 @@ UNET_PREFIX = "model.diffusion_model."
 VAE_PREFIX = "first_stage_model."
 TEXT_PREFIX = "cond_stage_model.transformer.text_model."
 _NET_PREFIX = re.compile(r"^(model\.diffusion_model\.|net\.)")
-_ANIMA = "llm_adapter.out_proj.weight"
+# one weight of the net, and one of the conditioner that its file also holds
+_ANIMA = {"blocks.0.cross_attn.k_proj.weight", "llm_adapter.out_proj.weight"}
 
 _UNET_RESNET = {
     "norm1": "in_layers.0",
@@ -217,7 +218,7 @@ def original_kv_names(preset: str, layers: Iterable[str]) -> dict[str, str]:
 
 def is_anima_net(names: Iterable[str]) -> bool:
     """Whether a file with these weights holds Anima's net."""
-    return any(name_in_net(name) == _ANIMA for name in names)
+    return _ANIMA.issubset(map(name_in_net, names))
 
 
 def name_in_net(name: str) -> str:

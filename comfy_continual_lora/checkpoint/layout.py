@@ -253,6 +253,8 @@ def part_of(weights: Weights, make: Callable[[], Any], prefix: str, naming: Nami
     try:
         with torch.device("meta"):
             module = make()
+    except CheckpointError:
+        raise
     except Exception as error:  # the libraries raise anything for a configuration of no net
         reason = " ".join(str(error).split())
         raise CheckpointError(
