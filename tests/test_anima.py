@@ -178,7 +178,9 @@ def _in_one_file(root: Path) -> None:
     """All of Anima in one file, named as ComfyUI's checkpoints are."""
     text_encoders = root / "models" / "text_encoders"
     text = load_file(text_encoders / "qwen_3_06b_base.safetensors")
-    net = {k.replace("net.", "model.diffusion_model."): t for k, t in load_file(_file(root)).items()}
+    net = {
+        k.replace("net.", "model.diffusion_model."): t for k, t in load_file(_file(root)).items()
+    }
     before = "cond_stage_model.qwen3_06b.transformer."
     save_file(net | {before + name: tensor for name, tensor in text.items()}, _file(root))
     shutil.rmtree(text_encoders)
