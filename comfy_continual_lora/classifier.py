@@ -133,6 +133,15 @@ def calibration_errors(
 # --- which of my concepts is in this picture? ----------------------------------------------------
 
 
+def side_of(records: Sequence[ConceptRecord], usual: int) -> int:
+    """The side in pixels of the pictures to score: that of the ones tau was calibrated on, the first
+    learned concept's, whose errors and adapter are those of another size. `usual`: the checkpoint's.
+    """
+    sides = [one.settings["size"] for one in records if "size" in one.settings]  # none if imported
+    side = (sides[0] if sides else None) or usual
+    return side - side % 8
+
+
 @dataclass(frozen=True)
 class Scores:
     """The scores of one picture. All lists are in order of likelihood."""

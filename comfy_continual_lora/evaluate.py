@@ -26,7 +26,7 @@ from torch import Tensor
 from . import classifier, likeness, sample
 from .adapters.adapter import attached, folded
 from .checkpoint.backbone import Backbone, FrozenText
-from .concepts import PREVIEW, picture_of, to_pil, to_tensor
+from .concepts import PREVIEW, fitted, picture_of, to_pil, to_tensor
 from .consolidation import as_of
 from .errors import CheckpointError
 from .metrics import own_similarity, similarity
@@ -212,6 +212,13 @@ def _through_thumbnail(picture: Image, size: int) -> Tensor:
     return to_tensor(picture.resize((PREVIEW, PREVIEW), smooth).resize((size, size), smooth))
 
 
+def _scaled(picture: Tensor, side: int) -> Tensor:
+    """A square picture (3, h, h) with another side."""
+    return (
+        picture if picture.shape[-1] == side else to_tensor(fitted(to_pil(picture), side, "crop"))
+    )
+
+
 def _recognised(
     backbone: Backbone,
     stack: ConceptStack,
@@ -224,12 +231,12 @@ def _recognised(
         return [float("nan")] * len(reference)
     prompts = classifier.candidates(stack.records, FrozenText(backbone, stack.tokens))
     scoring = ScoreSettings(trials=settings.trials, seed=settings.seed)
-    means = []
+    side, means = classifier.side_of(stack.records, backbone.size), []
     with attached(backbone, stack.adapter):
         for record, pictures in zip(stack.records, reference, strict=True):
             scores = [
                 classifier.classify(backbone, latent, prompts, stack.tau, scoring, on_progress)
-                for latent in backbone.encode_images(pictures)
+                for latent in backbone.encode_images([_scaled(one, side) for one in pictures])
             ]
             own = [s.probabilities[s.names.index(record.token)] for s in scores]
             means.append(sum(own) / len(own))

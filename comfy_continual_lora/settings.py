@@ -407,7 +407,13 @@ class ScoreSettings(Settings):
     )
     seed: int = setting(0, "seed of timesteps and noise", low=0, high=2**63 - 1)
     size: int | None = setting(
-        None, "side the pictures are scaled to", low=64, high=4096, unit="pixels", multiple=8
+        None,
+        "side the pictures are scaled to, if not the one that the first concept was learned at",
+        low=64,
+        high=4096,
+        unit="pixels",
+        multiple=8,
+        by_checkpoint=False,
     )
     fit: str = setting("crop", FIT_HELP, choices=FITS)
 

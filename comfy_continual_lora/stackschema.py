@@ -148,12 +148,14 @@ def _settings(value: Any) -> bool:
     if not isinstance(value, dict) or not all(map(_text(r"\w*", 64), value)):
         return False
     plain = all(v is None or type(v) is bool or _LINE(v) or _number()(v) for v in value.values())
-    return plain and _or_none(_RANK)(value.get("rank")) and value.get("adapter", "lora") in ADAPTERS
+    counts = _or_none(_RANK)(value.get("rank")) and _or_none(_SIDE)(value.get("size"))
+    return plain and counts and value.get("adapter", "lora") in ADAPTERS
 
 
 _LINE = _text()
 _ANY = _text(r"[^\ud800-\udfff]*", 100_000)
 _RANK = _count(1, MOST_RANK)
+_SIDE = _count(64, 4096)  # pixels
 _ID = _text(r"[A-Za-z0-9_-]{1,64}")
 _DIGEST = _text(r"[0-9A-Za-z]*", 128)
 _WHOLE = _count(0, 2**63 - 1)

@@ -223,7 +223,7 @@ def scored_pictures(
     prompts = classifier.prompts_of(stack.records)
     tell_of_prompts(session, prompts.values(), stack.tokens)
     features = classifier.candidates(stack.records, FrozenText(backbone, stack.tokens))
-    size, scored = settings.size or backbone.size, []
+    size, scored = settings.size or classifier.side_of(stack.records, backbone.size), []
     count = sum(len(files) for _, files in groups)
 
     def report(progress: Progress) -> None:  # of one picture -> of all
@@ -247,7 +247,7 @@ def scored_after_learning(session: Session, request: LearnRequest) -> ScoreResul
     """The scores of the first pictures of a concept that was just learned, in few trials."""
     asked = request.settings
     pictures = list(inventory.inventory(request.images).pictures[: request.score])
-    settings = ScoreSettings(trials=8, size=asked.size, fit=asked.fit)
+    settings = ScoreSettings(trials=8, fit=asked.fit)
     return ScoreResult(scored_pictures(session, [("", pictures)], settings))
 
 

@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from helpers_learn import learn_request
 from torch import Tensor
 
 from comfy_continual_lora import classifier, pipeline
@@ -18,9 +20,9 @@ from comfy_continual_lora.checkpoint.backbone import Backbone, FrozenText
 from comfy_continual_lora.diffusion import add_noise, alphas_cumprod, generator_for, stratified
 from comfy_continual_lora.methods.stages import temperature
 from comfy_continual_lora.progress import Progress
-from comfy_continual_lora.requests import ScoreRequest
+from comfy_continual_lora.requests import EvaluateRequest, ScoreRequest
 from comfy_continual_lora.results import Scored, ScoreResult
-from comfy_continual_lora.settings import LearnSettings, ScoreSettings
+from comfy_continual_lora.settings import EvaluateSettings, LearnSettings, ScoreSettings
 
 ALPHAS = alphas_cumprod()
 
@@ -246,3 +248,30 @@ def test_a_picture_that_is_gone_costs_the_chart_alone(
     assert [one.file.name for one in result.images] == ["gone.png"]
     assert result.chart is None
     assert any(note.startswith("gone.png can't be read") for note in notes) == plotted
+
+
+def test_pictures_are_scored_at_the_side_of_the_first_concept(
+    learned: Callable[..., Path], folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The temperature of the scores is calibrated on its pictures, and the net errs differently at
+    another size.
+    """
+    checkpoint = learned(LearnSettings(method="lora", steps=1, batch=1, rank=2, size=64), "V1")
+    sides: list[int] = []
+    original = classifier.classify
+
+    def classify(backbone: Any, latent: Tensor, *rest: Any) -> Any:
+        sides.append(8 * latent.shape[-1])
+        return original(backbone, latent, *rest)
+
+    monkeypatch.setattr(classifier, "classify", classify)
+    score = ScoreRequest(checkpoint, folders["V1"], ScoreSettings(trials=1), device="cpu")
+    pipeline.dc_scores(score)
+    larger = EvaluateSettings(pictures=1, steps=1, trials=1, size=128)
+    evaluation = EvaluateRequest(checkpoint, settings=larger, device="cpu")
+    pipeline.evaluate(evaluation)
+    second = LearnSettings(method="lora", steps=1, batch=1, rank=2, size=72)
+    pipeline.learn_concept(replace(learn_request(checkpoint, folders, "V2", second), score=1))
+    assert set(sides) == {64}
+    pipeline.dc_scores(replace(score, settings=ScoreSettings(trials=1, size=96)))
+    assert sides[-1] == 96

@@ -127,7 +127,7 @@ FIELDS = [
     ("loss", 10**400), ("settings", {"rate": 10**400}),
     ("prompts", "a photo"), ("prompts", [1]), ("hashes", [HTML]),
     ("learned", "yesterday"), ("learned", 5), ("loss", "low"), ("settings", []),
-    ("settings", {"rank": "16"}), ("settings", {"rank": 10**9}),
+    ("settings", {"rank": "16"}), ("settings", {"rank": 10**9}), ("settings", {"size": 8}),
     ("settings", {"adapter": "../x"}), ("settings", {"a": [1]}), ("with_noun", 1),
     ("request", HTML), ("consolidated", 5),
 ]  # fmt: skip
