@@ -61,6 +61,7 @@ from comfy_continual_lora.webui.outputs import (  # noqa: E402
     SLOTS,
     STACK,
 )
+from comfy_continual_lora.webui.runner import Busy  # noqa: E402
 
 ROOT = Path(__file__).parents[1]
 OLD_STACK = ROOT / "tests" / "data" / "stack-8a93aef.safetensors"  # of V1 ball, V2 fish, V3 mug
@@ -138,6 +139,9 @@ def test_every_state_of_a_job_is_described() -> None:
     job.state, job.results = "done", {"learn": {"token": "V1", "noun": "ball"}, "export": export}
     assert "a photo of a V1 ball* <lora:a-1:1>" in shown.status(job, str)
     assert "another file's name" in shown.status(job, str)
+    scored = {"file": "/x/copies/1/IMG.png", "best": "V1", "sure": True}
+    job.results = {"scores": {"images": [scored]}}
+    assert shown.status(job, str) == "**DC scores.** IMG.png: V1"
     undone = {"change": "forgot V1 ball", "token": "V1", "noun": "ball", "tokens": ["V1"]}
     restored = {"version": 2, "change": "learned V1 ball", "tokens": []}
     job.results = {"undo": {**undone, "version": 3}, "restore": restored}
@@ -532,6 +536,24 @@ def test_a_job_that_waited_and_can_not_start_is_told_literally(
     assert not {"<", "_"} & set(told)
     assert "<img src=x>**: " in html.unescape(told)
     assert "No <b>room</b>" in html.unescape(told)
+
+
+def test_what_waits_stays_when_another_job_comes_first(
+    handlers: Handlers, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The API hands one in just when the next would start; how the job before ended is told once."""
+    page_host, asked = handlers.host, []
+
+    def hand_in(*jobs: Any, batch: Any = None) -> Any:
+        asked.append(jobs[0][1]["token"])
+        raise OSError(28, "No room") if asked == ["V2"] else Busy("Another one")
+
+    monkeypatch.setattr(page_host, "hand_in", hand_in)
+    page_host.waiting = [([("learn", {"token": token})], None) for token in ("V2", "V3", "V4")]
+    page_host._go_on(Job(1, [("learn", {"token": "V1"})]))
+    assert asked == ["V2", "V3"]
+    assert page_host.waits() == ["1. V3", "2. V4"]
+    assert len(page_host.past) == 2
 
 
 def test_only_what_is_new_is_sent(handlers: Handlers) -> None:

@@ -185,12 +185,16 @@ class Host:
     def _go_on(self, job: Job) -> None:
         """Start what waits, after this job."""
         with self._queue_lock:
-            while self.waiting and not self.runner.is_busy:
+            if self.waiting and not self.runner.is_busy:
                 self.past.append(status(job))
+            while self.waiting and not self.runner.is_busy:
                 jobs, batch = self.waiting.pop(0)
                 try:
                     self.hand_in(*jobs, batch=batch)
-                except (Busy, NotReady, OSError) as error:
+                except Busy:  # the API has just started another: after that one
+                    self.waiting.insert(0, (jobs, batch))
+                    return
+                except (NotReady, OSError) as error:
                     logging.exception("continual-lora: a job that waited could not start")
                     word = markdown(jobs[0][1].get("token", ""))
                     self.past.append(f"**{word}**: {markdown(error)}")

@@ -186,7 +186,7 @@ def _scored(result: Mapping[str, Any], say: Say) -> list[str]:
     best = []
     for one in result["images"]:
         unsure = "" if one["sure"] else " (not sure)"
-        best.append(f"{say(one['file'])}: {say(one['best'])}{unsure}")
+        best.append(f"{say(Path(one['file']).name)}: {say(one['best'])}{unsure}")
     return [f"**DC scores.** {', '.join(best)}"]
 
 
