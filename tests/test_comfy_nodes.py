@@ -438,6 +438,19 @@ def test_a_selection_is_not_merged(nodes: Any) -> None:
         nodes.MergeStacks.execute(stack, dataclasses.replace(stack, selected=ConceptStack("")))
 
 
+@pytest.mark.parametrize("name", ["ComputeScores", "EvaluateRetention", "SelectConcepts"])
+def test_a_selection_is_for_drawing_and_exporting(nodes: Any, closed_stack: Any, name: str) -> None:
+    """Elsewhere it would count for nothing: requests are about the whole stack."""
+    selected = dataclasses.replace(closed_stack, selected=ConceptStack(""))
+    given: dict[str, Any] = {"stack": selected, "tokens": "V1"}
+    if name == "ComputeScores":
+        given = {"stack": [selected], "images": [torch.zeros(1, 8, 8, 3)]}
+    folders: Any = sys.modules["folder_paths"]
+    folders.get_temp_directory = lambda: str(closed_stack.file.parent)
+    with pytest.raises(StackError, match=r"works with whole stacks\. Connect Load Concept Stack"):
+        getattr(nodes, name).execute(**given)
+
+
 def test_a_version_beyond_the_end_is_refused(nodes: Any, closed_stack: Any) -> None:
     store.save_stack(make_stack(2), closed_stack.file)
     with pytest.raises(StackError, match=r"no version 3 of the stack none.* it holds 2 concepts"):

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..errors import StackError
 from ..files import cache_folder, real_file
 from ..progress import counted
 from . import host
@@ -45,7 +46,15 @@ class StackHandle:
 
     @property
     def place(self) -> dict[str, Any]:
-        """The fields that every request has."""
+        """The fields that every request has.
+
+        Errors: StackError for a selection: requests are about the file, which holds all concepts.
+        """
+        if self.selected:
+            raise StackError(
+                "Select Concepts is for drawing and exporting; this node works with whole stacks. "
+                "Connect Load Concept Stack."
+            )
         return {
             "checkpoint": self.checkpoint,
             "stack": self.file,
