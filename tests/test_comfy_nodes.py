@@ -8,6 +8,7 @@ import dataclasses
 import importlib
 import inspect
 import json
+import os
 import re
 import subprocess
 import sys
@@ -449,6 +450,19 @@ def test_a_selection_is_for_drawing_and_exporting(nodes: Any, closed_stack: Any,
     folders.get_temp_directory = lambda: str(closed_stack.file.parent)
     with pytest.raises(StackError, match=r"works with whole stacks\. Connect Load Concept Stack"):
         getattr(nodes, name).execute(**given)
+
+
+def test_a_lora_that_was_written_again_is_imported_again(nodes: Any, models: Path) -> None:
+    """ComfyUI runs a node again if its fingerprint differs from that of the last run."""
+    (models / "loras").mkdir()
+    lora = models / "loras" / "dog.safetensors"
+    lora.touch()
+    asked = nodes.ImportLora.fingerprint_inputs
+    first = asked(lora="dog.safetensors", embedding="", stack=None, token="W1")
+    assert asked(lora="dog.safetensors", embedding="", stack=None, token="W1") == first
+    os.utime(lora, (1, 1))
+    assert asked(lora="dog.safetensors", embedding="", stack=None, token="W1") != first
+    assert asked(lora=None, embedding=None, stack=None) == ""
 
 
 def test_a_version_beyond_the_end_is_refused(nodes: Any, closed_stack: Any) -> None:

@@ -402,6 +402,13 @@ class ImportLora(io.ComfyNode):
     validate_inputs = validates(names=(), others=("token", "noun"))
 
     @classmethod
+    def fingerprint_inputs(cls, lora: str | None, embedding: str | None = None, **_: Any) -> str:
+        """Files that were written again under the same names are imported again. None: a wire."""
+        given = {"loras": lora, "embeddings": embedding}
+        files = [host.file_of(kind, name) for kind, name in given.items() if name]
+        return " ".join(f"{file} {file.stat().st_mtime_ns}" for file in files)
+
+    @classmethod
     @in_widget_names
     def execute(
         cls,
