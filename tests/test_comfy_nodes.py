@@ -452,6 +452,12 @@ def test_a_selection_is_for_drawing_and_exporting(nodes: Any, closed_stack: Any,
         getattr(nodes, name).execute(**given)
 
 
+def test_an_empty_list_for_a_widget_is_refused(nodes: Any, closed_stack: Any) -> None:
+    pictures = [torch.zeros(1, 8, 8, 3)]
+    with pytest.raises(SettingError, match="trials is an empty list"):
+        nodes.ComputeScores.execute(images=pictures, stack=[closed_stack], trials=[])
+
+
 def test_a_lora_that_was_written_again_is_imported_again(nodes: Any, models: Path) -> None:
     """ComfyUI runs a node again if its fingerprint differs from that of the last run."""
     (models / "loras").mkdir()

@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 
 from comfy_api.latest import io  # pyright: ignore[reportMissingImports] - only inside ComfyUI
 
-from ..errors import ContinualLoraError
+from ..errors import ContinualLoraError, SettingError
 from ..fields import check_field, from_widget, help_of
 from ..files import stack_path
 from ..operations import NAMES
@@ -75,7 +75,12 @@ def stack_and_report() -> list[Any]:
 
 
 def first_values(given: dict[str, list]) -> dict[str, Any]:
-    """The single values of a node whose inputs are lists."""
+    """The single values of a node whose inputs are lists.
+
+    Errors: SettingError for a list of none, which another node may give.
+    """
+    if empty := [name for name, values in given.items() if not values]:
+        raise SettingError(f"{empty[0]} is an empty list. Give it one value, or disconnect it.")
     return {name: values[0] for name, values in given.items()}
 
 
