@@ -452,6 +452,13 @@ def test_a_selection_is_for_drawing_and_exporting(nodes: Any, closed_stack: Any,
         getattr(nodes, name).execute(**given)
 
 
+def test_a_selection_has_no_earlier_version(nodes: Any, closed_stack: Any) -> None:
+    store.save_stack(make_stack(2), closed_stack.file)
+    selected = dataclasses.replace(closed_stack, selected=make_stack(1))
+    with pytest.raises(StackError, match="Set version to 0, or connect Load Concept Stack"):
+        nodes.ApplyConcepts.execute(None, None, selected, 1.0, version=1)
+
+
 def test_an_empty_list_for_a_widget_is_refused(nodes: Any, closed_stack: Any) -> None:
     pictures = [torch.zeros(1, 8, 8, 3)]
     with pytest.raises(SettingError, match="trials is an empty list"):

@@ -102,6 +102,11 @@ class ApplyConcepts(io.ComfyNode):
         mixed: bool = False,
         masks: Any = None,
     ) -> Any:
+        if version and stack.selected:
+            raise StackError(
+                "Select Concepts chooses from the newest version, so version would leave out its "
+                "choice. Set version to 0, or connect Load Concept Stack."
+            )
         if 0 < (count := stack.now().count) < version:
             raise StackError(
                 f"There is no version {version} of the stack {stack.file.name}: it holds {count} "
