@@ -538,6 +538,21 @@ def test_a_job_that_waited_and_can_not_start_is_told_literally(
     assert "No <b>room</b>" in html.unescape(told)
 
 
+def test_a_damaged_stack_is_told_where_something_waits(
+    handlers: Handlers, pictures: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its words are not known, so the page proposes none."""
+    monkeypatch.setenv("GRADIO_TEMP_DIR", str(pictures.parent))
+    checkpoint = handlers.host.checkpoints()["mini.safetensors"]
+    checkpoint.with_name("mini.concepts.safetensors").write_text("damaged")
+    monkeypatch.setattr(handlers.host, "hand_in_or_wait", lambda *_, **__: True)
+    files, values = [str(path) for path in pictures.glob("*.png")], [*_untouched(), *[""] * SLOTS]
+    given = (files, [], "V1", "ball", "lora", False, "auto", *values)
+    outputs = handlers.learn("mini.safetensors", "", 0, *given)
+    assert _value(outputs, "token") == gradio.update()
+    assert "can&#x27;t be read" in _value(outputs, "none")["value"]
+
+
 def test_what_waits_stays_when_another_job_comes_first(
     handlers: Handlers, monkeypatch: pytest.MonkeyPatch
 ) -> None:

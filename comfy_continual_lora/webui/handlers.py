@@ -106,7 +106,8 @@ class Handlers(View):
         except REFUSED as error:
             return self.refused(error, "status")
         self.host.opened = checkpoint, (name or "").strip()
-        more = {"token": self.host.free_word(stack)} if waits and not request["replace"] else {}
+        is_next = waits and not request["replace"]
+        more = {"token": self._free_word(checkpoint, name)} if is_next else {}
         return self.view(checkpoint, name, first, **more)
 
     def estimate(self, checkpoint: str, name: str, first: int, *given: Any) -> list[Any]:
