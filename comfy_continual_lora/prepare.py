@@ -195,11 +195,12 @@ def _settings_again(
     request: ConsolidateRequest, record: ConceptRecord, earlier: Session
 ) -> ResolvedSettings:
     """The request's settings, with the method, its own settings, the adapter and the rank that the
-    concept was learned with.
+    concept was learned with, and the size if none is asked for.
     """
     own = ("adapter", "c_lora_weight", "c_lora_variant")
     same = {name: record.settings[name] for name in own if name in record.settings}
-    same |= {"method": record.method, "rank": earlier.stack.rank}
+    size = request.settings.size or record.settings.get("size")
+    same |= {"method": record.method, "rank": earlier.stack.rank, "size": size}
     settings = LearnSettings(**{**asdict(request.settings), **same})
     return settings.resolved(earlier.backbone.preset)
 

@@ -256,6 +256,20 @@ def test_consolidate_by_itself(learned: Callable[..., Path], folders: dict[str, 
         )
 
 
+def test_consolidating_takes_the_size_that_the_concept_was_learned_at(
+    learned: Callable[..., Path], folders: dict[str, Path]
+) -> None:
+    """Not the checkpoint's, at which the net's errors, and so the temperature, are others."""
+    checkpoint = learned(VARIANTS["lora_ewc"], "V1", "V2")  # at 64
+    losses = {}
+    for size in (None, 64, 72):
+        wanted = TrainSettings(batch=3, size=size, fisher_samples=3, dsc_steps=1)
+        request = requests.ConsolidateRequest(checkpoint, folders["V2"], wanted, device="cpu")
+        losses[size] = pipeline.consolidate(request).losses
+        pipeline.undo(requests.UndoRequest(checkpoint))
+    assert losses[None] == losses[64] != losses[72]
+
+
 def test_consolidating_with_other_pictures_is_told(
     learned: Callable[..., Path], folders: dict[str, Path]
 ) -> None:
