@@ -150,6 +150,17 @@ def test_stratified_timesteps_cover_the_range() -> None:
 
 
 @pytest.mark.parametrize("weighting", ["uniform", "linear"])
+def test_a_linear_weight_falls_with_the_noise(weighting: str) -> None:
+    means, settings = _means(2), ScoreSettings(trials=16, stages=1, weighting=weighting)
+    timestep = stratified(16, torch.Generator().manual_seed(settings.seed))
+    weight = 1 - timestep / 1000 if weighting == "linear" else torch.ones(16)
+    gap = ALPHAS[timestep] / (1 - ALPHAS[timestep]) * (means[0] - means[1]).square().mean()
+    features = dict(zip(("V1", "V2"), _prompts(means), strict=True))
+    scores = classifier.classify(Toy(), means[0], features, 0.5, settings)  # type: ignore[arg-type]
+    assert scores.margin == pytest.approx(float((weight * gap).sum() / weight.sum()), rel=1e-3)
+
+
+@pytest.mark.parametrize("weighting", ["uniform", "linear"])
 def test_classify_finds_the_concept_and_says_how_sure(weighting: str) -> None:
     means = _means(6)
     features = {f"V{i}": prompt for i, prompt in enumerate(_prompts(means))}

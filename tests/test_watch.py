@@ -194,6 +194,17 @@ def test_likeness_is_measured_from_the_bare_checkpoint(backbone: Backbone) -> No
     assert looked.points[0].likeness == pytest.approx(0.0, abs=1e-6)
 
 
+def test_an_earlier_concept_that_became_its_noun_has_moved_by_1(backbone: Backbone) -> None:
+    latents = [torch.randn(4, 8, 8, generator=torch.Generator().manual_seed(0))]
+    words = {"V1": backbone.word_of_vocabulary("fish")}
+    looked = watch.Watch(backbone, latents, watch.Names(("mug", "mug"), [("V1", "ball")]), 5, "")
+    looked.begin(lambda: words, {})  # type: ignore[arg-type,return-value]
+    looked.look(5, 15)
+    words["V1"] = backbone.word_of_vocabulary("ball")
+    looked.look(10, 15)
+    assert [point.moved for point in looked.points] == pytest.approx([0.0, 1.0], abs=1e-3)
+
+
 def _watch(backbone: Backbone, until: str) -> watch.Watch:
     latents = [torch.randn(4, 8, 8, generator=torch.Generator().manual_seed(0))]
     made = watch.Watch(backbone, latents, watch.Names(("ball", "ball")), 2, until)
