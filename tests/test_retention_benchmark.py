@@ -178,6 +178,16 @@ def test_an_interval_counts_concepts_and_seeds_not_cells() -> None:
     assert thrice == pytest.approx(once)
 
 
+def test_an_interval_is_found_where_the_model_has_none() -> None:
+    """`separate` beside `retention`, three seeds of the test split, of which few concepts are two's."""
+    names = list("abcdefdghijklmhcng")
+    percent = [-2, -1, -15, 16, -4, -6, -23, -4, -5, -2, 13, 29, 1, 4, 1, -6, 3, 0]
+    few = pd.DataFrame({"concept": names, "seed": [n // 6 for n in range(18)]})
+    mean, low, high = tables.mixed_mean(few.assign(difference=[one / 100 for one in percent]))
+    assert low < mean < high
+    assert mean == pytest.approx(0.012, abs=0.001)
+
+
 @pytest.mark.parametrize(
     ("low", "high", "same"), [(-0.1, 0.1, True), (-0.1, 0.3, False), (0.15, 0.35, False)]
 )

@@ -246,9 +246,11 @@ def mixed_mean(pairs: pd.DataFrame) -> tuple[float, float, float]:
         warnings.simplefilter("ignore")
         try:
             fit = model.fit(reml=True, method=["powell"])  # others stop short of the best
+            low, high = fit.conf_int().loc["Intercept"]
         except np.linalg.LinAlgError:  # nothing is left beside the effects
             return _students(by_concept(pairs))
-    low, high = fit.conf_int().loc["Intercept"]
+    if not np.isfinite([low, high]).all():  # the likelihood is too flat for one
+        return _students(by_concept(pairs))
     return float(fit.params["Intercept"]), float(low), float(high)
 
 
