@@ -214,9 +214,9 @@ def _through_thumbnail(picture: Image, size: int) -> Tensor:
 
 def _scaled(picture: Tensor, side: int) -> Tensor:
     """A square picture (3, h, h) with another side."""
-    return (
-        picture if picture.shape[-1] == side else to_tensor(fitted(to_pil(picture), side, "crop"))
-    )
+    if picture.shape[-1] == side:
+        return picture
+    return to_tensor(fitted(to_pil(picture), side, "crop"))
 
 
 def _recognised(
