@@ -109,7 +109,7 @@ def settings_for(session: Session, request: LearnRequest, method: Method) -> Res
     prediction = PREDICTION_NAMES[session.backbone.prediction]
     if request.settings.weighting == "debiased" and prediction != "epsilon":
         session.tell(
-            "`weighting` debiased is for nets that predict noise (`prediction` epsilon). This one "
+            "The weighting debiased is for nets that predict noise (`prediction` epsilon). This one "
             f"predicts {prediction}, so all timesteps weigh the same."
         )
     return resolved

@@ -126,12 +126,21 @@ def stacks_in(folder: Path) -> ListResult:
     rows: list[Listed] = []
     for checkpoint in checkpoints:
         own = stacks.get(checkpoint, [])
-        if (usual := stack_path(checkpoint)) not in own and os.path.exists(usual):
-            own = [usual, *own]  # a link has the stack of its target
+        if (usual := _usual_stack(checkpoint)) and usual not in own:
+            own = [usual, *own]
         rows += [_listed(checkpoint, stack) for stack in own] or [Listed(checkpoint)]
     # of diffusers folders, and of checkpoints that are elsewhere
     rows += [_listed(None, stack) for stack in stacks.get(None, ())]
     return ListResult(folder, rows)
+
+
+def _usual_stack(checkpoint: Path) -> Path | None:
+    """The stack of this checkpoint that has no name, if there is one; a link has its target's."""
+    try:
+        path = stack_path(checkpoint)
+    except OSError:  # a link into a folder that this user may not enter
+        return None
+    return path if os.path.exists(path) else None
 
 
 def _listed(checkpoint: Path | None, stack: Path) -> Listed:

@@ -108,9 +108,10 @@ def draw(request: DrawRequest, on_progress: OnProgress = ignore) -> DrawResult:
 def _tell_of_settings(session: Session, asked: DrawSettings, resolved: DrawSettings) -> None:
     """Say which settings that were asked for change nothing."""
     if asked.negative and resolved.guidance == 1:
-        session.tell("The negative prompt changes nothing, since `guidance` 1 leaves it out.")
+        session.tell("The negative prompt changes nothing, since a guidance of 1 leaves it out.")
     prediction = PREDICTION_NAMES[session.backbone.prediction]
-    if asked.flow_shift is not None and prediction != "flow":
+    usual = DrawSettings().resolved(session.backbone.preset).flow_shift
+    if asked.flow_shift not in (None, usual) and prediction != "flow":
         session.tell(
             "The flow shift is for nets that predict a flow (`prediction` flow). This one predicts "
             f"{prediction}, so it changes nothing."
