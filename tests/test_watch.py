@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -47,6 +48,12 @@ def _same(one: Path, other: Path) -> bool:
 
 
 @pytest.fixture
+def other(checkpoint: Path, tmp_path: Path) -> Path:
+    """A copy of the checkpoint, which has learned nothing."""
+    return Path(shutil.copyfile(checkpoint, tmp_path / "other.safetensors"))
+
+
+@pytest.fixture
 def five(tmp_path: Path) -> Path:
     return save_concept(tmp_path / "five", 0, 5)
 
@@ -69,10 +76,8 @@ def test_a_watched_run_says_what_it_sees_and_keeps_the_curve(checkpoint: Path, f
 
 
 def test_too_few_pictures_are_told_and_learned_from_as_ever(
-    checkpoint: Path, pictures: Path, tmp_path: Path
+    checkpoint: Path, pictures: Path, other: Path
 ) -> None:
-    other = tmp_path / "other.safetensors"
-    other.write_bytes(checkpoint.read_bytes())
     result, notes = _learn(checkpoint, pictures, replace(WATCHED, until="good"))
     assert any("too few to hold one out" in note for note in notes)
     assert result.record.watched == []
@@ -82,10 +87,8 @@ def test_too_few_pictures_are_told_and_learned_from_as_ever(
 
 @pytest.mark.parametrize("stop", [2, 5])
 def test_stop_and_resume_equals_no_stop(
-    checkpoint: Path, five: Path, tmp_path: Path, stop: int
+    checkpoint: Path, five: Path, other: Path, stop: int
 ) -> None:
-    other = tmp_path / "other.safetensors"
-    other.write_bytes(checkpoint.read_bytes())
     settings = replace(WATCHED, until="good")
     whole, _ = _learn(checkpoint, five, settings)
     with pytest.raises(Cancelled):
@@ -97,10 +100,8 @@ def test_stop_and_resume_equals_no_stop(
 
 
 def test_copies_of_pictures_held_out_are_not_learned_from(
-    checkpoint: Path, five: Path, tmp_path: Path
+    checkpoint: Path, five: Path, other: Path
 ) -> None:
-    other = tmp_path / "other.safetensors"
-    other.write_bytes(checkpoint.read_bytes())
     once, _ = _learn(checkpoint, five, WATCHED)
     (five / "6.png").write_bytes((five / "4.png").read_bytes())
     twice, notes = _learn(other, five, WATCHED)
@@ -109,11 +110,7 @@ def test_copies_of_pictures_held_out_are_not_learned_from(
     assert twice.record.watched == once.record.watched
 
 
-def test_what_a_mask_leaves_out_is_not_looked_at(
-    checkpoint: Path, five: Path, tmp_path: Path
-) -> None:
-    other = tmp_path / "other.safetensors"
-    other.write_bytes(checkpoint.read_bytes())
+def test_what_a_mask_leaves_out_is_not_looked_at(checkpoint: Path, five: Path, other: Path) -> None:
     whole, _ = _learn(checkpoint, five, WATCHED)
     with Image.open(five / "4.png") as picture:
         mask = Image.new("L", picture.size)
@@ -126,9 +123,7 @@ def test_what_a_mask_leaves_out_is_not_looked_at(
     assert moved == 0
 
 
-def test_a_look_changes_nothing_of_the_run(checkpoint: Path, five: Path, tmp_path: Path) -> None:
-    other = tmp_path / "other.safetensors"
-    other.write_bytes(checkpoint.read_bytes())
+def test_a_look_changes_nothing_of_the_run(checkpoint: Path, five: Path, other: Path) -> None:
     often, _ = _learn(checkpoint, five, replace(WATCHED, watch_every=1))
     once, _ = _learn(other, five, replace(WATCHED, watch_every=6))
     assert often.losses == once.losses
@@ -136,7 +131,7 @@ def test_a_look_changes_nothing_of_the_run(checkpoint: Path, five: Path, tmp_pat
 
 
 def test_it_stops_when_it_no_longer_rises_and_keeps_the_best(
-    checkpoint: Path, five: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    checkpoint: Path, five: Path, other: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Errors that fall until step 2 and rise from then on."""
     errors = iter([1.0, 0.9, 0.8, 0.85, 0.86, 0.87, 0.1])
@@ -146,8 +141,6 @@ def test_it_stops_when_it_no_longer_rises_and_keeps_the_best(
     assert [look[0] for look in result.record.watched] == [1, 2, 3, 4, 5]
     assert len(result.losses) == 5
     assert result.record.steps == 2
-    other = tmp_path / "other.safetensors"
-    other.write_bytes(checkpoint.read_bytes())
     monkeypatch.undo()
     two, _ = _learn(other, five, replace(WATCHED, steps=2))
     assert two.losses == result.losses[:2]
