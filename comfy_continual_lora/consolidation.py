@@ -91,7 +91,7 @@ def stays_solved(stack: ConceptStack, shorter: ConceptStack) -> bool:
     """Whether the first concepts, `shorter`, need a solution because the stack's adapter is one: what
     was trained up to the newest of them has spoiled the ones before.
     """
-    is_solution = bool(stack.records) and stack.can_solve(stack.records[-1].id)
+    is_solution = stack.can_solve(stack.records[-1].id)
     return is_solution and sum(map(bool, own_adapters(shorter))) > 1
 
 

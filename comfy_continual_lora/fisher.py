@@ -145,7 +145,7 @@ def _loss_of_batch(
     """L_F of n samples drawn with `generator`, (n,), or of some of these rows: the first prompt
     names c_n, the others c_0 and a random few of the previous concepts.
     """
-    _, clean, timestep, noise = random_batch(inputs.latents, n, generator)
+    clean, timestep, noise = random_batch(inputs.latents, n, generator)[1:]
     template = one_of(TEMPLATES, generator)
     names = [inputs.name]
     if inputs.tau is not None:

@@ -195,7 +195,7 @@ def _settings_again(
     request: ConsolidateRequest, record: ConceptRecord, earlier: Session
 ) -> ResolvedSettings:
     """The request's settings, with the method, its own settings, the adapter and the rank that the
-    concept was learned with, and the size if none is asked for.
+    concept was learned with, and the size if the request has none.
     """
     own = ("adapter", "c_lora_weight", "c_lora_variant")
     same = {name: record.settings[name] for name in own if name in record.settings}
