@@ -12,7 +12,7 @@ import secrets
 import stat
 import sys
 import time
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO
@@ -153,29 +153,44 @@ def checkpoints_in(folder: Path) -> list[Path]:
     for inner, folders, names in os.walk(folder):
         folders[:] = [name for name in folders if name != OWN_FOLDER]
         found += [Path(inner, name) for name in names if is_checkpoint(name)]
-    return sorted(path for path in found if _may_hold_net(path))
+    return sorted(path for path in found if weights_are(_of_net, path) is not False)
 
 
-def _may_hold_net(path: Path) -> bool:
+def _of_net(names: Iterable[str]) -> bool:
+    return any(map(_OF_NET.fullmatch, names))
+
+
+def weights_are(kind: Callable[[Iterable[str]], bool], path: Path) -> bool | None:
+    """What `kind` says of the names of a file's weights; None for a file that can't be read.
+
+    It is asked once, until the file changes: pages and nodes list the same files again and again.
+    """
     try:
         status = path.stat()
     except OSError:
-        return True
+        return None
     if not stat.S_ISREG(status.st_mode):  # a pipe could be read for ever
-        return True
-    return _file_may_hold_net(path, status.st_size, status.st_mtime_ns)
+        return None
+    return _weights_are(kind, path, status.st_size, status.st_mtime_ns)
 
 
-@functools.lru_cache(maxsize=10_000)  # a page lists the checkpoints again and again
-def _file_may_hold_net(path: Path, size: int, changed: int) -> bool:
-    """`size` and `changed` are those of the file, of which only the header is read."""
+@functools.lru_cache(maxsize=10_000)
+def _weights_are(
+    kind: Callable[[Iterable[str]], bool], path: Path, _size: int, _time: int
+) -> bool | None:
+    names = weight_names(path)
+    return None if names is None else kind(names)
+
+
+def weight_names(path: Path) -> list[str] | None:
+    """The names of a safetensors file's weights, of which none is read; None for any other file."""
     from safetensors import SafetensorError, safe_open  # not light
 
     try:
         with safe_open(path, "np") as file:
-            return any(map(_OF_NET.fullmatch, file.keys()))
+            return list(file.keys())
     except (SafetensorError, OSError):
-        return True
+        return None
 
 
 def is_checkpoint(name: str) -> bool:

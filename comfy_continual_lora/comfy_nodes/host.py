@@ -10,12 +10,10 @@ import hashlib
 import itertools
 import json
 import logging
-import os
 import shutil
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,7 +23,7 @@ from comfy.utils import ProgressBar  # pyright: ignore[reportMissingImports]
 
 from ..checkpoint.keys import is_anima_net
 from ..errors import ConceptImagesError, StackError, spelled
-from ..files import STACKS, is_checkpoint, stack_path
+from ..files import STACKS, is_checkpoint, stack_path, weights_are
 from ..progress import OneBar, Progress, counted, duration
 from .schema import WIDGETS
 
@@ -50,29 +48,7 @@ def checkpoints() -> list[str]:
 
 def _is_net(name: str) -> bool:
     path = folder_paths.get_full_path(_NETS, name) if is_checkpoint(name) else None
-    if path is None:
-        return False
-    try:
-        status = os.stat(path)
-    except OSError:  # it has just been removed
-        return False
-    return _is_anima(Path(path), status.st_mtime_ns, status.st_size)
-
-
-@lru_cache(maxsize=1024)
-def _is_anima(path: Path, _time: int, _size: int) -> bool:
-    return is_anima_net(weight_names(path))
-
-
-def weight_names(path: Path) -> list[str]:
-    """The names of a safetensors file's weights, of which none is read; none for any other file."""
-    from safetensors import SafetensorError, safe_open
-
-    try:
-        with safe_open(path, "np") as file:
-            return list(file.keys())
-    except (SafetensorError, OSError):
-        return []
+    return path is not None and bool(weights_are(is_anima_net, Path(path)))
 
 
 def checkpoint_path(name: str) -> Path:
