@@ -49,7 +49,7 @@ def _ui(arguments: argparse.Namespace, bar: Bar) -> None:
         raise SettingError(
             "The tab needs gradio, which is not installed: pip install 'comfy-continual-lora[ui]'."
         ) from None
-    from .files import checkpoints_in
+    from .listing import checkpoints_in
     from .mini.weights import write_checkpoint
     from .webui.alone import launch
 

@@ -5,14 +5,13 @@ Light: front ends inside a host import it too.
 
 from __future__ import annotations
 
-import functools
 import os
 import re
 import secrets
 import stat
 import sys
 import time
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO
@@ -57,11 +56,6 @@ OWNER = "continual_lora.stack"  # in an export: the identity of the stack it is 
 PRESET = "continual_lora.preset"  # in a LoRA: the kind of checkpoint it is for
 CLIP_SKIP = "ss_clip_skip"  # in a LoRA, kohya's name of it; absent or "None" for 1
 TOKEN = re.compile(r"[A-Za-z0-9_-]{1,64}")  # a concept's word, also used in file names
-# Weights of a checkpoint's net, or of Anima's; not those of a LoRA, which may begin alike
-_OF_NET = re.compile(
-    r"(state_dict\.)*(model\.diffusion_model\.(?!.*(lora|lokr|hada|diff$)).*"
-    r"|(net\.)?llm_adapter\.out_proj\.weight)"
-)
 _TEMPORARY = re.compile(r"\.continual-lora-[0-9a-f]{16}\.tmp")
 # Device names that Windows reserves, whatever the suffix; it drops dots and spaces at the end
 _RESERVED = re.compile(
@@ -140,74 +134,6 @@ def snapshots_of(stack: Path, token: str) -> list[Path]:
         for p in stack.parent.iterdir()
         if p.name.startswith(start) and p.name.endswith("snapshot")
     )
-
-
-def checkpoints_in(folder: Path) -> list[Path]:
-    """Checkpoints in a folder and those below it, by path; what is removed meanwhile is left out, and
-    what lies in our own folders.
-
-    A file without a net, such as a LoRA, an embedding or a VAE, is none. One that can't be read may
-    be: whoever opens it says why it can't.
-    """
-    found: list[Path] = []
-    for inner, folders, names in os.walk(folder):
-        folders[:] = [name for name in folders if name != OWN_FOLDER]
-        found += [Path(inner, name) for name in names if is_checkpoint(name)]
-    return sorted(path for path in found if weights_are(_of_net, path) is not False)
-
-
-def _of_net(names: Iterable[str]) -> bool:
-    return any(map(_OF_NET.fullmatch, names))
-
-
-def weights_are(kind: Callable[[Iterable[str]], bool], path: Path) -> bool | None:
-    """What `kind` says of the names of a file's weights; None for a file that can't be read.
-
-    It is asked once, until the file changes: pages and nodes list the same files again and again.
-    """
-    try:
-        status = path.stat()
-    except OSError:
-        return None
-    if not stat.S_ISREG(status.st_mode):  # a pipe could be read for ever
-        return None
-    return _weights_are(kind, path, status.st_size, status.st_mtime_ns)
-
-
-@functools.lru_cache(maxsize=10_000)
-def _weights_are(
-    kind: Callable[[Iterable[str]], bool], path: Path, _size: int, _time: int
-) -> bool | None:
-    names = weight_names(path)
-    return None if names is None else kind(names)
-
-
-def weight_names(path: Path) -> list[str] | None:
-    """The names of a safetensors file's weights, of which none is read; None for any other file."""
-    from safetensors import SafetensorError, safe_open  # not light
-
-    try:
-        with safe_open(path, "np") as file:
-            return list(file.keys())
-    except (SafetensorError, OSError):
-        return None
-
-
-def is_checkpoint(name: str) -> bool:
-    """Whether a file of this name is a checkpoint, not a stack of one."""
-    return name.endswith(".safetensors") and not name.endswith(STACKS)
-
-
-def checkpoint_of(stack: Path, checkpoints: Collection[Path]) -> Path | None:
-    """Which of these checkpoints a stack beside them is of: of a.b.concepts.safetensors it is
-    a.b.safetensors, or else a.safetensors, where its name is b.
-    """
-    stem = stack.name.removesuffix(STACKS)
-    while stem:
-        if (checkpoint := stack.with_name(f"{stem}.safetensors")) in checkpoints:
-            return checkpoint
-        stem = stem.rpartition(".")[0]
-    return None
 
 
 def check_regular(path: Path) -> None:

@@ -15,16 +15,9 @@ from typing import Any
 from . import history as stack_history
 from .checkpoint.path import check_path
 from .errors import SettingError, StackError, TokenError
-from .files import (
-    STACKS,
-    check_names,
-    checkpoint_of,
-    checkpoints_in,
-    real_file,
-    snapshots_of,
-    stack_path,
-)
+from .files import STACKS, check_names, real_file, snapshots_of, stack_path
 from .keeping import add_version, new_change, rewrite, writing
+from .listing import checkpoint_of, checkpoints_in
 from .mentions import in_other_words
 from .presets import PLAIN_NAME_PRESETS
 from .progress import OnProgress, ignore

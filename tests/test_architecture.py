@@ -33,6 +33,7 @@ LIGHT = (
     "infotext",
     "keeping",
     "language",
+    "listing",
     "mentions",
     "operations",
     "presets",
@@ -85,7 +86,7 @@ LAYERS = (
     ("checkpoint",),
     ("inventory",),
     ("imagefile",),
-    ("settings", "words"),
+    ("listing", "settings", "words"),
     (
         "areas",
         "curves",

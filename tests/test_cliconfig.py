@@ -16,7 +16,8 @@ from safetensors.torch import save_file
 from comfy_continual_lora import cli, cliflags, store, upkeep
 from comfy_continual_lora.cliconfig import with_config, write_config
 from comfy_continual_lora.errors import SettingError
-from comfy_continual_lora.files import checkpoints_in, stack_path
+from comfy_continual_lora.files import stack_path
+from comfy_continual_lora.listing import checkpoints_in
 from comfy_continual_lora.operations import OPERATIONS
 
 DOG = """

@@ -25,7 +25,7 @@ from helpers_messages import marked_names
 from helpers_store import make_stack
 from safetensors.torch import save_file
 
-from comfy_continual_lora import concepts, files, store
+from comfy_continual_lora import concepts, listing, store
 from comfy_continual_lora.errors import ConceptImagesError, SettingError, StackError
 from comfy_continual_lora.fields import check_field, from_widget
 from comfy_continual_lora.files import cache_folder
@@ -260,8 +260,8 @@ def test_other_files_among_diffusion_models_are_left_out(
     save_file(ANIMA, folder / "anima.gguf")
     assert host.checkpoints() == []
     asked: list[Path] = []
-    names_of = files.weight_names
-    monkeypatch.setattr(files, "weight_names", lambda path: asked.append(path) or names_of(path))
+    names_of = listing.weight_names
+    monkeypatch.setattr(listing, "weight_names", lambda path: asked.append(path) or names_of(path))
     assert host.checkpoints() == []
     assert not asked
     save_file(ANIMA, folder / "other.safetensors")

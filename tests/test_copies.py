@@ -21,8 +21,9 @@ from PIL import Image
 
 from comfy_continual_lora import worker
 from comfy_continual_lora.errors import ConceptImagesError
-from comfy_continual_lora.files import checkpoints_in, snapshots_of
+from comfy_continual_lora.files import snapshots_of
 from comfy_continual_lora.inventory import inventory
+from comfy_continual_lora.listing import checkpoints_in
 from comfy_continual_lora.webui.copies import Copies, Sent, file_name
 
 ROOT = Path(__file__).parents[1]

@@ -7,7 +7,7 @@ from difflib import get_close_matches
 from pathlib import Path
 
 from ..errors import CheckpointError
-from ..files import is_checkpoint
+from ..listing import is_checkpoint
 
 _PICKLES = {".ckpt", ".pt", ".pth", ".bin", ".pkl"}
 

@@ -23,7 +23,8 @@ from comfy.utils import ProgressBar  # pyright: ignore[reportMissingImports]
 
 from ..checkpoint.keys import is_anima_net
 from ..errors import ConceptImagesError, StackError, spelled
-from ..files import STACKS, is_checkpoint, stack_path, weights_are
+from ..files import STACKS, stack_path
+from ..listing import is_checkpoint, weights_are
 from ..progress import OneBar, Progress, counted, duration
 from .schema import WIDGETS
 

@@ -23,7 +23,8 @@ from modules import (  # pyright: ignore[reportMissingImports]
     shared,
 )
 
-from ..files import HOST, STACKS, is_checkpoint
+from ..files import HOST, STACKS
+from ..listing import is_checkpoint
 from .apart import OPTION, encode_again
 from .environment import environment_of, home_of, prepare, python_of
 from .host import Host

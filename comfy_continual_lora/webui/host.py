@@ -18,7 +18,8 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import ContinualLoraError
-from ..files import checkpoints_in, stack_path
+from ..files import stack_path
+from ..listing import checkpoints_in
 from ..stackfile import read_header
 from ..words import name_of
 from .album import Album
