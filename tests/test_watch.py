@@ -47,6 +47,12 @@ def _same(one: Path, other: Path) -> bool:
     )
 
 
+@pytest.fixture(autouse=True)
+def _few_draws(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A look costs as many predictions; nothing here depends on their number."""
+    monkeypatch.setattr(watch, "DRAWS", 4)
+
+
 @pytest.fixture
 def other(checkpoint: Path, tmp_path: Path) -> Path:
     """A copy of the checkpoint, which has learned nothing."""
