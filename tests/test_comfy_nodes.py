@@ -478,6 +478,32 @@ def test_a_lora_that_was_written_again_is_imported_again(nodes: Any, models: Pat
     assert asked(lora=None, embedding=None, stack=None) == ""
 
 
+def test_a_stack_that_was_deleted_is_another_than_before_it_was_learned(
+    nodes: Any, closed_stack: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """ComfyUI keeps what nodes made of every earlier state: queued again, Learn Concept did nothing,
+    and its report said that the concept is stored.
+    """
+    host = importlib.import_module("comfy_continual_lora.comfy_nodes.host")
+    monkeypatch.setattr(host, "checkpoint_path", lambda _: closed_stack.checkpoint)
+    closed_stack.checkpoint.touch()
+    asked = nodes.LoadConceptStack.fingerprint_inputs
+    empty = asked("none")
+    assert asked("none") == empty
+    store.save_stack(make_stack(1), closed_stack.file)
+    learned = closed_stack.now()  # as Learn Concept does when it is done
+    one = closed_stack.file.read_bytes(), closed_stack.file.stat().st_mtime_ns
+    seen = [empty, asked("none")]
+    assert asked("none") == seen[1]
+    closed_stack.file.unlink()
+    assert asked("none") not in seen
+    seen.append(asked("none"))
+    closed_stack.file.write_bytes(one[0])  # from a backup
+    os.utime(closed_stack.file, ns=(one[1], one[1]))
+    assert asked("none") not in seen
+    assert learned.now() == learned
+
+
 def test_a_version_beyond_the_end_is_refused(nodes: Any, closed_stack: Any) -> None:
     store.save_stack(make_stack(2), closed_stack.file)
     with pytest.raises(StackError, match=r"no version 3 of the stack none.* it holds 2 concepts"):

@@ -16,6 +16,25 @@ if TYPE_CHECKING:
     from ..stack import ConceptRecord, ConceptStack
 
 
+# What was last seen of each stack's file, and how often it had changed before
+_SEEN: dict[Path, tuple[str, int]] = {}
+
+
+def state_of(file: Path) -> str:
+    """The state of a stack's file, for ComfyUI to compare.
+
+    A file that was deleted, or put back with its old time, is in another state than when it was like
+    that before: what nodes did then has to be done again.
+    """
+    state = "none"
+    if file.exists():
+        status = file.stat()
+        state = f"{status.st_mtime_ns} {status.st_size}"
+    before, changes = _SEEN.get(file, (state, 0))
+    _SEEN[file] = state, changes + (state != before)
+    return f"{file} {state} {_SEEN[file][1]}"
+
+
 def kept_report(stack: Path, concept: str) -> Path:
     """Where the report of learning a concept is kept: in the stack's cache."""
     return cache_folder(real_file(stack)) / f"{concept}.report"
@@ -78,9 +97,10 @@ class StackHandle:
         return dataclasses.replace(self, count=count, consolidated=True, selected=None)
 
     def now(self) -> StackHandle:
-        """The version that is on disk now."""
+        """The version that is on disk now, whose state counts as seen."""
         from ..store import read_records
 
+        state_of(self.file)
         return self.as_of(len(read_records(self.file)))
 
     def described(self) -> str:

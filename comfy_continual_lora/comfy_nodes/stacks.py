@@ -24,7 +24,7 @@ from ..requests import (
 from ..settings import SolveSettings
 from ..versions import Version, in_use, takes_off_newest, undo_preview
 from . import host
-from .handle import StackHandle
+from .handle import StackHandle, state_of
 from .schema import (
     ADVANCED,
     Stack,
@@ -112,8 +112,8 @@ class LoadConceptStack(io.ComfyNode):
     ) -> str:
         file = cls._file(checkpoint, stack_name, stack)
         if not file.exists():
-            return f"{file} {host.stacks_without_checkpoint(file.parent)}"
-        return f"{file} {file.stat().st_mtime_ns} {file.stat().st_size}"
+            return f"{state_of(file)} {host.stacks_without_checkpoint(file.parent)}"
+        return state_of(file)
 
     @classmethod
     @in_widget_names
