@@ -465,6 +465,35 @@ def test_an_empty_list_for_a_widget_is_refused(nodes: Any, closed_stack: Any) ->
         nodes.ComputeScores.execute(images=pictures, stack=[closed_stack], trials=[])
 
 
+def test_what_is_no_stack_is_refused_in_words(nodes: Any) -> None:
+    """ComfyUI's API takes any value in place of a wire, and nodes of any type give None."""
+    checked = set()
+    for node in nodes.NODES:
+        wires = [one for one in node.define_schema().inputs if one.io_type == "CONCEPT_STACK"]
+        given: dict[str, Any] = {one.id: None for one in wires}
+        if wires and node.define_schema().is_input_list:
+            given = {name: ["mini-sd"] for name in given} | {"images": []}
+        if wires:
+            with pytest.raises(StackError, match=r"^(stack|other) is .*which is no concept stack"):
+                node.execute(**given)
+            checked.add(node.__name__)
+    assert len(nodes.NODES) - len(checked) == 3  # those that load, give examples and show areas
+
+
+def test_what_is_no_picture_is_refused_in_words(nodes: Any) -> None:
+    host = importlib.import_module("comfy_continual_lora.comfy_nodes.host")
+    picture = torch.zeros(1, 8, 8, 3)
+    for images, masks, message in (
+        (["a.png"], (), r"^images is 'a\.png', which holds no pixels"),
+        ([picture, None], (), "^images is None, which"),
+        ([picture], [None], "^masks is None, which"),
+        ([torch.zeros(1, 8, 8, 1)], (), r"^images is a tensor of shape \(1, 8, 8, 1\)"),
+        ([picture[0]], (), r"^images is a tensor of shape \(8, 8, 3\)"),
+    ):
+        with pytest.raises(ConceptImagesError, match=message):
+            host.save_pictures(images, (), masks)
+
+
 def test_a_lora_that_was_written_again_is_imported_again(nodes: Any, models: Path) -> None:
     """ComfyUI runs a node again if its fingerprint differs from that of the last run."""
     (models / "loras").mkdir()

@@ -17,11 +17,11 @@ from .schema import (
     ADVANCED,
     Stack,
     first_values,
-    in_widget_names,
     schema,
     settings_from,
     validates,
     widgets,
+    with_stack,
 )
 
 if TYPE_CHECKING:
@@ -74,7 +74,7 @@ class ComputeScores(io.ComfyNode):
     validate_inputs = validates(ScoreSettings, SETTINGS)
 
     @classmethod
-    @in_widget_names
+    @with_stack
     def execute(cls, images: list, **given: list) -> Any:
         from .. import report
 
@@ -132,7 +132,7 @@ class EvaluateRetention(io.ComfyNode):
     validate_inputs = validates(EvaluateSettings, SETTINGS)
 
     @classmethod
-    @in_widget_names
+    @with_stack
     def execute(cls, stack: StackHandle, clip_folder: str = "", **given: Any) -> Any:
         from .. import report
 

@@ -22,7 +22,7 @@ from comfy import model_management  # pyright: ignore[reportMissingImports]
 from comfy.utils import ProgressBar  # pyright: ignore[reportMissingImports]
 
 from ..checkpoint.keys import is_anima_net
-from ..errors import ConceptImagesError, StackError, spelled
+from ..errors import ConceptImagesError, StackError, excerpt, spelled
 from ..files import STACKS, stack_path
 from ..listing import is_checkpoint, weights_are
 from ..progress import OneBar, Progress, counted, duration
@@ -146,6 +146,8 @@ def save_pictures(
 
     from ..inventory import as_caption
 
+    _check_batches("images", images, channels=(3, 4))
+    _check_batches("masks", masks)
     arrays = [
         _pixels(image, f"picture {number}")
         for number, image in enumerate(itertools.chain.from_iterable(images), 1)
@@ -176,6 +178,25 @@ def save_pictures(
         if text:
             (folder / f"{name}.txt").write_text(text, encoding="utf-8")
     return files
+
+
+def _check_batches(name: str, values: Sequence[Any], channels: Sequence[int] = ()) -> None:
+    """Errors: ConceptImagesError for what is no IMAGE or MASK: ComfyUI checks neither a value that its
+    API gives for a wire, nor what comes from a node of any type.
+    """
+    import torch
+
+    for one in values:
+        if not isinstance(one, torch.Tensor):
+            raise ConceptImagesError(
+                f"{name} is {excerpt(one)}, which holds no pixels. Connect a node that loads or makes "
+                "pictures, such as Load Image."
+            )
+        if channels and (one.dim() != 4 or one.shape[-1] not in channels):
+            raise ConceptImagesError(
+                f"{name} is a tensor of shape {tuple(one.shape)}; an IMAGE is (pictures, height, width, "
+                "3 or 4). Use another node to make it."
+            )
 
 
 def _check_counts(pictures: int, captions: int, masks: int) -> None:

@@ -26,6 +26,7 @@ from .schema import (
     stack_and_report,
     validates,
     widgets,
+    with_stack,
 )
 
 if TYPE_CHECKING:
@@ -149,7 +150,7 @@ class LearnConcept(io.ComfyNode):
     )
 
     @classmethod
-    @in_widget_names
+    @with_stack
     def execute(
         cls, images: list, captions: list | None = None, masks: list | None = None, **given: list
     ) -> Any:
@@ -259,7 +260,7 @@ class Consolidate(io.ComfyNode):
     validate_inputs = validates(TrainSettings, SETTINGS)
 
     @classmethod
-    @in_widget_names
+    @with_stack
     def execute(cls, images: list, **given: list) -> Any:
         from ..curves import curve_picture
 
@@ -292,7 +293,7 @@ class ConsolidateInClosedForm(io.ComfyNode):
     validate_inputs = validates()
 
     @classmethod
-    @in_widget_names
+    @with_stack
     def execute(cls, stack: StackHandle, **given: Any) -> Any:
         request = SolveRequest(**stack.place, settings=settings_from(SolveSettings, given))
         with host.at_work() as on_progress:

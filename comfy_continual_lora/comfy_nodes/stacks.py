@@ -35,6 +35,7 @@ from .schema import (
     stack_and_report,
     validates,
     widgets,
+    with_stack,
 )
 
 _OWN, _NEW = "own", "new"  # choices beside the names of stacks
@@ -157,7 +158,7 @@ class UndoConcept(io.ComfyNode):
         )
 
     @classmethod
-    @in_widget_names
+    @with_stack
     def execute(cls, stack: StackHandle, token: str, version: int = 0) -> Any:
         current = in_use(stack.file)
         if current is None or not (token.strip() or version):
@@ -238,7 +239,7 @@ class StackHistory(io.ComfyNode):
         return float("nan")  # the list is read from disk at every run
 
     @classmethod
-    @in_widget_names
+    @with_stack
     def execute(cls, stack: StackHandle, restore: int = 0, keep: int = -1) -> Any:
         refusal = cls._go_back(stack, restore)
         request = HistoryRequest(**stack.place, keep=keep if keep >= 0 else None)
@@ -304,7 +305,7 @@ class ForgetConcept(io.ComfyNode):
     validate_inputs = validates()
 
     @classmethod
-    @in_widget_names
+    @with_stack
     def execute(cls, stack: StackHandle, token: str, **given: Any) -> Any:
         tokens = [one.token.lower() for one in stack.now().records]
         if token.strip().lower() not in tokens:
@@ -337,7 +338,7 @@ class MergeStacks(io.ComfyNode):
     validate_inputs = validates()
 
     @classmethod
-    @in_widget_names
+    @with_stack
     def execute(cls, stack: StackHandle, other: StackHandle, **given: Any) -> Any:
         if other.selected:
             raise StackError(
@@ -409,7 +410,7 @@ class ImportLora(io.ComfyNode):
         return " ".join(f"{file} {file.stat().st_mtime_ns}" for file in files)
 
     @classmethod
-    @in_widget_names
+    @with_stack
     def execute(
         cls,
         stack: StackHandle,

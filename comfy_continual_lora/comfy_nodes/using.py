@@ -26,6 +26,7 @@ from .schema import (
     solving_widgets,
     stack_and_report,
     validates,
+    with_stack,
 )
 from .words import with_names, with_words
 
@@ -91,7 +92,7 @@ class ApplyConcepts(io.ComfyNode):
         )
 
     @classmethod
-    @in_widget_names
+    @with_stack
     def execute(
         cls,
         model: Any,
@@ -223,7 +224,7 @@ class SelectConcepts(io.ComfyNode):
     validate_inputs = validates()
 
     @classmethod
-    @in_widget_names
+    @with_stack
     def execute(cls, stack: StackHandle, tokens: str, **given: Any) -> Any:
         from .. import pipeline
 
@@ -298,7 +299,7 @@ class ExportConcepts(io.ComfyNode):
         return ", ".join(sorted(str(path) for path in _EXPORTED if not path.exists()))
 
     @classmethod
-    @in_widget_names
+    @with_stack
     def execute(
         cls,
         stack: StackHandle,
