@@ -465,6 +465,21 @@ def test_an_empty_list_for_a_widget_is_refused(nodes: Any, closed_stack: Any) ->
         nodes.ComputeScores.execute(images=pictures, stack=[closed_stack], trials=[])
 
 
+def test_a_list_of_different_values_is_refused_where_one_is_taken(
+    nodes: Any, closed_stack: Any
+) -> None:
+    """All but the first counted for nothing: of two stacks, one was scored with."""
+    given = {"images": [torch.zeros(1, 8, 8, 3)], "stack": [closed_stack, closed_stack]}
+    other = dataclasses.replace(closed_stack, count=1)
+    for wrong in ({"trials": [8, 16]}, {"stack": [closed_stack, other]}):
+        message = f"{next(iter(wrong))} is a list of 2 values that differ, and this node takes one"
+        with pytest.raises(SettingError, match=message):
+            nodes.ComputeScores.execute(**{**given, **wrong})
+    schema = importlib.import_module("comfy_continual_lora.comfy_nodes.schema")
+    same = schema.first_values({"stack": given["stack"], "trials": [8, 8]})
+    assert same == {"stack": closed_stack, "trials": 8}
+
+
 def test_what_is_no_stack_is_refused_in_words(nodes: Any) -> None:
     """ComfyUI's API takes any value in place of a wire, and nodes of any type give None."""
     checked = set()

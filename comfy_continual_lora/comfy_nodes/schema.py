@@ -77,10 +77,16 @@ def stack_and_report() -> list[Any]:
 def first_values(given: dict[str, list]) -> dict[str, Any]:
     """The single values of a node whose inputs are lists.
 
-    Errors: SettingError for a list of none, which another node may give.
+    Errors: SettingError for a list of none or of different values, which another node may give.
     """
-    if empty := [name for name, values in given.items() if not values]:
-        raise SettingError(f"{empty[0]} is an empty list. Give it one value, or disconnect it.")
+    for name, values in given.items():
+        if not values:
+            raise SettingError(f"{name} is an empty list. Give it one value, or disconnect it.")
+        if any(one is not values[0] and one != values[0] for one in values[1:]):
+            raise SettingError(
+                f"{name} is a list of {len(values)} values that differ, and this node takes one. Give "
+                "it one value."
+            )
     return {name: values[0] for name, values in given.items()}
 
 
