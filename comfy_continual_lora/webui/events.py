@@ -25,8 +25,7 @@ from .outputs import (
 )
 
 # gradio 3 has no timer, so a script presses a button while that reads "busy" and the page is
-# visible. No handler may run long: in gradio 3, one whose page was closed keeps the server from
-# shutting down, so that "Reload UI" hangs.
+# visible. No handler may run long: the server waits for it when it shuts down for "Reload UI".
 _PULSE = """() => {
   const button = () => document.querySelector("#continual_lora_pulse");
   button().style.display = "none";
@@ -41,7 +40,8 @@ _SEND = """(prompt) => {
   field.dispatchEvent(new Event("input", {bubbles: true}));
   if (window.switch_to_txt2img) window.switch_to_txt2img();
 }"""
-_JS = "_js" if gr.__version__.startswith("3.") else "js"
+_IS_GRADIO_3 = gr.__version__.startswith("3.")
+_JS = "_js" if _IS_GRADIO_3 else "js"
 
 
 def connect(parts: SimpleNamespace, handlers: Handlers, page: gr.Blocks) -> None:
@@ -51,6 +51,18 @@ def connect(parts: SimpleNamespace, handlers: Handlers, page: gr.Blocks) -> None
     _connect_questions(parts, handlers)
     _connect_pulse(parts, handlers, page)
     _connect_inputs(parts, handlers)
+    if _IS_GRADIO_3:
+        _leave_the_queue(page)
+
+
+def _leave_the_queue(page: gr.Blocks) -> None:
+    """Send the page's events as plain requests.
+
+    gradio 3's queue keeps a websocket for each, and waits for ever for one whose page was left before
+    it was served: the server never shuts down, and "Reload UI" hangs.
+    """
+    for event in page.dependencies:  # pyright: ignore[reportAttributeAccessIssue] - gradio 3's
+        event["queue"] = False
 
 
 def _outputs(parts: SimpleNamespace, names: tuple[str, ...] = OUTPUTS) -> list[Any]:
