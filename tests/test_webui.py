@@ -571,6 +571,21 @@ def test_what_waits_stays_when_another_job_comes_first(
     assert len(page_host.past) == 2
 
 
+def test_a_page_opened_before_a_job_can_stop_it(handlers: Handlers) -> None:
+    """One that another window started: what is refused for it shows it."""
+    job = Job(1, [("learn", {"token": "V1", "stack": ""})])
+    handlers.host.runner.job = job
+    outputs = handlers.closed_form("mini.safetensors", "", 0)
+    assert "A job is already running" in _value(outputs, "said")
+    assert _value(outputs, "status") == "Starting the worker ..."
+    assert _value(outputs, "halt") == gradio.update(interactive=True)
+    assert "busy" in str(_value(outputs, "pulse")) or _value(outputs, "pulse")["active"]
+    unchanged = handlers.look("mini.safetensors", "", 0, _value(outputs, "mark"))
+    assert all(value == gradio.update() for value in unchanged)  # so that the refusal stays
+    refused = handlers.draw("mini.safetensors", "", 0, "")
+    assert _value(refused, "halt") == gradio.update()
+
+
 def test_only_what_is_new_is_sent(handlers: Handlers) -> None:
     """While a job goes on, the pictures and cards are not sent again."""
     place = ("mini.safetensors", "", 0)

@@ -23,6 +23,7 @@ from .job import Job
 from .labels import in_labels
 from .loras import exports_of
 from .outputs import CARDS, CHIPS, HAS_TIMER, REFUSED, STACK, Values, in_order, not_asked, visible
+from .runner import Busy
 from .shown import code, history, markdown, picture_of, status
 from .uploads import picture_at
 
@@ -237,7 +238,11 @@ class View:
         return {}
 
     def refused(self, error: Exception, side: str = "said") -> list[Any]:
-        return in_order({side: f"**{markdown(in_labels(error))}**"})
+        """What is said of the error. A page that was opened before the running job started, in another
+        window, learns of it here: it follows it from now on, and can stop it.
+        """
+        values = self._progress() if isinstance(error, Busy) else {}
+        return in_order({**values, side: f"**{markdown(in_labels(error))}**"})
 
 
 def _curves(job: Job | None) -> Image.Image | None:
