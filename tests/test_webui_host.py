@@ -6,6 +6,7 @@ import importlib
 import json
 import logging
 import os
+import runpy
 import sys
 import threading
 from collections.abc import Iterator
@@ -187,6 +188,40 @@ def test_stacks_are_not_among_the_web_uis_checkpoints(host: Any, modules: Any) -
     host.refresh()
     assert list(models.checkpoints_list) == ["a.safetensors", "b.safetensors"]
     assert list(host.checkpoints()) == ["a.safetensors", "b.safetensors"]
+
+
+def test_what_a_failed_generation_left_is_undone_after_reload_ui(
+    modules: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Reload UI runs the extension's script again; the web UI's model stays, changed as it is."""
+    callbacks = dict.fromkeys(("on_ui_settings", "on_ui_tabs", "on_app_started"), lambda _: None)
+    web = sys.modules["modules"]
+    monkeypatch.setattr(web, "script_callbacks", SimpleNamespace(**callbacks), raising=False)
+    monkeypatch.setattr(web, "scripts", SimpleNamespace(Script=object), raising=False)
+    modules.shared.opts = None
+    script = Path(__file__).parents[1] / "a1111_extension" / "scripts" / "continual_lora.py"
+    before, after = (runpy.run_path(str(script))["SeveralLearnedThings"]() for _ in range(2))
+    monkeypatch.setattr(
+        sys.modules[APART], "words_in_use", lambda: ({"V1": "ball", "V2": "mug"}, "sd1")
+    )
+    unet = torch.nn.Sequential(torch.nn.Identity())
+    model = SimpleNamespace(
+        get_learned_conditioning=list,
+        cond_stage_model=SimpleNamespace(tokenize_line=None),
+        model=SimpleNamespace(diffusion_model=unet),
+    )
+    batch = SimpleNamespace(
+        prompts=["a V1 ball and a V2 mug"],
+        negative_prompts=[],
+        extra_generation_params={},
+        sd_model=model,
+    )
+    before.process_batch(batch)
+    before.process_before_every_sampling(batch)
+    assert "forward" in unet.__dict__
+    batch.prompts = ["a dog"]
+    after.process_batch(batch)
+    assert "forward" not in unet.__dict__
 
 
 def test_interrupt_starts_none_of_those_that_wait(host: Any, modules: Any) -> None:

@@ -1,6 +1,6 @@
 """The tab Continual LoRA in AUTOMATIC1111 and the Forge family, and what it does while they draw.
 
-Run again at every "Reload UI"; the state that survives it is in webui/a1111.py.
+Run again at every "Reload UI"; the state that survives it is in webui/a1111.py and webui/apart.py.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ _spec.loader.exec_module(_home)
 _home.load_package()
 
 from comfy_continual_lora.webui import a1111, api, tab  # noqa: E402
-from comfy_continual_lora.webui.apart import Apart  # noqa: E402
+from comfy_continual_lora.webui.apart import APART  # noqa: E402
 
 host = a1111.host(EXTENSION)
 
@@ -43,9 +43,6 @@ class SeveralLearnedThings(scripts.Script):
 
     def postprocess_batch(self, p: object, *_: object, **__: object) -> None:
         APART.finish(p)
-
-
-APART = Apart()
 
 
 def on_ui_tabs() -> list:

@@ -40,7 +40,9 @@ _OTHER_KIND = (
 
 
 class Apart:
-    """What is known from one generation to the next: the web UI keeps encoded prompts, too."""
+    """What is known from one generation to the next: the web UI keeps encoded prompts, too. And its
+    model, so that what a generation that failed left of it is undone even after "Reload UI".
+    """
 
     def __init__(self) -> None:
         self.scenes: deque[SceneText] = deque(maxlen=64)
@@ -191,6 +193,9 @@ class Apart:
                 module.forward = before
 
         self.undo.append(undo)
+
+
+APART = Apart()  # of this process
 
 
 def _follower(layer: Any, parts: Sequence[Part]) -> Callable[..., Tensor]:
