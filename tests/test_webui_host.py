@@ -224,6 +224,39 @@ def test_what_a_failed_generation_left_is_undone_after_reload_ui(
     assert "forward" not in unet.__dict__
 
 
+def test_checkpoints_are_listed_while_the_web_ui_looks_for_them(host: Any, modules: Any) -> None:
+    """In another thread, which adds one between any two of those that are read."""
+    listed = modules.sd_models.checkpoints_list
+
+    class Growing:
+        @property
+        def name(self) -> str:
+            listed[str(len(listed))] = self
+            return "a.safetensors"
+
+        filename = "a.safetensors"
+
+    listed["a.safetensors"] = Growing()
+    assert list(host.checkpoints()) == ["a.safetensors"]
+
+
+def test_the_page_opens_with_the_checkpoint_chosen_in_the_web_ui(host: Any, modules: Any) -> None:
+    """The Forge family still has the one before, until it draws."""
+    models, title = modules.sd_models, "b.safetensors [0123456789]"
+    options: dict[str, Any] = {"sd_model_checkpoint": title}
+    modules.shared.opts = SimpleNamespace(data=options)
+    modules.disk.append("b.safetensors")
+    host.refresh()
+    models.checkpoint_aliases[title] = models.checkpoints_list["b.safetensors"]
+    models.model_data.sd_model = SimpleNamespace(
+        sd_checkpoint_info=models.checkpoints_list["a.safetensors"]
+    )
+    assert host.preferred() == ("b.safetensors", "")
+    for gone in ("gone.safetensors", None):
+        options["sd_model_checkpoint"] = gone
+        assert host.preferred() == ("a.safetensors", "")
+
+
 def test_interrupt_starts_none_of_those_that_wait(host: Any, modules: Any) -> None:
     job = Job(1, [("learn", {"token": "V1"})])
     host.runner.job = job

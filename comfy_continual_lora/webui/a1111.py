@@ -64,17 +64,22 @@ class WebuiHost(Host):
         prepare(environment_of(self.folder), say)
 
     def checkpoints(self) -> dict[str, Path]:
-        paths = {info.name: Path(info.filename) for info in sd_models.checkpoints_list.values()}
+        listed = list(
+            sd_models.checkpoints_list.values()
+        )  # which a refresh in another thread fills
+        paths = {info.name: Path(info.filename) for info in listed}
         return {name: path for name, path in paths.items() if is_checkpoint(path.name)}
 
     def refresh(self) -> None:
         sd_models.list_models()
 
     def loaded(self) -> str:
-        """Of the model in use; else of the one in the web UI's settings. Nothing is loaded to look."""
-        info = getattr(_model(), "sd_checkpoint_info", None)
+        """Of the model that is chosen in the web UI, which the Forge family loads when it draws; else of
+        the one in use. Nothing is loaded to look.
+        """
+        info = sd_models.checkpoint_aliases.get(shared.opts.data.get("sd_model_checkpoint"))
         if info is None:
-            info = sd_models.checkpoint_aliases.get(shared.opts.data.get("sd_model_checkpoint"))
+            info = getattr(_model(), "sd_checkpoint_info", None)
         return getattr(info, "name", "")
 
     def exports(self) -> tuple[Path, Path]:
