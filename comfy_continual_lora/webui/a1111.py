@@ -64,9 +64,7 @@ class WebuiHost(Host):
         prepare(environment_of(self.folder), say)
 
     def checkpoints(self) -> dict[str, Path]:
-        listed = list(
-            sd_models.checkpoints_list.values()
-        )  # which a refresh in another thread fills
+        listed = list(sd_models.checkpoints_list.values())  # a refresh may fill it meanwhile
         paths = {info.name: Path(info.filename) for info in listed}
         return {name: path for name, path in paths.items() if is_checkpoint(path.name)}
 
