@@ -39,6 +39,7 @@ from .files import (
     metadata_in,
     write_whole,
 )
+from .settings import FORMATS
 from .stack import ConceptRecord, ConceptStack
 from .stock import card, embedding, metadata_of, rank_in, stock_lora
 from .words import name_of
@@ -65,9 +66,9 @@ def export_files(
 
     `stem` names the stack, `only` the concepts it was solved for, if not all; `remove` removes
     earlier exports of the same concepts; `words` are all of the stack's, if it has more; `metadata`
-    is more for the LoRA's. A version before the newest supersedes nothing. Only files of this stack
-    are overwritten: if another file has a word's name, the word is exported under a new one, which
-    is no other word's.
+    is more for the LoRA's. A version before the newest supersedes nothing, and no LoRA the same one
+    in another format. Only files of this stack are overwritten: if another file has a word's name, the
+    word is exported under a new one, which is no other word's.
     Errors: StackError for an empty stack or a folder that can't be written.
     """
     _check_exportable(stack)
@@ -92,9 +93,13 @@ def export_files(
             current = (lora, *written.values())
             is_newest = bool(only) or {*words} <= stack.tokens.keys()
             found = _earlier(stack, out, embeddings, only) if is_newest else []
-            earlier = [path for path in found if path not in current]
+            others = [path for path in found if path not in current]
             if lora:
-                _make_newest(lora, earlier)
+                _make_newest(lora, others)
+            same = _names(stack, stem, triggers) if others else ()
+            earlier = [
+                path for path in others if path.name.removesuffix(".safetensors") not in same
+            ]
             removed = [path for path in earlier if remove and _remove(path)]
     except OSError as error:
         raise StackError(
@@ -304,6 +309,26 @@ def lora_name(stem: str, tokens: Sequence[str], digest: str) -> str:
     return f"_{name}" if is_reserved(name) else name
 
 
+def _names(stack: ConceptStack, stem: str, triggers: list[str]) -> list[str]:
+    """The names of the stack's LoRA as it is now, in each format that can hold it."""
+    names = []
+    for format in FORMATS:
+        with suppress(StackError):
+            names.append(_name(stack, stock_lora(stack, format), stem, triggers))
+    return names
+
+
+def _name(
+    stack: ConceptStack, tensors: Mapping[str, Tensor], stem: str, triggers: list[str]
+) -> str:
+    """The name of a LoRA, which ends in a hash of what it holds and whose it is."""
+    digest = hashlib.sha256()
+    for name in sorted(tensors):
+        digest.update(name.encode() + tensors[name].numpy().tobytes())
+    digest.update(json.dumps([triggers, stack.owner]).encode())
+    return lora_name(stem, [record.token for record in stack.records], digest.hexdigest())
+
+
 def _write_lora(
     stack: ConceptStack,
     tensors: dict[str, Tensor],
@@ -314,11 +339,7 @@ def _write_lora(
     more: Mapping[str, str],
 ) -> Path:
     """`more`: metadata beside what every LoRA of the stack has."""
-    digest = hashlib.sha256()
-    for name in sorted(tensors):
-        digest.update(name.encode() + tensors[name].numpy().tobytes())
-    digest.update(json.dumps([triggers, stack.owner]).encode())
-    name = lora_name(stem, [record.token for record in stack.records], digest.hexdigest())
+    name = _name(stack, tensors, stem, triggers)
     rank = rank_in(tensors)
     metadata = {
         **more,

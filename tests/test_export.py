@@ -426,6 +426,28 @@ def test_superseded_exports_are_listed_and_removed_when_asked(
     }
 
 
+@pytest.mark.parametrize("stem", ["mini", "sd1.5.safetensors"])
+def test_a_format_does_not_supersede_another(tmp_path: Path, stem: str) -> None:
+    """Each is for other programs. Those of what the stack held before are superseded in all."""
+    stack, words = make_stack(2), tmp_path / "words"
+
+    def exported(**options: Any) -> list[Exported]:
+        return [
+            export.export_files(stack, tmp_path, words, stem, format, **options)
+            for format in FORMATS
+        ]
+
+    before = exported()
+    assert [done.superseded for done in before] == [[]] * len(FORMATS)
+    assert stack.adapter
+    next(iter(stack.adapter.values())).add_(1)
+    loras = {done.lora for done in before}
+    assert [set(done.superseded) for done in exported()] == [loras] * len(FORMATS)
+    after = exported(remove=True)
+    assert set(after[0].removed) == loras
+    assert all(done.lora and done.lora.exists() for done in after)
+
+
 def test_an_embedding_of_a_forgotten_word_is_listed(backbone: Backbone, tmp_path: Path) -> None:
     stack = _owned(backbone, "a" * 16)
     old = _export(stack, tmp_path).embeddings[0]
