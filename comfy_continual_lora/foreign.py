@@ -42,7 +42,7 @@ from .lorafile import (
 from .presets import CLIP_SKIP_PRESETS, PLAIN_NAME_PRESETS
 from .requests import ImportRequest
 from .settings import MOST_VECTORS
-from .stack import ConceptRecord
+from .stack import ConceptRecord, ConceptStack
 from .stackschema import MOST_RANK
 
 # What other kinds of adapters add to a layer's name, as patterns
@@ -322,6 +322,34 @@ def check_same(known: ConceptRecord, word: Tensor, again: Imported, request: Imp
         f"{request.lora} is on the stack already, as {name}, so it was not imported {asked}. Forget "
         f"{known.token} first, or give another `token`."
     )
+
+
+def check_shared(stack: ConceptStack, other: ConceptStack, path: Path) -> None:
+    """`path`: the other stack's file.
+
+    Errors: StackError if both have the same file and token, but at another strength, with another
+    noun or from another word: only one of them would be on the merged stack.
+    """
+    known = {record.id: record for record in stack.records}
+    for record in other.records:
+        if (own := known.get(record.id)) is None:
+            continue
+        here, there = own.settings.get("strength"), record.settings.get("strength")
+        if None in (here, there):  # early versions didn't store it
+            here = there
+        is_same_word = _is_same_word(stack.words[own.id], other.words[record.id])
+        if (here, own.noun) == (there, record.noun) and is_same_word:
+            continue
+        names = [
+            name if strength is None else f"{name} at `strength` {strength:g}"
+            for name, strength in ((record.name, there), (own.name, here))
+        ]
+        word = "" if is_same_word else ", from another word"
+        raise StackError(
+            f"{path} has {names[0]}, which this stack has from the same LoRA as {names[1]}{word}. "
+            f"Forget {record.token} on one of them (`forget`); to have both, import the LoRA here with "
+            "another `token`."
+        )
 
 
 def _is_same_word(one: Tensor, other: Tensor) -> bool:

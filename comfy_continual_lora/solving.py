@@ -16,6 +16,7 @@ from .errors import StackError
 from .export import export_files
 from .exported import Exported
 from .files import cache_folder, real_file, stack_stem
+from .foreign import check_shared
 from .imagefile import check_folder
 from .moments import clear_cache
 from .presets import PLAIN_NAME_PRESETS
@@ -139,20 +140,24 @@ def merge(request: MergeRequest, on_progress: OnProgress = ignore) -> MergeResul
     """Put those concepts of another stack of the same checkpoint on this one that it lacks."""
     request.check()
     own = {record.id for record in store.read_records(request.stack_file)}
-    theirs = {record["id"] for record in read_header(request.other)["concepts"]}
+    others = read_header(request.other)["concepts"]
+    theirs = {record["id"] for record in others}
     if not theirs:
         raise StackError(
             f"The stack {request.other} holds no concept, so there is nothing to merge. Choose "
             "another as `other`."
         )
-    if theirs <= own:
-        return MergeResult([], {}, request.stack_file)
+    nothing_new = MergeResult([], {}, request.stack_file)
+    if theirs <= own and all(record["method"] != "import" for record in others):
+        return nothing_new
     with open_session(request, on_progress, writes=True) as session:
-        own = set(session.stack.words)
-        stack, renamed = put_on_top(session, session.load(request.other), request.settings)
+        own, other = set(session.stack.words), session.load(request.other)
+        check_shared(session.stack, other, request.other)
+        if other.words.keys() <= own:
+            return nothing_new
+        stack, renamed = put_on_top(session, other, request.settings)
         added = [record for record in stack.records if record.id not in own]
-        if added:
-            session.commit(stack, "merged", added)
+        session.commit(stack, "merged", added)
     return MergeResult([record.name for record in added], renamed, request.stack_file)
 
 

@@ -605,6 +605,33 @@ def test_what_is_on_the_stack_is_not_imported_again_as_another_thing(
     assert stack.read_bytes() == before
 
 
+def test_a_lora_that_both_stacks_have_in_another_way_is_not_taken_for_the_same(
+    checkpoint: Path, backbone: Backbone, tmp_path: Path
+) -> None:
+    lora, other = tmp_path / "a.safetensors", tmp_path / "other.concepts.safetensors"
+    save_file(kohya_lora(backbone), lora)
+    request = requests.ImportRequest(checkpoint, lora, "W1", "ball", trigger="red", device="cpu")
+    pipeline.import_concept(request)
+    merging = requests.MergeRequest(checkpoint, other, device="cpu")
+    others = [
+        ({"strength": 0.5}, "has W1 ball at strength 0.5, which .* as W1 ball at strength 1. For"),
+        ({"noun": "cup"}, "has W1 cup at strength 1, which .* as W1 ball at strength 1. Forget"),
+        ({"trigger": "blue"}, "W1 ball at strength 1, from another word. Forget W1 on one of them"),
+    ]
+    before = store.stack_path(checkpoint).read_bytes()
+    for fields, message in others:
+        pipeline.import_concept(replace(request, **fields, stack=other))
+        with pytest.raises(StackError, match=message):
+            pipeline.merge(merging)
+        other.unlink()
+    assert store.stack_path(checkpoint).read_bytes() == before
+    pipeline.import_concept(replace(request, stack=other))
+    assert pipeline.merge(merging).added == []
+    pipeline.rename(requests.RenameRequest(checkpoint, "W1", "W3", stack=other))
+    pipeline.import_concept(replace(request, token="W2", stack=other))
+    assert pipeline.merge(merging).added == ["W2 ball"]
+
+
 @pytest.mark.parametrize("alpha", [True, False])
 @pytest.mark.parametrize("shapes", [((0, 64), (128, 0)), ((0, 8, 3, 3), (8, 0, 1, 1))])
 @pytest.mark.parametrize("rest", ["refuse", "drop", "keep"])
