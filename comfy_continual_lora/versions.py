@@ -115,7 +115,33 @@ def parent_among(existing: Sequence[Version]) -> Version | None:
     if parent is None:
         return None
     is_other = current.identity and parent.identity and current.identity != parent.identity
-    return None if is_other else parent
+    return None if is_other or not _follows(current.file, parent.file) else parent
+
+
+def _follows(file: Path, before: Path) -> bool:
+    """Whether the change that made a version can be one of the version `before`, by the concepts of
+    both. Numbers alone don't say: a stack that was copied to another computer, changed there and
+    copied back has given the same ones to other versions.
+    """
+    header = read_header(file)
+    change = change_of(header)
+    now, then = _concepts(header), _concepts(read_header(before))
+    if change is None or change.kind == "undone":
+        return True
+    if change.kind in ("learned", "imported", "merged"):
+        return len(now) > len(then) and now[: len(then)] == then
+    if change.kind == "forgot":
+        return len(now) == len(then) - 1 and now == [one for one in then if one in now]
+    if change.kind == "replaced":
+        return len(now) == len(then) and now[:-1] == then[:-1]
+    if change.kind == "renamed":
+        return [one for one, _ in now] == [one for one, _ in then]
+    return now == then
+
+
+def _concepts(header: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """Their ids and words."""
+    return [(record["id"], record["token"]) for record in header["concepts"]]
 
 
 def undo_preview(path: Path) -> str:

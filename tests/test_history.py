@@ -160,7 +160,7 @@ def test_any_sequence_of_changes_can_be_gone_back_through(
         if kind == "s":
             stack = make_stack(step % 3 + 1)
             stack.history = keep
-            store.save_stack(stack, path, store.change("learned", stack.records[-1:]))
+            store.save_stack(stack, path)
         elif kind == "u":
             parent = versions.parent_of(path)
             left = history.undo(path)
@@ -264,6 +264,49 @@ def test_a_stack_from_elsewhere_takes_nothing_out_of_the_history(tmp_path: Path)
     )
     assert held == [1, 1, 3]
     assert history.undo(path).tokens == ["V1"]
+
+
+@pytest.mark.parametrize(
+    ("kind", "before", "after"),
+    [
+        ("learned", "12", "123"),
+        ("imported", "12", "123"),
+        ("merged", "12", "1234"),
+        ("replaced", "12", "13"),
+        ("forgot", "123", "13"),
+        ("consolidated", "12", "12"),
+        ("solved", "12", "12"),
+        ("renamed", "12", "12"),
+    ],
+)
+def test_undo_goes_to_no_version_of_another_copy(
+    tmp_path: Path, kind: str, before: str, after: str
+) -> None:
+    """A stack is copied, both copies are changed, and one takes the place of the other: their
+    versions have the same numbers, and are of the same stack.
+    """
+    path, copy = tmp_path / "a.concepts.safetensors", tmp_path / "b.concepts.safetensors"
+
+    def save(path: Path, kind: str, numbers: str) -> None:
+        whole = make_stack(9)
+        stack = dataclasses.replace(
+            make_stack(1), records=[whole.records[int(number) - 1] for number in numbers]
+        )
+        stack.words = {one.id: whole.words[one.id] for one in stack.records}
+        store.save_stack(stack, path, store.change(kind, stack.records[-1:]))
+
+    save(path, "learned", "9")
+    save(copy, "learned", "9")
+    save(path, "learned", "91")
+    save(copy, "learned", before)
+    save(path, "learned", "914")
+    save(copy, kind, after)
+    parent = versions.parent_of(copy)
+    assert parent
+    assert parent.tokens == [f"V{number}" for number in before]
+    shutil.copy(copy, path)
+    assert [one.number for one in versions.versions(path)] == [3, 2, 1]
+    assert versions.parent_of(path) is None
 
 
 # --- replacing -----------------------------------------------------------------------------------
