@@ -353,6 +353,7 @@ def _write_lora(
         folder = out / name
         assert rank  # only kohya's layout takes full-size changes
         layers = list(layers_of(stack.adapter or {}))
+        folder.mkdir(exist_ok=True)  # PEFT asserts that there is no file
         config = LoraConfig(r=rank, lora_alpha=rank, target_modules=layers)
         config.save_pretrained(str(folder))  # whatever is there: it may be of an earlier version
         if _owner(folder) != metadata:

@@ -197,7 +197,7 @@ class Rest:
         try:
             write_whole(path, data, new=True)
         except FileExistsError:
-            if path.read_bytes() != data:
+            if not path.is_file() or path.read_bytes() != data:
                 raise StackError(
                     f"{path} exists and is another file, so what {lora.name} changes besides K and V "
                     "was not written there. Move it away, and import again."

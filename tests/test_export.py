@@ -506,6 +506,17 @@ def test_what_was_written_is_known_among_files_of_others(
     assert all(path.exists() for path in done.files)
 
 
+def test_a_file_where_pefts_folder_would_be_stays(tmp_path: Path) -> None:
+    lora = export.export_files(make_stack(2), tmp_path, tmp_path, "mini", "peft").lora
+    assert lora
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / lora.name).write_text("a file")
+    with pytest.raises(StackError, match=r"failed \(File exists\)"):
+        export.export_files(make_stack(2), out, out, "mini", "peft")
+    assert (out / lora.name).read_text() == "a file"
+
+
 @pytest.mark.parametrize("name", ["adapter_config.json", "adapter_model.safetensors"])
 def test_a_part_of_peft_is_completed(backbone: Backbone, tmp_path: Path, name: str) -> None:
     stack = _owned(backbone, "a" * 16)

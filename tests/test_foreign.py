@@ -569,6 +569,11 @@ def test_the_rest_is_kept_too_of_what_is_on_the_stack_already(
     with pytest.raises(StackError, match="exists and is another file"):
         pipeline.import_concept(replace(request, rest="keep"))
     assert file.read_bytes() == b"another's"
+    for make in (Path.mkdir, lambda path: path.symlink_to("nowhere")):
+        file.rmdir() if file.is_dir() else file.unlink()
+        make(file)
+        with pytest.raises(StackError, match="exists and is another file"):
+            pipeline.import_concept(replace(request, rest="keep"))
     assert stack.read_bytes() == before
 
 
