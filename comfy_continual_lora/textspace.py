@@ -249,7 +249,11 @@ def coordinates(moment: Tensor, ridge: float = 0.002) -> Tensor:
     the square root of the factor it had, so the latter is learned sooner. The power -1/2, which
     makes all directions equal, is how K-FAC preconditions a layer (Martens & Grosse 2015,
     section 3); it leaks more into ordinary prompts (benchmarks/LOG.md).
+
+    Of a moment of 0, where nothing is protected: the identity.
     """
+    if not moment.any():
+        return torch.eye(len(moment))
     values, vectors = torch.linalg.eigh(moment.double())
     values = values.clamp(min=0)
     values = values + ridge * _typical(values)

@@ -302,6 +302,21 @@ def test_in_the_coordinates_of_a_moment_its_spread_is_the_root() -> None:
     assert textspace.coordinates(one_direction).isfinite().all()
 
 
+def test_where_nothing_is_protected_it_learns_as_plain_lora(
+    checkpoint: Path, folders: dict[str, Path]
+) -> None:
+    assert torch.equal(textspace.coordinates(torch.zeros(4, 4)), torch.eye(4))
+    found = []
+    for method in ("retention", "lora"):
+        settings = replace(QUICK, method=method, retention_ordinary=0.0, rate=1e-3)
+        stack_file = checkpoint.with_name(f"{method}.concepts.safetensors")
+        request = learn_request(checkpoint, folders, "V1", settings)
+        pipeline.learn_concept(replace(request, stack=stack_file))
+        found.append(store.open_stack(stack_file).adapter or {})
+    held, plain = found
+    assert all(torch.allclose(one, plain[name], atol=1e-5) for name, one in held.items())
+
+
 @pytest.mark.parametrize("times", [10, 50])
 def test_a_start_token_with_a_long_feature_changes_no_other_direction(
     mini: Backbone, times: int
