@@ -410,6 +410,17 @@ def test_a_c_lora_is_consolidated_with_the_penalty_it_was_learned_with(
         )
 
 
+def test_each_c_lora_as_published_starts_from_draws_of_its_own(
+    learned: Callable[..., Path],
+) -> None:
+    """The same A again would leave the sum of LoRAs the rank of one."""
+    stack = stack_of(learned(VARIANTS["c_lora published"], "V1", "V2"))
+    assert stack.adapter
+    pairs = [one.chunk(2) for name, one in stack.adapter.items() if name.endswith(".A")]
+    for first, second in [*pairs, tuple(stack.words.values())]:
+        assert torch.cosine_similarity(first, second).abs().max() < 0.6
+
+
 @pytest.mark.parametrize("words", ["V2", "V1", "V3", "V2 V3"])
 def test_c_lora_does_not_count_a_lora_again_for_a_word_learned_after_it(
     learned: Callable[..., Path], folders: dict[str, Path], words: str

@@ -21,6 +21,7 @@ from torch import Tensor
 from ..adapters import kind_with
 from ..adapters.adapter import KINDS, Adapter, kind_of, new_adapter, rank_of
 from ..concept import Concept
+from ..diffusion import generator_for
 from ..errors import SettingError
 from ..files import real_file
 from ..learn import TrainingInputs
@@ -139,6 +140,8 @@ class Method:
         stack, backbone = session.stack, session.backbone
         generator = torch.Generator().manual_seed(settings.seed)
         fresh = self.fresh_adapter(settings)
+        if fresh and stack.records:  # else A and the word would start where the first one's did
+            generator = generator_for(settings.seed, "start", len(stack.records))
         noun = concept.noun if concept.with_noun else ""
         word = backbone.word_start(noun, generator, settings.vectors)
         self.encode(session, concept.noun, settings)
