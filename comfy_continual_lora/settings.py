@@ -174,7 +174,7 @@ class RetentionSettings(Settings):
     retention_words: float | None = setting(
         None,
         "share of that penalty on the words of prompts, the rest being on their padding; if not "
-        "given, all positions weigh the same",
+        "given, as on the stack, where at first all positions weigh the same",
         low=0,
         high=1,
         by_checkpoint=False,
