@@ -73,7 +73,7 @@ def as_of(stack: ConceptStack, count: int, *, consolidated: bool = True) -> Conc
     after, solves = shortened(stack, count)
     if not solves or not has_prompts(after, 0.0):
         return after
-    adapter, _ = solution(after, SolveSettings(language=_language(stack)))
+    adapter, _ = solution(after, SolveSettings(language=_language(after)))
     return replace(after, adapter=adapter)
 
 
@@ -106,9 +106,13 @@ def undone(stack: ConceptStack) -> ConceptStack:
 
 
 def _language(stack: ConceptStack) -> float:
-    """The usual share of the vocabulary's sample, if the stack has one."""
+    """The share of the vocabulary's sample that the newest concept was learned with, or the usual one
+    if it was not learned; 0 if the stack has no sample.
+    """
     assert stack.ordinary
-    return SolveSettings().language if stack.ordinary.drawn is not None else 0.0
+    if stack.ordinary.drawn is None:
+        return 0.0
+    return stack.records[-1].settings.get("retention_language", SolveSettings().language)
 
 
 def selected(stack: ConceptStack, tokens: Sequence[str], settings: SolveSettings) -> ConceptStack:

@@ -143,13 +143,18 @@ def _date(value: Any) -> bool:
         return False
 
 
+def _share(value: Any) -> bool:
+    return _number(0)(value) and value <= 1
+
+
 def _settings(value: Any) -> bool:
     """The settings a concept was learned with: names and plain values."""
     if not isinstance(value, dict) or not all(map(_text(r"\w*", 64), value)):
         return False
     plain = all(v is None or type(v) is bool or _LINE(v) or _number()(v) for v in value.values())
     counts = _or_none(_RANK)(value.get("rank")) and _or_none(_SIDE)(value.get("size"))
-    return plain and counts and value.get("adapter", "lora") in ADAPTERS
+    share = _share(value.get("retention_language", 0))
+    return plain and counts and share and value.get("adapter", "lora") in ADAPTERS
 
 
 _LINE = _text()

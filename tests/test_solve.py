@@ -353,6 +353,23 @@ def test_versions_are_as_good_as_they_were(
             assert (does - did).norm() < 0.1 * did.norm()
 
 
+def test_versions_have_the_share_of_language_they_were_learned_with(
+    learned: Callable[..., Path],
+) -> None:
+    settings = replace(QUICKER, method="retention", retention_language=0.1)
+    stack = stack_of(learned(settings, *NOUNS))
+    past = consolidation.as_of(stack, 2)
+    usual, own = (
+        consolidation.solution(past, SolveSettings(language=share))[0]
+        for share in (SolveSettings().language, 0.1)
+    )
+    assert past.adapter
+    assert usual
+    assert own
+    assert all(torch.equal(one, own[name]) for name, one in past.adapter.items())
+    assert not all(torch.equal(one, usual[name]) for name, one in past.adapter.items())
+
+
 def test_a_solution_that_was_trained_further_is_kept(
     learned: Callable[..., Path], folders: dict[str, Path]
 ) -> None:

@@ -128,6 +128,7 @@ FIELDS = [
     ("prompts", "a photo"), ("prompts", [1]), ("hashes", [HTML]),
     ("learned", "yesterday"), ("learned", 5), ("loss", "low"), ("settings", []),
     ("settings", {"rank": "16"}), ("settings", {"rank": 10**9}), ("settings", {"size": 8}),
+    ("settings", {"retention_language": 2}), ("settings", {"retention_language": None}),
     ("settings", {"adapter": "../x"}), ("settings", {"a": [1]}), ("with_noun", 1),
     ("request", HTML), ("consolidated", 5),
 ]  # fmt: skip
