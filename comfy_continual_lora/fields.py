@@ -241,9 +241,16 @@ def check_range(field: dataclasses.Field, value: Any) -> None:
     low, high = meta["low"], meta["high"]
     unit = f" {meta['unit']}" if meta["unit"] else ""
     if (low is not None and value < low) or (high is not None and value > high):
-        upper = " and more" if high is None else f" to {high:g}"
-        raise SettingError(f"`{name}` is {value:g}; the range is {low:g}{upper}{unit}.")
+        upper = " and more" if high is None else f" to {_digits(high)}"
+        raise SettingError(
+            f"`{name}` is {_digits(value)}; the range is {_digits(low)}{upper}{unit}."
+        )
     if meta["multiple"] > 1 and value % meta["multiple"]:
         raise SettingError(
-            f"`{name}` is {value:g}; it has to be a multiple of {meta['multiple']}{unit}."
+            f"`{name}` is {_digits(value)}; it has to be a multiple of {meta['multiple']}{unit}."
         )
+
+
+def _digits(number: float | None) -> str:
+    """With as many digits as tell it from its neighbours; of whole numbers all."""
+    return f"{number:.15g}" if isinstance(number, float) else str(number)

@@ -191,3 +191,18 @@ def test_a_number_typed_without_measure_is_told_as_it_was_typed(text: str) -> No
     with pytest.raises(SettingError, match=r"^rate is (-?1e|inf)") as refused:
         check_field(fields["rate"], from_widget(fields["rate"], text))
     assert len(str(refused.value)) < 100
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        (LearnSettings(steps=1_000_001), "steps is 1000001; the range is 1 to 1000000."),
+        (DrawSettings(seed=2**63 - 1), f"seed is {2**63 - 1}; the range is 0 to {2**63 - 10_000}."),
+        (DrawSettings(guidance=100.0001), "guidance is 100.0001; the range is 0 to 100."),
+    ],
+)
+def test_a_number_just_out_of_its_range_is_told_from_the_last_in_it(
+    settings: DrawSettings, said: str
+) -> None:
+    with pytest.raises(SettingError, match=f"^{said}$"):
+        settings.check()
