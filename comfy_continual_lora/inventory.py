@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from .errors import ConceptImagesError
-from .files import PICTURES
+from .files import PICTURES, with_name
 from .imagefile import undecodable
 from .progress import counted
 
@@ -219,7 +219,7 @@ def groups(source: Path | list[Path]) -> tuple[list[Group], Inventory]:
     folders = [entry for entry in entries if entry.is_dir()]
     own = sorted_out([entry for entry in entries if entry not in folders])
     parts = [(one.name, _within(one.name, sorted_out(_listed(one)))) for one in folders]
-    parts.insert(0, (source.name, own))
+    parts.insert(0, (with_name(source).name, own))
     pictures, left_out = [], []
     for _, part in parts:
         pictures += part.pictures

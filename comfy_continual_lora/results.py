@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-from .files import STACKS
+from .files import STACKS, with_name
 from .presets import CLIP_SKIP_2
 from .progress import counted
 
@@ -236,7 +236,8 @@ class ScoreResult:
         """Pictures by their files' names, with their folders' if there are several."""
         lines, several = [], len({one.file.parent for one in self.images}) > 1
         for one in self.images:
-            name = f"{one.file.parent.name}/{one.file.name}" if several else one.file.name
+            folder = f"{with_name(one.file.parent).name}/" if several else ""
+            name = f"{folder}{one.file.name}"
             shares = "  ".join(f"{word} {p:.2f}" for word, p in one.probabilities.items())
             unsure = "" if one.scores.sure else "(not sure)"
             lines.append(f"{name:<24} {shares}  {unsure}".rstrip())

@@ -227,6 +227,9 @@ def test_pictures_of_several_folders_are_told_apart() -> None:
     assert [line.split()[0] for line in lines] == ["V1/0.png", "V2/0.png"]
     (line,) = ScoreResult([Scored(files[0], None, scores)]).summary().splitlines()
     assert line.split()[0] == "0.png"
+    here = [Path("0.png"), Path("V2/0.png")]
+    lines = ScoreResult([Scored(file, None, scores) for file in here]).summary().splitlines()
+    assert [line.split()[0] for line in lines] == [f"{Path.cwd().name}/0.png", "V2/0.png"]
 
 
 def test_equal_prompts_are_equally_likely() -> None:

@@ -137,6 +137,15 @@ def test_what_is_of_several_pictures_of_one_name_is_left_out(tmp_path: Path) -> 
     )
 
 
+def test_the_folder_one_is_in_has_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is the label of its pictures."""
+    _pictures(tmp_path / "V1", "a.png")
+    (tmp_path / "V1" / "sub").mkdir()
+    for place, name in (("V1", "."), ("V1/sub", "..")):
+        monkeypatch.chdir(tmp_path / place)
+        assert [label for label, _ in groups(Path(name))[0]] == ["V1"]
+
+
 def test_folders_of_other_programs_are_no_groups(tmp_path: Path) -> None:
     _pictures(tmp_path, "0.png", "1.png")
     _pictures(tmp_path / "@eaDir" / "0.png", "thumb.jpg")
