@@ -10,7 +10,9 @@ from pathlib import Path
 from .cliparser import Parser
 from .cliprogress import Bar
 from .clirun import Run, show
-from .errors import SettingError
+from .errors import SettingError, excerpt
+
+_LAST_PORT = 65_535
 
 
 def _demo(arguments: argparse.Namespace, bar: Bar) -> None:
@@ -43,6 +45,9 @@ def _list(arguments: argparse.Namespace, bar: Bar) -> None:
 
 
 def _ui(arguments: argparse.Namespace, bar: Bar) -> None:
+    port: int | None = arguments.port
+    if port is not None and not 1 <= port <= _LAST_PORT:
+        raise SettingError(f"--port is {excerpt(port)}; the range is 1 to {_LAST_PORT}.")
     try:
         import gradio  # noqa: F401
     except ImportError:
@@ -60,7 +65,7 @@ def _ui(arguments: argparse.Namespace, bar: Bar) -> None:
             f"There was no checkpoint in {models}, so the mini-SD was put there for trying it out."
         )
     bar.close()  # the page shows progress, and Ctrl-C ends it
-    launch(models, arguments.port, not arguments.no_browser)
+    launch(models, port, not arguments.no_browser)
 
 
 def _install_webui(arguments: argparse.Namespace, bar: Bar) -> None:

@@ -14,6 +14,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -362,6 +363,45 @@ def test_a_mistyped_command_line_is_one_line(
     assert message in error
     assert error.count("\n") == 1
     assert "--help.\n" in error
+
+
+@pytest.mark.parametrize("port", ["0", "-1", "65536", "9" * 99])
+def test_a_port_that_no_machine_has_is_refused(
+    port: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main(["ui", "--models", str(tmp_path), "--port", port]) == 2
+    assert "; the range is 1 to 65535." in " ".join(capsys.readouterr().err.split())
+    assert not [*tmp_path.iterdir()]
+
+
+@pytest.mark.parametrize(("port", "said"), [(["--port", "80"], "the port 80"), ([], "7860 on")])
+def test_a_port_that_is_taken_is_told(
+    port: list[str],
+    said: str,
+    thin_file: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    pytest.importorskip("gradio")
+    from comfy_continual_lora.webui import alone
+
+    class Page(nullcontext[Any]):
+        def __init__(self, **_: object) -> None:
+            super().__init__(self)
+
+        def queue(self) -> Page:
+            return self
+
+        def launch(self, **_: object) -> None:
+            raise OSError("Cannot find empty port in range: 80-80.")  # as Gradio's
+
+    monkeypatch.setattr(alone, "build", lambda *_: None)
+    monkeypatch.setattr(alone.gr, "Markdown", lambda _: None)
+    monkeypatch.setattr(alone.gr, "Blocks", Page)
+    assert cli.main(["ui", "--models", str(thin_file.parent), *port]) == 2
+    error = " ".join(capsys.readouterr().err.split())
+    assert f"{said} is taken" in error
+    assert "file" not in error
 
 
 def test_version(capsys: pytest.CaptureFixture[str]) -> None:
