@@ -92,7 +92,8 @@ class Parser(argparse.ArgumentParser):
         meant = _meant(str(value), choices) or f" There are: {', '.join(map(str, choices))}."
         if isinstance(action, argparse._SubParsersAction):
             self.error(f"there is no command {excerpt(value)}.{meant}")
-        self.error(f"{'/'.join(action.option_strings)} can't be {excerpt(value)}.{meant}")
+        name = "/".join(action.option_strings) or action.dest
+        self.error(f"{name} can't be {excerpt(value)}.{meant}")
 
     def error(self, message: str) -> NoReturn:
         """One line on stderr, and status 2."""

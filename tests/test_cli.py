@@ -351,6 +351,7 @@ def test_without_a_command_all_are_shown(capsys: pytest.CaptureFixture[str]) -> 
         ("learn -c c -i i -t V1 -n n --precision no", "There are: auto, fp32, bf16, fp16, fp8."),
         ("learn -c c -i i -n n", "-t/--token missing."),
         ("draw -c c -p p -s x", "-s/--steps: invalid int value: 'x'."),
+        ("completion fish", "shell can't be 'fish'. There are: bash, zsh, tcsh."),
     ],
 )
 def test_a_mistyped_command_line_is_one_line(
