@@ -73,7 +73,11 @@ def _words_of(file: Path, parser: Parser, given: Sequence[str]) -> list[str]:
     for name, value in _read(file).items():
         action = parser.flag(f"--{name.replace('_', '-')}") or parser.flag(name)
         if action is None or action.dest in _NOT_RUN:
-            names = [one.lstrip("-") for one in parser._option_string_actions if one[:2] == "--"]
+            names = [
+                one.lstrip("-")
+                for one, own_action in parser._option_string_actions.items()
+                if one.startswith("--") and own_action.dest not in _NOT_RUN
+            ]
             settings = {
                 one.dest: one.option_strings[-1].lstrip("-")
                 for one in parser._actions

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 from pathlib import Path
 from typing import Any
@@ -336,3 +337,12 @@ def test_completion_without_its_library_says_what_to_install(
     monkeypatch.setitem(__import__("sys").modules, "shtab", None)
     assert cli.main(["completion", "bash"]) == 2
     assert "pip install shtab" in " ".join(capsys.readouterr().err.split())
+
+
+@pytest.mark.parametrize("name", ["plan", "json", "config", "help"])
+def test_a_flag_that_is_no_part_of_a_run_is_not_suggested(name: str, tmp_path: Path) -> None:
+    file = tmp_path / "dog.toml"
+    file.write_text(f"{name} = true", encoding="utf-8")
+    with pytest.raises(SettingError) as refused:
+        with_config(["learn", "--config", str(file)], cli.parser())
+    assert not re.search(rf"(mean |[ ,]){name}[?,.]", str(refused.value))
