@@ -73,14 +73,16 @@ def _words_of(file: Path, parser: Parser, given: Sequence[str]) -> list[str]:
     for name, value in _read(file).items():
         action = parser.flag(f"--{name.replace('_', '-')}") or parser.flag(name)
         if action is None or action.dest in _NOT_RUN:
+            flags_of_runs = [one for one in parser._actions if one.dest not in _NOT_RUN]
             names = [
-                one.lstrip("-")
-                for one, own_action in parser._option_string_actions.items()
-                if one.startswith("--") and own_action.dest not in _NOT_RUN
+                flag.lstrip("-")
+                for one in flags_of_runs
+                for flag in one.option_strings
+                if flag.startswith("--")
             ]
             settings = {
                 one.dest: one.option_strings[-1].lstrip("-")
-                for one in parser._actions
+                for one in flags_of_runs
                 if one.option_strings
             }
             near = [settings[name]] if name in settings else get_close_matches(name, names, 1)
