@@ -195,13 +195,14 @@ def _settings_again(
     request: ConsolidateRequest, record: ConceptRecord, earlier: Session
 ) -> ResolvedSettings:
     """The request's settings, with the method, its own settings, the adapter and the rank that the
-    concept was learned with, and the size if the request has none.
+    concept was learned with, and with its size and `flip` where the request has none.
     """
     own = ("adapter", "c_lora_weight", "c_lora_variant")
     same = {name: record.settings[name] for name in own if name in record.settings}
-    size = request.settings.size or record.settings.get("size")
-    same |= {"method": record.method, "rank": earlier.stack.rank, "size": size}
-    settings = LearnSettings(**{**asdict(request.settings), **same})
+    same |= {"method": record.method, "rank": earlier.stack.rank}
+    given = asdict(request.settings)
+    same |= {name: record.settings.get(name) for name in ("size", "flip") if given[name] is None}
+    settings = LearnSettings(**{**given, **same})
     return settings.resolved(earlier.backbone.preset)
 
 

@@ -256,18 +256,21 @@ def test_consolidate_by_itself(learned: Callable[..., Path], folders: dict[str, 
         )
 
 
-def test_consolidating_takes_the_size_that_the_concept_was_learned_at(
-    learned: Callable[..., Path], folders: dict[str, Path]
+@pytest.mark.parametrize(("name", "own", "other"), [("size", 64, 72), ("flip", True, False)])
+def test_consolidating_takes_the_pictures_as_the_concept_was_learned(
+    learned: Callable[..., Path], folders: dict[str, Path], name: str, own: Any, other: Any
 ) -> None:
-    """Not the checkpoint's, at which the net's errors, and so the temperature, are others."""
-    checkpoint = learned(VARIANTS["lora_ewc"], "V1", "V2")  # at 64
-    losses = {}
-    for size in (None, 64, 72):
-        wanted = TrainSettings(batch=3, size=size, fisher_samples=3, dsc_steps=1)
+    """Not at the checkpoint's size, at which the net's errors, and so the temperature, are others; and
+    mirrored or not, whatever is usual with the checkpoint.
+    """
+    checkpoint = learned(replace(VARIANTS["lora_ewc"], **{name: own}), "V1", "V2")
+    losses = []
+    for value in (None, own, other):
+        wanted = replace(TrainSettings(batch=3, size=64, dsc_steps=3), **{name: value})
         request = requests.ConsolidateRequest(checkpoint, folders["V2"], wanted, device="cpu")
-        losses[size] = pipeline.consolidate(request).losses
+        losses.append(pipeline.consolidate(request).losses)
         pipeline.undo(requests.UndoRequest(checkpoint))
-    assert losses[None] == losses[64] != losses[72]
+    assert losses[0] == losses[1] != losses[2]
 
 
 def test_consolidating_with_other_pictures_is_told(
