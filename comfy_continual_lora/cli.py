@@ -215,7 +215,17 @@ def _size(name: str, size: int, note: str = "") -> None:
 
 
 def _consolidate(arguments: argparse.Namespace, bar: Bar) -> None:
-    if arguments.closed_form:
+    closed_form = arguments.closed_form
+    unused = (
+        _settings_of("consolidate") + ["images"] if closed_form else _settings_of("closed_form")
+    )
+    if given := [name for name in unused if getattr(arguments, name) is not None]:
+        here, there = ("the closed form", "DSC") if closed_form else ("DSC", "the closed form")
+        raise SettingError(
+            f"`{given[0]}` is for {there} and changes nothing in {here}. Leave it out, or "
+            f"{'leave out' if closed_form else 'add'} --closed-form."
+        )
+    if closed_form:
         return run("closed_form", arguments, bar)
     if arguments.images is None:
         raise SettingError(
@@ -223,6 +233,12 @@ def _consolidate(arguments: argparse.Namespace, bar: Bar) -> None:
             "pictures there is `closed_form`."
         )
     operate(arguments, bar)
+
+
+def _settings_of(name: str) -> list[str]:
+    """The names of an operation's settings."""
+    kind = settings_of(OPERATIONS[name].request)
+    return [field.name for field in dataclasses.fields(kind)] if kind else []
 
 
 def _draw(arguments: argparse.Namespace, bar: Bar) -> None:

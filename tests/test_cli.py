@@ -615,6 +615,22 @@ def test_errors_name_flags(checkpoint: Path, capsys: pytest.CaptureFixture[str])
             assert flag in message
 
 
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ("--images i --energy .9", "--energy is for the closed form"),
+        ("--closed-form --images i", "--images is for DSC"),
+        ("--closed-form --no-flip", "--flip is for DSC"),
+        ("--energy .9", "--energy is for the closed form"),
+    ],
+)
+def test_what_a_way_to_consolidate_would_ignore_is_refused(
+    words: str, said: str, checkpoint: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main(["consolidate", "--checkpoint", str(checkpoint), *words.split()]) == 2
+    assert said in " ".join(capsys.readouterr().err.split())
+
+
 def test_the_demo_keeps_what_was_learned_since(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
