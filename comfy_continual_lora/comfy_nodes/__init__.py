@@ -4,7 +4,8 @@ Registering them imports nothing heavy of ours.
 
     nodes.py                          the table of nodes
     learning.py, using.py             the nodes: learn; draw and export
-    asking.py, stacks.py              the nodes: score and evaluate; undo, merge, import
+    asking.py                         the nodes: score and evaluate
+    stacks.py, undoing.py             the nodes: load, forget, merge, import; undo and history
     schema.py, handle.py              how they are declared; what their wires carry
     host.py, words.py, mini.py        the interface to ComfyUI: files, progress, prompts, mini-SD
 """

@@ -12,7 +12,7 @@ from ..operations import OPERATIONS
 from ..requests import EvaluateRequest, ScoreRequest
 from ..settings import EvaluateSettings, ScoreSettings
 from . import host
-from .handle import StackHandle
+from .handle import StackHandle, with_stack
 from .schema import (
     ADVANCED,
     Stack,
@@ -21,7 +21,6 @@ from .schema import (
     settings_from,
     validates,
     widgets,
-    with_stack,
 )
 
 if TYPE_CHECKING:

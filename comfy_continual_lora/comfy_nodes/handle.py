@@ -1,20 +1,23 @@
-"""The value of a CONCEPT_STACK wire, and its description in nodes."""
+"""The value of a CONCEPT_STACK wire, its description in nodes, and how nodes take and give it."""
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..errors import StackError
+from comfy_api.latest import io  # pyright: ignore[reportMissingImports] - only inside ComfyUI
+
+from ..errors import StackError, excerpt
 from ..files import cache_folder, real_file
 from ..progress import counted
 from . import host
+from .schema import Execute, in_widget_names
 
 if TYPE_CHECKING:
     from ..stack import ConceptRecord, ConceptStack
-
 
 # What was last seen of each stack's file, and how often it had changed before
 _SEEN: dict[Path, tuple[str, int]] = {}
@@ -120,3 +123,39 @@ class StackHandle:
             for n, one in enumerate(records, start=1)
         ]
         return "\n".join([*lines, f"in {file}"])
+
+
+# --- for nodes -------------------------------------------------------------------------------------
+
+
+def with_stack(execute: Execute) -> Execute:
+    """`in_widget_names` of a node that takes a stack, or two.
+
+    Errors: StackError for anything else in its place: ComfyUI checks neither a value that its API
+    gives for a wire, nor what comes from a node of any type.
+    """
+
+    @functools.wraps(execute)
+    def wrapped(*args: Any, **given: Any) -> Any:
+        for name in given.keys() & {"stack", "other"}:
+            values = given[name] if isinstance(given[name], list) else [given[name]]
+            if any(not isinstance(one, StackHandle) for one in values):
+                raise StackError(
+                    f"{name} is {excerpt(given[name])}, which is no concept stack. Connect the stack of "
+                    'Load Concept Stack; in a prompt for the API that is ["ID", 0], with its ID.'
+                )
+        return execute(*args, **given)
+
+    return in_widget_names(wrapped)  # type: ignore[return-value]
+
+
+def reported(stack: StackHandle, report: str) -> Any:
+    """`stack_and_report`: the stack as it is now, and the report with what it holds."""
+    now = stack.now()
+    return io.NodeOutput(now, f"{report}\n\n{now.described()}")
+
+
+def not_on_stack(stack: StackHandle, token: str) -> Any:
+    """`stack_and_report` where there is nothing to do: no concept has this word."""
+    report = f"There is no concept {token!r} on the stack; nothing was done."
+    return io.NodeOutput(stack.now(), report)

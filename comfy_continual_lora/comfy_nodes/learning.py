@@ -14,7 +14,7 @@ from ..requests import ConsolidateRequest, LearnRequest, SolveRequest
 from ..settings import LearnSettings, SolveSettings, TrainSettings
 from . import host
 from .asking import scores_table
-from .handle import StackHandle, kept_report
+from .handle import StackHandle, kept_report, with_stack
 from .schema import (
     ADVANCED,
     Stack,
@@ -26,7 +26,6 @@ from .schema import (
     stack_and_report,
     validates,
     widgets,
-    with_stack,
 )
 
 if TYPE_CHECKING:

@@ -4,14 +4,8 @@ from __future__ import annotations
 
 from .asking import ComputeScores, EvaluateRetention
 from .learning import Consolidate, ConsolidateInClosedForm, ExamplePictures, LearnConcept
-from .stacks import (
-    ForgetConcept,
-    ImportLora,
-    LoadConceptStack,
-    MergeStacks,
-    StackHistory,
-    UndoConcept,
-)
+from .stacks import ForgetConcept, ImportLora, LoadConceptStack, MergeStacks
+from .undoing import StackHistory, UndoConcept
 from .using import (
     ApplyConcepts,
     ConceptAreas,

@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 
 from comfy_api.latest import io  # pyright: ignore[reportMissingImports] - only inside ComfyUI
 
-from ..errors import ContinualLoraError, SettingError, StackError, excerpt
+from ..errors import ContinualLoraError, SettingError
 from ..fields import check_field, from_widget, help_of
 from ..files import stack_path
 from ..operations import NAMES
@@ -225,10 +225,10 @@ def _valid(settings: type, given: dict[str, Any], needs_noun: bool) -> bool | st
     return True
 
 
-_Execute = TypeVar("_Execute", bound=Callable[..., Any])
+Execute = TypeVar("Execute", bound=Callable[..., Any])
 
 
-def in_widget_names(execute: _Execute) -> _Execute:
+def in_widget_names(execute: Execute) -> Execute:
     """Decorator for `execute`: its errors name widgets."""
 
     @functools.wraps(execute)
@@ -240,26 +240,3 @@ def in_widget_names(execute: _Execute) -> _Execute:
             raise
 
     return wrapped  # type: ignore[return-value]
-
-
-def with_stack(execute: _Execute) -> _Execute:
-    """`in_widget_names` of a node that takes a stack, or two.
-
-    Errors: StackError for anything else in its place: ComfyUI checks neither a value that its API
-    gives for a wire, nor what comes from a node of any type.
-    """
-
-    @functools.wraps(execute)
-    def wrapped(*args: Any, **given: Any) -> Any:
-        from .handle import StackHandle
-
-        for name in given.keys() & {"stack", "other"}:
-            values = given[name] if isinstance(given[name], list) else [given[name]]
-            if any(not isinstance(one, StackHandle) for one in values):
-                raise StackError(
-                    f"{name} is {excerpt(given[name])}, which is no concept stack. Connect the stack of "
-                    'Load Concept Stack; in a prompt for the API that is ["ID", 0], with its ID.'
-                )
-        return execute(*args, **given)
-
-    return in_widget_names(wrapped)  # type: ignore[return-value]

@@ -15,7 +15,7 @@ from ..presets import PLAIN_NAME_PRESETS
 from ..requests import SelectRequest
 from ..settings import SolveSettings
 from . import host
-from .handle import StackHandle
+from .handle import StackHandle, with_stack
 from .origin import is_from
 from .schema import (
     ADVANCED,
@@ -26,7 +26,6 @@ from .schema import (
     solving_widgets,
     stack_and_report,
     validates,
-    with_stack,
 )
 from .words import with_names, with_words
 
