@@ -238,7 +238,8 @@ def _consolidate(arguments: argparse.Namespace, bar: Bar) -> None:
 def _settings_of(name: str) -> list[str]:
     """The names of an operation's settings."""
     kind = settings_of(OPERATIONS[name].request)
-    return [field.name for field in dataclasses.fields(kind)] if kind else []
+    assert kind
+    return [field.name for field in dataclasses.fields(kind)]  # type: ignore[arg-type]
 
 
 def _draw(arguments: argparse.Namespace, bar: Bar) -> None:

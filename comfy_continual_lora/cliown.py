@@ -65,7 +65,16 @@ def _ui(arguments: argparse.Namespace, bar: Bar) -> None:
             f"There was no checkpoint in {models}, so the mini-SD was put there for trying it out."
         )
     bar.close()  # the page shows progress, and Ctrl-C ends it
-    launch(models, port, not arguments.no_browser)
+    try:
+        launch(models, port, not arguments.no_browser)
+    except OSError as error:
+        if error.errno is not None:  # of a file: Gradio's own, about ports, has no number
+            raise
+        asked = f"the port {port}" if port else "a port from 7860 on"
+        raise SettingError(
+            f"The page can't be served: {asked} is taken, or this user may not use it. Name another "
+            "with --port, or end the program that has it."
+        ) from None
 
 
 def _install_webui(arguments: argparse.Namespace, bar: Bar) -> None:

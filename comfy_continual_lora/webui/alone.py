@@ -17,7 +17,6 @@ from urllib.parse import urlsplit
 import gradio as gr
 from starlette.middleware import Middleware
 
-from ..errors import SettingError
 from ..files import OWN_FOLDER
 from .host import Host, leave
 from .tab import build
@@ -89,7 +88,7 @@ def _name(host: str) -> str | None:
 def launch(models: Path, port: int | None, browser: bool) -> None:
     """Serve the tab for the checkpoints of a folder, until Ctrl-C.
 
-    Errors: SettingError for a port that can't be used.
+    Errors: OSError, Gradio's own, without a number, for a port that can't be used.
     """
     host = Host(models, models / OWN_FOLDER)
     with gr.Blocks(title="Continual LoRA", delete_cache=(3600, _DAY)) as page:
@@ -98,24 +97,15 @@ def launch(models: Path, port: int | None, browser: bool) -> None:
             "and without forgetting."
         )
         build(host, page)
-    try:
-        page.queue().launch(
-            server_name="127.0.0.1",
-            server_port=port,
-            share=False,
-            inbrowser=browser,
-            allowed_paths=[str(folder.resolve()) for folder in host.exports()],
-            app_kwargs={"middleware": [Middleware(OwnPagesOnly)]},
-            prevent_thread_lock=True,
-        )
-    except OSError as error:
-        if error.errno is not None:  # of a file: Gradio's own, about ports, has no number
-            raise
-        asked = f"the port {port}" if port else "a port from 7860 on"
-        raise SettingError(
-            f"The page can't be served: {asked} is taken, or this user may not use it. Name another "
-            "with --port, or end the program that has it."
-        ) from None
+    page.queue().launch(
+        server_name="127.0.0.1",
+        server_port=port,
+        share=False,
+        inbrowser=browser,
+        allowed_paths=[str(folder.resolve()) for folder in host.exports()],
+        app_kwargs={"middleware": [Middleware(OwnPagesOnly)]},
+        prevent_thread_lock=True,
+    )
     print("Press Ctrl-C to end it.", flush=True)
     with suppress(KeyboardInterrupt):
         threading.Event().wait()
