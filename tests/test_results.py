@@ -90,6 +90,21 @@ def test_the_tables_of_six_concepts(first: str, columns: Columns, folder: str) -
             assert not values or _agrees(cell, values), (cells[0], name, cell, values)
 
 
+def test_the_table_of_harder_sequences() -> None:
+    """Its first column is a seed of the table with equal tuning."""
+    mixed, rows = (read_rows(RESULTS / folder) for folder in ("test-100", "harder"))
+    orders = ("", "-one-noun", "-near-duplicates", "-adversarial")
+    _, *table = _table("| of six concepts, one seed")
+    assert {cells[0].strip("`") for cells in table} == {row["method"] for row in rows.values()}
+    assert len(rows) == len(table) * (len(orders) - 1)
+    for method, *cells in table:
+        for order, cell in zip(orders, cells, strict=True):
+            row = (rows if order else mixed)[f"{method.strip('`')}-6-1-100{order}"]
+            values = [1000 * row["a_mmd"], row["second"], 100 * row["named"]]
+            for number, value in zip(cell.split(","), values, strict=True):
+                assert _agrees(number, [value]), (method, order)
+
+
 @pytest.mark.parametrize(("first", "folder"), [("twenty", "long"), ("fifty", "fifty")])
 def test_the_table_of_longer_rows(first: str, folder: str) -> None:
     header, *table = _table("| after | `lora`")
