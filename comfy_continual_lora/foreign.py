@@ -327,10 +327,10 @@ def check_same(known: ConceptRecord, word: Tensor, again: Imported, request: Imp
 def check_shared(stack: ConceptStack, other: ConceptStack, path: Path) -> None:
     """`path`: the other stack's file.
 
-    Errors: StackError if both have the same file and token, but at another strength, with another
+    Errors: StackError if both imported the same file and token, but at another strength, with another
     noun or from another word: only one of them would be on the merged stack.
     """
-    known = {record.id: record for record in stack.records}
+    known = {record.id: record for record in stack.records if record.method == "import"}
     for record in other.records:
         if (own := known.get(record.id)) is None:
             continue

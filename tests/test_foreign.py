@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from helpers_store import make_stack
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from peft import LoraConfig, get_peft_model
@@ -635,6 +636,13 @@ def test_a_lora_that_both_stacks_have_in_another_way_is_not_taken_for_the_same(
     pipeline.rename(requests.RenameRequest(checkpoint, "W1", "W3", stack=other))
     pipeline.import_concept(replace(request, token="W2", stack=other))
     assert pipeline.merge(merging).added == ["W2 ball"]
+
+
+def test_a_concept_that_was_learned_is_no_import_in_another_way() -> None:
+    """What is refused, and what is advised, is about a LoRA that both imported."""
+    stack, other = make_stack(2), make_stack(2)
+    other.words = {key: word + 1 for key, word in other.words.items()}
+    foreign.check_shared(stack, other, Path("other.concepts.safetensors"))
 
 
 @pytest.mark.parametrize("alpha", [True, False])
