@@ -12,16 +12,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from comfy_continual_lora.checkpoint import keys
-from comfy_continual_lora.checkpoint.single_file import MINI_ARCHITECTURE
 from comfy_continual_lora.mini.parts import tokenizer
-from comfy_continual_lora.mini.weights import VOCABULARY
+from comfy_continual_lora.mini.weights import METADATA, VOCABULARY, whole_table
 
 _TABLE = "text_model.embeddings.token_embedding.weight"
-_METADATA = {
-    "format": "pt",
-    "modelspec.architecture": MINI_ARCHITECTURE,  # it is learned on with the mini-SD's presets
-    "modelspec.resolution": "128x128",
-}
 
 
 def write_checkpoint(out: Path) -> None:
@@ -62,13 +56,14 @@ def _pictures(out: Path, name: str) -> dict[str, Tensor]:
 def _trained_clip(out: Path, name: str) -> dict[str, Tensor]:
     """With vectors for all tokens."""
     clip = load_file(out / f"{name}.safetensors")
-    clip[_TABLE] = _whole_table(clip[_TABLE])
+    clip[_TABLE] = whole_table(clip[_TABLE], nets.Vocabulary().tokens)
     return clip
 
 
 def _save(state: dict[str, Tensor], path: Path, title: str) -> None:
     halves = {name: value.half().contiguous() for name, value in state.items()}
-    save_file(halves, path, {**_METADATA, "modelspec.title": title})
+    # it is learned on with the mini-SD's presets
+    save_file(halves, path, {**METADATA, "modelspec.title": title})
 
 
 def _openclip(clip: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -85,11 +80,3 @@ def _openclip(clip: dict[str, Tensor]) -> dict[str, Tensor]:
     found |= {ldm: torch.cat([own[one] for one in order]) for ldm, own in parts.items()}
     found["text_projection"] = found["text_projection"].T
     return found
-
-
-def _whole_table(rows: Tensor) -> Tensor:
-    """The vectors of all tokens; those the world does not use get random ones like the others'."""
-    drawn = torch.randn(VOCABULARY, rows.shape[1], generator=torch.Generator().manual_seed(0))
-    table = rows.mean(0) + rows.std(0) * drawn
-    table[nets.Vocabulary().tokens] = rows
-    return table

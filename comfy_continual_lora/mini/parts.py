@@ -62,15 +62,15 @@ class Vocabulary:
 TEXT_WIDTH, VISION_WIDTH = 256, 192
 
 
-def new_clip(*, vocab_size: int | None = None) -> CLIPModel:
-    """CLIP: a causal text transformer (4 layers, 256 wide, 4 heads), a ViT/16 (5 layers, 192 wide)."""
+def new_clip(*, vocab_size: int | None = None, text_width: int = TEXT_WIDTH) -> CLIPModel:
+    """CLIP: a causal text transformer (4 layers, heads of 64), a ViT/16 (5 layers, 192 wide)."""
     size = vocab_size or len(Vocabulary().tokens)
     text = {
         "vocab_size": size,
-        "hidden_size": TEXT_WIDTH,
-        "intermediate_size": 1024,
+        "hidden_size": text_width,
+        "intermediate_size": 4 * text_width,
         "num_hidden_layers": 4,
-        "num_attention_heads": 4,
+        "num_attention_heads": text_width // 64,
         "max_position_embeddings": 77,
         "eos_token_id": size - 1,
         "bos_token_id": size - 2,
@@ -141,14 +141,14 @@ class SlimAutoencoder(nn.Module):
         return self.decoder(torch.tanh(latents / 3) * 3).mul(2).sub(1)
 
 
-def new_unet() -> UNet2DConditionModel:
+def new_unet(text_width: int = TEXT_WIDTH) -> UNet2DConditionModel:
     return UNet2DConditionModel(
         sample_size=16,
         in_channels=4,
         out_channels=4,
         block_out_channels=(64, 192),
         layers_per_block=1,
-        cross_attention_dim=256,
+        cross_attention_dim=text_width,
         attention_head_dim=8,
         norm_num_groups=32,
         down_block_types=("CrossAttnDownBlock2D",) * 2,

@@ -90,7 +90,7 @@ def train_clip(run: Run, steps: int = 1500, n: int = 128) -> None:
         with run.autocast():
             text = model.text_model(
                 input_ids=ids[indices, :longest].to(run.device),
-                position_ids=_positions(longest).to(run.device),
+                position_ids=positions(longest).to(run.device),
             )
             # the end token or some padding after it: the U-Net sees all of it
             position = end[indices] + (torch.rand(n) * (longest - end[indices])).long()
@@ -117,7 +117,7 @@ def train_clip(run: Run, steps: int = 1500, n: int = 128) -> None:
     run.save("clip", model)
 
 
-def _positions(longest: int) -> Tensor:
+def positions(longest: int) -> Tensor:
     """0, 1, 2, ..., then any later one of the 77, so that padding is learned at all positions."""
     return torch.cat([torch.arange(longest - 1), torch.randint(longest - 1, 77, (1,))])[None]
 
@@ -161,10 +161,12 @@ def encode_latents(run: Run) -> None:
     model = parts.SlimAutoencoder()
     model.load_state_dict(load_file(run.out / "autoencoder.safetensors"))
     nn.Module.to(model, run.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
-    latents = torch.empty(PICTURES, 4, 16, 16, dtype=torch.float16)
+    count = len(pictures.array)
+    latents = torch.empty(count, 4, 16, 16, dtype=torch.float16)
     with run.autocast():
-        for start in range(0, PICTURES, 64):
-            images = pictures.images(np.arange(start, start + 64), run.device)
+        for start in range(0, count, 64):
+            chunk = np.arange(start, min(start + 64, count))
+            images = pictures.images(chunk, run.device)
             images = images.contiguous(memory_format=torch.channels_last)
             latents[start : start + 64] = model.encode(images)
     save_file({"latents": latents}, run.out / "latents.safetensors")
@@ -173,13 +175,15 @@ def encode_latents(run: Run) -> None:
 
 
 @torch.no_grad()
-def encode_captions(run: Run) -> None:
-    """The text features of each distinct caption, in sorted order, float16 (captions, 77, 256)."""
-    clip = parts.new_clip().eval()
+def encode_captions(run: Run, count: int = PICTURES, width: int = parts.TEXT_WIDTH) -> None:
+    """The text features of each distinct caption of so many pictures, in sorted order, float16
+    (captions, 77, width).
+    """
+    clip = parts.new_clip(text_width=width).eval()
     clip.load_state_dict(load_file(run.out / "clip.safetensors"))
     nn.Module.to(clip, run.device)
-    ids = parts.Vocabulary().encode(sorted(set(captions(scenes()))))
-    features = torch.empty(len(ids), 77, parts.TEXT_WIDTH, dtype=torch.float16)
+    ids = parts.Vocabulary().encode(sorted(set(captions(scenes(count)))))
+    features = torch.empty(len(ids), 77, width, dtype=torch.float16)
     with run.autocast():
         for start in range(0, len(ids), 128):
             text = clip.text_model(input_ids=ids[start : start + 128].to(run.device))
@@ -188,15 +192,15 @@ def encode_captions(run: Run) -> None:
     run.log(stage="features", captions=len(ids))
 
 
-def train_unet(run: Run, steps: int, n: int = 32) -> None:
+def train_unet(run: Run, steps: int, n: int = 32, width: int = parts.TEXT_WIDTH) -> None:
     process = rank()
     latents = load_file(run.out / "latents.safetensors")["latents"]
     features = load_file(run.out / "features.safetensors")["features"]
-    every = scenes()
+    every = scenes(len(latents))
     text = captions(every)
     row_of = {caption: row for row, caption in enumerate(sorted(set(text)))}
     rows = torch.tensor([row_of[caption] for caption in text])
-    model = parts.new_unet()
+    model = parts.new_unet(width)
     nn.Module.to(model, run.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
     if run.device.type == "cpu":
         # plain matrix products are faster there than the fused attention's bf16 backward
@@ -213,7 +217,7 @@ def train_unet(run: Run, steps: int, n: int = 32) -> None:
         rng = np.random.default_rng((SEED, 4 + process, step))
         generator = torch.Generator().manual_seed(int(rng.integers(2**31)))
         # two pictures in three have two things
-        index = rng.integers(0, PICTURES, n)
+        index = rng.integers(0, len(latents), n)
         index = torch.from_numpy(np.where(rng.random(n) < 0.5, rng.choice(pairs, n), index))
         # stratified, and more often where the noise still hides what the picture shows
         quantile = (np.arange(n) + rng.random(n)) / n

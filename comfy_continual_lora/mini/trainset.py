@@ -26,9 +26,9 @@ def scene(index: int) -> tuple[world.Scene, np.random.Generator]:
     return world.random_scene(rng), rng
 
 
-def scenes() -> list[world.Scene]:
-    """What is in every picture of the training set."""
-    return [scene(index)[0] for index in range(PICTURES)]
+def scenes(count: int = PICTURES) -> list[world.Scene]:
+    """What is in each of the training set's first pictures."""
+    return [scene(index)[0] for index in range(count)]
 
 
 def captions(scenes: Sequence[world.Scene]) -> list[str]:
@@ -36,14 +36,14 @@ def captions(scenes: Sequence[world.Scene]) -> list[str]:
     return ["", *(scene.caption for scene in scenes)]
 
 
-def draw(path: Path, processes: int) -> None:
-    """Draw the training set into one .npy file, with several processes.
+def draw(path: Path, processes: int, count: int = PICTURES) -> None:
+    """Draw the first pictures of the training set into one .npy file, with several processes.
 
     Errors: RuntimeError if one of them fails.
     """
     partial = path.with_suffix(".partial.npy")
-    np.lib.format.open_memmap(partial, "w+", np.uint8, (PICTURES, SIZE, SIZE, 3)).flush()
-    bounds = np.linspace(0, PICTURES, processes + 1).astype(int)
+    np.lib.format.open_memmap(partial, "w+", np.uint8, (count, SIZE, SIZE, 3)).flush()
+    bounds = np.linspace(0, count, processes + 1).astype(int)
     context = torch.multiprocessing.get_context("spawn")
     workers = [
         context.Process(target=_draw_range, args=(str(partial), start, stop))
@@ -76,7 +76,7 @@ class Pictures:
     def indices(self, step: int, n: int, stream: int = 0) -> np.ndarray:
         """The n pictures of a step, (n,), ascending; a stage has a `stream` of its own."""
         rng = np.random.default_rng((SEED, stream, step))
-        return np.sort(rng.choice(PICTURES, n, replace=False))
+        return np.sort(rng.choice(len(self.array), n, replace=False))
 
     def images(self, indices: np.ndarray, device: torch.device | str = "cpu") -> Tensor:
         return to_tensor(self.array[indices], device)

@@ -35,29 +35,38 @@ CHECKPOINT = SHIPPED / "mini-sd.safetensors"
 VISION = SHIPPED / "clip-vision.safetensors"
 READER = SHIPPED / "reader.safetensors"
 VOCABULARY = 49408
+METADATA = {
+    "format": "pt",
+    "modelspec.architecture": MINI_ARCHITECTURE,
+    "modelspec.resolution": "128x128",
+}
 _TABLE = keys.TEXT_PREFIX + "embeddings.token_embedding.weight"
 _LATENT_FACTOR = 0.18215  # SD1.x' factor: U-Net latents = 0.18215 * VAE latents
 
 
-def pack(out: Path) -> None:
-    """Trained parts in `out` -> the shipped files, float16."""
+def joined(out: Path) -> dict[str, Tensor]:
+    """Trained U-Net, autoencoder and text tower in `out` -> one state, float16, LDM names; of words
+    those that the world uses.
+    """
     unet = load_file(out / "unet.safetensors")
     tiny = tiny_state(load_file(out / "autoencoder.safetensors"))
     state = {keys.UNET_PREFIX + ldm: unet[name] for name, ldm in keys.unet_names(unet).items()}
     state |= {
         keys.VAE_PREFIX + name: tiny[ours] for ours, name in keys.tiny_vae_names(tiny).items()
     }
-    clip = load_file(out / "clip.safetensors")
-    text = {
-        k.removeprefix("text_model."): v for k, v in clip.items() if k.startswith("text_model.")
+    state |= {
+        keys.TEXT_PREFIX + k.removeprefix("text_model."): v
+        for k, v in load_file(out / "clip.safetensors").items()
+        if k.startswith("text_model.")
     }
-    state |= {keys.TEXT_PREFIX + k: v for k, v in text.items()}
+    return {k: v.half().contiguous() for k, v in state.items()}
+
+
+def pack(out: Path) -> None:
+    """Trained parts in `out` -> the shipped files, float16."""
     SHIPPED.mkdir(exist_ok=True)
-    save_file(
-        {k: v.half().contiguous() for k, v in state.items()},
-        CHECKPOINT,
-        {"tokens": json.dumps(parts.Vocabulary().tokens)},
-    )
+    save_file(joined(out), CHECKPOINT, {"tokens": json.dumps(parts.Vocabulary().tokens)})
+    clip = load_file(out / "clip.safetensors")
     save_file(
         {k: v.half().contiguous() for k, v in clip.items() if not k.startswith("text_model.")},
         VISION,
@@ -137,24 +146,29 @@ def slim_state(full: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def checkpoint_state() -> dict[str, Tensor]:
-    """The narrow checkpoint, float16, LDM names.
-
-    Words that the world does not use get random vectors like the others' (seed 0).
-    """
+    """The narrow checkpoint, float16, LDM names."""
     with safe_open(CHECKPOINT, framework="pt") as file:
         tokens = json.loads(file.metadata()["tokens"])
-    state = load_file(CHECKPOINT)
-    rows = state[_TABLE].float()
-    table = rows.mean(0) + rows.std(0) * torch.randn(
-        VOCABULARY, rows.shape[1], generator=torch.Generator().manual_seed(0)
-    )
-    table[tokens] = rows
-    state[_TABLE] = table.half()
-    state |= {
+    return complete(load_file(CHECKPOINT), tokens)
+
+
+def complete(state: dict[str, Tensor], tokens: Sequence[int]) -> dict[str, Tensor]:
+    """What `joined` gives, with vectors for all words and the autoencoder's scale."""
+    return state | {
+        _TABLE: whole_table(state[_TABLE].float(), tokens).half(),
         keys.VAE_PREFIX + "vae_scale": torch.tensor(_LATENT_FACTOR),
         keys.VAE_PREFIX + "vae_shift": torch.tensor(0.0),
     }
-    return state
+
+
+def whole_table(rows: Tensor, tokens: Sequence[int]) -> Tensor:
+    """The vectors of these tokens -> of all 49,408; those the world does not use get random ones
+    like the others' (seed 0).
+    """
+    drawn = torch.randn(VOCABULARY, rows.shape[1], generator=torch.Generator().manual_seed(0))
+    table = rows.mean(0) + rows.std(0) * drawn
+    table[list(tokens)] = rows
+    return table
 
 
 def write_checkpoint(path: Path, *, stock: bool = False) -> None:
@@ -177,14 +191,8 @@ def write_checkpoint(path: Path, *, stock: bool = False) -> None:
     state = checkpoint_state()
     if stock:
         state = widen(state)
-    metadata = {
-        "format": "pt",
-        "modelspec.architecture": MINI_ARCHITECTURE,
-        "modelspec.resolution": "128x128",
-        "modelspec.title": "mini-SD",
-    }
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_whole(path, save(state, metadata))
+    write_whole(path, save(state, {**METADATA, "modelspec.title": "mini-SD"}))
     if stock:
         write_whole(config, _YAML.encode())
 
