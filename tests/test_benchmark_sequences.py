@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import sys
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
@@ -15,6 +16,7 @@ import run
 import tune
 import words
 from jobs import Job
+from learning import checkpoint_of
 from PIL import Image
 from rows import ROWS
 from subjects import of_folder, of_world
@@ -205,3 +207,40 @@ def test_a_job_that_fails_ends_no_other(
     assert "out of memory" in capsys.readouterr().out
     with pytest.raises(SystemExit, match="No job succeeded"):
         run.run_all(every[1:2], 1, ray=False)
+
+
+# --- another miniature ----------------------------------------------------------------------------
+
+
+def test_a_job_learns_on_the_miniature_it_is_given(tmp_path: Path) -> None:
+    given = tmp_path / "wide.safetensors"
+    given.write_bytes(b"weights")
+    job = replace(JOB, out=tmp_path / "out", miniature=given)
+    job.folder.mkdir(parents=True)
+    found = checkpoint_of(job)
+    assert (found.parent, found.resolve()) == (job.folder, given)  # its stacks lie beside it
+    assert checkpoint_of(job) == found
+    assert checkpoint_of(replace(job, miniature=tmp_path)) == tmp_path  # an Anima is a folder
+    assert job.sequence == JOB.sequence
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--checkpoint", "nowhere.safetensors"], "there is no nowhere.safetensors"),
+        (["--clip", "."], "--clip judges photographs"),
+        (["--concepts", "photographs"], "needs --checkpoint and --clip FOLDER"),
+        (["--concepts", "photographs", "--checkpoint", "a"], "needs --checkpoint and --clip"),
+    ],
+)
+def test_a_checkpoint_or_photographs_that_do_not_fit_are_refused(
+    tmp_path: Path,
+    arguments: list[str],
+    message: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["run.py", str(tmp_path), *arguments])
+    with pytest.raises(SystemExit, match="2"):
+        run.main()
+    assert message in capsys.readouterr().err

@@ -53,7 +53,8 @@ class Job:
     common: tuple[str, ...] = ()  # "name=value" for every variant that does not say otherwise
     tuned: tuple[str, ...] = ()  # "name=value" found for this variant, over the common ones
     ends: bool = False  # draw each concept just learned and at the end, nothing between
-    real: Real | None = None  # None: the mini-SD and concepts of its world
+    real: Real | None = None  # None: concepts of the mini-SD's world
+    miniature: Path | None = None  # another checkpoint that draws that world; None: the mini-SD
     order: str = "mixed"  # of the world's concepts: subjects.ORDERS
     judges: Path = Path()  # folder of judges.py, for the world
     drawing_steps: int | None = None  # None: DRAWING's, with a real checkpoint 25

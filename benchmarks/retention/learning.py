@@ -120,9 +120,14 @@ def _seconds(job: Job) -> dict[str, float]:
 
 
 def checkpoint_of(job: Job) -> Path:
+    """The job's checkpoint; a miniature lies, or is linked to, in its folder."""
     if job.real:
         return job.real.checkpoint
+    if job.miniature and job.miniature.is_dir():
+        return job.miniature
     path = job.folder / "mini.safetensors"
+    if job.miniature and not path.exists():
+        path.symlink_to(job.miniature.resolve())
     if not path.exists():
         weights.write_checkpoint(path)
     return path

@@ -13,6 +13,8 @@ looks like after every later one is measured.
         settings beside each other
     python benchmarks/retention/run.py OUT --split test --tuned benchmarks/retention/tuned.json
         the test split, with what `tune.py` found for each method on development concepts
+    python benchmarks/retention/run.py OUT --checkpoint OUT/wide.safetensors
+        concepts of the world, learned by another miniature that draws it (../second)
     python benchmarks/retention/run.py OUT --checkpoint sd15.safetensors --concepts FOLDER \
             --clip FOLDER
         the same on a real checkpoint and photographs (a folder for each subject), judged by a CLIP
@@ -330,6 +332,7 @@ def _run_and_print(job: Job) -> dict[str, Any] | None:
 
 def _jobs(arguments: argparse.Namespace, parser: argparse.ArgumentParser) -> list[Job]:
     count, real = _sequence(arguments, parser)
+    miniature = None if real else arguments.checkpoint
     new_job = partial(
         Job,
         concepts=count,
@@ -341,6 +344,7 @@ def _jobs(arguments: argparse.Namespace, parser: argparse.ArgumentParser) -> lis
         common=tuple(arguments.set),
         ends=arguments.ends,
         real=real,
+        miniature=miniature,
         judges=arguments.judges,
         order=arguments.order,
         drawing_steps=arguments.drawing_steps,
@@ -370,13 +374,15 @@ def _jobs(arguments: argparse.Namespace, parser: argparse.ArgumentParser) -> lis
 def _sequence(
     arguments: argparse.Namespace, parser: argparse.ArgumentParser
 ) -> tuple[int, Real | None]:
-    """How many concepts, and the checkpoint and photographs if they are not the mini-SD's."""
-    if arguments.checkpoint is None:
-        if not arguments.concepts.isdigit():
-            parser.error("--concepts is a number; a folder of photographs needs --checkpoint")
+    """How many concepts, and the checkpoint and photographs if they are not of the world."""
+    if arguments.concepts.isdigit():
+        if arguments.clip:
+            parser.error("--clip judges photographs: --concepts FOLDER and --checkpoint")
+        if arguments.checkpoint and not arguments.checkpoint.exists():
+            parser.error(f"there is no {arguments.checkpoint}")
         return int(arguments.concepts), None
-    if arguments.clip is None or arguments.concepts.isdigit():
-        parser.error("--checkpoint needs --concepts FOLDER (of photographs) and --clip FOLDER")
+    if arguments.checkpoint is None or arguments.clip is None:
+        parser.error("--concepts FOLDER (of photographs) needs --checkpoint and --clip FOLDER")
     real = Real(
         arguments.checkpoint,
         Path(arguments.concepts),
@@ -393,7 +399,7 @@ def _sequence(
 def main() -> None:
     parser = argparse.ArgumentParser(description="Measure how much each method remembers.")
     parser.add_argument("out", type=Path)
-    parser.add_argument("--concepts", help="how many; with --checkpoint a folder of photographs")
+    parser.add_argument("--concepts", help="how many; or a folder of photographs")
     parser.add_argument("--count", type=int, help="how many of the photographs' subjects")
     parser.add_argument("--seeds")
     parser.add_argument(
@@ -417,15 +423,13 @@ def main() -> None:
         "--set", action="append", default=[], metavar="NAME=VALUE", help="for every method"
     )
     parser.add_argument("--tuned", type=Path, help="file of tune.py: the settings of each method")
-    parser.add_argument("--checkpoint", type=Path, help="a real one, instead of the mini-SD")
+    parser.add_argument("--checkpoint", type=Path, help="instead of the mini-SD")
     parser.add_argument("--clip", type=Path, help="folder of a CLIP that judges (transformers)")
     parser.add_argument(
         "--judges", type=Path, default=HERE, help="folder of judges.py; trained there if missing"
     )
     parser.add_argument("--size", type=int, default=512, help="of photographs and drawings")
-    parser.add_argument(
-        "--drawing-steps", type=int, help="of each picture (15; 25 with --checkpoint)"
-    )
+    parser.add_argument("--drawing-steps", type=int, help="of each picture (15; of photographs 25)")
     parser.add_argument("--processes", type=int, default=2)
     parser.add_argument(
         "--device", default="cpu", help="cpu or cuda; several processes can share a GPU"
