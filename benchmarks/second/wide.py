@@ -36,7 +36,7 @@ from comfy_continual_lora.mini import parts, stages, trainset, weights
 from comfy_continual_lora.mini.training import Run, fit
 
 PICTURES = 12_000
-STEPS = {"clip": 600, "unet": 800}
+STEPS = {"clip": 600, "unet": 400}
 
 
 def draw_pictures(run: Run) -> None:
