@@ -10,7 +10,7 @@ from torch import Tensor
 
 from . import concepts, objective
 from .adapters.adapter import Adapter, folded
-from .concept import Concept, load_concept
+from .concept import Concept, load_concept, source_of
 from .consolidation import undone
 from .early import check_learn
 from .emphasis import unread
@@ -176,6 +176,9 @@ def newest_again(
             f"None of these is one of the pictures that {record.token} was learned from. If they "
             f"show another thing, {record.token} becomes that thing: stop, and give its own."
         )
+    # a run starts from the newest concept's adapter too, which the stack without it lacks
+    source = source_of(stack, request.images, token=record.token, noun=record.noun)
+    concept = replace(concept, source=source)
     method.encode(earlier, record.noun, settings)
     held = method.retention(earlier, settings)
     penalties = method.penalties(earlier, settings, held)

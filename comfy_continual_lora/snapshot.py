@@ -130,10 +130,13 @@ def other_runs(files: Iterable[Path], asked: Mapping[str, Any]) -> list[str]:
             continue
         if other.identity != identity(asked):
             differs = _differences(other.asked, asked)
+            back = ""
+            if other.asked.get("start") != asked.get("start"):
+                back = "go back to the version of the stack it started from (`restore`) and "
             notes.append(
                 f"Another run of {asked.get('token', 'this word')} was stopped at step "
-                f"{other.step} and is kept in {path}. It differs in {differs}. To resume it, give "
-                "the same request again; delete the file if you don't need it."
+                f"{other.step} and is kept in {path}. It differs in {differs}. To resume it, {back}"
+                "give the same request again; delete the file if you don't need it."
             )
     return notes
 

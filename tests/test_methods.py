@@ -288,6 +288,37 @@ def test_consolidating_with_other_pictures_is_told(
     assert "None of these" not in notes["V2"]
 
 
+def test_consolidating_another_adapter_resumes_no_snapshot(
+    learned: Callable[..., Path], folders: dict[str, Path]
+) -> None:
+    """The newest concept is learned again between a stopped run and the same request: the student
+    would be that of the adapter before.
+    """
+    checkpoint = learned(VARIANTS["lora"], "V1", "V2")
+    wanted = TrainSettings(batch=3, size=64, dsc_steps=3, snapshot_every=1)
+    request = requests.ConsolidateRequest(checkpoint, folders["V2"], wanted, device="cpu")
+
+    def stop(progress: Progress) -> None:
+        if (progress.stage, progress.step) == ("consolidate", 2):
+            raise Cancelled
+
+    with pytest.raises(Cancelled):
+        pipeline.consolidate(request, stop)
+    seen: list[str] = []
+    pipeline.consolidate(request, lambda p: seen.append(p.note))
+    assert "Resuming from step 2 of 3." in seen
+    pipeline.undo(requests.UndoRequest(checkpoint))
+    with pytest.raises(Cancelled):
+        pipeline.consolidate(request, stop)
+    other = replace(VARIANTS["lora"], seed=7)
+    pipeline.learn_concept(replace(learn_request(checkpoint, folders, "V2", other), replace=True))
+    seen.clear()
+    pipeline.consolidate(request, lambda p: seen.append(p.note))
+    assert not any("Resuming" in note for note in seen)
+    told = next(note for note in seen if "It differs in the stack it started from" in note)
+    assert "go back to the version of the stack it started from (`restore`)" in told
+
+
 def test_kinds_of_adapters_do_not_mix(
     learned: Callable[..., Path], folders: dict[str, Path]
 ) -> None:
