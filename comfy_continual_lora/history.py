@@ -117,7 +117,8 @@ def _go_back(path: Path, chosen: Version) -> None:
         else:
             changed = {"number": chosen.number, "parent": chosen.parent, "history": history}
             rewrite(chosen.file, path, changed)
-            chosen.file.unlink()
+            with suppress(OSError):  # of the same number, so it counts no more
+                chosen.file.unlink()
 
 
 def keep_versions(path: Path, count: int) -> None:

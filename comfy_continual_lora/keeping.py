@@ -86,7 +86,8 @@ def prune(path: Path, most: int) -> None:
     parent = parent_among(existing) if most else None
     spare = [one for one in earlier if parent is None or one.number != parent.number]
     for one in spare[max(0, most - (parent is not None)) :]:
-        one.file.unlink(missing_ok=True)
+        with suppress(OSError):  # the stack is stored, and the next change removes it
+            one.file.unlink(missing_ok=True)
     if not most:
         with suppress(OSError):
             history_folder(path).rmdir()

@@ -248,6 +248,33 @@ def test_a_merge_is_undone_without_the_version_before(
     assert same(store.open_stack(path), was)
 
 
+def test_a_version_that_can_not_be_removed_fails_no_change(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Windows removes no file that another program reads. The change is stored by then, and the next
+    one removes the version.
+    """
+    path = tmp_path / "mini.concepts.safetensors"
+    for count in (1, 2, 3):
+        store.save_stack(dataclasses.replace(make_stack(count), history=1), path)
+    unlink = Path.unlink
+
+    def in_use(self: Path, missing_ok: bool = False) -> None:
+        if self.suffix == ".stack":
+            raise PermissionError(13, "Permission denied", str(self))
+        unlink(self, missing_ok)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "unlink", in_use)
+        store.save_stack(dataclasses.replace(make_stack(4), history=1), path)
+        assert [one.number for one in versions.versions(path)] == [4, 3, 2]
+        history.keep_versions(path, 2)
+        assert history.restore(path, 3).tokens == ["V1", "V2", "V3"]
+        assert [one.number for one in versions.versions(path)] == [4, 3, 2]
+    history.keep_versions(path, 1)
+    assert [one.number for one in versions.versions(path)] == [3, 2]
+
+
 def test_a_stack_from_elsewhere_takes_nothing_out_of_the_history(tmp_path: Path) -> None:
     """Its numbers are its own: a version here that has the same one stays."""
     path, theirs = tmp_path / "a.concepts.safetensors", tmp_path / "b.concepts.safetensors"
