@@ -10,7 +10,7 @@ from pathlib import Path
 from .cliparser import Parser
 from .cliprogress import Bar
 from .clirun import Run, show
-from .errors import SettingError, excerpt
+from .errors import Cancelled, SettingError, excerpt
 
 _LAST_PORT = 65_535
 
@@ -22,7 +22,10 @@ def _demo(arguments: argparse.Namespace, bar: Bar) -> None:
         bar.clear()
         print(text, flush=True)
 
-    report = run_demo(arguments.out, bar, say, arguments.steps)
+    try:
+        report = run_demo(arguments.out, bar, say, arguments.steps)
+    except Cancelled:
+        raise Cancelled("The demo starts from scratch when it is run again.") from None
     bar.clear()
     print(f"The report: {report}")
     if sys.stdout.isatty() and not arguments.no_browser:

@@ -14,7 +14,8 @@ from PIL import Image
 from . import pipeline, report, reportpage
 from .concepts import read_image
 from .errors import SettingError
-from .files import history_folder, stack_path
+from .files import history_folder, snapshots_of, stack_path
+from .keeping import writing
 from .mini import world
 from .mini.weights import write_checkpoint
 from .progress import OnProgress
@@ -195,8 +196,12 @@ def _begin(out: Path) -> None:
         )
     out.mkdir(parents=True, exist_ok=True)
     mark.touch()
-    stack.unlink(missing_ok=True)
-    shutil.rmtree(history_folder(stack), ignore_errors=True)
+    with writing(stack):
+        stack.unlink(missing_ok=True)
+        shutil.rmtree(history_folder(stack), ignore_errors=True)
+        for word in WORDS:
+            for unfinished in snapshots_of(stack, word):
+                unfinished.unlink(missing_ok=True)
 
 
 def _draw(

@@ -24,7 +24,9 @@ from helpers_store import make_stack
 from PIL import Image
 
 from comfy_continual_lora import cli, cliflags, demo, store
-from comfy_continual_lora.files import stack_path
+from comfy_continual_lora.errors import Cancelled
+from comfy_continual_lora.files import snapshot_path, stack_path
+from comfy_continual_lora.keeping import writing
 from comfy_continual_lora.operations import OPERATIONS
 from comfy_continual_lora.settings import (
     DrawSettings,
@@ -654,6 +656,28 @@ def test_the_demo_keeps_what_was_learned_since(
     with pytest.raises(Begun):
         cli.main(["demo", "--out", str(out)])
     assert not stack.exists()
+
+
+def test_a_stopped_demo_starts_from_scratch_and_says_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def stop(*_: object) -> None:
+        raise Cancelled("(learn, step 3 of 5) The same command resumes from here.")
+
+    monkeypatch.setattr(demo, "write_checkpoint", stop)
+    out = tmp_path / "demo"
+    command = ["demo", "--out", str(out)]
+    assert cli.main(command) == 130
+    said = " ".join(capsys.readouterr().err.split())
+    assert said == "continual-lora: stopped. The demo starts from scratch when it is run again."
+    stack = stack_path(out / "mini.safetensors")
+    snapshot_path(stack, "V2", "0" * 12).touch()
+    with writing(stack):
+        assert cli.main(command) == 2
+    assert "Another program is changing" in capsys.readouterr().err
+    assert list(out.glob("*snapshot"))
+    assert cli.main(command) == 130
+    assert not list(out.glob("*snapshot"))
 
 
 @pytest.mark.slow
