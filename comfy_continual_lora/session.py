@@ -227,8 +227,10 @@ def _clip_skip(request: Request, backbone: Backbone, stack: ConceptStack) -> int
 
 
 @contextmanager
-def explain_oom(request: Request) -> Iterator[None]:
-    """Turn running out of memory into a TrainingError that says which settings need less."""
+def explain_oom(request: Request | None) -> Iterator[None]:
+    """Turn running out of memory into a TrainingError that says which settings need less; None:
+    none of what runs.
+    """
     try:
         yield
     except (RuntimeError, MemoryError) as error:

@@ -18,7 +18,13 @@ from . import evaluate as evaluation
 from . import plan as planning
 from .adapters.adapter import attached, folded
 from .checkpoint.backbone import FrozenText
-from .errors import Cancelled, ConceptImagesError, SettingError, StackError
+from .errors import (
+    Cancelled,
+    ConceptImagesError,
+    ContinualLoraError,
+    SettingError,
+    StackError,
+)
 from .files import stack_stem, with_name
 from .imagefile import check_folder, check_output, save_own
 from .mentions import named, not_in_use
@@ -37,7 +43,7 @@ from .results import (
     Scored,
     ScoreResult,
 )
-from .session import Session, open_session
+from .session import Session, explain_oom, open_session
 from .settings import DrawSettings, ScoreSettings, SolveSettings
 from .solving import chosen
 from .stack import ConceptRecord, ConceptStack
@@ -244,12 +250,22 @@ def scored_pictures(
     return scored
 
 
-def scored_after_learning(session: Session, request: LearnRequest) -> ScoreResult:
-    """The scores of the first pictures of a concept that was just learned, in few trials."""
-    asked = request.settings
-    pictures = list(inventory.inventory(request.images).pictures[: request.score])
-    settings = ScoreSettings(trials=8, fit=asked.fit)
-    return ScoreResult(scored_pictures(session, [("", pictures)], settings))
+def scored_after_learning(session: Session, request: LearnRequest) -> ScoreResult | None:
+    """The scores of the first pictures of a concept that was just stored, in few trials.
+
+    If they can't be scored, that is told and the concept kept; a stop says that it is stored.
+    """
+    settings = ScoreSettings(trials=8, fit=request.settings.fit)
+    stored = f"{request.token} is learned and stored, but its pictures were not scored"
+    try:
+        pictures = list(inventory.inventory(request.images).pictures[: request.score])
+        with explain_oom(None):
+            return ScoreResult(scored_pictures(session, [("", pictures)], settings))
+    except Cancelled as stopped:
+        raise Cancelled(f"{stopped} {stored}.") from None
+    except ContinualLoraError as error:
+        session.tell(f"{stored}: {error.marked}")
+        return None
 
 
 def evaluated(

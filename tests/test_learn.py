@@ -25,6 +25,7 @@ from comfy_continual_lora.checkpoint.load import load_backbone
 from comfy_continual_lora.diffusion import add_noise, alphas_cumprod, loss_per_example
 from comfy_continual_lora.errors import (
     Cancelled,
+    ConceptImagesError,
     SettingError,
     StackError,
     TokenError,
@@ -609,6 +610,38 @@ def test_the_curve_is_kept_and_some_pictures_are_scored(checkpoint: Path, pictur
     again = pipeline.learn_concept(replace(request, score=0))
     assert again.again
     assert again.losses == result.record.losses
+
+
+@pytest.mark.parametrize(
+    "stop",
+    [
+        Cancelled("(score, step 1 of 8)"),
+        RuntimeError("CUDA out of memory."),
+        ConceptImagesError("a.png can't be read."),
+    ],
+)
+def test_what_stops_the_scores_says_that_the_concept_is_stored(
+    checkpoint: Path, pictures: Path, stop: Exception
+) -> None:
+    """Its snapshot is gone by then, so no run can resume."""
+    request = requests.LearnRequest(
+        checkpoint, pictures, "V1", "ball", replace(QUICK, method="lora"), device="cpu", score=1
+    )
+    notes = _Notes()
+
+    def fail(progress: Progress) -> None:
+        notes(progress)
+        if progress.stage == "score":
+            raise stop
+
+    if isinstance(stop, Cancelled):
+        with pytest.raises(Cancelled, match=r"step 1 of 8\) V1 is learned and stored, but its"):
+            pipeline.learn_concept(request, fail)
+    else:
+        assert pipeline.learn_concept(request, fail).scores is None
+        assert notes[-1].startswith("V1 is learned and stored, but its pictures were not scored: ")
+        assert "snapshot" not in notes[-1]
+    assert [record.token for record in store.read_records(request.stack_file)] == ["V1"]
 
 
 def test_mistakes_leave_the_stack_as_it_was(
