@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
@@ -55,6 +56,7 @@ class Session:
     writes: bool
     precision: str = "auto"
     loaded: Backbone | None = None
+    read: tuple[int, int] | None = None  # `_state` of the file that the stack was read from
 
     @property
     def backbone(self) -> Backbone:
@@ -125,10 +127,25 @@ class Session:
     def commit(self, stack: ConceptStack, kind: str, records: Sequence[ConceptRecord]) -> None:
         """Make this the stack's newest version; `kind` is a key of `stackschema.CHANGES`."""
         assert self.writes
+        if _state(self.path) not in (None, self.read):  # by a program that takes no lock
+            kept = "goes into the history (`restore`)" if stack.history else "is overwritten"
+            self.tell(
+                f"Another program replaced {self.path} while this ran. What it put there {kept}: the "
+                "stack is the one from before, with this change."
+            )
         save_stack(stack, self.path, change(kind, records))
-        self.stack = stack
+        self.stack, self.read = stack, _state(self.path)
         if stack.ordinary is not None:
             clear_moments(cache_folder(real_file(self.path)))  # the stack has them now
+
+
+def _state(path: Path) -> tuple[int, int] | None:
+    """What differs when another file is put at a path: its time and its size; None without a file."""
+    try:
+        found = os.stat(path)
+    except OSError:
+        return None
+    return found.st_mtime_ns, found.st_size
 
 
 def _tell(on_progress: OnProgress, note: str) -> None:
@@ -157,8 +174,9 @@ def open_session(
         later = not at_once and real_file(path).exists()
         backbone = None if later else _load(request, precision, on_progress)
         with writing(path) if writes and is_first() else nullcontext():
+            read = _state(path)
             stack = load_stack(path, backbone.fingerprint) if backbone else open_stack(path)
-            session = Session(path, request, stack, on_progress, writes, precision)
+            session = Session(path, request, stack, on_progress, writes, precision, read=read)
             if backbone:
                 session.use(backbone)
             yield session

@@ -14,11 +14,12 @@ from pathlib import Path
 import pytest
 import torch
 from helpers_learn import save_concept
+from helpers_store import make_stack
 from helpers_thin import TEXT_WIDTH
 from PIL import Image
 from safetensors.torch import save
 
-from comfy_continual_lora import concepts, pipeline, requests, store
+from comfy_continual_lora import concepts, pipeline, requests, store, versions
 from comfy_continual_lora.adapters.adapter import attached, new_adapter
 from comfy_continual_lora.checkpoint.backbone import Backbone
 from comfy_continual_lora.checkpoint.load import load_backbone
@@ -642,6 +643,29 @@ def test_what_stops_the_scores_says_that_the_concept_is_stored(
         assert notes[-1].startswith("V1 is learned and stored, but its pictures were not scored: ")
         assert "snapshot" not in notes[-1]
     assert [record.token for record in store.read_records(request.stack_file)] == ["V1"]
+
+
+def test_a_stack_that_was_replaced_while_learning_is_told_of(
+    checkpoint: Path, pictures: Path
+) -> None:
+    """By a program that takes no lock, such as one that keeps folders of two computers the same."""
+    settings = replace(QUICK, method="lora")
+    request = requests.LearnRequest(checkpoint, pictures, "V1", "ball", settings, device="cpu")
+    path = request.stack_file
+    notes = _Notes()
+
+    def replace_it(progress: Progress) -> None:
+        notes(progress)
+        if progress.stage == "learn":
+            store.save_stack(make_stack(2), path)
+
+    pipeline.learn_concept(request, replace_it)
+    assert [record.token for record in store.read_records(path)] == ["V1"]
+    assert "Another program replaced" in notes[-1]
+    assert versions.versions(path)[1].tokens == ["V1", "V2"]
+    notes.clear()
+    pipeline.learn_concept(replace(request, token="V2"), notes)
+    assert not any("Another program" in note for note in notes)
 
 
 def test_mistakes_leave_the_stack_as_it_was(
