@@ -495,6 +495,56 @@ def test_what_is_no_stack_is_refused_in_words(nodes: Any) -> None:
     assert len(nodes.NODES) - len(checked) == 3  # those that load, give examples and show areas
 
 
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("model", "sd15.safetensors", r"^model is 'sd15.*', which is no MODEL\. Connect"),
+        ("model", None, "^model is None, which is no MODEL"),
+        ("clip", None, "^clip is None, which is no CLIP.* of Load CLIP"),  # a file without one
+        ("clip", 3, "^clip is 3, which is no CLIP"),
+        ("strength", None, "^strength is None, which is no number"),
+        ("masks", 2, "^masks is 2, which holds no pixels"),
+        ("masks", "left", "^masks is 'left', which holds no pixels"),
+        ("masks", torch.zeros(2, 8, 8, 3), r"^masks is a tensor of shape \(2, 8, 8, 3\)"),
+    ],
+)
+def test_apply_concepts_refuses_in_words_what_is_no_wire(
+    nodes: Any, closed_stack: Any, name: str, value: Any, message: str
+) -> None:
+    """As `test_what_is_no_stack_is_refused_in_words`."""
+    given = {
+        "model": types.SimpleNamespace(model_options={}),
+        "clip": types.SimpleNamespace(tokenizer=None),
+        "stack": closed_stack,
+        "strength": 0.0,
+        name: value,
+    }
+    with pytest.raises((SettingError, ConceptImagesError), match=message):
+        nodes.ApplyConcepts.execute(**given)
+
+
+@pytest.mark.parametrize("latent", ["24", {}, {"samples": None}, None])
+def test_concept_areas_refuses_in_words_what_is_no_wire(nodes: Any, latent: Any) -> None:
+    model = types.SimpleNamespace(model_options={})
+    with pytest.raises(SettingError, match=r"^latent is .*which is no LATENT"):
+        nodes.ConceptAreas.execute(model=model, latent=latent)
+    with pytest.raises(SettingError, match=r"^model is '4', which is no MODEL"):
+        nodes.ConceptAreas.execute(model="4", latent={"samples": torch.zeros(1, 4, 8, 8)})
+
+
+def test_what_is_no_text_is_refused_in_words(nodes: Any, closed_stack: Any) -> None:
+    """A switch of any type with nothing behind it gives None."""
+    for node in (nodes.ForgetConcept, nodes.UndoConcept):
+        with pytest.raises(SettingError, match=r"^token is None, which is no text"):
+            node.execute(stack=closed_stack, token=None)
+    with pytest.raises(SettingError, match=r"^token is \[None\], which is no text"):
+        nodes.LearnConcept.execute(stack=[closed_stack], images=[], token=[None], noun=["dog"])
+    with pytest.raises(SettingError, match=r"^captions is \[None\], which is no text"):
+        nodes.LearnConcept.execute(stack=[closed_stack], images=[], captions=[None])
+    with pytest.raises(SettingError, match=r"^tokens is 1, which is no text"):
+        nodes.SelectConcepts.execute(stack=closed_stack, tokens=1)
+
+
 def test_what_is_no_picture_is_refused_in_words(nodes: Any) -> None:
     host = importlib.import_module("comfy_continual_lora.comfy_nodes.host")
     picture = torch.zeros(1, 8, 8, 3)
@@ -502,6 +552,7 @@ def test_what_is_no_picture_is_refused_in_words(nodes: Any) -> None:
         (["a.png"], (), r"^images is 'a\.png', which holds no pixels"),
         ([picture, None], (), "^images is None, which"),
         ([picture], [None], "^masks is None, which"),
+        ([picture], [picture], r"^masks is a tensor of shape \(1, 8, 8, 3\); a MASK is"),
         ([torch.zeros(1, 8, 8, 1)], (), r"^images is a tensor of shape \(1, 8, 8, 1\)"),
         ([picture[0]], (), r"^images is a tensor of shape \(8, 8, 3\)"),
     ):

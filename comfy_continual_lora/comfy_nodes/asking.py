@@ -12,7 +12,7 @@ from ..operations import OPERATIONS
 from ..requests import EvaluateRequest, ScoreRequest
 from ..settings import EvaluateSettings, ScoreSettings
 from . import host
-from .handle import StackHandle, with_stack
+from .handle import StackHandle, with_wires
 from .schema import (
     ADVANCED,
     Stack,
@@ -73,7 +73,7 @@ class ComputeScores(io.ComfyNode):
     validate_inputs = validates(ScoreSettings, SETTINGS)
 
     @classmethod
-    @with_stack
+    @with_wires
     def execute(cls, images: list, **given: list) -> Any:
         from .. import report
 
@@ -131,7 +131,7 @@ class EvaluateRetention(io.ComfyNode):
     validate_inputs = validates(EvaluateSettings, SETTINGS)
 
     @classmethod
-    @with_stack
+    @with_wires
     def execute(cls, stack: StackHandle, clip_folder: str = "", **given: Any) -> Any:
         from .. import report
 

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from comfy_api.latest import io  # pyright: ignore[reportMissingImports] - only inside ComfyUI
 
-from ..errors import StackError, excerpt
+from ..errors import ContinualLoraError, SettingError, StackError, excerpt
 from ..files import cache_folder, real_file
 from ..progress import counted
 from . import host
@@ -128,21 +129,67 @@ class StackHandle:
 # --- for nodes -------------------------------------------------------------------------------------
 
 
-def with_stack(execute: Execute) -> Execute:
-    """`in_widget_names` of a node that takes a stack, or two.
+class _Wire(NamedTuple):
+    """What comes by a wire, and how to recognise it."""
 
-    Errors: StackError for anything else in its place: ComfyUI checks neither a value that its API
-    gives for a wire, nor what comes from a node of any type.
+    kind: str
+    fits: Callable[[Any], bool]
+    source: str  # what to connect
+    error: type[ContinualLoraError] = SettingError
+
+
+_STACK = _Wire(
+    "concept stack",
+    lambda value: isinstance(value, StackHandle),
+    'the stack of Load Concept Stack; in a prompt for the API that is ["ID", 0], with its ID',
+    StackError,
+)
+_TEXT = _Wire("text", lambda value: isinstance(value, str), "a node that gives a STRING")
+_NUMBER = _Wire(
+    "number", lambda value: isinstance(value, (int, float)), "a node that gives an INT or a FLOAT"
+)
+_TEXTS = (
+    *("token", "tokens", "noun", "captions", "trigger", "lora"),
+    *("prefix", "subfolder", "clip_folder"),
+)
+_NUMBERS = ("strength", "version", "restore", "keep", "score_pictures")  # that are no settings
+_WIRES = {
+    **dict.fromkeys(_TEXTS, _TEXT),
+    **dict.fromkeys(_NUMBERS, _NUMBER),
+    "stack": _STACK,
+    "other": _STACK,
+    "model": _Wire(
+        "MODEL", lambda value: hasattr(value, "model_options"), "the MODEL of Load Checkpoint"
+    ),
+    "clip": _Wire(
+        "CLIP",
+        lambda value: hasattr(value, "tokenizer"),
+        "the CLIP of Load Checkpoint or, for a checkpoint without a text encoder, of Load CLIP",
+    ),
+    "latent": _Wire(
+        "LATENT",
+        lambda value: isinstance(value, dict) and hasattr(value.get("samples"), "shape"),
+        "the LATENT of a sampler",
+    ),
+}
+
+
+def with_wires(execute: Execute) -> Execute:
+    """`in_widget_names` of a node whose wires are checked: see `_WIRES`.
+
+    Errors: StackError or SettingError for anything else in its place: ComfyUI checks neither a value
+    that its API gives for a wire, nor what comes from a node of any type; and a loader gives None for
+    what a file lacks.
     """
 
     @functools.wraps(execute)
     def wrapped(*args: Any, **given: Any) -> Any:
-        for name in given.keys() & {"stack", "other"}:
-            values = given[name] if isinstance(given[name], list) else [given[name]]
-            if any(not isinstance(one, StackHandle) for one in values):
-                raise StackError(
-                    f"{name} is {excerpt(given[name])}, which is no concept stack. Connect the stack of "
-                    'Load Concept Stack; in a prompt for the API that is ["ID", 0], with its ID.'
+        for name, value in given.items():
+            wire = _WIRES.get(name)
+            values = value if isinstance(value, list) else [value]
+            if wire and not all(map(wire.fits, values)):
+                raise wire.error(
+                    f"{name} is {excerpt(value)}, which is no {wire.kind}. Connect {wire.source}."
                 )
         return execute(*args, **given)
 

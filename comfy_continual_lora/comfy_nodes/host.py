@@ -180,6 +180,17 @@ def save_pictures(
     return files
 
 
+def masks_of(value: Any) -> Tensor | None:
+    """A MASK (n, h, w) or (h, w), or None where none is connected -> (n, h, w).
+
+    Errors: ConceptImagesError for anything else.
+    """
+    if value is None:
+        return None
+    _check_batches("masks", [value])
+    return value if value.dim() == 3 else value[None]
+
+
 def _check_batches(name: str, values: Sequence[Any], channels: Sequence[int] = ()) -> None:
     """Errors: ConceptImagesError for what is no IMAGE or MASK: ComfyUI checks neither a value that its
     API gives for a wire, nor what comes from a node of any type.
@@ -196,6 +207,11 @@ def _check_batches(name: str, values: Sequence[Any], channels: Sequence[int] = (
             raise ConceptImagesError(
                 f"{name} is a tensor of shape {tuple(one.shape)}; an IMAGE is (pictures, height, width, "
                 "3 or 4). Use another node to make it."
+            )
+        if not channels and one.dim() not in (2, 3):
+            raise ConceptImagesError(
+                f"{name} is a tensor of shape {tuple(one.shape)}; a MASK is (masks, height, width). "
+                "Use another node to make it, such as Convert Image to Mask."
             )
 
 

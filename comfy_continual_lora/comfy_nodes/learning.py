@@ -14,7 +14,7 @@ from ..requests import ConsolidateRequest, LearnRequest, SolveRequest
 from ..settings import LearnSettings, SolveSettings, TrainSettings
 from . import host
 from .asking import scores_table
-from .handle import StackHandle, kept_report, with_stack
+from .handle import StackHandle, kept_report, with_wires
 from .schema import (
     ADVANCED,
     Stack,
@@ -149,7 +149,7 @@ class LearnConcept(io.ComfyNode):
     )
 
     @classmethod
-    @with_stack
+    @with_wires
     def execute(
         cls, images: list, captions: list | None = None, masks: list | None = None, **given: list
     ) -> Any:
@@ -259,7 +259,7 @@ class Consolidate(io.ComfyNode):
     validate_inputs = validates(TrainSettings, SETTINGS)
 
     @classmethod
-    @with_stack
+    @with_wires
     def execute(cls, images: list, **given: list) -> Any:
         from ..curves import curve_picture
 
@@ -292,7 +292,7 @@ class ConsolidateInClosedForm(io.ComfyNode):
     validate_inputs = validates()
 
     @classmethod
-    @with_stack
+    @with_wires
     def execute(cls, stack: StackHandle, **given: Any) -> Any:
         request = SolveRequest(**stack.place, settings=settings_from(SolveSettings, given))
         with host.at_work() as on_progress:

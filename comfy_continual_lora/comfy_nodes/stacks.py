@@ -13,7 +13,7 @@ from ..presets import PREDICTIONS
 from ..requests import ForgetRequest, ImportRequest, MergeRequest
 from ..settings import SolveSettings
 from . import host
-from .handle import StackHandle, not_on_stack, reported, state_of, with_stack
+from .handle import StackHandle, not_on_stack, reported, state_of, with_wires
 from .schema import (
     ADVANCED,
     Stack,
@@ -139,7 +139,7 @@ class ForgetConcept(io.ComfyNode):
     validate_inputs = validates()
 
     @classmethod
-    @with_stack
+    @with_wires
     def execute(cls, stack: StackHandle, token: str, **given: Any) -> Any:
         tokens = [one.token.lower() for one in stack.now().records]
         if token.strip().lower() not in tokens:
@@ -172,7 +172,7 @@ class MergeStacks(io.ComfyNode):
     validate_inputs = validates()
 
     @classmethod
-    @with_stack
+    @with_wires
     def execute(cls, stack: StackHandle, other: StackHandle, **given: Any) -> Any:
         if other.selected:
             raise StackError(
@@ -244,7 +244,7 @@ class ImportLora(io.ComfyNode):
         return " ".join(f"{file} {file.stat().st_mtime_ns}" for file in files)
 
     @classmethod
-    @with_stack
+    @with_wires
     def execute(
         cls,
         stack: StackHandle,

@@ -14,7 +14,7 @@ from ..files import cache_folder, real_file, write_whole
 from ..operations import OPERATIONS
 from ..requests import HistoryRequest, RestoreRequest, UndoRequest
 from ..versions import Version, in_use, takes_off_newest, undo_preview
-from .handle import StackHandle, not_on_stack, reported, with_stack
+from .handle import StackHandle, not_on_stack, reported, with_wires
 from .schema import (
     ADVANCED,
     Stack,
@@ -55,7 +55,7 @@ class UndoConcept(io.ComfyNode):
         )
 
     @classmethod
-    @with_stack
+    @with_wires
     def execute(cls, stack: StackHandle, token: str, version: int = 0) -> Any:
         current = in_use(stack.file)
         if current is None or not (token.strip() or version):
@@ -136,7 +136,7 @@ class StackHistory(io.ComfyNode):
         return float("nan")  # the list is read from disk at every run
 
     @classmethod
-    @with_stack
+    @with_wires
     def execute(cls, stack: StackHandle, restore: int = 0, keep: int = -1) -> Any:
         refusal = cls._go_back(stack, restore)
         request = HistoryRequest(**stack.place, keep=keep if keep >= 0 else None)

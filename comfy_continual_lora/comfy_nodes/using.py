@@ -15,12 +15,11 @@ from ..presets import PLAIN_NAME_PRESETS
 from ..requests import SelectRequest
 from ..settings import SolveSettings
 from . import host
-from .handle import StackHandle, with_stack
+from .handle import StackHandle, with_wires
 from .origin import is_from
 from .schema import (
     ADVANCED,
     Stack,
-    in_widget_names,
     schema,
     settings_from,
     solving_widgets,
@@ -91,7 +90,7 @@ class ApplyConcepts(io.ComfyNode):
         )
 
     @classmethod
-    @with_stack
+    @with_wires
     def execute(
         cls,
         model: Any,
@@ -102,6 +101,7 @@ class ApplyConcepts(io.ComfyNode):
         mixed: bool = False,
         masks: Any = None,
     ) -> Any:
+        masks = host.masks_of(masks)
         if version and stack.selected:
             raise StackError(
                 "Select Concepts chooses from the newest version, so version would leave out its "
@@ -191,7 +191,7 @@ class ConceptAreas(io.ComfyNode):
         )
 
     @classmethod
-    @in_widget_names
+    @with_wires
     def execute(cls, model: Any, latent: Any) -> Any:
         from .apart import found_masks
 
@@ -223,7 +223,7 @@ class SelectConcepts(io.ComfyNode):
     validate_inputs = validates()
 
     @classmethod
-    @with_stack
+    @with_wires
     def execute(cls, stack: StackHandle, tokens: str, **given: Any) -> Any:
         from .. import pipeline
 
@@ -298,7 +298,7 @@ class ExportConcepts(io.ComfyNode):
         return ", ".join(sorted(str(path) for path in _EXPORTED if not path.exists()))
 
     @classmethod
-    @with_stack
+    @with_wires
     def execute(
         cls,
         stack: StackHandle,
