@@ -567,6 +567,26 @@ def test_learned_things_are_kept_apart_under_a_control_net(host: ComfyUI) -> Non
     assert "are drawn mixed" not in host.log.read_text()[before:]
 
 
+def test_learned_things_are_kept_apart_while_hooks_change_clip(host: ComfyUI) -> None:
+    nouns = [text_of(host.run(_preview(which)), "3") for which in (1, 2)]
+
+    def picture(mixed: bool) -> np.ndarray:
+        prompt = f"a photo of a V1 {nouns[0]} and a V2 {nouns[1]} on grass"
+        graph = {**_both_learned("apart"), **draw(prompt, "4")}
+        graph["4"]["inputs"]["mixed"] = mixed
+        hook = {"ckpt_name": "mini-sd.safetensors", "strength_model": 0.0, "strength_clip": 0.5}
+        hooked = {"clip": ["4", 1], "hooks": ["50", 0], "apply_to_conds": True}
+        graph["50"] = {"class_type": "CreateHookModelAsLora", "inputs": hook}
+        graph["51"] = {"class_type": "SetClipHooks", "inputs": {**hooked, "schedule_clip": True}}
+        graph["21"]["inputs"]["clip"] = ["51", 0]
+        done = host.run(graph)
+        return np.asarray(Image.open(host.pictures(done, "26")[0]).convert("RGB"), int)
+
+    before = len(host.log.read_text())
+    assert np.abs(picture(mixed=False) - picture(mixed=True)).mean() > 0.5
+    assert "are drawn mixed" not in host.log.read_text()[before:]
+
+
 def test_a_stack_on_another_checkpoint_is_told(host: ComfyUI) -> None:
     """Also in other precisions, and while the LoRA is on the model."""
     mini = host.pack / "models" / "mini-sd.safetensors"

@@ -237,28 +237,75 @@ def _clip_with_scenes(kind: type) -> type:
         ) -> Any:
             def encoded(chosen: Any) -> Any:
                 return super(WithScenes, self).encode_from_tokens(
-                    chosen, return_pooled=return_pooled, return_dict=True, **more
+                    chosen, return_pooled=return_pooled, return_dict=return_dict, **more
                 )
 
-            if not return_dict or not all(isinstance(t, _Tokens) for t in tokens.values()):
-                return super().encode_from_tokens(
-                    tokens, return_pooled=return_pooled, return_dict=return_dict, **more
-                )
-            result, first = encoded(tokens), next(iter(tokens.values()))
-            if any(one.scene.tokens != first.scene.tokens for one in tokens.values()):
-                return result  # its text encoders have prompts about other things
-            names = first.scene.tokens
-            neutral = encoded({name: one.neutral for name, one in tokens.items()})
-            own = [
-                encoded({name: one.own[k] for name, one in tokens.items()})
-                for k in range(len(first.own))
-            ]
-            if ANIMA_ENCODER in tokens:
-                states = SceneStates(names, (result, neutral, *own), first.nouns)
-                return {**result, KEY: states}
-            nouns = mask_of(first.nouns, neutral["cond"].shape[1])
-            texts = tuple(one["cond"] for one in own)
-            scene = SceneText(names, result["cond"], neutral["cond"], texts, nouns)
-            return {**result, KEY: scene}
+            result, first = encoded(tokens), _scene_in(tokens)
+            if not return_dict or first is None:
+                return result
+            others = [encoded(one) for one in _other_prompts(self.tokenizer, tokens)]
+            return {**result, KEY: _scene_of(first, [result, *others])}
+
+        def encode_from_tokens_scheduled(self, tokens: Any, *more: Any, **named: Any) -> Any:
+            """ComfyUI encodes without `encode_from_tokens` where hooks change CLIP from one part of
+            sampling to the next, a conditioning for each part.
+            """
+
+            def encoded(chosen: Any) -> Any:
+                return super(WithScenes, self).encode_from_tokens_scheduled(chosen, *more, **named)
+
+            parts = encoded(tokens)
+            is_hooked = self.patcher.forced_hooks is not None and self.use_clip_schedule
+            if not is_hooked or ANIMA_ENCODER in tokens or (first := _scene_in(tokens)) is None:
+                return parts
+            others = [encoded(one) for one in _other_prompts(self.tokenizer, tokens)]
+            for part in zip(parts, *others, strict=True):
+                part[0][1][KEY] = _scene_of(first, [{"cond": cond} for cond, _ in part])
+            return parts
 
     return WithScenes
+
+
+def _scene_in(tokens: Mapping[str, Any]) -> _Tokens | None:
+    """What the first text encoder is given, if all are given prompts about the same learned things."""
+    first = next((one for one in tokens.values() if isinstance(one, _Tokens)), None)
+    if first is None:
+        return None
+    names = first.scene.tokens
+    if all(isinstance(one, _Tokens) and one.scene.tokens == names for one in tokens.values()):
+        return first
+    from .host import tell
+
+    tell(
+        f"{' and '.join(names)} are drawn mixed, because not every text encoder is given a prompt that "
+        "names them in this order. Write the same learned things into each."
+    )
+    return None
+
+
+def _other_prompts(tokenizer: Any, tokens: Mapping[str, _Tokens]) -> list[dict[str, Any]]:
+    """The tokens of the neutral prompt, then of each concept's own; as many chunks for each text
+    encoder, as far as the longest prompt needs.
+    """
+    first = next(iter(tokens.values()))
+    prompts = [
+        {name: one.neutral for name, one in tokens.items()},
+        *({name: one.own[k] for name, one in tokens.items()} for k in range(len(first.own))),
+    ]
+    empty: dict[str, Any] = {}
+    for prompt in prompts:
+        longest = max(map(len, prompt.values()))
+        for name, chunks in prompt.items():
+            if missing := longest - len(chunks):
+                empty = empty or tokenizer.tokenize_with_weights("")
+                prompt[name] = [*chunks, *empty[name] * missing]
+    return prompts
+
+
+def _scene_of(first: _Tokens, encoded: Sequence[dict[str, Any]]) -> SceneText | SceneStates:
+    """`encoded`: what CLIP gives for the whole prompt, for the neutral one and for each concept's own."""
+    names = first.scene.tokens
+    if "t5xxl_ids" in encoded[0]:  # Anima's
+        return SceneStates(names, tuple(encoded), first.nouns)
+    whole, neutral, *own = (one["cond"] for one in encoded)
+    return SceneText(names, whole, neutral, tuple(own), mask_of(first.nouns, neutral.shape[1]))
