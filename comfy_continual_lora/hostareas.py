@@ -17,7 +17,7 @@ from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import accumulate, pairwise
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -105,24 +105,50 @@ class Part:
     areas: Areas
 
 
+class Place(NamedTuple):
+    """Where in a picture's latents, `size` is their height and width, a prompt for a part of it is."""
+
+    size: tuple[int, int]
+    rows: slice
+    columns: slice
+
+    def cut(self, masks: Tensor) -> Tensor:
+        """Masks (n, k, h, w) of the whole picture, of any size -> of this part of the latents."""
+        whole = F.interpolate(masks, self.size, mode="area")
+        return whole[..., self.rows, self.columns]
+
+    def pasted(self, masks: Tensor) -> Tensor:
+        """Masks of this part, of any size -> of the latents, 0 around it."""
+        whole = masks.new_zeros(*masks.shape[:2], *self.size)
+        part = whole[..., self.rows, self.columns]
+        part.copy_(F.interpolate(masks, part.shape[2:], mode="bilinear"))
+        return whole
+
+
 class HostAreas:
     """The areas of the pictures that a host draws with one model."""
 
     def __init__(self, settings: AreaSettings, masks: Tensor | None = None) -> None:
         """`masks` (k, h, w) in 0..1 of any size, to use for the things of each prompt in order."""
         self.settings, self.masks = settings, masks
+        # by their keys, the parts of a batch that are a part of the picture
+        self.places: dict[Hashable, Place] = {}
         # what a part of the batch is drawn from in every step, with its areas
-        self.drawn: dict[Hashable, tuple[SceneText, Areas] | None] = {}
+        self.drawn: dict[tuple[Hashable, tuple[int, ...]], tuple[SceneText, Areas] | None] = {}
 
     def start(self) -> None:
         """Forget the areas of what was drawn before."""
-        self.drawn = {}
+        self.drawn, self.places = {}, {}
 
     @property
     def found(self) -> list[Tensor]:
-        """The masks (n, k, h, w) of what was drawn last."""
-        drawn = (one[1].masks for one in self.drawn.values() if one)
-        return [masks for masks in drawn if masks is not None]
+        """The masks (n, k, h, w) of what was drawn last, of whole pictures."""
+        found = []
+        for (key, _), drawn in self.drawn.items():
+            if drawn and (masks := drawn[1].masks) is not None:
+                place = self.places.get(key)
+                found.append(place.pasted(masks) if place else masks)
+        return found
 
     def call(
         self,
@@ -159,11 +185,11 @@ class HostAreas:
         """What a part of the batch is drawn from; None if it has to be drawn the plain way."""
         key = (keyed[0], tuple(x.shape))
         if key not in self.drawn:
-            self.drawn[key] = self._begun(keyed[1], x, context)
+            self.drawn[key] = self._begun(keyed[1], x, context, self.places.get(keyed[0]))
         return self.drawn[key]
 
     def _begun(
-        self, scene: SceneText, x: Tensor, context: Tensor
+        self, scene: SceneText, x: Tensor, context: Tensor, place: Place | None
     ) -> tuple[SceneText, Areas] | None:
         seen = scene.within(context)
         problem = self._problem(seen)
@@ -172,6 +198,8 @@ class HostAreas:
             return None
         nouns = seen.nouns.to(x.device).expand(len(x), -1, -1)
         given = None if self.masks is None else self.masks[None].to(x.device).float()
+        if given is not None and place:
+            given = place.cut(given)
         height, width = x.shape[-2:]
         return seen, Areas(nouns, (height, width), self.settings, given)
 

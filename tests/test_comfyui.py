@@ -482,6 +482,62 @@ def test_a_prompt_for_an_area_of_the_picture_is_kept_apart(host: ComfyUI) -> Non
     assert "are drawn mixed" not in host.log.read_text()[before:]
 
 
+def test_masks_are_of_the_whole_picture_where_a_prompt_is_for_an_area(host: ComfyUI) -> None:
+    """Given to Apply Concepts, and also to the first of two, and shown by Concept Areas."""
+    nouns = [text_of(host.run(_preview(which)), "3") for which in (1, 2)]
+    graph = {**_both_learned("apart"), **draw("", "4")}
+    place = {"width": 64, "height": 128, "x": 0, "y": 0, "strength": 1.0}
+    graph["50"] = {
+        "class_type": "ConditioningSetArea",
+        "inputs": {"conditioning": ["21", 0], **place},
+    }
+    graph["24"]["inputs"]["positive"] = ["50", 0]
+    # V1 has the left half of the picture, V2 the right one
+    mask = {"class_type": "SolidMask", "inputs": {"value": 1.0, "width": 64, "height": 128}}
+    graph["40"], none = mask, {"value": 0.0, "width": 128, "height": 128}
+    graph["41"] = {"class_type": "SolidMask", "inputs": none}
+    for name, left in (("42", 0), ("43", 64)):
+        graph[name] = {
+            "class_type": "MaskComposite",
+            "inputs": {
+                "destination": ["41", 0],
+                "source": ["40", 0],
+                "x": left,
+                "y": 0,
+                "operation": "add",
+            },
+        }
+        graph[f"{name}0"] = {"class_type": "MaskToImage", "inputs": {"mask": [name, 0]}}
+    both = {"image1": ["420", 0], "image2": ["430", 0]}
+    graph["44"] = {"class_type": "ImageBatch", "inputs": both}
+    graph["45"] = {"class_type": "ImageToMask", "inputs": {"image": ["44", 0], "channel": "red"}}
+
+    def picture(prompt: str, masks: bool, twice: bool = False) -> np.ndarray:
+        graph["21"]["inputs"]["text"] = prompt
+        graph["4"]["inputs"].pop("masks", None)
+        if masks:
+            graph["4"]["inputs"]["masks"] = ["45", 0]
+        again = {"model": ["4", 0], "clip": ["4", 1], "stack": ["7", 0], "strength": 0.0}
+        graph["5"] = {"class_type": "ContinualLora_Apply", "inputs": again}
+        graph["24"]["inputs"]["model"] = ["5" if twice else "4", 0]
+        graph["21"]["inputs"]["clip"] = ["5" if twice else "4", 1]
+        done = host.run(graph)
+        return np.asarray(Image.open(host.pictures(done, "26")[0]).convert("RGB"), int)
+
+    own = picture(f"a photo of a V1 {nouns[0]} and a {nouns[1]} on grass", masks=False)
+    prompt = f"a photo of a V1 {nouns[0]} and a V2 {nouns[1]} on grass"
+    assert np.abs(picture(prompt, masks=True) - own).max() <= 2
+    assert np.abs(picture(prompt, masks=True, twice=True) - own).max() <= 2
+    assert np.abs(picture(prompt, masks=False) - own).max() > 2
+    shown = {"model": ["4", 0], "latent": ["24", 0]}
+    graph["30"] = {"class_type": "ContinualLora_Areas", "inputs": shown}
+    graph["31"] = {"class_type": "MaskToImage", "inputs": {"mask": ["30", 0]}}
+    graph["32"] = {"class_type": "PreviewImage", "inputs": {"images": ["31", 0]}}
+    masks = [np.asarray(Image.open(one)) for one in host.pictures(host.run(graph), "32")]
+    assert max(int(mask[:, :60].max()) for mask in masks) > 128
+    assert max(int(mask[:, 68:].max()) for mask in masks) == 0
+
+
 def test_areas_are_shown_and_can_be_given(host: ComfyUI) -> None:
     """A mask for the whole picture draws that concept's own prompt, as its noun's prompt does."""
     nouns = [text_of(host.run(_preview(which)), "3") for which in (1, 2)]

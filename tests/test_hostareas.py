@@ -20,6 +20,7 @@ from comfy_continual_lora.checkpoint.backbone import Backbone, FrozenText
 from comfy_continual_lora.hostareas import (
     HostAreas,
     Part,
+    Place,
     SceneText,
     followed,
     patched,
@@ -244,6 +245,31 @@ def test_given_masks_are_used_whatever_their_size(net: Backbone) -> None:
     given = case.by_processors(masks=masks[None])
     assert torch.allclose(case.by_patches(_areas(masks)), given, atol=1e-4)
     assert not torch.allclose(given, case.by_processors(), atol=1e-3)
+
+
+def test_a_part_of_the_picture_has_its_part_of_the_masks(net: Backbone) -> None:
+    """Of latents twice as wide, whose right half the prompt is for."""
+    masks = torch.zeros(2, 1, 4)
+    masks[0, :, :3] = masks[1, :, 3:] = 1
+    case, areas = _Case(net), _areas(masks)
+    height, width = case.x.shape[-2:]
+    key = "a part"
+    areas.places[key] = Place((height, 2 * width), slice(None), slice(width, None))
+    context = case.scene.whole.expand(len(case.x), -1, -1)
+    seen: list[Tensor] = []
+
+    def run(parts: Sequence[Part]) -> Tensor:
+        seen.extend(part.areas.at(height * width) for part in parts)
+        return case.x
+
+    areas.call([(key, case.scene)], case.x, context, run)
+    (left,) = (one[0].unflatten(1, (height, width)) for one in seen)
+    assert torch.equal(left[0, :, 0], torch.ones(height))
+    assert torch.equal(left[1, :, -1], torch.ones(height))
+    (found,) = areas.found
+    assert found.shape == (1, 2, height, 2 * width)
+    assert found[..., :width].count_nonzero() == 0
+    assert torch.allclose(found[0, :, :, width:], left)
 
 
 @pytest.mark.parametrize("what", ["changed", "too many masks", "no noun"])

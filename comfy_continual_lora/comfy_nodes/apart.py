@@ -20,7 +20,7 @@ from torch import Tensor
 
 from ..areas import FINE, AreaSettings
 from ..errors import SettingError
-from ..hostareas import HostAreas, Part, SceneText, patched, patched_anima
+from ..hostareas import HostAreas, Part, Place, SceneText, patched, patched_anima
 from .words import KEY, SceneStates
 
 
@@ -57,6 +57,8 @@ class _Wrappers:
             for one in self._own(ones or []):
                 if scene := self._text(one, model, x.device):
                     self.scenes[number, one["uuid"]] = scene
+                    if area := one.get("area"):
+                        self.areas.places[number, one["uuid"]] = _place(area, x)
         return executor(model, conds, x, *args, **kwargs)
 
     def _own(self, conds: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -132,12 +134,24 @@ class _Wrappers:
         return self.areas.call(keyed, x, context, run)
 
 
+def _place(area: Sequence[int], x: Tensor) -> Place:
+    """Of a cond for an area of the picture: the sizes of its dimensions, then where they begin, of which
+    the last two are height and width. ComfyUI cuts what is beyond the latents.
+    """
+    height, width = area[len(area) // 2 - 2 : len(area) // 2]
+    top, left = area[-2:]
+    size = (x.shape[-2], x.shape[-1])
+    return Place(size, slice(top, top + height), slice(left, left + width))
+
+
 def with_areas(model: Any, preset: str, masks: Tensor | None = None) -> Any:
     """A copy of MODEL that draws each learned thing of a prompt in its area.
 
-    `masks` (k, h, w): areas to use in place of those found. The model's attachment KEY is its
-    `_Wrappers`.
+    `masks` (k, h, w): areas to use in place of those found; without them, those that a stack applied
+    before was given. The model's attachment KEY is its `_Wrappers`.
     """
+    if masks is None and isinstance(before := model.get_attachment(KEY), _Wrappers):
+        masks = before.areas.masks
     wrappers = _Wrappers(HostAreas(AreaSettings(FINE[preset]), masks))
     around = {
         WrappersMP.OUTER_SAMPLE: wrappers.sample,
