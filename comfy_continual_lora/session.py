@@ -246,8 +246,9 @@ def _clip_skip(request: Request, backbone: Backbone, stack: ConceptStack) -> int
 
 @contextmanager
 def explain_oom(request: Request | None) -> Iterator[None]:
-    """Turn running out of memory into a TrainingError that says which settings need less; None:
-    none of what runs.
+    """Turn running out of memory into a TrainingError that says which settings need less.
+
+    `request`: whose settings those are; None if no setting helps.
     """
     try:
         yield
