@@ -20,6 +20,7 @@ cancelled call leaves the concept stack as it was.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 
 from . import concepts, parallel, store
@@ -91,6 +92,8 @@ def learn_concept(request: LearnRequest, on_progress: OnProgress = ignore) -> Le
         request = replace(request, device=device)
         precision = request.settings.precision
         with open_session(request, on_progress, precision=precision, writes=True) as session:
+            if known := session.stack.learned_by(digest):  # while the checkpoint was loaded
+                return LearnResult(known, list(known.losses), request.stack_file, again=True)
             change = make_room(session, request)
             tell_of_noun(session, request)
             settings = settings_for(session, request, method)
@@ -143,12 +146,13 @@ def consolidate(request: ConsolidateRequest, on_progress: OnProgress = ignore) -
     """
     request.check()
     digest = request.digest
-    records = store.read_records(request.stack_file)
-    if records and records[-1].consolidated == digest:
-        return ConsolidateResult(records[-1], [], request.stack_file, len(records) - 1, again=True)
+    if again := _again(store.read_records(request.stack_file), request, digest):
+        return again
     take_stock(request.images, on_progress)
     precision = request.settings.precision
     with open_session(request, on_progress, precision=precision, writes=True) as session:
+        if again := _again(session.stack.records, request, digest):
+            return again
         learned, adapter, method = newest_again(session, request)
         learned.snapshots.tell_of_others(on_progress)
         student, losses = distilled(learned, adapter, learned.penalties, with_scores=True)
@@ -159,6 +163,15 @@ def consolidate(request: ConsolidateRequest, on_progress: OnProgress = ignore) -
         session.commit(stack, "consolidated", stack.records[-1:])
         learned.snapshots.remove()
     return ConsolidateResult(stack.records[-1], losses, request.stack_file, len(stack.records) - 1)
+
+
+def _again(
+    records: Sequence[ConceptRecord], request: ConsolidateRequest, digest: str
+) -> ConsolidateResult | None:
+    """The result, if the request with this digest consolidated the newest concept."""
+    if not records or records[-1].consolidated != digest:
+        return None
+    return ConsolidateResult(records[-1], [], request.stack_file, len(records) - 1, again=True)
 
 
 def import_concept(request: ImportRequest, on_progress: OnProgress = ignore) -> ImportResult:

@@ -21,9 +21,11 @@ from comfy_continual_lora import (
     pipeline,
     presets,
     requests,
+    session,
     settings,
     store,
     targets,
+    versions,
 )
 from comfy_continual_lora.adapters.adapter import Adapter, layers_of
 from comfy_continual_lora.errors import Cancelled, SettingError
@@ -317,6 +319,27 @@ def test_consolidating_another_adapter_resumes_no_snapshot(
     assert not any("Resuming" in note for note in seen)
     told = next(note for note in seen if "It differs in the stack it started from" in note)
     assert "go back to the version of the stack it started from (`restore`)" in told
+
+
+def test_what_another_program_just_did_is_not_done_again(
+    learned: Callable[..., Path], folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The same request, which ended there while the checkpoint was loaded here."""
+    checkpoint = learned(VARIANTS["lora"], "V1")
+    learn = learn_request(checkpoint, folders, "V2", VARIANTS["lora"])
+    wanted = TrainSettings(batch=3, size=64, dsc_steps=2)
+    distil = requests.ConsolidateRequest(checkpoint, folders["V2"], wanted, device="cpu")
+    load = session._load
+    for operation, request in ((pipeline.learn_concept, learn), (pipeline.consolidate, distil)):
+
+        def load_late(*given: Any, operation: Any = operation, request: Any = request) -> Any:
+            monkeypatch.setattr(session, "_load", load)
+            assert not operation(request).again
+            return load(*given)
+
+        monkeypatch.setattr(session, "_load", load_late)
+        assert operation(request).again
+    assert len(versions.versions(store.stack_path(checkpoint))) == 3
 
 
 def test_kinds_of_adapters_do_not_mix(
