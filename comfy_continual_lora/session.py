@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -339,6 +339,7 @@ class Snapshots:
                 on_progress(Progress("load", 1, 1, note=note))
 
     def remove(self) -> None:
-        """Delete them, once the result is stored."""
+        """Delete them, once the result is stored; one that another program reads may stay."""
         for part in ("", "dsc"):
-            self.path(part).unlink(missing_ok=True)
+            with suppress(OSError):
+                self.path(part).unlink(missing_ok=True)

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from comfy_continual_lora.lossscale import LossScale
 from comfy_continual_lora.progress import Progress
+from comfy_continual_lora.session import Snapshots
 from comfy_continual_lora.settings import LearnSettings
 from comfy_continual_lora.snapshot import (
     DamagedSnapshot,
@@ -177,3 +178,21 @@ def test_a_run_goes_on_from_what_it_wrote(tmp_path: Path) -> None:
     learned, notes = _trained(tmp_path / "x.snapshot")
     assert notes == ["Resuming from step 3 of 6."]
     assert torch.equal(learned, _trained(tmp_path / "undisturbed")[0])
+
+
+def test_a_snapshot_that_can_not_be_removed_fails_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Windows removes no file that another program reads, and the result is stored by then."""
+    snapshots = Snapshots(tmp_path / "mini.concepts.safetensors", "V1", {"token": "V1"})
+    snapshots.path("dsc").touch()
+
+    def in_use(self: Path, missing_ok: bool = False) -> None:
+        raise PermissionError(13, "Permission denied", str(self))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "unlink", in_use)
+        snapshots.remove()
+    assert snapshots.path("dsc").exists()
+    snapshots.remove()
+    assert not snapshots.path("dsc").exists()
