@@ -53,10 +53,20 @@ _COMPLETION = "print what makes a shell complete commands"
 def main(argv: list[str] | None = None) -> int:
     """Exit status: 0 done, 2 a user error (explained in one paragraph), 130 stopped with Ctrl-C."""
     try:
-        return _main(argv)
+        try:
+            return _main(argv)
+        finally:
+            sys.stdout.flush()  # at exit an error would no longer be told
     except KeyboardInterrupt:  # a second Ctrl-C, or one while no `Bar` takes note of it
         _complain("stopped.", "yellow")
         return 130
+    except BrokenPipeError:  # the reader has exited, as `| head` does
+        _discard_output()
+        return 1
+    except OSError as error:
+        _discard_output()
+        _complain(_problem(error))
+        return 2
 
 
 def _main(argv: list[str] | None) -> int:
@@ -84,7 +94,6 @@ def _main(argv: list[str] | None) -> int:
     try:
         with nullcontext() if FIRST else redirect_stdout(io.StringIO()):
             arguments.run(arguments, bar)
-            sys.stdout.flush()
     except ContinualLoraError as error:
         bar.clear()
         _complain(error.spelled(names))
@@ -93,14 +102,6 @@ def _main(argv: list[str] | None) -> int:
         bar.clear()
         _complain(f"stopped. {stopped}", "yellow")
         return 130
-    except BrokenPipeError:
-        # the reader has exited, as `| head` does; discard what is still written at exit
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 1
-    except OSError as error:
-        bar.clear()
-        _complain(_problem(error))
-        return 2
     finally:
         bar.close()
     return 0
@@ -110,10 +111,18 @@ def _complain(message: str, style: str = "red") -> None:
     print(said(message, style, sys.stderr), file=sys.stderr)
 
 
+def _discard_output() -> None:
+    """What could not be written would be written again at exit."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
 def _problem(error: OSError) -> str:
-    """In words, of a file or folder that nothing else checks."""
+    """In words, of the output, or of a file or folder that nothing else checks."""
     if error.filename is None:
-        return f"A file can't be read or written ({error.strerror or error})."
+        return f"A file or the output can't be read or written ({error.strerror or error})."
     return f"{error.filename} can't be read or written ({error.strerror})."
 
 

@@ -414,6 +414,31 @@ def test_version(capsys: pytest.CaptureFixture[str]) -> None:
     assert re.fullmatch(r"continual-lora \S+, Python 3\S+, torch \S+\n", capsys.readouterr().out)
 
 
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no device that is always full")
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+@pytest.mark.parametrize("words", ["--version", "learn --help-all", "list ."])
+def test_output_that_can_not_be_written_is_told_in_a_sentence(
+    tmp_path: Path, words: str, unbuffered: str
+) -> None:
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": unbuffered}
+    command = [*COMMAND, *words.split()]
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(
+            command, stdout=full, stderr=subprocess.PIPE, text=True, cwd=tmp_path, env=environment
+        )
+    assert done.returncode == 2
+    assert done.stderr.startswith("continual-lora: A file or the output can't be read or written (")
+    assert done.stderr.count("\n") == 1
+    # one whose reader is gone has nobody to tell
+    reading, writing = os.pipe()
+    os.close(reading)
+    done = subprocess.run(
+        command, stdout=writing, stderr=subprocess.PIPE, text=True, cwd=tmp_path, env=environment
+    )
+    os.close(writing)
+    assert (done.returncode, done.stderr) == (1, "")
+
+
 # --- what needs no torch -------------------------------------------------------------------------
 
 WORKS, FAILS = 0, 2
