@@ -63,6 +63,16 @@ class Parser(argparse.ArgumentParser):
 
     # --- mistakes -----------------------------------------------------------------------------
 
+    def parse_args(self, args: Any = None, namespace: Any = None) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
+        given, rest = self.parse_known_args(args, namespace)
+        if rest:
+            command = self.commands().get(getattr(given, "command", ""), self)
+            command.error(
+                f"no flag takes {excerpt(' '.join(rest))}. Most take one value: put a text of several "
+                "words in quotes, and pictures in one folder"
+            )
+        return given
+
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
         words = sys.argv[1:] if args is None else list(args)
         self._check_flags(words)

@@ -439,6 +439,24 @@ def test_output_that_can_not_be_written_is_told_in_a_sentence(
     assert (done.returncode, done.stderr) == (1, "")
 
 
+@pytest.mark.parametrize(
+    ("words", "rest"),
+    [("scores -c c -i A B", "'B'"), ("draw -c c -p a photo of a V1 dog", "'photo of a V1 dog'")],
+)
+def test_a_word_that_no_flag_takes_is_told(
+    words: str, rest: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as ended:
+        cli.main(words.split())
+    assert ended.value.code == 2
+    message = capsys.readouterr().err
+    command = f"continual-lora {words.split()[0]}"
+    assert message.startswith(
+        f"{command}: no flag takes {rest}. Most take one value: put a text of "
+    )
+    assert message.endswith(f"and pictures in one folder. See {command} --help.\n")
+
+
 # --- what needs no torch -------------------------------------------------------------------------
 
 WORKS, FAILS = 0, 2
