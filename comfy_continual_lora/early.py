@@ -6,7 +6,9 @@ The pipeline finds them too, but some only once the checkpoint is loaded.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from .checkpoint.path import check_path
@@ -61,6 +63,19 @@ def check_learn(request: LearnRequest) -> None:
             del records[-1], tokens[-1]
     check_token(request.token, tokens, is_ordinary)
     check_apart(request.token, request.class_noun, _nouns(records))
+    _check_writable(request.stack_file)
+
+
+def _check_writable(stack: Path) -> None:
+    """Errors: StackError if the stack's folder could not be made or written to."""
+    folder = real_file(stack).absolute().parent
+    there = next(one for one in (folder, *folder.parents) if one.exists())
+    if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
+        reason = "no permission to write in it" if there.is_dir() else "it is a file"
+        raise StackError(
+            f"The concept stack {stack} can't be stored in {there}: {reason}. Allow writing there, or "
+            "name another `stack`."
+        )
 
 
 def _draw(request: DrawRequest) -> None:

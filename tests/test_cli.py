@@ -457,6 +457,24 @@ def test_a_word_that_no_flag_takes_is_told(
     assert message.endswith(f"and pictures in one folder. See {command} --help.\n")
 
 
+def test_a_stack_that_can_not_be_stored_is_refused_before_anything_is_loaded(
+    run_here: Callable[..., subprocess.CompletedProcess[str]],
+    checkpoint: Path,
+    pictures: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    learn = ["learn", "-c", checkpoint, "-i", pictures, "-t", "V1", "-n", "ball", "--plan"]
+    done = run_here(*learn, "--stack", checkpoint / "s.safetensors")
+    assert (done.returncode, f"stored in {checkpoint}: it" in done.stderr.replace("\n", " ")) == (
+        2,
+        True,
+    )
+    monkeypatch.setattr(os, "access", lambda *_: False)
+    done = run_here(*learn)
+    assert done.returncode == 2
+    assert "no permission to write in it" in done.stderr.replace("\n", " ")
+
+
 # --- what needs no torch -------------------------------------------------------------------------
 
 WORKS, FAILS = 0, 2
