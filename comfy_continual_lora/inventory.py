@@ -45,6 +45,7 @@ Note = tuple[str, str]  # a file's name, and what was changed or chosen
 _MASK_ALONE = "a mask without picture"
 _SHARED = "several pictures have this name; rename them"
 _ANOTHER = "another one of this name counts"
+_OF_SEVERAL = "{} counts for all of these; one named as x.jpg.txt is for x.jpg alone"
 _OTHER_PROGRAMS = ("__macosx", "__pycache__", "lost+found", "system volume information")
 
 
@@ -82,6 +83,10 @@ class Picture:
         """Its captions that are not empty. Errors: ConceptImagesError as `read_caption`."""
         texts = [(file, read_caption(file)[0]) for file in self.captions]
         return [(file, text) for file, text in texts if text]
+
+    def beside(self) -> list[Path]:
+        """Its caption and its mask, as far as it has any. Errors: as `read_caption`."""
+        return [*[file for file, _ in self.texts()[:1]], *self.masks[:1]]
 
     def feed(self, digest: Any) -> None:
         """Update a hash with the picture, its caption and its mask. Errors: ConceptImagesError."""
@@ -143,7 +148,11 @@ class Inventory:
                 f"{counted(len(self.pictures), 'picture')}: too few to tell the thing from what is "
                 "around it, which is learned too. Better are 3 to 15, each in another place."
             )
-        return notes + sentences(note for picture in self.pictures for note in picture.notes())
+        own = [note for picture in self.pictures for note in picture.notes()]
+        used = dict.fromkeys((one, file) for one in self.pictures for file in one.beside())
+        times = Counter(file for _, file in used)
+        own += [(one.name, _OF_SEVERAL.format(file.name)) for one, file in used if times[file] > 1]
+        return notes + sentences(own)
 
 
 def sentences(notes: Iterable[Note]) -> list[str]:

@@ -175,6 +175,19 @@ def test_a_folder_without_access_is_named(tmp_path: Path) -> None:
             inventory(tmp_path / "closed")
 
 
+def test_what_belongs_to_several_pictures_is_told(tmp_path: Path) -> None:
+    for name in ("a.jpg", "a.png", "b.jpg", "b.png"):
+        Image.new("RGB", (64, 64)).save(tmp_path / name)
+    Image.new("L", (64, 64)).save(tmp_path / "a.mask.png")
+    for name in ("a.txt", "b.txt", "b.jpg.txt"):
+        (tmp_path / name).write_text(f"a V1 ball of {name}")
+    notes = inventory(tmp_path).notes()
+    assert [one for one in notes if "counts for all" in one] == [
+        f"a.jpg, a.png: {name} counts for all of these; one named as x.jpg.txt is for x.jpg alone."
+        for name in ("a.txt", "a.mask.png")
+    ]
+
+
 @pytest.mark.parametrize(
     ("data", "text"),
     [
