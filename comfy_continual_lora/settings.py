@@ -20,6 +20,7 @@ MOST_VECTORS = 16  # of a word: prompts about two concepts have to fit into 77 p
 FITS = ("crop", "pad", "bucket")
 FORMATS = ("kohya", "diffusers", "peft")  # of an exported LoRA
 _MOST_PICTURES = 10_000
+_MOST_WEIGHT = 1e6  # of moments that equations are solved with, which more makes infinite
 _FIRST = 2**63 - _MOST_PICTURES  # the largest seed that so many can follow
 FIT_HELP = (
     "crop pictures that are not square to the middle, pad them with their edge pixels, or keep "
@@ -161,6 +162,7 @@ class RetentionSettings(Settings):
         "weight of ordinary prompts in that penalty, where an earlier concept has 1, and all "
         "together at most 3; a lower one learns more and leaks more",
         low=0,
+        high=_MOST_WEIGHT,
         group="retention",
     )
     retention_language: float = setting(
@@ -365,7 +367,10 @@ class SolveSettings(Settings):
         high=1,
     )
     ordinary_weight: float = setting(
-        0.33, "weight of ordinary prompts, as a share of all concepts' together", low=0
+        0.33,
+        "weight of ordinary prompts, as a share of all concepts' together",
+        low=0,
+        high=_MOST_WEIGHT,
     )
     language: float = setting(
         LANGUAGE,

@@ -194,6 +194,14 @@ def test_a_number_typed_without_measure_is_told_as_it_was_typed(text: str) -> No
 
 
 @pytest.mark.parametrize(
+    "settings", [SolveSettings(ordinary_weight=1e308), LearnSettings(retention_ordinary=1e308)]
+)
+def test_a_weight_that_no_equation_can_be_solved_with_is_refused(settings: Any) -> None:
+    with pytest.raises(SettingError, match=r"is 1e\+308; the range is 0 to 1000000\."):
+        settings.check()
+
+
+@pytest.mark.parametrize(
     ("settings", "said"),
     [
         (LearnSettings(steps=1_000_001), "steps is 1000001; the range is 1 to 1000000."),
