@@ -17,7 +17,9 @@ import numpy as np
 import pandas as pd
 import pytest
 import run
+import selected
 import tables
+from change import Run
 from judges import Budget, load_judges
 
 from comfy_continual_lora import store
@@ -98,6 +100,17 @@ def test_a_table_of_what_is_done_runs_nothing(alone: Path, tmp_path: Path) -> No
     ]
     with pytest.raises(subprocess.CalledProcessError):
         figures(tmp_path / "empty", "--done")
+
+
+def test_loras_of_some_concepts_are_drawn_by_the_runs_own_prompts(
+    alone: Path, tmp_path: Path
+) -> None:
+    (folder,) = alone.glob("runs/lora-rank=2-2-0-*")
+    rows = selected.measure(Run(folder, 2), tmp_path, [1], 1)
+    assert [row["size"] for row in rows] == [1, 2]
+    for size, concept in ((1, 0), (1, 1), (2, 0), (2, 1)):
+        drawn = tmp_path / "runs" / folder.name / "drawn" / f"{size}-{concept}"
+        assert len(list(drawn.iterdir())) == 2
 
 
 ENDS = {  # distances at the end, by method and seed

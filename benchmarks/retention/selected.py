@@ -70,8 +70,8 @@ def measure(run: Run, out: Path, sizes: list[int], every: int) -> list[dict[str,
             figures.rank.append(part.rank or 0)
             figures.lost += _lost(backbone, part)
             for n in numbers:
-                name, key = stack.records[n].name, f"{size}-{n}"
-                pictures = judging.drawn_pictures(job, backbone, part, name, key)
+                prompts = job.prompts_about(n)
+                pictures = judging.drawn_pictures(job, backbone, part, prompts, f"{size}-{n}")
                 drawn = judging.features_of(pictures)
                 mmd = metrics.mmd2(judging.unit(real[n]), judging.unit(drawn))
                 figures.a_mmd.append(1000 * mmd)
