@@ -14,6 +14,7 @@ import subprocess
 import sys
 import types
 from collections.abc import Iterator
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -571,6 +572,29 @@ def test_a_lora_that_was_written_again_is_imported_again(nodes: Any, models: Pat
     os.utime(lora, (1, 1))
     assert asked(lora="dog.safetensors", embedding="", stack=None, token="W1") != first
     assert asked(lora=None, embedding=None, stack=None) == ""
+
+
+def test_a_wired_lora_that_was_written_again_is_imported_again(
+    nodes: Any, models: Path, closed_stack: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """ComfyUI tells a fingerprint nothing of what comes by a wire."""
+    host = importlib.import_module("comfy_continual_lora.comfy_nodes.host")
+    operations = importlib.import_module("comfy_continual_lora.operations").OPERATIONS
+    (models / "loras").mkdir()
+    lora = models / "loras" / "dog.safetensors"
+    lora.touch()
+    node, given = nodes.ImportLora, {"stack": None, "token": "W1", "embedding": ""}
+    monkeypatch.setattr(host, "at_work", lambda: nullcontext(host.Reporter()))
+    done = types.SimpleNamespace(summary=lambda: "Imported.")
+    monkeypatch.setitem(operations, "import", lambda *_: done)
+    before = node.fingerprint_inputs(lora=None, **given)
+    rest = {"noun": "dog", "trigger": "", "strength": 1.0}
+    node.execute(lora="dog.safetensors", **{**given, **rest, "stack": closed_stack})
+    assert node.fingerprint_inputs(lora=None, **given) == before
+    os.utime(lora, (1, 1))
+    after = node.fingerprint_inputs(lora=None, **given)
+    assert after != before
+    assert node.fingerprint_inputs(lora=None, **given) == after
 
 
 def test_a_stack_that_was_deleted_is_another_than_before_it_was_learned(

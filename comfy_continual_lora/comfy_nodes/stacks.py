@@ -27,6 +27,9 @@ from .schema import (
 )
 
 _OWN, _NEW = "own", "new"  # choices beside the names of stacks
+# Files that this process imported and when they were written; those written again since
+_IMPORTED: dict[Path, int] = {}
+_WRITTEN_AGAIN: list[Path] = []
 
 
 class LoadConceptStack(io.ComfyNode):
@@ -238,10 +241,15 @@ class ImportLora(io.ComfyNode):
 
     @classmethod
     def fingerprint_inputs(cls, lora: str | None, embedding: str | None = None, **_: Any) -> str:
-        """Files that were written again under the same names are imported again. None: a wire."""
+        """Files that were written again under the same names are imported again. None: a wire, which
+        may name any file that was imported before.
+        """
         given = {"loras": lora, "embeddings": embedding}
         files = [host.file_of(kind, name) for kind, name in given.items() if name]
-        return " ".join(f"{file} {file.stat().st_mtime_ns}" for file in files)
+        states = [f"{file} {_written(file)}" for file in files]
+        if None in given.values() and (count := _count_written_again()):
+            states.append(str(count))
+        return " ".join(states)
 
     @classmethod
     @with_wires
@@ -256,12 +264,15 @@ class ImportLora(io.ComfyNode):
         strength: float,
         rest: str = "refuse",
     ) -> Any:
+        lora_file = host.file_of("loras", lora)
+        embedding_file = host.file_of("embeddings", embedding) if embedding else None
+        _IMPORTED.update((file, _written(file)) for file in (lora_file, embedding_file) if file)
         request = ImportRequest(
             **stack.place,
-            lora=host.file_of("loras", lora),
+            lora=lora_file,
             token=token.strip(),
             noun=noun,
-            embedding=host.file_of("embeddings", embedding) if embedding else None,
+            embedding=embedding_file,
             trigger=trigger.strip(),
             strength=strength,
             rest=rest,
@@ -269,3 +280,17 @@ class ImportLora(io.ComfyNode):
         with host.at_work() as on_progress:
             result = OPERATIONS["import"](request, on_progress)
         return reported(stack, on_progress.with_notes(result.summary()))
+
+
+def _written(file: Path) -> int:
+    """When a file was written; 0 for none."""
+    return file.stat().st_mtime_ns if file.exists() else 0
+
+
+def _count_written_again() -> int:
+    """How often imported files were found written again."""
+    for file, before in _IMPORTED.items():
+        if (now := _written(file)) != before:
+            _IMPORTED[file] = now
+            _WRITTEN_AGAIN.append(file)
+    return len(_WRITTEN_AGAIN)
