@@ -18,11 +18,50 @@ from comfy_continual_lora.hostareas import SceneText
 NAME = "comfy_continual_lora.webui.apart"
 
 
+def _texts(texts: list[str], copy_from: Any = None) -> list[str]:
+    return list(texts)
+
+
+def _encode(model: Any, texts: list[str], steps: int) -> Any:
+    """As the web UIs' own."""
+    return model.get_learned_conditioning(texts)
+
+
+class _Model:
+    """A web UI's model, whose text features are random; its tokens are words."""
+
+    def __init__(self, **engines: Any) -> None:
+        self.encoded: list[str] = []
+        self.text_processing_engine = self
+        self.__dict__.update(engines)
+
+    def get_learned_conditioning(self, texts: list[str]) -> torch.Tensor:
+        self.encoded += texts
+        return torch.randn(len(texts), 8, 4)
+
+    def tokenize_line(self, line: str) -> Any:
+        return [SimpleNamespace(tokens=[hash(one) for one in line.split()])], None
+
+    def tokenize(self, texts: list[str]) -> list[list[int]]:
+        return [[hash(one) for one in text.split()] for text in texts]
+
+
+def _processing(model: Any, told: list[str]) -> Any:
+    return SimpleNamespace(
+        prompts=["a V1 ball and a V2 mug"],
+        negative_prompts=[],
+        extra_generation_params={},
+        sd_model=model,
+        comment=told.append,
+    )
+
+
 @pytest.fixture
 def apart(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     modules, parser = ModuleType("modules"), ModuleType("modules.prompt_parser")
     modules.shared = SimpleNamespace(opts=None)  # type: ignore[attr-defined]
-    parser.SdConditioning = list  # type: ignore[attr-defined]
+    parser.SdConditioning = _texts  # type: ignore[attr-defined]
+    parser.get_learned_conditioning = _encode  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "modules", modules)
     monkeypatch.setitem(sys.modules, "modules.prompt_parser", parser)
     yield importlib.import_module(NAME)
@@ -73,18 +112,51 @@ def test_a_lora_of_another_kind_of_checkpoint_does_not_fail(
     reader = SimpleNamespace(tokenize_line=lambda text: None)
     model = SimpleNamespace(get_learned_conditioning=list, **{engine: reader})
     told: list[str] = []
-    processing = SimpleNamespace(
-        prompts=["a V1 ball and a V2 mug"],
-        negative_prompts=[],
-        extra_generation_params={},
-        sd_model=model,
-        comment=told.append,
-    )
-    apart.Apart().begin(processing)
-    assert (model.get_learned_conditioning is not list) == is_read
+    apart.Apart().begin(_processing(model, told))
+    assert (apart.prompt_parser.get_learned_conditioning is not _encode) == is_read
     assert ["of V1, V2 is for another kind of checkpoint" in one for one in told] == (
         [] if is_read else [True]
     )
+
+
+def test_a_second_pass_with_another_checkpoint_has_its_scenes(
+    apart: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The Forge family loads it as a model of its own, after the first pass."""
+    monkeypatch.setattr(apart, "words_in_use", lambda: ({"V1": "ball", "V2": "mug"}, "sd1"))
+    things, told = apart.Apart(), []
+    processing = _processing(_Model(), told)
+    things.begin(processing)
+    for model in (processing.sd_model, _Model()):
+        (features,) = apart.prompt_parser.get_learned_conditioning(model, processing.prompts, 4)
+        assert model.encoded == [
+            "a V1 ball and a V2 mug",
+            "a ball and a mug",
+            "a V1 ball and a mug",
+            "a ball and a V2 mug",
+        ]
+        assert torch.equal(things.scenes[-1].whole[0], features)
+        assert things.scenes[-1].nouns.nonzero().tolist() == [[0, 1], [1, 4]]
+        assert "get_learned_conditioning" not in model.__dict__
+    assert len(things.scenes) == 2
+    assert not told
+    things.end()
+    assert apart.prompt_parser.get_learned_conditioning is _encode
+
+
+def test_a_second_pass_of_another_kind_is_told(apart: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(apart, "words_in_use", lambda: ({"V1": "ball", "V2": "mug"}, "sd1"))
+    things, told = apart.Apart(), []
+    processing = _processing(_Model(), told)
+    things.begin(processing)
+    flux = processing.sd_model = _Model(text_processing_engine_t5=None)
+    apart.prompt_parser.get_learned_conditioning(flux, processing.prompts, 4)
+    things.before_sampling(processing)
+    assert flux.encoded == processing.prompts
+    (note,) = told
+    assert "of V1, V2 is for another kind of checkpoint" in note
+    things.finish(processing)
+    assert not processing.extra_generation_params
 
 
 def test_on_anima_words_are_plain_text(apart: Any, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -68,7 +68,7 @@ def modules(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     for name, part in parts.items():
         setattr(web, name, part)
     monkeypatch.setitem(sys.modules, "modules", web)
-    parser = SimpleNamespace(SdConditioning=list)
+    parser = SimpleNamespace(SdConditioning=list, get_learned_conditioning=list)
     monkeypatch.setitem(sys.modules, "modules.prompt_parser", parser)
     yield SimpleNamespace(**parts, did=did, disk=disk)
     for name in (A1111, APART):  # they hold these stand-ins

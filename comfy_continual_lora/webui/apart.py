@@ -15,7 +15,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from modules import shared  # pyright: ignore[reportMissingImports] - only inside the web UI
+from modules import (  # pyright: ignore[reportMissingImports] - only inside the web UI
+    prompt_parser,
+    shared,
+)
 from modules.prompt_parser import SdConditioning  # pyright: ignore[reportMissingImports]
 from torch import Tensor
 
@@ -48,6 +51,7 @@ class Apart:
         self.scenes: deque[SceneText] = deque(maxlen=64)
         self.areas = HostAreas(AreaSettings())
         self.things: list[str] = []  # that the prompts of this batch name, if they are kept apart
+        self.preset = "sd1"  # the kind of checkpoint that they were learned on
         self.undo: list[Callable[[], object]] = []
 
     def begin(self, p: Any) -> None:
@@ -68,16 +72,19 @@ class Apart:
         if not _is_for(p.sd_model, preset):
             _tell(p, _OTHER_KIND.format(", ".join(named(prompts, nouns))))
             return
-        self._encode_scenes(p.sd_model, nouns)
+        self._encode_scenes(nouns, preset)
         encode_again(p, "cached_c", "cached_hr_c")  # their scenes were not kept
         self.areas = HostAreas(AreaSettings(FINE[preset]))
-        self.things = named(prompts, nouns)
+        self.things, self.preset = named(prompts, nouns), preset
 
     def before_sampling(self, p: Any) -> None:
         """Before each pass: the second one has other latents."""
         if not self.things:
             return
         self.areas.start()
+        if not _is_for(p.sd_model, self.preset):  # of the second pass
+            _tell(p, _OTHER_KIND.format(", ".join(self.things)))
+            return
         if objects := getattr(p.sd_model, "forge_objects", None):
             objects.unet = self._forge_unet(objects.unet)
         else:
@@ -97,8 +104,23 @@ class Apart:
 
     # --- prompts ----------------------------------------------------------------------------------
 
-    def _encode_scenes(self, model: Any, nouns: Mapping[str, str]) -> None:
-        """Have the model keep the `SceneText` of each prompt it encodes."""
+    def _encode_scenes(self, nouns: Mapping[str, str], preset: str) -> None:
+        """Keep the `SceneText` of each prompt that is encoded until `end`, by whichever model: the
+        second pass may have another, which is loaded after the first one.
+        """
+        encode_prompts = prompt_parser.get_learned_conditioning
+
+        def encode(model: Any, *prompts: Any, **named: Any) -> Any:
+            if not _is_for(model, preset):
+                return encode_prompts(model, *prompts, **named)
+            with self._scenes_kept(model, nouns):
+                return encode_prompts(model, *prompts, **named)
+
+        self.undo.append(_replaced(prompt_parser, "get_learned_conditioning", encode))
+
+    @contextmanager
+    def _scenes_kept(self, model: Any, nouns: Mapping[str, str]) -> Iterator[None]:
+        """Inside the block the `SceneText` of each prompt that the model encodes is kept."""
         encode = model.get_learned_conditioning
 
         def encode_scenes(texts: Any) -> Any:
@@ -112,8 +134,11 @@ class Apart:
                         self.scenes.append(_scene_text(model, scene, [features, *others]))
             return encoded
 
-        model.get_learned_conditioning = encode_scenes
-        self.undo.append(lambda: model.__dict__.pop("get_learned_conditioning", None))
+        undo = _replaced(model, "get_learned_conditioning", encode_scenes)
+        try:
+            yield
+        finally:
+            undo()
 
     def _scenes_of(self, context: Tensor) -> list[tuple[Any, SceneText] | None]:
         """What each row of a context (n, t, d) is drawn from, if that is known."""
@@ -171,7 +196,7 @@ class Apart:
 
             return self.areas.call(self._scenes_of(context), x, context, run)
 
-        self._replace_forward(unet, call)
+        self.undo.append(_replaced(unet, "forward", call))
 
     def _follow_layers(self, net: Any, name: str, parts_now: Sequence[Part]) -> bool:
         """Have the net's layers of this name follow the parts until `end`; whether it has any."""
@@ -179,23 +204,25 @@ class Apart:
             self.undo.pop()()
         layers = [layer for path, layer in net.named_modules() if path.endswith(f".{name}")]
         for layer in layers:
-            self._replace_forward(layer, _follower(layer, parts_now))
+            self.undo.append(_replaced(layer, "forward", _follower(layer, parts_now)))
         return bool(layers)
-
-    def _replace_forward(self, module: Any, forward: Callable[..., Any]) -> None:
-        before = module.__dict__.get("forward")
-        module.forward = forward
-
-        def undo() -> None:
-            if before is None:
-                module.__dict__.pop("forward", None)
-            else:
-                module.forward = before
-
-        self.undo.append(undo)
 
 
 APART = Apart()  # of this process
+
+
+def _replaced(holder: Any, name: str, value: object) -> Callable[[], None]:
+    """Set an attribute of a module or a model; what is returned sets it back."""
+    before = holder.__dict__.get(name)
+    setattr(holder, name, value)
+
+    def undo() -> None:
+        if before is None:
+            holder.__dict__.pop(name, None)
+        else:
+            setattr(holder, name, before)
+
+    return undo
 
 
 def _follower(layer: Any, parts: Sequence[Part]) -> Callable[..., Tensor]:
