@@ -33,6 +33,7 @@ from .mentions import previewed
 from .methods.method import LearnedConcept
 from .methods.stages import calibrated, distilled
 from .prepare import (
+    check_suits_stack,
     checked_method,
     make_room,
     newest_again,
@@ -64,6 +65,7 @@ from .solving import merge as merge
 from .solving import put_on_top
 from .solving import select as select
 from .stack import ConceptRecord, ConceptStack
+from .training import check_optimizer
 from .upkeep import history as history
 from .upkeep import info as info
 from .upkeep import rename as rename
@@ -87,6 +89,7 @@ def learn_concept(request: LearnRequest, on_progress: OnProgress = ignore) -> Le
     digest = request.digest
     if known := store.record_of_request(request.stack_file, digest):
         return LearnResult(known, list(known.losses), request.stack_file, again=True)
+    check_suits_stack(request)
     take_stock(request.images, on_progress)
     with parallel.together(request.device) as device:
         request = replace(request, device=device)
@@ -148,6 +151,7 @@ def consolidate(request: ConsolidateRequest, on_progress: OnProgress = ignore) -
     digest = request.digest
     if again := _again(store.read_records(request.stack_file), request, digest):
         return again
+    check_optimizer(request.settings)
     take_stock(request.images, on_progress)
     precision = request.settings.precision
     with open_session(request, on_progress, precision=precision, writes=True) as session:

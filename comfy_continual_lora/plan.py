@@ -1,7 +1,7 @@
 """Estimates what learning will take, before any weight is read: memory by part, file sizes, time.
 
-in: the header of a checkpoint (or a folder's configurations), settings, a device - out: `Plan`, all
-sizes in bytes.
+in: a request, the header of its checkpoint (or a folder's configurations) and of its stack - out:
+`Plan`, all sizes in bytes.
 
 Weights, adapter and optimizer are counted. Activations are too: the net runs one step on the meta
 device, where tensors have shapes and no data, and what autograd would keep for the backward pass is
@@ -18,7 +18,6 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -32,9 +31,9 @@ from .checkpoint.layout import Part
 from .checkpoint.load import AnyLayout, open_checkpoint, pick_device
 from .checkpoint.narrow import DTYPES, FP8, compute_dtype_of, dtype_for, is_large
 from .methods import METHODS
-from .prepare import check_name
-from .settings import LearnSettings, ResolvedSettings
-from .stackfile import read_header
+from .prepare import check_name, check_suits_checkpoint, summary_for, with_rank_of
+from .requests import LearnRequest
+from .settings import ResolvedSettings
 
 TEXTS = "text encoders"
 _CHECKPOINTED = ("ResnetBlock2D", "BasicTransformerBlock", "CosmosTransformerBlock")
@@ -67,25 +66,25 @@ class Plan:
     seconds: tuple[float, float]
 
 
-def plan(checkpoint: Path, stack: Path, asked: LearnSettings, device: str) -> Plan:
+def plan(request: LearnRequest) -> Plan:
     """The plan of this run.
 
-    Errors: CheckpointError as in `load_backbone`, SettingError for a setting out of its range.
+    Errors: CheckpointError as in `load_backbone`; SettingError, StackError for a setting out of its
+    range, or that does not suit the checkpoint or the stack.
     """
-    here = pick_device(device)
-    with open_checkpoint(checkpoint) as layout:
-        settings = asked.resolved(layout.preset)
-        check_name(checkpoint, settings, layout.preset)
+    here = pick_device(request.device)
+    stack = summary_for(request)
+    with open_checkpoint(request.checkpoint) as layout:
+        check_suits_checkpoint(request, layout.preset, stack)
+        settings = with_rank_of(stack, request.settings).resolved(layout.preset)
+        check_name(request.checkpoint, settings, layout.preset)
         dtype = dtype_for(settings.precision, here)
-        header = read_header(stack) if stack.exists() else {}
-        rank = header.get("rank") or settings.rank
         size = settings.size or layout.size
         method = METHODS[settings.method]
         kind = method.adapter_kind(settings)
-        earlier = len(header.get("concepts", ()))
-        step, rows = method.rows(settings, earlier)
+        step, rows = method.rows(settings, stack.count)
         weights = _weights(layout, dtype, here)
-        adapter, exported = _adapter(layout, kind, rank)
+        adapter, exported = _adapter(layout, kind, settings.rank)
         word = layout.width * settings.vectors
         wide = compute_dtype_of(dtype, here)
         norms = wide if here.type == "cpu" else torch.float32  # as in autocast
@@ -95,7 +94,7 @@ def plan(checkpoint: Path, stack: Path, asked: LearnSettings, device: str) -> Pl
     optimizer = (adapter + word) * (4 + (2 if settings.optimizer == "adamw8bit" else 8))
     used = sum(size for name, (size, _) in weights.items() if name not in resting)
     encoding = weights[layout.net_name][0] + weights[TEXTS][0]
-    grows = method.kept_bytes(adapter, word, layout.width, earlier)
+    grows = method.kept_bytes(adapter, word, layout.width, stack.count)
     # forward, backward, and forward again with checkpointing
     passes = settings.steps * _parts(settings) * (3 if settings.checkpointing else 2)
     speed = _speed(here, wide)
@@ -115,7 +114,7 @@ def plan(checkpoint: Path, stack: Path, asked: LearnSettings, device: str) -> Pl
         optimizer,
         kept,
         max(encoding, used + learned + optimizer + kept),
-        (stack.stat().st_size if stack.exists() else 0) + grows,
+        stack.size + grows,
         2 * (exported + word),
         (least, most),
     )

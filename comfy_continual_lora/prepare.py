@@ -24,9 +24,10 @@ from .methods.stages import past_adapters
 from .presets import FLOW_PRESETS, PLAIN_NAME_PRESETS, PREDICTION_NAMES
 from .progress import OnProgress, Progress
 from .requests import ConsolidateRequest, ImportRequest, LearnRequest
-from .session import Session, Snapshots
+from .session import Session, Snapshots, clip_skip_of, prediction_of
 from .settings import LearnSettings, ResolvedSettings
 from .stack import ConceptRecord, ConceptStack
+from .training import check_optimizer
 from .watch import Names, held_out
 from .words import check_apart, check_newest
 
@@ -36,10 +37,36 @@ def checked_method(request: LearnRequest) -> Method:
     request.check()
     check_learn(request)
     method = METHODS[request.settings.method]
-    # a concept to be replaced does not count; settings_for checks again once the stack is read
-    stack = StackSummary() if request.replace else summary_of_file(request.stack_file)
-    method.check(request.settings, stack)
+    method.check(request.settings, summary_for(request))
     return method
+
+
+def check_suits_stack(request: LearnRequest) -> None:
+    """What a concept that is not on the stack yet can't be learned with, before anything is loaded.
+
+    Errors: SettingError, StackError.
+    """
+    check_optimizer(request.settings)
+    stack = summary_for(request)
+    with_rank_of(stack, request.settings)
+    if stack.checkpoint:
+        check_suits_checkpoint(request, stack.checkpoint.preset, stack)
+
+
+def check_suits_checkpoint(request: LearnRequest, preset: str, stack: StackSummary) -> None:
+    """Errors: SettingError, StackError for settings that a checkpoint of this preset, or a stack that
+    was learned with others, does not take.
+    """
+    prediction_of(request, preset, "", stack.checkpoint, request.stack_file)
+    clip_skip_of(request, preset, stack.checkpoint)
+
+
+def summary_for(request: LearnRequest) -> StackSummary:
+    """The summary of the stack file that the concept is put on, without the one it replaces.
+
+    `settings_for` checks again once the stack is read.
+    """
+    return summary_of_file(request.stack_file, request.token if request.replace else "")
 
 
 def take_stock(images: Path | list[Path], on_progress: OnProgress) -> None:
@@ -101,8 +128,9 @@ def _without_newest(stack: ConceptStack, token: str) -> ConceptStack:
 
 def settings_for(session: Session, request: LearnRequest, method: Method) -> ResolvedSettings:
     """The resolved settings. Errors: SettingError if they don't suit the stack."""
-    method.check(request.settings, summary_of(session.stack))
-    settings = _with_rank_of(session.stack, request.settings)
+    stack = summary_of(session.stack)
+    method.check(request.settings, stack)
+    settings = with_rank_of(stack, request.settings)
     settings = replace(settings, clip_skip=session.backbone.clip_skip)
     resolved = settings.resolved(session.backbone.preset)
     check_name(session.backbone.path, resolved, session.backbone.preset)
@@ -133,12 +161,12 @@ def check_name(checkpoint: Path, settings: ResolvedSettings, preset: str) -> Non
         )
 
 
-def _with_rank_of(stack: ConceptStack, settings: LearnSettings) -> LearnSettings:
+def with_rank_of(stack: StackSummary, settings: LearnSettings) -> LearnSettings:
+    """The settings with the stack's rank, if it has one. Errors: SettingError for another one."""
     if stack.rank is None or settings.rank == stack.rank:
         return settings
     # the closed form may have raised the rank that the concepts were learned with
-    ranks = {record.settings.get("rank") for record in stack.records}
-    if settings.rank is not None and settings.rank not in ranks:
+    if settings.rank is not None and settings.rank not in stack.ranks:
         raise SettingError(
             f"`rank` is {settings.rank}, but the concepts of this stack were learned with rank "
             f"{stack.rank}. Leave it out, or start another `stack`."

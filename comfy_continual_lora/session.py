@@ -26,7 +26,7 @@ from .progress import OnProgress, Progress
 from .requests import Request
 from .settings import ResolvedSettings, TrainSettings
 from .snapshot import identity, other_runs
-from .stack import ConceptRecord, ConceptStack
+from .stack import CheckpointInfo, ConceptRecord, ConceptStack
 from .store import change, check_checkpoint, load_stack, open_stack, save_stack
 from .targets import PromptBank
 
@@ -76,12 +76,12 @@ class Session:
 
         Errors: StackError, SettingError if they differ.
         """
-        request = self.request
+        request, preset = self.request, backbone.preset
         check_fits(self.stack, self.path, backbone)
-        backbone = replace(
-            backbone, prediction=_prediction(request, backbone, self.stack, self.path)
-        )
-        backbone = backbone.with_clip_skip(_clip_skip(request, backbone, self.stack))
+        learned = self.stack.checkpoint if self.stack.records else None
+        prediction = prediction_of(request, preset, backbone.prediction, learned, self.path)
+        backbone = replace(backbone, prediction=prediction)
+        backbone = backbone.with_clip_skip(clip_skip_of(request, preset, learned))
         self.stack.checkpoint = replace(
             self.stack.checkpoint,
             preset=backbone.preset,
@@ -117,7 +117,8 @@ class Session:
                     f"The concepts of {path} were learned with `{name}` {theirs}, those of {self.path} "
                     f"with {ours}; one stack has one. Keep them apart, or learn the others again."
                 )
-        _prediction(self.request, self.backbone, other, path)
+        if other.records:
+            prediction_of(self.request, self.backbone.preset, "", learned, path)
         return other
 
     def tell(self, note: str) -> None:
@@ -189,59 +190,61 @@ def _load(request: Request, precision: str, on_progress: OnProgress) -> Backbone
     return load_backbone(request.checkpoint, device=request.device, precision=precision)
 
 
-def _prediction(request: Request, backbone: Backbone, stack: ConceptStack, path: Path) -> str:
-    """What the net predicts: as asked for, as the stack was learned, or as the files say.
+def prediction_of(
+    request: Request, preset: str, own: str, learned: CheckpointInfo | None, path: Path
+) -> str:
+    """What the net predicts: as asked for, as the concepts of the stack at this path were `learned`
+    if it has any, or as the files say (`own`).
 
     Errors: StackError if the stack was learned by another, SettingError for a checkpoint that is
     known to be a flow.
     """
     asked = PREDICTIONS.get(request.prediction)
-    if backbone.preset in FLOW_PRESETS and asked not in (None, backbone.prediction):
+    if preset in FLOW_PRESETS and asked not in (None, PREDICTIONS["flow"]):
         raise SettingError(
-            f"`prediction` is {request.prediction}, but {backbone.path.name} is always a flow. Leave it "
-            "out."
+            f"`prediction` is {request.prediction}, but {request.checkpoint.name} is always a flow. "
+            "Leave it out."
         )
-    if not stack.records:
-        return asked or backbone.prediction
-    learned = stack.checkpoint.prediction
-    if asked not in (None, learned):
+    if learned is None:
+        return asked or own
+    if asked not in (None, learned.prediction):
         raise StackError(
             f"The concepts of {path} were learned with `prediction` "
-            f"{PREDICTION_NAMES[learned]}, not {request.prediction}. Leave it out, or start another `stack`."
+            f"{PREDICTION_NAMES[learned.prediction]}, not {request.prediction}. Leave it out, or start "
+            "another `stack`."
         )
-    return learned
+    return learned.prediction
 
 
-def _clip_skip(request: Request, backbone: Backbone, stack: ConceptStack) -> int:
-    """The layer of the text encoder: as asked for, or as the stack was learned.
+def clip_skip_of(request: Request, preset: str, learned: CheckpointInfo | None) -> int:
+    """The layer of the text encoder: as asked for, or as the stack's concepts were `learned`.
 
     Errors: SettingError for another than the checkpoint's own, StackError if the stack was learned
     with another.
     """
     settings = getattr(request, "settings", None)
     asked = getattr(settings, "clip_skip", None)
-    if backbone.preset not in CLIP_SKIP_PRESETS:
+    if preset not in CLIP_SKIP_PRESETS:
         if asked not in (None, 1):
             before = "layer before the last (some pages call that clip skip 2)"
             family, layer = {
                 "sd2": ("SD2.x", before),
                 "sdxl": ("SDXL", before),
                 "anima": ("Anima", "last layer"),
-            }[backbone.preset]
+            }[preset]
             raise SettingError(
-                f"`clip_skip` is {asked}, but {backbone.path.name} is {family}, which always uses the "
+                f"`clip_skip` is {asked}, but {request.checkpoint.name} is {family}, which always uses the "
                 f"{layer}. Leave it out."
             )
         return 1
-    if not stack.records:
+    if learned is None:
         return asked or 1
-    learned = stack.checkpoint.clip_skip
-    if asked not in (None, learned):
+    if asked not in (None, learned.clip_skip):
         raise StackError(
-            f"The concepts of {request.stack_file} were learned with `clip_skip` {learned}, not "
-            f"{asked}; one stack has one. Leave it out, or start another `stack`."
+            f"The concepts of {request.stack_file} were learned with `clip_skip` {learned.clip_skip}, "
+            f"not {asked}; one stack has one. Leave it out, or start another `stack`."
         )
-    return learned
+    return learned.clip_skip
 
 
 @contextmanager

@@ -25,7 +25,7 @@ from .files import replace, set_aside
 from .lossscale import LossScale
 from .parallel import average, is_first, shares
 from .progress import OnProgress, Progress
-from .settings import EXECUTION_SETTINGS, ResolvedSettings
+from .settings import EXECUTION_SETTINGS, ResolvedSettings, TrainSettings
 from .snapshot import DamagedSnapshot, Snapshot, identity, is_like, read_snapshot, write_snapshot
 
 # A loss that grew by this factor is not noise
@@ -317,9 +317,17 @@ def _as_it_was(name: str, value: Tensor, device: torch.device) -> Tensor | int:
 def optimizer_for(
     groups: list[dict[str, Any]], settings: ResolvedSettings
 ) -> torch.optim.Optimizer:
+    """Errors: SettingError as `check_optimizer`."""
+    return (_adamw_8bit() if settings.optimizer == "adamw8bit" else torch.optim.AdamW)(groups)
+
+
+def check_optimizer(settings: TrainSettings) -> None:
     """Errors: SettingError if bitsandbytes is chosen and missing."""
-    if settings.optimizer == "adamw":
-        return torch.optim.AdamW(groups)
+    if settings.optimizer == "adamw8bit":
+        _adamw_8bit()
+
+
+def _adamw_8bit() -> Any:
     try:
         from bitsandbytes.optim import AdamW8bit  # pyright: ignore[reportMissingImports]
     except ImportError as error:
@@ -327,7 +335,7 @@ def optimizer_for(
             f"`optimizer` adamw8bit needs bitsandbytes ({error}). Install it for {sys.executable}, "
             "or use adamw."
         ) from None
-    return AdamW8bit(groups)
+    return AdamW8bit
 
 
 def precondition(

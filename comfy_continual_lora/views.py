@@ -28,7 +28,7 @@ from .errors import (
 from .files import stack_stem, with_name
 from .imagefile import check_folder, check_output, save_own
 from .mentions import named, not_in_use
-from .prepare import checked_method, tell_of_prompts
+from .prepare import check_suits_stack, checked_method, tell_of_prompts
 from .presets import PREDICTION_NAMES
 from .progress import OnProgress, Progress, counted, ignore
 from .requests import (
@@ -198,7 +198,9 @@ def evaluate(request: EvaluateRequest, on_progress: OnProgress = ignore) -> Rete
 def plan(request: LearnRequest) -> planning.Plan:
     """What learning this will take, without loading the checkpoint."""
     checked_method(request)
-    return planning.plan(request.checkpoint, request.stack_file, request.settings, request.device)
+    if not learned_before(request):
+        check_suits_stack(request)
+    return planning.plan(request)
 
 
 def learned_before(request: LearnRequest) -> ConceptRecord | None:

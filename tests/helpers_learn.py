@@ -12,6 +12,7 @@ from comfy_continual_lora import requests, store
 from comfy_continual_lora.adapters.adapter import new_adapter
 from comfy_continual_lora.checkpoint.backbone import Backbone
 from comfy_continual_lora.mini import world
+from comfy_continual_lora.plan import Plan, plan
 from comfy_continual_lora.settings import LearnSettings
 
 NOUNS = {"V1": "ball", "V2": "fish", "V3": "mug"}
@@ -40,6 +41,11 @@ def learn_request(
     return requests.LearnRequest(
         checkpoint, folders[token], token, NOUNS[token], settings, device="cpu"
     )
+
+
+def plan_of(checkpoint: Path, settings: LearnSettings, device: str = "cpu") -> Plan:
+    """What a first concept takes, learned from pictures that nobody looks at."""
+    return plan(requests.LearnRequest(checkpoint, Path("p"), "V1", "ball", settings, device=device))
 
 
 def stack_of(checkpoint: Path) -> store.ConceptStack:

@@ -9,7 +9,7 @@ from typing import Any
 import helpers_anima as anima
 import pytest
 import torch
-from helpers_learn import learn_request
+from helpers_learn import learn_request, plan_of
 from safetensors.torch import load_file
 from torch import nn
 
@@ -18,11 +18,10 @@ from comfy_continual_lora.adapters.adapter import attached
 from comfy_continual_lora.checkpoint.anima import AnimaBackbone
 from comfy_continual_lora.checkpoint.load import load_backbone
 from comfy_continual_lora.errors import SettingError
-from comfy_continual_lora.plan import Plan, plan
+from comfy_continual_lora.plan import Plan
 from comfy_continual_lora.settings import LearnSettings
 
 QUICK = LearnSettings(method="lora", steps=3, batch=2, rank=4, size=64, rate=3e-2)
-NOWHERE = Path("nowhere.concepts.safetensors")
 
 
 @pytest.fixture(scope="module")
@@ -36,7 +35,7 @@ def file(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "fp8"])
 def test_weights_are_counted_as_they_will_be_held(file: Path, precision: str) -> None:
-    planned = plan(file, NOWHERE, replace(QUICK, precision=precision), "cpu")
+    planned = plan_of(file, replace(QUICK, precision=precision))
     own: Any = load_backbone(file, device="cpu", precision=precision)
     held = {
         "transformer": [own.unet],
@@ -65,7 +64,7 @@ def test_files_are_as_large_as_planned(
 
 def test_what_lowers_memory_lowers_the_plan(file: Path) -> None:
     def kept(**change: Any) -> int:
-        return plan(file, NOWHERE, replace(QUICK, **change), "cpu").activations
+        return plan_of(file, replace(QUICK, **change)).activations
 
     assert kept(size=256, checkpointing=True) < 0.8 * kept(size=256)  # of two blocks
     assert kept(accumulate=2) == pytest.approx(0.5 * kept(), rel=0.05)
@@ -82,12 +81,12 @@ def test_beside_a_gpu_text_encoders_are_in_main_memory_while_it_learns(
     monkeypatch.setattr("comfy_continual_lora.plan.pick_device", torch.device)
     monkeypatch.setattr("comfy_continual_lora.plan._speed", lambda *_: 1e12)
     settings = replace(QUICK, precision="bf16")
-    planned: Plan = plan(file, NOWHERE, settings, "cuda")
+    planned: Plan = plan_of(file, settings, "cuda")
     assert planned.resting == ["VAE", "text encoders"]
     learning = planned.weights["transformer"][0] + planned.learned + planned.optimizer
     assert planned.peak == learning + planned.activations
     # not less than what is loaded
-    tiny = plan(file, NOWHERE, replace(settings, batch=1, checkpointing=True, rank=1), "cuda")
+    tiny = plan_of(file, replace(settings, batch=1, checkpointing=True, rank=1), "cuda")
     assert tiny.peak >= sum(tiny.weights[name][0] for name in ("transformer", "text encoders"))
     command = ["learn", "--checkpoint", str(file), "--images", str(pictures), "--token", "V1"]
     command += ["--noun", "ball", "--device", "cuda", "--precision", "bf16", "--plan"]
@@ -98,7 +97,7 @@ def test_beside_a_gpu_text_encoders_are_in_main_memory_while_it_learns(
 def test_what_learning_refuses_has_no_plan(file: Path) -> None:
     for change in ({"vectors": 2}, {"method": "textual_inversion"}):
         with pytest.raises(SettingError, match="plain text"):
-            plan(file, NOWHERE, replace(QUICK, **change), "cpu")
+            plan_of(file, replace(QUICK, **change))
 
 
 # --- eight bits and checkpointing ----------------------------------------------------------------

@@ -16,13 +16,13 @@ from diffusers.loaders.single_file_utils import (
     convert_ldm_vae_checkpoint,
 )
 from helpers_full_size import SD15_UNET, SD15_VAE, SD21_UNET, SDXL_UNET
+from helpers_learn import plan_of
 from safetensors.torch import load_file, save_file
 
 from comfy_continual_lora.checkpoint import keys, shapes
 from comfy_continual_lora.checkpoint.backbone import Backbone
 from comfy_continual_lora.checkpoint.load import load_backbone
 from comfy_continual_lora.errors import CheckpointError
-from comfy_continual_lora.plan import plan
 from comfy_continual_lora.presets import BETA_END, BETA_START
 from comfy_continual_lora.settings import LearnSettings
 
@@ -212,7 +212,7 @@ def test_a_device_that_can_not_compute_here_is_a_users_mistake(
 ) -> None:
     for use in (
         lambda: load_backbone(thin_file, device=device),
-        lambda: plan(thin_file, tmp_path / "none", LearnSettings(), device),
+        lambda: plan_of(thin_file, LearnSettings(), device),
     ):
         with pytest.raises(CheckpointError) as refused:
             use()

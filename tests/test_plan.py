@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,20 +14,19 @@ from typing import Any
 import helpers_families as families
 import pytest
 import torch
-from helpers_learn import NOUNS, learn_request
+from helpers_learn import NOUNS, learn_request, plan_of
 from helpers_thin import TEXT_WIDTH
 from safetensors.torch import load_file
 from torch import Tensor
 
 from comfy_continual_lora import cli, pipeline, requests, store
 from comfy_continual_lora.checkpoint.backbone import Backbone
+from comfy_continual_lora.checkpoint.layout import Part
 from comfy_continual_lora.checkpoint.load import load_backbone
-from comfy_continual_lora.errors import CheckpointError, SettingError
-from comfy_continual_lora.plan import plan
+from comfy_continual_lora.errors import CheckpointError, SettingError, StackError
 from comfy_continual_lora.settings import LearnSettings
 
 QUICK = LearnSettings(method="lora", steps=2, batch=8, rank=4, size=128)
-NOWHERE = Path("nowhere.concepts.safetensors")
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "fp8"])
@@ -39,7 +40,7 @@ def test_weights_are_counted_as_they_will_be_held(
     elif kind != "mini":
         path = families.write(kind, tmp_path / "x.safetensors", torch.float16)
     planned, own = (
-        plan(path, NOWHERE, replace(QUICK, precision=precision), "cpu"),
+        plan_of(path, replace(QUICK, precision=precision)),
         load_backbone(path, device="cpu", precision=precision),
     )
     held = {
@@ -73,6 +74,75 @@ def test_files_are_as_large_as_planned(
     assert pipeline.plan(replace(request, token="V2")).stack_file > done.stack_file.stat().st_size
 
 
+PLAIN = replace(QUICK, batch=2, size=64, fisher_samples=2)
+HEADER = 14_000  # bytes, about, of a concept: a thumbnail above all
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_a_concept_that_is_replaced_does_not_count(
+    learned: Callable[..., Path], folders: dict[str, Path], count: int
+) -> None:
+    """The plan is that of learning it on the stack before it."""
+    tokens = [*folders][:count]
+    before = learned(PLAIN, *tokens[:-1]) if count > 1 else learned(PLAIN, "V1").with_name("other")
+    settings = replace(PLAIN, method="lora_dsc", **({} if count > 1 else {"rank": 8}))
+    if count == 1:
+        shutil.copy(learned(PLAIN, "V1"), before)
+    first = pipeline.plan(learn_request(before, folders, tokens[-1], settings))
+    request = learn_request(learned(PLAIN, *tokens), folders, tokens[-1], settings)
+    again = pipeline.plan(replace(request, replace=True))
+    assert again.stack_file == pytest.approx(first.stack_file, abs=count * HEADER)
+    same = ("rows", "learned", "exported", "optimizer")
+    assert [getattr(again, name) for name in same] == [getattr(first, name) for name in same]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"rank": 8}, "`rank` is 8, but the concepts of this stack were learned with rank 4"),
+        ({"clip_skip": 2}, "were learned with `clip_skip` 1, not 2"),
+        ({"prediction": "v"}, "were learned with `prediction` epsilon, not v"),
+        ({"optimizer": "adamw8bit"}, "adamw8bit needs bitsandbytes"),
+    ],
+)
+def test_what_a_stack_refuses_has_no_plan_and_is_refused_before_anything_is_loaded(
+    learned: Callable[..., Path],
+    folders: dict[str, Path],
+    monkeypatch: pytest.MonkeyPatch,
+    change: dict[str, Any],
+    message: str,
+) -> None:
+    monkeypatch.setitem(sys.modules, "bitsandbytes.optim", None)
+    checkpoint = learned(PLAIN, "V1")
+    settings = replace(PLAIN, **{k: v for k, v in change.items() if k != "prediction"})
+    request = learn_request(checkpoint, folders, "V2", settings)
+    request = replace(request, prediction=change.get("prediction", "auto"))
+    monkeypatch.setattr(Part, "read", lambda *_: pytest.fail("a weight was read"))
+    for operation in (pipeline.plan, pipeline.learn_concept):
+        with pytest.raises((SettingError, StackError)) as refused:
+            operation(request)
+        assert message in refused.value.marked
+
+
+def test_the_only_concept_gives_way_with_its_rank(
+    learned: Callable[..., Path], folders: dict[str, Path]
+) -> None:
+    """The checkpoint is used as the stack was learned, so that has to stay."""
+    checkpoint = learned(PLAIN, "V1")
+    again = replace(learn_request(checkpoint, folders, "V1", replace(PLAIN, rank=8)), replace=True)
+    assert pipeline.plan(again).peak > 0
+    again = replace(again, settings=replace(PLAIN, clip_skip=2))
+    for operation in (pipeline.plan, pipeline.learn_concept):
+        with pytest.raises(StackError, match="learned with clip_skip 1, not 2"):
+            operation(again)
+
+
+def test_what_a_checkpoint_refuses_has_no_plan(tmp_path: Path) -> None:
+    path = families.write("sdxl", tmp_path / "x.safetensors", torch.float16)
+    with pytest.raises(SettingError, match="clip_skip is 2, but"):
+        plan_of(path, replace(QUICK, clip_skip=2))
+
+
 def test_the_default_method_keeps_about_what_is_planned(
     checkpoint: Path, folders: dict[str, Path]
 ) -> None:
@@ -94,7 +164,7 @@ def test_the_default_method_keeps_about_what_is_planned(
 
 def test_what_lowers_memory_lowers_the_plan(thin_file: Path) -> None:
     def peak(**change: object) -> int:
-        return plan(thin_file, NOWHERE, replace(QUICK, **change), "cpu").activations  # type: ignore[arg-type]
+        return plan_of(thin_file, replace(QUICK, **change)).activations  # type: ignore[arg-type]
 
     plain = peak()
     assert peak(checkpointing=True) < 0.7 * plain
@@ -139,6 +209,7 @@ MEASURE = """
 import json, sys, tempfile, torch
 from dataclasses import replace
 from pathlib import Path
+from comfy_continual_lora.checkpoint.layout import Part
 from comfy_continual_lora.checkpoint.load import load_backbone
 from comfy_continual_lora.learn import TrainingInputs, learn
 from comfy_continual_lora.adapters.adapter import new_adapter
@@ -182,7 +253,7 @@ def test_the_peak_is_not_far_below_what_is_measured(thin_file: Path, checkpointi
         cwd=Path(__file__).parents[1],
     )
     assert done.returncode == 0, done.stderr
-    planned, measured = plan(thin_file, NOWHERE, LearnSettings(**settings), "cpu"), int(done.stdout)
+    planned, measured = plan_of(thin_file, LearnSettings(**settings)), int(done.stdout)
     print(planned.activations, measured)
     share = (
         planned.activations + planned.learned + planned.optimizer
@@ -240,7 +311,7 @@ def test_a_step_takes_no_longer_than_its_pictures(
 
     def seconds(batch: int, accumulate: int) -> float:
         settings = replace(QUICK, batch=batch, accumulate=accumulate, size=64)
-        return plan(thin_file, NOWHERE, settings, "cpu").seconds[0]
+        return plan_of(thin_file, settings).seconds[0]
 
     assert seconds(1, 8) == seconds(1, 1)
     assert seconds(9, 64) == seconds(9, 9) == pytest.approx(9 * seconds(1, 1))
@@ -255,7 +326,7 @@ def test_a_gpu_that_multiplies_in_no_time_still_waits_for_its_calls(
     monkeypatch.setattr("comfy_continual_lora.plan._speed", lambda *_: 1e30)
 
     def seconds(**changes: Any) -> tuple[float, float]:
-        return plan(thin_file, NOWHERE, replace(QUICK, precision="fp32", **changes), "cuda").seconds
+        return plan_of(thin_file, replace(QUICK, precision="fp32", **changes), "cuda").seconds
 
     least, most = seconds()
     assert 0 < 3 * least == pytest.approx(most)
@@ -272,9 +343,8 @@ def test_norms_take_more_on_a_gpu_in_half_precision(
     monkeypatch.setattr("comfy_continual_lora.plan._speed", lambda *_: 1e12)
 
     def kept(device: str, precision: str) -> int:
-        return plan(
+        return plan_of(
             thin_file,
-            NOWHERE,
             replace(QUICK, precision=precision, checkpointing=checkpointing),
             device,
         ).activations
@@ -284,14 +354,12 @@ def test_norms_take_more_on_a_gpu_in_half_precision(
 
 
 def test_a_plan_reads_no_weights(thin_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from comfy_continual_lora.checkpoint.layout import Part
-
     monkeypatch.setattr(Part, "read", lambda *_: pytest.fail("a weight was read"))
-    assert plan(thin_file, NOWHERE, QUICK, "cpu").peak > 0
+    assert plan_of(thin_file, QUICK).peak > 0
 
 
 def test_mistakes_are_refused(thin_file: Path) -> None:
     with pytest.raises(SettingError, match="batch is 0"):
-        plan(thin_file, NOWHERE, replace(QUICK, batch=0), "cpu")
+        plan_of(thin_file, replace(QUICK, batch=0))
     with pytest.raises(CheckpointError, match="There is no checkpoint"):
-        plan(Path("missing.safetensors"), NOWHERE, QUICK, "cpu")
+        plan_of(Path("missing.safetensors"), QUICK)

@@ -10,10 +10,11 @@ rows         how many rows go through the net at once, for the plan
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
@@ -31,8 +32,9 @@ from ..presets import ADAPTERS
 from ..session import Session, Snapshots
 from ..settings import LearnSettings, ResolvedSettings
 from ..solve import Target
-from ..stack import ConceptRecord, ConceptStack
+from ..stack import CheckpointInfo, ConceptRecord, ConceptStack
 from ..stackfile import read_shapes
+from ..stacktensors import BYTES
 from ..targets import own_adapters, retention_penalty, targets_of, with_prompts
 from ..textspace import PaddingPenalty, RetentionPenalty, coordinates
 
@@ -45,6 +47,14 @@ class StackSummary:
     rank: int | None = None  # that its concepts are learned with
     adapter_rank: int | None = None  # that its adapter has now
     without_fisher: tuple[str, ...] = ()  # words of concepts that EWC can't hold
+    ranks: tuple[int | None, ...] = ()  # that each of its concepts was learned with
+    checkpoint: CheckpointInfo | None = None  # as its concepts were learned, if it has any
+    size: int = 0  # of its file in bytes, if it was read from one
+
+    @property
+    def count(self) -> int:
+        """How many concepts it has."""
+        return len(self.ranks)
 
 
 @dataclass(frozen=True)
@@ -251,23 +261,57 @@ class Method:
 
 def summary_of(stack: ConceptStack) -> StackSummary:
     """The summary of a stack in memory."""
+    ranks = tuple(record.settings.get("rank") for record in stack.records)
+    checkpoint = stack.checkpoint if stack.records else None
     if not stack.adapter:
-        return StackSummary(rank=stack.rank)
+        return StackSummary(rank=stack.rank, ranks=ranks, checkpoint=checkpoint)
     kind = kind_of(stack.adapter).name
     without = tuple(record.token for record in stack.records if record.id not in stack.fishers)
     rank = rank_of(stack.adapter) if kind == "lora" else None
-    return StackSummary(kind, stack.rank, rank, without)
+    return StackSummary(kind, stack.rank, rank, without, ranks, checkpoint)
 
 
-def summary_of_file(path: Path) -> StackSummary:
-    """The summary of a stack file, from its header; an empty one if there is no file."""
+def summary_of_file(path: Path, replaced: str = "") -> StackSummary:
+    """The summary of a stack file, from its header; an empty one if there is no file.
+
+    `replaced`: a word whose concept does not count if it is the newest.
+    """
     if not real_file(path).exists():
         return StackSummary()
     header, shapes = read_shapes(path)
-    sizes = {name: shape.sizes for name, shape in shapes.items() if name.startswith("adapter.")}
+    records, rank, prefix = header["concepts"], header["rank"], "adapter."
+    size = path.stat().st_size
+    # the checkpoint is opened as the stack is, also where its only concept gives way
+    checkpoint = CheckpointInfo(**header["base"]) if records else None
+    if records and records[-1]["token"].lower() == replaced.lower():
+        records, newest = records[:-1], records[-1]
+        prefix = _adapter_of(records, shapes)
+        rank = records[-1]["settings"].get("rank", rank) if prefix else None
+        gone = [one for name, one in shapes.items() if name.split(".")[1] == newest["id"]]
+        if prefix != "adapter.":
+            gone += [one for name, one in shapes.items() if name.startswith("adapter.")]
+        size -= sum(BYTES[one.dtype] * math.prod(one.sizes) for one in gone)
+    if not records:
+        return StackSummary(checkpoint=checkpoint)
+    sizes = {n: one.sizes for n, one in shapes.items() if prefix and n.startswith(prefix)}
     kind = kind_with({name.rpartition(".")[2] for name in sizes}) or ""
-    ranks = [shape[0] for name, shape in sizes.items() if kind == "lora" and name.endswith(".A")]
+    of_adapter = [one[0] for name, one in sizes.items() if kind == "lora" and name.endswith(".A")]
     fishers = {name.split(".")[1] for name in shapes if name.startswith("fisher.")}
-    records = header["concepts"]
-    without = tuple(one["token"] for one in records if one["id"] not in fishers)
-    return StackSummary(kind, header["rank"], next(iter(ranks), None), without)
+    return StackSummary(
+        kind,
+        rank,
+        next(iter(of_adapter), None),
+        tuple(one["token"] for one in records if one["id"] not in fishers),
+        tuple(one["settings"].get("rank") for one in records),
+        checkpoint,
+        size,
+    )
+
+
+def _adapter_of(records: Sequence[Mapping[str, Any]], shapes: Iterable[str]) -> str:
+    """What the names of the adapter of a stack's first concepts begin with; "" if they have none."""
+    own = {name.split(".")[1] for name in shapes if name.startswith(("pool.", "wish."))}
+    if not own & {record["id"] for record in records}:
+        return ""
+    trained = f"pool.{records[-1]['id']}."
+    return trained if any(name.startswith(trained) for name in shapes) else "adapter."
