@@ -206,6 +206,8 @@ def _plan(request: LearnRequest, as_json: bool) -> None:
         _size(name, size, f"{dtype} {note}")
     _size("adapter and word", plan.learned)
     _size("their gradients and optimizer", plan.optimizer)
+    if plan.penalties:
+        _size("the method's penalties", plan.penalties)
     _size("activations", plan.activations)
     _size("peak", plan.peak, "" if on_cpu else "plus the driver's own")
     print("Files:")

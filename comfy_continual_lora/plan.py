@@ -3,10 +3,10 @@
 in: a request, the header of its checkpoint (or a folder's configurations) and of its stack - out:
 `Plan`, all sizes in bytes.
 
-Weights, adapter and optimizer are counted. Activations are too: the net runs one step on the meta
-device, where tensors have shapes and no data, and what autograd would keep for the backward pass is
-added up. Temporary memory (workspaces, fragmentation) is not, so the peak is a lower bound;
-benchmarks/LOG.md compares it with measured ones. Time is the step's floating-point
+Weights, adapter, optimizer and penalties are counted. Activations are too: the net runs one step on
+the meta device, where tensors have shapes and no data, and what autograd would keep for the
+backward pass is added up. Temporary memory (workspaces, fragmentation) is not, so the peak is a
+lower bound; benchmarks/LOG.md compares it with measured ones. Time is the step's floating-point
 operations over the speed of one product of two large matrices on this device, times the share of
 that speed which learning reaches; or, for one small picture at a time, the time the CPU takes to
 launch the GPU's kernels, if that is longer.
@@ -31,6 +31,7 @@ from .checkpoint.layout import Part
 from .checkpoint.load import AnyLayout, open_checkpoint, pick_device
 from .checkpoint.narrow import DTYPES, FP8, compute_dtype_of, dtype_for, is_large
 from .methods import METHODS
+from .methods.method import Sizes
 from .prepare import check_name, check_suits_checkpoint, summary_for, with_rank_of
 from .requests import LearnRequest
 from .settings import ResolvedSettings
@@ -58,6 +59,7 @@ class Plan:
     resting: list[str]  # the parts that lie in main memory while a GPU learns
     learned: int  # adapter and word
     optimizer: int  # its state and the gradient
+    penalties: int  # of the method
     activations: int
     peak: int  # of the device
     stack_file: int
@@ -81,20 +83,26 @@ def plan(request: LearnRequest) -> Plan:
         dtype = dtype_for(settings.precision, here)
         size = settings.size or layout.size
         method = METHODS[settings.method]
-        kind = method.adapter_kind(settings)
         step, rows = method.rows(settings, stack.count)
         weights = _weights(layout, dtype, here)
-        adapter, exported = _adapter(layout, kind, settings.rank)
+        kind, fresh = method.adapter_kind(settings), method.fresh_adapter(settings)
+        rank = settings.rank if fresh else stack.adapter_rank or settings.rank
+        trained = _numbers(layout, kind, rank)
+        # the stack's, which stays if only a word is learned, and has a fresh one on top
+        kind, rank = kind or stack.kind, rank + (stack.adapter_rank or 0) * fresh
+        adapter, dense = _numbers(layout, kind, rank), _numbers(layout, "full", rank)
+        exported = adapter if kind in ("", "full") else _numbers(layout, "lora", rank)
         word = layout.width * settings.vectors
         wide = compute_dtype_of(dtype, here)
         norms = wide if here.type == "cpu" else torch.float32  # as in autocast
         kept, flops, calls = _activations(layout, settings, wide, norms, step, rows, size // 8)
     learned = 4 * (adapter + word)
+    sizes = Sizes(adapter, word, dense, layout.width)
+    penalties = method.penalty_bytes(settings, sizes, stack.count)
     resting = [] if here.type == "cpu" else ["VAE", *([] if settings.vectors else [TEXTS])]
-    optimizer = (adapter + word) * (4 + (2 if settings.optimizer == "adamw8bit" else 8))
+    optimizer = (trained + word) * (4 + (2 if settings.optimizer == "adamw8bit" else 8))
     used = sum(size for name, (size, _) in weights.items() if name not in resting)
     encoding = weights[layout.net_name][0] + weights[TEXTS][0]
-    grows = method.kept_bytes(adapter, word, layout.width, stack.count)
     # forward, backward, and forward again with checkpointing
     passes = settings.steps * _parts(settings) * (3 if settings.checkpointing else 2)
     speed = _speed(here, wide)
@@ -112,9 +120,10 @@ def plan(request: LearnRequest) -> Plan:
         resting,
         learned,
         optimizer,
+        penalties,
         kept,
-        max(encoding, used + learned + optimizer + kept),
-        stack.size + grows,
+        max(encoding, used + learned + optimizer + penalties + kept),
+        stack.size + method.kept_bytes(settings, sizes, stack.count),
         2 * (exported + word),
         (least, most),
     )
@@ -168,14 +177,10 @@ def _stored_format(text: Part) -> torch.dtype:
     return dtypes.get(text.weights.dtype(next(iter(text.names.values()))), torch.float32)
 
 
-def _adapter(layout: AnyLayout, kind: str, rank: int) -> tuple[int, int]:
-    """How many numbers an adapter of this kind has, and how many its export has."""
-    if not kind:
-        return 0, 0
+def _numbers(layout: AnyLayout, kind: str, rank: int) -> int:
+    """How many numbers an adapter of this kind has; none if it is ""."""
     shapes = [layer.weight.shape for layer in kv_layers(layout.unet.module).values()]
-    numbers = sum(count(kind, out, width, rank) for out, width in shapes)
-    as_lora = sum(count("lora", out, width, rank) for out, width in shapes)
-    return numbers, numbers if kind == "full" else as_lora
+    return sum(count(kind, out, width, rank) for out, width in shapes) if kind else 0
 
 
 # --- activations

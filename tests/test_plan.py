@@ -6,15 +6,16 @@ import json
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
-from dataclasses import replace
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import fields, is_dataclass, replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import helpers_families as families
 import pytest
 import torch
-from helpers_learn import NOUNS, learn_request, plan_of
+from helpers_learn import NOUNS, learn_request, plan_of, stack_of
 from helpers_thin import TEXT_WIDTH
 from safetensors.torch import load_file
 from torch import Tensor
@@ -24,6 +25,8 @@ from comfy_continual_lora.checkpoint.backbone import Backbone
 from comfy_continual_lora.checkpoint.layout import Part
 from comfy_continual_lora.checkpoint.load import load_backbone
 from comfy_continual_lora.errors import CheckpointError, SettingError, StackError
+from comfy_continual_lora.methods import METHODS
+from comfy_continual_lora.penalty import Step
 from comfy_continual_lora.settings import LearnSettings
 
 QUICK = LearnSettings(method="lora", steps=2, batch=8, rank=4, size=128)
@@ -78,6 +81,87 @@ PLAIN = replace(QUICK, batch=2, size=64, fisher_samples=2)
 HEADER = 14_000  # bytes, about, of a concept: a thumbnail above all
 
 
+@pytest.mark.parametrize(
+    ("first", "second"),
+    [
+        ({"method": "lora_ewc", "fisher_space": "delta"},) * 2,
+        ({"method": "c_lora", "c_lora_variant": "published", "c_lora_weight": 1.0},) * 2,
+        ({}, {"method": "textual_inversion"}),
+        ({"retention_weight": 1.0},) * 2,
+    ],
+    ids=["fisher of delta", "a LoRA each", "a word alone", "prompts held"],
+)
+def test_settings_that_change_what_is_kept_change_the_plan(
+    checkpoint: Path, folders: dict[str, Path], first: dict[str, Any], second: dict[str, Any]
+) -> None:
+    before = 0
+    for token, change in (("V1", first), ("V2", second)):
+        request = learn_request(checkpoint, folders, token, replace(PLAIN, **change))
+        planned = pipeline.plan(request)
+        file = pipeline.learn_concept(request).stack_file
+        grown = file.stat().st_size - before - HEADER
+        assert planned.stack_file - before == pytest.approx(grown, rel=0.3)
+        before = file.stat().st_size
+    exported = pipeline.export(requests.ExportRequest(checkpoint, checkpoint.parent / "out"))
+    assert exported.lora
+    lora = {n: t for n, t in load_file(exported.lora).items() if not n.endswith(".alpha")}
+    word = 2 * 4 * TEXT_WIDTH
+    assert 2 * sum(tensor.numel() for tensor in lora.values()) + word == planned.exported
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"method": "lora_ewc"},
+        {"method": "lora_ewc", "fisher_space": "delta"},
+        {"method": "lora_ewc", "ewc_mode": "separate"},
+        {"method": "custom_diffusion_ewc"},
+        {"method": "c_lora"},
+    ],
+    ids=lambda change: " ".join(change.values()),
+)
+def test_penalties_take_what_is_planned(
+    learned: Callable[..., Path], folders: dict[str, Path], change: dict[str, Any]
+) -> None:
+    """What they hold, and what autograd keeps of them."""
+    settings = replace(PLAIN, **change)
+    checkpoint = learned(settings, "V1", "V2")
+    planned = pipeline.plan(learn_request(checkpoint, folders, "V3", settings)).penalties
+    stack = stack_of(checkpoint)
+    session: Any = SimpleNamespace(stack=stack, backbone=SimpleNamespace(device="cpu"))
+    resolved = settings.resolved("mini")
+    penalties = METHODS[settings.method].penalties(session, resolved, None)
+    factors = {name: t.clone().requires_grad_() for name, t in (stack.adapter or {}).items()}
+    sizes = {_place(tensor): tensor.nbytes for tensor in _tensors_in(list(penalties.values()))}
+
+    def note(tensor: Tensor) -> Tensor:
+        sizes[_place(tensor)] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        kept = [penalty(Step(factors)) for penalty in penalties.values()]
+    for tensor in factors.values():
+        sizes.pop(_place(tensor), None)
+    assert len(kept) == 1
+    assert sum(sizes.values()) == pytest.approx(planned, rel=0.1)
+
+
+def _place(tensor: Tensor) -> int:
+    return tensor.untyped_storage().data_ptr()
+
+
+def _tensors_in(value: Any) -> Iterator[Tensor]:
+    if isinstance(value, Tensor):
+        yield value
+    elif is_dataclass(value):
+        yield from _tensors_in([getattr(value, field.name) for field in fields(value)])
+    elif isinstance(value, Mapping):
+        yield from _tensors_in(list(value.values()))
+    elif isinstance(value, (list, tuple)):
+        for one in value:
+            yield from _tensors_in(one)
+
+
 @pytest.mark.parametrize("count", [1, 2])
 def test_a_concept_that_is_replaced_does_not_count(
     learned: Callable[..., Path], folders: dict[str, Path], count: int
@@ -92,7 +176,7 @@ def test_a_concept_that_is_replaced_does_not_count(
     request = learn_request(learned(PLAIN, *tokens), folders, tokens[-1], settings)
     again = pipeline.plan(replace(request, replace=True))
     assert again.stack_file == pytest.approx(first.stack_file, abs=count * HEADER)
-    same = ("rows", "learned", "exported", "optimizer")
+    same = ("rows", "learned", "exported", "penalties", "optimizer")
     assert [getattr(again, name) for name in same] == [getattr(first, name) for name in same]
 
 

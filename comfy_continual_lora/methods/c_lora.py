@@ -28,7 +28,7 @@ from ..session import Session
 from ..settings import LearnSettings, ResolvedSettings
 from ..targets import own_adapters
 from ..textspace import RetentionPenalty
-from .method import Method
+from .method import Method, Sizes
 from .textual_inversion import TextualInversion
 
 
@@ -74,6 +74,10 @@ class CLora(Method):
 
     def fresh_adapter(self, settings: LearnSettings) -> bool:
         return settings.c_lora_variant == "published"
+
+    def penalty_bytes(self, settings: ResolvedSettings, sizes: Sizes, earlier: int) -> int:
+        """The past changes, and their product with the new one."""
+        return 2 * 4 * sizes.dense if earlier else 0
 
     def penalties(
         self, session: Session, settings: ResolvedSettings, held: RetentionPenalty | None

@@ -23,7 +23,7 @@ from ..settings import ResolvedSettings, SolveSettings
 from ..solve import Target
 from ..stack import ConceptStack
 from ..targets import with_small_target
-from .method import LearnedConcept, Method
+from .method import LearnedConcept, Method, Sizes
 
 
 class ClosedForm(Method):
@@ -33,13 +33,13 @@ class ClosedForm(Method):
     def takes(self, kind: str) -> bool:
         return KINDS[kind].solvable
 
-    def kept_bytes(self, adapter: int, word: int, width: int, earlier: int) -> int:
-        rows = 2 * 100 * width  # a hundred or fewer, of prompts
+    def kept_bytes(self, settings: ResolvedSettings, sizes: Sizes, earlier: int) -> int:
+        own = 4 * sizes.word + sizes.prompts(earlier)
         if not earlier:
-            return 4 * (adapter + word + width * (width + 1)) + rows  # with ordinary prompts
-        target = 2 * adapter  # it has the adapter's rank at most
+            return 4 * sizes.adapter + own
+        target = 2 * sizes.adapter  # it has the adapter's rank at most
         # the first one's adapter stays, beside the solution
-        return (4 * adapter if earlier == 1 else 0) + target + 4 * word + rows
+        return (4 * sizes.adapter if earlier == 1 else 0) + target + own
 
     def encode(self, session: Session, noun: str, settings: ResolvedSettings) -> None:
         """Ordinary prompts alone; those of earlier concepts are not needed before the end."""

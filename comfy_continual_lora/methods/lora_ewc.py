@@ -22,7 +22,7 @@ from ..penalty import Penalty
 from ..session import Session
 from ..settings import LearnSettings, ResolvedSettings
 from ..textspace import RetentionPenalty
-from .method import LearnedConcept, Method, StackSummary
+from .method import LearnedConcept, Method, Sizes, StackSummary
 from .stages import fisher_of
 
 
@@ -43,8 +43,13 @@ class LoraEwc(Method):
                 "lora_dsc_ewc_dc), or start another `stack`."
             )
 
-    def kept_bytes(self, adapter: int, word: int, width: int, earlier: int) -> int:
-        return super().kept_bytes(adapter, word, width, earlier) + 4 * adapter  # the Fisher
+    def kept_bytes(self, settings: ResolvedSettings, sizes: Sizes, earlier: int) -> int:
+        return super().kept_bytes(settings, sizes, earlier) + 4 * _of_fisher(settings, sizes)
+
+    def penalty_bytes(self, settings: ResolvedSettings, sizes: Sizes, earlier: int) -> int:
+        """Of each anchor: itself, its Fisher, and how far the adapter is from it."""
+        anchors = earlier if settings.ewc_mode == "separate" else min(earlier, 1)
+        return anchors * 3 * 4 * _of_fisher(settings, sizes)
 
     def penalties(
         self, session: Session, settings: ResolvedSettings, held: RetentionPenalty | None
@@ -55,6 +60,11 @@ class LoraEwc(Method):
 
     def fisher(self, learned: LearnedConcept, adapter: Adapter) -> Adapter | None:
         return fisher_of(learned, adapter, with_scores=self.with_scores)
+
+
+def _of_fisher(settings: ResolvedSettings, sizes: Sizes) -> int:
+    """How many numbers a Fisher has."""
+    return sizes.dense if settings.fisher_space == "delta" else sizes.adapter
 
 
 def check_one_size(method: Method, stack: StackSummary) -> None:

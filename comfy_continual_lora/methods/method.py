@@ -92,6 +92,20 @@ class Rows(NamedTuple):
     most: int
 
 
+class Sizes(NamedTuple):
+    """How many numbers there are."""
+
+    adapter: int  # of the stack once the concept is on it
+    word: int
+    dense: int  # all K and V
+    width: int  # of text features
+
+    def prompts(self, earlier: int) -> int:
+        """Bytes of a concept's prompts on the stack, and with the first of ordinary ones."""
+        rows = 2 * 100 * self.width  # a hundred or fewer
+        return rows if earlier else rows + 4 * self.width * (self.width + 1)
+
+
 class Method:
     """Subclasses override what they do differently."""
 
@@ -137,11 +151,14 @@ class Method:
         step = -(-settings.batch // settings.accumulate)
         return Rows(step, step)
 
-    def kept_bytes(self, adapter: int, word: int, width: int, earlier: int) -> int:
-        """By how many bytes a concept lets the stack grow, about: its adapter and word have so many
-        numbers, text features `width`; `earlier` concepts are on the stack.
-        """
-        return 4 * (adapter + word)
+    def kept_bytes(self, settings: ResolvedSettings, sizes: Sizes, earlier: int) -> int:
+        """By how many bytes a concept lets the stack grow, about; `earlier` concepts are on it."""
+        prompts = sizes.prompts(earlier) if self.held_weight(settings) else 0
+        return 4 * (sizes.adapter + sizes.word) + prompts
+
+    def penalty_bytes(self, settings: ResolvedSettings, sizes: Sizes, earlier: int) -> int:
+        """What its `penalties` take on the device, for the gradient too."""
+        return 0
 
     # --- learning ---------------------------------------------------------------------------------
 
