@@ -91,7 +91,8 @@ def stays_solved(stack: ConceptStack, shorter: ConceptStack) -> bool:
     """Whether the first concepts, `shorter`, need a solution because the stack's adapter is one: what
     was trained up to the newest of them has spoiled the ones before.
     """
-    is_solution = stack.can_solve(stack.records[-1].id)
+    newest = stack.records[-1]  # whether an older stack keeps the prompts to solve again or not
+    is_solution = newest.id in stack.targets and not newest.consolidated
     return is_solution and sum(map(bool, own_adapters(shorter))) > 1
 
 

@@ -610,12 +610,17 @@ def test_forgetting_the_newest_is_undo(two: Path) -> None:
         pipeline.forget(requests.ForgetRequest(two, "V9", device="cpu"))
 
 
+@pytest.mark.parametrize("is_old", [False, True])
 def test_forgetting_the_newest_keeps_what_consolidating_brought_back(
-    learned: Callable[..., Path],
+    learned: Callable[..., Path], is_old: bool
 ) -> None:
+    """Also on a stack of an earlier version, which kept no prompts."""
     checkpoint = learned(QUICKER, *NOUNS)
     trained = stack_of(checkpoint)
     solved = pipeline.consolidate_in_closed_form(requests.SolveRequest(checkpoint, device="cpu"))
+    if is_old:
+        old = replace(stack_of(checkpoint), prompts={}, ordinary=None)
+        store.save_stack(old, store.stack_path(checkpoint))
     pipeline.forget(requests.ForgetRequest(checkpoint, "V3", device="cpu"))
     after = stack_of(checkpoint)
     assert list(after.tokens) == ["V1", "V2"]
