@@ -14,7 +14,7 @@ from PIL import Image
 from . import pipeline, report, reportpage
 from .concepts import read_image
 from .errors import SettingError
-from .files import history_folder, snapshots_of, stack_path
+from .files import STACKS, history_folder, snapshots_of
 from .keeping import writing
 from .mini import world
 from .mini.weights import write_checkpoint
@@ -187,7 +187,7 @@ def _begin(out: Path) -> None:
             f"{out} already exists and was not made by the demo, which starts from scratch. Choose "
             "another folder as `out`."
         )
-    stack = stack_path(out / "mini.safetensors")
+    stack = out / f"mini{STACKS}"  # `stack_path` takes a checkpoint that is not there for a folder
     known = read_header(stack)["concepts"] if stack.exists() else []
     if own := [name_in(one) for one in known if one["token"] not in WORDS]:
         raise SettingError(

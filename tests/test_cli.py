@@ -705,7 +705,7 @@ def test_the_demo_keeps_what_was_learned_since(
 
     monkeypatch.setattr(demo, "write_checkpoint", begin)
     out = tmp_path / "demo"
-    stack = stack_path(out / "mini.safetensors")
+    stack = out / "mini.concepts.safetensors"
     with pytest.raises(Begun):
         cli.main(["demo", "--out", str(out)])
     store.save_stack(make_stack(3), stack)
@@ -731,14 +731,16 @@ def test_a_stopped_demo_starts_from_scratch_and_says_so(
     assert cli.main(command) == 130
     said = " ".join(capsys.readouterr().err.split())
     assert said == "continual-lora: stopped. The demo starts from scratch when it is run again."
-    stack = stack_path(out / "mini.safetensors")
+    stack = out / "mini.concepts.safetensors"
     snapshot_path(stack, "V2", "0" * 12).touch()
     with writing(stack):
         assert cli.main(command) == 2
     assert "Another program is changing" in capsys.readouterr().err
     assert list(out.glob("*snapshot"))
+    store.save_stack(make_stack(2), stack)  # whether its checkpoint is there or not
     assert cli.main(command) == 130
     assert not list(out.glob("*snapshot"))
+    assert not stack.exists()
 
 
 @pytest.mark.slow
