@@ -255,17 +255,22 @@ def write_whole(
     It is written under a temporary name in the same folder, synced and renamed. The file keeps its
     mode; a new one gets the umask's. Errors: OSError; FileExistsError if `new` and it exists.
     """
-    with _temporary(path.parent) as file:
-        file.writelines([data] if isinstance(data, bytes) else data)
-        file.flush()
-        os.fsync(file.fileno())
-        _like_before(file.fileno(), path)
-        if WINDOWS:  # it can't rename an open file
-            file.close()
-        if new:
-            _rename_new(file.name, path)
-        else:
-            replace(file.name, path)
+    try:
+        with _temporary(path.parent) as file:
+            file.writelines([data] if isinstance(data, bytes) else data)
+            file.flush()
+            os.fsync(file.fileno())
+            _like_before(file.fileno(), path)
+            if WINDOWS:  # it can't rename an open file
+                file.close()
+            if new:
+                _rename_new(file.name, path)
+            else:
+                replace(file.name, path)
+    except OSError as error:
+        if error.errno is not None and error.filename is None:  # of an open file
+            error.filename = str(path)
+        raise
 
 
 def replace(source: str | Path, target: Path) -> None:

@@ -216,8 +216,8 @@ class Run:
         except OSError as error:
             raise TrainingError(
                 f"The snapshot {self.path} can't be written ({error.strerror or error}): no room "
-                f"or no permission there. Learning stopped at step {self.step}; the stored "
-                "concepts are untouched. Free some space, then learn again with the same settings."
+                f"or no permission there. It stopped at step {self.step}; the stored concepts are "
+                "untouched. Free some space, then run the same again."
             ) from None
 
     def resume(self) -> str:

@@ -719,6 +719,23 @@ def test_the_demo_keeps_what_was_learned_since(
     assert not stack.exists()
 
 
+@pytest.mark.skipif(os.name != "posix", reason="file size limits of POSIX")
+def test_a_full_disk_is_told_with_the_file(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import resource
+
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, limits[1]))
+    try:
+        assert cli.main(["mini", str(tmp_path / "mini.safetensors")]) == 2
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    said = " ".join(capsys.readouterr().err.split())
+    assert f"{tmp_path / 'mini.safetensors'} can't be read or written (File too large)" in said
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_stopped_demo_starts_from_scratch_and_says_so(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
