@@ -44,9 +44,9 @@ def _percent(share: float | None) -> float | None:
     return None if share is None else 100 * share
 
 
-def _table(first: str) -> list[list[str]]:
-    """The cells of the table whose first line begins like this, its header first."""
-    lines = (ROOT / "docs" / "results.md").read_text(encoding="utf-8").splitlines()
+def _table(first: str, page: Path = ROOT / "docs" / "results.md") -> list[list[str]]:
+    """The cells of the page's table whose first line begins like this, its header first."""
+    lines = page.read_text(encoding="utf-8").splitlines()
     start = next(n for n, line in enumerate(lines) if line.startswith(first))
     rows = []
     for line in lines[start:]:
@@ -103,6 +103,18 @@ def test_the_table_of_harder_sequences() -> None:
             values = [1000 * row["a_mmd"], row["second"], 100 * row["named"]]
             for number, value in zip(cell.split(","), values, strict=True):
                 assert _agrees(number, [value]), (method, order)
+
+
+def test_the_table_of_text_features_of_another_width() -> None:
+    second = ROOT / "benchmarks" / "second"
+    figures = json.loads((second / "wide.json").read_text())
+    _, *table = _table("| text features |", second / "README.md")
+    assert [cells[0] for cells in table] == list(figures)
+    for width, *cells in table:
+        alone, together = figures[width]["rows"]
+        values = [100 * together["lost"], alone["a_mmd"], together["a_mmd"], together["rank"]]
+        for cell, value in zip(cells, values, strict=True):
+            assert _agrees(cell, [value]), (width, cell)
 
 
 @pytest.mark.parametrize(("first", "folder"), [("twenty", "long"), ("fifty", "fifty")])
