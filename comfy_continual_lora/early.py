@@ -6,14 +6,13 @@ The pipeline finds them too, but some only once the checkpoint is loaded.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from .checkpoint.path import check_path
 from .errors import CheckpointError, ConceptImagesError, SettingError, StackError
-from .files import check_names, real_file
+from .files import check_names, real_file, standing_at
 from .inventory import groups, inventory
 from .requests import (
     ConsolidateRequest,
@@ -68,9 +67,8 @@ def check_learn(request: LearnRequest) -> None:
 
 def _check_writable(stack: Path) -> None:
     """Errors: StackError if the stack's folder could not be made or written to."""
-    folder = real_file(stack).absolute().parent
-    there = next(one for one in (folder, *folder.parents) if one.exists())
-    if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
+    there, fits = standing_at(real_file(stack).absolute().parent)
+    if not fits:
         reason = "no permission to write in it" if there.is_dir() else "it is a file"
         raise StackError(
             f"The concept stack {stack} can't be stored in {there}: {reason}. Allow writing there, or "

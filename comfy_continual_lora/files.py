@@ -273,6 +273,23 @@ def write_whole(
         raise
 
 
+def standing_at(folder: Path) -> tuple[Path, bool]:
+    """The nearest file or folder that there is at a path or above it, and whether files can be made
+    in it.
+    """
+    there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    return there, there.is_dir() and os.access(there, os.W_OK | os.X_OK)
+
+
+def stamp_of(path: Path) -> tuple[int, int] | None:
+    """What differs once another file is put at a path: its time and its size; None without a file."""
+    try:
+        found = path.stat()
+    except OSError:
+        return None
+    return found.st_mtime_ns, found.st_size
+
+
 def replace(source: str | Path, target: Path) -> None:
     """`os.replace`, tried again for some seconds on Windows, where it fails while any program has the
     target open. Errors: OSError.

@@ -10,7 +10,6 @@ from __future__ import annotations
 import functools
 import io
 import math
-import os
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -22,7 +21,7 @@ import numpy as np
 from PIL import Image, UnidentifiedImageError
 
 from .errors import ConceptImagesError, ContinualLoraError, SettingError
-from .files import write_whole
+from .files import standing_at, write_whole
 
 # Decoders that start no other program. MPO: JPEGs from phones; AVIF and HEIF: if Pillow has them
 FORMATS = ("JPEG", "MPO", "PNG", "WEBP", "BMP", "DIB", "TIFF", "GIF", "PPM", "AVIF", "HEIF")
@@ -300,10 +299,10 @@ def check_folder(folder: Path) -> None:
 
     Errors: SettingError.
     """
-    there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    there, fits = standing_at(folder)
     if not there.is_dir():
         raise SettingError(f"{there} is a file. Give a folder to write to.")
-    if not os.access(there, os.W_OK | os.X_OK):
+    if not fits:
         raise SettingError(
             f"{folder} can't be written to: no permission in {there}. Choose another folder."
         )
