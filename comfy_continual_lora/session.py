@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext, suppress
@@ -17,7 +16,14 @@ from torch import Tensor
 from .adapters import DENSE, PARTS, kind_with
 from .adapters.adapter import layers_of
 from .errors import SettingError, StackError, TrainingError
-from .files import cache_folder, check_names, real_file, snapshot_path, snapshots_of
+from .files import (
+    cache_folder,
+    check_names,
+    real_file,
+    snapshot_path,
+    snapshots_of,
+    stamp_of,
+)
 from .keeping import writing
 from .moments import clear_moments
 from .parallel import is_first
@@ -56,7 +62,7 @@ class Session:
     writes: bool
     precision: str = "auto"
     loaded: Backbone | None = None
-    read: tuple[int, int] | None = None  # `_state` of the file that the stack was read from
+    read: tuple[int, int] | None = None  # `stamp_of` the file that the stack was read from
 
     @property
     def backbone(self) -> Backbone:
@@ -128,25 +134,16 @@ class Session:
     def commit(self, stack: ConceptStack, kind: str, records: Sequence[ConceptRecord]) -> None:
         """Make this the stack's newest version; `kind` is a key of `stackschema.CHANGES`."""
         assert self.writes
-        if _state(self.path) not in (None, self.read):  # by a program that takes no lock
+        if stamp_of(self.path) not in (None, self.read):  # by a program that takes no lock
             kept = "goes into the history (`restore`)" if stack.history else "is overwritten"
             self.tell(
                 f"Another program replaced {self.path} while this ran. What it put there {kept}: the "
                 "stack is the one from before, with this change."
             )
         save_stack(stack, self.path, change(kind, records))
-        self.stack, self.read = stack, _state(self.path)
+        self.stack, self.read = stack, stamp_of(self.path)
         if stack.ordinary is not None:
             clear_moments(cache_folder(real_file(self.path)))  # the stack has them now
-
-
-def _state(path: Path) -> tuple[int, int] | None:
-    """What differs when another file is put at a path: its time and its size; None without a file."""
-    try:
-        found = os.stat(path)
-    except OSError:
-        return None
-    return found.st_mtime_ns, found.st_size
 
 
 def _tell(on_progress: OnProgress, note: str) -> None:
@@ -175,7 +172,7 @@ def open_session(
         later = not at_once and real_file(path).exists()
         backbone = None if later else _load(request, precision, on_progress)
         with writing(path) if writes and is_first() else nullcontext():
-            read = _state(path)
+            read = stamp_of(path)
             stack = load_stack(path, backbone.fingerprint) if backbone else open_stack(path)
             session = Session(path, request, stack, on_progress, writes, precision, read=read)
             if backbone:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from comfy_api.latest import io  # pyright: ignore[reportMissingImports] - only inside ComfyUI
 
 from ..errors import ContinualLoraError, SettingError, StackError, excerpt
-from ..files import cache_folder, real_file
+from ..files import cache_folder, real_file, stamp_of
 from ..progress import counted
 from . import host
 from .schema import Execute, in_widget_names
@@ -21,22 +21,25 @@ if TYPE_CHECKING:
     from ..stack import ConceptRecord, ConceptStack
 
 # What was last seen of each stack's file, and how often it had changed before
-_SEEN: dict[Path, tuple[str, int]] = {}
+_SEEN: dict[Path, tuple[tuple[int, int] | None, int]] = {}
 
 
 def state_of(file: Path) -> str:
-    """The state of a stack's file, for ComfyUI to compare.
+    """The state of a file, for ComfyUI to compare.
 
     A file that was deleted, or put back with its old time, is in another state than when it was like
     that before: what nodes did then has to be done again.
     """
-    state = "none"
-    if file.exists():
-        status = file.stat()
-        state = f"{status.st_mtime_ns} {status.st_size}"
+    changes = changes_of(file)
+    return f"{file} {_SEEN[file][0]} {changes}"
+
+
+def changes_of(file: Path) -> int:
+    """How often a file was found changed, deleted or put back since this was first asked."""
+    state = stamp_of(file)
     before, changes = _SEEN.get(file, (state, 0))
     _SEEN[file] = state, changes + (state != before)
-    return f"{file} {state} {_SEEN[file][1]}"
+    return _SEEN[file][1]
 
 
 def kept_report(stack: Path, concept: str) -> Path:

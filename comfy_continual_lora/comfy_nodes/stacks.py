@@ -13,7 +13,7 @@ from ..presets import PREDICTIONS
 from ..requests import ForgetRequest, ImportRequest, MergeRequest
 from ..settings import SolveSettings
 from . import host
-from .handle import StackHandle, not_on_stack, reported, state_of, with_wires
+from .handle import StackHandle, changes_of, not_on_stack, reported, state_of, with_wires
 from .schema import (
     ADVANCED,
     Stack,
@@ -27,9 +27,7 @@ from .schema import (
 )
 
 _OWN, _NEW = "own", "new"  # choices beside the names of stacks
-# Files that this process imported and when they were written; those written again since
-_IMPORTED: dict[Path, int] = {}
-_WRITTEN_AGAIN: list[Path] = []
+_IMPORTED: set[Path] = set()  # files that this process imported
 
 
 class LoadConceptStack(io.ComfyNode):
@@ -246,9 +244,9 @@ class ImportLora(io.ComfyNode):
         """
         given = {"loras": lora, "embeddings": embedding}
         files = [host.file_of(kind, name) for kind, name in given.items() if name]
-        states = [f"{file} {_written(file)}" for file in files]
-        if None in given.values() and (count := _count_written_again()):
-            states.append(str(count))
+        states = [state_of(file) for file in files]
+        if None in given.values() and (changes := sum(map(changes_of, _IMPORTED))):
+            states.append(str(changes))
         return " ".join(states)
 
     @classmethod
@@ -266,7 +264,9 @@ class ImportLora(io.ComfyNode):
     ) -> Any:
         lora_file = host.file_of("loras", lora)
         embedding_file = host.file_of("embeddings", embedding) if embedding else None
-        _IMPORTED.update((file, _written(file)) for file in (lora_file, embedding_file) if file)
+        for file in filter(None, (lora_file, embedding_file)):
+            changes_of(file)  # from now on
+            _IMPORTED.add(file)
         request = ImportRequest(
             **stack.place,
             lora=lora_file,
@@ -280,17 +280,3 @@ class ImportLora(io.ComfyNode):
         with host.at_work() as on_progress:
             result = OPERATIONS["import"](request, on_progress)
         return reported(stack, on_progress.with_notes(result.summary()))
-
-
-def _written(file: Path) -> int:
-    """When a file was written; 0 for none."""
-    return file.stat().st_mtime_ns if file.exists() else 0
-
-
-def _count_written_again() -> int:
-    """How often imported files were found written again."""
-    for file, before in _IMPORTED.items():
-        if (now := _written(file)) != before:
-            _IMPORTED[file] = now
-            _WRITTEN_AGAIN.append(file)
-    return len(_WRITTEN_AGAIN)
