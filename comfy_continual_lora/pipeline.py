@@ -87,7 +87,7 @@ def learn_concept(request: LearnRequest, on_progress: OnProgress = ignore) -> Le
     """
     method = checked_method(request)  # the cheapest mistakes first: nothing is loaded yet
     digest = request.digest
-    if known := store.record_of_request(request.stack_file, digest):
+    if known := store.learned_by(store.read_records(request.stack_file), digest):
         return LearnResult(known, list(known.losses), request.stack_file, again=True)
     check_suits_stack(request)
     take_stock(request.images, on_progress)
@@ -95,7 +95,9 @@ def learn_concept(request: LearnRequest, on_progress: OnProgress = ignore) -> Le
         request = replace(request, device=device)
         precision = request.settings.precision
         with open_session(request, on_progress, precision=precision, writes=True) as session:
-            if known := session.stack.learned_by(digest):  # while the checkpoint was loaded
+            if known := store.learned_by(
+                session.stack.records, digest
+            ):  # while the checkpoint was loaded
                 return LearnResult(known, list(known.losses), request.stack_file, again=True)
             change = make_room(session, request)
             tell_of_noun(session, request)

@@ -153,10 +153,6 @@ class ConceptStack:
         """The concept with this word, in any case."""
         return next((r for r in self.records if r.token.lower() == token.lower()), None)
 
-    def learned_by(self, request: str) -> ConceptRecord | None:
-        """The concept that was learned by the request with this digest."""
-        return next((r for r in self.records if r.request == request), None)
-
     def index_of(self, token: str) -> int:
         """Errors: StackError for a token that is not on the stack."""
         return position_of(token, [one.token for one in self.records])

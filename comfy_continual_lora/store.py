@@ -182,9 +182,9 @@ def read_records(path: Path) -> list[ConceptRecord]:
     return [ConceptRecord(**record) for record in read_header(path)["concepts"]]
 
 
-def record_of_request(path: Path, digest: str) -> ConceptRecord | None:
-    """The concept of a stack file that was learned by the request with this digest."""
-    return next((record for record in read_records(path) if record.request == digest), None)
+def learned_by(records: Sequence[ConceptRecord], digest: str) -> ConceptRecord | None:
+    """The concept that was learned by the request with this digest."""
+    return next((record for record in records if record.request == digest), None)
 
 
 def open_stack(path: Path) -> ConceptStack:
