@@ -28,7 +28,7 @@ from .errors import (
 from .files import stack_stem, with_name
 from .imagefile import check_folder, check_output, save_own
 from .mentions import named, not_in_use
-from .prepare import check_suits_stack, checked_method, tell_of_prompts
+from .prepare import checked_method, tell_of_prompts
 from .presets import PREDICTION_NAMES
 from .progress import OnProgress, Progress, counted, ignore
 from .requests import (
@@ -47,6 +47,7 @@ from .session import Session, explain_oom, open_session
 from .settings import DrawSettings, ScoreSettings, SolveSettings
 from .solving import chosen
 from .stack import ConceptRecord, ConceptStack
+from .training import check_optimizer
 from .verdicts import RetentionReport
 from .versions import in_use
 
@@ -199,7 +200,7 @@ def plan(request: LearnRequest) -> planning.Plan:
     """What learning this will take, without loading the checkpoint."""
     checked_method(request)
     if not learned_before(request):
-        check_suits_stack(request)
+        check_optimizer(request.settings)
     return planning.plan(request)
 
 
@@ -207,7 +208,7 @@ def learned_before(request: LearnRequest) -> ConceptRecord | None:
     """The stack's concept that was learned by the same request: the same pictures, captions, words
     and settings.
     """
-    return store.record_of_request(request.stack_file, request.digest)
+    return store.learned_by(store.read_records(request.stack_file), request.digest)
 
 
 def scored_pictures(
