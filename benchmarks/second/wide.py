@@ -64,30 +64,18 @@ def train_text(run: Run, width: int, steps: int, n: int = 32) -> None:
     model.load_state_dict(images, strict=False)
     heads = parts.AttributeHeads(width)
     seen = F.normalize(load_file(run.out / "seen.safetensors")["seen"], dim=-1)
-    every = trainset.scenes()
-    labels = parts.labels(every)
-    vocabulary = parts.Vocabulary()
-    ids = vocabulary.encode([scene.caption for scene in every])
-    end = (ids == vocabulary.end).int().argmax(1)
-    longest = int(end.max()) + 2
-    rows = torch.arange(n)
+    captions = stages.Captions(run.device)
+    own = torch.arange(n // 2)
 
     def loss(step: int) -> tuple[Tensor, dict[str, float]]:
         rng = np.random.default_rng((trainset.SEED, 6, step))
         # half of them from the pictures that were looked at, for the contrastive loss
         known = rng.choice(PICTURES, n // 2, replace=False)
-        index = torch.from_numpy(np.concatenate([known, rng.integers(0, len(every), n - n // 2)]))
-        text = model.text_model(
-            input_ids=ids[index, :longest], position_ids=stages.positions(longest)
-        )
-        position = end[index] + (torch.rand(n) * (longest - end[index])).long()
-        features = text.last_hidden_state[rows, position]
-        said = stages.attribute_loss(
-            heads(features), {key: values[index] for key, values in labels.items()}
-        )
-        projected = model.text_projection(text.pooler_output[: n // 2])
+        indices = np.concatenate([known, rng.integers(0, len(captions), n - n // 2)])
+        pooled, features = captions.read(model, indices)
+        said = stages.attribute_loss(heads(features), captions.targets(indices))
+        projected = model.text_projection(pooled[: n // 2])
         logits = 50 * seen[torch.from_numpy(known)] @ F.normalize(projected, dim=-1).T
-        own = rows[: n // 2]
         contrastive = (F.cross_entropy(logits, own) + F.cross_entropy(logits.T, own)) / 2
         found = {"said": float(said.detach()), "contrastive": float(contrastive.detach())}
         return contrastive + 0.3 * said, found

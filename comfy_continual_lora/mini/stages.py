@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from diffusers.models.attention_processor import AttnProcessor
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from transformers import CLIPModel
 
 from ..diffusion import add_noise, alphas_cumprod, loss_per_example
 from . import parts, world
@@ -70,31 +71,18 @@ def train_clip(run: Run, steps: int = 1500, n: int = 128) -> None:
     """
     pictures = Pictures(run.out / "pictures.npy")
     model = parts.new_clip()
-    vocabulary = parts.Vocabulary()
     if (run.out / "clip.start.safetensors").exists():
         model.load_state_dict(load_file(run.out / "clip.start.safetensors"))
-    every = scenes()
-    labels = parts.labels(every)
-    ids = vocabulary.encode([scene.caption for scene in every])
-    end = (ids == vocabulary.end).int().argmax(1)
-    # The tower is causal, so a caption's features do not depend on what follows it, and the features
-    # of all padding are much alike: the longest caption and two more positions are enough.
-    longest = int(end.max()) + 2
+    said = Captions(run.device)
     image_heads = parts.AttributeHeads(parts.VISION_WIDTH)
     text_heads = parts.AttributeHeads(parts.TEXT_WIDTH)
     rows = torch.arange(n, device=run.device)
 
     def loss(step: int) -> tuple[Tensor, dict[str, float]]:
         indices = pictures.indices(step, n, stream=2)
-        targets = {key: values[indices].to(run.device) for key, values in labels.items()}
+        targets = said.targets(indices)
         with run.autocast():
-            text = model.text_model(
-                input_ids=ids[indices, :longest].to(run.device),
-                position_ids=positions(longest).to(run.device),
-            )
-            # the end token or some padding after it: the U-Net sees all of it
-            position = end[indices] + (torch.rand(n) * (longest - end[indices])).long()
-            features = text.last_hidden_state[rows, position.to(run.device)]
+            pooled, features = said.read(model, indices)
             text_loss = attribute_loss(text_heads(features), targets)
         loss_parts = {"said": float(text_loss.detach())}
         if step % 4:  # the text tower is cheap: it gets three steps of its own to one of both
@@ -103,7 +91,7 @@ def train_clip(run: Run, steps: int = 1500, n: int = 128) -> None:
             images = pictures.images(indices, run.device)
             vision = model.vision_model(pixel_values=images).pooler_output
             image_features = F.normalize(model.visual_projection(vision).float(), dim=-1)
-            text_features = F.normalize(model.text_projection(text.pooler_output).float(), dim=-1)
+            text_features = F.normalize(model.text_projection(pooled).float(), dim=-1)
             image_loss = attribute_loss(image_heads(vision), targets)
         logits = model.logit_scale.clamp(max=4.0).exp() * image_features @ text_features.T
         contrastive = (F.cross_entropy(logits, rows) + F.cross_entropy(logits.T, rows)) / 2
@@ -117,9 +105,41 @@ def train_clip(run: Run, steps: int = 1500, n: int = 128) -> None:
     run.save("clip", model)
 
 
-def positions(longest: int) -> Tensor:
-    """0, 1, 2, ..., then any later one of the 77, so that padding is learned at all positions."""
-    return torch.cat([torch.arange(longest - 1), torch.randint(longest - 1, 77, (1,))])[None]
+class Captions:
+    """The captions of the training set and what they say, for text towers that learn to read them."""
+
+    def __init__(self, device: torch.device) -> None:
+        every, vocabulary = scenes(), parts.Vocabulary()
+        self.device = device
+        self.labels = parts.labels(every)
+        self.ids = vocabulary.encode([scene.caption for scene in every])
+        self.end = (self.ids == vocabulary.end).int().argmax(1)
+        # The tower is causal, so a caption's features do not depend on what follows it, and the
+        # features of all padding are much alike: the longest caption and two more positions are
+        # enough.
+        self.longest = int(self.end.max()) + 2
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def targets(self, indices: np.ndarray) -> dict[str, Tensor]:
+        """What these captions (n,) say."""
+        return {key: values[indices].to(self.device) for key, values in self.labels.items()}
+
+    def read(self, model: CLIPModel, indices: np.ndarray) -> tuple[Tensor, Tensor]:
+        """Pooled features of these captions, and those of their end token or of some padding after
+        it, as the U-Net sees all of it; (n, width) each.
+        """
+        # 0, 1, 2, ..., then any later one of the 77, so that padding is learned at all positions
+        later = torch.randint(self.longest - 1, 77, (1,))
+        text = model.text_model(
+            input_ids=self.ids[indices, : self.longest].to(self.device),
+            position_ids=torch.cat([torch.arange(self.longest - 1), later])[None].to(self.device),
+        )
+        end = self.end[indices]
+        position = end + (torch.rand(len(indices)) * (self.longest - end)).long()
+        rows = torch.arange(len(indices), device=self.device)
+        return text.pooler_output, text.last_hidden_state[rows, position.to(self.device)]
 
 
 def train_autoencoder(run: Run, steps: int, n: int = 8) -> None:

@@ -50,8 +50,8 @@ class Run:
 
 
 def _multiplies_bfloat16() -> bool:
-    """Whether this CPU has instructions for it, as AVX-512 alone has not; torch before 2.6 cannot
-    tell, and AVX-512 counts.
+    """Whether this CPU has instructions for it, which AVX-512 alone does not bring; where an older
+    torch can't tell, AVX-512 counts.
     """
     if known := getattr(torch.cpu, "_is_avx512_bf16_supported", None):
         return known()
