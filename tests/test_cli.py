@@ -342,6 +342,14 @@ def test_without_a_command_all_are_shown(capsys: pytest.CaptureFixture[str]) -> 
         assert len(re.findall(rf"^  {command}\b", shown, re.MULTILINE)) == 1
 
 
+def _refused(words: str, capsys: pytest.CaptureFixture[str]) -> str:
+    """What is said of a command line that can't be read."""
+    with pytest.raises(SystemExit) as end:
+        cli.main(words.split())
+    assert end.value.code == 2
+    return capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
@@ -359,10 +367,7 @@ def test_without_a_command_all_are_shown(capsys: pytest.CaptureFixture[str]) -> 
 def test_a_mistyped_command_line_is_one_line(
     words: str, message: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    with pytest.raises(SystemExit) as end:
-        cli.main(words.split())
-    assert end.value.code == 2
-    error = capsys.readouterr().err
+    error = _refused(words, capsys)
     assert message in error
     assert error.count("\n") == 1
     assert "--help.\n" in error
@@ -447,10 +452,7 @@ def test_output_that_can_not_be_written_is_told_in_a_sentence(
 def test_a_word_that_no_flag_takes_is_told(
     words: str, rest: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    with pytest.raises(SystemExit) as ended:
-        cli.main(words.split())
-    assert ended.value.code == 2
-    message = capsys.readouterr().err
+    message = _refused(words, capsys)
     command = f"continual-lora {words.split()[0]}"
     assert message.startswith(
         f"{command}: no flag takes {rest}. Most take one value: put a text of "
