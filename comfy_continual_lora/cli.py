@@ -12,6 +12,7 @@ import io
 import json
 import os
 import platform
+import signal
 import sys
 from contextlib import nullcontext, redirect_stdout
 from pathlib import Path
@@ -51,7 +52,9 @@ _COMPLETION = "print what makes a shell complete commands"
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Exit status: 0 done, 2 a user error (explained in one paragraph), 130 stopped with Ctrl-C."""
+    """Exit status: 0 done, 2 a user error (explained in one paragraph), 128 and the signal's number
+    if one stopped it, so 130 for Ctrl-C.
+    """
     try:
         try:
             return _main(argv)
@@ -101,7 +104,7 @@ def _main(argv: list[str] | None) -> int:
     except Cancelled as stopped:
         bar.clear()
         _complain(f"stopped. {stopped}", "yellow")
-        return 130
+        return 128 + (bar.stopped_by or signal.SIGINT)
     finally:
         bar.close()
     return 0

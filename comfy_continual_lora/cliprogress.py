@@ -1,4 +1,4 @@
-"""Progress on a terminal, and Ctrl-C. Light."""
+"""Progress on a terminal, and the signals that stop a command. Light."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import sys
 import threading
 import time
 from collections.abc import Mapping
+from typing import Any
 
 from .cliterminal import said
 from .errors import Cancelled, spelled
@@ -15,17 +16,20 @@ from .progress import RESUMED, Progress
 
 FIRST = os.environ.get("RANK", "0") == "0"  # of several processes (`parallel`), only one prints
 SILENCE = 30.0  # seconds after which a line is written where no terminal shows progress
+# Ctrl-C, a service manager, a terminal that was closed, and on Windows a console
+STOPPING = ("SIGINT", "SIGTERM", "SIGHUP", "SIGBREAK")
 
 
 class Bar:
     """Progress on one line of a terminal; elsewhere a line at each tenth, and after every half
-    minute without one, whatever takes so long. Ctrl-C stops between two steps, a second one
-    immediately. `names`: what notes call settings (`errors.spelled`).
+    minute without one, whatever takes so long. Ctrl-C, or another signal of `STOPPING`, stops between
+    two steps, a second one immediately. `names`: what notes call settings (`errors.spelled`).
     """
 
     def __init__(self, names: Mapping[str, str] | None = None) -> None:
         self.names = names
-        self.stop, self.width, self.tenth = False, 0, ("", -1)
+        self.stopped_by = 0  # the signal's number
+        self.width, self.tenth = 0, ("", -1)
         self.line, self.started = "", time.monotonic()
         self.wrote = self.started
         self.closed, self.lock = threading.Event(), threading.Lock()
@@ -33,15 +37,30 @@ class Bar:
         if FIRST and not self.is_terminal:
             threading.Thread(target=self._break_silence, daemon=True).start()
         is_main = threading.current_thread() is threading.main_thread()
-        self.before = signal.signal(signal.SIGINT, self._interrupt) if is_main else None
+        self.before = self._listen() if is_main else {}
 
-    def _interrupt(self, _number: int, _frame: object) -> None:
-        if self.stop:
+    def _listen(self) -> dict[signal.Signals, Any]:
+        """Take note of signals that stop, and return what each did before. One that is ignored, as
+        `nohup` has a closed terminal, stays so; Ctrl-C does not, as a shell without job control
+        ignores it for what it starts in the background.
+        """
+        before = {one: signal.getsignal(one) for one in signal.Signals if one.name in STOPPING}
+        heard = {
+            one: handler
+            for one, handler in before.items()
+            if handler is not None and (handler != signal.SIG_IGN or one == signal.SIGINT)
+        }
+        for one in heard:
+            signal.signal(one, self._interrupt)
+        return heard
+
+    def _interrupt(self, number: int, _frame: object) -> None:
+        if self.stopped_by:
             raise KeyboardInterrupt
-        self.stop = True
+        self.stopped_by = number
 
     def __call__(self, progress: Progress) -> None:
-        if self.stop:
+        if self.stopped_by:
             raise Cancelled(_where_it_stopped(progress))
         if not FIRST:
             return
@@ -83,8 +102,8 @@ class Bar:
     def close(self) -> None:
         self.closed.set()
         self.clear()
-        if self.before is not None:
-            signal.signal(signal.SIGINT, self.before)
+        for one, handler in self.before.items():
+            signal.signal(one, handler)
 
 
 def _where_it_stopped(progress: Progress) -> str:

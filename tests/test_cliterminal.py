@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import io
+import signal
 import sys
 import time
+from contextlib import nullcontext
 
 import pytest
 
 from comfy_continual_lora import cli, cliprogress, cliterminal
 from comfy_continual_lora.cliprogress import Bar
+from comfy_continual_lora.errors import Cancelled
 from comfy_continual_lora.progress import Progress
 
 
@@ -79,6 +82,21 @@ def test_a_log_file_is_never_silent_for_long(
     assert lines[-1].endswith("0:00")
     time.sleep(0.2)
     assert not capsys.readouterr().err  # the thread has ended
+
+
+@pytest.mark.skipif(not hasattr(signal, "SIGHUP"), reason="no terminal is closed by a signal")
+def test_a_closed_terminal_stops_a_command_unless_that_is_ignored() -> None:
+    for handler, is_heard in ((signal.SIG_DFL, True), (signal.SIG_IGN, False)):
+        before = signal.signal(signal.SIGHUP, handler)
+        bar = Bar()
+        try:
+            signal.raise_signal(signal.SIGHUP)
+            with pytest.raises(Cancelled) if is_heard else nullcontext():
+                bar(Progress("learn", 3, 5))
+            assert bar.stopped_by == (signal.SIGHUP if is_heard else 0)
+        finally:
+            bar.close()
+            assert signal.signal(signal.SIGHUP, before) == handler
 
 
 def test_a_terminal_keeps_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
