@@ -23,6 +23,12 @@ from ..mentions import split
 from .backbone import Backbone, finite
 from .text import TextEncoder, weighted
 
+# The basic colour terms (Berlin and Kay 1969): modifiers that every vocabulary has
+COLORS = (
+    *("black", "white", "red", "green", "yellow", "blue"),
+    *("brown", "orange", "pink", "purple", "gray"),
+)
+
 
 @dataclass(eq=False, kw_only=True)
 class StableBackbone(Backbone):
@@ -204,9 +210,11 @@ class StableBackbone(Backbone):
     def word_start(self, noun: str, generator: torch.Generator, count: int = 1) -> Tensor:
         """The initial vectors of a new word, (count, d) float32.
 
-        They are the mean vector of the class noun's tokens plus a little noise, random without noun.
+        In front of a class noun it starts as a modifier, from the mean of `COLORS`, plus a little
+        noise; without a noun it is random. Started from the noun itself, it would have to unlearn
+        being a thing, and in prompts about two a look hardly arrives (benchmarks/LOG.md, 2026-12-01).
         """
-        ids = self.token_ids(noun) if noun else []
+        ids = [id for color in COLORS for id in self.token_ids(color)] if noun else []
         return torch.cat(
             [encoder.word_start(ids, generator, count) for encoder in self.text_encoders], 1
         )
