@@ -25,6 +25,7 @@ from comfy_continual_lora import foreign, pipeline, requests, sample, store
 from comfy_continual_lora.adapters.adapter import attached, delta_weights
 from comfy_continual_lora.checkpoint.backbone import Backbone
 from comfy_continual_lora.checkpoint.load import load_backbone
+from comfy_continual_lora.checkpoint.stable import COLORS
 from comfy_continual_lora.diffusion import alphas_cumprod, noised, timestep_weight
 from comfy_continual_lora.errors import CheckpointError, StackError
 from comfy_continual_lora.export import export_files
@@ -352,10 +353,25 @@ def test_a_word_stands_in_every_encoder_and_gets_their_gradients(
     features.square().sum().backward()
     assert word.grad is not None
     assert all(part.abs().sum() > 0 for part in word.grad.split(backbone.word_widths, 1))
-    assert backbone.word_start("mug", torch.Generator().manual_seed(0)).shape == (
-        1,
-        backbone.word_width,
-    )
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_word_starts_as_a_modifier_of_its_noun(loaded: dict[str, Backbone], kind: str) -> None:
+    backbone = loaded[kind]
+    colors = [backbone.word_of_vocabulary(color) for color in COLORS]
+    vectors = torch.cat([color for color in colors if color is not None])
+    assert len(vectors) == len(COLORS)  # each is one token
+
+    def start(noun: str, count: int = 3) -> torch.Tensor:
+        return backbone.word_start(noun, torch.Generator().manual_seed(0), count)
+
+    word = start("mug")
+    assert word.shape == (3, backbone.word_width)
+    noise = word - vectors.mean(0)
+    assert 0 < noise.std() < 0.2 * vectors.std()
+    assert not torch.equal(word[0], word[1])
+    assert torch.equal(word, start("cat"))  # it says nothing of what the noun is
+    assert (start("") - vectors.mean(0)).std() > 3 * noise.std()
 
 
 @pytest.mark.parametrize("kind", KINDS)
