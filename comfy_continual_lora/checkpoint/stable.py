@@ -210,9 +210,9 @@ class StableBackbone(Backbone):
     def word_start(self, noun: str, generator: torch.Generator, count: int = 1) -> Tensor:
         """The initial vectors of a new word, (count, d) float32.
 
-        In front of a class noun it starts as a modifier, from the mean of `COLORS`, plus a little
-        noise; without a noun it is random. Started from the noun itself, it would have to unlearn
-        being a thing, and in prompts about two a look hardly arrives (benchmarks/LOG.md, 2026-12-01).
+        In front of a class noun it starts as a modifier, from the mean of `COLORS` and a little noise:
+        started from the noun, it has to unlearn being a thing (benchmarks/LOG.md, 2026-12-01).
+        Without a noun it starts at random.
         """
         ids = [id for color in COLORS for id in self.token_ids(color)] if noun else []
         return torch.cat(
