@@ -5,6 +5,8 @@ port.
 from __future__ import annotations
 
 import json
+import os
+import signal
 import socket
 import subprocess
 import time
@@ -14,11 +16,26 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from comfy_continual_lora.cliprogress import STOPPING
+
 
 def free_port() -> int:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         return free.getsockname()[1]
+
+
+def heard() -> dict[str, Any]:
+    """Arguments of a process that hears the signals that stop it, which `nohup` and shells have what
+    they start ignore.
+    """
+
+    def hear() -> None:
+        for name in STOPPING:
+            if hasattr(signal, name):
+                signal.signal(getattr(signal, name), signal.SIG_DFL)
+
+    return {"preexec_fn": hear} if os.name == "posix" else {}
 
 
 class Server:

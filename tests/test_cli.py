@@ -20,6 +20,7 @@ from typing import Any
 
 import pytest
 from helpers_learn import save_concept
+from helpers_server import heard
 from helpers_store import make_stack
 from PIL import Image
 
@@ -165,7 +166,9 @@ def test_a_run_that_is_stopped_or_killed_goes_on(
         *["--method", "lora", "--steps", "40", "--batch", "2"],
     ]
     learn = [*map(str, learn), "--snapshot-every", "4", "--device", "cpu"]
-    process = subprocess.Popen([*COMMAND, *learn], cwd=ROOT, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        [*COMMAND, *learn], cwd=ROOT, stderr=subprocess.PIPE, text=True, **heard()
+    )
     assert process.stderr
     for line in process.stderr:
         if re.search(r"learn 1\d/", line):  # step 10 or later

@@ -29,7 +29,7 @@ from typing import Any
 import pytest
 from helpers_browser import CHROMIUM, page, wait_for_text
 from helpers_messages import marked_names
-from helpers_server import free_port
+from helpers_server import free_port, heard
 from helpers_webui import asks_first, fill_settings
 from PIL import Image
 
@@ -832,13 +832,6 @@ def _served(folder: Path) -> Iterator[str]:
         yield address
 
 
-def _hear_ctrl_c() -> None:
-    """A shell has what it starts in the background ignore SIGINT, and so would a server of tests that
-    run there.
-    """
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
-
-
 @contextmanager
 def _serving(folder: Path) -> Iterator[tuple[str, subprocess.Popen]]:
     """Its address and its process."""
@@ -862,7 +855,7 @@ def _serving(folder: Path) -> Iterator[tuple[str, subprocess.Popen]]:
             cwd=ROOT,
             stdout=output,
             stderr=output,
-            preexec_fn=_hear_ctrl_c if os.name == "posix" else None,
+            **heard(),
         ) as server,
     ):
         try:
