@@ -53,7 +53,7 @@ _COMPLETION = "print what makes a shell complete commands"
 
 def main(argv: list[str] | None = None) -> int:
     """Exit status: 0 done, 2 a user error (explained in one paragraph), 128 and the signal's number
-    if one stopped it, so 130 for Ctrl-C.
+    if one stopped it, so 130 for Ctrl-C, and 130 for a second one of any kind.
     """
     try:
         try:

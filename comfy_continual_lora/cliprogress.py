@@ -16,8 +16,9 @@ from .progress import RESUMED, Progress
 
 FIRST = os.environ.get("RANK", "0") == "0"  # of several processes (`parallel`), only one prints
 SILENCE = 30.0  # seconds after which a line is written where no terminal shows progress
-# Ctrl-C, a service manager, a terminal that was closed, and on Windows a console
-STOPPING = ("SIGINT", "SIGTERM", "SIGHUP", "SIGBREAK")
+# Of Ctrl-C, a service manager, a terminal that was closed and, on Windows, Ctrl-Break
+_STOPPING = ("SIGINT", "SIGTERM", "SIGHUP", "SIGBREAK")
+STOPPING = tuple(one for one in signal.Signals if one.name in _STOPPING)
 
 
 class Bar:
@@ -44,15 +45,12 @@ class Bar:
         `nohup` has a closed terminal, stays so; Ctrl-C does not, as a shell without job control
         ignores it for what it starts in the background.
         """
-        before = {one: signal.getsignal(one) for one in signal.Signals if one.name in STOPPING}
-        heard = {
-            one: handler
-            for one, handler in before.items()
-            if handler is not None and (handler != signal.SIG_IGN or one == signal.SIGINT)
-        }
-        for one in heard:
-            signal.signal(one, self._interrupt)
-        return heard
+        before = {}
+        for one in STOPPING:
+            handler = signal.getsignal(one)
+            if handler is not None and (handler != signal.SIG_IGN or one == signal.SIGINT):
+                before[one] = signal.signal(one, self._interrupt)
+        return before
 
     def _interrupt(self, number: int, _frame: object) -> None:
         if self.stopped_by:

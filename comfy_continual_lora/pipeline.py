@@ -95,9 +95,8 @@ def learn_concept(request: LearnRequest, on_progress: OnProgress = ignore) -> Le
         request = replace(request, device=device)
         precision = request.settings.precision
         with open_session(request, on_progress, precision=precision, writes=True) as session:
-            if known := store.learned_by(
-                session.stack.records, digest
-            ):  # while the checkpoint was loaded
+            # while the checkpoint was loaded
+            if known := store.learned_by(session.stack.records, digest):
                 return LearnResult(known, list(known.losses), request.stack_file, again=True)
             change = make_room(session, request)
             tell_of_noun(session, request)

@@ -31,9 +31,8 @@ def heard() -> dict[str, Any]:
     """
 
     def hear() -> None:
-        for name in STOPPING:
-            if hasattr(signal, name):
-                signal.signal(getattr(signal, name), signal.SIG_DFL)
+        for one in STOPPING:
+            signal.signal(one, signal.SIG_DFL)
 
     return {"preexec_fn": hear} if os.name == "posix" else {}
 

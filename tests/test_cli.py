@@ -145,9 +145,7 @@ def test_mini_learn_learn_info_draw_undo(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "how", [getattr(signal, name) for name in (*STOPPING, "SIGKILL") if hasattr(signal, name)]
-)
+@pytest.mark.parametrize("how", [*STOPPING, signal.SIGKILL])
 def test_a_run_that_is_stopped_or_killed_goes_on(
     checkpoint: Path, pictures: Path, how: signal.Signals
 ) -> None:

@@ -452,6 +452,9 @@ def test_what_is_below_the_newest_is_solved_for_if_it_is_not_kept(
             for adapter in (stack.adapter, now.adapter)
         )
         assert sum(after) < sum(before) + 0.05  # it may lie between them in another way
+        solved, _ = consolidation.solution(now, SolveSettings(), own)
+        for drift, goal in zip(after, goals, strict=True):
+            assert drift < targets.relative_drift(solved, goal) + 0.01
 
     check(consolidation.as_of(stack, count))
     alone = path.with_name("alone.concepts.safetensors")

@@ -214,7 +214,7 @@ class StableBackbone(Backbone):
         started from the noun, it has to unlearn being a thing (benchmarks/LOG.md, 2026-12-01).
         Without a noun it starts at random.
         """
-        ids = [id for color in COLORS for id in self.token_ids(color)] if noun else []
+        ids = [token for color in COLORS for token in self.token_ids(color)] if noun else []
         return torch.cat(
             [encoder.word_start(ids, generator, count) for encoder in self.text_encoders], 1
         )
