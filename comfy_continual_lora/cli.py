@@ -199,6 +199,10 @@ def _plan(request: LearnRequest, as_json: bool) -> None:
     if as_json:
         print(json.dumps(dataclasses.asdict(plan)))
         return
+    if plan.again:
+        print(
+            f"{request.token} was learned before, by the same request: nothing would be done now."
+        )
     on_cpu = plan.device == "cpu"
     print(
         f"{plan.family}, {plan.size} x {plan.size} pixels, {plan.rows} at once, on {plan.device}. "
@@ -225,7 +229,7 @@ def _plan(request: LearnRequest, as_json: bool) -> None:
 
 
 def _size(name: str, size: int, note: str = "") -> None:
-    print(f"  {name:<36} {size / 1e6:>9,.0f} MB  {note}".rstrip())
+    print(f"  {name:<36} {size / 1e6:>9,.1f} MB  {note}".rstrip())
 
 
 def _consolidate(arguments: argparse.Namespace, bar: Bar) -> None:

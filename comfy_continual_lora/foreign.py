@@ -248,7 +248,7 @@ class Imported:
 def imported_concept(backbone: Backbone, request: ImportRequest) -> Imported:
     """The concept that a request names. Its id is a hash of the file and the word.
 
-    Errors: SettingError as in `_word`; StackError as in `read_lora`.
+    Errors: StackError as in `read_lora` and `read_word`.
     """
     word = _word(backbone, request)
     if request.rest == "refuse":
@@ -277,26 +277,29 @@ def imported_concept(backbone: Backbone, request: ImportRequest) -> Imported:
     return Imported(word, adapter, record, rest, clip_skip)
 
 
-def _word(backbone: Backbone, request: ImportRequest) -> Tensor:
-    """The vectors of an imported concept's word, (k, d).
-
-    Errors: SettingError without embedding and trigger, or with both; where names are plain text, for
-    an embedding, and for a trigger that is another word than the token.
+def check_word(request: ImportRequest, preset: str) -> None:
+    """Errors: SettingError without embedding and trigger, or with both; where names are plain text,
+    for an embedding, and for a trigger that is another word than the token.
     """
-    if backbone.preset in PLAIN_NAME_PRESETS:
+    if preset in PLAIN_NAME_PRESETS:
         trigger = request.trigger or request.token
         if request.embedding or trigger.lower() != request.token.lower():
             raise SettingError(
-                f"On {backbone.path.name} a concept's name is plain text, the word its LoRA's prompts "
-                "always used, and has no embedding. Give that word as `token`, and neither a "
+                f"On {request.checkpoint.name} a concept's name is plain text, the word its LoRA's "
+                "prompts always used, and has no embedding. Give that word as `token`, and neither a "
                 "`trigger` nor an `embedding`."
             )
-        return torch.zeros(0, backbone.word_width)
-    if bool(request.embedding) == bool(request.trigger):
+    elif bool(request.embedding) == bool(request.trigger):
         raise SettingError(
             "An imported concept needs its word: give either an `embedding` or a `trigger`, not "
             "both."
         )
+
+
+def _word(backbone: Backbone, request: ImportRequest) -> Tensor:
+    """The vectors of an imported concept's word, (k, d); of plain text, none."""
+    if backbone.preset in PLAIN_NAME_PRESETS:
+        return torch.zeros(0, backbone.word_width)
     if request.embedding:
         return read_word(request.embedding, backbone)
     return word_of_vocabulary(request.trigger, backbone)

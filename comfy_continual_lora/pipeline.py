@@ -25,8 +25,9 @@ from dataclasses import replace
 
 from . import concepts, parallel, store
 from .adapters.adapter import rank_of
+from .checkpoint.load import open_checkpoint
 from .concept import kept_features, load_concept, record_of
-from .foreign import check_same, imported_concept
+from .foreign import check_same, check_word, imported_concept
 from .learn import learn
 from .lorafile import Rest
 from .mentions import previewed
@@ -95,7 +96,7 @@ def learn_concept(request: LearnRequest, on_progress: OnProgress = ignore) -> Le
         request = replace(request, device=device)
         precision = request.settings.precision
         with open_session(request, on_progress, precision=precision, writes=True) as session:
-            # while the checkpoint was loaded
+            # since it was looked at above
             if known := store.learned_by(session.stack.records, digest):
                 return LearnResult(known, list(known.losses), request.stack_file, again=True)
             change = make_room(session, request)
@@ -182,6 +183,8 @@ def _again(
 def import_concept(request: ImportRequest, on_progress: OnProgress = ignore) -> ImportResult:
     """Put a K/V LoRA that another program made on the stack, as one concept."""
     concepts.check_noun(request.noun, request.token)
+    with open_checkpoint(request.checkpoint) as layout:
+        check_word(request, layout.preset)
     with open_session(request, on_progress, writes=True) as session:
         tell_of_noun(session, request)
         imported = imported_concept(session.backbone, request)

@@ -66,6 +66,7 @@ class Plan:
     exported: int  # the LoRA and the embedding
     # of the training steps, at best and at worst, without the method's further stages
     seconds: tuple[float, float]
+    again: bool = False  # the same request was learned before, and would take nothing
 
 
 def plan(request: LearnRequest) -> Plan:

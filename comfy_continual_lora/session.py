@@ -170,8 +170,8 @@ def open_session(
         check_names(path)
     with explain_oom(request), torch.inference_mode(False), torch.enable_grad():
         later = not at_once and real_file(path).exists()
-        backbone = None if later else _load(request, precision, on_progress)
         with writing(path) if writes and is_first() else nullcontext():
+            backbone = None if later else _load(request, precision, on_progress)
             read = stamp_of(path)
             stack = load_stack(path, backbone.fingerprint) if backbone else open_stack(path)
             session = Session(path, request, stack, on_progress, writes, precision, read=read)

@@ -199,9 +199,10 @@ def evaluate(request: EvaluateRequest, on_progress: OnProgress = ignore) -> Rete
 def plan(request: LearnRequest) -> planning.Plan:
     """What learning this will take, without loading the checkpoint."""
     checked_method(request)
-    if not learned_before(request):
+    again = learned_before(request) is not None
+    if not again:
         check_optimizer(request.settings)
-    return planning.plan(request)
+    return replace(planning.plan(request), again=again)
 
 
 def learned_before(request: LearnRequest) -> ConceptRecord | None:

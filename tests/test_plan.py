@@ -208,6 +208,16 @@ def test_what_a_stack_refuses_has_no_plan_and_is_refused_before_anything_is_load
         assert message in refused.value.marked
 
 
+def test_a_plan_knows_what_was_learned_before(
+    learned: Callable[..., Path], folders: dict[str, Path]
+) -> None:
+    request = learn_request(learned(PLAIN, "V1"), folders, "V1", PLAIN)
+    longer = replace(PLAIN, steps=3)
+    another = replace(request, settings=longer, replace=True)
+    plans = [pipeline.plan(one) for one in (request, another, replace(request, token="V2"))]
+    assert [plan.again for plan in plans] == [True, False, False]
+
+
 def test_the_only_concept_gives_way_with_its_rank(
     learned: Callable[..., Path], folders: dict[str, Path]
 ) -> None:

@@ -17,6 +17,8 @@ from helpers_learn import QUICK, learn_request
 
 from comfy_continual_lora import pipeline, requests, store
 from comfy_continual_lora.checkpoint import load
+from comfy_continual_lora.errors import SettingError, StackError
+from comfy_continual_lora.keeping import writing
 from comfy_continual_lora.settings import DrawSettings, EvaluateSettings, ScoreSettings
 
 DRAWN = DrawSettings(steps=1, size=64)
@@ -75,3 +77,20 @@ def test_a_checkpoint_is_freed_when_an_operation_is_done(
         pipeline.merge(requests.MergeRequest(learned(quick, "V1"), other, **place))
     assert loaded
     assert [net() for net in loaded] == [None] * len(loaded)
+
+
+def test_what_is_refused_anyway_loads_no_checkpoint(
+    learned: Callable[..., Path],
+    folders: dict[str, Path],
+    loaded: list[weakref.ref[torch.nn.Module]],
+) -> None:
+    checkpoint = learned(QUICK, "V1")
+    loaded.clear()
+    file = store.stack_path(checkpoint)
+    with writing(file), pytest.raises(StackError, match="Another program is changing"):
+        pipeline.learn_concept(learn_request(checkpoint, folders, "V2", QUICK))
+    wordless = requests.ImportRequest(checkpoint, file, "W1", "ball", device="cpu")
+    for request in (wordless, replace(wordless, embedding=file, trigger="red")):
+        with pytest.raises(SettingError, match="needs its word"):
+            pipeline.import_concept(request)
+    assert not loaded

@@ -51,6 +51,15 @@ HOSTILE = [
 ]
 PLAIN_TAGS = {"p", "br", "strong", "em", "pre", "code", "table", "tr", "th", "td", "b", "img"}
 DONE = {
+    "plan": {
+        "again": True,
+        "device": "cpu",
+        "exported": 400_000,
+        "peak": 3e9,
+        "seconds": [60.0, 180.0],
+        "size": 512,
+        "stack_file": 700_000,
+    },
     "learn": {"token": "V1", "noun": "ball", "again": False},
     "consolidate": {"token": "V1", "losses": [1.0]},
     "closed_form": {"rank": 4, "before": {"V1": 0.5}, "after": {"V1": 0.25}},

@@ -126,10 +126,12 @@ def _planned(result: Mapping[str, Any], say: Say) -> list[str]:
         else f"{count:,.0f} {unit}"
     )
     gigabytes = result["peak"] / 1e9
+    again = "**It is already on the stack**, from the same pictures and settings."
     return [
+        *([again] if result["again"] else []),
         f"**About {time}** of learning and at least {gigabytes:,.1f} GB of memory on "
         f"{say(result['device'])}, at {result['size']} x {result['size']} pixels. The stack takes "
-        f"{result['stack_file'] / 1e6:,.0f} MB, an export {result['exported'] / 1e6:,.1f} MB."
+        f"{result['stack_file'] / 1e6:,.1f} MB, an export {result['exported'] / 1e6:,.1f} MB.",
     ]
 
 
