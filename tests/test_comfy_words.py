@@ -143,13 +143,29 @@ def test_text_encoders_may_be_given_prompts_of_different_lengths() -> None:
     assert scene.nouns.nonzero().tolist() == [[0, 12], [1, 15]]
 
 
-def test_text_encoders_that_are_given_different_things_are_told(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    told: list[str] = []
+@pytest.fixture
+def told(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """What nodes said."""
+    messages: list[str] = []
     host: Any = ModuleType("host")
-    host.tell = told.append
+    host.tell = messages.append
     monkeypatch.setitem(sys.modules, "comfy_continual_lora.comfy_nodes.host", host)
+    return messages
+
+
+def test_a_word_of_two_stacks_is_told(told: list[str]) -> None:
+    clip = _words({"clip_l": "l"})
+    assert not told
+    with_words(clip, {"V3": torch.zeros(1, 4)}, {"V3": "ball"})
+    assert not told
+    with_words(
+        clip, {"v2": torch.zeros(1, 4), "V3": torch.zeros(1, 4)}, {"v2": "cat", "V3": "ball"}
+    )
+    (note,) = told
+    assert note.startswith("This CLIP knows v2 already, from an Apply Concepts before this one. ")
+
+
+def test_text_encoders_that_are_given_different_things_are_told(told: list[str]) -> None:
     clip = _words({"clip_g": "g", "clip_l": "l"})
     tokens = clip.tokenizer.tokenize_with_weights(PROMPT)
     tokens["l"] = clip.tokenizer.tokenize_with_weights("best quality")["l"]

@@ -120,6 +120,7 @@ def _scenes_told(
     """`clip`, a copy with a tokenizer of its own, that tells of scenes with things of these nouns;
     `encoder`: the text encoder whose tokens are the positions of text features.
     """
+    _tell_of_taken(words, getattr(clip.tokenizer, "learned_words", ()))
     known = {**getattr(clip, "learned_nouns", {}), **nouns} if nouns else {}
     clip.tokenizer = _with_scenes(clip.tokenizer, encoder, words, known)
     if nouns:
@@ -207,6 +208,19 @@ def _with_scenes(
     extended.__class__ = WithScenes
     extended.learned_words = (*getattr(tokenizer, "learned_words", ()), *words)
     return extended
+
+
+def _tell_of_taken(words: Iterable[str], before: Iterable[str]) -> None:
+    """Warn of words that the CLIP had from another node."""
+    taken = {word.lower() for word in before}
+    if again := [word for word in words if word.lower() in taken]:
+        from .host import tell
+
+        tell(
+            f"This CLIP knows {' and '.join(again)} already, from an Apply Concepts before this one. "
+            "Prompts mean what this one applies, with the LoRAs of both. Give one of two concepts "
+            "another word, or apply a stack once."
+        )
 
 
 def _tell_of_unknown(text: str, words: Sequence[str]) -> None:
