@@ -266,9 +266,10 @@ def test_consolidating_takes_the_pictures_as_the_concept_was_learned(
     mirrored or not, whatever is usual with the checkpoint.
     """
     checkpoint = learned(replace(VARIANTS["lora_ewc"], **{name: own}), "V1", "V2")
+    few = TrainSettings(batch=3, size=64, fisher_samples=3, dsc_steps=3)
     losses = []
     for value in (None, own, other):
-        wanted = replace(TrainSettings(batch=3, size=64, dsc_steps=3), **{name: value})
+        wanted = replace(few, **{name: value})
         request = requests.ConsolidateRequest(checkpoint, folders["V2"], wanted, device="cpu")
         losses.append(pipeline.consolidate(request).losses)
         pipeline.undo(requests.UndoRequest(checkpoint))
