@@ -325,20 +325,20 @@ def test_consolidating_another_adapter_resumes_no_snapshot(
 def test_what_another_program_just_did_is_not_done_again(
     learned: Callable[..., Path], folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The same request, which ended there while the checkpoint was loaded here."""
+    """The same request, which ended there between the first look at the stack here and its lock."""
     checkpoint = learned(VARIANTS["lora"], "V1")
     learn = learn_request(checkpoint, folders, "V2", VARIANTS["lora"])
     wanted = TrainSettings(batch=3, size=64, dsc_steps=2)
     distil = requests.ConsolidateRequest(checkpoint, folders["V2"], wanted, device="cpu")
-    load = session._load
+    writing = session.writing
     for operation, request in ((pipeline.learn_concept, learn), (pipeline.consolidate, distil)):
 
-        def load_late(*given: Any, operation: Any = operation, request: Any = request) -> Any:
-            monkeypatch.setattr(session, "_load", load)
+        def late(path: Path, operation: Any = operation, request: Any = request) -> Any:
+            monkeypatch.setattr(session, "writing", writing)
             assert not operation(request).again
-            return load(*given)
+            return writing(path)
 
-        monkeypatch.setattr(session, "_load", load_late)
+        monkeypatch.setattr(session, "writing", late)
         assert operation(request).again
     assert len(versions.versions(store.stack_path(checkpoint))) == 3
 
