@@ -116,7 +116,7 @@ def judged_beside(
     for end, own, other in ((left_end, left, right), (right_end, right, left)):
         features = judging.unit(features_of(end))
         real, exchanged = (
-            judging.unit(features_of(_alone(concepts, grounds))) for concepts in (own, other)
+            judging.unit(features_of(alone(concepts, grounds))) for concepts in (own, other)
         )
         bled.append(judging.nearer_to_other(features, real, exchanged))
         shapes.append(judging.has_shape(end, "shape_a", own))
@@ -131,13 +131,13 @@ def nearness_beside(
     left = pictures[..., : drawing.SIZE], [scene.left for scene in scenes]
     right = pictures[..., -drawing.SIZE :], [scene.right for scene in scenes]
     both = [
-        judging.unit(features_of(end)) * judging.unit(features_of(_alone(concepts, grounds)))
+        judging.unit(features_of(end)) * judging.unit(features_of(alone(concepts, grounds)))
         for end, concepts in (left, right)
     ]
     return float(torch.cat(both).sum(1).mean())
 
 
-def _alone(concepts: Sequence[world.Concept], grounds: Sequence[str]) -> Tensor:
+def alone(concepts: Sequence[world.Concept], grounds: Sequence[str]) -> Tensor:
     """Each concept as the world draws it by itself, (n, 3, 128, 128)."""
     pictures = []
     for concept, ground in zip(concepts, grounds, strict=True):

@@ -171,9 +171,9 @@ def bleeding(
     exchanged = _real_pairs([PairScene(s.right, s.left, s.ground) for s in scenes])
     bled = [
         nearer_to_other(
-            _features_at(columns, pictures, features),
-            _features_at(columns, in_order, features),
-            _features_at(columns, exchanged, features),
+            features_at(columns, pictures, features),
+            features_at(columns, in_order, features),
+            features_at(columns, exchanged, features),
         )
         for columns in (LEFT, RIGHT)
     ]
@@ -186,7 +186,7 @@ def nearness(
     """The mean cosine of things in pictures of two with real pictures of them in their place."""
     real = _real_pairs(scenes)
     both = [
-        (_features_at(columns, pictures, features) * _features_at(columns, real, features)).sum(1)
+        (features_at(columns, pictures, features) * features_at(columns, real, features)).sum(1)
         for columns in (LEFT, RIGHT)
     ]
     return float(torch.cat(both).mean())
@@ -208,7 +208,8 @@ def _real_pairs(scenes: Sequence[PairScene]) -> Tensor:
     return trainset.to_tensor(np.stack(pictures))
 
 
-def _features_at(columns: slice, pictures: Tensor, features: Callable[[Tensor], Tensor]) -> Tensor:
+def features_at(columns: slice, pictures: Tensor, features: Callable[[Tensor], Tensor]) -> Tensor:
+    """Of the thing in these columns of each picture, (n, d), of length 1."""
     things = pictures[:, :, THING_ROWS, columns]
     size = (drawing.SIZE, drawing.SIZE)
     return unit(features(F.interpolate(things, size, mode="bilinear")))

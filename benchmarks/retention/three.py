@@ -27,7 +27,7 @@ import judging
 import numpy as np
 import together
 import torch
-import torch.nn.functional as F
+from beside import alone
 from diffusers.models.attention_processor import AttnProcessor
 from judges import Judges, load_judges
 from safetensors.torch import load_file, save_file
@@ -37,6 +37,7 @@ from comfy_continual_lora import concepts, report, sample, store
 from comfy_continual_lora.adapters.adapter import attached
 from comfy_continual_lora.areas import FINE, AreaSettings
 from comfy_continual_lora.checkpoint.backbone import Backbone
+from comfy_continual_lora.checkpoint.load import load_backbone
 from comfy_continual_lora.diffusion import add_noise, alphas_cumprod, loss_per_example
 from comfy_continual_lora.mini import parts, trainset, weights, world
 from comfy_continual_lora.mini.drawing import SIZE, draw_background, draw_look
@@ -103,7 +104,7 @@ def train(run: Run, steps: int, n: int = 12) -> None:
     weights.write_checkpoint(run.out / "mini.safetensors")
     if not (run.out / "set.safetensors").exists():
         with torch.no_grad():
-            backbone = together.load_backbone(run.out / "mini.safetensors", device="cpu")
+            backbone = load_backbone(run.out / "mini.safetensors", device="cpu")
             save_file(_training_set(backbone), run.out / "set.safetensors")
     known = load_file(run.out / "set.safetensors")
     model = parts.new_unet()
@@ -224,11 +225,8 @@ def judged(pictures: Tensor, scenes: Sequence[Triple], judges: Judges) -> dict[s
 def _features(pictures: Tensor, features: Callable[[Tensor], Tensor]) -> Tensor:
     """Of the three things, (3, n, d), of length 1."""
     if pictures.shape[3] == WIDTH:
-        cut = [pictures[:, :, judging.THING_ROWS, columns] for columns in PLACES]
-        cut = [F.interpolate(one, (SIZE, SIZE), mode="bilinear") for one in cut]
-    else:
-        cut = list(_single(pictures))
-    return torch.stack([judging.unit(features(one)) for one in cut])
+        return torch.stack([judging.features_at(place, pictures, features) for place in PLACES])
+    return torch.stack([judging.unit(features(one)) for one in _single(pictures)])
 
 
 def _single(pictures: Tensor) -> Iterator[Tensor]:
@@ -239,16 +237,14 @@ def _single(pictures: Tensor) -> Iterator[Tensor]:
 
 def real_pictures(scenes: Sequence[Triple], wide: bool, turn: int) -> Tensor:
     """As the world draws them, in an order that is turned by so many places."""
-    drawn = []
-    for chosen, ground in scenes:
-        looks = [chosen[(k + turn) % 3].look for k in range(3)]
-        rng = np.random.default_rng(0)
-        if wide:
-            drawn.append(draw_three(looks, ground, rng))
-            continue
-        things = [world.Thing(look, (), "") for look in looks]
-        single = [world.draw_scene(world.Scene((thing,), ground, ""), rng) for thing in things]
-        drawn.append(np.concatenate(single, 1))
+    turned = [[one.concepts[(k + turn) % 3] for k in range(3)] for one in scenes]
+    grounds = [one.ground for one in scenes]
+    if not wide:
+        return torch.cat([alone(place, grounds) for place in zip(*turned, strict=True)], 3)
+    drawn = [
+        draw_three([concept.look for concept in three], ground, np.random.default_rng(0))
+        for three, ground in zip(turned, grounds, strict=True)
+    ]
     return trainset.to_tensor(np.stack(drawn))
 
 
